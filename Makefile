@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up what they need: .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
+.PHONY: demo test check wheel clean
+
+demo: $(STAMP)
+	$(BIN)/hipp demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .typecheck && mkdir -p .typecheck/hipp_ext
+	for f in hipp_ext/* integrations evals; do ln -s ../../$$f .typecheck/hipp_ext/; done
+	$(BIN)/pyright
+
+# Through the sdist only: a wheel built from the tree can pick up deleted modules from a stale build folder.
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,165 @@
+"""A fast in-process evaluator for the planner: POPE and multiple choice, answers scored in one forward pass.
+
+Agrees with greedy generation wherever the model answers with one of the candidate words first, as models that were
+trained or asked to do so do. For numbers to publish, run `vlmeval` on the saved folder.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from hipp_ext.evals.metrics import binomial_se
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hipp_ext.answers import AnswerLogits
+from hipp_ext.calibration import check_processor, encode
+from hipp_ext.errors import CalibrationError
+
+YES_BIAS_WEIGHT = 0.5
+
+
+class Question(Protocol):
+    """What the evaluator reads of a question; the testbed's questions are of this shape."""
+
+    @property
+    def prompt(self) -> str:
+        """The user's turn."""
+        ...
+
+    @property
+    def image(self) -> Any:
+        """A PIL image."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Candidate answers: Yes and No, or option letters."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """The right one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """How a model answers the questions of one task.
+
+    Attributes:
+        n: questions.
+        accuracy: share answered right [%].
+        accuracy_se: its standard error [percentage points], questions taken as independent.
+        margin: mean of (probability of the right candidate - 1/candidates) / (1 - 1/candidates), probabilities among the
+            candidates; 1 = certain and right, 0 = guessing. Continuous, so small differences between plans show.
+        yes_rate: share of "Yes" among the answers [%]; None where the candidates are not Yes and No.
+        answers: the candidate chosen for every question.
+    """
+
+    n: int
+    accuracy: float
+    accuracy_se: float
+    margin: float
+    yes_rate: float | None
+    answers: tuple[str, ...]
+
+
+class Evaluator:
+    """`evaluator(model)` -> {"utility", "robustness", ...} for `HiPPPlanner.fit`; the same questions at every call.
+
+    utility is the margin on `choice`, robustness the margin on `pope` less YES_BIAS_WEIGHT times the distance of the
+    probability of "Yes" from its true share, so that leaning on one answer does not pay. Everything before the language
+    tower is computed once, for `model`, and replayed: later calls take that model, masked or pruned in its language tower.
+
+    Args:
+        model: the dense model.
+        processor: its processor.
+        pope: yes/no questions (`labels` Yes and No).
+        choice: multiple-choice questions.
+        batch_size: rows per forward pass.
+
+    Raises:
+        CalibrationError: no questions, a processor of another model, or candidates that begin with the same token.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: Any, pope: Iterable[Question], choice: Iterable[Question], *, batch_size: int = 64
+    ):
+        check_processor(model, processor)
+        self._tasks = {
+            name: _Task(model, processor, tuple(questions), batch_size)
+            for name, questions in (("choice", choice), ("pope", pope))
+        }
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """utility and robustness, and the accuracies [%] behind them."""
+        choice, pope = (self._tasks[name].log_probabilities(model) for name in ("choice", "pope"))
+        scores = {name: self._tasks[name].scores(p) for name, p in (("choice", choice), ("pope", pope))}
+        bias = self._tasks["pope"].yes_bias(pope)
+        return {
+            "utility": scores["choice"].margin,
+            "robustness": scores["pope"].margin - YES_BIAS_WEIGHT * abs(bias),
+            "choice_accuracy": scores["choice"].accuracy,
+            "pope_accuracy": scores["pope"].accuracy,
+        }
+
+    def scores(self, model: nn.Module) -> dict[str, TaskScores]:
+        """Task ("pope", "choice") -> scores, for reporting."""
+        return {name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()}
+
+
+class _Task:
+    def __init__(self, model: nn.Module, processor: Any, questions: tuple[Question, ...], batch_size: int):
+        if not questions:
+            raise CalibrationError("The evaluator needs at least one question of each task.")
+        self.questions = questions
+        # Rows of like length together: less padding.
+        self.order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+        ordered = [questions[i] for i in self.order]
+        batches = [
+            encode(processor, [q.prompt for q in rows], [q.image for q in rows])
+            for rows in (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
+        ]
+        self.logits = AnswerLogits(model, batches)
+        tokens = _first_tokens(processor, sorted({label for q in questions for label in q.labels}))
+        width = max(len(q.labels) for q in ordered)
+        self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
+        self.right = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
+
+    def log_probabilities(self, model: nn.Module) -> Float[Tensor, "questions candidates"]:
+        """Log probability of each candidate among the candidates; -inf where a question has fewer."""
+        picked = self.logits(model).gather(1, self.candidates.clamp_min(0))
+        return picked.masked_fill(self.candidates < 0, -torch.inf).log_softmax(1)
+
+    def scores(self, log_probabilities: Tensor) -> TaskScores:
+        chosen = log_probabilities.argmax(1)
+        accuracy = 100 * float((chosen == self.right).float().mean())
+        guess = 1 / (self.candidates >= 0).sum(1)
+        p_right = log_probabilities.exp().gather(1, self.right[:, None])[:, 0]
+        said = dict(zip(self.order, chosen.tolist(), strict=True))
+        answers = [q.labels[said[i]] for i, q in enumerate(self.questions)]
+        yes_no = all(tuple(q.labels) == ("Yes", "No") for q in self.questions)
+        return TaskScores(
+            n=len(answers),
+            accuracy=accuracy,
+            accuracy_se=binomial_se(accuracy, len(answers)),
+            margin=float(((p_right - guess) / (1 - guess)).mean()),
+            yes_rate=100 * answers.count("Yes") / len(answers) if yes_no else None,
+            answers=tuple(answers),
+        )
+
+    def yes_bias(self, log_probabilities: Tensor) -> float:
+        """Mean probability of the first candidate less the share of questions that it answers."""
+        return float(log_probabilities[:, 0].exp().mean() - (self.right == 0).float().mean())
+
+
+def _first_tokens(processor: Any, candidates: Sequence[str]) -> dict[str, int]:
+    """Candidate -> id of the first token that the model would answer it with."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = {c: tokenizer(c, add_special_tokens=False)["input_ids"] for c in candidates}
+    first = {c: ids[0] for c, ids in tokens.items() if ids}
+    if len(set(first.values())) < len(candidates):
+        raise CalibrationError(f"The candidate answers {list(candidates)} do not differ in their first token: {tokens}.")
+    return first

@@ -1,0 +1,138 @@
+"""Allocation + budget -> exact integer keep counts.
+
+An allocation says how strongly each group should be kept (one logit per group; only differences count). The budget
+says how much may stay in all. Between the two lies one function, so that every allocator meets every budget exactly.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hipp_ext.errors import BudgetError
+from hipp_ext.groups import Group
+
+MIN_KEEP = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a keep count of one group may be.
+
+    Attributes:
+        round_to: the columns that stay are a multiple of this (kernels and quantisation groups like 64 or 128). A group
+            that stays whole is always allowed. 1: no constraint.
+        min_keep: least share of the units of a group that stays, in [0, 1]; at least one unit always does. A mapping
+            from group name to share sets it for single groups, the default serves the others.
+    """
+
+    round_to: int = 1
+    min_keep: float | Mapping[str, float] = MIN_KEEP
+
+    def __post_init__(self) -> None:
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise BudgetError(f"round_to={self.round_to!r}: a whole number of 1 or more is needed.")
+        shares = self.min_keep.values() if isinstance(self.min_keep, Mapping) else [self.min_keep]
+        for share in shares:
+            if not 0 <= share <= 1:
+                raise BudgetError(f"min_keep={share!r}: a share between 0 and 1 is needed.")
+
+    def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+        """(least allowed keep count, units per step) of every group; the full width is allowed on top."""
+        widths = np.array([g.width for g in groups], dtype=np.int64)
+        step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
+        floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(np.int64)
+        return np.minimum(-(-floor // step) * step, widths), step
+
+    def _share(self, group: Group) -> float:
+        return self.min_keep.get(group.name, MIN_KEEP) if isinstance(self.min_keep, Mapping) else self.min_keep
+
+
+def keep_counts(
+    groups: Sequence[Group],
+    allocation: Sequence[float],
+    pruning_ratio: float,
+    bounds: Bounds | None = None,
+) -> tuple[int, ...]:
+    """Keep counts, one per group, that remove at least `pruning_ratio` of the parameters and not one step more.
+
+    Every group keeps the share sigmoid(allocation + shift) of its units; the shift common to all is bisected, the
+    shares are rounded down to allowed counts, and what is left of the budget is spent on the groups that rounding
+    hurt most until no further step of any group fits. So the parameters kept are within one step (one unit, or
+    `round_to` columns) of the budget, never above it, and a higher allocation never yields a lower count than an equal
+    group with a lower one, up to that last step.
+
+    Args:
+        groups: from `find_groups`.
+        allocation: one finite logit per group, higher = keep more; only differences count.
+        pruning_ratio: parameters removed / prunable parameters, in [0, 1).
+        bounds: rounding and floors.
+
+    Raises:
+        BudgetError: the ratio is outside [0, 1) or cannot be reached within the bounds (the message says which
+            bounds, and the largest ratio that can), or the allocation does not fit the groups.
+    """
+    bounds = bounds or Bounds()
+    logits = np.asarray(allocation, dtype=np.float64)
+    if logits.shape != (len(groups),) or not np.isfinite(logits).all():
+        raise BudgetError(f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}.")
+    check_ratio(pruning_ratio)
+    cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
+    widths = np.array([g.width for g in groups], dtype=np.int64)
+    least, step = bounds.steps(groups)
+    target = math.floor((1 - pruning_ratio) * int(cost @ widths) + 1e-6)
+    if int(cost @ least) > target:
+        raise BudgetError(_unreachable(groups, least, int(cost @ least), int(cost @ widths), pruning_ratio, bounds))
+
+    def rounded_down(wanted: np.ndarray) -> np.ndarray:
+        counts = least + np.maximum(np.floor((wanted - least) / step + 1e-9), 0).astype(np.int64) * step
+        return np.where((wanted >= widths - 1e-9) | (counts > widths), widths, counts)
+
+    def wanted(shift: float) -> np.ndarray:
+        return widths / (1 + np.exp(-np.clip(logits + shift, -40, 40)))
+
+    low, high = -41 - float(logits.max()), 41 - float(logits.min())
+    for _ in range(48):
+        middle = (low + high) / 2
+        if int(cost @ rounded_down(wanted(middle))) <= target:
+            low = middle
+        else:
+            high = middle
+    counts = rounded_down(wanted(low))
+    return _spend_rest(counts, wanted(low), np.minimum(counts + step, widths) - counts, step, cost, widths, target)
+
+
+def check_ratio(pruning_ratio: float) -> None:
+    """Raise BudgetError unless `pruning_ratio` is a number in [0, 1)."""
+    number = isinstance(pruning_ratio, int | float | np.floating) and not isinstance(pruning_ratio, bool)
+    if not number or not 0 <= pruning_ratio < 1:
+        raise BudgetError(f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (the share that is removed).")
+
+
+def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
+    """The largest pruning_ratio that `bounds` allow."""
+    cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
+    least, _ = (bounds or Bounds()).steps(groups)
+    return 1 - int(cost @ least) / int(cost @ np.array([g.width for g in groups]))
+
+
+def _unreachable(groups, least, floor_cost, total, pruning_ratio, bounds) -> str:
+    tight = ", ".join(f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False))
+    return (
+        f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and round_to {bounds.round_to}: "
+        f"at most {1 - floor_cost / total:.4f} can go. Floors: {tight}{', ...' if len(groups) > 6 else ''}."
+    )
+
+
+def _spend_rest(counts, wanted, grow, step, cost, widths, target) -> tuple[int, ...]:
+    """Raise counts step by step, the largest shortfall (as a share of the width) first, while any step fits."""
+    left = target - int(cost @ counts)
+    while True:
+        fitting = (grow > 0) & (cost * grow <= left)
+        if not fitting.any():
+            return tuple(int(k) for k in counts)
+        i = int(np.argmax(np.where(fitting, (wanted - counts) / widths, -np.inf)))
+        left -= int(cost[i] * grow[i])
+        counts[i] += grow[i]
+        grow[i] = min(step[i], widths[i] - counts[i])

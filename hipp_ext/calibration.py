@@ -1,0 +1,143 @@
+"""Images and questions -> calibration batches, each a dict of the tensors that the model's forward takes."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hipp_ext.errors import CalibrationError
+
+Batch = dict[str, torch.Tensor]
+Calibration = Iterable[Mapping[str, torch.Tensor]]
+
+
+def resolve_calibration(model: nn.Module, calibration: Calibration | None = None, processor: Any = None) -> list[Batch]:
+    """The batches to measure on, checked.
+
+    Args:
+        model: what they are for.
+        calibration: batches; None: the testbed's pictures and questions through `processor`.
+        processor: None: the one beside the weights that `model` was loaded from.
+
+    Raises:
+        CalibrationError: there are no batches, no processor to make them, or a batch does not fit the model.
+    """
+    if calibration is None:
+        processor = processor or find_processor(model)
+        if processor is None:
+            raise CalibrationError(
+                f"No calibration data: pass calibration= (batches of {type(model).__name__}.forward's tensors), or processor= "
+                "to calibrate on the built-in pictures. None lies beside the model's weights"
+                f" ({getattr(getattr(model, 'config', None), '_name_or_path', '') or 'it was not loaded from a folder'})."
+            )
+        check_processor(model, processor)
+        from hipp_ext.testbed import calibration_batches
+
+        calibration = calibration_batches(processor)
+    batches = [dict(b) for b in calibration]
+    if not batches:
+        raise CalibrationError("The calibration holds no batches.")
+    for i, batch in enumerate(batches):
+        _check_batch(model, batch, i)
+    return batches
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answers: Sequence[str] | None = None) -> Batch:
+    """One left-padded batch: each prompt, with its image where there is one, through the processor's chat template.
+
+    Args:
+        processor: of a vision-language model with a chat template.
+        prompts: user turns.
+        images: a PIL image or None for each prompt.
+        answers: appended after the prompt; then `labels` holds the answers' tokens and -100 elsewhere.
+
+    Returns:
+        input_ids, attention_mask, pixel_values, ... as the model's forward takes them, and labels with answers.
+    """
+    texts = []
+    for prompt, image in zip(prompts, images, strict=True):
+        content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    pictures = [[i] for i in images if i is not None]
+    # Templates end in a line break or in "ASSISTANT:"; after the latter the answer follows a space.
+    full = (
+        texts if answers is None else [t + a if t[-1:].isspace() else f"{t} {a}" for t, a in zip(texts, answers, strict=True)]
+    )
+    # Only left padding puts the answer position of every row at the end.
+    batch = dict(processor(text=full, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"))
+    if answers is not None:
+        prompt_lengths = processor(text=texts, images=pictures or None, padding=True, padding_side="left",
+                                   return_tensors="pt")["attention_mask"].sum(1)  # fmt: skip
+        lengths = batch["attention_mask"].sum(1)
+        from_end = torch.arange(batch["input_ids"].shape[1], 0, -1)
+        is_answer = from_end[None] <= (lengths - prompt_lengths)[:, None]
+        batch["labels"] = torch.where(is_answer, batch["input_ids"], -100)
+    return batch
+
+
+def find_processor(model: nn.Module) -> Any | None:
+    """The processor (or tokenizer) in the folder that `model` was loaded from; None where there is none."""
+    from pathlib import Path
+
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not folder or not Path(folder).is_dir():
+        return None
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if (Path(folder) / "tokenizer_config.json").exists():
+            warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
+        return None
+
+
+def check_processor(model: nn.Module, processor: Any) -> None:
+    """Raise CalibrationError unless `processor` speaks the model's vocabulary and image token."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    if len(tokenizer) > rows:
+        raise CalibrationError(
+            f"This processor does not belong to the model: its vocabulary has {len(tokenizer)} tokens, the model {rows}."
+        )
+    expected, token = image_token_id(model), getattr(processor, "image_token", None)
+    if expected is not None and isinstance(token, str):
+        actual = tokenizer.convert_tokens_to_ids(token)
+        if actual != expected:
+            raise CalibrationError(
+                f"This processor does not belong to the model: its image token {token!r} has the id {actual}, the model "
+                f"expects {expected}."
+            )
+
+
+def image_token_id(model: nn.Module) -> int | None:
+    """Id of the token that stands for image features in `input_ids`; None for a model without images."""
+    config = getattr(model, "config", None)
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
+        raise CalibrationError(f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has {sorted(batch)}.")
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    if int(ids.max()) >= rows or int(ids.min()) < 0:
+        raise CalibrationError(
+            f"Calibration batch {index} holds token ids from {int(ids.min())} to {int(ids.max())}; the model has {rows}: "
+            "a processor of another model?"
+        )
+    token = image_token_id(model)
+    has_pixels = batch.get("pixel_values") is not None
+    if token is not None and bool((ids == token).any()) != has_pixels:
+        raise CalibrationError(
+            f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) and "
+            f"{'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another model?"
+        )
+    if has_pixels and token is None:
+        raise CalibrationError(f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image token.")

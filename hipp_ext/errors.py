@@ -1,0 +1,44 @@
+"""Errors that a user's input can cause. Each says what was asked, what came in, and what to do."""
+
+
+class HippError(Exception):
+    """Base of every error that hipp-ext raises on purpose."""
+
+
+class PreferenceError(HippError, ValueError):
+    """A preference that is not a point on the simplex (negative, NaN, all zero)."""
+
+
+class BudgetError(HippError, ValueError):
+    """A budget that no allocation within the bounds can meet."""
+
+
+class PlanError(HippError, ValueError):
+    """A plan that is malformed, or that belongs to another model."""
+
+
+class UnsupportedModelError(HippError, TypeError):
+    """A model whose groups cannot be mapped; the message lists what was found."""
+
+
+class CalibrationError(HippError, ValueError):
+    """Calibration data that is missing, empty, or does not fit the model or processor."""
+
+
+class CheckpointError(HippError, ValueError):
+    """A model folder that is incomplete, damaged, or of an unknown format."""
+
+
+class DataError(HippError, ValueError):
+    """An evaluation data set that is missing or malformed."""
+
+
+class OutputExistsError(HippError, FileExistsError):
+    """The output path exists, and overwriting it was not asked for."""
+
+
+class MissingExtraError(HippError, ImportError):
+    """A host library is not installed; the message names the extra to install."""
+
+    def __init__(self, library: str, extra: str):
+        super().__init__(f'{library} is not installed. Install it with: pip install "hipp-ext[{extra}]"')

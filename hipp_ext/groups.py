@@ -1,0 +1,202 @@
+"""A transformers model -> its groups: what can go, what must go together, and what one unit costs.
+
+A decoder layer has two groups. In the attention group a unit is a whole KV group: one key head, one value head and
+every query head that shares them (one of each under multi-head attention). In the FFN group a unit is a channel.
+Groups are found by structure (which linear layers a block holds), not by a list of class names.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from hipp_ext.errors import UnsupportedModelError
+
+Tower = Literal["language", "vision"]
+Kind = Literal["attention", "ffn"]
+CONSUMERS = {"attention": ("o_proj", "out_proj"), "ffn": ("down_proj", "fc2")}
+PRODUCERS = {"attention": ("q_proj", "k_proj", "v_proj"), "ffn": ("gate_proj", "up_proj", "fc1")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that a plan chooses among.
+
+    Attributes:
+        tower: "language" or "vision".
+        layer: index of the layer in its tower, from 0.
+        kind: "attention" (unit: a KV group) or "ffn" (unit: a channel).
+        width: number of units.
+        producers: names of the linear layers whose output rows belong to the units.
+        rows: rows of each producer that one unit owns, in the order of `producers`.
+        consumer: name of the linear layer that reads the units.
+        columns: input columns of the consumer that one unit owns.
+        unit_parameters: parameters that leave with one unit, biases included.
+        unit_flops: floating-point operations per token that leave with one unit (two per multiply-accumulate of
+            its weights); attention over the context comes on top, see `context_flops`.
+    """
+
+    tower: Tower
+    layer: int
+    kind: Kind
+    width: int
+    producers: tuple[str, ...]
+    rows: tuple[int, ...]
+    consumer: str
+    columns: int
+    unit_parameters: int
+    unit_flops: int
+
+    @property
+    def name(self) -> str:
+        """Key of this group in scores, plans and masks, such as "language.3.ffn"."""
+        return f"{self.tower}.{self.layer}.{self.kind}"
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all units together."""
+        return self.width * self.unit_parameters
+
+    def context_flops(self, context: int) -> int:
+        """FLOPs per token and unit for scores and weighted sum over `context` keys; 0 for an FFN group."""
+        return 4 * self.columns * context if self.kind == "attention" else 0
+
+    def multiple(self, round_to: int) -> int:
+        """Smallest number of units whose columns together are a multiple of `round_to`."""
+        return round_to // math.gcd(round_to, self.columns)
+
+
+def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[Group, ...]:
+    """The groups of `model`, layer by layer, attention before FFN.
+
+    Args:
+        model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3, LLaVA, LLaVA-NeXT,
+            Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
+        towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone unless asked for.
+
+    Raises:
+        UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be mapped. Nothing is
+            ever skipped in silence; the message lists the modules in question.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[Group] = []
+    for tower in towers:
+        for index, layer in enumerate(tower_layers(model, tower)):
+            for kind in ("attention", "ffn"):
+                groups.append(_map_block(names, tower, index, kind, _find_block(layer, kind, names)))
+    return tuple(groups)
+
+
+def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
+    """The layers of a tower, in order."""
+    root = decoder(model) if tower == "language" else _vision_tower(model)
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _has_attention(m[0])]
+    if len(lists) != 1:
+        raise UnsupportedModelError(
+            f"Looked for the layers of the {tower} tower of {type(model).__name__} and found {len(lists)} lists of "
+            f"blocks with {PRODUCERS['attention']} and one of {CONSUMERS['attention']}. Modules of the tower: {_listing(root)}"
+        )
+    return lists[0]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The language tower: the module that turns input embeddings into hidden states."""
+    get_decoder = getattr(model, "get_decoder", None)
+    if get_decoder is None:
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model with a decoder.")
+    return get_decoder()
+
+
+def _vision_tower(model: nn.Module) -> nn.Module:
+    for path in ("vision_tower", "vision_model", "visual"):
+        for root in (model, getattr(model, "model", None)):
+            if isinstance(getattr(root, path, None), nn.Module):
+                return getattr(root, path)
+    raise UnsupportedModelError(f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}")
+
+
+def _has_attention(layer: nn.Module) -> bool:
+    return any(_match(block, "attention") for block in layer.children())
+
+
+def _match(block: nn.Module, kind: Kind) -> tuple[list[str], str] | None:
+    """(producers, consumer) as child names when `block` has the shape of an attention or FFN block."""
+    children = dict(block.named_children())
+    linear = {n for n, m in children.items() if isinstance(m, nn.Linear)}
+    producers = [n for n in PRODUCERS[kind] if n in linear]
+    consumers = [n for n in CONSUMERS[kind] if n in linear]
+    complete = len(producers) == 3 if kind == "attention" else producers in (["gate_proj", "up_proj"], ["up_proj"], ["fc1"])
+    return (producers, consumers[0]) if complete and len(consumers) == 1 else None
+
+
+def _find_block(layer: nn.Module, kind: Kind, names: dict[nn.Module, str]) -> nn.Module:
+    found = [child for child in layer.children() if _match(child, kind)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"Layer {names[layer]} ({type(layer).__name__}) has {len(found)} {kind} blocks that can be mapped; one with "
+            f"linear layers {' + '.join(PRODUCERS[kind])} -> {' or '.join(CONSUMERS[kind])} is needed (mixtures of experts "
+            f"and fused projections are not supported). Its modules: {_listing(layer)}"
+        )
+    return found[0]
+
+
+def _map_block(names: dict[nn.Module, str], tower: Tower, index: int, kind: Kind, block: nn.Module) -> Group:
+    matched = _match(block, kind)
+    assert matched is not None
+    producers = [getattr(block, n) for n in matched[0]]
+    consumer = getattr(block, matched[1])
+    columns, width = _attention_units(block, names) if kind == "attention" else (1, consumer.in_features)
+    rows = tuple(p.out_features // width for p in producers)
+    if consumer.in_features != width * columns or any(
+        p.out_features != width * r for p, r in zip(producers, rows, strict=True)
+    ):
+        raise UnsupportedModelError(
+            f"{names[block]}: {width} units do not divide its linear layers: "
+            + ", ".join(f"{names[m]} {m.in_features}->{m.out_features}" for m in (*producers, consumer))
+        )
+    weights = sum(p.in_features * r for p, r in zip(producers, rows, strict=True)) + consumer.out_features * columns
+    biases = sum(r for p, r in zip(producers, rows, strict=True) if p.bias is not None)
+    return Group(
+        tower=tower, layer=index, kind=kind, width=width, producers=tuple(names[p] for p in producers), rows=rows,
+        consumer=names[consumer], columns=columns, unit_parameters=weights + biases, unit_flops=2 * weights,
+    )  # fmt: skip
+
+
+def _attention_units(block: Any, names: dict[nn.Module, str]) -> tuple[int, int]:
+    """(columns of one KV group, number of KV groups) of an attention block."""
+    head_dim = getattr(block, "head_dim", None)
+    if not isinstance(head_dim, int) or block.k_proj.out_features % head_dim:
+        raise UnsupportedModelError(f"{names[block]} ({type(block).__name__}) has no head_dim that divides its k_proj.")
+    projections = set(PRODUCERS["attention"] + CONSUMERS["attention"])
+    for name, parameter in block.named_parameters():
+        if name.split(".")[0] not in projections and parameter.shape != (head_dim,):
+            raise UnsupportedModelError(
+                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: only parameters shared by all heads, of "
+                f"shape ({head_dim},), can stay when heads go."
+            )
+    kv_groups = block.k_proj.out_features // head_dim
+    return block.q_proj.out_features // kv_groups, kv_groups
+
+
+def _listing(module: nn.Module, limit: int = 30) -> str:
+    names = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n]
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer called `name`."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear), (name, type(module))
+    return module
+
+
+def block_of(model: nn.Module, group: Group) -> Any:
+    """The attention or FFN module that holds the layers of `group`."""
+    return model.get_submodule(group.consumer.rpartition(".")[0])
+
+
+def total_parameters(groups: Iterable[Group]) -> int:
+    """Prunable parameters: those of all units of all groups."""
+    return sum(g.parameters for g in groups)

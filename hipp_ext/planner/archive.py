@@ -1,0 +1,97 @@
+"""Every plan that was ever evaluated, one JSON line each; the front is read from it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import moocore
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hipp_ext.errors import CheckpointError
+from hipp_ext.files import write_atomic
+from hipp_ext.planner.reward import Reward
+
+REFERENCE_POINT = (0.0, 0.0, 0.0)  # of the hypervolume: guessing on both tasks, nothing removed
+
+
+class Record(BaseModel):
+    """One evaluated plan.
+
+    Attributes:
+        step, index: which rollout of the fit it was.
+        preference: the preference it was drawn for.
+        pruning_ratio: the budget that was asked for; the reward's compression is what came out.
+        allocation: logit per group.
+        keeps: keep count per group.
+        reward: what was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: int
+    index: int
+    preference: tuple[float, float, float]
+    pruning_ratio: float
+    allocation: tuple[float, ...]
+    keeps: tuple[int, ...]
+    reward: Reward
+
+
+class Archive:
+    """Records in the order of their evaluation, in memory and, with a path, in a JSONL file that survives kill -9."""
+
+    def __init__(self, path: str | Path | None = None):
+        """Read what is at `path`; half a last line, left by a killed process, is dropped.
+
+        Raises:
+            CheckpointError: a line other than the last is not a record.
+        """
+        self.path = Path(path) if path is not None else None
+        self.records: list[Record] = []
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text().split("\n")
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line:
+                        self.records.append(Record.model_validate_json(line))
+                except ValidationError as error:
+                    if number < len(lines):
+                        raise CheckpointError(f"{self.path}, line {number}, is not a record: {error}") from None
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add records and write them out."""
+        self.records.extend(records)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("".join(r.model_dump_json() + "\n" for r in records))
+
+    def keep_steps_before(self, step: int) -> list[Record]:
+        """Remove the records of `step` and later, and return them; half a line goes too."""
+        later = [r for r in self.records if r.step >= step]
+        self.records = [r for r in self.records if r.step < step]
+        if self.path is not None and self.path.exists():
+            write_atomic(self.path, "".join(r.model_dump_json() + "\n" for r in self.records))
+        return later
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def front(self) -> list[Record]:
+        """The records that no other dominates in utility, robustness and compression, by compression; no two alike."""
+        distinct = list({r.keeps: r for r in self.records}.values())
+        if not distinct:
+            return []
+        points = np.array([r.reward.objectives() for r in distinct])
+        keep = moocore.is_nondominated(points, maximise=True, keep_weakly=False)
+        return sorted((r for r, k in zip(distinct, keep, strict=True) if k), key=lambda r: r.reward.compression)
+
+    def hypervolume(self) -> float:
+        """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
+        points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
+        return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True)) if len(points) else 0.0
+
+
+def dump_json(value: object) -> str:
+    """JSON as this package writes it: indented, newline at the end."""
+    return json.dumps(value, indent=1) + "\n"

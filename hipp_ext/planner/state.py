@@ -1,0 +1,171 @@
+"""Scores and measurements -> what the policy sees: one state token per group, comparable across models."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hipp_ext.answers import AnswerLogits
+from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_calibration
+from hipp_ext.errors import PlanError
+from hipp_ext.groups import Group, find_groups, linear, total_parameters
+from hipp_ext.masks import check_scores, plan_from_counts
+from hipp_ext.scorers import Scorer, SynFlow, VisualSensitivity, WandaSP
+from hipp_ext.surgery import masked
+
+RATIOS = (0.25, 0.5)  # shares of a group's units removed when its sensitivity is measured
+QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
+FEATURES = 2 + 3 + len(QUANTILES) + len(RATIOS) + 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Signals:
+    """What was measured of a model, once; any number of plans can be made from it.
+
+    Attributes:
+        groups: the groups, in order (G of them).
+        scores: group name -> score per unit, which ranks the units.
+        scorer: name of the scorer of `scores`.
+        sensitivity: (G, 2) KL divergence [nats] of the answer distribution when the lowest 25% and 50% of a group's units go.
+        visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
+        flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
+        digest: of the groups and the weights they were measured on.
+    """
+
+    groups: tuple[Group, ...]
+    scores: Mapping[str, Tensor]
+    scorer: str
+    sensitivity: Float[Tensor, "groups 2"]
+    visual: Float[Tensor, " groups"]
+    flow_shares: Mapping[str, Tensor]
+    digest: str
+
+    @functools.cached_property
+    def state(self) -> Float[Tensor, "groups features"]:
+        """One token per group: kind, position, size, importance curve, sensitivity, visual signal, stability."""
+        groups = self.groups
+        depth = max(max(g.layer for g in groups), 1)
+        total = total_parameters(groups)
+        columns = [torch.tensor([float(g.kind == k) for g in groups]) for k in ("attention", "ffn")]
+        columns.append(torch.tensor([g.layer / depth for g in groups]))
+        columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
+        columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
+        columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
+        columns += [_standard((self.sensitivity[:, i] + 1e-6).log()) for i in range(len(RATIOS))]
+        columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
+        return torch.stack([c.float() for c in columns], 1)
+
+    @functools.cached_property
+    def visual_rank(self) -> Float[Tensor, " groups"]:
+        """Log of the visual signal, standardised within each kind (flow and drift are different quantities)."""
+        result = torch.zeros(len(self.groups))
+        for kind in ("attention", "ffn"):
+            rows = torch.tensor([i for i, g in enumerate(self.groups) if g.kind == kind], dtype=torch.long)
+            if len(rows) and float(self.visual[rows].max()) > 0:
+                result[rows] = _standard((self.visual[rows] + 1e-9).log())
+        return result
+
+    @functools.cached_property
+    def prior(self) -> Float[Tensor, " groups"]:
+        """Allocation that measured sensitivity alone suggests: log of KL per removed share squared, per parameter.
+
+        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
+        removed share is proportional to parameters / curvature; see `Policy` for how sharply it is followed.
+        """
+        curvature = (self.sensitivity / torch.tensor(RATIOS).square()).mean(1) + 1e-6
+        cost = torch.tensor([float(g.parameters) for g in self.groups])
+        logits = (curvature / cost).log()
+        return (logits - logits.mean()).float()
+
+
+def measure_signals(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    *,
+    processor: Any = None,
+    scorer: Scorer | None = None,
+    groups: Sequence[Group] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Signals:
+    """Measure everything the policy's state needs; the model is left as it was.
+
+    Args:
+        model: to be planned for.
+        calibration: batches; None: the testbed's through `processor`.
+        processor: of a vision-language model; None: the one beside its weights.
+        scorer: ranks the units of a group; None: WandaSP.
+        groups: None: those of the language tower.
+        progress: called with a line at the start of every measurement.
+    """
+    groups = tuple(groups) if groups is not None else find_groups(model)
+    batches = resolve_calibration(model, calibration, processor)
+    scorer, say = scorer or WandaSP(), progress or (lambda _: None)
+    say(f"scoring units ({scorer.name})")
+    scores = scorer(model, batches, groups=groups)
+    say("measuring visual sensitivity")
+    visual = torch.zeros(len(groups))
+    if image_token_id(model) is not None:
+        by_unit = VisualSensitivity()(model, batches, groups=[g for g in groups if g.tower == "language"])
+        visual = torch.stack([by_unit[g.name].sum() if g.name in by_unit else torch.tensor(0.0) for g in groups])
+    say("measuring synaptic flow")
+    flow_shares = SynFlow()(model, groups=groups)
+    say("measuring the sensitivity of every group")
+    return Signals(
+        groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
+        sensitivity=measure_sensitivity(model, batches, groups, scores), digest=model_digest(model, groups),
+    )  # fmt: skip
+
+
+def measure_sensitivity(
+    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], scores: Mapping[str, Tensor]
+) -> Float[Tensor, "groups 2"]:
+    """(G, 2) mean KL [nats] of the answer distribution from dense, when one group loses its lowest 25% and 50% of units."""
+    check_scores(groups, scores)
+    answers = AnswerLogits(model, batches)
+    dense = answers(model).log_softmax(-1)
+    result = torch.zeros(len(groups), len(RATIOS))
+    for i, group in enumerate(groups):
+        for j, ratio in enumerate(RATIOS):
+            counts = [g.width for g in groups]
+            counts[i] = max(1, round(group.width * (1 - ratio)))
+            with masked(model, plan_from_counts(groups, counts, scores)):
+                pruned = answers(model).log_softmax(-1)
+            removed = 1 - counts[i] / group.width
+            kl = (dense.exp() * (dense - pruned)).sum(-1).mean().clamp_min(0)
+            # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
+            result[i, j] = kl * (ratio / removed) ** 2 if removed else 0.0
+    return result
+
+
+def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
+    """Hex digest of the groups and of a sample of every consumer's weights, so that signals meet their own model only."""
+    digest = hashlib.sha256(repr(groups).encode())
+    for g in groups:
+        weight = linear(model, g.consumer).weight.detach().flatten()
+        sample = weight[:: max(1, weight.numel() // 64)].float().cpu()
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_signals(signals: Signals, model: nn.Module) -> None:
+    """Raise PlanError unless `signals` were measured on `model` with the weights it has now."""
+    groups = find_groups(model, tuple(dict.fromkeys(g.tower for g in signals.groups)))
+    if model_digest(model, groups) != signals.digest:
+        raise PlanError(f"The signals were measured on another model than this {type(model).__name__}, or on other weights.")
+
+
+def _standard(x: Tensor) -> Tensor:
+    x = x.float()
+    return (x - x.mean()) / x.std(unbiased=False).clamp_min(1e-6) if float(x.std(unbiased=False)) > 1e-6 else x * 0
+
+
+def _curve(scores: Tensor, share: float) -> float:
+    """Share of the group's total score in its top `share` of units, above what equal scores would give."""
+    positive = scores.double() - min(float(scores.min()), 0.0)
+    top = positive.sort(descending=True).values[: max(1, round(share * len(scores)))]
+    return float(top.sum() / positive.sum().clamp_min(1e-30)) - share

@@ -1,0 +1,48 @@
+"""What the user wants: a point on the simplex."""
+
+import math
+from dataclasses import dataclass
+
+from hipp_ext.errors import PreferenceError
+
+
+@dataclass(frozen=True, init=False)
+class Preference:
+    """How much utility, hallucination robustness and compression matter to each other; the three sum to one.
+
+    Args:
+        utility: weight of task accuracy (ScienceQA on the testbed).
+        robustness: weight of not hallucinating objects (POPE).
+        compression: weight of removing parameters.
+
+    Only proportions count: (4, 4, 2) is (0.4, 0.4, 0.2).
+
+    Raises:
+        PreferenceError: a component is negative, not finite or not a number, or all are zero.
+
+    Source: arXiv 2603.06270, abstract: a user preference vector over the same objectives.
+    """
+
+    utility: float
+    robustness: float
+    compression: float
+
+    def __init__(self, utility: float = 0.0, robustness: float = 0.0, compression: float = 0.0):
+        given = {"utility": utility, "robustness": robustness, "compression": compression}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise PreferenceError(f"Preference({name}={value!r}): a finite number of 0 or more is needed.")
+        largest = max(given.values())
+        if largest == 0:
+            raise PreferenceError("Preference(0, 0, 0) wants nothing: at least one component must be above 0.")
+        # Scaled by the largest first, so that neither huge nor denormal components leave the simplex.
+        total = sum(v / largest for v in given.values())
+        for name, value in given.items():
+            object.__setattr__(self, name, value / largest / total)
+
+    def as_tuple(self) -> tuple[float, float, float]:
+        """(utility, robustness, compression), summing to one."""
+        return self.utility, self.robustness, self.compression
+
+    def __str__(self) -> str:
+        return f"utility {self.utility:.2f}, robustness {self.robustness:.2f}, compression {self.compression:.2f}"

@@ -1,0 +1,163 @@
+"""What every scorer promises, and the one pass over activations that several of them share."""
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hipp_ext.calibration import Batch, Calibration, resolve_calibration
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.groups import Group, find_groups, linear
+
+
+class Scorer(abc.ABC):
+    """Ranks the units of every group: `scorer(model, calibration)`.
+
+    A scorer says which units of a group go first; how many go is the allocation's business. Scores of different
+    groups need not be comparable. Subclasses implement `_score` and nothing else.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        model: nn.Module,
+        calibration: Calibration | None = None,
+        *,
+        processor: Any = None,
+        groups: Sequence[Group] | None = None,
+    ) -> dict[str, Float[Tensor, " width"]]:
+        """Group name -> one float32 score per unit, on the CPU, higher = keep.
+
+        Args:
+            model: left as it was found: weights, gradients, requires_grad, train/eval.
+            calibration: batches of the forward's tensors; None: the testbed's, through `processor`.
+            groups: which groups to score; None: those of the language tower.
+
+        Raises:
+            CalibrationError: no calibration where one is needed, or batches that do not fit.
+            UnsupportedModelError: groups cannot be mapped, or the scores came out as NaN or infinity.
+        """
+        groups = tuple(groups) if groups is not None else find_groups(model)
+        batches = resolve_calibration(model, calibration, processor) if self.needs_calibration else []
+        with evaluating(model):
+            raw = self._score(model, groups, batches)
+        scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}
+        for g in groups:
+            assert scores[g.name].shape == (g.width,), (g.name, scores[g.name].shape)
+            if not torch.isfinite(scores[g.name]).all():
+                raise UnsupportedModelError(
+                    f"{self.name} gave NaN or infinity for {g.name}: weights or activations of {type(model).__name__} "
+                    "are not finite on this calibration (fp16 overflow? try bfloat16)."
+                )
+        return scores
+
+    @property
+    def name(self) -> str:
+        """Name written into plans."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+        """Group name -> (width,) scores, any dtype and device."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every module's own mode again after it."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def forward(model: nn.Module, batch: Batch, labels: bool = False) -> Any:
+    """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted."""
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
+    return model(**inputs, use_cache=False)
+
+
+def consumer_weight(model: nn.Module, group: Group) -> Tensor:
+    """Weight (out, width * columns) of the linear layer that reads the units of `group`."""
+    return linear(model, group.consumer).weight
+
+
+def per_unit(values: Float[Tensor, " inputs"], group: Group) -> Float[Tensor, "width columns"]:
+    """Values per input column of the consumer, one row per unit."""
+    return values.view(group.width, group.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputMoments:
+    """Statistics of a consumer's inputs over tokens; per column, float64, on the CPU.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        sum: sum of the inputs.
+        square_sum: sum of their squares.
+    """
+
+    tokens: int
+    sum: Float[Tensor, " columns"]
+    square_sum: Float[Tensor, " columns"]
+
+    @property
+    def norm(self) -> Float[Tensor, " columns"]:
+        """L2 norm over all tokens."""
+        return self.square_sum.sqrt()
+
+    @property
+    def variance(self) -> Float[Tensor, " columns"]:
+        """Population variance over tokens."""
+        mean = self.sum / max(self.tokens, 1)
+        return (self.square_sum / max(self.tokens, 1) - mean.square()).clamp_min(0)
+
+
+TokenFilter = Callable[[Batch], Tensor]
+
+
+def valid_tokens(batch: Batch) -> Tensor:
+    """(batch, tokens) mask of tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], tokens: TokenFilter = valid_tokens
+) -> dict[str, InputMoments]:
+    """Group name -> moments of its consumer's inputs, in one forward pass per batch.
+
+    Args:
+        tokens: which tokens of the language tower count (default: all but padding); vision towers count all patches.
+    """
+    totals = {g.name: [0, 0.0, 0.0] for g in groups}
+    with contextlib.ExitStack() as stack, evaluating(model):
+        current: list[Tensor] = []
+
+        def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
+            def hook(_: nn.Module, args: tuple) -> None:
+                x = args[0].detach()
+                x = x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2)
+                total = totals[group.name]
+                total[0] += x.shape[0]
+                total[1] = total[1] + x.sum(0, dtype=torch.float32).double().cpu()
+                total[2] = total[2] + x.float().square().sum(0).double().cpu()
+
+            return hook
+
+        for g in groups:
+            stack.callback(model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove)
+        for batch in batches:
+            current[:] = [tokens(batch)]
+            forward(model, batch)
+    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}  # type: ignore[arg-type]

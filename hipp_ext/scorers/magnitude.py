@@ -1,0 +1,32 @@
+"""Magnitude: how large the weights of a unit are. Needs no data."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hipp_ext.calibration import Batch
+from hipp_ext.groups import Group, linear
+from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
+
+
+class Magnitude(Scorer):
+    """L2 norm of all weights of a unit: its rows in the producers and its columns in the consumer. Higher = keep.
+
+    Source: Li et al., Pruning Filters for Efficient ConvNets (arXiv 1608.08710), for coupled layers as in DepGraph
+    (arXiv 2301.12900).
+    Differs from the paper: L2 instead of L1, and the norm of the whole coupled unit instead of one layer's filter.
+    """
+
+    needs_calibration = False
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+        scores = {}
+        for g in groups:
+            squares = per_unit(consumer_weight(model, g).float().square().sum(0), g).sum(1)
+            for name in g.producers:
+                weight = linear(model, name).weight
+                squares = squares + weight.float().square().view(g.width, -1).sum(1)
+            scores[g.name] = squares.sqrt()
+        return scores

@@ -1,0 +1,45 @@
+"""Taylor: how much the loss would change, to first order, if a unit were removed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hipp_ext.calibration import Batch
+from hipp_ext.errors import CalibrationError
+from hipp_ext.groups import Group
+from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit
+
+
+class Taylor(Scorer):
+    """Root mean square over batches of the loss's derivative with respect to a gate on the unit's output. Higher = keep.
+
+    The gate derivative equals the sum of W * dL/dW over the unit's columns of the consumer's weight W, so only those
+    gradients are kept. The calibration needs `labels`; small batches give a finer average.
+
+    Source: Molchanov et al. (arXiv 1906.10771), eq. 8, gates placed after the layer.
+    Differs from the paper: squares are averaged over batches instead of single examples.
+    """
+
+    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+        for i, batch in enumerate(batches):
+            if "labels" not in batch:
+                raise CalibrationError(f"Taylor needs a loss: calibration batch {i} has no labels, only {sorted(batch)}.")
+        weights = [consumer_weight(model, g) for g in groups]
+        squares = [torch.zeros(g.width, dtype=torch.float64) for g in groups]
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
+            for batch in batches:
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(forward(model, batch, labels=True).loss, weights)
+                for g, weight, gradient, square in zip(groups, weights, gradients, squares, strict=True):
+                    gate = (weight.detach().float() * gradient.float()).sum(0).double().cpu()
+                    square += per_unit(gate, g).sum(1).square()
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        return {g.name: (s / len(batches)).sqrt() for g, s in zip(groups, squares, strict=True)}

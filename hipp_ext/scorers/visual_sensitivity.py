@@ -1,0 +1,209 @@
+"""Visual sensitivity: how much of what the language tower computes comes from the image. HiPP-Prune's signal.
+
+Attention groups: the flow from vision tokens into the hidden states of text tokens, per head, measured inside the
+attention function without ever holding attention for the whole sequence. FFN groups: how far the block moves the
+hidden states of the vision tokens, shared among its channels by what they write there.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hipp_ext.calibration import Batch, image_token_id
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.groups import Group, block_of, decoder, tower_layers
+from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit, valid_tokens
+
+PROBE = "hipp_visual_probe"
+
+
+class VisualSensitivity(Scorer):
+    """Visual flow per KV group, visual drift per FFN channel; both relative to the hidden state, so comparable over layers.
+
+    Attention: mean over the text tokens that can see an image of ||sum_j a_ij v_j W_O|| / ||h_i||, j over vision tokens
+    that are no sinks, summed over the query heads of the KV group. FFN: mean over vision tokens of 1 - cos(h, h + FFN(h)),
+    split over channels in proportion to their WandaSP score on vision tokens. Higher = keep. Zero without an image.
+
+    Args:
+        sink_threshold: a vision token whose hidden state has a component this many times its root mean square is an
+            attention sink and does not count.
+
+    Raises (when called):
+        UnsupportedModelError: the model has no image token, or groups of the vision tower are asked for.
+
+    Source: HiPP-Prune (arXiv 2603.06270, abstract): "attention flow between vision tokens and language hidden states";
+    sinks: "See What You Are Told" (arXiv 2503.03321); drift: ATV-Pruning (arXiv 2603.16001).
+    Differs from the paper: its formula is not public. Value-weighting, sink removal and the drift for FFN are our choice.
+    """
+
+    def __init__(self, sink_threshold: float = 20.0):
+        self.sink_threshold = sink_threshold
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+        token = image_token_id(model)
+        if token is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no image token: it has no visual sensitivity.")
+        if any(g.tower != "language" for g in groups):
+            raise UnsupportedModelError("Visual sensitivity is a property of the language tower only.")
+        probe = _Probe(model, groups, self.sink_threshold)
+        with probe.attached():
+            for batch in batches:
+                probe.batch = _Tokens(batch, token)
+                forward(model, batch)
+        return {g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups}
+
+
+class _Tokens:
+    """Where the vision tokens of a batch are, and which text tokens can see one."""
+
+    def __init__(self, batch: Batch, image_token: int):
+        valid = valid_tokens(batch)
+        self.vision = (batch["input_ids"] == image_token) & valid.to(batch["input_ids"].device)
+        seeing = valid & ~self.vision & (self.vision.cumsum(1) > 0)
+        self.count = int(seeing.sum())
+        longest = max(int(seeing.sum(1).max()), 1)
+        # Indices of the text tokens of every row, padded with token 0, which `used` then leaves out.
+        order = torch.argsort(~seeing, dim=1, stable=True)[:, :longest]
+        self.text, self.used = order, seeing.gather(1, order)
+
+
+class _Probe:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], sink_threshold: float):
+        self.model, self.groups, self.sink_threshold = model, groups, sink_threshold
+        self.batch: Any = None
+        self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it
+        self.ffn_output: dict[int, Tensor] = {}
+        self.totals: dict[str, Any] = {g.name: 0.0 for g in groups}
+        self.counts: dict[str, int] = {g.name: 0 for g in groups}
+        self.squares: dict[str, Any] = {g.name: 0.0 for g in groups if g.kind == "ffn"}
+        self.grams: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.register(PROBE, self._attend)
+        # Without a mask of the same name transformers builds none, and padding would be attended to.
+        AttentionMaskInterface.register(PROBE, sdpa_mask)
+        configs, layers = [], tower_layers(self.model, "language")
+        with contextlib.ExitStack() as stack:
+            for module in decoder(self.model).modules():
+                config = getattr(module, "config", None)
+                if config is not None and all(config is not c for c, _ in configs):
+                    configs.append((config, config._attn_implementation))
+            stack.callback(lambda: [setattr(c, "_attn_implementation_internal", old) for c, old in configs])
+            for config, _ in configs:
+                config._attn_implementation_internal = PROBE
+            for g in self.groups:
+                self._watch(stack, g, layers[g.layer])
+            yield
+
+    def _watch(self, stack: contextlib.ExitStack, g: Group, layer: nn.Module) -> None:
+        block = block_of(self.model, g)
+        if g.kind == "attention":
+            block._hipp_group = g
+            stack.callback(lambda: delattr(block, "_hipp_group"))
+
+            def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
+                self.hidden[g.layer] = args[0] if args else kwargs["hidden_states"]
+
+            stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
+            return
+        stack.callback(self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove)
+        stack.callback(layer.register_forward_hook(self._drift(g)).remove)
+        stack.callback(block.register_forward_hook(self._keep_output(g)).remove)
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        group = getattr(module, "_hipp_group", None)
+        if group is not None and self.batch.count:
+            self._add_flow(group, module, query, key, value, attention_mask, kwargs.get("scaling"))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    def _add_flow(self, g: Group, module: nn.Module, query, key, value, mask, scaling) -> None:
+        """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
+        text, used = self.batch.text.to(query.device), self.batch.used.to(query.device)
+        repeat = query.shape[1] // key.shape[1]
+        rows = query.gather(2, text[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        grouped = rows.unflatten(1, (key.shape[1], repeat)).flatten(2, 3)  # query heads of a KV group share its keys
+        logits = (grouped @ key.transpose(2, 3)) * (scaling or query.shape[3] ** -0.5)
+        logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
+        logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
+        vision = (self._sightings(g.layer) & ~self._sinks(g.layer)).to(query.device)
+        attention = logits.softmax(-1, dtype=torch.float32).to(value.dtype) * vision[:, None, None, :]
+        context = (attention.unflatten(1, (key.shape[1], repeat)).flatten(2, 3) @ value).unflatten(2, (repeat, -1))
+        context = context.flatten(1, 2).float()  # (batch, heads, text, head_dim)
+        if g.name not in self.grams:
+            columns = consumer_weight(self.model, g).float().unflatten(1, (-1, query.shape[3])).transpose(0, 1)
+            self.grams[g.name] = columns.transpose(1, 2) @ columns  # ||c W_O||^2 = c G c, head_dim wide
+        norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
+        hidden = self.hidden[g.layer].float().norm(dim=-1).gather(1, text).clamp_min(1e-6)
+        relative = (norm / hidden[:, None]) * used[:, None]
+        self.totals[g.name] = self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
+        self.counts[g.name] += self.batch.count
+
+    def _sightings(self, layer: int) -> Bool[Tensor, "batch tokens"]:
+        return self.batch.vision.to(self.hidden[layer].device)
+
+    def _sinks(self, layer: int) -> Bool[Tensor, "batch tokens"]:
+        hidden = self.hidden[layer].float()
+        return hidden.abs().amax(-1) > self.sink_threshold * hidden.square().mean(-1).sqrt()
+
+    def _channels(self, g: Group):
+        def hook(_: nn.Module, args: tuple) -> None:
+            x = args[0][self.batch.vision.to(args[0].device)]
+            self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
+
+        return hook
+
+    def _keep_output(self, g: Group):
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+            self.ffn_output[g.layer] = output
+
+        return hook
+
+    def _drift(self, g: Group):
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            where = self.batch.vision.to(after.device)
+            after, moved = after[where].float(), self.ffn_output.pop(g.layer)[where].float()
+            drift = 1 - torch.nn.functional.cosine_similarity(after - moved, after, dim=-1)
+            self.totals[g.name] = self.totals[g.name] + float(drift.sum())
+            self.counts[g.name] += after.shape[0]
+
+        return hook
+
+    def flow(self, g: Group) -> Float[Tensor, " width"]:
+        if not self.counts[g.name]:
+            return torch.zeros(g.width)
+        return self.totals[g.name] / self.counts[g.name]
+
+    def drift_share(self, g: Group) -> Float[Tensor, " width"]:
+        if not self.counts[g.name]:
+            return torch.zeros(g.width)
+        weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
+        share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
+        return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
+
+
+def _row_bias(mask: Tensor | None, text: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """(batch, 1, text, keys) additive mask for the given query rows; without a mask attention is causal."""
+    if mask is None:
+        allowed = torch.arange(keys, device=text.device)[None, None] <= text[:, :, None]
+        allowed = allowed[:, None]
+    else:
+        index = text[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        picked = mask.expand(text.shape[0], -1, -1, -1).gather(2, index)[..., :keys]
+        if picked.dtype != torch.bool:
+            return picked
+        allowed = picked
+    return torch.zeros(allowed.shape, dtype=dtype, device=text.device).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -1,0 +1,184 @@
+"""Keep masks -> a smaller dense model, or a masked view of the big one."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hipp_ext.errors import PlanError, UnsupportedModelError
+from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.plan import PruningPlan
+
+Model = TypeVar("Model", bound=nn.Module)
+PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
+
+
+def prune(model: Model, plan: PruningPlan, *, inplace: bool = False) -> Model:
+    """A physically smaller model: the units that `plan` does not keep are sliced out of their linear layers.
+
+    The result is an ordinary transformers model of the same class: forward, backward and generate work, the module
+    tree is the same, only widths differ. Its config carries the widths in the standard `per_layer_config`, and
+    `model.hipp_plan` the plan. Logits equal those under `masked(model, plan)` up to rounding.
+
+    Args:
+        model: the model the plan was made for, or one of the same shape.
+        plan: from `HiPPPlanner.plan`, `PruningPlan.load`, ...
+        inplace: change `model` itself instead of a copy. The copy holds only what stays, so it costs the memory of the
+            small model; in place, `model` is no longer available as the dense one.
+
+    Raises:
+        PlanError: the plan does not fit; the message says where, and nothing was changed.
+        UnsupportedModelError: a layer to be sliced is not a plain floating-point linear layer (quantised, adapted,
+            parametrised, or shared with another layer).
+    """
+    groups = match(model, plan)
+    sliced = _slice_all(model, groups, plan)  # everything that can fail happens before the first change
+    if not inplace:
+        # The weights to be sliced are not copied: the memo hands deepcopy the small ones instead.
+        memo = {id(old): new for old, new in sliced.values()}
+        model = copy.deepcopy(model, memo)
+    for name, (_, new) in sliced.items():
+        owner, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(owner), attribute, new)
+    for group, entry in zip(groups, plan.groups, strict=True):
+        sync_sizes(model, group, entry.keep)
+    write_per_layer_config(model)
+    setattr(model, PLAN_ATTRIBUTE, plan)
+    return model
+
+
+@contextlib.contextmanager
+def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
+    """Inside the block `model` computes as if pruned by `plan`; nothing is removed, and it is as before afterwards.
+
+    The inputs of every consumer (o_proj, down_proj) are multiplied by the keep mask. Same outputs as
+    `prune(model, plan)` up to rounding, at the dense model's cost.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    handles = []
+    try:
+        for group, entry in zip(match(model, plan), plan.groups, strict=True):
+            if entry.keep < entry.width:
+                consumer = linear(model, group.consumer)
+                mask = torch.zeros(group.width, device=consumer.weight.device, dtype=consumer.weight.dtype)
+                mask[list(entry.kept)] = 1
+                columns = mask.repeat_interleave(group.columns)
+                handles.append(consumer.register_forward_pre_hook(lambda _, args, m=columns: (args[0] * m, *args[1:])))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
+    """The model's groups in the order of the plan's entries.
+
+    Raises:
+        PlanError: a group of the plan is not in the model or has another width or unit size, or a group of a tower
+            that the plan covers is missing from the plan.
+    """
+    found = {g.name: g for g in find_groups(model, plan.towers)}
+    missing = sorted(set(found) - set(plan.keep_counts))
+    unknown = sorted(set(plan.keep_counts) - set(found))
+    wrong = [
+        f"{e.name}: plan {e.width} units of {e.unit_parameters} parameters, model {found[e.name].width} units of "
+        f"{found[e.name].unit_parameters}"
+        for e in plan.groups
+        if e.name in found and (e.width, e.unit_parameters) != (found[e.name].width, found[e.name].unit_parameters)
+    ]
+    if missing or unknown or wrong:
+        problems = [f"only in the model: {missing[:4]}"] * bool(missing) + [f"only in the plan: {unknown[:4]}"] * bool(unknown)
+        raise PlanError(
+            f"The plan was made for another model than this {type(model).__name__}; nothing was changed. "
+            + "; ".join(problems + wrong[:4])
+        )
+    return tuple(found[e.name] for e in plan.groups)
+
+
+def _slice_all(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> dict[str, tuple[Tensor, nn.Parameter]]:
+    """Parameter name -> (parameter now, its sliced successor)."""
+    shared = _shared_parameters(model)
+    sliced: dict[str, tuple[Tensor, nn.Parameter]] = {}
+    for group, entry in zip(groups, plan.groups, strict=True):
+        if entry.keep == entry.width:
+            continue
+        kept = torch.tensor(entry.kept)
+        for name, rows in zip(group.producers, group.rows, strict=True):
+            layer = _plain_linear(model, name, shared)
+            for part in ("weight", "bias"):
+                if (parameter := getattr(layer, part)) is not None:
+                    sliced[f"{name}.{part}"] = (parameter, _select(parameter, kept, rows, dim=0))
+        parameter = _plain_linear(model, group.consumer, shared).weight
+        sliced[f"{group.consumer}.weight"] = (parameter, _select(parameter, kept, group.columns, dim=1))
+    return sliced
+
+
+@torch.no_grad()
+def _select(parameter: Tensor, kept: Tensor, size: int, dim: int) -> nn.Parameter:
+    """`parameter` reduced to the blocks of `size` rows or columns that `kept` names, its gradient along with it."""
+    index = kept.to(parameter.device)
+    if size > 1:
+        index = (index[:, None] * size + torch.arange(size, device=parameter.device)).flatten()
+    new = nn.Parameter(parameter.index_select(dim, index), requires_grad=parameter.requires_grad)
+    if parameter.grad is not None:
+        new.grad = parameter.grad.index_select(dim, index)
+    return new
+
+
+def _plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
+    module = model.get_submodule(name)
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__} with a {type(getattr(module, 'weight', None)).__name__} weight; only "
+            "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
+            "Nothing was changed."
+        )
+    if id(module.weight) in shared:
+        raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
+    return module
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
+    """Bring the size attributes of the linear layers and blocks of `group` in line with `width` units."""
+    for name, rows in zip(group.producers, group.rows, strict=True):
+        linear(model, name).out_features = width * rows
+    linear(model, group.consumer).in_features = width * group.columns
+    block = block_of(model, group)
+    if group.kind == "ffn":
+        sizes = {"intermediate_size": width}
+    else:
+        sizes = {"num_heads": width * group.columns // block.head_dim, "num_key_value_heads": width}
+    for attribute, size in sizes.items():
+        if isinstance(getattr(block, attribute, None), int):
+            setattr(block, attribute, size)
+
+
+def write_per_layer_config(model: nn.Module) -> None:
+    """Put the language tower's widths into its config as transformers' `per_layer_config`.
+
+    transformers writes and reads the field (5.15 and newer) but does not build models from it yet;
+    `hipp_ext.load_pruned` does. The flag beside it keeps the configuration loadable by `AutoConfig`.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    layers: dict[int, dict[str, int]] = {}
+    for g in find_groups(model):
+        if g.kind == "ffn":
+            layers.setdefault(g.layer, {})["intermediate_size"] = g.width
+        else:
+            heads = g.width * g.columns // block_of(model, g).head_dim
+            layers.setdefault(g.layer, {}).update(num_attention_heads=heads, num_key_value_heads=g.width)
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = layers

@@ -1,0 +1,191 @@
+"""The parts of VLMEvalKit that hipp-ext uses, each behind a guard against what comes with it.
+
+Nothing of VLMEvalKit is imported before a function here is called: it takes 10 to 20 seconds.
+"""
+
+import contextlib
+import csv
+import functools
+import importlib
+import io
+import logging
+import math
+import os
+import ssl
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hipp_ext.evals.predictions import HippVLM, check_model_folder
+from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
+
+from hipp_ext.errors import MissingExtraError
+from hipp_ext.files import write_atomic
+
+
+def import_vlmeval() -> ModuleType:
+    """The module vlmeval, imported without what its import does to the rest of the process.
+
+    It would turn off the verification of TLS certificates, put a handler on the root logger, log an error about a
+    file .env, create ~/LMUData, and switch autograd off.
+
+    Raises:
+        MissingExtraError: vlmeval, or something that it needs, is not installed.
+    """
+    if sys.modules.get("vlmeval") is not None:
+        return sys.modules["vlmeval"]
+    home_data, root = Path.home() / "LMUData", logging.getLogger()
+    existed, handlers, disabled = home_data.exists(), list(root.handlers), root.manager.disable
+    context = ssl._create_default_https_context
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            warnings.simplefilter("ignore")
+            vlmeval = importlib.import_module("vlmeval")
+            for part in ("config", "dataset", "vlm"):
+                importlib.import_module(f"vlmeval.{part}")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "vlmeval", "vlmeval") from error
+    finally:
+        logging.disable(disabled)
+        ssl._create_default_https_context = context
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+        if not existed:
+            with contextlib.suppress(OSError):  # not there, or no longer empty
+                home_data.rmdir()
+    return vlmeval
+
+
+@functools.cache
+def _dataset_classes() -> dict[str, type]:
+    """By name: VLMEvalKit's POPE and ScienceQA classes, reading a checked local TSV whatever its md5."""
+    dataset = import_vlmeval().dataset
+
+    class LocalTable:
+        """Reads a Table where VLMEvalKit would download; and keeps indices and pictures away from its `eval`."""
+
+        DATASET_MD5: dict[str, str] = {}
+        data: Any
+
+        def __init__(self, dataset: str = "POPE", skip_noimg: bool = True, table: Table | None = None):
+            self._table = table
+            with _environment({"LMUData": str(table.path.parent)} if table else {}):  # or it creates ~/LMUData
+                super().__init__(dataset, skip_noimg)  # type: ignore[call-arg]  # the next class is VLMEvalKit's
+
+        def load_data(self, dataset: str):
+            if self._table is None:
+                name, path = locate(dataset)
+                self._table = read_table(path, data_root() / "images" / "by-content", name=name)
+            return self._table.frame.assign(index=range(len(self._table.frame)))
+
+        def post_build(self, dataset: str) -> None:
+            assert self._table is not None  # load_data has run
+            self.data["index"] = self._table.frame["index"].tolist()
+
+    class LocalPOPE(LocalTable, dataset.ImageYORNDataset):
+        DATASET_URL = {"POPE": ""}
+
+    class LocalScienceQA(LocalTable, dataset.ImageMCQDataset):
+        DATASET_URL = dict.fromkeys([*(name for name in KNOWN if name != "POPE"), *ALIASES], "")
+
+    return {name: cls for cls in (LocalPOPE, LocalScienceQA) for name in cls.DATASET_URL}
+
+
+def register(models: Mapping[str, str | Path] | None = None) -> None:
+    """Make VLMEvalKit, in this process, know local POPE and ScienceQA files, `HippVLM`, and these model folders.
+
+    Afterwards `vlmeval.dataset.build_dataset("POPE")` reads <LMUData>/POPE.tsv whatever its md5 and never downloads,
+    `{"class": "HippVLM", "model_path": ...}` works in a VLMEvalKit configuration, and so does each name of `models`
+    as a model name. Calling it again is harmless.
+
+    Args:
+        models: model name to folder.
+
+    Raises:
+        MissingExtraError: VLMEvalKit is not installed.
+        CheckpointError: a folder is not a whole model folder.
+    """
+    folders = {name: check_model_folder(folder) for name, folder in (models or {}).items()}
+    vlmeval = import_vlmeval()
+    vlmeval.vlm.HippVLM = HippVLM
+    for name, folder in folders.items():
+        vlmeval.config.supported_VLM[name] = functools.partial(HippVLM, model_path=str(folder))
+    for name, cls in _dataset_classes().items():
+        setattr(vlmeval.dataset, cls.__name__, cls)
+        if cls not in vlmeval.dataset.DATASET_CLASSES:
+            vlmeval.dataset.DATASET_CLASSES.insert(0, cls)  # in front: the first class that knows a name gets it
+        if name not in vlmeval.dataset.SUPPORTED_DATASETS:
+            vlmeval.dataset.SUPPORTED_DATASETS.append(name)
+
+
+def open_dataset(table: Table, limit: int | None) -> Any:
+    """The VLMEvalKit dataset of a table's first `limit` rows.
+
+    Its name inside VLMEvalKit is that of the benchmark, since VLMEvalKit picks prompt and metric by substrings of the
+    name; its index is the row number, since VLMEvalKit looks rows up by an index that went through a file, where "007"
+    comes back as 7.
+    """
+    name = "POPE" if table.kind == YES_NO else "ScienceQA_TEST"
+    dataset = _dataset_classes()[name](name, table=table)
+    dataset.data = dataset.data.iloc[:limit]
+    dataset.data = dataset.data.assign(index=range(len(dataset.data)))
+    return dataset
+
+
+def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[str, float]]:
+    """VLMEvalKit's own table, by exact matching: {split: {column: percent}}. Its files are left in the folder `keep`.
+
+    Always scored in a fresh folder: VLMEvalKit takes the results it finds beside the answers for those of the answers.
+    """
+    with tempfile.TemporaryDirectory() as folder, _scoring_environment():
+        file = Path(folder) / f"{dataset.dataset_name}.tsv"
+        frame = dataset.data.drop(columns="image_path").assign(prediction=list(answers))
+        frame.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL)
+        result = dataset.evaluate(str(file), model="exact_matching", nproc=1)
+        for kept in sorted(Path(folder).glob("*.[ct]sv")):
+            write_atomic(keep / kept.name, kept.read_bytes())
+    scale = 1 if dataset.TYPE == "Y/N" else 100  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
+    table = {}
+    for row in result.to_dict("records"):
+        numbers = {str(column): scale * float(value) for column, value in row.items() if column != "split"}
+        table[str(row["split"])] = {column: value for column, value in numbers.items() if not math.isnan(value)}
+    return table
+
+
+@contextlib.contextmanager
+def _scoring_environment() -> Iterator[None]:
+    """VLMEvalKit's settings as exact matching needs them, and its progress bars out of sight."""
+    wanted = {
+        "PRED_FORMAT": "tsv",  # the default, xlsx, cuts cells at 32,767 characters
+        "EVAL_FORMAT": None,
+        "VERBOSE": None,  # set to anything, it changes which answers match
+    }
+    with _environment(wanted), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for the block; None is unset."""
+    before = {name: os.environ.get(name) for name in values}
+    try:
+        _put(values)
+        yield
+    finally:
+        _put(before)
+
+
+def _put(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

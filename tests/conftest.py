@@ -1,0 +1,19 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes at the tensor boundaries are checked in tests only.
+TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.masks", "hipp_ext.scorers", "hipp_ext.planner"]
+with install_import_hook(TENSOR_MODULES, "beartype.beartype"):
+    import hipp_ext  # noqa: F401
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

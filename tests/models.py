@@ -1,0 +1,138 @@
+"""Tiny real transformers models, built from configs, every dimension different; and batches that they accept."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+VOCAB, IMAGE_TOKEN = 97, 5
+
+
+def _text(cls, layers=3, heads=4, kv_heads=4, hidden=40, ffn=44, head_dim=10, **extra):
+    return cls(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **extra,
+    )  # fmt: skip
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(_text(LlamaConfig, heads=6, kv_heads=3, hidden=48, head_dim=8))
+
+
+def mistral() -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(_text(MistralConfig, heads=6, kv_heads=2, hidden=48, head_dim=8, sliding_window=None))
+
+
+def qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(_text(Qwen2Config, kv_heads=2))
+
+
+def qwen3() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(_text(Qwen3Config, heads=8, kv_heads=4, head_dim=6))
+
+
+def _clip():
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3,
+                            image_size=32, patch_size=8)  # fmt: skip
+
+
+def llava(heads: int = 4, kv_heads: int = 4, head_dim: int = 10, layers: int = 3) -> nn.Module:
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = _text(LlamaConfig, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=16)
+    )
+
+
+def llava_gqa() -> nn.Module:
+    return llava(heads=8, kv_heads=2, head_dim=6)
+
+
+def llava_next() -> nn.Module:
+    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LlavaNextConfig(vision_config=_clip(), text_config=_text(LlamaConfig), image_token_id=IMAGE_TOKEN,
+                             image_grid_pinpoints=[[32, 32]])  # fmt: skip
+    return LlavaNextForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=VOCAB, hidden_size=40, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
+        ),
+        vision_config=dict(depth=2, hidden_size=36, intermediate_size=52, num_heads=3, patch_size=4, spatial_merge_size=2,
+                           temporal_patch_size=2, out_hidden_size=40, window_size=16, fullatt_block_indexes=[1]),
+        image_token_id=IMAGE_TOKEN, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def smolvlm() -> nn.Module:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
+
+    config = Idefics3Config(
+        text_config=_text(LlamaConfig, kv_heads=2).to_dict(), image_token_id=IMAGE_TOKEN, scale_factor=2, pad_token_id=0,
+        vision_config=dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32,
+                           patch_size=8),
+    )  # fmt: skip
+    return Idefics3ForConditionalGeneration(config)
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "llava": llava, "llava_gqa": llava_gqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl, "smolvlm": smolvlm,
+    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
+}  # fmt: skip
+IMAGE_TOKENS = {"llava": 16, "llava_gqa": 16, "llava_next": 16 + 16 + 4, "qwen2_5_vl": 16, "smolvlm": 4}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """The model `name` of BUILDERS in eval mode, random weights by `seed`, biases and norms random too."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        # Larger than transformers' 0.02, and nowhere exactly 0 or 1, so that a wrong slice shows in the logits.
+        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def batch(name: str, size: int = 2, length: int = 7, seed: int = 0, labels: bool = False) -> dict[str, torch.Tensor]:
+    """A batch for the model `name`: image tokens first where it has any, then `length` text tokens, unpadded."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(10, VOCAB, (size, length), generator=generator)
+    image = torch.full((size, IMAGE_TOKENS.get(name, 0)), IMAGE_TOKEN)
+    first = torch.full((size, 1), 7 if name == "qwen2_5_vl" else 1)  # Qwen counts images by their start token
+    input_ids = torch.cat([first, image, text], 1)
+    result = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | _pixels(name, size, generator)
+    return result | {"labels": torch.where(input_ids == IMAGE_TOKEN, -100, input_ids)} if labels else result
+
+
+def _pixels(name: str, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    if name in ("llava", "llava_gqa"):
+        return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
+    if name == "llava_next":
+        return {"pixel_values": torch.randn(size, 2, 3, 32, 32, generator=generator),
+                "image_sizes": torch.tensor([[32, 32]] * size)}  # fmt: skip
+    if name == "qwen2_5_vl":
+        return {"pixel_values": torch.randn(size * 64, 3 * 2 * 4 * 4, generator=generator),
+                "image_grid_thw": torch.tensor([[1, 8, 8]] * size)}  # fmt: skip
+    if name == "smolvlm":
+        return {"pixel_values": torch.randn(size, 1, 3, 32, 32, generator=generator)}
+    return {}

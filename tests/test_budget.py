@@ -1,0 +1,96 @@
+"""Laws of the budget: exact, monotone, bounded, or an error that says why not."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hipp_ext.budget import Bounds, keep_counts, max_ratio
+from hipp_ext.errors import BudgetError
+from hipp_ext.groups import Group, total_parameters
+
+
+def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int = 1) -> Group:
+    return Group(
+        tower="language", layer=layer, kind=kind, width=width, producers=(), rows=(), consumer="", columns=columns,
+        unit_parameters=unit_parameters, unit_flops=2 * unit_parameters,
+    )  # fmt: skip
+
+
+groups_strategy = st.lists(
+    st.tuples(st.integers(1, 211), st.integers(1, 4099), st.sampled_from([1, 3, 8, 64])), min_size=1, max_size=12
+).map(lambda rows: tuple(group(i, "ffn", w, c, col) for i, (w, c, col) in enumerate(rows)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(groups_strategy, st.data())
+def test_the_budget_is_met_to_one_step(groups, data):
+    logits = data.draw(st.lists(st.floats(-9, 9), min_size=len(groups), max_size=len(groups)))
+    bounds = Bounds(round_to=data.draw(st.sampled_from([1, 2, 16, 64])), min_keep=data.draw(st.sampled_from([0.0, 0.1, 0.5])))
+    ratio = data.draw(st.floats(0, 1)) * max_ratio(groups, bounds) * 0.999999
+    counts = keep_counts(groups, logits, ratio, bounds)
+    kept = sum(k * g.unit_parameters for k, g in zip(counts, groups, strict=True))
+    target = math.floor((1 - ratio) * total_parameters(groups) + 1e-6)
+    assert kept <= target
+    for k, g in zip(counts, groups, strict=True):
+        step = g.multiple(bounds.round_to)
+        assert max(1, math.ceil(bounds.min_keep * g.width - 1e-9)) <= k <= g.width
+        assert k == g.width or (k * g.columns) % bounds.round_to == 0
+        if k < g.width:  # one more step of any group would break the budget
+            assert kept + min(step, g.width - k) * g.unit_parameters > target
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-6, 6), min_size=2, max_size=9), st.floats(0, 0.99), st.integers(2, 97))
+def test_a_higher_allocation_never_keeps_less(logits, ratio, width):
+    groups = tuple(group(i, "ffn", width, 7) for i in range(len(logits)))
+    counts = keep_counts(groups, logits, ratio * max_ratio(groups))
+    for a, x in zip(counts, logits, strict=True):
+        for b, y in zip(counts, logits, strict=True):
+            assert not (x > y + 1e-6 and a < b - 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups_strategy, st.floats(-5, 5))
+def test_only_differences_of_the_allocation_count(groups, shift):
+    logits = [math.sin(i) for i in range(len(groups))]
+    ratio = max_ratio(groups) / 2
+    a = keep_counts(groups, logits, ratio)
+    b = keep_counts(groups, [x + shift for x in logits], ratio)
+    # Bisection ends within floating-point error of the same point: at most one step apart.
+    assert all(abs(x - y) <= 1 for x, y in zip(a, b, strict=True))
+
+
+def test_nothing_is_pruned_at_ratio_zero():
+    groups = (group(0, "attention", 7, 100, 13), group(0, "ffn", 31, 11))
+    assert keep_counts(groups, [3.0, -3.0], 0.0, Bounds(round_to=64)) == (7, 31)
+
+
+def test_floors_of_single_groups():
+    groups = (group(0, "ffn", 100, 1), group(1, "ffn", 100, 1))
+    assert keep_counts(groups, [-9, 9], 0.5, Bounds(min_keep={"language.0.ffn": 0.4}))[0] == 40
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), "0.3", True, None])
+def test_a_ratio_outside_the_range_is_refused(ratio):
+    with pytest.raises(BudgetError, match=r"a number in \[0, 1\) is needed"):
+        keep_counts((group(0, "ffn", 10, 1),), [0.0], ratio)
+
+
+def test_an_unreachable_ratio_names_the_bounds_and_what_can_be_reached():
+    groups = (group(0, "ffn", 100, 1), group(1, "ffn", 100, 1))
+    with pytest.raises(BudgetError, match=r"0\.8 cannot be met with min_keep 0\.5 and round_to 64: at most 0\.3600 can go"):
+        keep_counts(groups, [0, 0], 0.8, Bounds(min_keep=0.5, round_to=64))
+
+
+@pytest.mark.parametrize("logits", [[0.0], [0.0, float("nan")], [0.0, float("inf")]])
+def test_an_allocation_that_does_not_fit_is_refused(logits):
+    with pytest.raises(BudgetError, match="needs 2 finite numbers"):
+        keep_counts((group(0, "ffn", 9, 1), group(1, "ffn", 9, 1)), logits, 0.1)
+
+
+@pytest.mark.parametrize(("bounds", "message"), [({"round_to": 0}, "round_to=0"), ({"min_keep": 1.5}, "min_keep=1.5")])
+def test_bounds_are_checked(bounds, message):
+    with pytest.raises(BudgetError, match=message):
+        Bounds(**bounds)
