@@ -28,6 +28,13 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
         raise
 
 
+def require_new(path: str | Path, overwrite: bool = False) -> None:
+    """Raise OutputExistsError if `path` is there already, and not an empty folder, unless `overwrite`."""
+    path = Path(path)
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputExistsError(f"{path} exists. Choose another name, or ask to overwrite it.")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
@@ -36,8 +43,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: `path` exists and is not an empty folder, and `overwrite` is False.
     """
     path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputExistsError(f"{path} exists. Choose another folder, or pass overwrite=True to replace it.")
+    require_new(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

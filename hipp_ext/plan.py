@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hipp_ext.errors import OutputExistsError, PlanError
-from hipp_ext.files import write_atomic
+from hipp_ext.errors import PlanError
+from hipp_ext.files import require_new, write_atomic
 from hipp_ext.groups import Kind, Tower
 
 FORMAT = 1
@@ -137,8 +137,7 @@ class PruningPlan:
         Raises:
             OutputExistsError: `path` exists and `overwrite` is False.
         """
-        if Path(path).exists() and not overwrite:
-            raise OutputExistsError(f"{path} exists. Choose another name, or pass overwrite=True to replace it.")
+        require_new(path, overwrite)
         write_atomic(path, self.to_json())
 
     @classmethod

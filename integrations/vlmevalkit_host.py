@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
 from hipp_ext.evals.predictions import HippVLM, check_model_folder
 from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
 

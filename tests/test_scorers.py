@@ -101,9 +101,7 @@ def test_taylor_is_the_derivative_of_a_gate(index):
     model, inputs = build("llava_gqa").double(), batch("llava_gqa", labels=True)
     g = find_groups(model)[index]
     gate = torch.ones(g.width, dtype=torch.double, requires_grad=True)
-    hook = model.get_submodule(g.consumer).register_forward_pre_hook(
-        lambda m, a: (a[0] * gate.repeat_interleave(g.columns),)
-    )
+    hook = model.get_submodule(g.consumer).register_forward_pre_hook(lambda m, a: (a[0] * gate.repeat_interleave(g.columns),))
     expected = torch.autograd.grad(model(**inputs).loss, gate)[0].abs()
     hook.remove()
     assert torch.allclose(Taylor()(model, [inputs])[g.name].double(), expected, rtol=1e-4, atol=1e-8)

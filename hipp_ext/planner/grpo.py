@@ -138,9 +138,10 @@ class Trainer:
         self.archive.append(records)
         rewards = torch.tensor([dataclasses.astuple(r.reward) for r in records])
         rewards = rewards.view(*rollouts.allocations.shape[:3], 4)
-        self._update(self._policy_loss(rollouts, rewards))
-        for _ in range(self.settings.hindsight):
-            self._update(self._hindsight_loss(generator))
+        with torch.enable_grad():  # whatever the caller, or a library it imported, has switched off
+            self._update(self._policy_loss(rollouts, rewards))
+            for _ in range(self.settings.hindsight):
+                self._update(self._hindsight_loss(generator))
         self.step += 1
         self._save()
 

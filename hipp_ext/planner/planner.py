@@ -105,8 +105,7 @@ class HiPPPlanner:
         wanted = preference or self.preference
         signals = self.measure(model, processor=processor, calibration=calibration, say=say)
         limit = max_ratio(signals.groups, self.bounds) - 1e-6
-        with torch.inference_mode():
-            ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
+        ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
         keeps = keep_counts(signals.groups, allocation, ratio, self.bounds)
         return self._plan(signals, keeps, wanted)
 

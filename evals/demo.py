@@ -1,0 +1,137 @@
+"""The whole way once, on the testbed: fit a planner, take three preferences, prune, evaluate with VLMEvalKit, report."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.report import Entry, table_rows, write_report, write_summary
+from torch import nn
+
+from hipp_ext import testbed
+from hipp_ext.checkpoint import load_pruned, read_plan, save_pruned
+from hipp_ext.errors import HippError
+from hipp_ext.files import write_atomic
+from hipp_ext.plan import PruningPlan
+from hipp_ext.planner import HiPPPlanner
+from hipp_ext.planner.grpo import ARCHIVE, FitSettings
+from hipp_ext.planner.planner import Say
+from hipp_ext.planner.reward import measure
+from hipp_ext.preference import Preference
+from hipp_ext.surgery import prune
+
+PREFERENCES = {
+    "utility": Preference(utility=0.7, robustness=0.1, compression=0.2),
+    "robustness": Preference(utility=0.1, robustness=0.7, compression=0.2),
+    "compression": Preference(utility=0.3, robustness=0.3, compression=0.4),
+}
+DATA = ("POPE", "ScienceQA_TEST")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much the demo does.
+
+    Attributes:
+        settings: of the fit.
+        search: questions per task that a plan is evaluated on while searching.
+        limit: questions per data set in the final evaluation; None: all.
+    """
+
+    settings: FitSettings = FitSettings(steps=20, preferences=2, budgets=2, rollouts=3)
+    search: int = 192
+    limit: int | None = None
+
+
+def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True) -> Path:
+    """Run the demo in `folder`; what an earlier run finished there is not done again. Returns the report's page.
+
+    Raises:
+        MissingExtraError: VLMEvalKit is not installed.
+        HippError: the folder holds results of other settings.
+    """
+    folder, size = Path(folder), size or DemoSize()
+    started = time.perf_counter()
+    say("1/5  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
+    model, processor = testbed.load()
+    data = folder / "data"
+    if not (data / "test").exists():
+        testbed.export(data, splits=("test",))
+    say("2/5  fitting the planner on the search split")
+    planner = HiPPPlanner(PREFERENCES["utility"])
+    evaluator = search_evaluator(model, processor, size.search)
+    result = planner.fit(model, evaluator, size.settings, folder=folder / "fit", processor=processor, progress=progress)
+    planner.save(folder / "planner", overwrite=True)
+    say(f"     {result.evaluations} plans, hypervolume {result.hypervolume:.4f}")
+    say("3/5  one policy call per preference, then surgery")
+    plans = {name: planner.plan(model, preference=p) for name, p in PREFERENCES.items()}
+    models = {"dense": _keep_model(model, processor, None, folder / "models/dense")}
+    for name, plan in plans.items():
+        write_atomic(folder / f"plans/{name}.json", plan.to_json())
+        models[name] = _keep_model(model, processor, plan, folder / f"models/{name}")
+        say(f"     {name}: {PREFERENCES[name]} -> {100 * plan.pruning_ratio:.1f}% of prunable parameters removed")
+    command = f"vlmeval --data {' '.join(DATA)} --model {' '.join(map(str, models.values()))} --lmu-data {data / 'test'}"
+    say(f"4/5  {command}")
+    records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
+    say("5/5  report")
+    assert planner.signals is not None
+    entries = []
+    for name, path in models.items():
+        plan = plans.get(name)
+        reward = measure(model, plan, evaluator, planner.signals) if plan else None
+        parameters = sum(p.numel() for p in load_pruned(path).parameters())
+        wish = f"{PREFERENCES[name]}" if name in PREFERENCES else None
+        entries.append(
+            Entry(name=name, preference=wish, plan=plan, reward=reward, parameters=parameters, records=records[name])
+        )
+    commands = ["hipp demo", command, f"fit: {size.settings}"]
+    write_summary(folder, entries, commands, f"fit/{ARCHIVE}")
+    page = write_report(folder)
+    _print_table(entries)
+    say(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
+    return page
+
+
+def search_evaluator(model: nn.Module, processor: Any, n: int, split: str = "search") -> Evaluator:
+    """The testbed's evaluator: `n` POPE and `n` ScienceQA questions of a split."""
+    return Evaluator(model, processor, testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n))
+
+
+def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path: Path) -> Path:
+    """Save the model pruned by `plan` to `path`, unless it is already there."""
+    if path.exists():
+        try:
+            if read_plan(path) == plan and load_pruned(path) is not None:
+                return path
+        except HippError:
+            pass  # half a folder of something else: replaced below
+    save_pruned(prune(model, plan) if plan else model, path, processor, overwrite=True)
+    return path
+
+
+def _evaluate(models: dict[str, Path], data: Path, work_dir: Path, limit: int | None, progress: bool) -> dict[str, dict]:
+    import dataclasses
+
+    from hipp_ext.integrations.vlmevalkit import evaluate
+
+    records = evaluate(
+        list(models.values()), list(DATA), lmu_data=data, work_dir=work_dir, limit=limit, batch_size=64, progress=progress
+    )
+    result: dict[str, dict] = {name: {} for name in models}
+    for record in records:
+        result[record.model][record.data] = dataclasses.asdict(record)
+    return result
+
+
+def _print_table(entries: list[Entry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = table_rows(entries)
+    table = Table(title="accuracy [%] on the test split, ± standard error")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

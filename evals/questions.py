@@ -1,0 +1,49 @@
+"""A checked TSV -> questions for the in-process evaluator, asked in the words that VLMEvalKit asks them in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hipp_ext.evals.tables import YES_NO, Table, row_options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableQuestion:
+    """One row of a table; of the shape that `Evaluator` reads."""
+
+    prompt: str
+    image_path: str
+    labels: Sequence[str]
+    answer: str
+
+    @property
+    def image(self) -> "Image.Image":
+        """The picture, RGB."""
+        from PIL import Image
+
+        return Image.open(self.image_path).convert("RGB")
+
+
+def table_questions(table: Table) -> list[TableQuestion]:
+    """The questions of a table, in order."""
+    frame = table.frame
+    if table.kind == YES_NO:
+        asked = [(str(q), ("Yes", "No")) for q in frame["question"]]
+    else:
+        hints = frame["hint"].where(frame["hint"].notna(), "").tolist() if "hint" in frame else [""] * len(frame)
+        asked = [
+            (choice_prompt(str(q), o, str(h)), tuple(o))
+            for q, o, h in zip(frame["question"], row_options(frame), hints, strict=True)
+        ]
+    rows = zip(asked, frame["image_path"], frame["answer"], strict=True)
+    return [TableQuestion(prompt=p, image_path=str(i), labels=c, answer=str(a)) for (p, c), i, a in rows]
+
+
+def choice_prompt(question: str, options: dict[str, object], hint: str = "") -> str:
+    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, and the request to choose."""
+    lines = [f"Hint: {hint}"] * bool(hint) + [f"Question: {question}", "Options:"]
+    lines += [f"{letter}. {text}" for letter, text in options.items()]
+    return "\n".join(lines) + "\nPlease select the correct answer from the options above. \n"

@@ -1,0 +1,5 @@
+"""`python -m hipp_ext`: the command `hipp`."""
+
+from hipp_ext.cli import main
+
+main()

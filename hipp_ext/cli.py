@@ -1,0 +1,255 @@
+"""The command `hipp`: thin wrappers over the library, one function per command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hipp_ext.errors import HippError
+
+app = typer.Typer(
+    name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
+)  # fmt: skip
+testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
+bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
+app.add_typer(testbed_app, name="testbed")
+app.add_typer(bench_app, name="bench")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
+Utility = Annotated[float, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
+Robustness = Annotated[float, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
+Compression = Annotated[float, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
+Ratio = Annotated[
+    float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
+]
+RoundTo = Annotated[int, typer.Option("--round-to", help="Keep widths that are multiples of this.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0 on success, 2 for bad input, 130 on ctrl-C, 1 for anything else."""
+    try:
+        app(standalone_mode=True)
+    except HippError as error:
+        typer.secho(f"hipp: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("hipp: interrupted. What was finished is kept; the same command goes on from there.", err=True)
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Policy updates of the fit, 12 plans each.")] = 20,
+    limit: Annotated[int | None, typer.Option(help="Questions per data set in the final evaluation; default: all.")] = None,
+) -> None:
+    """Fit, plan for three preferences, prune, evaluate with VLMEvalKit, and report; all on the testbed.
+
+    Minutes on two cores; a second run resumes.
+
+    Example: `hipp demo --out demo`
+    """
+    from hipp_ext.evals.demo import DemoSize, run_demo
+    from hipp_ext.planner.grpo import FitSettings
+
+    run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), say=typer.echo)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("plan.json"),
+    utility: Utility = 0.4,
+    robustness: Robustness = 0.4,
+    compression: Compression = 0.2,
+    pruning_ratio: Ratio = None,
+    round_to: RoundTo = 1,
+    planner: Annotated[
+        Path | None, typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the pruning plan for a preference.
+
+    Examples:
+
+    `hipp plan ./llava-1.5-7b-hf -u 0.4 -r 0.4 -c 0.2 --round-to 64 -o plan.json`
+
+    `hipp plan testbed --pruning-ratio 0.3 -r 1 -u 0 -c 0 --planner ./planner`
+    """
+    from hipp_ext.budget import Bounds
+    from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.preference import Preference
+
+    wanted = Preference(utility, robustness, compression)
+    fitted = HiPPPlanner.load(planner) if planner else None
+    maker = HiPPPlanner(wanted, pruning_ratio=pruning_ratio, policy=fitted.policy if fitted else None,
+                        bounds=Bounds(round_to=round_to))  # fmt: skip
+    maker.signals = fitted.signals if fitted else None
+    loaded, processor = _load(model)
+    made = maker.plan(loaded, processor=processor, say=_say)
+    made.save(out, overwrite)
+    _say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
+    _print_plan(made)
+
+
+@app.command()
+def fit(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
+    pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")] = None,
+    scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")] = None,
+    questions: Annotated[int, typer.Option(help="Questions per task.")] = 192,
+    steps: Annotated[int, typer.Option(help="Policy updates, 12 plans each.")] = 20,
+    pruning_ratio: Ratio = None,
+    round_to: RoundTo = 1,
+    seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the planner's policy by plan-level GRPO. Interrupted, it goes on from where it was.
+
+    Examples:
+
+    `hipp fit testbed --out planner`
+
+    `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa ScienceQA_VAL.tsv --out planner`
+    """
+    from hipp_ext.budget import Bounds
+    from hipp_ext.files import require_new
+    from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.planner.grpo import FitSettings
+    from hipp_ext.preference import Preference
+
+    require_new(out, overwrite)
+    loaded, processor = _load(model)
+    evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out)
+    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to))
+    running = out.with_name(out.name + ".fit")
+    result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, processor=processor, say=_say)
+    maker.save(out, overwrite=overwrite)
+    _say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the small model.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a model down to a plan and save it with its processor.
+
+    Example: `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned` then `vlmeval --data POPE --model ./pruned`
+    """
+    from hipp_ext.checkpoint import save_pruned
+    from hipp_ext.files import require_new
+    from hipp_ext.plan import PruningPlan
+    from hipp_ext.surgery import prune as cut
+
+    made = PruningPlan.load(plan_file)
+    require_new(out, overwrite)
+    loaded, processor = _load(model)
+    before = sum(p.numel() for p in loaded.parameters())
+    small = cut(loaded, made, inplace=True)
+    save_pruned(small, out, processor, overwrite=overwrite)
+    after = sum(p.numel() for p in small.parameters())
+    _say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A folder that `hipp demo` filled.")]) -> None:
+    """Make report.html and its pictures again from a folder's summary.json.
+
+    Example: `hipp report demo`
+    """
+    from hipp_ext.evals.report import write_report
+
+    _say(str(write_report(folder)))
+
+
+@testbed_app.command("train")
+def testbed_train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
+    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the tiny LLaVA again from nothing; minutes on two cores.
+
+    Example: `hipp testbed train --out my-testbed`
+    """
+    from hipp_ext import testbed
+
+    testbed.train(out, seed=seed, overwrite=overwrite)
+    _say(str(out))
+
+
+@testbed_app.command("export")
+def testbed_export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for SPLIT/POPE.tsv and SPLIT/ScienceQA_TEST.tsv.")],
+    model: Annotated[Path | None, typer.Option(help="Also save the dense model to this folder.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the testbed's questions as VLMEvalKit TSVs: calibration, search, validation and test, disjoint.
+
+    Example: `hipp testbed export -o data --model dense` then `vlmeval --data POPE --model dense --lmu-data data/test`
+    """
+    from hipp_ext import testbed
+    from hipp_ext.checkpoint import save_pruned
+    from hipp_ext.files import require_new
+
+    if model is not None:
+        require_new(model, overwrite)
+    testbed.export(out, overwrite=overwrite)
+    _say(str(out))
+    if model is not None:
+        loaded, processor = testbed.load()
+        _say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    if model == "testbed":
+        from hipp_ext import testbed
+
+        return testbed.load()
+    from hipp_ext.calibration import find_processor
+    from hipp_ext.checkpoint import load_pruned
+
+    loaded = load_pruned(model)
+    return loaded, find_processor(loaded)
+
+
+def _evaluator(model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path) -> Any:
+    from hipp_ext.errors import DataError
+    from hipp_ext.evals.demo import search_evaluator
+    from hipp_ext.evals.evaluator import Evaluator
+    from hipp_ext.evals.questions import table_questions
+    from hipp_ext.evals.tables import read_table
+
+    if pope is None and scienceqa is None:
+        return search_evaluator(model, processor, n)
+    if pope is None or scienceqa is None:
+        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
+    images = out.with_name(out.name + ".images")
+    tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
+    return Evaluator(model, processor, *tasks)
+
+
+def _print_plan(made: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("group", "keep", "of", "")
+    for g in made.groups:
+        table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

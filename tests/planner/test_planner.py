@@ -1,0 +1,400 @@
+"""The planner on tiny models: what a preference does, what is refused, and that a fit survives interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, build
+from test_surgery import random_plan
+
+from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
+from hipp_ext.answers import AnswerLogits
+from hipp_ext.budget import Bounds
+from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, DataError, PlanError
+from hipp_ext.groups import find_groups
+from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.grpo import FitSettings, allocation_advantages, budget_advantages, draw_preferences
+from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.reward import Reward, scalarise
+from hipp_ext.planner.state import measure_signals
+
+BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
+EVEN = Preference(1, 1, 1)
+SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llava")
+
+
+@pytest.fixture(scope="module")
+def signals(model):
+    return measure_signals(model, BATCHES)
+
+
+class Closeness:
+    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves of the batches."""
+
+    def __init__(self, model):
+        self.answers = AnswerLogits(model, BATCHES)
+        self.dense = self.answers(model).log_softmax(-1)
+        self.calls = 0
+
+    def __call__(self, model):
+        self.calls += 1
+        kl = (self.dense.exp() * (self.dense - self.answers(model).log_softmax(-1))).sum(-1)
+        return {"utility": 1 - float(kl[:2].mean()), "robustness": 1 - float(kl[2:].mean())}
+
+
+def planner_with(signals, preference=EVEN, **options) -> HiPPPlanner:
+    planner = HiPPPlanner(preference, **options)
+    planner.signals = signals
+    return planner
+
+
+def test_a_plan_meets_the_ratio_and_leaves_the_model_alone(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = HiPPPlanner(Preference(0.4, 0.4, 0.2), pruning_ratio=0.3).plan(model, calibration=BATCHES)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+    largest = max(g.unit_parameters for g in plan.groups)
+    total = sum(g.width * g.unit_parameters for g in plan.groups)
+    assert 0.3 <= plan.pruning_ratio < 0.3 + largest / total
+    assert plan.preference == pytest.approx((0.4, 0.4, 0.2)) and plan.scorer == "WandaSP"
+
+
+@pytest.mark.parametrize("name", ["llava_gqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"])
+def test_other_models(name):
+    plan = HiPPPlanner(EVEN, pruning_ratio=0.4).plan(build(name), calibration=[batch(name)])
+    assert plan.pruning_ratio >= 0.4 and len(plan.groups) == 6
+
+
+def test_the_wish_for_compression_sets_the_budget(model, signals):
+    ratios = [planner_with(signals, Preference(1 - c, 1 - c, 2 * c)).plan(model).pruning_ratio for c in (0, 0.25, 0.5, 0.75, 1)]
+    assert ratios == sorted(ratios) and ratios[0] < 0.05 and ratios[-1] > MAX_RATIO - 0.05
+
+
+def test_the_untrained_policy_follows_measured_sensitivity(model, signals):
+    plan = planner_with(signals, Preference(1, 0, 1), pruning_ratio=0.4).plan(model)
+    for kind in ("attention", "ffn"):
+        rows = [(float(signals.prior[i]), g.keep) for i, g in enumerate(plan.groups) if g.kind == kind]
+        keeps = [keep for _, keep in sorted(rows)]
+        assert keeps == sorted(keeps)
+
+
+def test_robustness_moves_units_to_groups_of_high_visual_sensitivity(model, signals):
+    def kept(preference):
+        plan = planner_with(signals, preference, pruning_ratio=0.4).plan(model)
+        return torch.tensor([g.keep / g.width for g in plan.groups])
+
+    moved = kept(Preference(0, 1, 1)) - kept(Preference(1, 0, 1))
+    assert float((moved * signals.visual_rank).sum()) > 0
+
+
+def test_sensitivity_is_the_kl_of_the_masked_model(model, signals):
+    """Group 1 (FFN) at a quarter removed: full forward, no replay."""
+    import dataclasses
+
+    plan = random_plan(model)
+    kept = tuple(sorted(signals.scores["language.0.ffn"].argsort(descending=True)[: round(44 * 0.75)].tolist()))
+    entries = [dataclasses.replace(g, kept=tuple(range(g.width))) for g in plan.groups]
+    entries[1] = dataclasses.replace(entries[1], kept=kept)
+
+    def answers():
+        rows = []
+        for b in BATCHES:
+            first = (b["labels"] != -100).int().argmax(1) - 1
+            with torch.no_grad():
+                logits = model(**{k: v for k, v in b.items() if k != "labels"}).logits
+            rows.append(logits[torch.arange(len(first)), first.clamp_min(0)])
+        return torch.cat(rows).log_softmax(-1)
+
+    dense = answers()
+    with masked(model, PruningPlan(groups=tuple(entries))):
+        kl = (dense.exp() * (dense - answers())).sum(-1).mean()
+    assert float(signals.sensitivity[1, 0]) == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_signals_are_kept_until_the_weights_change(model):
+    changed = build("llava", seed=5)
+    planner = HiPPPlanner(EVEN)
+    planner.plan(changed, calibration=BATCHES)
+    first = planner.signals
+    planner.plan(changed)  # nothing to calibrate on is needed any more
+    assert planner.signals is first
+    with torch.no_grad():
+        changed.model.language_model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(CalibrationError, match="No calibration data"):
+        planner.plan(changed)
+
+
+def test_rounding_is_honoured(model, signals):
+    plan = planner_with(signals, pruning_ratio=0.3, bounds=Bounds(round_to=8)).plan(model)
+    assert all(g.keep == g.width or g.keep % 8 == 0 for g in plan.groups if g.kind == "ffn")
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan"), 2])
+def test_a_ratio_outside_the_range_is_refused_at_once(ratio):
+    with pytest.raises(BudgetError, match=r"in \[0, 1\) is needed"):
+        HiPPPlanner(EVEN, pruning_ratio=ratio)
+
+
+def test_an_unreachable_ratio_is_refused(model, signals):
+    with pytest.raises(BudgetError, match=r"0\.95 cannot be met .* at most 0\.\d+ can go"):
+        planner_with(signals, pruning_ratio=0.95).plan(model)
+
+
+def test_no_calibration_says_what_to_pass(model):
+    with pytest.raises(CalibrationError, match="pass calibration= .* or processor="):
+        HiPPPlanner(EVEN).plan(model)
+    with pytest.raises(TypeError, match="A Preference is needed"):
+        HiPPPlanner((0.4, 0.4, 0.2))  # type: ignore[arg-type]
+
+
+# fit
+
+
+def test_fit_learns_what_pays():
+    """Only one group matters to this evaluator: the fitted policy must keep it more than the untrained one does."""
+    model = build("llava")
+    signals = measure_signals(model, BATCHES)
+    planner = planner_with(signals, Preference(1, 1, 0), pruning_ratio=0.4)
+    before = planner.plan(model).keep_counts["language.1.ffn"]
+    x = torch.randn(2, 5, 40)
+    mlp = model.model.language_model.layers[1].mlp
+    dense = mlp(x)
+
+    def evaluator(m):
+        closeness = float(1 - (mlp(x) - dense).norm() / dense.norm())
+        return {"utility": closeness, "robustness": closeness}
+
+    with torch.no_grad():
+        planner.fit(model, evaluator, FitSettings(steps=15, preferences=3, rollouts=4), progress=False)
+    after = planner.plan(model).keep_counts["language.1.ffn"]
+    assert after > before + 4
+
+
+def test_front_holds_no_dominated_plan(model, signals):
+    planner = planner_with(signals)
+    with pytest.raises(PlanError, match="call fit"):
+        planner.front()
+    result = planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    assert result.evaluations == SETTINGS.evaluations == len(planner.archive) and result.hypervolume > 0
+    front = [f.reward.objectives() for f in planner.front()]
+    everything = [r.reward.objectives() for r in planner.archive.records]
+    for point in front:
+        assert not any(all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in everything)
+    for other in everything:
+        assert any(all(a >= b for a, b in zip(point, other, strict=True)) for point in front)
+    assert [f.reward.compression for f in planner.front()] == [f.plan.pruning_ratio for f in planner.front()]
+
+
+def test_the_same_seed_gives_the_same_archive(model, signals):
+    archives = []
+    for seed in (3, 3, 4):
+        planner = planner_with(signals)
+        planner.fit(model, Closeness(model), FitSettings(steps=2, rollouts=2, seed=seed), progress=False)
+        archives.append([r.model_dump() for r in planner.archive.records])
+    assert archives[0] == archives[1] != archives[2]
+
+
+def test_a_fit_leaves_no_trace_in_the_model_or_the_random_state(model, signals):
+    state = torch.get_rng_state()
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Interrupting(Closeness):
+    """Stops like ctrl-C at the given call."""
+
+    def __init__(self, model, at):
+        super().__init__(model)
+        self.at = at
+
+    def __call__(self, model):
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return super().__call__(model)
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 13, 19])
+def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path, at):
+    whole = planner_with(signals)
+    whole.fit(model, Closeness(model), SETTINGS, folder=tmp_path / "whole", progress=False)
+    planner = planner_with(signals)
+    with pytest.raises(KeyboardInterrupt):
+        planner.fit(model, Interrupting(model, at), SETTINGS, folder=tmp_path / "cut", progress=False)
+    evaluator = Closeness(model)
+    planner.fit(model, evaluator, SETTINGS, folder=tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(planner.policy.parameters(), whole.policy.parameters(), strict=True))
+    assert evaluator.calls <= SETTINGS.evaluations - at // 8 * 8
+
+
+def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    evaluator, again = Closeness(model), planner_with(signals)
+    again.fit(model, evaluator, SETTINGS, folder=tmp_path, progress=False)
+    assert evaluator.calls == 0 and len(again.archive) == SETTINGS.evaluations
+    longer = FitSettings(**{**SETTINGS.__dict__, "steps": 4})
+    assert again.fit(model, evaluator, longer, folder=tmp_path, progress=False).steps == 4
+
+
+KILLED = """
+    import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/planner"]
+    import torch; torch.set_num_threads(1)
+    from models import build
+    from test_planner import BATCHES, EVEN, Closeness, planner_with
+    from hipp_ext.planner.grpo import FitSettings
+    from hipp_ext.planner.state import measure_signals
+    model = build("llava")
+    planner = planner_with(measure_signals(model, BATCHES))
+    print("ready", flush=True)
+    planner.fit(model, Closeness(model), FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, seed=3),
+                folder={folder!r}, progress=False)
+    print("done", flush=True)
+"""
+
+
+def test_kill_9_during_a_fit_and_resume(tmp_path):
+    def start(folder):
+        script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), folder=str(folder))
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        return process
+
+    assert start(tmp_path / "whole").wait() == 0
+    for delay in (0.15, 0.4):
+        process = start(tmp_path / "cut")
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "cut").wait() == 0
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
+
+
+def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    path = tmp_path / "archive.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    assert len(Archive(path)) == SETTINGS.evaluations
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    assert path.read_text() == whole
+    path.write_text(whole[:40] + "\n" + whole)
+    with pytest.raises(CheckpointError, match="line 1, is not a record"):
+        Archive(path)
+
+
+def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="fit with other settings"):
+        planner_with(signals).fit(model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("answer", [{}, {"utility": 1.0}, {"utility": float("nan"), "robustness": 0.0}, 3.0, None])
+def test_an_evaluator_that_returns_something_else_is_refused(model, signals, answer):
+    with pytest.raises(DataError, match="must return finite numbers"):
+        planner_with(signals).fit(model, lambda m: answer, SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}])
+def test_settings_are_checked(bad):
+    with pytest.raises(ValueError, match="are needed"):
+        FitSettings(**bad)
+
+
+# save and load
+
+
+def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
+    planner = planner_with(signals, Preference(0.5, 0.3, 0.2), bounds=Bounds(round_to=2, min_keep=0.2))
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner.save(tmp_path / "p")
+    loaded = HiPPPlanner.load(tmp_path / "p")
+    assert loaded.plan(model) == planner.plan(model)  # no calibration: the signals came along
+    assert [f.plan for f in loaded.front()] == [f.plan for f in planner.front()]
+    assert loaded.preference == planner.preference and loaded.bounds == planner.bounds
+
+
+def test_an_unfitted_planner_can_be_saved_too(tmp_path):
+    HiPPPlanner(EVEN, pruning_ratio=0.25).save(tmp_path / "p")
+    assert HiPPPlanner.load(tmp_path / "p").pruning_ratio == 0.25
+
+
+@pytest.mark.parametrize("file", ["planner.json", "policy.safetensors", "signals.safetensors"])
+def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
+    planner_with(signals).save(tmp_path / "p")
+    content = (tmp_path / "p" / file).read_bytes()
+    (tmp_path / "p" / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="not a complete planner folder"):
+        HiPPPlanner.load(tmp_path / "p")
+    (tmp_path / "p" / file).unlink()
+    with pytest.raises(CheckpointError, match="not a complete planner folder"):
+        HiPPPlanner.load(tmp_path / "p")
+
+
+# the parts of GRPO
+
+
+def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
+    rewards = torch.zeros(2, 1, 3, 4)
+    rewards[..., 0] = torch.tensor([0.2, 0.4, 0.6])  # utility
+    rewards[..., 1] = 0.5 + 1e-6 * torch.tensor([1.0, -1.0, 0.0])  # robustness: below the noise floor
+    rewards[..., 2] = 0.3  # compression: fixed by the budget
+    advantages = allocation_advantages(rewards, torch.tensor([[1.0, 0, 0], [0.0, 1, 0]]))
+    assert advantages[0, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
+    assert not advantages[1].any()
+
+
+def test_budget_advantages_follow_the_preference():
+    rewards = torch.zeros(2, 2, 2, 4)
+    rewards[:, 0, :, :3] = torch.tensor([0.9, 0.9, 0.1])
+    rewards[:, 1, :, :3] = torch.tensor([0.5, 0.5, 0.5])
+    for kind in ("linear", "tchebycheff"):
+        advantages = budget_advantages(rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]]), kind)
+        assert advantages[0, 0] > advantages[0, 1] and advantages[1, 0] < advantages[1, 1]
+
+
+def test_tchebycheff_reaches_what_linear_cannot():
+    """A point of a concave front that no linear weighting prefers to both ends."""
+    front = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.4, 0.0], [0.0, 1.0, 0.0]])
+    even = torch.tensor([0.5, 0.5, 0.0]).expand(3, 3)
+    assert int(scalarise(front, even, "linear").argmax()) != 1
+    assert int(scalarise(front, even, "tchebycheff").argmax()) == 1
+
+
+def test_preferences_cover_the_simplex():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw_preferences(8, step, generator) for step in range(100)])
+    assert torch.allclose(drawn.sum(1), torch.ones(len(drawn))) and (drawn >= 0).all()
+    assert (drawn.mean(0) - 1 / 3).abs().max() < 0.05 and (drawn.max(0).values > 0.9).all()
+
+
+def test_hypervolume_and_front_of_a_small_archive():
+    archive = Archive()
+    rows = [(1.0, 0.5, 0.1), (0.5, 1.0, 0.1), (0.4, 0.4, 0.05), (0.5, 0.5, 0.5)]
+    from hipp_ext.planner.archive import Record
+
+    archive.append([
+        Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=0.1, allocation=(0.0,), keeps=(i,),
+               reward=Reward(utility=u, robustness=r, compression=c, stability=0.0))
+        for i, (u, r, c) in enumerate(rows)
+    ])  # fmt: skip
+    assert {r.index for r in archive.front()} == {0, 1, 3}
+    assert archive.hypervolume() == pytest.approx(0.5 * 0.5 * 0.5 + 2 * 0.5 * 0.5 * 0.1)
+
+
+def test_find_groups_order_is_that_of_the_signals(model, signals):
+    assert signals.groups == find_groups(model)
+    assert signals.state.shape[0] == 6 and torch.isfinite(signals.state).all()
