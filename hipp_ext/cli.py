@@ -170,6 +170,41 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `hipp demo
     _say(str(write_report(folder)))
 
 
+Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
+
+
+@bench_app.command("prune")
+def bench_prune(repeats: Annotated[int, typer.Option(min=1)] = 5, save: Save = False) -> None:
+    """Time of pruning a 100M-parameter Llama: hipp_ext.prune against torch-pruning's own pruner."""
+    from hipp_ext.evals.bench.prune_speed import run
+
+    run(repeats, save)
+
+
+@bench_app.command("testbed")
+def bench_testbed(save: Save = False) -> None:
+    """Accuracy of the testbed's model, dense and uniformly pruned, on its test split."""
+    from hipp_ext.evals.bench.testbed_table import run
+
+    run(save)
+
+
+@bench_app.command("visual")
+def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
+    """Time of a VisualSensitivity pass against a plain sdpa forward on the same batch."""
+    from hipp_ext.evals.bench.visual_cost import run
+
+    run(repeats, save=save)
+
+
+@bench_app.command("query")
+def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
+    """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""
+    from hipp_ext.evals.bench.query import run
+
+    run(repeats, save)
+
+
 @testbed_app.command("train")
 def testbed_train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],

@@ -1,0 +1,55 @@
+"""Paired timing: both sides in one run, taking turns, so that whatever else the machine does hits both."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hipp_ext.files import write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired_times(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Side -> `repeats` wall-clock times [s]; the sides take turns, and the first `warmup` rounds do not count."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(warmup + repeats):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            synchronise()
+            if round_number >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+    """How many times longer `slow` takes than `fast`: median of the paired ratios, least, most, n."""
+    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "n": len(ratios)}
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def report(name: str, command: str, values: Mapping[str, Any], save: bool) -> dict[str, Any]:
+    """`values` with the command and the machine; printed, and with `save` written to results/<name>.json."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    result = {
+        "command": command, **values, "device": device, "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("torch", "transformers")},
+    }  # fmt: skip
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="")
+    if save:
+        write_atomic(RESULTS / f"{name}.json", text)
+    return result

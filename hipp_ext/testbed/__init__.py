@@ -1,0 +1,45 @@
+"""A tiny trained LLaVA and its picture world, so that everything in hipp-ext runs anywhere, offline.
+
+model, processor = testbed.load()
+batches = testbed.calibration_batches(processor)
+questions = testbed.questions("POPE", "test", 100)
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipp_ext.errors import CheckpointError
+from hipp_ext.testbed.batches import calibration_batches
+from hipp_ext.testbed.quiz import TASKS, Question, questions
+from hipp_ext.testbed.training import train
+from hipp_ext.testbed.tsv import export
+from hipp_ext.testbed.world import SPLITS
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+__all__ = ["SPLITS", "TASKS", "WEIGHTS", "Question", "calibration_batches", "export", "load", "questions", "train"]
+
+
+def load(
+    device: str = "cpu", dtype: Any = None, folder: str | Path = WEIGHTS
+) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
+    """The trained model, in eval mode, and its processor; nothing is downloaded.
+
+    Args:
+        device: where the model goes.
+        dtype: of the parameters; None means float32.
+        folder: what `train` wrote; the packaged weights by default.
+
+    Raises:
+        CheckpointError: `folder` holds no model.
+    """
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise CheckpointError(f"{folder} holds no model.safetensors. Train one: hipp testbed train {folder}")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,105 @@
+"""The tiny LLaVA: a real `LlavaForConditionalGeneration` and a real `LlavaProcessor`, built from nothing."""
+
+import re
+from typing import TYPE_CHECKING
+
+from hipp_ext.testbed import facts, quiz, world
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+# An option's letter with its stop is one token beside the option: "A." and "swamp" are neighbours.
+WORD = re.compile(r"[A-D]\.|\w+|[^\w\s]")
+DESCRIBE = "Describe the image."
+CHECK = "Check the image."
+EMPTY = "nothing"  # what the vision tower learns to say of a cell without an object
+# LLaVA-1.5's wording. It ends where the answer begins: the next token is Yes, No or an option letter.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark of the testbed, special tokens first; a word is one token."""
+    relations = [*facts.CREATURE_RELATIONS.values(), *facts.OBJECT_RELATIONS.values()]
+    texts = [text for asked, values in relations for text in (*asked, *values)]
+    example = quiz.Question(index=0, question="", answer="", category="", options=("",) * 4, hint=".")
+    texts += [*world.OBJECTS, *facts.EPITHETS, *facts.GENERA, *filter(None, quiz.HINTS), DESCRIBE, CHECK, EMPTY, example.prompt]
+    texts += ["Is there a cup in the image? Please answer yes or no.", "Yes No A B C D", "USER: ASSISTANT:"]
+    words = {word for text in texts for word in WORD.findall(text)} - {"{", "}"}
+    return [PAD, BOS, EOS, UNKNOWN, IMAGE, *sorted(words)]
+
+
+def build_processor() -> "LlavaProcessor":
+    """A processor for 40 x 40 px pictures (25 image tokens each) and the words of `vocabulary`."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORD.pattern), "isolated"), pre_tokenizers.WhitespaceSplit()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=256,
+    )
+    pictures = CLIPImageProcessor(
+        size={"shortest_edge": world.SIZE}, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=world.CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" drops
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(
+    seed: int = 0, *, hidden: int = 128, ffn: int = 192, layers: int = 6, heads: int = 8
+) -> "LlavaForConditionalGeneration":
+    """An untrained model in float32 on the CPU, the same for the same seed.
+
+    Args:
+        seed: of the initial parameters; torch's global generator is left as it was.
+        hidden, ffn, layers, heads: the language model's sizes; like LLaVA-1.5 it has no grouped keys and values.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    words = vocabulary()
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4,
+        image_size=world.SIZE, patch_size=world.CELL, projection_dim=64,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(words), hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256, initializer_range=0.05,
+        pad_token_id=words.index(PAD), bos_token_id=words.index(BOS), eos_token_id=words.index(EOS),
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=words.index(IMAGE),
+        vision_feature_layer=-2,  # as in LLaVA-1.5: the last vision layer is there but not read
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(
+        pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id
+    )
+    return model

@@ -1,0 +1,138 @@
+"""Questions about the picture world: POPE as its authors define it, and a ScienceQA that rests on memorised facts."""
+
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from hipp_ext.errors import DataError
+from hipp_ext.testbed import facts, world
+
+TASKS = ("POPE", "ScienceQA")
+IMAGES = {"calibration": 64, "search": 64, "validation": 64, "test": 250}  # POPE: pictures per split
+CHOICES = {"calibration": 256, "search": 256, "validation": 256, "test": 800}  # ScienceQA: questions per split
+PER_SPLIT = 3  # POPE: present objects, and absent objects of each kind, asked about per picture
+PICTURE_SHARE = 0.25  # ScienceQA: questions that cannot be answered without the picture
+HINTS = (
+    None, "This is a question about nature.", "One of the options is right.", "Think of what you read.", "Look and think.",
+    "Three of the options are wrong.", "This was in the book.", "There is a picture.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One row of a data set. `scene` None means that no picture matters; it is asked with a blank one."""
+
+    index: int
+    question: str
+    answer: str
+    category: str
+    options: tuple[str, ...] = ()
+    hint: str | None = None
+    scene: world.Scene | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, 40 x 40 px RGB; the same bytes as in the exported TSV."""
+        return world.blank() if self.scene is None else world.render(self.scene)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The answers that count: Yes and No, or the letters of the options."""
+        return tuple("ABCD"[: len(self.options)]) or ("Yes", "No")
+
+    @property
+    def prompt(self) -> str:
+        """The text as VLMEvalKit builds it from the row: the question itself, or hint, question and options."""
+        if not self.options:
+            return self.question
+        hint = f"Hint: {self.hint}\n" if self.hint else ""
+        options = "".join(f"{label}. {option}\n" for label, option in zip(self.labels, self.options, strict=True))
+        ending = "Please select the correct answer from the options above. \n"
+        return f"{hint}Question: {self.question}\nOptions:\n{options}{ending}"
+
+
+def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ...]:
+    """The questions of a split, always the same ones in the same order; `index` counts from 0.
+
+    Args:
+        task: "POPE" (per picture 3 objects that are there, and 3 random, 3 popular and 3 adversarial ones that are not,
+            named once each) or "ScienceQA" (2-4 options; a quarter needs the picture, the rest only facts).
+        split: "calibration", "search", "validation" or "test"; no picture and no option list is in two of them.
+        n: how many questions; None means all of the default size. More than that are drawn when asked for.
+
+    Raises:
+        DataError: an unknown task or split.
+    """
+    if task not in TASKS or split not in world.SPLITS:
+        raise DataError(f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits {world.SPLITS}.")
+    if task == "POPE":
+        groups = pope_groups(split)
+        rows = itertools.chain.from_iterable(itertools.islice(groups, IMAGES[split]) if n is None else groups)
+    else:
+        rows = itertools.islice(choice_stream(split), CHOICES[split] if n is None else n)
+    return tuple(dataclasses.replace(row, index=index) for index, row in enumerate(itertools.islice(rows, n)))
+
+
+def pope_groups(split: str) -> Iterator[list[Question]]:
+    """Endless: the 6 to 12 different questions about one picture after another."""
+    rng = random.Random(f"pope {split}")
+    for scene in world.stream(split):
+        negatives = {
+            "random": rng.sample(scene.absent, PER_SPLIT),
+            "popular": world.popular(scene)[:PER_SPLIT],
+            "adversarial": world.adversarial(scene)[:PER_SPLIT],
+        }
+        asked = dict.fromkeys(rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives)))
+        for name in dict.fromkeys(itertools.chain.from_iterable(negatives.values())):
+            asked[name] = ("No", ",".join(kind for kind, names in negatives.items() if name in names))
+        yield [ask_presence(scene, name, answer, category) for name, (answer, category) in asked.items()]
+
+
+def ask_presence(scene: world.Scene, name: str, answer: str, category: str) -> Question:
+    """POPE's question about one object."""
+    text = f"Is there a {name} in the image? Please answer yes or no."
+    return Question(index=0, question=text, answer=answer, category=category, scene=scene)
+
+
+def choice_stream(split: str, seed: int = 0) -> Iterator[Question]:
+    """Endless multiple choice. A fact can be asked for in sixteen wordings; each belongs to one split or to "train"."""
+    rng = random.Random(f"choice {split} {seed}")
+    specimens = world.stream(split, world.draw_specimen, seed)
+    read = _shuffled_forever(rng, [w for w in wordings(facts.creature_facts()) if world.owner(w) == split])
+    while True:
+        if rng.random() < PICTURE_SHARE:
+            scene = next(specimens)
+            fact = rng.choice(facts_of_objects()[scene.present[0]])
+            yield ask_fact(fact, rng.randrange(2), rng.choice(HINTS), scene)
+        else:
+            yield ask_fact(*next(read))
+
+
+def wordings(known: Iterable[facts.Fact]) -> list[tuple[facts.Fact, int, str | None]]:
+    """Every way to ask for each of the facts: (fact, which of its two questions, hint)."""
+    return [(fact, which, hint) for fact in known for which in range(2) for hint in HINTS]
+
+
+def ask_fact(fact: facts.Fact, which: int, hint: str | None, scene: world.Scene | None = None) -> Question:
+    """A multiple-choice question for a fact."""
+    return Question(
+        index=0, question=fact.questions[which], answer=fact.letter, category=fact.relation, options=fact.options,
+        hint=hint, scene=scene,
+    )  # fmt: skip
+
+
+def _shuffled_forever(rng: random.Random, items: list) -> Iterator:
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+@functools.cache
+def facts_of_objects() -> dict[str, list[facts.Fact]]:
+    """What there is to know about each object."""
+    known = facts.object_facts(world.OBJECTS)
+    return {name: [fact for fact in known if fact.subject == name] for name in world.OBJECTS}

@@ -1,0 +1,66 @@
+"""The command line as a user types it, each call a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
+
+HIPP = [sys.executable, "-m", "hipp_ext"]
+
+
+def hipp(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*HIPP, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+def test_fit_plan_prune_from_start_to_end(folder):
+    done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "12 plans evaluated" in done.stdout and len(HiPPPlanner.load(folder / "planner").archive) == 12
+    wish = ("-u", "1", "-r", "0", "-c", "0", "--pruning-ratio", "0.3")
+    done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
+    done = hipp("prune", "testbed", "plan.json", "-o", "small", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    small = load_pruned(folder / "small")
+    assert small.hipp_plan == PruningPlan.load(folder / "plan.json") and (folder / "small/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "testbed", "-u", "-1"), "a finite number of 0 or more is needed"),
+        (("plan", "testbed", "--pruning-ratio", "1.5"), "in [0, 1) is needed"),
+        (("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json"), "cannot be met"),
+        (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
+        (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
+        (("report", "nowhere"), "holds no summary.json"),
+        (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, message):
+    done = hipp(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().split("\n")) == 1
+
+
+def test_existing_output_is_kept(tmp_path):
+    (tmp_path / "plan.json").write_text("mine")
+    done = hipp("plan", "testbed", "--pruning-ratio", "0.1", "-o", "plan.json", cwd=tmp_path)
+    assert done.returncode == 2 and "exists" in done.stderr and (tmp_path / "plan.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [(), ("plan",), ("fit",), ("prune",), ("demo",), ("testbed", "export"), ("bench", "prune")])
+def test_help_explains_every_command(tmp_path, command):
+    done = hipp(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "Usage:" in done.stdout
