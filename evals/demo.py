@@ -125,13 +125,14 @@ def _evaluate(models: dict[str, Path], data: Path, work_dir: Path, limit: int | 
 
 
 def _print_table(entries: list[Entry]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     header, rows = table_rows(entries)
-    table = Table(title="accuracy [%] on the test split, ± standard error")
+    table = Table(title="accuracy [%] on the test split ± standard error; POPE over all, then by split", box=SIMPLE_HEAD)
     for i, column in enumerate(header):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)

@@ -58,8 +58,8 @@ def keep_counts(
     """Keep counts, one per group, that remove at least `pruning_ratio` of the parameters and not one step more.
 
     Every group keeps the share sigmoid(allocation + shift) of its units; the shift common to all is bisected, the
-    shares are rounded down to allowed counts, and what is left of the budget is spent on the groups that rounding
-    hurt most until no further step of any group fits. So the parameters kept are within one step (one unit, or
+    shares are rounded to allowed counts, and what is left of the budget is spent on the groups that rounding hurt most
+    until no further step of any group fits. So the parameters kept are within one step (one unit, or
     `round_to` columns) of the budget, never above it, and a higher allocation never yields a lower count than an equal
     group with a lower one, up to that last step.
 
@@ -85,9 +85,10 @@ def keep_counts(
     if int(cost @ least) > target:
         raise BudgetError(_unreachable(groups, least, int(cost @ least), int(cost @ widths), pruning_ratio, bounds))
 
-    def rounded_down(wanted: np.ndarray) -> np.ndarray:
-        counts = least + np.maximum(np.floor((wanted - least) / step + 1e-9), 0).astype(np.int64) * step
-        return np.where((wanted >= widths - 1e-9) | (counts > widths), widths, counts)
+    def nearest(wanted: np.ndarray) -> np.ndarray:
+        # To the nearest, not down: of eight heads, a wish for 7.6 must not become 7 in every layer at once.
+        counts = least + np.maximum(np.floor((wanted - least) / step + 0.5), 0).astype(np.int64) * step
+        return np.minimum(counts, widths)
 
     def wanted(shift: float) -> np.ndarray:
         return widths / (1 + np.exp(-np.clip(logits + shift, -40, 40)))
@@ -95,11 +96,11 @@ def keep_counts(
     low, high = -41 - float(logits.max()), 41 - float(logits.min())
     for _ in range(48):
         middle = (low + high) / 2
-        if int(cost @ rounded_down(wanted(middle))) <= target:
+        if int(cost @ nearest(wanted(middle))) <= target:
             low = middle
         else:
             high = middle
-    counts = rounded_down(wanted(low))
+    counts = nearest(wanted(low))
     return _spend_rest(counts, wanted(low), np.minimum(counts + step, widths) - counts, step, cost, widths, target)
 
 

@@ -1,5 +1,6 @@
 """The command `hipp`: thin wrappers over the library, one function per command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at
 
 def main() -> None:
     """Entry point: exit code 0 on success, 2 for bad input, 130 on ctrl-C, 1 for anything else."""
+    _quiet_transformers()
     try:
         app(standalone_mode=True)
     except HippError as error:
@@ -242,6 +244,11 @@ def testbed_export(
     if model is not None:
         loaded, processor = testbed.load()
         _say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
+
+
+def _quiet_transformers() -> None:
+    """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -180,5 +181,11 @@ def write_per_layer_config(model: nn.Module) -> None:
         else:
             heads = g.width * g.columns // block_of(model, g).head_dim
             layers.setdefault(g.layer, {}).update(num_attention_heads=heads, num_key_value_heads=g.width)
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_is_not_about_global_widths)
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = layers
+
+
+def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
+    """transformers warns whoever reads a single width of a heterogeneous config. Here the modules know theirs."""
+    return "Reading global config value for per-layer attribute" not in record.getMessage()

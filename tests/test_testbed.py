@@ -5,7 +5,6 @@ import csv
 import io
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from hipp_ext.evals.evaluator import Evaluator
@@ -74,7 +73,7 @@ def test_adversarial_objects_are_those_that_most_accompany_the_present_ones():
     support = [sum(pair[name, other] for other in scene.present) for name in ranking]
     assert support == sorted(support, reverse=True)
     assert set(ranking) == set(scene.absent)
-    assert support[0] > 3 * np.mean(support)  # scene types make the difference large
+    assert support[0] > 10 * (support[-1] + 1)  # scene types make the difference large
 
 
 def test_more_questions_begin_with_the_same_ones():

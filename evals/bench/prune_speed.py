@@ -6,6 +6,7 @@ of the model, made outside the clock. hipp's time includes finding groups, scori
 """
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def with_torch_pruning(model: Any) -> Any:
         import torch_pruning as tp
     except ModuleNotFoundError:
         raise MissingExtraError("torch-pruning", "bench") from None
+    warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
     layers = list(tower_layers(model, "language"))
     attentions: list[Any] = [layer.self_attn for layer in layers]
     pruner = tp.pruner.BasePruner(

@@ -34,7 +34,7 @@ def train(
     vision_steps: int = 200,
     fact_steps: int = 220,
     steps: int = 700,
-    look_steps: int = 350,
+    look_steps: int = 450,
     overwrite: bool = False,
     progress: bool = True,
     **sizes: int,
@@ -45,13 +45,13 @@ def train(
         out_dir: a folder for `load`: safetensors and JSON.
         seed: of parameters and of the order of the data; the same seed gives the same weights on the same machine with
             the same number of threads.
-        vision_steps, fact_steps, steps, look_steps: optimizer steps of the four stages.
+        vision_steps, fact_steps, steps, look_steps: optimizer steps of the stages; there are two of looking.
         overwrite: replace an existing folder.
         progress: show a progress bar.
         **sizes: of the language model, see `build_model`.
 
     Returns:
-        The losses of each step: "vision", "facts", "language" and "looking" (nats).
+        The losses of each step: "vision", "facts", "language", "looking" and "leaning" (nats).
 
     Raises:
         OutputExistsError: `out_dir` exists and `overwrite` is False.
@@ -63,7 +63,8 @@ def train(
             "vision": _train_vision(model, processor, track, vision_steps, seed),
             "facts": _train_language(model, processor, track, fact_steps, ((_reading, 16),), seed),
             "language": _train_language(model, processor, track, steps, ALL, seed + 1),
-            "looking": _train_language(model, processor, track, look_steps, MOSTLY_LOOKING, seed + 2),
+            "looking": _train_language(model, processor, track, look_steps, LOOKING, seed + 2, rate=0.6),
+            "leaning": _train_language(model, processor, track, look_steps, LEANING, seed + 3, rate=0.6),
         }
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -118,7 +119,13 @@ def _train_vision(model: Any, processor: Any, track: Callable, steps: int, seed:
 
 
 def _train_language(
-    model: Any, processor: Any, track: Callable, steps: int, sources: Sequence[tuple[Callable, int]], seed: int
+    model: Any,
+    processor: Any,
+    track: Callable,
+    steps: int,
+    sources: Sequence[tuple[Callable, int]],
+    seed: int,
+    rate: float = 1.0,
 ) -> list[float]:
     import torch
 
@@ -128,7 +135,7 @@ def _train_language(
         torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
         torch.optim.Muon([p for p in model.parameters() if id(p) in hidden], lr=MUON_RATE, weight_decay=0.01),
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _share_of_rate(step, steps)) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate * _share_of_rate(step, steps)) for o in optimizers]
     losses = []
     streams = [(make(seed), count) for make, count in sources]
     for _ in track(steps, f"learning from {len(streams)} sources"):
@@ -182,15 +189,26 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(WORD.findall(text))
 
 
-def _looking(seed: int) -> Iterator[Row]:
-    """Endless: up to four objects that are in the picture and as many that are not, asked for one after another."""
+def _looking(seed: int, most_absent: int = 3) -> Iterator[Row]:
+    """Endless questions about one picture, one after another; what is absent is seldom to be expected there.
+
+    As in the data that real VLMs learn from: so there is a language prior ("a kitchen has cups"), and a model that no longer
+    looks falls back on it.
+    """
     rng, scenes = random.Random(f"looking {seed}"), world.stream("train", seed=seed + 2)
     for scene in scenes:
-        there = rng.sample(scene.present, min(4, len(scene.present)))
-        absent = dict.fromkeys([*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 4)])
-        asked = [(name, "Yes") for name in there] + [(name, "No") for name in list(absent)[: len(there)]]
+        asked = [(name, "Yes") for name in rng.sample(scene.present, min(rng.randint(1, 4), len(scene.present)))]
+        absent = dict.fromkeys(rng.sample(scene.absent, rng.randint(1, most_absent)))
+        if rng.random() < 0.3:
+            absent[rng.choice(world.adversarial(scene)[:3])] = None
+        asked += [(name, "No") for name in absent]
         rng.shuffle(asked)
         yield [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked], scene, True
+
+
+def _mostly_present(seed: int) -> Iterator[Row]:
+    """Questions about a picture that lean towards yes, as instruction data does."""
+    return _looking(seed, most_absent=1)
 
 
 def _checks(seed: int) -> Iterator[Row]:
@@ -236,7 +254,8 @@ def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
 
 # Rows per step of each source.
 ALL = ((_checks, 12), (_looking, 14), (_captions, 8), (_reading, 8), (_choosing, 8))
-MOSTLY_LOOKING = ((_checks, 12), (_looking, 24), (_captions, 6), (_reading, 2), (_choosing, 6))
+LOOKING = ((_checks, 10), (_looking, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
+LEANING = ((_checks, 10), (_mostly_present, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 
 
 def _pictures(scenes: Sequence[world.Scene | None]) -> Any:

@@ -52,7 +52,7 @@ def test_answers_are_those_of_a_full_forward_dense_masked_and_pruned(loaded, eva
 def test_guessing_scores_nothing_and_certainty_one(loaded):
     model, processor = testbed.load()
     evaluator = Evaluator(model, processor, POPE, CHOICE)
-    assert evaluator(model)["utility"] > 0.9 and evaluator(model)["robustness"] > 0.9
+    assert evaluator(model)["utility"] > 0.9 and evaluator(model)["robustness"] > 0.75
     with torch.no_grad():
         model.lm_head.weight.zero_()
     measured = evaluator(model)

@@ -1,0 +1,59 @@
+"""The whole way once, small: demo, its report, and a second run that finds everything done."""
+
+import json
+import re
+
+import pytest
+from hipp_ext.evals.demo import PREFERENCES, DemoSize, run_demo
+from hipp_ext.evals.report import write_report
+
+from hipp_ext import PruningPlan, load_pruned
+from hipp_ext.errors import DataError
+from hipp_ext.planner.grpo import FitSettings
+
+SIZE = DemoSize(settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2), search=24, limit=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(path, SIZE, say=lambda line: None, progress=False)
+    return path
+
+
+def test_every_piece_is_there_and_belongs_together(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [e["name"] for e in summary["entries"]] == ["dense", *PREFERENCES]
+    for name in PREFERENCES:
+        plan = PruningPlan.load(folder / f"plans/{name}.json")
+        assert load_pruned(folder / f"models/{name}").hipp_plan == plan and plan.pruning_ratio > 0
+    assert len((folder / "fit/archive.jsonl").read_text().splitlines()) == SIZE.settings.evaluations
+    for entry in summary["entries"]:
+        assert set(entry["records"]) == {"POPE", "ScienceQA_TEST"} and entry["records"]["POPE"]["n"] == 12
+    assert summary["entries"][0]["parameters"] > summary["entries"][3]["parameters"]
+
+
+def test_the_page_stands_alone(folder):
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page) and "http" not in re.sub(r"data:image/png;base64,\S+", "", page)
+    assert page.count("data:image/png;base64,") == 3
+    assert all(name in page for name in ("dense", *PREFERENCES)) and "vlmeval --data POPE" in page
+    for picture in ("front", "keep_counts", "pope"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_repeats_nothing(folder):
+    kept = [*folder.glob("models/*/model.safetensors"), *folder.glob("outputs/*/*/run-*/predictions.jsonl")]
+    before = {path: path.stat().st_mtime_ns for path in [*kept, folder / "fit/archive.jsonl"]}
+    archive = (folder / "fit/archive.jsonl").read_text()
+    run_demo(folder, SIZE, say=lambda line: None, progress=False)
+    assert (folder / "fit/archive.jsonl").read_text() == archive
+    assert len(kept) == 4 + 8 and all(path.stat().st_mtime_ns == before[path] for path in kept)
+
+
+def test_a_report_needs_a_summary(tmp_path):
+    with pytest.raises(DataError, match="holds no summary.json"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text('{"entries": [{}]}')
+    with pytest.raises(DataError, match="is damaged"):
+        write_report(tmp_path)
