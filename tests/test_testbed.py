@@ -202,7 +202,7 @@ def test_the_package_stays_small():
 
 def test_training_is_deterministic_and_writes_what_load_reads(tmp_path):
     state = torch.random.get_rng_state()
-    sizes = dict(vision_steps=2, steps=2, hidden=16, ffn=24, layers=2, heads=2, progress=False)
+    sizes = dict(vision_steps=2, fact_steps=2, steps=2, look_steps=2, hidden=16, ffn=24, layers=2, heads=2, progress=False)
     losses = [testbed.train(tmp_path / name, seed=seed, **sizes) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
     assert torch.equal(state, torch.random.get_rng_state())
     assert losses[0] == losses[1] != losses[2]
