@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import check_processor, encode
+from hipp_ext.calibration import check_processor, encode, join_answer
 from hipp_ext.errors import CalibrationError
 
 YES_BIAS_WEIGHT = 0.5
@@ -81,16 +81,19 @@ class Evaluator:
         batch_size: rows per forward pass.
 
     Raises:
-        CalibrationError: no questions, a processor of another model, or candidates that begin with the same token.
+        CalibrationError: no questions, POPE questions that are not yes/no, a processor of another model, or candidates
+            that begin with the same token.
     """
 
     def __init__(
         self, model: nn.Module, processor: Any, pope: Iterable[Question], choice: Iterable[Question], *, batch_size: int = 64
     ):
         check_processor(model, processor)
+        pope, choice = tuple(pope), tuple(choice)
+        if any(tuple(q.labels) != ("Yes", "No") for q in pope):
+            raise CalibrationError("The candidates of every POPE question must be Yes and No; were the two tasks swapped?")
         self._tasks = {
-            name: _Task(model, processor, tuple(questions), batch_size)
-            for name, questions in (("choice", choice), ("pope", pope))
+            name: _Task(model, processor, questions, batch_size) for name, questions in (("choice", choice), ("pope", pope))
         }
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -123,7 +126,7 @@ class _Task:
             for rows in (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
         ]
         self.logits = AnswerLogits(model, batches)
-        tokens = _first_tokens(processor, sorted({label for q in questions for label in q.labels}))
+        tokens = _first_tokens(processor, questions[0], sorted({label for q in questions for label in q.labels}))
         width = max(len(q.labels) for q in ordered)
         self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
         self.right = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
@@ -147,7 +150,7 @@ class _Task:
             accuracy_se=binomial_se(accuracy, len(answers)),
             margin=float(((p_right - guess) / (1 - guess)).mean()),
             yes_rate=100 * answers.count("Yes") / len(answers) if yes_no else None,
-            answers=tuple(answers),
+            answers=tuple(map(str, answers)),
         )
 
     def yes_bias(self, log_probabilities: Tensor) -> float:
@@ -155,11 +158,19 @@ class _Task:
         return float(log_probabilities[:, 0].exp().mean() - (self.right == 0).float().mean())
 
 
-def _first_tokens(processor: Any, candidates: Sequence[str]) -> dict[str, int]:
-    """Candidate -> id of the first token that the model would answer it with."""
+def _first_tokens(processor: Any, question: Question, candidates: Sequence[str]) -> dict[str, int]:
+    """Candidate -> id of the first token that the model would answer it with, after the prompt."""
+    message = {"role": "user", "content": [{"type": "text", "text": question.prompt}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     tokenizer = getattr(processor, "tokenizer", processor)
-    tokens = {c: tokenizer(c, add_special_tokens=False)["input_ids"] for c in candidates}
-    first = {c: ids[0] for c, ids in tokens.items() if ids}
+
+    def tokens_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompt = tokens_of(text)
+    tokens = {c: tokens_of(join_answer(text, c)) for c in candidates}
+    # A tokenizer may merge the end of the prompt with the answer: the answer starts where the two first differ.
+    first = {c: next((b for a, b in zip(prompt + [-1], ids, strict=False) if a != b), -1) for c, ids in tokens.items()}
     if len(set(first.values())) < len(candidates):
         raise CalibrationError(f"The candidate answers {list(candidates)} do not differ in their first token: {tokens}.")
     return first

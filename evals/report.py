@@ -67,6 +67,7 @@ def write_report(folder: str | Path) -> Path:
     try:
         data = json.loads((folder / SUMMARY).read_text())
         entries = [_entry(row) for row in data["entries"]]
+        table_rows(entries)  # missing records show here
         commands, archive_path = data["commands"], data["archive"]
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {SUMMARY}; `hipp demo` writes one.") from None
@@ -74,8 +75,8 @@ def write_report(folder: str | Path) -> Path:
         raise DataError(f"{folder / SUMMARY} is damaged: {error!r}") from None
     archive = Archive(folder / archive_path) if archive_path else Archive()
     pictures = _pictures(entries, archive)
-    for name, (_, data) in pictures.items():
-        write_atomic(folder / f"{name}.png", data)
+    for name, (_, picture) in pictures.items():
+        write_atomic(folder / f"{name}.png", picture)
     page = folder / "report.html"
     write_atomic(page, _page(entries, pictures, commands, archive))
     return page

@@ -40,6 +40,8 @@ class Bounds:
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
         """(least allowed keep count, units per step) of every group; the full width is allowed on top."""
+        if isinstance(self.min_keep, Mapping) and (unknown := set(self.min_keep) - {g.name for g in groups}):
+            raise BudgetError(f"min_keep names groups that are not there: {sorted(unknown)}.")
         widths = np.array([g.width for g in groups], dtype=np.int64)
         step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
         floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(np.int64)

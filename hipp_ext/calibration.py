@@ -33,6 +33,10 @@ def resolve_calibration(model: nn.Module, calibration: Calibration | None = None
                 f" ({getattr(getattr(model, 'config', None), '_name_or_path', '') or 'it was not loaded from a folder'})."
             )
         check_processor(model, processor)
+        if getattr(processor, "image_processor", None) is None:
+            raise CalibrationError(
+                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass calibration=."
+            )
         from hipp_ext.testbed import calibration_batches
 
         calibration = calibration_batches(processor)
@@ -59,12 +63,10 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answer
     texts = []
     for prompt, image in zip(prompts, images, strict=True):
         content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        message = {"role": "user", "content": content}
+        texts.append(processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
     pictures = [[i] for i in images if i is not None]
-    # Templates end in a line break or in "ASSISTANT:"; after the latter the answer follows a space.
-    full = (
-        texts if answers is None else [t + a if t[-1:].isspace() else f"{t} {a}" for t, a in zip(texts, answers, strict=True)]
-    )
+    full = texts if answers is None else [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
     # Only left padding puts the answer position of every row at the end.
     batch = dict(processor(text=full, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"))
     if answers is not None:
@@ -75,6 +77,11 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answer
         is_answer = from_end[None] <= (lengths - prompt_lengths)[:, None]
         batch["labels"] = torch.where(is_answer, batch["input_ids"], -100)
     return batch
+
+
+def join_answer(text: str, answer: str) -> str:
+    """Templates end in a line break or in "ASSISTANT:"; after the latter the answer follows a space."""
+    return text + answer if text[-1:].isspace() else f"{text} {answer}"
 
 
 def find_processor(model: nn.Module) -> Any | None:
@@ -96,6 +103,8 @@ def find_processor(model: nn.Module) -> Any | None:
 
 def check_processor(model: nn.Module, processor: Any) -> None:
     """Raise CalibrationError unless `processor` speaks the model's vocabulary and image token."""
+    if processor is None:
+        raise CalibrationError("No processor was given, and none lies beside the model's weights: pass processor=.")
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if len(tokenizer) > rows:

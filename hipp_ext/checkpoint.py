@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from hipp_ext.errors import CheckpointError, PlanError
+from hipp_ext.errors import CheckpointError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear
 from hipp_ext.plan import PruningPlan
@@ -108,9 +108,15 @@ def load_pruned(
     model_class = _model_class(folder)
     builder = _resizing(model_class, manifest) if manifest is not None else model_class
     try:
-        model = builder.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, **kwargs)
+        model, found = builder.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **kwargs
+        )
+    except (TypeError, torch.OutOfMemoryError):
+        raise  # wrong arguments or too small a device: nothing is wrong with the folder
     except Exception as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
         raise CheckpointError(f"{folder} could not be loaded, it is incomplete or damaged: {error}") from error
+    if found["missing_keys"]:
+        raise CheckpointError(f"{folder} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}.")
     model.__class__ = model_class
     if (folder / PLAN).is_file():
         setattr(model, PLAN_ATTRIBUTE, PruningPlan.load(folder / PLAN))
@@ -125,20 +131,24 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
-    groups = find_groups(model)
-    for kind in ("attention", "ffn"):
-        members = [g for g in groups if g.kind == kind]
-        width = max(g.width for g in members)
-        if kind == "attention":
-            width = _loadable_kv_groups(config, width, repeat := members[0].columns // block_of(model, members[0]).head_dim)
-            config.num_key_value_heads, config.num_attention_heads = width, width * repeat
-        else:
-            config.intermediate_size = width
-        for g in members:
-            _resize(model, g, width, _padded)
-    config.per_layer_config = None
-    config.allow_global_per_layer_attribute_access = False
+    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    for tower in _towers(model):
+        config: Any = text_config if tower == "language" else model.config.vision_config  # type: ignore[union-attr]
+        groups = find_groups(model, (tower,))
+        for kind in ("attention", "ffn"):
+            members = [g for g in groups if g.kind == kind]
+            width = max(g.width for g in members)
+            if kind == "ffn":
+                config.intermediate_size = width
+            elif tower == "vision":
+                width = config.num_attention_heads
+            else:
+                width = _loadable_kv_groups(config, width, repeat := members[0].columns // block_of(model, members[0]).head_dim)
+                config.num_key_value_heads, config.num_attention_heads = width, width * repeat
+            for g in members:
+                _resize(model, g, width, _padded)
+    text_config.per_layer_config = None
+    text_config.allow_global_per_layer_attribute_access = False
     return model
 
 
@@ -151,8 +161,12 @@ def _loadable_kv_groups(config: Any, needed: int, repeat: int) -> int:
 
 
 def _towers(model: nn.Module) -> tuple[Tower, ...]:
-    plan = getattr(model, PLAN_ATTRIBUTE, None)
-    return plan.towers if plan else ("language",)
+    """The towers whose widths can be told, whatever was pruned."""
+    try:
+        find_groups(model, ("vision",))
+    except UnsupportedModelError:
+        return ("language",)
+    return ("language", "vision")
 
 
 def _read_manifest(folder: Path) -> _Manifest | None:

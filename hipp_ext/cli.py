@@ -25,7 +25,9 @@ Compression = Annotated[float, typer.Option("--compression", "-c", help="Weight 
 Ratio = Annotated[
     float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
 ]
-RoundTo = Annotated[int, typer.Option("--round-to", help="Keep widths that are multiples of this.")]
+RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
 
 
@@ -45,8 +47,10 @@ def main() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Policy updates of the fit, 12 plans each.")] = 20,
-    limit: Annotated[int | None, typer.Option(help="Questions per data set in the final evaluation; default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Policy updates of the fit, 12 plans each.")] = 20,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions per data set in the final evaluation; default: all.")
+    ] = None,
 ) -> None:
     """Fit, plan for three preferences, prune, evaluate with VLMEvalKit, and report; all on the testbed.
 
@@ -68,10 +72,12 @@ def plan(
     robustness: Robustness = 0.4,
     compression: Compression = 0.2,
     pruning_ratio: Ratio = None,
-    round_to: RoundTo = 1,
+    round_to: RoundTo = None,
     planner: Annotated[
         Path | None, typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained.")
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the pruning plan for a preference.
@@ -82,17 +88,21 @@ def plan(
 
     `hipp plan testbed --pruning-ratio 0.3 -r 1 -u 0 -c 0 --planner ./planner`
     """
-    from hipp_ext.budget import Bounds
+    from hipp_ext.budget import Bounds, check_ratio
+    from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.preference import Preference
 
+    require_new(out, overwrite)
     wanted = Preference(utility, robustness, compression)
-    fitted = HiPPPlanner.load(planner) if planner else None
-    maker = HiPPPlanner(wanted, pruning_ratio=pruning_ratio, policy=fitted.policy if fitted else None,
-                        bounds=Bounds(round_to=round_to))  # fmt: skip
-    maker.signals = fitted.signals if fitted else None
-    loaded, processor = _load(model)
-    made = maker.plan(loaded, processor=processor, say=_say)
+    maker = HiPPPlanner.load(planner) if planner else HiPPPlanner(wanted)
+    if pruning_ratio is not None:
+        check_ratio(pruning_ratio)
+        maker.pruning_ratio = pruning_ratio
+    if round_to is not None:
+        maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
+    loaded, processor = _load(model, device, dtype)
+    made = maker.plan(loaded, processor=processor, preference=wanted, say=_say)
     made.save(out, overwrite)
     _say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
     _print_plan(made)
@@ -104,11 +114,13 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
     pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")] = None,
-    questions: Annotated[int, typer.Option(help="Questions per task.")] = 192,
-    steps: Annotated[int, typer.Option(help="Policy updates, 12 plans each.")] = 20,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 192,
+    steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
     pruning_ratio: Ratio = None,
-    round_to: RoundTo = 1,
+    round_to: RoundTo = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train the planner's policy by plan-level GRPO. Interrupted, it goes on from where it was.
@@ -126,9 +138,9 @@ def fit(
     from hipp_ext.preference import Preference
 
     require_new(out, overwrite)
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out)
-    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to))
+    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1))
     running = out.with_name(out.name + ".fit")
     result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, processor=processor, say=_say)
     maker.save(out, overwrite=overwrite)
@@ -255,15 +267,22 @@ def _say(line: str) -> None:
     typer.echo(line)
 
 
-def _load(model: str) -> tuple[Any, Any]:
-    if model == "testbed":
-        from hipp_ext import testbed
+def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """Model and processor of a folder; device None: the GPU if there is one."""
+    import torch
 
-        return testbed.load()
     from hipp_ext.calibration import find_processor
     from hipp_ext.checkpoint import load_pruned
+    from hipp_ext.errors import HippError
 
-    loaded = load_pruned(model)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+    if model == "testbed":
+        from hipp_ext.testbed import WEIGHTS
+
+        model = str(WEIGHTS)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_pruned(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     return loaded, find_processor(loaded)
 
 

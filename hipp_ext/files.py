@@ -39,6 +39,9 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
 
+    Replacing an existing folder takes two renames. Killed between them, `path` is gone and both folders are whole beside it,
+    under names that begin with a dot and the folder's name.
+
     Raises:
         OutputExistsError: `path` exists and is not an empty folder, and `overwrite` is False.
     """
@@ -52,7 +55,11 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.rename(path, retired / "old")
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                os.rename(retired / "old", path)
+                raise
             shutil.rmtree(retired)
         else:
             os.rename(temporary, path)

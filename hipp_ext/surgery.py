@@ -66,6 +66,7 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
         for group, entry in zip(match(model, plan), plan.groups, strict=True):
             if entry.keep < entry.width:
                 consumer = linear(model, group.consumer)
+                _check_present(group.consumer, consumer)
                 mask = torch.zeros(group.width, device=consumer.weight.device, dtype=consumer.weight.dtype)
                 mask[list(entry.kept)] = 1
                 columns = mask.repeat_interleave(group.columns)
@@ -139,9 +140,15 @@ def _plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
             "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
             "Nothing was changed."
         )
+    _check_present(name, module)
     if id(module.weight) in shared:
         raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
     return module
+
+
+def _check_present(name: str, layer: nn.Linear) -> None:
+    if layer.weight.is_meta:
+        raise UnsupportedModelError(f"{name} has no weights here (offloaded, or on the meta device). Load the model whole.")
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

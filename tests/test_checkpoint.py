@@ -53,7 +53,8 @@ def test_the_folder_holds_standard_per_layer_config_and_the_plan(tmp_path):
     config = json.loads((tmp_path / "a/config.json").read_text())["text_config"]
     for layer in range(3):
         counts = plan.keep_counts
-        assert config["per_layer_config"][str(layer)] == {
+        usual = {k: config[k] for k in ("intermediate_size", "num_attention_heads", "num_key_value_heads")}
+        assert usual | config["per_layer_config"].get(str(layer), {}) == {
             "intermediate_size": counts[f"language.{layer}.ffn"],
             "num_key_value_heads": counts[f"language.{layer}.attention"],
             "num_attention_heads": 4 * counts[f"language.{layer}.attention"],
@@ -89,6 +90,28 @@ def test_a_pruned_vision_tower_comes_back(tmp_path):
     small = prune(model, random_plan(model, towers=("language", "vision")))
     save_pruned(small, tmp_path / "a")
     assert torch.equal(logits(load_pruned(tmp_path / "a"), inputs), logits(small, inputs))
+
+
+def test_both_towers_pruned_one_after_the_other_come_back_and_can_be_padded(tmp_path):
+    model, inputs = build("llava"), batch("llava")
+    small = prune(model, random_plan(model))
+    small = prune(small, random_plan(small, towers=("vision",)))
+    save_pruned(small, tmp_path / "a")
+    assert torch.equal(logits(load_pruned(tmp_path / "a"), inputs), logits(small, inputs))
+    pad_to_uniform(small).save_pretrained(tmp_path / "b")
+    assert torch.allclose(logits(type(model).from_pretrained(tmp_path / "b").eval(), inputs), logits(small, inputs), atol=1e-5)
+
+
+def test_a_missing_tensor_is_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = build("llava")
+    save_pruned(prune(model, random_plan(model)), tmp_path / "a")
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    tensors.pop(next(name for name in tensors if "down_proj" in name))
+    save_file(tensors, tmp_path / "a/model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="no weights for .*down_proj"):
+        load_pruned(tmp_path / "a")
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path):

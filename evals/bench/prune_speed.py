@@ -27,10 +27,11 @@ def llama_100m() -> Any:
     """12 layers, hidden 768, FFN 2048, 12 heads in 12 KV groups, 16k words: 109M parameters, random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=16_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=12, attn_implementation="eager",
+        num_key_value_heads=12,
     )  # fmt: skip
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
@@ -49,9 +50,10 @@ def with_torch_pruning(model: Any) -> Any:
     except ModuleNotFoundError:
         raise MissingExtraError("torch-pruning", "bench") from None
     warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-    layers = list(tower_layers(model, "language"))
+    layers: list[Any] = list(tower_layers(model, "language"))
     attentions: list[Any] = [layer.self_attn for layer in layers]
-    pruner = tp.pruner.BasePruner(
+    make: Any = tp.pruner.BasePruner
+    pruner = make(
         model, {"input_ids": torch.ones(1, TOKENS, dtype=torch.long), "use_cache": False},
         importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.0,
         pruning_ratio_dict={m: RATIO for layer, a in zip(layers, attentions, strict=True) for m in (layer.mlp.gate_proj, a)},

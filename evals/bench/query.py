@@ -8,7 +8,7 @@ from hipp_ext.evals.bench.measuring import paired_times, report
 
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, Kind
 from hipp_ext.planner import HiPPPlanner, Signals
 from hipp_ext.planner.policy import new_policy
 from hipp_ext.preference import Preference
@@ -17,16 +17,18 @@ from hipp_ext.preference import Preference
 def signals_of_7b_shape() -> Signals:
     """Random signals for the 64 groups of a LLaVA-1.5-7B language tower (32 heads, 11,008 channels, 32 layers)."""
     generator = torch.Generator().manual_seed(0)
-    groups = []
+    groups: list[Group] = []
+    kinds: tuple[tuple[Kind, int, int, int], ...] = (("attention", 32, 128, 4 * 4096 * 128), ("ffn", 11_008, 1, 3 * 4096))
     for layer in range(32):
-        for kind, width, columns, parameters in (("attention", 32, 128, 4 * 4096 * 128), ("ffn", 11_008, 1, 3 * 4096)):
+        for kind, width, columns, parameters in kinds:
             groups.append(
                 Group(tower="language", layer=layer, kind=kind, width=width, producers=(), rows=(), consumer="",
                       columns=columns, unit_parameters=parameters, unit_flops=2 * parameters)
             )  # fmt: skip
     return Signals(
         groups=tuple(groups), scores={g.name: torch.rand(g.width, generator=generator) for g in groups}, scorer="random",
-        sensitivity=torch.rand(64, 2, generator=generator), visual=torch.rand(64, generator=generator), digest="",
+        sensitivity=torch.rand(64, 2, generator=generator), visual=torch.rand(64, generator=generator),
+        digest="", calibration="",
         flow_shares={g.name: torch.rand(g.width, generator=generator) / g.width for g in groups},
     )  # fmt: skip
 

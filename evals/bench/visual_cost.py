@@ -18,8 +18,9 @@ def llava_shaped(hidden: int, layers: int) -> tuple[Any, list[dict[str, torch.Te
                        num_attention_heads=hidden // 128)  # fmt: skip
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                               image_size=336, patch_size=14)  # fmt: skip
+    image: dict[str, Any] = {"image_token_id": 999}
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=999)).eval()
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **image)).eval()
     text_ids = torch.randint(0, 900, (2, 60))
     ids = torch.cat([torch.ones(2, 1, dtype=torch.long), torch.full((2, 576), 999), text_ids], 1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 336, 336)}

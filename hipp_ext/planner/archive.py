@@ -1,6 +1,5 @@
 """Every plan that was ever evaluated, one JSON line each; the front is read from it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,8 +89,3 @@ class Archive:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
         points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
         return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True)) if len(points) else 0.0
-
-
-def dump_json(value: object) -> str:
-    """JSON as this package writes it: indented, newline at the end."""
-    return json.dumps(value, indent=1) + "\n"

@@ -34,7 +34,7 @@ from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.reward import STABILITY_WEIGHT, Reward, Scalarisation, scalarise
 from hipp_ext.planner.state import Signals
 
-CHECKPOINT, ARCHIVE = "checkpoint.safetensors", "archive.jsonl"
+CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
 
@@ -119,9 +119,11 @@ class Trainer:
         pruning_ratio: float | None = None,
         bounds: Bounds | None = None,
         folder: Path | None = None,
+        dense: Mapping[str, float] | None = None,
     ):
         self.policy, self.signals, self.measure, self.settings = policy, signals, measure, settings
         self.pruning_ratio, self.bounds, self.folder = pruning_ratio, bounds or Bounds(), folder
+        self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
         self.archive = Archive(folder / ARCHIVE if folder else None)
         self.step = self._resume()
@@ -135,7 +137,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
         rollouts = self._draw(generator)
         records = self._evaluate(rollouts, tick)
-        self.archive.append(records)
         rewards = torch.tensor([dataclasses.astuple(r.reward) for r in records])
         rewards = rewards.view(*rollouts.allocations.shape[:3], 4)
         with torch.enable_grad():  # whatever the caller, or a library it imported, has switched off
@@ -153,7 +154,7 @@ class Trainer:
             logits = self.policy.budget(self.signals, preferences)[:, None] + s.budget_noise * torch.randn(
                 s.preferences, budgets, generator=generator
             )
-            limit = max_ratio(self.signals.groups, self.bounds) - 1e-6
+            limit = max(0.0, max_ratio(self.signals.groups, self.bounds) - 1e-6)
             if self.pruning_ratio is None:
                 ratios = (MAX_RATIO * torch.sigmoid(logits)).clamp(max=limit)
             else:
@@ -187,6 +188,7 @@ class Trainer:
             preference: Any = tuple(rollouts.preferences[p].tolist())
             records.append(Record(step=self.step, index=index, preference=preference, pruning_ratio=ratio,
                                   allocation=tuple(allocation), keeps=keeps, reward=self._known[keeps]))  # fmt: skip
+            self.archive.append(records[-1:])
             tick()
         return records
 
@@ -231,7 +233,7 @@ class Trainer:
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
-        metadata = {"step": str(self.step), "settings": self._identity()}
+        metadata = {"step": str(self.step)}
         write_atomic(
             self.folder / CHECKPOINT, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
         )
@@ -239,11 +241,24 @@ class Trainer:
     def _identity(self) -> str:
         """What must be the same for a run to be resumed; more steps may be asked for later."""
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"}
-        return json.dumps([settings, self.pruning_ratio, dataclasses.asdict(self.bounds), self.signals.digest], sort_keys=True)
+        measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
+        identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds)}
+        # What the evaluator says of the dense model stands for its questions.
+        return json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True)
+
+    def _check_identity(self, path: Path) -> None:
+        if not path.exists():
+            write_atomic(path, self._identity() + "\n")
+        elif (there := path.read_text().strip()) != self._identity():
+            raise CheckpointError(
+                f"{path.parent} holds a fit with other settings, of another model, with another evaluator or on other "
+                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {self._identity()}"
+            )
 
     def _resume(self) -> int:
         if self.folder is None:
             return 0
+        self._check_identity(self.folder / IDENTITY)
         path = self.folder / CHECKPOINT
         if not path.exists():
             return 0
@@ -251,14 +266,9 @@ class Trainer:
             with safetensors.safe_open(path, "pt") as file:
                 metadata: Mapping[str, str] = file.metadata()
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            step, identity = int(metadata["step"]), metadata["settings"]
+            step = int(metadata["step"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}. Remove {self.folder} to start again.") from None
-        if identity != self._identity():
-            raise CheckpointError(
-                f"{self.folder} holds a fit with other settings, of another model or on other calibration. Choose another "
-                f"folder, or remove it to start again.\n there: {identity}\n now:   {self._identity()}"
-            )
         self.policy.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy.")})
         state = self.optimizer.state_dict()
         state["state"] = {}

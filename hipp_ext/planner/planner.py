@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from hipp_ext import scorers
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, max_ratio
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CheckpointError, PlanError
@@ -74,7 +75,8 @@ class HiPPPlanner:
             raise TypeError(f"A Preference is needed, not {preference!r}.")
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
-        self.preference, self.pruning_ratio = preference, pruning_ratio
+        self.preference = preference
+        self.pruning_ratio = None if pruning_ratio is None else float(pruning_ratio)
         self.policy = policy or new_policy(seed)
         self.scorer, self.bounds = scorer, bounds or Bounds()
         self.signals: Signals | None = None
@@ -104,7 +106,7 @@ class HiPPPlanner:
         """
         wanted = preference or self.preference
         signals = self.measure(model, processor=processor, calibration=calibration, say=say)
-        limit = max_ratio(signals.groups, self.bounds) - 1e-6
+        limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
         keeps = keep_counts(signals.groups, allocation, ratio, self.bounds)
         return self._plan(signals, keeps, wanted)
@@ -153,9 +155,11 @@ class HiPPPlanner:
         def reward(keeps: tuple[int, ...]) -> Reward:
             return measure(model, self._plan(signals, keeps, None), evaluator, signals)
 
+        everything = measure(model, self._plan(signals, tuple(g.width for g in signals.groups), None), evaluator, signals)
+        dense = {"utility": everything.utility, "robustness": everything.robustness}
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
         trainer = Trainer(policy, signals, reward, settings, pruning_ratio=self.pruning_ratio, bounds=self.bounds,
-                          folder=Path(folder) if folder is not None else None)  # fmt: skip
+                          folder=Path(folder) if folder is not None else None, dense=dense)  # fmt: skip
         history = _run(trainer, settings, progress)
         self.policy, self.archive = policy, trainer.archive
         return FitResult(steps=trainer.step, evaluations=len(trainer.archive), hypervolume=trainer.archive.hypervolume(),
@@ -184,7 +188,8 @@ class HiPPPlanner:
             header = _Header(
                 preference=self.preference.as_tuple(), pruning_ratio=self.pruning_ratio, round_to=self.bounds.round_to,
                 min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
-                policy_width=self.policy.width, signals=_SignalsHeader.of(self.signals) if self.signals else None,
+                policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
+                signals=_SignalsHeader.of(self.signals) if self.signals else None,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
@@ -208,6 +213,7 @@ class HiPPPlanner:
             tensors = safetensors.torch.load_file(folder / "signals.safetensors") if header.signals else {}
             utility, robustness, compression = header.preference
             planner = cls(Preference(utility, robustness, compression), pruning_ratio=header.pruning_ratio, policy=policy,
+                          scorer=_scorer(header.scorer),
                           bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
             planner.signals = header.signals.build(tensors) if header.signals else None
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
@@ -240,6 +246,12 @@ def _run(trainer: Trainer, settings: FitSettings, progress: bool) -> list[float]
     return history
 
 
+def _scorer(name: str | None) -> Scorer | None:
+    if name is not None and name not in scorers.__all__:
+        raise KeyError(f"the scorer {name} is not one of hipp_ext.scorers; make the planner with scorer= again")
+    return None if name is None else getattr(scorers, name)()
+
+
 class _GroupFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tower: Tower
@@ -262,15 +274,18 @@ class _SignalsHeader(BaseModel):
     groups: list[_GroupFile]
     scorer: str
     digest: str
+    calibration: str
 
     @classmethod
     def of(cls, signals: Signals) -> "_SignalsHeader":
-        return cls(groups=[_GroupFile(**asdict(g)) for g in signals.groups], scorer=signals.scorer, digest=signals.digest)
+        return cls(groups=[_GroupFile(**asdict(g)) for g in signals.groups], scorer=signals.scorer, digest=signals.digest,
+                   calibration=signals.calibration)  # fmt: skip
 
     def build(self, tensors: dict[str, torch.Tensor]) -> Signals:
         groups = tuple(g.build() for g in self.groups)
         return Signals(
-            groups=groups, scorer=self.scorer, digest=self.digest, sensitivity=tensors["sensitivity"], visual=tensors["visual"],
+            groups=groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
+            sensitivity=tensors["sensitivity"], visual=tensors["visual"],
             scores={g.name: tensors[f"scores.{g.name}"] for g in groups},
             flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups},
         )  # fmt: skip
@@ -286,6 +301,7 @@ class _Header(BaseModel):
     round_to: int
     min_keep: float | dict[str, float]
     policy_width: int
+    scorer: str | None
     signals: _SignalsHeader | None
 
 

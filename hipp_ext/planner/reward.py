@@ -1,7 +1,9 @@
 """Plan -> reward: what the evaluator measures, what the plan removes, how stable it leaves the network."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -57,7 +59,7 @@ def measure(model: nn.Module, plan: PruningPlan, evaluator: Evaluator, signals: 
     values = {}
     for name in ("utility", "robustness"):
         value = measured.get(name) if isinstance(measured, Mapping) else None
-        if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise DataError(f"The evaluator must return finite numbers for 'utility' and 'robustness'; got {measured!r}.")
         values[name] = float(value)
     return Reward(**values, compression=plan.pruning_ratio, stability=stability(plan, signals.flow_shares))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_calibration
-from hipp_ext.errors import PlanError
+from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, linear, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
 from hipp_ext.scorers import Scorer, SynFlow, VisualSensitivity, WandaSP
@@ -35,6 +35,7 @@ class Signals:
         visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
         digest: of the groups and the weights they were measured on.
+        calibration: digest of the batches.
     """
 
     groups: tuple[Group, ...]
@@ -44,6 +45,7 @@ class Signals:
     visual: Float[Tensor, " groups"]
     flow_shares: Mapping[str, Tensor]
     digest: str
+    calibration: str
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
@@ -103,6 +105,10 @@ def measure_signals(
         progress: called with a line at the start of every measurement.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
+    if any(g.tower != "language" for g in groups):
+        raise UnsupportedModelError(
+            "Signals are measured for the language tower; prune the vision tower by a plan of your own."
+        )
     batches = resolve_calibration(model, calibration, processor)
     scorer, say = scorer or WandaSP(), progress or (lambda _: None)
     say(f"scoring units ({scorer.name})")
@@ -118,6 +124,7 @@ def measure_signals(
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
         sensitivity=measure_sensitivity(model, batches, groups, scores), digest=model_digest(model, groups),
+        calibration=_batches_digest(batches),
     )  # fmt: skip
 
 
@@ -132,7 +139,7 @@ def measure_sensitivity(
     for i, group in enumerate(groups):
         for j, ratio in enumerate(RATIOS):
             counts = [g.width for g in groups]
-            counts[i] = max(1, round(group.width * (1 - ratio)))
+            counts[i] = max(1, min(group.width - 1, round(group.width * (1 - ratio))))
             with masked(model, plan_from_counts(groups, counts, scores)):
                 pruned = answers(model).log_softmax(-1)
             removed = 1 - counts[i] / group.width
@@ -143,20 +150,22 @@ def measure_sensitivity(
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of every consumer's weights, so that signals meet their own model only."""
+    """Hex digest of the groups and of a sample of their weights, so that signals meet their own model only."""
     digest = hashlib.sha256(repr(groups).encode())
     for g in groups:
-        weight = linear(model, g.consumer).weight.detach().flatten()
-        sample = weight[:: max(1, weight.numel() // 64)].float().cpu()
-        digest.update(sample.numpy().tobytes())
+        for name in (*g.producers, g.consumer):
+            weight = linear(model, name).weight.detach().flatten()
+            # An odd stride walks over rows and columns.
+            digest.update(weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_signals(signals: Signals, model: nn.Module) -> None:
-    """Raise PlanError unless `signals` were measured on `model` with the weights it has now."""
-    groups = find_groups(model, tuple(dict.fromkeys(g.tower for g in signals.groups)))
-    if model_digest(model, groups) != signals.digest:
-        raise PlanError(f"The signals were measured on another model than this {type(model).__name__}, or on other weights.")
+def _batches_digest(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode() + batch[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _standard(x: Tensor) -> Tensor:

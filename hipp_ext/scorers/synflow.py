@@ -40,11 +40,13 @@ class SynFlow(Scorer):
             blocks = [_linearise(model, g) for g in wanted]
             arriving = torch.ones_like(blocks[0].gain)
             for block in blocks:
+                arriving = arriving.to(block.gain.device)  # layers may lie on several devices
                 block.arriving = arriving
                 block.carried = block.into(arriving)
                 arriving = _unit_norm(arriving + block.out(block.carried))
             leaving = torch.ones_like(blocks[0].gain)
             for group, block in reversed(list(zip(wanted, blocks, strict=True))):
+                leaving = leaving.to(block.gain.device)
                 through = block.carried * block.back_out(leaving)
                 total = through.sum() + block.arriving @ leaving
                 scores[group.name] = (per_unit(through, group).sum(1) / total).double()

@@ -35,7 +35,7 @@ class Taylor(Scorer):
                 weight.requires_grad_(True)
             for batch in batches:
                 with torch.enable_grad():
-                    gradients = torch.autograd.grad(forward(model, batch, labels=True).loss, weights)
+                    gradients = torch.autograd.grad(forward(model, batch, labels=True).loss, weights, materialize_grads=True)
                 for g, weight, gradient, square in zip(groups, weights, gradients, squares, strict=True):
                     gate = (weight.detach().float() * gradient.float()).sum(0).double().cpu()
                     square += per_unit(gate, g).sum(1).square()

@@ -88,7 +88,7 @@ class _Probe:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
         from transformers.modeling_utils import AttentionInterface
 
-        AttentionInterface.register(PROBE, self._attend)
+        AttentionInterface.register(PROBE, _probed_attention)
         # Without a mask of the same name transformers builds none, and padding would be attended to.
         AttentionMaskInterface.register(PROBE, sdpa_mask)
         configs, layers = [], tower_layers(self.model, "language")
@@ -107,8 +107,8 @@ class _Probe:
     def _watch(self, stack: contextlib.ExitStack, g: Group, layer: nn.Module) -> None:
         block = block_of(self.model, g)
         if g.kind == "attention":
-            block._hipp_group = g
-            stack.callback(lambda: delattr(block, "_hipp_group"))
+            block._hipp_probe = (self, g)
+            stack.callback(lambda: delattr(block, "_hipp_probe"))
 
             def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
                 self.hidden[g.layer] = args[0] if args else kwargs["hidden_states"]
@@ -119,17 +119,7 @@ class _Probe:
         stack.callback(layer.register_forward_hook(self._drift(g)).remove)
         stack.callback(block.register_forward_hook(self._keep_output(g)).remove)
 
-    def _attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        group = getattr(module, "_hipp_group", None)
-        if group is not None and self.batch.count:
-            self._add_flow(group, module, query, key, value, attention_mask, kwargs.get("scaling"))
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-
-    def _add_flow(self, g: Group, module: nn.Module, query, key, value, mask, scaling) -> None:
+    def add_flow(self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> None:
         """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
         text, used = self.batch.text.to(query.device), self.batch.used.to(query.device)
         repeat = query.shape[1] // key.shape[1]
@@ -146,7 +136,7 @@ class _Probe:
             columns = consumer_weight(self.model, g).float().unflatten(1, (-1, query.shape[3])).transpose(0, 1)
             self.grams[g.name] = columns.transpose(1, 2) @ columns  # ||c W_O||^2 = c G c, head_dim wide
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
-        hidden = self.hidden[g.layer].float().norm(dim=-1).gather(1, text).clamp_min(1e-6)
+        hidden = self.hidden[g.layer].float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
         relative = (norm / hidden[:, None]) * used[:, None]
         self.totals[g.name] = self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
         self.counts[g.name] += self.batch.count
@@ -193,6 +183,18 @@ class _Probe:
         weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
         share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
         return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
+
+
+def _probed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """sdpa, and the flow on the side. At module level: transformers keeps it for ever, and no model must hang on it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    probe, group = getattr(module, "_hipp_probe", (None, None))
+    if probe is not None and group is not None and probe.batch.count:
+        probe.add_flow(group, query, key, value, attention_mask, kwargs.get("scaling"))
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
 def _row_bias(mask: Tensor | None, text: Tensor, keys: int, dtype: torch.dtype) -> Tensor:

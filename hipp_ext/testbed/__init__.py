@@ -40,6 +40,7 @@ def load(
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     if not (Path(folder) / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} holds no model.safetensors. Train one: hipp testbed train {folder}")
+        raise CheckpointError(f"{folder} holds no model.safetensors. Train one: hipp testbed train --out {folder}")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -1,7 +1,7 @@
 """The tiny LLaVA: a real `LlavaForConditionalGeneration` and a real `LlavaProcessor`, built from nothing."""
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hipp_ext.testbed import facts, quiz, world
 
@@ -89,7 +89,8 @@ def build_model(
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256, initializer_range=0.05,
         pad_token_id=words.index(PAD), bos_token_id=words.index(BOS), eos_token_id=words.index(EOS),
     )  # fmt: skip
-    config = LlavaConfig(
+    make: Any = LlavaConfig
+    config = make(
         vision_config=vision,
         text_config=text,
         image_token_id=words.index(IMAGE),

@@ -87,7 +87,7 @@ def pope_groups(split: str) -> Iterator[list[Question]]:
             "popular": world.popular(scene)[:PER_SPLIT],
             "adversarial": world.adversarial(scene)[:PER_SPLIT],
         }
-        asked = dict.fromkeys(rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives)))
+        asked: dict[str, tuple[str, str]] = dict.fromkeys(rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives)))
         for name in dict.fromkeys(itertools.chain.from_iterable(negatives.values())):
             asked[name] = ("No", ",".join(kind for kind, names in negatives.items() if name in names))
         yield [ask_presence(scene, name, answer, category) for name, (answer, category) in asked.items()]
