@@ -36,6 +36,7 @@ from hipp_ext.planner.state import Signals
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
+BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression: alone it overshoots into saturation
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
 
 
@@ -200,7 +201,7 @@ class Trainer:
         if self.pruning_ratio is None and s.budgets > 1:
             mean = self.policy.budget(self.signals, preferences)[:, None]
             log_likelihood = -((rollouts.budgets - mean) ** 2) / (2 * s.budget_noise**2)
-            loss = loss - (budget_advantages(rewards, preferences, s.scalarisation) * log_likelihood).mean()
+            loss = loss - BUDGET_WEIGHT * (budget_advantages(rewards, preferences, s.scalarisation) * log_likelihood).mean()
         return loss
 
     def _hindsight_loss(self, generator: torch.Generator, draws: int = 16, window: float = 0.08) -> Tensor:
@@ -219,7 +220,14 @@ class Trainer:
         wanted = share @ taken
         wanted = wanted - wanted.mean(1, keepdim=True)
         mean = self.policy.allocation(self.signals, preferences, centres)
-        return 0.1 * ((mean - mean.mean(1, keepdim=True) - wanted) ** 2).mean()
+        loss = 0.1 * ((mean - mean.mean(1, keepdim=True) - wanted) ** 2).mean()
+        if self.pruning_ratio is not None:
+            return loss
+        objectives = torch.cat([gains, ratios[:, None]], 1).expand(draws, -1, -1)
+        value = scalarise(objectives, preferences[:, None].expand_as(objectives), self.settings.scalarisation)
+        taken_budgets = torch.logit((ratios / MAX_RATIO).clamp(0.01, 0.99))
+        target = torch.softmax(value / TEMPERATURE, 1) @ taken_budgets
+        return loss + ((self.policy.budget(self.signals, preferences) - target) ** 2).mean()
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
