@@ -84,7 +84,7 @@ def write_report(folder: str | Path) -> Path:
 
 def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the results table: sizes and scores with standard errors."""
-    header = ["model", "removed", "size", "ScienceQA", "POPE", "random", "popular", "advers.", "F1", "yes"]
+    header = ["model", "removed", "size", "ScienceQA", "POPE", "rnd", "pop", "adv", "F1", "yes"]
     rows = []
     for e in entries:
         pope = e.records["POPE"]["metrics"]["vlmeval"]
