@@ -189,6 +189,17 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(WORD.findall(text))
 
 
+def _balanced(seed: int) -> Iterator[Row]:
+    """Endless: up to four objects that are in the picture and as many that are not, half of these to be expected there."""
+    rng, scenes = random.Random(f"looking {seed}"), world.stream("train", seed=seed + 2)
+    for scene in scenes:
+        there = rng.sample(scene.present, min(4, len(scene.present)))
+        absent = dict.fromkeys([*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 4)])
+        asked = [(name, "Yes") for name in there] + [(name, "No") for name in list(absent)[: len(there)]]
+        rng.shuffle(asked)
+        yield [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked], scene, True
+
+
 def _looking(seed: int, most_absent: int = 3) -> Iterator[Row]:
     """Endless questions about one picture, one after another; what is absent is seldom to be expected there.
 
@@ -253,7 +264,7 @@ def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
 
 
 # Rows per step of each source.
-ALL = ((_checks, 12), (_looking, 14), (_captions, 8), (_reading, 8), (_choosing, 8))
+ALL = ((_checks, 12), (_balanced, 14), (_captions, 8), (_reading, 8), (_choosing, 8))
 LOOKING = ((_checks, 10), (_looking, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 LEANING = ((_checks, 10), (_mostly_present, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 
