@@ -77,13 +77,14 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     say("5/5  report")
     assert planner.signals is not None
     entries = []
-    for name, path in models.items():
+    dense = sum(p.numel() for p in model.parameters())
+    for name in models:
         plan = plans.get(name)
         reward = measure(model, plan, evaluator, planner.signals) if plan else None
-        parameters = sum(p.numel() for p in load_pruned(path).parameters())
+        removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups) if plan else 0
         wish = f"{PREFERENCES[name]}" if name in PREFERENCES else None
         entries.append(
-            Entry(name=name, preference=wish, plan=plan, reward=reward, parameters=parameters, records=records[name])
+            Entry(name=name, preference=wish, plan=plan, reward=reward, parameters=dense - removed, records=records[name])
         )
     commands = ["hipp demo", command, f"fit: {size.settings}"]
     write_summary(folder, entries, commands, f"fit/{ARCHIVE}")

@@ -118,8 +118,9 @@ def load_pruned(
     if found["missing_keys"]:
         raise CheckpointError(f"{folder} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}.")
     model.__class__ = model_class
-    if (folder / PLAN).is_file():
-        setattr(model, PLAN_ATTRIBUTE, PruningPlan.load(folder / PLAN))
+    plan = read_plan(folder)
+    if plan is not None:
+        setattr(model, PLAN_ATTRIBUTE, plan)
     return (model if device is None else model.to(device)).eval()
 
 

@@ -274,6 +274,7 @@ def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> t
     from hipp_ext.calibration import find_processor
     from hipp_ext.checkpoint import load_pruned
     from hipp_ext.errors import HippError
+    from hipp_ext.evals.predictions import resolve_device
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
@@ -281,8 +282,7 @@ def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> t
         from hipp_ext.testbed import WEIGHTS
 
         model = str(WEIGHTS)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_pruned(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    loaded = load_pruned(model, device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
     return loaded, find_processor(loaded)
 
 
