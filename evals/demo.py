@@ -15,9 +15,8 @@ from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
-from hipp_ext.planner.grpo import ARCHIVE, FitSettings
+from hipp_ext.planner.fit import ARCHIVE, FitSettings
 from hipp_ext.planner.planner import Say
-from hipp_ext.planner.reward import measure
 from hipp_ext.preference import Preference
 from hipp_ext.surgery import prune
 
@@ -75,12 +74,12 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     say(f"4/5  {command}")
     records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
     say("5/5  report")
-    assert planner.signals is not None
+    rewards = dict(zip(plans, planner.rewards(model, list(plans.values()), evaluator), strict=True))
     entries = []
     dense = sum(p.numel() for p in model.parameters())
     for name in models:
         plan = plans.get(name)
-        reward = measure(model, plan, evaluator, planner.signals) if plan else None
+        reward = rewards.get(name)
         removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups) if plan else 0
         wish = f"{PREFERENCES[name]}" if name in PREFERENCES else None
         entries.append(

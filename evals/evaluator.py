@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from hipp_ext.evals.metrics import binomial_se
+from hipp_ext.evals.metrics import binomial_se, clustered_mean_se
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -54,6 +54,7 @@ class TaskScores:
         accuracy_se: its standard error [percentage points], questions taken as independent.
         margin: mean of (probability of the right candidate - 1/candidates) / (1 - 1/candidates), probabilities among the
             candidates; 1 = certain and right, 0 = guessing. Continuous, so small differences between plans show.
+        margin_se: its standard error; questions of one `picture` (a key, for questions that have it) count as one cluster.
         yes_rate: share of "Yes" among the answers [%]; None where the candidates are not Yes and No.
         answers: the candidate chosen for every question.
     """
@@ -62,6 +63,7 @@ class TaskScores:
     accuracy: float
     accuracy_se: float
     margin: float
+    margin_se: float
     yes_rate: float | None
     answers: tuple[str, ...]
 
@@ -97,13 +99,15 @@ class Evaluator:
         }
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """utility and robustness, and the accuracies [%] behind them."""
+        """utility and robustness, their standard errors, and the accuracies [%] behind them."""
         choice, pope = (self._tasks[name].log_probabilities(model) for name in ("choice", "pope"))
         scores = {name: self._tasks[name].scores(p) for name, p in (("choice", choice), ("pope", pope))}
         bias = self._tasks["pope"].yes_bias(pope)
         return {
             "utility": scores["choice"].margin,
             "robustness": scores["pope"].margin - YES_BIAS_WEIGHT * abs(bias),
+            "utility_se": scores["choice"].margin_se,
+            "robustness_se": scores["pope"].margin_se,
             "choice_accuracy": scores["choice"].accuracy,
             "pope_accuracy": scores["pope"].accuracy,
         }
@@ -129,6 +133,7 @@ class _Task:
         tokens = _first_tokens(processor, questions[0], sorted({label for q in questions for label in q.labels}))
         width = max(len(q.labels) for q in ordered)
         self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
+        self.clusters = [getattr(q, "picture", None) or str(i) for i, q in zip(self.order, ordered, strict=True)]
         self.right = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
 
     def log_probabilities(self, model: nn.Module) -> Float[Tensor, "questions candidates"]:
@@ -141,6 +146,7 @@ class _Task:
         accuracy = 100 * float((chosen == self.right).float().mean())
         guess = 1 / (self.candidates >= 0).sum(1)
         p_right = log_probabilities.exp().gather(1, self.right[:, None])[:, 0]
+        margins = (p_right - guess) / (1 - guess)
         said = dict(zip(self.order, chosen.tolist(), strict=True))
         answers = [q.labels[said[i]] for i, q in enumerate(self.questions)]
         yes_no = all(tuple(q.labels) == ("Yes", "No") for q in self.questions)
@@ -148,7 +154,8 @@ class _Task:
             n=len(answers),
             accuracy=accuracy,
             accuracy_se=binomial_se(accuracy, len(answers)),
-            margin=float(((p_right - guess) / (1 - guess)).mean()),
+            margin=float(margins.mean()),
+            margin_se=clustered_mean_se(margins.numpy(), self.clusters),
             yes_rate=100 * answers.count("Yes") / len(answers) if yes_no else None,
             answers=tuple(map(str, answers)),
         )

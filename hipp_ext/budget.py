@@ -80,30 +80,61 @@ def keep_counts(
     if logits.shape != (len(groups),) or not np.isfinite(logits).all():
         raise BudgetError(f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}.")
     check_ratio(pruning_ratio)
-    cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
-    widths = np.array([g.width for g in groups], dtype=np.int64)
-    least, step = bounds.steps(groups)
-    target = math.floor((1 - pruning_ratio) * int(cost @ widths) + 1e-6)
-    if int(cost @ least) > target:
-        raise BudgetError(_unreachable(groups, least, int(cost @ least), int(cost @ widths), pruning_ratio, bounds))
+    decoder = _Decoder(groups, bounds)
+    target = decoder.target(pruning_ratio)
+    if int(decoder.cost @ decoder.least) > target:
+        raise BudgetError(_unreachable(decoder, pruning_ratio, bounds))
+    counts, wanted = decoder.counts(logits[None], np.array([target]))
+    return _spend_rest(counts[0], wanted[0], decoder, target)
 
-    def nearest(wanted: np.ndarray) -> np.ndarray:
+
+def many_keep_counts(
+    groups: Sequence[Group], allocations: np.ndarray, pruning_ratios: np.ndarray, bounds: Bounds | None = None
+) -> np.ndarray:
+    """(plans, groups) keep counts for many plans at once: those of `keep_counts` before what rounding left is spent.
+
+    Never above the budget. A ratio that the bounds do not allow gives the least counts. For plans that are only imagined.
+
+    Args:
+        allocations: (plans, groups) logits.
+        pruning_ratios: (plans,)
+    """
+    decoder = _Decoder(groups, bounds or Bounds())
+    targets = np.floor((1 - np.asarray(pruning_ratios, dtype=np.float64)) * decoder.total + 1e-6)
+    return decoder.counts(np.asarray(allocations, dtype=np.float64), targets)[0]
+
+
+class _Decoder:
+    """Allocations -> keep counts, a row per plan."""
+
+    def __init__(self, groups: Sequence[Group], bounds: Bounds):
+        self.groups = groups
+        self.cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
+        self.widths = np.array([g.width for g in groups], dtype=np.int64)
+        self.least, self.step = bounds.steps(groups)
+        self.total = int(self.cost @ self.widths)
+
+    def target(self, pruning_ratio: float) -> int:
+        """Parameters that may stay."""
+        return math.floor((1 - pruning_ratio) * self.total + 1e-6)
+
+    def counts(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(counts, wished-for counts before rounding): the largest common shift whose counts fit each plan's target."""
+        low, high = -41 - logits.max(1), 41 - logits.min(1)
+        for _ in range(48):
+            middle = (low + high) / 2
+            fits = self._nearest(self._wanted(logits, middle)) @ self.cost <= targets
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+        wanted = self._wanted(logits, low)
+        return self._nearest(wanted), wanted
+
+    def _wanted(self, logits: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        return self.widths / (1 + np.exp(-np.clip(logits + shift[:, None], -40, 40)))
+
+    def _nearest(self, wanted: np.ndarray) -> np.ndarray:
         # To the nearest, not down: of eight heads, a wish for 7.6 must not become 7 in every layer at once.
-        counts = least + np.maximum(np.floor((wanted - least) / step + 0.5), 0).astype(np.int64) * step
-        return np.minimum(counts, widths)
-
-    def wanted(shift: float) -> np.ndarray:
-        return widths / (1 + np.exp(-np.clip(logits + shift, -40, 40)))
-
-    low, high = -41 - float(logits.max()), 41 - float(logits.min())
-    for _ in range(48):
-        middle = (low + high) / 2
-        if int(cost @ nearest(wanted(middle))) <= target:
-            low = middle
-        else:
-            high = middle
-    counts = nearest(wanted(low))
-    return _spend_rest(counts, wanted(low), np.minimum(counts + step, widths) - counts, step, cost, widths, target)
+        counts = self.least + np.maximum(np.floor((wanted - self.least) / self.step + 0.5), 0).astype(np.int64) * self.step
+        return np.minimum(counts, self.widths)
 
 
 def check_ratio(pruning_ratio: float) -> None:
@@ -120,16 +151,20 @@ def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
     return 1 - int(cost @ least) / int(cost @ np.array([g.width for g in groups]))
 
 
-def _unreachable(groups, least, floor_cost, total, pruning_ratio, bounds) -> str:
+def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str:
+    groups, least = decoder.groups, decoder.least
     tight = ", ".join(f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False))
     return (
         f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and round_to {bounds.round_to}: "
-        f"at most {1 - floor_cost / total:.4f} can go. Floors: {tight}{', ...' if len(groups) > 6 else ''}."
+        f"at most {1 - int(decoder.cost @ least) / decoder.total:.4f} can go. "
+        f"Floors: {tight}{', ...' if len(groups) > 6 else ''}."
     )
 
 
-def _spend_rest(counts, wanted, grow, step, cost, widths, target) -> tuple[int, ...]:
+def _spend_rest(counts: np.ndarray, wanted: np.ndarray, decoder: _Decoder, target: int) -> tuple[int, ...]:
     """Raise counts step by step, the largest shortfall (as a share of the width) first, while any step fits."""
+    cost, widths, step = decoder.cost, decoder.widths, decoder.step
+    grow = np.minimum(counts + step, widths) - counts
     left = target - int(cost @ counts)
     while True:
         fitting = (grow > 0) & (cost * grow <= left)

@@ -59,7 +59,7 @@ def demo(
     Example: `hipp demo --out demo`
     """
     from hipp_ext.evals.demo import DemoSize, run_demo
-    from hipp_ext.planner.grpo import FitSettings
+    from hipp_ext.planner.fit import FitSettings
 
     run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), say=typer.echo)
 
@@ -134,7 +134,7 @@ def fit(
     from hipp_ext.budget import Bounds
     from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.planner.grpo import FitSettings
+    from hipp_ext.planner.fit import FitSettings
     from hipp_ext.preference import Preference
 
     require_new(out, overwrite)

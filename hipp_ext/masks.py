@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hipp_ext.errors import PlanError
@@ -14,9 +14,14 @@ Scores = Mapping[str, Float[Tensor, " width"]]
 KeepMasks = dict[str, Bool[Tensor, " width"]]
 
 
+def unit_order(scores: Float[Tensor, " width"]) -> Int[Tensor, " width"]:
+    """Indices of the units, highest score first; among equals the lower index comes first."""
+    return torch.argsort(scores, descending=True, stable=True)
+
+
 def top_units(scores: Float[Tensor, " width"], keep: int) -> tuple[int, ...]:
-    """Sorted indices of the `keep` units with the highest scores; among equals the lower index stays."""
-    return tuple(sorted(torch.argsort(scores, descending=True, stable=True)[:keep].tolist()))
+    """Sorted indices of the `keep` units with the highest scores."""
+    return tuple(sorted(unit_order(scores)[:keep].tolist()))
 
 
 def plan_from_counts(

@@ -1,30 +1,30 @@
 """HiPPPlanner: a preference in, a per-layer pruning plan out, in one policy call."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext import scorers
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, max_ratio
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import new_folder, write_atomic
-from hipp_ext.groups import Group, Kind, Tower
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.grpo import ARCHIVE, FitResult, FitSettings, Trainer
+from hipp_ext.planner.cost import CostKind, fit_cost, measure_cost
+from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
+from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
-from hipp_ext.planner.reward import Evaluator, Reward, measure
+from hipp_ext.planner.reward import Evaluator, Reward, best_for
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
+from hipp_ext.planner.storage import Header, SignalsHeader, scorer_called, signal_tensors
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import Scorer
 
@@ -131,6 +131,7 @@ class HiPPPlanner:
         settings: FitSettings | None = None,
         *,
         folder: str | Path | None = None,
+        cost: CostKind = "parameters",
         processor: Any = None,
         calibration: Calibration | None = None,
         progress: bool = True,
@@ -138,32 +139,49 @@ class HiPPPlanner:
     ) -> FitResult:
         """Train the policy by plan-level GRPO on `evaluator`; afterwards `plan` and `front` draw on what was learned.
 
+        Under `torchrun` every process calls it alike, with a model and an evaluator of its own; the first one decides and
+        writes, all of them evaluate plans, and all end with the same policy and archive.
+
         Args:
-            model: masked while plans are evaluated, otherwise left alone.
-            evaluator: model -> {"utility": ..., "robustness": ...}, higher = better, the same data at every call.
+            model: shrunk while plans are evaluated, see `sliced`; otherwise left alone.
+            evaluator: model -> {"utility": ..., "robustness": ...}, higher = better, the same data at every call;
+                "utility_se" and "robustness_se" give the front its error bars.
             settings: how many plans, how they are drawn, the seed.
             folder: for checkpoint and archive. A fit that was interrupted, by ctrl-C or kill -9, goes on from there and
                 ends as if it had not been. None: nothing is kept.
+            cost: what the objective "compression" counts: "parameters", "flops" or measured "latency". A pruning_ratio is
+                always of parameters.
             progress: show a progress bar.
 
         Raises:
             CheckpointError: the folder holds a fit with other settings or is damaged.
+            DataError: the evaluator returns something else than finite numbers.
+            UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
-        settings = settings or FitSettings()
-        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
-
-        def reward(keeps: tuple[int, ...]) -> Reward:
-            return measure(model, self._plan(signals, keeps, None), evaluator, signals)
-
-        everything = measure(model, self._plan(signals, tuple(g.width for g in signals.groups), None), evaluator, signals)
-        dense = {"utility": everything.utility, "robustness": everything.robustness}
+        settings, workers = settings or FitSettings(), Workers()
+        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, say=say))
+        path = Path(folder) if folder is not None else None
+        price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
-        trainer = Trainer(policy, signals, reward, settings, pruning_ratio=self.pruning_ratio, bounds=self.bounds,
-                          folder=Path(folder) if folder is not None else None, dense=dense)  # fmt: skip
-        history = _run(trainer, settings, progress)
-        self.policy, self.archive = policy, trainer.archive
-        return FitResult(steps=trainer.step, evaluations=len(trainer.archive), hypervolume=trainer.archive.hypervolume(),
-                         history=tuple(history), folder=trainer.folder)  # fmt: skip
+        result = None
+        with plan_rewards(model, evaluator, signals, price) as measure_one:
+            if workers.leads:
+                with workers.leading(measure_one) as measure_many:
+                    everything = measure_many([tuple(g.width for g in signals.groups)])[0]
+                    dense = {"utility": everything.utility, "robustness": everything.robustness}
+                    trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
+                                      bounds=self.bounds, folder=path, dense=dense, at_once=workers.count)  # fmt: skip
+                    history = _run(trainer, settings, progress)
+                    archive = trainer.archive
+                    result = FitResult(steps=trainer.step, evaluations=len(archive), hypervolume=archive.hypervolume(),
+                                       history=tuple(history), folder=path)  # fmt: skip
+            else:
+                workers.serve(measure_one)
+        learned = workers.share((policy.state_dict(), archive.records, result) if workers.leads else None)
+        policy.load_state_dict(learned[0])
+        self.policy, self.archive, self.signals = policy, Archive(), signals
+        self.archive.append(learned[1])
+        return learned[2]
 
     def front(self) -> list[FrontPlan]:
         """The non-dominated plans among all that `fit` evaluated, by pruning_ratio, each with its measured reward.
@@ -178,23 +196,56 @@ class HiPPPlanner:
         signals = self.signals
         return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
 
-    def _plan(self, signals: Signals, keeps: tuple[int, ...], preference: Preference | None) -> PruningPlan:
+    def best_measured(self, preference: Preference, pruning_ratio: float | None = None) -> FrontPlan:
+        """The plan, among all that `fit` evaluated, that serves a preference best.
+
+        Args:
+            pruning_ratio: only plans that remove at least this share; None: any.
+
+        Raises:
+            PlanError: the planner was not fitted, or no evaluated plan removes as much.
+        """
+        records = [r for r in self.archive.records if pruning_ratio is None or r.pruning_ratio >= pruning_ratio]
+        if self.signals is None or not records:
+            wanted = "" if pruning_ratio is None else f" removes {pruning_ratio:g} or more"
+            raise PlanError(f"None of {len(self.archive)} evaluated plans{wanted}: call fit(model, evaluator) first.")
+        best = records[best_for([r.reward for r in records], preference.as_tuple())]
+        return FrontPlan(plan=self._plan(self.signals, best.keeps, None), reward=best.reward)
+
+    def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
+        """What plans of this planner achieve on `evaluator`; compression counts parameters.
+
+        Raises:
+            PlanError: the planner has no signals, or a plan keeps other units than the ones its scores rank first.
+            DataError: the evaluator returns something else than finite numbers.
+        """
+        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
+            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
+        signals = self.signals
+        counts = [tuple(plan.keep_counts.get(g.name, 0) for g in signals.groups) for plan in plans]
+        for plan, keeps in zip(plans, counts, strict=True):
+            if plan.groups != self._plan(signals, keeps, None).groups:
+                raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
+        with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure_one:
+            return [measure_one(keeps) for keeps in counts]
+
+    def _plan(self, signals: Signals, keeps: Keeps, preference: Preference | None) -> PruningPlan:
         return plan_from_counts(signals.groups, keeps, signals.scores, scorer=signals.scorer,
                                 preference=preference.as_tuple() if preference else None)  # fmt: skip
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
         with new_folder(path, overwrite) as folder:
-            header = _Header(
+            header = Header(
                 preference=self.preference.as_tuple(), pruning_ratio=self.pruning_ratio, round_to=self.bounds.round_to,
                 min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
                 policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
-                signals=_SignalsHeader.of(self.signals) if self.signals else None,
+                signals=SignalsHeader.of(self.signals) if self.signals else None,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
             if self.signals:
-                safetensors.torch.save_file(_signal_tensors(self.signals), folder / "signals.safetensors")
+                safetensors.torch.save_file(signal_tensors(self.signals), folder / "signals.safetensors")
             archive = Archive(folder / ARCHIVE)
             archive.append(self.archive.records)
 
@@ -207,13 +258,13 @@ class HiPPPlanner:
         """
         folder = Path(path)
         try:
-            header = _Header.model_validate_json((folder / "planner.json").read_bytes())
+            header = Header.model_validate_json((folder / "planner.json").read_bytes())
             policy = new_policy(width=header.policy_width)
             policy.load_state_dict(safetensors.torch.load_file(folder / "policy.safetensors"))
             tensors = safetensors.torch.load_file(folder / "signals.safetensors") if header.signals else {}
             utility, robustness, compression = header.preference
             planner = cls(Preference(utility, robustness, compression), pruning_ratio=header.pruning_ratio, policy=policy,
-                          scorer=_scorer(header.scorer),
+                          scorer=scorer_called(header.scorer),
                           bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
             planner.signals = header.signals.build(tensors) if header.signals else None
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
@@ -244,69 +295,3 @@ def _run(trainer: Trainer, settings: FitSettings, progress: bool) -> list[float]
             history.append(trainer.archive.hypervolume())
             bar.update(task, description=f"fit, hypervolume {history[-1]:.4f}")
     return history
-
-
-def _scorer(name: str | None) -> Scorer | None:
-    if name is not None and name not in scorers.__all__:
-        raise KeyError(f"the scorer {name} is not one of hipp_ext.scorers; make the planner with scorer= again")
-    return None if name is None else getattr(scorers, name)()
-
-
-class _GroupFile(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    tower: Tower
-    layer: int
-    kind: Kind
-    width: int
-    producers: tuple[str, ...]
-    rows: tuple[int, ...]
-    consumer: str
-    columns: int
-    unit_parameters: int
-    unit_flops: int
-
-    def build(self) -> Group:
-        return Group(**dict(self))
-
-
-class _SignalsHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    groups: list[_GroupFile]
-    scorer: str
-    digest: str
-    calibration: str
-
-    @classmethod
-    def of(cls, signals: Signals) -> "_SignalsHeader":
-        return cls(groups=[_GroupFile(**asdict(g)) for g in signals.groups], scorer=signals.scorer, digest=signals.digest,
-                   calibration=signals.calibration)  # fmt: skip
-
-    def build(self, tensors: dict[str, torch.Tensor]) -> Signals:
-        groups = tuple(g.build() for g in self.groups)
-        return Signals(
-            groups=groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
-            sensitivity=tensors["sensitivity"], visual=tensors["visual"],
-            scores={g.name: tensors[f"scores.{g.name}"] for g in groups},
-            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups},
-        )  # fmt: skip
-
-
-class _Header(BaseModel):
-    """Contents of planner.json."""
-
-    model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
-    preference: tuple[float, float, float]
-    pruning_ratio: float | None
-    round_to: int
-    min_keep: float | dict[str, float]
-    policy_width: int
-    scorer: str | None
-    signals: _SignalsHeader | None
-
-
-def _signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:
-    tensors = {"sensitivity": signals.sensitivity, "visual": signals.visual}
-    for part in ("scores", "flow_shares"):
-        tensors |= {f"{part}.{n}": t for n, t in getattr(signals, part).items()}
-    return {k: v.contiguous() for k, v in tensors.items()}

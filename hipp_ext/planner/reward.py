@@ -1,7 +1,7 @@
 """Plan -> reward: what the evaluator measures, what the plan removes, how stable it leaves the network."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Literal
@@ -11,15 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import DataError
-from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.policy import MAX_RATIO
-from hipp_ext.planner.state import Signals
-from hipp_ext.scorers.synflow import stability
-from hipp_ext.surgery import masked
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
-STABILITY_WEIGHT = 0.05
 SMOOTHING = 0.1  # of the Tchebycheff scalarisation, in units of the objectives
 
 
@@ -30,14 +25,17 @@ class Reward:
     Attributes:
         utility: from the evaluator; ours is 1 for certain and right, 0 for guessing.
         robustness: the same on POPE.
-        compression: pruning_ratio of the plan, in [0, 1).
+        compression: share of the cost that the plan saves, see `Cost`; of parameters: its pruning_ratio.
         stability: log of the retained synaptic flow, 0 for the dense model.
+        utility_se, robustness_se: standard errors over the evaluator's questions; 0 where it gives none.
     """
 
     utility: float
     robustness: float
     compression: float
     stability: float
+    utility_se: float = 0.0
+    robustness_se: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Component name -> value."""
@@ -48,21 +46,19 @@ class Reward:
         return [self.utility, self.robustness, self.compression]
 
 
-def measure(model: nn.Module, plan: PruningPlan, evaluator: Evaluator, signals: Signals) -> Reward:
-    """The reward of `plan`, measured on the masked model.
+def read_reward(measured: object, compression: float, stability: float) -> Reward:
+    """The reward of a plan from what the evaluator returned.
 
     Raises:
-        DataError: the evaluator's answer lacks "utility" or "robustness", or one of them is not a finite number.
+        DataError: the evaluator's answer lacks "utility" or "robustness", or a value is not a finite number.
     """
-    with masked(model, plan):
-        measured = evaluator(model)
     values = {}
-    for name in ("utility", "robustness"):
-        value = measured.get(name) if isinstance(measured, Mapping) else None
+    for name in ("utility", "robustness", "utility_se", "robustness_se"):
+        value = measured.get(name, 0.0 if name.endswith("_se") else None) if isinstance(measured, Mapping) else None
         if not isinstance(value, Real) or not math.isfinite(value):
             raise DataError(f"The evaluator must return finite numbers for 'utility' and 'robustness'; got {measured!r}.")
         values[name] = float(value)
-    return Reward(**values, compression=plan.pruning_ratio, stability=stability(plan, signals.flow_shares))
+    return Reward(**values, compression=compression, stability=stability)
 
 
 def scalarise(
@@ -80,3 +76,9 @@ def scalarise(
     if kind == "linear":
         return (preference * scaled).sum(-1)
     return -SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
+
+
+def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], kind: Scalarisation = "tchebycheff") -> int:
+    """Index of the reward that serves a preference best."""
+    objectives = torch.tensor([r.objectives() for r in rewards])
+    return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), kind).argmax())

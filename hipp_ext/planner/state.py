@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -79,10 +80,19 @@ class Signals:
         With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
         removed share is proportional to parameters / curvature; see `Policy` for how sharply it is followed.
         """
-        curvature = (self.sensitivity / torch.tensor(RATIOS).square()).mean(1) + 1e-6
         cost = torch.tensor([float(g.parameters) for g in self.groups])
-        logits = (curvature / cost).log()
+        logits = (self.curvature / cost).log()
         return (logits - logits.mean()).float()
+
+    @functools.cached_property
+    def curvature(self) -> Float[Tensor, " groups"]:
+        """KL divergence [nats] per squared share removed, mean over RATIOS; above zero."""
+        return (self.sensitivity / torch.tensor(RATIOS).square()).mean(1) + 1e-6
+
+
+def keep_shares(groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray) -> Float[Tensor, "plans groups"]:
+    """Keep counts of plans as shares of the groups' widths, float64."""
+    return torch.from_numpy(np.asarray(plans, dtype=np.float64) / np.array([g.width for g in groups]))
 
 
 def measure_signals(

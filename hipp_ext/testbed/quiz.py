@@ -41,6 +41,11 @@ class Question:
         return world.blank() if self.scene is None else world.render(self.scene)
 
     @property
+    def picture(self) -> str | None:
+        """What tells one picture from another; None where no picture matters."""
+        return None if self.scene is None else str(self.scene)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The answers that count: Yes and No, or the letters of the options."""
         return tuple("ABCD"[: len(self.options)]) or ("Yes", "No")

@@ -9,7 +9,7 @@ from hipp_ext.evals.report import write_report
 
 from hipp_ext import PruningPlan, load_pruned
 from hipp_ext.errors import DataError
-from hipp_ext.planner.grpo import FitSettings
+from hipp_ext.planner.fit import FitSettings
 
 SIZE = DemoSize(settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2), search=24, limit=12)
 

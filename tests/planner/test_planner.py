@@ -19,14 +19,15 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, DataError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.grpo import FitSettings, allocation_advantages, budget_advantages, draw_preferences
+from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.grpo import allocation_advantages, budget_advantages, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward, scalarise
 from hipp_ext.planner.state import measure_signals
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
-SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, seed=3)
+SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, imagined=5, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,9 @@ def test_no_calibration_says_what_to_pass(model):
 # fit
 
 
-def test_fit_learns_what_pays():
-    """Only one group matters to this evaluator: the fitted policy must keep it more than the untrained one does."""
+@pytest.mark.parametrize("imagined", [0, 10])
+def test_fit_learns_what_pays(imagined):
+    """With a reward model and without: the one group that matters to this evaluator must be kept more than before."""
     model = build("llava")
     signals = measure_signals(model, BATCHES)
     planner = planner_with(signals, Preference(1, 1, 0), pruning_ratio=0.4)
@@ -175,7 +177,7 @@ def test_fit_learns_what_pays():
         return {"utility": closeness, "robustness": closeness}
 
     with torch.no_grad():
-        planner.fit(model, evaluator, FitSettings(steps=15, preferences=3, rollouts=4), progress=False)
+        planner.fit(model, evaluator, FitSettings(steps=15, preferences=3, rollouts=4, imagined=imagined), progress=False)
     after = planner.plan(model).keep_counts["language.1.ffn"]
     assert after > before + 4
 
@@ -192,14 +194,15 @@ def test_front_holds_no_dominated_plan(model, signals):
         assert not any(all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in everything)
     for other in everything:
         assert any(all(a >= b for a, b in zip(point, other, strict=True)) for point in front)
-    assert [f.reward.compression for f in planner.front()] == [f.plan.pruning_ratio for f in planner.front()]
+    ratios = [f.plan.pruning_ratio for f in planner.front()]
+    assert [f.reward.compression for f in planner.front()] == pytest.approx(ratios)
 
 
 def test_the_same_seed_gives_the_same_archive(model, signals):
     archives = []
     for seed in (3, 3, 4):
         planner = planner_with(signals)
-        planner.fit(model, Closeness(model), FitSettings(steps=2, rollouts=2, seed=seed), progress=False)
+        planner.fit(model, Closeness(model), FitSettings(steps=2, rollouts=2, imagined=5, seed=seed), progress=False)
         archives.append([r.model_dump() for r in planner.archive.records])
     assert archives[0] == archives[1] != archives[2]
 
@@ -254,12 +257,12 @@ KILLED = """
     import torch; torch.set_num_threads(1)
     from models import build
     from test_planner import BATCHES, EVEN, Closeness, planner_with
-    from hipp_ext.planner.grpo import FitSettings
+    from hipp_ext.planner.fit import FitSettings
     from hipp_ext.planner.state import measure_signals
     model = build("llava")
     planner = planner_with(measure_signals(model, BATCHES))
     print("ready", flush=True)
-    planner.fit(model, Closeness(model), FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, seed=3),
+    planner.fit(model, Closeness(model), FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, imagined=3, seed=3),
                 folder={folder!r}, progress=False)
     print("done", flush=True)
 """
@@ -357,7 +360,7 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
 
 
 def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
-    rewards = torch.zeros(2, 1, 3, 4)
+    rewards = torch.zeros(2, 1, 3, 3)
     rewards[..., 0] = torch.tensor([0.2, 0.4, 0.6])  # utility
     rewards[..., 1] = 0.5 + 1e-6 * torch.tensor([1.0, -1.0, 0.0])  # robustness: below the noise floor
     rewards[..., 2] = 0.3  # compression: fixed by the budget
@@ -367,9 +370,9 @@ def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
 
 
 def test_budget_advantages_follow_the_preference():
-    rewards = torch.zeros(2, 2, 2, 4)
-    rewards[:, 0, :, :3] = torch.tensor([0.9, 0.9, 0.1])
-    rewards[:, 1, :, :3] = torch.tensor([0.5, 0.5, 0.5])
+    rewards = torch.zeros(2, 2, 2, 3)
+    rewards[:, 0] = torch.tensor([0.9, 0.9, 0.1])
+    rewards[:, 1] = torch.tensor([0.5, 0.5, 0.5])
     for kind in ("linear", "tchebycheff"):
         advantages = budget_advantages(rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]]), kind)
         assert advantages[0, 0] > advantages[0, 1] and advantages[1, 0] < advantages[1, 1]

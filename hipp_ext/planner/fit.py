@@ -1,0 +1,345 @@
+"""The fit: propose plans, measure them, learn from them; again and again, resumable after every plan."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hipp_ext.budget import Bounds, keep_counts, many_keep_counts, max_ratio
+from hipp_ext.errors import CheckpointError
+from hipp_ext.files import write_atomic
+from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.cost import Cost
+from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_stability
+from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
+from hipp_ext.planner.policy import MAX_RATIO, Policy
+from hipp_ext.planner.reward import Reward, Scalarisation, scalarise
+from hipp_ext.planner.reward_model import RewardModel
+from hipp_ext.planner.state import Signals, keep_shares
+
+CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
+IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
+GRID = 16  # ratios at which the budget head looks for the best one
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How to fit; `evaluations` plans are evaluated in all, fewer where two rollouts round to the same plan.
+
+    Attributes:
+        steps: rounds of proposing, measuring and learning.
+        preferences: preferences per step, drawn over the whole simplex.
+        budgets: budgets per preference (1 where pruning_ratio is fixed).
+        rollouts: allocations per preference and budget, at least 2.
+        imagined: policy updates per step on rollouts that the reward model scores; 0: no reward model, GRPO on the measured
+            rollouts alone.
+        candidates: plans among which the reward model chooses each measured rollout.
+        learning_rate: of Adam.
+        noise: standard deviation of the allocation logits at the first and at the last step.
+        budget_noise: standard deviation of the budget logit.
+        hindsight: regression updates on the archive per step.
+        scalarisation: of the objectives, for budgets and for the choice of candidates.
+        min_stability: plans that retain less synaptic flow (log, see `stability`) are not measured; None: all are.
+        seed: of preferences, noise and policy. The same seed gives the same archive.
+    """
+
+    steps: int = 20
+    preferences: int = 2
+    budgets: int = 2
+    rollouts: int = 3
+    imagined: int = 40
+    candidates: int = 192
+    learning_rate: float = 3e-3
+    noise: tuple[float, float] = (0.7, 0.3)
+    budget_noise: float = 0.5
+    hindsight: int = 8
+    scalarisation: Scalarisation = "tchebycheff"
+    min_stability: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
+            raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
+        if self.imagined < 0 or self.hindsight < 0 or self.candidates < self.rollouts:
+            raise ValueError(f"imagined and hindsight >= 0 and candidates >= rollouts are needed: {self}")
+
+    @property
+    def evaluations(self) -> int:
+        """Plans evaluated by a full fit."""
+        return self.steps * self.preferences * self.budgets * self.rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a fit did.
+
+    Attributes:
+        steps: rounds in all, those of earlier, interrupted runs included.
+        evaluations: plans in the archive.
+        hypervolume: of the archive's front, see `archive.REFERENCE_POINT`.
+        history: hypervolume after every step of this run.
+        folder: where checkpoint and archive lie, or None.
+    """
+
+    steps: int
+    evaluations: int
+    hypervolume: float
+    history: tuple[float, ...]
+    folder: Path | None
+
+
+class Trainer:
+    """Fits a policy to what `measure` says of plans; resumes from `folder`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        signals: Signals,
+        measure: MeasureMany,
+        settings: FitSettings,
+        *,
+        cost: Cost,
+        pruning_ratio: float | None = None,
+        bounds: Bounds | None = None,
+        folder: Path | None = None,
+        dense: Mapping[str, float] | None = None,
+        at_once: int = 1,
+    ):
+        self.signals, self.measure, self.settings, self.cost = signals, measure, settings, cost
+        self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
+        self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
+        self.limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
+        self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
+        self.model = RewardModel(signals.curvature)
+        self.archive = Archive(folder / ARCHIVE if folder else None)
+        self.step = self._resume()
+        self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
+        # What was evaluated after the last checkpoint is not evaluated again, only replayed.
+        self._known.update({r.keeps: r.reward for r in self.archive.keep_steps_before(self.step)})
+
+    def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Propose plans, measure them, learn, write archive and checkpoint. `tick` is called per plan."""
+        s = self.settings
+        # A generator per step: a resumed run draws what the undisturbed one would have drawn.
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        self._fit_model()
+        rollouts = self._propose(generator)
+        objectives = self._evaluate(rollouts, tick)
+        self._learn(rollouts, objectives, generator)
+        self.step += 1
+        self._save()
+
+    # Proposing
+
+    def _propose(self, generator: torch.Generator) -> Rollouts:
+        """On-policy rollouts; with a reward model, the most promising of many, at budgets that cover the whole range."""
+        s = self.settings
+        drawn = self.learner.draw(
+            draw_preferences(s.preferences, self.step, generator), 1 if self.pruning_ratio is not None else s.budgets,
+            s.rollouts if not self._imagines else s.candidates // 2, noise=self._noise(), budget_noise=s.budget_noise,
+            ratio=self.pruning_ratio, limit=self.limit, generator=generator,
+        )  # fmt: skip
+        if not self._imagines:
+            return drawn
+        chosen = torch.empty(*drawn.ratios.shape, s.rollouts, drawn.allocations.shape[-1])
+        for p, preference in enumerate(drawn.preferences):
+            for m, ratio in enumerate(drawn.ratios[p]):
+                pool = torch.cat([drawn.allocations[p, m], self._neighbours(preference, float(ratio), generator)])
+                chosen[p, m] = self._choose(pool, preference, float(ratio), generator)
+        return dataclasses.replace(drawn, allocations=chosen)
+
+    @property
+    def _imagines(self) -> bool:
+        return self.settings.imagined > 0 and len(self.archive) > 0
+
+    def _neighbours(self, preference: Tensor, ratio: float, generator: torch.Generator) -> Float[Tensor, "C G"]:
+        """Variants of the measured plans that would serve the preference best at this ratio: a few logits changed."""
+        measured = self._measured()
+        allocations = torch.unique(measured.allocations, dim=0)
+        value = self._value(self.model.mean(self._shares(allocations, ratio)), preference, ratio)
+        best = allocations[value.topk(min(6, len(allocations))).indices]
+        parents = best[torch.randint(len(best), (self.settings.candidates // 2,), generator=generator)]
+        changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
+        return parents + changed * 1.5 * self._noise() * torch.randn(parents.shape, generator=generator)
+
+    def _choose(self, pool: Float[Tensor, "C G"], preference: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
+        """As many different plans as rollouts: each the best one under its own draw from the reward model."""
+        shares = self._shares(pool, ratio)
+        known = {r.keeps for r in self.archive.records}  # not self._known: a resumed run would see its own future there
+        fresh = torch.tensor([tuple(row) not in known for row in self._counts(pool, ratio).tolist()])
+        drawn = self.model.sample(shares, self.settings.rollouts, generator)
+        taken = torch.zeros(len(pool), dtype=torch.bool)
+        for objectives in drawn:
+            value = self._value(objectives, preference, ratio)
+            # Plans already known teach nothing; they come last.
+            taken[int(torch.where(taken, -torch.inf, torch.where(fresh, value, value - 1e3)).argmax())] = True
+        return pool[taken]
+
+    def _value(self, objectives: Float[Tensor, "C 2"], preference: Tensor, ratio: float) -> Float[Tensor, " C"]:
+        full = torch.cat([objectives, torch.full((len(objectives), 1), ratio)], 1)
+        return scalarise(full, preference.expand_as(full), self.settings.scalarisation)
+
+    def _counts(self, allocations: Float[Tensor, "C G"], ratio: float | Tensor) -> np.ndarray:
+        ratios = np.broadcast_to(np.asarray(ratio, dtype=np.float64), len(allocations))
+        return many_keep_counts(self.signals.groups, allocations.double().numpy(), ratios, self.bounds)
+
+    def _shares(self, allocations: Float[Tensor, "C G"], ratio: float | Tensor) -> Float[Tensor, "C G"]:
+        return keep_shares(self.signals.groups, self._counts(allocations, ratio))
+
+    def _noise(self) -> float:
+        first, last = self.settings.noise
+        return first + (last - first) * self.step / max(self.settings.steps - 1, 1)
+
+    # Measuring
+
+    def _evaluate(self, rollouts: Rollouts, tick: Callable[[], None]) -> Float[Tensor, "P M N 3"]:
+        shape = rollouts.allocations.shape[:3]
+        wanted = []
+        for index in range(math.prod(shape)):
+            p, m, n = index // (shape[1] * shape[2]), index // shape[2] % shape[1], index % shape[2]
+            allocation, ratio = rollouts.allocations[p, m, n].tolist(), float(rollouts.ratios[p, m])
+            keeps = keep_counts(self.signals.groups, allocation, ratio, self.bounds)
+            wanted.append((tuple(rollouts.preferences[p].tolist()), ratio, tuple(allocation), keeps))
+        records: list[Record] = []
+        while len(records) < len(wanted):
+            self._measure_next([keeps for *_, keeps in wanted[len(records) :]])
+            while len(records) < len(wanted) and wanted[len(records)][3] in self._known:
+                preference, ratio, allocation, keeps = wanted[len(records)]
+                record = Record(step=self.step, index=len(records), preference=preference, pruning_ratio=ratio,
+                                allocation=allocation, keeps=keeps, reward=self._known[keeps])  # fmt: skip
+                records.append(record)
+                self.archive.append([record])
+                tick()
+        return torch.tensor([r.reward.objectives() for r in records]).view(*shape, 3)
+
+    def _measure_next(self, plans: Sequence[Keeps]) -> None:
+        """Measure the next new plans, as many as there are processes."""
+        new = [keeps for keeps in dict.fromkeys(plans) if keeps not in self._known]
+        batch: list[Keeps] = []
+        for keeps in new:
+            if len(batch) == self.at_once:
+                break
+            if not self._collapsed(keeps):
+                batch.append(keeps)
+        if batch:
+            self._known.update(zip(batch, self.measure(batch), strict=True))
+
+    def _collapsed(self, keeps: Keeps) -> bool:
+        """Whether the gate closes; then the plan is recorded as guessing on both tasks, unmeasured."""
+        if self.settings.min_stability is None:
+            return False
+        stability = plan_stability(self.signals, keeps)
+        if stability >= self.settings.min_stability:
+            return False
+        compression = float(self.cost.removed(keep_shares(self.signals.groups, [keeps]))[0])
+        self._known[keeps] = Reward(utility=0.0, robustness=0.0, compression=compression, stability=stability)
+        return True
+
+    # Learning
+
+    def _measured(self) -> Measured:
+        records = self.archive.records
+        return Measured(
+            ratios=torch.tensor([r.pruning_ratio for r in records]),
+            allocations=torch.tensor([r.allocation for r in records]),
+            objectives=torch.tensor([r.reward.objectives() for r in records]),
+        )
+
+    def _fit_model(self) -> None:
+        if self._imagines:
+            distinct = {r.keeps: r.reward for r in self.archive.records}
+            rewards = torch.tensor([[r.utility, r.robustness] for r in distinct.values()])
+            self.model.fit(keep_shares(self.signals.groups, list(distinct)), rewards)
+
+    def _learn(self, rollouts: Rollouts, objectives: Tensor, generator: torch.Generator) -> None:
+        s, free = self.settings, self.pruning_ratio is None
+        if s.imagined:
+            self._fit_model()
+            for _ in range(s.imagined):
+                imagined = self._imagine(generator)
+                self.learner.learn(imagined, self._imagined_objectives(imagined), budget=free)
+                if free:
+                    self._learn_budgets(imagined.preferences)
+            return
+        self.learner.learn(rollouts, objectives, budget=free)
+        measured = self._measured()
+        for _ in range(s.hindsight):
+            self.learner.learn_in_hindsight(measured, generator)
+            if free:
+                preferences = draw_preferences(16, 0, generator)
+                ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
+                self.learner.learn_budgets(preferences, ratios, known)
+
+    def _imagine(self, generator: torch.Generator) -> Rollouts:
+        preferences, budgets, rollouts = IMAGINED
+        return self.learner.draw(
+            draw_preferences(preferences, 3 * 4 - 1 if self.step % 2 else 0, generator), budgets, rollouts,
+            noise=self.settings.noise[1], budget_noise=1.0, ratio=self.pruning_ratio, limit=self.limit, generator=generator,
+        )  # fmt: skip
+
+    def _imagined_objectives(self, rollouts: Rollouts) -> Float[Tensor, "P M N 3"]:
+        shape = rollouts.allocations.shape
+        ratios = rollouts.ratios[:, :, None].expand(shape[:3]).flatten()
+        shares = self._shares(rollouts.allocations.reshape(-1, shape[3]), ratios)
+        compression = self.cost.removed(shares)[:, None].float()
+        return torch.cat([self.model.mean(shares), compression], 1).view(*shape[:3], 3)
+
+    def _learn_budgets(self, preferences: Tensor) -> None:
+        """The best of a grid of ratios, each with the allocation that the policy would choose there."""
+        grid = torch.linspace(0.02, MAX_RATIO, GRID).clamp(max=self.limit).expand(len(preferences), -1)
+        with torch.no_grad():
+            means = self.learner.allocation_means(preferences, grid)
+        shares = self._shares(means.flatten(0, 1), grid.flatten())
+        objectives = torch.cat([self.model.mean(shares), self.cost.removed(shares)[:, None].float()], 1)
+        self.learner.learn_budgets(preferences, grid, objectives.view(*grid.shape, 3))
+
+    # Stopping and going on
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            data = safetensors.torch.save(self.learner.tensors(), {"step": str(self.step)})
+            write_atomic(self.folder / CHECKPOINT, data)
+
+    def _identity(self) -> str:
+        """What must be the same for a run to be resumed; more steps may be asked for later."""
+        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"}
+        measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
+        identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds),
+                    "cost": self.cost.kind}  # fmt: skip
+        # What the evaluator says of the dense model stands for its questions.
+        return json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True)
+
+    def _check_identity(self, path: Path) -> None:
+        if not path.exists():
+            write_atomic(path, self._identity() + "\n")
+        elif (there := path.read_text().strip()) != self._identity():
+            raise CheckpointError(
+                f"{path.parent} holds a fit with other settings, of another model, with another evaluator or on other "
+                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {self._identity()}"
+            )
+
+    def _resume(self) -> int:
+        if self.folder is None:
+            return 0
+        self._check_identity(self.folder / IDENTITY)
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return 0
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata: Mapping[str, str] = file.metadata()
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            step = int(metadata["step"])
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}. Remove {self.folder} to start again.") from None
+        self.learner.restore(tensors)
+        return step

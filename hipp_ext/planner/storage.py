@@ -1,0 +1,79 @@
+"""A planner as a folder: JSON for what it is, safetensors for policy and signals, JSONL for the archive."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from hipp_ext import scorers
+from hipp_ext.groups import Group, Kind, Tower
+from hipp_ext.planner.state import Signals
+from hipp_ext.scorers import Scorer
+
+
+def scorer_called(name: str | None) -> Scorer | None:
+    if name is not None and name not in scorers.__all__:
+        raise KeyError(f"the scorer {name} is not one of hipp_ext.scorers; make the planner with scorer= again")
+    return None if name is None else getattr(scorers, name)()
+
+
+class _GroupFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tower: Tower
+    layer: int
+    kind: Kind
+    width: int
+    producers: tuple[str, ...]
+    rows: tuple[int, ...]
+    consumer: str
+    columns: int
+    unit_parameters: int
+    unit_flops: int
+
+    def build(self) -> Group:
+        return Group(**dict(self))
+
+
+class SignalsHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    groups: list[_GroupFile]
+    scorer: str
+    digest: str
+    calibration: str
+
+    @classmethod
+    def of(cls, signals: Signals) -> "SignalsHeader":
+        return cls(groups=[_GroupFile(**asdict(g)) for g in signals.groups], scorer=signals.scorer, digest=signals.digest,
+                   calibration=signals.calibration)  # fmt: skip
+
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> Signals:
+        groups = tuple(g.build() for g in self.groups)
+        return Signals(
+            groups=groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
+            sensitivity=tensors["sensitivity"], visual=tensors["visual"],
+            scores={g.name: tensors[f"scores.{g.name}"] for g in groups},
+            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups},
+        )  # fmt: skip
+
+
+class Header(BaseModel):
+    """Contents of planner.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    preference: tuple[float, float, float]
+    pruning_ratio: float | None
+    round_to: int
+    min_keep: float | dict[str, float]
+    policy_width: int
+    scorer: str | None
+    signals: SignalsHeader | None
+
+
+def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:
+    tensors = {"sensitivity": signals.sensitivity, "visual": signals.visual}
+    for part in ("scores", "flow_shares"):
+        tensors |= {f"{part}.{n}": t for n, t in getattr(signals, part).items()}
+    return {k: v.contiguous() for k, v in tensors.items()}
