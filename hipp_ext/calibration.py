@@ -13,13 +13,16 @@ Batch = dict[str, torch.Tensor]
 Calibration = Iterable[Mapping[str, torch.Tensor]]
 
 
-def resolve_calibration(model: nn.Module, calibration: Calibration | None = None, processor: Any = None) -> list[Batch]:
+def resolve_calibration(
+    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = 64
+) -> list[Batch]:
     """The batches to measure on, checked.
 
     Args:
         model: what they are for.
         calibration: batches; None: the testbed's pictures and questions through `processor`.
         processor: None: the one beside the weights that `model` was loaded from.
+        rows: how many of the testbed's questions, where it comes to that.
 
     Raises:
         CalibrationError: there are no batches, no processor to make them, or a batch does not fit the model.
@@ -39,7 +42,7 @@ def resolve_calibration(model: nn.Module, calibration: Calibration | None = None
             )
         from hipp_ext.testbed import calibration_batches
 
-        calibration = calibration_batches(processor)
+        calibration = calibration_batches(processor, n=rows)
     batches = [dict(b) for b in calibration]
     if not batches:
         raise CalibrationError("The calibration holds no batches.")

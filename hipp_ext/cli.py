@@ -152,11 +152,21 @@ def prune(
     model: ModelArgument,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the small model.")],
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Fit what stays to calibration activations; no training, needs the processor.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, ...; default: cpu; to compensate, the GPU if there is one.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Cut a model down to a plan and save it with its processor.
 
-    Example: `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned` then `vlmeval --data POPE --model ./pruned`
+    Examples:
+
+    `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned` then `vlmeval --data POPE --model ./pruned`
+
+    `hipp prune ./llava-1.5-7b-hf plan.json -o ./compensated --compensate`
     """
     from hipp_ext.checkpoint import save_pruned
     from hipp_ext.files import require_new
@@ -165,9 +175,9 @@ def prune(
 
     made = PruningPlan.load(plan_file)
     require_new(out, overwrite)
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, device if compensate or device else "cpu")
     before = sum(p.numel() for p in loaded.parameters())
-    small = cut(loaded, made, inplace=True)
+    small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
     _say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
@@ -199,6 +209,14 @@ def bench_prune(repeats: Annotated[int, typer.Option(min=1)] = 5, save: Save = F
 def bench_testbed(save: Save = False) -> None:
     """Accuracy of the testbed's model, dense and uniformly pruned, on its test split."""
     from hipp_ext.evals.bench.testbed_table import run
+
+    run(save)
+
+
+@bench_app.command("compensation")
+def bench_compensation(save: Save = False) -> None:
+    """Accuracy of uniformly pruned testbed models, sliced and compensated, on the test split."""
+    from hipp_ext.evals.bench.compensation import run
 
     run(save)
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hipp_ext.calibration import Calibration, resolve_calibration
+from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
 from hipp_ext.plan import PruningPlan
@@ -17,7 +19,15 @@ Model = TypeVar("Model", bound=nn.Module)
 PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
 
 
-def prune(model: Model, plan: PruningPlan, *, inplace: bool = False) -> Model:
+def prune(
+    model: Model,
+    plan: PruningPlan,
+    *,
+    inplace: bool = False,
+    compensate: bool = False,
+    calibration: Calibration | None = None,
+    processor: Any = None,
+) -> Model:
     """A physically smaller model: the units that `plan` does not keep are sliced out of their linear layers.
 
     The result is an ordinary transformers model of the same class: forward, backward and generate work, the module
@@ -29,14 +39,27 @@ def prune(model: Model, plan: PruningPlan, *, inplace: bool = False) -> Model:
         plan: from `HiPPPlanner.plan`, `PruningPlan.load`, ...
         inplace: change `model` itself instead of a copy. The copy holds only what stays, so it costs the memory of the
             small model; in place, `model` is no longer available as the dense one.
+        compensate: also fit the layers that read the units (o_proj, down_proj) to the calibration, so that their outputs
+            come as close to the dense ones as the units that stay allow; no training. Logits then differ from those under
+            `masked`. Gradients of those weights are dropped, they belong to other values; requires_grad stays. What it costs:
+            see `hipp_ext.compensation.compensated_weights`.
+        calibration: batches to compensate on; None: the testbed's, through `processor`. Not read otherwise.
+        processor: None: the one beside the weights that `model` was loaded from.
 
     Raises:
+        CalibrationError: `compensate` without batches, or with batches that do not fit the model.
         PlanError: the plan does not fit; the message says where, and nothing was changed.
         UnsupportedModelError: a layer to be sliced is not a plain floating-point linear layer (quantised, adapted,
-            parametrised, or shared with another layer).
+            parametrised, or shared with another layer), or compensation met NaN or infinite activations.
     """
+    # Everything that can fail happens before the first change.
     groups = match(model, plan)
-    sliced = _slice_all(model, groups, plan)  # everything that can fail happens before the first change
+    batches = resolve_calibration(model, calibration, processor, rows=ROWS) if compensate else []
+    sliced = _slice_all(model, groups, plan)
+    if compensate:
+        for consumer, weight in compensated_weights(model, groups, plan, batches).items():
+            old, _ = sliced[f"{consumer}.weight"]
+            sliced[f"{consumer}.weight"] = (old, nn.Parameter(weight, requires_grad=old.requires_grad))
     if not inplace:
         # The weights to be sliced are not copied: the memo hands deepcopy the small ones instead.
         memo = {id(old): new for old, new in sliced.values()}

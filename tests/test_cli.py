@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
 
@@ -34,6 +35,11 @@ def test_fit_plan_prune_from_start_to_end(folder):
     assert done.returncode == 0, done.stderr
     small = load_pruned(folder / "small")
     assert small.hipp_plan == PruningPlan.load(folder / "plan.json") and (folder / "small/tokenizer.json").exists()
+    done = hipp("prune", "testbed", "plan.json", "-o", "fixed", "--compensate", "--device", "cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    fixed = load_pruned(folder / "fixed")
+    changed = {k.split(".")[-2] for k, v in fixed.state_dict().items() if not torch.equal(v, small.state_dict()[k])}
+    assert fixed.hipp_plan == small.hipp_plan and changed == {"o_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(

@@ -141,17 +141,38 @@ def input_moments(
         tokens: which tokens of the language tower count (default: all but padding); vision towers count all patches.
     """
     totals = {g.name: [0, 0.0, 0.0] for g in groups}
+
+    def add(group: Group, x: Tensor) -> None:
+        total = totals[group.name]
+        total[0] += x.shape[0]
+        total[1] = total[1] + x.sum(0, dtype=torch.float32).double().cpu()
+        total[2] = total[2] + x.float().square().sum(0).double().cpu()
+
+    visit_inputs(model, groups, batches, add, tokens)
+    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
+    tokens: TokenFilter = valid_tokens,
+) -> None:
+    """Call `visit` with every group and its consumer's inputs, batch by batch, in one forward pass each, in eval mode.
+
+    Args:
+        visit: its second argument has the model's dtype and lies where the layer does.
+        tokens: which tokens of the language tower count (default: all but padding); vision towers count all patches.
+    """
     with contextlib.ExitStack() as stack, evaluating(model):
         current: list[Tensor] = []
 
         def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
             def hook(_: nn.Module, args: tuple) -> None:
                 x = args[0].detach()
-                x = x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2)
-                total = totals[group.name]
-                total[0] += x.shape[0]
-                total[1] = total[1] + x.sum(0, dtype=torch.float32).double().cpu()
-                total[2] = total[2] + x.float().square().sum(0).double().cpu()
+                visit(group, x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2))
 
             return hook
 
@@ -160,4 +181,3 @@ def input_moments(
         for batch in batches:
             current[:] = [tokens(batch)]
             forward(model, batch)
-    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}  # type: ignore[arg-type]

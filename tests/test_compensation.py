@@ -1,0 +1,197 @@
+"""Compensation: against least squares on the activations themselves, and never worse than slicing where it looked."""
+
+import pytest
+import torch
+from models import batch, build
+from test_scorers import consumer_inputs, left_padded
+from test_surgery import logits, random_plan
+from torch import nn
+
+from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
+from hipp_ext.compensation import RIDGE, compensated_weights
+from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
+from hipp_ext.groups import find_groups, tower_layers
+from hipp_ext.masks import plan_from_counts
+from hipp_ext.surgery import match
+
+
+def dropping(model: nn.Module, dropped: dict[str, set[int]]) -> PruningPlan:
+    """The plan that loses these units and nothing else."""
+    groups = find_groups(model)
+    scores = {g.name: torch.tensor([float(u not in dropped.get(g.name, ())) for u in range(g.width)]) for g in groups}
+    return plan_from_counts(groups, [g.width - len(dropped.get(g.name, ())) for g in groups], scores)
+
+
+def kept_columns(group, entry) -> list[int]:
+    return [u * group.columns + c for u in entry.kept for c in range(group.columns)]
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, small: nn.Module, group, entry, inputs: dict) -> float:
+    """Distance of the small consumer's outputs from the dense one's, on the dense model's inputs."""
+    x = consumer_inputs(model, group, inputs)
+    dense, new = (m.get_submodule(group.consumer).weight.double() for m in (model, small))
+    return float((x[:, kept_columns(group, entry)] @ new.T - x @ dense.T).norm())
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_gqa", "qwen2_5_vl", "llama"])
+def test_weights_solve_the_ridge_problem(name):
+    model, inputs = build(name), batch(name, size=3, length=19)
+    plan = random_plan(model)
+    small = prune(model, plan, compensate=True, calibration=[inputs])
+    for g, entry in zip(match(model, plan), plan.groups, strict=True):
+        x, dense = consumer_inputs(model, g, inputs), model.get_submodule(g.consumer).weight.detach().double()
+        kept = kept_columns(g, entry)
+        pull = (RIDGE * x.square().sum(0).mean()).sqrt()
+        left = torch.cat([x[:, kept], pull * torch.eye(len(kept))])
+        right = torch.cat([x @ dense.T, pull * dense[:, kept].T])
+        expected = torch.linalg.lstsq(left, right).solution.T.float()
+        actual = small.get_submodule(g.consumer).weight
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
+        assert entry.keep == entry.width or not torch.allclose(actual, dense[:, kept].float(), atol=1e-2), g.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llava_gqa", "qwen2_5_vl"])
+def test_outputs_on_the_calibration_are_nearer_to_the_dense_ones(name, dtype):
+    model, inputs = build(name).to(dtype), batch(name, size=3, length=19)
+    plan = random_plan(model)
+    sliced, fixed = prune(model, plan), prune(model, plan, compensate=True, calibration=[inputs])
+    assert {p.dtype for p in fixed.parameters()} == {dtype}
+    for g, entry in zip(match(model, plan), plan.groups, strict=True):
+        if entry.keep < entry.width:
+            error = output_error(model, fixed, g, entry, inputs)
+            assert error < 0.98 * output_error(model, sliced, g, entry, inputs), g.name
+
+
+def test_a_solution_that_rounding_makes_worse_is_not_taken():
+    """What is lost here is smaller than what bfloat16 does to the weights that would make up for it."""
+    model, inputs = build("llama"), batch("llama", size=3, length=19)
+    with torch.no_grad():
+        for layer in tower_layers(model, "language"):
+            layer.mlp.down_proj.weight[:, 1] *= 0.003
+    model.to(torch.bfloat16)
+    plan = dropping(model, {f"language.{i}.ffn": {1} for i in range(3)})
+    sliced, fixed = prune(model, plan), prune(model, plan, compensate=True, calibration=[inputs])
+    for g, entry in zip(match(model, plan), plan.groups, strict=True):
+        assert output_error(model, fixed, g, entry, inputs) <= output_error(model, sliced, g, entry, inputs), g.name
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_gqa"])
+def test_a_duplicate_can_go_without_a_trace(name):
+    model, inputs = build(name), batch(name, size=3, length=19)
+    attention, ffn = tower_layers(model, "language")[1].self_attn, tower_layers(model, "language")[1].mlp
+    with torch.no_grad():
+        for layer, rows in ((attention.q_proj, find_groups(model)[2].rows[0]), (attention.k_proj, attention.head_dim),
+                            (attention.v_proj, attention.head_dim), (ffn.gate_proj, 1), (ffn.up_proj, 1)):  # fmt: skip
+            layer.weight[rows : 2 * rows] = layer.weight[:rows]
+    plan = dropping(model, {"language.1.attention": {1}, "language.1.ffn": {1}})
+    dense = logits(model, inputs)
+    slicing = (logits(prune(model, plan), inputs) - dense).abs().max()
+    groups = match(model, plan)
+    small = prune(model, plan)
+    for consumer, weight in compensated_weights(model, groups, plan, [inputs], ridge=1e-7).items():
+        small.get_submodule(consumer).weight.data = weight
+    assert slicing > 0.1 and torch.allclose(logits(small, inputs), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_that_keeps_everything_changes_nothing():
+    model, inputs = build("llava_gqa"), batch("llava_gqa")
+    small = prune(model, dropping(model, {}), compensate=True, calibration=[inputs])
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in small.state_dict().items())
+
+
+def test_only_consumers_that_shrink_change():
+    model, inputs = build("qwen2_5_vl"), batch("qwen2_5_vl")
+    plan = dropping(model, {"language.2.ffn": {3, 11}})
+    sliced, fixed = prune(model, plan).state_dict(), prune(model, plan, compensate=True, calibration=[inputs]).state_dict()
+    changed = [k for k in sliced if not torch.equal(sliced[k], fixed[k])]
+    assert changed == ["model.language_model.layers.2.mlp.down_proj.weight"]
+
+
+def test_chunks_give_what_one_pass_gives():
+    model, batches = build("llava_gqa"), [batch("llava_gqa", seed=s) for s in range(2)]
+    plan = random_plan(model)
+    passes = []
+    model.model.language_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    whole = compensated_weights(model, match(model, plan), plan, batches)
+    assert len(passes) == 2
+    parts = compensated_weights(model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1)
+    assert len(passes) > 2 + 2 * 2
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_padding_does_not_count():
+    model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
+    plain = compensated_weights(model, match(model, plan), plan, [batch("llava_gqa")])
+    padded = compensated_weights(model, match(model, plan), plan, [left_padded("llava_gqa")])
+    for name in plain:
+        assert torch.allclose(plain[name], padded[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_vision_tower_is_compensated_too():
+    model, inputs = build("llava"), batch("llava", size=3)
+    plan = random_plan(model, towers=("language", "vision"))
+    dense, sliced = logits(model, inputs), logits(prune(model, plan), inputs)
+    name = "model.vision_tower.encoder.layers.0.mlp.fc2"
+    fixed = prune(model, plan, compensate=True, calibration=[inputs])
+    assert (logits(fixed, inputs) - dense).norm() < (sliced - dense).norm()
+    assert torch.equal(fixed.get_submodule(name).bias, model.get_submodule(name).bias)
+
+
+def test_the_dense_model_is_left_as_it_was_and_in_place_agrees():
+    model, inputs = build("llava"), batch("llava", labels=True)
+    model.train()
+    weight = find_groups(model)[1].consumer + ".weight"
+    producer = find_groups(model)[1].producers[0] + ".weight"
+    model(**inputs).loss.backward()
+    model.get_parameter(weight).requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = random_plan(model)
+    copied = prune(model, plan, compensate=True, calibration=[inputs])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+    assert all(m.training for m in (*model.modules(), *copied.modules()))
+    assert not any(m._forward_pre_hooks for m in (*model.modules(), *copied.modules()))
+    assert prune(model, plan, inplace=True, compensate=True, calibration=[inputs]) is model and model.hipp_plan == plan
+    assert all(torch.equal(v, copied.state_dict()[k]) for k, v in model.state_dict().items())
+    for small in (model, copied):
+        assert small.get_parameter(weight).grad is None and not small.get_parameter(weight).requires_grad
+        assert small.get_parameter(producer).grad.shape == small.get_parameter(producer).shape
+
+
+def test_it_loads_to_the_bit(tmp_path):
+    model, inputs = build("llava_gqa"), batch("llava_gqa")
+    small = prune(model, random_plan(model), compensate=True, calibration=[inputs])
+    loaded = load_pruned(save_pruned(small, tmp_path / "small"))
+    assert torch.equal(logits(loaded, inputs), logits(small, inputs)) and loaded.hipp_plan == small.hipp_plan
+
+
+def test_without_calibration_nothing_is_changed():
+    model = build("llava")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match="No calibration data: pass calibration="):
+        prune(model, random_plan(model), inplace=True, compensate=True)
+    with pytest.raises(CalibrationError, match="holds no batches"):
+        prune(model, random_plan(model), inplace=True, compensate=True, calibration=[])
+    with pytest.raises(PlanError, match="made for another model"):
+        prune(model, random_plan(build("llama")), inplace=True, compensate=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+
+
+def test_activations_that_are_not_finite_change_nothing():
+    model, inputs = build("llava"), batch("llava")
+    with torch.no_grad():
+        tower_layers(model, "language")[1].mlp.up_proj.weight[0, 0] = float("inf")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj are NaN or infinite.*Nothing was changed"):
+        prune(model, random_plan(model), inplace=True, compensate=True, calibration=[inputs])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+
+
+def test_inputs_that_are_all_zero_leave_the_slices():
+    model, inputs = build("llava"), batch("llava")
+    with torch.no_grad():
+        tower_layers(model, "language")[0].mlp.up_proj.weight.zero_()
+    plan = dropping(model, {"language.0.ffn": {5}})
+    fixed = prune(model, plan, compensate=True, calibration=[inputs])
+    assert all(torch.equal(v, fixed.state_dict()[k]) for k, v in prune(model, plan).state_dict().items())
