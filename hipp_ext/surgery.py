@@ -104,18 +104,18 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
 
 def _slice_all(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> dict[str, tuple[Tensor, nn.Parameter]]:
     """Parameter name -> (parameter now, its sliced successor)."""
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     sliced: dict[str, tuple[Tensor, nn.Parameter]] = {}
     for group, entry in zip(groups, plan.groups, strict=True):
         if entry.keep == entry.width:
             continue
         kept = torch.tensor(entry.kept)
         for name, rows in zip(group.producers, group.rows, strict=True):
-            layer = _plain_linear(model, name, shared)
+            layer = plain_linear(model, name, shared)
             for part in ("weight", "bias"):
                 if (parameter := getattr(layer, part)) is not None:
                     sliced[f"{name}.{part}"] = (parameter, _select(parameter, kept, rows, dim=0))
-        parameter = _plain_linear(model, group.consumer, shared).weight
+        parameter = plain_linear(model, group.consumer, shared).weight
         sliced[f"{group.consumer}.weight"] = (parameter, _select(parameter, kept, group.columns, dim=1))
     return sliced
 
@@ -132,7 +132,8 @@ def _select(parameter: Tensor, kept: Tensor, size: int, dim: int) -> nn.Paramete
     return new
 
 
-def _plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
+def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
+    """The layer `name` where it can be sliced, else UnsupportedModelError. `shared`: from `shared_parameters`."""
     module = model.get_submodule(name)
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
         raise UnsupportedModelError(
@@ -151,7 +152,8 @@ def _check_present(name: str, layer: nn.Linear) -> None:
         raise UnsupportedModelError(f"{name} has no weights here (offloaded, or on the meta device). Load the model whole.")
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds."""
     seen: set[int] = set()
     twice: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
