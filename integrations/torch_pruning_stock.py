@@ -1,0 +1,107 @@
+"""Plans for torch-pruning's own pruner: its arguments where it carries them out, the reason where it does not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hipp_ext.integrations.torch_pruning_importance import HippImportance
+from torch import nn
+
+from hipp_ext.errors import PlanError, UnsupportedModelError
+from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.masks import keep_masks
+from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery import PLAN_ATTRIBUTE, match, plain_linear, shared_parameters, sync_sizes, write_per_layer_config
+
+
+def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
+    """What `plan.to_tp_kwargs(model)` returns: keyword arguments with which the stock pruner removes exactly the planned units.
+
+    `tp.pruner.BasePruner(model, example_inputs, **arguments).step()`, `example_inputs` a mapping of the forward's tensors.
+    The importance among them scores 1 for a unit that stays and 0 for one that goes; with another one in its place the plan's
+    keep counts are still met. Afterwards `confirm(model, plan)` checks that it happened, and makes the model fit for
+    `save_pruned`. The stock pruner leaves the model in eval mode.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        UnsupportedModelError: the stock pruner would hang, or leave the plan undone without saying so; the message says
+            which group and why. PlanPruner carries the same plan out.
+    """
+    pairs = [(g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]
+    shared = shared_parameters(model)
+    for group, _ in pairs:
+        for name in (*group.producers, group.consumer):
+            plain_linear(model, name, shared)
+        if reason := _stock_fails(model, group):
+            raise UnsupportedModelError(f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use PlanPruner.")
+    masks = keep_masks(plan)
+    producers = {linear(model, n) for g, _ in pairs for n in g.producers}
+    heads = {linear(model, n): g.width for g, _ in pairs if g.kind == "attention" for n in g.producers}
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)]
+    norms = [p for g, _ in pairs if g.kind == "attention" for p in _head_norms(model, g)]
+    # Half a unit less than is to go: the stock pruner keeps int(C * (1 - ratio)), which a rounding error makes one less.
+    ratios = {linear(model, n): (e.width - e.keep - 0.5) / e.width for g, e in pairs for n in g.producers}
+    return {
+        "importance": HippImportance({g.name: masks[g.name].float() for g, _ in pairs}, model=model),
+        "pruning_ratio": 0.0,
+        # It looks at head ratios only where the width of a head is to shrink too, and then does not shrink it.
+        "pruning_ratio_dict": {m: 0.5 if m in heads else ratio for m, ratio in ratios.items()},
+        "head_pruning_ratio_dict": {m: ratio for m, ratio in ratios.items() if m in heads},
+        "num_heads": heads,
+        "prune_num_heads": True,
+        "prune_head_dims": False,
+        "ignored_layers": [m for m in layers if m not in producers] + norms,
+        "forward_fn": _logits_without_cache,
+        # Its defaults are dictionaries that all pruners of a process share.
+        "in_channel_groups": {},
+        "out_channel_groups": {},
+    }
+
+
+def _stock_fails(model: nn.Module, group: Group) -> str | None:
+    """Why the stock pruner cannot prune `group`; None where it can."""
+    if group.tower == "vision":
+        return "vision layers whose output is not read are missing from its graph, and it leaves them whole without a word."
+    layers = [linear(model, n) for n in (*group.producers, group.consumer)]
+    if any(not p.requires_grad for m in layers for p in m.parameters()):
+        return "its weights are frozen; the stock pruner traces through gradients, and unfreezes what it prunes."
+    if group.kind == "attention" and group.columns != group.rows[1]:
+        return (
+            f"{group.columns // group.rows[1]} query heads share a key head. The stock pruner removes query heads only, never "
+            "a key head with all its query heads, and does not come back where two share one."
+        )
+    return None
+
+
+def _head_norms(model: nn.Module, group: Group) -> list[nn.Parameter]:
+    """Parameters of an attention block that all heads share, such as the weights of q_norm: they block its group."""
+    owned = {linear(model, n) for n in (*group.producers, group.consumer)}
+    return [p for m in block_of(model, group).modules() if m not in owned for p in m.parameters(recurse=False)]
+
+
+def _logits_without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    # With a cache, building the groups does not end; and the graph starts at a tensor.
+    return model(**{**inputs, "use_cache": False}).logits
+
+
+def confirm(model: nn.Module, plan: PruningPlan) -> None:
+    """Check that `model`, pruned by another pruner, is what `plan` says, and bring its sizes and config in line.
+
+    Afterwards it is as `hipp_ext.prune` would have left it: `save_pruned` works, and `model.hipp_plan` is the plan.
+
+    Raises:
+        PlanError: a group has another width than planned (the stock pruner skips groups without a word).
+        UnsupportedModelError: what is left of a group cannot be mapped.
+    """
+    groups = {g.name: g for g in find_groups(model, plan.towers)}
+    wrong = [
+        f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "
+        f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} of {e.unit_parameters}"
+        for e in plan.groups
+        if e.name not in groups or (groups[e.name].width, groups[e.name].unit_parameters) != (e.keep, e.unit_parameters)
+    ]
+    if wrong or len(groups) != len(plan.groups):
+        raise PlanError(f"The model is not what the plan says: {'; '.join(wrong[:4]) or 'it has other groups'}.")
+    for group in groups.values():
+        sync_sizes(model, group, group.width)
+    write_per_layer_config(model)
+    setattr(model, PLAN_ATTRIBUTE, plan)
