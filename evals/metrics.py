@@ -6,6 +6,7 @@ rows are not independent, and an error bar that counts rows is too small. `clust
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,24 @@ def clustered_se(
 ) -> np.ndarray:
     """Standard errors of statistics of column sums, by a bootstrap that draws whole clusters with replacement.
 
+    Returns:
+        Shape (m,), in the unit of `statistic`; NaN with fewer than two clusters, where no spread can be seen.
+
+    Arguments, errors and source as `cluster_resamples`.
+    """
+    return cluster_resamples(counts, clusters, statistic, seed=seed, resamples=resamples).std(axis=0, ddof=1)
+
+
+def cluster_resamples(
+    counts: np.ndarray,
+    clusters: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> np.ndarray:
+    """The statistics of each resample of a bootstrap that draws whole clusters with replacement.
+
     Args:
         counts: shape (rows, k), what each row adds to each of k sums.
         clusters: the cluster (image) of each row.
@@ -30,7 +49,10 @@ def clustered_se(
         resamples: bootstrap draws, at least 2.
 
     Returns:
-        Shape (m,), in the unit of `statistic`; NaN with fewer than two clusters, where no spread can be seen.
+        Shape (resamples, m), in the unit of `statistic`; NaN with fewer than two clusters.
+
+    Raises:
+        ValueError: rows and clusters differ in number, or fewer than 2 resamples.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 6; clusters as in Field and
     Welsh, "Bootstrapping clustered data" (2007), section 3.
@@ -40,17 +62,23 @@ def clustered_se(
         raise ValueError(f"{len(counts)} rows of counts, but {len(clusters)} clusters")
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, not {resamples}")
-    ids = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    size = np.asarray(statistic(counts.sum(axis=0))).shape
-    if len(ids) < 2:
-        return np.full(size, math.nan)
-    sums = np.zeros((len(ids), counts.shape[1]))
-    np.add.at(sums, [ids[cluster] for cluster in clusters], counts)
+    sums = cluster_sums(counts, clusters)
+    if len(sums) < 2:
+        return np.full((resamples, *np.asarray(statistic(counts.sum(axis=0))).shape), math.nan)
     rng, drawn = np.random.default_rng(seed), []
     for start in range(0, resamples, _BLOCK):
         block = min(_BLOCK, resamples - start)
-        drawn.append(statistic(rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=block) @ sums))
-    return np.concatenate(drawn).std(axis=0, ddof=1)
+        drawn.append(statistic(rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=block) @ sums))
+    return np.concatenate(drawn)
+
+
+def cluster_sums(counts: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """Column sums of each cluster, shape (clusters, k), clusters in the order of their first rows."""
+    counts = np.asarray(counts, dtype=float)
+    ids = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.zeros((len(ids), counts.shape[1]))
+    np.add.at(sums, [ids[cluster] for cluster in clusters], counts)
+    return sums
 
 
 def clustered_mean_se(values: np.ndarray, clusters: Sequence[object]) -> float:
@@ -72,3 +100,10 @@ def binomial_se(percent: float, n: int) -> float:
     """
     share = percent / 100
     return 100 * math.sqrt(share * (1 - share) / n) if n else math.nan
+
+
+def without_nan(value: Any) -> Any:
+    """Numbers in nested dicts, with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(own) for name, own in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

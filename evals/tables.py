@@ -84,7 +84,8 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
     file = data_root(lmu_data) / f"{name}.tsv"
     if not file.is_file():
         raise DataError(
-            f"{name}: there is no {file}. Make one with `hipp testbed export`, or get the published file from "
+            f"{name}: there is no {file}. Make one with `hipp data` (from COCO, POPE's or ScienceQA's files) or "
+            f"`hipp testbed export`, or get the published file from "
             f"{_HOST}{_OFFICIAL[name][0]}; its folder is --lmu-data, else $LMUData, else ~/LMUData"
         )
     return name, file.resolve()

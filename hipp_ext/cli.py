@@ -15,7 +15,9 @@ app = typer.Typer(
 )  # fmt: skip
 testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
+data_app = typer.Typer(no_args_is_help=True, help="Benchmark files for `vlmeval`, built from local copies of the data.")
 app.add_typer(testbed_app, name="testbed")
+app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
@@ -194,6 +196,148 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `hipp demo
     _say(str(write_report(folder)))
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder or predictions.jsonl that `vlmeval` wrote.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the model that is compared with A.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The TSV that was asked, for predictions without a questions.jsonl beside them.")
+    ] = None,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say whether two models differ: accuracies on the same questions, B - A with its interval, McNemar's test.
+
+    Intervals and p (bootstrap) draw whole pictures for POPE. McNemar's test takes questions as independent, which those
+    about one picture are not, so there its p is too small as a rule. The last column: questions that would show one point
+    of difference (power 80%, level 5%) between two models that disagree as often as these.
+
+    Example: `hipp compare outputs/dense-1a2b3c4d outputs/pruned-5e6f7a8b --json difference.json`
+    """
+    from hipp_ext.evals.compare import compare as run
+    from hipp_ext.evals.compare import comparison_table, plain
+    from hipp_ext.files import require_new
+
+    if json_file is not None:
+        require_new(json_file, overwrite)
+    rows = run(a, b, tsv=data, level=level, seed=seed)
+    _print_wide(comparison_table(rows, level))
+    if json_file is not None:
+        _write_json(json_file, {"a": str(a), "b": str(b), "level": level, "seed": seed, "comparisons": plain(rows)})
+
+
+@app.command()
+def chair(
+    model: ModelArgument,
+    n: Annotated[int, typer.Option("--n", min=2, help="Pictures to describe.")] = 200,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO instance file, such as instances_val2014.json; default: the testbed's scenes.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that the annotations name.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="COCO caption file; what it names counts as being in the picture.")
+    ] = None,
+    synonyms: Annotated[
+        Path | None, typer.Option(help="Other names of the objects: JSON, or lines `person, girl, boy`; default: plurals only.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked; default: a brief description.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, for COCO.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sample of pictures.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    work_dir: Annotated[Path, typer.Option(help="For captions and scores; a stopped run goes on there.")] = Path("outputs"),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """CHAIR: let a model describe pictures, and count the objects it names that are not there.
+
+    Examples:
+
+    `hipp chair testbed --n 200`
+
+    `hipp chair ./pruned --annotations instances_val2014.json --captions captions_val2014.json --images val2014`
+    """
+    from hipp_ext.errors import DataError
+    from hipp_ext.evals.captions import PROMPT, chair_table, coco_task, measure_chair, scenes_task
+
+    _check_dtype(dtype)
+    if (annotations is None) != (images is None):
+        raise DataError("Give both --annotations and --images, or neither (then the testbed's scenes are described).")
+    if annotations is None and (captions or synonyms or prompt):
+        raise DataError("--captions, --synonyms and --prompt go with --annotations; the testbed has its own.")
+    if annotations is None or images is None:
+        task = scenes_task(n)
+    else:
+        task = coco_task(annotations, images, n, captions=captions, synonyms=synonyms, prompt=prompt or PROMPT,
+                         max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
+    scores, file = measure_chair(_folder(model), task, work_dir=work_dir, batch_size=batch_size, device=device, dtype=dtype,
+                                 progress=sys.stderr.isatty())  # fmt: skip
+    _print_wide(chair_table([(model, scores)]))
+    _say(f"captions and scores: {file.parent}")
+
+
+@data_app.command("pope")
+def data_pope(
+    images: Annotated[Path, typer.Option(help="Folder of the pictures, such as COCO's val2014.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The TSV to write, such as $LMUData/POPE.tsv.")],
+    coco_annotations: Annotated[
+        Path | None, typer.Option(help="Build new questions from a COCO instance file, such as instances_val2014.json.")
+    ] = None,
+    published: Annotated[
+        Path | None, typer.Option(help="Convert the authors' questions: folder of coco_pope_random.json and so on.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures to ask about, with --coco-annotations.")] = 500,
+    objects: Annotated[int, typer.Option(min=1, help="Present objects, and absent ones per split, for each picture.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the sample and of the random objects.")] = 0,
+    ending: Annotated[str, typer.Option(help="Put after each question.")] = "Please answer yes or no.",
+    overwrite: Overwrite = False,
+) -> None:
+    """POPE as a TSV: random, popular and adversarial questions from annotations, or the published ones.
+
+    Stopped, the same command goes on from where it was.
+
+    Examples:
+
+    `hipp data pope --coco-annotations instances_val2014.json --images val2014 -o ~/LMUData/POPE.tsv`
+
+    `hipp data pope --published POPE/output/coco --images val2014 -o ~/LMUData/POPE.tsv`
+    """
+    from hipp_ext.errors import DataError
+    from hipp_ext.evals.data.pope import pope_from_annotations, pope_from_published, write_pope
+
+    if coco_annotations is not None and published is None:
+        questions, source = pope_from_annotations(coco_annotations, n_images=n, per_image=objects, seed=seed)
+    elif published is not None and coco_annotations is None:
+        questions, source = pope_from_published(published)
+    else:
+        raise DataError("Give one of --coco-annotations (new questions) and --published (the authors' questions).")
+    write_pope(out, questions, images, source, ending=ending, overwrite=overwrite, progress=sys.stderr.isatty())
+    splits = (f"{split} {sum(split in q.splits for q in questions)}" for split in ("random", "popular", "adversarial"))
+    _say(f"{out}: {len(questions)} questions about {len({q.image for q in questions})} pictures ({', '.join(splits)})")
+
+
+@data_app.command("scienceqa")
+def data_scienceqa(
+    source: Annotated[
+        Path, typer.Argument(help="Folder with problems.json, pid_splits.json and images, or with the hub's parquet files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for ScienceQA_VAL.tsv and ScienceQA_TEST.tsv.")],
+    split: Annotated[list[str] | None, typer.Option(help="val or test; give it twice for both, as is the default.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """ScienceQA's questions with a picture, as VLMEvalKit's TSVs.
+
+    Stopped, the same command goes on from where it was.
+
+    Example: `hipp data scienceqa ./ScienceQA/data/scienceqa -o ~/LMUData`
+    """
+    from hipp_ext.evals.data.scienceqa import TABLES, write_scienceqa
+
+    for file in write_scienceqa(source, out, split or tuple(TABLES), overwrite=overwrite, progress=sys.stderr.isatty()):
+        _say(str(file))
+
+
 Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
 
 
@@ -291,17 +435,24 @@ def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> t
 
     from hipp_ext.calibration import find_processor
     from hipp_ext.checkpoint import load_pruned
-    from hipp_ext.errors import HippError
     from hipp_ext.evals.predictions import resolve_device
 
+    _check_dtype(dtype)
+    loaded = load_pruned(_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
+    return loaded, find_processor(loaded)
+
+
+def _folder(model: str) -> str:
+    if model != "testbed":
+        return model
+    from hipp_ext.testbed import WEIGHTS
+
+    return str(WEIGHTS)
+
+
+def _check_dtype(dtype: str | None) -> None:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
-    if model == "testbed":
-        from hipp_ext.testbed import WEIGHTS
-
-        model = str(WEIGHTS)
-    loaded = load_pruned(model, device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
-    return loaded, find_processor(loaded)
 
 
 def _evaluator(model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path) -> Any:
@@ -328,6 +479,22 @@ def _print_plan(made: Any) -> None:
     for g in made.groups:
         table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
     Console().print(table)
+
+
+def _print_wide(table: Any) -> None:
+    """A rich table; a pipe has no width, and rich would cut the columns at 80."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    import json
+
+    from hipp_ext.files import write_atomic
+
+    write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from hipp_ext.evals.predictions import (
     check_model_folder,
     resolve_device,
 )
+from hipp_ext.evals.runs import write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
 from hipp_ext.integrations.vlmevalkit_host import import_vlmeval as _import_vlmeval
@@ -196,6 +197,7 @@ def _evaluate_table(job: Job, folder: Path, model_hash: str, table: Table, vlm: 
     dataset = open_dataset(table, job.limit)
     indices = [str(index) for index in table.frame["index"].tolist()[: len(dataset.data)]]
     log = PredictionLog(place / f"run-{key}" / "predictions.jsonl")
+    write_questions(table, log.path.parent)
     title = f"{folder.name} on {table.name}" if job.progress else None
     answer_rows(vlm, log, indices, dataset.build_prompt, batch_size=job.batch_size, progress=title)
     answers = [log.answers[index] for index in indices]

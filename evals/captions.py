@@ -1,0 +1,182 @@
+"""Pictures in, CHAIR out: what `hipp chair` does. Captions come from real generation and are kept, so a killed run goes on."""
+
+import hashlib
+import io
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hipp_ext.evals.chair import ChairScores, ObjectWords, chair_scores, default_synonyms, read_synonyms
+from hipp_ext.evals.data.coco import read_captions, read_instances
+from hipp_ext.evals.data.writing import file_pictures
+from hipp_ext.evals.metrics import without_nan
+from hipp_ext.evals.predictions import HippVLM, PredictionLog, answer_rows, check_model_folder, resolve_device
+
+from hipp_ext.errors import DataError
+from hipp_ext.files import content_hash, write_atomic
+
+PROMPT = "Provide a brief description of the given image."  # POPE's second caption instruction (arXiv 2305.10355, 3.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionTask:
+    """Pictures to describe.
+
+    Attributes:
+        name: of the data, fit for a folder.
+        names: of the pictures, distinct.
+        pictures: each gives the bytes of a picture file.
+        objects: what is in each picture.
+        words: finds objects in captions.
+        prompt: what the model is asked.
+        max_new_tokens: longest caption [tokens].
+    """
+
+    name: str
+    names: tuple[str, ...]
+    pictures: tuple[Callable[[], bytes], ...]
+    objects: tuple[tuple[str, ...], ...]
+    words: ObjectWords
+    prompt: str
+    max_new_tokens: int
+
+
+def scenes_task(n: int = 200, *, split: str = "test") -> CaptionTask:
+    """`n` scenes of a split of the testbed, with the prompt that its model was trained on."""
+    from hipp_ext.testbed import world
+    from hipp_ext.testbed.model import DESCRIBE
+
+    def png(scene: world.Scene) -> bytes:
+        buffer = io.BytesIO()
+        world.render(scene).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    scenes = list(itertools.islice(world.stream(split), n))
+    return CaptionTask(
+        name="testbed",
+        names=tuple(f"{split} {number}" for number in range(n)),
+        pictures=tuple((lambda scene=scene: png(scene)) for scene in scenes),
+        objects=tuple(scene.present for scene in scenes),
+        words=ObjectWords(default_synonyms(world.OBJECTS)),
+        prompt=DESCRIBE,
+        max_new_tokens=16,
+    )
+
+
+def coco_task(
+    annotations: str | Path,
+    images: str | Path,
+    n: int = 200,
+    *,
+    captions: str | Path | None = None,
+    synonyms: str | Path | None = None,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> CaptionTask:
+    """`n` random pictures with at least one object of a COCO instance file.
+
+    Args:
+        annotations: instance file, such as instances_val2014.json.
+        images: folder of the pictures.
+        n: how many.
+        captions: reference captions, such as captions_val2014.json; what they name counts as being there, as in the
+            paper. Without them, objects that nobody annotated count as hallucinated.
+        synonyms: see `read_synonyms`; None finds names and plurals only, and so fewer mentions.
+        prompt, max_new_tokens: what is asked, and the longest answer.
+        seed: of the sample.
+
+    Raises:
+        DataError: a file is missing or malformed, or there are fewer pictures.
+    """
+    annotated, names = read_instances(annotations)
+    given = read_synonyms(synonyms) if synonyms else {}
+    words = ObjectWords(default_synonyms(names) | given)
+    known = [image for image in annotated if image.objects]
+    if len(known) < n:
+        raise DataError(f"{annotations}: {n} images with objects are wanted, and there are {len(known)}. Lower --n")
+    sample = random.Random(f"chair {seed}").sample(known, n)
+    reference = read_captions(captions) if captions else {}
+    named = [words(" . ".join(reference.get(image.id, []))) for image in sample]
+    pictures = file_pictures(images, [image.file_name for image in sample])
+    return CaptionTask(
+        name="coco",
+        names=tuple(image.file_name for image in sample),
+        pictures=tuple(picture.read for picture in pictures),
+        objects=tuple(tuple(dict.fromkeys([*image.objects, *more])) for image, more in zip(sample, named, strict=True)),
+        words=words,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def measure_chair(
+    model_dir: str | Path,
+    task: CaptionTask,
+    *,
+    work_dir: str | Path = "outputs",
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
+) -> tuple[ChairScores, Path]:
+    """CHAIR of a model folder, and the file of its captions.
+
+    The file is <work_dir>/<model>-<hash>/CHAIR-<task>/run-<key>/predictions.jsonl; scores.json is written beside it.
+    Decoding is greedy. Captions that are there already, of the same model, pictures and settings, are not made again.
+
+    Raises:
+        CheckpointError: the folder is not a whole model, or there is no such device.
+        DataError: a picture is broken.
+    """
+    folder = check_model_folder(model_dir)
+    device = resolve_device(device)
+    pictures = [_checked(name, read) for name, read in zip(task.names, task.pictures, strict=True)]
+    model_hash = content_hash(folder)
+    settings = {"prompt": task.prompt, "max_new_tokens": task.max_new_tokens, "dtype": dtype or "auto",
+                "device": device.partition(":")[0]}  # fmt: skip
+    hashes = [hashlib.sha256(data).hexdigest() for data in pictures]
+    key = hashlib.sha256(json.dumps([model_hash, task.names, hashes, settings]).encode()).hexdigest()[:16]
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.name) or "model"
+    place = Path(work_dir).expanduser() / f"{slug}-{model_hash[:8]}" / f"CHAIR-{task.name}" / f"run-{key}"
+    log = PredictionLog(place / "predictions.jsonl")
+
+    def message(row: int) -> list[dict]:
+        return [{"type": "image", "value": io.BytesIO(pictures[row])}, {"type": "text", "value": task.prompt}]
+
+    answer_rows(lambda: HippVLM(folder, device, dtype, task.max_new_tokens), log, task.names, message,
+                batch_size=batch_size, progress=f"{folder.name} describes" if progress else None)  # fmt: skip
+    scores = chair_scores([log.answers[name] for name in task.names], task.objects, hashes, task.words)
+    record = {"model": folder.name, "model_hash": model_hash, "data": task.name, **without_nan(asdict(scores)),
+              "settings": settings}  # fmt: skip
+    write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
+    return scores, log.path
+
+
+def _checked(name: str, read: Callable[[], bytes]) -> bytes:
+    from PIL import Image
+
+    try:
+        data = read()
+        Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # decoders of damaged pictures raise almost anything
+        raise DataError(f"the image {name} is broken, it cannot be decoded: {error}") from None
+    return data
+
+
+def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
+    """A rich table: one line per model."""
+    from rich.table import Table
+
+    table = Table(title="percent, ± standard error over pictures; lower CHAIR is better, higher recall is better")
+    for name in ("model", "captions", "CHAIR_i", "CHAIR_s", "recall", "silent", "objects per caption"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for model, own in rows:
+        cells = [f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
+                 for f in ("chair_i", "chair_s", "recall", "silent", "mentions")]  # fmt: skip
+        table.add_row(model, str(own.n), *cells)
+    return table

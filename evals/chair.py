@@ -1,0 +1,203 @@
+"""CHAIR: which objects does a caption name that are not in the picture? Captions in, percentages with error bars out.
+
+POPE asks about objects one by one; CHAIR looks at what a model says unasked. A model that names nothing hallucinates
+nothing, so recall and mentions per caption stand beside: low CHAIR with low recall is silence, not sight.
+
+Source: arXiv 1809.02156, section 2.1, and utils/chair.py of the authors' repository (LisaAnne/Hallucination): an object
+counts each time it is named.
+
+Differs from the paper: words are found by a list of names, synonyms and plurals, the longest first ("hot dog" is no
+dog), where the authors singularise every word and join a fixed list of word pairs ("baby bird" is a person and a bird here,
+unless the list of synonyms names it). Recall is not in the paper.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hipp_ext.evals.metrics import clustered_se
+
+from hipp_ext.errors import DataError
+
+_WORD = re.compile(r"[^\W_]+")
+_IRREGULAR = {
+    "person": ("people", "persons"), "man": ("men",), "woman": ("women",), "child": ("children",), "mouse": ("mice",),
+    "goose": ("geese",), "foot": ("feet",), "tooth": ("teeth",), "knife": ("knives",), "leaf": ("leaves",),
+    "loaf": ("loaves",), "shelf": ("shelves",), "scarf": ("scarves", "scarfs"), "wolf": ("wolves",), "calf": ("calves",),
+    "sheep": ("sheep",), "fish": ("fish", "fishes"), "deer": ("deer",), "ox": ("oxen",), "bus": ("buses", "busses"),
+    "aircraft": ("aircraft",), "broccoli": ("broccoli",), "skis": ("skis",), "scissors": ("scissors",),
+}  # fmt: skip
+_ES_AFTER_O = ("potato", "tomato", "mango", "hero")
+
+
+def plurals(name: str) -> tuple[str, ...]:
+    """The English plurals of an object's name; of several words the last one changes, as in "hot dogs"."""
+    before, _, last = name.rpartition(" ")
+    if last in _IRREGULAR:
+        forms = _IRREGULAR[last]
+    elif re.search(r"[^aeiou]y$", last):
+        forms = (last[:-1] + "ies",)
+    elif re.search(r"(s|x|z|ch|sh)$", last) or last in _ES_AFTER_O:
+        forms = (last + "es",)
+    else:
+        forms = (last + "s",)
+    return tuple(f"{before} {form}".strip() for form in forms)
+
+
+def default_synonyms(names: Collection[str]) -> dict[str, list[str]]:
+    """Every object with no other name than its own: what CHAIR uses where no list of synonyms is given."""
+    return {name: [] for name in names}
+
+
+def read_synonyms(path: str | Path) -> dict[str, list[str]]:
+    """Object to its other names, from JSON ({"person": ["girl", "boy"]}) or from lines ("person, girl, boy").
+
+    The lines are the format of the authors' synonyms.txt.
+
+    Raises:
+        DataError: no such file, not this format, or nothing in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix == ".json":
+            found = {str(name): [str(word) for word in words] for name, words in json.loads(text).items()}
+        else:
+            lines = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
+            found = {words[0]: words[1:] for words in lines if words}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is not a list of synonyms: {error}. JSON is {{name: [words]}}") from None
+    if not found:
+        raise DataError(f"{path} holds no synonyms")
+    return found
+
+
+class ObjectWords:
+    """Finds the objects that a text names.
+
+    Args:
+        synonyms: object to its other names. The object's own name, and the plurals of all, are found as well.
+
+    Raises:
+        DataError: no object, an object without a letter, or a word that stands for two objects.
+    """
+
+    def __init__(self, synonyms: Mapping[str, Collection[str]]):
+        if not synonyms:
+            raise DataError("CHAIR needs the names of the objects to look for; none were given")
+        self.names = tuple(synonyms)
+        self._objects: dict[tuple[str, ...], str] = {}
+        given = [(word, name) for name, others in synonyms.items() for word in (name, *others)]
+        for word, name in given:
+            if self._objects.setdefault(_words(word), name) != name:
+                raise DataError(f"the word {word!r} stands for two objects, {self._objects[_words(word)]!r} and {name!r}")
+        if () in self._objects:
+            raise DataError(f"the object {self._objects[()]!r} has a name without a letter")
+        for word, name in given:
+            for form in plurals(word.lower()):
+                self._objects.setdefault(_words(form), name)  # what was given goes before what was guessed
+        self._longest = max(map(len, self._objects))
+
+    def __call__(self, text: str) -> list[str]:
+        """The objects in the order of the text, one that is named twice twice."""
+        words, found, place = _words(text), [], 0
+        while place < len(words):
+            for length in range(min(self._longest, len(words) - place), 0, -1):
+                name = self._objects.get(words[place : place + length])
+                if name is not None:
+                    found.append(name)
+                    break
+            else:
+                length = 1
+            place += length
+        return found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.lower()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChairScores:
+    """CHAIR of one model. Rates and their standard errors (`_se`, over pictures) are percentages, [0, 100].
+
+    Attributes:
+        n: captions.
+        images: distinct pictures.
+        chair_i: mentions of objects that are not in the picture, among all mentions; lower is better. 0 without mentions.
+        chair_s: captions with such a mention; lower is better.
+        recall: objects in the pictures that their captions name; higher is better. 0 without objects.
+        silent: captions that name no object at all.
+        mentions: objects named per caption (not a percentage).
+    """
+
+    n: int
+    images: int
+    chair_i: float
+    chair_i_se: float
+    chair_s: float
+    chair_s_se: float
+    recall: float
+    recall_se: float
+    silent: float
+    silent_se: float
+    mentions: float
+    mentions_se: float
+
+
+_RATES = ("chair_i", "chair_s", "recall", "silent", "mentions")
+
+
+def chair_scores(
+    captions: Sequence[str],
+    objects: Sequence[Collection[str]],
+    images: Sequence[str],
+    words: ObjectWords,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> ChairScores:
+    """Scores of captions.
+
+    Args:
+        captions: what the model said.
+        objects: the objects in the picture of each caption, by the names that `words` gives.
+        images: the picture of each caption: any text that names it.
+        words: finds objects in text.
+        seed, resamples: of the bootstrap over pictures behind the standard errors.
+
+    Raises:
+        DataError: the sequences differ in length or are empty, or an object is not among those that `words` knows, so
+            that a caption could never name it.
+    """
+    if not len(captions) == len(objects) == len(images) > 0:
+        lengths = [len(captions), len(objects), len(images)]
+        raise DataError(f"CHAIR needs captions, objects and images of one length, above 0; got {lengths}")
+    if unknown := sorted(set().union(*objects) - set(words.names)):
+        raise DataError(f"the pictures hold objects that the list of names lacks: {', '.join(unknown[:5])}")
+    rows = []
+    for caption, there in zip(captions, objects, strict=True):
+        named = words(caption)
+        wrong = sum(name not in there for name in named)
+        rows.append((1, len(named), wrong, wrong > 0, len(set(named) & set(there)), len(set(there)), not named))
+    counts = np.asarray(rows, dtype=float)
+    rates = _rates(counts.sum(axis=0))
+    errors = clustered_se(counts, images, _rates, seed=seed, resamples=resamples)
+    fields = {name: float(rate) for name, rate in zip(_RATES, rates, strict=True)}
+    fields |= {f"{name}_se": float(error) for name, error in zip(_RATES, errors, strict=True)}
+    return ChairScores(n=len(captions), images=len(set(images)), **fields)
+
+
+def _rates(sums: np.ndarray) -> np.ndarray:
+    """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`, shape (..., 5)."""
+    n, mentions, wrong, with_wrong, found, there, silent = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
+
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+    percent = [share(wrong, mentions), share(with_wrong, n), share(found, there), share(silent, n)]
+    return np.stack([*(100 * one for one in percent), share(mentions, n)], axis=-1)

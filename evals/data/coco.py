@@ -1,0 +1,96 @@
+"""COCO-style annotation files -> which objects are in which picture. Read by the POPE builder and by CHAIR."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedImage:
+    """A picture and what is in it.
+
+    Attributes:
+        id: of the image in the annotation file.
+        file_name: of the picture, relative to the image folder.
+        objects: names of distinct categories, in the order of their first annotations.
+    """
+
+    id: int
+    file_name: str
+    objects: tuple[str, ...]
+
+
+def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, ...]]:
+    """The images of a COCO instance file, in its order, and the names of all categories.
+
+    A crowd counts as an object like any other: who asks for a person wants a yes for a crowd.
+
+    Raises:
+        DataError: no such file, not COCO's format, nothing in it, or an annotation of an unknown category or image.
+    """
+    path = Path(path)
+    data = read_json(path)
+    try:
+        names = {category["id"]: str(category["name"]) for category in data["categories"]}
+        files = {image["id"]: str(image["file_name"]) for image in data["images"]}
+        pairs = [(annotation["image_id"], annotation["category_id"]) for annotation in data["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a COCO instance file: {error!r}. It needs images (id, file_name), annotations (image_id, "
+            "category_id) and categories (id, name), as instances_val2014.json has them"
+        ) from None
+    if "" in names.values() or "" in files.values():
+        raise DataError(f"{path}: a category or a file name is empty")
+    for kind, entries in (("images", files), ("annotations", pairs), ("categories", names)):
+        if not entries:
+            raise DataError(f"{path}: the list {kind} is empty")
+    _refuse_unknown(path, "category", (category for _, category in pairs), names)
+    _refuse_unknown(path, "image", (image for image, _ in pairs), files)
+    objects: dict[Any, dict[str, None]] = {image: {} for image in files}
+    for image, category in pairs:
+        objects[image][names[category]] = None
+    images = [AnnotatedImage(id=i, file_name=file, objects=tuple(objects[i])) for i, file in files.items()]
+    return images, tuple(dict.fromkeys(names.values()))
+
+
+def read_captions(path: str | Path) -> dict[int, list[str]]:
+    """Image id to the reference captions of a COCO caption file.
+
+    Raises:
+        DataError: no such file, not COCO's format, or no caption in it.
+    """
+    found: dict[int, list[str]] = {}
+    try:
+        for annotation in read_json(path)["annotations"]:
+            found.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a COCO caption file: {error!r}. It needs annotations (image_id, caption), as "
+            "captions_val2014.json has them"
+        ) from None
+    if not found:
+        raise DataError(f"{path}: the list annotations is empty")
+    return found
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, or a DataError that says what is wrong with it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+
+
+def _refuse_unknown(path: Path, what: str, used: Iterable[Any], known: dict[Any, str]) -> None:
+    unknown = [one for one in used if one not in known]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} annotations refer to an unknown {what}, the first to {what} {unknown[0]!r}; "
+            f"{len(known)} are listed. Is the file cut, or put together from two?"
+        )

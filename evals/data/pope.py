@@ -1,0 +1,210 @@
+"""POPE from object annotations, or from the files that its authors published: a VLMEvalKit TSV either way.
+
+For each picture as many questions about objects that are there as about objects that are not, and these chosen in three
+ways: any (random), the most frequent ones (popular), those that most often accompany what is there (adversarial).
+
+Source: arXiv 2305.10355, section 5.1, and main.py and utils.py of the authors' repository (AoiDragon/POPE).
+
+Differs from the paper: a picture takes part with 3 kinds of objects or more, as in the code (the paper: more than 3).
+The authors' own COCO file also counts objects that only the captions name; here the annotations alone say what is there.
+Their draws have no seed, so the published questions can be converted but not made again.
+"""
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
+from hipp_ext.evals.data.writing import file_pictures, write_table
+
+from hipp_ext.errors import DataError
+from hipp_ext.files import content_hash
+
+SPLITS = ("random", "popular", "adversarial")
+ENDING = "Please answer yes or no."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopeQuestion:
+    """One question about one picture, with the splits that ask it.
+
+    Attributes:
+        image: file name of the picture.
+        text: the question without the ending that asks for yes or no.
+        answer: "Yes" or "No".
+        splits: those of `SPLITS` it belongs to, in this order.
+    """
+
+    image: str
+    text: str
+    answer: str
+    splits: tuple[str, ...]
+
+
+def write_pope(
+    out: str | Path,
+    questions: Sequence[PopeQuestion],
+    images: str | Path,
+    source: dict[str, object],
+    *,
+    ending: str = ENDING,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """The TSV `out` of the questions; `ending` is put after each. Errors as `file_pictures` and `write_table`."""
+    pictures = file_pictures(images, [question.image for question in questions])
+    rows = [
+        {
+            "index": index,
+            "question": f"{question.text} {ending}".strip(),
+            "answer": question.answer,
+            "category": ",".join(question.splits),
+        }
+        for index, question in enumerate(questions)
+    ]
+    made = {"made_by": "hipp data pope", **source, "ending": ending}
+    return write_table(out, rows, pictures, source=made, overwrite=overwrite, progress=progress)
+
+
+def pope_from_annotations(
+    path: str | Path, *, n_images: int = 500, per_image: int = 3, seed: int = 0
+) -> tuple[list[PopeQuestion], dict[str, object]]:
+    """The questions about `n_images` pictures of a COCO instance file, and what they were made from.
+
+    Raises:
+        DataError: see `read_instances` and `build_pope`.
+    """
+    images, _ = read_instances(path)
+    made = build_pope(images, n_images=n_images, per_image=per_image, seed=seed)
+    source = {"annotations": Path(path).name, "annotations_sha256": content_hash(path), "images": n_images,
+              "objects_per_image": per_image, "seed": seed}  # fmt: skip
+    return made, source
+
+
+def build_pope(
+    images: Sequence[AnnotatedImage], *, n_images: int = 500, per_image: int = 3, seed: int = 0
+) -> list[PopeQuestion]:
+    """The questions about a sample of the images, those of one picture together; each asked once, whatever its splits.
+
+    Args:
+        images: what is in each picture.
+        n_images: how many pictures to draw among those with `per_image` kinds of objects or more.
+        per_image: questions with yes, and with no in each split, about one picture. Those with yes are about the
+            first objects of the picture, as in the authors' code.
+        seed: of the sample and of the random objects.
+
+    Raises:
+        DataError: too few pictures with enough objects, or a picture that leaves too few absent objects.
+    """
+    if n_images < 1 or per_image < 1:
+        raise DataError(f"POPE needs at least 1 image and 1 object per image, not {n_images} and {per_image}")
+    rich = [image for image in images if len(image.objects) >= per_image]
+    if len(rich) < n_images:
+        raise DataError(
+            f"{n_images} images with {per_image} kinds of objects or more are needed, and {len(rich)} of the "
+            f"{len(images)} annotated ones have as many. Ask for fewer images, or fewer objects per image"
+        )
+    rng = random.Random(f"pope {seed}")
+    sample = rng.sample(rich, n_images)
+    # Counters keep the order of first sight, and sorting keeps it among equals: ties go as in the authors' code.
+    frequency = Counter(name for image in sample for name in image.objects)
+    popular = sorted(frequency, key=lambda name: -frequency[name])
+    companions = _companions(sample)
+    return [question for image in sample for question in _ask(image, per_image, popular, companions, rng)]
+
+
+def _companions(sample: Sequence[AnnotatedImage]) -> dict[str, list[str]]:
+    """Object to the objects that were seen with it, the most frequent ones first."""
+    seen: dict[str, Counter] = {}
+    for image in sample:
+        for name, other in itertools.permutations(image.objects, 2):
+            seen.setdefault(name, Counter())[other] += 1
+    return {name: sorted(others, key=lambda other: -others[other]) for name, others in seen.items()}
+
+
+def _ask(
+    image: AnnotatedImage,
+    per_image: int,
+    popular: Sequence[str],
+    companions: Mapping[str, Sequence[str]],
+    rng: random.Random,
+) -> list[PopeQuestion]:
+    absent = [name for name in popular if name not in image.objects]
+    if len(absent) < per_image:
+        raise DataError(
+            f"{image.file_name}: {per_image} absent objects are needed, and it lacks only {len(absent)} of the "
+            f"{len(popular)} kinds that the sampled images hold: too few objects to ask about. Use more images"
+        )
+    present, adversarial = image.objects[:per_image], []
+    for name in present:
+        usual = [other for other in companions.get(name, ()) if other in absent and other not in adversarial]
+        adversarial.append(usual[0] if usual else rng.choice([other for other in absent if other not in adversarial]))
+    chosen = {"random": rng.sample(absent, per_image), "popular": absent[:per_image], "adversarial": adversarial}
+    asked: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for step, name in enumerate(present):
+        asked[name] = ("Yes", SPLITS)
+        for split in SPLITS:
+            other = chosen[split][step]
+            asked.setdefault(other, ("No", tuple(own for own in SPLITS if other in chosen[own])))
+    return [
+        PopeQuestion(image=image.file_name, text=_text(name), answer=answer, splits=splits)
+        for name, (answer, splits) in asked.items()
+    ]
+
+
+def _text(name: str) -> str:
+    return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
+
+
+def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[str, object]]:
+    """The questions of the authors' three files (such as coco_pope_random.json) in a folder, each once.
+
+    Raises:
+        DataError: not exactly one file per split, a line that is not in the authors' format, or two answers to a
+            question.
+    """
+    files = {split: _published_file(Path(folder), split) for split in SPLITS}
+    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for split, file in files.items():
+        for where, image, text, answer in _read_published(file):
+            known, splits = found.setdefault((image, text), (answer, []))
+            if known != answer:
+                raise DataError(f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere {known}")
+            if split not in splits:
+                splits.append(split)
+    order = {image: number for number, image in enumerate(dict.fromkeys(image for image, _ in found))}
+    questions = [
+        PopeQuestion(image=image, text=text, answer=answer, splits=tuple(splits))
+        for (image, text), (answer, splits) in sorted(found.items(), key=lambda entry: order[entry[0][0]])
+    ]
+    return questions, {"files": {file.name: content_hash(file) for file in files.values()}}
+
+
+def _published_file(folder: Path, split: str) -> Path:
+    found = sorted(folder.glob(f"*pope*_{split}.json"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(f"{folder}: one file like coco_pope_{split}.json is needed, and there is: {names}")
+    return found[0]
+
+
+def _read_published(file: Path) -> list[tuple[str, str, str, str]]:
+    """Of each line: where it is, image, question, "Yes" or "No"."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+            image, text, label = str(entry["image"]), str(entry["text"]), entry["label"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where} is not a POPE question (image, text, label): {error!r}") from None
+        if label not in ("yes", "no"):
+            raise DataError(f"{where}: the label is {label!r}; it must be yes or no")
+        rows.append((where, image, text, label.capitalize()))
+    if not rows:
+        raise DataError(f"{file} is empty")
+    return rows

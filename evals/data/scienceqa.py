@@ -1,0 +1,206 @@
+"""ScienceQA as its authors or the hub distribute it -> VLMEvalKit's ScienceQA_VAL.tsv and ScienceQA_TEST.tsv.
+
+Only questions with a picture are written, 2097 and 2017 of the published ones: VLMEvalKit leaves the others out.
+
+Source: arXiv 2209.09513 and github.com/lupantech/ScienceQA (problems.json, pid_splits.json, images/SPLIT/ID/image.png);
+the hub's parquet files have the same fields, and pictures as {bytes, path}.
+"""
+
+import functools
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.data.coco import read_json
+from hipp_ext.evals.data.writing import Picture, file_pictures, write_table
+
+from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.files import content_hash
+
+TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
+_TEXTS = ("question", "choices", "answer", "hint", "topic", "subject")
+# pandas, and so VLMEvalKit, reads a cell of one of these as missing: the option would be gone.
+_MISSING = frozenset([
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN",
+    "None", "n/a", "nan", "null",
+])  # fmt: skip
+
+
+def write_scienceqa(
+    source: str | Path,
+    out_dir: str | Path,
+    splits: Sequence[str] = tuple(TABLES),
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[Path]:
+    """The TSVs written to `out_dir`, one per split ("val", "test"); both sources are told apart by problems.json.
+
+    The index of a row is the problem's id, or its row number in the split where the data has no ids. The topic becomes
+    the category and the subject the l2-category. An option that reads None, NA or the like gets a full stop, since
+    VLMEvalKit would take it for a missing one.
+
+    Args:
+        source: folder with problems.json, pid_splits.json and images, or with the hub's parquet files.
+        out_dir: a folder for $LMUData.
+        splits: which.
+        overwrite: replace files that are there.
+        progress: show progress bars on stderr.
+
+    Raises:
+        DataError: nothing is found in `source`, a problem is malformed, or a picture is missing or broken.
+        OutputExistsError: another file is in the way, and `overwrite` is False.
+        MissingExtraError: parquet files need pyarrow.
+    """
+    source = Path(source).expanduser()
+    if unknown := [split for split in splits if split not in TABLES]:
+        raise DataError(f"unknown split {unknown[0]!r}; known: {', '.join(TABLES)}")
+    read = _read_problems if (source / "problems.json").is_file() else _read_parquet
+    written = []
+    for split in splits:
+        problems, pictures, files = read(source, split)
+        rows, rewritten = _rows(problems, split)
+        made = {"made_by": "hipp data scienceqa", "split": split, "options_with_a_stop": rewritten,
+                "files": {file.name: content_hash(file) for file in files}}  # fmt: skip
+        out = Path(out_dir) / f"{TABLES[split]}.tsv"
+        written.append(write_table(out, rows, pictures, source=made, overwrite=overwrite, progress=progress))
+    return written
+
+
+Problems = tuple[list[tuple[int, Mapping[str, Any]]], list[Picture], list[Path]]  # (index, problem), picture of each, files
+
+
+def _read_problems(source: Path, split: str) -> Problems:
+    problems, splits = (read_json(source / name) for name in ("problems.json", "pid_splits.json"))
+    if not isinstance(problems, dict) or not isinstance(splits, dict) or not isinstance(splits.get(split), list):
+        raise DataError(f"{source}: pid_splits.json has no list {split!r}, or problems.json is not problems by id")
+    found, names = [], []
+    for pid in map(str, splits[split]):
+        problem = problems.get(pid)
+        if not isinstance(problem, dict) or not pid.isdecimal():
+            raise DataError(f"{source}: pid_splits.json lists problem {pid!r}, which problems.json does not have")
+        if problem.get("image"):
+            found.append((int(pid), problem))
+            names.append(f"{problem.get('split', split)}/{pid}/{problem['image']}")
+    _require_some(found, source, split, len(splits[split]))
+    files = [source / "problems.json", source / "pid_splits.json"]
+    return found, file_pictures(source / "images", names), files
+
+
+def _read_parquet(source: Path, split: str) -> Problems:
+    found, pictures, total = [], [], 0
+    files = _parquet_files(source, split)
+    for file in files:
+        status, images = file.stat(), _ParquetImages(file)
+        problems = images.problems()
+        for row in images.rows_with_picture():
+            found.append((total + row, problems[row]))
+            read, stamp = functools.partial(images.read, row), (status.st_size, status.st_mtime_ns)
+            pictures.append(Picture(name=f"{file.name}, row {row}", stamp=stamp, read=read))
+        total += len(problems)
+    _require_some(found, source, split, total)
+    return found, pictures, files
+
+
+def _parquet_files(source: Path, split: str) -> list[Path]:
+    """The parquet files of a split: SPLIT-00000-of-00001.parquet, SPLIT.parquet or SPLIT/0000.parquet, at any depth."""
+    names = {"val": ("validation", "val"), "test": ("test",)}[split]
+    found = sorted(
+        file for file in source.rglob("*.parquet")
+        if file.stem.partition("-")[0] in names or (file.stem.isdecimal() and file.parent.name in names)
+    )  # fmt: skip
+    if not found:
+        raise DataError(
+            f"{source} holds neither problems.json (with pid_splits.json and images) nor parquet files of the split "
+            f"{names[0]}, such as {names[0]}-00000-of-00001.parquet"
+        )
+    if len(folders := {file.parent for file in found}) > 1:
+        several = ", ".join(str(folder.relative_to(source)) for folder in sorted(folders))
+        raise DataError(f"{source} holds several versions of the split {split}: {several}. Name one of these folders")
+    return found
+
+
+class _ParquetImages:
+    """One parquet file of ScienceQA, its pictures one row group in memory at a time."""
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("pyarrow", "data") from error
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is not a whole parquet file: {error}") from None
+        columns = self._file.schema_arrow.names
+        if lost := [name for name in (*_TEXTS, "image") if name not in columns]:
+            raise DataError(f"{path} has no column {', '.join(lost)}; it has {', '.join(columns)}")
+        self._path = path
+        self._group = functools.lru_cache(maxsize=1)(self._read_group)
+        self._places: list[tuple[int, int]] = []  # row -> row group, row in the group
+
+    def problems(self) -> list[dict[str, Any]]:
+        """Every row, without its picture."""
+        return self._file.read(columns=list(_TEXTS)).to_pylist()
+
+    def rows_with_picture(self) -> list[int]:
+        """Numbers of the rows that have one; reads through the file once."""
+        rows = []
+        for group in range(self._file.num_row_groups):
+            for place, cell in enumerate(self._group(group)):
+                if cell is not None:
+                    rows.append(len(self._places))
+                self._places.append((group, place))
+        return rows
+
+    def read(self, row: int) -> bytes:
+        """The picture of a row that has one."""
+        group, place = self._places[row]
+        data = self._group(group)[place]
+        assert data is not None
+        return data
+
+    def _read_group(self, number: int) -> list[bytes | None]:
+        cells = self._file.read_row_group(number, columns=["image"]).column("image").to_pylist()
+        for cell in cells:
+            if cell is not None and not (isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)):
+                raise DataError(f"{self._path}: the column image does not hold pictures as bytes, but {str(cell)[:60]}")
+        return [cell and cell["bytes"] for cell in cells]
+
+
+def _require_some(found: Sequence[object], source: Path, split: str, total: int) -> None:
+    if not found:
+        raise DataError(f"{source}: none of the {total} questions of the split {split} has a picture; nothing to write")
+
+
+def _rows(problems: Sequence[tuple[int, Mapping[str, Any]]], split: str) -> tuple[list[dict[str, object]], int]:
+    """The rows, all with as many option columns as the longest needs, and how many options got a full stop."""
+    checked = [(index, *_checked(index, problem)) for index, problem in problems]
+    letters = string.ascii_uppercase[: max(len(choices) for _, choices, _ in checked)]
+    rows, rewritten = [], 0
+    for (index, choices, texts), (_, problem) in zip(checked, problems, strict=True):
+        options = [text + "." if text in _MISSING else text for text in choices]
+        rewritten += sum(text in _MISSING for text in choices)
+        rows.append({
+            "index": index, "question": texts["question"], "hint": texts["hint"],
+            **{letter: options[n] if n < len(options) else "" for n, letter in enumerate(letters)},
+            "answer": letters[problem["answer"]], "category": texts["topic"], "l2-category": texts["subject"],
+            "split": split,
+        })  # fmt: skip
+    return rows, rewritten
+
+
+def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The options and the texts of a problem, or a DataError that says what is wrong with it."""
+    choices, answer = problem.get("choices"), problem.get("answer")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(c, str) and c for c in choices):
+        raise DataError(f"problem {index}: the choices must be 2 to 26 texts, and are {choices!r}")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise DataError(f"problem {index}: the answer is {answer!r}; it must be the number of one of {len(choices)} choices")
+    texts = {name: problem.get(name) or "" for name in ("question", "hint", "topic", "subject")}
+    for name in ("question", "topic", "subject"):
+        if not isinstance(texts[name], str) or not texts[name]:
+            raise DataError(f"problem {index} has no {name}")
+    return choices, texts
