@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from hipp_ext.evals.metrics import binomial_se, clustered_mean_se
+from hipp_ext.evals.metrics import binomial_se
+from hipp_ext.evals.statistics import clustered_mean_se
 from jaxtyping import Float
 from torch import Tensor, nn
 

@@ -81,18 +81,6 @@ def cluster_sums(counts: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
     return sums
 
 
-def clustered_mean_se(values: np.ndarray, clusters: Sequence[object]) -> float:
-    """Standard error of the mean of `values`, rows of one cluster taken as dependent; NaN with fewer than two clusters.
-
-    Source: the sandwich estimator for a mean, Liang and Zeger (1986), with the correction C / (C - 1) for C clusters.
-    """
-    ids = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    if len(ids) < 2:
-        return math.nan
-    sums = np.bincount([ids[c] for c in clusters], weights=np.asarray(values, dtype=float) - float(np.mean(values)))
-    return math.sqrt(len(ids) / (len(ids) - 1) * float(sums @ sums)) / len(values)
-
-
 def binomial_se(percent: float, n: int) -> float:
     """Standard error [percentage points] of a share of `percent` [0, 100] among n independent rows; NaN if n is 0.
 

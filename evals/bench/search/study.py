@@ -1,0 +1,298 @@
+"""`hipp bench search`: which way of choosing plans is best, at equal evaluations, on the testbed's test split.
+
+Every method gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and the same number of
+evaluations; what it chose is then measured on the test split. A job is one method with one seed; finished jobs are kept in
+the working folder, so an interrupted study goes on.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+import torch
+from hipp_ext.evals.bench.search.allocators import ALLOCATORS, Context
+from hipp_ext.evals.bench.search.methods import METHODS
+from hipp_ext.evals.bench.search.problem import Problem, run
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.pope import pope_scores
+
+from hipp_ext import testbed
+from hipp_ext.budget import Bounds
+from hipp_ext.files import write_atomic
+from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
+from hipp_ext.planner.archive import REFERENCE_POINT
+from hipp_ext.planner.cost import measure_cost
+from hipp_ext.planner.evaluation import Keeps, plan_rewards
+from hipp_ext.planner.policy import Policy, new_policy
+from hipp_ext.planner.reward import Reward
+from hipp_ext.preference import Preference
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+CURVE = tuple(round(0.05 * i, 2) for i in range(1, 13))  # where allocators are read for their hypervolume
+CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
+TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
+FRONT = 20  # plans that a method may hand in for the test's hypervolume
+EDGE_RATIO = 0.3
+SPLIT = {"POPE": 1200, "ScienceQA": 800}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySize:
+    """How much is measured.
+
+    Attributes:
+        seeds: of every search and of hipp; ablations take `ablation_seeds`.
+        evaluations: plans that a method may evaluate.
+        questions: per task, of the search split.
+        front_questions: per task, of the test split, for hypervolumes; tables take `SPLIT`.
+    """
+
+    seeds: int = 5
+    ablation_seeds: int = 3
+    evaluations: int = 300
+    questions: int = 128
+    front_questions: int = 300
+
+
+class FlatPolicy(Policy):
+    """Without hierarchy: the allocation head is not told the budget."""
+
+    def allocation(self, signals: Signals, preferences: Any, ratios: Any) -> Any:
+        """One allocation for all budgets."""
+        return super().allocation(signals, preferences, torch.zeros_like(ratios))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way of running hipp: what differs from the default."""
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    signals: Callable[[Signals], Signals] = lambda signals: signals
+    policy: Callable[[], Policy] = new_policy
+
+
+def _blind(signals: Signals) -> Signals:
+    return dataclasses.replace(signals, visual=torch.zeros_like(signals.visual))
+
+
+def _flowless(signals: Signals) -> Signals:
+    return dataclasses.replace(signals, flow_shares={n: torch.zeros_like(s) for n, s in signals.flow_shares.items()})
+
+
+def _flat_policy() -> Policy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FlatPolicy()
+
+
+HIPP = "hipp"
+VARIANTS: dict[str, Variant] = {
+    HIPP: Variant(),
+    "hipp, linear scalarisation": Variant(settings={"scalarisation": "linear"}),
+    "hipp, no reward model": Variant(settings={"imagined": 0}),
+    "hipp, no visual sensitivity": Variant(signals=_blind),
+    "hipp, no SynFlow": Variant(signals=_flowless),
+    "hipp, no hierarchy": Variant(policy=_flat_policy),
+}
+UNTRAINED = "hipp, untrained"
+
+
+def jobs(size: StudySize) -> list[tuple[str, int]]:
+    """(method, seed) of everything to run, what matters most first."""
+    seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *METHODS)]
+    ablations = [(name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP]
+    return [(name, 0) for name in (*ALLOCATORS, UNTRAINED)] + seeded + ablations
+
+
+class Bench:
+    """One process's model, questions and signals; `job` runs one method with one seed."""
+
+    def __init__(self, size: StudySize):
+        self.size = size
+        self.model, self.processor = testbed.load()
+        self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
+        self.search = self._evaluator("search", {"POPE": size.questions, "ScienceQA": size.questions})
+        self.front_test = self._evaluator("test", {"POPE": size.front_questions, "ScienceQA": size.front_questions})
+        self.table_test = self._evaluator("test", SPLIT)
+        self.pope = testbed.questions("POPE", "test", SPLIT["POPE"])
+
+    def _evaluator(self, split: str, counts: Mapping[str, int]) -> Evaluator:
+        pope, choice = (testbed.questions(task, split, counts[task]) for task in ("POPE", "ScienceQA"))
+        return Evaluator(self.model, self.processor, pope, choice)
+
+    def job(self, name: str, seed: int) -> dict[str, Any]:
+        """What the method chose, and what that achieves on the test split."""
+        started = time.perf_counter()
+        chosen = self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
+        chosen["seconds"] = time.perf_counter() - started
+        front = chosen.pop("front")
+        chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": _hypervolume(self._rewards(front))}
+        chosen["table"] = {c: {r: self._row(k) for r, k in rows.items()} for c, rows in chosen.pop("answers").items()}
+        if "lattice" in chosen:
+            chosen["control"] = self._control(chosen.pop("lattice"), chosen.pop("edge"))
+        return {"method": name, "seed": seed, **chosen}
+
+    def _allocator(self, name: str) -> dict[str, Any]:
+        groups = self.signals.groups
+        if name == UNTRAINED:
+            planner = self._planner(Variant())
+            choose = {corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio) for corner in CORNERS}
+        else:
+            batches = testbed.calibration_batches(self.processor)
+            context = Context(model=self.model, batches=batches, groups=groups, scores=self.signals.scores)
+            choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
+        front = [choose[corner](ratio) for corner in CORNERS for ratio in CURVE]
+        return {
+            "evaluations": 0, "front": _distinct(front), "search_hypervolume": None,
+            "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
+        }  # fmt: skip
+
+    def _search(self, name: str, seed: int) -> dict[str, Any]:
+        if name in VARIANTS:
+            return self._hipp(VARIANTS[name], seed)
+        cost = measure_cost(self.model, self.signals.groups, "parameters")
+        with plan_rewards(self.model, self.search, self.signals, cost) as measure:
+            problem = Problem(groups=self.signals.groups, bounds=Bounds(), evaluate=measure, evaluations=self.size.evaluations)
+            run(METHODS[name], problem, seed)
+        return self._searched(problem.evaluated)
+
+    def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
+        answers: dict[str, dict[str, Keeps]] = {corner: {} for corner in CORNERS}
+        for corner, rows in answers.items():
+            for ratio in RATIOS:
+                enough = [(k, r) for k, r in evaluated if r.compression >= ratio - TOLERANCE]
+                if enough:
+                    rows[str(ratio)] = max(enough, key=lambda e: getattr(e[1], corner))[0]
+        rewards = [reward for _, reward in evaluated]
+        return {
+            "evaluations": len(evaluated), "answers": answers, "front": _hand_in(evaluated),
+            "search_hypervolume": _hypervolume(rewards),
+        }  # fmt: skip
+
+    def _planner(self, variant: Variant) -> HiPPPlanner:
+        planner = HiPPPlanner(CORNERS["utility"], policy=variant.policy())
+        planner.signals = variant.signals(self.signals)
+        return planner
+
+    def _hipp(self, variant: Variant, seed: int) -> dict[str, Any]:
+        base = FitSettings()
+        per_step = base.preferences * base.budgets * base.rollouts
+        settings = FitSettings(steps=self.size.evaluations // per_step, seed=seed, **variant.settings)
+        planner = self._planner(variant)
+        planner.fit(self.model, self.search, settings, progress=False)
+        found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
+        found["archive_answers"] = found["answers"]
+        found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
+        del found["archive_answers"]
+        if variant is VARIANTS[HIPP]:
+            found["lattice"] = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
+            found["edge"] = [(i / 10, self._query(planner, Preference(i, 10 - i, 0), EDGE_RATIO)) for i in range(11)]
+        return found
+
+    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None) -> Keeps:
+        planner.pruning_ratio = ratio
+        return tuple(g.keep for g in planner.plan(self.model, preference=preference).groups)
+
+    # On the test split
+
+    def _rewards(self, plans: Sequence[Keeps]) -> list[Reward]:
+        cost = measure_cost(self.model, self.signals.groups, "parameters")
+        with plan_rewards(self.model, self.front_test, self.signals, cost) as measure:
+            return [measure(keeps) for keeps in plans]
+
+    def _row(self, keeps: Keeps) -> dict[str, float]:
+        """POPE F1 and ScienceQA accuracy [%] of a plan."""
+        from hipp_ext.slices import sliced
+
+        with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
+            shrink(keeps)
+            scores = self.table_test.scores(self.model)
+        truth, kinds = [q.answer for q in self.pope], [q.category for q in self.pope]
+        pope = pope_scores(scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope])["vlmeval"]["overall"]
+        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": scores["choice"].accuracy}
+
+    def _control(self, lattice: Sequence[tuple], edge: Sequence[tuple]) -> dict[str, Any]:
+        """How well the preference steers: see `summarise_control`."""
+        plans = _distinct([k for _, k in (*lattice, *edge)])
+        rewards = dict(zip(plans, self._rewards(plans), strict=True))
+        objectives = [(w, rewards[k].objectives()) for w, k in lattice]
+        at_ratio = {corner: self._row(edge[i][1]) for corner, i in (("robustness", 0), ("utility", -1))}
+        return {
+            "lattice": objectives, "edge": [(w, rewards[k].objectives()) for w, k in edge],
+            "swing": {m: at_ratio["utility"][m] - at_ratio["robustness"][m] for m in ("F1", "ScienceQA")},
+        }  # fmt: skip
+
+
+def _lattice(n: int) -> list[tuple[float, float, float]]:
+    return [(i / n, j / n, (n - i - j) / n) for i in range(n + 1) for j in range(n + 1 - i)]
+
+
+def _distinct(plans: Sequence[Keeps]) -> list[Keeps]:
+    return list(dict.fromkeys(plans))
+
+
+def _hypervolume(rewards: Sequence[Reward]) -> float:
+    points = np.array([r.objectives() for r in rewards])
+    return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
+
+
+def _hand_in(evaluated: Sequence[tuple[Keeps, Reward]]) -> list[Keeps]:
+    """The FRONT plans that together have the largest hypervolume on the search split, chosen greedily."""
+    points = np.array([r.objectives() for _, r in evaluated])
+    left = np.flatnonzero(moocore.is_nondominated(points, maximise=True)).tolist()
+    chosen: list[int] = []
+    while left and len(chosen) < FRONT:
+        gains = [moocore.hypervolume(points[[*chosen, i]], ref=list(REFERENCE_POINT), maximise=True) for i in left]
+        chosen.append(left.pop(int(np.argmax(gains))))
+    return [evaluated[i][0] for i in chosen]
+
+
+_bench: Bench | None = None
+
+
+def _start(size: StudySize) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(size)
+
+
+def _work(job: tuple[str, int, str]) -> tuple[str, int]:
+    name, seed, path = job
+    assert _bench is not None
+    write_atomic(Path(path), json.dumps(_bench.job(name, seed)))
+    return name, seed
+
+
+def run_study(size: StudySize, folder: Path, *, processes: int | None = None) -> list[dict[str, Any]]:
+    """Run every job that `folder` lacks, in several processes of one thread each; returns all results.
+
+    Raises:
+        OutputExistsError: the folder holds a study of another size.
+    """
+    from rich.progress import Progress
+
+    from hipp_ext.errors import OutputExistsError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    identity, mark = json.dumps(dataclasses.asdict(size)), folder / "study.json"
+    if mark.exists() and mark.read_text() != identity:
+        raise OutputExistsError(f"{folder} holds another study, {mark.read_text()}; this one is {identity}.")
+    write_atomic(mark, identity)
+    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in jobs(size)}
+    missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
+    context = multiprocessing.get_context("spawn")
+    if missing:
+        processes = min(processes or os.cpu_count() or 1, len(missing))
+        with context.Pool(processes, _start, (size,)) as pool, Progress() as bar:
+            task = bar.add_task("jobs", total=len(missing))
+            for name, seed in pool.imap_unordered(_work, missing):
+                bar.update(task, advance=1, description=f"{name}, seed {seed}")
+    return [json.loads(path.read_text()) for path in paths.values()]
