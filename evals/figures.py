@@ -15,7 +15,8 @@ SPLITS = ("random", "popular", "adversarial")
 
 
 def front_figure(evaluated: Sequence[Reward], front: Sequence[Reward], chosen: Mapping[str, Reward]) -> "Figure":
-    """Utility against robustness of every evaluated plan, coloured by what was removed; the front ringed, choices named.
+    """Utility against robustness of every evaluated plan, coloured by what was removed; the front ringed, with
+    standard errors where there are some; choices named.
 
     Args:
         evaluated: all plans of a fit.
@@ -30,6 +31,8 @@ def front_figure(evaluated: Sequence[Reward], front: Sequence[Reward], chosen: M
     )  # fmt: skip
     axes.scatter([r.utility for r in front], [r.robustness for r in front], s=52, facecolors="none", edgecolors="#333",
                  linewidths=0.8, label="front")  # fmt: skip
+    axes.errorbar([r.utility for r in front], [r.robustness for r in front], xerr=[r.utility_se for r in front],
+                  yerr=[r.robustness_se for r in front], fmt="none", ecolor="#333", elinewidth=0.6, alpha=0.6)  # fmt: skip
     for colour, (name, reward) in zip(COLOURS, chosen.items(), strict=False):
         axes.scatter(reward.utility, reward.robustness, marker="*", s=190, color=colour, edgecolors="white", label=name)
     figure.colorbar(points, label="parameters removed [%]")

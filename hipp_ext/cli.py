@@ -120,6 +120,7 @@ def fit(
     steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
+    cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -132,21 +133,80 @@ def fit(
     `hipp fit testbed --out planner`
 
     `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa ScienceQA_VAL.tsv --out planner`
+
+    `torchrun --nproc-per-node 8 -m hipp_ext fit ./llava-1.5-7b-hf ... --out planner` spreads the plans over 8 GPUs
     """
     from hipp_ext.budget import Bounds
     from hipp_ext.files import require_new
-    from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.planner.fit import FitSettings
+    from hipp_ext.planner import FitSettings, HiPPPlanner
+    from hipp_ext.planner.evaluation import Workers
     from hipp_ext.preference import Preference
 
+    workers = Workers.join()
     require_new(out, overwrite)
+    if workers.count > 1 and device is None:
+        device = _own_device()
     loaded, processor = _load(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1))
     running = out.with_name(out.name + ".fit")
-    result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, processor=processor, say=_say)
-    maker.save(out, overwrite=overwrite)
-    _say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")
+    say = _say if workers.leads else None
+    chosen: Any = cost
+    result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, cost=chosen,
+                       processor=processor, say=say)  # fmt: skip
+    if workers.leads:
+        maker.save(out, overwrite=overwrite)
+        _say(
+            f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}"
+        )
+
+
+@app.command()
+def front(
+    planner: Annotated[Path, typer.Argument(metavar="PLANNER", help="A folder written by `hipp fit`.")],
+    utility: Annotated[float | None, typer.Option("--utility", "-u", help="With -r and -c: what is wanted.")] = None,
+    robustness: Annotated[float | None, typer.Option("--robustness", "-r")] = None,
+    compression: Annotated[float | None, typer.Option("--compression", "-c")] = None,
+    pruning_ratio: Ratio = None,
+    model: Annotated[
+        str | None, typer.Option(help="The fitted model: measures the policy's plan where the fit did not.")
+    ] = None,
+    pope: Annotated[Path | None, typer.Option(help="The POPE-like TSV of the fit; default: the testbed's.")] = None,
+    scienceqa: Annotated[Path | None, typer.Option(help="The multiple-choice TSV of the fit.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per task, as in the fit.")] = 192,
+    picture: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the front to this file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """The plans that no other evaluated plan dominates, with standard errors; and two answers to a preference.
+
+    Examples:
+
+    `hipp front planner --picture front.png`
+
+    `hipp front planner -u 0.2 -r 0.6 -c 0.2 --model ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa ScienceQA_VAL.tsv`
+    """
+    from hipp_ext.budget import check_ratio
+    from hipp_ext.evals.front import answer, print_front, write_json, write_picture
+    from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.preference import Preference
+
+    fitted = HiPPPlanner.load(planner)
+    if pruning_ratio is not None:
+        check_ratio(pruning_ratio)
+        fitted.pruning_ratio = pruning_ratio
+    choices = None
+    if (utility, robustness, compression) != (None, None, None):
+        wanted = Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
+        loaded, processor = _load(model, device, dtype) if model else (None, None)
+        evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner) if model else None
+        choices = answer(fitted, wanted, loaded, evaluator)
+    print_front(fitted, choices)
+    if picture:
+        write_picture(fitted, choices, picture)
+    if json_file:
+        write_json(fitted, json_file)
 
 
 @app.command()
@@ -381,6 +441,54 @@ def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = 
     run(repeats, save)
 
 
+@bench_app.command("evaluation")
+def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
+    """Time of switching between plans and of evaluating one, against really pruned models."""
+    from hipp_ext.evals.bench.evaluation_cost import run
+
+    run(repeats, save)
+
+
+@bench_app.command("knockout")
+def bench_knockout(save: Save = False) -> None:
+    """Visual sensitivity against cutting text-to-picture attention, layer by layer."""
+    from hipp_ext.evals.bench.knockout import run
+
+    run(save)
+
+
+@bench_app.command("synflow")
+def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False) -> None:
+    """Whether the synaptic-flow proxy foretells collapse at equal budget."""
+    from hipp_ext.evals.bench.synflow import run
+
+    run(plans, save)
+
+
+@bench_app.command("search")
+def bench_search(
+    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
+    questions: Annotated[int, typer.Option(min=8, help="Per task, of the search split.")] = 128,
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    save: Save = False,
+) -> None:
+    """The planner against allocators and search methods at equal evaluations, on the testbed's test split. An hour.
+
+    Examples:
+
+    `hipp bench search --out search`
+
+    `hipp bench search --seeds 2 --evaluations 60 --questions 32 --out quick`
+    """
+    from hipp_ext.evals.bench.search.study import StudySize
+    from hipp_ext.evals.bench.search.summary import run
+
+    size = StudySize(seeds=seeds, ablation_seeds=min(seeds, 3), evaluations=evaluations, questions=questions)
+    run(size, out, processes=processes, save=save)
+
+
 @testbed_app.command("train")
 def testbed_train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
@@ -453,6 +561,13 @@ def _folder(model: str) -> str:
 def _check_dtype(dtype: str | None) -> None:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+
+
+def _own_device() -> str:
+    """The GPU that `torchrun` meant for this process, if there are GPUs."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _evaluator(model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path) -> Any:

@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, f
     """How many times longer `slow` takes than `fast`: median of the paired ratios, least, most, n."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "n": len(ratios)}
+
+
+def mean_and_se(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, its standard error (None below two values), and n."""
+    n = len(values)
+    return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / n**0.5 if n > 1 else None, "n": n}
 
 
 def synchronise() -> None:

@@ -1,6 +1,7 @@
 """Keep counts -> reward: the evaluator run on slices of one model, by one process or by several."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,6 +47,13 @@ class Workers:
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+    @classmethod
+    def join(cls) -> "Workers":
+        """The processes of `torchrun`, brought together over gloo; without it, this process alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return cls()
 
     @property
     def leads(self) -> bool:

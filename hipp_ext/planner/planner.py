@@ -33,10 +33,37 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class FrontPlan:
-    """A plan of the front with what was measured of it."""
+    """A plan with what was measured of it."""
 
     plan: PruningPlan
-    reward: Reward
+    reward: Reward | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Two answers to one preference.
+
+    Attributes:
+        policy: the plan of one policy call; its reward is None where it was never evaluated (see `HiPPPlanner.rewards`).
+        archived: the evaluated plan that serves the preference best.
+    """
+
+    policy: FrontPlan
+    archived: FrontPlan
+
+    def verdict(self) -> str:
+        """Which of the two dominates, in a sentence."""
+        ours, theirs = self.policy.reward, self.archived.reward
+        assert theirs is not None
+        if self.policy.plan.keep_counts == self.archived.plan.keep_counts:
+            return "They are the same plan."
+        if ours is None:
+            return "The policy's plan was not evaluated."
+        if ours.dominates(theirs):
+            return "The policy's plan dominates the archived one."
+        if theirs.dominates(ours):
+            return "The archived plan dominates the policy's: take it, or fit longer."
+        return "Neither dominates the other."
 
 
 class HiPPPlanner:
@@ -104,12 +131,13 @@ class HiPPPlanner:
             CalibrationError: there is nothing to calibrate on, or it does not fit the model.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
+        return self._decide(self.measure(model, processor=processor, calibration=calibration, say=say), preference)
+
+    def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
         wanted = preference or self.preference
-        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
         limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
-        keeps = keep_counts(signals.groups, allocation, ratio, self.bounds)
-        return self._plan(signals, keeps, wanted)
+        return self._plan(signals, keep_counts(signals.groups, allocation, ratio, self.bounds), wanted)
 
     def measure(
         self,
@@ -196,21 +224,23 @@ class HiPPPlanner:
         signals = self.signals
         return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
 
-    def best_measured(self, preference: Preference, pruning_ratio: float | None = None) -> FrontPlan:
-        """The plan, among all that `fit` evaluated, that serves a preference best.
-
-        Args:
-            pruning_ratio: only plans that remove at least this share; None: any.
+    def choices(self, preference: Preference | None = None) -> "Choices":
+        """For a preference, what the policy would do and the best plan that `fit` evaluated, without the model.
 
         Raises:
-            PlanError: the planner was not fitted, or no evaluated plan removes as much.
+            PlanError: the planner was not fitted.
         """
-        records = [r for r in self.archive.records if pruning_ratio is None or r.pruning_ratio >= pruning_ratio]
-        if self.signals is None or not records:
-            wanted = "" if pruning_ratio is None else f" removes {pruning_ratio:g} or more"
-            raise PlanError(f"None of {len(self.archive)} evaluated plans{wanted}: call fit(model, evaluator) first.")
-        best = records[best_for([r.reward for r in records], preference.as_tuple())]
-        return FrontPlan(plan=self._plan(self.signals, best.keeps, None), reward=best.reward)
+        wanted = preference or self.preference
+        if self.signals is None or not len(self.archive):
+            raise PlanError("There is no evaluated plan: call fit(model, evaluator), or load a fitted planner.")
+        plan = self._decide(self.signals, wanted)
+        measured = {r.keeps: r.reward for r in self.archive.records}
+        enough = [r for r in self.archive.records if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
+        if not enough:
+            raise PlanError(f"None of {len(self.archive)} evaluated plans removes {self.pruning_ratio:g} or more.")
+        best = enough[best_for([r.reward for r in enough], wanted.as_tuple())]
+        policy = FrontPlan(plan=plan, reward=measured.get(tuple(g.keep for g in plan.groups)))
+        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(self.signals, best.keeps, None), reward=best.reward))
 
     def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
         """What plans of this planner achieve on `evaluator`; compression counts parameters.

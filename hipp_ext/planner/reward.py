@@ -45,6 +45,11 @@ class Reward:
         """[utility, robustness, compression], the axes of the front."""
         return [self.utility, self.robustness, self.compression]
 
+    def dominates(self, other: "Reward") -> bool:
+        """At least as good in every objective, and better in one; standard errors are not considered."""
+        pairs = list(zip(self.objectives(), other.objectives(), strict=True))
+        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
 
 def read_reward(measured: object, compression: float, stability: float) -> Reward:
     """The reward of a plan from what the evaluator returned.

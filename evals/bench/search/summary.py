@@ -1,0 +1,150 @@
+"""All jobs of a study -> one table, the claims that rest on it, and a picture."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
+from hipp_ext.evals.bench.search.allocators import ALLOCATORS
+from hipp_ext.evals.bench.search.methods import METHODS
+from hipp_ext.evals.bench.search.study import HIPP, RATIOS, UNTRAINED, StudySize, run_study
+
+from hipp_ext.files import write_atomic
+
+METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
+Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
+    """Run what is missing of the study in `folder`, and summarise it; prints a table and writes front.png beside it."""
+    results = run_study(size, folder, processes=processes)
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        jobs.setdefault(result["method"], []).append(result)
+    methods = {name: _row(rows) for name, rows in jobs.items()}
+    values = {
+        "size": dataclasses.asdict(size), "methods": methods, "claims": _claims(jobs), "control": _control(jobs[HIPP]),
+    }  # fmt: skip
+    print_table(methods)
+    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {size.questions}"
+    result = report("search", command, values, save)
+    picture = _picture(methods)
+    write_atomic(folder / "search.png", picture)
+    if save:
+        write_atomic(RESULTS / "search.png", picture)
+    return result
+
+
+def _row(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    table: dict[str, dict[str, Any]] = {}
+    for corner, metric in METRIC.items():
+        cells = {r: [j["table"][corner][r][metric] for j in jobs if r in j["table"][corner]] for r in map(str, RATIOS)}
+        table[corner] = {ratio: mean_and_se(cell) if cell else None for ratio, cell in cells.items()}
+    searched = [j["hypervolume"]["search"] for j in jobs if j["hypervolume"]["search"] is not None]
+    return {
+        "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs]),
+        "hypervolume_on_search_split": mean_and_se(searched) if searched else None,
+        "evaluations": jobs[0]["evaluations"], "seconds": mean_and_se([j["seconds"] for j in jobs]), "table": table,
+    }  # fmt: skip
+
+
+def _claims(jobs: Jobs) -> dict[str, Any]:
+    """The differences that the claims are about: positive means that hipp is better."""
+    hypervolume = {name: [j["hypervolume"]["test"] for j in rows] for name, rows in jobs.items()}
+    best = max(METHODS, key=lambda name: statistics.fmean(hypervolume[name]))
+    ours, theirs = hypervolume[HIPP], hypervolume[best]
+    gain = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+    claims: dict[str, Any] = {"hypervolume_gain_percent": {"over": best, **mean_and_se(gain)}}
+    for corner, metric in METRIC.items():
+        for ratio in map(str, RATIOS):
+            cell = {}
+            for name in (*ALLOCATORS, UNTRAINED):
+                fixed = jobs[name][0]["table"][corner][ratio][metric]
+                cell[name] = mean_and_se([j["table"][corner][ratio][metric] - fixed for j in jobs[HIPP]])
+            claims[f"{metric} at {ratio}, {corner} corner, points over"] = cell
+    return claims
+
+
+def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well the preference steers, over seeds."""
+    from scipy.stats import spearmanr
+
+    edges: dict[str, list[float]] = {}
+    nondominated, swings = [], {"F1": [], "ScienceQA": []}
+    for job in jobs:
+        control = job["control"]
+        weights = np.array([w for w, _ in control["lattice"]])
+        objectives = np.array([o for _, o in control["lattice"]])
+        for name, axis, zero in (("utility-compression", 0, 1), ("robustness-compression", 1, 0)):
+            on = weights[:, zero] == 0
+            for objective in (axis, 2):
+                statistic = float(spearmanr(weights[on, objective], objectives[on, objective]).statistic)
+                edges.setdefault(f"{name}: {('utility', 'robustness', 'compression')[objective]}", []).append(statistic)
+        lean = np.array([w for w, _ in control["edge"]])
+        reached = np.array([o for _, o in control["edge"]])
+        for objective, sign in ((0, 1), (1, -1)):
+            key = f"utility-robustness at a fixed ratio: {('utility', 'robustness')[objective]}"
+            edges.setdefault(key, []).append(float(spearmanr(sign * lean, reached[:, objective]).statistic))
+        distinct = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
+        nondominated.append(100 * float(np.mean(distinct)))
+        for metric in swings:
+            swings[metric].append(control["swing"][metric])
+    return {
+        "spearman": {name: mean_and_se(values) for name, values in edges.items()},
+        "lattice_nondominated_percent": mean_and_se(nondominated),
+        "swing_points": {metric: mean_and_se(values) for metric, values in swings.items()},
+    }  # fmt: skip
+
+
+def print_table(methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hypervolume, then each corner's metric by pruning_ratio."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="on the test split: mean ± standard error over seeds", box=SIMPLE_HEAD)
+    columns = ["", "hypervolume", "s"] + [f"{m} {r}" for m in METRIC.values() for r in RATIOS]
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for name, row in sorted(methods.items(), key=lambda item: -item[1]["hypervolume"]["mean"]):
+        cells = [_cell(row["hypervolume"], 4), f"{row['seconds']['mean']:.0f}"]
+        cells += [_cell(row["table"][corner][str(r)], 1) for corner in METRIC for r in RATIOS]
+        table.add_row(name, *cells)
+    Console(width=max(200, Console().width)).print(table)
+
+
+def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.{digits}f}" + (f" ± {value['se']:.{digits}f}" if value["se"] is not None else "")
+
+
+def _picture(methods: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Hypervolume as bars; each corner's metric against pruning_ratio."""
+    from hipp_ext.evals.figures import png
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained", facecolor="white")
+    bars, *panels = figure.subplots(1, 3)
+    ranked = sorted(methods.items(), key=lambda item: item[1]["hypervolume"]["mean"])
+    colours = ["#c44e52" if n == HIPP else "#dd8452" if n.startswith("hipp") else "#4c72b0" if n in METHODS else "#999"
+               for n, _ in ranked]  # fmt: skip
+    bars.barh([n for n, _ in ranked], [r["hypervolume"]["mean"] for _, r in ranked], color=colours,
+              xerr=[r["hypervolume"]["se"] or 0 for _, r in ranked], error_kw={"lw": 0.8})  # fmt: skip
+    bars.set_xlim(left=0.9 * min(r["hypervolume"]["mean"] for _, r in ranked))
+    bars.set_xlabel("hypervolume on the test split")
+    shown = [HIPP, UNTRAINED, "NSGA-II", "EvoPress", "CMA-ES", "TPE", "sensitivity+DP", "FLAP adaptive", "uniform"]
+    for axes, (corner, metric) in zip(panels, METRIC.items(), strict=True):
+        for name in (n for n in shown if n in methods):
+            points = [(r, c) for r in RATIOS if (c := methods[name]["table"][corner][str(r)])]
+            axes.errorbar([r for r, _ in points], [c["mean"] for _, c in points], yerr=[c["se"] or 0 for _, c in points],
+                          marker="o", ms=3, lw=2.4 if name == HIPP else 1.1, label=name, capsize=2,
+                          zorder=3 if name == HIPP else 2)  # fmt: skip
+        axes.set_xlabel("pruning_ratio")
+        axes.set_ylabel(f"{'POPE F1' if metric == 'F1' else metric} [%], {corner} corner")
+    panels[0].legend(fontsize=7)
+    return png(figure, dpi=110)

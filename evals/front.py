@@ -1,0 +1,72 @@
+"""`hipp front`: the non-dominated plans of a fitted planner, and two answers to one preference."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.figures import front_figure, png
+from torch import nn
+
+from hipp_ext.files import write_atomic
+from hipp_ext.planner.planner import Choices, FrontPlan, HiPPPlanner
+from hipp_ext.planner.reward import Evaluator, Reward
+from hipp_ext.preference import Preference
+
+
+def answer(
+    planner: HiPPPlanner, preference: Preference, model: nn.Module | None = None, evaluator: Evaluator | None = None
+) -> Choices:
+    """The policy's and the best archived plan; with a model and the evaluator of the fit, the policy's is measured if it
+    never was."""
+    choices = planner.choices(preference)
+    if choices.policy.reward is None and model is not None and evaluator is not None:
+        reward = planner.rewards(model, [choices.policy.plan], evaluator)[0]
+        choices = dataclasses.replace(choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward))
+    return choices
+
+
+def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
+    """The front as a table, least pruned first, and the two answers below it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    front = planner.front()
+    table = Table(title=f"{len(front)} non-dominated of {len(planner.archive)} evaluated plans", box=SIMPLE_HEAD)
+    for column in ("", "compression [%]", "utility", "robustness"):
+        table.add_column(column, justify="right" if column else "left")
+    rows: list[tuple[str, Reward | None]] = [(str(i), f.reward) for i, f in enumerate(front)]
+    if choices:
+        rows += [("policy", choices.policy.reward), ("best archived", choices.archived.reward)]
+    for i, (name, reward) in enumerate(rows):
+        table.add_row(name, *_cells(reward), end_section=i == len(front) - 1)
+    console = Console()
+    console.print(table)
+    if choices:
+        console.print(choices.verdict())
+
+
+def _cells(reward: Reward | None) -> list[str]:
+    if reward is None:
+        return ["not evaluated", "", ""]
+    cells = [f"{100 * reward.compression:.1f}"]
+    for value, error in ((reward.utility, reward.utility_se), (reward.robustness, reward.robustness_se)):
+        cells.append(f"{value:.3f}" + (f" \u00b1 {error:.3f}" if error else ""))
+    return cells
+
+
+def write_picture(planner: HiPPPlanner, choices: Choices | None, path: Path) -> None:
+    """The front as a PNG."""
+    chosen = {"policy": choices.policy.reward, "best archived": choices.archived.reward} if choices else {}
+    evaluated = [r.reward for r in planner.archive.records]
+    front = [f.reward for f in planner.front() if f.reward]
+    write_atomic(path, png(front_figure(evaluated, front, {n: r for n, r in chosen.items() if r})))
+
+
+def write_json(planner: HiPPPlanner, path: Path) -> None:
+    """The front as JSON: a list of {reward, keeps}, least pruned first."""
+    rows: list[dict[str, Any]] = [
+        {"reward": f.reward.as_dict() if f.reward else None, "keeps": f.plan.keep_counts} for f in planner.front()
+    ]
+    write_atomic(path, json.dumps(rows, indent=1) + "\n")
