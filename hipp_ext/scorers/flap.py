@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Group
-from hipp_ext.scorers.base import Scorer, consumer_weight, input_moments, per_unit
+from hipp_ext.scorers.base import InputMoments, Scorer, consumer_weight, input_moments, per_unit
 
 
 class FLAP(Scorer):
@@ -18,11 +18,12 @@ class FLAP(Scorer):
     together) and its bias compensation a repair step; both are kept apart from scoring here.
     """
 
-    @torch.no_grad()
     def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
         moments = input_moments(model, groups, batches)
-        scores = {}
-        for g in groups:
-            column_norm = consumer_weight(model, g).float().square().sum(0).cpu().double()
-            scores[g.name] = per_unit(moments[g.name].variance * column_norm, g).mean(1)
-        return scores
+        return {g.name: per_unit(fluctuation(model, g, moments[g.name]), g).mean(1) for g in groups}
+
+
+@torch.no_grad()
+def fluctuation(model: nn.Module, group: Group, moments: InputMoments) -> Tensor:
+    """(width * columns,) weighted variance of every input column of the consumer, float64."""
+    return moments.variance * consumer_weight(model, group).float().square().sum(0).cpu().double()
