@@ -1,7 +1,8 @@
 """Save and load pruned models whose layers differ in width; pad them for loaders that cannot.
 
 A saved folder is a transformers folder (config.json with `per_layer_config`, safetensors, processor) plus
-`hipp_ext.json`, which holds the widths of every group, and `hipp_plan.json`, the plan.
+`hipp_ext.json`, which holds the widths of every group, and `hipp_plan.json`, the plan. Models that llm-compressor quantised
+are saved and loaded likewise, with compressed weights.
 """
 
 import copy
@@ -19,7 +20,7 @@ from hipp_ext.errors import CheckpointError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import PLAN_ATTRIBUTE, sync_sizes
+from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_wrapped_save, sync_sizes
 
 MANIFEST, PLAN = "hipp_ext.json", "hipp_plan.json"
 
@@ -69,20 +70,45 @@ def save_pruned(model: nn.Module, path: str | Path, processor: Any = None, *, ov
         )
     else:
         check_processor(model, processor)
-    towers = _towers(model)
+    find_groups(model)  # what cannot be described is refused before anything is written
     with new_folder(path, overwrite) as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
         if processor is not None:
             processor.save_pretrained(folder)
-        plan = getattr(model, PLAN_ATTRIBUTE, None)
-        if plan is not None:
-            write_atomic(folder / PLAN, plan.to_json())
-        manifest = _Manifest(
-            architecture=type(model).__name__,
-            groups=[_GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in find_groups(model, towers)],
-        )
-        write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
+        complete_folder(model, folder)
     return Path(path)
+
+
+def complete_folder(model: nn.Module, folder: Path) -> None:
+    """Add to the folder that `model.save_pretrained` wrote what `load_pruned` needs: plan, widths, and, where the model was
+    quantised, the names of the layers that were not."""
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is not None:
+        write_atomic(folder / PLAN, plan.to_json())
+    groups = find_groups(model, _towers(model))
+    manifest = _Manifest(
+        architecture=type(model).__name__,
+        groups=[_GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups],
+    )
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
+    _name_unquantised(model, folder / "config.json")
+
+
+def _name_unquantised(model: nn.Module, file: Path) -> None:
+    """Add to the `ignore` of compressed-tensors in `file` every layer it leaves out, by its name in `model`.
+
+    compressed-tensors lists them by their names in the checkpoint. Where transformers renames on loading, as for LLaVA, the
+    list would match nothing, and layers without scales (the vision tower, the head) would be taken for quantised ones.
+    """
+    schemes = {name: getattr(m, "quantization_scheme", None) for name, m in model.named_modules()}
+    kinds = tuple({type(model.get_submodule(name)) for name, scheme in schemes.items() if scheme is not None})
+    if not kinds:
+        return
+    config = json.loads(file.read_text())
+    quantisation = config["quantization_config"]
+    left_out = [name for name, m in model.named_modules() if isinstance(m, kinds) and schemes[name] is None]
+    quantisation["ignore"] = list(dict.fromkeys([*(quantisation.get("ignore") or []), *left_out]))
+    write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_pruned(
@@ -100,6 +126,7 @@ def load_pruned(
 
     Raises:
         CheckpointError: the folder or a file of it is missing, damaged, or of another format.
+        ImportError: the model was quantised by llm-compressor, and compressed-tensors is not installed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -111,8 +138,8 @@ def load_pruned(
         model, found = builder.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **kwargs
         )
-    except (TypeError, torch.OutOfMemoryError):
-        raise  # wrong arguments or too small a device: nothing is wrong with the folder
+    except (TypeError, ImportError, torch.OutOfMemoryError):
+        raise  # wrong arguments, no compressed-tensors, too small a device: nothing is wrong with the folder
     except Exception as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
         raise CheckpointError(f"{folder} could not be loaded, it is incomplete or damaged: {error}") from error
     if found["missing_keys"]:
@@ -132,6 +159,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
+    forget_wrapped_save(model)
     text_config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     for tower in _towers(model):
         config: Any = text_config if tower == "language" else model.config.vision_config  # type: ignore[union-attr]

@@ -29,6 +29,10 @@ class CheckpointError(HippError, ValueError):
     """A model folder that is incomplete, damaged, or of an unknown format."""
 
 
+class RecipeError(HippError, ValueError):
+    """A host's recipe whose parts would undo each other, or cannot be carried out together."""
+
+
 class DataError(HippError, ValueError):
     """An evaluation data set that is missing or malformed."""
 

@@ -64,6 +64,7 @@ def prune(
         # The weights to be sliced are not copied: the memo hands deepcopy the small ones instead.
         memo = {id(old): new for old, new in sliced.values()}
         model = copy.deepcopy(model, memo)
+        forget_wrapped_save(model)
     for name, (_, new) in sliced.items():
         owner, attribute = name.rsplit(".", 1)
         setattr(model.get_submodule(owner), attribute, new)
@@ -100,6 +101,28 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
             handle.remove()
 
 
+def zero_units(model: nn.Module, plan: PruningPlan) -> None:
+    """Set the weights and biases of the units that `plan` does not keep to zero, in place; all shapes stay.
+
+    Producers and consumers both: a removed unit is zero on its way in, so nothing that is calibrated afterwards (GPTQ's
+    error compensation, for one) has a reason to fill its columns again. Same outputs as `masked(model, plan)`.
+
+    Raises:
+        PlanError, UnsupportedModelError: as `prune`; nothing was changed.
+    """
+    for name, index in removed_entries(model, plan).items():
+        model.get_parameter(name).data[index] = 0
+    setattr(model, PLAN_ATTRIBUTE, plan)
+
+
+def forget_wrapped_save(model: nn.Module) -> None:
+    """Give a copied model its class's `save_pretrained` back.
+
+    llm-compressor puts a closure over the model into the instance. A copy would hold the same closure, and save the original.
+    """
+    model.__dict__.pop("save_pretrained", None)
+
+
 def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     """The model's groups in the order of the plan's entries.
 
@@ -125,6 +148,28 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     return tuple(found[e.name] for e in plan.groups)
 
 
+def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+    """Parameter name -> index of its entries that belong to units `plan` does not keep.
+
+    Raises:
+        PlanError, UnsupportedModelError: as `prune`.
+    """
+    shared = shared_parameters(model)
+    entries: dict[str, Any] = {}
+    for group, entry in zip(match(model, plan), plan.groups, strict=True):
+        if entry.keep == entry.width:
+            continue
+        gone = torch.tensor(sorted(set(range(entry.width)) - set(entry.kept)))
+        for name, rows in zip(group.producers, group.rows, strict=True):
+            layer = plain_linear(model, name, shared)
+            for part in ("weight", "bias"):
+                if (parameter := getattr(layer, part)) is not None:
+                    entries[f"{name}.{part}"] = _expand(gone, rows, parameter)
+        weight = plain_linear(model, group.consumer, shared).weight
+        entries[f"{group.consumer}.weight"] = (slice(None), _expand(gone, group.columns, weight))
+    return entries
+
+
 def _slice_all(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> dict[str, tuple[Tensor, nn.Parameter]]:
     """Parameter name -> (parameter now, its sliced successor)."""
     shared = shared_parameters(model)
@@ -146,13 +191,17 @@ def _slice_all(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> 
 @torch.no_grad()
 def _select(parameter: Tensor, kept: Tensor, size: int, dim: int) -> nn.Parameter:
     """`parameter` reduced to the blocks of `size` rows or columns that `kept` names, its gradient along with it."""
-    index = kept.to(parameter.device)
-    if size > 1:
-        index = (index[:, None] * size + torch.arange(size, device=parameter.device)).flatten()
+    index = _expand(kept, size, parameter)
     new = nn.Parameter(parameter.index_select(dim, index), requires_grad=parameter.requires_grad)
     if parameter.grad is not None:
         new.grad = parameter.grad.index_select(dim, index)
     return new
+
+
+def _expand(units: Tensor, size: int, parameter: Tensor) -> Tensor:
+    """Indices of the rows or columns of `parameter` that `units` own, `size` each."""
+    units = units.to(parameter.device)
+    return (units[:, None] * size + torch.arange(size, device=parameter.device)).flatten()
 
 
 def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
@@ -162,9 +211,12 @@ def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
         UnsupportedModelError: it is quantised, adapted, parametrised, offloaded, or shares its weight.
     """
     module = model.get_submodule(name)
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+    weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
+    quantised = " that is quantised" if hasattr(module, "quantization_scheme") else ""  # its scales would stay behind
+    floating = type(weight) is nn.Parameter and weight.is_floating_point()
+    if type(module) is not nn.Linear or quantised or not floating:
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__} with a {type(getattr(module, 'weight', None)).__name__} weight; only "
+            f"{name} is a {type(module).__name__} with a {type(weight).__name__} weight{quantised}; only "
             "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
             "Nothing was changed."
         )
