@@ -5,7 +5,10 @@ from pathlib import Path
 
 import moocore
 import numpy as np
+import torch
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
@@ -89,3 +92,16 @@ class Archive:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
         points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
         return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True)) if len(points) else 0.0
+
+
+def hypervolume_gains(points: Float[Tensor, "points 3"], front: np.ndarray) -> Float[Tensor, " points"]:
+    """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised)."""
+    reference = list(REFERENCE_POINT)
+    front = front[moocore.is_nondominated(front, maximise=True)]
+    before = moocore.hypervolume(front, ref=reference, maximise=True)
+    gains = []
+    for point in points.double().numpy():
+        dominated = bool((front >= point).all(1).any())
+        after = before if dominated else moocore.hypervolume(np.vstack([front, point]), ref=reference, maximise=True)
+        gains.append(float(after - before))
+    return torch.tensor(gains)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hipp_ext.budget import Bounds, keep_counts, many_keep_counts, max_ratio
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
-from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.archive import Archive, Record, hypervolume_gains
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_stability
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
@@ -28,6 +28,7 @@ from hipp_ext.planner.state import Signals, keep_shares
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
+CAUTION = 1.0  # standard deviations taken off what the reward model promises
 GRID = 16  # ratios at which the budget head looks for the best one
 
 
@@ -54,8 +55,8 @@ class FitSettings:
 
     steps: int = 20
     preferences: int = 2
-    budgets: int = 2
-    rollouts: int = 3
+    budgets: int = 3
+    rollouts: int = 2
     imagined: int = 40
     candidates: int = 192
     learning_rate: float = 3e-3
@@ -141,7 +142,11 @@ class Trainer:
     # Proposing
 
     def _propose(self, generator: torch.Generator) -> Rollouts:
-        """On-policy rollouts; with a reward model, the most promising of many, at budgets that cover the whole range."""
+        """On-policy rollouts; with a reward model, the most promising of many.
+
+        Then the first budget of a preference is the policy's, and its rollouts are what should serve the preference best; the
+        other budgets are spread over the whole range, and their rollouts are what should add most to the front.
+        """
         s = self.settings
         drawn = self.learner.draw(
             draw_preferences(s.preferences, self.step, generator), 1 if self.pruning_ratio is not None else s.budgets,
@@ -150,38 +155,70 @@ class Trainer:
         )  # fmt: skip
         if not self._imagines:
             return drawn
-        chosen = torch.empty(*drawn.ratios.shape, s.rollouts, drawn.allocations.shape[-1])
+        ratios = drawn.ratios.clone()
+        if ratios.shape[1] > 1:
+            spread = torch.rand(ratios[:, 1:].shape, generator=generator)
+            places = torch.arange(spread.numel()).view(spread.shape)
+            ratios[:, 1:] = ((places + spread) / spread.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
+        chosen = torch.empty(*ratios.shape, s.rollouts, drawn.allocations.shape[-1])
+        front = np.array([r.reward.objectives() for r in self.archive.front()])
         for p, preference in enumerate(drawn.preferences):
-            for m, ratio in enumerate(drawn.ratios[p]):
-                pool = torch.cat([drawn.allocations[p, m], self._neighbours(preference, float(ratio), generator)])
-                chosen[p, m] = self._choose(pool, preference, float(ratio), generator)
-        return dataclasses.replace(drawn, allocations=chosen)
+            for m, ratio in enumerate(ratios[p].tolist()):
+                pool = self._pool(drawn.allocations[p, m], preference, ratio, generator)
+                chosen[p, m] = self._choose(pool, preference, ratio, front if m else None, generator)
+            # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
+            chosen[p, 0, 0] = self.learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
+        budgets = torch.logit((ratios / MAX_RATIO).clamp(1e-4, 1 - 1e-4))
+        return dataclasses.replace(drawn, budgets=budgets, ratios=ratios, allocations=chosen)
 
     @property
     def _imagines(self) -> bool:
         return self.settings.imagined > 0 and len(self.archive) > 0
 
-    def _neighbours(self, preference: Tensor, ratio: float, generator: torch.Generator) -> Float[Tensor, "C G"]:
-        """Variants of the measured plans that would serve the preference best at this ratio: a few logits changed."""
-        measured = self._measured()
-        allocations = torch.unique(measured.allocations, dim=0)
-        value = self._value(self.model.mean(self._shares(allocations, ratio)), preference, ratio)
-        best = allocations[value.topk(min(6, len(allocations))).indices]
-        parents = best[torch.randint(len(best), (self.settings.candidates // 2,), generator=generator)]
-        changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
-        return parents + changed * 1.5 * self._noise() * torch.randn(parents.shape, generator=generator)
+    def _pool(self, drawn: Tensor, preference: Tensor, ratio: float, generator: torch.Generator) -> Float[Tensor, "C G"]:
+        """Candidates: the policy's, the best measured allocations, and variants of the most promising of both."""
+        measured = torch.unique(self._measured().allocations, dim=0)
+        pool = torch.cat([drawn, measured - measured.mean(1, keepdim=True)])
+        for scale in (1.5, 1.0, 0.5):
+            value = self._value(self.model.mean(self._shares(pool, ratio)), preference, ratio)
+            best = pool[value.topk(min(len(pool), self.settings.candidates // 8)).indices]
+            parents = best[torch.randint(len(best), (self.settings.candidates,), generator=generator)]
+            changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
+            noise = torch.randn(parents.shape, generator=generator)
+            pool = torch.cat([best, parents + changed * scale * self._noise() * noise])
+        return torch.cat([pool, drawn[: self.settings.candidates // 4]])
 
-    def _choose(self, pool: Float[Tensor, "C G"], preference: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
-        """As many different plans as rollouts: each the best one under its own draw from the reward model."""
-        shares = self._shares(pool, ratio)
+    def _choose(
+        self, pool: Float[Tensor, "C G"], preference: Tensor, ratio: float, front: np.ndarray | None,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "N G"]:  # fmt: skip
+        """As many different plans as rollouts: each the best one under its own draw from the reward model.
+
+        Best for the preference, or, with a front, for the hypervolume that it would add to it.
+        """
+        counts = self._counts(pool, ratio)
         known = {r.keeps for r in self.archive.records}  # not self._known: a resumed run would see its own future there
-        fresh = torch.tensor([tuple(row) not in known for row in self._counts(pool, ratio).tolist()])
-        drawn = self.model.sample(shares, self.settings.rollouts, generator)
-        taken = torch.zeros(len(pool), dtype=torch.bool)
-        for objectives in drawn:
-            value = self._value(objectives, preference, ratio)
-            # Plans already known teach nothing; they come last.
-            taken[int(torch.where(taken, -torch.inf, torch.where(fresh, value, value - 1e3)).argmax())] = True
+        usable = []
+        for i, keeps in enumerate(map(tuple, counts.tolist())):
+            if keeps not in known:  # plans already known teach nothing, and neither do two alike
+                known.add(keeps)
+                usable.append(i)
+        usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, self.settings.rollouts - len(usable))]
+        pool, shares = pool[usable], keep_shares(self.signals.groups, counts[usable])
+        compression = self.cost.removed(shares)[:, None].float()
+        taken: list[int] = []
+        for drawn in self.model.sample(shares, self.settings.rollouts, generator):
+            objectives = torch.cat([drawn, compression], 1)
+            if front is None:
+                value = self._value(drawn, preference, ratio)
+            else:
+                value = hypervolume_gains(objectives, front)
+                # Where nothing adds to the front, whatever serves the preference.
+                value = value if float(value.max()) > 0 else self._value(drawn, preference, ratio)
+            value[taken] = -torch.inf
+            taken.append(int(value.argmax()))
+            if front is not None:
+                front = np.concatenate([front, objectives[taken[-1:]].numpy()])
         return pool[taken]
 
     def _value(self, objectives: Float[Tensor, "C 2"], preference: Tensor, ratio: float) -> Float[Tensor, " C"]:
@@ -290,8 +327,12 @@ class Trainer:
         shape = rollouts.allocations.shape
         ratios = rollouts.ratios[:, :, None].expand(shape[:3]).flatten()
         shares = self._shares(rollouts.allocations.reshape(-1, shape[3]), ratios)
-        compression = self.cost.removed(shares)[:, None].float()
-        return torch.cat([self.model.mean(shares), compression], 1).view(*shape[:3], 3)
+        return self._expected(shares).view(*shape[:3], 3)
+
+    def _expected(self, shares: Float[Tensor, "C G"]) -> Float[Tensor, "C 3"]:
+        """Objectives by the reward model, less its doubt: a policy would find the plans that it is wrong about."""
+        mean, deviation = self.model.predict(shares)
+        return torch.cat([mean - CAUTION * deviation, self.cost.removed(shares)[:, None].float()], 1)
 
     def _learn_budgets(self, preferences: Tensor) -> None:
         """The best of a grid of ratios, each with the allocation that the policy would choose there."""
@@ -299,8 +340,7 @@ class Trainer:
         with torch.no_grad():
             means = self.learner.allocation_means(preferences, grid)
         shares = self._shares(means.flatten(0, 1), grid.flatten())
-        objectives = torch.cat([self.model.mean(shares), self.cost.removed(shares)[:, None].float()], 1)
-        self.learner.learn_budgets(preferences, grid, objectives.view(*grid.shape, 3))
+        self.learner.learn_budgets(preferences, grid, self._expected(shares).view(*grid.shape, 3))
 
     # Stopping and going on
 

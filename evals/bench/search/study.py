@@ -39,7 +39,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CURVE = tuple(round(0.05 * i, 2) for i in range(1, 13))  # where allocators are read for their hypervolume
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-FRONT = 20  # plans that a method may hand in for the test's hypervolume
+FRONT = 60  # plans that a method may hand in for the test's hypervolume
 EDGE_RATIO = 0.3
 SPLIT = {"POPE": 1200, "ScienceQA": 800}
 
