@@ -401,10 +401,13 @@ def data_scienceqa(
 Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
 
 
-@bench_app.command("prune")
-def bench_prune(repeats: Annotated[int, typer.Option(min=1)] = 5, save: Save = False) -> None:
-    """Time of pruning a 100M-parameter Llama: hipp_ext.prune against torch-pruning's own pruner."""
-    from hipp_ext.evals.bench.prune_speed import run
+@bench_app.command("hosts")
+def bench_hosts(repeats: Annotated[int, typer.Option(min=1)] = 3, save: Save = False) -> None:
+    """Time and extra memory of pruning a 100M and a 1B Llama: hipp_ext.prune against torch-pruning's own pruner.
+
+    The 1B shape needs about 10 GB of memory.
+    """
+    from hipp_ext.evals.bench.hosts import run
 
     run(repeats, save)
 

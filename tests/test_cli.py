@@ -66,7 +66,20 @@ def test_existing_output_is_kept(tmp_path):
     assert done.returncode == 2 and "exists" in done.stderr and (tmp_path / "plan.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", [(), ("plan",), ("fit",), ("prune",), ("demo",), ("testbed", "export"), ("bench", "prune")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("plan",),
+        ("fit",),
+        ("prune",),
+        ("demo",),
+        ("testbed", "export"),
+        ("front",),
+        ("bench", "hosts"),
+        ("bench", "search"),
+    ],
+)
 def test_help_explains_every_command(tmp_path, command):
     done = hipp(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Usage:" in done.stdout

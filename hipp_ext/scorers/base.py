@@ -91,6 +91,12 @@ def consumer_weight(model: nn.Module, group: Group) -> Tensor:
     return linear(model, group.consumer).weight
 
 
+def sum_of_squares(weight: Float[Tensor, "rows columns"], dim: int) -> Tensor:
+    """Sum of squares over `dim`, float32; tile by tile, which stays in the cache and needs no copy of the weight."""
+    tiles = [tile.float().square().sum(dim) for tile in weight.split(64)]
+    return torch.stack(tiles).sum(0) if dim == 0 else torch.cat(tiles)
+
+
 def per_unit(values: Float[Tensor, " inputs"], group: Group) -> Float[Tensor, "width columns"]:
     """Values per input column of the consumer, one row per unit."""
     return values.view(group.width, group.columns)

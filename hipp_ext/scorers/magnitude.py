@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Group, linear
-from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
+from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit, sum_of_squares
 
 
 class Magnitude(Scorer):
@@ -24,9 +24,8 @@ class Magnitude(Scorer):
     def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
         scores = {}
         for g in groups:
-            squares = per_unit(consumer_weight(model, g).float().square().sum(0), g).sum(1)
+            squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
             for name in g.producers:
-                weight = linear(model, name).weight
-                squares = squares + weight.float().square().view(g.width, -1).sum(1)
+                squares = squares + sum_of_squares(linear(model, name).weight, 1).view(g.width, -1).sum(1)
             scores[g.name] = squares.sqrt()
         return scores
