@@ -468,6 +468,18 @@ def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] 
     run(plans, save)
 
 
+@bench_app.command("kill")
+def bench_kill(
+    kills: Annotated[int, typer.Option(min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    save: Save = False,
+) -> None:
+    """A fit killed at random moments and resumed, against an undisturbed one."""
+    from hipp_ext.evals.bench.kill import run
+
+    run(kills, seed, save)
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),

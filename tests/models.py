@@ -60,6 +60,10 @@ def llava_gqa() -> nn.Module:
     return llava(heads=8, kv_heads=2, head_dim=6)
 
 
+def llava_mqa() -> nn.Module:
+    return llava(heads=4, kv_heads=1)
+
+
 def llava_next() -> nn.Module:
     from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -96,10 +100,11 @@ def smolvlm() -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "llava": llava, "llava_gqa": llava_gqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl, "smolvlm": smolvlm,
+    "llava": llava, "llava_gqa": llava_gqa, "llava_mqa": llava_mqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl,
+    "smolvlm": smolvlm,
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
-IMAGE_TOKENS = {"llava": 16, "llava_gqa": 16, "llava_next": 16 + 16 + 4, "qwen2_5_vl": 16, "smolvlm": 4}
+IMAGE_TOKENS = {"llava": 16, "llava_gqa": 16, "llava_mqa": 16, "llava_next": 16 + 16 + 4, "qwen2_5_vl": 16, "smolvlm": 4}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -125,7 +130,7 @@ def batch(name: str, size: int = 2, length: int = 7, seed: int = 0, labels: bool
 
 
 def _pixels(name: str, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    if name in ("llava", "llava_gqa"):
+    if name in ("llava", "llava_gqa", "llava_mqa"):
         return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
     if name == "llava_next":
         return {"pixel_values": torch.randn(size, 2, 3, 32, 32, generator=generator),

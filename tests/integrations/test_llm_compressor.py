@@ -34,7 +34,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from llmcompressor.modifiers.quantization import QuantizationModifier  # isort: skip
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier  # isort: skip
 
-NAMES = ("llava", "llava_gqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3")
+NAMES = ("llava", "llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3")
 IGNORE = ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*", "re:.*projector.*", "re:.*connector.*"]
 GROUP = 4  # columns in a quantisation group: divides the hidden sizes of the tiny models, but not every FFN width
 
@@ -105,9 +105,11 @@ def filled(model, entries) -> int:
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(dense, tmp_path, name, mode):
+def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(dense, tmp_path, name, implementation, mode):
     model, inputs = dense(name), batch(name, labels=True)
+    model.set_attn_implementation(implementation)
     plan, shapes = random_plan(model), {n: p.shape for n, p in model.named_parameters()}
     small, expected = prune(model, plan), expected_logits(model, plan, mode, inputs)
     with masked(model, plan):
@@ -121,7 +123,7 @@ def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(dense, tmp_path, 
     else:
         assert {n: p.shape for n, p in model.named_parameters()} == shapes and entries and not filled(model, entries)
     model.save_pretrained(tmp_path / "a")
-    loaded = load_pruned(tmp_path / "a")
+    loaded = load_pruned(tmp_path / "a", attn_implementation=implementation)
     assert torch.equal(logits(loaded, inputs), expected) and loaded.hipp_plan == plan
     assert widths_in(loaded.config) == (widths_in(small.config) if mode == "shrink" else {})
     for option in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):

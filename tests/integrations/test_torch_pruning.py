@@ -21,7 +21,7 @@ from hipp_ext.integrations.torch_pruning import (
     confirm,
 )
 from hypothesis import HealthCheck, given, settings
-from models import batch, build, llava
+from models import batch, build
 from test_surgery import MODELS, logits, model_and_plan, random_plan
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -47,10 +47,6 @@ def mha(cls: str, **extra) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _more_models(monkeypatch):
-    monkeypatch.setitem(models.BUILDERS, "llava_mqa", lambda: llava(kv_heads=1))  # 4 query heads, 1 key head
-    monkeypatch.setitem(models.IMAGE_TOKENS, "llava_mqa", 16)
-    pixels = models._pixels
-    monkeypatch.setattr(models, "_pixels", lambda name, *rest: pixels("llava" if name == "llava_mqa" else name, *rest))
     monkeypatch.setitem(models.BUILDERS, "llama_mha", lambda: mha("Llama", attention_bias=True, mlp_bias=True))
     monkeypatch.setitem(models.BUILDERS, "qwen3_mha", lambda: mha("Qwen3"))  # norms on queries and keys
 
