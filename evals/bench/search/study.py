@@ -26,6 +26,7 @@ from hipp_ext.evals.pope import pope_scores
 
 from hipp_ext import testbed
 from hipp_ext.budget import Bounds
+from hipp_ext.errors import OutputExistsError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -34,6 +35,7 @@ from hipp_ext.planner.evaluation import Keeps, plan_rewards
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
+from hipp_ext.slices import sliced
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CURVE = tuple(round(0.05 * i, 2) for i in range(1, 13))  # where allocators are read for their hypervolume
@@ -41,7 +43,6 @@ CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
 FRONT = 60  # plans that a method may hand in for the test's hypervolume
 EDGE_RATIO = 0.3
-SPLIT = {"POPE": 1200, "ScienceQA": 800}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class StudySize:
         seeds: of every search and of hipp; ablations take `ablation_seeds`.
         evaluations: plans that a method may evaluate.
         questions: per task, of the search split.
-        front_questions: per task, of the test split, for hypervolumes; tables take `SPLIT`.
+        front_questions: per task, of the test split, for hypervolumes.
+        table_questions: of POPE and of ScienceQA, of the test split, for the tables.
     """
 
     seeds: int = 5
@@ -60,6 +62,7 @@ class StudySize:
     evaluations: int = 300
     questions: int = 128
     front_questions: int = 300
+    table_questions: tuple[int, int] = (1200, 800)
 
 
 class FlatPolicy(Policy):
@@ -121,8 +124,9 @@ class Bench:
         self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
         self.search = self._evaluator("search", {"POPE": size.questions, "ScienceQA": size.questions})
         self.front_test = self._evaluator("test", {"POPE": size.front_questions, "ScienceQA": size.front_questions})
-        self.table_test = self._evaluator("test", SPLIT)
-        self.pope = testbed.questions("POPE", "test", SPLIT["POPE"])
+        pope, choice = size.table_questions
+        self.table_test = self._evaluator("test", {"POPE": pope, "ScienceQA": choice})
+        self.pope = testbed.questions("POPE", "test", pope)
 
     def _evaluator(self, split: str, counts: Mapping[str, int]) -> Evaluator:
         pope, choice = (testbed.questions(task, split, counts[task]) for task in ("POPE", "ScienceQA"))
@@ -189,9 +193,7 @@ class Bench:
         planner = self._planner(variant)
         planner.fit(self.model, self.search, settings, progress=False)
         found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
-        found["archive_answers"] = found["answers"]
         found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
-        del found["archive_answers"]
         if variant is VARIANTS[HIPP]:
             found["lattice"] = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
             found["edge"] = [(i / 10, self._query(planner, Preference(i, 10 - i, 0), EDGE_RATIO)) for i in range(11)]
@@ -210,8 +212,6 @@ class Bench:
 
     def _row(self, keeps: Keeps) -> dict[str, float]:
         """POPE F1 and ScienceQA accuracy [%] of a plan."""
-        from hipp_ext.slices import sliced
-
         with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
             shrink(keeps)
             scores = self.table_test.scores(self.model)
@@ -278,8 +278,6 @@ def run_study(size: StudySize, folder: Path, *, processes: int | None = None) ->
         OutputExistsError: the folder holds a study of another size.
     """
     from rich.progress import Progress
-
-    from hipp_ext.errors import OutputExistsError
 
     folder.mkdir(parents=True, exist_ok=True)
     identity, mark = json.dumps(dataclasses.asdict(size)), folder / "study.json"

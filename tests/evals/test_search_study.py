@@ -1,0 +1,34 @@
+"""The search study from end to end, small: every method, resumed, summarised."""
+
+import json
+
+import pytest
+from hipp_ext.evals.bench.search.allocators import ALLOCATORS
+from hipp_ext.evals.bench.search.methods import METHODS
+from hipp_ext.evals.bench.search.study import HIPP, UNTRAINED, VARIANTS, StudySize, run_study
+from hipp_ext.evals.bench.search.summary import run
+
+from hipp_ext.errors import OutputExistsError
+
+SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=16, front_questions=24, table_questions=(48, 24))
+
+
+def test_a_small_study(tmp_path):
+    result = run(SIZE, tmp_path, processes=1)
+    assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *VARIANTS, UNTRAINED}
+    for name, row in result["methods"].items():
+        assert 0 < row["hypervolume"]["mean"] < 0.6, name
+        assert (row["evaluations"] <= 12) and (row["evaluations"] > 6 or name in (*ALLOCATORS, UNTRAINED))
+        assert all(cell is None or 0 <= cell["mean"] <= 100 for cells in row["table"].values() for cell in cells.values())
+    # Uniform pruning of a tenth leaves more right answers than of a half.
+    uniform = result["methods"]["uniform"]["table"]["utility"]
+    assert uniform["0.1"]["mean"] > uniform["0.5"]["mean"] + 10
+    assert result["claims"]["hypervolume_gain_percent"]["over"] in METHODS
+    assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
+
+    done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())
+    (tmp_path / "uniform-0.json").unlink()
+    again = {r["method"]: r for r in run_study(SIZE, tmp_path, processes=1)}
+    assert again[HIPP] == done and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
+    with pytest.raises(OutputExistsError, match="holds another study"):
+        run_study(StudySize(seeds=2), tmp_path)
