@@ -159,6 +159,7 @@ class Trainer:
         if ratios.shape[1] > 1:
             spread = torch.rand(ratios[:, 1:].shape, generator=generator)
             places = torch.arange(spread.numel()).view(spread.shape)
+            # A little beyond the end: the front's last plan is at the largest ratio itself.
             ratios[:, 1:] = ((places + spread) / spread.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
         chosen = torch.empty(*ratios.shape, s.rollouts, drawn.allocations.shape[-1])
         front = np.array([r.reward.objectives() for r in self.archive.front()])
@@ -168,8 +169,7 @@ class Trainer:
                 chosen[p, m] = self._choose(pool, preference, ratio, front if m else None, generator)
             # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
             chosen[p, 0, 0] = self.learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
-        budgets = torch.logit((ratios / MAX_RATIO).clamp(1e-4, 1 - 1e-4))
-        return dataclasses.replace(drawn, budgets=budgets, ratios=ratios, allocations=chosen)
+        return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
 
     @property
     def _imagines(self) -> bool:
