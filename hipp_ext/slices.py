@@ -75,7 +75,7 @@ def _slots(model: nn.Module, group: Group, shared: set[int]) -> list["_Slot"]:
 class _Slot:
     """One parameter of a group: `size` rows (dim 0) or columns (dim 1) belong to a unit."""
 
-    def __init__(self, group: Group, parameter: nn.Parameter, size: int, dim: int):
+    def __init__(self, group: Group, parameter: Tensor, size: int, dim: int):
         self.group, self.parameter, self.size, self.dim = group, parameter, size, dim
         self.dense = parameter.data  # the whole weight: as it came, then sorted, then as it came
         self.sorted = False

@@ -30,7 +30,7 @@ def run(repeats: int = 7, save: bool = False) -> dict[str, Any]:
     scores = WandaSP()(model, testbed.calibration_batches(processor))
     evaluator = search_evaluator(model, processor, 192)
     rng = np.random.default_rng(0)
-    plans = [keep_counts(groups, rng.standard_normal(len(groups)), RATIO) for _ in range(repeats + 1)]
+    plans = [keep_counts(groups, rng.standard_normal(len(groups)).tolist(), RATIO) for _ in range(repeats + 1)]
     small = prune(model, plan_from_counts(groups, plans[0], scores))
     sides: dict[str, Any] = {"pruned": lambda: evaluator(small), "dense": lambda: evaluator(model)}
     times = paired_times(sides, repeats)

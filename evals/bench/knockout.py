@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from hipp_ext.evals.bench.measuring import mean_and_se, report
+from hipp_ext.evals.bench.measuring import mean_and_se, rank_correlation, report
 from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.calibration import Batch, image_token_id
-from hipp_ext.groups import decoder, find_groups, tower_layers
+from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import valid_tokens
 
@@ -31,7 +31,7 @@ def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
     seen = torch.ones(length, length, dtype=torch.bool, device=picture.device).tril() & valid[:, None, :]
     seen = seen & ~(picture[:, None, :] & ~picture[:, :, None])
     seen = seen | torch.eye(length, dtype=torch.bool, device=picture.device)  # padding sees itself: softmax needs something
-    module = tower_layers(model, "language")[layer].self_attn
+    module: Any = tower_layers(model, "language")[layer].self_attn
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs | {"attention_mask": seen[:, None]}
@@ -62,18 +62,16 @@ def knockout(model: nn.Module, batches: Sequence[Batch]) -> np.ndarray:
 
 def run(save: bool = False) -> dict[str, Any]:
     """Measure on the testbed; returns and prints the result."""
-    from scipy.stats import spearmanr
-
     model, processor = testbed.load()
     groups = find_groups(model)
-    assert decoder(model).config._attn_implementation == "sdpa"
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
     batches = testbed.calibration_batches(processor, BATCHES * ROWS, ROWS)
     effect = knockout(model, batches)
     rows: dict[str, list[float]] = {}
     for b, batch in enumerate(batches):
         scores = VisualSensitivity()(model, [batch], groups=groups)
         attention = [float(scores[g.name].sum()) for g in groups if g.kind == "attention"]
-        rows.setdefault("visual sensitivity", []).append(float(spearmanr(attention, effect[b]).statistic))
+        rows.setdefault("visual sensitivity", []).append(rank_correlation(attention, effect[b]))
     whole = VisualSensitivity()(model, batches, groups=groups)
     by_layer = [float(whole[g.name].sum()) for g in groups if g.kind == "attention"]
     weights = WandaSP()(model, batches)
@@ -83,8 +81,8 @@ def run(save: bool = False) -> dict[str, Any]:
         "rows": BATCHES * ROWS, "layers": len(by_layer),
         "knockout_kl": effect.mean(0).tolist(), "knockout_kl_se": (effect.std(0, ddof=1) / len(effect) ** 0.5).tolist(),
         "visual_sensitivity": by_layer,
-        "spearman": float(spearmanr(by_layer, effect.mean(0)).statistic),
+        "spearman": rank_correlation(by_layer, effect.mean(0)),
         "spearman_per_batch": mean_and_se(per_batch),
-        "spearman_of_wanda_sp": float(spearmanr(plain, effect.mean(0)).statistic),
+        "spearman_of_wanda_sp": rank_correlation(plain, effect.mean(0)),
     }  # fmt: skip
     return report("knockout", "hipp bench knockout", values, save)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 
 from hipp_ext.files import write_atomic
 
@@ -33,6 +34,14 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, f
     """How many times longer `slow` takes than `fast`: median of the paired ratios, least, most, n."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "n": len(ratios)}
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation."""
+    from scipy.stats import spearmanr
+
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
 
 
 def mean_and_se(values: Sequence[float]) -> dict[str, float | None]:

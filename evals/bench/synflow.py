@@ -8,7 +8,7 @@ gate: of the plans that collapsed, how many would it turn away, at the threshold
 from typing import Any
 
 import numpy as np
-from hipp_ext.evals.bench.measuring import report
+from hipp_ext.evals.bench.measuring import rank_correlation, report
 from hipp_ext.evals.demo import search_evaluator
 
 from hipp_ext import testbed
@@ -25,8 +25,6 @@ FALSE_ALARMS = 0.05
 
 def run(plans: int = 60, save: bool = False) -> dict[str, Any]:
     """Measure on the testbed; returns and prints the result."""
-    from scipy.stats import spearmanr
-
     model, processor = testbed.load()
     signals = HiPPPlanner(Preference(1, 1, 1)).measure(model, processor=processor)
     evaluator, rng = search_evaluator(model, processor, 128), np.random.default_rng(0)
@@ -35,11 +33,11 @@ def run(plans: int = 60, save: bool = False) -> dict[str, Any]:
     with plan_rewards(model, evaluator, signals, cost) as measure:
         for ratio in RATIOS:
             allocations = rng.standard_normal((plans, len(signals.groups)))
-            rewards = [measure(keep_counts(signals.groups, a, ratio)) for a in allocations]
+            rewards = [measure(keep_counts(signals.groups, a.tolist(), ratio)) for a in allocations]
             flow = [r.stability for r in rewards]
             quality = [(r.utility + r.robustness) / 2 for r in rewards]
             rows[str(ratio)] = {
-                name: float(spearmanr(flow, values).statistic)
+                name: rank_correlation(flow, values)
                 for name, values in (("utility", [r.utility for r in rewards]), ("robustness", [r.robustness for r in rewards]),
                                      ("mean", quality))
             } | {"collapsed": sum(q < COLLAPSED for q in quality)}  # fmt: skip

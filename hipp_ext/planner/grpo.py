@@ -73,7 +73,8 @@ class Learner:
     """A policy, its optimizer, and the updates that teach it."""
 
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
-        self.policy, self.signals, self.scalarisation = policy, signals, scalarisation
+        self.policy, self.signals = policy, signals
+        self.scalarisation: Scalarisation = scalarisation
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
     @torch.no_grad()

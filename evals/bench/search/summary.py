@@ -8,7 +8,7 @@ from typing import Any
 
 import moocore
 import numpy as np
-from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
+from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, rank_correlation, report
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
 from hipp_ext.evals.bench.search.study import HIPP, RATIOS, UNTRAINED, StudySize, run_study
@@ -71,8 +71,6 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How well the preference steers, over seeds."""
-    from scipy.stats import spearmanr
-
     edges: dict[str, list[float]] = {}
     nondominated, swings = [], {"F1": [], "ScienceQA": []}
     for job in jobs:
@@ -82,13 +80,13 @@ def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, axis, zero in (("utility-compression", 0, 1), ("robustness-compression", 1, 0)):
             on = weights[:, zero] == 0
             for objective in (axis, 2):
-                statistic = float(spearmanr(weights[on, objective], objectives[on, objective]).statistic)
+                statistic = rank_correlation(weights[on, objective], objectives[on, objective])
                 edges.setdefault(f"{name}: {('utility', 'robustness', 'compression')[objective]}", []).append(statistic)
         lean = np.array([w for w, _ in control["edge"]])
         reached = np.array([o for _, o in control["edge"]])
         for objective, sign in ((0, 1), (1, -1)):
             key = f"utility-robustness at a fixed ratio: {('utility', 'robustness')[objective]}"
-            edges.setdefault(key, []).append(float(spearmanr(sign * lean, reached[:, objective]).statistic))
+            edges.setdefault(key, []).append(rank_correlation(sign * lean, reached[:, objective]))
         distinct = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
         nondominated.append(100 * float(np.mean(distinct)))
         for metric in swings:
