@@ -58,7 +58,7 @@ class Choices:
         if self.policy.plan.keep_counts == self.archived.plan.keep_counts:
             return "They are the same plan."
         if ours is None:
-            return "The policy's plan was not evaluated."
+            return "The policy's plan was not evaluated; with the model at hand it can be (`hipp front --model`)."
         if ours.dominates(theirs):
             return "The policy's plan dominates the archived one."
         if theirs.dominates(ours):
@@ -168,7 +168,8 @@ class HiPPPlanner:
         """Train the policy by plan-level GRPO on `evaluator`; afterwards `plan` and `front` draw on what was learned.
 
         Under `torchrun` every process calls it alike, with a model and an evaluator of its own; the first one decides and
-        writes, all of them evaluate plans, and all end with the same policy and archive.
+        writes, all of them evaluate plans, and all end with the same policy and archive: those of a single process, if it
+        computes with as many threads.
 
         Args:
             model: shrunk while plans are evaluated, see `sliced`; otherwise left alone.

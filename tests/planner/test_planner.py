@@ -1,5 +1,6 @@
 """The planner on tiny models: what a preference does, what is refused, and that a fit survives interruption."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hipp_ext.evals.front import answer, print_front, write_json, write_picture
 from models import batch, build
 from test_surgery import random_plan
 
@@ -19,11 +21,13 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, DataError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.cost import fit_cost
 from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.grpo import allocation_advantages, budget_advantages, draw_preferences
+from hipp_ext.planner.planner import Choices, FrontPlan
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward, scalarise
-from hipp_ext.planner.state import measure_signals
+from hipp_ext.planner.state import keep_shares, measure_signals
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
@@ -196,6 +200,82 @@ def test_front_holds_no_dominated_plan(model, signals):
         assert any(all(a >= b for a, b in zip(point, other, strict=True)) for point in front)
     ratios = [f.plan.pruning_ratio for f in planner.front()]
     assert [f.reward.compression for f in planner.front()] == pytest.approx(ratios)
+
+
+def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
+    planner, evaluator = planner_with(signals, Preference(0.2, 0.6, 0.2)), Closeness(model)
+    with pytest.raises(PlanError, match="no evaluated plan"):
+        planner.choices()
+    with pytest.raises(PlanError, match="no signals of this model"):
+        HiPPPlanner(EVEN).rewards(model, [], evaluator)
+    planner.fit(model, evaluator, SETTINGS, progress=False)
+    wish = Preference(0.3, 0.3, 0.4)
+    choices = answer(planner, wish, model, evaluator)
+    assert choices.policy.plan == planner.plan(model, preference=wish)
+    with masked(model, choices.policy.plan):
+        expected = evaluator(model)
+    assert choices.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
+    best = choices.archived.reward
+    values = [scalarise(torch.tensor(r.reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff")
+              for r in planner.archive.records]  # fmt: skip
+    assert scalarise(torch.tensor(best.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff") == max(values)
+    planner.pruning_ratio = 0.5
+    for at_half in (planner.choices(wish).policy.plan, planner.choices(wish).archived.plan):
+        assert at_half.pruning_ratio >= 0.5 - 1e-6
+    planner.pruning_ratio = 0.8
+    with pytest.raises(PlanError, match="removes 0.8 or more"):
+        planner.choices(wish)
+    print_front(planner, choices)
+    write_picture(planner, choices, tmp_path / "front.png")
+    write_json(planner, tmp_path / "front.json")
+    out = capsys.readouterr().out
+    assert choices.verdict().split()[0] in out and "best archived" in out
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    assert [r["reward"]["compression"] for r in json.loads((tmp_path / "front.json").read_text())] == [
+        f.reward.compression for f in planner.front()
+    ]
+
+
+def test_rewards_are_for_plans_of_the_planner(model, signals):
+    planner = planner_with(signals)
+    with pytest.raises(PlanError, match="keeps other units"):
+        planner.rewards(model, [random_plan(model)], Closeness(model))
+
+
+def test_verdicts(model, signals):
+    plans = [planner_with(signals, pruning_ratio=r).plan(model) for r in (0.2, 0.4)]
+    rewards = [Reward(utility=u, robustness=0.5, compression=0.3, stability=0.0) for u in (0.6, 0.5)]
+    tied = Reward(utility=0.4, robustness=0.9, compression=0.3, stability=0.0)
+
+    def verdict(mine, theirs, same=False):
+        return Choices(policy=FrontPlan(plan=plans[0], reward=mine),
+                       archived=FrontPlan(plan=plans[0 if same else 1], reward=theirs)).verdict()  # fmt: skip
+
+    assert verdict(rewards[0], rewards[1]) == "The policy's plan dominates the archived one."
+    assert verdict(rewards[1], rewards[0]).startswith("The archived plan dominates")
+    assert verdict(rewards[0], tied) == "Neither dominates the other."
+    assert verdict(rewards[0], rewards[0], same=True) == "They are the same plan."
+    assert "was not evaluated" in verdict(None, tied)
+
+
+def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals):
+    settings = FitSettings(steps=2, rollouts=2, imagined=3, min_stability=-0.5)
+    planner, evaluator = planner_with(signals), Closeness(model)
+    planner.fit(model, evaluator, settings, progress=False)
+    closed = [r for r in planner.archive.records if r.reward.stability < -0.5]
+    assert closed and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
+    measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -0.5}
+    assert evaluator.calls == 1 + len(measured)  # and the dense model once
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_compression_counts_what_was_asked(model, signals, tmp_path, cost):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, cost=cost, folder=tmp_path, progress=False)
+    table = fit_cost(model, signals.groups, cost, tmp_path)
+    for record in planner.archive.records:
+        expected = float(table.removed(keep_shares(signals.groups, [record.keeps]))[0])
+        assert record.reward.compression == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_archive(model, signals):
