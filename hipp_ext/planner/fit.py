@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.budget import Bounds, keep_counts, many_keep_counts, max_ratio
+from hipp_ext.budget import Bounds, keep_counts, max_ratio
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
-from hipp_ext.planner.archive import Archive, Record, hypervolume_gains
+from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_stability
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
-from hipp_ext.planner.reward import Reward, Scalarisation, scalarise
+from hipp_ext.planner.proposals import Proposer
+from hipp_ext.planner.reward import Reward, Scalarisation
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import Signals, keep_shares
 
@@ -121,6 +121,8 @@ class Trainer:
         self.limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
+        self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
+                                 candidates=settings.candidates, scalarisation=settings.scalarisation)  # fmt: skip
         self.archive = Archive(folder / ARCHIVE if folder else None)
         self.step = self._resume()
         self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
@@ -133,104 +135,26 @@ class Trainer:
         # A generator per step: a resumed run draws what the undisturbed one would have drawn.
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
         self._fit_model()
-        rollouts = self._propose(generator)
+        rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
         self._learn(rollouts, objectives, generator)
         self.step += 1
         self._save()
 
-    # Proposing
-
-    def _propose(self, generator: torch.Generator) -> Rollouts:
-        """On-policy rollouts; with a reward model, the most promising of many.
-
-        Then the first budget of a preference is the policy's, and its rollouts are what should serve the preference best; the
-        other budgets are spread over the whole range, and their rollouts are what should add most to the front.
-        """
-        s = self.settings
+    def _draw(self, generator: torch.Generator) -> Rollouts:
+        s, imagines = self.settings, self._imagines
         drawn = self.learner.draw(
             draw_preferences(s.preferences, self.step, generator), 1 if self.pruning_ratio is not None else s.budgets,
-            s.rollouts if not self._imagines else s.candidates // 2, noise=self._noise(), budget_noise=s.budget_noise,
+            s.candidates // 2 if imagines else s.rollouts, noise=self._noise(), budget_noise=s.budget_noise,
             ratio=self.pruning_ratio, limit=self.limit, generator=generator,
         )  # fmt: skip
-        if not self._imagines:
+        if not imagines:
             return drawn
-        ratios = drawn.ratios.clone()
-        if ratios.shape[1] > 1:
-            spread = torch.rand(ratios[:, 1:].shape, generator=generator)
-            places = torch.arange(spread.numel()).view(spread.shape)
-            # A little beyond the end: the front's last plan is at the largest ratio itself.
-            ratios[:, 1:] = ((places + spread) / spread.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
-        chosen = torch.empty(*ratios.shape, s.rollouts, drawn.allocations.shape[-1])
-        front = np.array([r.reward.objectives() for r in self.archive.front()])
-        for p, preference in enumerate(drawn.preferences):
-            for m, ratio in enumerate(ratios[p].tolist()):
-                pool = self._pool(drawn.allocations[p, m], preference, ratio, generator)
-                chosen[p, m] = self._choose(pool, preference, ratio, front if m else None, generator)
-            # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
-            chosen[p, 0, 0] = self.learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
-        return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
+        return self.proposer.choose(drawn, s.rollouts, self.archive, self.model, self.learner, generator)
 
     @property
     def _imagines(self) -> bool:
         return self.settings.imagined > 0 and len(self.archive) > 0
-
-    def _pool(self, drawn: Tensor, preference: Tensor, ratio: float, generator: torch.Generator) -> Float[Tensor, "C G"]:
-        """Candidates: the policy's, the best measured allocations, and variants of the most promising of both."""
-        measured = torch.unique(self._measured().allocations, dim=0)
-        pool = torch.cat([drawn, measured - measured.mean(1, keepdim=True)])
-        for scale in (1.5, 1.0, 0.5):
-            value = self._value(self.model.mean(self._shares(pool, ratio)), preference, ratio)
-            best = pool[value.topk(min(len(pool), self.settings.candidates // 8)).indices]
-            parents = best[torch.randint(len(best), (self.settings.candidates,), generator=generator)]
-            changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
-            noise = torch.randn(parents.shape, generator=generator)
-            pool = torch.cat([best, parents + changed * scale * self._noise() * noise])
-        return torch.cat([pool, drawn[: self.settings.candidates // 4]])
-
-    def _choose(
-        self, pool: Float[Tensor, "C G"], preference: Tensor, ratio: float, front: np.ndarray | None,
-        generator: torch.Generator,
-    ) -> Float[Tensor, "N G"]:  # fmt: skip
-        """As many different plans as rollouts: each the best one under its own draw from the reward model.
-
-        Best for the preference, or, with a front, for the hypervolume that it would add to it.
-        """
-        counts = self._counts(pool, ratio)
-        known = {r.keeps for r in self.archive.records}  # not self._known: a resumed run would see its own future there
-        usable = []
-        for i, keeps in enumerate(map(tuple, counts.tolist())):
-            if keeps not in known:  # plans already known teach nothing, and neither do two alike
-                known.add(keeps)
-                usable.append(i)
-        usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, self.settings.rollouts - len(usable))]
-        pool, shares = pool[usable], keep_shares(self.signals.groups, counts[usable])
-        compression = self.cost.removed(shares)[:, None].float()
-        taken: list[int] = []
-        for drawn in self.model.sample(shares, self.settings.rollouts, generator):
-            objectives = torch.cat([drawn, compression], 1)
-            if front is None:
-                value = self._value(drawn, preference, ratio)
-            else:
-                value = hypervolume_gains(objectives, front)
-                # Where nothing adds to the front, whatever serves the preference.
-                value = value if float(value.max()) > 0 else self._value(drawn, preference, ratio)
-            value[taken] = -torch.inf
-            taken.append(int(value.argmax()))
-            if front is not None:
-                front = np.concatenate([front, objectives[taken[-1:]].numpy()])
-        return pool[taken]
-
-    def _value(self, objectives: Float[Tensor, "C 2"], preference: Tensor, ratio: float) -> Float[Tensor, " C"]:
-        full = torch.cat([objectives, torch.full((len(objectives), 1), ratio)], 1)
-        return scalarise(full, preference.expand_as(full), self.settings.scalarisation)
-
-    def _counts(self, allocations: Float[Tensor, "C G"], ratio: float | Tensor) -> np.ndarray:
-        ratios = np.broadcast_to(np.asarray(ratio, dtype=np.float64), len(allocations))
-        return many_keep_counts(self.signals.groups, allocations.double().numpy(), ratios, self.bounds)
-
-    def _shares(self, allocations: Float[Tensor, "C G"], ratio: float | Tensor) -> Float[Tensor, "C G"]:
-        return keep_shares(self.signals.groups, self._counts(allocations, ratio))
 
     def _noise(self) -> float:
         first, last = self.settings.noise
@@ -326,7 +250,7 @@ class Trainer:
     def _imagined_objectives(self, rollouts: Rollouts) -> Float[Tensor, "P M N 3"]:
         shape = rollouts.allocations.shape
         ratios = rollouts.ratios[:, :, None].expand(shape[:3]).flatten()
-        shares = self._shares(rollouts.allocations.reshape(-1, shape[3]), ratios)
+        shares = self.proposer.shares(rollouts.allocations.reshape(-1, shape[3]), ratios)
         return self._expected(shares).view(*shape[:3], 3)
 
     def _expected(self, shares: Float[Tensor, "C G"]) -> Float[Tensor, "C 3"]:
@@ -339,7 +263,7 @@ class Trainer:
         grid = torch.linspace(0.02, MAX_RATIO, GRID).clamp(max=self.limit).expand(len(preferences), -1)
         with torch.no_grad():
             means = self.learner.allocation_means(preferences, grid)
-        shares = self._shares(means.flatten(0, 1), grid.flatten())
+        shares = self.proposer.shares(means.flatten(0, 1), grid.flatten())
         self.learner.learn_budgets(preferences, grid, self._expected(shares).view(*grid.shape, 3))
 
     # Stopping and going on

@@ -1,7 +1,6 @@
 """The policy: state tokens + preference -> a budget and an allocation, in one call."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +13,6 @@ from hipp_ext.preference import Preference
 MAX_RATIO = 0.6  # what a preference for compression alone removes, before fitting
 PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Gaussian means of the policy's two heads.
-
-    Attributes:
-        budget: (batch,) logit of pruning_ratio / MAX_RATIO.
-        allocation: (batch, groups) logit per group, higher = keep more.
-    """
-
-    budget: Float[Tensor, " batch"]
-    allocation: Float[Tensor, "batch groups"]
 
 
 class Policy(nn.Module):

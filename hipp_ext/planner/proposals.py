@@ -1,0 +1,122 @@
+"""What to measure next: rollouts of the policy or, with a reward model, the most promising of many."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hipp_ext.budget import Bounds, many_keep_counts
+from hipp_ext.groups import Group
+from hipp_ext.planner.archive import Archive, hypervolume_gains
+from hipp_ext.planner.cost import Cost
+from hipp_ext.planner.grpo import Learner, Rollouts
+from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.reward import Scalarisation, scalarise
+from hipp_ext.planner.reward_model import RewardModel
+from hipp_ext.planner.state import keep_shares
+
+ROUNDS = (1.5, 1.0, 0.5)  # noise of each round of refining candidates, in units of the rollouts' noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposer:
+    """Chooses rollouts among candidates by draws from the reward model (Thompson sampling).
+
+    The first budget of a preference is the policy's, and its rollouts are what should serve the preference best; the other
+    budgets are spread over the whole range, and their rollouts are what should add most to the front's hypervolume.
+
+    Attributes:
+        groups, bounds, cost: of the fit.
+        limit: the largest ratio that the bounds allow.
+        candidates: how many are refined, per preference and budget.
+        scalarisation: of the objectives.
+    """
+
+    groups: Sequence[Group]
+    bounds: Bounds
+    cost: Cost
+    limit: float
+    candidates: int
+    scalarisation: Scalarisation
+
+    def choose(
+        self, drawn: Rollouts, n: int, archive: Archive, model: RewardModel, learner: Learner, generator: torch.Generator
+    ) -> Rollouts:
+        """`n` rollouts per preference and budget, the policy's own `drawn` ones among their candidates."""
+        ratios = drawn.ratios.clone()
+        if ratios.shape[1] > 1:
+            ratios[:, 1:] = self._spread(ratios[:, 1:].shape, generator)
+        chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
+        front = np.array([r.reward.objectives() for r in archive.front()])
+        known = {r.keeps for r in archive.records}
+        measured = torch.unique(torch.tensor([r.allocation for r in archive.records]), dim=0)
+        for p, preference in enumerate(drawn.preferences):
+            for m, ratio in enumerate(ratios[p].tolist()):
+                start = torch.cat([drawn.allocations[p, m], measured - measured.mean(1, keepdim=True)])
+                pool = self._refine(start, preference, ratio, model, drawn.noise, generator)
+                pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])
+                chosen[p, m] = self._pick(pool, n, preference, ratio, known, front if m else None, model, generator)
+            # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
+            chosen[p, 0, 0] = learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
+        return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
+
+    def shares(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]) -> Float[Tensor, "C G"]:
+        """Keep shares of plans that are only imagined."""
+        return keep_shares(self.groups, self._counts(allocations, ratios))
+
+    def _counts(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]) -> np.ndarray:
+        each = np.broadcast_to(np.asarray(ratios, dtype=np.float64), len(allocations))
+        return many_keep_counts(self.groups, allocations.double().numpy(), each, self.bounds)
+
+    def _spread(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Ratios over the whole range, one in each of as many equal parts."""
+        within = torch.rand(shape, generator=generator)
+        part = torch.arange(within.numel()).view(shape)
+        # A little beyond the end: the front's last plan is at the largest ratio itself.
+        return ((part + within) / within.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
+
+    def _refine(
+        self, pool: Tensor, preference: Tensor, ratio: float, model: RewardModel, noise: float, generator: torch.Generator
+    ) -> Float[Tensor, "C G"]:
+        """A few rounds of keeping the most promising candidates and changing some of their logits."""
+        for scale in ROUNDS:
+            value = self._value(model.mean(self.shares(pool, ratio)), preference, ratio)
+            best = pool[value.topk(min(len(pool), self.candidates // 8)).indices]
+            parents = best[torch.randint(len(best), (self.candidates,), generator=generator)]
+            changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
+            pool = torch.cat([best, parents + changed * scale * noise * torch.randn(parents.shape, generator=generator)])
+        return pool
+
+    def _pick(
+        self, pool: Float[Tensor, "C G"], n: int, preference: Tensor, ratio: float, known: set[tuple[int, ...]],
+        front: np.ndarray | None, model: RewardModel, generator: torch.Generator,
+    ) -> Float[Tensor, "N G"]:  # fmt: skip
+        """`n` different plans: each the best one under its own draw from the reward model.
+
+        Best for the preference, or, with a front, for the hypervolume that it would add to it.
+        """
+        counts = self._counts(pool, ratio)
+        fresh = {tuple(keeps): i for i, keeps in reversed(list(enumerate(counts.tolist()))) if tuple(keeps) not in known}
+        usable = sorted(fresh.values())  # plans already known teach nothing, and neither do two alike
+        usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, n - len(usable))]
+        pool, shares = pool[usable], keep_shares(self.groups, counts[usable])
+        compression = self.cost.removed(shares)[:, None].float()
+        taken: list[int] = []
+        for drawn in model.sample(shares, n, generator):
+            value = self._value(drawn, preference, ratio)
+            objectives = torch.cat([drawn, compression], 1)
+            # Where nothing adds to the front, whatever serves the preference.
+            if front is not None and float((gains := hypervolume_gains(objectives, front)).max()) > 0:
+                value = gains
+            value[taken] = -torch.inf
+            taken.append(int(value.argmax()))
+            if front is not None:
+                front = np.concatenate([front, objectives[taken[-1:]].numpy()])
+        return pool[taken]
+
+    def _value(self, objectives: Float[Tensor, "C 2"], preference: Tensor, ratio: float) -> Float[Tensor, " C"]:
+        full = torch.cat([objectives, torch.full((len(objectives), 1), ratio)], 1)
+        return scalarise(full, preference.expand_as(full), self.scalarisation)
