@@ -151,6 +151,11 @@ def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
     return 1 - int(cost @ least) / int(cost @ np.array([g.width for g in groups]))
 
 
+def largest_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
+    """The largest pruning_ratio that may be asked for: `max_ratio` less a margin for rounding, at least 0."""
+    return max(0.0, max_ratio(groups, bounds) - 1e-6)
+
+
 def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str:
     groups, least = decoder.groups, decoder.least
     tight = ", ".join(f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, linear
+from hipp_ext.masks import unit_entries
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers.base import visit_inputs
 
@@ -62,7 +63,7 @@ def compensated_weights(
     for chunk in _chunks(list(shrunken), memory_limit):
         grams = _grams(model, chunk, batches)
         for g in chunk:
-            kept = (shrunken[g][:, None] * g.columns + torch.arange(g.columns)).flatten()
+            kept = unit_entries(shrunken[g], g.columns)
             weights[g.consumer] = _repair(g, linear(model, g.consumer).weight, grams.pop(g.name), kept, ridge)
     return weights
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group, linear
-from hipp_ext.masks import check_scores, unit_order
-from hipp_ext.surgery import plain_linear, shared_parameters, sync_sizes
+from hipp_ext.groups import Group
+from hipp_ext.masks import check_scores, take_units, unit_order
+from hipp_ext.surgery import group_parameters, shared_parameters, sync_sizes
 
 Shrink = Callable[[Sequence[int]], None]
 
@@ -36,7 +36,11 @@ def sliced(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tenso
     """
     check_scores(groups, scores)
     shared = shared_parameters(model)
-    slots = [slot for group in groups for slot in _slots(model, group, shared)]
+    slots = [
+        _Slot(group, model.get_parameter(name), size, dim)
+        for group in groups
+        for name, size, dim in group_parameters(model, group, shared)
+    ]
     orders = {g.name: unit_order(scores[g.name]) for g in groups}
     widths = [g.width for g in groups]
 
@@ -62,16 +66,6 @@ def sliced(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tenso
             sync_sizes(model, group, group.width)
 
 
-def _slots(model: nn.Module, group: Group, shared: set[int]) -> list["_Slot"]:
-    slots = []
-    for name, rows in zip(group.producers, group.rows, strict=True):
-        layer = plain_linear(model, name, shared)
-        parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        slots += [_Slot(group, parameter, rows, dim=0) for parameter in parameters]
-    plain_linear(model, group.consumer, shared)
-    return [*slots, _Slot(group, linear(model, group.consumer).weight, group.columns, dim=1)]
-
-
 class _Slot:
     """One parameter of a group: `size` rows (dim 0) or columns (dim 1) belong to a unit."""
 
@@ -94,6 +88,4 @@ class _Slot:
         self.parameter.data = self.dense
 
     def _permuted(self, order: Tensor) -> Tensor:
-        index = order.to(self.dense.device)
-        columns = (index[:, None] * self.size + torch.arange(self.size, device=index.device)).flatten()
-        return self.dense.index_select(self.dim, columns)
+        return take_units(self.dense, order, self.size, self.dim)

@@ -14,6 +14,7 @@ from hipp_ext.calibration import Calibration, resolve_calibration
 from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.masks import take_units, unit_entries
 from hipp_ext.plan import PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -164,7 +165,7 @@ def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
         parameter = model.get_parameter(part.name)
         units = parameter.shape[part.dim] // part.size
         gone = torch.tensor(sorted(set(range(units)) - set(part.kept.tolist())), dtype=torch.long)
-        index = _expand(gone, part.size, parameter)
+        index = unit_entries(gone.to(parameter.device), part.size)
         entries[part.name] = index if part.dim == 0 else (slice(None), index)
     return entries
 
@@ -182,39 +183,36 @@ class _Part:
 def _parts(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> list[_Part]:
     """Every parameter that the plan makes smaller; raises UnsupportedModelError where one cannot be."""
     shared = shared_parameters(model)
-    parts: list[_Part] = []
-    for group, entry in zip(groups, plan.groups, strict=True):
-        if entry.keep == entry.width:
-            continue
-        kept = torch.tensor(entry.kept)
-        for name, rows in zip(group.producers, group.rows, strict=True):
-            layer = plain_linear(model, name, shared)
-            held = ["weight"] if layer.bias is None else ["weight", "bias"]
-            parts += [_Part(name=f"{name}.{part}", kept=kept, size=rows, dim=0) for part in held]
-        plain_linear(model, group.consumer, shared)
-        parts.append(_Part(name=f"{group.consumer}.weight", kept=kept, size=group.columns, dim=1))
-    return parts
+    return [
+        _Part(name=name, kept=torch.tensor(entry.kept), size=size, dim=dim)
+        for group, entry in zip(groups, plan.groups, strict=True)
+        if entry.keep < entry.width
+        for name, size, dim in group_parameters(model, group, shared)
+    ]
+
+
+def group_parameters(model: nn.Module, group: Group, shared: set[int]) -> Iterator[tuple[str, int, int]]:
+    """(name, size, dim) of every parameter that a group's units own parts of: `size` rows (dim 0) or columns (dim 1) each.
+
+    Raises:
+        UnsupportedModelError: one of them cannot be sliced, see `plain_linear`.
+    """
+    for name, rows in zip(group.producers, group.rows, strict=True):
+        layer = plain_linear(model, name, shared)
+        for part in ["weight"] if layer.bias is None else ["weight", "bias"]:
+            yield f"{name}.{part}", rows, 0
+    plain_linear(model, group.consumer, shared)
+    yield f"{group.consumer}.weight", group.columns, 1
 
 
 @torch.no_grad()
 def _select(parameter: nn.Parameter, part: _Part) -> nn.Parameter:
     """What stays of `parameter`, its gradient along with it."""
-
-    def chosen(values: Tensor) -> Tensor:
-        # As blocks of whole units: copying a head at once is several times faster than copying its columns.
-        blocks = values.unflatten(part.dim, (-1, part.size))
-        return blocks.index_select(part.dim, part.kept.to(values.device)).flatten(part.dim, part.dim + 1)
-
-    new = nn.Parameter(chosen(parameter.detach()), requires_grad=parameter.requires_grad)
+    taken = take_units(parameter.detach(), part.kept, part.size, part.dim)
+    new = nn.Parameter(taken, requires_grad=parameter.requires_grad)
     if parameter.grad is not None:
-        new.grad = chosen(parameter.grad)
+        new.grad = take_units(parameter.grad, part.kept, part.size, part.dim)
     return new
-
-
-def _expand(units: Tensor, size: int, parameter: Tensor) -> Tensor:
-    """Indices of the rows or columns of `parameter` that `units` own, `size` each."""
-    units = units.to(parameter.device)
-    return (units[:, None] * size + torch.arange(size, device=parameter.device)).flatten()
 
 
 def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:

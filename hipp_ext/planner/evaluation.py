@@ -27,10 +27,14 @@ def plan_rewards(model: nn.Module, evaluator: Evaluator, signals: Signals, cost:
 
         def measure(keeps: Keeps) -> Reward:
             shrink(keeps)
-            compression = float(cost.removed(keep_shares(signals.groups, [keeps]))[0])
-            return read_reward(evaluator(model), compression, plan_stability(signals, keeps))
+            return read_reward(evaluator(model), plan_compression(signals, cost, keeps), plan_stability(signals, keeps))
 
         yield measure
+
+
+def plan_compression(signals: Signals, cost: Cost, keeps: Keeps) -> float:
+    """Share of the cost that a plan saves; the objective "compression"."""
+    return float(cost.removed(keep_shares(signals.groups, [keeps]))[0])
 
 
 def plan_stability(signals: Signals, keeps: Keeps) -> float:

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.budget import Bounds, keep_counts, max_ratio
+from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost
-from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_stability
+from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, plan_stability
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
@@ -118,7 +118,7 @@ class Trainer:
         self.signals, self.measure, self.settings, self.cost = signals, measure, settings, cost
         self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
         self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
-        self.limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
+        self.limit = largest_ratio(signals.groups, self.bounds)
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
@@ -134,7 +134,8 @@ class Trainer:
         s = self.settings
         # A generator per step: a resumed run draws what the undisturbed one would have drawn.
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-        self._fit_model()
+        if not self.model.fitted:  # in the first step after a start; later ones go on from what the last one learned
+            self._fit_model()
         rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
         self._learn(rollouts, objectives, generator)
@@ -201,7 +202,7 @@ class Trainer:
         stability = plan_stability(self.signals, keeps)
         if stability >= self.settings.min_stability:
             return False
-        compression = float(self.cost.removed(keep_shares(self.signals.groups, [keeps]))[0])
+        compression = plan_compression(self.signals, self.cost, keeps)
         self._known[keeps] = Reward(utility=0.0, robustness=0.0, compression=compression, stability=stability)
         return True
 

@@ -11,7 +11,7 @@ import safetensors.torch
 from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext.budget import Bounds, check_ratio, keep_counts, max_ratio
+from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import new_folder, write_atomic
@@ -135,7 +135,7 @@ class HiPPPlanner:
 
     def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
         wanted = preference or self.preference
-        limit = max(0.0, max_ratio(signals.groups, self.bounds) - 1e-6)
+        limit = largest_ratio(signals.groups, self.bounds)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
         return self._plan(signals, keep_counts(signals.groups, allocation, ratio, self.bounds), wanted)
 

@@ -36,6 +36,11 @@ class RewardModel:
         self._hyper: dict[int, Tensor] = {}
         self._fitted_on = 0
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it has seen a plan."""
+        return self._fitted_on > 0
+
     def fit(self, shares: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]) -> None:
         """Learn from all plans evaluated so far, in the order of their evaluation: the same history, the same model."""
         shares, rewards = shares.double(), rewards.double()

@@ -9,7 +9,7 @@ import moocore
 import numpy as np
 from hipp_ext.evals.bench.search.levels import Levels
 
-from hipp_ext.budget import Bounds, keep_counts, max_ratio
+from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -58,7 +58,7 @@ class Problem:
     @cached_property
     def limit(self) -> float:
         """The largest pruning_ratio of the search that the bounds allow."""
-        return min(self.largest_ratio, max(0.0, max_ratio(self.groups, self.bounds) - 1e-6))
+        return min(self.largest_ratio, largest_ratio(self.groups, self.bounds))
 
     def __call__(self, keeps: Sequence[int]) -> Reward:
         """The reward of a plan.
