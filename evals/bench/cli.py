@@ -108,5 +108,5 @@ def bench_search(
     from hipp_ext.evals.bench.search.study import StudySize
     from hipp_ext.evals.bench.search.summary import run
 
-    size = StudySize(seeds=seeds, ablation_seeds=min(seeds, 3), evaluations=evaluations, questions=questions)
+    size = StudySize(seeds=seeds, ablation_seeds=min(seeds, 2), evaluations=evaluations, questions=questions)
     run(size, out, processes=processes, save=save)

@@ -145,7 +145,7 @@ class Trainer:
     def _draw(self, generator: torch.Generator) -> Rollouts:
         s, imagines = self.settings, self._imagines
         drawn = self.learner.draw(
-            draw_preferences(s.preferences, self.step, generator), 1 if self.pruning_ratio is not None else s.budgets,
+            draw_preferences(s.preferences, generator), 1 if self.pruning_ratio is not None else s.budgets,
             s.candidates // 2 if imagines else s.rollouts, noise=self._noise(), budget_noise=s.budget_noise,
             ratio=self.pruning_ratio, limit=self.limit, generator=generator,
         )  # fmt: skip
@@ -237,14 +237,14 @@ class Trainer:
         for _ in range(s.hindsight):
             self.learner.learn_in_hindsight(measured, generator)
             if free:
-                preferences = draw_preferences(16, 0, generator)
+                preferences = draw_preferences(16, generator)
                 ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
                 self.learner.learn_budgets(preferences, ratios, known)
 
     def _imagine(self, generator: torch.Generator) -> Rollouts:
         preferences, budgets, rollouts = IMAGINED
         return self.learner.draw(
-            draw_preferences(preferences, 3 * 4 - 1 if self.step % 2 else 0, generator), budgets, rollouts,
+            draw_preferences(preferences, generator), budgets, rollouts,
             noise=self.settings.noise[1], budget_noise=1.0, ratio=self.pruning_ratio, limit=self.limit, generator=generator,
         )  # fmt: skip
 

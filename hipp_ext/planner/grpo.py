@@ -124,7 +124,7 @@ class Learner:
 
     def learn_in_hindsight(self, measured: Measured, generator: torch.Generator, draws: int = 16, window: float = 0.08) -> None:
         """Move towards the measured plans that serve a preference best among those of about the same budget."""
-        preferences = draw_preferences(draws, 0, generator)
+        preferences = draw_preferences(draws, generator)
         centres = measured.ratios[torch.randint(len(measured.ratios), (draws,), generator=generator)]
         near = (measured.ratios[None] - centres[:, None]).abs() <= window
         weights = preferences[:, :2] / preferences[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
@@ -162,24 +162,25 @@ class Learner:
         self.optimizer.load_state_dict(state)
 
 
-def draw_preferences(n: int, step: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
-    """`n` points on the simplex: uniform (Dirichlet(1)); every fourth step, the first one is a corner, in turn."""
+def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
+    """`n` points on the simplex: every other one uniform (Dirichlet(1)), the rest on its edges or close to its corners."""
     drawn = -torch.rand(n, 3, generator=generator).clamp_min(1e-9).log()
-    drawn = drawn / drawn.sum(1, keepdim=True)
-    if step % 4 == 3:
-        corner = torch.eye(3)[step // 4 % 3] + 0.05
-        drawn[0] = corner / corner.sum()
-    return drawn
+    axis, corner = torch.randint(3, (n,), generator=generator), torch.rand(n, generator=generator) < 0.5
+    one = torch.nn.functional.one_hot(axis, 3)
+    # Close to the corners, not on them: where neither task counts, every allocation would be as good as any other.
+    boundary = torch.where(corner[:, None], one + 0.02, drawn * (1 - one))
+    drawn[1::2] = boundary[1::2]
+    return drawn / drawn.sum(1, keepdim=True)
 
 
 def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]) -> Float[Tensor, "P M N"]:
     """Advantage of each allocation over the others for the same preference and budget.
 
     Per objective: (value - mean) / max(standard deviation, noise floor), zero where the deviation is below the floor;
-    then weighted by the preference.
+    then weighted by how the preference divides between the two tasks: how much compression counts says nothing about where.
     """
-    normalised = _normalised(objectives, 2)
-    return (normalised[..., :2] * preferences[:, None, None, :2]).sum(-1)
+    lean = preferences[:, :2] / preferences[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
+    return (_normalised(objectives, 2)[..., :2] * lean[:, None, None]).sum(-1)
 
 
 def budget_advantages(

@@ -19,14 +19,16 @@ from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import keep_shares
 
 ROUNDS = (1.5, 1.0, 0.5)  # noise of each round of refining candidates, in units of the rollouts' noise
+LAST = 1e3  # ranks plans that add nothing to a front behind all that do
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proposer:
     """Chooses rollouts among candidates by draws from the reward model (Thompson sampling).
 
-    The first budget of a preference is the policy's, and its rollouts are what should serve the preference best; the other
-    budgets are spread over the whole range, and their rollouts are what should add most to the front's hypervolume.
+    At the first budget of a preference, the policy's or, for every other preference, any, rollouts are what should serve
+    the preference best; the other budgets are spread over the whole range, and their rollouts are what should add most to the
+    front's hypervolume.
 
     Attributes:
         groups, bounds, cost: of the fit.
@@ -49,6 +51,8 @@ class Proposer:
         ratios = drawn.ratios.clone()
         if ratios.shape[1] > 1:
             ratios[:, 1:] = self._spread(ratios[:, 1:].shape, generator)
+            # Left to the policy, a preference near the corner of a task is only ever measured where next to nothing goes.
+            ratios[1::2, 0] = self._spread(ratios[1::2, 0].shape, generator)
         chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
         front = np.array([r.reward.objectives() for r in archive.front()])
         known = {r.keeps for r in archive.records}
@@ -56,9 +60,10 @@ class Proposer:
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
                 start = torch.cat([drawn.allocations[p, m], measured - measured.mean(1, keepdim=True)])
-                pool = self._refine(start, preference, ratio, model, drawn.noise, generator)
+                merit = _Merit(preference=preference, front=front if m else None, kind=self.scalarisation)
+                pool = self._refine(start, ratio, merit, model, drawn.noise, generator)
                 pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])
-                chosen[p, m] = self._pick(pool, n, preference, ratio, known, front if m else None, model, generator)
+                chosen[p, m] = self._pick(pool, n, ratio, merit, known, model, generator)
             # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
             chosen[p, 0, 0] = learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
         return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
@@ -79,44 +84,62 @@ class Proposer:
         return ((part + within) / within.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
 
     def _refine(
-        self, pool: Tensor, preference: Tensor, ratio: float, model: RewardModel, noise: float, generator: torch.Generator
+        self, pool: Tensor, ratio: float, merit: "_Merit", model: RewardModel, noise: float, generator: torch.Generator
     ) -> Float[Tensor, "C G"]:
         """A few rounds of keeping the most promising candidates and changing some of their logits."""
         for scale in ROUNDS:
-            value = self._value(model.mean(self.shares(pool, ratio)), preference, ratio)
+            shares = self.shares(pool, ratio)
+            value = merit(torch.cat([model.mean(shares), self._compression(shares)], 1))
             best = pool[value.topk(min(len(pool), self.candidates // 8)).indices]
             parents = best[torch.randint(len(best), (self.candidates,), generator=generator)]
             changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
             pool = torch.cat([best, parents + changed * scale * noise * torch.randn(parents.shape, generator=generator)])
         return pool
 
-    def _pick(
-        self, pool: Float[Tensor, "C G"], n: int, preference: Tensor, ratio: float, known: set[tuple[int, ...]],
-        front: np.ndarray | None, model: RewardModel, generator: torch.Generator,
-    ) -> Float[Tensor, "N G"]:  # fmt: skip
-        """`n` different plans: each the best one under its own draw from the reward model.
+    def _compression(self, shares: Float[Tensor, "C G"]) -> Float[Tensor, "C 1"]:
+        return self.cost.removed(shares)[:, None].float()
 
-        Best for the preference, or, with a front, for the hypervolume that it would add to it.
-        """
+    def _pick(
+        self, pool: Float[Tensor, "C G"], n: int, ratio: float, merit: "_Merit", known: set[tuple[int, ...]],
+        model: RewardModel, generator: torch.Generator,
+    ) -> Float[Tensor, "N G"]:  # fmt: skip
+        """`n` different plans, each the one of most merit under its own draw from the reward model."""
         counts = self._counts(pool, ratio)
         fresh = {tuple(keeps): i for i, keeps in reversed(list(enumerate(counts.tolist()))) if tuple(keeps) not in known}
         usable = sorted(fresh.values())  # plans already known teach nothing, and neither do two alike
         usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, n - len(usable))]
         pool, shares = pool[usable], keep_shares(self.groups, counts[usable])
-        compression = self.cost.removed(shares)[:, None].float()
+        compression = self._compression(shares)
         taken: list[int] = []
         for drawn in model.sample(shares, n, generator):
-            value = self._value(drawn, preference, ratio)
             objectives = torch.cat([drawn, compression], 1)
-            # Where nothing adds to the front, whatever serves the preference.
-            if front is not None and float((gains := hypervolume_gains(objectives, front)).max()) > 0:
-                value = gains
+            value = merit(objectives)
             value[taken] = -torch.inf
             taken.append(int(value.argmax()))
-            if front is not None:
-                front = np.concatenate([front, objectives[taken[-1:]].numpy()])
+            merit = merit.after(objectives[taken[-1]])
         return pool[taken]
 
-    def _value(self, objectives: Float[Tensor, "C 2"], preference: Tensor, ratio: float) -> Float[Tensor, " C"]:
-        full = torch.cat([objectives, torch.full((len(objectives), 1), ratio)], 1)
-        return scalarise(full, preference.expand_as(full), self.scalarisation)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Merit:
+    """Objectives -> what a plan would be worth: to the preference or, with a front, to the front's hypervolume.
+
+    Where nothing adds to the front, whatever serves the preference.
+    """
+
+    preference: Tensor
+    front: np.ndarray | None
+    kind: Scalarisation
+
+    def __call__(self, objectives: Float[Tensor, "C 3"]) -> Float[Tensor, " C"]:
+        value = scalarise(objectives, self.preference.expand_as(objectives), self.kind)
+        if self.front is None:
+            return value
+        gains = hypervolume_gains(objectives, self.front).float()
+        return torch.where(gains > 0, gains, value - LAST)
+
+    def after(self, objectives: Float[Tensor, " 3"]) -> "_Merit":
+        """The merit of a further plan when one with these objectives is already chosen."""
+        if self.front is None:
+            return self
+        return dataclasses.replace(self, front=np.concatenate([self.front, objectives[None].double().numpy()]))

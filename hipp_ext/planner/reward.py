@@ -15,7 +15,7 @@ from hipp_ext.planner.policy import MAX_RATIO
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
-SMOOTHING = 0.1  # of the Tchebycheff scalarisation, in units of the objectives
+SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
 
 
 @dataclass(frozen=True, kw_only=True)

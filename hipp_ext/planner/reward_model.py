@@ -13,14 +13,16 @@ from torch import Tensor
 SCHEDULE = (1, 24, 36, 54, 81, 120, 180, 270, 400, 600)  # hyperparameters are fitted when this many plans are known
 MOST = 800  # plans that a prediction rests on, the latest ones: exact inference is cubic in their number
 ITERATIONS = 30
+LEAST = 0.02  # share of a group below which nothing is told apart
 PRIOR_DEVIATION = 0.7  # of the log length scales around those that measured sensitivity suggests
 
 
 class RewardModel:
     """`predict(shares)` -> mean and standard deviation of each objective; `sample` draws from the joint posterior.
 
-    The kernel is a polynomial of degree two plus a Matern 5/2, both with one length scale per group. Length scales have a
-    log-normal prior around what measured sensitivity suggests: the more a group hurts, the shorter.
+    It sees -log(share) of every group: taking a group's last units hurts more than taking its first. The kernel is a polynomial
+    of degree two plus a Matern 5/2, both with one length scale per group. Length scales have a log-normal prior around what
+    measured sensitivity suggests: the more a group hurts, the shorter.
 
     Args:
         curvature: (groups,) KL divergence [nats] per squared share removed, see `Signals.curvature`.
@@ -48,10 +50,10 @@ class RewardModel:
         if at != self._fitted_on:
             seen = slice(0, max(at, 2))
             self._hyper = {
-                k: self._maximise(1 - shares[seen], _standardised(rewards[seen, k])[0]) for k in range(rewards.shape[1])
+                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0]) for k in range(rewards.shape[1])
             }
             self._fitted_on = at
-        self._removed = 1 - shares[-MOST:]
+        self._removed = _removed(shares[-MOST:])
         self._solved = []
         for k, hyper in self._hyper.items():
             y, mean, deviation = _standardised(rewards[-MOST:, k])
@@ -65,7 +67,7 @@ class RewardModel:
         """Posterior mean and standard deviation of each objective, float32."""
         means, deviations = [], []
         for weights, root, kernel, mean, deviation in self._solved:
-            removed = 1 - shares.double()
+            removed = _removed(shares)
             cross = _kernel(removed, self._removed, *kernel)
             spread = _diagonal(removed, *kernel) - torch.linalg.solve_triangular(root, cross.T, upper=False).square().sum(0)
             means.append(mean + deviation * (cross @ weights)[:, 0])
@@ -74,7 +76,7 @@ class RewardModel:
 
     def mean(self, shares: Float[Tensor, "plans groups"]) -> Float[Tensor, "plans objectives"]:
         """Posterior mean of each objective, float32; cheaper than `predict`."""
-        removed = 1 - shares.double()
+        removed = _removed(shares)
         means = [m + d * (_kernel(removed, self._removed, *kernel) @ weights)[:, 0]
                  for weights, _, kernel, m, d in self._solved]  # fmt: skip
         return torch.stack(means, 1).float()
@@ -85,7 +87,7 @@ class RewardModel:
         """Joint draws from the posterior: functions that agree with what was measured and differ where nothing was."""
         drawn = []
         for weights, root, kernel, mean, deviation in self._solved:
-            removed = 1 - shares.double()
+            removed = _removed(shares)
             cross = _kernel(removed, self._removed, *kernel)
             half = torch.linalg.solve_triangular(root, cross.T, upper=False)
             posterior = _cholesky(_kernel(removed, removed, *kernel) - half.T @ half, torch.tensor(1e-4))
@@ -115,6 +117,11 @@ class RewardModel:
         with torch.enable_grad():
             optimizer.step(closure)
         return hyper.detach() if bool(hyper.detach().isfinite().all()) else start
+
+
+def _removed(shares: Tensor) -> Tensor:
+    """What the kernel sees: 0 for a whole group, growing as it shrinks; below LEAST all shares are alike."""
+    return -shares.double().clamp_min(LEAST).log()
 
 
 def _split(hyper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -468,7 +468,7 @@ def test_tchebycheff_reaches_what_linear_cannot():
 
 def test_preferences_cover_the_simplex():
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([draw_preferences(8, step, generator) for step in range(100)])
+    drawn = torch.cat([draw_preferences(8, generator) for _ in range(100)])
     assert torch.allclose(drawn.sum(1), torch.ones(len(drawn))) and (drawn >= 0).all()
     assert (drawn.mean(0) - 1 / 3).abs().max() < 0.05 and (drawn.max(0).values > 0.9).all()
 

@@ -6,6 +6,7 @@ the working folder, so an interrupted study goes on.
 """
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,7 +43,7 @@ CURVE = tuple(round(0.05 * i, 2) for i in range(1, 13))  # where allocators are 
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
 FRONT = 60  # plans that a method may hand in for the test's hypervolume
-EDGE_RATIO = 0.3
+EDGE_RATIOS = (0.3, 0.5)  # where utility is played against robustness; below, both tasks keep nearly all they had
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class StudySize:
     """
 
     seeds: int = 5
-    ablation_seeds: int = 3
+    ablation_seeds: int = 2
     evaluations: int = 300
     questions: int = 128
     front_questions: int = 300
@@ -141,7 +142,7 @@ class Bench:
         chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": _hypervolume(self._rewards(front))}
         chosen["table"] = {c: {r: self._row(k) for r, k in rows.items()} for c, rows in chosen.pop("answers").items()}
         if "lattice" in chosen:
-            chosen["control"] = self._control(chosen.pop("lattice"), chosen.pop("edge"))
+            chosen["control"] = self._control(chosen.pop("lattice"), chosen.pop("edges"))
         return {"method": name, "seed": seed, **chosen}
 
     def _allocator(self, name: str) -> dict[str, Any]:
@@ -196,7 +197,9 @@ class Bench:
         found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
         if variant is VARIANTS[HIPP]:
             found["lattice"] = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
-            found["edge"] = [(i / 10, self._query(planner, Preference(i, 10 - i, 0), EDGE_RATIO)) for i in range(11)]
+            found["edges"] = {
+                r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS
+            }
         return found
 
     def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None) -> Keeps:
@@ -219,16 +222,16 @@ class Bench:
         pope = pope_scores(scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope])["vlmeval"]["overall"]
         return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": scores["choice"].accuracy}
 
-    def _control(self, lattice: Sequence[tuple], edge: Sequence[tuple]) -> dict[str, Any]:
-        """How well the preference steers: see `summarise_control`."""
-        plans = _distinct([k for _, k in (*lattice, *edge)])
+    def _control(self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]) -> dict[str, Any]:
+        """How well the preference steers: objectives over the lattice and along edges, and the swing from corner to corner."""
+        plans = _distinct([k for _, k in itertools.chain(lattice, *edges.values())])
         rewards = dict(zip(plans, self._rewards(plans), strict=True))
-        objectives = [(w, rewards[k].objectives()) for w, k in lattice]
-        at_ratio = {corner: self._row(edge[i][1]) for corner, i in (("robustness", 0), ("utility", -1))}
-        return {
-            "lattice": objectives, "edge": [(w, rewards[k].objectives()) for w, k in edge],
-            "swing": {m: at_ratio["utility"][m] - at_ratio["robustness"][m] for m in ("F1", "ScienceQA")},
-        }  # fmt: skip
+        reached: dict[str, Any] = {"lattice": [(w, rewards[k].objectives()) for w, k in lattice], "edges": {}, "swings": {}}
+        for ratio, edge in edges.items():
+            robust, useful = self._row(edge[0][1]), self._row(edge[-1][1])
+            reached["edges"][str(ratio)] = [(w, rewards[k].objectives()) for w, k in edge]
+            reached["swings"][str(ratio)] = {m: useful[m] - robust[m] for m in ("F1", "ScienceQA")}
+        return reached
 
 
 def _lattice(n: int) -> list[tuple[float, float, float]]:

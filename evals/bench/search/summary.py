@@ -16,6 +16,7 @@ from hipp_ext.evals.bench.search.study import HIPP, RATIOS, UNTRAINED, StudySize
 from hipp_ext.files import write_atomic
 
 METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
+OBJECTIVES = ("utility", "robustness", "compression")
 Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -71,30 +72,33 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How well the preference steers, over seeds."""
-    edges: dict[str, list[float]] = {}
-    nondominated, swings = [], {"F1": [], "ScienceQA": []}
+    along: dict[str, list[float]] = {}
+    swings: dict[str, dict[str, list[float]]] = {}
+    nondominated = []
     for job in jobs:
         control = job["control"]
         weights = np.array([w for w, _ in control["lattice"]])
         objectives = np.array([o for _, o in control["lattice"]])
-        for name, axis, zero in (("utility-compression", 0, 1), ("robustness-compression", 1, 0)):
-            on = weights[:, zero] == 0
-            for objective in (axis, 2):
-                statistic = rank_correlation(weights[on, objective], objectives[on, objective])
-                edges.setdefault(f"{name}: {('utility', 'robustness', 'compression')[objective]}", []).append(statistic)
-        lean = np.array([w for w, _ in control["edge"]])
-        reached = np.array([o for _, o in control["edge"]])
-        for objective, sign in ((0, 1), (1, -1)):
-            key = f"utility-robustness at a fixed ratio: {('utility', 'robustness')[objective]}"
-            edges.setdefault(key, []).append(rank_correlation(sign * lean, reached[:, objective]))
-        distinct = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
-        nondominated.append(100 * float(np.mean(distinct)))
-        for metric in swings:
-            swings[metric].append(control["swing"][metric])
+        for task, other in ((0, 1), (1, 0)):
+            on = weights[:, other] == 0
+            for axis in (task, 2):
+                name = f"{OBJECTIVES[task]}-compression edge: {OBJECTIVES[axis]}"
+                along.setdefault(name, []).append(rank_correlation(weights[on, axis], objectives[on, axis]))
+        for ratio, edge in control["edges"].items():
+            lean, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])
+            for axis, sign in ((0, 1), (1, -1)):
+                name = f"utility-robustness edge at {ratio}: {OBJECTIVES[axis]}"
+                along.setdefault(name, []).append(rank_correlation(sign * lean, reached[:, axis]))
+            for metric, swing in control["swings"][ratio].items():
+                swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
+        best = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
+        nondominated.append(100 * float(np.mean(best)))
     return {
-        "spearman": {name: mean_and_se(values) for name, values in edges.items()},
+        "spearman": {name: mean_and_se(values) for name, values in along.items()},
         "lattice_nondominated_percent": mean_and_se(nondominated),
-        "swing_points": {metric: mean_and_se(values) for metric, values in swings.items()},
+        "swing_points_utility_minus_robustness_corner": {
+            ratio: {metric: mean_and_se(values) for metric, values in swing.items()} for ratio, swing in swings.items()
+        },
     }  # fmt: skip
 
 
