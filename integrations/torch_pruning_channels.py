@@ -8,7 +8,6 @@ prune_channels(model, pictures[:1], {"layer1.0.conv1": (0, 3, 5), ...})
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,26 +18,10 @@ from torch import Tensor, nn
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.mrs import Form, measure, share_out
-from hipp_ext.scorers.sensitivity import Loss, Module, Reader
+from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader
 
 IN_HANDLERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelGroup(Module):
-    """Channels that go together: one output channel of a layer, or of several that a residual stream couples.
-
-    Attributes:
-        name: of the layer at the group's root; its output channels are the units.
-        owners: for every tensor of `weights`, in order, the unit that each of its rows belongs to, or -1.
-    """
-
-    owners: tuple[Tensor, ...]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that produce the units."""
-        return tuple(w.removesuffix(".weight") for w in self.weights)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 
 
 def find_channel_groups(
@@ -197,8 +180,12 @@ def _channel_group(found: Any, places: Mapping[str, int]) -> ChannelGroup:
     width = len(found[0].idxs)
     producers: dict[str, Tensor] = {}
     readers: dict[str, Tensor] = {}
+    followers: dict[str, int] = {}
     for item in found:
         dep, layer = item.dep, item.dep.target.module
+        if isinstance(layer, NORMS):
+            name = dep.target.name.split(" (")[0]
+            followers |= {f"{name}.{p}": len(item.idxs) // width for p, v in layer.named_parameters() if v.numel() > 1}
         if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) or dep.handler not in (*OUT_HANDLERS, *IN_HANDLERS):
             continue
         name = dep.target.name.split(" (")[0]
@@ -214,6 +201,7 @@ def _channel_group(found: Any, places: Mapping[str, int]) -> ChannelGroup:
         name=next(n for n in names if torch.equal(producers[n], own)), width=width,
         weights=tuple(f"{n}.weight" for n in names), owners=tuple(producers[n] for n in names),
         readers=tuple(Reader(layer=n, units=readers[n]) for n in sorted(readers, key=places.__getitem__)),
+        followers=tuple(followers.items()),
     )  # fmt: skip
 
 

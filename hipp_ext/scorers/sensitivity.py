@@ -51,6 +51,31 @@ class Module:
     readers: tuple[Reader, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChannelGroup(Module):
+    """Channels that go together: one output channel of a layer, or of several that a residual stream couples.
+
+    Attributes:
+        name: of the first layer whose output channels are the units.
+        owners: for every tensor of `weights`, in order, the unit that each of its rows belongs to, or -1.
+        followers: parameters of norms that go along, and how many entries of them with one unit.
+    """
+
+    owners: tuple[Tensor, ...]
+    followers: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that produce the units."""
+        return tuple(w.removesuffix(".weight") for w in self.weights)
+
+    def units_of(self, layer: str, produced: bool) -> Tensor | None:
+        """The unit of each output channel (`produced`) or input channel of `layer`; None where the layer has none of them."""
+        if produced:
+            return dict(zip(self.layers, self.owners, strict=True)).get(layer)
+        return {r.layer: r.units for r in self.readers}.get(layer)
+
+
 def worst_case(
     model: nn.Module, modules: Sequence[Module], loss: Loss, batches: Sequence[Any], *, rho: float = 0.1, steps: int = 10
 ) -> list[float]:
