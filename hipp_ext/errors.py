@@ -37,6 +37,10 @@ class DataError(HippError, ValueError):
     """An evaluation data set that is missing or malformed."""
 
 
+class AttackError(HippError, ValueError):
+    """Settings or inputs that an adversarial attack cannot run on, or on which it would look weaker than it is."""
+
+
 class OutputExistsError(HippError, FileExistsError):
     """The output path exists, and overwriting it was not asked for."""
 

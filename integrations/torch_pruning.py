@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
+from hipp_ext.integrations.torch_pruning_channels import ChannelGroup, channel_mrs, find_channel_groups, prune_channels
 from hipp_ext.integrations.torch_pruning_importance import (
     HippImportance,
     TorchPruningScorer,
@@ -28,7 +29,19 @@ from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.surgery import PLAN_ATTRIBUTE, match, prune
 
-__all__ = ["HippImportance", "PlanPruner", "TorchPruningScorer", "UnitGroup", "channel_taylor", "confirm", "stock_arguments"]
+__all__ = [
+    "ChannelGroup",
+    "HippImportance",
+    "PlanPruner",
+    "TorchPruningScorer",
+    "UnitGroup",
+    "channel_mrs",
+    "channel_taylor",
+    "confirm",
+    "find_channel_groups",
+    "prune_channels",
+    "stock_arguments",
+]
 
 
 class PlanPruner:

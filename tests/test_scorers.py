@@ -8,10 +8,10 @@ from test_surgery import random_plan
 from hipp_ext import masked
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
-from hipp_ext.scorers import FLAP, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
+from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
 from hipp_ext.scorers.synflow import stability
 
-SCORERS = [Magnitude(), WandaSP(), FLAP(), Taylor(), SynFlow(), VisualSensitivity()]
+SCORERS = [Magnitude(), WandaSP(), FLAP(), Taylor(), SynFlow(), VisualSensitivity(), MRS(attack_steps=2)]
 
 
 def left_padded(name: str, rows: int = 2, pad: int = 3) -> dict:

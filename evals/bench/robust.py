@@ -1,0 +1,217 @@
+"""`hipp bench robust`: does knowing where robustness lives help to prune? Equal MACs, equal fine-tuning, many seeds, controls.
+
+Every job (network, ratio, loss, seed) trains one dense network by PGD-AT, prunes it in every arm to the MACs of the uniform
+plan, measures batch norms again under attack, fine-tunes, and evaluates on the whole test set. Jobs are files; a stopped study
+goes on.
+"""
+
+import copy
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hipp_ext.evals.bench.measuring import mean_and_se, report
+from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
+from torch import nn
+
+from hipp_ext.files import write_atomic
+from hipp_ext.masks import top_units
+from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, global_counts, uniform_counts
+from hipp_ext.robust.data import ImageData, load_data
+from hipp_ext.robust.evaluation import evaluate
+from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
+from hipp_ext.robust.models import build_model
+from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
+from hipp_ext.robust.training import TrainSettings, recalibrate, train
+from hipp_ext.scorers.sensitivity import ChannelGroup
+
+MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
+ARMS = (*MAIN, "global-l1", "bn", "taylor", "robust-taylor", "mrs-worst", "mrs-grad", "mrs-taylor", "random")  # fmt: skip
+FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
+ATTACKS = ("pgd", "apgd-ce", "apgd-t")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a study runs.
+
+    Attributes:
+        data: name of the image set; root: its folder.
+        epsilon: L-inf radius.
+        steps: of the inner attack.
+        dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
+        attacks: see `hipp_ext.robust.evaluate`.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    epsilon: float = 0.1
+    steps: int = 5
+    dense: int = 25
+    tune: int = 15
+    attacks: tuple[str, ...] = ATTACKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One dense network and one way to fine-tune what is pruned from it."""
+
+    network: str
+    ratio: float
+    loss: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.network}-{round(100 * self.ratio)}-{self.loss}-{self.seed}"
+
+
+def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
+    """Fill `out`/<job>/<arm>.json; arms that are there already are left alone."""
+    wanted = [a for a in arms if not (out / job.name / f"{a}.json").exists()]
+    if not wanted:
+        return
+    data = load_data(setting.data, setting.root, seed=job.seed)
+    dense = _dense(job, setting, data, out)
+    example = data.train.rows(slice(0, 1))[0]
+    groups = find_channel_groups(dense, example)
+    macs, parameters = channel_costs(dense, example, groups)
+    uniform = uniform_counts([g.width for g in groups], job.ratio)
+    for arm in wanted:
+        start, memory = time.process_time(), _peak()
+        keeps, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
+        scoring = {"seconds": time.process_time() - start, "peak_mb": _peak() - memory}
+        model = copy.deepcopy(dense)
+        kept = {g.name: top_units(r, k) for g, k, r in zip(groups, keeps, ranking, strict=True)}
+        prune_channels(model, example, kept)
+        recalibrate(model, data.train, setting.epsilon, seed=job.seed)
+        settings = TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
+        train(model, data, _loss(job.loss, setting), settings)
+        found = evaluate(model, data.test, len(data.classes), epsilon=setting.epsilon, attacks=setting.attacks,
+                         checks=False, batch_size=600, seed=job.seed)  # fmt: skip
+        values = {
+            **asdict(job), "arm": arm, "clean": found.clean, **found.under, "worst": found.worst, "keeps": keeps,
+            "macs": macs(keeps) / macs([g.width for g in groups]), "scoring": scoring,
+            "parameters": parameters(keeps) / parameters([g.width for g in groups]),
+        }  # fmt: skip
+        write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
+        say(f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}")
+
+
+def _dense(job: Job, setting: Setting, data: ImageData, out: Path) -> nn.Module:
+    """The dense network of a seed, trained once for all ratios and losses."""
+    torch.manual_seed(job.seed)
+    model = build_model(job.network, len(data.classes), data.shape)
+    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=job.seed)
+    train(model, data, PGDAT(epsilon=setting.epsilon, steps=setting.steps), settings,
+          checkpoint=out / f"dense-{job.network}-{job.seed}.safetensors")  # fmt: skip
+    return model.eval()
+
+
+def _loss(name: str, setting: Setting) -> AdversarialLoss:
+    kind: Any = {"trades": TRADES, "pgd-at": PGDAT}[name]
+    return kind(epsilon=setting.epsilon, steps=setting.steps)
+
+
+def _plan(
+    arm: str, job: Job, setting: Setting, dense: nn.Module, data: ImageData, groups: Sequence[ChannelGroup], macs: Cost,
+    uniform: Sequence[int],
+) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
+    """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
+    budget, bounds, widths = macs(uniform), Bounds(floor=FLOOR[job.ratio]), [g.width for g in groups]
+    settings = ScoreSettings(epsilon=setting.epsilon, seed=job.seed)
+    clean = replace(settings, attack_steps=0)
+    generator = torch.Generator().manual_seed(job.seed)
+    rankings = {"bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}
+    if arm in ("uniform", "global-l1", "bn", "taylor", "robust-taylor", "random"):
+        batches = attacked_batches(dense, data.train, settings if arm == "robust-taylor" else clean)
+        kind: Any = rankings.get(arm, "l1")
+        ranking = rank_channels(dense, groups, batches, kind)
+        if arm in ("global-l1", "bn"):
+            return global_counts(ranking, macs, budget, bounds=bounds), ranking
+        if arm == "random":
+            drawn = torch.randn(len(groups), generator=generator).exp().tolist()
+            return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
+        return list(uniform), ranking
+    forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
+    chosen = clean if arm == "clean-removal" else replace(settings, form=forms.get(arm, "removal"))
+    if arm == "mrs-taylor":
+        chosen = replace(chosen, ranking="taylor")
+    scores = score(dense, data.train, groups, chosen)
+    values = list(scores.sensitivity)
+    if arm == "shuffled":
+        values = [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
+    return allocate(values, widths, macs, budget, bounds=bounds), scores.ranking
+
+
+def _peak() -> float:
+    """Most memory this process has held so far [MB]."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """All finished arms of all jobs."""
+    return [json.loads(p.read_text()) for p in sorted(out.glob("*/*.json"))]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Network, ratio and loss -> arm -> means, and paired differences to uniform, shuffled and clean over seeds."""
+    found: dict[str, Any] = {}
+    keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
+    for network, ratio, loss in keys:
+        mine = [r for r in rows if (r["network"], r["ratio"], r["loss"]) == (network, ratio, loss)]
+        by = {a: {r["seed"]: r for r in mine if r["arm"] == a} for a in dict.fromkeys(r["arm"] for r in mine)}
+        entry = {}
+        for arm, runs in by.items():
+            means = {k: mean_and_se([r[k] for r in runs.values()]) for k in ("clean", "pgd", "worst", "macs", "parameters")}
+            means["scoring_seconds"] = mean_and_se([r["scoring"]["seconds"] for r in runs.values()])
+            means["scoring_peak_mb"] = {"most": max(r["scoring"]["peak_mb"] for r in runs.values())}
+            against = {
+                b: _paired(runs, by[b]) for b in ("uniform", "global-l1", "shuffled", "clean-removal") if b in by and b != arm
+            }
+            entry[arm] = means | {"difference": against}
+        found[f"{network} {ratio} {loss}"] = entry
+    return found
+
+
+def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any]:
+    """Differences a - b over the seeds that both have, in points."""
+    seeds = sorted(set(a) & set(b))
+    return {k: mean_and_se([a[s][k] - b[s][k] for s in seeds]) if seeds else None for k in ("clean", "worst")}
+
+
+def power(spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416) -> int:
+    """Seeds that show a paired `difference` [points] with probability 0.8 at the 5% level, given the differences' spread."""
+    return max(2, math.ceil(((level + power_level) * spread / difference) ** 2))
+
+
+def jobs(networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int) -> Iterator[Job]:
+    """Seed by seed, so that a stopped study has all cells alike."""
+    for seed in range(seeds):
+        for network in networks:
+            for ratio in ratios:
+                for loss in losses:
+                    yield Job(network=network, ratio=ratio, loss=loss, seed=seed)
+
+
+def run(
+    out: Path, setting: Setting, networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int,
+    arms: Sequence[str], save: bool, say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Run what is missing in `out`, then report all of it."""
+    torch.set_num_threads(1)
+    for job in jobs(networks, ratios, losses, seeds):
+        run_job(job, setting, arms, out, say)
+    return conclude(out, setting, save)
+
+
+def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
+    """The report on what is finished in `out`."""
+    return report("robust", "hipp bench robust", {"setting": asdict(setting), "cells": table(results(out))}, save)

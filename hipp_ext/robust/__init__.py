@@ -1,0 +1,42 @@
+"""Robust pruning (MRPF): adversarial losses, attacks, models, data, the pipeline, and its evaluation.
+
+result = mrpf(model, load_data("digits"), MRPFSettings(pruning_ratio=0.75), loss=TRADES(epsilon=0.1))
+evaluate(result.model, data.test, 10, epsilon=0.1).worst
+"""
+
+from hipp_ext.attacks import APGD, PGD, Ball
+from hipp_ext.robust.allocation import Bounds, allocate, channel_costs
+from hipp_ext.robust.attacks import ImageAttack
+from hipp_ext.robust.data import ImageData, Images, load_data
+from hipp_ext.robust.evaluation import RobustReport, evaluate
+from hipp_ext.robust.losses import AWP, MART, PGDAT, TRADES
+from hipp_ext.robust.models import build_model
+from hipp_ext.robust.pipeline import MRPFResult, MRPFSettings, mrpf
+from hipp_ext.robust.scoring import ScoreSettings
+from hipp_ext.robust.training import TrainSettings, train
+
+__all__ = [
+    "APGD",
+    "AWP",
+    "MART",
+    "PGD",
+    "PGDAT",
+    "TRADES",
+    "Ball",
+    "Bounds",
+    "ImageAttack",
+    "ImageData",
+    "Images",
+    "MRPFResult",
+    "MRPFSettings",
+    "RobustReport",
+    "ScoreSettings",
+    "TrainSettings",
+    "allocate",
+    "build_model",
+    "channel_costs",
+    "evaluate",
+    "load_data",
+    "mrpf",
+    "train",
+]

@@ -1,0 +1,159 @@
+"""Adversarial training losses: `loss(model, images, labels, seed)` attacks, and returns the mean loss to descend.
+
+Any function of this shape is a loss for `hipp_ext.robust`. The inner attack runs in eval mode, the outer passes in the model's
+own mode.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hipp_ext.attacks import PGD, Ball
+from hipp_ext.errors import AttackError
+from hipp_ext.scorers.base import evaluating
+
+AdversarialLoss = Callable[[nn.Module, Tensor, Tensor, int], Float[Tensor, ""]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDAT:
+    """Cross-entropy on PGD's images.
+
+    Attributes:
+        epsilon: L-inf radius, in units of images in [0, 1].
+        steps: of PGD, each 2.5 epsilon / steps wide, from a random start.
+
+    Raises:
+        AttackError: epsilon is not above zero, steps is below one, the model is in half precision.
+
+    Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
+    """
+
+    epsilon: float = 8 / 255
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return F.cross_entropy(model(attacked(model, images, labels, self.epsilon, self.steps, seed)), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES:
+    """Cross-entropy on clean images, and `beta` times the divergence of the answers to images that PGD drives apart.
+
+    Attributes:
+        epsilon, steps: as for `PGDAT`; the inner attack climbs the divergence.
+        beta: weight of robustness.
+
+    Source: Zhang et al. (arXiv 1901.08573), eq. 5.
+    """
+
+    epsilon: float = 8 / 255
+    steps: int = 10
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        pgd = PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps, seed=seed)
+        with evaluating(model):
+            with torch.no_grad():
+                clean = model(images).softmax(1)
+            moved = pgd(lambda target, x: F.kl_div(model(x).log_softmax(1), target, reduction="sum"), clean, images)
+        logits = model(images)
+        divergence = F.kl_div(model(moved).log_softmax(1), logits.softmax(1), reduction="batchmean")
+        return F.cross_entropy(logits, labels) + self.beta * divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class MART:
+    """Boosted cross-entropy on PGD's images, and the divergence of their answers weighted by how unsure the clean answer is.
+
+    Attributes:
+        epsilon, steps: as for `PGDAT`.
+        beta: weight of the divergence (lambda in the paper).
+
+    Source: Wang et al. (ICLR 2020, openreview rklOg6EFwS), eq. 11.
+    """
+
+    epsilon: float = 8 / 255
+    steps: int = 10
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        clean, moved = model(images), model(attacked(model, images, labels, self.epsilon, self.steps, seed))
+        p_clean, p_moved = clean.softmax(1), moved.softmax(1)
+        right = F.one_hot(labels, clean.shape[1]).bool()
+        runner_up = p_moved.masked_fill(right, 0).amax(1)
+        boosted = F.cross_entropy(moved, labels) - torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
+        per_row = F.kl_div(moved.log_softmax(1), p_clean, reduction="none").sum(1)
+        return boosted + self.beta * (per_row * (1 - p_clean[right])).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWP:
+    """Another adversarial loss, its gradient taken where the weights have moved against it: flat minima are robust longer.
+
+    Attributes:
+        base: the loss; called once to find the direction and once at the moved weights.
+        gamma: how far a weight tensor moves, as a share of its norm; biases and norms stay.
+
+    Source: Wu et al. (arXiv 2004.05884), section 4.
+    Differs from the paper: the direction is the gradient normalised per tensor, one step, without a proxy optimizer.
+    """
+
+    base: AdversarialLoss
+    gamma: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < 1:
+            raise AttackError(f"AWP's gamma is a share of the weights' norm between 0 and 1, got {self.gamma}.")
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return self.base(model, images, labels, seed)
+
+    @contextlib.contextmanager
+    def moved(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Iterator[None]:
+        """Inside the block the weights are where the loss is worse; afterwards they are back, to the bit."""
+        weights = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
+        statistics = {n: b.clone() for n, b in model.named_buffers()}
+        gradients = torch.autograd.grad(self.base(model, images, labels, seed), weights, allow_unused=True)
+        original = [p.detach().clone() for p in weights]
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(statistics[n])  # the search for the direction leaves no trace in batch norms
+            for p, g in zip(weights, gradients, strict=True):
+                if g is not None:
+                    p.add_(self.gamma * p.norm() * g / g.norm().clamp_min(1e-12))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, old in zip(weights, original, strict=True):
+                    p.copy_(old)
+
+
+def backward(loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> float:
+    """Add the loss's gradients to `.grad`; the loss."""
+    with loss.moved(model, images, labels, seed) if isinstance(loss, AWP) else contextlib.nullcontext():
+        value = loss(model, images, labels, seed)
+        value.backward()
+    return float(value.detach())
+
+
+def attacked(model: nn.Module, images: Tensor, labels: Int[Tensor, " rows"], epsilon: float, steps: int, seed: int) -> Tensor:
+    """PGD's images on the cross-entropy, made in eval mode."""
+    pgd = PGD(ball=Ball(epsilon=epsilon), steps=steps, seed=seed)
+    with evaluating(model):
+        return pgd(lambda y, x: F.cross_entropy(model(x), y, reduction="none"), labels, images)

@@ -1,0 +1,139 @@
+"""A trained classifier -> what each of its modules is worth under attack, and which of its channels go first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hipp_ext.attacks import Ball
+from hipp_ext.errors import AttackError, UnsupportedModelError
+from hipp_ext.robust.data import Images
+from hipp_ext.robust.losses import attacked
+from hipp_ext.robust.training import check_precision, restored
+from hipp_ext.scorers.mrs import FORMS, Form
+from hipp_ext.scorers.sensitivity import ChannelGroup, first_order, removal, unit_norms, unit_taylor, worst_case
+
+Ranking = Literal["l1", "taylor", "bn"]
+RANKINGS = ("l1", "taylor", "bn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How modules and channels are scored.
+
+    Attributes:
+        form: of MRS, see `hipp_ext.scorers.MRS`.
+        ranking: of the channels within a module: "l1" (weight norms), "taylor" (derivative of the loss with respect to a gate)
+            or "bn" (scale of the batch norm behind the channel).
+        epsilon: of the attack on the scored images.
+        attack_steps: of PGD; 0 scores clean images, which is the counterpart that a claim about robustness has to beat.
+        rows: of the training images, the first ones.
+        rho, steps: of the form "worst".
+        ratio: share of channels removed in the form "removal".
+        batch_size: images at a time; Taylor averages squares over batches.
+        seed: of PGD.
+    """
+
+    form: Form = "removal"
+    ranking: Ranking = "l1"
+    epsilon: float = 8 / 255
+    attack_steps: int = 10
+    rows: int = 512
+    rho: float = 0.1
+    steps: int = 10
+    ratio: float = 0.5
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS or self.ranking not in RANKINGS:
+            raise AttackError(f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}.")
+        Ball(epsilon=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleScores:
+    """What was measured.
+
+    Attributes:
+        sensitivity: per module [nats]; "removal" and "worst" are rises of the loss on the scored images.
+        ranking: per module one score per channel, higher = keep; compared within a module only.
+    """
+
+    sensitivity: tuple[float, ...]
+    ranking: tuple[Tensor, ...]
+
+
+def score(model: nn.Module, images: Images, groups: Sequence[ChannelGroup], settings: ScoreSettings) -> ModuleScores:
+    """Sensitivity per module and ranking per channel. The model is left as it was, and so is the random state.
+
+    Args:
+        images: to score on; training images, so that the test images stay unseen.
+        groups: from `find_channel_groups`.
+
+    Raises:
+        UnsupportedModelError: the model is in half precision.
+        AttackError: epsilon is not above zero.
+    """
+    check_precision(model)
+    with restored(model):
+        model.eval()
+        batches = attacked_batches(model, images, settings)
+        ranking = rank_channels(model, groups, batches, settings.ranking)
+        return ModuleScores(sensitivity=tuple(sensitivity(model, groups, batches, ranking, settings)), ranking=tuple(ranking))
+
+
+def attacked_batches(model: nn.Module, images: Images, settings: ScoreSettings) -> list[tuple[Tensor, Tensor]]:
+    """(attacked images, labels), made once on the model as it is."""
+    device = next(model.parameters()).device
+    result = []
+    for x, y in images.first(settings.rows).batches(settings.batch_size):
+        x, y = x.to(device), y.to(device)
+        moved = attacked(model, x, y, settings.epsilon, settings.attack_steps, settings.seed) if settings.attack_steps else x
+        result.append((moved, y))
+    return result
+
+
+def rank_channels(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[tuple[Tensor, Tensor]], ranking: Ranking
+) -> list[Tensor]:
+    """Per module one score per channel, higher = keep."""
+    if ranking == "taylor":
+        return unit_taylor(model, groups, mean_loss, batches)
+    if ranking == "l1":
+        return unit_norms(model, groups, [g.owners for g in groups])
+    scales = []
+    for g in groups:
+        weights = [
+            model.get_parameter(n).detach().abs().double().cpu()
+            for n, size in g.followers
+            if n.endswith(".weight") and size == 1
+        ]
+        weights = [w for w in weights if len(w) == g.width]
+        if not weights:
+            raise UnsupportedModelError(f"No batch norm follows the channels of {g.name}; rank them by l1 or taylor.")
+        scales.append(torch.stack(weights).sum(0))
+    return scales
+
+
+def sensitivity(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    ranking: Sequence[Tensor],
+    settings: ScoreSettings,
+) -> list[float]:
+    """Per module, in the form that the settings ask for."""
+    if settings.form == "worst":
+        return worst_case(model, groups, mean_loss, batches, rho=settings.rho, steps=settings.steps)
+    if settings.form == "grad":
+        return first_order(model, groups, mean_loss, batches, rho=settings.rho)
+    return removal(model, groups, mean_loss, batches, ranking, ratio=settings.ratio)
+
+
+def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy of (images, labels)."""
+    return F.cross_entropy(model(batch[0]), batch[1])
