@@ -43,6 +43,8 @@ class FitSettings:
         rollouts: allocations per preference and budget, at least 2.
         imagined: policy updates per step on rollouts that the reward model scores; 0: no reward model, GRPO on the measured
             rollouts alone.
+        final: further such updates when all plans are measured, at a learning rate that falls to nothing; as a share of all
+            before them.
         candidates: plans among which the reward model chooses each measured rollout.
         learning_rate: of Adam.
         noise: standard deviation of the allocation logits at the first and at the last step.
@@ -58,6 +60,7 @@ class FitSettings:
     budgets: int = 3
     rollouts: int = 2
     imagined: int = 40
+    final: float = 0.6
     candidates: int = 192
     learning_rate: float = 3e-3
     noise: tuple[float, float] = (0.7, 0.3)
@@ -70,8 +73,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
             raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
-        if self.imagined < 0 or self.hindsight < 0 or self.candidates < self.rollouts:
-            raise ValueError(f"imagined and hindsight >= 0 and candidates >= rollouts are needed: {self}")
+        if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < self.rollouts:
+            raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= rollouts are needed: {self}")
 
     @property
     def evaluations(self) -> int:
@@ -227,10 +230,12 @@ class Trainer:
         if s.imagined:
             self._fit_model()
             for _ in range(s.imagined):
-                imagined = self._imagine(generator)
-                self.learner.learn(imagined, self._imagined_objectives(imagined), budget=free)
-                if free:
-                    self._learn_budgets(imagined.preferences)
+                self._learn_imagined(generator, budget=free)
+            if self.step + 1 == s.steps:
+                final = round(s.final * s.imagined * s.steps)
+                for left in range(final, 0, -1):
+                    self.learner.set_learning_rate(s.learning_rate * left / final)
+                    self._learn_imagined(generator, budget=free)
             return
         self.learner.learn(rollouts, objectives, budget=free)
         measured = self._measured()
@@ -240,6 +245,12 @@ class Trainer:
                 preferences = draw_preferences(16, generator)
                 ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
                 self.learner.learn_budgets(preferences, ratios, known)
+
+    def _learn_imagined(self, generator: torch.Generator, *, budget: bool) -> None:
+        imagined = self._imagine(generator)
+        self.learner.learn(imagined, self._imagined_objectives(imagined), budget=budget)
+        if budget:
+            self._learn_budgets(imagined.preferences)
 
     def _imagine(self, generator: torch.Generator) -> Rollouts:
         preferences, budgets, rollouts = IMAGINED

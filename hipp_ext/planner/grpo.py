@@ -77,6 +77,11 @@ class Learner:
         self.scalarisation: Scalarisation = scalarisation
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Of the updates to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     @torch.no_grad()
     def draw(
         self, preferences: Tensor, budgets: int, rollouts: int, *, noise: float, budget_noise: float,
@@ -178,8 +183,10 @@ def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Flo
 
     Per objective: (value - mean) / max(standard deviation, noise floor), zero where the deviation is below the floor;
     then weighted by how the preference divides between the two tasks: how much compression counts says nothing about where.
+    A task that does not count at all still counts a little, or it would be given away for nothing.
     """
-    lean = preferences[:, :2] / preferences[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
+    lean = preferences[:, :2] + 0.05 * preferences[:, :2].sum(1, keepdim=True) + 1e-6
+    lean = lean / lean.sum(1, keepdim=True)
     return (_normalised(objectives, 2)[..., :2] * lean[:, None, None]).sum(-1)
 
 

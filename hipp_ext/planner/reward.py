@@ -16,6 +16,7 @@ from hipp_ext.planner.policy import MAX_RATIO
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
+AUGMENTATION = 0.02  # weight of the plain sum beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +74,15 @@ def scalarise(
 
     Compression counts as its share of MAX_RATIO, so that all three objectives run from 0 to about 1. "linear" is the weighted
     sum; "tchebycheff" the smooth Tchebycheff distance to the ideal point (1, 1, 1), which also reaches non-convex parts
-    of the front and has its optimum inside the simplex for every preference.
+    of the front and has its optimum inside the simplex for every preference; a little of the plain sum beside it, so that an
+    objective that does not count is still not given away for nothing.
 
-    Source: smooth Tchebycheff, arXiv 2402.19078.
+    Source: smooth Tchebycheff, arXiv 2402.19078; augmentation, Steuer and Choo, Mathematical Programming 26 (1983).
     """
     scaled = objectives / torch.tensor([1.0, 1.0, MAX_RATIO])
     if kind == "linear":
         return (preference * scaled).sum(-1)
-    return -SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
+    return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
 
 
 def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], kind: Scalarisation = "tchebycheff") -> int:
