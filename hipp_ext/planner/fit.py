@@ -28,7 +28,7 @@ from hipp_ext.planner.state import Signals, keep_shares
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
-CAUTION = 1.0  # standard deviations taken off what the reward model promises
+CAUTION = 2.0  # standard deviations taken off what the reward model promises, where the policy learns from it
 GRID = 16  # ratios at which the budget head looks for the best one
 
 
@@ -229,13 +229,10 @@ class Trainer:
         s, free = self.settings, self.pruning_ratio is None
         if s.imagined:
             self._fit_model()
-            for _ in range(s.imagined):
-                self._learn_imagined(generator, budget=free)
-            if self.step + 1 == s.steps:
-                final = round(s.final * s.imagined * s.steps)
-                for left in range(final, 0, -1):
-                    self.learner.set_learning_rate(s.learning_rate * left / final)
-                    self._learn_imagined(generator, budget=free)
+            final = round(s.final * s.imagined * s.steps) if self.step + 1 == s.steps else 0
+            for update in range(s.imagined + final):
+                self.learner.set_learning_rate(s.learning_rate * min(1.0, (s.imagined + final - update) / max(final, 1)))
+                self._learn_imagined(update, generator)
             return
         self.learner.learn(rollouts, objectives, budget=free)
         measured = self._measured()
@@ -246,18 +243,18 @@ class Trainer:
                 ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
                 self.learner.learn_budgets(preferences, ratios, known)
 
-    def _learn_imagined(self, generator: torch.Generator, *, budget: bool) -> None:
-        imagined = self._imagine(generator)
-        self.learner.learn(imagined, self._imagined_objectives(imagined), budget=budget)
-        if budget:
-            self._learn_budgets(imagined.preferences)
-
-    def _imagine(self, generator: torch.Generator) -> Rollouts:
-        preferences, budgets, rollouts = IMAGINED
-        return self.learner.draw(
-            draw_preferences(preferences, generator), budgets, rollouts,
-            noise=self.settings.noise[1], budget_noise=1.0, ratio=self.pruning_ratio, limit=self.limit, generator=generator,
-        )  # fmt: skip
+    def _learn_imagined(self, update: int, generator: torch.Generator) -> None:
+        """At the budgets that the policy would choose and, every other time, at any: a user may fix the budget."""
+        n, budgets, rollouts = IMAGINED
+        preferences, ratio = draw_preferences(n, generator), self.pruning_ratio
+        own = ratio is None and update % 2 == 0
+        if ratio is None and not own:
+            ratio = min(MAX_RATIO, self.limit) * torch.rand(n, budgets, generator=generator)
+        imagined = self.learner.draw(preferences, budgets, rollouts, noise=self.settings.noise[1], budget_noise=1.0,
+                                     ratio=ratio, limit=self.limit, generator=generator)  # fmt: skip
+        self.learner.learn(imagined, self._imagined_objectives(imagined), budget=own)
+        if own:
+            self._learn_budgets(preferences)
 
     def _imagined_objectives(self, rollouts: Rollouts) -> Float[Tensor, "P M N 3"]:
         shape = rollouts.allocations.shape

@@ -85,12 +85,12 @@ class Learner:
     @torch.no_grad()
     def draw(
         self, preferences: Tensor, budgets: int, rollouts: int, *, noise: float, budget_noise: float,
-        ratio: float | None, limit: float, generator: torch.Generator,
+        ratio: float | Float[Tensor, "P M"] | None, limit: float, generator: torch.Generator,
     ) -> Rollouts:  # fmt: skip
-        """On-policy rollouts; `ratio` fixes the budget, `limit` is the largest ratio the bounds allow."""
+        """On-policy rollouts; `ratio` fixes the budgets, `limit` is the largest ratio the bounds allow."""
         mean = self.policy.budget(self.signals, preferences)[:, None]
         logits = mean + budget_noise * torch.randn(len(preferences), budgets, generator=generator)
-        ratios = (MAX_RATIO * torch.sigmoid(logits)).clamp(max=limit) if ratio is None else torch.full_like(logits, ratio)
+        ratios = (MAX_RATIO * torch.sigmoid(logits)).clamp(max=limit) if ratio is None else torch.zeros_like(logits) + ratio
         means = self.allocation_means(preferences, ratios)
         drawn = torch.randn(*means.shape[:2], rollouts, means.shape[2], generator=generator)
         return Rollouts(
