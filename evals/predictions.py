@@ -12,8 +12,11 @@ from hipp_ext.errors import CheckpointError, DataError
 MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
 
 
-def check_model_folder(path: str | Path) -> Path:
+def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     """`path`, absolute, if it is a whole model folder; looks at names and headers only, so it is fast.
+
+    Args:
+        pictures: whether a processor is needed beside the tokenizer.
 
     Raises:
         CheckpointError: not a folder, or the configuration, weights or processor are missing or damaged.
@@ -32,7 +35,7 @@ def check_model_folder(path: str | Path) -> Path:
         "processor": ("processor_config.json", "preprocessor_config.json"),
         "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     }.items():
-        if not any((folder / file).is_file() for file in files):
+        if (pictures or part == "tokenizer") and not any((folder / file).is_file() for file in files):
             raise CheckpointError(
                 f"{folder} has no {part} ({' or '.join(files)}). Save it beside the model: "
                 "save_pruned(model, folder, processor=processor), or processor.save_pretrained(folder)"

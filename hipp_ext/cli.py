@@ -337,6 +337,29 @@ def chair(
     _say(f"captions and scores: {file.parent}")
 
 
+@app.command("tasks-path")
+def tasks_path() -> None:
+    """Print the folder of the lm-eval tasks hipp_pope, hipp_scienceqa and hipp_scienceqa_val.
+
+    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's own models
+    """
+    from hipp_ext.integrations.lm_eval import tasks_path as path
+
+    _say(str(path()))
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line (`hipp lm-eval run --help`), with `--model hipp` and the tasks of `hipp tasks-path` known.
+
+    Example: `hipp lm-eval run --model hipp --model_args pretrained=./pruned --tasks hipp_pope,hipp_scienceqa
+    --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
+    """
+    from hipp_ext.integrations.lm_eval import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @data_app.command("pope")
 def data_pope(
     images: Annotated[Path, typer.Option(help="Folder of the pictures, such as COCO's val2014.")],
