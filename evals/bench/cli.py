@@ -74,8 +74,8 @@ def bench_latency(
     import shlex
     import sys
 
-    import torch
-    from hipp_ext.evals.bench.latency import Load, run
+    from hipp_ext.evals.bench.generation import Load
+    from hipp_ext.evals.bench.latency import run
 
     from hipp_ext.errors import DataError
     from hipp_ext.files import require_new
@@ -92,8 +92,7 @@ def bench_latency(
     if len(folders) < len(models or ()):
         raise DataError(f"two folders of one name: {', '.join(models or ())}. Rename one")
     command = shlex.join(["hipp", *sys.argv[1:]])
-    run(folders or None, plan or (), load, device=device, dtype=getattr(torch, dtype) if dtype else None, command=command, save=save,
-        out=out)  # fmt: skip
+    run(folders or None, plan or (), load, device=device, dtype=dtype, command=command, save=save, out=out)
 
 
 @bench_app.command("query")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from hipp_ext.evals.bench.latency import Load, cpu_extra_mib, folders, measure, prefill_gflops, run, token_seconds
+from hipp_ext.evals.bench.generation import Load, measure, own_extra_mib, prefill_gflops, token_seconds
+from hipp_ext.evals.bench.latency import folders, run
 from hipp_ext.evals.bench.measuring import resident
 from models import build
 
@@ -49,7 +50,7 @@ def test_every_run_has_as_many_tokens_as_asked():
 
 
 def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
-    from hipp_ext.evals.bench import latency
+    from hipp_ext.evals.bench import generation
 
     models, order = {"big": llama(4, 256), "small": llama(1, 64)}, []
 
@@ -57,7 +58,7 @@ def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
         order.append(next(name for name, own in models.items() if own is model))
         return token_seconds(model, *arguments)
 
-    monkeypatch.setattr(latency, "token_seconds", noted)
+    monkeypatch.setattr(generation, "token_seconds", noted)
     rows = measure(models, Load(tokens=256, new_tokens=4, repeats=3, warmup=1))
     assert order == ["big", "small"] * 4  # one warm-up turn, three that count
     for row in rows.values():
@@ -84,7 +85,7 @@ def test_flops_are_those_counted_by_hand():
 def test_memory_grows_with_the_batch():
     if resident("VmRSS") != resident("VmRSS"):
         pytest.skip("no /proc here")
-    few, many = (cpu_extra_mib(WEIGHTS, Load(rows=rows, new_tokens=2)) for rows in (1, 256))
+    few, many = (own_extra_mib(WEIGHTS, Load(rows=rows, new_tokens=2)) for rows in (1, 256))
     assert many > few + 20 and few >= 0
 
 
@@ -100,7 +101,7 @@ def test_folders_and_plans(plan, tmp_path):
 
 def test_a_run_on_folders(plan, tmp_path):
     file = tmp_path / "latency.json"
-    result = run({"dense": WEIGHTS}, [plan], QUICK, device="cpu", out=file, show_table=False)
+    result = run({"dense": WEIGHTS}, [plan], QUICK, device="cpu", out=file, quiet=True)
     assert json.loads(file.read_text()) == result and result["device"].endswith("CPU")
     dense, half = result["models"]["dense"], result["models"]["half"]
     assert half["parameters"] < dense["parameters"] and half["prefill_gflops"] < dense["prefill_gflops"]
