@@ -246,14 +246,27 @@ def prune(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A folder that `hipp demo` filled.")]) -> None:
-    """Make report.html and its pictures again from a folder's summary.json.
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp bench latency` wrote; models."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the page; default: the first DIR.")] = None,
+) -> None:
+    """One self-contained page, report.html, and PNGs: front, units kept, POPE by split, disagreements, cost, how it was made.
 
-    Example: `hipp report demo`
+    Every DIR adds what lies in it: results of `vlmeval` and its answers, model folders (plans and sizes), a planner (front,
+    visual sensitivity), latency.json. The models of all DIRs stand in one report, the dense one first.
+
+    Examples:
+
+    `hipp report demo`
+
+    `hipp report outputs ./dense ./pruned planner latency.json -o report`
     """
     from hipp_ext.evals.report import write_report
 
-    _say(str(write_report(folder)))
+    _say(str(write_report(folders, out)))
 
 
 @app.command()
