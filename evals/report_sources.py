@@ -18,10 +18,12 @@ from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.fit import IDENTITY
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
+_MARKS = ("results.json", "planner.json", "config.json")
 _DEPTH = 4  # folders below a given one that are looked into: DIR/outputs/MODEL/DATA/results.json
 
 
@@ -126,7 +128,7 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
         raise DataError(f"{path} is not a folder")
     if (path / SUMMARY).is_file():
         return _read_summary(path), {}
-    found: dict[str, list[Path]] = {"results.json": [], "planner.json": [], "config.json": [], LATENCY: []}
+    found: dict[str, list[Path]] = {name: [] for name in (*_MARKS, LATENCY, IDENTITY)}
     for folder, names in _folders(path):
         for name in found.keys() & set(names):
             found[name].append(folder)
@@ -139,7 +141,8 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
     commands = [c for r in records if (c := r.get("command"))] + [one["command"] for one in latency]
     return Sources(
         entries=tuple(_entries(records)), fits=tuple(_fit(folder) for folder in found["planner.json"]), latency=latency,
-        commands=tuple(dict.fromkeys(commands)), seeds=tuple(s for one in latency for s in _latency_seeds(one)),
+        commands=tuple(dict.fromkeys(commands)),
+        seeds=(*(_fit_seed(folder) for folder in found[IDENTITY]), *(s for one in latency for s in _latency_seeds(one))),
     ), {folder.resolve().name: folder for folder in found["config.json"]}  # fmt: skip
 
 
@@ -253,6 +256,12 @@ def _latency(file: Path) -> dict[str, Any]:
         return {name: data[name] for name in ("command", "device", "threads", "load", "models")}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a result of `hipp bench latency`: {error!r}") from None
+
+
+def _fit_seed(folder: Path) -> str:
+    settings = _json(folder / IDENTITY).get("settings")
+    known = settings if isinstance(settings, dict) else {}
+    return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
 
 
 def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
