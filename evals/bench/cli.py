@@ -95,6 +95,14 @@ def bench_latency(
     run(folders or None, plan or (), load, device=device, dtype=dtype, command=command, save=save, out=out)
 
 
+@bench_app.command("vlmeval")
+def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save = False) -> None:
+    """What importing our integration adds to VLMEvalKit's own import, and the time of 200 POPE questions on the testbed."""
+    from hipp_ext.evals.bench.vlmeval_cost import run
+
+    run(repeats, save)
+
+
 @bench_app.command("query")
 def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
     """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""
