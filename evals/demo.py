@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hipp_ext.evals.bench.generation import Load
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.report import Entry, table_rows, write_report, write_summary
+from hipp_ext.evals.report import table_rows, write_report
+from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
 from torch import nn
 
 from hipp_ext import testbed
@@ -15,7 +17,7 @@ from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
-from hipp_ext.planner.fit import ARCHIVE, FitSettings
+from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.planner import Say
 from hipp_ext.preference import Preference
 from hipp_ext.surgery import prune
@@ -36,11 +38,13 @@ class DemoSize:
         settings: of the fit.
         search: questions per task that a plan is evaluated on while searching.
         limit: questions per data set in the final evaluation; None: all.
+        load: what the models generate while their latency and memory are measured.
     """
 
     settings: FitSettings = FitSettings(steps=20, preferences=2, budgets=2, rollouts=3)
     search: int = 192
     limit: int | None = None
+    load: Load = Load(repeats=15)
 
 
 def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True) -> Path:
@@ -52,18 +56,18 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     """
     folder, size = Path(folder), size or DemoSize()
     started = time.perf_counter()
-    say("1/5  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
+    say("1/6  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
     model, processor = testbed.load()
     data = folder / "data"
     if not (data / "test").exists():
         testbed.export(data, splits=("test",))
-    say("2/5  fitting the planner on the search split")
+    say("2/6  fitting the planner on the search split")
     planner = HiPPPlanner(PREFERENCES["utility"])
     evaluator = search_evaluator(model, processor, size.search)
     result = planner.fit(model, evaluator, size.settings, folder=folder / "fit", processor=processor, progress=progress)
     planner.save(folder / "planner", overwrite=True)
     say(f"     {result.evaluations} plans, hypervolume {result.hypervolume:.4f}")
-    say("3/5  one policy call per preference, then surgery")
+    say("3/6  one policy call per preference, then surgery")
     plans = {name: planner.plan(model, preference=p) for name, p in PREFERENCES.items()}
     models = {"dense": _keep_model(model, processor, None, folder / "models/dense")}
     for name, plan in plans.items():
@@ -71,9 +75,11 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
         models[name] = _keep_model(model, processor, plan, folder / f"models/{name}")
         say(f"     {name}: {PREFERENCES[name]} -> {100 * plan.pruning_ratio:.1f}% of prunable parameters removed")
     command = f"vlmeval --data {' '.join(DATA)} --model {' '.join(map(str, models.values()))} --lmu-data {data / 'test'}"
-    say(f"4/5  {command}")
+    say(f"4/6  {command}")
     records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
-    say("5/5  report")
+    say("5/6  latency and memory")
+    _measure(models, size.load, folder)
+    say("6/6  report")
     rewards = dict(zip(plans, planner.rewards(model, list(plans.values()), evaluator), strict=True))
     entries = []
     dense = sum(p.numel() for p in model.parameters())
@@ -85,8 +91,9 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
         entries.append(
             Entry(name=name, preference=wish, plan=plan, reward=reward, parameters=dense - removed, records=records[name])
         )
-    commands = ["hipp demo", command, f"fit: {size.settings}"]
-    write_summary(folder, entries, commands, f"fit/{ARCHIVE}")
+    seeds = [f"fit: seed {size.settings.seed} of preferences, noise and policy", "testbed: its splits are fixed"]
+    commands = [f"hipp demo --out {folder}", f"the fit in it: {size.settings}", command]
+    write_summary(folder, entries, commands, seeds, "planner")
     page = write_report(folder)
     _print_table(entries)
     say(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
@@ -122,6 +129,18 @@ def _evaluate(models: dict[str, Path], data: Path, work_dir: Path, limit: int | 
     for record in records:
         result[record.model][record.data] = dataclasses.asdict(record)
     return result
+
+
+def _measure(models: dict[str, Path], load: Load, folder: Path) -> None:
+    """Measure what the models cost, unless it was: these models, on this machine's CPU."""
+    from hipp_ext.evals.bench.latency import run
+
+    file = folder / LATENCY
+    sizes = {name: path.stat().st_mtime_ns for name, path in models.items()}
+    if file.exists() and file.stat().st_mtime_ns > max(sizes.values()):
+        return
+    command = f"hipp bench latency {' '.join(map(str, models.values()))} --device cpu --repeats {load.repeats} -o {file}"
+    run(models, load=load, device="cpu", command=command, out=file, quiet=True)
 
 
 def _print_table(entries: list[Entry]) -> None:

@@ -122,6 +122,23 @@ def pope_scores(
     return scores
 
 
+def split_rates(
+    said: Sequence[str], labels: Sequence[str], images: Sequence[str], *, errors: bool = False, seed: int = 0
+) -> dict[str, float]:
+    """The rates of one split, as `POPEScores` has them, of answers that a rule has read already; in percent.
+
+    Args:
+        said: "yes", "no" or "unknown", one per question.
+        labels, images: see `pope_scores`.
+        errors: also the standard errors (`f1_se`, ...), which take a bootstrap.
+        seed: of the bootstrap.
+    """
+    counts = _counts(said, labels)
+    if errors:
+        return vars(_scores(counts, list(images), seed, 1000))
+    return dict(zip(_RATES, map(float, _rates(counts.sum(axis=0))), strict=True))
+
+
 def _counts(said: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Per row: 1, true positive, false positive, false negative, right, said yes, unknown."""
     answer, label = np.asarray(said), np.char.lower(np.asarray(labels))

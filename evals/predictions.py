@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.errors import CheckpointError, DataError, WriteError
 
 MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
 
 
-def check_model_folder(path: str | Path) -> Path:
+def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     """`path`, absolute, if it is a whole model folder; looks at names and headers only, so it is fast.
+
+    Args:
+        pictures: whether a processor is needed beside the tokenizer.
 
     Raises:
         CheckpointError: not a folder, or the configuration, weights or processor are missing or damaged.
@@ -32,7 +35,7 @@ def check_model_folder(path: str | Path) -> Path:
         "processor": ("processor_config.json", "preprocessor_config.json"),
         "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     }.items():
-        if not any((folder / file).is_file() for file in files):
+        if (pictures or part == "tokenizer") and not any((folder / file).is_file() for file in files):
             raise CheckpointError(
                 f"{folder} has no {part} ({' or '.join(files)}). Save it beside the model: "
                 "save_pruned(model, folder, processor=processor), or processor.save_pretrained(folder)"
@@ -195,11 +198,21 @@ class PredictionLog:
                 raise DataError(f"{self.path}, line {number}, is damaged. Delete the file to start over") from None
 
     def add(self, answers: Iterable[tuple[str, str]]) -> None:
-        """Append (index, answer) pairs."""
+        """Append (index, answer) pairs.
+
+        Raises:
+            WriteError: the disk is full, say. What was written before counts; half a line is dropped when the file is read.
+        """
         new = dict(answers)
         lines = [json.dumps({"index": index, "prediction": answer}) + "\n" for index, answer in new.items()]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise WriteError(
+                f"{self.path}: answers could not be written: {error.strerror}. Those before are kept; make room, and the same "
+                "command goes on from there"
+            ) from error
         self.answers |= new
 
 

@@ -246,14 +246,27 @@ def prune(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A folder that `hipp demo` filled.")]) -> None:
-    """Make report.html and its pictures again from a folder's summary.json.
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp bench latency` wrote; models."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the page; default: the first DIR.")] = None,
+) -> None:
+    """One self-contained page, report.html, and PNGs: front, units kept, POPE by split, disagreements, cost, how it was made.
 
-    Example: `hipp report demo`
+    Every DIR adds what lies in it: results of `vlmeval` and its answers, model folders (plans and sizes), a planner (front,
+    visual sensitivity), latency.json. The models of all DIRs stand in one report, the dense one first.
+
+    Examples:
+
+    `hipp report demo`
+
+    `hipp report outputs ./dense ./pruned planner latency.json -o report`
     """
     from hipp_ext.evals.report import write_report
 
-    _say(str(write_report(folder)))
+    _say(str(write_report(folders, out)))
 
 
 @app.command()
@@ -335,6 +348,29 @@ def chair(
                                  progress=sys.stderr.isatty())  # fmt: skip
     _print_wide(chair_table([(model, scores)]))
     _say(f"captions and scores: {file.parent}")
+
+
+@app.command("tasks-path")
+def tasks_path() -> None:
+    """Print the folder of the lm-eval tasks hipp_pope, hipp_scienceqa and hipp_scienceqa_val.
+
+    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's own models
+    """
+    from hipp_ext.integrations.lm_eval import tasks_path as path
+
+    _say(str(path()))
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line (`hipp lm-eval run --help`), with `--model hipp` and the tasks of `hipp tasks-path` known.
+
+    Example: `hipp lm-eval run --model hipp --model_args pretrained=./pruned --tasks hipp_pope,hipp_scienceqa
+    --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
+    """
+    from hipp_ext.integrations.lm_eval import main as run
+
+    raise typer.Exit(run(context.args))
 
 
 @data_app.command("pope")

@@ -45,6 +45,10 @@ class OutputExistsError(HippError, FileExistsError):
     """The output path exists, and overwriting it was not asked for."""
 
 
+class WriteError(HippError, OSError):
+    """A result that could not be written: the disk is full, or the folder is not writable."""
+
+
 class MissingExtraError(HippError, ImportError):
     """A host library is not installed; the message names the extra to install."""
 

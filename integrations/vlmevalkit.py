@@ -61,6 +61,7 @@ class EvalRecord:
         without_image: rows of the file left out because they have no picture.
         predictions: the file of answers, JSONL.
         seconds: time for answering what was not answered before, and for scoring.
+        command: the command line; None for a call from Python.
     """
 
     model: str
@@ -74,6 +75,7 @@ class EvalRecord:
     without_image: int
     predictions: str
     seconds: float
+    command: str | None = None
 
 
 def evaluate(
@@ -127,6 +129,7 @@ class Job:
     dtype: str
     progress: bool
     verbose: bool
+    command: str | None = None
 
 
 def prepare(
@@ -141,6 +144,7 @@ def prepare(
     dtype: str | None,
     progress: bool,
     verbose: bool,
+    command: str | None = None,
 ) -> Job:
     """The arguments of `evaluate`, checked; reads the data, but imports neither VLMEvalKit nor a model."""
     if importlib.util.find_spec("vlmeval") is None:
@@ -162,7 +166,8 @@ def prepare(
         raise DataError(f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}")
     tables = [read_table(path, work_dir / "images", name=name) for name, path in found]
     return Job(folders=folders, tables=tables, work_dir=work_dir, limit=limit, batch_size=batch_size,
-               device=resolve_device(device), dtype=dtype or "auto", progress=progress, verbose=verbose)  # fmt: skip
+               device=resolve_device(device), dtype=dtype or "auto", progress=progress, verbose=verbose,
+               command=command)  # fmt: skip
 
 
 def evaluate_model(job: Job, folder: Path) -> Iterator[EvalRecord]:
@@ -216,6 +221,7 @@ def _evaluate_table(job: Job, folder: Path, model_hash: str, table: Table, vlm: 
         without_image=table.without_image,
         predictions=str(log.path),
         seconds=time.perf_counter() - start,
+        command=job.command,
     )
     write_atomic(place / "results.json", json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
     return record

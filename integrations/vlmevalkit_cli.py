@@ -6,6 +6,7 @@ anything was loaded; 130 stopped by ctrl-C.
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -62,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its message or its help
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return _run(args)
+        return _run(args, shlex.join(["vlmeval", *(sys.argv[1:] if argv is None else argv)]))
     except KeyboardInterrupt:
         print(f"\nInterrupted. The answers so far are kept under {args.work_dir}: the same command goes on from there.",
               file=sys.stderr)  # fmt: skip
         return 130
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, command: str) -> int:
     _go_offline()
     try:
         job = prepare(
@@ -83,6 +84,7 @@ def _run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             progress=sys.stderr.isatty(),
             verbose=args.verbose,
+            command=command,
         )
     except (HippError, OSError) as error:
         _complain(error, args.verbose)

@@ -50,7 +50,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json"), "cannot be met"),
         (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
-        (("report", "nowhere"), "holds no summary.json"),
+        (("report", "nowhere"), "nowhere is not a folder"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
     ],
 )
@@ -78,6 +78,8 @@ def test_existing_output_is_kept(tmp_path):
         ("front",),
         ("bench", "hosts"),
         ("bench", "search"),
+        ("bench", "latency"),
+        ("report",),
     ],
 )
 def test_help_explains_every_command(tmp_path, command):

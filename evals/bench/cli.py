@@ -44,6 +44,65 @@ def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = 
     run(repeats, save=save)
 
 
+@bench_app.command("latency")
+def bench_latency(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders, dense first, or `testbed`.")
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Also the first model pruned by this plan; may be repeated.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt length of a model without pictures.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per run.")] = 33,
+    repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two that do not.")] = 9,
+    seed: Annotated[int, typer.Option(help="Of pictures and random prompts.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    save: Save = False,
+) -> None:
+    """Time to the first token and per further token, peak memory and FLOPs: the first model against the others.
+
+    Without a model: random weights of LLaVA-1.5's proportions and token counts, dense and uniformly pruned by 30%.
+
+    Examples:
+
+    `hipp bench latency ./llava-1.5-7b-hf ./pruned --dtype bfloat16 -o latency.json`
+
+    `hipp bench latency testbed --plan plan.json`
+    """
+    import shlex
+    import sys
+
+    from hipp_ext.evals.bench.generation import Load
+    from hipp_ext.evals.bench.latency import run
+
+    from hipp_ext.errors import DataError
+    from hipp_ext.files import require_new
+    from hipp_ext.testbed import WEIGHTS
+
+    if plan and not models:
+        raise DataError("--plan needs the model that it is for: hipp bench latency MODEL --plan plan.json")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise DataError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+    if out is not None:
+        require_new(out, overwrite)
+    load = Load(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed)
+    folders = {Path(m).resolve().name or m: WEIGHTS if m == "testbed" else m for m in models or ()}
+    if len(folders) < len(models or ()):
+        raise DataError(f"two folders of one name: {', '.join(models or ())}. Rename one")
+    command = shlex.join(["hipp", *sys.argv[1:]])
+    run(folders or None, plan or (), load, device=device, dtype=dtype, command=command, save=save, out=out)
+
+
+@bench_app.command("vlmeval")
+def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save = False) -> None:
+    """What importing our integration adds to VLMEvalKit's own import, and the time of 200 POPE questions on the testbed."""
+    from hipp_ext.evals.bench.vlmeval_cost import run
+
+    run(repeats, save)
+
+
 @bench_app.command("query")
 def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
     """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""

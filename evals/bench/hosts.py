@@ -12,11 +12,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import ratio, report
+from hipp_ext.evals.bench.measuring import ratio, report, resident
 
 from hipp_ext.budget import Bounds, keep_counts
 from hipp_ext.errors import MissingExtraError
@@ -85,23 +84,12 @@ def measure(side: str, shape: str) -> dict[str, float]:
     with_hipp(llama("100M")) if shape != "100M" else None  # both sides meet a warm torch
     model = llama(shape)
     dense = sum(p.numel() for p in model.parameters())
-    before = _memory("VmRSS", reset=True)
+    before = resident("VmRSS", reset=True)
     start = time.perf_counter()
     small = SIDES[side](model)
     seconds = time.perf_counter() - start
-    extra = _memory("VmHWM") - before
+    extra = resident("VmHWM") - before
     return {"seconds": seconds, "extra_mib": extra, "dense": dense, "left": sum(p.numel() for p in small.parameters())}
-
-
-def _memory(field: str, reset: bool = False) -> float:
-    """A field of this process's memory [MiB]; `reset` makes the peak start from now. NaN where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:

@@ -56,15 +56,40 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def resident(field: str, reset: bool = False) -> float:
+    """A field of this process's memory [MiB]; `reset` makes the peak start from now. NaN where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def describe(command: str, values: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
+    """`values` with the command and the machine.
+
+    Args:
+        device: what was measured on; None: the GPU if there is one.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
+    versions = {p: version(p) for p in ("torch", "transformers")}
+    return {"command": command, **values, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def show(name: str, result: Mapping[str, Any], *, save: bool, out: Path | None = None, quiet: bool = False) -> None:
+    """Print a result, unless `quiet`; with `save` write it to results/<name>.json, with `out` to that file."""
+    text = json.dumps(result, indent=1) + "\n"
+    if not quiet:
+        print(text, end="")
+    for file in ([RESULTS / f"{name}.json"] if save else []) + ([out] if out else []):
+        write_atomic(file, text)
+
+
 def report(name: str, command: str, values: Mapping[str, Any], save: bool) -> dict[str, Any]:
     """`values` with the command and the machine; printed, and with `save` written to results/<name>.json."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    result = {
-        "command": command, **values, "device": device, "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("torch", "transformers")},
-    }  # fmt: skip
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if save:
-        write_atomic(RESULTS / f"{name}.json", text)
+    result = describe(command, values)
+    show(name, result, save=save)
     return result

@@ -10,8 +10,8 @@ from hipp_ext.scorers import VisualSensitivity
 from hipp_ext.scorers.base import forward
 
 
-def llava_shaped(hidden: int, layers: int) -> tuple[Any, list[dict[str, torch.Tensor]]]:
-    """A random LLaVA with LLaVA-1.5's token counts (576 image tokens, 60 text tokens) and proportions, and one batch."""
+def llava_shaped(hidden: int, layers: int, rows: int = 2) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A random LLaVA with LLaVA-1.5's token counts (576 of image, 60 of text) and proportions, and one batch of `rows`."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(vocab_size=1000, hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers,
@@ -21,9 +21,9 @@ def llava_shaped(hidden: int, layers: int) -> tuple[Any, list[dict[str, torch.Te
     image: dict[str, Any] = {"image_token_id": 999}
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **image)).eval()
-    text_ids = torch.randint(0, 900, (2, 60))
-    ids = torch.cat([torch.ones(2, 1, dtype=torch.long), torch.full((2, 576), 999), text_ids], 1)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 336, 336)}
+    text_ids = torch.randint(0, 900, (rows, 60))
+    ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), torch.full((rows, 576), 999), text_ids], 1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(rows, 3, 336, 336)}
     return model, [batch]
 
 

@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,12 @@ from hipp_ext.evals.tables import read_table
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register
 from vlm_tables import picture, pope_rows, save_llava, scienceqa_rows, write_tsv
 
+from hipp_ext import prune, save_pruned, testbed
+from hipp_ext.budget import keep_counts
 from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.groups import find_groups
+from hipp_ext.masks import plan_from_counts
+from hipp_ext.scorers import Magnitude
 
 torch.set_num_threads(1)
 QUIET = {"device": "cpu", "progress": False}
@@ -176,6 +183,36 @@ def test_interrupted_run_goes_on(records, llava, lmu, tmp_path, monkeypatch, cap
     assert sum(asked) == 12  # everything was answered: the model is not even loaded
     assert answers(again) == answers(records[0])
     assert again.metrics == records[0].metrics
+
+
+def test_a_full_disk_costs_only_what_did_not_fit(records, llava, lmu, tmp_path, monkeypatch, capsys, asked):
+    """The system refuses the rest of a write, as it does when the disk is full, in the middle of a line."""
+    command = ["--data", "POPE", "--model", str(llava), "--lmu-data", str(lmu), "--work-dir", str(tmp_path),
+               "--batch-size", "3", "--device", "cpu"]  # fmt: skip
+    counted, before = HippVLM.generate_batch, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def nearly_full(self, messages):
+        said = counted(self, messages)
+        if len(asked) == 2:
+            (log,) = tmp_path.rglob("predictions.jsonl")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 20, before[1]))
+        return said
+
+    monkeypatch.setattr(HippVLM, "generate_batch", nearly_full)
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "answers could not be written" in said and "make room, and the same command goes on from there" in said
+    assert not list(tmp_path.rglob("results.json"))
+    (log,) = tmp_path.rglob("predictions.jsonl")
+    assert log.read_bytes().count(b"\n") == 3 and not log.read_bytes().endswith(b"\n")  # half a line is there
+    monkeypatch.setattr(HippVLM, "generate_batch", counted)
+    assert main(command) == 0
+    assert asked == [3, 3, 3, 3, 3]  # the second batch again, and the two that were never asked
+    again = evaluate(llava, "POPE", lmu_data=lmu, work_dir=tmp_path, **QUIET)[0]
+    assert answers(again) == answers(records[0]) and again.metrics == records[0].metrics
 
 
 def test_limit_then_all(records, llava, lmu, tmp_path, asked):
@@ -411,6 +448,40 @@ def test_damaged_model_folders(llava, tmp_path):
     (folder / "config.json").write_text(config[:-9])
     with pytest.raises(CheckpointError, match="config.json is damaged"):
         check_model_folder(folder)
+
+
+def test_half_written_pruned_folders(lmu, tmp_path, capsys):
+    """What a copy that was cut off leaves: each is refused before a question is asked, and named."""
+    model, processor = testbed.load()
+    groups = find_groups(model)
+    plan = plan_from_counts(groups, keep_counts(groups, [0.1 * i for i in range(len(groups))], 0.3), Magnitude()(model))
+    whole = save_pruned(prune(model, plan), tmp_path / "whole", processor)
+    manifest = (whole / "hipp_ext.json").read_bytes()
+    spoilt = {"no-manifest": None, "half-manifest": manifest[: len(manifest) // 2], "other-manifest": b"{}"}
+    for name, content in spoilt.items():
+        folder = shutil.copytree(whole, tmp_path / name)
+        (folder / "hipp_ext.json").unlink()
+        if content is not None:
+            (folder / "hipp_ext.json").write_bytes(content)
+    half = shutil.copytree(whole, tmp_path / "half-weights")
+    (half / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:-1000])
+    arguments = ["--data", "POPE", "--lmu-data", str(lmu), "--work-dir", str(tmp_path / "out"), "--device", "cpu", "--model"]
+    assert main([*arguments, str(half)]) == 2 and "damaged or half-written" in capsys.readouterr().err
+    assert main([*arguments, *(str(tmp_path / name) for name in spoilt)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("hipp_ext.json is damaged or of another format") == 2 and "no-manifest could not be loaded" in said
+    assert not list((tmp_path / "out").rglob("results.json"))
+
+
+def test_200_questions_on_the_testbed_take_less_than_a_minute(tmp_path):
+    """The whole path: reading the table, loading, answering, scoring by VLMEvalKit."""
+    testbed.export(tmp_path / "data", splits=("test",))
+    start = time.perf_counter()
+    (record,) = evaluate(
+        testbed.WEIGHTS, "POPE", lmu_data=tmp_path / "data/test", work_dir=tmp_path / "out", limit=200, **QUIET
+    )
+    assert record.n == 200 and record.seconds < time.perf_counter() - start < 60
+    assert record.metrics["vlmeval"]["overall"]["accuracy"] > 90
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,0 +1,278 @@
+"""Folders -> what a report shows: models with their scores, plans and costs, fits with their fronts, and who made it all.
+
+A folder is known by what lies in it: summary.json (`hipp demo`), results.json (`vlmeval`), planner.json (`hipp fit`),
+config.json and weights (a model), or a JSON file of `hipp bench latency`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.figures import KINDS
+
+from hipp_ext.checkpoint import read_plan
+from hipp_ext.errors import DataError
+from hipp_ext.files import content_hash, write_atomic
+from hipp_ext.plan import PruningPlan
+from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.fit import IDENTITY
+from hipp_ext.planner.reward import Reward
+from hipp_ext.preference import Preference
+
+SUMMARY, LATENCY = "summary.json", "latency.json"
+_MARKS = ("results.json", "planner.json", "config.json")
+_DEPTH = 4  # folders below a given one that are looked into: DIR/outputs/MODEL/DATA/results.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One evaluated model.
+
+    Attributes:
+        name: how it is called in tables and pictures.
+        preference: what its plan was made for, as text; None where that is not known, and for the dense model.
+        plan: None for the dense model, and where its folder was not given.
+        reward: what the planner's evaluator says of the plan; None where it was not asked.
+        parameters: of the whole model; None where its folder was not given.
+        records: by data set, as `vlmeval` writes them to results.json.
+    """
+
+    name: str
+    preference: str | None
+    plan: PruningPlan | None
+    reward: Reward | None
+    parameters: int | None
+    records: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fitted planner: its archive, and the visual sensitivity it measured ("attention" and "ffn" -> one number per layer)."""
+
+    name: str
+    archive: Archive
+    visual: dict[str, list[float]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Everything a report is made of.
+
+    Attributes:
+        entries: the first is the one that the others are compared with.
+        fits: planners.
+        latency: results of `hipp bench latency`.
+        commands: how it was made, in order.
+        seeds: what was random, as text.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    fits: tuple[Fit, ...] = ()
+    latency: tuple[dict[str, Any], ...] = ()
+    commands: tuple[str, ...] = ()
+    seeds: tuple[str, ...] = field(default=())
+
+
+def write_summary(
+    folder: str | Path, entries: Sequence[Entry], commands: Sequence[str], seeds: Sequence[str], planner: str | None = None
+) -> None:
+    """Write what a report needs to `folder`/summary.json.
+
+    Args:
+        seeds: what was random, as text.
+        planner: the folder of the planner, relative to `folder`.
+    """
+    rows = [
+        {
+            "name": e.name, "preference": e.preference, "plan": e.plan.to_json() if e.plan else None,
+            "reward": e.reward.as_dict() if e.reward else None, "parameters": e.parameters, "records": e.records,
+        }
+        for e in entries
+    ]  # fmt: skip
+    data = {"entries": rows, "commands": list(commands), "seeds": list(seeds), "planner": planner}
+    write_atomic(Path(folder) / SUMMARY, json.dumps(data, indent=1) + "\n")
+
+
+def read_sources(paths: Sequence[str | Path]) -> Sources:
+    """What lies in several folders (or latency files), together.
+
+    Raises:
+        DataError: there is nothing to report in one of them, no model was evaluated, or a file is damaged.
+        CheckpointError, PlanError: a planner or a plan is damaged.
+    """
+    parts = [_read(Path(path).expanduser()) for path in paths]
+    models = {k: v for _, found in parts for k, v in found.items()}
+    entries = _distinct([e for part, _ in parts for e in part.entries])
+    entries = [_with_folder(e, models) for e in entries]
+    if not entries:
+        raise DataError(f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` evaluates one")
+    dense = [e for e in entries if e.plan is None and e.parameters is not None] or entries[:1]
+    entries = [dense[0], *(e for e in entries if e is not dense[0])]
+    return Sources(
+        entries=tuple(entries),
+        fits=tuple(f for part, _ in parts for f in part.fits),
+        latency=tuple(one for part, _ in parts for one in part.latency),
+        commands=tuple(dict.fromkeys(c for part, _ in parts for c in part.commands)),
+        seeds=tuple(dict.fromkeys(s for part, _ in parts for s in part.seeds)),
+    )
+
+
+def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
+    """One path: what is there, and its model folders by name."""
+    if path.is_file():
+        return Sources(latency=(one := _latency(path),), commands=(one["command"],), seeds=_latency_seeds(one)), {}
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder")
+    if (path / SUMMARY).is_file():
+        return _read_summary(path), {}
+    found: dict[str, list[Path]] = {name: [] for name in (*_MARKS, LATENCY, IDENTITY)}
+    for folder, names in _folders(path):
+        for name in found.keys() & set(names):
+            found[name].append(folder)
+    if not any(found.values()):
+        raise DataError(
+            f"{path} holds nothing to report: no summary.json (`hipp demo`), `vlmeval` results, planner, model, latency.json"
+        )
+    records = [_json(folder / "results.json") for folder in found["results.json"]]
+    latency = tuple(_latency(folder / LATENCY) for folder in found[LATENCY])
+    commands = [c for r in records if (c := r.get("command"))] + [one["command"] for one in latency]
+    return Sources(
+        entries=tuple(_entries(records)), fits=tuple(_fit(folder) for folder in found["planner.json"]), latency=latency,
+        commands=tuple(dict.fromkeys(commands)),
+        seeds=(*(_fit_seed(folder) for folder in found[IDENTITY]), *(s for one in latency for s in _latency_seeds(one))),
+    ), {folder.resolve().name: folder for folder in found["config.json"]}  # fmt: skip
+
+
+def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    for folder, inside, names in os.walk(path):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if len(Path(folder).relative_to(path).parts) >= _DEPTH:
+            inside.clear()
+        yield Path(folder), names
+
+
+def _read_summary(folder: Path) -> Sources:
+    file = folder / SUMMARY
+    try:
+        data = _json(file)
+        entries = tuple(_entry(row) for row in data["entries"])
+        planner = folder / data["planner"] if data["planner"] else None
+        latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
+        commands, seeds = tuple(map(str, data["commands"])), tuple(map(str, data["seeds"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is damaged: {error!r}") from None
+    return Sources(
+        entries=entries, fits=(_fit(planner),) if planner and planner.is_dir() else (), latency=latency,
+        commands=(*commands, *(one["command"] for one in latency)),
+        seeds=(*seeds, *(s for one in latency for s in _latency_seeds(one))),
+    )  # fmt: skip
+
+
+def _entry(row: Mapping[str, Any]) -> Entry:
+    return Entry(
+        name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"],
+        plan=PruningPlan.from_json(row["plan"]) if row["plan"] else None,
+        reward=Reward(**row["reward"]) if row["reward"] else None,
+    )  # fmt: skip
+
+
+def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """One entry per model content; models of one name and different content are told apart by their hash."""
+    by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        try:
+            by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"a results.json is damaged: {error!r}") from None
+    names = [name for name, _ in by_model]
+    return [
+        Entry(name=name if names.count(name) == 1 else f"{name} ({digest[:8]})", preference=None, plan=None, reward=None,
+              parameters=None, records=own)
+        for (name, digest), own in by_model.items()
+    ]  # fmt: skip
+
+
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """Without repetitions of one model; different ones of one name get the first characters of their hash."""
+    kept: dict[str, Entry] = {}
+    for entry in entries:
+        digest = next((r["model_hash"] for r in entry.records.values()), entry.name)
+        old = kept.get(digest)
+        kept[digest] = replace(old, records={**entry.records, **old.records}) if old else entry
+    names = [e.name for e in kept.values()]
+    return [replace(e, name=f"{e.name} ({digest[:8]})") if names.count(e.name) > 1 else e for digest, e in kept.items()]
+
+
+def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
+    """The entry with plan and size, where its folder was given and its contents are those that were evaluated."""
+    record = next(iter(entry.records.values()), None)
+    folder = models.get(record["model"]) if record else None
+    if folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
+        return entry
+    plan = read_plan(folder)
+    return replace(entry, plan=plan, parameters=_parameters(folder), preference=_wish(plan))
+
+
+def _wish(plan: PruningPlan | None) -> str | None:
+    return str(Preference(*plan.preference)) if plan is not None and plan.preference else None
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers stored in a model folder's weights."""
+    import math
+
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
+
+
+def _fit(folder: Path) -> Fit:
+    from hipp_ext.planner import HiPPPlanner
+
+    planner = HiPPPlanner.load(folder)
+    signals, visual = planner.signals, None
+    if signals is not None and float(signals.visual.max()) > 0:
+        visual = {kind: [float(v) for g, v in zip(signals.groups, signals.visual, strict=True) if g.kind == kind]
+                  for kind in KINDS}  # fmt: skip
+    return Fit(name=folder.resolve().parent.name if folder.name == "planner" else folder.name, archive=planner.archive,
+               visual=visual)  # fmt: skip
+
+
+def _latency(file: Path) -> dict[str, Any]:
+    data = _json(file)
+    try:
+        for row in data["models"].values():
+            if missing := {"parameters", "prefill_gflops", "prefill_ms", "decode_ms", "weights_mib", "peak_mib"} - row.keys():
+                raise KeyError(*missing)
+        return {name: data[name] for name in ("command", "device", "threads", "load", "models")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is not a result of `hipp bench latency`: {error!r}") from None
+
+
+def _fit_seed(folder: Path) -> str:
+    settings = _json(folder / IDENTITY).get("settings")
+    known = settings if isinstance(settings, dict) else {}
+    return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
+
+
+def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
+    return (f"latency: seed {result['load'].get('seed')} of its picture and prompts",)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{file} is damaged: an object is needed")
+    return data

@@ -1,0 +1,92 @@
+"""The model `hipp` of lm-eval: a folder, pruned or not, behind lm-eval's own classes for Hugging Face models.
+
+Imports lm-eval; it is imported by lm-eval itself, which has the class by name (`lm_eval.register`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hipp_ext.evals.predictions import check_model_folder
+from lm_eval.models.hf_vlms import HFMultimodalLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
+
+from hipp_ext.checkpoint import load_pruned
+from hipp_ext.errors import CheckpointError
+from hipp_ext.files import content_hash
+
+# Ways to load a model that the widths of a pruned folder do not survive, or that run code from a checkpoint.
+_NOT_TAKEN = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "trust_remote_code", "subfolder")
+_OF_HFLM = ("revision", "gpus", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "quantization_config")
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _FromFolder:
+    """Loads with `load_pruned` where HFLM would call `from_pretrained`, which cannot rebuild layers of different widths."""
+
+    pretrained: Any
+    device: torch.device
+
+    def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
+        rest = {name: value for name, value in kwargs.items() if name not in (*_NOT_TAKEN, *_OF_HFLM)}
+        self._model = load_pruned(pretrained, device=self.device, dtype=_DTYPES[dtype], **rest)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside the results; the "sha" is that of the folder's contents."""
+        folder = self.pretrained if isinstance(self.pretrained, str) else self._model.name_or_path
+        return {
+            "model_num_parameters": sum(p.numel() for p in self._model.parameters()),
+            "model_dtype": str(self._model.dtype),
+            "model_revision": "local",
+            "model_sha": content_hash(folder) if Path(folder).is_dir() else "",
+        }
+
+
+class HippTextLM(_FromFolder, HFLM):
+    """A folder of a language model, for lm-eval's text tasks."""
+
+
+class HippLM(_FromFolder, HFMultimodalLM):
+    """A folder of an image-text-to-text model: our POPE and ScienceQA tasks, and text tasks.
+
+    `--model hipp` on a folder of a language model becomes `HippTextLM`. Batched answers are those of batch size 1: padding
+    stands on the left and is masked.
+
+    Raises:
+        CheckpointError: the folder is incomplete, or an argument asks for another way of loading.
+    """
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
+        """Called by lm-eval with the model's arguments."""
+        given = arg_dict.get("pretrained")
+        if not isinstance(given, str):
+            raise CheckpointError("--model hipp needs a folder: --model_args pretrained=./pruned")
+        if wrong := [name for name in _NOT_TAKEN if arg_dict.get(name)]:
+            raise CheckpointError(f"--model hipp does not take {', '.join(wrong)}: it loads one folder onto one device")
+        if arg_dict.get("dtype", "auto") not in _DTYPES:
+            raise CheckpointError(f"dtype={arg_dict['dtype']}: one of {', '.join(_DTYPES)} is needed")
+        folder = check_model_folder(given, pictures=False)
+        arg_dict = {**arg_dict, "pretrained": str(folder)}
+        if not _sees(folder):
+            return HippTextLM.create_from_arg_obj(arg_dict, additional_config)
+        check_model_folder(folder)
+        return super().create_from_arg_obj(arg_dict, additional_config)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Any:
+        """Called by `simple_evaluate` with "key=value,key=value"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers without surrounding blanks, as `vlmeval` keeps them."""
+        if requests and len(requests[0].args) > 2 and not self.chat_applied:
+            raise CheckpointError("questions about pictures need the model's chat template: add --apply_chat_template")
+        return [answer.strip() for answer in super().generate_until(requests, disable_tqdm)]
+
+
+def _sees(folder: Path) -> bool:
+    from transformers import AutoConfig
+
+    return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True), "vision_config")

@@ -1,0 +1,225 @@
+"""`hipp report`: one page that needs nothing else, made of what `vlmeval`, `hipp fit` and others left; drawn by Chromium."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hipp_ext.evals.disagreements import disagreements
+from hipp_ext.evals.report import write_report
+from hipp_ext.evals.report_page import SECTIONS
+from hipp_ext.evals.report_sources import read_sources
+from hipp_ext.evals.runs import read_runs
+from hipp_ext.integrations.vlmevalkit import evaluate
+from PIL import Image
+
+from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
+from hipp_ext.cli import main
+from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.planner.fit import FitSettings
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def latency(*names: str) -> dict:
+    """A result of `hipp bench latency`; its own test makes real ones."""
+    spread = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}
+    ratio = {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
+    row = {"parameters": 10**6, "prefill_gflops": 0.5, "prefill_ms": spread, "decode_ms": spread, "weights_mib": 4.0,
+           "extra_mib": 2.0, "peak_mib": 6.0}  # fmt: skip
+    faster = {"prefill_speedup": ratio, "decode_speedup": ratio}
+    return {"command": "hipp bench latency dense small", "device": "a CPU", "threads": 1,
+            "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
+            "models": {name: row | (faster if number else {}) for number, name in enumerate(names)}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """models/, outputs/ and planner/ of a tiny run on the testbed."""
+    from hipp_ext.evals.demo import search_evaluator
+
+    place = tmp_path_factory.mktemp("report")
+    model, processor = testbed.load()
+    planner = HiPPPlanner(Preference(1, 1, 1))
+    planner.fit(model, search_evaluator(model, processor, 12), FitSettings(steps=1, preferences=1, budgets=2, imagined=2),
+                folder=place / "fit", processor=processor, progress=False)  # fmt: skip
+    planner.save(place / "planner")
+    plan = planner.plan(model, preference=Preference(0.2, 0.2, 0.6))
+    save_pruned(model, place / "models/dense", processor)
+    save_pruned(prune(model, plan), place / "models/small<b>", processor)
+    testbed.export(place / "data", splits=("test",))
+    evaluate([place / "models/small<b>", place / "models/dense"], ["POPE", "ScienceQA"], lmu_data=place / "data/test",
+             work_dir=place / "outputs", limit=40, batch_size=40, device="cpu", progress=False)  # fmt: skip
+    (place / "latency.json").write_text(json.dumps(latency("dense", "small<b>")))
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(made) -> str:
+    return write_report(made).read_text()
+
+
+# --------------------------------------------------------------------------------------------------- the page itself
+
+
+def test_the_page_needs_no_network_and_no_file_beside_it(page):
+    bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "DATA", page)
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link", bare)
+    assert {source for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', bare)} <= {"DATA", *(f"#{s}" for s in SECTIONS)}
+    assert '<meta name="viewport" content="width=device-width' in page and "prefers-color-scheme: dark" in page
+
+
+def test_it_has_every_section_and_picture(page, made):
+    assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
+    for name in ("front", "keep_counts", "pope", "cost"):
+        picture = Image.open(made / f"{name}.png")
+        assert picture.format == "PNG" and picture.width > 800
+    for picture in re.findall(r"<picture>.*?</picture>", page, re.DOTALL):
+        looks = set(re.findall(r"base64,([A-Za-z0-9+/=]+)", picture))
+        assert len(looks) == 4 and picture.count("<source") == 3  # light and dark, wide and narrow, all different
+
+
+def test_what_users_wrote_is_escaped(page):
+    assert "small&lt;b&gt;" in page and "small<b>" not in page
+
+
+def test_numbers_commands_and_seeds_are_there(page, made):
+    sources = read_sources([made])
+    assert [e.name for e in sources.entries] == ["dense", "small<b>"]  # the dense model first, whatever the order
+    small = sources.entries[1]
+    assert small.plan and f"{100 * small.plan.pruning_ratio:.1f}%" in page and small.preference in page
+    accuracy = small.records["POPE"]["metrics"]["vlmeval"]["overall"]
+    assert f"{accuracy['accuracy']:.1f} ± {accuracy['accuracy_se']:.1f}" in page
+    assert f"{small.parameters / 1e6:.2f}M" in page and small.parameters < sources.entries[0].parameters
+    for text in ("hipp bench latency dense small", "latency: seed 3", "bootstrap of the error bars: seed 0", "budgets 2",
+                 small.records["POPE"]["model_hash"][:12], "1.50x, 1.50x", "10.00 (9.00 to 12.00)", "a CPU"):  # fmt: skip
+        assert text in page
+
+
+def test_disagreements_are_counted_and_drawn_by_the_seed(page, made):
+    dense, small = (e.records for e in read_sources([made]).entries)
+    for own in (found := disagreements(dense, small, [made], n=4)):
+        runs = [next(iter(read_runs(r[own.data]["predictions"]).values())) for r in (dense, small)]
+        differing = [q.index for q, a, b in zip(runs[0].questions, *(r.answers for r in runs), strict=True) if a != b]
+        assert own.whole.paired.only_a + own.whole.paired.only_b <= len(differing)
+        assert {e.question.index for e in own.examples} <= set(differing) and len(own.examples) <= 5
+        for example in own.examples:
+            assert example.picture.startswith("data:image/png") and example.small
+        assert f"only dense is right on {own.whole.paired.only_a}" in page
+    assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(own.examples for own in found)
+    assert found == disagreements(dense, small, [made], n=4) and page.count('<article class="card">') >= 2
+
+
+def test_a_moved_folder_still_has_its_answers(made, tmp_path):
+    moved = shutil.copytree(made / "outputs", tmp_path / "elsewhere")
+    for file in moved.glob("*/*/results.json"):
+        record = json.loads(file.read_text())
+        record["predictions"] = record["predictions"].replace(str(made), "/gone")
+        file.write_text(json.dumps(record))
+    text = write_report([moved, made / "models"], tmp_path / "out").read_text()
+    assert '<article class="card">' in text and "picture not at hand" not in text
+    assert not (moved / "report.html").exists() and "hipp bench latency" in text  # says how to measure what was not
+    shutil.rmtree(moved / "images")
+    (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
+    assert {e.picture for own in disagreements(dense.records, small.records, near) for e in own.examples} == {None}
+
+
+def test_several_folders_with_one_name_and_other_content(made, tmp_path):
+    outputs = shutil.copytree(made / "outputs", tmp_path / "outputs")
+    for file in outputs.glob("small*/*/results.json"):
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"model_hash": "f" * 64}))
+    names = [e.name for e in read_sources([made, outputs]).entries]
+    assert names[0] == "dense" and len(names) == 3 and f"small<b> ({'f' * 8})" in names
+    assert read_sources([outputs, made / "models"]).entries[-1].plan is None  # another content: not this folder's plan
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (375, 0)])
+def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme):
+    """At a desk in light, on a phone in dark: nothing is wider than the screen, and the background is the scheme's."""
+    frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone; a frame can
+    frame.write_text(f"<body style='margin:0'><iframe id=f width={width} height=900 style='border:0' "
+                     f"src='file://{made / 'report.html'}'></iframe><script>onload = () => {{ const d = f.contentDocument; "
+                     "document.title = [d.documentElement.scrollWidth, d.images.length, "
+                     "[...d.images].every(i => i.naturalWidth), "
+                     "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
+                     "[...d.images].filter(i => i.closest('figure'))[0].naturalWidth].join(' | ') }</script>")  # fmt: skip
+    shot = tmp_path / "shot.png"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+               "--virtual-time-budget=8000",
+               f"--blink-settings=preferredColorScheme={scheme}", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1400,900"]  # fmt: skip
+    done = subprocess.run([CHROMIUM, *options, "--dump-dom", f"file://{frame}"], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    wide, images, drawn, background, front = title[1].split(" | ")
+    assert int(wide) <= width and int(images) >= 5 and drawn == "true"
+    assert background == ("rgb(246, 247, 249)" if scheme else "rgb(20, 22, 25)")
+    assert int(front) == (1094 if width > 640 else 592)  # the picture drawn for this width
+    subprocess.run([CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"], capture_output=True, timeout=120)
+    assert len(set(Image.open(shot).convert("RGB").resize((64, 64)).getdata())) > 50
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_reported_is_refused(made, tmp_path):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        read_sources([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds nothing to report"):
+        read_sources([tmp_path])
+    with pytest.raises(DataError, match="no evaluated model"):
+        read_sources([made / "models", made / "planner"])
+    wrong = tmp_path / "latency.json"
+    for text, message in (
+        ("{}", "is not a result of `hipp bench latency`"),
+        ("[]", "an object is needed"),
+        ("{", "is damaged"),
+    ):
+        wrong.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_sources([made, wrong])
+    one = latency("dense")
+    del one["models"]["dense"]["peak_mib"]
+    wrong.write_text(json.dumps(one))
+    with pytest.raises(DataError, match="peak_mib"):
+        read_sources([wrong])
+
+
+def test_damaged_parts_are_named(made, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/results.json").write_text('{"model": "x"}')
+    with pytest.raises(DataError, match="results.json is damaged: .*model_hash"):
+        read_sources([tmp_path])
+    planner = shutil.copytree(made / "planner", tmp_path / "planner")
+    (planner / "planner.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        read_sources([planner])
+    for text in ('{"entries": [{}]}', "[]", '{"entries": [], "planner": null, "commands": 3, "seeds": []}'):
+        (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(DataError, match="is damaged"):
+            read_sources([tmp_path])
+
+
+def test_the_command(made, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "hipp",
+        "report",
+        str(made / "outputs"),
+        str(made / "models"),
+        str(made / "latency.json"),
+        "-o",
+        str(tmp_path / "r"),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0 and str(tmp_path / "r/report.html") in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["hipp", "report", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "is not a folder" in capsys.readouterr().err
