@@ -47,6 +47,7 @@ class Setting:
         steps: of the inner attack.
         dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
         attacks: see `hipp_ext.robust.evaluate`.
+        test: how many test images are attacked, the first ones.
     """
 
     data: str = "digits"
@@ -56,6 +57,7 @@ class Setting:
     dense: int = 25
     tune: int = 15
     attacks: tuple[str, ...] = ATTACKS
+    test: int = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
         recalibrate(model, data.train, setting.epsilon, seed=job.seed)
         settings = TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
         train(model, data, _loss(job.loss, setting), settings)
-        found = evaluate(model, data.test, len(data.classes), epsilon=setting.epsilon, attacks=setting.attacks,
-                         checks=False, batch_size=600, seed=job.seed)  # fmt: skip
+        found = evaluate(model, data.test.first(setting.test), len(data.classes), epsilon=setting.epsilon,
+                         attacks=setting.attacks, checks=False, batch_size=600, seed=job.seed)  # fmt: skip
         values = {
             **asdict(job), "arm": arm, "clean": found.clean, **found.under, "worst": found.worst, "keeps": keeps,
             "macs": macs(keeps) / macs([g.width for g in groups]), "scoring": scoring,
