@@ -85,6 +85,8 @@ class Evaluator:
         batch_size: rows per forward pass.
         robustness: what the objective is measured on: "pope" (the pictures as they are), "adversarial" (the same questions
             about pictures that `attack` changed once, against the dense model; no slower per plan), or "both" (their mean).
+        adaptive: attack every plan's model anew instead. Slower by the attack, and what a deployed model would face; attacks
+            made on the dense model are weaker on a pruned one.
         attack: (model, batch with labels) -> batch with other pixel_values; None: PGD with ten steps within 4/255 of the
             pixels.
 
@@ -103,6 +105,7 @@ class Evaluator:
         batch_size: int = 64,
         robustness: str = "pope",
         attack: Callable[[nn.Module, Batch], Batch] | None = None,
+        adaptive: bool = False,
     ):
         if robustness not in ROBUSTNESS:
             raise CalibrationError(f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}.")
@@ -115,7 +118,7 @@ class Evaluator:
             self._tasks["pope"] = _Task(model, processor, pope, batch_size)
         if robustness != "pope":
             attack = attack or _default_attack(processor)
-            self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack)
+            self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack, adaptive)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """utility and robustness, their standard errors, and the accuracies [%] behind them."""
@@ -140,7 +143,13 @@ class Evaluator:
 
 class _Task:
     def __init__(
-        self, model: nn.Module, processor: Any, questions: tuple[Question, ...], batch_size: int, attack: Callable | None = None
+        self,
+        model: nn.Module,
+        processor: Any,
+        questions: tuple[Question, ...],
+        batch_size: int,
+        attack: Callable | None = None,
+        adaptive: bool = False,
     ):
         if not questions:
             raise CalibrationError("The evaluator needs at least one question of each task.")
@@ -150,12 +159,17 @@ class _Task:
         ordered = [questions[i] for i in self.order]
         chunks = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
         batches = [encode(processor, [q.prompt for q in rows], [q.image for q in rows]) for rows in chunks]
-        if attack is not None:
-            batches = [
-                batch | {"pixel_values": attack(model, answered(processor, rows))["pixel_values"].cpu()}
-                for batch, rows in zip(batches, chunks, strict=True)
-            ]
-        self.logits = AnswerLogits(model, batches)
+        self.logits: Callable[[nn.Module], Tensor]
+        if attack is None:
+            self.logits = AnswerLogits(model, batches)
+        else:
+            right = [answered(processor, rows) for rows in chunks]
+
+            def attacked(model: nn.Module) -> AnswerLogits:
+                moved = [attack(model, r)["pixel_values"].cpu() for r in right]
+                return AnswerLogits(model, [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)])
+
+            self.logits = (lambda model: attacked(model)(model)) if adaptive else attacked(model)
         tokens = _first_tokens(processor, questions[0], sorted({label for q in questions for label in q.labels}))
         width = max(len(q.labels) for q in ordered)
         self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
