@@ -4,7 +4,7 @@ Agrees with greedy generation wherever the model answers with one of the candida
 trained or asked to do so do. For numbers to publish, run `vlmeval` on the saved folder.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import check_processor, encode, join_answer
+from hipp_ext.calibration import Batch, check_processor, encode, join_answer
 from hipp_ext.errors import CalibrationError
 
 YES_BIAS_WEIGHT = 0.5
+ROBUSTNESS = ("pope", "adversarial", "both")
 
 
 class Question(Protocol):
@@ -82,55 +83,93 @@ class Evaluator:
         pope: yes/no questions (`labels` Yes and No).
         choice: multiple-choice questions.
         batch_size: rows per forward pass.
+        robustness: what the objective is measured on: "pope" (the pictures as they are), "adversarial" (the same questions
+            about pictures that `attack` changed once, against the dense model; no slower per plan), or "both" (their mean).
+        adaptive: attack every plan's model anew instead. Slower by the attack, and what a deployed model would face; attacks
+            made on the dense model are weaker on a pruned one.
+        attack: (model, batch with labels) -> batch with other pixel_values; None: PGD with ten steps within 4/255 of the
+            pixels.
 
     Raises:
-        CalibrationError: no questions, POPE questions that are not yes/no, a processor of another model, or candidates
-            that begin with the same token.
+        CalibrationError: no questions, an unknown robustness, POPE questions that are not yes/no, a processor of another
+            model, or candidates that begin with the same token.
     """
 
     def __init__(
-        self, model: nn.Module, processor: Any, pope: Iterable[Question], choice: Iterable[Question], *, batch_size: int = 64
+        self,
+        model: nn.Module,
+        processor: Any,
+        pope: Iterable[Question],
+        choice: Iterable[Question],
+        *,
+        batch_size: int = 64,
+        robustness: str = "pope",
+        attack: Callable[[nn.Module, Batch], Batch] | None = None,
+        adaptive: bool = False,
     ):
+        if robustness not in ROBUSTNESS:
+            raise CalibrationError(f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}.")
         check_processor(model, processor)
         pope, choice = tuple(pope), tuple(choice)
         if any(tuple(q.labels) != ("Yes", "No") for q in pope):
             raise CalibrationError("The candidates of every POPE question must be Yes and No; were the two tasks swapped?")
-        self._tasks = {
-            name: _Task(model, processor, questions, batch_size) for name, questions in (("choice", choice), ("pope", pope))
-        }
+        self._tasks = {"choice": _Task(model, processor, choice, batch_size)}
+        if robustness != "adversarial":
+            self._tasks["pope"] = _Task(model, processor, pope, batch_size)
+        if robustness != "pope":
+            attack = attack or _default_attack(processor)
+            self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack, adaptive)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """utility and robustness, their standard errors, and the accuracies [%] behind them."""
-        choice, pope = (self._tasks[name].log_probabilities(model) for name in ("choice", "pope"))
-        scores = {name: self._tasks[name].scores(p) for name, p in (("choice", choice), ("pope", pope))}
-        bias = self._tasks["pope"].yes_bias(pope)
+        answers = {name: task.log_probabilities(model) for name, task in self._tasks.items()}
+        scores = {name: self._tasks[name].scores(p) for name, p in answers.items()}
+        asked = [name for name in self._tasks if name != "choice"]
+        robust = [scores[n].margin - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n])) for n in asked]
         return {
             "utility": scores["choice"].margin,
-            "robustness": scores["pope"].margin - YES_BIAS_WEIGHT * abs(bias),
+            "robustness": sum(robust) / len(robust),
             "utility_se": scores["choice"].margin_se,
-            "robustness_se": scores["pope"].margin_se,
+            # The same questions twice are not independent: the larger error, not one divided by the root of two.
+            "robustness_se": max(scores[n].margin_se for n in asked),
             "choice_accuracy": scores["choice"].accuracy,
-            "pope_accuracy": scores["pope"].accuracy,
+            **{f"{n}_accuracy": scores[n].accuracy for n in asked},
         }
 
     def scores(self, model: nn.Module) -> dict[str, TaskScores]:
-        """Task ("pope", "choice") -> scores, for reporting."""
+        """Task ("choice", "pope", "pope_attacked": those asked) -> scores, for reporting."""
         return {name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()}
 
 
 class _Task:
-    def __init__(self, model: nn.Module, processor: Any, questions: tuple[Question, ...], batch_size: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        questions: tuple[Question, ...],
+        batch_size: int,
+        attack: Callable | None = None,
+        adaptive: bool = False,
+    ):
         if not questions:
             raise CalibrationError("The evaluator needs at least one question of each task.")
         self.questions = questions
         # Rows of like length together: less padding.
         self.order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
         ordered = [questions[i] for i in self.order]
-        batches = [
-            encode(processor, [q.prompt for q in rows], [q.image for q in rows])
-            for rows in (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
-        ]
-        self.logits = AnswerLogits(model, batches)
+        chunks = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        batches = [encode(processor, [q.prompt for q in rows], [q.image for q in rows]) for rows in chunks]
+        self.logits: Callable[[nn.Module], Tensor]
+        if attack is None:
+            self.logits = AnswerLogits(model, batches)
+        else:
+            right = [answered(processor, rows) for rows in chunks]
+
+            def attacked(model: nn.Module) -> AnswerLogits:
+                moved = [attack(model, r)["pixel_values"].cpu() for r in right]
+                return AnswerLogits(model, [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)])
+
+            self.logits = (lambda model: attacked(model)(model)) if adaptive else attacked(model)
         tokens = _first_tokens(processor, questions[0], sorted({label for q in questions for label in q.labels}))
         width = max(len(q.labels) for q in ordered)
         self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
@@ -164,6 +203,18 @@ class _Task:
     def yes_bias(self, log_probabilities: Tensor) -> float:
         """Mean probability of the first candidate less the share of questions that it answers."""
         return float(log_probabilities[:, 0].exp().mean() - (self.right == 0).float().mean())
+
+
+def answered(processor: Any, questions: Sequence[Question]) -> Batch:
+    """The questions as one batch with labels: the right answers."""
+    prompts, images, answers = ([getattr(q, a) for q in questions] for a in ("prompt", "image", "answer"))
+    return encode(processor, prompts, images, answers)
+
+
+def _default_attack(processor: Any) -> Callable[[nn.Module, Batch], Batch]:
+    from hipp_ext.robust.attacks import ImageAttack
+
+    return ImageAttack(processor, epsilon=4 / 255, steps=10)
 
 
 def _first_tokens(processor: Any, question: Question, candidates: Sequence[str]) -> dict[str, int]:

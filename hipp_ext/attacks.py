@@ -194,7 +194,7 @@ def checkpoints(steps: int) -> frozenset[int]:
     """Steps after which APGD looks back: at 22% of all, then at intervals that shrink by 3% down to 6%."""
     before, share, result = 0.0, 0.22, set()
     while share < 1:
-        result.add(math.ceil(share * steps))
+        result.add(math.ceil(share * steps - 1e-9))
         before, share = share, share + max(share - before - 0.03, 0.06)
     return frozenset(result)
 

@@ -9,6 +9,7 @@ import typer
 
 from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.cli import bench_app
+from hipp_ext.robust.cli import robust_app
 
 app = typer.Typer(
     name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -19,6 +20,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Benchmark files for `vlmeval`
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(robust_app, name="robust")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
 Utility = Annotated[float, typer.Option("--utility", "-u", help="Weight of task accuracy.")]

@@ -147,6 +147,61 @@ def bench_kill(
     run(kills, seed, save)
 
 
+@bench_app.command("robust")
+def bench_robust(
+    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("robust"),
+    data: Annotated[str, typer.Option(help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")] = "digits",
+    root: Annotated[Path | None, typer.Option(help="Folder with the set's files; digits needs none.")] = None,
+    networks: Annotated[
+        str, typer.Option(help="Default: small-resnet,small-vgg for digits, resnet18,vgg16_bn otherwise.")
+    ] = "",
+    ratios: Annotated[str, typer.Option(help="Shares of channels removed in the uniform plan.")] = "0.5,0.75,0.9",
+    losses: Annotated[str, typer.Option(help="Of the fine-tuning: trades, pgd-at.")] = "trades,pgd-at",
+    arms: Annotated[str, typer.Option(help="Default: all of them.")] = "",
+    seeds: Annotated[int, typer.Option(min=1)] = 20,
+    dense: Annotated[int, typer.Option(min=0, help="Epochs of adversarial training before pruning.")] = 25,
+    tune: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning.")] = 15,
+    test: Annotated[int, typer.Option(min=1, help="Test images that are attacked.")] = 300,
+    save: Save = False,
+) -> None:
+    """Robust pruning: MRS against uniform, global L1, BN scale, Taylor and controls, at equal MACs and equal fine-tuning.
+
+    An arm takes some 15 seconds on one core for digits; the whole study a day. `hipp bench robust --data cifar10 --root DIR`
+    is for machines with a GPU.
+    """
+    from hipp_ext.evals.bench.robust import ARMS, Setting, run
+
+    digits = data == "digits"
+    chosen = networks or ("small-resnet,small-vgg" if digits else "resnet18,vgg16_bn")
+    setting = Setting(data=data, root=str(root) if root else None, epsilon=0.1 if digits else 8 / 255,
+                      steps=5 if digits else 10, dense=dense, tune=tune, test=test)  # fmt: skip
+    run(out, setting, chosen.split(","), [float(r) for r in ratios.split(",")], losses.split(","), seeds,
+        arms.split(",") if arms else ARMS, save, typer.echo)  # fmt: skip
+
+
+@bench_app.command("mrs")
+def bench_mrs(save: Save = False) -> None:
+    """Cost of MRS on a ResNet-18, form by form, in epochs of adversarial training on the same images."""
+    from hipp_ext.evals.bench.mrs_cost import run
+
+    run(save)
+
+
+@bench_app.command("attacked")
+def bench_attacked(
+    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")] = Path("attacked"),
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 12,
+    questions: Annotated[int, typer.Option(min=8, help="Per task, in the fits.")] = 96,
+    test: Annotated[int, typer.Option(min=8, help="Per task, of the test split.")] = 200,
+    save: Save = False,
+) -> None:
+    """Planners fitted for POPE as it is and for POPE under attack, at equal sparsity, attacked anew on the test split."""
+    from hipp_ext.evals.bench.attacked import run
+
+    run(out, seeds, steps, questions, test, 8 / 255, 0.3, save, typer.echo)
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import mean_and_se, report
+from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from torch import nn
 
+from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
 from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, global_counts, uniform_counts
@@ -47,6 +48,7 @@ class Setting:
         steps: of the inner attack.
         dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
         attacks: see `hipp_ext.robust.evaluate`.
+        test: how many test images are attacked, the first ones.
     """
 
     data: str = "digits"
@@ -56,6 +58,7 @@ class Setting:
     dense: int = 25
     tune: int = 15
     attacks: tuple[str, ...] = ATTACKS
+    test: int = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,8 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
         recalibrate(model, data.train, setting.epsilon, seed=job.seed)
         settings = TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
         train(model, data, _loss(job.loss, setting), settings)
-        found = evaluate(model, data.test, len(data.classes), epsilon=setting.epsilon, attacks=setting.attacks,
-                         checks=False, batch_size=600, seed=job.seed)  # fmt: skip
+        found = evaluate(model, data.test.first(setting.test), len(data.classes), epsilon=setting.epsilon,
+                         attacks=setting.attacks, checks=False, batch_size=600, seed=job.seed)  # fmt: skip
         values = {
             **asdict(job), "arm": arm, "clean": found.clean, **found.under, "worst": found.worst, "keeps": keeps,
             "macs": macs(keeps) / macs([g.width for g in groups]), "scoring": scoring,
@@ -205,7 +208,17 @@ def run(
     out: Path, setting: Setting, networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int,
     arms: Sequence[str], save: bool, say: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run what is missing in `out`, then report all of it."""
+    """Run what is missing in `out`, then report all of it.
+
+    Raises:
+        DataError: an unknown arm or ratio, or `out` holds a study with another setting.
+    """
+    if unknown := [a for a in arms if a not in ARMS] + [r for r in ratios if r not in FLOOR]:
+        raise DataError(f"Known arms are {', '.join(ARMS)} and ratios {list(FLOOR)}; got {unknown}.")
+    text = json.dumps(asdict(setting)) + "\n"
+    if (out / "setting").exists() and (out / "setting").read_text() != text:
+        raise DataError(f"{out} holds a study with another setting: {(out / 'setting').read_text()}Choose another folder.")
+    write_atomic(out / "setting", text)
     torch.set_num_threads(1)
     for job in jobs(networks, ratios, losses, seeds):
         run_job(job, setting, arms, out, say)
@@ -213,5 +226,41 @@ def run(
 
 
 def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
-    """The report on what is finished in `out`."""
-    return report("robust", "hipp bench robust", {"setting": asdict(setting), "cells": table(results(out))}, save)
+    """The report on what is finished in `out`, and with `save` its picture beside it."""
+    cells = table(results(out))
+    values = {"setting": asdict(setting), "seeds_needed": needed(cells), "cells": cells}
+    if save:
+        draw(cells, RESULTS / "robust.png")
+    return report("robust", "hipp bench robust", values, save)
+
+
+def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Before the study, by the spread of a trial on the same data (3.1 points); then by the spread found, per cell."""
+    found: dict[str, Any] = {"planned, spread 3.1": power(3.1)}
+    for name, arms in cells.items():
+        difference = arms.get("mrs-removal", {}).get("difference", {}).get("uniform")
+        if difference and difference["worst"]["se"] is not None:
+            spread = difference["worst"]["se"] * difference["worst"]["n"] ** 0.5
+            found[f"{name}, spread {spread:.1f}"] = power(spread)
+    return found
+
+
+def draw(cells: Mapping[str, Any], path: Path) -> None:
+    """Accuracy under attack less that of the uniform plan, arm by arm, with standard errors over seeds."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * max(len(cells), 1), 3.6), layout="constrained")
+    for i, (name, arms) in enumerate(cells.items()):
+        axes = figure.add_subplot(1, len(cells), i + 1)
+        rows = [(a, v["difference"]["uniform"]["worst"]) for a, v in arms.items() if v["difference"].get("uniform")]
+        rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
+        axes.errorbar([r[1]["mean"] for r in rows], [f"{r[0]} (n={r[1]['n']})" for r in rows],
+                      xerr=[r[1]["se"] or 0 for r in rows], fmt="o", capsize=3)  # fmt: skip
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("points above uniform, worst case")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    write_atomic(path, buffer.getvalue())

@@ -37,7 +37,7 @@ def masking_signs(
     if "square" in survived and white:
         left = torch.stack(white).all(0)
         broken = float((left & ~survived["square"]).double().mean())
-        if broken > SLACK:
+        if broken > max(SLACK, 2.5 / len(left)):  # two images are chance
             signs.append(
                 f"the black-box attack Square breaks {100 * broken:.1f}% of the images, which no white-box attack broke"
             )

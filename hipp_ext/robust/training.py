@@ -53,7 +53,8 @@ def train(
     checkpoint: Path | None = None,
     report: Report | None = None,
 ) -> list[float]:
-    """Train `model` in place; the mean loss of every epoch. The same settings give the same weights to the bit (on a CPU).
+    """Train `model` in place; the mean loss of every epoch. The same settings give the same weights to the bit, on a CPU with
+    as many threads.
 
     Args:
         model: floating point of 32 bits or more; train/eval and requires_grad are as before afterwards, frozen weights stay.

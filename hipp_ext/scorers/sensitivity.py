@@ -77,14 +77,25 @@ class ChannelGroup(Module):
 
 
 def worst_case(
-    model: nn.Module, modules: Sequence[Module], loss: Loss, batches: Sequence[Any], *, rho: float = 0.1, steps: int = 10
+    model: nn.Module,
+    modules: Sequence[Module],
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    rho: float = 0.1,
+    steps: int = 10,
+    stochastic: bool = False,
 ) -> list[float]:
     """Per module, how far the loss rises when its weights move by at most `rho` of their norm, tensor by tensor.
 
     Ascent along the gradient normalised per tensor, steps of 2 rho ||W|| / `steps`, projected on the ball; the greatest rise
     seen. Divided by the number of tensors, as several that climb together climb further.
 
-    Cost: about `steps` forward and backward passes over `batches` for every module.
+    Args:
+        stochastic: every step looks at one batch, in turn, and the rise is that at the end, on all of them.
+
+    Cost: about `steps` forward and backward passes over `batches` for every module; stochastic, with as many batches as steps,
+    one such pass and a forward pass.
 
     Source: module robust criticality, Zhu et al. (arXiv 2308.02533), eq. 2 and algorithm 1.
     Differs from the paper: normalised gradients instead of SGD with rate 1, the maximum over steps, division by the number of
@@ -100,9 +111,11 @@ def worst_case(
         best = 0.0
         try:
             with _training_only(model, tensors):
-                for _ in range(steps):
-                    value, gradients = _loss_and_gradients(model, loss, batches, tensors)
-                    best = max(value - start, best)  # in this order NaN stays NaN
+                for step in range(steps):
+                    here = [batches[step % len(batches)]] if stochastic else batches
+                    value, gradients = _loss_and_gradients(model, loss, here, tensors)
+                    if not stochastic:
+                        best = max(value - start, best)  # in this order NaN stays NaN
                     for p, old, delta, gradient, radius in zip(tensors, original, moved, gradients, radii, strict=True):
                         delta += 2 * radius / steps * gradient / gradient.norm().clamp_min(1e-30)
                         delta *= min(1.0, radius / max(float(delta.norm()), 1e-30))

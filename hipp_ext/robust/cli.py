@@ -1,0 +1,268 @@
+"""`hipp robust`: train, score, prune, fine-tune and evaluate image classifiers under attack."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hipp_ext.errors import AttackError
+
+robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `hipp robust` wrote.")]
+Data = Annotated[str, typer.Option("--data", help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder with the set's files as published; digits needs none.")]
+Epsilon = Annotated[str, typer.Option("--epsilon", help="L-inf radius for images in [0, 1], such as 8/255 or 0.1.")]
+Loss = Annotated[str, typer.Option("--loss", help="pgd-at, trades or mart.")]
+Awp = Annotated[bool, typer.Option("--awp", help="Take gradients where the weights have moved against the loss.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Of the attack inside the loss.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=0)]
+Batch = Annotated[int, typer.Option("--batch-size", min=1)]
+Rate = Annotated[float, typer.Option("--rate", help="Greatest learning rate of the cycle.")]
+Form = Annotated[str, typer.Option("--form", help="Of MRS: removal, worst or grad.")]
+Ranking = Annotated[str, typer.Option("--ranking", help="Of channels within a module: l1, taylor or bn.")]
+Rows = Annotated[int, typer.Option("--rows", min=1, help="Training images to score on.")]
+Seed = Annotated[int, typer.Option("--seed")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: the GPU if there is one.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
+
+
+@robust_app.command("train")
+def robust_train(
+    out: Out,
+    network: Annotated[str, typer.Option(help="resnet18, resnet34, vgg16_bn, mobilevit_s, small-resnet or small-vgg.")],
+    data: Data = "digits", root: Root = None, epsilon: Epsilon = "8/255", loss: Loss = "pgd-at", awp: Awp = False,
+    steps: Steps = 10, epochs: Epochs = 30, batch_size: Batch = 128, rate: Rate = 0.1, seed: Seed = 0, device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a network from nothing, adversarially. Interrupted, the same command goes on.
+
+    Example: `hipp robust train --network small-resnet --data digits --epsilon 0.1 --out dense`
+    """
+    import torch
+
+    from hipp_ext.files import require_new
+    from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
+    from hipp_ext.robust.data import load_data
+    from hipp_ext.robust.models import build_model
+    from hipp_ext.robust.training import TrainSettings, train
+
+    require_new(out, overwrite)
+    images, wanted = load_data(data, root, seed=seed), _loss(loss, awp, epsilon, steps)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(network, len(images.classes), images.shape).to(_device(device))
+    settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
+    running = _running(out)
+    with _progress(epochs) as report:
+        train(model, images, wanted, settings, checkpoint=running / "train.safetensors", report=report)
+    config = ClassifierFile(network=network, classes=images.classes, shape=images.shape, data=data)
+    save_classifier(model, config, out, overwrite=overwrite)
+    typer.echo(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
+
+
+@robust_app.command("score")
+def robust_score(
+    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "l1",
+    rows: Rows = 512, clean: Annotated[bool, typer.Option("--clean", help="Score clean images, to compare.")] = False,
+    seed: Seed = 0, device: Device = None, json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Robustness sensitivity of every module: how far the loss under attack rises when it suffers.
+
+    Example: `hipp robust score dense --epsilon 0.1`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hipp_ext.integrations.torch_pruning import find_channel_groups
+    from hipp_ext.robust.models import fixed_layers
+    from hipp_ext.robust.scoring import score
+
+    network, config, images = _load(model, root, seed, device)
+    settings = _scores(form, ranking, epsilon, rows, seed, clean)
+    example = images.train.rows(slice(0, 1))[0].to(next(network.parameters()).device)
+    groups = find_channel_groups(network, example, ignored=fixed_layers(network))
+    found = score(network, images.train, groups, settings)
+    table = Table("module", "channels", f"MRS {form}{' (clean)' * clean} [nats]")
+    for group, value in zip(groups, found.sensitivity, strict=True):
+        table.add_row(group.name, str(group.width), f"{value:.4f}")
+    Console().print(table)
+    if json_file is not None:
+        values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
+        _write(json_file, {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values})
+
+
+@robust_app.command("prune")
+def robust_prune(
+    model: ModelArgument, out: Out,
+    pruning_ratio: Annotated[float, typer.Option(help="Of channels; the budget is the uniform plan's.")],
+    cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
+    epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "l1", rows: Rows = 512,
+    alpha: Annotated[float, typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform.")] = 0.25,
+    floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of a module's channels that stays.")] = 0.125,
+    rounds: Annotated[int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")] = 1,
+    loss: Loss = "trades", awp: Awp = False, steps: Steps = 10, epochs: Epochs = 0, batch_size: Batch = 128, rate: Rate = 0.05,
+    seed: Seed = 0, device: Device = None, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Score, allocate, prune, measure batch norms again; and with --epochs fine-tune. Interrupted, the same command goes on.
+
+    Example: `hipp robust prune dense --pruning-ratio 0.75 --epsilon 0.1 --epochs 15 --out pruned`
+    """
+    from hipp_ext.files import require_new
+    from hipp_ext.robust.allocation import Bounds
+    from hipp_ext.robust.checkpoint import save_classifier
+    from hipp_ext.robust.pipeline import MRPFSettings, mrpf
+    from hipp_ext.robust.training import TrainSettings
+
+    require_new(out, overwrite)
+    if cost not in ("macs", "parameters"):
+        raise AttackError(f"A budget counts macs or parameters, not {cost!r}.")
+    network, config, images = _load(model, root, seed, device)
+    chosen: Any = cost
+    settings = MRPFSettings(
+        pruning_ratio=pruning_ratio, cost=chosen, scores=_scores(form, ranking, epsilon, rows, seed, False), alpha=alpha,
+        bounds=Bounds(floor=floor), rounds=rounds,
+        train=TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed),
+    )  # fmt: skip
+    with _progress(epochs * rounds) as report:
+        result = mrpf(network, images, settings, loss=_loss(loss, awp, epsilon, steps), folder=_running(out), report=report)
+    before = config.kept or {}
+    kept = {
+        name: tuple(before[name][c] for c in channels) if name in before else channels for name, channels in result.kept.items()
+    }
+    save_classifier(result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite)
+    typer.echo(f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the parameters stay")
+
+
+@robust_app.command("finetune")
+def robust_finetune(
+    model: ModelArgument, out: Out, root: Root = None, epsilon: Epsilon = "8/255", loss: Loss = "trades", awp: Awp = False,
+    steps: Steps = 10, epochs: Epochs = 15, batch_size: Batch = 128, rate: Rate = 0.05, seed: Seed = 0, device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a model on, adversarially. Interrupted, the same command goes on.
+
+    Example: `hipp robust finetune pruned --epsilon 0.1 --epochs 15 --out tuned`
+    """
+    from hipp_ext.files import require_new
+    from hipp_ext.robust.checkpoint import save_classifier
+    from hipp_ext.robust.training import TrainSettings, train
+
+    require_new(out, overwrite)
+    network, config, images = _load(model, root, seed, device)
+    settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
+    with _progress(epochs) as report:
+        train(network, images, _loss(loss, awp, epsilon, steps), settings, checkpoint=_running(out) / "train.safetensors",
+              report=report)  # fmt: skip
+    save_classifier(network, config, out, overwrite=overwrite)
+    typer.echo(f"{out}: fine-tuned by {loss} for {epochs} epochs")
+
+
+@robust_app.command("evaluate")
+def robust_evaluate(
+    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255",
+    attacks: Annotated[str, typer.Option(help="Of pgd, apgd, apgd-ce, apgd-t, fab-t, square; the last four are AutoAttack.")]
+    = "pgd,apgd-ce,apgd-t,fab-t,square",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Test images, the first ones; default: all.")] = None,
+    batch_size: Batch = 256, seed: Seed = 0, device: Device = None, json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Accuracy on the test images, clean and under attack, with standard errors and signs of gradient masking.
+
+    Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from hipp_ext.robust.evaluation import evaluate
+
+    network, config, images = _load(model, root, seed, device)
+    test = images.test.first(n or len(images.test))
+    found = evaluate(network, test, len(images.classes), epsilon=_number(epsilon), attacks=attacks.split(","),
+                     batch_size=batch_size, seed=seed, say=lambda t: typer.echo(t, err=True))  # fmt: skip
+    table = Table("", f"accuracy [%] of {found.n} images")
+    table.add_row("clean", f"{found.clean:.1f}")
+    for name, value in found.under.items():
+        table.add_row(name, f"{value:.1f}")
+    table.add_row("worst of all", f"{found.worst:.1f} ± {found.worst_se:.1f}")
+    for name, value in zip(images.classes, found.per_class, strict=True):
+        table.add_row(f"  {name}", "-" if value is None else f"{value:.1f}")
+    Console().print(table)
+    for sign in found.signs:
+        typer.secho(f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow")
+    if json_file is not None:
+        _write(json_file, found.as_dict())
+
+
+def _load(folder: Path, root: Path | None, seed: int, device: str | None) -> tuple[Any, Any, Any]:
+    """(model, its config, the image set it was trained on)."""
+    from hipp_ext.robust.checkpoint import load_classifier
+    from hipp_ext.robust.data import load_data
+
+    model, config = load_classifier(folder)
+    images = load_data(config.data, root, seed=seed)
+    if images.classes != config.classes or images.shape != config.shape:
+        raise AttackError(f"{folder} was trained on other images than {config.data} in {root} holds.")
+    return model.to(_device(device)), config, images
+
+
+def _scores(form: str, ranking: str, epsilon: str, rows: int, seed: int, clean: bool) -> Any:
+    from hipp_ext.robust.scoring import ScoreSettings
+
+    chosen: Any = {"form": form, "ranking": ranking}
+    return ScoreSettings(**chosen, epsilon=_number(epsilon), rows=rows, seed=seed, attack_steps=0 if clean else 10)
+
+
+def _loss(name: str, awp: bool, epsilon: str, steps: int) -> Any:
+    from hipp_ext.robust.losses import AWP, MART, PGDAT, TRADES
+
+    kinds: dict[str, Any] = {"pgd-at": PGDAT, "trades": TRADES, "mart": MART}
+    if name not in kinds:
+        raise AttackError(f"Known losses are {', '.join(kinds)}; got {name!r}.")
+    loss = kinds[name](epsilon=_number(epsilon), steps=steps)
+    return AWP(base=loss) if awp else loss
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise AttackError(f"epsilon must be a number such as 8/255 or 0.1, got {text!r}.") from None
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _running(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    from hipp_ext.files import write_atomic
+
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _progress(epochs: int) -> Iterator[Any]:
+    """A bar over epochs; yields what is called after each."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epochs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=max(epochs, 1), loss="")
+        yield lambda done, loss: progress.update(task, advance=1, loss=f"loss {loss:.3f}")

@@ -1,0 +1,329 @@
+"""Losses against their formulas; training that repeats to the bit, survives kill -9, and leaves the caller's state alone."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import stripes
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hipp_ext.errors import AttackError, BudgetError, CheckpointError, DataError, UnsupportedModelError
+from hipp_ext.robust import (
+    AWP,
+    MART,
+    PGDAT,
+    TRADES,
+    MRPFSettings,
+    ScoreSettings,
+    TrainSettings,
+    build_model,
+    evaluate,
+    mrpf,
+    train,
+)
+from hipp_ext.robust.checkpoint import ClassifierFile, load_classifier, save_classifier
+from hipp_ext.robust.losses import attacked, backward
+from hipp_ext.robust.training import augment, cycle, recalibrate
+
+EPSILON = stripes.EPSILON
+FAST = TrainSettings(epochs=2, batch_size=32, rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = stripes.network()
+    train(model, stripes.data(), PGDAT(epsilon=EPSILON, steps=3), TrainSettings(epochs=8, batch_size=32, rate=0.2))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def young():
+    """Trained so little that it is unsure."""
+    model = stripes.network()
+    train(model, stripes.data(), PGDAT(epsilon=EPSILON, steps=1), TrainSettings(epochs=1, batch_size=32, rate=0.02))
+    return model.eval()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# Losses
+
+
+def test_attacks_stay_in_the_ball_and_hurt(trained):
+    x, y = stripes.data().test.rows(slice(None))
+    moved = attacked(trained, x, y, 0.3, 10, 0)
+    assert float((moved - x).abs().max()) <= 0.3 + 1e-6 and float(moved.min()) >= 0 and float(moved.max()) <= 1
+    assert float(F.cross_entropy(trained(moved), y)) > float(F.cross_entropy(trained(x), y)) + 0.5
+    assert torch.equal(moved, attacked(trained, x, y, 0.3, 10, 0)) and not torch.equal(
+        moved, attacked(trained, x, y, 0.3, 10, 1)
+    )
+
+
+def test_losses_follow_their_formulas(young):
+    model, (x, y) = copy.deepcopy(young), stripes.data().train.rows(slice(0, 16))
+    moved = attacked(model, x, y, EPSILON, 3, 5)
+    assert torch.allclose(PGDAT(epsilon=EPSILON, steps=3)(model, x, y, 5), F.cross_entropy(model(moved), y))
+    p, q = model(x).softmax(1), model(moved).softmax(1)
+    rows = torch.arange(16)
+    others = q.clone()
+    others[rows, y] = 0
+    boosted = -(q[rows, y].log() + (1 - others.max(1).values).log())
+    mart = (boosted + 5 * (p * (p / q).log()).sum(1) * (1 - p[rows, y])).mean()
+    assert torch.allclose(MART(epsilon=EPSILON, steps=3)(model, x, y, 5), mart, atol=1e-5)
+    value = TRADES(epsilon=EPSILON, steps=3)(model, x, y, 5)
+    clean, small = F.cross_entropy(model(x), y), TRADES(epsilon=EPSILON, steps=3, beta=1e-9)(model, x, y, 5)
+    assert torch.allclose(small, clean, atol=1e-5) and value > clean + 1e-4
+
+
+def test_the_divergence_that_trades_adds_is_what_its_attack_drives(young):
+    """At radius 0 there is none; a wider ball has more."""
+    x, y = stripes.data().train.rows(slice(0, 16))
+    values = [float(TRADES(epsilon=e, steps=5)(young, x, y, 0)) for e in (1e-6, 0.05, 0.2)]
+    assert values == sorted(values) and values[2] > values[0] + 1e-3
+
+
+def test_awp_takes_the_gradient_at_moved_weights_and_puts_them_back(young):
+    model, (x, y) = copy.deepcopy(young).train(), stripes.data().train.rows(slice(0, 16))
+    before, base = copy.deepcopy(model.state_dict()), PGDAT(epsilon=EPSILON, steps=2)
+    plain = float(base(copy.deepcopy(model), x, y, 0))
+    value = backward(AWP(base=base, gamma=0.05), model, x, y, 0)
+    weights = {n: p for n, p in model.named_parameters()}
+    assert value > plain + 1e-3 and all(torch.equal(p, before[n]) for n, p in weights.items())
+    assert all(p.grad is not None for p in weights.values())
+    with pytest.raises(AttackError, match="AWP's gamma is a share of the weights' norm between 0 and 1, got 0"):
+        AWP(base=base, gamma=0.0)
+
+
+@pytest.mark.parametrize("loss", [PGDAT, TRADES, MART])
+def test_bad_radii(loss):
+    for epsilon in (0.0, -0.1, float("nan")):
+        with pytest.raises(AttackError, match="epsilon must be above zero and finite"):
+            loss(epsilon=epsilon)
+    with pytest.raises(AttackError, match="at least one step, got steps=0"):
+        loss(steps=0)
+
+
+# Training
+
+
+def test_same_seed_same_weights_and_nothing_else_changes():
+    data, start = stripes.data(), stripes.network()
+    start.features[0].weight.requires_grad_(False)
+    start.features[1].eval()
+    models = [copy.deepcopy(start) for _ in range(3)]
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        train(model, data, TRADES(epsilon=EPSILON, steps=2), TrainSettings(epochs=2, batch_size=32, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.training and not model.features[1].training and not model.features[0].weight.requires_grad
+        assert torch.equal(model.features[0].weight, start.features[0].weight)
+    assert same(models[0], models[1]) and not same(models[0], models[2]) and not same(models[0], start)
+
+
+def test_training_makes_robust(trained):
+    data, naive = stripes.data(), stripes.network()
+    plain = lambda m, x, y, seed: F.cross_entropy(m(x), y)  # noqa: E731  a user's own loss
+    train(naive, data, plain, TrainSettings(epochs=8, batch_size=32, rate=0.2))
+    worst = [evaluate(m, data.test, 4, epsilon=0.25, attacks=("pgd",), checks=False).worst for m in (trained, naive)]
+    assert worst[0] > worst[1] + 10
+
+
+def test_going_on_from_a_checkpoint_ends_with_the_same_weights(tmp_path):
+    data, loss = stripes.data(), PGDAT(epsilon=EPSILON, steps=2)
+    settings = TrainSettings(epochs=3, batch_size=32, rate=0.1)
+    whole, stopped = stripes.network(), stripes.network()
+    history = train(whole, data, loss, settings)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, _):
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(stopped, data, loss, settings, checkpoint=tmp_path / "c.safetensors", report=stop)
+    fresh = stripes.network()
+    assert train(fresh, data, loss, settings, checkpoint=tmp_path / "c.safetensors") == history
+    assert same(fresh, whole)
+    with pytest.raises(DataError, match="belongs to other settings"):
+        train(stripes.network(), data, loss, FAST, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(DataError, match="belongs to another model"):
+        train(build_model("small-vgg", 4, (1, 8, 8)), data, loss, settings, checkpoint=tmp_path / "c.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"half")
+    with pytest.raises(DataError, match="is no checkpoint of a training run"):
+        train(stripes.network(), data, loss, settings, checkpoint=tmp_path / "c.safetensors")
+
+
+def test_what_cannot_be_trained():
+    data, loss = stripes.data(), PGDAT(epsilon=EPSILON, steps=1)
+    with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16: gradients of attacks vanish"):
+        train(stripes.network().bfloat16(), data, loss, FAST)
+    with pytest.raises(UnsupportedModelError, match="No weight of this Flat requires gradients"):
+        train(stripes.network().requires_grad_(False), data, loss, FAST)
+    with pytest.raises(DataError, match="Training needs epochs >= 0, batch_size >= 1 and rate > 0"):
+        TrainSettings(rate=0.0)
+    bad = lambda m, x, y, seed: m(x).sum() * float("inf")  # noqa: E731
+    with pytest.raises(AttackError, match=r"The training loss is .* in epoch 1; lower the learning rate \(0.1\)"):
+        train(stripes.network(), data, bad, FAST)
+
+
+def test_shifts_mirrors_and_the_cycle():
+    from dataclasses import replace
+
+    data = replace(stripes.data(), pad=1, mirror=True)
+    images = torch.rand(64, 1, 8, 8)
+    moved = augment(images, data, torch.Generator().manual_seed(0))
+    padded = F.pad(images, (1,) * 4)
+    options = [padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    options += [o.flip(3) for o in options]
+    found = torch.stack([(moved == o).flatten(1).all(1) for o in options])
+    assert bool((found.sum(0) == 1).all()) and int(found.any(1).sum()) > 12
+    rates = [cycle(0.1, i, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.1) and rates[-1] < 1e-4
+    assert rates.index(max(rates)) == 30
+
+
+def test_recalibration_measures_the_statistics_of_attacked_images(trained):
+    model, data = copy.deepcopy(trained), stripes.data()
+    norm = model.features[1]
+    momentum, weights = norm.momentum, [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        norm.running_mean.fill_(9.0)
+    recalibrate(model, data.train, EPSILON, passes=2)
+    x, y = data.train.rows(slice(None))
+    first = model.features[0]
+    expected = first(x).mean((0, 2, 3))
+    assert float((norm.running_mean - expected).abs().max()) < 0.2 and not torch.allclose(
+        norm.running_mean, expected, atol=1e-6
+    )
+    assert norm.momentum == momentum and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+# The pipeline
+
+SETTINGS = MRPFSettings(pruning_ratio=0.5, scores=ScoreSettings(epsilon=EPSILON, rows=64, attack_steps=3), train=FAST, rounds=2)
+LOSS = TRADES(epsilon=EPSILON, steps=2)
+
+
+def test_mrpf_meets_the_budget_and_leaves_the_model_alone(trained, tmp_path):
+    data, before = stripes.data(), copy.deepcopy(trained)
+    trained.features[0].weight.requires_grad_(False)
+    torch.manual_seed(7)
+    state, lines = torch.get_rng_state(), []
+    result = mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path / "run", say=lines.append)
+    assert torch.equal(torch.get_rng_state(), state) and same(trained, before) and not trained.training
+    assert not trained.features[0].weight.requires_grad and trained.features[3].weight.requires_grad
+    again = mrpf(trained, data, SETTINGS, loss=LOSS)
+    trained.requires_grad_(True)
+    assert {n: len(k) for n, k in result.kept.items()} == {
+        n: result.model.get_submodule(n).out_channels for n in ("features.0", "features.3", "features.7")
+    }
+    assert 0.2 < result.macs <= 0.32 and len(result.history) == 2 and len(result.sensitivity) == 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [e.get("stage", e.get("round")) for e in events] == ["round-1", 1, "round-2", 2] and len(lines) == 6
+    assert same(again.model, result.model) and again.kept == result.kept
+    with pytest.raises(DataError, match="holds another run: its model, data, loss or settings differ"):
+        mrpf(trained, data, MRPFSettings(), loss=LOSS, folder=tmp_path / "run")
+
+
+def test_rounds_keep_channels_of_the_dense_model(trained):
+    """Without training or recalibration, what is left are slices of the dense weights."""
+    from dataclasses import replace
+
+    settings = replace(SETTINGS, train=replace(FAST, epochs=0), recalibrate=False, cost="parameters", budget=0.3, alpha=1.0)
+    result = mrpf(trained, stripes.data(), settings, loss=LOSS)
+    a, b = (list(result.kept[n]) for n in ("features.0", "features.3"))
+    assert torch.equal(result.model.features[3].weight, trained.features[3].weight[b][:, a]) and result.parameters <= 0.3
+
+
+def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
+    script = textwrap.dedent("""
+        import sys, time, torch
+        sys.path.insert(0, sys.argv[1])
+        torch.set_num_threads(1)  # as in the tests: sums depend on it
+        import stripes
+        from hipp_ext.robust import mrpf
+        from test_robust_training import LOSS, SETTINGS
+        model = stripes.network()
+        model.load_state_dict(torch.load(sys.argv[2] + "/dense.pt"))
+        slow = (lambda done, loss: (print("epoch", flush=True), time.sleep(60))) if len(sys.argv) > 3 else None
+        result = mrpf(model, stripes.data(), SETTINGS, loss=LOSS, folder=sys.argv[2] + "/run", report=slow)
+        torch.save(result.model.state_dict(), sys.argv[2] + "/pruned.pt")
+    """)
+    torch.save(trained.state_dict(), tmp_path / "dense.pt")
+    here = str(Path(__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, here, str(tmp_path), "slow"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "epoch\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "pruned.pt").exists()
+    resumed = mrpf(trained, stripes.data(), SETTINGS, loss=LOSS, folder=tmp_path / "run")
+    whole = mrpf(trained, stripes.data(), SETTINGS, loss=LOSS)
+    assert same(resumed.model, whole.model) and resumed.history == whole.history
+
+
+def test_mrpf_bad_input(trained, tmp_path):
+    data = stripes.data()
+    with pytest.raises(BudgetError, match=r"A budget of \d+ MACs cannot be met"):
+        mrpf(trained, data, MRPFSettings(budget=0.001), loss=LOSS)
+    for settings in ({"budget": 0.0}, {"pruning_ratio": 1.0}, {"rounds": 0}):
+        with pytest.raises(BudgetError, match=next(iter(settings))):
+            MRPFSettings(**settings)
+    with pytest.raises(AttackError, match="epsilon must be above zero"):
+        MRPFSettings(scores=ScoreSettings(epsilon=-1.0))
+    with pytest.raises(UnsupportedModelError, match=r"has weights in torch.float16"):
+        mrpf(copy.deepcopy(trained).half(), data, SETTINGS, loss=LOSS)
+    with pytest.raises(UnsupportedModelError, match="torch-pruning cannot trace this Detached"):
+        mrpf(Detached(), data, SETTINGS, loss=LOSS)
+    (tmp_path / "round-1.json").write_text("{")
+    with pytest.raises(DataError, match="round-1.json is damaged"):
+        mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+
+
+class Detached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x)).mean((2, 3)).detach().numpy()
+
+
+# Classifiers on disk
+
+
+def test_classifiers_come_back_to_the_bit(tmp_path):
+    from hipp_ext.integrations.torch_pruning import prune_channels
+
+    torch.manual_seed(3)
+    model, x = build_model("small-resnet", 10, (1, 16, 16)).eval(), torch.rand(2, 1, 16, 16)
+    kept = {"stem.0": (1, 5, 6), "blocks.3.conv1": (0, 30)}
+    prune_channels(model, x[:1], kept)
+    config = ClassifierFile(network="small-resnet", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits", kept=kept)
+    save_classifier(model, config, tmp_path / "m")
+    state = torch.get_rng_state()
+    loaded, read = load_classifier(tmp_path / "m")
+    assert torch.equal(loaded(x), model(x)) and read == config and torch.equal(torch.get_rng_state(), state)
+    for file, content in (("config.json", "{}"), ("model.safetensors", "xx")):
+        whole = (tmp_path / "m" / file).read_bytes()
+        (tmp_path / "m" / file).write_text(content)
+        with pytest.raises(CheckpointError, match=r"holds no classifier|is damaged or truncated"):
+            load_classifier(tmp_path / "m")
+        (tmp_path / "m" / file).write_bytes(whole)
+    with pytest.raises(UnsupportedModelError, match="Known networks are resnet18"):
+        build_model("alexnet", 10)
