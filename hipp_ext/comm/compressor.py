@@ -75,9 +75,9 @@ class Compressor:
         algorithm 1: power iteration with a warm start.
     Differs from the paper: its workers' codes would be all-reduced, but codes cannot be summed, so they are gathered (or
         exchanged in shards) and decoded. First factors are quantised, averaged and only then made orthonormal, since
-        orthonormal factors of different workers have no useful mean. A worker remembers its own gradient less its own contribution, not less the
-        mean, because the latter grows without bound where workers' data differ. Vectors are quantised too. Conv kernels
-        (out, in, h, w) are matrices (out, in h w).
+        orthonormal factors of different workers have no useful mean. A worker remembers its own gradient less its own
+        contribution, not less the mean, because the latter grows without bound where workers' data differ. Vectors are
+        quantised too. Conv kernels (out, in, h, w) are matrices (out, in h w).
     """
 
     def __init__(
@@ -204,8 +204,8 @@ def refuse_unusable(gradients: Mapping[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         if gradient.layout != torch.strided or not gradient.is_floating_point():
             raise CompressionError(
-                f"The gradient of {name} is {gradient.layout}, {gradient.dtype}: dense real gradients are needed (an embedding's are "
-                "with sparse=False)."
+                f"The gradient of {name} is {gradient.layout}, {gradient.dtype}: dense real gradients are needed (of an "
+                "embedding: sparse=False)."
             )
 
 

@@ -57,13 +57,14 @@ def unpack_state(compressor: Compressor, state: Mapping[str, Any]) -> tuple[dict
     if plain.workers != compressor.workers:
         norm = sum(float(t.float().norm()) ** 2 for t in parts["memory"].values()) ** 0.5
         dropped.append(
-            f"The state was saved with {plain.workers} workers and goes on with {compressor.workers}: the shared factors are kept, "
-            f"this rank's memory of what was not sent yet (norm {norm:.3g}) is dropped."
+            f"The state was saved with {plain.workers} workers and goes on with {compressor.workers}: the shared factors are "
+            f"kept, this rank's memory of what was not sent yet (norm {norm:.3g}) is dropped."
         )
         parts["memory"] = {n: torch.zeros_like(t) for n, t in parts["memory"].items()}
     elif plain.position != compressor.position:
         raise CompressionError(
-            f"The state was saved by rank {plain.position}, this is rank {compressor.position}: each rank saves and loads its own."
+            f"The state was saved by rank {plain.position}, this is rank {compressor.position}: each rank saves and loads its "
+            "own memory."
         )
     for part, tensors in parts.items():
         for name, tensor in tensors.items():

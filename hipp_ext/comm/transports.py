@@ -157,8 +157,8 @@ def run_in_group(exchange: Exchange[Result], group: Any) -> tuple[Result, int]:
             collective(reply.view(-1), packet.rows.reshape(-1), group=group)
         except RuntimeError as error:
             raise CompressionError(
-                f"Exchanging compressed gradients failed ({packet.kind}, {packet.rows.numel()} bytes, {workers} workers); a worker "
-                f"may have died or be in another step: {error}"
+                f"Exchanging compressed gradients failed ({packet.kind}, {packet.rows.numel()} bytes, {workers} workers); a "
+                f"worker may have died or be in another step: {error}"
             ) from error
         sent += packet.bytes_sent(workers)
 
