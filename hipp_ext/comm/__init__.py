@@ -9,6 +9,7 @@ state.stats()["bytes_sent"]
 from hipp_ext.comm.codec import LogCodec, Pieces
 from hipp_ext.comm.compressor import Compressor, Options
 from hipp_ext.comm.ddp_hook import LQSGDState, lqsgd_hook, mean_gradients, register_lqsgd
+from hipp_ext.comm.fsdp import register_lqsgd_fsdp
 from hipp_ext.comm.saving import load_state, save_state
 from hipp_ext.comm.transports import run_together
 
@@ -22,6 +23,7 @@ __all__ = [
     "lqsgd_hook",
     "mean_gradients",
     "register_lqsgd",
+    "register_lqsgd_fsdp",
     "run_together",
     "save_state",
 ]

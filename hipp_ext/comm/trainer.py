@@ -49,7 +49,10 @@ class LQSGDCallback(TrainerCallback):
         """Bytes beside the loss."""
         if self.state is not None and isinstance(logs, dict):
             stats = self.state.stats()
-            logs |= {"lqsgd_bytes_sent": stats["bytes_sent"], "lqsgd_dense_bytes": stats["dense_bytes"]}
+            ours = {"lqsgd_bytes_sent": stats["bytes_sent"], "lqsgd_dense_bytes": stats["dense_bytes"]}
+            logs |= ours
+            if state.log_history:
+                state.log_history[-1] |= ours  # written before callbacks are asked
 
     def _file(self, folder: str | Path) -> Path:
         assert self.state is not None

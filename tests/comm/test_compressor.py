@@ -58,7 +58,7 @@ def test_one_worker_sends_nothing_and_keeps_gradient_equal_to_sent_plus_residual
 @pytest.mark.parametrize("transport", ["all_gather", "all_to_all"])
 def test_memory_stays_bounded_over_a_thousand_steps_of_workers_that_disagree(bits, transport):
     shapes = {"w": (24, 40), "b": (24,)}
-    group = workers(3, shapes, rank=1, bits=bits, transport=transport)
+    group = workers(2, shapes, rank=1, bits=bits, transport=transport)
     generator = torch.Generator().manual_seed(1)
     own = [random_gradients(shapes, generator) for _ in group]  # never the same direction: what lets torch's memory drift
     norms = []
