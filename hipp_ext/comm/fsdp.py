@@ -1,9 +1,9 @@
 """LQ-SGD between nodes under FSDP2: shard inside a node, average compressed gradients between nodes.
 
 Found in torch 2.14: native HSDP (a 2-D mesh) all-reduces with `dist.all_reduce` and offers no way to replace it; its all-reduce
-hook runs afterwards. With FSDP over the inner mesh only, the same hook runs in its place, on what reduce-scatter left. That is a
-flat vector of this rank's shards without names or shapes, so the low-rank half of LQ-SGD does not apply: it goes whole, quantised,
-with error feedback, which is 4 (8 bits) or 8 (4 bits) times less than fp32.
+hook runs afterwards. With FSDP over the inner mesh only, the same hook runs in its place, on what reduce-scatter left. That is
+a flat vector of this rank's shards without names or shapes, so the low-rank half of LQ-SGD does not apply: it goes whole,
+quantised, with error feedback, which is 4 (8 bits) or 8 (4 bits) times less than fp32.
 """
 
 from typing import Any

@@ -376,7 +376,8 @@ def the_trainer_and_accelerate(rank, workers, folder):
     def trainer(steps: int) -> tuple[Trainer, LQSGDCallback]:
         arguments = TrainingArguments(
             output_dir=str(folder / "out"), max_steps=steps, save_steps=2, per_device_train_batch_size=8, use_cpu=True,
-            ddp_backend="gloo", report_to=[], logging_steps=1, disable_tqdm=True, save_only_model=True, learning_rate=1e-2, lr_scheduler_type="constant",
+            ddp_backend="gloo", report_to=[], logging_steps=1, disable_tqdm=True, learning_rate=1e-2,
+            lr_scheduler_type="constant", save_only_model=True,
         )  # fmt: skip
         made = Trainer(model=Loss(), args=arguments, train_dataset=data)
         callback = LQSGDCallback(made, rank=2, bits=8)

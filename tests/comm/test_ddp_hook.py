@@ -2,8 +2,8 @@
 
 import pytest
 import torch.nn as nn
-from comm.processes import run_checks
 
+from comm.processes import run_checks
 from hipp_ext.comm import LQSGDState
 from hipp_ext.errors import CompressionError
 
