@@ -88,6 +88,18 @@ def bench_kill(
     run(kills, seed, save)
 
 
+@bench_app.command("comm")
+def bench_comm(
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    save: Save = False,
+) -> None:
+    """Bytes and accuracy of LQ-SGD against fp32, fp16, PowerSGD, QSGD and top-k, workers with like and unlike data."""
+    from hipp_ext.evals.bench.comm_accuracy import run
+
+    run(seeds, steps, save)
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
