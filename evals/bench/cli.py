@@ -100,6 +100,42 @@ def bench_comm(
     run(seeds, steps, save)
 
 
+@bench_app.command("links")
+def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = False) -> None:
+    """Time per step over emulated links of 100 and 10 Mbit/s: LQ-SGD against torch's own hooks. Needs root."""
+    from hipp_ext.evals.bench.comm_links import run
+
+    run(steps=steps, save=save)
+
+
+@bench_app.command("codec")
+def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = False) -> None:
+    """Time to encode and decode a million values, against torch's fp16 cast."""
+    from hipp_ext.evals.bench.comm_scale import run_codec
+
+    run_codec(repeats, save)
+
+
+@bench_app.command("scale")
+def bench_scale(save: Save = False) -> None:
+    """Simulated cost of a step for up to 1,024 workers and 7B parameters, and the bandwidth where compression stops paying."""
+    from hipp_ext.evals.bench.comm_scale import run_scale
+
+    run_scale(save)
+
+
+@bench_app.command("inversion")
+def bench_inversion(
+    images: Annotated[int, typer.Option(min=2)] = 64,
+    iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
+    save: Save = False,
+) -> None:
+    """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
+    from hipp_ext.evals.bench.inversion import run
+
+    run(images, iterations, save)
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),

@@ -1,8 +1,8 @@
 """`hipp bench comm`: bytes on the wire and accuracy of LQ-SGD and its alternatives, workers with like and with unlike data.
 
-Digits: scikit-learn's 8 x 8 digits, 897 to train and 900 to test, an MLP 64-256-256-10, global batch 64, SGD with momentum 0.9, rate
-0.05 falling to 0. Unlike data: examples sorted by digit, so each worker sees a few digits only. Workers are simulated, see
-comm_baselines.py. Differences are paired by seed.
+Digits: scikit-learn's 8 x 8 digits, 897 to train and 900 to test, an MLP 64-256-256-10, global batch 64, SGD with momentum 0.9,
+rate 0.05 falling to 0. Unlike data: examples sorted by digit, so each worker sees a few digits only. Workers are simulated,
+see comm_baselines.py. Differences are paired by seed.
 """
 
 from collections.abc import Mapping, Sequence

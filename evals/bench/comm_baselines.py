@@ -78,7 +78,7 @@ def powersgd(shapes: Shapes, workers: int, seed: int, rank: int = 1, dtype: torc
 
 
 def qsgd(shapes: Shapes, workers: int, seed: int, levels: int = 127) -> Averager:
-    """QSGD-like: every value rounded at random, without bias, to one of 2 x 127 levels of its tensor's largest (8 bits); gathered.
+    """QSGD-like: every value rounded at random, without bias, to one of 2 x 127 levels of its tensor's largest; gathered.
 
     Source: QSGD (arXiv 1610.02132), with the largest value as the norm.
     """
@@ -93,7 +93,7 @@ def qsgd(shapes: Shapes, workers: int, seed: int, levels: int = 127) -> Averager
 
 
 def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
-    """The largest values of the whole gradient with their places (4 + 4 bytes each), `payload` bytes a worker; error feedback."""
+    """The largest values of the whole gradient and their places (4 + 4 bytes), `payload` bytes a worker; error feedback."""
     sizes = [math.prod(s) for s in shapes.values()]
     errors = [torch.zeros(sum(sizes)) for _ in range(workers)]
     k = max(1, payload // 8)
