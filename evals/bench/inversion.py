@@ -1,9 +1,9 @@
 """`hipp bench inversion`: how well a picture can be rebuilt from what a worker sends, by attackers who do and do not adapt.
 
 One picture per gradient (scikit-learn's 8 x 8 digits in 0..1), its label known, an untrained network of its own for each,
-rank 1: the easiest case for an attacker. The observer sees one worker's messages and knows model, codec and first factors. "naive"
-matches the dummy gradient to the decoded low-rank gradient; "adaptive" pushes the dummy gradient through the public maps and
-matches the transmitted factors. The mean image is what anyone could answer without seeing anything.
+rank 1: the easiest case for an attacker. The observer sees one worker's messages and knows model, codec and first factors.
+"naive" matches the dummy gradient to the decoded low-rank gradient; "adaptive" pushes the dummy gradient through the public
+maps and matches the transmitted factors. The mean image is what anyone could answer without seeing anything.
 
 Source: DLG (arXiv 1906.08935) for LeNet: squared distance, L-BFGS. Geiping et al. (arXiv 2003.14053) for the CNN: cosine
 distance, total variation, Adam, signs left out.

@@ -400,6 +400,41 @@ def the_trainer_and_accelerate(rank, workers, folder):
     assert_same_everywhere(ddp.parameters())
 
 
+def recovering_goes_on_to_the_bit(rank, workers, folder):
+    from hipp_ext.errors import CheckpointError
+    from hipp_ext.recover import RecoverSettings, TestbedLessons, recover
+    from hipp_ext.testbed.model import build_model, build_processor
+
+    lessons = TestbedLessons(build_processor(), share=0.1)
+
+    class CutOff:
+        """Ends after four steps, as a run does that is interrupted."""
+
+        def batches(self, rank, workers, start):
+            for _, batch in zip(range(4), lessons.batches(rank, workers, start), strict=False):
+                yield batch
+            raise KeyboardInterrupt
+
+    def run(name, data=lessons, **settings):
+        model = build_model(0, hidden=32, ffn=48, layers=2, heads=4)
+        settings = RecoverSettings(**({"steps": 5, "save_every": 3, "rank": 2, "bits": 4} | settings))
+        return model, recover(model, data, settings, folder=folder / name, progress=False)
+
+    model, result = run("whole")
+    assert_same_everywhere(model.parameters())
+    assert result.losses[-1] < result.losses[0] and 0 < result.stats["bytes_sent"] < result.stats["dense_bytes"] / 8
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", CutOff())
+    again, resumed = run("cut")
+    assert torch.equal(flat(again.parameters()), flat(model.parameters()))
+    assert resumed == result
+    plain, uncompressed = run("plain", compression="none", steps=2)
+    assert uncompressed.stats is None
+    assert_same_everywhere(plain.parameters())
+    with pytest.raises(CheckpointError, match="other settings"):
+        run("whole", bits=8)
+
+
 def a_rank_that_dies(rank, workers, folder):
     """The last check: the others get an error within the timeout."""
     ddp = wrapped(rank)
