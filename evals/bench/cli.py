@@ -91,13 +91,17 @@ def bench_kill(
 @bench_app.command("comm")
 def bench_comm(
     seeds: Annotated[int, typer.Option(min=2)] = 5,
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 30.")] = None,
+    testbed: Annotated[bool, typer.Option("--testbed", help="Recover a pruned testbed model instead of digits.")] = False,
     save: Save = False,
 ) -> None:
     """Bytes and accuracy of LQ-SGD against fp32, fp16, PowerSGD, QSGD and top-k, workers with like and unlike data."""
-    from hipp_ext.evals.bench.comm_accuracy import run
+    from hipp_ext.evals.bench import comm_accuracy, comm_testbed
 
-    run(seeds, steps, save)
+    if testbed:
+        comm_testbed.run(seeds, steps or 30, save)
+    else:
+        comm_accuracy.run(seeds, steps or 300, save)
 
 
 @bench_app.command("links")

@@ -63,6 +63,11 @@ def run(folder: Path, steps: int = 400, rank: int = 4, bits: int = 8, save: bool
 def _plan(name: str, model: Any, processor: Any) -> PruningPlan:
     if name == "planner":
         return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
+    return uniform_plan(model, processor)
+
+
+def uniform_plan(model: Any, processor: Any) -> PruningPlan:
+    """Every group loses the same share, ranked by WandaSP."""
     groups = find_groups(model)
     scores = WandaSP()(model, testbed.calibration_batches(processor))
     return plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), RATIO), scores)
