@@ -25,7 +25,7 @@ class TestbedLessons:
     Args:
         processor: the testbed's.
         seed: of the order.
-        share: of the rows that a process takes per step; 1 means 42 rows.
+        share: of the rows that a process takes per step; 1 means 48 rows.
     """
 
     __test__ = False  # for pytest, which would take it for a test
