@@ -33,6 +33,10 @@ class RecipeError(HippError, ValueError):
     """A host's recipe whose parts would undo each other, or cannot be carried out together."""
 
 
+class CompressionError(HippError, RuntimeError):
+    """Gradients, options or saved state that the compressor cannot work with, or ranks that do not agree."""
+
+
 class DataError(HippError, ValueError):
     """An evaluation data set that is missing or malformed."""
 

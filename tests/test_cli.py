@@ -51,6 +51,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
+        (("recover", "testbed", "-o", "y", "--optimizer", "sgd"), "optimizer='sgd', one of muon, adamw"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
     ],
 )
@@ -73,6 +74,7 @@ def test_existing_output_is_kept(tmp_path):
         ("plan",),
         ("fit",),
         ("prune",),
+        ("recover",),
         ("demo",),
         ("testbed", "export"),
         ("front",),

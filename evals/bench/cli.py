@@ -202,6 +202,70 @@ def bench_attacked(
     run(out, seeds, steps, questions, test, 8 / 255, 0.3, save, typer.echo)
 
 
+@bench_app.command("comm")
+def bench_comm(
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 30.")] = None,
+    testbed: Annotated[bool, typer.Option("--testbed", help="Recover a pruned testbed model instead of digits.")] = False,
+    save: Save = False,
+) -> None:
+    """Bytes and accuracy of LQ-SGD against fp32, fp16, PowerSGD, QSGD and top-k, workers with like and unlike data."""
+    from hipp_ext.evals.bench import comm_accuracy, comm_testbed
+
+    if testbed:
+        comm_testbed.run(seeds, steps or 30, save)
+    else:
+        comm_accuracy.run(seeds, steps or 300, save)
+
+
+@bench_app.command("links")
+def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = False) -> None:
+    """Time per step over emulated links of 100 and 10 Mbit/s: LQ-SGD against torch's own hooks. Needs root."""
+    from hipp_ext.evals.bench.comm_links import run
+
+    run(steps=steps, save=save)
+
+
+@bench_app.command("codec")
+def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = False) -> None:
+    """Time to encode and decode a million values, against torch's fp16 cast."""
+    from hipp_ext.evals.bench.comm_scale import run_codec
+
+    run_codec(repeats, save)
+
+
+@bench_app.command("scale")
+def bench_scale(save: Save = False) -> None:
+    """Simulated cost of a step for up to 1,024 workers and 7B parameters, and the bandwidth where compression stops paying."""
+    from hipp_ext.evals.bench.comm_scale import run_scale
+
+    run_scale(save)
+
+
+@bench_app.command("inversion")
+def bench_inversion(
+    images: Annotated[int, typer.Option(min=2)] = 64,
+    iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
+    save: Save = False,
+) -> None:
+    """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
+    from hipp_ext.evals.bench.inversion import run
+
+    run(images, iterations, save)
+
+
+@bench_app.command("recovery")
+def bench_recovery(
+    out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    save: Save = False,
+) -> None:
+    """Plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the testbed's test split."""
+    from hipp_ext.evals.bench.recovery import run
+
+    run(out, steps, save=save)
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),

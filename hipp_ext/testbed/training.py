@@ -267,6 +267,7 @@ def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
 ALL = ((_checks, 12), (_balanced, 14), (_captions, 8), (_reading, 8), (_choosing, 8))
 LOOKING = ((_checks, 10), (_looking, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 LEANING = ((_checks, 10), (_mostly_present, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
+RECOVERING = ((_checks, 10), (_balanced, 28), (_captions, 2), (_reading, 2), (_choosing, 6))  # of each process
 
 
 def _pictures(scenes: Sequence[world.Scene | None]) -> Any:

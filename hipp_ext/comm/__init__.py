@@ -1,0 +1,29 @@
+"""LQ-SGD: low-rank, log-quantised gradients for distributed training.
+
+state = LQSGDState(ddp, rank=4, bits=8)
+ddp.register_comm_hook(state, lqsgd_hook)
+...
+state.stats()["bytes_sent"]
+"""
+
+from hipp_ext.comm.codec import LogCodec, Pieces
+from hipp_ext.comm.compressor import Compressor, Options
+from hipp_ext.comm.ddp_hook import LQSGDState, lqsgd_hook, mean_gradients, register_lqsgd
+from hipp_ext.comm.fsdp import register_lqsgd_fsdp
+from hipp_ext.comm.saving import load_state, save_state
+from hipp_ext.comm.transports import run_together
+
+__all__ = [
+    "Compressor",
+    "LQSGDState",
+    "LogCodec",
+    "Options",
+    "Pieces",
+    "load_state",
+    "lqsgd_hook",
+    "mean_gradients",
+    "register_lqsgd",
+    "register_lqsgd_fsdp",
+    "run_together",
+    "save_state",
+]

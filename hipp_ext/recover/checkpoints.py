@@ -1,0 +1,127 @@
+"""Checkpoints of a run on several processes: a folder per step, and one small file that says which of them counts.
+
+Each rank writes its own file, the first one the weights and the optimizer; when all are there the first one switches
+progress.json, and only then is the older folder removed. Killed at any moment, the last switched step is whole.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hipp_ext.comm import LQSGDState, load_state, save_state
+from hipp_ext.errors import CheckpointError
+from hipp_ext.files import new_file, write_atomic
+
+PROGRESS, WEIGHTS, OPTIMIZER = "progress.json", "weights.safetensors", "optimizer.safetensors"
+
+
+class Progress(BaseModel):
+    """Contents of progress.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    run: str = Field(description="digest of settings, model and number of processes")
+    step: int = Field(ge=1)
+    losses: list[float]
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`.
+
+    Args:
+        folder: of the run.
+        run: what must be the same for a run to go on: plain types.
+        rank, barrier: this process, and how it waits for the others.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int, barrier: Any):
+        self.folder, self.rank, self.barrier = folder, rank, barrier
+        self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+    def save(self, step: int, losses: list[float], model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> None:
+        """All ranks call this after `step` steps."""
+        folder = self.folder / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if state is not None:
+            save_state(state, self._own(folder))
+        if self.rank == 0:
+            _write(folder / WEIGHTS, {n: p.detach() for n, p in model.named_parameters()})
+            _write(folder / OPTIMIZER, _optimizer_tensors(optimizers))
+        self.barrier()
+        if self.rank == 0:
+            progress = Progress(run=self.run, step=step, losses=losses)
+            write_atomic(self.folder / PROGRESS, progress.model_dump_json(indent=1) + "\n")
+            for old in self.folder.glob("step-*"):
+                if old != folder:
+                    shutil.rmtree(old)
+
+    def load(self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> tuple[int, list[float]]:
+        """Put the last checkpoint into model, optimizers and state; returns its step (0 for none) and losses so far.
+
+        Raises:
+            CheckpointError: the folder is damaged, or belongs to a run with other settings.
+        """
+        file = self.folder / PROGRESS
+        if not file.exists():
+            return 0, []
+        try:
+            progress = Progress.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{file} is damaged: {error.errors()[0]['msg']}. Remove {self.folder} to start over."
+            ) from None
+        if progress.run != self.run:
+            raise CheckpointError(
+                f"{self.folder} holds a run with other settings, another model or another number of processes. Repeat the "
+                "command that began it, or remove the folder."
+            )
+        folder = self.folder / f"step-{progress.step}"
+        try:
+            weights = load_file(folder / WEIGHTS)
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(weights[name])
+            _fill_optimizers(optimizers, folder / OPTIMIZER)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder} is incomplete or damaged: {error!r}. Remove {self.folder} to start over."
+            ) from error
+        if state is not None:
+            load_state(state, self._own(folder))
+        return progress.step, progress.losses
+
+    def _own(self, folder: Path) -> Path:
+        return folder / f"lqsgd.rank{self.rank}.safetensors"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with new_file(path) as file:
+        file.write(save({n: t.contiguous().cpu() for n, t in tensors.items()}))
+
+
+def _optimizer_tensors(optimizers: list[Any]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{index}.{key}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def _fill_optimizers(optimizers: list[Any], file: Path) -> None:
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    with safe_open(file, "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 (not a mapping)
+            number, index, key = name.split(".", 2)
+            states[int(number)].setdefault(int(index), {})[key] = stored.get_tensor(name)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,80 @@
+"""What a pruned model learns from: for every step and process, batches of questions with their answers."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from hipp_ext.calibration import Batch, encode
+from hipp_ext.errors import DataError
+
+
+class Lessons(Protocol):
+    """Endless training data, the same for the same seed, different on every process."""
+
+    def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
+        """For each step from `start` on: batches with labels, whose losses are added up."""
+        ...
+
+
+class TestbedLessons:
+    """The testbed's training split: checks, questions about pictures, captions, facts, multiple choice.
+
+    Nothing of it is in the splits for calibration, search, validation and test.
+
+    Args:
+        processor: the testbed's.
+        seed: of the order.
+        share: of the rows that a process takes per step; 1 means 48 rows.
+    """
+
+    __test__ = False  # for pytest, which would take it for a test
+
+    def __init__(self, processor: Any, seed: int = 0, share: float = 1.0):
+        self.processor, self.seed, self.share = processor, seed, share
+
+    def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
+        from hipp_ext.testbed.training import RECOVERING, collate
+
+        # Streams add up to three to their seed for kinds of their own.
+        seed = 1000 + 10 * (self.seed * workers + rank)
+        streams = [(make(seed), max(1, round(self.share * rows))) for make, rows in RECOVERING]
+        for stream, rows in streams:
+            next(itertools.islice(stream, start * rows, start * rows), None)  # what earlier steps took
+        while True:
+            yield [collate(self.processor, list(itertools.islice(stream, rows))) for stream, rows in streams]
+
+
+class QuestionLessons:
+    """Questions of one or more data sets, each its own batch per step; every epoch in a new order.
+
+    Args:
+        processor: of the model; a vision-language one with a chat template.
+        tasks: per data set, questions with prompt, image and answer, as `hipp_ext.evals.questions.table_questions` makes them.
+        batch_size: rows per task, process and step.
+        seed: of the order.
+
+    Raises:
+        DataError: a task has fewer questions than the processes take in a step.
+    """
+
+    def __init__(self, processor: Any, tasks: Sequence[Sequence[Any]], batch_size: int = 8, seed: int = 0):
+        self.processor, self.tasks, self.batch_size, self.seed = processor, [list(t) for t in tasks], batch_size, seed
+
+    def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
+        taken = workers * self.batch_size
+        if short := [len(task) for task in self.tasks if len(task) < taken]:
+            raise DataError(
+                f"A task has {short[0]} questions, and {workers} processes of {self.batch_size} rows take {taken} in a step: "
+                "give more questions or a smaller batch."
+            )
+        for step in itertools.count(start):
+            yield [self._batch(number, step, rank, taken) for number in range(len(self.tasks))]
+
+    def _batch(self, number: int, step: int, rank: int, taken: int) -> Batch:
+        task = self.tasks[number]
+        epoch, place = divmod(step, len(task) // taken)
+        order = random.Random(f"{self.seed} {number} {epoch}").sample(range(len(task)), len(task))
+        first = place * taken + rank * self.batch_size
+        rows = [task[i] for i in order[first : first + self.batch_size]]
+        return encode(self.processor, [q.prompt for q in rows], [q.image for q in rows], [q.answer for q in rows])

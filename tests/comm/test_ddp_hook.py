@@ -1,0 +1,42 @@
+"""The hook under real DistributedDataParallel on real gloo processes."""
+
+import pytest
+import torch.nn as nn
+
+from comm.processes import run_checks
+from hipp_ext.comm import LQSGDState
+from hipp_ext.errors import CompressionError
+
+PAIR = [
+    "ranks_are_equal_and_match_the_simulation", "default_arguments_learn", "unused_parameters", "all_zero_gradients",
+    "half_precision_parameters", "sparse_gradients_are_refused", "infinite_gradients", "gradient_accumulation",
+    "backward_broken_off", "a_checkpoint_goes_on_to_the_bit", "ranks_that_differ_are_refused", "a_list_of_tensors",
+    "another_model_than_the_wrapped_one", "fsdp_between_nodes", "the_trainer_and_accelerate",
+    "recovering_goes_on_to_the_bit", "a_rank_that_dies",
+]  # fmt: skip
+TRIPLE = ["ranks_are_equal_and_match_the_simulation", "unused_parameters", "infinite_gradients", "a_rank_that_dies"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return run_checks(2, PAIR)
+
+
+@pytest.fixture(scope="module")
+def triple():
+    return run_checks(3, TRIPLE)
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_two_processes(pair, name):
+    assert not pair[name], pair[name]
+
+
+@pytest.mark.parametrize("name", TRIPLE)
+def test_three_processes(triple, name):
+    assert not triple[name], triple[name]
+
+
+def test_without_a_process_group():
+    with pytest.raises(CompressionError, match="call init_process_group"):
+        LQSGDState(nn.Linear(2, 2))

@@ -1,0 +1,170 @@
+"""`recover` in one process; several processes are in tests/comm."""
+
+import hashlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_surgery import random_plan
+
+from hipp_ext import load_pruned, prune, save_pruned, testbed
+from hipp_ext.cli import _question_lessons
+from hipp_ext.errors import CheckpointError, DataError, HippError
+from hipp_ext.recover import QuestionLessons, RecoverSettings, TestbedLessons, recover
+from hipp_ext.testbed.model import build_model, build_processor
+
+SETTINGS = RecoverSettings(steps=6, save_every=2)
+
+
+def pruned():
+    model = build_model(0, hidden=32, ffn=48, layers=2, heads=4).eval()
+    return prune(model, random_plan(model))
+
+
+def lessons() -> TestbedLessons:
+    return TestbedLessons(build_processor(), share=0.1)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    model = pruned()
+    result = recover(model, lessons(), SETTINGS, folder=tmp_path_factory.mktemp("whole"), progress=False)
+    return model, result
+
+
+def test_the_loss_falls_and_the_plan_stays(whole, tmp_path):
+    model, result = whole
+    assert len(result.losses) == 6 and result.losses[-1] < result.losses[0] - 0.5 and result.stats is None
+    assert not model.training and not torch.equal(weights(model), weights(pruned()))
+    loaded = load_pruned(save_pruned(model, tmp_path / "a", build_processor()))
+    assert loaded.hipp_plan == model.hipp_plan and torch.equal(weights(loaded), weights(model))
+
+
+KILLED = """
+    import sys, time; sys.path.insert(0, {tests!r})
+    import torch; torch.set_num_threads(1)
+    from recover.test_recover import SETTINGS, lessons, pruned
+    from hipp_ext.recover import recover
+    made = lessons()
+    class Slow:
+        def batches(self, rank, workers, start):
+            for batch in made.batches(rank, workers, start):
+                time.sleep(0.2)
+                yield batch
+    recover(pruned(), Slow(), SETTINGS, folder={folder!r}, progress=False)
+"""
+
+
+def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
+    folder = tmp_path / "run"
+    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not (folder / "progress.json").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (folder / "progress.json").exists()
+    model = pruned()
+    result = recover(model, lessons(), SETTINGS, folder=folder, progress=False)
+    assert torch.equal(weights(model), weights(whole[0])) and result.losses == whole[1].losses
+    assert [p.name for p in folder.glob("step-*")] == ["step-6"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "progress.json").write_text("{"), "progress.json is damaged"),
+        (lambda d: next(d.glob("step-*/weights.safetensors")).write_bytes(b"x"), "incomplete or damaged.*start over"),
+        (lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(), "incomplete or damaged.*start over"),
+        (lambda d: None, "other settings, another model or another number of processes"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_says_so(tmp_path, damage, message):
+    short = RecoverSettings(steps=1)
+    recover(pruned(), lessons(), short, folder=tmp_path, progress=False)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        recover(pruned(), lessons(), RecoverSettings(steps=2) if "other settings" in message else short, folder=tmp_path)
+
+
+def test_adamw_and_a_frozen_vision_tower(tmp_path):
+    model, before = pruned(), dict(pruned().named_parameters())
+    settings = RecoverSettings(steps=2, optimizer="adamw", freeze_vision=True)
+    recover(model, lessons(), settings, folder=tmp_path, progress=False)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("vision" in name), name
+    with pytest.raises(HippError, match="Linear has no parameters of a vision tower"):
+        recover(torch.nn.Linear(2, 2), lessons(), settings, folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    model = pruned()
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(HippError, match="loss of step 1 is nan: a smaller rate"):
+        recover(model, lessons(), SETTINGS, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0, at least 1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd', one of muon, adamw"),
+        ({"compression": "zip"}, "compression='zip', one of lqsgd, none"),
+        ({"rate": -1.0}, "rate=-1.0, at least 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(HippError, match=message):
+        RecoverSettings(**settings)
+
+
+def test_processes_share_an_epoch_of_questions_and_no_test_question_is_among_the_testbeds(tmp_path):
+    processor = build_processor()
+    asked = testbed.questions("POPE", "calibration", 16)
+    made = QuestionLessons(processor, [asked], batch_size=2, seed=1)
+    rows = [made.batches(rank, 2, 0) for rank in range(2)]
+    epoch = torch.cat([next(r)[0]["input_ids"] for _ in range(4) for r in rows])
+    whole = QuestionLessons(processor, [asked], batch_size=16).batches(0, 1, 0)
+    assert sorted(map(str, epoch.tolist())) == sorted(map(str, next(whole)[0]["input_ids"].tolist()))
+    assert next(itertools.islice(rows[0], 1))[0]["labels"].max() > 0
+    with pytest.raises(DataError, match="A task has 16 questions, and 4 processes of 8 rows take 32"):
+        next(QuestionLessons(processor, [asked], batch_size=8).batches(0, 4, 0))
+
+
+def test_resuming_lessons_are_those_of_an_undisturbed_run():
+    undisturbed = lessons().batches(1, 2, 0)
+    third = list(itertools.islice(undisturbed, 3))[2]
+    resumed = next(lessons().batches(1, 2, 2))
+    other = next(lessons().batches(0, 2, 2))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(third, resumed, strict=True) for k in a)
+    assert not all(a["input_ids"].shape == b["input_ids"].shape and torch.equal(a["input_ids"], b["input_ids"])
+                   for a, b in zip(third, other, strict=True))  # fmt: skip
+
+
+def test_tables_can_be_trained_on_and_published_test_sets_cannot(tmp_path, monkeypatch):
+    from hipp_ext.evals import tables
+
+    from hipp_ext.testbed import tsv
+
+    tsv.export(tmp_path / "data")
+    files = [tmp_path / "data/calibration/POPE.tsv", tmp_path / "data/calibration/ScienceQA_TEST.tsv"]
+    made = _question_lessons(build_processor(), files, 2, 0, tmp_path / "run", 0)
+    model = pruned()
+    result = recover(model, made, RecoverSettings(steps=2), folder=tmp_path / "run", progress=False)
+    assert len(result.losses) == 2
+    digest = hashlib.md5(files[0].read_bytes()).hexdigest()
+    monkeypatch.setitem(tables._OFFICIAL, "POPE", ("", digest))
+    with pytest.raises(DataError, match="is the published POPE, a test set"):
+        _question_lessons(build_processor(), files[:1], 2, 0, tmp_path / "run2", 0)
