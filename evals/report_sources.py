@@ -76,6 +76,12 @@ class Sources:
     seeds: tuple[str, ...] = field(default=())
 
 
+def main_yes_no(entries: Sequence[Entry]) -> str | None:
+    """The yes/no data set that a report shows by split: POPE, else the first there is."""
+    found = [data for e in entries for data, record in e.records.items() if "official" in record["metrics"]]
+    return "POPE" if "POPE" in found else next(iter(found), None)
+
+
 def write_summary(
     folder: str | Path, entries: Sequence[Entry], commands: Sequence[str], seeds: Sequence[str], planner: str | None = None
 ) -> None:
@@ -174,6 +180,8 @@ def _read_summary(folder: Path) -> Sources:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
+    for record in row["records"].values():
+        _check_record(record)
     return Entry(
         name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"],
         plan=PruningPlan.from_json(row["plan"]) if row["plan"] else None,
@@ -181,14 +189,25 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     )  # fmt: skip
 
 
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or AttributeError unless a report can be made of the record."""
+    for name in ("model", "model_hash", "data", "data_hash", "n", "predictions"):
+        record[name]
+    record["settings"].items()
+    scores = record["metrics"]["vlmeval"] if "official" in record["metrics"] else record["metrics"]["accuracy"]
+    for split in scores.values():
+        split["accuracy"], split["accuracy_se"]
+
+
 def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """One entry per model content; models of one name and different content are told apart by their hash."""
     by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
         try:
-            by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
-        except (KeyError, TypeError) as error:
+            _check_record(record)
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"a results.json is damaged: {error!r}") from None
+        by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
     names = [name for name, _ in by_model]
     return [
         Entry(name=name if names.count(name) == 1 else f"{name} ({digest[:8]})", preference=None, plan=None, reward=None,
