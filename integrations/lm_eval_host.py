@@ -80,10 +80,12 @@ class HippLM(_FromFolder, HFMultimodalLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers without surrounding blanks, as `vlmeval` keeps them."""
-        if requests and len(requests[0].args) > 2 and not self.chat_applied:
+        """Answers; those about pictures without surrounding blanks, as `vlmeval` keeps them."""
+        pictures = bool(requests) and len(requests[0].args) > 2
+        if pictures and not self.chat_applied:
             raise CheckpointError("questions about pictures need the model's chat template: add --apply_chat_template")
-        return [answer.strip() for answer in super().generate_until(requests, disable_tqdm)]
+        answers = super().generate_until(requests, disable_tqdm)
+        return [answer.strip() for answer in answers] if pictures else answers
 
 
 def _sees(folder: Path) -> bool:
