@@ -5,6 +5,7 @@ config.json and weights (a model), or a JSON file of `hipp bench latency`.
 """
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,12 +192,11 @@ def _entry(row: Mapping[str, Any]) -> Entry:
 
 def _check_record(record: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or AttributeError unless a report can be made of the record."""
-    for name in ("model", "model_hash", "data", "data_hash", "n", "predictions"):
-        record[name]
+    operator.itemgetter("model", "model_hash", "data", "data_hash", "n", "predictions")(record)
     record["settings"].items()
     scores = record["metrics"]["vlmeval"] if "official" in record["metrics"] else record["metrics"]["accuracy"]
     for split in scores.values():
-        split["accuracy"], split["accuracy_se"]
+        operator.itemgetter("accuracy", "accuracy_se")(split)
 
 
 def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
@@ -231,7 +231,7 @@ def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
     """The entry with plan and size, where its folder was given and its contents are those that were evaluated."""
     record = next(iter(entry.records.values()), None)
     folder = models.get(record["model"]) if record else None
-    if folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
+    if record is None or folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
         return entry
     plan = read_plan(folder)
     return replace(entry, plan=plan, parameters=_parameters(folder), preference=_wish(plan))

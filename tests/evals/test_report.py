@@ -12,6 +12,7 @@ import pytest
 from hipp_ext.evals.disagreements import disagreements
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
+from hipp_ext.evals.report_page import page as page_of
 from hipp_ext.evals.report_sources import main_yes_no, read_sources
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
@@ -123,9 +124,15 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
     assert '<article class="card">' in text and "picture not at hand" not in text
     assert not (moved / "report.html").exists() and "hipp bench latency" in text  # says how to measure what was not
+    assert "Not set side by side" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
     assert {e.picture for own in disagreements(dense.records, small.records, near) for e in own.examples} == {None}
+
+
+def test_what_could_not_be_compared_is_said(made):
+    sources = read_sources([made])
+    assert "the questions differ: small&lt;b&gt; on POPE, small&lt;b&gt; on ScienceQA_TEST." in page_of(sources, [], {})
 
 
 def test_several_folders_with_one_name_and_other_content(made, tmp_path):
