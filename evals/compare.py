@@ -182,15 +182,29 @@ def comparison_table(rows: Sequence[Comparison], level: float = 0.95) -> Any:
     for name in (*left, "n", "A", "B", "B - A", "p (bootstrap)", "p (McNemar)", "only A/B right", "F1 B - A", "yes A/B",
                  "n for 1 point"):  # fmt: skip
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row in rows:
+    for row, rule in _without_repetition(rows):
         own = row.paired
         table.add_row(
-            row.data, row.rule, row.split, str(own.n), f"{own.a:.2f}", f"{own.b:.2f}", _with_interval(own.difference),
+            row.data, rule, row.split, str(own.n), f"{own.a:.2f}", f"{own.b:.2f}", _with_interval(own.difference),
             _p(own.difference.p_value), _p(own.mcnemar_p), f"{own.only_a}/{own.only_b}",
             "" if row.f1 is None else _with_interval(row.f1),
             "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}", f"{row.questions_for_a_point:,}",
         )  # fmt: skip
     return table
+
+
+def _without_repetition(rows: Sequence[Comparison]) -> list[tuple[Comparison, str]]:
+    """Rows with the name of their rule; where POPE's two rules read every answer alike, one row for "both"."""
+    by_rule = {(row.data, row.split, row.rule): row for row in rows}
+    shown = []
+    for row in rows:
+        same = [repr(dataclasses.replace(twin, rule=row.rule)) == repr(row)  # NaN does not equal itself
+                for other in RULES if row.rule in RULES and (twin := by_rule.get((row.data, row.split, other)))]  # fmt: skip
+        if len(same) == len(RULES) and all(same):
+            shown += [(row, "both")] if row.rule == next(iter(RULES)) else []
+        else:
+            shown.append((row, row.rule))
+    return shown
 
 
 def _with_interval(estimate: Estimate) -> str:

@@ -68,16 +68,16 @@ def disagreements(
     for data in a:
         if data not in b:
             continue
-        files = [_predictions(own[data], near) for own in (a, b)]
-        if not all(files):
+        file_a, file_b = _predictions(a[data], near), _predictions(b[data], near)
+        if file_a is None or file_b is None:
             continue
         try:
-            runs = [next(iter(read_runs(file).values())) for file in files if file]
-            whole = compare_runs(*runs)[0]
+            run_a, run_b = (next(iter(read_runs(file).values())) for file in (file_a, file_b))
+            whole = compare_runs(run_a, run_b)[0]
         except DataError:  # another number of questions, or without questions.jsonl: nothing to set side by side
             continue
-        pictures = files[0].parents[3] / "images" if files[0] else Path()
-        found.append(Disagreement(data=data, whole=whole, examples=_examples(*runs, pictures, n, seed)))
+        pictures = file_a.parents[3] / "images"
+        found.append(Disagreement(data=data, whole=whole, examples=_examples(run_a, run_b, pictures, n, seed)))
     return found
 
 

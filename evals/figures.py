@@ -207,9 +207,9 @@ def _drawing(look: Look, wide: tuple[float, float], narrow: tuple[float, float])
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look.ink)
-    frames = {"axes.edgecolor": look.faint, "grid.color": look.faint, "grid.alpha": 0.5, "axes.facecolor": look.paper}
-    style = {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9,
-             "xtick.major.size": 0, "ytick.major.size": 0, "grid.linewidth": 0.6}  # fmt: skip
-    with mpl.rc_context({**colours, **frames, **style}):
+    style: dict[Any, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look.ink)
+    style |= {"axes.edgecolor": look.faint, "grid.color": look.faint, "grid.alpha": 0.5, "axes.facecolor": look.paper}
+    style |= {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"font.size": 9, "xtick.major.size": 0, "ytick.major.size": 0, "grid.linewidth": 0.6}
+    with mpl.rc_context(style):
         yield Figure(figsize=narrow if look.narrow else wide, layout="constrained", facecolor=look.paper)

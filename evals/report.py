@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.disagreements import Disagreement, disagreements
-from hipp_ext.evals.figures import Look, cost_figure, front_figure, keeps_figure, png, pope_figure
+from hipp_ext.evals.figures import SPLITS, Look, cost_figure, front_figure, keeps_figure, png, pope_figure
 from hipp_ext.evals.report_page import Picture, page
-from hipp_ext.evals.report_sources import Entry, Fit, Sources, read_sources
+from hipp_ext.evals.report_sources import Entry, Fit, Sources, main_yes_no, read_sources
 
 from hipp_ext.files import write_atomic
 
@@ -66,7 +66,8 @@ def _pictures(sources: Sources) -> list[_Drawing]:
     plans = {e.name: e.plan for e in sources.entries if e.plan}
     if plans and len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1:
         found.append(_keeps(plans, next((f.visual for f in sources.fits if f.visual), None)))
-    scores = {e.name: e.records["POPE"]["metrics"]["vlmeval"] for e in sources.entries if "POPE" in e.records}
+    main = main_yes_no(sources.entries)
+    scores = {e.name: e.records[main]["metrics"]["vlmeval"] for e in sources.entries if main in e.records}
     if scores:
         caption = (
             "Accuracy by VLMEvalKit's rule; error bars: one standard error, pictures drawn whole. A model that looks says yes "
@@ -121,20 +122,31 @@ def _differing(sources: Sources, near: Sequence[Path]) -> dict[str, list[Disagre
 
 
 def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the results table: sizes and scores with standard errors; empty where something was not measured."""
-    header = ["model", "removed", "size", "ScienceQA", "POPE", "rnd", "pop", "adv", "F1", "yes"]
+    """(header, rows) of the results table: sizes and scores with standard errors; empty where something was not measured.
+
+    One column per data set; for the main yes/no one (POPE, if it is there) also its splits, F1 and yes-rate.
+    """
+    main = main_yes_no(entries)
+    others = dict.fromkeys(d for e in entries for d in e.records if d != main)
+    header = ["model", "removed", "size", *(name.removesuffix("_TEST") for name in others)]
+    header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
     rows = []
     for e in entries:
-        pope = e.records.get("POPE", {}).get("metrics", {}).get("vlmeval", {})
-        choice = next((r["metrics"]["accuracy"]["overall"] for d, r in e.records.items() if "accuracy" in r["metrics"]), {})
-        splits = [_number(pope.get(s, {}), "accuracy") for s in ("random", "popular", "adversarial")]
-        overall = pope.get("overall", {})
-        rows.append([
-            e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-",
-            f"{e.parameters / 1e6:.2f}M" if e.parameters else "", _with_error(choice, "accuracy"),
-            _with_error(overall, "accuracy"), *splits, _number(overall, "f1"), _number(overall, "yes_rate"),
-        ])  # fmt: skip
+        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else ""
+        row = [e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-", size]
+        row += [_with_error(_overall(e, data), "accuracy") for data in others]
+        if main:
+            splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
+            overall = splits.get("overall", {})
+            row += [_with_error(overall, "accuracy"), *(_number(splits.get(s, {}), "accuracy") for s in SPLITS),
+                    _number(overall, "f1"), _number(overall, "yes_rate")]  # fmt: skip
+        rows.append(row)
     return header, rows
+
+
+def _overall(entry: Entry, data: str) -> Mapping[str, Any]:
+    metrics = entry.records.get(data, {}).get("metrics", {})
+    return (metrics.get("vlmeval") or metrics.get("accuracy") or {}).get("overall", {})
 
 
 def _number(scores: Mapping[str, Any], metric: str) -> str:

@@ -45,7 +45,7 @@ def page(sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, 
     """The whole page."""
     parts = {name: "".join(_figure(p) for p in pictures if p.section == name) for name in SECTIONS}
     parts["results"] = _results(sources.entries)
-    parts["answers"] = _differing(sources.entries[0].name, differing)
+    parts["answers"] = _differing(sources.entries[0].name, differing) + _not_compared(sources.entries, differing)
     parts["cost"] += _cost(sources)
     parts["made"] = _made(sources)
     shown = {name: part for name, part in parts.items() if part}
@@ -95,6 +95,16 @@ def _differing(dense: str, differing: Mapping[str, Sequence[Disagreement]]) -> s
         f"<small>{_points(own)}</small></summary>{_verdict(dense, name, own)}{_cards(dense, name, own)}</details>"
         for number, (name, own) in enumerate(pairs)
     )
+
+
+def _not_compared(entries: Sequence[Entry], differing: Mapping[str, Sequence[Disagreement]]) -> str:
+    dense, *others = entries
+    compared = {(name, own.data) for name, found in differing.items() for own in found}
+    left = [f"{e.name} on {d}" for e in others for d in e.records if d in dense.records and (e.name, d) not in compared]
+    if not left:
+        return ""
+    why = "Not set side by side, because the answers are not at hand or the questions differ"
+    return f"<p class=note>{why}: {escape(', '.join(left))}.</p>"
 
 
 def _cards(dense: str, name: str, own: Disagreement) -> str:

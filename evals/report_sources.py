@@ -5,6 +5,7 @@ config.json and weights (a model), or a JSON file of `hipp bench latency`.
 """
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,6 +75,12 @@ class Sources:
     latency: tuple[dict[str, Any], ...] = ()
     commands: tuple[str, ...] = ()
     seeds: tuple[str, ...] = field(default=())
+
+
+def main_yes_no(entries: Sequence[Entry]) -> str | None:
+    """The yes/no data set that a report shows by split: POPE, else the first there is."""
+    found = [data for e in entries for data, record in e.records.items() if "official" in record["metrics"]]
+    return "POPE" if "POPE" in found else next(iter(found), None)
 
 
 def write_summary(
@@ -174,6 +181,8 @@ def _read_summary(folder: Path) -> Sources:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
+    for record in row["records"].values():
+        _check_record(record)
     return Entry(
         name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"],
         plan=PruningPlan.from_json(row["plan"]) if row["plan"] else None,
@@ -181,14 +190,24 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     )  # fmt: skip
 
 
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or AttributeError unless a report can be made of the record."""
+    operator.itemgetter("model", "model_hash", "data", "data_hash", "n", "predictions")(record)
+    record["settings"].items()
+    scores = record["metrics"]["vlmeval"] if "official" in record["metrics"] else record["metrics"]["accuracy"]
+    for split in scores.values():
+        operator.itemgetter("accuracy", "accuracy_se")(split)
+
+
 def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """One entry per model content; models of one name and different content are told apart by their hash."""
     by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
         try:
-            by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
-        except (KeyError, TypeError) as error:
+            _check_record(record)
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"a results.json is damaged: {error!r}") from None
+        by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
     names = [name for name, _ in by_model]
     return [
         Entry(name=name if names.count(name) == 1 else f"{name} ({digest[:8]})", preference=None, plan=None, reward=None,
@@ -212,7 +231,7 @@ def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
     """The entry with plan and size, where its folder was given and its contents are those that were evaluated."""
     record = next(iter(entry.records.values()), None)
     folder = models.get(record["model"]) if record else None
-    if folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
+    if record is None or folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
         return entry
     plan = read_plan(folder)
     return replace(entry, plan=plan, parameters=_parameters(folder), preference=_wish(plan))

@@ -4,7 +4,9 @@
 which run is the last.
 """
 
+import glob
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +79,13 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
     """Data name -> run, of a predictions file, a run's folder, a data set's folder or a model's folder.
 
     Args:
-        path: the file or folder; a model's folder holds one run for each data set.
+        path: the file or folder; a model's folder holds one run for each data set, and may be named without its hash.
         tsv: the questions, where no questions.jsonl lies beside the predictions.
 
     Raises:
         DataError: there is no run, or a file of it is missing or damaged.
     """
-    path = Path(path).expanduser()
+    path = _with_hash(Path(path).expanduser())
     if path.is_file():
         return _named(_read_run(path, tsv))
     if (path / PREDICTIONS).is_file():
@@ -98,6 +100,21 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
         )
         raise DataError(f"{path} holds no results of `vlmeval`; {hint}")
     return {folder.name: _read_run(_last_predictions(folder), tsv) for folder in folders}
+
+
+def _with_hash(path: Path) -> Path:
+    """`path`, or where there is no such thing the only folder PATH-HASH.
+
+    Raises:
+        DataError: there are several.
+    """
+    if path.exists():
+        return path
+    found = sorted(p for p in path.parent.glob(f"{glob.escape(path.name)}-*") if re.fullmatch("[0-9a-f]{8}", p.name[-8:]))
+    found = [p for p in found if p.name[:-9] == path.name]
+    if len(found) > 1:
+        raise DataError(f"{path}: several models of this name were evaluated, name one: {', '.join(p.name for p in found)}")
+    return found[0] if found else path
 
 
 def _named(run: Run) -> dict[str, Run]:

@@ -345,7 +345,9 @@ def compare(
     about one picture are not, so there its p is too small as a rule. The last column: questions that would show one point
     of difference (power 80%, level 5%) between two models that disagree as often as these.
 
-    Example: `hipp compare outputs/dense-1a2b3c4d outputs/pruned-5e6f7a8b --json difference.json`
+    Where POPE's two rules read every answer alike, one line stands for both. Folders may be named without their hash.
+
+    Example: `hipp compare outputs/dense outputs/pruned --json difference.json`
     """
     from hipp_ext.evals.compare import compare as run
     from hipp_ext.evals.compare import comparison_table, plain
@@ -616,11 +618,12 @@ def _print_plan(made: Any) -> None:
 
 
 def _print_wide(table: Any) -> None:
-    """A rich table; a pipe has no width, and rich would cut the columns at 80."""
+    """A rich table in full: where the terminal is too narrow, its lines wrap, and no number is cut."""
     from rich.console import Console
 
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    width = console.measure(table, options=console.options.update(width=1000)).maximum
+    (console if console.width >= width else Console(width=width, soft_wrap=True)).print(table)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

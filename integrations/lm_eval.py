@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_tasks(arguments: list[str]) -> list[str]:
-    """`arguments` with our `--include_path`, unless they have one, or are not a run."""
+    """`arguments` with our `--include_path`, unless they have one or a `--config`, which may, or are not a run."""
     options = arguments[1:] if arguments[:1] == ["run"] else arguments
     if not options or not options[0].startswith("-") or {"-h", "--help"} & set(options):
         return arguments
-    if any(option.partition("=")[0] == "--include_path" for option in options):
+    if {"--include_path", "--config", "-C"} & {option.partition("=")[0] for option in options}:
         return arguments
     return ["run", *options, "--include_path", str(tasks_path())]

@@ -57,6 +57,8 @@ class HippLM(_FromFolder, HFMultimodalLM):
         CheckpointError: the folder is incomplete, or an argument asks for another way of loading.
     """
 
+    chat_applied: bool
+
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
         """Called by lm-eval with the model's arguments."""
@@ -80,10 +82,12 @@ class HippLM(_FromFolder, HFMultimodalLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers without surrounding blanks, as `vlmeval` keeps them."""
-        if requests and len(requests[0].args) > 2 and not self.chat_applied:
+        """Answers; those about pictures without surrounding blanks, as `vlmeval` keeps them."""
+        pictures = bool(requests) and len(requests[0].args) > 2
+        if pictures and not self.chat_applied:
             raise CheckpointError("questions about pictures need the model's chat template: add --apply_chat_template")
-        return [answer.strip() for answer in super().generate_until(requests, disable_tqdm)]
+        answers = HFMultimodalLM.generate_until(self, requests, disable_tqdm)
+        return [answer.strip() for answer in answers] if pictures else answers
 
 
 def _sees(folder: Path) -> bool:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hipp_ext.evals.compare import compare, compare_runs
+from hipp_ext.evals.compare import compare, compare_runs, comparison_table
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
 from vlm_tables import picture, pope_rows, save_llava, scienceqa_rows, write_tsv
@@ -99,6 +99,31 @@ def test_every_way_to_name_a_run_gives_the_same(scored, lmu, tmp_path):
     bare = [shutil.copy(file, tmp_path / f"{number}.jsonl") for number, file in enumerate(files)]
     alone = compare(*bare, tsv=lmu / "POPE.tsv")
     assert [row.paired for row in alone] == [row.paired for row in whole]
+
+
+def test_a_model_may_be_named_without_its_hash(scored, tmp_path):
+    a, b = scored[1]
+    assert compare(a.parent / "tiny0", b.parent / "tiny1") == compare(a, b)
+    shutil.copytree(a, tmp_path / a.name)
+    shutil.copytree(b, tmp_path / f"{a.name[:-8]}{'0' * 8}")
+    with pytest.raises(DataError, match="several models of this name were evaluated, name one: tiny0-00000000, tiny0-"):
+        read_runs(tmp_path / "tiny0")
+    with pytest.raises(DataError, match="holds no results"):
+        read_runs(tmp_path / "tiny")
+
+
+def test_rules_that_read_all_answers_alike_share_a_line():
+    from rich.console import Console
+
+    def lines(*said: list[str]) -> str:
+        console = Console(width=250, record=True)
+        console.print(comparison_table(compare_runs(*map(run, said))))
+        return console.export_text()
+
+    alike = lines(["Yes", "No", "Yes", "No"], ["Yes", "Yes", "No", "No"])
+    assert alike.count("both") == 3 and "official" not in alike
+    apart = lines(["Yes", "No", "Yes", "No"], ["Yes", "Yes", "No", ""])  # the empty answer, in popular
+    assert apart.count("both") == 1 and apart.count("official") == 2
 
 
 def test_a_line_that_is_being_written_is_left_alone(scored, tmp_path):

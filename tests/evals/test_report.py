@@ -5,13 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hipp_ext.evals.disagreements import disagreements
-from hipp_ext.evals.report import write_report
+from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
-from hipp_ext.evals.report_sources import read_sources
+from hipp_ext.evals.report_page import page as page_of
+from hipp_ext.evals.report_sources import main_yes_no, read_sources
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
 from PIL import Image
@@ -122,9 +124,15 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
     assert '<article class="card">' in text and "picture not at hand" not in text
     assert not (moved / "report.html").exists() and "hipp bench latency" in text  # says how to measure what was not
+    assert "Not set side by side" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
     assert {e.picture for own in disagreements(dense.records, small.records, near) for e in own.examples} == {None}
+
+
+def test_what_could_not_be_compared_is_said(made):
+    sources = read_sources([made])
+    assert "the questions differ: small&lt;b&gt; on POPE, small&lt;b&gt; on ScienceQA_TEST." in page_of(sources, [], {})
 
 
 def test_several_folders_with_one_name_and_other_content(made, tmp_path):
@@ -190,10 +198,23 @@ def test_what_cannot_be_reported_is_refused(made, tmp_path):
         read_sources([wrong])
 
 
+def test_other_data_sets_have_columns_of_their_own(made):
+    dense, small = read_sources([made]).entries
+    records = {"exam": dense.records["ScienceQA_TEST"], "mine": dense.records["POPE"]}
+    header, rows = table_rows([replace(dense, records=records), small])
+    assert header[3:] == ["exam", "mine", "ScienceQA", "POPE", "rnd", "pop", "adv", "F1", "yes"]
+    assert main_yes_no([replace(dense, records=records)]) == "mine" and main_yes_no([dense, small]) == "POPE"
+    assert rows[0][3] and not rows[0][5] and rows[1][5] and not rows[1][3]
+
+
 def test_damaged_parts_are_named(made, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/results.json").write_text('{"model": "x"}')
     with pytest.raises(DataError, match="results.json is damaged: .*model_hash"):
+        read_sources([tmp_path])
+    record = next(iter(read_sources([made]).entries[0].records.values()))
+    (tmp_path / "a/results.json").write_text(json.dumps(record | {"metrics": {}}))
+    with pytest.raises(DataError, match="results.json is damaged: .*accuracy"):
         read_sources([tmp_path])
     planner = shutil.copytree(made / "planner", tmp_path / "planner")
     (planner / "planner.json").write_text("{}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hipp_ext.evals.pope import pope_scores, split_rates
 from hipp_ext.evals.tables import read_table
-from hipp_ext.integrations.lm_eval import TASKS, main, register, tasks_path
+from hipp_ext.integrations.lm_eval import TASKS, _with_tasks, main, register, tasks_path
 from models import build
 from vlm_tables import WORDS, pope_rows, scienceqa_rows, write_tsv
 
@@ -241,6 +241,13 @@ def test_bad_input_and_help_of_the_launcher(capsys, tmp_path):
     assert main(["run", "--no-such-option"]) == 2
     assert sys.argv == before
     assert sorted(file.stem for file in tasks_path().glob("*.yaml")) == sorted(TASKS)
+
+
+def test_our_tasks_are_added_to_runs_only():
+    ours = ["--include_path", str(tasks_path())]
+    assert _with_tasks(["run", "--tasks", "x"]) == _with_tasks(["--tasks", "x"]) == ["run", "--tasks", "x", *ours]
+    for own in (["ls", "tasks"], [], ["--help"], ["run", "--help"], ["run", "--include_path=y"], ["-C", "own.yaml"]):
+        assert _with_tasks(own) == own
 
 
 def test_without_lm_eval_the_extra_is_named():
