@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hipp_ext.evals.bench.robust import ARMS, Job, Setting, conclude, jobs, power, results, run, table
+from hipp_ext.evals.bench.robust import Job, Setting, conclude, jobs, power, results, run, table
 from typer.testing import CliRunner
 
 from hipp_ext.cli import app
@@ -56,14 +56,15 @@ def test_from_training_to_evaluation(tmp_path):
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path):
-    setting = Setting(dense=0, tune=0, test=20, attacks=("pgd",), steps=1)
+    setting = Setting(dense=0, tune=0, test=20, attacks=("pgd",), steps=1, rows=32)
+    arms = ("uniform", "mrs-removal", "shuffled", "global-l1", "mrs-worst")
     lines = []
     run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False, say=lines.append)
-    report = run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ARMS, save=False, say=lines.append)
-    assert len(lines) == len(ARMS) and lines[0].startswith("small-vgg-75-trades-0 uniform: clean")
+    report = run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, arms, save=False, say=lines.append)
+    assert len(lines) == len(arms) and lines[0].startswith("small-vgg-75-trades-0 uniform: clean")
     cell = report["cells"]["small-vgg 0.75 trades"]
     uniform = next(r for r in results(tmp_path) if r["arm"] == "uniform")
-    for arm in ARMS:
+    for arm in arms:
         assert cell[arm]["macs"]["mean"] <= uniform["macs"] and cell[arm]["macs"]["mean"] > 0.97 * uniform["macs"]
     assert conclude(tmp_path, setting, save=False)["cells"] == report["cells"]
     with pytest.raises(DataError, match="holds a study with another setting"):
