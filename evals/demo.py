@@ -100,9 +100,10 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     return page
 
 
-def search_evaluator(model: nn.Module, processor: Any, n: int, split: str = "search") -> Evaluator:
+def search_evaluator(model: nn.Module, processor: Any, n: int, split: str = "search", robustness: str = "pope") -> Evaluator:
     """The testbed's evaluator: `n` POPE and `n` ScienceQA questions of a split."""
-    return Evaluator(model, processor, testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n))
+    pope, choice = testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n)
+    return Evaluator(model, processor, pope, choice, robustness=robustness)
 
 
 def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path: Path) -> Path:

@@ -122,6 +122,9 @@ def fit(
     steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
+    robustness: Annotated[
+        str, typer.Option(help="What robustness is measured on: pope, adversarial (POPE on attacked pictures) or both.")
+    ] = "pope",
     cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     device: Device = None,
@@ -149,7 +152,7 @@ def fit(
     if workers.count > 1 and device is None:
         device = _own_device()
     loaded, processor = _load(model, device, dtype)
-    evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out)
+    evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1))
     running = out.with_name(out.name + ".fit")
     say = _say if workers.leads else None
@@ -575,7 +578,9 @@ def _own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _evaluator(model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path) -> Any:
+def _evaluator(
+    model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path, robustness: str = "pope"
+) -> Any:
     from hipp_ext.errors import DataError
     from hipp_ext.evals.demo import search_evaluator
     from hipp_ext.evals.evaluator import Evaluator
@@ -583,12 +588,12 @@ def _evaluator(model: Any, processor: Any, pope: Path | None, scienceqa: Path | 
     from hipp_ext.evals.tables import read_table
 
     if pope is None and scienceqa is None:
-        return search_evaluator(model, processor, n)
+        return search_evaluator(model, processor, n, robustness=robustness)
     if pope is None or scienceqa is None:
         raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
     images = out.with_name(out.name + ".images")
     tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
-    return Evaluator(model, processor, *tasks)
+    return Evaluator(model, processor, *tasks, robustness=robustness)
 
 
 def _question_lessons(processor: Any, files: list[Path], rows: int, seed: int, running: Path, position: int) -> Any:

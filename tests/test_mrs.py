@@ -16,7 +16,7 @@ from hipp_ext.errors import AttackError, CalibrationError, PlanError, Unsupporte
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts, top_units
 from hipp_ext.scorers import MRS, Taylor
-from hipp_ext.scorers.sensitivity import first_order, removal_mask, unit_norms, worst_case
+from hipp_ext.scorers.sensitivity import first_order, removal_mask, unit_norms, unit_taylor, worst_case
 
 FORMS = ("removal", "worst", "grad")
 
@@ -165,6 +165,16 @@ def test_removal_and_taylor_close_what_pruning_removes(cnn):
         with torch.no_grad():
             rise = float(cross_entropy(small, (pictures, classes)) - cross_entropy(model, (pictures, classes)))
         assert float(values.mean()) == pytest.approx(max(0.01, rise), abs=1e-4)
+
+
+def test_taylor_averages_squares_over_batches(cnn):
+    model, pictures, classes = cnn
+    groups = find_channel_groups(model, pictures[:1])
+    halves = [(pictures[:3], classes[:3]), (pictures[3:], classes[3:])]
+    together = unit_taylor(model, groups, cross_entropy, halves)
+    a, b = (unit_taylor(model, groups, cross_entropy, [half]) for half in halves)
+    for t, x, y in zip(together, a, b, strict=True):
+        assert torch.allclose(t, ((x.square() + y.square()) / 2).sqrt())
 
 
 def test_worst_case_beats_chance_and_first_order_foretells_small_balls(cnn):

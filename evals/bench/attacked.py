@@ -1,7 +1,7 @@
 """`hipp bench attacked`: does a planner fitted for POPE under attack keep more of it under attack, at equal sparsity?"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ WISH = Preference(utility=0.1, robustness=0.8, compression=0.1)
 
 def run(
     out: Path, seeds: int, steps: int, questions: int, tested: int, epsilon: float, ratio: float, save: bool,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, objectives: Sequence[str] = OBJECTIVES,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit, plan and measure what is missing in `out`, then report.
 
@@ -30,17 +30,17 @@ def run(
     torch.set_num_threads(1)
     rows = []
     for seed in range(seeds):
-        for objective in OBJECTIVES:
+        for objective in objectives:
             path = out / f"{objective}-{seed}.json"
             if not path.exists():
                 values = _measure(objective, seed, out, steps, questions, tested, epsilon, ratio)
                 write_atomic(path, json.dumps(values) + "\n")
             rows.append(json.loads(path.read_text()))
             say(f"{objective} seed {seed}: {rows[-1]}")
-    by = {o: [r for r in rows if r["objective"] == o] for o in OBJECTIVES}
+    by = {o: [r for r in rows if r["objective"] == o] for o in objectives}
     keys = ("choice", "pope", "attacked")
     differences = {
-        o: {k: mean_and_se([b[k] - a[k] for a, b in zip(by["pope"], by[o], strict=True)]) for k in keys} for o in OBJECTIVES[1:]
+        o: {k: mean_and_se([b[k] - a[k] for a, b in zip(by["pope"], by[o], strict=True)]) for k in keys} for o in objectives[1:]
     }
     return report("attacked", "hipp bench attacked", {
         "setting": {"steps": steps, "questions": questions, "tested": tested, "epsilon": epsilon, "pruning_ratio": ratio},

@@ -192,14 +192,17 @@ def bench_attacked(
     out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")] = Path("attacked"),
     seeds: Annotated[int, typer.Option(min=2)] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 12,
-    questions: Annotated[int, typer.Option(min=8, help="Per task, in the fits.")] = 96,
+    questions: Annotated[int, typer.Option(min=8, help="Per task, in the fits.")] = 64,
     test: Annotated[int, typer.Option(min=8, help="Per task, of the test split.")] = 200,
+    objectives: Annotated[
+        str, typer.Option(help="pope first; adversarial: attacked once on the dense model; adaptive: anew for every plan.")
+    ] = "pope,adaptive",
     save: Save = False,
 ) -> None:
     """Planners fitted for POPE as it is and for POPE under attack, at equal sparsity, attacked anew on the test split."""
     from hipp_ext.evals.bench.attacked import run
 
-    run(out, seeds, steps, questions, test, 8 / 255, 0.3, save, typer.echo)
+    run(out, seeds, steps, questions, test, 8 / 255, 0.3, save, typer.echo, objectives.split(","))
 
 
 @bench_app.command("comm")

@@ -15,7 +15,7 @@ from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channe
 STEPS = 10
 
 
-def run(save: bool = False, rows: int = 20, batch_size: int = 2) -> dict[str, Any]:
+def run(save: bool = False, rows: int = 10, batch_size: int = 1) -> dict[str, Any]:
     """Seconds of every form for all modules, as shares of an epoch of PGD-AT with ten steps; one process, one run of each.
 
     Few small images suffice: both sides are proportional to their number. There are as many batches as steps of the worst-case
@@ -27,7 +27,6 @@ def run(save: bool = False, rows: int = 20, batch_size: int = 2) -> dict[str, An
     groups = find_channel_groups(model, images.images[:1])
     settings = {f: ScoreSettings(form=f, rows=rows, batch_size=batch_size, steps=STEPS) for f in ("worst", "grad", "removal")}
     loss, model = PGDAT(steps=STEPS), model.train()
-    next(iter(images.batches(batch_size)))
     epoch = _seconds(lambda: [backward(loss, model, x, y, 0) for x, y in images.batches(batch_size)])
     model.zero_grad()
     model.eval()

@@ -48,7 +48,7 @@ class Setting:
         steps: of the inner attack.
         dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
         attacks: see `hipp_ext.robust.evaluate`.
-        test: how many test images are attacked, the first ones.
+        test: how many test images are attacked, the first ones; rows: how many training images are scored on.
     """
 
     data: str = "digits"
@@ -59,6 +59,7 @@ class Setting:
     tune: int = 15
     attacks: tuple[str, ...] = ATTACKS
     test: int = 300
+    rows: int = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def _plan(
 ) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
     budget, bounds, widths = macs(uniform), Bounds(floor=FLOOR[job.ratio]), [g.width for g in groups]
-    settings = ScoreSettings(epsilon=setting.epsilon, seed=job.seed)
+    settings = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed)
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
     rankings = {"bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}

@@ -226,11 +226,15 @@ def gated(model: nn.Module, modules: Sequence[Module], gates: Sequence[Tensor]) 
 
 def _gate(layer: nn.Module, reader: Reader, gate: Tensor) -> Callable[[nn.Module, tuple], tuple]:
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    padded = torch.cat([gate.to(weight.device), torch.ones(1, device=weight.device)])  # index -1: another module's, left alone
-    factors = padded[reader.units.to(weight.device)].to(weight.dtype)
-    if not isinstance(layer, nn.Linear):
-        factors = factors.view(-1, *[1] * (weight.dim() - 2))
-    return lambda _, args: (args[0] * factors, *args[1:])
+    units = reader.units.to(weight.device)
+    shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (weight.dim() - 2))
+
+    def hook(_: nn.Module, args: tuple) -> tuple:
+        # Anew at every call: a gate may want its gradient after each of them.
+        padded = torch.cat([gate.to(weight.device), torch.ones(1, device=weight.device)])  # -1: another module's, left alone
+        return (args[0] * padded[units].to(weight.dtype).view(shape), *args[1:])
+
+    return hook
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Evaluation under attack: against independent runs, on models whose robustness is known, on models that hide their gradients."""
+"""Evaluation under attack: against independent runs, on models of known robustness, on models that hide their gradients."""
 
 import pytest
 import stripes

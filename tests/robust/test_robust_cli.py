@@ -1,0 +1,95 @@
+"""`hipp robust` from training to evaluation, and the bench on a study too small to mean anything."""
+
+import json
+import re
+
+import pytest
+import torch
+from hipp_ext.evals.bench.robust import Job, Setting, conclude, jobs, power, results, run, table
+from typer.testing import CliRunner
+
+from hipp_ext.cli import app
+from hipp_ext.errors import AttackError, CheckpointError, DataError, OutputExistsError
+from hipp_ext.robust.checkpoint import load_classifier
+
+RUNNER = CliRunner()
+
+
+def hipp(*arguments: str) -> str:
+    result = RUNNER.invoke(app, ["robust", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_from_training_to_evaluation(tmp_path):
+    dense, pruned, tuned, again = (str(tmp_path / n) for n in ("dense", "pruned", "tuned", "again"))
+    hipp("train", "--network", "small-vgg", "--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--out", dense)
+    hipp("score", dense, "--epsilon", "1/10", "--rows", "64", "--json", str(tmp_path / "scores.json"))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["sensitivity"]) == 8 and min(scores["sensitivity"].values()) > 0
+    common = ("--epsilon", "0.1", "--rows", "64", "--steps", "1")
+    output = hipp("prune", dense, "--pruning-ratio", "0.5", *common, "--out", pruned)
+    share = float(re.search(r"([\d.]+)% of the MACs", output).group(1))
+    assert 24 < share <= 27  # 3 input channels and the last layer stay
+    hipp("finetune", pruned, "--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--loss", "mart", "--awp", "--out", tuned)
+    hipp("prune", tuned, "--pruning-ratio", "0.3", *common, "--cost", "parameters", "--out", again)
+    small, config = load_classifier(again)
+    widths = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {n: len(k) for n, k in config.kept.items()} == widths and max(config.kept["features.17"]) > widths["features.17"]
+    hipp("evaluate", tuned, "--epsilon", "0.1", "--n", "20", "--attacks", "pgd,apgd-ce", "--json", str(tmp_path / "r.json"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["n"] == 20 and report["worst"] <= report["clean"] and set(report["under"]) == {"pgd", "apgd-ce"}
+    with pytest.raises(OutputExistsError, match="exists"):
+        hipp("finetune", pruned, "--out", tuned)
+    with pytest.raises(AttackError, match=r"epsilon must be a number such as 8/255 or 0.1, got 'eight'"):
+        hipp("score", dense, "--epsilon", "eight")
+    with pytest.raises(AttackError, match="epsilon must be above zero and finite, got 0"):
+        hipp("evaluate", dense, "--epsilon", "0")
+    with pytest.raises(AttackError, match="Known losses are pgd-at, trades, mart; got 'fgsm'"):
+        hipp("finetune", dense, "--loss", "fgsm", "--out", str(tmp_path / "x"))
+    with pytest.raises(AttackError, match="A budget counts macs or parameters, not 'watts'"):
+        hipp("prune", dense, "--pruning-ratio", "0.5", "--cost", "watts", "--out", str(tmp_path / "x"))
+    with pytest.raises(CheckpointError, match="holds no classifier that `hipp robust` can read"):
+        hipp("score", str(tmp_path))
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    setting = Setting(dense=0, tune=0, test=20, attacks=("pgd",), steps=1, rows=32)
+    arms = ("uniform", "mrs-removal", "shuffled", "global-l1", "mrs-worst")
+    lines = []
+    run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False, say=lines.append)
+    report = run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, arms, save=False, say=lines.append)
+    assert len(lines) == len(arms) and lines[0].startswith("small-vgg-75-trades-0 uniform: clean")
+    cell = report["cells"]["small-vgg 0.75 trades"]
+    uniform = next(r for r in results(tmp_path) if r["arm"] == "uniform")
+    for arm in arms:
+        assert cell[arm]["macs"]["mean"] <= uniform["macs"] and cell[arm]["macs"]["mean"] > 0.97 * uniform["macs"]
+    assert conclude(tmp_path, setting, save=False)["cells"] == report["cells"]
+    with pytest.raises(DataError, match="holds a study with another setting"):
+        run(tmp_path, Setting(), ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False)
+    with pytest.raises(DataError, match=r"Known arms are uniform, .*; got \['best'\]"):
+        run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["best"], save=False)
+
+
+def test_differences_are_paired_by_seed():
+    def row(arm, seed, worst):
+        values = {"clean": 90.0, "pgd": worst, "worst": worst, "macs": 0.1, "parameters": 0.1}
+        return values | {
+            "network": "n",
+            "ratio": 0.5,
+            "loss": "l",
+            "seed": seed,
+            "arm": arm,
+            "scoring": {"seconds": 1.0, "peak_mb": 0.0},
+        }
+
+    rows = [row("uniform", s, 40.0 + 10 * s) for s in range(3)] + [
+        row("mrs-removal", s, 43.0 + 10 * s + s % 2) for s in range(3)
+    ]
+    difference = table(rows)["n 0.5 l"]["mrs-removal"]["difference"]["uniform"]["worst"]
+    assert difference["mean"] == pytest.approx(10 / 3) and difference["se"] == pytest.approx(1 / 3) and difference["n"] == 3
+    assert power(3.1) == 19 and power(1.0) == 2
+    assert [j.name for j in jobs(["a"], [0.5, 0.9], ["l"], 2)] == ["a-50-l-0", "a-90-l-0", "a-50-l-1", "a-90-l-1"]
+    assert Job(network="a", ratio=0.75, loss="l", seed=3).name == "a-75-l-3"
