@@ -143,13 +143,12 @@ def bench_inversion(
 @bench_app.command("recovery")
 def bench_recovery(
     out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
-    steps: Annotated[int, typer.Option(min=1)] = 400,
     save: Save = False,
 ) -> None:
     """Plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the testbed's test split."""
     from hipp_ext.evals.bench.recovery import run
 
-    run(out, steps, save=save)
+    run(out, save=save)
 
 
 @bench_app.command("search")

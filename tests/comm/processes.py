@@ -29,8 +29,12 @@ def run_checks(workers: int, names: list[str]) -> dict[str, str]:
         arguments = (workers, names, folder)
         context = mp.start_processes(_run, arguments, nprocs=workers, join=False, start_method="spawn")
         for process in context.processes:
-            process.join(270)
-            assert not process.is_alive() or process.kill(), "a process hangs"
+            process.join(600)
+        hanging = [process for process in context.processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+            process.join()
+        assert not hanging, f"{len(hanging)} of {workers} processes hang"
         results = {}
         for name in names:
             reports = [Path(folder, f"{name}.{rank}") for rank in range(workers)]
