@@ -132,12 +132,16 @@ def bench_scale(save: Save = False) -> None:
 def bench_inversion(
     images: Annotated[int, typer.Option(min=2)] = 64,
     iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
+    network: Annotated[str, typer.Option(help="lenet (squared distance, L-BFGS) or cnn (cosine distance, Adam).")] = "lenet",
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.evals.bench.inversion import run
+    from hipp_ext.errors import DataError
+    from hipp_ext.evals.bench.inversion import NETWORKS, run
 
-    run(images, iterations, save)
+    if network not in NETWORKS:
+        raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")
+    run(images, iterations, network, save)
 
 
 @bench_app.command("recovery")
