@@ -136,8 +136,9 @@ def bench_inversion(
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.bench.inversion import NETWORKS, run
+
+    from hipp_ext.errors import DataError
 
     if network not in NETWORKS:
         raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")
