@@ -7,7 +7,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes at the tensor boundaries are checked in tests only.
-TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.masks", "hipp_ext.scorers"]
+TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.masks", "hipp_ext.scorers", "hipp_ext.comm.codec"]
 TENSOR_MODULES += [f"hipp_ext.planner.{name}" for name in ("state", "policy", "reward", "grpo")]
 with install_import_hook(TENSOR_MODULES, "beartype.beartype"):
     import hipp_ext  # noqa: F401

@@ -249,24 +249,28 @@ def bench_scale(save: Save = False) -> None:
 def bench_inversion(
     images: Annotated[int, typer.Option(min=2)] = 64,
     iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
+    network: Annotated[str, typer.Option(help="lenet (squared distance, L-BFGS) or cnn (cosine distance, Adam).")] = "lenet",
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.evals.bench.inversion import run
+    from hipp_ext.evals.bench.inversion import NETWORKS, run
 
-    run(images, iterations, save)
+    from hipp_ext.errors import DataError
+
+    if network not in NETWORKS:
+        raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")
+    run(images, iterations, network, save)
 
 
 @bench_app.command("recovery")
 def bench_recovery(
     out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
-    steps: Annotated[int, typer.Option(min=1)] = 400,
     save: Save = False,
 ) -> None:
     """Plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the testbed's test split."""
     from hipp_ext.evals.bench.recovery import run
 
-    run(out, steps, save=save)
+    run(out, save=save)
 
 
 @bench_app.command("search")

@@ -38,7 +38,7 @@ class Observed:
     target: Tensor
 
 
-def run(images: int = 64, iterations: int = 100, save: bool = False) -> dict[str, Any]:
+def run(images: int = 64, iterations: int = 100, network: str = "lenet", save: bool = False) -> dict[str, Any]:
     """Attack every picture in every way; returns and prints the result: MSE, PSNR [dB] and SSIM, means over pictures."""
     from sklearn.datasets import load_digits
 
@@ -49,20 +49,21 @@ def run(images: int = 64, iterations: int = 100, save: bool = False) -> dict[str
     labels = torch.tensor(data.target)[order]
     truth, mean_image = pictures[:images], pictures[images:].mean(0)
     table: dict[str, Any] = {}
-    for name, (build, attack) in {"LeNet, DLG": (lenet, dlg), "CNN, cosine": (cnn, cosine)}.items():
-        table[name] = {"mean image": quality([mean_image] * images, list(truth))}
-        for variant in VARIANTS:
-            rebuilt = []
-            for i, (picture, label) in enumerate(zip(truth, labels[:images], strict=True)):
-                torch.manual_seed(i)
-                model = build()
-                seen = observe(variant, _gradients(model, picture[None, None], label[None]))
-                rebuilt.append(attack(model, label[None], seen, iterations))
-            table[name][variant] = quality(rebuilt, list(truth))
-            _print_row(name, variant, table[name][variant])
-        _print_row(name, "mean image", table[name]["mean image"])
+    name, build, attack = NETWORKS[network]
+    table[name] = {"mean image": quality([mean_image] * images, list(truth))}
+    for variant in VARIANTS:
+        rebuilt = []
+        for i, (picture, label) in enumerate(zip(truth, labels[:images], strict=True)):
+            torch.manual_seed(i)
+            model = build()
+            seen = observe(variant, _gradients(model, picture[None, None], label[None]))
+            rebuilt.append(attack(model, label[None], seen, iterations))
+        table[name][variant] = quality(rebuilt, list(truth))
+        _print_row(name, variant, table[name][variant])
+    _print_row(name, "mean image", table[name]["mean image"])
+    command = f"hipp bench inversion --network {network} --images {images} --iterations {iterations}"
     values = {"images": images, "iterations": iterations, "restarts": 1, "rank": 1, "batch": 1, "table": table}
-    return report("inversion", f"hipp bench inversion --images {images} --iterations {iterations}", values, save)
+    return report(f"inversion_{network}", command, values, save)
 
 
 def lenet() -> nn.Module:
@@ -189,6 +190,11 @@ def quality(rebuilt: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any
     ssim = [float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0)) for a, b in zip(rebuilt, truth, strict=True)]
     psnr = [float(-10 * np.log10(m)) for m in mse]
     return {"MSE": mean_and_se(mse), "PSNR": mean_and_se(psnr), "SSIM": mean_and_se(ssim)}
+
+
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "lenet": ("LeNet, DLG", lenet, dlg), "cnn": ("CNN, cosine", cnn, cosine),
+}  # fmt: skip
 
 
 def _gradients(model: nn.Module, picture: Tensor, label: Tensor, graph: bool = False) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """`hipp bench recovery`: plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the test split.
 
 Two plans: every group loses the same share (WandaSP), and the planner's for a preference. Recovery is the command a user would
-type, torchrun -m hipp_ext recover, on the testbed's training data. Finished parts in the folder are kept, so that an
-interrupted bench goes on.
+type, torchrun -m hipp_ext recover, on the testbed's training data; where the uniform plan took attention heads, a second
+round with fresh learning rates follows. Finished parts in the folder are kept, so that an interrupted bench goes on.
 """
 
 import json
@@ -25,10 +25,11 @@ from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import WandaSP
 
 RATIO = 0.4
+ROUNDS = {"uniform": (400, 150), "planner": (150,)}  # steps of each round, from where the last one ended
 WISH = (0.4, 0.4, 0.2)
 
 
-def run(folder: Path, steps: int = 400, rank: int = 4, bits: int = 8, save: bool = False) -> dict[str, Any]:
+def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[str, Any]:
     """Make, recover and measure both models in `folder`; returns and prints the result. Percent, standard errors in points."""
     torch.set_num_threads(1)
     model, processor = testbed.load()
@@ -44,20 +45,23 @@ def run(folder: Path, steps: int = 400, rank: int = 4, bits: int = 8, save: bool
         return row | {"ScienceQA": [scores["choice"].accuracy, scores["choice"].accuracy_se]}
 
     rows: dict[str, Any] = {"dense": measure(model)}
-    for name in ("uniform", "planner"):
-        before, after = folder / f"{name}-pruned", folder / name
+    for name, rounds in ROUNDS.items():
+        before = folder / f"{name}-pruned"
         if not before.exists():
             save_pruned(prune(model, _plan(name, model, processor)), before, processor)
         rows[f"{name}, pruned"] = measure(load_pruned(before))
-        if not after.exists():
-            _recover(before, after, steps, rank, bits)
-        recovered = load_pruned(after)
-        rows[f"{name}, recovered"] = measure(recovered) | {"pruning_ratio": recovered.hipp_plan.pruning_ratio}
-        rows[f"{name}, recovered"]["bytes"] = _bytes(after.with_name(after.name + ".recover"))
-        print(name, rows[f"{name}, pruned"], rows[f"{name}, recovered"], flush=True)
-    values = {"rows": rows, "steps": steps, "processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": WISH}
+        for number, steps in enumerate(rounds, 1):
+            after = folder / f"{name}-{number}"
+            if not after.exists():
+                _recover(before, after, steps, rank, bits)
+            recovered, before = load_pruned(after), after
+            row = measure(recovered) | {"pruning_ratio": recovered.hipp_plan.pruning_ratio, "steps": steps}
+            row["bytes"] = _bytes(after.with_name(after.name + ".recover"))
+            rows[f"{name}, round {number}"] = row
+            print(name, rows[f"{name}, pruned"], row, flush=True)
+    values = {"rows": rows, "processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": WISH}
     values["questions"] = {"POPE": len(pope), "ScienceQA": len(choice)}
-    return report("recovery", f"hipp bench recovery --steps {steps} --rank {rank} --bits {bits}", values, save)
+    return report("recovery", "hipp bench recovery", values, save)
 
 
 def _plan(name: str, model: Any, processor: Any) -> PruningPlan:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from hipp_ext.errors import CompressionError
@@ -84,7 +85,7 @@ class LogCodec:
         """Bytes that a row of values takes."""
         return 4 * pieces.slots + pieces.size * self.bits // 8
 
-    def encode(self, values: Tensor, pieces: Pieces) -> Tensor:
+    def encode(self, values: Float32[Tensor, "rows values"], pieces: Pieces) -> UInt8[Tensor, "rows bytes"]:
         """`values` (rows, pieces.size) float32 -> messages (rows, message_bytes) uint8: scales, then packed codes."""
         scales = values.new_zeros(len(values), pieces.slots)
         shares = torch.empty_like(values, dtype=torch.float16)
@@ -99,7 +100,7 @@ class LogCodec:
         codes = _code_table(self.bits, self.alpha, values.device).index_select(0, index).view_as(values)
         return torch.cat([scales.view(torch.uint8), pack(codes, self.bits)], 1)
 
-    def decode(self, messages: Tensor, pieces: Pieces) -> Tensor:
+    def decode(self, messages: UInt8[Tensor, "rows bytes"], pieces: Pieces) -> Float32[Tensor, "rows values"]:
         """`messages` (rows, message_bytes) uint8 -> values (rows, pieces.size) float32."""
         # A fresh copy: a slice that is a single row may stay unaligned through .contiguous().
         scales = messages[:, : 4 * pieces.slots].clone().view(torch.float32)
@@ -117,7 +118,7 @@ class LogCodec:
         return values
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: UInt8[Tensor, "rows values"], bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Codes (rows, values) uint8 below 2^bits -> (rows, values * bits / 8) uint8, the first code in the lowest bits.
 
     The number of values is a multiple of 8.
@@ -134,7 +135,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words[..., None].view(torch.uint8)[..., :bits].flatten(1)
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
+def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int) -> UInt8[Tensor, "rows values"]:
     """The inverse of `pack`."""
     words = torch.zeros(len(packed), packed.shape[1] // bits, 8, dtype=torch.uint8, device=packed.device)
     words[..., :bits] = packed.unflatten(1, (-1, bits))

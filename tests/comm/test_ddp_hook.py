@@ -12,8 +12,9 @@ PAIR = [
     "half_precision_parameters", "sparse_gradients_are_refused", "infinite_gradients", "gradient_accumulation",
     "backward_broken_off", "a_checkpoint_goes_on_to_the_bit", "ranks_that_differ_are_refused", "a_list_of_tensors",
     "another_model_than_the_wrapped_one", "fsdp_between_nodes", "the_trainer_and_accelerate",
-    "recovering_goes_on_to_the_bit", "a_rank_that_dies",
+    "recovering_goes_on_to_the_bit", "the_simulated_powersgd_trains_like_torchs", "a_rank_that_dies",
 ]  # fmt: skip
+pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes
 TRIPLE = ["ranks_are_equal_and_match_the_simulation", "unused_parameters", "infinite_gradients", "a_rank_that_dies"]
 
 
