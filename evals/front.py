@@ -1,7 +1,6 @@
 """`hipp front`: the non-dominated plans of a fitted planner, and two answers to one preference."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,6 @@ def write_picture(planner: HiPPPlanner, choices: Choices | None, path: Path) -> 
     write_atomic(path, png(front_figure(evaluated, front, {n: r for n, r in chosen.items() if r})))
 
 
-def write_json(planner: HiPPPlanner, path: Path) -> None:
-    """The front as JSON: a list of {reward, keeps}, least pruned first."""
-    rows: list[dict[str, Any]] = [
-        {"reward": f.reward.as_dict() if f.reward else None, "keeps": f.plan.keep_counts} for f in planner.front()
-    ]
-    write_atomic(path, json.dumps(rows, indent=1) + "\n")
+def front_rows(planner: HiPPPlanner) -> list[dict[str, Any]]:
+    """The front for a JSON file: {reward, keeps} of every plan, least pruned first."""
+    return [{"reward": f.reward.as_dict() if f.reward else None, "keeps": f.plan.keep_counts} for f in planner.front()]

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.console import Device, Dtype, ModelArgument, Overwrite, check_dtype, model_folder, say, write_json
 from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.cli import bench_app
+from hipp_ext.evals.cli import evals_app
 from hipp_ext.robust.cli import robust_app
 
 app = typer.Typer(
@@ -16,13 +18,11 @@ app = typer.Typer(
     help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
 )  # fmt: skip
 testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
-data_app = typer.Typer(no_args_is_help=True, help="Benchmark files for `vlmeval`, built from local copies of the data.")
 app.add_typer(testbed_app, name="testbed")
-app.add_typer(data_app, name="data")
+app.add_typer(evals_app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(robust_app, name="robust")
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
 Utility = Annotated[float, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[float, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
 Compression = Annotated[float, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
@@ -30,9 +30,6 @@ Ratio = Annotated[
     float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
 
 
 def main() -> None:
@@ -106,9 +103,9 @@ def plan(
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = _load(model, device, dtype)
-    made = maker.plan(loaded, processor=processor, preference=wanted, say=_say)
+    made = maker.plan(loaded, processor=processor, preference=wanted, say=say)
     made.save(out, overwrite)
-    _say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
+    say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
     _print_plan(made)
 
 
@@ -144,9 +141,11 @@ def fit(
     from hipp_ext.budget import Bounds
     from hipp_ext.files import require_new
     from hipp_ext.planner import FitSettings, HiPPPlanner
+    from hipp_ext.planner.cost import check_cost
     from hipp_ext.planner.evaluation import Workers
     from hipp_ext.preference import Preference
 
+    check_cost(cost)
     workers = Workers.join()
     require_new(out, overwrite)
     if workers.count > 1 and device is None:
@@ -155,15 +154,13 @@ def fit(
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1))
     running = out.with_name(out.name + ".fit")
-    say = _say if workers.leads else None
+    tell = say if workers.leads else None
     chosen: Any = cost
     result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, cost=chosen,
-                       processor=processor, say=say)  # fmt: skip
+                       processor=processor, say=tell)  # fmt: skip
     if workers.leads:
         maker.save(out, overwrite=overwrite)
-        _say(
-            f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}"
-        )
+        say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")
 
 
 @app.command()
@@ -180,9 +177,10 @@ def front(
     scienceqa: Annotated[Path | None, typer.Option(help="The multiple-choice TSV of the fit.")] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions per task, as in the fit.")] = 192,
     picture: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the front to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the front to this file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The plans that no other evaluated plan dominates, with standard errors; and two answers to a preference.
 
@@ -193,10 +191,14 @@ def front(
     `hipp front planner -u 0.2 -r 0.6 -c 0.2 --model ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa ScienceQA_VAL.tsv`
     """
     from hipp_ext.budget import check_ratio
-    from hipp_ext.evals.front import answer, print_front, write_json, write_picture
+    from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+    from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.preference import Preference
 
+    for file in (picture, json_file):
+        if file is not None:
+            require_new(file, overwrite)
     fitted = HiPPPlanner.load(planner)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
@@ -211,7 +213,7 @@ def front(
     if picture:
         write_picture(fitted, choices, picture)
     if json_file:
-        write_json(fitted, json_file)
+        write_json(json_file, {"front": front_rows(fitted)})
 
 
 @app.command()
@@ -247,7 +249,7 @@ def prune(
     small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
-    _say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
+    say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
 
 
 @app.command()
@@ -303,198 +305,7 @@ def recover(
     if position == 0:
         save_pruned(loaded, out, processor, overwrite=overwrite)
         sent = result.stats and f"; sent {result.stats['bytes_sent']:,} bytes, fp32 {result.stats['dense_bytes']:,}"
-        _say(f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps{sent or ''}; progress: {running}")
-
-
-@app.command()
-def report(
-    folders: Annotated[
-        list[Path],
-        typer.Argument(metavar="DIR...", help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp bench latency` wrote; models."),
-    ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the page; default: the first DIR.")] = None,
-) -> None:
-    """One self-contained page, report.html, and PNGs: front, units kept, POPE by split, disagreements, cost, how it was made.
-
-    Every DIR adds what lies in it: results of `vlmeval` and its answers, model folders (plans and sizes), a planner (front,
-    visual sensitivity), latency.json. The models of all DIRs stand in one report, the dense one first.
-
-    Examples:
-
-    `hipp report demo`
-
-    `hipp report outputs ./dense ./pruned planner latency.json -o report`
-    """
-    from hipp_ext.evals.report import write_report
-
-    _say(str(write_report(folders, out)))
-
-
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A folder or predictions.jsonl that `vlmeval` wrote.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the model that is compared with A.")],
-    data: Annotated[
-        Path | None, typer.Option(help="The TSV that was asked, for predictions without a questions.jsonl beside them.")
-    ] = None,
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Say whether two models differ: accuracies on the same questions, B - A with its interval, McNemar's test.
-
-    Intervals and p (bootstrap) draw whole pictures for POPE. McNemar's test takes questions as independent, which those
-    about one picture are not, so there its p is too small as a rule. The last column: questions that would show one point
-    of difference (power 80%, level 5%) between two models that disagree as often as these.
-
-    Where POPE's two rules read every answer alike, one line stands for both. Folders may be named without their hash.
-
-    Example: `hipp compare outputs/dense outputs/pruned --json difference.json`
-    """
-    from hipp_ext.evals.compare import compare as run
-    from hipp_ext.evals.compare import comparison_table, plain
-    from hipp_ext.files import require_new
-
-    if json_file is not None:
-        require_new(json_file, overwrite)
-    rows = run(a, b, tsv=data, level=level, seed=seed)
-    _print_wide(comparison_table(rows, level))
-    if json_file is not None:
-        _write_json(json_file, {"a": str(a), "b": str(b), "level": level, "seed": seed, "comparisons": plain(rows)})
-
-
-@app.command()
-def chair(
-    model: ModelArgument,
-    n: Annotated[int, typer.Option("--n", min=2, help="Pictures to describe.")] = 200,
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO instance file, such as instances_val2014.json; default: the testbed's scenes.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that the annotations name.")] = None,
-    captions: Annotated[
-        Path | None, typer.Option(help="COCO caption file; what it names counts as being in the picture.")
-    ] = None,
-    synonyms: Annotated[
-        Path | None, typer.Option(help="Other names of the objects: JSON, or lines `person, girl, boy`; default: plurals only.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the model is asked; default: a brief description.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, for COCO.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the sample of pictures.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
-    work_dir: Annotated[Path, typer.Option(help="For captions and scores; a stopped run goes on there.")] = Path("outputs"),
-    device: Device = None,
-    dtype: Dtype = None,
-) -> None:
-    """CHAIR: let a model describe pictures, and count the objects it names that are not there.
-
-    Examples:
-
-    `hipp chair testbed --n 200`
-
-    `hipp chair ./pruned --annotations instances_val2014.json --captions captions_val2014.json --images val2014`
-    """
-    from hipp_ext.errors import DataError
-    from hipp_ext.evals.captions import PROMPT, chair_table, coco_task, measure_chair, scenes_task
-
-    _check_dtype(dtype)
-    if (annotations is None) != (images is None):
-        raise DataError("Give both --annotations and --images, or neither (then the testbed's scenes are described).")
-    if annotations is None and (captions or synonyms or prompt):
-        raise DataError("--captions, --synonyms and --prompt go with --annotations; the testbed has its own.")
-    if annotations is None or images is None:
-        task = scenes_task(n)
-    else:
-        task = coco_task(annotations, images, n, captions=captions, synonyms=synonyms, prompt=prompt or PROMPT,
-                         max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
-    scores, file = measure_chair(_folder(model), task, work_dir=work_dir, batch_size=batch_size, device=device, dtype=dtype,
-                                 progress=sys.stderr.isatty())  # fmt: skip
-    _print_wide(chair_table([(model, scores)]))
-    _say(f"captions and scores: {file.parent}")
-
-
-@app.command("tasks-path")
-def tasks_path() -> None:
-    """Print the folder of the lm-eval tasks hipp_pope, hipp_scienceqa and hipp_scienceqa_val.
-
-    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's own models
-    """
-    from hipp_ext.integrations.lm_eval import tasks_path as path
-
-    _say(str(path()))
-
-
-@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def lm_eval(context: typer.Context) -> None:
-    """lm-eval's own command line (`hipp lm-eval run --help`), with `--model hipp` and the tasks of `hipp tasks-path` known.
-
-    Example: `hipp lm-eval run --model hipp --model_args pretrained=./pruned --tasks hipp_pope,hipp_scienceqa
-    --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
-    """
-    from hipp_ext.integrations.lm_eval import main as run
-
-    raise typer.Exit(run(context.args))
-
-
-@data_app.command("pope")
-def data_pope(
-    images: Annotated[Path, typer.Option(help="Folder of the pictures, such as COCO's val2014.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The TSV to write, such as $LMUData/POPE.tsv.")],
-    coco_annotations: Annotated[
-        Path | None, typer.Option(help="Build new questions from a COCO instance file, such as instances_val2014.json.")
-    ] = None,
-    published: Annotated[
-        Path | None, typer.Option(help="Convert the authors' questions: folder of coco_pope_random.json and so on.")
-    ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Pictures to ask about, with --coco-annotations.")] = 500,
-    objects: Annotated[int, typer.Option(min=1, help="Present objects, and absent ones per split, for each picture.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the sample and of the random objects.")] = 0,
-    ending: Annotated[str, typer.Option(help="Put after each question.")] = "Please answer yes or no.",
-    overwrite: Overwrite = False,
-) -> None:
-    """POPE as a TSV: random, popular and adversarial questions from annotations, or the published ones.
-
-    Stopped, the same command goes on from where it was.
-
-    Examples:
-
-    `hipp data pope --coco-annotations instances_val2014.json --images val2014 -o ~/LMUData/POPE.tsv`
-
-    `hipp data pope --published POPE/output/coco --images val2014 -o ~/LMUData/POPE.tsv`
-    """
-    from hipp_ext.errors import DataError
-    from hipp_ext.evals.data.pope import pope_from_annotations, pope_from_published, write_pope
-
-    if coco_annotations is not None and published is None:
-        questions, source = pope_from_annotations(coco_annotations, n_images=n, per_image=objects, seed=seed)
-    elif published is not None and coco_annotations is None:
-        questions, source = pope_from_published(published)
-    else:
-        raise DataError("Give one of --coco-annotations (new questions) and --published (the authors' questions).")
-    write_pope(out, questions, images, source, ending=ending, overwrite=overwrite, progress=sys.stderr.isatty())
-    splits = (f"{split} {sum(split in q.splits for q in questions)}" for split in ("random", "popular", "adversarial"))
-    _say(f"{out}: {len(questions)} questions about {len({q.image for q in questions})} pictures ({', '.join(splits)})")
-
-
-@data_app.command("scienceqa")
-def data_scienceqa(
-    source: Annotated[
-        Path, typer.Argument(help="Folder with problems.json, pid_splits.json and images, or with the hub's parquet files.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for ScienceQA_VAL.tsv and ScienceQA_TEST.tsv.")],
-    split: Annotated[list[str] | None, typer.Option(help="val or test; give it twice for both, as is the default.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """ScienceQA's questions with a picture, as VLMEvalKit's TSVs.
-
-    Stopped, the same command goes on from where it was.
-
-    Example: `hipp data scienceqa ./ScienceQA/data/scienceqa -o ~/LMUData`
-    """
-    from hipp_ext.evals.data.scienceqa import TABLES, write_scienceqa
-
-    for file in write_scienceqa(source, out, split or tuple(TABLES), overwrite=overwrite, progress=sys.stderr.isatty()):
-        _say(str(file))
+        say(f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps{sent or ''}; progress: {running}")
 
 
 @testbed_app.command("train")
@@ -510,7 +321,7 @@ def testbed_train(
     from hipp_ext import testbed
 
     testbed.train(out, seed=seed, overwrite=overwrite)
-    _say(str(out))
+    say(str(out))
 
 
 @testbed_app.command("export")
@@ -530,19 +341,15 @@ def testbed_export(
     if model is not None:
         require_new(model, overwrite)
     testbed.export(out, overwrite=overwrite)
-    _say(str(out))
+    say(str(out))
     if model is not None:
         loaded, processor = testbed.load()
-        _say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
+        say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
 
 
 def _quiet_transformers() -> None:
     """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _say(line: str) -> None:
-    typer.echo(line)
 
 
 def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
@@ -553,22 +360,9 @@ def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> t
     from hipp_ext.checkpoint import load_pruned
     from hipp_ext.evals.predictions import resolve_device
 
-    _check_dtype(dtype)
-    loaded = load_pruned(_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
+    check_dtype(dtype)
+    loaded = load_pruned(model_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
     return loaded, find_processor(loaded)
-
-
-def _folder(model: str) -> str:
-    if model != "testbed":
-        return model
-    from hipp_ext.testbed import WEIGHTS
-
-    return str(WEIGHTS)
-
-
-def _check_dtype(dtype: str | None) -> None:
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
 
 
 def _own_device() -> str:
@@ -620,23 +414,6 @@ def _print_plan(made: Any) -> None:
     for g in made.groups:
         table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
     Console().print(table)
-
-
-def _print_wide(table: Any) -> None:
-    """A rich table in full: where the terminal is too narrow, its lines wrap, and no number is cut."""
-    from rich.console import Console
-
-    console = Console()
-    width = console.measure(table, options=console.options.update(width=1000)).maximum
-    (console if console.width >= width else Console(width=width, soft_wrap=True)).print(table)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    import json
-
-    from hipp_ext.files import write_atomic
-
-    write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

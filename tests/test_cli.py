@@ -52,6 +52,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
         (("recover", "testbed", "-o", "y", "--optimizer", "sgd"), "optimizer='sgd', one of muon, adamw"),
+        (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops, latency is needed"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
     ],
 )

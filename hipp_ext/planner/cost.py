@@ -45,6 +45,12 @@ class Cost:
         return 1 - (low + (high - low) * (position - left)).sum(1) / self.table[:, -1].sum()
 
 
+def check_cost(kind: str) -> None:
+    """Raise BudgetError unless `kind` is one of CostKind."""
+    if kind not in get_args(CostKind):
+        raise BudgetError(f"cost={kind!r}: one of {', '.join(get_args(CostKind))} is needed.")
+
+
 def measure_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, *, tokens: int = 640) -> Cost:
     """The cost of `model`'s groups.
 
@@ -57,8 +63,7 @@ def measure_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, *, t
     Raises:
         BudgetError: an unknown kind.
     """
-    if kind not in get_args(CostKind):
-        raise BudgetError(f"cost={kind!r}: one of {', '.join(get_args(CostKind))} is needed.")
+    check_cost(kind)
     if kind == "latency":
         known = {_shape(model, g): g for g in groups}
         seconds = {shape: _seconds(model, g, tokens) for shape, g in known.items()}

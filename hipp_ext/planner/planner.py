@@ -18,7 +18,7 @@ from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import CostKind, fit_cost, measure_cost
+from hipp_ext.planner.cost import CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
 from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
@@ -183,10 +183,12 @@ class HiPPPlanner:
             progress: show a progress bar.
 
         Raises:
+            BudgetError: an unknown cost.
             CheckpointError: the folder holds a fit with other settings or is damaged.
             DataError: the evaluator returns something else than finite numbers.
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
+        check_cost(cost)
         settings, workers = settings or FitSettings(), Workers()
         signals = workers.share(self.measure(model, processor=processor, calibration=calibration, say=say))
         path = Path(folder) if folder is not None else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hipp_ext.evals.front import answer, print_front, write_json, write_picture
+from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
 from models import batch, build
 from test_surgery import random_plan
 
@@ -227,13 +227,12 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
         planner.choices(wish)
     print_front(planner, choices)
     write_picture(planner, choices, tmp_path / "front.png")
-    write_json(planner, tmp_path / "front.json")
     out = capsys.readouterr().out
     assert choices.verdict().split()[0] in out and "best archived" in out
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
-    assert [r["reward"]["compression"] for r in json.loads((tmp_path / "front.json").read_text())] == [
-        f.reward.compression for f in planner.front()
-    ]
+    rows = json.loads(json.dumps(front_rows(planner)))
+    assert [r["reward"]["compression"] for r in rows] == [f.reward.compression for f in planner.front()]
+    assert [r["keeps"] for r in rows] == [f.plan.keep_counts for f in planner.front()]
 
 
 def test_rewards_are_for_plans_of_the_planner(model, signals):

@@ -1,0 +1,47 @@
+"""What the commands share: options, and how they print and write."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hipp_ext.errors import HippError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
+
+
+def say(line: str) -> None:
+    typer.echo(line)
+
+
+def model_folder(model: str) -> str:
+    if model != "testbed":
+        return model
+    from hipp_ext.testbed import WEIGHTS
+
+    return str(WEIGHTS)
+
+
+def check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+
+
+def print_wide(table: Any) -> None:
+    """A rich table in full: where the terminal is too narrow, its lines wrap, and no number is cut."""
+    from rich.console import Console
+
+    console = Console()
+    width = console.measure(table, options=console.options.update(width=1000)).maximum
+    (console if console.width >= width else Console(width=width, soft_wrap=True)).print(table)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    import json
+
+    from hipp_ext.files import write_atomic
+
+    write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
