@@ -67,6 +67,7 @@ def compare(
     if json_file is not None:
         require_new(json_file, overwrite)
     rows = run(a, b, tsv=data, level=level, seed=seed)
+    say(f"A: {a}\nB: {b}")
     print_wide(comparison_table(rows, level))
     if json_file is not None:
         write_json(json_file, {"a": str(a), "b": str(b), "level": level, "seed": seed, "comparisons": plain(rows)})

@@ -86,7 +86,8 @@ class HippLM(_FromFolder, HFMultimodalLM):
         pictures = bool(requests) and len(requests[0].args) > 2
         if pictures and not self.chat_applied:
             raise CheckpointError("questions about pictures need the model's chat template: add --apply_chat_template")
-        answers = HFMultimodalLM.generate_until(self, requests, disable_tqdm)
+        parent: Any = super()
+        answers = parent.generate_until(requests, disable_tqdm)
         return [answer.strip() for answer in answers] if pictures else answers
 
 
