@@ -261,7 +261,7 @@ def draw(cells: Mapping[str, Any], path: Path) -> None:
                       xerr=[r[1]["se"] or 0 for r in rows], fmt="o", capsize=3)  # fmt: skip
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_title(name, fontsize=9)
-        axes.set_xlabel("points above uniform, worst case")
+        axes.set_xlabel("points above uniform")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     write_atomic(path, buffer.getvalue())

@@ -51,7 +51,7 @@ class ImageAttack:
         if pixels is None or pixels.dim() not in (4, 5):
             raise AttackError(
                 f"An image attack needs pixel_values of shape (rows, [tiles,] channels, height, width); the batch has "
-                f"{None if pixels is None else tuple(pixels.shape)}. Flattened patches are not pictures: attack earlier."
+                f"{None if pixels is None else tuple(pixels.shape)}. Flattened patches are not pictures; attack before."
             )
         if "labels" not in batch:
             raise CalibrationError(
