@@ -164,19 +164,20 @@ def worker(name: str, steps: int) -> None:
 
 
 def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
-    import torch.distributed.algorithms.ddp_comm_hooks as hooks
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     from hipp_ext.comm import register_lqsgd
+
+    power: Any = powerSGD_hook
 
     if kind == "lqsgd":
         register_lqsgd(ddp, rank=rank, bits=bits)
     elif kind == "fp16":
-        ddp.register_comm_hook(None, hooks.default_hooks.fp16_compress_hook)
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif kind.startswith("powersgd"):
-        power: Any = hooks.powerSGD_hook
         state = power.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8)
         hook = power.powerSGD_hook
-        ddp.register_comm_hook(state, hooks.default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook)
+        ddp.register_comm_hook(state, default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook)
 
 
 def _timed(call: Callable[[], None]) -> float:

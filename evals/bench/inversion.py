@@ -184,8 +184,9 @@ def cosine(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> 
 
 def quality(rebuilt: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any]:
     """MSE, PSNR [dB] (MSE of at least 1e-12) and scikit-image's SSIM, each with its standard error over pictures."""
-    from skimage.metrics import structural_similarity
+    from skimage import metrics
 
+    structural_similarity: Any = metrics.structural_similarity
     mse = [max(float((a - b).square().mean()), 1e-12) for a, b in zip(rebuilt, truth, strict=True)]
     ssim = [float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0)) for a, b in zip(rebuilt, truth, strict=True)]
     psnr = [float(-10 * np.log10(m)) for m in mse]

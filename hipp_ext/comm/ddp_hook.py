@@ -53,7 +53,7 @@ class LQSGDState:
         self._names = {id(p): name for name, p in named.items()}
         self._tensors = named  # kept alive, so that ids stay theirs
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        self.group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=process_group is not None)
+        self.group: Any = dist.new_group(ranks, timeout=timeout, use_local_synchronization=process_group is not None)
         shapes = {name: p.shape for name, p in named.items()}
         chosen = _agree(self.group, shapes, options)
         self.compressor = Compressor(
@@ -155,7 +155,8 @@ class LQSGDState:
         return self._names[id(parameter)]
 
 
-def lqsgd_hook(state: LQSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+# DDP checks the annotation of `bucket`.
+def lqsgd_hook(state: LQSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[reportPrivateImportUsage]
     """A DDP communication hook: `ddp.register_comm_hook(LQSGDState(ddp, rank=4, bits=8), lqsgd_hook)`.
 
     Raises:
@@ -202,6 +203,7 @@ def mean_gradients(gradients: Sequence[Tensor], state: LQSGDState) -> None:
 
 def name_parameters(parameters: Parameters) -> dict[str, Tensor]:
     """Name -> parameter that is trained; names as in the unwrapped model, numbers for a list of tensors."""
+    pairs: list[Any]
     if isinstance(parameters, nn.Module):
         pairs = [(name, p) for name, p in parameters.named_parameters() if p.requires_grad]
     elif isinstance(parameters, Mapping):
