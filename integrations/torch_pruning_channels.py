@@ -68,7 +68,8 @@ def traced(
             # A frozen layer leaves no trace in autograd, and would be left whole without a word.
             model.requires_grad_(True)
             try:
-                graph = tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn)
+                host: Any = tp.DependencyGraph()  # its annotations know no None
+                graph = host.build_dependency(model, example_inputs, forward_fn)
             except Exception as error:  # whatever a forward or the tracer raises
                 raise UnsupportedModelError(
                     f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: {error}. Outputs must be "

@@ -141,13 +141,13 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> bytes:
     bars.set_xlabel("hypervolume on the test split")
     shown = [HIPP, UNTRAINED, "NSGA-II", "EvoPress", "CMA-ES", "TPE", "sensitivity+DP", "FLAP adaptive", "uniform"]
     for axes, (corner, metric) in zip(panels, METRIC.items(), strict=True):
-        cells = [methods[n]["table"][corner][str(r)] for n in shown if n in (HIPP, *METHODS) and n in methods for r in RATIOS]
-        axes.set_ylim(min(c["mean"] for c in cells if c) - 3, 101)  # what falls further leaves the picture
         for name in (n for n in shown if n in methods):
             points = [(r, c) for r in RATIOS if (c := methods[name]["table"][corner][str(r)])]
             axes.errorbar([r for r, _ in points], [c["mean"] for _, c in points], yerr=[c["se"] or 0 for _, c in points],
                           marker="o", ms=3, lw=2.4 if name == HIPP else 1.1, label=name, capsize=2,
                           zorder=3 if name == HIPP else 2)  # fmt: skip
+        cells = [methods[n]["table"][corner][str(r)] for n in shown if n in (HIPP, *METHODS) and n in methods for r in RATIOS]
+        axes.set_ylim(bottom=min(c["mean"] for c in cells if c) - 3)  # what falls further leaves the picture
         axes.set_xlabel("pruning_ratio")
         axes.set_ylabel(f"{'POPE F1' if metric == 'F1' else metric} [%], {corner} corner")
     panels[0].legend(fontsize=7)
