@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group
-from hipp_ext.memory import empty
 from hipp_ext.plan import PlanGroup, PruningPlan
 
 Scores = Mapping[str, Float[Tensor, " width"]]
@@ -35,9 +34,8 @@ def take_units(values: Tensor, units: Int[Tensor, " kept"], size: int, dim: int)
 
     As blocks of whole units: copying a head at once is several times faster than copying its columns.
     """
-    blocks = values.detach().unflatten(dim, (-1, size))
-    out = empty(torch.Size([*blocks.shape[:dim], len(units), *blocks.shape[dim + 1 :]]), like=values)
-    return torch.index_select(blocks, dim, units.to(values.device), out=out).flatten(dim, dim + 1)
+    blocks = values.unflatten(dim, (-1, size))
+    return blocks.index_select(dim, units.to(values.device)).flatten(dim, dim + 1)
 
 
 def plan_from_counts(
