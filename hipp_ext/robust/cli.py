@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.console import Device, Overwrite
 from hipp_ext.errors import AttackError
 
 robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
@@ -28,9 +29,7 @@ Ranking = Annotated[str, typer.Option("--ranking", help="Of channels within a mo
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Training images to score on.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: the GPU if there is one.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
 
 
 @robust_app.command("train")
