@@ -29,6 +29,9 @@ Compression = Annotated[float, typer.Option("--compression", "-c", help="Weight 
 Ratio = Annotated[
     float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
 ]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Where measured signals are kept; default: ~/.cache/hipp-ext.", metavar="FOLDER")
+]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
 
 
@@ -77,6 +80,7 @@ def plan(
     planner: Annotated[
         Path | None, typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained.")
     ] = None,
+    cache: Cache = None,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -92,6 +96,7 @@ def plan(
     from hipp_ext.budget import Bounds, check_ratio
     from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.planner.signal_cache import default_cache
     from hipp_ext.preference import Preference
 
     require_new(out, overwrite)
@@ -100,6 +105,7 @@ def plan(
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         maker.pruning_ratio = pruning_ratio
+    maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = _load(model, device, dtype)
@@ -124,6 +130,7 @@ def fit(
     ] = "pope",
     cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
+    cache: Cache = None,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -143,6 +150,7 @@ def fit(
     from hipp_ext.planner import FitSettings, HiPPPlanner
     from hipp_ext.planner.cost import check_cost
     from hipp_ext.planner.evaluation import Workers
+    from hipp_ext.planner.signal_cache import default_cache
     from hipp_ext.preference import Preference
 
     check_cost(cost)
@@ -152,7 +160,8 @@ def fit(
         device = _own_device()
     loaded, processor = _load(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
-    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1))
+    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1),
+                        cache=cache or default_cache())  # fmt: skip
     running = out.with_name(out.name + ".fit")
     tell = say if workers.leads else None
     chosen: Any = cost

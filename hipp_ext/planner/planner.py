@@ -23,6 +23,7 @@ from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
 from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward, best_for
+from hipp_ext.planner.signal_cache import cached_signals
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import Header, SignalsHeader, scorer_called, signal_tensors
 from hipp_ext.preference import Preference
@@ -81,6 +82,8 @@ class HiPPPlanner:
         scorer: ranks the units within a group; None: WandaSP.
         bounds: rounding and floors of the keep counts.
         seed: of the untrained policy.
+        cache: folder where signals are kept on disk, for this model and calibration, across processes; None: nowhere. A scorer
+            of one's own is not cached.
 
     Raises:
         BudgetError: pruning_ratio is outside [0, 1).
@@ -97,6 +100,7 @@ class HiPPPlanner:
         scorer: Scorer | None = None,
         bounds: Bounds | None = None,
         seed: int = 0,
+        cache: str | Path | None = None,
     ):
         if not isinstance(preference, Preference):
             raise TypeError(f"A Preference is needed, not {preference!r}.")
@@ -106,6 +110,7 @@ class HiPPPlanner:
         self.pruning_ratio = None if pruning_ratio is None else float(pruning_ratio)
         self.policy = policy or new_policy(seed)
         self.scorer, self.bounds = scorer, bounds or Bounds()
+        self.cache = None if cache is None else Path(cache)
         self.signals: Signals | None = None
         self.archive = Archive()
 
@@ -147,9 +152,12 @@ class HiPPPlanner:
         calibration: Calibration | None = None,
         say: Say | None = None,
     ) -> Signals:
-        """The model's signals: those at hand if they were measured on it with these weights, else measured now."""
+        """The model's signals: those at hand if they are of these weights, else the cache's, else new ones."""
         if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            self.signals = measure_signals(model, calibration, processor=processor, scorer=self.scorer, progress=say)
+            if self.cache is not None and self.scorer is None:
+                self.signals = cached_signals(model, calibration, self.cache, processor=processor, progress=say)
+            else:
+                self.signals = measure_signals(model, calibration, processor=processor, scorer=self.scorer, progress=say)
         return self.signals
 
     def fit(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_calibration
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, find_groups, linear, total_parameters
+from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
 from hipp_ext.scorers import Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
@@ -134,7 +134,7 @@ def measure_signals(
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
         sensitivity=measure_sensitivity(model, batches, groups, scores), digest=model_digest(model, groups),
-        calibration=_batches_digest(batches),
+        calibration=batches_digest(batches),
     )  # fmt: skip
 
 
@@ -160,17 +160,19 @@ def measure_sensitivity(
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of their weights, so that signals meet their own model only."""
+    """Hex digest of the groups and of a sample of all weights, so that signals meet their own model only."""
     digest = hashlib.sha256(repr(groups).encode())
-    for g in groups:
-        for name in (*g.producers, g.consumer):
-            weight = linear(model, name).weight.detach().flatten()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:  # offloaded
+            weight = parameter.detach().flatten()
             # An odd stride walks over rows and columns.
             digest.update(weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _batches_digest(batches: Sequence[Batch]) -> str:
+def batches_digest(batches: Sequence[Batch]) -> str:
+    """Hex digest of the batches' tensors."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
