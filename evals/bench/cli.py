@@ -187,6 +187,14 @@ def bench_mrs(save: Save = False) -> None:
     run(save)
 
 
+@bench_app.command("autoattack")
+def bench_autoattack(images: Annotated[int, typer.Option(min=1)] = 150, save: Save = False) -> None:
+    """AutoAttack as `hipp robust evaluate` runs it against its authors' code, to be put on PYTHONPATH."""
+    from hipp_ext.evals.bench.autoattack import run
+
+    run(images, save=save)
+
+
 @bench_app.command("attacked")
 def bench_attacked(
     out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")] = Path("attacked"),

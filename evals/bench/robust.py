@@ -83,7 +83,7 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
     if not wanted:
         return
     data = load_data(setting.data, setting.root, seed=job.seed)
-    dense = _dense(job, setting, data, out)
+    dense = dense_network(job.network, job.seed, setting, data, out / f"dense-{job.network}-{job.seed}.safetensors")
     example = data.train.rows(slice(0, 1))[0]
     groups = find_channel_groups(dense, example)
     macs, parameters = channel_costs(dense, example, groups)
@@ -109,13 +109,12 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
         say(f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}")
 
 
-def _dense(job: Job, setting: Setting, data: ImageData, out: Path) -> nn.Module:
-    """The dense network of a seed, trained once for all ratios and losses."""
-    torch.manual_seed(job.seed)
-    model = build_model(job.network, len(data.classes), data.shape)
-    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=job.seed)
-    train(model, data, PGDAT(epsilon=setting.epsilon, steps=setting.steps), settings,
-          checkpoint=out / f"dense-{job.network}-{job.seed}.safetensors")  # fmt: skip
+def dense_network(network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None) -> nn.Module:
+    """The dense network of a seed, in eval mode; with a checkpoint it is trained once for all ratios and losses."""
+    torch.manual_seed(seed)
+    model = build_model(network, len(data.classes), data.shape)
+    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
+    train(model, data, PGDAT(epsilon=setting.epsilon, steps=setting.steps), settings, checkpoint=checkpoint)
     return model.eval()
 
 

@@ -173,7 +173,7 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
     if name == "apgd-ce":
         return torchattacks.APGD(model, steps=100, loss="ce", eot_iter=1, rho=0.75, **common)
     if name == "square":
-        return torchattacks.Square(model, n_queries=5000, p_init=0.8, loss="margin", resc_schedule=True, **common)
+        return torchattacks.Square(model, n_queries=5000, p_init=0.8, loss="margin", resc_schedule=False, **common)
     if name == "apgd-t":
         attack = torchattacks.APGDT(model, steps=100, eot_iter=1, rho=0.75, n_classes=classes, **common)
     else:
