@@ -128,6 +128,9 @@ def fit(
     robustness: Annotated[
         str, typer.Option(help="What robustness is measured on: pope, adversarial (POPE on attacked pictures) or both.")
     ] = "pope",
+    mrs: Annotated[
+        bool, typer.Option("--mrs", help="Also show the policy MRS: how sensitive every group is under attack.")
+    ] = False,
     cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     cache: Cache = None,
@@ -152,6 +155,7 @@ def fit(
     from hipp_ext.planner.evaluation import Workers
     from hipp_ext.planner.signal_cache import default_cache
     from hipp_ext.preference import Preference
+    from hipp_ext.scorers import MRS
 
     check_cost(cost)
     workers = Workers.join()
@@ -160,8 +164,8 @@ def fit(
         device = _own_device()
     loaded, processor = _load(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
-    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, bounds=Bounds(round_to=round_to or 1),
-                        cache=cache or default_cache())  # fmt: skip
+    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
+                        bounds=Bounds(round_to=round_to or 1), cache=cache or default_cache())  # fmt: skip
     running = out.with_name(out.name + ".fit")
     tell = say if workers.leads else None
     chosen: Any = cost

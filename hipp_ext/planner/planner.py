@@ -24,10 +24,10 @@ from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward, best_for
 from hipp_ext.planner.signal_cache import cached_signals
-from hipp_ext.planner.state import Signals, measure_signals, model_digest
+from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import Header, SignalsHeader, scorer_called, signal_tensors
 from hipp_ext.preference import Preference
-from hipp_ext.scorers import Scorer
+from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
 
@@ -80,6 +80,8 @@ class HiPPPlanner:
         pruning_ratio: parameters removed / prunable parameters, in [0, 1); None: the policy decides.
         policy: a fitted policy; None: an untrained one.
         scorer: ranks the units within a group; None: WandaSP.
+        mrs: also shows the policy how sensitive every group is under attack, where robustness means that; the calibration needs
+            labels.
         bounds: rounding and floors of the keep counts.
         seed: of the untrained policy.
         cache: folder where signals are kept on disk, for this model and calibration, across processes; None: nowhere. A scorer
@@ -87,6 +89,7 @@ class HiPPPlanner:
 
     Raises:
         BudgetError: pruning_ratio is outside [0, 1).
+        PlanError: `policy` was made to see MRS and there is none, or the other way round.
 
     Source: HiPP-Prune (arXiv 2603.06270). What is its own and what ours: `Policy`, `grpo`, `VisualSensitivity`.
     """
@@ -98,6 +101,7 @@ class HiPPPlanner:
         pruning_ratio: float | None = None,
         policy: Policy | None = None,
         scorer: Scorer | None = None,
+        mrs: MRS | None = None,
         bounds: Bounds | None = None,
         seed: int = 0,
         cache: str | Path | None = None,
@@ -108,7 +112,13 @@ class HiPPPlanner:
             check_ratio(pruning_ratio)
         self.preference = preference
         self.pruning_ratio = None if pruning_ratio is None else float(pruning_ratio)
-        self.policy = policy or new_policy(seed)
+        features = FEATURES + (mrs is not None)
+        self.policy = policy or new_policy(seed, features=features)
+        if self.policy.features != features:
+            raise PlanError(
+                f"The policy sees {self.policy.features} features of a group, and with mrs={mrs} there are {features}."
+            )
+        self.mrs = mrs
         self.scorer, self.bounds = scorer, bounds or Bounds()
         self.cache = None if cache is None else Path(cache)
         self.signals: Signals | None = None
@@ -154,10 +164,11 @@ class HiPPPlanner:
     ) -> Signals:
         """The model's signals: those at hand if they are of these weights, else the cache's, else new ones."""
         if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
+            wanted: Any = {"processor": processor, "mrs": self.mrs, "progress": say}
             if self.cache is not None and self.scorer is None:
-                self.signals = cached_signals(model, calibration, self.cache, processor=processor, progress=say)
+                self.signals = cached_signals(model, calibration, self.cache, **wanted)
             else:
-                self.signals = measure_signals(model, calibration, processor=processor, scorer=self.scorer, progress=say)
+                self.signals = measure_signals(model, calibration, scorer=self.scorer, **wanted)
         return self.signals
 
     def fit(
@@ -281,6 +292,7 @@ class HiPPPlanner:
                 preference=self.preference.as_tuple(), pruning_ratio=self.pruning_ratio, round_to=self.bounds.round_to,
                 min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
                 policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
+                mrs=self.mrs.name if self.mrs else None,
                 signals=SignalsHeader.of(self.signals) if self.signals else None,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
@@ -300,12 +312,13 @@ class HiPPPlanner:
         folder = Path(path)
         try:
             header = Header.model_validate_json((folder / "planner.json").read_bytes())
-            policy = new_policy(width=header.policy_width)
+            mrs: Any = scorer_called(header.mrs)
+            policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
             policy.load_state_dict(safetensors.torch.load_file(folder / "policy.safetensors"))
             tensors = safetensors.torch.load_file(folder / "signals.safetensors") if header.signals else {}
             utility, robustness, compression = header.preference
             planner = cls(Preference(utility, robustness, compression), pruning_ratio=header.pruning_ratio, policy=policy,
-                          scorer=scorer_called(header.scorer),
+                          scorer=scorer_called(header.scorer), mrs=mrs,
                           bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
             planner.signals = header.signals.build(tensors) if header.signals else None
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:

@@ -24,15 +24,16 @@ class Policy(nn.Module):
 
     Args:
         width: of the hidden layers.
+        features: of a state token, see `Signals.state`.
 
     Source: HiPP-Prune (arXiv 2603.06270, abstract): global budget, then layer-wise allocation, preference conditioning.
     Differs from the paper: architecture and prior are ours, the paper's are not public.
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, features: int = FEATURES):
         super().__init__()
-        self.width = width
-        self.embed = nn.Linear(FEATURES, width)
+        self.width, self.features = width, features
+        self.embed = nn.Linear(features, width)
         self.condition = nn.Linear(4, 4 * width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2)

@@ -16,6 +16,7 @@ from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.state import Signals, batches_digest, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
+from hipp_ext.scorers import MRS
 
 FORMAT = 1  # part of every file's name: counts up when signals come to mean something else
 
@@ -26,18 +27,19 @@ def default_cache() -> Path:
 
 
 def cached_signals(
-    model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None,
+    model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None, mrs: MRS | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Signals:  # fmt: skip
     """The signals of this model on this calibration from `folder`, or measured now (by WandaSP) and put there.
 
-    A file's name is a digest of the model's groups, of a sample of all its weights and of the calibration's tensors. A damaged
-    file, or a folder that cannot be written, costs only the measurement. Arguments as for `measure_signals`.
+    A file's name is a digest of the model's groups, of a sample of all its weights, of the calibration's tensors and of how MRS
+    is measured. A damaged file, or a folder that cannot be written, costs only the measurement. Arguments as for
+    `measure_signals`.
     """
     say = progress or (lambda _: None)
     groups, batches = find_groups(model), resolve_calibration(model, calibration, processor)
-    name = hashlib.sha256(f"{FORMAT} {model_digest(model, groups)} {batches_digest(batches)}".encode()).hexdigest()
-    path = folder / f"signals-{name[:32]}.safetensors"
+    key = f"{FORMAT} {model_digest(model, groups)} {batches_digest(batches)} {mrs and mrs.name}"
+    path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
             signals = _read(path)
@@ -46,7 +48,7 @@ def cached_signals(
         else:
             say(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, batches, groups=groups, progress=progress)
+    signals = measure_signals(model, batches, mrs=mrs, groups=groups, progress=progress)
     try:
         header = {"signals": SignalsHeader.of(signals).model_dump_json()}
         write_atomic(path, safetensors.torch.save(signal_tensors(signals), header))

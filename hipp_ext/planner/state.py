@@ -16,7 +16,7 @@ from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_cal
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
-from hipp_ext.scorers import Scorer, SynFlow, VisualSensitivity, WandaSP
+from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
 RATIOS = (0.25, 0.5)  # shares of a group's units removed when its sensitivity is measured
@@ -37,6 +37,7 @@ class Signals:
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
         digest: of the groups and the weights they were measured on.
         calibration: digest of the batches.
+        mrs: (G,) module robustness sensitivity [nats], see `MRS`; None: not measured, and no part of the state.
     """
 
     groups: tuple[Group, ...]
@@ -47,10 +48,11 @@ class Signals:
     flow_shares: Mapping[str, Tensor]
     digest: str
     calibration: str
+    mrs: Float[Tensor, " groups"] | None = None
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
-        """One token per group: kind, position, size, importance curve, sensitivity, visual signal, stability."""
+        """One token per group: kind, position, size, importance curve, sensitivity, visual signal, stability; MRS if any."""
         groups = self.groups
         depth = max(max(g.layer for g in groups), 1)
         total = total_parameters(groups)
@@ -61,6 +63,8 @@ class Signals:
         columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
         columns += [_standard((self.sensitivity[:, i] + 1e-6).log()) for i in range(len(RATIOS))]
         columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
+        if self.mrs is not None:
+            columns.append(_standard((self.mrs + 1e-6).log()))
         return torch.stack([c.float() for c in columns], 1)
 
     @functools.cached_property
@@ -101,6 +105,7 @@ def measure_signals(
     *,
     processor: Any = None,
     scorer: Scorer | None = None,
+    mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Signals:
@@ -111,6 +116,7 @@ def measure_signals(
         calibration: batches; None: the testbed's through `processor`.
         processor: of a vision-language model; None: the one beside its weights.
         scorer: ranks the units of a group; None: WandaSP.
+        mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
         progress: called with a line at the start of every measurement.
     """
@@ -130,11 +136,14 @@ def measure_signals(
         visual = torch.stack([by_unit[g.name].sum() if g.name in by_unit else torch.tensor(0.0) for g in groups])
     say("measuring synaptic flow")
     flow_shares = SynFlow()(model, groups=groups)
+    if mrs is not None:
+        say("measuring the sensitivity of every group under attack")
+        under_attack = mrs.sensitivity(model, batches, groups=groups)
     say("measuring the sensitivity of every group")
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
         sensitivity=measure_sensitivity(model, batches, groups, scores), digest=model_digest(model, groups),
-        calibration=batches_digest(batches),
+        calibration=batches_digest(batches), mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class SignalsHeader(BaseModel):
             groups=groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
             sensitivity=tensors["sensitivity"], visual=tensors["visual"],
             scores={g.name: tensors[f"scores.{g.name}"] for g in groups},
-            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups},
+            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups}, mrs=tensors.get("mrs"),
         )  # fmt: skip
 
 
@@ -69,11 +69,14 @@ class Header(BaseModel):
     min_keep: float | dict[str, float]
     policy_width: int
     scorer: str | None
+    mrs: str | None = None
     signals: SignalsHeader | None
 
 
 def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:
     tensors = {"sensitivity": signals.sensitivity, "visual": signals.visual}
+    if signals.mrs is not None:
+        tensors["mrs"] = signals.mrs
     for part in ("scores", "flow_shares"):
         tensors |= {f"{part}.{n}": t for n, t in getattr(signals, part).items()}
     return {k: v.contiguous() for k, v in tensors.items()}

@@ -1,11 +1,13 @@
-"""Signals on disk: found again by the same model and calibration, by no other, and never a reason to fail."""
+"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
 
 import pytest
 import torch
 from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference
-from hipp_ext.scorers import Magnitude
+from hipp_ext.errors import PlanError
+from hipp_ext.planner.state import FEATURES
+from hipp_ext.scorers import MRS, Magnitude
 
 BATCHES = [batch("llava", size=2, labels=True)]
 
@@ -67,3 +69,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     said = []
     plan(build("llava"), tmp_path / "file", said)
     assert "signals are not kept" in said[-1]
+
+
+def test_module_robustness_sensitivity_is_a_signal(tmp_path):
+    model, said = build("llava"), []
+    mrs = MRS("grad", attack_steps=2)
+    _, measured = plan(model, tmp_path, said, mrs=mrs)
+    assert any("under attack" in line for line in said)
+    expected = mrs.sensitivity(model, BATCHES)
+    assert measured.mrs.tolist() == pytest.approx([expected[g.name] for g in measured.groups])
+    assert measured.state.shape == (len(measured.groups), FEATURES + 1)
+    logs = measured.mrs.log()
+    assert measured.state[:, -1].tolist() == pytest.approx(((logs - logs.mean()) / logs.std(unbiased=False)).tolist(), abs=1e-3)
+    _, plain = plan(model, tmp_path, [])
+    assert plain.mrs is None and torch.equal(plain.state, measured.state[:, :-1])
+    said.clear()
+    assert torch.equal(plan(model, tmp_path, said, mrs=mrs)[1].state, measured.state)
+    assert len(said) == 1 and "as measured before" in said[0]
+
+
+def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
+    model = build("llava")
+    planner = HiPPPlanner(Preference(1, 1, 1), mrs=MRS())
+    before = planner.plan(model, calibration=BATCHES)
+    planner.save(tmp_path / "planner")
+    loaded = HiPPPlanner.load(tmp_path / "planner")
+    assert loaded.mrs.name == "MRS" and loaded.plan(model) == before
+    with pytest.raises(PlanError, match="features of a group"):
+        HiPPPlanner(Preference(1, 1, 1), policy=loaded.policy)
