@@ -16,6 +16,7 @@ PAIR = [
 ]  # fmt: skip
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes
 TRIPLE = ["ranks_are_equal_and_match_the_simulation", "unused_parameters", "infinite_gradients", "a_rank_that_dies"]
+FOUR = ["ranks_are_equal_and_match_the_simulation", "infinite_gradients"]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,11 @@ def triple():
     return run_checks(3, TRIPLE)
 
 
+@pytest.fixture(scope="module")
+def four():
+    return run_checks(4, FOUR)
+
+
 @pytest.mark.parametrize("name", PAIR)
 def test_two_processes(pair, name):
     assert not pair[name], pair[name]
@@ -36,6 +42,11 @@ def test_two_processes(pair, name):
 @pytest.mark.parametrize("name", TRIPLE)
 def test_three_processes(triple, name):
     assert not triple[name], triple[name]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(four, name):
+    assert not four[name], four[name]
 
 
 def test_without_a_process_group():
