@@ -1,8 +1,9 @@
-"""`hipp bench recovery`: plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the test split.
+"""`hipp bench recovery`: plan, prune 40%, recover on two processes, evaluate on the test and the validation split.
 
-Two plans: every group loses the same share (WandaSP), and the planner's for a preference. Recovery is the command a user would
-type, torchrun -m hipp_ext recover, on the testbed's training data; where the uniform plan took attention heads, a second
-round with fresh learning rates follows. Finished parts in the folder are kept, so that an interrupted bench goes on.
+Two plans: the planner's for a preference, and every group losing the same share (both by WandaSP). Recovery is the command a
+user would type, torchrun -m hipp_ext recover, on the testbed's training data: with LQ-SGD, and once with DDP's own all-reduce
+to compare. The recipe was not chosen on the validation split. Finished parts in the folder are kept, so that an interrupted
+bench goes on.
 """
 
 import json
@@ -25,43 +26,50 @@ from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import WandaSP
 
 RATIO = 0.4
-ROUNDS = {"uniform": (400, 150), "planner": (150,)}  # steps of each round, from where the last one ended
+RUNS = (("planner", "lqsgd", 150), ("planner", "none", 150), ("uniform", "lqsgd", 400))  # plan, compression, steps
+SPLITS = ("test", "validation")
 WISH = (0.4, 0.4, 0.2)
 
 
 def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[str, Any]:
-    """Make, recover and measure both models in `folder`; returns and prints the result. Percent, standard errors in points."""
+    """Make, recover and measure the models in `folder`; returns and prints the result. Percent, standard errors in points."""
     torch.set_num_threads(1)
     model, processor = testbed.load()
-    pope, choice = testbed.questions("POPE", "test"), testbed.questions("ScienceQA", "test")
-    evaluator = Evaluator(model, processor, pope, choice)
+    asked = {split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")] for split in SPLITS}
+    evaluators = {split: Evaluator(model, processor, *tasks) for split, tasks in asked.items()}
 
-    def measure(model: Any) -> dict[str, Any]:
-        scores = evaluator.scores(model)
-        pictures = [str(q.scene) for q in pope]
-        split = pope_scores(scores["pope"].answers, [q.answer for q in pope], [q.category for q in pope], pictures)["vlmeval"]
-        overall = split["overall"]
-        row = {"POPE": [overall.accuracy, overall.accuracy_se], "POPE yes_rate": overall.yes_rate}
-        return row | {"ScienceQA": [scores["choice"].accuracy, scores["choice"].accuracy_se]}
+    def measure(name: str, model: Any, **more: Any) -> dict[str, Any]:
+        row = {split: _accuracies(evaluators[split].scores(model), asked[split][0]) for split in SPLITS} | more
+        print(name, row, flush=True)
+        return row
 
-    rows: dict[str, Any] = {"dense": measure(model)}
-    for name, rounds in ROUNDS.items():
-        before = folder / f"{name}-pruned"
+    rows = {"dense": measure("dense", model)}
+    for plan, compression, steps in RUNS:
+        before, after = folder / f"{plan}-pruned", folder / f"{plan}-{compression}"
         if not before.exists():
-            save_pruned(prune(model, _plan(name, model, processor)), before, processor)
-        rows[f"{name}, pruned"] = measure(load_pruned(before))
-        for number, steps in enumerate(rounds, 1):
-            after = folder / f"{name}-{number}"
-            if not after.exists():
-                _recover(before, after, steps, rank, bits)
-            recovered, before = load_pruned(after), after
-            row = measure(recovered) | {"pruning_ratio": recovered.hipp_plan.pruning_ratio, "steps": steps}
-            row["bytes"] = _bytes(after.with_name(after.name + ".recover"))
-            rows[f"{name}, round {number}"] = row
-            print(name, rows[f"{name}, pruned"], row, flush=True)
+            save_pruned(prune(model, _plan(plan, model, processor)), before, processor)
+        if f"{plan}, pruned" not in rows:
+            rows[f"{plan}, pruned"] = measure(f"{plan}, pruned", load_pruned(before))
+        if not after.exists():
+            _recover(before, after, steps, compression, rank, bits)
+        recovered = load_pruned(after)
+        more = {"pruning_ratio": recovered.hipp_plan.pruning_ratio, "steps": steps}
+        if compression == "lqsgd":
+            more["bytes"] = _bytes(after.with_name(after.name + ".recover"))
+        rows[f"{plan}, {compression}"] = measure(f"{plan}, {compression}", recovered, **more)
     values = {"rows": rows, "processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": WISH}
-    values["questions"] = {"POPE": len(pope), "ScienceQA": len(choice)}
+    values["questions"] = {s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()}
     return report("recovery", "hipp bench recovery", values, save)
+
+
+def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
+    pictures = [str(q.scene) for q in pope]
+    truth, kinds = [q.answer for q in pope], [q.category for q in pope]
+    overall = pope_scores(scores["pope"].answers, truth, kinds, pictures)["vlmeval"]["overall"]
+    return {
+        "POPE": [overall.accuracy, overall.accuracy_se], "POPE yes_rate": overall.yes_rate,
+        "ScienceQA": [scores["choice"].accuracy, scores["choice"].accuracy_se],
+    }  # fmt: skip
 
 
 def _plan(name: str, model: Any, processor: Any) -> PruningPlan:
@@ -77,7 +85,7 @@ def uniform_plan(model: Any, processor: Any) -> PruningPlan:
     return plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), RATIO), scores)
 
 
-def _recover(before: Path, after: Path, steps: int, rank: int, bits: int) -> None:
+def _recover(before: Path, after: Path, steps: int, compression: str, rank: int, bits: int) -> None:
     launch = [
         sys.executable,
         "-m",
@@ -89,9 +97,9 @@ def _recover(before: Path, after: Path, steps: int, rank: int, bits: int) -> Non
         "hipp_ext",
         "recover",
     ]
-    options = ["-o", str(after), "--steps", str(steps), "--rank", str(rank), "--bits", str(bits)]
+    options = ["-o", after, "--steps", steps, "--compression", compression, "--rank", rank, "--bits", bits]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(before), *options], check=True, env=environment)
+    subprocess.run([*launch, *map(str, [before, *options])], check=True, env=environment)
 
 
 def _bytes(checkpoints: Path) -> dict[str, int]:

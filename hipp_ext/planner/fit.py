@@ -60,7 +60,7 @@ class FitSettings:
     budgets: int = 3
     rollouts: int = 2
     imagined: int = 40
-    final: float = 0.6
+    final: float = 3.0
     candidates: int = 192
     learning_rate: float = 3e-3
     noise: tuple[float, float] = (0.7, 0.3)

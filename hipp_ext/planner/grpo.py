@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.planner.policy import MAX_RATIO, Policy
+from hipp_ext.planner.policy import MAX_RATIO, Policy, lean
 from hipp_ext.planner.reward import Scalarisation, scalarise
 from hipp_ext.planner.state import Signals
 
@@ -185,9 +185,9 @@ def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Flo
     then weighted by how the preference divides between the two tasks: how much compression counts says nothing about where.
     A task that does not count at all still counts a little, or it would be given away for nothing.
     """
-    lean = preferences[:, :2] + 0.05 * preferences[:, :2].sum(1, keepdim=True) + 1e-6
-    lean = lean / lean.sum(1, keepdim=True)
-    return (_normalised(objectives, 2)[..., :2] * lean[:, None, None]).sum(-1)
+    tasks = preferences[:, :2] + 0.05 * preferences[:, :2].sum(1, keepdim=True) + 1e-6
+    tasks = tasks / tasks.sum(1, keepdim=True)
+    return (_normalised(objectives, 2)[..., :2] * tasks[:, None, None]).sum(-1)
 
 
 def budget_advantages(
@@ -209,10 +209,10 @@ def _collapse(means: Float[Tensor, "P M G"], preferences: Float[Tensor, "P 3"]) 
     if len(preferences) < 2:
         return means.sum() * 0
     # Only utility against robustness decides where to prune; compression decides how much.
-    lean = preferences[:, 1] / preferences[:, :2].sum(1).clamp_min(1e-6)
+    leans = lean(preferences)
     centred = means[:, 0] - means[:, 0].mean(1, keepdim=True)
     apart = (centred[:, None] - centred[None]).square().mean(-1).add(1e-9).sqrt()
-    wanted = DIVERSITY_MARGIN * (lean[:, None] - lean[None]).abs()
+    wanted = DIVERSITY_MARGIN * (leans[:, None] - leans[None]).abs()
     return (wanted - apart).clamp_min(0).square().mean()
 
 

@@ -13,6 +13,7 @@ from hipp_ext.preference import Preference
 MAX_RATIO = 0.6  # what a preference for compression alone removes, before fitting
 PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
+EVEN = 1e-3  # added to the wish for each task, which decides only where neither counts
 
 
 class Policy(nn.Module):
@@ -55,9 +56,10 @@ class Policy(nn.Module):
         self, signals: Signals, preferences: Float[Tensor, "batch 3"], ratios: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups"]:
         """Mean logit per group for each preference and pruning_ratio."""
-        tokens = self._tokens(signals, torch.cat([preferences, ratios[:, None]], 1))
-        robustness = preferences[:, 1] / (preferences[:, 0] + preferences[:, 1]).clamp_min(1e-6)
-        prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * robustness[:, None] * signals.visual_rank
+        wanted = lean(preferences)
+        # Of the preference only the lean: how much compression counts is said by the ratio already.
+        tokens = self._tokens(signals, torch.stack([1 - wanted, wanted, torch.zeros_like(wanted), ratios], 1))
+        prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * wanted[:, None] * signals.visual_rank
         return prior + self.allocation_head(tokens).squeeze(-1)
 
     def _tokens(self, signals: Signals, condition: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch groups width"]:
@@ -82,6 +84,12 @@ class Policy(nn.Module):
         if pruning_ratio is None:
             pruning_ratio = min(ratio_of(float(self.budget(signals, wanted))), limit)
         return pruning_ratio, self.allocation(signals, wanted, torch.tensor([pruning_ratio]))[0].tolist()
+
+
+def lean(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
+    """How the wish is divided between the tasks: 0 is all utility, 1 all robustness, 1/2 where neither counts."""
+    utility, robustness, _ = (preferences + EVEN).unbind(-1)
+    return robustness / (utility + robustness)
 
 
 def ratio_of(budget: float) -> float:
