@@ -15,7 +15,7 @@ from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channe
 STEPS = 10
 
 
-def run(save: bool = False, rows: int = 10, batch_size: int = 1) -> dict[str, Any]:
+def run(save: bool = False, rows: int = 40, batch_size: int = 4) -> dict[str, Any]:
     """Seconds of every form for all modules, as shares of an epoch of PGD-AT with ten steps; one process, one run of each.
 
     Few small images suffice: both sides are proportional to their number. There are as many batches as steps of the worst-case
