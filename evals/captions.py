@@ -14,7 +14,7 @@ from hipp_ext.evals.chair import ChairScores, ObjectWords, chair_scores, default
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
 from hipp_ext.evals.metrics import without_nan
-from hipp_ext.evals.predictions import HippVLM, PredictionLog, answer_rows, check_model_folder, resolve_device
+from hipp_ext.evals.predictions import HippVLM, PredictionLog, answer_rows, check_model_folder
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
@@ -133,6 +133,8 @@ def measure_chair(
         CheckpointError: the folder is not a whole model, or there is no such device.
         DataError: a picture is broken.
     """
+    from hipp_ext.checkpoint import resolve_device
+
     folder = check_model_folder(model_dir)
     device = resolve_device(device)
     pictures = [_checked(name, read) for name, read in zip(task.names, task.pictures, strict=True)]

@@ -94,7 +94,7 @@ class HippVLM:
         import torch
         from transformers import AutoProcessor
 
-        from hipp_ext.checkpoint import load_pruned
+        from hipp_ext.checkpoint import load_pruned, resolve_device
 
         folder = check_model_folder(model_path)
         try:
@@ -151,23 +151,6 @@ class HippVLM:
             )
         answers = out[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
-
-
-def resolve_device(device: str | None) -> str:
-    """`device`, or the best there is for None.
-
-    Raises:
-        CheckpointError: no such device here.
-    """
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 class PredictionLog:

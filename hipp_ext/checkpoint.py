@@ -269,3 +269,18 @@ def read_plan(path: str | Path) -> PruningPlan | None:
     """The plan saved in a model folder, or None where there is none."""
     file = Path(path) / PLAN
     return PruningPlan.load(file) if file.is_file() else None
+
+
+def resolve_device(device: str | None) -> str:
+    """`device`, or the best there is for None.
+
+    Raises:
+        CheckpointError: no such device here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device

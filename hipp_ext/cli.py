@@ -370,8 +370,7 @@ def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> t
     import torch
 
     from hipp_ext.calibration import find_processor
-    from hipp_ext.checkpoint import load_pruned
-    from hipp_ext.evals.predictions import resolve_device
+    from hipp_ext.checkpoint import load_pruned, resolve_device
 
     check_dtype(dtype)
     loaded = load_pruned(model_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)

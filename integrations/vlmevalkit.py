@@ -21,14 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.predictions import (
-    MAX_NEW_TOKENS,
-    HippVLM,
-    PredictionLog,
-    answer_rows,
-    check_model_folder,
-    resolve_device,
-)
+from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, PredictionLog, answer_rows, check_model_folder
 from hipp_ext.evals.runs import write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
@@ -147,6 +140,8 @@ def prepare(
     command: str | None = None,
 ) -> Job:
     """The arguments of `evaluate`, checked; reads the data, but imports neither VLMEvalKit nor a model."""
+    from hipp_ext.checkpoint import resolve_device
+
     if importlib.util.find_spec("vlmeval") is None:
         raise MissingExtraError("vlmeval", "vlmeval")
     if (limit is not None and limit < 1) or batch_size < 1:

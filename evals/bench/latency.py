@@ -79,7 +79,7 @@ def run(
         out: also write it to this file.
         quiet: print no table.
     """
-    from hipp_ext.evals.predictions import resolve_device
+    from hipp_ext.checkpoint import resolve_device
 
     load, place, kept = load or Load(), resolve_device(device), getattr(torch, dtype) if dtype else None
     with tempfile.TemporaryDirectory() as temporary:

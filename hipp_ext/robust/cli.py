@@ -1,7 +1,6 @@
 """`hipp robust`: train, score, prune, fine-tune and evaluate image classifiers under attack."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Device, Overwrite
+from hipp_ext.console import Device, Overwrite, write_json
 from hipp_ext.errors import AttackError
 
 robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
@@ -46,6 +45,7 @@ def robust_train(
     """
     import torch
 
+    from hipp_ext.checkpoint import resolve_device
     from hipp_ext.files import require_new
     from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
     from hipp_ext.robust.data import load_data
@@ -56,7 +56,7 @@ def robust_train(
     images, wanted = load_data(data, root, seed=seed), _loss(loss, awp, epsilon, steps)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_model(network, len(images.classes), images.shape).to(_device(device))
+        model = build_model(network, len(images.classes), images.shape).to(resolve_device(device))
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
     running = _running(out)
     with _progress(epochs) as report:
@@ -94,7 +94,7 @@ def robust_score(
     Console().print(table)
     if json_file is not None:
         values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
-        _write(json_file, {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values})
+        write_json(json_file, {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values})
 
 
 @robust_app.command("prune")
@@ -195,11 +195,12 @@ def robust_evaluate(
     for sign in found.signs:
         typer.secho(f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow")
     if json_file is not None:
-        _write(json_file, found.as_dict())
+        write_json(json_file, found.as_dict())
 
 
 def _load(folder: Path, root: Path | None, seed: int, device: str | None) -> tuple[Any, Any, Any]:
     """(model, its config, the image set it was trained on)."""
+    from hipp_ext.checkpoint import resolve_device
     from hipp_ext.robust.checkpoint import load_classifier
     from hipp_ext.robust.data import load_data
 
@@ -207,7 +208,7 @@ def _load(folder: Path, root: Path | None, seed: int, device: str | None) -> tup
     images = load_data(config.data, root, seed=seed)
     if images.classes != config.classes or images.shape != config.shape:
         raise AttackError(f"{folder} was trained on other images than {config.data} in {root} holds.")
-    return model.to(_device(device)), config, images
+    return model.to(resolve_device(device)), config, images
 
 
 def _scores(form: str, ranking: str, epsilon: str, rows: int, seed: int, clean: bool) -> Any:
@@ -234,20 +235,8 @@ def _number(text: str) -> float:
         raise AttackError(f"epsilon must be a number such as 8/255 or 0.1, got {text!r}.") from None
 
 
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _running(out: Path) -> Path:
     return out.with_name(out.name + ".run")
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    from hipp_ext.files import write_atomic
-
-    write_atomic(path, json.dumps(values, indent=1) + "\n")
 
 
 @contextlib.contextmanager
