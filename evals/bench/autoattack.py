@@ -43,8 +43,9 @@ def run(images: int = 150, epsilons: tuple[float, ...] = (0.1, 0.15), seed: int 
             theirs = _published(AutoAttack, model, test, epsilon, seed)
             rows.append({
                 "network": network, "epsilon": epsilon, "n": len(test.labels), "clean": report_.clean,
-                "ours": _percent(ours), "theirs": _percent(theirs), "images_apart": int((ours != theirs).sum()),
-                "seconds_ours": middle - start, "seconds_theirs": time.process_time() - middle,
+                "ours": _percent(ours), "theirs": _percent(theirs), "after_apgd": report_.under["apgd-t"],
+                "images_apart": int((ours != theirs).sum()), "seconds_ours": middle - start,
+                "seconds_theirs": time.process_time() - middle,
             })  # fmt: skip
             print(rows[-1], flush=True)
     apart = max(abs(r["ours"] - r["theirs"]) for r in rows)
