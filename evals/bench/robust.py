@@ -28,12 +28,16 @@ from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import build_model
+from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
 from hipp_ext.scorers.sensitivity import ChannelGroup
 
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
-ARMS = (*MAIN, "global-l1", "bn", "taylor", "robust-taylor", "mrs-worst", "mrs-grad", "mrs-taylor", "random")  # fmt: skip
+ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
+ARMS = (
+    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "mrs-worst", "mrs-grad", "mrs-taylor", "mrs-rounds", "random",
+)  # fmt: skip
 FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
 
@@ -89,15 +93,19 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
     macs, parameters = channel_costs(dense, example, groups)
     uniform = uniform_counts([g.width for g in groups], job.ratio)
     for arm in wanted:
-        start, memory = time.process_time(), _peak()
-        keeps, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
-        scoring = {"seconds": time.process_time() - start, "peak_mb": _peak() - memory}
-        model = copy.deepcopy(dense)
-        kept = {g.name: top_units(r, k) for g, k, r in zip(groups, keeps, ranking, strict=True)}
-        prune_channels(model, example, kept)
-        recalibrate(model, data.train, setting.epsilon, seed=job.seed)
-        settings = TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
-        train(model, data, _loss(job.loss, setting), settings)
+        start, memory, scoring = time.process_time(), _peak(), None
+        loss, settings = _loss(job.loss, setting), TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
+        if arm == "mrs-rounds":
+            model, kept = _in_rounds(job, setting, dense, data, loss, settings)
+        else:
+            counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
+            scoring = {"seconds": time.process_time() - start, "peak_mb": _peak() - memory}
+            kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
+            model = copy.deepcopy(dense)
+            prune_channels(model, example, kept)
+            recalibrate(model, data.train, setting.epsilon, seed=job.seed)
+            train(model, data, loss, settings)
+        keeps = [len(kept[g.name]) for g in groups]
         found = evaluate(model, data.test.first(setting.test), len(data.classes), epsilon=setting.epsilon,
                          attacks=setting.attacks, checks=False, batch_size=600, seed=job.seed)  # fmt: skip
         values = {
@@ -107,6 +115,17 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
         }  # fmt: skip
         write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
         say(f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}")
+
+
+def _in_rounds(
+    job: Job, setting: Setting, dense: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings
+) -> tuple[nn.Module, Kept]:
+    """(network, channels kept) of MRPF in rounds."""
+    scores = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed)
+    chosen = MRPFSettings(pruning_ratio=job.ratio, rounds=ROUNDS, scores=scores, bounds=Bounds(floor=FLOOR[job.ratio]),
+                          train=replace(settings, epochs=setting.tune // ROUNDS))  # fmt: skip
+    result = mrpf(dense, data, chosen, loss=loss)
+    return result.model, result.kept
 
 
 def dense_network(network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None) -> nn.Module:
@@ -174,8 +193,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         entry = {}
         for arm, runs in by.items():
             means = {k: mean_and_se([r[k] for r in runs.values()]) for k in ("clean", "pgd", "worst", "macs", "parameters")}
-            means["scoring_seconds"] = mean_and_se([r["scoring"]["seconds"] for r in runs.values()])
-            means["scoring_peak_mb"] = {"most": max(r["scoring"]["peak_mb"] for r in runs.values())}
+            if scored := [r["scoring"] for r in runs.values() if r["scoring"]]:
+                means["scoring_seconds"] = mean_and_se([s["seconds"] for s in scored])
+                means["scoring_peak_mb"] = {"most": max(s["peak_mb"] for s in scored)}
             against = {
                 b: _paired(runs, by[b]) for b in ("uniform", "global-l1", "shuffled", "clean-removal") if b in by and b != arm
             }

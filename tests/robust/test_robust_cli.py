@@ -57,7 +57,7 @@ def test_from_training_to_evaluation(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped(tmp_path):
     setting = Setting(dense=0, tune=0, test=20, attacks=("pgd",), steps=1, rows=32)
-    arms = ("uniform", "mrs-removal", "shuffled", "global-l1", "mrs-worst")
+    arms = ("uniform", "mrs-removal", "shuffled", "global-l1", "mrs-worst", "mrs-rounds")
     lines = []
     run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False, say=lines.append)
     report = run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, arms, save=False, say=lines.append)
