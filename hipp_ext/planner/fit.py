@@ -1,5 +1,6 @@
 """The fit: propose plans, measure them, learn from them; again and again, resumable after every plan."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from hipp_ext.planner.state import Signals, keep_shares
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
 CAUTION = 2.0  # standard deviations taken off what the reward model promises, where the policy learns from it
+FALLING = 0.4  # share of the final updates over which the learning rate falls
 GRID = 16  # ratios at which the budget head looks for the best one
 
 
@@ -43,8 +45,8 @@ class FitSettings:
         rollouts: allocations per preference and budget, at least 2.
         imagined: policy updates per step on rollouts that the reward model scores; 0: no reward model, GRPO on the measured
             rollouts alone.
-        final: further such updates when all plans are measured, at a learning rate that falls to nothing; as a share of all
-            before them.
+        final: such updates when all plans are measured, by which the policy learns anew from where the fit began, at a learning
+            rate that falls to nothing; as a share of all before them. 0: it stays as it is.
         candidates: plans among which the reward model chooses each measured rollout.
         learning_rate: of Adam.
         noise: standard deviation of the allocation logits at the first and at the last step.
@@ -60,7 +62,7 @@ class FitSettings:
     budgets: int = 3
     rollouts: int = 2
     imagined: int = 40
-    final: float = 3.0
+    final: float = 1.6
     candidates: int = 192
     learning_rate: float = 3e-3
     noise: tuple[float, float] = (0.7, 0.3)
@@ -122,6 +124,7 @@ class Trainer:
         self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
         self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
         self.limit = largest_ratio(signals.groups, self.bounds)
+        self.beginning = copy.deepcopy(policy)
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
@@ -229,10 +232,10 @@ class Trainer:
         s, free = self.settings, self.pruning_ratio is None
         if s.imagined:
             self._fit_model()
-            final = round(s.final * s.imagined * s.steps) if self.step + 1 == s.steps else 0
-            for update in range(s.imagined + final):
-                self.learner.set_learning_rate(s.learning_rate * min(1.0, (s.imagined + final - update) / max(final, 1)))
+            for update in range(s.imagined):
                 self._learn_imagined(update, generator)
+            if self.step + 1 == s.steps and s.final:
+                self._learn_anew(generator)
             return
         self.learner.learn(rollouts, objectives, budget=free)
         measured = self._measured()
@@ -242,6 +245,18 @@ class Trainer:
                 preferences = draw_preferences(16, generator)
                 ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
                 self.learner.learn_budgets(preferences, ratios, known)
+
+    def _learn_anew(self, generator: torch.Generator) -> None:
+        """From the beginning, on all that is known now.
+
+        What a policy learned while little was known can have led it to where small steps do not lead back.
+        """
+        s = self.settings
+        updates = round(s.final * s.imagined * s.steps)
+        self.learner.restart(self.beginning)
+        for update in range(updates):
+            self.learner.set_learning_rate(s.learning_rate * min(1.0, (updates - update) / (FALLING * updates)))
+            self._learn_imagined(update, generator)
 
     def _learn_imagined(self, update: int, generator: torch.Generator) -> None:
         """At the budgets that the policy would choose and, every other time, at any: a user may fix the budget."""
