@@ -21,8 +21,9 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, DataError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import fit_cost
-from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.cost import fit_cost, measure_cost
+from hipp_ext.planner.evaluation import plan_rewards
+from hipp_ext.planner.fit import FitSettings, Trainer
 from hipp_ext.planner.grpo import allocation_advantages, budget_advantages, draw_preferences
 from hipp_ext.planner.planner import Choices, FrontPlan
 from hipp_ext.planner.policy import MAX_RATIO
@@ -490,3 +491,18 @@ def test_hypervolume_and_front_of_a_small_archive():
 def test_find_groups_order_is_that_of_the_signals(model, signals):
     assert signals.groups == find_groups(model)
     assert signals.state.shape[0] == 6 and torch.isfinite(signals.state).all()
+
+
+def test_a_policy_that_went_astray_is_brought_back(model, signals):
+    planner = planner_with(signals)
+    evaluator = Closeness(model)
+    with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure:
+        settings = FitSettings(steps=1, preferences=2, budgets=2, rollouts=2, imagined=5, final=2.0, seed=3)
+        trainer = Trainer(planner.policy, signals, lambda plans: [measure(k) for k in plans], settings,
+                          cost=measure_cost(model, signals.groups, "parameters"))  # fmt: skip
+        with torch.no_grad():
+            planner.policy.allocation_head.weight.normal_(std=1e3)
+            planner.policy.budget_head.bias.fill_(-50)
+        trainer.run_step()
+    ratio, allocation = planner.policy.decide(signals, Preference(1, 1, 8))
+    assert ratio > 0.1 and max(map(abs, allocation)) < 10
