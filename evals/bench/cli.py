@@ -216,7 +216,7 @@ def bench_attacked(
 @bench_app.command("comm")
 def bench_comm(
     seeds: Annotated[int, typer.Option(min=2)] = 5,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 30.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 60.")] = None,
     testbed: Annotated[bool, typer.Option("--testbed", help="Recover a pruned testbed model instead of digits.")] = False,
     save: Save = False,
 ) -> None:
@@ -224,7 +224,7 @@ def bench_comm(
     from hipp_ext.evals.bench import comm_accuracy, comm_testbed
 
     if testbed:
-        comm_testbed.run(seeds, steps or 30, save)
+        comm_testbed.run(seeds, steps or 60, save)
     else:
         comm_accuracy.run(seeds, steps or 300, save)
 

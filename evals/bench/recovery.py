@@ -47,7 +47,7 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
     for plan, compression, steps in RUNS:
         before, after = folder / f"{plan}-pruned", folder / f"{plan}-{compression}"
         if not before.exists():
-            save_pruned(prune(model, _plan(plan, model, processor)), before, processor)
+            save_pruned(prune(model, pruning_plan(plan, model, processor)), before, processor)
         if f"{plan}, pruned" not in rows:
             rows[f"{plan}, pruned"] = measure(f"{plan}, pruned", load_pruned(before))
         if not after.exists():
@@ -72,14 +72,10 @@ def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plan(name: str, model: Any, processor: Any) -> PruningPlan:
+def pruning_plan(name: str, model: Any, processor: Any) -> PruningPlan:
+    """The planner's for the wish, or every group losing the same share, ranked by WandaSP."""
     if name == "planner":
         return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
-    return uniform_plan(model, processor)
-
-
-def uniform_plan(model: Any, processor: Any) -> PruningPlan:
-    """Every group loses the same share, ranked by WandaSP."""
     groups = find_groups(model)
     scores = WandaSP()(model, testbed.calibration_batches(processor))
     return plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), RATIO), scores)
