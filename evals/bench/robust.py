@@ -36,7 +36,8 @@ from hipp_ext.scorers.sensitivity import ChannelGroup
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
 ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
 ARMS = (
-    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "mrs-worst", "mrs-grad", "mrs-taylor", "mrs-rounds", "random",
+    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "uniform-bn", "mrs-bn", "mrs-worst", "mrs-grad", "mrs-taylor",
+    "mrs-rounds", "random",
 )  # fmt: skip
 FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
@@ -151,8 +152,8 @@ def _plan(
     settings = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed)
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
-    rankings = {"bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}
-    if arm in ("uniform", "global-l1", "bn", "taylor", "robust-taylor", "random"):
+    rankings = {"bn": "bn", "uniform-bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}
+    if arm in ("uniform", "global-l1", *rankings, "random"):
         batches = attacked_batches(dense, data.train, settings if arm == "robust-taylor" else clean)
         kind: Any = rankings.get(arm, "l1")
         ranking = rank_channels(dense, groups, batches, kind)
@@ -164,8 +165,8 @@ def _plan(
         return list(uniform), ranking
     forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
     chosen = clean if arm == "clean-removal" else replace(settings, form=forms.get(arm, "removal"))
-    if arm == "mrs-taylor":
-        chosen = replace(chosen, ranking="taylor")
+    if arm in ("mrs-taylor", "mrs-bn"):
+        chosen = replace(chosen, ranking="taylor" if arm == "mrs-taylor" else "bn")
     scores = score(dense, data.train, groups, chosen)
     values = list(scores.sensitivity)
     if arm == "shuffled":
