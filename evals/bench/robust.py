@@ -122,7 +122,7 @@ def _in_rounds(
     job: Job, setting: Setting, dense: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings
 ) -> tuple[nn.Module, Kept]:
     """(network, channels kept) of MRPF in rounds."""
-    scores = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed)
+    scores = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
     chosen = MRPFSettings(pruning_ratio=job.ratio, rounds=ROUNDS, scores=scores, bounds=Bounds(floor=FLOOR[job.ratio]),
                           train=replace(settings, epochs=setting.tune // ROUNDS))  # fmt: skip
     result = mrpf(dense, data, chosen, loss=loss)
@@ -149,7 +149,7 @@ def _plan(
 ) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
     budget, bounds, widths = macs(uniform), Bounds(floor=FLOOR[job.ratio]), [g.width for g in groups]
-    settings = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed)
+    settings = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
     rankings = {"bn": "bn", "uniform-bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}

@@ -24,7 +24,7 @@ Epochs = Annotated[int, typer.Option("--epochs", min=0)]
 Batch = Annotated[int, typer.Option("--batch-size", min=1)]
 Rate = Annotated[float, typer.Option("--rate", help="Greatest learning rate of the cycle.")]
 Form = Annotated[str, typer.Option("--form", help="Of MRS: removal, worst or grad.")]
-Ranking = Annotated[str, typer.Option("--ranking", help="Of channels within a module: l1, taylor or bn.")]
+Ranking = Annotated[str, typer.Option("--ranking", help="Of a module's channels: bn, taylor, l1, or auto (bn where it can).")]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Training images to score on.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
@@ -68,7 +68,7 @@ def robust_train(
 
 @robust_app.command("score")
 def robust_score(
-    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "l1",
+    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto",
     rows: Rows = 512, clean: Annotated[bool, typer.Option("--clean", help="Score clean images, to compare.")] = False,
     seed: Seed = 0, device: Device = None, json_file: JsonFile = None,
 ) -> None:  # fmt: skip
@@ -102,7 +102,7 @@ def robust_prune(
     model: ModelArgument, out: Out,
     pruning_ratio: Annotated[float, typer.Option(help="Of channels; the budget is the uniform plan's.")],
     cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
-    epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "l1", rows: Rows = 512,
+    epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto", rows: Rows = 512,
     alpha: Annotated[float, typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform.")] = 0.25,
     floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of a module's channels that stays.")] = 0.125,
     rounds: Annotated[int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")] = 1,

@@ -16,8 +16,8 @@ from hipp_ext.robust.training import check_precision, restored
 from hipp_ext.scorers.mrs import FORMS, Form
 from hipp_ext.scorers.sensitivity import ChannelGroup, first_order, removal, unit_norms, unit_taylor, worst_case
 
-Ranking = Literal["l1", "taylor", "bn"]
-RANKINGS = ("l1", "taylor", "bn")
+Ranking = Literal["auto", "bn", "taylor", "l1"]
+RANKINGS = ("auto", "bn", "taylor", "l1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,9 @@ class ScoreSettings:
 
     Attributes:
         form: of MRS, see `hipp_ext.scorers.MRS`.
-        ranking: of the channels within a module: "l1" (weight norms), "taylor" (derivative of the loss with respect to a gate)
-            or "bn" (scale of the batch norm behind the channel).
+        ranking: of the channels within a module: "bn" (scale of the batch norm behind the channel), "taylor" (derivative of the
+            loss with respect to a gate), "l1" (weight norms), or "auto": "bn" where every channel has a batch norm, else
+            "taylor". It matters more than the allocation: see evals/LOG.md.
         epsilon: of the attack on the scored images.
         attack_steps: of PGD; 0 scores clean images, which is the counterpart that a claim about robustness has to beat.
         rows: of the training images, the first ones.
@@ -38,7 +39,7 @@ class ScoreSettings:
     """
 
     form: Form = "removal"
-    ranking: Ranking = "l1"
+    ranking: Ranking = "auto"
     epsilon: float = 8 / 255
     attack_steps: int = 10
     rows: int = 512
@@ -100,23 +101,28 @@ def attacked_batches(model: nn.Module, images: Images, settings: ScoreSettings) 
 def rank_channels(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[tuple[Tensor, Tensor]], ranking: Ranking
 ) -> list[Tensor]:
-    """Per module one score per channel, higher = keep."""
-    if ranking == "taylor":
-        return unit_taylor(model, groups, mean_loss, batches)
+    """Per module one score per channel, higher = keep; for the rankings see `ScoreSettings`.
+
+    Raises:
+        UnsupportedModelError: "bn", and a module's channels are followed by no batch norm.
+    """
     if ranking == "l1":
         return unit_norms(model, groups, [g.owners for g in groups])
-    scales = []
-    for g in groups:
-        weights = [
-            model.get_parameter(n).detach().abs().double().cpu()
-            for n, size in g.followers
-            if n.endswith(".weight") and size == 1
-        ]
-        weights = [w for w in weights if len(w) == g.width]
-        if not weights:
-            raise UnsupportedModelError(f"No batch norm follows the channels of {g.name}; rank them by l1 or taylor.")
-        scales.append(torch.stack(weights).sum(0))
-    return scales
+    scales = [_norm_scales(model, g) for g in groups] if ranking != "taylor" else []
+    missing = [g.name for g, scale in zip(groups, scales, strict=False) if scale is None]
+    if ranking == "taylor" or (ranking == "auto" and missing):
+        return unit_taylor(model, groups, mean_loss, batches)
+    if missing:
+        raise UnsupportedModelError(f"No batch norm follows the channels of {missing[0]}; rank them by l1 or taylor.")
+    return [scale for scale in scales if scale is not None]
+
+
+def _norm_scales(model: nn.Module, group: ChannelGroup) -> Tensor | None:
+    """(width,) sum of the absolute scales of the batch norms behind each channel; None where there is none."""
+    names = [n for n, size in group.followers if n.endswith(".weight") and size == 1]
+    weights = [model.get_parameter(n).detach().abs().double().cpu() for n in names]
+    weights = [w for w in weights if len(w) == group.width]
+    return torch.stack(weights).sum(0) if weights else None
 
 
 def sensitivity(
