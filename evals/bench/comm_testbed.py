@@ -31,7 +31,7 @@ def run(seeds: int = 5, steps: int = 60, save: bool = False) -> dict[str, Any]:
     model, processor = testbed.load()
     asked = [testbed.questions(task, "test", QUESTIONS) for task in ("POPE", "ScienceQA")]
     evaluator = Evaluator(model, processor, *asked)
-    start = prune(model, pruning_plan("planner", model, processor))
+    start = prune(model, pruning_plan(model, processor))
     shapes = {n: p.shape for n, p in start.named_parameters()}
     table = {}
     for split in ("iid", "non-iid"):

@@ -1,9 +1,8 @@
 """`hipp bench recovery`: plan, prune 40%, recover on two processes, evaluate on the test and the validation split.
 
-Two plans: the planner's for a preference, and every group losing the same share (both by WandaSP). Recovery is the command a
-user would type, torchrun -m hipp_ext recover, on the testbed's training data: with LQ-SGD, and once with DDP's own all-reduce
-to compare. The recipe was not chosen on the validation split. Finished parts in the folder are kept, so that an interrupted
-bench goes on.
+The plan is the planner's for a preference. Recovery is the command a user would type, torchrun -m hipp_ext recover, on the
+testbed's training data: with LQ-SGD, and with DDP's own all-reduce to compare. The recipe was not chosen on the validation
+split. Finished parts in the folder are kept, so that an interrupted bench goes on.
 """
 
 import json
@@ -20,13 +19,9 @@ from hipp_ext.evals.pope import pope_scores
 from safetensors import safe_open
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
-from hipp_ext.budget import keep_counts
-from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
-from hipp_ext.scorers import WandaSP
 
 RATIO = 0.4
-RUNS = (("planner", "lqsgd", 150), ("planner", "none", 150), ("uniform", "lqsgd", 400))  # plan, compression, steps
+COMPRESSIONS, STEPS = ("lqsgd", "none"), 150
 SPLITS = ("test", "validation")
 WISH = (0.4, 0.4, 0.2)
 
@@ -43,20 +38,18 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
         print(name, row, flush=True)
         return row
 
-    rows = {"dense": measure("dense", model)}
-    for plan, compression, steps in RUNS:
-        before, after = folder / f"{plan}-pruned", folder / f"{plan}-{compression}"
-        if not before.exists():
-            save_pruned(prune(model, pruning_plan(plan, model, processor)), before, processor)
-        if f"{plan}, pruned" not in rows:
-            rows[f"{plan}, pruned"] = measure(f"{plan}, pruned", load_pruned(before))
+    before = folder / "pruned"
+    if not before.exists():
+        save_pruned(prune(model, pruning_plan(model, processor)), before, processor)
+    pruned = load_pruned(before)
+    ratio = pruned.hipp_plan.pruning_ratio
+    rows = {"dense": measure("dense", model), "pruned": measure("pruned", pruned, pruning_ratio=ratio)}
+    for compression in COMPRESSIONS:
+        after = folder / compression
         if not after.exists():
-            _recover(before, after, steps, compression, rank, bits)
-        recovered = load_pruned(after)
-        more = {"pruning_ratio": recovered.hipp_plan.pruning_ratio, "steps": steps}
-        if compression == "lqsgd":
-            more["bytes"] = _bytes(after.with_name(after.name + ".recover"))
-        rows[f"{plan}, {compression}"] = measure(f"{plan}, {compression}", recovered, **more)
+            _recover(before, after, compression, rank, bits)
+        more = {"bytes": _bytes(folder / f"{compression}.recover")} if compression == "lqsgd" else {}
+        rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
     values = {"rows": rows, "processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": WISH}
     values["questions"] = {s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()}
     return report("recovery", "hipp bench recovery", values, save)
@@ -72,16 +65,12 @@ def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pruning_plan(name: str, model: Any, processor: Any) -> PruningPlan:
-    """The planner's for the wish, or every group losing the same share, ranked by WandaSP."""
-    if name == "planner":
-        return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
-    groups = find_groups(model)
-    scores = WandaSP()(model, testbed.calibration_batches(processor))
-    return plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), RATIO), scores)
+def pruning_plan(model: Any, processor: Any) -> PruningPlan:
+    """The planner's for the wish."""
+    return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
 
 
-def _recover(before: Path, after: Path, steps: int, compression: str, rank: int, bits: int) -> None:
+def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) -> None:
     launch = [
         sys.executable,
         "-m",
@@ -93,7 +82,7 @@ def _recover(before: Path, after: Path, steps: int, compression: str, rank: int,
         "hipp_ext",
         "recover",
     ]
-    options = ["-o", after, "--steps", steps, "--compression", compression, "--rank", rank, "--bits", bits]
+    options = ["-o", after, "--steps", STEPS, "--compression", compression, "--rank", rank, "--bits", bits]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, *map(str, [before, *options])], check=True, env=environment)
 
