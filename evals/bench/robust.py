@@ -39,6 +39,14 @@ ARMS = (
     *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "uniform-bn", "mrs-bn", "mrs-worst", "mrs-grad", "mrs-taylor",
     "mrs-rounds", "random",
 )  # fmt: skip
+AGAINST = (
+    "uniform",
+    "global-l1",
+    "shuffled",
+    "clean-removal",
+    "bn",
+    "uniform-bn",
+)  # what every arm is compared with, seed by seed
 FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
 
@@ -185,7 +193,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Network, ratio and loss -> arm -> means, and paired differences to uniform, shuffled and clean over seeds."""
+    """Network, ratio and loss -> arm -> means, and paired differences over seeds."""
     found: dict[str, Any] = {}
     keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
     for network, ratio, loss in keys:
@@ -197,9 +205,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if scored := [r["scoring"] for r in runs.values() if r["scoring"]]:
                 means["scoring_seconds"] = mean_and_se([s["seconds"] for s in scored])
                 means["scoring_peak_mb"] = {"most": max(s["peak_mb"] for s in scored)}
-            against = {
-                b: _paired(runs, by[b]) for b in ("uniform", "global-l1", "shuffled", "clean-removal") if b in by and b != arm
-            }
+            against = {b: _paired(runs, by[b]) for b in AGAINST if b in by and b != arm}
             entry[arm] = means | {"difference": against}
         found[f"{network} {ratio} {loss}"] = entry
     return found
