@@ -278,9 +278,11 @@ def draw(cells: Mapping[str, Any], path: Path) -> None:
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * max(len(cells), 1), 3.6), layout="constrained")
+    columns = min(4, max(len(cells), 1))
+    lines = max(math.ceil(len(cells) / columns), 1)
+    figure = Figure(figsize=(3.4 * columns, 3.4 * lines), layout="constrained")
     for i, (name, arms) in enumerate(cells.items()):
-        axes = figure.add_subplot(1, len(cells), i + 1)
+        axes = figure.add_subplot(lines, columns, i + 1)
         rows = [(a, v["difference"]["uniform"]["worst"]) for a, v in arms.items() if v["difference"].get("uniform")]
         rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
         axes.errorbar([r[1]["mean"] for r in rows], [f"{r[0]} (n={r[1]['n']})" for r in rows],
