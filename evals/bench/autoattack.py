@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import DataError
 from hipp_ext.robust.data import Images, load_data
-from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
+from hipp_ext.robust.evaluation import AUTOATTACK, evaluate, percent
 from hipp_ext.robust.training import restored
 
 NETWORKS = ("small-resnet", "small-vgg")
@@ -38,12 +38,12 @@ def run(images: int = 150, epsilons: tuple[float, ...] = (0.1, 0.15), seed: int 
         model = dense_network(network, seed, Setting(), data)
         for epsilon in epsilons:
             start = time.process_time()
-            report_ = evaluate(model, test, len(data.classes), epsilon=epsilon, attacks=AUTOATTACK, checks=False, seed=seed)
-            ours, middle = report_.right, time.process_time()
+            found = evaluate(model, test, len(data.classes), epsilon=epsilon, attacks=AUTOATTACK, checks=False, seed=seed)
+            ours, middle = found.right, time.process_time()
             theirs = _published(AutoAttack, model, test, epsilon, seed)
             rows.append({
-                "network": network, "epsilon": epsilon, "n": len(test.labels), "clean": report_.clean,
-                "ours": _percent(ours), "theirs": _percent(theirs), "after_apgd": report_.under["apgd-t"],
+                "network": network, "epsilon": epsilon, "n": len(test.labels), "clean": found.clean,
+                "ours": percent(ours), "theirs": percent(theirs), "after_apgd": found.under["apgd-t"],
                 "images_apart": int((ours != theirs).sum()), "seconds_ours": middle - start,
                 "seconds_theirs": time.process_time() - middle,
             })  # fmt: skip
@@ -60,7 +60,3 @@ def _published(attack: Any, model: nn.Module, images: Images, epsilon: float, se
         moved = made.run_standard_evaluation(images.images, images.labels, bs=len(images.labels))
         with torch.no_grad():
             return model(moved).argmax(1) == images.labels
-
-
-def _percent(right: Tensor) -> float:
-    return 100 * float(right.double().mean())

@@ -275,7 +275,7 @@ def bench_recovery(
     out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
     save: Save = False,
 ) -> None:
-    """Plan, prune 40%, recover on two processes with LQ-SGD, evaluate on the testbed's test split."""
+    """Plan, prune 40%, recover on two processes with LQ-SGD and without, evaluate on the test and validation splits."""
     from hipp_ext.evals.bench.recovery import run
 
     run(out, save=save)

@@ -126,13 +126,19 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
         say(f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}")
 
 
+def _scores(job: Job, setting: Setting) -> ScoreSettings:
+    """How an arm scores, where its name says nothing else; weight norms, so that arms differ in one thing."""
+    return ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
+
+
 def _in_rounds(
     job: Job, setting: Setting, dense: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings
 ) -> tuple[nn.Module, Kept]:
     """(network, channels kept) of MRPF in rounds."""
-    scores = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
-    chosen = MRPFSettings(pruning_ratio=job.ratio, rounds=ROUNDS, scores=scores, bounds=Bounds(floor=FLOOR[job.ratio]),
-                          train=replace(settings, epochs=setting.tune // ROUNDS))  # fmt: skip
+    chosen = MRPFSettings(
+        pruning_ratio=job.ratio, rounds=ROUNDS, scores=_scores(job, setting), bounds=Bounds(floor=FLOOR[job.ratio]),
+        train=replace(settings, epochs=setting.tune // ROUNDS),
+    )  # fmt: skip
     result = mrpf(dense, data, chosen, loss=loss)
     return result.model, result.kept
 
@@ -157,7 +163,7 @@ def _plan(
 ) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
     budget, bounds, widths = macs(uniform), Bounds(floor=FLOOR[job.ratio]), [g.width for g in groups]
-    settings = ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
+    settings = _scores(job, setting)
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
     rankings = {"bn": "bn", "uniform-bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}

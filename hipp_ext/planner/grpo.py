@@ -75,13 +75,12 @@ class Learner:
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
         self.policy, self.signals = policy, signals
         self.scalarisation: Scalarisation = scalarisation
-        self.learning_rate = learning_rate
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
     def restart(self, policy: Policy) -> None:
         """Take over these weights, and forget the optimizer's moments."""
         self.policy.load_state_dict(policy.state_dict())
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.learning_rate)
+        self.optimizer.state.clear()
 
     def set_learning_rate(self, rate: float) -> None:
         """Of the updates to come."""

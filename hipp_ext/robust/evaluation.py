@@ -123,9 +123,9 @@ def evaluate(
         )
     share = float(right.float().mean())
     return RobustReport(
-        n=len(right), epsilon=epsilon, clean=_percent(torch.cat(clean_all)), under={k: _percent(v) for k, v in found.items()},
+        n=len(right), epsilon=epsilon, clean=percent(torch.cat(clean_all)), under={k: percent(v) for k, v in found.items()},
         worst=100 * share, worst_se=100 * (share * (1 - share) / len(right)) ** 0.5, signs=signs, right=right,
-        per_class=tuple(_percent(right[labels == c]) if bool((labels == c).any()) else None for c in range(classes)),
+        per_class=tuple(percent(right[labels == c]) if bool((labels == c).any()) else None for c in range(classes)),
     )  # fmt: skip
 
 
@@ -203,5 +203,6 @@ def _right(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> Tensor:
     return logits.argmax(1) == y
 
 
-def _percent(right: Tensor) -> float:
+def percent(right: Tensor) -> float:
+    """Share of true values [%]."""
     return 100 * float(right.double().mean())

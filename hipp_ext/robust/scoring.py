@@ -108,13 +108,14 @@ def rank_channels(
     """
     if ranking == "l1":
         return unit_norms(model, groups, [g.owners for g in groups])
-    scales = [_norm_scales(model, g) for g in groups] if ranking != "taylor" else []
-    missing = [g.name for g, scale in zip(groups, scales, strict=False) if scale is None]
-    if ranking == "taylor" or (ranking == "auto" and missing):
-        return unit_taylor(model, groups, mean_loss, batches)
-    if missing:
-        raise UnsupportedModelError(f"No batch norm follows the channels of {missing[0]}; rank them by l1 or taylor.")
-    return [scale for scale in scales if scale is not None]
+    if ranking != "taylor":
+        scales = [scale for g in groups if (scale := _norm_scales(model, g)) is not None]
+        if len(scales) == len(groups):
+            return scales
+        if ranking == "bn":
+            missing = next(g.name for g in groups if _norm_scales(model, g) is None)
+            raise UnsupportedModelError(f"No batch norm follows the channels of {missing}; rank them by l1 or taylor.")
+    return unit_taylor(model, groups, mean_loss, batches)
 
 
 def _norm_scales(model: nn.Module, group: ChannelGroup) -> Tensor | None:
