@@ -162,6 +162,7 @@ def bench_robust(
     dense: Annotated[int, typer.Option(min=0, help="Epochs of adversarial training before pruning.")] = 25,
     tune: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning.")] = 15,
     test: Annotated[int, typer.Option(min=1, help="Test images that are attacked.")] = 300,
+    autoattack: Annotated[bool, typer.Option("--autoattack", help="All four parts of AutoAttack, not the first two.")] = False,
     save: Save = False,
 ) -> None:
     """Robust pruning: MRS against uniform, global L1, BN scale, Taylor and controls, at equal MACs and equal fine-tuning.
@@ -169,12 +170,13 @@ def bench_robust(
     An arm takes some 15 seconds on one core for digits; the whole study a day. `hipp bench robust --data cifar10 --root DIR`
     is for machines with a GPU.
     """
-    from hipp_ext.evals.bench.robust import ARMS, Setting, run
+    from hipp_ext.evals.bench.robust import ARMS, ATTACKS, WHOLE_AUTOATTACK, Setting, run
 
     digits = data == "digits"
     chosen = networks or ("small-resnet,small-vgg" if digits else "resnet18,vgg16_bn")
     setting = Setting(data=data, root=str(root) if root else None, epsilon=0.1 if digits else 8 / 255,
-                      steps=5 if digits else 10, dense=dense, tune=tune, test=test)  # fmt: skip
+                      steps=5 if digits else 10, dense=dense, tune=tune, test=test,
+                      attacks=WHOLE_AUTOATTACK if autoattack else ATTACKS)  # fmt: skip
     run(out, setting, chosen.split(","), [float(r) for r in ratios.split(",")], losses.split(","), seeds,
         arms.split(",") if arms else ARMS, save, typer.echo)  # fmt: skip
 

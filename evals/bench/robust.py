@@ -1,8 +1,8 @@
 """`hipp bench robust`: does knowing where robustness lives help to prune? Equal MACs, equal fine-tuning, many seeds, controls.
 
 Every job (network, ratio, loss, seed) trains one dense network by PGD-AT, prunes it in every arm to the MACs of the uniform
-plan, measures batch norms again under attack, fine-tunes, and evaluates on the whole test set. Jobs are files; a stopped study
-goes on.
+plan, measures batch norms again under attack, fine-tunes, and evaluates on the first test images. Jobs are files; a stopped
+study goes on.
 """
 
 import copy
@@ -25,7 +25,7 @@ from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
 from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, global_counts, uniform_counts
 from hipp_ext.robust.data import ImageData, load_data
-from hipp_ext.robust.evaluation import evaluate
+from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import build_model
 from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
@@ -49,6 +49,7 @@ AGAINST = (
 )  # what every arm is compared with, seed by seed
 FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
+WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # three times as long, for the last images if any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +263,11 @@ def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
     """The report on what is finished in `out`, and with `save` its picture beside it."""
     cells = table(results(out))
     values = {"setting": asdict(setting), "seeds_needed": needed(cells), "cells": cells}
+    whole = setting.attacks == WHOLE_AUTOATTACK
+    name = "robust_autoattack" if whole else "robust"
     if save:
-        draw(cells, RESULTS / "robust.png")
-    return report("robust", "hipp bench robust", values, save)
+        draw(cells, RESULTS / f"{name}.png")
+    return report(name, "hipp bench robust" + (" --autoattack" if whole else ""), values, save)
 
 
 def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
