@@ -112,7 +112,7 @@ class Learner:
         """One GRPO update; `budget`: whether the budget head learns too."""
         with torch.enable_grad():  # whatever the caller, or a library it imported, has switched off
             means = self.allocation_means(rollouts.preferences, rollouts.ratios)
-            log_likelihood = -((rollouts.allocations - means[:, :, None]) ** 2).mean(-1) / (2 * rollouts.noise**2)
+            log_likelihood = -_centred(rollouts.allocations - means[:, :, None]).square().mean(-1) / (2 * rollouts.noise**2)
             loss = -(allocation_advantages(objectives, rollouts.preferences) * log_likelihood).mean()
             loss = loss + DIVERSITY_WEIGHT * _collapse(means, rollouts.preferences)
             if budget and rollouts.budgets.shape[1] > 1:
@@ -141,11 +141,10 @@ class Learner:
         # Less pruning is always easier: what remains after the trend over the window is the merit of the allocation.
         merit = _detrend(weights @ measured.objectives[:, :2].T, measured.ratios[None].expand(draws, -1), near)
         share = torch.softmax((merit / TEMPERATURE).masked_fill(~near, -torch.inf), 1)
-        wanted = share @ measured.allocations
-        wanted = wanted - wanted.mean(1, keepdim=True)
+        wanted = _centred(share @ measured.allocations)
         with torch.enable_grad():
             mean = self.policy.allocation(self.signals, preferences, centres)
-            self._update(0.1 * ((mean - mean.mean(1, keepdim=True) - wanted) ** 2).mean())
+            self._update(0.1 * (_centred(mean) - wanted).square().mean())
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -203,6 +202,11 @@ def budget_advantages(
     return _normalised(value, 1)
 
 
+def _centred(logits: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G"]:
+    """Without what all groups have in common, which changes no plan."""
+    return logits - logits.mean(-1, keepdim=True)
+
+
 def _normalised(values: Tensor, dim: int) -> Tensor:
     centred = values - values.mean(dim, keepdim=True)
     deviation = values.std(dim, unbiased=False, keepdim=True)
@@ -215,7 +219,7 @@ def _collapse(means: Float[Tensor, "P M G"], preferences: Float[Tensor, "P 3"]) 
         return means.sum() * 0
     # Only utility against robustness decides where to prune; compression decides how much.
     leans = lean(preferences)
-    centred = means[:, 0] - means[:, 0].mean(1, keepdim=True)
+    centred = _centred(means[:, 0])
     apart = (centred[:, None] - centred[None]).square().mean(-1).add(1e-9).sqrt()
     wanted = DIVERSITY_MARGIN * (leans[:, None] - leans[None]).abs()
     return (wanted - apart).clamp_min(0).square().mean()

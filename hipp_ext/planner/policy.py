@@ -55,12 +55,16 @@ class Policy(nn.Module):
     def allocation(
         self, signals: Signals, preferences: Float[Tensor, "batch 3"], ratios: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups"]:
-        """Mean logit per group for each preference and pruning_ratio."""
+        """Mean logit per group for each preference and pruning_ratio.
+
+        A plan does not change when all its logits move together, so the residual's mean is taken out: nothing would hold it.
+        """
         wanted = lean(preferences)
         # Of the preference only the lean: how much compression counts is said by the ratio already.
         tokens = self._tokens(signals, torch.stack([1 - wanted, wanted, torch.zeros_like(wanted), ratios], 1))
         prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * wanted[:, None] * signals.visual_rank
-        return prior + self.allocation_head(tokens).squeeze(-1)
+        residual = self.allocation_head(tokens).squeeze(-1)
+        return prior + residual - residual.mean(1, keepdim=True)
 
     def _tokens(self, signals: Signals, condition: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch groups width"]:
         x = self.embed(signals.state).expand(len(condition), -1, -1)

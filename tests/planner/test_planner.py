@@ -24,9 +24,9 @@ from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
-from hipp_ext.planner.grpo import allocation_advantages, budget_advantages, draw_preferences
+from hipp_ext.planner.grpo import Learner, allocation_advantages, budget_advantages, draw_preferences
 from hipp_ext.planner.planner import Choices, FrontPlan
-from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.policy import MAX_RATIO, new_policy
 from hipp_ext.planner.reward import Reward, scalarise
 from hipp_ext.planner.state import keep_shares, measure_signals
 
@@ -491,6 +491,34 @@ def test_hypervolume_and_front_of_a_small_archive():
 def test_find_groups_order_is_that_of_the_signals(model, signals):
     assert signals.groups == find_groups(model)
     assert signals.state.shape[0] == 6 and torch.isfinite(signals.state).all()
+
+
+def test_logits_cannot_drift_together(signals):
+    """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
+    policy, preferences, ratios = new_policy(), draw_preferences(5, torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
+    prior = policy.allocation(signals, preferences, ratios)
+    with torch.no_grad():
+        policy.allocation_head.weight.normal_(std=30.0)
+        policy.allocation_head.bias.fill_(1e4)
+    logits = policy.allocation(signals, preferences, ratios)
+    assert (logits - prior).abs().mean() > 1
+    assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-3)
+
+
+def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
+    learned = []
+    for shifted in (False, True):
+        learner = Learner(new_policy(), signals, 1e-2, "tchebycheff")
+        generator = torch.Generator().manual_seed(1)
+        rollouts = learner.draw(draw_preferences(4, generator), 2, 6, noise=0.5, budget_noise=0.5, ratio=0.3, limit=0.6,
+                                generator=generator)  # fmt: skip
+        objectives = torch.rand(4, 2, 6, 3, generator=generator)
+        if shifted:
+            rollouts.allocations.add_(20 * torch.randn(4, 2, 6, 1, generator=generator))
+        learner.learn(rollouts, objectives, budget=False)
+        learned.append(learner.policy.allocation_head.weight.detach().clone())
+    assert learned[0].abs().max() > 1e-3
+    assert torch.allclose(*learned, rtol=1e-2, atol=1e-5)
 
 
 def test_a_policy_that_went_astray_is_brought_back(model, signals):
