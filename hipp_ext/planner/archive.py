@@ -1,5 +1,6 @@
 """Every plan that was ever evaluated, one JSON line each; the front is read from it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
-from hipp_ext.planner.reward import Reward
+from hipp_ext.planner.reward import WHOLE, Reward
 
 REFERENCE_POINT = (0.0, 0.0, 0.0)  # of the hypervolume: guessing on both tasks, nothing removed
+MOST_COMPRESSED = 0.1  # share of the plans that the nadir of a task is read from
+LEAST_RANGE = 0.02  # an objective that varies less is left on its whole scale
 
 
 class Record(BaseModel):
@@ -92,6 +95,24 @@ class Archive:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
         points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
         return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True)) if len(points) else 0.0
+
+    def nadir_and_ideal(self) -> Float[Tensor, "2 3"]:
+        """What is at stake in each objective: what strong compression costs at least, and the best of everything.
+
+        Ideal: the best that was measured of each objective. Nadir: of a task, the best among the plans that save most; of
+        compression, nothing saved. So half of an objective's weight buys about half of what there is to choose from, be it 50
+        points of accuracy or 5.
+
+        Source: normalisation by nadir and ideal point, Miettinen, Nonlinear Multiobjective Optimization (1999), section 2.4.
+        Differs from it: the nadir leaves out that one task can be given away for the other.
+        """
+        measured = torch.tensor([r.reward.objectives() for r in self.records]).reshape(-1, 3)
+        if not len(measured) or measured[:, 2].max() - measured[:, 2].min() < LEAST_RANGE:
+            return WHOLE  # at a fixed budget nothing is paid for compression
+        most = measured[measured[:, 2].topk(math.ceil(MOST_COMPRESSED * len(measured))).indices]
+        nadir, ideal = most.amax(0), measured.amax(0)
+        nadir[2] = 0.0
+        return torch.where(ideal - nadir >= LEAST_RANGE, torch.stack([nadir, ideal]), WHOLE)
 
 
 def hypervolume_gains(points: Float[Tensor, "points 3"], front: np.ndarray) -> Float[Tensor, " points"]:

@@ -128,7 +128,7 @@ class Trainer:
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
-                                 candidates=settings.candidates, scalarisation=settings.scalarisation)  # fmt: skip
+                                 candidates=settings.candidates)  # fmt: skip
         self.archive = Archive(folder / ARCHIVE if folder else None)
         self.step = self._resume()
         self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
@@ -141,7 +141,7 @@ class Trainer:
         # A generator per step: a resumed run draws what the undisturbed one would have drawn.
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
         if not self.model.fitted:  # in the first step after a start; later ones go on from what the last one learned
-            self._fit_model()
+            self._know()
         rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
         self._learn(rollouts, objectives, generator)
@@ -222,7 +222,9 @@ class Trainer:
             objectives=torch.tensor([r.reward.objectives() for r in records]),
         )
 
-    def _fit_model(self) -> None:
+    def _know(self) -> None:
+        """Take in what was measured: what is at stake in each objective and, from it, how plans fare."""
+        self.learner.ends = self.archive.nadir_and_ideal()
         if self._imagines:
             distinct = {r.keeps: r.reward for r in self.archive.records}
             rewards = torch.tensor([[r.utility, r.robustness] for r in distinct.values()])
@@ -230,8 +232,8 @@ class Trainer:
 
     def _learn(self, rollouts: Rollouts, objectives: Tensor, generator: torch.Generator) -> None:
         s, free = self.settings, self.pruning_ratio is None
+        self._know()
         if s.imagined:
-            self._fit_model()
             for update in range(s.imagined):
                 self._learn_imagined(update, generator)
             if self.step + 1 == s.steps and s.final:

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hipp_ext.planner.policy import MAX_RATIO, Policy, lean
-from hipp_ext.planner.reward import Scalarisation, scalarise
+from hipp_ext.planner.reward import WHOLE, Scalarisation, scalarise
 from hipp_ext.planner.state import Signals
 
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
@@ -70,12 +70,21 @@ class Measured:
 
 
 class Learner:
-    """A policy, its optimizer, and the updates that teach it."""
+    """A policy, its optimizer, and the updates that teach it.
+
+    Attributes:
+        ends: nadir and ideal point of the objectives, as far as they are known.
+    """
 
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
         self.policy, self.signals = policy, signals
         self.scalarisation: Scalarisation = scalarisation
+        self.ends: Tensor = WHOLE
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+
+    def value(self, objectives: Float[Tensor, "*batch 3"], preferences: Float[Tensor, "*batch 3"]) -> Float[Tensor, " *batch"]:
+        """What plans are worth to preferences."""
+        return scalarise(objectives, preferences, self.scalarisation, self.ends)
 
     def restart(self, policy: Policy) -> None:
         """Take over these weights, and forget the optimizer's moments."""
@@ -118,15 +127,21 @@ class Learner:
             if budget and rollouts.budgets.shape[1] > 1:
                 mean = self.policy.budget(self.signals, rollouts.preferences)[:, None]
                 log_likelihood = -((rollouts.budgets - mean) ** 2) / (2 * rollouts.budget_noise**2)
-                advantages = budget_advantages(objectives, rollouts.preferences, self.scalarisation)
+                advantages = self.budget_advantages(objectives, rollouts.preferences)
                 loss = loss - BUDGET_WEIGHT * (advantages * log_likelihood).mean()
             self._update(loss)
+
+    def budget_advantages(
+        self, objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]
+    ) -> Float[Tensor, "P M"]:
+        """Advantage of each budget over the others for the same preference: scalarised means over its allocations."""
+        return _normalised(self.value(objectives.mean(2), preferences[:, None].expand(-1, objectives.shape[1], -1)), 1)
 
     def learn_budgets(
         self, preferences: Float[Tensor, "P 3"], ratios: Float[Tensor, "P K"], objectives: Float[Tensor, "P K 3"]
     ) -> None:
         """Regress the budget head on the ratios, among K known outcomes, that serve each preference best."""
-        value = scalarise(objectives, preferences[:, None].expand_as(objectives), self.scalarisation)
+        value = self.value(objectives, preferences[:, None].expand_as(objectives))
         budgets = torch.logit((ratios / MAX_RATIO).clamp(0.01, 0.99))
         target = (torch.softmax(value / TEMPERATURE, 1) * budgets).sum(1)
         with torch.enable_grad():
@@ -172,12 +187,13 @@ class Learner:
 
 
 def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
-    """`n` points on the simplex: every other one uniform (Dirichlet(1)), the rest on its edges or close to its corners."""
+    """`n` points on the simplex: every other one uniform (Dirichlet(1)), the rest on its edges or in its corners."""
     drawn = -torch.rand(n, 3, generator=generator).clamp_min(1e-9).log()
     axis, corner = torch.randint(3, (n,), generator=generator), torch.rand(n, generator=generator) < 0.5
     one = torch.nn.functional.one_hot(axis, 3)
-    # Close to the corners, not on them: where neither task counts, every allocation would be as good as any other.
-    boundary = torch.where(corner[:, None], one + 0.02, drawn * (1 - one))
+    # Up to the corners, not on them: where neither task counts, every allocation would be as good as any other.
+    close = 0.02 * torch.rand(n, 1, generator=generator)
+    boundary = torch.where(corner[:, None], one + close, drawn * (1 - one))
     drawn[1::2] = boundary[1::2]
     return drawn / drawn.sum(1, keepdim=True)
 
@@ -192,14 +208,6 @@ def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Flo
     tasks = preferences[:, :2] + 0.05 * preferences[:, :2].sum(1, keepdim=True) + 1e-6
     tasks = tasks / tasks.sum(1, keepdim=True)
     return (_normalised(objectives, 2)[..., :2] * tasks[:, None, None]).sum(-1)
-
-
-def budget_advantages(
-    objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"], kind: Scalarisation
-) -> Float[Tensor, "P M"]:
-    """Advantage of each budget over the others for the same preference: scalarised means over its allocations."""
-    value = scalarise(objectives.mean(2), preferences[:, None].expand(-1, objectives.shape[1], -1), kind)
-    return _normalised(value, 1)
 
 
 def _centred(logits: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G"]:

@@ -260,7 +260,7 @@ class HiPPPlanner:
         enough = [r for r in self.archive.records if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
         if not enough:
             raise PlanError(f"None of {len(self.archive)} evaluated plans removes {self.pruning_ratio:g} or more.")
-        best = enough[best_for([r.reward for r in enough], wanted.as_tuple())]
+        best = enough[best_for([r.reward for r in enough], wanted.as_tuple(), self.archive.nadir_and_ideal())]
         policy = FrontPlan(plan=plan, reward=measured.get(tuple(g.keep for g in plan.groups)))
         return Choices(policy=policy, archived=FrontPlan(plan=self._plan(self.signals, best.keeps, None), reward=best.reward))
 

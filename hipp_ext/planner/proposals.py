@@ -14,7 +14,6 @@ from hipp_ext.planner.archive import Archive, hypervolume_gains
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.grpo import Learner, Rollouts
 from hipp_ext.planner.policy import MAX_RATIO
-from hipp_ext.planner.reward import Scalarisation, scalarise
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import keep_shares
 
@@ -34,7 +33,6 @@ class Proposer:
         groups, bounds, cost: of the fit.
         limit: the largest ratio that the bounds allow.
         candidates: how many are refined, per preference and budget.
-        scalarisation: of the objectives.
     """
 
     groups: Sequence[Group]
@@ -42,7 +40,6 @@ class Proposer:
     cost: Cost
     limit: float
     candidates: int
-    scalarisation: Scalarisation
 
     def choose(
         self, drawn: Rollouts, n: int, archive: Archive, model: RewardModel, learner: Learner, generator: torch.Generator
@@ -60,7 +57,7 @@ class Proposer:
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
                 start = torch.cat([drawn.allocations[p, m], measured - measured.mean(1, keepdim=True)])
-                merit = _Merit(preference=preference, front=front if m else None, kind=self.scalarisation)
+                merit = _Merit(preference=preference, front=front if m else None, learner=learner)
                 pool = self._refine(start, ratio, merit, model, drawn.noise, generator)
                 pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])
                 chosen[p, m] = self._pick(pool, n, ratio, merit, known, model, generator)
@@ -129,10 +126,10 @@ class _Merit:
 
     preference: Tensor
     front: np.ndarray | None
-    kind: Scalarisation
+    learner: Learner
 
     def __call__(self, objectives: Float[Tensor, "C 3"]) -> Float[Tensor, " C"]:
-        value = scalarise(objectives, self.preference.expand_as(objectives), self.kind)
+        value = self.learner.value(objectives, self.preference.expand_as(objectives))
         if self.front is None:
             return value
         gains = hypervolume_gains(objectives, self.front).float()

@@ -17,6 +17,7 @@ Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
 AUGMENTATION = 0.02  # weight of the plain sum beside it
+WHOLE = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]])  # nadir and ideal point, while nothing is known of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,24 +69,26 @@ def read_reward(measured: object, compression: float, stability: float) -> Rewar
 
 
 def scalarise(
-    objectives: Float[Tensor, "*batch 3"], preference: Float[Tensor, "*batch 3"], kind: Scalarisation
-) -> Float[Tensor, " *batch"]:
+    objectives: Float[Tensor, "*batch 3"], preference: Float[Tensor, "*batch 3"], kind: Scalarisation,
+    ends: Float[Tensor, "2 3"] = WHOLE,
+) -> Float[Tensor, " *batch"]:  # fmt: skip
     """One number per plan, higher = better for the preference.
 
-    Compression counts as its share of MAX_RATIO, so that all three objectives run from 0 to about 1. "linear" is the weighted
-    sum; "tchebycheff" the smooth Tchebycheff distance to the ideal point (1, 1, 1), which also reaches non-convex parts
-    of the front and has its optimum inside the simplex for every preference; a little of the plain sum beside it, so that an
-    objective that does not count is still not given away for nothing.
+    Every objective counts as its share of the way from nadir to ideal point, `ends`. "linear" is the weighted sum;
+    "tchebycheff" the smooth Tchebycheff distance to the ideal point, which also reaches non-convex parts of the front and has
+    its optimum inside the simplex for every preference; a little of the plain sum beside it, so that an objective that does
+    not count is still not given away for nothing.
 
     Source: smooth Tchebycheff, arXiv 2402.19078; augmentation, Steuer and Choo, Mathematical Programming 26 (1983).
     """
-    scaled = objectives / torch.tensor([1.0, 1.0, MAX_RATIO])
+    nadir, ideal = ends
+    scaled = (objectives - nadir) / (ideal - nadir)
     if kind == "linear":
         return (preference * scaled).sum(-1)
     return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
 
 
-def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], kind: Scalarisation = "tchebycheff") -> int:
+def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"] = WHOLE) -> int:
     """Index of the reward that serves a preference best."""
     objectives = torch.tensor([r.objectives() for r in rewards])
-    return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), kind).argmax())
+    return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), "tchebycheff", ends).argmax())

@@ -20,14 +20,14 @@ from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, DataError, PlanError
 from hipp_ext.groups import find_groups
-from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
-from hipp_ext.planner.grpo import Learner, allocation_advantages, budget_advantages, draw_preferences
+from hipp_ext.planner.grpo import Learner, allocation_advantages, draw_preferences
 from hipp_ext.planner.planner import Choices, FrontPlan
 from hipp_ext.planner.policy import MAX_RATIO, new_policy
-from hipp_ext.planner.reward import Reward, scalarise
+from hipp_ext.planner.reward import WHOLE, Reward, scalarise
 from hipp_ext.planner.state import keep_shares, measure_signals
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
@@ -217,9 +217,10 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
         expected = evaluator(model)
     assert choices.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
     best = choices.archived.reward
-    values = [scalarise(torch.tensor(r.reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff")
-              for r in planner.archive.records]  # fmt: skip
-    assert scalarise(torch.tensor(best.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff") == max(values)
+    ends = planner.archive.nadir_and_ideal()
+    values = [scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends)
+              for reward in (best, *(r.reward for r in planner.archive.records))]  # fmt: skip
+    assert values[0] == max(values)
     planner.pruning_ratio = 0.5
     for at_half in (planner.choices(wish).policy.plan, planner.choices(wish).archived.plan):
         assert at_half.pruning_ratio >= 0.5 - 1e-6
@@ -450,12 +451,13 @@ def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
     assert torch.allclose(advantages[:, 0], scores * torch.tensor([[1.05], [0.05]]) / 1.1, atol=1e-3)
 
 
-def test_budget_advantages_follow_the_preference():
+def test_budget_advantages_follow_the_preference(signals):
     rewards = torch.zeros(2, 2, 2, 3)
     rewards[:, 0] = torch.tensor([0.9, 0.9, 0.1])
     rewards[:, 1] = torch.tensor([0.5, 0.5, 0.5])
     for kind in ("linear", "tchebycheff"):
-        advantages = budget_advantages(rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]]), kind)
+        learner = Learner(new_policy(), signals, 1e-3, kind)
+        advantages = learner.budget_advantages(rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]]))
         assert advantages[0, 0] > advantages[0, 1] and advantages[1, 0] < advantages[1, 1]
 
 
@@ -467,6 +469,27 @@ def test_tchebycheff_reaches_what_linear_cannot():
     assert int(scalarise(front, even, "tchebycheff").argmax()) == 1
 
 
+def test_weights_count_in_units_of_what_is_at_stake(signals):
+    """Half of the weight on robustness brings it half way, though it falls by 0.06 in all and compression rises by 0.6."""
+    learner, even = Learner(new_policy(), signals, 1e-3, "tchebycheff"), torch.tensor([0.0, 0.5, 0.5]).expand(7, 3)
+    ratios = torch.linspace(0, 0.6, 7)
+    objectives = torch.stack([1 - ratios, 0.9 - 0.1 * ratios, ratios], 1)
+    assert int(learner.value(objectives, even).argmax()) >= 5
+    learner.ends = archive_of(objectives.tolist()).nadir_and_ideal()
+    assert learner.ends.tolist() == [pytest.approx(row) for row in ([0.4, 0.84, 0.0], [1.0, 0.9, 0.6])]
+    assert int(learner.value(objectives, even).argmax()) == 3
+
+
+def test_what_hardly_varies_is_left_on_its_whole_scale():
+    assert torch.equal(Archive().nadir_and_ideal(), WHOLE)
+    one_budget = archive_of([[0.9, 0.8, 0.3], [0.5, 0.7, 0.301], [0.6, 0.6, 0.302]])
+    assert torch.equal(one_budget.nadir_and_ideal(), WHOLE)
+    nadir, ideal = archive_of([[0.9, 0.80, 0.1], [0.5, 0.84, 0.3], [0.7, 0.79, 0.5]]).nadir_and_ideal()
+    assert nadir.tolist() == pytest.approx([0.7, 0.79, 0]) and ideal.tolist() == pytest.approx([0.9, 0.84, 0.5])
+    nadir, ideal = archive_of([[0.9, 0.80, 0.1], [0.7, 0.795, 0.5]]).nadir_and_ideal()
+    assert nadir.tolist() == pytest.approx([0.7, 0, 0]) and ideal.tolist() == pytest.approx([0.9, 1, 0.5])
+
+
 def test_preferences_cover_the_simplex():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([draw_preferences(8, generator) for _ in range(100)])
@@ -474,16 +497,18 @@ def test_preferences_cover_the_simplex():
     assert (drawn.mean(0) - 1 / 3).abs().max() < 0.05 and (drawn.max(0).values > 0.9).all()
 
 
-def test_hypervolume_and_front_of_a_small_archive():
+def archive_of(objectives) -> Archive:
     archive = Archive()
-    rows = [(1.0, 0.5, 0.1), (0.5, 1.0, 0.1), (0.4, 0.4, 0.05), (0.5, 0.5, 0.5)]
-    from hipp_ext.planner.archive import Record
-
     archive.append([
         Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=0.1, allocation=(0.0,), keeps=(i,),
                reward=Reward(utility=u, robustness=r, compression=c, stability=0.0))
-        for i, (u, r, c) in enumerate(rows)
+        for i, (u, r, c) in enumerate(objectives)
     ])  # fmt: skip
+    return archive
+
+
+def test_hypervolume_and_front_of_a_small_archive():
+    archive = archive_of([(1.0, 0.5, 0.1), (0.5, 1.0, 0.1), (0.4, 0.4, 0.05), (0.5, 0.5, 0.5)])
     assert {r.index for r in archive.front()} == {0, 1, 3}
     assert archive.hypervolume() == pytest.approx(0.5 * 0.5 * 0.5 + 2 * 0.5 * 0.5 * 0.1)
 
