@@ -1,12 +1,13 @@
 """`hipp bench attacked`: does a planner fitted for POPE under attack keep more of it under attack, at equal sparsity?"""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import mean_and_se, report
+from hipp_ext.evals.bench.measuring import claim_folder, mean_and_se, report
 from hipp_ext.evals.evaluator import Evaluator
 
 from hipp_ext import HiPPPlanner, Preference, prune, testbed
@@ -15,11 +16,12 @@ from hipp_ext.planner import FitSettings
 from hipp_ext.robust.attacks import ImageAttack
 
 OBJECTIVES = ("pope", "adversarial", "adaptive")
+KEYS = {"choice": "choice", "pope": "pope", "attacked": "pope_attacked"}  # in the result -> of the evaluator
 WISH = Preference(utility=0.1, robustness=0.8, compression=0.1)
 
 
 def run(
-    out: Path, seeds: int, steps: int, questions: int, tested: int, epsilon: float, ratio: float, save: bool,
+    out: Path, seeds: int, steps: int, questions: int, tested: int, epsilon: float, ratios: Sequence[float], save: bool,
     say: Callable[[str], None] = print, objectives: Sequence[str] = OBJECTIVES,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit, plan and measure what is missing in `out`, then report.
@@ -28,29 +30,35 @@ def run(
     measurement attacks every pruned model anew, on the test split.
     """
     torch.set_num_threads(1)
-    rows = []
-    for seed in range(seeds):
-        for objective in objectives:
-            path = out / f"{objective}-{seed}.json"
-            if not path.exists():
-                values = _measure(objective, seed, out, steps, questions, tested, epsilon, ratio)
-                write_atomic(path, json.dumps(values) + "\n")
-            rows.append(json.loads(path.read_text()))
-            say(f"{objective} seed {seed}: {rows[-1]}")
-    by = {o: [r for r in rows if r["objective"] == o] for o in objectives}
-    keys = ("choice", "pope", "attacked")
-    differences = {
-        o: {k: mean_and_se([b[k] - a[k] for a, b in zip(by["pope"], by[o], strict=True)]) for k in keys} for o in objectives[1:]
-    }
-    return report("attacked", "hipp bench attacked", {
-        "setting": {"steps": steps, "questions": questions, "tested": tested, "epsilon": epsilon, "pruning_ratio": ratio},
-        "runs": rows, "means": {o: {k: mean_and_se([r[k] for r in rs]) for k in keys} for o, rs in by.items()},
-        "minus_pope": differences,
-    }, save)  # fmt: skip
+    setting = {"steps": steps, "questions": questions, "tested": tested, "epsilon": epsilon}
+    claim_folder(out, setting)
+    runs: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for ratio, seed, objective in itertools.product(ratios, range(seeds), objectives):
+        path = out / f"{objective}-{ratio:g}-{seed}.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(_measure(objective, ratio, seed, path.with_suffix(""), **setting)) + "\n")
+        runs.setdefault((ratio, objective), []).append(json.loads(path.read_text()))
+        found = ", ".join(f"{k} {runs[ratio, objective][-1][k]:.1f}" for k in KEYS)
+        say(f"{objective} at {ratio:g}, seed {seed}: {found}")
+    values = {"setting": setting} | {f"at {ratio:g}": _summary(ratio, objectives, runs) for ratio in ratios}
+    return report("attacked", "hipp bench attacked", values, save)
+
+
+def _summary(ratio: float, objectives: Sequence[str], runs: Mapping[tuple[float, str], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means of each objective, and paired differences to the fit on plain POPE."""
+    by = {o: runs[ratio, o] for o in objectives}
+    return {
+        "runs": [r for o in objectives for r in by[o]],
+        "means": {o: {k: mean_and_se([r[k] for r in rows]) for k in KEYS} for o, rows in by.items()},
+        "minus_pope": {
+            o: {k: mean_and_se([b[k] - a[k] for a, b in zip(by["pope"], by[o], strict=True)]) for k in KEYS}
+            for o in objectives if o != "pope"
+        },
+    }  # fmt: skip
 
 
 def _measure(
-    objective: str, seed: int, out: Path, steps: int, questions: int, tested: int, epsilon: float, ratio: float
+    objective: str, ratio: float, seed: int, folder: Path, *, steps: int, questions: int, tested: int, epsilon: float
 ) -> dict[str, Any]:
     model, processor = testbed.load()
     attack = ImageAttack(processor, epsilon=epsilon, steps=10, seed=seed)
@@ -60,15 +68,12 @@ def _measure(
     kind = "adversarial" if adaptive else objective
     evaluator = Evaluator(model, processor, *search, robustness=kind, attack=quick, adaptive=adaptive)
     planner = HiPPPlanner(WISH, pruning_ratio=ratio)
-    planner.fit(
-        model, evaluator, FitSettings(steps=steps, seed=seed), folder=out / f"fit-{objective}-{seed}", processor=processor
-    )
+    planner.fit(model, evaluator, FitSettings(steps=steps, seed=seed), folder=folder, processor=processor)
     plan = planner.plan(model, processor=processor)
     small = prune(model, plan)
     test = [testbed.questions(task, "test", tested) for task in ("POPE", "ScienceQA")]
     scores = Evaluator(small, processor, *test, robustness="both", attack=attack).scores(small)
-    names = {"choice": "choice", "pope": "pope", "attacked": "pope_attacked"}
     return {
-        "objective": objective, "seed": seed, "pruning_ratio": plan.pruning_ratio,
-        **{k: scores[n].accuracy for k, n in names.items()}, **{f"{k}_se": scores[n].accuracy_se for k, n in names.items()},
+        "objective": objective, "seed": seed, "removed": plan.pruning_ratio,
+        **{k: scores[n].accuracy for k, n in KEYS.items()}, **{f"{k}_se": scores[n].accuracy_se for k, n in KEYS.items()},
     }  # fmt: skip

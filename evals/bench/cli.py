@@ -203,7 +203,8 @@ def bench_attacked(
     seeds: Annotated[int, typer.Option(min=2)] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 12,
     questions: Annotated[int, typer.Option(min=8, help="Per task, in the fits.")] = 64,
-    test: Annotated[int, typer.Option(min=8, help="Per task, of the test split.")] = 200,
+    test: Annotated[int, typer.Option(min=8, help="Per task, of the test split.")] = 600,
+    ratios: Annotated[str, typer.Option(help="Shares of the parameters removed.")] = "0.3,0.5",
     objectives: Annotated[
         str, typer.Option(help="pope first; adversarial: attacked once on the dense model; adaptive: anew for every plan.")
     ] = "pope,adaptive",
@@ -212,7 +213,8 @@ def bench_attacked(
     """Planners fitted for POPE as it is and for POPE under attack, at equal sparsity, attacked anew on the test split."""
     from hipp_ext.evals.bench.attacked import run
 
-    run(out, seeds, steps, questions, test, 8 / 255, 0.3, save, typer.echo, objectives.split(","))
+    run(out, seeds, steps, questions, test, 8 / 255, [float(r) for r in ratios.split(",")], save, typer.echo,
+        objectives.split(","))  # fmt: skip
 
 
 @bench_app.command("comm")

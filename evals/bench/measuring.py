@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from numpy.typing import ArrayLike
 
+from hipp_ext.errors import OutputExistsError
 from hipp_ext.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +49,21 @@ def mean_and_se(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, its standard error (None below two values), and n."""
     n = len(values)
     return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / n**0.5 if n > 1 else None, "n": n}
+
+
+def claim_folder(folder: Path, setting: object) -> None:
+    """Make `folder` that of a study with this setting (what JSON can say), or confirm that it is: then the study goes on.
+
+    Raises:
+        OutputExistsError: it holds a study with another setting.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark, text = folder / "study.json", json.dumps(setting) + "\n"
+    if mark.exists() and mark.read_text() != text:
+        raise OutputExistsError(
+            f"{folder} holds a study with another setting; choose another folder.\n there: {mark.read_text()} now:   {text}"
+        )
+    write_atomic(mark, text)
 
 
 def synchronise() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
+from hipp_ext.evals.bench.measuring import RESULTS, claim_folder, mean_and_se, report
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from torch import nn
 
@@ -245,14 +245,12 @@ def run(
     """Run what is missing in `out`, then report all of it.
 
     Raises:
-        DataError: an unknown arm or ratio, or `out` holds a study with another setting.
+        DataError: an unknown arm or ratio.
+        OutputExistsError: `out` holds a study with another setting.
     """
     if unknown := [a for a in arms if a not in ARMS] + [r for r in ratios if r not in FLOOR]:
         raise DataError(f"Known arms are {', '.join(ARMS)} and ratios {list(FLOOR)}; got {unknown}.")
-    text = json.dumps(asdict(setting)) + "\n"
-    if (out / "setting").exists() and (out / "setting").read_text() != text:
-        raise DataError(f"{out} holds a study with another setting: {(out / 'setting').read_text()}Choose another folder.")
-    write_atomic(out / "setting", text)
+    claim_folder(out, asdict(setting))
     torch.set_num_threads(1)
     for job in jobs(networks, ratios, losses, seeds):
         run_job(job, setting, arms, out, say)

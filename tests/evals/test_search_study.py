@@ -30,5 +30,5 @@ def test_a_small_study(tmp_path):
     (tmp_path / "uniform-0.json").unlink()
     again = {r["method"]: r for r in run_study(SIZE, tmp_path, processes=1)}
     assert again[HIPP] == done and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
-    with pytest.raises(OutputExistsError, match="holds another study"):
+    with pytest.raises(OutputExistsError, match="holds a study with another setting"):
         run_study(StudySize(seeds=2), tmp_path)

@@ -19,6 +19,7 @@ from typing import Any
 import moocore
 import numpy as np
 import torch
+from hipp_ext.evals.bench.measuring import claim_folder
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS, Context
 from hipp_ext.evals.bench.search.methods import METHODS
 from hipp_ext.evals.bench.search.problem import Problem, run
@@ -27,7 +28,6 @@ from hipp_ext.evals.pope import pope_scores
 
 from hipp_ext import testbed
 from hipp_ext.budget import Bounds
-from hipp_ext.errors import OutputExistsError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -284,11 +284,7 @@ def run_study(size: StudySize, folder: Path, *, processes: int | None = None) ->
     """
     from rich.progress import Progress
 
-    folder.mkdir(parents=True, exist_ok=True)
-    identity, mark = json.dumps(dataclasses.asdict(size)), folder / "study.json"
-    if mark.exists() and mark.read_text() != identity:
-        raise OutputExistsError(f"{folder} holds another study, {mark.read_text()}; this one is {identity}.")
-    write_atomic(mark, identity)
+    claim_folder(folder, dataclasses.asdict(size))
     paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in jobs(size)}
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
     context = multiprocessing.get_context("spawn")
