@@ -15,7 +15,8 @@ class Preference:
         robustness: weight of not hallucinating objects (POPE).
         compression: weight of removing parameters.
 
-    Only proportions count: (4, 4, 2) is (0.4, 0.4, 0.2).
+    Only proportions count: (4, 4, 2) is (0.4, 0.4, 0.2). For a fitted planner a component counts in units of what there is to
+    choose from: from what strong compression leaves of the objective to its best, be that 50 points of accuracy or 5.
 
     Raises:
         PreferenceError: a component is negative, not finite or not a number, or all are zero.

@@ -8,11 +8,14 @@ What differs from GRPO as published for text (arXiv 2402.03300), and why:
    budget, a budget with the other budgets for the same preference.
 5. Allocation advantages are normalised per objective and weighted by the preference afterwards (GDPO, arXiv 2601.05242),
    with a floor: an objective that is constant within the comparison, as compression is, carries noise and counts as zero.
-6. Budget advantages come from a scalarisation of absolute objectives: z-scores of opposed objectives would cancel. Beside
-   them the budget head is regressed on the best known budgets; alone, its gradient runs into saturation.
+6. Budget advantages come from one scalarisation for all budgets, of objectives scaled from nadir to ideal point of what was
+   measured: z-scores of opposed objectives would cancel. Beside them the budget head is regressed on the best known
+   budgets; alone, its gradient runs into saturation.
 7. The final advantage is not divided by its standard deviation again (Dr. GRPO, arXiv 2503.20783).
 8. Hindsight: measured plans are re-used for other preferences by weighted regression.
-9. A diversity term keeps preferences apart (D3PO, arXiv 2602.07764): the allocations of two preferences shall differ by
+9. What all logits of an allocation have in common changes no plan: it is left out of likelihood and policy, where it would
+   drift without end.
+10. A diversity term keeps preferences apart (D3PO, arXiv 2602.07764): the allocations of two preferences shall differ by
    as much as the preferences do, up to a small margin.
 """
 
