@@ -124,7 +124,7 @@ class Learner:
         """One GRPO update; `budget`: whether the budget head learns too."""
         with torch.enable_grad():  # whatever the caller, or a library it imported, has switched off
             means = self.allocation_means(rollouts.preferences, rollouts.ratios)
-            log_likelihood = -_centred(rollouts.allocations - means[:, :, None]).square().mean(-1) / (2 * rollouts.noise**2)
+            log_likelihood = -centred(rollouts.allocations - means[:, :, None]).square().mean(-1) / (2 * rollouts.noise**2)
             loss = -(allocation_advantages(objectives, rollouts.preferences) * log_likelihood).mean()
             loss = loss + DIVERSITY_WEIGHT * _collapse(means, rollouts.preferences)
             if budget and rollouts.budgets.shape[1] > 1:
@@ -159,10 +159,10 @@ class Learner:
         # Less pruning is always easier: what remains after the trend over the window is the merit of the allocation.
         merit = _detrend(weights @ measured.objectives[:, :2].T, measured.ratios[None].expand(draws, -1), near)
         share = torch.softmax((merit / TEMPERATURE).masked_fill(~near, -torch.inf), 1)
-        wanted = _centred(share @ measured.allocations)
+        wanted = centred(share @ measured.allocations)
         with torch.enable_grad():
             mean = self.policy.allocation(self.signals, preferences, centres)
-            self._update(0.1 * (_centred(mean) - wanted).square().mean())
+            self._update(0.1 * (centred(mean) - wanted).square().mean())
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -213,15 +213,15 @@ def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Flo
     return (_normalised(objectives, 2)[..., :2] * tasks[:, None, None]).sum(-1)
 
 
-def _centred(logits: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G"]:
+def centred(logits: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch G"]:
     """Without what all groups have in common, which changes no plan."""
     return logits - logits.mean(-1, keepdim=True)
 
 
 def _normalised(values: Tensor, dim: int) -> Tensor:
-    centred = values - values.mean(dim, keepdim=True)
+    above = values - values.mean(dim, keepdim=True)
     deviation = values.std(dim, unbiased=False, keepdim=True)
-    return torch.where(deviation > NOISE_FLOOR, centred / deviation.clamp_min(NOISE_FLOOR), 0.0)
+    return torch.where(deviation > NOISE_FLOOR, above / deviation.clamp_min(NOISE_FLOOR), 0.0)
 
 
 def _collapse(means: Float[Tensor, "P M G"], preferences: Float[Tensor, "P 3"]) -> Tensor:
@@ -230,8 +230,8 @@ def _collapse(means: Float[Tensor, "P M G"], preferences: Float[Tensor, "P 3"]) 
         return means.sum() * 0
     # Only utility against robustness decides where to prune; compression decides how much.
     leans = lean(preferences)
-    centred = _centred(means[:, 0])
-    apart = (centred[:, None] - centred[None]).square().mean(-1).add(1e-9).sqrt()
+    logits = centred(means[:, 0])
+    apart = (logits[:, None] - logits[None]).square().mean(-1).add(1e-9).sqrt()
     wanted = DIVERSITY_MARGIN * (leans[:, None] - leans[None]).abs()
     return (wanted - apart).clamp_min(0).square().mean()
 

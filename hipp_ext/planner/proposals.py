@@ -12,7 +12,7 @@ from hipp_ext.budget import Bounds, many_keep_counts
 from hipp_ext.groups import Group
 from hipp_ext.planner.archive import Archive, hypervolume_gains
 from hipp_ext.planner.cost import Cost
-from hipp_ext.planner.grpo import Learner, Rollouts
+from hipp_ext.planner.grpo import Learner, Rollouts, centred
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import keep_shares
@@ -56,7 +56,7 @@ class Proposer:
         measured = torch.unique(torch.tensor([r.allocation for r in archive.records]), dim=0)
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
-                start = torch.cat([drawn.allocations[p, m], measured - measured.mean(1, keepdim=True)])
+                start = torch.cat([drawn.allocations[p, m], centred(measured)])
                 merit = _Merit(preference=preference, front=front if m else None, learner=learner)
                 pool = self._refine(start, ratio, merit, model, drawn.noise, generator)
                 pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])

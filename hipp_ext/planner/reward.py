@@ -88,7 +88,7 @@ def scalarise(
     return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
 
 
-def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"] = WHOLE) -> int:
+def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]) -> int:
     """Index of the reward that serves a preference best."""
     objectives = torch.tensor([r.objectives() for r in rewards])
     return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), "tchebycheff", ends).argmax())
