@@ -1,6 +1,5 @@
 """The fit: propose plans, measure them, learn from them; again and again, resumable after every plan."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -124,7 +123,6 @@ class Trainer:
         self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
         self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
         self.limit = largest_ratio(signals.groups, self.bounds)
-        self.beginning = copy.deepcopy(policy)
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
@@ -255,7 +253,7 @@ class Trainer:
         """
         s = self.settings
         updates = round(s.final * s.imagined * s.steps)
-        self.learner.restart(self.beginning)
+        self.learner.restart()
         for update in range(updates):
             self.learner.set_learning_rate(s.learning_rate * min(1.0, (updates - update) / (FALLING * updates)))
             self._learn_imagined(update, generator)

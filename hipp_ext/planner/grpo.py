@@ -2,7 +2,8 @@
 
 What differs from GRPO as published for text (arXiv 2402.03300), and why:
 1. One action per episode, a Gaussian over a budget and one logit per group; so there is no token-level ratio.
-2. One on-policy update per batch: the ratio is 1, and clipping and a KL penalty have nothing to do.
+2. One on-policy update per batch: the ratio is 1, and clipping has nothing to do. The KL penalty, to where the fit began,
+   is small: it holds logits so large that no plan depends on them any more, which would grow without end.
 3. Most rollouts are imagined: a reward model learned from every measured plan scores them. Measured ones are few and dear.
 4. Two baselines, because the action has two parts: an allocation is compared with others for the same preference and
    budget, a budget with the other budgets for the same preference.
@@ -19,6 +20,7 @@ What differs from GRPO as published for text (arXiv 2402.03300), and why:
    as much as the preferences do, up to a small margin.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,7 @@ from hipp_ext.planner.state import Signals
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
+KL_WEIGHT = 0.003  # of the divergence from the policy that the fit began with
 DIVERSITY_WEIGHT, DIVERSITY_MARGIN = 0.02, 0.3  # of the diversity term; margin in logits per unit of preference
 
 
@@ -76,11 +79,12 @@ class Learner:
     """A policy, its optimizer, and the updates that teach it.
 
     Attributes:
+        reference: the policy as it was in the beginning.
         ends: nadir and ideal point of the objectives, as far as they are known.
     """
 
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
-        self.policy, self.signals = policy, signals
+        self.policy, self.signals, self.reference = policy, signals, copy.deepcopy(policy)
         self.scalarisation: Scalarisation = scalarisation
         self.ends: Tensor = WHOLE
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
@@ -89,9 +93,9 @@ class Learner:
         """What plans are worth to preferences."""
         return scalarise(objectives, preferences, self.scalarisation, self.ends)
 
-    def restart(self, policy: Policy) -> None:
-        """Take over these weights, and forget the optimizer's moments."""
-        self.policy.load_state_dict(policy.state_dict())
+    def restart(self) -> None:
+        """Go back to the beginning, and forget the optimizer's moments."""
+        self.policy.load_state_dict(self.reference.state_dict())
         self.optimizer.state.clear()
 
     def set_learning_rate(self, rate: float) -> None:
@@ -117,8 +121,11 @@ class Learner:
 
     def allocation_means(self, preferences: Tensor, ratios: Float[Tensor, "P M"]) -> Float[Tensor, "P M G"]:
         """Mean allocation of each preference at each of its ratios."""
+        return self._means(self.policy, preferences, ratios)
+
+    def _means(self, policy: Policy, preferences: Tensor, ratios: Float[Tensor, "P M"]) -> Float[Tensor, "P M G"]:
         flat = preferences.repeat_interleave(ratios.shape[1], 0)
-        return self.policy.allocation(self.signals, flat, ratios.flatten()).view(*ratios.shape, -1)
+        return policy.allocation(self.signals, flat, ratios.flatten()).view(*ratios.shape, -1)
 
     def learn(self, rollouts: Rollouts, objectives: Float[Tensor, "P M N 3"], *, budget: bool) -> None:
         """One GRPO update; `budget`: whether the budget head learns too."""
@@ -127,6 +134,9 @@ class Learner:
             log_likelihood = -centred(rollouts.allocations - means[:, :, None]).square().mean(-1) / (2 * rollouts.noise**2)
             loss = -(allocation_advantages(objectives, rollouts.preferences) * log_likelihood).mean()
             loss = loss + DIVERSITY_WEIGHT * _collapse(means, rollouts.preferences)
+            with torch.no_grad():
+                reference = self._means(self.reference, rollouts.preferences, rollouts.ratios)
+            loss = loss + KL_WEIGHT * (means - reference).square().mean() / (2 * rollouts.noise**2)
             if budget and rollouts.budgets.shape[1] > 1:
                 mean = self.policy.budget(self.signals, rollouts.preferences)[:, None]
                 log_likelihood = -((rollouts.budgets - mean) ** 2) / (2 * rollouts.budget_noise**2)

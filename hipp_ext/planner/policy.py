@@ -13,6 +13,7 @@ from hipp_ext.preference import Preference
 MAX_RATIO = 0.6  # what a preference for compression alone removes, before fitting
 PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
+LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
 EVEN = 1e-3  # added to the wish for each task, which decides only where neither counts
 
 
@@ -20,8 +21,9 @@ class Policy(nn.Module):
     """Permutation-equivariant over groups, conditioned on the preference; untrained it equals its prior.
 
     Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both add a
-    zero-initialised residual to a prior. Prior of the budget: MAX_RATIO times the preference for compression. Prior of the
-    allocation: measured sensitivity, with groups of high visual sensitivity kept more, the more robustness is wanted.
+    zero-initialised residual to a prior. Prior of the budget: MAX_RATIO times the preference for compression, a little off
+    both ends. Prior of the allocation: measured sensitivity, with groups of high visual sensitivity kept more, the more
+    robustness is wanted.
 
     Args:
         width: of the hidden layers.
@@ -47,7 +49,7 @@ class Policy(nn.Module):
 
     def budget(self, signals: Signals, preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
         """Mean logit of pruning_ratio / MAX_RATIO for each preference."""
-        share = preferences[:, 2].clamp(1e-3, 1 - 1e-3)
+        share = preferences[:, 2].clamp(LEAST_WISH, 1 - LEAST_WISH)
         zero = torch.zeros(len(preferences), 1)
         pooled = self._tokens(signals, torch.cat([preferences, zero], 1)).mean(1)
         return torch.logit(share) + self.budget_head(torch.cat([pooled, preferences], 1)).squeeze(1)
