@@ -26,8 +26,8 @@ class Proposer:
     """Chooses rollouts among candidates by draws from the reward model (Thompson sampling).
 
     At the first budget of a preference, the policy's or, for every other preference, any, rollouts are what should serve
-    the preference best; the other budgets are spread over the whole range, and their rollouts are what should add most to the
-    front's hypervolume.
+    the preference best; the other budgets are spread over the whole range, the denser the more goes, and their rollouts are
+    what should add most to the front's hypervolume.
 
     Attributes:
         groups, bounds, cost: of the fit.
@@ -74,11 +74,14 @@ class Proposer:
         return many_keep_counts(self.groups, allocations.double().numpy(), each, self.bounds)
 
     def _spread(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Ratios over the whole range, one in each of as many equal parts."""
+        """Ratios over the whole range, one in each of as many parts of equal chance.
+
+        The chance grows with the ratio: where little goes, all allocations are nearly alike.
+        """
         within = torch.rand(shape, generator=generator)
         part = torch.arange(within.numel()).view(shape)
         # A little beyond the end: the front's last plan is at the largest ratio itself.
-        return ((part + within) / within.numel() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
+        return (((part + within) / within.numel()).sqrt() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
 
     def _refine(
         self, pool: Tensor, ratio: float, merit: "_Merit", model: RewardModel, noise: float, generator: torch.Generator
