@@ -4,6 +4,7 @@ Agrees with greedy generation wherever the model answers with one of the candida
 trained or asked to do so do. For numbers to publish, run `vlmeval` on the saved folder.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,7 +57,8 @@ class TaskScores:
         accuracy_se: its standard error [percentage points], questions taken as independent.
         margin: mean of (probability of the right candidate - 1/candidates) / (1 - 1/candidates), probabilities among the
             candidates; 1 = certain and right, 0 = guessing. Continuous, so small differences between plans show.
-        margin_se: its standard error; questions of one `picture` (a key, for questions that have it) count as one cluster.
+        margin_se: its standard error; questions of one `picture` (a key, for questions that have it) count as one cluster. NaN
+            for a single cluster.
         yes_rate: share of "Yes" among the answers [%]; None where the candidates are not Yes and No.
         answers: the candidate chosen for every question.
     """
@@ -121,17 +123,23 @@ class Evaluator:
             self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack, adaptive)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """utility and robustness, their standard errors, and the accuracies [%] behind them."""
+        """utility and robustness, their standard errors, and the accuracies [%] behind them.
+
+        A standard error is left out where all questions of its task are about one picture.
+        """
         answers = {name: task.log_probabilities(model) for name, task in self._tasks.items()}
         scores = {name: self._tasks[name].scores(p) for name, p in answers.items()}
         asked = [name for name in self._tasks if name != "choice"]
         robust = [scores[n].margin - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n])) for n in asked]
-        return {
-            "utility": scores["choice"].margin,
-            "robustness": sum(robust) / len(robust),
+        errors = {
             "utility_se": scores["choice"].margin_se,
             # The same questions twice are not independent: the larger error, not one divided by the root of two.
             "robustness_se": max(scores[n].margin_se for n in asked),
+        }
+        return {
+            "utility": scores["choice"].margin,
+            "robustness": sum(robust) / len(robust),
+            **{name: error for name, error in errors.items() if math.isfinite(error)},
             "choice_accuracy": scores["choice"].accuracy,
             **{f"{n}_accuracy": scores[n].accuracy for n in asked},
         }

@@ -12,6 +12,7 @@ from hipp_ext import masked, prune, testbed
 from hipp_ext.calibration import encode, find_processor
 from hipp_ext.errors import CalibrationError
 from hipp_ext.planner import HiPPPlanner
+from hipp_ext.planner.reward import read_reward
 from hipp_ext.preference import Preference
 
 POPE, CHOICE = testbed.questions("POPE", "validation", 47), testbed.questions("ScienceQA", "validation", 41)
@@ -47,6 +48,13 @@ def test_answers_are_those_of_a_full_forward_dense_masked_and_pruned(loaded, eva
     assert scores["pope"].accuracy == pytest.approx(100 * right / len(POPE))
     with masked(model, plan):
         assert evaluator(model) == pytest.approx(evaluator(small), abs=1e-4)
+
+
+def test_questions_about_one_picture_have_no_standard_error(loaded):
+    about_one = [q for q in POPE if q.picture == POPE[0].picture]
+    measured = Evaluator(*loaded, about_one, CHOICE[:1])(loaded[0])
+    assert len(about_one) > 1 and not {"utility_se", "robustness_se"} & set(measured)
+    assert read_reward(measured, 0.1, 0.0).robustness_se == 0
 
 
 def test_guessing_scores_nothing_and_certainty_one(loaded):
