@@ -550,15 +550,18 @@ def test_logits_that_no_plan_depends_on_come_back(signals):
     """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and nothing but the KL holds them."""
     learner, generator = Learner(new_policy(), signals, 3e-3, "tchebycheff"), torch.Generator().manual_seed(2)
     preferences, ratios = draw_preferences(4, generator), torch.full((4, 1), 0.3)
-    prior = learner.allocation_means(preferences, ratios).detach()
+    prior = learner.allocation_means(preferences, ratios)
+
+    def apart() -> float:
+        return (learner.allocation_means(preferences, ratios) - prior).abs().mean().item()
+
     with torch.no_grad():
         learner.policy.allocation_head.weight.normal_(std=3.0, generator=generator)
-    apart = [(learner.allocation_means(preferences, ratios) - prior).abs().mean().item()]
+    before = apart()
     for _ in range(200):
         rollouts = learner.draw(preferences, 1, 6, noise=0.3, budget_noise=0.5, ratio=0.3, limit=0.6, generator=generator)
         learner.learn(rollouts, torch.rand(4, 1, 6, 3, generator=generator), budget=False)
-        apart.append((learner.allocation_means(preferences, ratios) - prior).abs().mean().item())
-    assert apart[0] > 3 and apart[-1] < apart[0]
+    assert before > 3 and apart() < before
 
 
 def test_a_policy_that_went_astray_is_brought_back(model, signals):
