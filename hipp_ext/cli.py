@@ -80,6 +80,9 @@ def plan(
     planner: Annotated[
         Path | None, typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained.")
     ] = None,
+    archived: Annotated[
+        bool, typer.Option("--archived", help="The best plan that the fit evaluated, instead of the policy's.")
+    ] = False,
     cache: Cache = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -92,6 +95,8 @@ def plan(
     `hipp plan ./llava-1.5-7b-hf -u 0.4 -r 0.4 -c 0.2 --round-to 64 -o plan.json`
 
     `hipp plan testbed --pruning-ratio 0.3 -r 1 -u 0 -c 0 --planner ./planner`
+
+    `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --archived`
     """
     from hipp_ext.budget import Bounds, check_ratio
     from hipp_ext.files import require_new
@@ -109,7 +114,7 @@ def plan(
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = _load(model, device, dtype)
-    made = maker.plan(loaded, processor=processor, preference=wanted, say=say)
+    made = maker.plan(loaded, processor=processor, preference=wanted, archived=archived, say=say)
     made.save(out, overwrite)
     say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
     _print_plan(made)

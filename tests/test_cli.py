@@ -31,6 +31,11 @@ def test_fit_plan_prune_from_start_to_end(folder):
     done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
+    done = hipp("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    archived = PruningPlan.load(folder / "archived.json")
+    evaluated = {tuple(g.keep for g in f.plan.groups) for f in HiPPPlanner.load(folder / "planner").front()}
+    assert tuple(g.keep for g in archived.groups) in evaluated and archived.pruning_ratio >= 0.3 - 1e-6
     done = hipp("prune", "testbed", "plan.json", "-o", "small", cwd=folder)
     assert done.returncode == 0, done.stderr
     small = load_pruned(folder / "small")
@@ -49,6 +54,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("plan", "testbed", "--pruning-ratio", "1.5"), "in [0, 1) is needed"),
         (("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json"), "cannot be met"),
         (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
+        (("plan", "testbed", "--archived", "-o", "x.json"), "There is no evaluated plan"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
         (("recover", "testbed", "-o", "y", "--optimizer", "sgd"), "optimizer='sgd', one of muon, adamw"),

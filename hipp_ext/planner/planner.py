@@ -131,11 +131,15 @@ class HiPPPlanner:
         processor: Any = None,
         calibration: Calibration | None = None,
         preference: Preference | None = None,
+        archived: bool = False,
         say: Say | None = None,
     ) -> PruningPlan:
         """The plan for `preference` (None: the planner's own). Never changes `model`.
 
         Args:
+            archived: of the plans that `fit` evaluated on this model the one that serves the preference best, instead of the
+                policy's: what it achieves is known (`choices` tells), but there are only so many. Where pruning_ratio is fixed,
+                it removes that much or more.
             processor: of a vision-language model; None: the one beside the model's weights.
             calibration: batches of the forward's tensors; None: the testbed's pictures and questions. Neither is read when
                 the model's signals were already measured.
@@ -144,8 +148,13 @@ class HiPPPlanner:
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
             CalibrationError: there is nothing to calibrate on, or it does not fit the model.
+            PlanError: `archived`, and the planner was not fitted, not on this model, or no evaluated plan removes enough.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
+        if archived:
+            if len(self.archive):
+                self._signals_of(model)
+            return self.choices(preference).archived.plan
         return self._decide(self.measure(model, processor=processor, calibration=calibration, say=say), preference)
 
     def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
@@ -262,7 +271,7 @@ class HiPPPlanner:
             raise PlanError(f"None of {len(self.archive)} evaluated plans removes {self.pruning_ratio:g} or more.")
         best = enough[best_for([r.reward for r in enough], wanted.as_tuple(), self.archive.nadir_and_ideal())]
         policy = FrontPlan(plan=plan, reward=measured.get(tuple(g.keep for g in plan.groups)))
-        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(self.signals, best.keeps, None), reward=best.reward))
+        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(self.signals, best.keeps, wanted), reward=best.reward))
 
     def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
         """What plans of this planner achieve on `evaluator`; compression counts parameters.
@@ -271,15 +280,19 @@ class HiPPPlanner:
             PlanError: the planner has no signals, or a plan keeps other units than the ones its scores rank first.
             DataError: the evaluator returns something else than finite numbers.
         """
-        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
-        signals = self.signals
+        signals = self._signals_of(model)
         counts = [tuple(plan.keep_counts.get(g.name, 0) for g in signals.groups) for plan in plans]
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
                 raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
         with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure_one:
             return [measure_one(keeps) for keeps in counts]
+
+    def _signals_of(self, model: nn.Module) -> Signals:
+        """The signals at hand, if they are of this model."""
+        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
+            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
+        return self.signals
 
     def _plan(self, signals: Signals, keeps: Keeps, preference: Preference | None) -> PruningPlan:
         return plan_from_counts(signals.groups, keeps, signals.scores, scorer=signals.scorer,

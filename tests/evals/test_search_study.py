@@ -24,6 +24,9 @@ def test_a_small_study(tmp_path):
     uniform = result["methods"]["uniform"]["table"]["utility"]
     assert uniform["0.1"]["mean"] > uniform["0.5"]["mean"] + 10
     assert result["claims"]["hypervolume_gain_percent"]["over"] in METHODS
+    policy, archived = result["control"]["policy"], result["control"]["archived"]
+    assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5"}
+    assert 1 <= archived["lattice_distinct_plans"]["mean"] <= 12 < policy["lattice_distinct_plans"]["mean"] <= 66
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
 
     done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())

@@ -1,5 +1,6 @@
 """The planner on tiny models: what a preference does, what is refused, and that a fit survives interruption."""
 
+import copy
 import json
 import os
 import signal
@@ -205,8 +206,9 @@ def test_front_holds_no_dominated_plan(model, signals):
 
 def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     planner, evaluator = planner_with(signals, Preference(0.2, 0.6, 0.2)), Closeness(model)
-    with pytest.raises(PlanError, match="no evaluated plan"):
-        planner.choices()
+    for ask in (planner.choices, lambda: planner.plan(model, archived=True)):
+        with pytest.raises(PlanError, match="no evaluated plan"):
+            ask()
     with pytest.raises(PlanError, match="no signals of this model"):
         HiPPPlanner(EVEN).rewards(model, [], evaluator)
     planner.fit(model, evaluator, SETTINGS, progress=False)
@@ -221,12 +223,19 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     values = [scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends)
               for reward in (best, *(r.reward for r in planner.archive.records))]  # fmt: skip
     assert values[0] == max(values)
+    assert planner.plan(model, preference=wish, archived=True) == choices.archived.plan
+    assert choices.archived.plan.preference == wish.as_tuple()
     planner.pruning_ratio = 0.5
     for at_half in (planner.choices(wish).policy.plan, planner.choices(wish).archived.plan):
         assert at_half.pruning_ratio >= 0.5 - 1e-6
     planner.pruning_ratio = 0.8
     with pytest.raises(PlanError, match="removes 0.8 or more"):
         planner.choices(wish)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
+    with pytest.raises(PlanError, match="no signals of this model"):
+        planner.plan(other, preference=wish, archived=True)
     print_front(planner, choices)
     write_picture(planner, choices, tmp_path / "front.png")
     out = capsys.readouterr().out

@@ -142,8 +142,8 @@ class Bench:
         on_test = _hypervolume(self._rewards(front, self.front_test))
         chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": on_test}
         chosen["table"] = {c: {r: self._row(k) for r, k in rows.items()} for c, rows in chosen.pop("answers").items()}
-        if "lattice" in chosen:
-            chosen["control"] = self._control(chosen.pop("lattice"), chosen.pop("edges"))
+        if "asked" in chosen:
+            chosen["control"] = {who: self._control(*asked) for who, asked in chosen.pop("asked").items()}
         return {"method": name, "seed": seed, **chosen}
 
     def _allocator(self, name: str) -> dict[str, Any]:
@@ -197,15 +197,17 @@ class Bench:
         found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
         found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
         if variant is VARIANTS[HIPP]:
-            found["lattice"] = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
-            found["edges"] = {
-                r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS
-            }
+            edges = {r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS}
+            policy = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
+            archived = [(w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)]
+            found["asked"] = {"policy": (policy, edges), "archived": (archived, {})}
         return found
 
-    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None) -> Keeps:
+    def _query(
+        self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False
+    ) -> Keeps:  # fmt: skip
         planner.pruning_ratio = ratio
-        return tuple(g.keep for g in planner.plan(self.model, preference=preference).groups)
+        return tuple(g.keep for g in planner.plan(self.model, preference=preference, archived=archived).groups)
 
     # On the test split
 

@@ -71,12 +71,15 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
 
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the preference steers, over seeds."""
+    """How well the preference steers, over seeds: the policy's answers, and the best of the evaluated plans."""
+    return {who: _steering([j["control"][who] for j in jobs]) for who in jobs[0]["control"]}
+
+
+def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     along: dict[str, list[float]] = {}
     swings: dict[str, dict[str, list[float]]] = {}
-    nondominated = []
-    for job in jobs:
-        control = job["control"]
+    nondominated, distinct = [], []
+    for control in controls:
         weights = np.array([w for w, _ in control["lattice"]])
         objectives = np.array([o for _, o in control["lattice"]])
         for task, other in ((0, 1), (1, 0)):
@@ -93,9 +96,11 @@ def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
         best = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
         nondominated.append(100 * float(np.mean(best)))
+        distinct.append(len(np.unique(objectives, axis=0)))
     return {
         "spearman": {name: mean_and_se(values) for name, values in along.items()},
         "lattice_nondominated_percent": mean_and_se(nondominated),
+        "lattice_distinct_plans": mean_and_se(distinct),
         "swing_points_utility_minus_robustness_corner": {
             ratio: {metric: mean_and_se(values) for metric, values in swing.items()} for ratio, swing in swings.items()
         },
