@@ -63,7 +63,7 @@ class Choices:
         if ours.dominates(theirs):
             return "The policy's plan dominates the archived one."
         if theirs.dominates(ours):
-            return "The archived plan dominates the policy's: take it, or fit longer."
+            return "The archived plan dominates the policy's: take it (`hipp plan --archived`), or fit longer."
         return "Neither dominates the other."
 
 
