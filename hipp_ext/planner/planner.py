@@ -30,6 +30,7 @@ from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
+UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,7 @@ class HiPPPlanner:
         self.cache = None if cache is None else Path(cache)
         self.signals: Signals | None = None
         self.archive = Archive()
+        self._fitted_on: str | None = None  # digest of the model that the archive's plans were evaluated on
 
     def plan(
         self,
@@ -151,11 +153,14 @@ class HiPPPlanner:
             PlanError: `archived`, and the planner was not fitted, not on this model, or no evaluated plan removes enough.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
-        if archived:
-            if len(self.archive):
-                self._signals_of(model)
-            return self.choices(preference).archived.plan
-        return self._decide(self.measure(model, processor=processor, calibration=calibration, say=say), preference)
+        if archived and not len(self.archive):
+            raise PlanError(UNFITTED)
+        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
+        if not archived:
+            return self._decide(signals, preference)
+        if signals.digest != self._fitted_on:
+            raise PlanError("The archive's plans were evaluated on another model. Fit on this one, or take the policy's plan.")
+        return self.choices(preference).archived.plan
 
     def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
         wanted = preference or self.preference
@@ -238,7 +243,7 @@ class HiPPPlanner:
                 workers.serve(measure_one)
         learned = workers.share((policy.state_dict(), archive.records, result) if workers.leads else None)
         policy.load_state_dict(learned[0])
-        self.policy, self.archive, self.signals = policy, Archive(), signals
+        self.policy, self.archive, self.signals, self._fitted_on = policy, Archive(), signals, signals.digest
         self.archive.append(learned[1])
         return learned[2]
 
@@ -263,7 +268,7 @@ class HiPPPlanner:
         """
         wanted = preference or self.preference
         if self.signals is None or not len(self.archive):
-            raise PlanError("There is no evaluated plan: call fit(model, evaluator), or load a fitted planner.")
+            raise PlanError(UNFITTED)
         plan = self._decide(self.signals, wanted)
         measured = {r.keeps: r.reward for r in self.archive.records}
         enough = [r for r in self.archive.records if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
@@ -280,19 +285,15 @@ class HiPPPlanner:
             PlanError: the planner has no signals, or a plan keeps other units than the ones its scores rank first.
             DataError: the evaluator returns something else than finite numbers.
         """
-        signals = self._signals_of(model)
+        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
+            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
+        signals = self.signals
         counts = [tuple(plan.keep_counts.get(g.name, 0) for g in signals.groups) for plan in plans]
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
                 raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
         with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure_one:
             return [measure_one(keeps) for keeps in counts]
-
-    def _signals_of(self, model: nn.Module) -> Signals:
-        """The signals at hand, if they are of this model."""
-        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
-        return self.signals
 
     def _plan(self, signals: Signals, keeps: Keeps, preference: Preference | None) -> PruningPlan:
         return plan_from_counts(signals.groups, keeps, signals.scores, scorer=signals.scorer,
@@ -338,6 +339,7 @@ class HiPPPlanner:
             raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
         if (folder / ARCHIVE).exists():
             planner.archive.append(Archive(folder / ARCHIVE).records)
+            planner._fitted_on = planner.signals.digest if planner.signals else None
         return planner
 
 

@@ -231,11 +231,15 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     planner.pruning_ratio = 0.8
     with pytest.raises(PlanError, match="removes 0.8 or more"):
         planner.choices(wish)
-    other = copy.deepcopy(model)
+    planner.save(tmp_path / "planner")
+    fitted, other = HiPPPlanner.load(tmp_path / "planner"), copy.deepcopy(model)
+    fitted.pruning_ratio = None
     with torch.no_grad():
         next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
-    with pytest.raises(PlanError, match="no signals of this model"):
-        planner.plan(other, preference=wish, archived=True)
+    with pytest.raises(PlanError, match="evaluated on another model"):
+        fitted.plan(other, calibration=BATCHES, preference=wish, archived=True)
+    # Asked about another model in between, it still knows its own.
+    assert fitted.plan(model, calibration=BATCHES, preference=wish, archived=True) == choices.archived.plan
     print_front(planner, choices)
     write_picture(planner, choices, tmp_path / "front.png")
     out = capsys.readouterr().out
