@@ -156,11 +156,7 @@ class HiPPPlanner:
         if archived and not len(self.archive):
             raise PlanError(UNFITTED)
         signals = self.measure(model, processor=processor, calibration=calibration, say=say)
-        if not archived:
-            return self._decide(signals, preference)
-        if signals.digest != self._fitted_on:
-            raise PlanError("The archive's plans were evaluated on another model. Fit on this one, or take the policy's plan.")
-        return self.choices(preference).archived.plan
+        return self.choices(preference).archived.plan if archived else self._decide(signals, preference)
 
     def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
         wanted = preference or self.preference
@@ -251,32 +247,34 @@ class HiPPPlanner:
         """The non-dominated plans among all that `fit` evaluated, by pruning_ratio, each with its measured reward.
 
         Raises:
-            PlanError: the planner was not fitted.
+            PlanError: the planner was not fitted, or its signals are another model's by now.
         """
-        if self.signals is None or not len(self.archive):
-            raise PlanError(
-                "The front is read from the archive of a fit: call fit(model, evaluator), or load a fitted planner."
-            )
-        signals = self.signals
+        signals = self._signals_of_the_archive()
         return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
 
     def choices(self, preference: Preference | None = None) -> "Choices":
         """For a preference, what the policy would do and the best plan that `fit` evaluated, without the model.
 
         Raises:
-            PlanError: the planner was not fitted.
+            PlanError: the planner was not fitted, its signals are another model's by now, or no evaluated plan removes enough.
         """
-        wanted = preference or self.preference
-        if self.signals is None or not len(self.archive):
-            raise PlanError(UNFITTED)
-        plan = self._decide(self.signals, wanted)
+        wanted, signals = preference or self.preference, self._signals_of_the_archive()
+        plan = self._decide(signals, wanted)
         measured = {r.keeps: r.reward for r in self.archive.records}
         enough = [r for r in self.archive.records if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
         if not enough:
             raise PlanError(f"None of {len(self.archive)} evaluated plans removes {self.pruning_ratio:g} or more.")
         best = enough[best_for([r.reward for r in enough], wanted.as_tuple(), self.archive.nadir_and_ideal())]
         policy = FrontPlan(plan=plan, reward=measured.get(tuple(g.keep for g in plan.groups)))
-        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(self.signals, best.keeps, wanted), reward=best.reward))
+        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(signals, best.keeps, wanted), reward=best.reward))
+
+    def _signals_of_the_archive(self) -> Signals:
+        """The signals at hand, if they are of the model that the archive's plans were evaluated on."""
+        if self.signals is None or not len(self.archive):
+            raise PlanError(UNFITTED)
+        if self.signals.digest != self._fitted_on:
+            raise PlanError("The archive's plans were evaluated on another model. Fit on this one, or take the policy's plan.")
+        return self.signals
 
     def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
         """What plans of this planner achieve on `evaluator`; compression counts parameters.

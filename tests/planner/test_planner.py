@@ -236,8 +236,9 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     fitted.pruning_ratio = None
     with torch.no_grad():
         next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
-    with pytest.raises(PlanError, match="evaluated on another model"):
-        fitted.plan(other, calibration=BATCHES, preference=wish, archived=True)
+    for ask in (lambda: fitted.plan(other, calibration=BATCHES, preference=wish, archived=True), fitted.choices, fitted.front):
+        with pytest.raises(PlanError, match="evaluated on another model"):
+            ask()
     # Asked about another model in between, it still knows its own.
     assert fitted.plan(model, calibration=BATCHES, preference=wish, archived=True) == choices.archived.plan
     print_front(planner, choices)

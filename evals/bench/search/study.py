@@ -203,9 +203,7 @@ class Bench:
             found["asked"] = {"policy": (policy, edges), "archived": (archived, {})}
         return found
 
-    def _query(
-        self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False
-    ) -> Keeps:  # fmt: skip
+    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False) -> Keeps:
         planner.pruning_ratio = ratio
         return tuple(g.keep for g in planner.plan(self.model, preference=preference, archived=archived).groups)
 
