@@ -305,7 +305,7 @@ class HiPPPlanner:
                 min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
                 policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
                 mrs=self.mrs.name if self.mrs else None,
-                signals=SignalsHeader.of(self.signals) if self.signals else None,
+                signals=SignalsHeader.of(self.signals) if self.signals else None, fitted_on=self._fitted_on,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
@@ -337,7 +337,7 @@ class HiPPPlanner:
             raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
         if (folder / ARCHIVE).exists():
             planner.archive.append(Archive(folder / ARCHIVE).records)
-            planner._fitted_on = planner.signals.digest if planner.signals else None
+            planner._fitted_on = header.fitted_on or (planner.signals.digest if planner.signals else None)
         return planner
 
 

@@ -59,7 +59,11 @@ class SignalsHeader(BaseModel):
 
 
 class Header(BaseModel):
-    """Contents of planner.json."""
+    """Contents of planner.json.
+
+    Attributes:
+        fitted_on: digest of the model that the archive's plans were evaluated on; None: that of the signals.
+    """
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
@@ -71,6 +75,7 @@ class Header(BaseModel):
     scorer: str | None
     mrs: str | None = None
     signals: SignalsHeader | None
+    fitted_on: str | None = None
 
 
 def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:
