@@ -7,21 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Device, Dtype, ModelArgument, Overwrite, check_dtype, model_folder, say, write_json
+from hipp_ext.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
 from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.cli import bench_app
 from hipp_ext.evals.cli import evals_app
+from hipp_ext.recover.cli import recover_command
 from hipp_ext.robust.cli import robust_app
+from hipp_ext.testbed.cli import testbed_app
 
 app = typer.Typer(
     name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
 )  # fmt: skip
-testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
-app.add_typer(testbed_app, name="testbed")
 app.add_typer(evals_app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(robust_app, name="robust")
+app.add_typer(testbed_app, name="testbed")
 
 Utility = Annotated[float, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[float, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
@@ -113,7 +114,7 @@ def plan(
     maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
-    loaded, processor = _load(model, device, dtype)
+    loaded, processor = load_model(model, device, dtype)
     made = maker.plan(loaded, processor=processor, preference=wanted, archived=archived, say=say)
     made.save(out, overwrite)
     say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
@@ -166,8 +167,8 @@ def fit(
     workers = Workers.join()
     require_new(out, overwrite)
     if workers.count > 1 and device is None:
-        device = _own_device()
-    loaded, processor = _load(model, device, dtype)
+        device = own_device()
+    loaded, processor = load_model(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
                         bounds=Bounds(round_to=round_to or 1), cache=cache or default_cache())  # fmt: skip
@@ -224,7 +225,7 @@ def front(
     choices = None
     if (utility, robustness, compression) != (None, None, None):
         wanted = Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
-        loaded, processor = _load(model, device, dtype) if model else (None, None)
+        loaded, processor = load_model(model, device, dtype) if model else (None, None)
         evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner) if model else None
         choices = answer(fitted, wanted, loaded, evaluator)
     print_front(fitted, choices)
@@ -262,7 +263,7 @@ def prune(
 
     made = PruningPlan.load(plan_file)
     require_new(out, overwrite)
-    loaded, processor = _load(model, device if compensate or device else "cpu")
+    loaded, processor = load_model(model, device if compensate or device else "cpu")
     before = sum(p.numel() for p in loaded.parameters())
     small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
@@ -270,123 +271,12 @@ def prune(
     say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
 
 
-@app.command()
-def recover(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],
-    pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to train on; default: the testbed's training data.")] = None,
-    scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to train on.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per TSV, process and step.")] = 8,
-    optimizer: Annotated[str, typer.Option(help="muon (hidden matrices; AdamW for the rest) or adamw.")] = "muon",
-    rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    muon_rate: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.01,
-    compression: Annotated[str, typer.Option(help="Of gradients between processes: lqsgd or none.")] = "lqsgd",
-    rank: Annotated[int, typer.Option(help="Of LQ-SGD's factors.")] = 4,
-    bits: Annotated[int, typer.Option(help="Of LQ-SGD's values, 1 to 8.")] = 8,
-    transport: Annotated[str, typer.Option(help="auto, all_gather or all_to_all.")] = "auto",
-    freeze_vision: Annotated[bool, typer.Option("--freeze-vision", help="Leave the vision tower as it is.")] = False,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of data order and dropout.")] = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Fine-tune a pruned model back to what it knew. Interrupted, it goes on from its last checkpoint.
-
-    With several processes, gradients go compressed by LQ-SGD. Its memory, in the checkpoints, is made of the data's gradients.
-
-    Examples:
-
-    `hipp recover ./pruned -o ./recovered`
-
-    `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv --scienceqa SQA_train.tsv -o ./recovered`
-    """
-    from hipp_ext.checkpoint import save_pruned
-    from hipp_ext.files import require_new
-    from hipp_ext.recover import RecoverSettings, TestbedLessons
-    from hipp_ext.recover import recover as run
-    from hipp_ext.recover.training import join_processes
-
-    position, workers = join_processes()
-    require_new(out, overwrite)
-    chosen: Any = {"optimizer": optimizer, "compression": compression}
-    settings = RecoverSettings(steps=steps, rate=rate, muon_rate=muon_rate, rank=rank, bits=bits, transport=transport,
-                               freeze_vision=freeze_vision, save_every=save_every, seed=seed, **chosen)  # fmt: skip
-    loaded, processor = _load(model, device or (_own_device() if workers > 1 else None), dtype)
-    running = out.with_name(out.name + ".recover")
-    if pope is None and scienceqa is None:
-        lessons: Any = TestbedLessons(processor, seed)
-    else:
-        lessons = _question_lessons(processor, [p for p in (pope, scienceqa) if p], batch_size, seed, running, position)
-    result = run(loaded, lessons, settings, folder=running, progress=sys.stderr.isatty())
-    if position == 0:
-        save_pruned(loaded, out, processor, overwrite=overwrite)
-        sent = result.stats and f"; sent {result.stats['bytes_sent']:,} bytes, fp32 {result.stats['dense_bytes']:,}"
-        say(f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps{sent or ''}; progress: {running}")
-
-
-@testbed_app.command("train")
-def testbed_train(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train the tiny LLaVA again from nothing; minutes on two cores.
-
-    Example: `hipp testbed train --out my-testbed`
-    """
-    from hipp_ext import testbed
-
-    testbed.train(out, seed=seed, overwrite=overwrite)
-    say(str(out))
-
-
-@testbed_app.command("export")
-def testbed_export(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for SPLIT/POPE.tsv and SPLIT/ScienceQA_TEST.tsv.")],
-    model: Annotated[Path | None, typer.Option(help="Also save the dense model to this folder.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write the testbed's questions as VLMEvalKit TSVs: calibration, search, validation and test, disjoint.
-
-    Example: `hipp testbed export -o data --model dense` then `vlmeval --data POPE --model dense --lmu-data data/test`
-    """
-    from hipp_ext import testbed
-    from hipp_ext.checkpoint import save_pruned
-    from hipp_ext.files import require_new
-
-    if model is not None:
-        require_new(model, overwrite)
-    testbed.export(out, overwrite=overwrite)
-    say(str(out))
-    if model is not None:
-        loaded, processor = testbed.load()
-        say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
+app.command("recover")(recover_command)
 
 
 def _quiet_transformers() -> None:
     """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _load(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
-    """Model and processor of a folder; device None: the GPU if there is one."""
-    import torch
-
-    from hipp_ext.calibration import find_processor
-    from hipp_ext.checkpoint import load_pruned, resolve_device
-
-    check_dtype(dtype)
-    loaded = load_pruned(model_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
-    return loaded, find_processor(loaded)
-
-
-def _own_device() -> str:
-    """The GPU that `torchrun` meant for this process, if there are GPUs."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def _evaluator(
@@ -405,22 +295,6 @@ def _evaluator(
     images = out.with_name(out.name + ".images")
     tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
     return Evaluator(model, processor, *tasks, robustness=robustness)
-
-
-def _question_lessons(processor: Any, files: list[Path], rows: int, seed: int, running: Path, position: int) -> Any:
-    """TSVs to train on. The published test sets are not among them."""
-    from hipp_ext.errors import DataError
-    from hipp_ext.evals.questions import table_questions
-    from hipp_ext.evals.tables import KNOWN, read_table
-    from hipp_ext.recover import QuestionLessons
-
-    tasks = []
-    for file in files:
-        table = read_table(file, running / f"images.{position}", name=file.stem if file.stem in KNOWN else None)
-        if table.official and file.stem != "ScienceQA_VAL":
-            raise DataError(f"{file} is the published {file.stem}, a test set: train on other questions.")
-        tasks.append(table_questions(table))
-    return QuestionLessons(processor, tasks, rows, seed)
 
 
 def _print_plan(made: Any) -> None:

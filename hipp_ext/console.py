@@ -1,5 +1,6 @@
 """What the commands share: options, and how they print and write."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,25 @@ def model_folder(model: str) -> str:
 def check_dtype(dtype: str | None) -> None:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+
+
+def load_model(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """Model and processor of a folder; device None: the GPU if there is one."""
+    import torch
+
+    from hipp_ext.calibration import find_processor
+    from hipp_ext.checkpoint import load_pruned, resolve_device
+
+    check_dtype(dtype)
+    loaded = load_pruned(model_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
+    return loaded, find_processor(loaded)
+
+
+def own_device() -> str:
+    """The GPU that `torchrun` meant for this process, if there are GPUs."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def print_wide(table: Any) -> None:
