@@ -1,14 +1,13 @@
 """A planner as a folder: JSON for what it is, safetensors for policy and signals, JSONL for the archive."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from hipp_ext import scorers
-from hipp_ext.groups import Group, Kind, Tower
+from hipp_ext.groups import Group
 from hipp_ext.planner.state import Signals
 from hipp_ext.scorers import Scorer
 
@@ -19,42 +18,23 @@ def scorer_called(name: str | None) -> Scorer | None:
     return None if name is None else getattr(scorers, name)()
 
 
-class _GroupFile(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    tower: Tower
-    layer: int
-    kind: Kind
-    width: int
-    producers: tuple[str, ...]
-    rows: tuple[int, ...]
-    consumer: str
-    columns: int
-    unit_parameters: int
-    unit_flops: int
-
-    def build(self) -> Group:
-        return Group(**dict(self))
-
-
 class SignalsHeader(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    groups: list[_GroupFile]
+    groups: tuple[Group, ...]
     scorer: str
     digest: str
     calibration: str
 
     @classmethod
     def of(cls, signals: Signals) -> "SignalsHeader":
-        return cls(groups=[_GroupFile(**asdict(g)) for g in signals.groups], scorer=signals.scorer, digest=signals.digest,
-                   calibration=signals.calibration)  # fmt: skip
+        return cls(groups=signals.groups, scorer=signals.scorer, digest=signals.digest, calibration=signals.calibration)
 
     def build(self, tensors: Mapping[str, torch.Tensor]) -> Signals:
-        groups = tuple(g.build() for g in self.groups)
         return Signals(
-            groups=groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
+            groups=self.groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
             sensitivity=tensors["sensitivity"], visual=tensors["visual"],
-            scores={g.name: tensors[f"scores.{g.name}"] for g in groups},
-            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in groups}, mrs=tensors.get("mrs"),
+            scores={g.name: tensors[f"scores.{g.name}"] for g in self.groups},
+            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in self.groups}, mrs=tensors.get("mrs"),
         )  # fmt: skip
 
 
