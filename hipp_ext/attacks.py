@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from hipp_ext.errors import AttackError
+from hipp_ext.errors import AttackError, UnsupportedModelError
 
 LossFn = Callable[[Any, Tensor], Tensor]  # (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
 MOMENTUM = 0.75
@@ -235,3 +235,13 @@ def _rows(values: Tensor, x: Tensor) -> Tensor:
 def _span(value: float | Tensor) -> str:
     values = torch.as_tensor(value).flatten()
     return f"{float(values[0]):.4g}" + (", ..." if len(values) > 1 else "")
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model in half precision: attacks are lost in its rounding."""
+    half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+    if half:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks vanish in its rounding, and "
+            "it would look robust. Use model.float()."
+        )

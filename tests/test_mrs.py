@@ -101,8 +101,13 @@ def test_bad_input():
         MRS()(model, [batch("llava")])
     with pytest.raises(AttackError, match="epsilon must be above zero and finite, got 0"):
         MRS(epsilon=0.0)(model, [inputs])
-    with pytest.raises(AttackError, match=r"is torch.bfloat16: a step of an attack is lost"):
-        MRS()(model.to(torch.bfloat16), [inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}])
+    for wrong in ({"rho": 0.0}, {"ratio": 5.0}, {"steps": 0}, {"attack_steps": -1}):
+        with pytest.raises(AttackError, match=f"MRS needs .*{next(iter(wrong))}"):
+            MRS(**wrong)
+    for form in FORMS:  # pixels in float32, as a processor gives them
+        with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16: gradients of attacks vanish"):
+            MRS(form)(build("llava").bfloat16(), [inputs])
+    assert MRS("grad", attack_steps=0)(build("llava").bfloat16(), [inputs])  # nothing is attacked
 
 
 # Convolutions

@@ -8,7 +8,6 @@ study goes on.
 import copy
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import RESULTS, claim_folder, mean_and_se, report
+from hipp_ext.evals.bench.measuring import RESULTS, claim_folder, mean_and_se, report, resident
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from torch import nn
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
-from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, global_counts, uniform_counts
+from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, default_floor, global_counts, uniform_counts
 from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
-from hipp_ext.robust.models import build_model
+from hipp_ext.robust.models import MODEL_NAMES, build_model
 from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
@@ -36,8 +35,8 @@ from hipp_ext.scorers.sensitivity import ChannelGroup
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
 ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
 ARMS = (
-    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "uniform-bn", "mrs-bn", "mrs-worst", "mrs-grad", "mrs-taylor",
-    "mrs-rounds", "random",
+    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "uniform-bn", "mrs-bn", "clean-bn", "shuffled-bn", "mrs-worst",
+    "mrs-grad", "mrs-taylor", "mrs-rounds", "random",
 )  # fmt: skip
 AGAINST = (
     "uniform",
@@ -46,8 +45,10 @@ AGAINST = (
     "clean-removal",
     "bn",
     "uniform-bn",
+    "clean-bn",
+    "shuffled-bn",
 )  # what every arm is compared with, seed by seed
-FLOOR = {0.5: 0.125, 0.75: 0.125, 0.9: 0.05}  # least share of a module's channels, by ratio
+LOSSES: dict[str, Any] = {"trades": TRADES, "pgd-at": PGDAT}
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
 WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # three times as long, for the last images if any
 
@@ -103,13 +104,13 @@ def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Cal
     macs, parameters = channel_costs(dense, example, groups)
     uniform = uniform_counts([g.width for g in groups], job.ratio)
     for arm in wanted:
-        start, memory, scoring = time.process_time(), _peak(), None
+        start, memory, scoring = time.process_time(), resident("VmHWM", reset=True), None
         loss, settings = _loss(job.loss, setting), TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
         if arm == "mrs-rounds":
             model, kept = _in_rounds(job, setting, dense, data, loss, settings)
         else:
             counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
-            scoring = {"seconds": time.process_time() - start, "peak_mb": _peak() - memory}
+            scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
             kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
             model = copy.deepcopy(dense)
             prune_channels(model, example, kept)
@@ -137,7 +138,7 @@ def _in_rounds(
 ) -> tuple[nn.Module, Kept]:
     """(network, channels kept) of MRPF in rounds."""
     chosen = MRPFSettings(
-        pruning_ratio=job.ratio, rounds=ROUNDS, scores=_scores(job, setting), bounds=Bounds(floor=FLOOR[job.ratio]),
+        pruning_ratio=job.ratio, rounds=ROUNDS, scores=_scores(job, setting), bounds=Bounds(floor=default_floor(job.ratio)),
         train=replace(settings, epochs=setting.tune // ROUNDS),
     )  # fmt: skip
     result = mrpf(dense, data, chosen, loss=loss)
@@ -154,8 +155,7 @@ def dense_network(network: str, seed: int, setting: Setting, data: ImageData, ch
 
 
 def _loss(name: str, setting: Setting) -> AdversarialLoss:
-    kind: Any = {"trades": TRADES, "pgd-at": PGDAT}[name]
-    return kind(epsilon=setting.epsilon, steps=setting.steps)
+    return LOSSES[name](epsilon=setting.epsilon, steps=setting.steps)
 
 
 def _plan(
@@ -163,7 +163,7 @@ def _plan(
     uniform: Sequence[int],
 ) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
-    budget, bounds, widths = macs(uniform), Bounds(floor=FLOOR[job.ratio]), [g.width for g in groups]
+    budget, bounds, widths = macs(uniform), Bounds(floor=default_floor(job.ratio)), [g.width for g in groups]
     settings = _scores(job, setting)
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
@@ -179,19 +179,14 @@ def _plan(
             return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
         return list(uniform), ranking
     forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
-    chosen = clean if arm == "clean-removal" else replace(settings, form=forms.get(arm, "removal"))
-    if arm in ("mrs-taylor", "mrs-bn"):
-        chosen = replace(chosen, ranking="taylor" if arm == "mrs-taylor" else "bn")
+    chosen = clean if arm in ("clean-removal", "clean-bn") else replace(settings, form=forms.get(arm, "removal"))
+    if arm.endswith(("-taylor", "-bn")):
+        chosen = replace(chosen, ranking="taylor" if arm.endswith("-taylor") else "bn")
     scores = score(dense, data.train, groups, chosen)
     values = list(scores.sensitivity)
-    if arm == "shuffled":
+    if arm in ("shuffled", "shuffled-bn"):
         values = [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
     return allocate(values, widths, macs, budget, bounds=bounds), scores.ranking
-
-
-def _peak() -> float:
-    """Most memory this process has held so far [MB]."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -245,11 +240,14 @@ def run(
     """Run what is missing in `out`, then report all of it.
 
     Raises:
-        DataError: an unknown arm or ratio.
+        DataError: an unknown arm, network or loss, or a ratio outside (0, 1).
         OutputExistsError: `out` holds a study with another setting.
     """
-    if unknown := [a for a in arms if a not in ARMS] + [r for r in ratios if r not in FLOOR]:
-        raise DataError(f"Known arms are {', '.join(ARMS)} and ratios {list(FLOOR)}; got {unknown}.")
+    for what, given, known in (("arms", arms, ARMS), ("losses", losses, LOSSES), ("networks", networks, MODEL_NAMES)):
+        if unknown := [x for x in given if x not in known]:
+            raise DataError(f"Known {what} are {', '.join(known)}; got {unknown}.")
+    if outside := [r for r in ratios if not 0 < r < 1]:
+        raise DataError(f"Ratios are shares of the channels, above 0 and below 1; got {outside}.")
     claim_folder(out, asdict(setting))
     torch.set_num_threads(1)
     for job in jobs(networks, ratios, losses, seeds):

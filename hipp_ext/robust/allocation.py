@@ -60,6 +60,12 @@ class Bounds:
         return least, [max(low, int(n * self.cap + 1e-9)) for n, low in zip(widths, least, strict=True)]
 
 
+def default_floor(pruning_ratio: float) -> float:
+    """Least share of a module's channels where the uniform plan removes `pruning_ratio`: an eighth, but at most half of what a
+    module keeps in the uniform plan, so that every ratio leaves something to choose."""
+    return min(0.125, (1 - pruning_ratio) / 2)
+
+
 def allocate(
     sensitivity: Sequence[float],
     widths: Sequence[int],

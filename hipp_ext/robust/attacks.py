@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hipp_ext.attacks import APGD, PGD, Ball
+from hipp_ext.attacks import APGD, PGD, Ball, check_precision
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import AttackError, CalibrationError
-from hipp_ext.robust.training import check_precision
 from hipp_ext.scorers.base import evaluating, forward
 
 
@@ -29,8 +28,9 @@ class ImageAttack:
         seed: of the random start.
 
     Raises:
-        AttackError: epsilon is not above zero; the processor gives no normalisation per channel; or, when called, a batch has
-            no pixel_values of shape (rows, [tiles,] channels, height, width), or they lie outside what pixels in [0, 1] become.
+        AttackError: epsilon is not above zero; an unknown kind; the processor gives no normalisation per channel; or, when
+            called, a batch has no pixel_values of shape (rows, [tiles,] channels, height, width), or they lie outside what
+            pixels in [0, 1] become.
         CalibrationError (when called): a batch has no labels.
         UnsupportedModelError (when called): the model is in half precision.
 
@@ -41,6 +41,8 @@ class ImageAttack:
     def __init__(
         self, processor: Any, *, epsilon: float = 4 / 255, steps: int = 20, kind: Literal["pgd", "apgd"] = "pgd", seed: int = 0
     ):
+        if kind not in ("pgd", "apgd"):
+            raise AttackError(f"An image attack is pgd or apgd, not {kind!r}.")
         self.ball, self.epsilon, self.seed = pixel_ball(processor, epsilon), epsilon, seed
         self.method = (
             PGD(ball=self.ball, steps=steps, seed=seed) if kind == "pgd" else APGD(ball=self.ball, steps=steps, seed=seed)

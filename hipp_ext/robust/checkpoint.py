@@ -20,6 +20,7 @@ class ClassifierFile(BaseModel):
         classes: their names.
         shape: (channels, height, width) of the images.
         data: name of the image set it was trained on.
+        split: seed of the set's split into training and test images, where it is drawn (digits).
         kept: group -> channels of the dense network that stayed; None: all.
     """
 
@@ -29,6 +30,7 @@ class ClassifierFile(BaseModel):
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     data: str
+    split: int = 0
     kept: dict[str, tuple[int, ...]] | None = None
 
 

@@ -61,7 +61,7 @@ def robust_train(
     running = _running(out)
     with _progress(epochs) as report:
         train(model, images, wanted, settings, checkpoint=running / "train.safetensors", report=report)
-    config = ClassifierFile(network=network, classes=images.classes, shape=images.shape, data=data)
+    config = ClassifierFile(network=network, classes=images.classes, shape=images.shape, data=data, split=seed)
     save_classifier(model, config, out, overwrite=overwrite)
     typer.echo(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
 
@@ -83,7 +83,7 @@ def robust_score(
     from hipp_ext.robust.models import fixed_layers
     from hipp_ext.robust.scoring import score
 
-    network, config, images = _load(model, root, seed, device)
+    network, config, images = _load(model, root, device)
     settings = _scores(form, ranking, epsilon, rows, seed, clean)
     example = images.train.rows(slice(0, 1))[0].to(next(network.parameters()).device)
     groups = find_channel_groups(network, example, ignored=fixed_layers(network))
@@ -104,7 +104,10 @@ def robust_prune(
     cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
     epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto", rows: Rows = 512,
     alpha: Annotated[float, typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform.")] = 0.25,
-    floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of a module's channels that stays.")] = 0.125,
+    floor: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least share of a module's channels to keep; default: 0.125, less above ratio 0.75."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")] = 1,
     loss: Loss = "trades", awp: Awp = False, steps: Steps = 10, epochs: Epochs = 0, batch_size: Batch = 128, rate: Rate = 0.05,
     seed: Seed = 0, device: Device = None, overwrite: Overwrite = False,
@@ -122,11 +125,11 @@ def robust_prune(
     require_new(out, overwrite)
     if cost not in ("macs", "parameters"):
         raise AttackError(f"A budget counts macs or parameters, not {cost!r}.")
-    network, config, images = _load(model, root, seed, device)
+    network, config, images = _load(model, root, device)
     chosen: Any = cost
     settings = MRPFSettings(
         pruning_ratio=pruning_ratio, cost=chosen, scores=_scores(form, ranking, epsilon, rows, seed, False), alpha=alpha,
-        bounds=Bounds(floor=floor), rounds=rounds,
+        bounds=None if floor is None else Bounds(floor=floor), rounds=rounds,
         train=TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed),
     )  # fmt: skip
     with _progress(epochs * rounds) as report:
@@ -154,7 +157,7 @@ def robust_finetune(
     from hipp_ext.robust.training import TrainSettings, train
 
     require_new(out, overwrite)
-    network, config, images = _load(model, root, seed, device)
+    network, config, images = _load(model, root, device)
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
     with _progress(epochs) as report:
         train(network, images, _loss(loss, awp, epsilon, steps), settings, checkpoint=_running(out) / "train.safetensors",
@@ -180,7 +183,7 @@ def robust_evaluate(
 
     from hipp_ext.robust.evaluation import evaluate
 
-    network, config, images = _load(model, root, seed, device)
+    network, config, images = _load(model, root, device)
     test = images.test.first(n or len(images.test))
     found = evaluate(network, test, len(images.classes), epsilon=_number(epsilon), attacks=attacks.split(","),
                      batch_size=batch_size, seed=seed, say=lambda t: typer.echo(t, err=True))  # fmt: skip
@@ -198,14 +201,14 @@ def robust_evaluate(
         write_json(json_file, found.as_dict())
 
 
-def _load(folder: Path, root: Path | None, seed: int, device: str | None) -> tuple[Any, Any, Any]:
-    """(model, its config, the image set it was trained on)."""
+def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any, Any]:
+    """(model, its config, the image set it was trained on, split as it was then: no test image was trained on)."""
     from hipp_ext.checkpoint import resolve_device
     from hipp_ext.robust.checkpoint import load_classifier
     from hipp_ext.robust.data import load_data
 
     model, config = load_classifier(folder)
-    images = load_data(config.data, root, seed=seed)
+    images = load_data(config.data, root, seed=config.split)
     if images.classes != config.classes or images.shape != config.shape:
         raise AttackError(f"{folder} was trained on other images than {config.data} in {root} holds.")
     return model.to(resolve_device(device)), config, images

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hipp_ext.attacks import APGD, PGD, Ball
+from hipp_ext.attacks import APGD, PGD, Ball, check_precision
 from hipp_ext.errors import AttackError, DataError, MissingExtraError
 from hipp_ext.robust.data import Images, check_images
 from hipp_ext.robust.masking import masking_signs
-from hipp_ext.robust.training import check_precision, restored
+from hipp_ext.robust.training import restored
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 ATTACKS = ("pgd", "apgd", *AUTOATTACK)
@@ -188,8 +188,12 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
 
 @contextmanager
 def _quiet_attack(model: nn.Module) -> Iterator[None]:
-    """Inside the block torchattacks may seed and switch as it likes; no_grad, as its results carry all steps' histories."""
+    """Inside the block torchattacks may seed and switch as it likes.
+
+    no_grad, as its results carry all steps' histories; the weights frozen, as its `backward` would add to their gradients.
+    """
     with restored(model), torch.no_grad():
+        model.requires_grad_(False)
         yield
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hipp_ext.attacks import PGD, Ball
+from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.errors import AttackError
 from hipp_ext.scorers.base import evaluating
 
@@ -29,7 +29,8 @@ class PGDAT:
         steps: of PGD, each 2.5 epsilon / steps wide, from a random start.
 
     Raises:
-        AttackError: epsilon is not above zero, steps is below one, the model is in half precision.
+        AttackError: epsilon is not above zero, or steps is below one.
+        UnsupportedModelError (when called): the model is in half precision.
 
     Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
     """
@@ -63,6 +64,7 @@ class TRADES:
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        check_precision(model)
         pgd = PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps, seed=seed)
         with evaluating(model):
             with torch.no_grad():
@@ -92,6 +94,7 @@ class MART:
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        check_precision(model)
         clean, moved = model(images), model(attacked(model, images, labels, self.epsilon, self.steps, seed))
         p_clean, p_moved = clean.softmax(1), moved.softmax(1)
         right = F.one_hot(labels, clean.shape[1]).bool()
@@ -154,6 +157,7 @@ def backward(loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Te
 
 def attacked(model: nn.Module, images: Tensor, labels: Int[Tensor, " rows"], epsilon: float, steps: int, seed: int) -> Tensor:
     """PGD's images on the cross-entropy, made in eval mode."""
+    check_precision(model)
     pgd = PGD(ball=Ball(epsilon=epsilon), steps=steps, seed=seed)
     with evaluating(model):
         return pgd(lambda y, x: F.cross_entropy(model(x), y, reduction="none"), labels, images)

@@ -1,8 +1,8 @@
 """MRPF: score -> allocate -> prune -> recalibrate -> adversarial fine-tuning, in one call that survives being killed."""
 
 import copy
-import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hipp_ext.attacks import check_precision
 from hipp_ext.errors import BudgetError, DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
-from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, uniform_counts
+from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, default_floor, uniform_counts
 from hipp_ext.robust.data import ImageData
+from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import TRADES, AdversarialLoss
 from hipp_ext.robust.models import fixed_layers
 from hipp_ext.robust.scoring import ScoreSettings, score
-from hipp_ext.robust.training import Report, TrainSettings, check_precision, recalibrate, restored, train
+from hipp_ext.robust.training import Report, TrainSettings, recalibrate, restored, train
 from hipp_ext.scorers.sensitivity import ChannelGroup
 
 Kept = dict[str, tuple[int, ...]]  # group -> the channels of the dense model that stay
@@ -35,7 +37,7 @@ class MRPFSettings:
         cost: what the budget counts.
         scores: how modules and channels are scored.
         alpha: how sharply the allocation follows the sensitivity; 0 is uniform.
-        bounds: least and greatest share of a module's channels that stays.
+        bounds: least and greatest share of a module's channels that stays; None: at least `default_floor` of it.
         rounds: 1 prunes in one shot; more prune by equal factors, and score and fine-tune anew each time.
         train: the fine-tuning of every round.
         recalibrate: measure batch norms again under attack before fine-tuning.
@@ -46,7 +48,7 @@ class MRPFSettings:
     cost: Literal["macs", "parameters"] = "macs"
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     alpha: float = 0.25
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds | None = None
     rounds: int = 1
     train: TrainSettings = field(default_factory=TrainSettings)
     recalibrate: bool = True
@@ -58,6 +60,10 @@ class MRPFSettings:
             raise BudgetError(f"pruning_ratio is the share of channels to remove, in [0, 1); got {self.pruning_ratio}.")
         if self.rounds < 1:
             raise BudgetError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.cost not in ("macs", "parameters"):
+            raise BudgetError(f"A budget counts macs or parameters, not {self.cost!r}.")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise BudgetError(f"alpha must be a number of at least 0, got {self.alpha}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,12 +124,12 @@ def mrpf(
     settings = settings or MRPFSettings()
     loss = loss or TRADES(epsilon=settings.scores.epsilon)
     check_precision(model)
-    journal = _Journal(Path(folder) if folder is not None else None, _identity(model, data, settings, loss), say)
     example = data.train.rows(slice(0, 1))[0].to(next(model.parameters()).device)
-    ignored = fixed_layers(model) if ignored is None else ignored
+    names = {m: n for n, m in model.named_modules()}
+    fixed = [names[m] for m in (fixed_layers(model) if ignored is None else ignored)]
+    journal = _Journal(folder, lambda: _identity(model, data, settings, loss, fixed), say)
     with restored(model):
-        names = {m: n for n, m in model.named_modules()}
-        work = _Work(model, [names[m] for m in ignored], example, settings)
+        work = _Work(model, fixed, example, settings)
         current, history = copy.deepcopy(model), []
         for number in range(settings.rounds):
             plan = journal.once(f"round-{number + 1}", lambda n=number, m=current: work.plan(m, data, n))
@@ -152,10 +158,13 @@ class _Work:
         self.sensitivity: list[dict[str, float]] = []
         cost, widths = self.cost, [g.width for g in self.groups]
         share = settings.budget
+        # A module's cost goes by the channels of two, so this share of it leaves about its root of the channels.
+        channels = 1 - settings.pruning_ratio if share is None else share**0.5
+        bounds = self.bounds = settings.bounds or Bounds(floor=default_floor(1 - channels))
         self.target = cost(uniform_counts(widths, settings.pruning_ratio)) if share is None else int(share * cost(widths))
-        self.least, _ = settings.bounds.of(widths)
+        self.least, _ = bounds.of(widths)
         if cost(self.least) > self.target:  # before anything long is run
-            allocate([1.0] * len(widths), widths, cost, self.target, bounds=settings.bounds)
+            allocate([1.0] * len(widths), widths, cost, self.target, bounds=bounds)
 
     @property
     def cost(self) -> Cost:
@@ -169,7 +178,7 @@ class _Work:
         scores = score(model, data.train, groups, self.settings.scores)
         keeps = allocate(
             scores.sensitivity, [g.width for g in groups], self.cost, budget, alpha=self.settings.alpha,
-            bounds=Bounds(floor=0, cap=self.settings.bounds.cap if number == 0 else 1.0), least=self.least,
+            bounds=Bounds(floor=0, cap=self.bounds.cap if number == 0 else 1.0), least=self.least,
         )  # fmt: skip
         kept = {
             g.name: [self.kept[g.name][u] for u in top_units(r, k)]
@@ -197,14 +206,15 @@ class _Work:
 class _Journal:
     """What a run leaves in its folder, and what the next one finds there."""
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], say: Callable[[str], None] | None):
-        self.folder, self.say = folder, say or (lambda _: None)
-        if folder is None:
+    def __init__(self, folder: str | Path | None, identity: Callable[[], Mapping[str, Any]], say: Callable[[str], None] | None):
+        self.folder, self.say = None if folder is None else Path(folder), say or (lambda _: None)
+        if self.folder is None:
             return
-        path, text = folder / "run.json", json.dumps(identity, indent=1, sort_keys=True) + "\n"
+        path, text = self.folder / "run.json", json.dumps(identity(), indent=1, sort_keys=True) + "\n"
         if path.exists() and path.read_text() != text:
             raise DataError(
-                f"{folder} holds another run: its model, data, loss or settings differ ({path}). Choose another folder."
+                f"{folder} holds another run: its model, data, loss, fixed layers or settings differ ({path}). Choose another "
+                "folder."
             )
         if not path.exists():
             write_atomic(path, text)
@@ -235,15 +245,11 @@ class _Journal:
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
 
-def _identity(model: nn.Module, data: ImageData, settings: MRPFSettings, loss: AdversarialLoss) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, data: ImageData, settings: MRPFSettings, loss: AdversarialLoss, ignored: Sequence[str]
+) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
-    images = hashlib.sha256(data.train.images[:: max(1, len(data.train) // 256)].contiguous().numpy().tobytes())
-    # The name of a user's function, not its address: that differs from run to run.
-    kind = getattr(loss, "__qualname__", repr(loss))
     return {
-        "model": digest.hexdigest(), "data": data.name, "images": images.hexdigest(), "rows": len(data.train), "loss": kind,
+        "model": digest(model.state_dict()), "data": data_identity(data), "loss": describe(loss), "ignored": sorted(ignored),
         "settings": asdict(settings),
     }  # fmt: skip

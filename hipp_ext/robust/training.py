@@ -6,17 +6,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hipp_ext.attacks import check_precision
 from hipp_ext.errors import AttackError, DataError, UnsupportedModelError
 from hipp_ext.files import write_atomic
 from hipp_ext.robust.data import ImageData, Images, check_images
+from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import AdversarialLoss, attacked, backward
 
 MOMENTUM = 0.9
 WARM_UP = 0.3  # share of the steps in which the rate rises
+PARTS = {"settings": "other settings", "model": "another model", "data": "other data", "loss": "another loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +65,13 @@ def train(
         data: its training images; the test images are not looked at.
         loss: see `hipp_ext.robust.losses`; called in train mode.
         checkpoint: written after every epoch (safetensors); an interrupted call goes on from it, to the weights that an
-            undisturbed one ends with.
+            undisturbed one ends with. It belongs to these settings, weights, images and this loss, and serves no other call.
         report: called after every epoch.
 
     Raises:
         UnsupportedModelError: the model is in half precision, or nothing of it requires gradients.
         AttackError: the loss became NaN or infinite.
-        DataError: `checkpoint` belongs to other settings or another model.
+        DataError: `checkpoint` belongs to other settings, another model, other data or another loss, or is damaged.
     """
     check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -75,7 +79,12 @@ def train(
         raise UnsupportedModelError(f"No weight of this {type(model).__name__} requires gradients; there is nothing to train.")
     check_images(data.train, len(data.classes), f"{data.name} train")
     run = _Run(model, parameters, settings, math.ceil(len(data.train) / settings.batch_size))
-    history = run.load(checkpoint) if checkpoint is not None and checkpoint.exists() else []
+    history: list[float] = []
+    if checkpoint is not None:
+        # Not the buffers: batch norms that were measured again under attack may differ in their last bits.
+        start = digest(dict(model.named_parameters()))
+        run.identity = {"settings": asdict(settings), "model": start, "data": data_identity(data), "loss": describe(loss)}
+        history = run.load(checkpoint) if checkpoint.exists() else []
     with restored(model):
         model.train()
         for epoch in range(len(history), settings.epochs):
@@ -116,6 +125,7 @@ class _Run:
         )
         self.optimizer.zero_grad()
         self.parameters = parameters
+        self.identity: dict[str, Any] = {}
 
     def step(self) -> None:
         self.optimizer.param_groups[0]["lr"] = cycle(self.settings.rate, self.done, self.settings.epochs * self.per_epoch)
@@ -130,7 +140,7 @@ class _Run:
         for i, p in enumerate(self.parameters):
             if (momentum := self.optimizer.state[p].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = momentum
-        note = {"settings": json.dumps(asdict(self.settings)), "history": json.dumps(history)}
+        note = {"identity": json.dumps(self.identity), "history": json.dumps(history)}
         write_atomic(path, save(tensors, note))
 
     def load(self, path: Path) -> list[float]:
@@ -141,12 +151,11 @@ class _Run:
                 note, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is no checkpoint of a training run ({error}). Remove it to begin again.") from error
-        if json.loads(note.get("settings", "null")) != asdict(self.settings):
-            raise DataError(f"{path} belongs to other settings ({note.get('settings')}). Remove it, or choose another folder.")
+        there, here = json.loads(note.get("identity", "{}")), json.loads(json.dumps(self.identity))
+        for part, words in PARTS.items():
+            if there.get(part) != here[part]:
+                raise DataError(f"{path} belongs to {words}. Remove it, or choose another folder.")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        own = self.model.state_dict()
-        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
-            raise DataError(f"{path} belongs to another model. Remove it, or choose another folder.")
         self.model.load_state_dict(state)
         for i, p in enumerate(self.parameters):
             if f"momentum.{i}" in tensors:
@@ -223,13 +232,3 @@ def restored(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for p, flag in flags:
                 p.requires_grad_(flag)
-
-
-def check_precision(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model in half precision: attacks are lost in its rounding."""
-    half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
-    if half:
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks vanish in its rounding, and "
-            "it would look robust. Use model.float()."
-        )

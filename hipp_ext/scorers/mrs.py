@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hipp_ext.attacks import PGD, Ball
+from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
-from hipp_ext.errors import CalibrationError
+from hipp_ext.errors import AttackError, CalibrationError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.scorers.base import Scorer, evaluating, forward
 from hipp_ext.scorers.sensitivity import Loss, Module, Reader, first_order, removal, unit_taylor, worst_case
@@ -44,9 +44,11 @@ class MRS(Scorer):
         ratio: share of the units that "removal" removes.
         seed: of PGD's random start.
 
-    Raises (when called):
-        CalibrationError: a batch has no labels.
-        AttackError: epsilon is not above zero; the model is in half precision (the attack would be lost in rounding).
+    Raises:
+        CalibrationError: an unknown form, or, when called, a batch has no labels.
+        AttackError: epsilon or rho is not above zero, attack_steps is negative, steps is below one, or ratio not above zero and
+            at most one.
+        UnsupportedModelError (when called): the model is in half precision and to be attacked; it would be lost in rounding.
 
     Source: MRPF (arXiv 2410.15176), abstract: a module's sensitivity to adversarial perturbations decides how much of it is
     pruned.
@@ -69,6 +71,10 @@ class MRS(Scorer):
     ):
         if form not in FORMS:
             raise CalibrationError(f"MRS has the forms {', '.join(FORMS)}; got {form!r}.")
+        Ball(epsilon=epsilon)
+        if steps < 1 or attack_steps < 0:
+            raise AttackError(f"MRS needs steps >= 1 and attack_steps >= 0, got {steps} and {attack_steps}.")
+        check_shares(rho, ratio)
         self.form: Any = form
         self.epsilon, self.attack_steps, self.attack = epsilon, attack_steps, attack
         self.rho, self.steps, self.ratio, self.seed = rho, steps, ratio, seed
@@ -103,6 +109,8 @@ class MRS(Scorer):
         for i, batch in enumerate(batches):
             if "labels" not in batch:
                 raise CalibrationError(f"MRS needs a loss: calibration batch {i} has no labels, only {sorted(batch)}.")
+        if self.attack is not None or self.attack_steps:
+            check_precision(model)
         attacked = [self._attacked(model, batch) for batch in batches]
         modules = [_module(g) for g in groups]
         return measure(model, modules, _loss, attacked, self.form, rho=self.rho, steps=self.steps, ratio=self.ratio)
@@ -146,6 +154,12 @@ def measure(
     if form == "grad":
         return first_order(model, modules, loss, batches, rho=rho), units
     return removal(model, modules, loss, batches, units, ratio=ratio), units
+
+
+def check_shares(rho: float, ratio: float) -> None:
+    """Raise AttackError unless `rho`, the share by which weights move, and `ratio`, of units removed, are possible."""
+    if not (0 < rho < float("inf") and 0 < ratio <= 1):
+        raise AttackError(f"MRS needs rho above zero and ratio above zero and at most one, got rho={rho} and ratio={ratio}.")
 
 
 def share_out(sensitivity: float, units: Tensor) -> Tensor:

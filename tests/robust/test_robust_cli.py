@@ -5,12 +5,15 @@ import re
 
 import pytest
 import torch
-from hipp_ext.evals.bench.robust import Job, Setting, conclude, jobs, power, results, run, table
+from hipp_ext.evals.bench.robust import Job, Setting, _plan, conclude, dense_network, jobs, power, results, run, table
+from hipp_ext.integrations.torch_pruning import find_channel_groups
 from typer.testing import CliRunner
 
 from hipp_ext.cli import app
 from hipp_ext.errors import AttackError, CheckpointError, DataError, OutputExistsError
+from hipp_ext.robust.allocation import channel_costs, uniform_counts
 from hipp_ext.robust.checkpoint import load_classifier
+from hipp_ext.robust.data import load_data
 
 RUNNER = CliRunner()
 
@@ -55,6 +58,45 @@ def test_from_training_to_evaluation(tmp_path):
         hipp("score", str(tmp_path))
 
 
+def test_a_checkpoint_serves_its_own_run_only(tmp_path):
+    """Another loss, or another model to fine-tune, with the same output folder is another run."""
+    common = ("--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "a"))
+    hipp("train", "--network", "small-vgg", *common)
+    weights = (tmp_path / "a" / "model.safetensors").read_bytes()
+    for different in (("--loss", "trades"), ("--steps", "2"), ("--awp",), ("--epsilon", "0.2")):
+        with pytest.raises(DataError, match=r"train.safetensors belongs to another loss"):
+            hipp("train", "--network", "small-vgg", *common, *different, "--overwrite")
+    with pytest.raises(DataError, match=r"belongs to another model"):
+        hipp("train", "--network", "small-resnet", *common, "--overwrite")
+    with pytest.raises(DataError, match=r"belongs to other settings"):
+        hipp("train", "--network", "small-vgg", *common, "--seed", "1", "--overwrite")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == weights
+    hipp("train", "--network", "small-vgg", *common[:-1], str(tmp_path / "b"), "--seed", "1")
+    tune = ("--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "tuned"))
+    hipp("finetune", str(tmp_path / "a"), *tune)
+    with pytest.raises(DataError, match=r"belongs to another model"):
+        hipp("finetune", str(tmp_path / "b"), *tune, "--overwrite")
+
+
+def test_no_image_of_the_training_is_tested_on(tmp_path):
+    """The split goes with the model, whatever the seed of the command."""
+    from hipp_ext.robust.cli import _load
+
+    hipp("train", "--network", "small-vgg", "--epochs", "0", "--seed", "3", "--out", str(tmp_path / "a"))
+    hipp("finetune", str(tmp_path / "a"), "--epochs", "0", "--seed", "4", "--out", str(tmp_path / "b"))
+    for folder in ("a", "b"):
+        images = _load(tmp_path / folder, None, None)[2]
+        assert torch.equal(images.test.images, load_data("digits", seed=3).test.images)
+    assert not torch.equal(images.test.images, load_data("digits").test.images)
+
+
+def test_ninety_percent_can_be_asked_for(tmp_path):
+    hipp("train", "--network", "small-resnet", "--epochs", "0", "--out", str(tmp_path / "a"))
+    hipp("prune", str(tmp_path / "a"), "--pruning-ratio", "0.9", "--rows", "32", "--out", str(tmp_path / "b"))
+    small, config = load_classifier(tmp_path / "b")
+    assert min(len(k) for k in config.kept.values()) >= 1 and sum(p.numel() for p in small.parameters()) > 0
+
+
 def test_a_study_goes_on_where_it_stopped(tmp_path):
     setting = Setting(dense=0, tune=0, test=20, attacks=("pgd",), steps=1, rows=32)
     arms = ("uniform", "mrs-removal", "shuffled", "global-l1", "mrs-worst", "mrs-rounds")
@@ -71,6 +113,27 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
         run(tmp_path, Setting(), ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False)
     with pytest.raises(DataError, match=r"Known arms are uniform, .*; got \['best'\]"):
         run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["best"], save=False)
+    with pytest.raises(DataError, match=r"Known losses are trades, pgd-at; got \['mart'\]"):
+        run(tmp_path, setting, ["small-vgg"], [0.75], ["mart"], 1, ["uniform"], save=False)
+    with pytest.raises(DataError, match=r"Ratios are shares of the channels, above 0 and below 1; got \[75.0\]"):
+        run(tmp_path, setting, ["small-vgg"], [75.0], ["trades"], 1, ["uniform"], save=False)
+
+
+def test_controls_differ_from_the_default_in_one_thing():
+    """They rank channels as it does, by BN scale, and share them out by its scores shuffled, or by clean ones."""
+    job, setting = Job(network="small-vgg", ratio=0.75, loss="trades", seed=0), Setting(dense=2, steps=1, rows=128)
+    data = load_data("digits")
+    dense = dense_network("small-vgg", 0, setting, data)
+    groups = find_channel_groups(dense, data.train.rows(slice(0, 1))[0])
+    macs, _ = channel_costs(dense, data.train.rows(slice(0, 1))[0], groups)
+    uniform = uniform_counts([g.width for g in groups], 0.75)
+    plans = {arm: _plan(arm, job, setting, dense, data, groups, macs, uniform)
+             for arm in ("mrs-bn", "shuffled-bn", "clean-bn", "mrs-removal", "shuffled")}  # fmt: skip
+    assert plans["mrs-bn"][0] not in (plans["shuffled-bn"][0], plans["clean-bn"][0])
+    scales = [m.weight.abs().double() for m in dense.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for arm in ("mrs-bn", "shuffled-bn", "clean-bn"):
+        assert all(torch.equal(r, s) for r, s in zip(plans[arm][1], scales, strict=True))
+    assert not torch.equal(plans["shuffled"][1][0], scales[0])
 
 
 def test_differences_are_paired_by_seed():

@@ -74,6 +74,11 @@ def test_nothing_of_the_caller_changes(trained):
     assert torch.equal(torch.get_rng_state(), state) and trained.training and not trained.features[1].training
     assert all(torch.equal(t, weights[n]) for n, t in trained.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in trained.parameters())
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    evaluate(trained, images.first(4), 4, epsilon=0.1, checks=False)  # all attacks of the default
+    assert all(bool((p.grad == 1).all()) for p in trained.parameters())
+    trained.zero_grad()
     torch.manual_seed(6)
     second = evaluate(trained, images, 4, epsilon=0.1, attacks=("pgd", "apgd-ce"))
     assert first.as_dict() == second.as_dict()

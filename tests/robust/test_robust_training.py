@@ -1,12 +1,14 @@
 """Losses against their formulas; training that repeats to the bit, survives kill -9, and leaves the caller's state alone."""
 
 import copy
+import functools
 import json
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from hipp_ext.robust import (
     train,
 )
 from hipp_ext.robust.checkpoint import ClassifierFile, load_classifier, save_classifier
+from hipp_ext.robust.identity import describe
 from hipp_ext.robust.losses import attacked, backward
 from hipp_ext.robust.training import augment, cycle, recalibrate
 
@@ -159,6 +162,13 @@ def test_going_on_from_a_checkpoint_ends_with_the_same_weights(tmp_path):
     assert same(fresh, whole)
     with pytest.raises(DataError, match="belongs to other settings"):
         train(stripes.network(), data, loss, FAST, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(DataError, match="belongs to another loss"):
+        train(stripes.network(), data, PGDAT(epsilon=EPSILON, steps=3), settings, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(DataError, match="belongs to other data"):
+        moved = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
+        train(stripes.network(), moved, loss, settings, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(DataError, match="belongs to another model"):
+        train(fresh, data, loss, settings, checkpoint=tmp_path / "c.safetensors")
     with pytest.raises(DataError, match="belongs to another model"):
         train(build_model("small-vgg", 4, (1, 8, 8)), data, loss, settings, checkpoint=tmp_path / "c.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"half")
@@ -170,6 +180,10 @@ def test_what_cannot_be_trained():
     data, loss = stripes.data(), PGDAT(epsilon=EPSILON, steps=1)
     with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16: gradients of attacks vanish"):
         train(stripes.network().bfloat16(), data, loss, FAST)
+    half, rows = stripes.network().bfloat16(), data.train.rows(slice(0, 4))
+    for unfit in (PGDAT(), TRADES(), MART()):
+        with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16"):
+            unfit(half, *rows, 0)
     with pytest.raises(UnsupportedModelError, match="No weight of this Flat requires gradients"):
         train(stripes.network().requires_grad_(False), data, loss, FAST)
     with pytest.raises(DataError, match="Training needs epochs >= 0, batch_size >= 1 and rate > 0"):
@@ -235,14 +249,36 @@ def test_mrpf_meets_the_budget_and_leaves_the_model_alone(trained, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [e.get("stage", e.get("round")) for e in events] == ["round-1", 1, "round-2", 2] and len(lines) == 6
     assert same(again.model, result.model) and again.kept == result.kept
-    with pytest.raises(DataError, match="holds another run: its model, data, loss or settings differ"):
-        mrpf(trained, data, MRPFSettings(), loss=LOSS, folder=tmp_path / "run")
+    shuffled = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
+    first = [trained.features[0]]
+    for others in (
+        lambda folder: mrpf(trained, data, MRPFSettings(), loss=LOSS, folder=folder),
+        lambda folder: mrpf(trained, data, SETTINGS, loss=replace(LOSS, beta=3.0), folder=folder),
+        lambda folder: mrpf(trained, shuffled, SETTINGS, loss=LOSS, folder=folder),
+        lambda folder: mrpf(trained, data, SETTINGS, loss=LOSS, folder=folder, ignored=first),
+        lambda folder: mrpf(stripes.network(), data, SETTINGS, loss=LOSS, folder=folder),
+    ):
+        with pytest.raises(DataError, match="holds another run: its model, data, loss, fixed layers or settings differ"):
+            others(tmp_path / "run")
+
+
+def test_losses_are_known_again_by_what_they_do():
+    def weighted(weight, power=1):
+        return lambda m, x, y, seed: weight * F.cross_entropy(m(x), y) ** power
+
+    plain, other = (lambda m, x, y, seed: F.cross_entropy(m(x), y)), (lambda m, x, y, seed: F.nll_loss(m(x), y))
+    different = [
+        PGDAT(epsilon=0.1), PGDAT(epsilon=0.2), TRADES(epsilon=0.1), AWP(base=PGDAT(epsilon=0.1)), AWP(base=plain), plain,
+        other, weighted(1), weighted(2), functools.partial(weighted(1), seed=0), functools.partial(weighted(1), seed=1),
+        F.cross_entropy,
+    ]  # fmt: skip
+    texts = [json.dumps(describe(loss)) for loss in different]
+    assert len(set(texts)) == len(texts) and not any(" at 0x" in text for text in texts)
+    assert describe(weighted(2)) == describe(weighted(2)) and describe(AWP(base=plain)) == describe(AWP(base=plain))
 
 
 def test_rounds_keep_channels_of_the_dense_model(trained):
     """Without training or recalibration, what is left are slices of the dense weights."""
-    from dataclasses import replace
-
     settings = replace(SETTINGS, train=replace(FAST, epochs=0), recalibrate=False, cost="parameters", budget=0.3, alpha=1.0)
     result = mrpf(trained, stripes.data(), settings, loss=LOSS)
     a, b = (list(result.kept[n]) for n in ("features.0", "features.3"))
@@ -281,9 +317,12 @@ def test_mrpf_bad_input(trained, tmp_path):
     data = stripes.data()
     with pytest.raises(BudgetError, match=r"A budget of \d+ MACs cannot be met"):
         mrpf(trained, data, MRPFSettings(budget=0.001), loss=LOSS)
-    for settings in ({"budget": 0.0}, {"pruning_ratio": 1.0}, {"rounds": 0}):
-        with pytest.raises(BudgetError, match=next(iter(settings))):
+    for settings in ({"budget": 0.0}, {"pruning_ratio": 1.0}, {"rounds": 0}, {"alpha": -1.0}, {"cost": "watts"}):
+        with pytest.raises(BudgetError, match="watts" if "cost" in settings else next(iter(settings))):
             MRPFSettings(**settings)
+    for settings in ({"rows": 0}, {"steps": 0}, {"attack_steps": -1}, {"batch_size": 0}, {"ratio": 7.0}, {"rho": 0.0}):
+        with pytest.raises(AttackError, match=rf"{next(iter(settings))}"):
+            ScoreSettings(**settings)
     with pytest.raises(AttackError, match="epsilon must be above zero"):
         MRPFSettings(scores=ScoreSettings(epsilon=-1.0))
     with pytest.raises(UnsupportedModelError, match=r"has weights in torch.float16"):

@@ -123,5 +123,7 @@ def test_bad_input(loaded):
         attack(build("llava"), {k: v for k, v in good.items() if k != "labels"})
     with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16"):
         attack(build("llava").bfloat16(), good)
+    with pytest.raises(AttackError, match="An image attack is pgd or apgd, not 'fgsm'"):
+        ImageAttack(processor, kind="fgsm")
     with pytest.raises(AttackError, match=r"Values must lie in \[-.*, ...\], got"):
         attack(build("llava"), good | {"pixel_values": good["pixel_values"] + 9})
