@@ -1,28 +1,46 @@
 """`hipp front`: the non-dominated plans of a fitted planner, and two answers to one preference."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.figures import front_figure, png
 from torch import nn
 
+from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner.planner import Choices, FrontPlan, HiPPPlanner
 from hipp_ext.planner.reward import Evaluator, Reward
 from hipp_ext.preference import Preference
+
+SAME = 0.005  # the dense model's scores differ by less on one set of questions, whatever the hardware
 
 
 def answer(
     planner: HiPPPlanner, preference: Preference, model: nn.Module | None = None, evaluator: Evaluator | None = None
 ) -> Choices:
     """The policy's and the best archived plan; with a model and the evaluator of the fit, the policy's is measured if it
-    never was."""
+    never was.
+
+    Raises:
+        DataError: the evaluator is not that of the fit: it says something else of the dense model.
+    """
     choices = planner.choices(preference)
     if choices.policy.reward is None and model is not None and evaluator is not None:
+        _check_same(planner.dense, evaluator(model))
         reward = planner.rewards(model, [choices.policy.plan], evaluator)[0]
         choices = dataclasses.replace(choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward))
     return choices
+
+
+def _check_same(fit: Mapping[str, float] | None, now: Mapping[str, float]) -> None:
+    if fit is not None and any(abs(now[name] - value) > SAME for name, value in fit.items()):
+        told = [", ".join(f"{name} {said[name]:.3f}" for name in fit) for said in (fit, now)]
+        raise DataError(
+            f"This is not what the plans of the fit were measured on: there the dense model has {told[0]}, here {told[1]}. "
+            "Give the questions, their number and the kind of robustness of the fit."
+        )
 
 
 def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:

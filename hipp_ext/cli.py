@@ -195,6 +195,9 @@ def front(
     pope: Annotated[Path | None, typer.Option(help="The POPE-like TSV of the fit; default: the testbed's.")] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="The multiple-choice TSV of the fit.")] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions per task, as in the fit.")] = 192,
+    measured_on: Annotated[
+        str, typer.Option(help="What the fit measured robustness on: pope, adversarial or both; its --robustness.")
+    ] = "pope",
     picture: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the front to this file.")] = None,
     device: Device = None,
@@ -226,7 +229,7 @@ def front(
     if (utility, robustness, compression) != (None, None, None):
         wanted = Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
         loaded, processor = load_model(model, device, dtype) if model else (None, None)
-        evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner) if model else None
+        evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on) if model else None
         choices = answer(fitted, wanted, loaded, evaluator)
     print_front(fitted, choices)
     if picture:

@@ -30,6 +30,8 @@ class Record(BaseModel):
         allocation: logit per group.
         keeps: keep count per group.
         reward: what was measured.
+        measured: False where the gate of `FitSettings.min_stability` kept the plan from being measured; its reward is that of
+            guessing, and it is no answer to anything.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +42,7 @@ class Record(BaseModel):
     allocation: tuple[float, ...]
     keeps: tuple[int, ...]
     reward: Reward
+    measured: bool = True
 
 
 class Archive:
@@ -83,8 +86,8 @@ class Archive:
         return len(self.records)
 
     def front(self) -> list[Record]:
-        """The records that no other dominates in utility, robustness and compression, by compression; no two alike."""
-        distinct = list({r.keeps: r for r in self.records}.values())
+        """The measured records that no other dominates in utility, robustness and compression, by compression; no two alike."""
+        distinct = list({r.keeps: r for r in self.records if r.measured}.values())
         if not distinct:
             return []
         points = np.array([r.reward.objectives() for r in distinct])
@@ -116,10 +119,10 @@ class Archive:
 
 
 def hypervolume_gains(points: Float[Tensor, "points 3"], front: np.ndarray) -> Float[Tensor, " points"]:
-    """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised)."""
+    """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised; may be empty)."""
     reference = list(REFERENCE_POINT)
-    front = front[moocore.is_nondominated(front, maximise=True)]
-    before = moocore.hypervolume(front, ref=reference, maximise=True)
+    front = front[moocore.is_nondominated(front, maximise=True)] if len(front) else front
+    before = moocore.hypervolume(front, ref=reference, maximise=True) if len(front) else 0.0
     gains = []
     for point in points.double().numpy():
         dominated = bool((front >= point).all(1).any())

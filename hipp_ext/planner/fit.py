@@ -22,7 +22,7 @@ from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, pl
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
-from hipp_ext.planner.reward import Reward, Scalarisation
+from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import Signals, keep_shares
 
@@ -53,7 +53,7 @@ class FitSettings:
         hindsight: regression updates on the archive per step.
         scalarisation: of the objectives, for budgets and for the choice of candidates.
         min_stability: plans that retain less synaptic flow (log, see `stability`) are not measured; None: all are.
-        seed: of preferences, noise and policy. The same seed gives the same archive.
+        seed: of preferences and noise. The same seed and the same policy to begin with give the same archive.
     """
 
     steps: int = 20
@@ -76,6 +76,9 @@ class FitSettings:
             raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
         if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < self.rollouts:
             raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= rollouts are needed: {self}")
+        if not all(0 < x < math.inf for x in (*self.noise, self.budget_noise, self.learning_rate)):
+            raise ValueError(f"noise, budget_noise and learning_rate above 0 are needed: {self}")
+        check_scalarisation(self.scalarisation)
 
     @property
     def evaluations(self) -> int:
@@ -131,7 +134,9 @@ class Trainer:
         self.step = self._resume()
         self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
         # What was evaluated after the last checkpoint is not evaluated again, only replayed.
-        self._known.update({r.keeps: r.reward for r in self.archive.keep_steps_before(self.step)})
+        later = self.archive.keep_steps_before(self.step)
+        self._known.update({r.keeps: r.reward for r in later})
+        self._gated = {r.keeps for r in (*self.archive.records, *later) if not r.measured}
 
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
         """Propose plans, measure them, learn, write archive and checkpoint. `tick` is called per plan."""
@@ -181,7 +186,8 @@ class Trainer:
             while len(records) < len(wanted) and wanted[len(records)][3] in self._known:
                 preference, ratio, allocation, keeps = wanted[len(records)]
                 record = Record(step=self.step, index=len(records), preference=preference, pruning_ratio=ratio,
-                                allocation=allocation, keeps=keeps, reward=self._known[keeps])  # fmt: skip
+                                allocation=allocation, keeps=keeps, reward=self._known[keeps],
+                                measured=keeps not in self._gated)  # fmt: skip
                 records.append(record)
                 self.archive.append([record])
                 tick()
@@ -207,6 +213,7 @@ class Trainer:
         if stability >= self.settings.min_stability:
             return False
         compression = plan_compression(self.signals, self.cost, keeps)
+        self._gated.add(keeps)
         self._known[keeps] = Reward(utility=0.0, robustness=0.0, compression=compression, stability=stability)
         return True
 
@@ -302,7 +309,7 @@ class Trainer:
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"}
         measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
         identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds),
-                    "cost": self.cost.kind}  # fmt: skip
+                    "cost": self.cost.kind, "mrs": self.signals.mrs is not None}  # fmt: skip
         # What the evaluator says of the dense model stands for its questions.
         return json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True)
 

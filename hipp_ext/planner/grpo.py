@@ -181,15 +181,17 @@ class Learner:
         self.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Policy and optimizer as named tensors, for a checkpoint."""
+        """Policy, reference and optimizer as named tensors, for a checkpoint."""
         tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
+        tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
         return {k: v.contiguous() for k, v in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
-        self.policy.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy.")})
+        for name, policy in (("policy.", self.policy), ("reference.", self.reference)):
+            policy.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
         state: dict[str, Any] = self.optimizer.state_dict()
         state["state"] = {}
         for key, value in tensors.items():

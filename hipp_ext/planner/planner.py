@@ -18,7 +18,7 @@ from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import CostKind, check_cost, fit_cost, measure_cost
+from hipp_ext.planner.cost import Cost, CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
 from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
@@ -92,6 +92,11 @@ class HiPPPlanner:
         BudgetError: pruning_ratio is outside [0, 1).
         PlanError: `policy` was made to see MRS and there is none, or the other way round.
 
+    Attributes:
+        signals: of the model last asked about.
+        archive: every plan that `fit` evaluated.
+        dense: what the fit's evaluator said of the dense model, "utility" and "robustness"; None without a fit.
+
     Source: HiPP-Prune (arXiv 2603.06270). What is its own and what ours: `Policy`, `grpo`, `VisualSensitivity`.
     """
 
@@ -124,6 +129,8 @@ class HiPPPlanner:
         self.cache = None if cache is None else Path(cache)
         self.signals: Signals | None = None
         self.archive = Archive()
+        self.dense: dict[str, float] | None = None
+        self._cost: Cost | None = None
         self._fitted_on: str | None = None  # digest of the model that the archive's plans were evaluated on
 
     def plan(
@@ -223,7 +230,7 @@ class HiPPPlanner:
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
-        result = None
+        dense, result = {}, None
         with plan_rewards(model, evaluator, signals, price) as measure_one:
             if workers.leads:
                 with workers.leading(measure_one) as measure_many:
@@ -237,11 +244,12 @@ class HiPPPlanner:
                                        history=tuple(history), folder=path)  # fmt: skip
             else:
                 workers.serve(measure_one)
-        learned = workers.share((policy.state_dict(), archive.records, result) if workers.leads else None)
+        learned: Any = workers.share((policy.state_dict(), archive.records, dense, result) if workers.leads else None)
         policy.load_state_dict(learned[0])
         self.policy, self.archive, self.signals, self._fitted_on = policy, Archive(), signals, signals.digest
+        self._cost, self.dense = price, learned[2]
         self.archive.append(learned[1])
-        return learned[2]
+        return learned[3]
 
     def front(self) -> list[FrontPlan]:
         """The non-dominated plans among all that `fit` evaluated, by pruning_ratio, each with its measured reward.
@@ -260,12 +268,14 @@ class HiPPPlanner:
         """
         wanted, signals = preference or self.preference, self._signals_of_the_archive()
         plan = self._decide(signals, wanted)
-        measured = {r.keeps: r.reward for r in self.archive.records}
-        enough = [r for r in self.archive.records if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
+        known = [r for r in self.archive.records if r.measured]
+        enough = [r for r in known if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
+        if not known:
+            raise PlanError(f"The gate (min_stability) kept all {len(self.archive)} plans from being measured.")
         if not enough:
-            raise PlanError(f"None of {len(self.archive)} evaluated plans removes {self.pruning_ratio:g} or more.")
+            raise PlanError(f"None of {len(known)} evaluated plans removes {self.pruning_ratio:g} or more.")
         best = enough[best_for([r.reward for r in enough], wanted.as_tuple(), self.archive.nadir_and_ideal())]
-        policy = FrontPlan(plan=plan, reward=measured.get(tuple(g.keep for g in plan.groups)))
+        policy = FrontPlan(plan=plan, reward={r.keeps: r.reward for r in known}.get(tuple(g.keep for g in plan.groups)))
         return Choices(policy=policy, archived=FrontPlan(plan=self._plan(signals, best.keeps, wanted), reward=best.reward))
 
     def _signals_of_the_archive(self) -> Signals:
@@ -277,7 +287,7 @@ class HiPPPlanner:
         return self.signals
 
     def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
-        """What plans of this planner achieve on `evaluator`; compression counts parameters.
+        """What plans of this planner achieve on `evaluator`; compression counts what the fit rewarded, else parameters.
 
         Raises:
             PlanError: the planner has no signals, or a plan keeps other units than the ones its scores rank first.
@@ -290,7 +300,9 @@ class HiPPPlanner:
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
                 raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
-        with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure_one:
+        fitted = self._cost if signals.digest == self._fitted_on else None
+        cost = fitted or measure_cost(model, signals.groups, "parameters")
+        with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(keeps) for keeps in counts]
 
     def _plan(self, signals: Signals, keeps: Keeps, preference: Preference | None) -> PruningPlan:
@@ -306,38 +318,49 @@ class HiPPPlanner:
                 policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
                 mrs=self.mrs.name if self.mrs else None,
                 signals=SignalsHeader.of(self.signals) if self.signals else None, fitted_on=self._fitted_on,
+                plans=len(self.archive), cost=self._cost.kind if self._cost else None, dense=self.dense,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
             if self.signals:
-                safetensors.torch.save_file(signal_tensors(self.signals), folder / "signals.safetensors")
+                table = {"cost": self._cost.table.contiguous()} if self._cost else {}
+                safetensors.torch.save_file(signal_tensors(self.signals) | table, folder / "signals.safetensors")
             archive = Archive(folder / ARCHIVE)
             archive.append(self.archive.records)
 
     @classmethod
-    def load(cls, path: str | Path) -> "HiPPPlanner":
+    def load(cls, path: str | Path, *, scorer: Scorer | None = None, mrs: MRS | None = None) -> "HiPPPlanner":
         """The planner that `save` wrote.
+
+        Args:
+            scorer, mrs: those that it was made with; needed only where they are not `hipp_ext.scorers` with default settings.
 
         Raises:
             CheckpointError: the folder is missing, incomplete or damaged.
+            PlanError: a scorer has to be given, or another one is.
         """
         folder = Path(path)
         try:
             header = Header.model_validate_json((folder / "planner.json").read_bytes())
-            mrs: Any = scorer_called(header.mrs)
+            mrs = scorer_called(header.mrs, mrs, "mrs")
             policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
             policy.load_state_dict(safetensors.torch.load_file(folder / "policy.safetensors"))
             tensors = safetensors.torch.load_file(folder / "signals.safetensors") if header.signals else {}
             utility, robustness, compression = header.preference
             planner = cls(Preference(utility, robustness, compression), pruning_ratio=header.pruning_ratio, policy=policy,
-                          scorer=scorer_called(header.scorer), mrs=mrs,
+                          scorer=scorer_called(header.scorer, scorer, "scorer"), mrs=mrs,
                           bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
             planner.signals = header.signals.build(tensors) if header.signals else None
+            planner.dense, planner._cost = header.dense, header.cost and Cost(kind=header.cost, table=tensors["cost"])
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
         if (folder / ARCHIVE).exists():
             planner.archive.append(Archive(folder / ARCHIVE).records)
             planner._fitted_on = header.fitted_on or (planner.signals.digest if planner.signals else None)
+        if header.plans not in (None, len(planner.archive)):
+            raise CheckpointError(
+                f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(planner.archive)} of {header.plans} plans."
+            )
         return planner
 
 

@@ -51,7 +51,7 @@ class Proposer:
             # Left to the policy, a preference near the corner of a task is only ever measured where next to nothing goes.
             ratios[1::2, 0] = self._spread(ratios[1::2, 0].shape, generator)
         chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
-        front = np.array([r.reward.objectives() for r in archive.front()])
+        front = np.array([r.reward.objectives() for r in archive.front()]).reshape(-1, 3)
         known = {r.keeps for r in archive.records}
         measured = torch.unique(torch.tensor([r.allocation for r in archive.records]), dim=0)
         for p, preference in enumerate(drawn.preferences):

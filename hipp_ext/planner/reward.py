@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -79,13 +79,23 @@ def scalarise(
     its optimum inside the simplex for every preference; a little of the plain sum beside it, so that an objective that does
     not count is still not given away for nothing.
 
+    Raises:
+        ValueError: an unknown kind.
+
     Source: smooth Tchebycheff, arXiv 2402.19078; augmentation, Steuer and Choo, Mathematical Programming 26 (1983).
     """
+    check_scalarisation(kind)
     nadir, ideal = ends
     scaled = (objectives - nadir) / (ideal - nadir)
     if kind == "linear":
         return (preference * scaled).sum(-1)
     return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
+
+
+def check_scalarisation(kind: str) -> None:
+    """Raise ValueError unless `kind` is one of Scalarisation."""
+    if kind not in get_args(Scalarisation):
+        raise ValueError(f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed.")
 
 
 def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]) -> int:

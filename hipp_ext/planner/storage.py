@@ -1,20 +1,30 @@
 """A planner as a folder: JSON for what it is, safetensors for policy and signals, JSONL for the archive."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from hipp_ext import scorers
+from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group
+from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.state import Signals
-from hipp_ext.scorers import Scorer
 
 
-def scorer_called(name: str | None) -> Scorer | None:
+def scorer_called(name: str | None, given: Any, argument: str) -> Any:
+    """The scorer that a planner was saved with: one of ours by its name alone, any other as it is `given` again.
+
+    Raises:
+        PlanError: it has to be given, or another one is.
+    """
+    if given is not None:
+        if given.name != name:
+            raise PlanError(f"The planner was saved with {argument}={name}, not {given.name}.")
+        return given
     if name is not None and name not in scorers.__all__:
-        raise KeyError(f"the scorer {name} is not one of hipp_ext.scorers; make the planner with scorer= again")
+        raise PlanError(f"The planner was saved with {argument}={name}: give it again, HiPPPlanner.load(path, {argument}=...).")
     return None if name is None else getattr(scorers, name)()
 
 
@@ -43,6 +53,9 @@ class Header(BaseModel):
 
     Attributes:
         fitted_on: digest of the model that the archive's plans were evaluated on; None: that of the signals.
+        plans: how many the archive holds; None: not known.
+        cost: what the fit rewarded; its table lies beside the signals. None: parameters.
+        dense: what the fit's evaluator said of the dense model.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +69,9 @@ class Header(BaseModel):
     mrs: str | None = None
     signals: SignalsHeader | None
     fitted_on: str | None = None
+    plans: int | None = None
+    cost: CostKind | None = None
+    dense: dict[str, float] | None = None
 
 
 def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:

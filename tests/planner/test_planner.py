@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from hipp_ext.planner.planner import Choices, FrontPlan
 from hipp_ext.planner.policy import MAX_RATIO, new_policy
 from hipp_ext.planner.reward import WHOLE, Reward, scalarise
 from hipp_ext.planner.state import keep_shares, measure_signals
+from hipp_ext.scorers import MRS
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
@@ -289,14 +291,26 @@ def test_verdicts(model, signals):
     assert "was not evaluated" in verdict(None, tied)
 
 
-def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals):
-    settings = FitSettings(steps=2, rollouts=2, imagined=3, min_stability=-0.5)
+def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals, tmp_path):
+    settings = FitSettings(steps=2, rollouts=2, imagined=3, min_stability=-3.0)
     planner, evaluator = planner_with(signals), Closeness(model)
     planner.fit(model, evaluator, settings, progress=False)
-    closed = [r for r in planner.archive.records if r.reward.stability < -0.5]
-    assert closed and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
-    measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -0.5}
+    closed = [r for r in planner.archive.records if r.reward.stability < -3]
+    assert 0 < len(closed) < len(planner.archive) and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
+    measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -3}
     assert evaluator.calls == 1 + len(measured)  # and the dense model once
+    # They save most of all, and are no answer: nobody knows what they achieve.
+    assert max(r.reward.compression for r in planner.archive.records) == max(r.reward.compression for r in closed)
+    planner.save(tmp_path / "p")
+    for known in (planner, HiPPPlanner.load(tmp_path / "p")):
+        assert [r.measured for r in known.archive.records] == [r.keeps in measured for r in planner.archive.records]
+        assert all(f.reward.utility > 0 for f in known.front())
+        assert known.choices(Preference(0, 0, 1)).archived.reward.utility > 0
+    nothing = planner_with(signals)
+    nothing.fit(model, evaluator, FitSettings(steps=1, rollouts=2, imagined=3, min_stability=0.1), progress=False)
+    assert nothing.front() == []
+    with pytest.raises(PlanError, match=r"The gate \(min_stability\) kept all 12 plans from being measured"):
+        nothing.choices()
 
 
 @pytest.mark.parametrize("cost", ["flops", "latency"])
@@ -360,7 +374,13 @@ def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp
     # One call measures the dense model, to see that the evaluator is the same.
     assert evaluator.calls == 1 and len(again.archive) == SETTINGS.evaluations
     longer = FitSettings(**{**SETTINGS.__dict__, "steps": 4})
+    shutil.copytree(tmp_path, copied := tmp_path.with_name(tmp_path.name + "-copy"))
     assert again.fit(model, evaluator, longer, folder=tmp_path, progress=False).steps == 4
+    # By a planner that has learned already, or by a new one with another seed: what the fit began with lies in its folder.
+    new = planner_with(signals, seed=1)
+    new.fit(model, evaluator, longer, folder=copied, progress=False)
+    assert [r.keeps for r in new.archive.records] == [r.keeps for r in again.archive.records]
+    assert all(torch.equal(a, b) for a, b in zip(new.policy.parameters(), again.policy.parameters(), strict=True))
 
 
 KILLED = """
@@ -431,9 +451,13 @@ def test_an_evaluator_that_returns_something_else_is_refused(model, signals, ans
         planner_with(signals).fit(model, lambda m: answer, SETTINGS, progress=False)
 
 
-@pytest.mark.parametrize("bad", [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
+     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}],
+)  # fmt: skip
 def test_settings_are_checked(bad):
-    with pytest.raises(ValueError, match="are needed"):
+    with pytest.raises(ValueError, match=r"(are|is) needed"):
         FitSettings(**bad)
 
 
@@ -465,6 +489,36 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
     (tmp_path / "p" / file).unlink()
     with pytest.raises(CheckpointError, match="not a complete planner folder"):
         HiPPPlanner.load(tmp_path / "p")
+
+
+def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner.save(tmp_path / "p")
+    lines = (tmp_path / "p" / "archive.jsonl").read_text().splitlines(keepends=True)
+    for left in (len(lines) // 2, 0):
+        (tmp_path / "p" / "archive.jsonl").write_text("".join(lines[:left]))
+        with pytest.raises(CheckpointError, match=f"holds {left} of {len(lines)} plans"):
+            HiPPPlanner.load(tmp_path / "p")
+    (tmp_path / "p" / "archive.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=f"holds 0 of {len(lines)} plans"):
+        HiPPPlanner.load(tmp_path / "p")
+
+
+def test_scorers_with_settings_of_their_own_are_given_again(model, tmp_path):
+    labelled = [batch("llava", labels=True)]
+    ways = {"scorer": MRS("grad", attack_steps=1), "mrs": MRS(attack_steps=1)}
+    for argument, scorer in ways.items():
+        planner = HiPPPlanner(EVEN, pruning_ratio=0.3, **{argument: scorer})
+        plan = planner.plan(model, calibration=labelled)
+        planner.save(tmp_path / argument)
+        with pytest.raises(PlanError, match=rf"saved with {argument}=MRS .*: give it again"):
+            HiPPPlanner.load(tmp_path / argument)
+        other: dict = {argument: MRS()}
+        with pytest.raises(PlanError, match=f"saved with {argument}=MRS .*, not MRS"):
+            HiPPPlanner.load(tmp_path / argument, **other)
+        loaded = HiPPPlanner.load(tmp_path / argument, **{argument: scorer})
+        assert loaded.plan(model) == plan and getattr(loaded, argument) is scorer
 
 
 # the parts of GRPO

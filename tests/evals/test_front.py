@@ -1,0 +1,57 @@
+"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick of the fit, or not at all."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hipp_ext import HiPPPlanner, Preference, load_pruned
+from hipp_ext.cli import app
+from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.testbed import WEIGHTS
+
+FIT = ("fit", "testbed", "--steps", "1", "--questions", "12", "--robustness", "adversarial", "--cost", "flops", "-o")
+WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
+
+
+def hipp(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("front") / "planner"
+    assert "12 plans evaluated" in hipp(*FIT, folder)
+    return folder
+
+
+def test_a_front_with_two_answers(fitted, tmp_path):
+    ask = ("front", fitted, *WISH, "--model", "testbed", "--questions", "12", "--measured-on", "adversarial")
+    out = hipp(*ask, "--picture", tmp_path / "front.png", "--json", tmp_path / "front.json")
+    assert "non-dominated of 12 evaluated plans" in out and "best archived" in out and "not evaluated" not in out
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "front.json").read_text())[
+        "front"
+    ]
+
+
+@pytest.mark.parametrize("other", [("--questions", "12"), ("--questions", "40", "--measured-on", "adversarial")])
+def test_other_questions_than_those_of_the_fit_are_refused(fitted, other):
+    with pytest.raises(DataError, match="This is not what the plans of the fit were measured on"):
+        hipp("front", fitted, *WISH, "--model", "testbed", *other)
+
+
+def test_compression_counts_what_the_fit_rewarded(fitted):
+    planner, model = HiPPPlanner.load(fitted), load_pruned(WEIGHTS)
+    known = planner.choices(Preference(0.3, 0.4, 0.3)).archived
+    now = planner.rewards(model, [known.plan], lambda _: {"utility": 0.0, "robustness": 0.0})[0]
+    assert now.compression == pytest.approx(known.reward.compression)
+    assert abs(now.compression - known.plan.pruning_ratio) > 0.005  # FLOPs, not parameters
+
+
+def test_another_fit_in_the_same_place_is_refused(fitted):
+    with pytest.raises(CheckpointError, match="holds a fit with other settings"):
+        hipp(*FIT, fitted, "--mrs", "--overwrite")
