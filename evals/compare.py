@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hipp_ext.evals.metrics import without_nan
+from hipp_ext.evals.metrics import f1_percent, without_nan
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
@@ -158,14 +158,9 @@ def _f1_difference(
 
     def difference(sums: np.ndarray) -> np.ndarray:
         hit_a, miss_a, hit_b, miss_b = np.moveaxis(sums, -1, 0)
-        return _f1(hit_b, miss_b) - _f1(hit_a, miss_a)
+        return f1_percent(hit_b, miss_b) - f1_percent(hit_a, miss_a)
 
     return bootstrap_estimate(np.stack(columns, axis=1).astype(float), images, difference, level=level, seed=seed)
-
-
-def _f1(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
-    whole = 2 * hits + misses
-    return 100 * np.divide(2 * hits, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:

@@ -13,6 +13,12 @@ import numpy as np
 _BLOCK = 64  # resamples drawn at a time: bounds memory at 64 x clusters, whatever the size of the benchmark
 
 
+def f1_percent(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
+    """F1 [%] from the numbers of true positives and of wrong answers, of both kinds together; 0 where there are neither."""
+    whole = 2 * hits + misses
+    return 100 * np.divide(2 * hits, whole, out=np.zeros_like(whole), where=whole > 0)
+
+
 def clustered_se(
     counts: np.ndarray,
     clusters: Sequence[str],

@@ -24,6 +24,11 @@ def test_a_small_study(tmp_path):
     uniform = result["methods"]["uniform"]["table"]["utility"]
     assert uniform["0.1"]["mean"] > uniform["0.5"]["mean"] + 10
     assert result["claims"]["hypervolume_gain_percent"]["over"] in METHODS
+    # Question by question, the same differences.
+    for name, estimate in result["paired"].items():
+        assert estimate["value"] == pytest.approx(result["claims"][f"{name}, points over"]["sensitivity+DP"]["mean"], abs=1e-4)
+        assert estimate["se"] >= 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert len(result["paired"]) == 10
     policy, archived = result["control"]["policy"], result["control"]["archived"]
     assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5"}
     assert 1 <= archived["lattice_distinct_plans"]["mean"] <= 12 < policy["lattice_distinct_plans"]["mean"] <= 66

@@ -214,14 +214,15 @@ class Bench:
         with plan_rewards(self.model, evaluator, self.signals, cost) as measure:
             return [measure(keeps) for keeps in plans]
 
-    def _row(self, keeps: Keeps) -> dict[str, float]:
-        """POPE F1 and ScienceQA accuracy [%] of a plan."""
+    def _row(self, keeps: Keeps) -> dict[str, Any]:
+        """POPE F1 and ScienceQA accuracy [%] of a plan, and its answers to either, a letter each."""
         with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
             shrink(keeps)
             scores = self.table_test.scores(self.model)
         truth, kinds = [q.answer for q in self.pope], [q.category for q in self.pope]
         pope = pope_scores(scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope])["vlmeval"]["overall"]
-        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": scores["choice"].accuracy}
+        answers = {task: "".join(a[0] for a in scores[s].answers) for task, s in (("POPE", "pope"), ("ScienceQA", "choice"))}
+        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": scores["choice"].accuracy, "answers": answers}
 
     def _control(self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]) -> dict[str, Any]:
         """How well the preference steers: objectives over the lattice and along edges, and the swing from corner to corner."""

@@ -12,7 +12,10 @@ from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, rank_correlatio
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
 from hipp_ext.evals.bench.search.study import HIPP, RATIOS, UNTRAINED, StudySize, run_study
+from hipp_ext.evals.metrics import f1_percent
+from hipp_ext.evals.statistics import bootstrap_estimate
 
+from hipp_ext import testbed
 from hipp_ext.files import write_atomic
 
 METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
@@ -28,7 +31,8 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
         jobs.setdefault(result["method"], []).append(result)
     methods = {name: _row(rows) for name, rows in jobs.items()}
     values = {
-        "size": dataclasses.asdict(size), "methods": methods, "claims": _claims(jobs), "control": _control(jobs[HIPP]),
+        "size": dataclasses.asdict(size), "methods": methods, "claims": _claims(jobs), "paired": _paired(jobs, size),
+        "control": _control(jobs[HIPP]),
     }  # fmt: skip
     print_table(methods)
     command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {size.questions}"
@@ -68,6 +72,41 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
                 cell[name] = mean_and_se([j["table"][corner][ratio][metric] - fixed for j in jobs[HIPP]])
             claims[f"{metric} at {ratio}, {corner} corner, points over"] = cell
     return claims
+
+
+def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
+    """hipp less sensitivity + DP on the same questions of the test split [points]: the mean over fits, as an `Estimate`.
+
+    The error bar is that of the questions, drawn picture by picture; the claims' is that of the fits.
+    """
+    found = {}
+    for (corner, metric), task, n in zip(METRIC.items(), ("POPE", "ScienceQA"), size.table_questions, strict=True):
+        questions = testbed.questions(task, "test", n)
+        truth, clusters = np.array([q.answer[0] for q in questions]), [q.picture or str(i) for i, q in enumerate(questions)]
+        # A question counts in every split of POPE that it belongs to, as in VLMEvalKit's overall F1.
+        splits = np.array([len(q.category.split(",")) for q in questions])
+        for ratio in map(str, RATIOS):
+            cells = [j["table"][corner][ratio] for j in (*jobs[HIPP], *jobs["sensitivity+DP"])]
+            said = np.array([list(cell["answers"][task]) for cell in cells])
+            if metric == "F1":
+                counts, statistic = splits * np.concatenate([(said == "Y") & (truth == "Y"), said != truth]), _f1
+            else:
+                counts, statistic = np.concatenate([said == truth, np.ones((1, n))]), _accuracy
+            estimate = bootstrap_estimate(counts.T, clusters, lambda s, f=statistic: _ours_less_last(f(s)))
+            found[f"{metric} at {ratio}, {corner} corner"] = dataclasses.asdict(estimate)
+    return found
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    return f1_percent(*np.split(sums, 2, axis=-1))
+
+
+def _accuracy(sums: np.ndarray) -> np.ndarray:
+    return 100 * sums[..., :-1] / sums[..., -1:]
+
+
+def _ours_less_last(values: np.ndarray) -> np.ndarray:
+    return values[..., :-1].mean(-1) - values[..., -1]
 
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
