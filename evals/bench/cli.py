@@ -294,7 +294,9 @@ def bench_search(
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
     save: Save = False,
 ) -> None:
-    """The planner against allocators and search methods at equal evaluations, on the testbed's test split. An hour.
+    """The planner against allocators and search methods at equal evaluations, on the testbed's test split.
+
+    Two hours on two cores; a study that was stopped goes on.
 
     Examples:
 

@@ -117,7 +117,7 @@ def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     along: dict[str, list[float]] = {}
     swings: dict[str, dict[str, list[float]]] = {}
-    nondominated, distinct = [], []
+    nondominated, distinct, distinct_nondominated, removed = [], [], [], []
     for control in controls:
         weights = np.array([w for w, _ in control["lattice"]])
         objectives = np.array([o for _, o in control["lattice"]])
@@ -133,13 +133,18 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 along.setdefault(name, []).append(rank_correlation(sign * lean, reached[:, axis]))
             for metric, swing in control["swings"][ratio].items():
                 swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
-        best = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
-        nondominated.append(100 * float(np.mean(best)))
-        distinct.append(len(np.unique(objectives, axis=0)))
+        each = np.unique(objectives, axis=0)
+        nondominated.append(100 * float(np.mean(moocore.is_nondominated(objectives, maximise=True, keep_weakly=True))))
+        distinct_nondominated.append(100 * float(np.mean(moocore.is_nondominated(each, maximise=True))))
+        distinct.append(len(each))
+        edge = np.flatnonzero(weights[:, 0] == 0)
+        removed.append(100 * objectives[edge[np.argsort(-weights[edge, 2])], 2])
     return {
         "spearman": {name: mean_and_se(values) for name, values in along.items()},
         "lattice_nondominated_percent": mean_and_se(nondominated),
         "lattice_distinct_plans": mean_and_se(distinct),
+        "lattice_distinct_nondominated_percent": mean_and_se(distinct_nondominated),
+        "removed_percent_from_compression_to_robustness": np.mean(removed, 0).round(1).tolist(),
         "swing_points_utility_minus_robustness_corner": {
             ratio: {metric: mean_and_se(values) for metric, values in swing.items()} for ratio, swing in swings.items()
         },
