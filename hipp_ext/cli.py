@@ -138,6 +138,12 @@ def fit(
         bool, typer.Option("--mrs", help="Also show the policy MRS: how sensitive every group is under attack.")
     ] = False,
     cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
+    scalarisation: Annotated[
+        str, typer.Option(help="How objectives become one number: tchebycheff reaches every part of the front; or linear.")
+    ] = "tchebycheff",
+    min_stability: Annotated[
+        float | None, typer.Option(help="Do not measure plans that keep less synaptic flow [log]; default: measure all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     cache: Cache = None,
     device: Device = None,
@@ -164,6 +170,8 @@ def fit(
     from hipp_ext.scorers import MRS
 
     check_cost(cost)
+    ways: Any = {"scalarisation": scalarisation, "min_stability": min_stability}
+    settings = FitSettings(steps=steps, seed=seed, **ways)
     workers = Workers.join()
     require_new(out, overwrite)
     if workers.count > 1 and device is None:
@@ -175,8 +183,7 @@ def fit(
     running = out.with_name(out.name + ".fit")
     tell = say if workers.leads else None
     chosen: Any = cost
-    result = maker.fit(loaded, evaluator, FitSettings(steps=steps, seed=seed), folder=running, cost=chosen,
-                       processor=processor, say=tell)  # fmt: skip
+    result = maker.fit(loaded, evaluator, settings, folder=running, cost=chosen, processor=processor, say=tell)
     if workers.leads:
         maker.save(out, overwrite=overwrite)
         say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")

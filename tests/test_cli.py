@@ -59,6 +59,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("report", "nowhere"), "nowhere is not a folder"),
         (("recover", "testbed", "-o", "y", "--optimizer", "sgd"), "optimizer='sgd', one of muon, adamw"),
         (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops, latency is needed"),
+        (("fit", "testbed", "-o", "y", "--scalarisation", "best"), "one of linear, tchebycheff is needed"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
     ],
 )

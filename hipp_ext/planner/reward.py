@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.errors import DataError
+from hipp_ext.errors import DataError, PreferenceError
 from hipp_ext.planner.policy import MAX_RATIO
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
@@ -80,7 +80,7 @@ def scalarise(
     not count is still not given away for nothing.
 
     Raises:
-        ValueError: an unknown kind.
+        PreferenceError: an unknown kind.
 
     Source: smooth Tchebycheff, arXiv 2402.19078; augmentation, Steuer and Choo, Mathematical Programming 26 (1983).
     """
@@ -93,9 +93,9 @@ def scalarise(
 
 
 def check_scalarisation(kind: str) -> None:
-    """Raise ValueError unless `kind` is one of Scalarisation."""
+    """Raise PreferenceError unless `kind` is one of Scalarisation."""
     if kind not in get_args(Scalarisation):
-        raise ValueError(f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed.")
+        raise PreferenceError(f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed.")
 
 
 def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.console import Device, Overwrite, write_json
-from hipp_ext.errors import AttackError
+from hipp_ext.errors import AttackError, BudgetError
 
 robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
 
@@ -100,7 +100,8 @@ def robust_score(
 @robust_app.command("prune")
 def robust_prune(
     model: ModelArgument, out: Out,
-    pruning_ratio: Annotated[float, typer.Option(help="Of channels; the budget is the uniform plan's.")],
+    pruning_ratio: Annotated[float | None, typer.Option(help="Of channels; the budget is the uniform plan's.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Instead: the share of the cost that may stay.")] = None,
     cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
     epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto", rows: Rows = 512,
     alpha: Annotated[float, typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform.")] = 0.25,
@@ -114,7 +115,11 @@ def robust_prune(
 ) -> None:  # fmt: skip
     """Score, allocate, prune, measure batch norms again; and with --epochs fine-tune. Interrupted, the same command goes on.
 
-    Example: `hipp robust prune dense --pruning-ratio 0.75 --epsilon 0.1 --epochs 15 --out pruned`
+    Examples:
+
+    `hipp robust prune dense --pruning-ratio 0.75 --epsilon 0.1 --epochs 15 --out pruned`
+
+    `hipp robust prune dense --budget 0.25 --cost parameters --epsilon 0.1 --out quarter`
     """
     from hipp_ext.files import require_new
     from hipp_ext.robust.allocation import Bounds
@@ -123,15 +128,15 @@ def robust_prune(
     from hipp_ext.robust.training import TrainSettings
 
     require_new(out, overwrite)
-    if cost not in ("macs", "parameters"):
-        raise AttackError(f"A budget counts macs or parameters, not {cost!r}.")
-    network, config, images = _load(model, root, device)
-    chosen: Any = cost
+    if (pruning_ratio is None) == (budget is None):
+        raise BudgetError("Give either --pruning-ratio or --budget.")
+    chosen: Any = {"cost": cost, "budget": budget} | ({} if pruning_ratio is None else {"pruning_ratio": pruning_ratio})
     settings = MRPFSettings(
-        pruning_ratio=pruning_ratio, cost=chosen, scores=_scores(form, ranking, epsilon, rows, seed, False), alpha=alpha,
+        **chosen, scores=_scores(form, ranking, epsilon, rows, seed, False), alpha=alpha,
         bounds=None if floor is None else Bounds(floor=floor), rounds=rounds,
         train=TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed),
     )  # fmt: skip
+    network, config, images = _load(model, root, device)
     with _progress(epochs * rounds) as report:
         result = mrpf(network, images, settings, loss=_loss(loss, awp, epsilon, steps), folder=_running(out), report=report)
     before = config.kept or {}

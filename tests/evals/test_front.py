@@ -10,7 +10,21 @@ from hipp_ext.cli import app
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.testbed import WEIGHTS
 
-FIT = ("fit", "testbed", "--steps", "1", "--questions", "12", "--robustness", "adversarial", "--cost", "flops", "-o")
+FIT = (
+    "fit",
+    "testbed",
+    "--steps",
+    "1",
+    "--questions",
+    "12",
+    "--robustness",
+    "adversarial",
+    "--cost",
+    "flops",
+    "--scalarisation",
+    "linear",
+    "-o",
+)
 WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
 
 

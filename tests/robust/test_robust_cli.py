@@ -10,7 +10,7 @@ from hipp_ext.integrations.torch_pruning import find_channel_groups
 from typer.testing import CliRunner
 
 from hipp_ext.cli import app
-from hipp_ext.errors import AttackError, CheckpointError, DataError, OutputExistsError
+from hipp_ext.errors import AttackError, BudgetError, CheckpointError, DataError, OutputExistsError
 from hipp_ext.robust.allocation import channel_costs, uniform_counts
 from hipp_ext.robust.checkpoint import load_classifier
 from hipp_ext.robust.data import load_data
@@ -52,7 +52,14 @@ def test_from_training_to_evaluation(tmp_path):
         hipp("evaluate", dense, "--epsilon", "0")
     with pytest.raises(AttackError, match="Known losses are pgd-at, trades, mart; got 'fgsm'"):
         hipp("finetune", dense, "--loss", "fgsm", "--out", str(tmp_path / "x"))
-    with pytest.raises(AttackError, match="A budget counts macs or parameters, not 'watts'"):
+    hipp("prune", dense, "--budget", "0.2", *common, "--out", str(tmp_path / "fifth"))
+    assert sum(p.numel() for p in load_classifier(tmp_path / "fifth")[0].parameters()) < sum(
+        p.numel() for p in load_classifier(pruned)[0].parameters()
+    )
+    for both in ((), ("--budget", "0.2", "--pruning-ratio", "0.5")):
+        with pytest.raises(BudgetError, match="Give either --pruning-ratio or --budget"):
+            hipp("prune", dense, *both, "--out", str(tmp_path / "x"))
+    with pytest.raises(BudgetError, match="A budget counts macs or parameters, not 'watts'"):
         hipp("prune", dense, "--pruning-ratio", "0.5", "--cost", "watts", "--out", str(tmp_path / "x"))
     with pytest.raises(CheckpointError, match="holds no classifier that `hipp robust` can read"):
         hipp("score", str(tmp_path))
