@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hipp_ext.evals.metrics import clustered_se
+from hipp_ext.evals.metrics import clustered_se, f1_percent
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
@@ -152,11 +152,10 @@ def _rates(sums: np.ndarray) -> np.ndarray:
     n, tp, fp, fn, right, yes, unknown = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
 
     def share(part, whole):
-        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+        return 100 * np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
     precision, recall = share(tp, tp + fp), share(tp, tp + fn)
-    f1 = share(2 * tp, 2 * tp + fp + fn)
-    return 100 * np.stack([share(right, n), precision, recall, f1, share(yes, n), share(unknown, n)], axis=-1)
+    return np.stack([share(right, n), precision, recall, f1_percent(tp, fp + fn), share(yes, n), share(unknown, n)], axis=-1)
 
 
 def _scores(counts: np.ndarray, images: list, seed: int, resamples: int) -> POPEScores:

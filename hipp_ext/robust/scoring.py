@@ -13,7 +13,7 @@ from hipp_ext.errors import AttackError, UnsupportedModelError
 from hipp_ext.robust.data import Images
 from hipp_ext.robust.losses import attacked
 from hipp_ext.robust.training import restored
-from hipp_ext.scorers.mrs import FORMS, Form, check_shares
+from hipp_ext.scorers.mrs import FORMS, Form, check_numbers
 from hipp_ext.scorers.sensitivity import ChannelGroup, first_order, removal, unit_norms, unit_taylor, worst_case
 
 Ranking = Literal["auto", "bn", "taylor", "l1"]
@@ -53,9 +53,9 @@ class ScoreSettings:
         if self.form not in FORMS or self.ranking not in RANKINGS:
             raise AttackError(f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}.")
         Ball(epsilon=self.epsilon)
-        if min(self.rows, self.steps, self.batch_size) < 1 or self.attack_steps < 0:
-            raise AttackError(f"Scoring needs rows, steps and batch_size >= 1 and attack_steps >= 0, got {self}.")
-        check_shares(self.rho, self.ratio)
+        check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
+        if min(self.rows, self.batch_size) < 1:
+            raise AttackError(f"Scoring needs rows and batch_size >= 1, got {self}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

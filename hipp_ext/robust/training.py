@@ -78,13 +78,9 @@ def train(
     if not parameters:
         raise UnsupportedModelError(f"No weight of this {type(model).__name__} requires gradients; there is nothing to train.")
     check_images(data.train, len(data.classes), f"{data.name} train")
-    run = _Run(model, parameters, settings, math.ceil(len(data.train) / settings.batch_size))
-    history: list[float] = []
-    if checkpoint is not None:
-        # Not the buffers: batch norms that were measured again under attack may differ in their last bits.
-        start = digest(dict(model.named_parameters()))
-        run.identity = {"settings": asdict(settings), "model": start, "data": data_identity(data), "loss": describe(loss)}
-        history = run.load(checkpoint) if checkpoint.exists() else []
+    identity = _identity(model, data, loss, settings) if checkpoint is not None else {}
+    run = _Run(model, parameters, settings, math.ceil(len(data.train) / settings.batch_size), identity)
+    history = run.load(checkpoint) if checkpoint is not None and checkpoint.exists() else []
     with restored(model):
         model.train()
         for epoch in range(len(history), settings.epochs):
@@ -94,6 +90,12 @@ def train(
             if report is not None:
                 report(len(history), history[-1])
     return history
+
+
+def _identity(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings) -> dict[str, Any]:
+    # Not the buffers: batch norms that were measured again under attack may differ in their last bits.
+    start = digest(dict(model.named_parameters()))
+    return {"settings": asdict(settings), "model": start, "data": data_identity(data), "loss": describe(loss)}
 
 
 def _epoch(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings, run: "_Run", epoch: int) -> float:
@@ -118,14 +120,17 @@ def _epoch(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: T
 class _Run:
     """SGD with its momentum and its place in the cycle, in a form that goes into a file."""
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], settings: TrainSettings, per_epoch: int):
+    def __init__(
+        self, model: nn.Module, parameters: list[nn.Parameter], settings: TrainSettings, per_epoch: int,
+        identity: dict[str, Any],
+    ):  # fmt: skip
+        self.identity = identity
         self.model, self.settings, self.per_epoch, self.done = model, settings, per_epoch, 0
         self.optimizer = torch.optim.SGD(
             parameters, lr=settings.rate, momentum=MOMENTUM, nesterov=True, weight_decay=settings.weight_decay
         )
         self.optimizer.zero_grad()
         self.parameters = parameters
-        self.identity: dict[str, Any] = {}
 
     def step(self) -> None:
         self.optimizer.param_groups[0]["lr"] = cycle(self.settings.rate, self.done, self.settings.epochs * self.per_epoch)
@@ -151,9 +156,9 @@ class _Run:
                 note, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is no checkpoint of a training run ({error}). Remove it to begin again.") from error
-        there, here = json.loads(note.get("identity", "{}")), json.loads(json.dumps(self.identity))
+        there = json.loads(note.get("identity", "{}"))
         for part, words in PARTS.items():
-            if there.get(part) != here[part]:
+            if there.get(part) != self.identity[part]:
                 raise DataError(f"{path} belongs to {words}. Remove it, or choose another folder.")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(state)

@@ -72,9 +72,7 @@ class MRS(Scorer):
         if form not in FORMS:
             raise CalibrationError(f"MRS has the forms {', '.join(FORMS)}; got {form!r}.")
         Ball(epsilon=epsilon)
-        if steps < 1 or attack_steps < 0:
-            raise AttackError(f"MRS needs steps >= 1 and attack_steps >= 0, got {steps} and {attack_steps}.")
-        check_shares(rho, ratio)
+        check_numbers(rho, ratio, steps, attack_steps)
         self.form: Any = form
         self.epsilon, self.attack_steps, self.attack = epsilon, attack_steps, attack
         self.rho, self.steps, self.ratio, self.seed = rho, steps, ratio, seed
@@ -156,10 +154,13 @@ def measure(
     return removal(model, modules, loss, batches, units, ratio=ratio), units
 
 
-def check_shares(rho: float, ratio: float) -> None:
-    """Raise AttackError unless `rho`, the share by which weights move, and `ratio`, of units removed, are possible."""
-    if not (0 < rho < float("inf") and 0 < ratio <= 1):
-        raise AttackError(f"MRS needs rho above zero and ratio above zero and at most one, got rho={rho} and ratio={ratio}.")
+def check_numbers(rho: float, ratio: float, steps: int, attack_steps: int) -> None:
+    """Raise AttackError unless MRS can be measured with these."""
+    if not (0 < rho < float("inf") and 0 < ratio <= 1 and steps >= 1 and attack_steps >= 0):
+        raise AttackError(
+            "MRS needs rho above zero, ratio above zero and at most one, steps >= 1 and attack_steps >= 0; "
+            f"got {rho=}, {ratio=}, {steps=} and {attack_steps=}."
+        )
 
 
 def share_out(sensitivity: float, units: Tensor) -> Tensor:

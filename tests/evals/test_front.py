@@ -3,37 +3,17 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from command import hipp
 
 from hipp_ext import HiPPPlanner, Preference, load_pruned
-from hipp_ext.cli import app
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.testbed import WEIGHTS
 
 FIT = (
-    "fit",
-    "testbed",
-    "--steps",
-    "1",
-    "--questions",
-    "12",
-    "--robustness",
-    "adversarial",
-    "--cost",
-    "flops",
-    "--scalarisation",
-    "linear",
-    "-o",
-)
+    "fit", "testbed", "--steps", "1", "--questions", "12", "--robustness", "adversarial", "--cost", "flops",
+    "--scalarisation", "linear", "-o",
+)  # fmt: skip
 WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
-
-
-def hipp(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,21 @@
 """`hipp robust` from training to evaluation, and the bench on a study too small to mean anything."""
 
+import functools
 import json
 import re
 
+import command
 import pytest
 import torch
 from hipp_ext.evals.bench.robust import Job, Setting, _plan, conclude, dense_network, jobs, power, results, run, table
 from hipp_ext.integrations.torch_pruning import find_channel_groups
-from typer.testing import CliRunner
 
-from hipp_ext.cli import app
 from hipp_ext.errors import AttackError, BudgetError, CheckpointError, DataError, OutputExistsError
 from hipp_ext.robust.allocation import channel_costs, uniform_counts
 from hipp_ext.robust.checkpoint import load_classifier
 from hipp_ext.robust.data import load_data
 
-RUNNER = CliRunner()
-
-
-def hipp(*arguments: str) -> str:
-    result = RUNNER.invoke(app, ["robust", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+hipp = functools.partial(command.hipp, "robust")
 
 
 def test_from_training_to_evaluation(tmp_path):
