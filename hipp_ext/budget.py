@@ -47,6 +47,12 @@ class Bounds:
         floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(np.int64)
         return np.minimum(-(-floor // step) * step, widths), step
 
+    def allow(self, groups: Sequence[Group], counts: np.ndarray) -> np.ndarray:
+        """Whether all keep counts of a plan are allowed; counts (plans, groups) -> (plans,) of bool."""
+        least, step = self.steps(groups)
+        whole = counts == np.array([g.width for g in groups])
+        return (whole | ((counts >= least) & ((counts - least) % step == 0))).all(1)
+
     def _share(self, group: Group) -> float:
         return self.min_keep.get(group.name, MIN_KEEP) if isinstance(self.min_keep, Mapping) else self.min_keep
 

@@ -17,12 +17,13 @@ from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
-from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost, CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
+from hipp_ext.planner.experience import UNFITTED, Experience
 from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
-from hipp_ext.planner.reward import Evaluator, Reward, best_for
+from hipp_ext.planner.reward import Evaluator, Reward
 from hipp_ext.planner.signal_cache import cached_signals
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import Header, SignalsHeader, scorer_called, signal_tensors
@@ -30,7 +31,6 @@ from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
-UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,25 @@ class FrontPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Two answers to one preference.
+    """Answers to one preference.
 
     Attributes:
         policy: the plan of one policy call; its reward is None where it was never evaluated (see `HiPPPlanner.rewards`).
         archived: the evaluated plan that serves the preference best.
+        answer: what `HiPPPlanner.plan` takes: the policy's, or an evaluated one that is as good as that is expected to be.
     """
 
     policy: FrontPlan
     archived: FrontPlan
+    answer: FrontPlan
+
+    @property
+    def takes_policy(self) -> bool:
+        """Whether the answer is the policy's plan."""
+        return self.answer.plan.keep_counts == self.policy.plan.keep_counts
 
     def verdict(self) -> str:
-        """Which of the two dominates, in a sentence."""
+        """Which of the policy's and the best archived plan dominates, in a sentence."""
         ours, theirs = self.policy.reward, self.archived.reward
         assert theirs is not None
         if self.policy.plan.keep_counts == self.archived.plan.keep_counts:
@@ -94,8 +101,7 @@ class HiPPPlanner:
 
     Attributes:
         signals: of the model last asked about.
-        archive: every plan that `fit` evaluated.
-        dense: what the fit's evaluator said of the dense model, "utility" and "robustness"; None without a fit.
+        experience: the plans that `fit` evaluated, and what they say of others.
 
     Source: HiPP-Prune (arXiv 2603.06270). What is its own and what ours: `Policy`, `grpo`, `VisualSensitivity`.
     """
@@ -128,10 +134,12 @@ class HiPPPlanner:
         self.scorer, self.bounds = scorer, bounds or Bounds()
         self.cache = None if cache is None else Path(cache)
         self.signals: Signals | None = None
-        self.archive = Archive()
-        self.dense: dict[str, float] | None = None
-        self._cost: Cost | None = None
-        self._fitted_on: str | None = None  # digest of the model that the archive's plans were evaluated on
+        self.experience = Experience()
+
+    @property
+    def archive(self) -> Archive:
+        """Every plan that `fit` evaluated."""
+        return self.experience.archive
 
     def plan(
         self,
@@ -145,6 +153,10 @@ class HiPPPlanner:
     ) -> PruningPlan:
         """The plan for `preference` (None: the planner's own). Never changes `model`.
 
+        The policy's, by one call of it. After a fit, where no pruning_ratio is given, a plan that the fit evaluated on this
+        model takes its place if it is as good as the policy's is expected to be, as far as that can be told (see
+        `Experience.as_good_as`): what it achieves is known. `choices` has both.
+
         Args:
             archived: of the plans that `fit` evaluated on this model the one that serves the preference best, instead of the
                 policy's: what it achieves is known (`choices` tells), but there are only so many. Where pruning_ratio is fixed,
@@ -152,24 +164,34 @@ class HiPPPlanner:
             processor: of a vision-language model; None: the one beside the model's weights.
             calibration: batches of the forward's tensors; None: the testbed's pictures and questions. Neither is read when
                 the model's signals were already measured.
-            say: called with a line before every measurement.
+            say: called with a line before every measurement, and where an evaluated plan takes the place of the policy's.
 
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
             CalibrationError: there is nothing to calibrate on, or it does not fit the model.
-            PlanError: `archived`, and the planner was not fitted, not on this model, or no evaluated plan removes enough.
+            PlanError: `archived`, and the planner was not fitted, not on this model, or no evaluated plan removes enough within
+                the bounds.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         if archived and not len(self.archive):
             raise PlanError(UNFITTED)
-        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
-        return self.choices(preference).archived.plan if archived else self._decide(signals, preference)
-
-    def _decide(self, signals: Signals, preference: Preference | None) -> PruningPlan:
         wanted = preference or self.preference
+        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
+        if archived:
+            self._check_experience()
+            return self._plan(signals, self._best(signals, wanted).keeps, wanted)
+        policy, answer = self._answer(signals, wanted)
+        if say and answer != policy:
+            say("An evaluated plan is as good as the policy's is expected to be; it is taken.")
+        return self._plan(signals, answer, wanted)
+
+    def _answer(self, signals: Signals, wanted: Preference) -> tuple[Keeps, Keeps]:
+        """What the policy would do, and what to do."""
         limit = largest_ratio(signals.groups, self.bounds)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
-        return self._plan(signals, keep_counts(signals.groups, allocation, ratio, self.bounds), wanted)
+        keeps = keep_counts(signals.groups, allocation, ratio, self.bounds)
+        known = self.experience.as_good_as(keeps, wanted, signals, self.bounds) if self.pruning_ratio is None else None
+        return keeps, known.keeps if known else keeps
 
     def measure(
         self,
@@ -230,7 +252,7 @@ class HiPPPlanner:
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
-        dense, result = {}, None
+        dense, hyper, result = {}, None, None
         with plan_rewards(model, evaluator, signals, price) as measure_one:
             if workers.leads:
                 with workers.leading(measure_one) as measure_many:
@@ -239,17 +261,17 @@ class HiPPPlanner:
                     trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
                                       bounds=self.bounds, folder=path, dense=dense, at_once=workers.count)  # fmt: skip
                     history = _run(trainer, settings, progress)
-                    archive = trainer.archive
+                    archive, hyper = trainer.archive, trainer.model.hyper if trainer.model.fitted else None
                     result = FitResult(steps=trainer.step, evaluations=len(archive), hypervolume=archive.hypervolume(),
                                        history=tuple(history), folder=path)  # fmt: skip
             else:
                 workers.serve(measure_one)
-        learned: Any = workers.share((policy.state_dict(), archive.records, dense, result) if workers.leads else None)
-        policy.load_state_dict(learned[0])
-        self.policy, self.archive, self.signals, self._fitted_on = policy, Archive(), signals, signals.digest
-        self._cost, self.dense = price, learned[2]
-        self.archive.append(learned[1])
-        return learned[3]
+        learned: Any = workers.share((policy.state_dict(), archive.records, dense, hyper, result) if workers.leads else None)
+        state, records, dense, hyper, result = learned
+        policy.load_state_dict(state)
+        self.policy, self.signals = policy, signals
+        self.experience = Experience(records=records, digest=signals.digest, cost=price, dense=dense, hyper=hyper)
+        return result
 
     def front(self) -> list[FrontPlan]:
         """The non-dominated plans among all that `fit` evaluated, by pruning_ratio, each with its measured reward.
@@ -257,32 +279,33 @@ class HiPPPlanner:
         Raises:
             PlanError: the planner was not fitted, or its signals are another model's by now.
         """
-        signals = self._signals_of_the_archive()
+        signals = self._check_experience()
         return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
 
     def choices(self, preference: Preference | None = None) -> "Choices":
-        """For a preference, what the policy would do and the best plan that `fit` evaluated, without the model.
+        """For a preference, what the policy would do, the best plan that `fit` evaluated and the one of these, or another
+        evaluated one, that `plan` takes; without the model.
 
         Raises:
             PlanError: the planner was not fitted, its signals are another model's by now, or no evaluated plan removes enough.
         """
-        wanted, signals = preference or self.preference, self._signals_of_the_archive()
-        plan = self._decide(signals, wanted)
-        known = [r for r in self.archive.records if r.measured]
-        enough = [r for r in known if self.pruning_ratio is None or r.pruning_ratio >= self.pruning_ratio]
-        if not known:
-            raise PlanError(f"The gate (min_stability) kept all {len(self.archive)} plans from being measured.")
-        if not enough:
-            raise PlanError(f"None of {len(known)} evaluated plans removes {self.pruning_ratio:g} or more.")
-        best = enough[best_for([r.reward for r in enough], wanted.as_tuple(), self.archive.nadir_and_ideal())]
-        policy = FrontPlan(plan=plan, reward={r.keeps: r.reward for r in known}.get(tuple(g.keep for g in plan.groups)))
-        return Choices(policy=policy, archived=FrontPlan(plan=self._plan(signals, best.keeps, wanted), reward=best.reward))
+        wanted, signals = preference or self.preference, self._check_experience()
+        best = self._best(signals, wanted)
+        policy, archived, answer = (
+            FrontPlan(plan=self._plan(signals, keeps, wanted), reward=self.experience.reward(keeps))
+            for policy, answer in [self._answer(signals, wanted)]
+            for keeps in (policy, best.keeps, answer)
+        )
+        return Choices(policy=policy, archived=archived, answer=answer)
 
-    def _signals_of_the_archive(self) -> Signals:
-        """The signals at hand, if they are of the model that the archive's plans were evaluated on."""
+    def _best(self, signals: Signals, wanted: Preference) -> Record:
+        return self.experience.best(wanted, signals.groups, self.bounds, self.pruning_ratio)
+
+    def _check_experience(self) -> Signals:
+        """The signals at hand, if they are of the model that the plans were evaluated on."""
         if self.signals is None or not len(self.archive):
             raise PlanError(UNFITTED)
-        if self.signals.digest != self._fitted_on:
+        if self.signals.digest != self.experience.digest:
             raise PlanError("The archive's plans were evaluated on another model. Fit on this one, or take the policy's plan.")
         return self.signals
 
@@ -300,7 +323,7 @@ class HiPPPlanner:
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
                 raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
-        fitted = self._cost if signals.digest == self._fitted_on else None
+        fitted = self.experience.cost if signals.digest == self.experience.digest else None
         cost = fitted or measure_cost(model, signals.groups, "parameters")
         with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(keeps) for keeps in counts]
@@ -311,20 +334,21 @@ class HiPPPlanner:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
+        experience = self.experience
         with new_folder(path, overwrite) as folder:
             header = Header(
                 preference=self.preference.as_tuple(), pruning_ratio=self.pruning_ratio, round_to=self.bounds.round_to,
                 min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
                 policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
                 mrs=self.mrs.name if self.mrs else None,
-                signals=SignalsHeader.of(self.signals) if self.signals else None, fitted_on=self._fitted_on,
-                plans=len(self.archive), cost=self._cost.kind if self._cost else None, dense=self.dense,
+                signals=SignalsHeader.of(self.signals) if self.signals else None, fitted_on=experience.digest,
+                plans=len(self.archive), cost=experience.cost.kind if experience.cost else None, dense=experience.dense,
             )  # fmt: skip
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
             if self.signals:
-                table = {"cost": self._cost.table.contiguous()} if self._cost else {}
-                safetensors.torch.save_file(signal_tensors(self.signals) | table, folder / "signals.safetensors")
+                tensors = signal_tensors(self.signals) | experience.tensors()
+                safetensors.torch.save_file(tensors, folder / "signals.safetensors")
             archive = Archive(folder / ARCHIVE)
             archive.append(self.archive.records)
 
@@ -351,12 +375,12 @@ class HiPPPlanner:
                           scorer=scorer_called(header.scorer, scorer, "scorer"), mrs=mrs,
                           bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
             planner.signals = header.signals.build(tensors) if header.signals else None
-            planner.dense, planner._cost = header.dense, header.cost and Cost(kind=header.cost, table=tensors["cost"])
+            cost = header.cost and Cost(kind=header.cost, table=tensors["cost"])
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
-        if (folder / ARCHIVE).exists():
-            planner.archive.append(Archive(folder / ARCHIVE).records)
-            planner._fitted_on = header.fitted_on or (planner.signals.digest if planner.signals else None)
+        digest = header.fitted_on or (planner.signals.digest if planner.signals else None)
+        planner.experience = Experience(records=Archive(folder / ARCHIVE).records, digest=digest, cost=cost, dense=header.dense,
+                                        hyper=tensors.get("reward_model"))  # fmt: skip
         if header.plans not in (None, len(planner.archive)):
             raise CheckpointError(
                 f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(planner.archive)} of {header.plans} plans."

@@ -9,7 +9,7 @@ SCRIPT = """
     import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/planner"]
     import torch; torch.set_num_threads(1)
     from models import build
-    from test_planner import BATCHES, EVEN, SETTINGS, Closeness
+    from fitting import BATCHES, EVEN, SETTINGS, Closeness
     from hipp_ext import HiPPPlanner
     from hipp_ext.planner.evaluation import Workers
 

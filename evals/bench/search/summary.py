@@ -1,6 +1,7 @@
 """All jobs of a study -> one table, the claims that rest on it, and a picture."""
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,13 +36,27 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
         "control": _control(jobs[HIPP]),
     }  # fmt: skip
     print_table(methods)
-    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {size.questions}"
-    result = report("search", command, values, save)
+    result = report("search", _command("search", size), values, save)
     picture = _picture(methods)
     write_atomic(folder / "search.png", picture)
     if save:
         write_atomic(RESULTS / "search.png", picture)
     return result
+
+
+def run_steering(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
+    """The study's fits alone, by how well the preference steers them."""
+    fits = run_study(size, folder, processes=processes, method=HIPP)
+    values = {
+        "size": dataclasses.asdict(size), "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in fits]),
+        "control": _control(fits),
+    }  # fmt: skip
+    return report("steering", _command("steering", size), values, save)
+
+
+def _command(name: str, size: StudySize) -> str:
+    pope, choice = size.questions
+    return f"hipp bench {name} --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
 
 
 def _row(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -110,7 +125,7 @@ def _ours_less_last(values: np.ndarray) -> np.ndarray:
 
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the preference steers, over seeds: the policy's answers, and the best of the evaluated plans."""
+    """How well the preference steers, over seeds: what `plan` answers, the policy alone, the best evaluated plans."""
     return {who: _steering([j["control"][who] for j in jobs]) for who in jobs[0]["control"]}
 
 
@@ -121,10 +136,10 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for control in controls:
         weights = np.array([w for w, _ in control["lattice"]])
         objectives = np.array([o for _, o in control["lattice"]])
-        for task, other in ((0, 1), (1, 0)):
-            on = weights[:, other] == 0
-            for axis in (task, 2):
-                name = f"{OBJECTIVES[task]}-compression edge: {OBJECTIVES[axis]}"
+        for one, other in itertools.combinations(range(3), 2):
+            on = weights[:, one] + weights[:, other] > 1 - 1e-9
+            for axis in (one, other):
+                name = f"{OBJECTIVES[one]}-{OBJECTIVES[other]} edge: {OBJECTIVES[axis]}"
                 along.setdefault(name, []).append(rank_correlation(weights[on, axis], objectives[on, axis]))
         for ratio, edge in control["edges"].items():
             lean, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])

@@ -1,0 +1,31 @@
+"""A tiny model, an evaluator of it, and settings of a fit of seconds."""
+
+from models import batch
+
+from hipp_ext import HiPPPlanner, Preference
+from hipp_ext.answers import AnswerLogits
+from hipp_ext.planner.fit import FitSettings
+
+BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
+EVEN = Preference(1, 1, 1)
+SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, imagined=5, answers=0.34, seed=3)
+
+
+class Closeness:
+    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves of the batches."""
+
+    def __init__(self, model):
+        self.answers = AnswerLogits(model, BATCHES)
+        self.dense = self.answers(model).log_softmax(-1)
+        self.calls = 0
+
+    def __call__(self, model):
+        self.calls += 1
+        kl = (self.dense.exp() * (self.dense - self.answers(model).log_softmax(-1))).sum(-1)
+        return {"utility": 1 - float(kl[:2].mean()), "robustness": 1 - float(kl[2:].mean())}
+
+
+def planner_with(signals, preference=EVEN, **options) -> HiPPPlanner:
+    planner = HiPPPlanner(preference, **options)
+    planner.signals = signals
+    return planner

@@ -1,0 +1,54 @@
+"""Archive, front, hypervolume, and what a preference is worth there."""
+
+import pytest
+import torch
+
+from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.grpo import Learner
+from hipp_ext.planner.policy import new_policy
+from hipp_ext.planner.reward import WHOLE, Reward, scalarise
+
+
+def archive_of(objectives) -> Archive:
+    archive = Archive()
+    archive.append([
+        Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=0.1, allocation=(0.0,), keeps=(i,),
+               reward=Reward(utility=u, robustness=r, compression=c, stability=0.0))
+        for i, (u, r, c) in enumerate(objectives)
+    ])  # fmt: skip
+    return archive
+
+
+def test_tchebycheff_reaches_what_linear_cannot():
+    """A point of a concave front that no linear weighting prefers to both ends."""
+    front = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.4, 0.0], [0.0, 1.0, 0.0]])
+    even = torch.tensor([0.5, 0.5, 0.0]).expand(3, 3)
+    assert int(scalarise(front, even, "linear").argmax()) != 1
+    assert int(scalarise(front, even, "tchebycheff").argmax()) == 1
+
+
+def test_weights_count_in_units_of_what_is_at_stake(signals):
+    """Half of the weight on robustness brings it half way, though it falls by 0.06 in all and compression rises by 0.6."""
+    learner, even = Learner(new_policy(), signals, 1e-3, "tchebycheff"), torch.tensor([0.0, 0.5, 0.5]).expand(7, 3)
+    ratios = torch.linspace(0, 0.6, 7)
+    objectives = torch.stack([1 - ratios, 0.9 - 0.1 * ratios, ratios], 1)
+    assert int(learner.value(objectives, even).argmax()) >= 5
+    learner.ends = archive_of(objectives.tolist()).nadir_and_ideal()
+    assert learner.ends.tolist() == [pytest.approx(row) for row in ([0.4, 0.84, 0.0], [1.0, 0.9, 0.6])]
+    assert int(learner.value(objectives, even).argmax()) == 3
+
+
+def test_what_hardly_varies_is_left_on_its_whole_scale():
+    assert torch.equal(Archive().nadir_and_ideal(), WHOLE)
+    one_budget = archive_of([[0.9, 0.8, 0.3], [0.5, 0.7, 0.301], [0.6, 0.6, 0.302]])
+    assert torch.equal(one_budget.nadir_and_ideal(), WHOLE)
+    nadir, ideal = archive_of([[0.9, 0.80, 0.1], [0.5, 0.84, 0.3], [0.7, 0.79, 0.5]]).nadir_and_ideal()
+    assert nadir.tolist() == pytest.approx([0.7, 0.79, 0]) and ideal.tolist() == pytest.approx([0.9, 0.84, 0.5])
+    nadir, ideal = archive_of([[0.9, 0.80, 0.1], [0.7, 0.795, 0.5]]).nadir_and_ideal()
+    assert nadir.tolist() == pytest.approx([0.7, 0, 0]) and ideal.tolist() == pytest.approx([0.9, 1, 0.5])
+
+
+def test_hypervolume_and_front_of_a_small_archive():
+    archive = archive_of([(1.0, 0.5, 0.1), (0.5, 1.0, 0.1), (0.4, 0.4, 0.05), (0.5, 0.5, 0.5)])
+    assert {r.index for r in archive.front()} == {0, 1, 3}
+    assert archive.hypervolume() == pytest.approx(0.5 * 0.5 * 0.5 + 2 * 0.5 * 0.5 * 0.1)

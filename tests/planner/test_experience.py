@@ -1,0 +1,166 @@
+"""What a fitted planner answers: the front, the best evaluated plan, and when it takes the place of the policy's."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
+from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+from test_surgery import random_plan
+
+from hipp_ext import HiPPPlanner, Preference, masked
+from hipp_ext.budget import Bounds
+from hipp_ext.errors import PlanError
+from hipp_ext.planner.experience import DOUBT, NEAR
+from hipp_ext.planner.planner import Choices, FrontPlan
+from hipp_ext.planner.reward import Reward, scalarise
+from hipp_ext.planner.reward_model import RewardModel
+from hipp_ext.planner.state import keep_shares
+from hipp_ext.preference import simplex_lattice
+
+
+def test_front_holds_no_dominated_plan(model, signals):
+    planner = planner_with(signals)
+    with pytest.raises(PlanError, match="call fit"):
+        planner.front()
+    result = planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    assert result.evaluations == SETTINGS.evaluations == len(planner.archive) and result.hypervolume > 0
+    front = [f.reward.objectives() for f in planner.front()]
+    everything = [r.reward.objectives() for r in planner.archive.records]
+    for point in front:
+        assert not any(all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in everything)
+    for other in everything:
+        assert any(all(a >= b for a, b in zip(point, other, strict=True)) for point in front)
+    ratios = [f.plan.pruning_ratio for f in planner.front()]
+    assert [f.reward.compression for f in planner.front()] == pytest.approx(ratios)
+
+
+def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
+    planner, evaluator = planner_with(signals, Preference(0.2, 0.6, 0.2)), Closeness(model)
+    for ask in (planner.choices, lambda: planner.plan(model, archived=True)):
+        with pytest.raises(PlanError, match="no evaluated plan"):
+            ask()
+    with pytest.raises(PlanError, match="no signals of this model"):
+        HiPPPlanner(EVEN).rewards(model, [], evaluator)
+    planner.fit(model, evaluator, SETTINGS, progress=False)
+    wish = Preference(0.3, 0.3, 0.4)
+    choices = answer(planner, wish, model, evaluator)
+    assert choices.answer.plan == planner.plan(model, preference=wish)
+    with masked(model, choices.policy.plan):
+        expected = evaluator(model)
+    assert choices.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
+    best = choices.archived.reward
+    ends = planner.archive.nadir_and_ideal()
+    values = [scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends)
+              for reward in (best, *(r.reward for r in planner.archive.records))]  # fmt: skip
+    assert values[0] == max(values)
+    assert planner.plan(model, preference=wish, archived=True) == choices.archived.plan
+    assert choices.archived.plan.preference == wish.as_tuple()
+    planner.pruning_ratio = 0.5
+    at_half = planner.choices(wish)
+    assert at_half.takes_policy  # a budget is met exactly, so the policy's plan is the only one
+    assert at_half.policy.plan.pruning_ratio >= 0.5 - 1e-6 <= at_half.archived.plan.pruning_ratio
+    planner.pruning_ratio = 0.8
+    with pytest.raises(PlanError, match="removes 0.8 or more"):
+        planner.choices(wish)
+    print_front(planner, choices)
+    write_picture(planner, choices, tmp_path / "front.png")
+    out = capsys.readouterr().out
+    assert choices.verdict().split()[0] in out and "best archived" in out
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads(json.dumps(front_rows(planner)))
+    assert [r["reward"]["compression"] for r in rows] == [f.reward.compression for f in planner.front()]
+    assert [r["keeps"] for r in rows] == [f.plan.keep_counts for f in planner.front()]
+
+
+def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp_path):
+    planner, other = planner_with(signals), copy.deepcopy(model)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    known = planner.choices().archived.plan
+    with torch.no_grad():
+        next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
+    for round_trip in range(2):  # as it was fitted, then as it was when last asked about the other model
+        planner.save(tmp_path / str(round_trip))
+        planner = HiPPPlanner.load(tmp_path / str(round_trip))
+        for ask in (lambda p=planner: p.plan(other, calibration=BATCHES, archived=True), planner.choices, planner.front):
+            with pytest.raises(PlanError, match="evaluated on another model"):
+                ask()
+    # Asked about another model in between, it still knows its own.
+    assert planner.plan(model, calibration=BATCHES, archived=True) == known
+
+
+def test_rewards_are_for_plans_of_the_planner(model, signals):
+    planner = planner_with(signals)
+    with pytest.raises(PlanError, match="keeps other units"):
+        planner.rewards(model, [random_plan(model)], Closeness(model))
+
+
+def test_verdicts(model, signals):
+    plans = [planner_with(signals, pruning_ratio=r).plan(model) for r in (0.2, 0.4)]
+    rewards = [Reward(utility=u, robustness=0.5, compression=0.3, stability=0.0) for u in (0.6, 0.5)]
+    tied = Reward(utility=0.4, robustness=0.9, compression=0.3, stability=0.0)
+
+    def verdict(mine, theirs, same=False):
+        return Choices(policy=FrontPlan(plan=plans[0], reward=mine),
+                       archived=FrontPlan(plan=plans[0 if same else 1], reward=theirs),
+                       answer=FrontPlan(plan=plans[0], reward=mine)).verdict()  # fmt: skip
+
+    assert verdict(rewards[0], rewards[1]) == "The policy's plan dominates the archived one."
+    assert verdict(rewards[1], rewards[0]).startswith("The archived plan dominates")
+    assert verdict(rewards[0], tied) == "Neither dominates the other."
+    assert verdict(rewards[0], rewards[0], same=True) == "They are the same plan."
+    assert "was not evaluated" in verdict(None, tied)
+
+
+def test_an_evaluated_plan_that_is_as_good_takes_the_place_of_the_policys(model, signals):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    reward_model = RewardModel(signals.curvature)
+    reward_model.learn(planner.archive, signals.groups)
+    cost, measured = planner.experience.cost, {r.keeps: r.reward for r in planner.archive.records}
+    taken = 0
+    for preference in simplex_lattice(6):
+        choices, lines = planner.choices(Preference(*preference)), []
+        answer, policy = counts(choices.answer), counts(choices.policy)
+        assert choices.answer.plan == planner.plan(model, preference=Preference(*preference), say=lines.append)
+        shares = keep_shares(signals.groups, [policy])
+        mean, deviation = reward_model.predict(shares)
+        least = torch.cat([mean - DOUBT * deviation, cost.removed(shares)[:, None] - NEAR], 1)[0]
+        as_good = {k for k, r in measured.items() if (torch.tensor(r.objectives()) >= least).all()}
+        assert (answer in as_good) if as_good else (answer == policy)
+        assert (len(lines) == 1) == (answer != policy) == (not choices.takes_policy)
+        assert choices.answer.reward == measured.get(answer)
+        taken += answer != policy
+    assert taken > 0
+
+
+def test_what_answers_is_within_the_bounds(model, signals):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner.bounds = Bounds(min_keep=0.4)
+    allowed = [r for r in planner.archive.records if planner.bounds.allow(signals.groups, np.array([r.keeps]))[0]]
+    assert 0 < len(allowed) < len(planner.archive)
+    for preference in simplex_lattice(3):
+        choices = planner.choices(Preference(*preference))
+        for found in (choices.policy, choices.archived, choices.answer):
+            assert planner.bounds.allow(signals.groups, np.array([counts(found)]))[0]
+    planner.bounds = Bounds(min_keep=1.0)
+    with pytest.raises(PlanError, match=r"allows none of \d+ evaluated plans"):
+        planner.choices()
+    assert planner.plan(model).pruning_ratio == 0
+
+
+def test_the_reward_model_is_saved_and_not_fitted_again(model, signals, tmp_path, monkeypatch):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner.save(tmp_path / "p")
+    wishes = [Preference(*preference) for preference in simplex_lattice(4)]
+    expected = [planner.choices(wish) for wish in wishes]
+    monkeypatch.setattr(RewardModel, "_maximise", None)
+    assert [HiPPPlanner.load(tmp_path / "p").choices(wish) for wish in wishes] == expected
+
+
+def counts(found: FrontPlan) -> tuple[int, ...]:
+    return tuple(g.keep for g in found.plan.groups)

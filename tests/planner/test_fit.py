@@ -1,0 +1,271 @@
+"""A fit learns what pays, survives interruption, and leaves no trace."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from fitting import BATCHES, SETTINGS, Closeness, planner_with
+from models import build
+
+from hipp_ext import HiPPPlanner, Preference
+from hipp_ext.budget import keep_counts, largest_ratio
+from hipp_ext.errors import CheckpointError, DataError, PlanError
+from hipp_ext.planner.archive import Archive
+from hipp_ext.planner.cost import fit_cost, measure_cost
+from hipp_ext.planner.evaluation import plan_rewards
+from hipp_ext.planner.fit import FitSettings, Trainer
+from hipp_ext.planner.grpo import spread_preferences
+from hipp_ext.planner.policy import new_policy
+from hipp_ext.planner.state import keep_shares, measure_signals
+from hipp_ext.preference import simplex_lattice
+
+
+@pytest.mark.parametrize("imagined", [0, 10])
+def test_fit_learns_what_pays(imagined):
+    """With a reward model and without: the one group that matters to this evaluator must be kept more than before."""
+    model = build("llava")
+    signals = measure_signals(model, BATCHES)
+    planner = planner_with(signals, Preference(1, 1, 0), pruning_ratio=0.4)
+    before = planner.plan(model).keep_counts["language.1.ffn"]
+    x = torch.randn(2, 5, 40)
+    mlp = model.model.language_model.layers[1].mlp
+    dense = mlp(x)
+
+    def evaluator(m):
+        closeness = float(1 - (mlp(x) - dense).norm() / dense.norm())
+        return {"utility": closeness, "robustness": closeness}
+
+    with torch.no_grad():
+        planner.fit(model, evaluator, FitSettings(steps=15, preferences=3, rollouts=4, imagined=imagined), progress=False)
+    after = planner.plan(model).keep_counts["language.1.ffn"]
+    assert after > before + 4
+
+
+def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals, tmp_path):
+    settings = FitSettings(steps=2, rollouts=2, imagined=3, min_stability=-3.0)
+    planner, evaluator = planner_with(signals), Closeness(model)
+    planner.fit(model, evaluator, settings, progress=False)
+    closed = [r for r in planner.archive.records if r.reward.stability < -3]
+    assert 0 < len(closed) < len(planner.archive) and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
+    measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -3}
+    assert evaluator.calls == 1 + len(measured)  # and the dense model once
+    # They save most of all, and are no answer: nobody knows what they achieve.
+    assert max(r.reward.compression for r in planner.archive.records) == max(r.reward.compression for r in closed)
+    planner.save(tmp_path / "p")
+    for known in (planner, HiPPPlanner.load(tmp_path / "p")):
+        assert [r.measured for r in known.archive.records] == [r.keeps in measured for r in planner.archive.records]
+        assert all(f.reward.utility > 0 for f in known.front())
+        assert known.choices(Preference(0, 0, 1)).archived.reward.utility > 0
+    nothing = planner_with(signals)
+    nothing.fit(model, evaluator, FitSettings(steps=1, rollouts=2, imagined=3, min_stability=0.1), progress=False)
+    assert nothing.front() == []
+    with pytest.raises(PlanError, match=r"The gate \(min_stability\) kept all 12 plans from being measured"):
+        nothing.choices()
+
+
+@pytest.mark.parametrize("cost", ["flops", "latency"])
+def test_compression_counts_what_was_asked(model, signals, tmp_path, cost):
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, cost=cost, folder=tmp_path, progress=False)
+    table = fit_cost(model, signals.groups, cost, tmp_path)
+    for record in planner.archive.records:
+        expected = float(table.removed(keep_shares(signals.groups, [record.keeps]))[0])
+        assert record.reward.compression == pytest.approx(expected)
+
+
+def test_the_same_seed_gives_the_same_archive(model, signals):
+    archives = []
+    for seed in (3, 3, 4):
+        planner = planner_with(signals)
+        planner.fit(model, Closeness(model), FitSettings(steps=2, rollouts=2, imagined=5, seed=seed), progress=False)
+        archives.append([r.model_dump() for r in planner.archive.records])
+    assert archives[0] == archives[1] != archives[2]
+
+
+def test_a_fit_leaves_no_trace_in_the_model_or_the_random_state(model, signals):
+    state = torch.get_rng_state()
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Interrupting(Closeness):
+    """Stops like ctrl-C at the given call."""
+
+    def __init__(self, model, at):
+        super().__init__(model)
+        self.at = at
+
+    def __call__(self, model):
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return super().__call__(model)
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 13, 19])
+def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path, at):
+    whole = planner_with(signals)
+    whole.fit(model, Closeness(model), SETTINGS, folder=tmp_path / "whole", progress=False)
+    planner = planner_with(signals)
+    with pytest.raises(KeyboardInterrupt):
+        planner.fit(model, Interrupting(model, at), SETTINGS, folder=tmp_path / "cut", progress=False)
+    evaluator = Closeness(model)
+    planner.fit(model, evaluator, SETTINGS, folder=tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(planner.policy.parameters(), whole.policy.parameters(), strict=True))
+    # One call measures the dense model; what the interrupted run had evaluated is not evaluated again.
+    assert evaluator.calls <= 1 + SETTINGS.evaluations - max(0, at - 1)
+
+
+def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    evaluator, again = Closeness(model), planner_with(signals)
+    again.fit(model, evaluator, SETTINGS, folder=tmp_path, progress=False)
+    # One call measures the dense model, to see that the evaluator is the same.
+    assert evaluator.calls == 1 and len(again.archive) == SETTINGS.evaluations
+    longer = FitSettings(**{**SETTINGS.__dict__, "steps": 4})
+    shutil.copytree(tmp_path, copied := tmp_path.with_name(tmp_path.name + "-copy"))
+    assert again.fit(model, evaluator, longer, folder=tmp_path, progress=False).steps == 4
+    # By a planner that has learned already, or by a new one with another seed: what the fit began with lies in its folder.
+    new = planner_with(signals, seed=1)
+    new.fit(model, evaluator, longer, folder=copied, progress=False)
+    assert [r.keeps for r in new.archive.records] == [r.keeps for r in again.archive.records]
+    assert all(torch.equal(a, b) for a, b in zip(new.policy.parameters(), again.policy.parameters(), strict=True))
+
+
+KILLED = """
+    import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/planner"]
+    import torch; torch.set_num_threads(1)
+    from models import build
+    from fitting import BATCHES, EVEN, Closeness, planner_with
+    from hipp_ext.planner.fit import FitSettings
+    from hipp_ext.planner.state import measure_signals
+    model = build("llava")
+    planner = planner_with(measure_signals(model, BATCHES))
+    print("ready", flush=True)
+    planner.fit(model, Closeness(model), FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, imagined=3, seed=3),
+                folder={folder!r}, progress=False)
+    print("done", flush=True)
+"""
+
+
+def test_kill_9_during_a_fit_and_resume(tmp_path):
+    def start(folder):
+        script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), folder=str(folder))
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        return process
+
+    assert start(tmp_path / "whole").wait() == 0
+    for delay in (0.15, 0.4):
+        process = start(tmp_path / "cut")
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "cut").wait() == 0
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
+
+
+def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    path = tmp_path / "archive.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    assert len(Archive(path)) == SETTINGS.evaluations
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    assert path.read_text() == whole
+    path.write_text(whole[:40] + "\n" + whole)
+    with pytest.raises(CheckpointError, match="line 1, is not a record"):
+        Archive(path)
+
+
+def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="fit with other settings"):
+        planner_with(signals).fit(model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False)
+
+    class Other(Closeness):
+        def __call__(self, model):
+            return {name: value / 2 for name, value in super().__call__(model).items()}
+
+    with pytest.raises(CheckpointError, match="with another evaluator"):
+        planner_with(signals).fit(model, Other(model), SETTINGS, folder=tmp_path, progress=False)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("answer", [{}, {"utility": 1.0}, {"utility": float("nan"), "robustness": 0.0}, 3.0, None])
+def test_an_evaluator_that_returns_something_else_is_refused(model, signals, answer):
+    with pytest.raises(DataError, match="must return finite numbers"):
+        planner_with(signals).fit(model, lambda m: answer, SETTINGS, progress=False)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
+     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}],
+)  # fmt: skip
+def test_settings_are_checked(bad):
+    with pytest.raises(ValueError, match=r"(are|is) needed"):
+        FitSettings(**bad)
+
+
+def test_a_policy_that_went_astray_is_brought_back(model, signals):
+    planner = planner_with(signals)
+    evaluator = Closeness(model)
+    with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure:
+        settings = FitSettings(steps=1, preferences=2, budgets=2, rollouts=2, imagined=5, final=2.0, seed=3)
+        trainer = Trainer(planner.policy, signals, lambda plans: [measure(k) for k in plans], settings,
+                          cost=measure_cost(model, signals.groups, "parameters"))  # fmt: skip
+        with torch.no_grad():
+            planner.policy.allocation_head.weight.normal_(std=1e3)
+            planner.policy.budget_head.bias.fill_(-50)
+        trainer.run_step()
+    ratio, allocation = planner.policy.decide(signals, Preference(1, 1, 8))
+    assert ratio > 0.1 and max(map(abs, allocation)) < 10
+
+
+def test_the_last_steps_measure_what_the_policy_answers(model, signals, tmp_path):
+    """36 plans are proposed, 24 answers measured in two steps: of one policy, which is tuned only afterwards."""
+    settings = FitSettings(steps=5, imagined=3, answers=0.4, seed=1)
+    trained = planner_with(signals)
+    with pytest.raises(KeyboardInterrupt):
+        # It stops at its first answer, right after the policy learned anew.
+        distinct = planner_with(signals)
+        distinct.fit(model, Closeness(model), settings, folder=tmp_path / "whole", progress=False)
+        proposed = {r.keeps for r in distinct.archive.records if r.step < 3}
+        trained.fit(model, Interrupting(model, 1 + len(proposed)), settings, folder=tmp_path / "cut", progress=False)
+    checkpoint = safetensors.torch.load_file(tmp_path / "cut" / "checkpoint.safetensors")
+    policy = new_policy()
+    policy.load_state_dict({k.removeprefix("policy."): v for k, v in checkpoint.items() if k.startswith("policy.")})
+    limit = largest_ratio(signals.groups)
+    answers = [r for r in distinct.archive.records if r.step >= 3]
+    wanted = simplex_lattice(5)
+    assert len(answers) == 24 and [r.preference for r in answers[:21]] == [pytest.approx(w) for w in wanted]
+    for record in answers:
+        ratio, allocation = policy.decide(signals, Preference(*record.preference), None, limit)
+        assert record.keeps == keep_counts(signals.groups, allocation, ratio)
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), distinct.policy.parameters(), strict=True))
+
+
+def test_at_a_fixed_budget_the_answers_have_it_too(model, signals):
+    planner = planner_with(signals, pruning_ratio=0.3)
+    planner.fit(model, Closeness(model), FitSettings(steps=4, imagined=3, answers=0.5), progress=False)
+    assert len(planner.archive) == 16 and all(r.pruning_ratio == pytest.approx(0.3) for r in planner.archive.records)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 12, 24, 36, 40])
+def test_answers_are_spread_over_the_simplex(n):
+    points = spread_preferences(n, torch.Generator().manual_seed(0))
+    assert points.shape == (n, 3) and torch.allclose(points.sum(1), torch.ones(n)) and (points >= 0).all()
+    if n >= 3:
+        assert {tuple(row) for row in torch.eye(3).tolist()} <= {tuple(row) for row in points.tolist()}
