@@ -20,8 +20,8 @@ SAME = 0.005  # the dense model's scores differ by less on one set of questions,
 def answer(
     planner: HiPPPlanner, preference: Preference, model: nn.Module | None = None, evaluator: Evaluator | None = None
 ) -> Choices:
-    """The policy's plan, the best archived one and the one to take; with a model and the evaluator of the fit, the policy's is
-    measured if it never was.
+    """The policy's and the best archived plan; with a model and the evaluator of the fit, the policy's is measured if it
+    never was.
 
     Raises:
         DataError: the evaluator is not that of the fit: it says something else of the dense model.
@@ -30,8 +30,7 @@ def answer(
     if choices.policy.reward is None and model is not None and evaluator is not None:
         _check_same(planner.experience.dense, evaluator(model))
         reward = planner.rewards(model, [choices.policy.plan], evaluator)[0]
-        measured = FrontPlan(plan=choices.policy.plan, reward=reward)
-        choices = dataclasses.replace(choices, policy=measured, answer=measured if choices.takes_policy else choices.answer)
+        choices = dataclasses.replace(choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward))
     return choices
 
 
@@ -56,8 +55,7 @@ def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
         table.add_column(column, justify="right" if column else "left")
     rows: list[tuple[str, Reward | None]] = [(str(i), f.reward) for i, f in enumerate(front)]
     if choices:
-        named = {"policy": choices.policy, "best archived": choices.archived, "taken": choices.answer}
-        rows += [(name, found.reward) for name, found in named.items()]
+        rows += [("policy", choices.policy.reward), ("best archived", choices.archived.reward)]
     for i, (name, reward) in enumerate(rows):
         table.add_row(name, *_cells(reward), end_section=i == len(front) - 1)
     console = Console()

@@ -47,8 +47,3 @@ class Preference:
 
     def __str__(self) -> str:
         return f"utility {self.utility:.2f}, robustness {self.robustness:.2f}, compression {self.compression:.2f}"
-
-
-def simplex_lattice(side: int) -> list[tuple[float, float, float]]:
-    """All preferences whose components are multiples of 1 / side: (side + 1) (side + 2) / 2 of them, corners included."""
-    return [(i / side, j / side, (side - i - j) / side) for i in range(side + 1) for j in range(side + 1 - i)]

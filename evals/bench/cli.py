@@ -7,9 +7,6 @@ import typer
 
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
 Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
-SearchQuestions = Annotated[
-    tuple[int, int], typer.Option("--questions", min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
-]
 
 
 @bench_app.command("hosts")
@@ -293,7 +290,7 @@ def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
-    questions: SearchQuestions = (128, 128),
+    questions: Annotated[int, typer.Option(min=8, help="Per task, of the search split.")] = 128,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
     save: Save = False,
 ) -> None:
@@ -305,31 +302,10 @@ def bench_search(
 
     `hipp bench search --out search`
 
-    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
+    `hipp bench search --seeds 2 --evaluations 60 --questions 32 --out quick`
     """
     from hipp_ext.evals.bench.search.study import StudySize
     from hipp_ext.evals.bench.search.summary import run
 
     size = StudySize(seeds=seeds, ablation_seeds=min(seeds, 2), evaluations=evaluations, questions=questions)
     run(size, out, processes=processes, save=save)
-
-
-@bench_app.command("steering")
-def bench_steering(
-    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("steering"),
-    seeds: Annotated[int, typer.Option(min=1)] = 5,
-    evaluations: Annotated[int, typer.Option(min=12, help="Plans per fit.")] = 300,
-    questions: SearchQuestions = (512, 256),
-    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
-    save: Save = False,
-) -> None:
-    """How well a preference steers a planner that is fitted on more questions than the search study has; the fits alone.
-
-    Twenty minutes on two cores; what was stopped goes on.
-
-    Example: `hipp bench steering --seeds 2 --questions 256 256 --out steering`
-    """
-    from hipp_ext.evals.bench.search.study import StudySize
-    from hipp_ext.evals.bench.search.summary import run_steering
-
-    run_steering(StudySize(seeds=seeds, evaluations=evaluations, questions=questions), out, processes=processes, save=save)

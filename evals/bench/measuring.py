@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
@@ -38,9 +39,11 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, f
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation."""
+    """Spearman's rank correlation; 0 where one of the two is constant, which follows nothing."""
     from scipy.stats import spearmanr
 
+    if min(np.ptp(a), np.ptp(b)) == 0:
+        return 0.0
     result: Any = spearmanr(a, b)
     return float(result.statistic)
 

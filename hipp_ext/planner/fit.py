@@ -19,18 +19,17 @@ from hipp_ext.files import write_atomic
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, plan_stability
-from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences, spread_preferences
+from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
 from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation
 from hipp_ext.planner.reward_model import RewardModel
-from hipp_ext.planner.state import Signals
+from hipp_ext.planner.state import Signals, keep_shares
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
 CAUTION = 2.0  # standard deviations taken off what the reward model promises, where the policy learns from it
 FALLING = 0.4  # share of the final updates over which the learning rate falls
-TUNING = (0.3, 0.5)  # after the answers: updates as a share of those before the final ones, and share of the learning rate
 GRID = 16  # ratios at which the budget head looks for the best one
 
 
@@ -45,10 +44,8 @@ class FitSettings:
         rollouts: allocations per preference and budget, at least 2.
         imagined: policy updates per step on rollouts that the reward model scores; 0: no reward model, GRPO on the measured
             rollouts alone.
-        final: such updates by which the policy learns anew, from where the fit began, when all plans but its answers are
-            measured, at a learning rate that falls to nothing; as a share of all before them. 0: it stays as it is.
-        answers: share of the steps, the last ones, that measure what this policy would answer to preferences from all over the
-            simplex; then it is tuned. Taken with a reward model only. 0: none.
+        final: such updates when all plans are measured, by which the policy learns anew from where the fit began, at a learning
+            rate that falls to nothing; as a share of all before them. 0: it stays as it is.
         candidates: plans among which the reward model chooses each measured rollout.
         learning_rate: of Adam.
         noise: standard deviation of the allocation logits at the first and at the last step.
@@ -65,7 +62,6 @@ class FitSettings:
     rollouts: int = 2
     imagined: int = 40
     final: float = 1.6
-    answers: float = 0.12
     candidates: int = 192
     learning_rate: float = 3e-3
     noise: tuple[float, float] = (0.7, 0.3)
@@ -80,8 +76,6 @@ class FitSettings:
             raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
         if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < self.rollouts:
             raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= rollouts are needed: {self}")
-        if not 0 <= self.answers < 1:
-            raise ValueError(f"answers is a share of the steps, at least 0 and below 1: {self}")
         if not all(0 < x < math.inf for x in (*self.noise, self.budget_noise, self.learning_rate)):
             raise ValueError(f"noise, budget_noise and learning_rate above 0 are needed: {self}")
         check_scalarisation(self.scalarisation)
@@ -151,7 +145,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
         if not self.model.fitted:  # in the first step after a start; later ones go on from what the last one learned
             self._know()
-        rollouts = self._draw(generator) if self.step < self._explored else self._answers(generator)
+        rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
         self._learn(rollouts, objectives, generator)
         self.step += 1
@@ -167,21 +161,6 @@ class Trainer:
         if not imagines:
             return drawn
         return self.proposer.choose(drawn, s.rollouts, self.archive, self.model, self.learner, generator)
-
-    def _answers(self, generator: torch.Generator) -> Rollouts:
-        """This step's share of what the policy answers to preferences from all over the simplex."""
-        s = self.settings
-        per_step = s.preferences * (s.budgets if self.pruning_ratio is None else 1) * s.rollouts
-        everyone = spread_preferences(per_step * (s.steps - self._explored), torch.Generator().manual_seed(s.seed))
-        mine = everyone[per_step * (self.step - self._explored) :][:per_step]
-        return self.learner.draw(mine, 1, 1, noise=0.0, budget_noise=0.0, ratio=self.pruning_ratio, limit=self.limit,
-                                 generator=generator)  # fmt: skip
-
-    @property
-    def _explored(self) -> int:
-        """The step at which answers are measured instead of proposals."""
-        s = self.settings
-        return s.steps - round(s.answers * s.steps) if s.imagined and s.final else s.steps
 
     @property
     def _imagines(self) -> bool:
@@ -252,19 +231,18 @@ class Trainer:
         """Take in what was measured: what is at stake in each objective and, from it, how plans fare."""
         self.learner.ends = self.archive.nadir_and_ideal()
         if self._imagines:
-            self.model.learn(self.archive, self.signals.groups)
+            distinct = {r.keeps: r.reward for r in self.archive.records}
+            rewards = torch.tensor([[r.utility, r.robustness] for r in distinct.values()])
+            self.model.fit(keep_shares(self.signals.groups, list(distinct)), rewards)
 
     def _learn(self, rollouts: Rollouts, objectives: Tensor, generator: torch.Generator) -> None:
         s, free = self.settings, self.pruning_ratio is None
         self._know()
         if s.imagined:
-            if self.step < self._explored:
-                for update in range(s.imagined):
-                    self._learn_imagined(update, generator)
-                if self.step + 1 == self._explored and s.final:
-                    self._learn_anew(generator)
-            elif self.step + 1 == s.steps:
-                self._tune(generator)
+            for update in range(s.imagined):
+                self._learn_imagined(update, generator)
+            if self.step + 1 == s.steps and s.final:
+                self._learn_anew(generator)
             return
         self.learner.learn(rollouts, objectives, budget=free)
         measured = self._measured()
@@ -285,14 +263,6 @@ class Trainer:
         self.learner.restart()
         for update in range(updates):
             self.learner.set_learning_rate(s.learning_rate * min(1.0, (updates - update) / (FALLING * updates)))
-            self._learn_imagined(update, generator)
-
-    def _tune(self, generator: torch.Generator) -> None:
-        """A little more of the same, now that what it answers is known."""
-        share, rate = TUNING
-        updates = round(share * self.settings.imagined * self.settings.steps)
-        for update in range(updates):
-            self.learner.set_learning_rate(rate * self.settings.learning_rate * (updates - update) / updates)
             self._learn_imagined(update, generator)
 
     def _learn_imagined(self, update: int, generator: torch.Generator) -> None:

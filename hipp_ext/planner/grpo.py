@@ -21,7 +21,6 @@ What differs from GRPO as published for text (arXiv 2402.03300), and why:
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ from torch import Tensor
 from hipp_ext.planner.policy import MAX_RATIO, Policy, lean
 from hipp_ext.planner.reward import WHOLE, Scalarisation, scalarise
 from hipp_ext.planner.state import Signals
-from hipp_ext.preference import simplex_lattice
 
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
@@ -213,13 +211,6 @@ def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]
     boundary = torch.where(corner[:, None], one + close, drawn * (1 - one))
     drawn[1::2] = boundary[1::2]
     return drawn / drawn.sum(1, keepdim=True)
-
-
-def spread_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
-    """`n` points all over the simplex: the finest lattice of no more than these, corners included, the rest drawn."""
-    side = (math.isqrt(8 * n + 1) - 3) // 2
-    lattice = torch.tensor(simplex_lattice(side) if side > 0 else []).reshape(-1, 3)
-    return torch.cat([lattice, draw_preferences(n - len(lattice), generator)])
 
 
 def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]) -> Float[Tensor, "P M N"]:

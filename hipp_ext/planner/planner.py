@@ -43,25 +43,18 @@ class FrontPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Answers to one preference.
+    """Two answers to one preference.
 
     Attributes:
         policy: the plan of one policy call; its reward is None where it was never evaluated (see `HiPPPlanner.rewards`).
         archived: the evaluated plan that serves the preference best.
-        answer: what `HiPPPlanner.plan` takes: the policy's, or an evaluated one that is as good as that is expected to be.
     """
 
     policy: FrontPlan
     archived: FrontPlan
-    answer: FrontPlan
-
-    @property
-    def takes_policy(self) -> bool:
-        """Whether the answer is the policy's plan."""
-        return self.answer.plan.keep_counts == self.policy.plan.keep_counts
 
     def verdict(self) -> str:
-        """Which of the policy's and the best archived plan dominates, in a sentence."""
+        """Which of the two dominates, in a sentence."""
         ours, theirs = self.policy.reward, self.archived.reward
         assert theirs is not None
         if self.policy.plan.keep_counts == self.archived.plan.keep_counts:
@@ -101,7 +94,7 @@ class HiPPPlanner:
 
     Attributes:
         signals: of the model last asked about.
-        experience: the plans that `fit` evaluated, and what they say of others.
+        experience: the plans that `fit` evaluated, and how.
 
     Source: HiPP-Prune (arXiv 2603.06270). What is its own and what ours: `Policy`, `grpo`, `VisualSensitivity`.
     """
@@ -153,10 +146,6 @@ class HiPPPlanner:
     ) -> PruningPlan:
         """The plan for `preference` (None: the planner's own). Never changes `model`.
 
-        The policy's, by one call of it. After a fit, where no pruning_ratio is given, a plan that the fit evaluated on this
-        model takes its place if it is as good as the policy's is expected to be, as far as that can be told (see
-        `Experience.as_good_as`): what it achieves is known. `choices` has both.
-
         Args:
             archived: of the plans that `fit` evaluated on this model the one that serves the preference best, instead of the
                 policy's: what it achieves is known (`choices` tells), but there are only so many. Where pruning_ratio is fixed,
@@ -164,7 +153,7 @@ class HiPPPlanner:
             processor: of a vision-language model; None: the one beside the model's weights.
             calibration: batches of the forward's tensors; None: the testbed's pictures and questions. Neither is read when
                 the model's signals were already measured.
-            say: called with a line before every measurement, and where an evaluated plan takes the place of the policy's.
+            say: called with a line before every measurement.
 
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
@@ -180,18 +169,12 @@ class HiPPPlanner:
         if archived:
             self._check_experience()
             return self._plan(signals, self._best(signals, wanted).keeps, wanted)
-        policy, answer = self._answer(signals, wanted)
-        if say and answer != policy:
-            say("An evaluated plan is as good as the policy's is expected to be; it is taken.")
-        return self._plan(signals, answer, wanted)
+        return self._plan(signals, self._decide(signals, wanted), wanted)
 
-    def _answer(self, signals: Signals, wanted: Preference) -> tuple[Keeps, Keeps]:
-        """What the policy would do, and what to do."""
+    def _decide(self, signals: Signals, wanted: Preference) -> Keeps:
         limit = largest_ratio(signals.groups, self.bounds)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
-        keeps = keep_counts(signals.groups, allocation, ratio, self.bounds)
-        known = self.experience.as_good_as(keeps, wanted, signals, self.bounds) if self.pruning_ratio is None else None
-        return keeps, known.keeps if known else keeps
+        return keep_counts(signals.groups, allocation, ratio, self.bounds)
 
     def measure(
         self,
@@ -252,7 +235,7 @@ class HiPPPlanner:
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
-        dense, hyper, result = {}, None, None
+        dense, result = {}, None
         with plan_rewards(model, evaluator, signals, price) as measure_one:
             if workers.leads:
                 with workers.leading(measure_one) as measure_many:
@@ -261,16 +244,16 @@ class HiPPPlanner:
                     trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
                                       bounds=self.bounds, folder=path, dense=dense, at_once=workers.count)  # fmt: skip
                     history = _run(trainer, settings, progress)
-                    archive, hyper = trainer.archive, trainer.model.hyper if trainer.model.fitted else None
+                    archive = trainer.archive
                     result = FitResult(steps=trainer.step, evaluations=len(archive), hypervolume=archive.hypervolume(),
                                        history=tuple(history), folder=path)  # fmt: skip
             else:
                 workers.serve(measure_one)
-        learned: Any = workers.share((policy.state_dict(), archive.records, dense, hyper, result) if workers.leads else None)
-        state, records, dense, hyper, result = learned
+        learned: Any = workers.share((policy.state_dict(), archive.records, dense, result) if workers.leads else None)
+        state, records, dense, result = learned
         policy.load_state_dict(state)
         self.policy, self.signals = policy, signals
-        self.experience = Experience(records=records, digest=signals.digest, cost=price, dense=dense, hyper=hyper)
+        self.experience = Experience(records=records, digest=signals.digest, cost=price, dense=dense)
         return result
 
     def front(self) -> list[FrontPlan]:
@@ -283,20 +266,18 @@ class HiPPPlanner:
         return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
 
     def choices(self, preference: Preference | None = None) -> "Choices":
-        """For a preference, what the policy would do, the best plan that `fit` evaluated and the one of these, or another
-        evaluated one, that `plan` takes; without the model.
+        """For a preference, what the policy would do and the best plan that `fit` evaluated, without the model.
 
         Raises:
             PlanError: the planner was not fitted, its signals are another model's by now, or no evaluated plan removes enough.
         """
         wanted, signals = preference or self.preference, self._check_experience()
         best = self._best(signals, wanted)
-        policy, archived, answer = (
+        policy, archived = (
             FrontPlan(plan=self._plan(signals, keeps, wanted), reward=self.experience.reward(keeps))
-            for policy, answer in [self._answer(signals, wanted)]
-            for keeps in (policy, best.keeps, answer)
+            for keeps in (self._decide(signals, wanted), best.keeps)
         )
-        return Choices(policy=policy, archived=archived, answer=answer)
+        return Choices(policy=policy, archived=archived)
 
     def _best(self, signals: Signals, wanted: Preference) -> Record:
         return self.experience.best(wanted, signals.groups, self.bounds, self.pruning_ratio)
@@ -379,8 +360,7 @@ class HiPPPlanner:
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
         digest = header.fitted_on or (planner.signals.digest if planner.signals else None)
-        planner.experience = Experience(records=Archive(folder / ARCHIVE).records, digest=digest, cost=cost, dense=header.dense,
-                                        hyper=tensors.get("reward_model"))  # fmt: skip
+        planner.experience = Experience(records=Archive(folder / ARCHIVE).records, digest=digest, cost=cost, dense=header.dense)
         if header.plans not in (None, len(planner.archive)):
             raise CheckpointError(
                 f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(planner.archive)} of {header.plans} plans."

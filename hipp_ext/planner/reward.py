@@ -1,7 +1,7 @@
 """Plan -> reward: what the evaluator measures, what the plan removes, how stable it leaves the network."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -96,3 +96,9 @@ def check_scalarisation(kind: str) -> None:
     """Raise PreferenceError unless `kind` is one of Scalarisation."""
     if kind not in get_args(Scalarisation):
         raise PreferenceError(f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed.")
+
+
+def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]) -> int:
+    """Index of the reward that serves a preference best."""
+    objectives = torch.tensor([r.objectives() for r in rewards])
+    return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), "tchebycheff", ends).argmax())

@@ -5,15 +5,10 @@ where an evaluation costs seconds, and turns every evaluated plan into knowledge
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from hipp_ext.groups import Group
-from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.state import keep_shares
 
 SCHEDULE = (1, 24, 36, 54, 81, 120, 180, 270, 400, 600)  # hyperparameters are fitted when this many plans are known
 MOST = 800  # plans that a prediction rests on, the latest ones: exact inference is cubic in their number
@@ -31,17 +26,16 @@ class RewardModel:
 
     Args:
         curvature: (groups,) KL divergence [nats] per squared share removed, see `Signals.curvature`.
-        hyper: hyperparameters that were found before, (objectives, 3 + groups); None: they are fitted.
 
     Source: Gaussian process regression with ARD, Rasmussen and Williams (2006), ch. 2 and 5. Learning from imagined
     rollouts between measured ones follows Dyna (Sutton 1991).
     """
 
-    def __init__(self, curvature: Float[Tensor, " groups"], hyper: Float[Tensor, "objectives parameters"] | None = None):
+    def __init__(self, curvature: Float[Tensor, " groups"]):
         root = curvature.double().clamp_min(1e-9).sqrt()
         # Root of the curvature, half-way (in logs) to all alike: KL is a hint about these objectives, not a measurement.
         self._prior = -0.5 * (root / root.median()).log() + math.log(0.7)
-        self._hyper, self._given = [] if hyper is None else list(hyper), hyper is not None
+        self._hyper: dict[int, Tensor] = {}
         self._fitted_on = 0
 
     @property
@@ -49,28 +43,20 @@ class RewardModel:
         """Whether it has seen a plan."""
         return self._fitted_on > 0
 
-    @property
-    def hyper(self) -> Float[Tensor, "objectives parameters"]:
-        """Of each objective: log noise, log scales of the two kernels, log length scales."""
-        return torch.stack(self._hyper)
-
-    def learn(self, archive: Archive, groups: Sequence[Group]) -> None:
-        """`fit` to every plan of an archive."""
-        rewards = {r.keeps: [r.reward.utility, r.reward.robustness] for r in archive.records}
-        self.fit(keep_shares(groups, list(rewards)), torch.tensor(list(rewards.values())))
-
     def fit(self, shares: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]) -> None:
         """Learn from all plans evaluated so far, in the order of their evaluation: the same history, the same model."""
         shares, rewards = shares.double(), rewards.double()
         at = max(n for n in SCHEDULE if n <= max(len(shares), 1))
-        if at != self._fitted_on and not self._given:
+        if at != self._fitted_on:
             seen = slice(0, max(at, 2))
-            self._hyper = [self._maximise(_removed(shares[seen]), _standardised(y[seen])[0]) for y in rewards.T]
-        self._fitted_on = at
+            self._hyper = {
+                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0]) for k in range(rewards.shape[1])
+            }
+            self._fitted_on = at
         self._removed = _removed(shares[-MOST:])
         self._solved = []
-        for hyper, values in zip(self._hyper, rewards[-MOST:].T, strict=True):
-            y, mean, deviation = _standardised(values)
+        for k, hyper in self._hyper.items():
+            y, mean, deviation = _standardised(rewards[-MOST:, k])
             noise, *kernel = _split(hyper)
             root = _cholesky(_kernel(self._removed, self._removed, *kernel), noise)
             self._solved.append((torch.cholesky_solve(y[:, None], root), root, kernel, mean, deviation))

@@ -10,22 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from fitting import BATCHES, SETTINGS, Closeness, planner_with
 from models import build
 
 from hipp_ext import HiPPPlanner, Preference
-from hipp_ext.budget import keep_counts, largest_ratio
 from hipp_ext.errors import CheckpointError, DataError, PlanError
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
-from hipp_ext.planner.grpo import spread_preferences
-from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.state import keep_shares, measure_signals
-from hipp_ext.preference import simplex_lattice
 
 
 @pytest.mark.parametrize("imagined", [0, 10])
@@ -232,40 +227,3 @@ def test_a_policy_that_went_astray_is_brought_back(model, signals):
         trainer.run_step()
     ratio, allocation = planner.policy.decide(signals, Preference(1, 1, 8))
     assert ratio > 0.1 and max(map(abs, allocation)) < 10
-
-
-def test_the_last_steps_measure_what_the_policy_answers(model, signals, tmp_path):
-    """36 plans are proposed, 24 answers measured in two steps: of one policy, which is tuned only afterwards."""
-    settings = FitSettings(steps=5, imagined=3, answers=0.4, seed=1)
-    trained = planner_with(signals)
-    with pytest.raises(KeyboardInterrupt):
-        # It stops at its first answer, right after the policy learned anew.
-        distinct = planner_with(signals)
-        distinct.fit(model, Closeness(model), settings, folder=tmp_path / "whole", progress=False)
-        proposed = {r.keeps for r in distinct.archive.records if r.step < 3}
-        trained.fit(model, Interrupting(model, 1 + len(proposed)), settings, folder=tmp_path / "cut", progress=False)
-    checkpoint = safetensors.torch.load_file(tmp_path / "cut" / "checkpoint.safetensors")
-    policy = new_policy()
-    policy.load_state_dict({k.removeprefix("policy."): v for k, v in checkpoint.items() if k.startswith("policy.")})
-    limit = largest_ratio(signals.groups)
-    answers = [r for r in distinct.archive.records if r.step >= 3]
-    wanted = simplex_lattice(5)
-    assert len(answers) == 24 and [r.preference for r in answers[:21]] == [pytest.approx(w) for w in wanted]
-    for record in answers:
-        ratio, allocation = policy.decide(signals, Preference(*record.preference), None, limit)
-        assert record.keeps == keep_counts(signals.groups, allocation, ratio)
-    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), distinct.policy.parameters(), strict=True))
-
-
-def test_at_a_fixed_budget_the_answers_have_it_too(model, signals):
-    planner = planner_with(signals, pruning_ratio=0.3)
-    planner.fit(model, Closeness(model), FitSettings(steps=4, imagined=3, answers=0.5), progress=False)
-    assert len(planner.archive) == 16 and all(r.pruning_ratio == pytest.approx(0.3) for r in planner.archive.records)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 12, 24, 36, 40])
-def test_answers_are_spread_over_the_simplex(n):
-    points = spread_preferences(n, torch.Generator().manual_seed(0))
-    assert points.shape == (n, 3) and torch.allclose(points.sum(1), torch.ones(n)) and (points >= 0).all()
-    if n >= 3:
-        assert {tuple(row) for row in torch.eye(3).tolist()} <= {tuple(row) for row in points.tolist()}

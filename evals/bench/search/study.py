@@ -29,14 +29,13 @@ from hipp_ext.evals.pope import pope_scores
 from hipp_ext import testbed
 from hipp_ext.budget import Bounds
 from hipp_ext.files import write_atomic
-from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
 from hipp_ext.planner.cost import measure_cost
 from hipp_ext.planner.evaluation import Keeps, plan_rewards
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Reward
-from hipp_ext.preference import Preference, simplex_lattice
+from hipp_ext.preference import Preference
 from hipp_ext.slices import sliced
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -54,7 +53,7 @@ class StudySize:
     Attributes:
         seeds: of every search and of hipp; ablations take `ablation_seeds`.
         evaluations: plans that a method may evaluate.
-        questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
+        questions: per task, of the search split.
         front_questions: per task, of the test split, for hypervolumes.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
@@ -62,7 +61,7 @@ class StudySize:
     seeds: int = 5
     ablation_seeds: int = 2
     evaluations: int = 300
-    questions: tuple[int, int] = (128, 128)
+    questions: int = 128
     front_questions: int = 300
     table_questions: tuple[int, int] = (1200, 800)
 
@@ -124,13 +123,14 @@ class Bench:
         self.size = size
         self.model, self.processor = testbed.load()
         self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
-        self.search = self._evaluator("search", size.questions)
-        self.front_test = self._evaluator("test", (size.front_questions, size.front_questions))
-        self.table_test = self._evaluator("test", size.table_questions)
-        self.pope = testbed.questions("POPE", "test", size.table_questions[0])
+        self.search = self._evaluator("search", {"POPE": size.questions, "ScienceQA": size.questions})
+        self.front_test = self._evaluator("test", {"POPE": size.front_questions, "ScienceQA": size.front_questions})
+        pope, choice = size.table_questions
+        self.table_test = self._evaluator("test", {"POPE": pope, "ScienceQA": choice})
+        self.pope = testbed.questions("POPE", "test", pope)
 
-    def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
-        pope, choice = (testbed.questions(task, split, n) for task, n in zip(("POPE", "ScienceQA"), counts, strict=True))
+    def _evaluator(self, split: str, counts: Mapping[str, int]) -> Evaluator:
+        pope, choice = (testbed.questions(task, split, counts[task]) for task in ("POPE", "ScienceQA"))
         return Evaluator(self.model, self.processor, pope, choice)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:
@@ -198,18 +198,14 @@ class Bench:
         found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
         if variant is VARIANTS[HIPP]:
             edges = {r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS}
-            planner.pruning_ratio = None
-            choices = [(w, planner.choices(Preference(*w))) for w in simplex_lattice(10)]
-            found["asked"] = {
-                "plan": ([(w, _keeps(c.answer.plan)) for w, c in choices], edges),
-                "policy": ([(w, _keeps(c.policy.plan)) for w, c in choices], {}),
-                "archived": ([(w, _keeps(c.archived.plan)) for w, c in choices], {}),
-            }
+            policy = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
+            archived = [(w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)]
+            found["asked"] = {"policy": (policy, edges), "archived": (archived, {})}
         return found
 
-    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float) -> Keeps:
+    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False) -> Keeps:
         planner.pruning_ratio = ratio
-        return _keeps(planner.plan(self.model, preference=preference))
+        return tuple(g.keep for g in planner.plan(self.model, preference=preference, archived=archived).groups)
 
     # On the test split
 
@@ -241,8 +237,8 @@ class Bench:
         return reached
 
 
-def _keeps(plan: PruningPlan) -> Keeps:
-    return tuple(g.keep for g in plan.groups)
+def _lattice(n: int) -> list[tuple[float, float, float]]:
+    return [(i / n, j / n, (n - i - j) / n) for i in range(n + 1) for j in range(n + 1 - i)]
 
 
 def _distinct(plans: Sequence[Keeps]) -> list[Keeps]:
@@ -281,10 +277,8 @@ def _work(job: tuple[str, int, str]) -> tuple[str, int]:
     return name, seed
 
 
-def run_study(
-    size: StudySize, folder: Path, *, processes: int | None = None, method: str | None = None
-) -> list[dict[str, Any]]:
-    """Run every job (or those of `method`) that `folder` lacks, in several processes of one thread each; returns all results.
+def run_study(size: StudySize, folder: Path, *, processes: int | None = None) -> list[dict[str, Any]]:
+    """Run every job that `folder` lacks, in several processes of one thread each; returns all results.
 
     Raises:
         OutputExistsError: the folder holds a study of another size.
@@ -292,8 +286,7 @@ def run_study(
     from rich.progress import Progress
 
     claim_folder(folder, dataclasses.asdict(size))
-    wanted = [(name, seed) for name, seed in jobs(size) if method in (None, name)]
-    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in wanted}
+    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in jobs(size)}
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
     context = multiprocessing.get_context("spawn")
     if missing:

@@ -36,27 +36,13 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
         "control": _control(jobs[HIPP]),
     }  # fmt: skip
     print_table(methods)
-    result = report("search", _command("search", size), values, save)
+    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {size.questions}"
+    result = report("search", command, values, save)
     picture = _picture(methods)
     write_atomic(folder / "search.png", picture)
     if save:
         write_atomic(RESULTS / "search.png", picture)
     return result
-
-
-def run_steering(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
-    """The study's fits alone, by how well the preference steers them."""
-    fits = run_study(size, folder, processes=processes, method=HIPP)
-    values = {
-        "size": dataclasses.asdict(size), "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in fits]),
-        "control": _control(fits),
-    }  # fmt: skip
-    return report("steering", _command("steering", size), values, save)
-
-
-def _command(name: str, size: StudySize) -> str:
-    pope, choice = size.questions
-    return f"hipp bench {name} --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
 
 
 def _row(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,7 +111,7 @@ def _ours_less_last(values: np.ndarray) -> np.ndarray:
 
 
 def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the preference steers, over seeds: what `plan` answers, the policy alone, the best evaluated plans."""
+    """How well the preference steers, over seeds: the policy's answers, and the best of the evaluated plans."""
     return {who: _steering([j["control"][who] for j in jobs]) for who in jobs[0]["control"]}
 
 
