@@ -1,10 +1,8 @@
 """What a fit leaves beside its policy: the plans that were evaluated, and how."""
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
-import torch
 
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
@@ -14,8 +12,6 @@ from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps
 from hipp_ext.planner.reward import Reward, best_for
 from hipp_ext.preference import Preference
-
-UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
 class Experience:
@@ -36,14 +32,9 @@ class Experience:
         self.archive.append(records)
         self.digest, self.cost, self.dense = digest, cost, dense
 
-    @cached_property
-    def _measured(self) -> dict[Keeps, Record]:
-        return {r.keeps: r for r in self.archive.records if r.measured}
-
     def reward(self, keeps: Keeps) -> Reward | None:
         """What was measured of a plan."""
-        record = self._measured.get(keeps)
-        return record.reward if record else None
+        return next((r.reward for r in self._measured() if r.keeps == keeps), None)
 
     def best(self, preference: Preference, groups: Sequence[Group], bounds: Bounds, pruning_ratio: float | None) -> Record:
         """The evaluated plan that serves a preference best, among those that the bounds allow and that remove
@@ -52,19 +43,17 @@ class Experience:
         Raises:
             PlanError: there is none.
         """
-        if not len(self.archive):
-            raise PlanError(UNFITTED)
-        if not self._measured:
+        known = self._measured()
+        if not known:
             raise PlanError(f"The gate (min_stability) kept all {len(self.archive)} plans from being measured.")
-        allowed = bounds.allow(groups, np.array(list(self._measured)))
-        within = [r for r, fits in zip(self._measured.values(), allowed.tolist(), strict=True) if fits]
+        allowed = bounds.allow(groups, np.array([r.keeps for r in known]))
+        within = [r for r, fits in zip(known, allowed.tolist(), strict=True) if fits]
         if not within:
-            raise PlanError(f"{bounds} allows none of {len(self._measured)} evaluated plans.")
+            raise PlanError(f"{bounds} allows none of {len(known)} evaluated plans.")
         enough = [r for r in within if pruning_ratio is None or r.pruning_ratio >= pruning_ratio]
         if not enough:
             raise PlanError(f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more.")
         return enough[best_for([r.reward for r in enough], preference.as_tuple(), self.archive.nadir_and_ideal())]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What of it goes into a file of tensors."""
-        return {} if self.cost is None else {"cost": self.cost.table.contiguous()}
+    def _measured(self) -> list[Record]:
+        return [r for r in self.archive.records if r.measured]

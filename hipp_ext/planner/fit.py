@@ -138,6 +138,31 @@ class Trainer:
         self._known.update({r.keeps: r.reward for r in later})
         self._gated = {r.keeps for r in (*self.archive.records, *later) if not r.measured}
 
+    def run(self, progress: bool) -> FitResult:
+        """All steps that are left, with a progress bar if wanted."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("plans"),
+            TimeRemainingColumn(),
+        ]
+        steps = self.settings.steps
+        per_step = self.settings.evaluations // max(steps, 1)
+        if self.pruning_ratio is not None:
+            per_step //= self.settings.budgets
+        history = []
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("fit", total=steps * per_step, completed=self.step * per_step)
+            while self.step < steps:
+                self.run_step(lambda: bar.advance(task))
+                history.append(self.archive.hypervolume())
+                bar.update(task, description=f"fit, hypervolume {history[-1]:.4f}")
+        return FitResult(steps=self.step, evaluations=len(self.archive), hypervolume=self.archive.hypervolume(),
+                         history=tuple(history), folder=self.folder)  # fmt: skip
+
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
         """Propose plans, measure them, learn, write archive and checkpoint. `tick` is called per plan."""
         s = self.settings

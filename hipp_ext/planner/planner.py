@@ -20,7 +20,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost, CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
-from hipp_ext.planner.experience import UNFITTED, Experience
+from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward
@@ -31,6 +31,7 @@ from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
+UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +244,10 @@ class HiPPPlanner:
                     dense = {"utility": everything.utility, "robustness": everything.robustness}
                     trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
                                       bounds=self.bounds, folder=path, dense=dense, at_once=workers.count)  # fmt: skip
-                    history = _run(trainer, settings, progress)
-                    archive = trainer.archive
-                    result = FitResult(steps=trainer.step, evaluations=len(archive), hypervolume=archive.hypervolume(),
-                                       history=tuple(history), folder=path)  # fmt: skip
+                    result = trainer.run(progress)
             else:
                 workers.serve(measure_one)
-        learned: Any = workers.share((policy.state_dict(), archive.records, dense, result) if workers.leads else None)
+        learned: Any = workers.share((policy.state_dict(), trainer.archive.records, dense, result) if workers.leads else None)
         state, records, dense, result = learned
         policy.load_state_dict(state)
         self.policy, self.signals = policy, signals
@@ -328,8 +326,8 @@ class HiPPPlanner:
             write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
             safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
             if self.signals:
-                tensors = signal_tensors(self.signals) | experience.tensors()
-                safetensors.torch.save_file(tensors, folder / "signals.safetensors")
+                table = {"cost": experience.cost.table.contiguous()} if experience.cost else {}
+                safetensors.torch.save_file(signal_tensors(self.signals) | table, folder / "signals.safetensors")
             archive = Archive(folder / ARCHIVE)
             archive.append(self.archive.records)
 
@@ -366,26 +364,3 @@ class HiPPPlanner:
                 f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(planner.archive)} of {header.plans} plans."
             )
         return planner
-
-
-def _run(trainer: Trainer, settings: FitSettings, progress: bool) -> list[float]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("plans"),
-        TimeRemainingColumn(),
-    ]
-    per_step = settings.evaluations // max(settings.steps, 1)
-    if trainer.pruning_ratio is not None:
-        per_step //= settings.budgets
-    history = []
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("fit", total=settings.steps * per_step, completed=trainer.step * per_step)
-        while trainer.step < settings.steps:
-            trainer.run_step(lambda: bar.advance(task))
-            history.append(trainer.archive.hypervolume())
-            bar.update(task, description=f"fit, hypervolume {history[-1]:.4f}")
-    return history

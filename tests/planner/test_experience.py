@@ -13,6 +13,8 @@ from test_surgery import random_plan
 from hipp_ext import HiPPPlanner, Preference, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
+from hipp_ext.planner.archive import Record
+from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.planner import Choices, FrontPlan
 from hipp_ext.planner.reward import Reward, scalarise
 
@@ -56,7 +58,8 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     assert choices.archived.plan.preference == wish.as_tuple()
     planner.pruning_ratio = 0.5
     at_half = planner.choices(wish)
-    assert at_half.policy.plan.pruning_ratio >= 0.5 - 1e-6 <= at_half.archived.plan.pruning_ratio
+    for plan in (at_half.policy.plan, at_half.archived.plan):
+        assert plan.pruning_ratio >= 0.5 - 1e-6
     planner.pruning_ratio = 0.8
     with pytest.raises(PlanError, match="removes 0.8 or more"):
         planner.choices(wish)
@@ -121,3 +124,16 @@ def test_what_answers_is_within_the_bounds(model, signals):
     with pytest.raises(PlanError, match=r"allows none of \d+ evaluated plans"):
         planner.choices()
     assert planner.plan(model).pruning_ratio == 0
+
+
+def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
+    """What was asked for last, 0.29, does not take away what it did at 0.31."""
+    planner = planner_with(signals, pruning_ratio=0.31)
+    keeps = tuple(g.keep for g in planner.plan(model).groups)
+    reward = Reward(utility=0.9, robustness=0.9, compression=0.31, stability=0.0)
+    asked = [Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=ratio, allocation=(0.0,), keeps=keeps, reward=reward)
+             for i, ratio in enumerate((0.31, 0.29))]  # fmt: skip
+    experience = Experience(records=asked, digest=signals.digest)
+    assert experience.best(EVEN, signals.groups, Bounds(), 0.3).keeps == keeps
+    with pytest.raises(PlanError, match=r"removes 0\.32 or more"):
+        experience.best(EVEN, signals.groups, Bounds(), 0.32)

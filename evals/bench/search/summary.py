@@ -123,7 +123,7 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         weights = np.array([w for w, _ in control["lattice"]])
         objectives = np.array([o for _, o in control["lattice"]])
         for one, other in itertools.combinations(range(3), 2):
-            on = weights[:, one] + weights[:, other] > 1 - 1e-9
+            on = weights[:, 3 - one - other] == 0
             for axis in (one, other):
                 name = f"{OBJECTIVES[one]}-{OBJECTIVES[other]} edge: {OBJECTIVES[axis]}"
                 along.setdefault(name, []).append(rank_correlation(weights[on, axis], objectives[on, axis]))
