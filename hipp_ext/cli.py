@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
+from hipp_ext.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
 from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.cli import bench_app
 from hipp_ext.evals.cli import evals_app
@@ -85,7 +85,7 @@ def plan(
         bool, typer.Option("--archived", help="The best plan that the fit evaluated, instead of the policy's.")
     ] = False,
     cache: Cache = None,
-    device: Device = None,
+    device: Devices = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -146,7 +146,7 @@ def fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     cache: Cache = None,
-    device: Device = None,
+    device: Devices = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -159,6 +159,8 @@ def fit(
     `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa ScienceQA_VAL.tsv --out planner`
 
     `torchrun --nproc-per-node 8 -m hipp_ext fit ./llava-1.5-7b-hf ... --out planner` spreads the plans over 8 GPUs
+
+    `hipp fit ./llava-v1.6-34b-hf ... --device auto --out planner` spreads one large model over all GPUs (needs accelerate)
     """
     from hipp_ext.budget import Bounds
     from hipp_ext.files import require_new
@@ -174,8 +176,12 @@ def fit(
     settings = FitSettings(steps=steps, seed=seed, **ways)
     workers = Workers.join()
     require_new(out, overwrite)
-    if workers.count > 1 and device is None:
-        device = own_device()
+    if workers.count > 1:
+        if device == "auto":
+            raise HippError(
+                "--device auto spreads one model over all GPUs; under torchrun every process needs a GPU of its own."
+            )
+        device = device or own_device()
     loaded, processor = load_model(model, device, dtype)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
@@ -207,7 +213,7 @@ def front(
     ] = "pope",
     picture: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the front to this file.")] = None,
-    device: Device = None,
+    device: Devices = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -10,6 +10,10 @@ from hipp_ext.errors import HippError
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
+Devices = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto: spread over all GPUs; default: the GPU if there is one."),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
 
@@ -32,14 +36,19 @@ def check_dtype(dtype: str | None) -> None:
 
 
 def load_model(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
-    """Model and processor of a folder; device None: the GPU if there is one."""
+    """Model and processor of a folder; device None: the GPU if there is one, "auto": as transformers' device_map spreads it."""
+    from importlib.util import find_spec
+
     import torch
 
     from hipp_ext.calibration import find_processor
     from hipp_ext.checkpoint import load_pruned, resolve_device
 
     check_dtype(dtype)
-    loaded = load_pruned(model_folder(model), device=resolve_device(device), dtype=getattr(torch, dtype) if dtype else None)
+    if device == "auto" and find_spec("accelerate") is None:
+        raise HippError("--device auto needs accelerate: pip install accelerate")
+    place: Any = {"device_map": "auto"} if device == "auto" else {"device": resolve_device(device)}
+    loaded = load_pruned(model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **place)
     return loaded, find_processor(loaded)
 
 

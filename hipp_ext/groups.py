@@ -192,6 +192,15 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def check_present(name: str, layer: nn.Linear) -> None:
+    """Raise UnsupportedModelError where the weight of the layer called `name` is not in memory."""
+    if layer.weight.is_meta:
+        raise UnsupportedModelError(
+            f"{name} has no weights here (offloaded, or on the meta device). Load the model whole; several GPUs may share it "
+            '(device_map="auto").'
+        )
+
+
 def block_of(model: nn.Module, group: Group) -> Any:
     """The attention or FFN module that holds the layers of `group`."""
     return model.get_submodule(group.consumer.rpartition(".")[0])

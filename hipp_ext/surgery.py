@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Calibration, resolve_calibration
 from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.groups import Group, block_of, check_present, find_groups, linear
 from hipp_ext.masks import take_units, unit_entries
 from hipp_ext.plan import PruningPlan
 
@@ -96,7 +96,7 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
         for group, entry in zip(match(model, plan), plan.groups, strict=True):
             if entry.keep < entry.width:
                 consumer = linear(model, group.consumer)
-                _check_present(group.consumer, consumer)
+                check_present(group.consumer, consumer)
                 mask = torch.zeros(group.width, device=consumer.weight.device, dtype=consumer.weight.dtype)
                 mask[list(entry.kept)] = 1
                 columns = mask.repeat_interleave(group.columns)
@@ -231,15 +231,10 @@ def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
             "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
             "Nothing was changed."
         )
-    _check_present(name, module)
+    check_present(name, module)
     if id(module.weight) in shared:
         raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
     return module
-
-
-def _check_present(name: str, layer: nn.Linear) -> None:
-    if layer.weight.is_meta:
-        raise UnsupportedModelError(f"{name} has no weights here (offloaded, or on the meta device). Load the model whole.")
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import LiveBytes
 from models import BUILDERS, batch, build
 from test_slices import scores_of
 
@@ -71,3 +72,44 @@ def test_a_window_shorter_than_the_rows_is_replayed():
     assert not AnswerLogits(model, [batch("llava")])._chunks
     model.model.language_model.config.sliding_window = 4000
     assert AnswerLogits(model, [batch("llava")])._chunks
+
+
+def pope_batches(processor, n, rows=16):
+    questions = testbed.questions("POPE", "search", n)
+    some = [questions[i : i + rows] for i in range(0, n, rows)]
+    return [encode(processor, [q.prompt for q in qs], [q.image for q in qs]) for qs in some]
+
+
+def test_memory_stays_within_one_extra_copy_of_what_is_kept():
+    model, processor = testbed.load()
+    batches = pope_batches(processor, 192)
+    with torch.no_grad(), LiveBytes() as once:
+        model.get_image_features(pixel_values=batches[0]["pixel_values"])  # what a batch needs before the language tower
+    with LiveBytes() as making:
+        answers = AnswerLogits(model, batches)
+    assert making.peak < 2 * making.now + once.peak
+    rows = sum(int(b["attention_mask"].sum()) for b in batches) * model.get_input_embeddings().weight[0].nbytes
+    assert making.now < 0.5 * rows, "some ten questions about a picture, and its embeddings are kept for each"
+    with LiveBytes() as calling:
+        answers(model)
+    layers = 2 * len(model.model.language_model.layers)
+    kept_once = sum(chunk.begin.nbytes for chunk in answers._chunks[:1])
+    assert calling.peak < making.now + 2 * layers * kept_once, "keys and values were held once per row"
+    assert calling.now < 0.1 * making.now
+
+
+def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
+    model, processor = testbed.load()
+    batches = pope_batches(processor, 48, rows=48)
+    picture = max(len(c.begin[0]) for c in AnswerLogits(model, batches)._chunks)
+    per_token = 2 * 4 * model.config.text_config.hidden_size * len(model.model.language_model.layers)
+    peaks, answers = [], []
+    for pictures in (0.5, 1, 3, 1000):
+        asked = AnswerLogits(model, batches, memory_limit=int(pictures * picture * per_token))
+        beginnings = [len(chunk.begin) for chunk in asked._chunks]
+        assert max(beginnings) == min(max(1, int(pictures)), len({q.picture for q in testbed.questions("POPE", "search", 48)}))
+        with LiveBytes() as live:
+            answers.append(asked(model))
+        peaks.append(live.peak)
+    assert all(torch.allclose(a, answers[-1], atol=1e-4) for a in answers)
+    assert peaks[0] <= peaks[1] < 0.7 * peaks[2] < 0.7 * peaks[3]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, find_groups, linear
+from hipp_ext.groups import Group, check_present, find_groups, linear
 
 
 class Scorer(abc.ABC):
@@ -41,9 +41,12 @@ class Scorer(abc.ABC):
 
         Raises:
             CalibrationError: no calibration where one is needed, or batches that do not fit.
-            UnsupportedModelError: groups cannot be mapped, or the scores came out as NaN or infinity.
+            UnsupportedModelError: groups cannot be mapped, weights are offloaded, or the scores came out as NaN or infinity.
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
+        for g in groups:
+            for name in (*g.producers, g.consumer):
+                check_present(name, linear(model, name))
         batches = resolve_calibration(model, calibration, processor) if self.needs_calibration else []
         with evaluating(model):
             raw = self._score(model, groups, batches)

@@ -14,8 +14,8 @@ SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, imagined=5
 class Closeness:
     """A real evaluator of a random model: how close answers stay to the dense ones, on two halves of the batches."""
 
-    def __init__(self, model):
-        self.answers = AnswerLogits(model, BATCHES)
+    def __init__(self, model, batches=BATCHES):
+        self.answers = AnswerLogits(model, batches)
         self.dense = self.answers(model).log_softmax(-1)
         self.calls = 0
 

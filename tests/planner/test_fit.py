@@ -1,5 +1,6 @@
 """A fit learns what pays, survives interruption, and leaves no trace."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,13 +10,16 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from devices import pretended_devices, spread
 from fitting import BATCHES, SETTINGS, Closeness, planner_with
 from models import build
 
-from hipp_ext import HiPPPlanner, Preference
+from hipp_ext import HiPPPlanner, Preference, prune
 from hipp_ext.errors import CheckpointError, DataError, PlanError
+from hipp_ext.groups import tower_layers
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
@@ -227,3 +231,30 @@ def test_a_policy_that_went_astray_is_brought_back(model, signals):
         trainer.run_step()
     ratio, allocation = planner.policy.decide(signals, Preference(1, 1, 8))
     assert ratio > 0.1 and max(map(abs, allocation)) < 10
+
+
+UNLABELLED = [{k: v for k, v in b.items() if k != "labels"} for b in BATCHES]
+
+
+@pytest.mark.parametrize("way", ["device_map", "bfloat16"])
+def test_fit_of_a_model_on_several_devices_or_in_half_precision(way):
+    """Plans of the first step do not depend on what they earn, so on two devices they are those of the whole model."""
+    settings = FitSettings(steps=1, preferences=2, budgets=2, rollouts=2, imagined=3, seed=3)
+    whole = planner_with(measure_signals(build("llava"), UNLABELLED))
+    whole.fit(build("llava"), Closeness(build("llava"), UNLABELLED), settings, progress=False)
+    with pretended_devices() if way == "device_map" else contextlib.nullcontext():
+        model = build("llava")
+        model = model.bfloat16() if way == "bfloat16" else spread(model, tower_layers(model, "language"))
+        before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+        planner = HiPPPlanner(Preference(1, 1, 1))
+        planner.fit(model, Closeness(model, UNLABELLED), settings, calibration=UNLABELLED, progress=False)
+        assert all(torch.equal(p.detach().cpu(), before[name]) for name, p in model.named_parameters())
+        plan = planner.plan(model, preference=Preference(1, 1, 0))
+        small = prune(model, plan)
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        assert {p.dtype for p in small.parameters()} == {torch.bfloat16 if way == "bfloat16" else torch.float32}
+    if way == "device_map":
+        those, these = whole.archive.records, planner.archive.records
+        assert [r.keeps for r in these] == [r.keeps for r in those]
+        assert np.allclose([r.reward.objectives() for r in these], [r.reward.objectives() for r in those], atol=1e-5)
+    assert len(planner.archive) == settings.evaluations and all(0 < f.reward.utility <= 1.01 for f in planner.front())
