@@ -77,14 +77,14 @@ def bench_latency(
     from hipp_ext.evals.bench.generation import Load
     from hipp_ext.evals.bench.latency import run
 
+    from hipp_ext.console import check_dtype
     from hipp_ext.errors import DataError
     from hipp_ext.files import require_new
     from hipp_ext.testbed import WEIGHTS
 
     if plan and not models:
         raise DataError("--plan needs the model that it is for: hipp bench latency MODEL --plan plan.json")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise DataError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+    check_dtype(dtype)
     if out is not None:
         require_new(out, overwrite)
     load = Load(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed)
@@ -117,6 +117,45 @@ def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Sav
     from hipp_ext.evals.bench.evaluation_cost import run
 
     run(repeats, save)
+
+
+@bench_app.command("fit")
+def bench_fit(
+    hidden: Annotated[int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")] = 512,
+    layers: Annotated[int, typer.Option(min=2, help="Its layers.")] = 4,
+    questions: Annotated[int, typer.Option(min=1, help="Per task.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Of the fit, 12 plans each.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    save: Save = False,
+) -> None:
+    """What a fit costs on random weights of LLaVA's shape: signals, evaluations, learning, surgery, memory, hours in all.
+
+    Examples:
+
+    `hipp bench fit`
+
+    `hipp bench fit --hidden 4096 --layers 32 --questions 192 --dtype bfloat16` is LLaVA-1.5-7B, for a GPU
+    """
+    import shlex
+    import sys
+
+    from hipp_ext.evals.bench.fit_cost import FitCostSize, run
+
+    from hipp_ext.console import check_dtype
+    from hipp_ext.errors import DataError
+    from hipp_ext.files import require_new
+    from hipp_ext.planner import FitSettings
+
+    check_dtype(dtype)
+    if hidden % 256:
+        raise DataError(f"--hidden {hidden}: a multiple of 256 is needed (heads are 128 wide, those of the vision tower 64).")
+    if out is not None:
+        require_new(out, overwrite)
+    size = FitCostSize(hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps))
+    run(size, device=device, dtype=dtype, command=shlex.join(["hipp", *sys.argv[1:]]), save=save, out=out)
 
 
 @bench_app.command("knockout")

@@ -1,4 +1,4 @@
-"""`hipp bench visual`: a pass of VisualSensitivity against a plain sdpa forward on the same batch."""
+"""`hipp bench visual`: a pass of VisualSensitivity against a plain sdpa forward on the same batch, neither with the head."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from hipp_ext.evals.bench.measuring import paired_times, ratio, report
 
 from hipp_ext import testbed
 from hipp_ext.scorers import VisualSensitivity
-from hipp_ext.scorers.base import forward
+from hipp_ext.scorers.base import forward_hidden
 
 
 def llava_shaped(hidden: int, layers: int, rows: int = 2) -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -37,7 +37,7 @@ def run(repeats: int = 7, hidden: int = 1024, layers: int = 8, save: bool = Fals
         @torch.no_grad()
         def plain(model: Any = model, batches: Any = batches) -> None:
             for batch in batches:
-                forward(model, batch)
+                forward_hidden(model, batch)
 
         def probe(model: Any = model, batches: Any = batches) -> None:
             VisualSensitivity()(model, batches)

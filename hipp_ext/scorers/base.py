@@ -84,9 +84,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def forward(model: nn.Module, batch: Batch, labels: bool = False) -> Any:
     """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted."""
+    return model(**_inputs(model, batch, labels), use_cache=False)
+
+
+def forward_hidden(model: nn.Module, batch: Batch) -> None:
+    """`forward` for what hooks see on the way; without the head, for its logits would take more than all activations."""
+    getattr(model, "base_model", model)(**_inputs(model, batch, labels=False), use_cache=False)
+
+
+def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
-    return model(**inputs, use_cache=False)
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
 
 
 def consumer_weight(model: nn.Module, group: Group) -> Tensor:
@@ -189,4 +197,4 @@ def visit_inputs(
             stack.callback(model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove)
         for batch in batches:
             current[:] = [tokens(batch)]
-            forward(model, batch)
+            forward_hidden(model, batch)

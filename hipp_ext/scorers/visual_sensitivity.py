@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, block_of, decoder, tower_layers
-from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit, valid_tokens
+from hipp_ext.scorers.base import Scorer, consumer_weight, forward_hidden, per_unit, valid_tokens
 
 PROBE = "hipp_visual_probe"
 
@@ -54,7 +54,7 @@ class VisualSensitivity(Scorer):
         with probe.attached():
             for batch in batches:
                 probe.batch = _Tokens(batch, token)
-                forward(model, batch)
+                forward_hidden(model, batch)
         return {g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups}
 
 
@@ -76,7 +76,7 @@ class _Probe:
     def __init__(self, model: nn.Module, groups: Sequence[Group], sink_threshold: float):
         self.model, self.groups, self.sink_threshold = model, groups, sink_threshold
         self.batch: Any = None
-        self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it
+        self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it, until it ends
         self.ffn_output: dict[int, Tensor] = {}
         self.totals: dict[str, Any] = {g.name: 0.0 for g in groups}
         self.counts: dict[str, int] = {g.name: 0 for g in groups}
@@ -113,7 +113,11 @@ class _Probe:
             def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
                 self.hidden[g.layer] = args[0] if args else kwargs["hidden_states"]
 
+            def forget(*_: Any) -> None:
+                self.hidden.pop(g.layer, None)
+
             stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(forget).remove)
             return
         stack.callback(self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove)
         stack.callback(layer.register_forward_hook(self._drift(g)).remove)

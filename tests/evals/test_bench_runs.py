@@ -1,6 +1,11 @@
 """Benches that measure one thing, run for real and small: the figures mean little, their shape and signs are checked."""
 
-from hipp_ext.evals.bench import kill, knockout, mrs_cost, query, synflow
+import json
+
+import pytest
+from hipp_ext.evals.bench import fit_cost, kill, knockout, mrs_cost, query, synflow
+
+from hipp_ext.planner import FitSettings
 
 
 def test_one_policy_call():
@@ -29,3 +34,18 @@ def test_visual_sensitivity_finds_the_layers_that_knockout_finds():
 def test_a_fit_killed_once_ends_with_the_same_archive():
     found = kill.run(kills=1)
     assert found["same_archive_and_policy"] == found["kills"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_fit_costs(dtype, tmp_path):
+    size = fit_cost.FitCostSize(hidden=256, layers=2, questions=3, calibration=2, fit=FitSettings(steps=1, imagined=2))
+    found = fit_cost.run(size, device="cpu", dtype=dtype, out=tmp_path / "cost.json")
+    assert json.loads((tmp_path / "cost.json").read_text()) == found
+    dense, pruned = found["evaluation, dense"], list(found["evaluation, pruned"].values())
+    # Two POPE-like rows share a picture, so of six rows four pictures are computed; an addition and a multiplication a weight.
+    tokens = 4 * 577 + 6 * 60
+    assert dense["teraflops"] * 1e12 > 2 * tokens * found["parameters"]
+    assert found["activations_mib"] == 6 * 637 * 256 * (4 if dtype == "float32" else 2) / 2**20
+    once = sum(found[part]["seconds"] for part in ("signals", "inputs of the language tower", "learning"))
+    mean = sum(p["seconds"] for p in pruned) / len(pruned)
+    assert found["hours of a fit"] * 3600 == pytest.approx(once + 12 * mean)

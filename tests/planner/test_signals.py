@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from devices import LiveBytes
+from hipp_ext.evals.bench.fit_cost import llava, noise
 from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference
 from hipp_ext.errors import PlanError
-from hipp_ext.planner.state import FEATURES
-from hipp_ext.scorers import MRS, Magnitude
+from hipp_ext.planner.state import FEATURES, measure_signals
+from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity
+from hipp_ext.scorers.base import forward_hidden
 
 BATCHES = [batch("llava", size=2, labels=True)]
 
@@ -97,3 +100,23 @@ def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
     assert loaded.mrs.name == "MRS" and loaded.plan(model) == before
     with pytest.raises(PlanError, match="features of a group"):
         HiPPPlanner(Preference(1, 1, 1), policy=loaded.policy)
+
+
+def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
+    """On top of a forward pass: what enters the language tower, once, and for its answers the keys and values of one batch."""
+    layers, rows = 2, 2
+    model, batches = llava(256, layers), noise(rows=6, shared=1, at_once=rows)
+    token = model.get_input_embeddings().weight[0].nbytes
+    activations = sum(b["input_ids"].numel() for b in batches) * token
+    keys_and_values = 2 * layers * batches[0]["input_ids"].numel() * token
+    with torch.no_grad(), LiveBytes() as plain:
+        forward_hidden(model, batches[0])
+    with LiveBytes() as looking:
+        VisualSensitivity()(model, batches)
+    assert looking.peak < plain.peak + activations / 2, "hidden states of layers that are through were kept"
+    with LiveBytes() as measuring:
+        measure_signals(model, batches)
+    assert plain.peak < measuring.peak < plain.peak + activations + keys_and_values
+    with torch.no_grad(), LiveBytes() as with_head:
+        model(**batches[0])
+    assert measuring.peak < 0.5 * with_head.peak, "logits of every token, which no signal needs"
