@@ -329,7 +329,10 @@ def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
-    questions: Annotated[int, typer.Option(min=8, help="Per task, of the search split.")] = 128,
+    questions: Annotated[
+        tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
+    ] = (128, 128),
+    ablations: Annotated[bool, typer.Option("--ablations/--no-ablations", help="Also the planner without its parts.")] = True,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
     save: Save = False,
 ) -> None:
@@ -341,10 +344,13 @@ def bench_search(
 
     `hipp bench search --out search`
 
-    `hipp bench search --seeds 2 --evaluations 60 --questions 32 --out quick`
+    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
+
+    `hipp bench search --questions 512 256 --no-ablations --out more` has four times the pictures
     """
     from hipp_ext.evals.bench.search.study import StudySize
     from hipp_ext.evals.bench.search.summary import run
 
-    size = StudySize(seeds=seeds, ablation_seeds=min(seeds, 2), evaluations=evaluations, questions=questions)
+    reduced = min(seeds, 2) if ablations else 0
+    size = StudySize(seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions)
     run(size, out, processes=processes, save=save)

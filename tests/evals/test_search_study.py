@@ -6,12 +6,12 @@ import pytest
 from hipp_ext.evals.bench.measuring import rank_correlation
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import HIPP, UNTRAINED, VARIANTS, StudySize, run_study
+from hipp_ext.evals.bench.search.study import HIPP, UNTRAINED, VARIANTS, StudySize, jobs, run_study
 from hipp_ext.evals.bench.search.summary import run
 
 from hipp_ext.errors import OutputExistsError
 
-SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=16, front_questions=24, table_questions=(48, 24))
+SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), front_questions=24, table_questions=(48, 24))
 
 
 def test_a_small_study(tmp_path):
@@ -46,6 +46,11 @@ def test_a_small_study(tmp_path):
     assert again[HIPP] == done and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
     with pytest.raises(OutputExistsError, match="holds a study with another setting"):
         run_study(StudySize(seeds=2), tmp_path)
+
+
+def test_jobs_without_ablations():
+    full, main = ({name for name, _ in jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
+    assert full - main == {*VARIANTS} - {HIPP} and {HIPP, UNTRAINED, *METHODS, *ALLOCATORS} == main
 
 
 def test_what_is_constant_follows_nothing():

@@ -51,9 +51,9 @@ class StudySize:
     """How much is measured.
 
     Attributes:
-        seeds: of every search and of hipp; ablations take `ablation_seeds`.
+        seeds: of every search and of hipp; ablations take `ablation_seeds`, which may be 0.
         evaluations: plans that a method may evaluate.
-        questions: per task, of the search split.
+        questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
@@ -61,7 +61,7 @@ class StudySize:
     seeds: int = 5
     ablation_seeds: int = 2
     evaluations: int = 300
-    questions: int = 128
+    questions: tuple[int, int] = (128, 128)
     front_questions: int = 300
     table_questions: tuple[int, int] = (1200, 800)
 
@@ -123,14 +123,13 @@ class Bench:
         self.size = size
         self.model, self.processor = testbed.load()
         self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
-        self.search = self._evaluator("search", {"POPE": size.questions, "ScienceQA": size.questions})
-        self.front_test = self._evaluator("test", {"POPE": size.front_questions, "ScienceQA": size.front_questions})
-        pope, choice = size.table_questions
-        self.table_test = self._evaluator("test", {"POPE": pope, "ScienceQA": choice})
-        self.pope = testbed.questions("POPE", "test", pope)
+        self.search = self._evaluator("search", size.questions)
+        self.front_test = self._evaluator("test", (size.front_questions, size.front_questions))
+        self.table_test = self._evaluator("test", size.table_questions)
+        self.pope = testbed.questions("POPE", "test", size.table_questions[0])
 
-    def _evaluator(self, split: str, counts: Mapping[str, int]) -> Evaluator:
-        pope, choice = (testbed.questions(task, split, counts[task]) for task in ("POPE", "ScienceQA"))
+    def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
+        pope, choice = (testbed.questions(task, split, n) for task, n in zip(("POPE", "ScienceQA"), counts, strict=True))
         return Evaluator(self.model, self.processor, pope, choice)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:

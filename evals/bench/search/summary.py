@@ -36,12 +36,14 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
         "control": _control(jobs[HIPP]),
     }  # fmt: skip
     print_table(methods)
-    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {size.questions}"
-    result = report("search", command, values, save)
+    pope, choice = size.questions
+    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
+    name = "search" if size.questions == StudySize.questions else f"search_{pope}_{choice}"
+    result = report(name, command + ("" if size.ablation_seeds else " --no-ablations"), values, save)
     picture = _picture(methods)
     write_atomic(folder / "search.png", picture)
     if save:
-        write_atomic(RESULTS / "search.png", picture)
+        write_atomic(RESULTS / f"{name}.png", picture)
     return result
 
 
