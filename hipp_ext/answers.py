@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
-from hipp_ext.groups import decoder
+from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.scorers.base import evaluating, forward, valid_tokens
 
 SIMPLE = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
-MEMORY_LIMIT = 2 << 30  # bytes of keys and values that are held at once
+MEMORY_LIMIT = 2 << 30  # bytes that keys and values of beginnings take, in all layers
 
 
 class AnswerLogits:
@@ -29,15 +29,19 @@ class AnswerLogits:
 
     What is kept between calls are the inputs of the language tower, what rows share once, on the device of the embeddings: by
     that, 1.2 GB for 192 questions of POPE and of ScienceQA to LLaVA-1.5-7B in bfloat16, and as much again while they are
-    made. A call needs up to `memory_limit` for keys and values, and one layer's activations.
+    made. A call needs up to `memory_limit` for keys and values, and one layer's activations, the keys and values of its rows
+    among them.
 
     Args:
         model: measured once on `batches`; later calls may prune, mask or slice its language tower, and nothing else.
         batches: as the model's forward takes them.
         share: compute what rows have in common (everything up to their last picture) once per call. Same logits up to
             rounding. Models whose decoder is not plainly causal are replayed batch by batch instead.
-        memory_limit: for keys and values of what rows have in common [bytes]; fewer rows run together where they would take
-            more, one at least.
+        memory_limit: for keys and values of what rows have in common [bytes]; fewer beginnings run together where they would
+            take more, one at least.
+
+    Raises:
+        UnsupportedModelError: weights are offloaded.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, share: bool = True, memory_limit: int = MEMORY_LIMIT):
@@ -45,6 +49,7 @@ class AnswerLogits:
         beginnings: dict[bytes, Tensor] = {}
         self._replayed: list[tuple[dict[str, Any], Tensor]] = []
         token = image_token_id(model)
+        check_loaded(model)
         with torch.no_grad(), evaluating(model):
             for batch in batches:
                 inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
@@ -74,7 +79,9 @@ class AnswerLogits:
 
 def _read(model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
     last = hidden[torch.arange(hidden.shape[0]), position.to(hidden.device)]
-    return model.get_output_embeddings()(last).float().cpu()  # type: ignore[operator]
+    logits = model.get_output_embeddings()(last).float().cpu()  # type: ignore[operator]
+    cap = getattr(_config(model), "final_logit_softcapping", None)  # Gemma's
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +132,6 @@ def _hand_out(layer: Any, owner: Tensor) -> None:
 
     The rows get them when it is the layer's turn: in all layers at once they would take the beginnings' memory once per row.
     """
-
     begin_keys, begin_values = layer.keys, layer.values  # and not the layer: it would hold itself, and be freed late
 
     def update(keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -137,8 +143,16 @@ def _hand_out(layer: Any, owner: Tensor) -> None:
 
 def _cache_bytes(model: nn.Module) -> int:
     """Bytes that keys and values of one token take in all layers."""
-    layers = [m for n, m in decoder(model).named_modules() if n.endswith(("k_proj", "v_proj")) and isinstance(m, nn.Linear)]
-    return max(1, sum(m.out_features for m in layers) * next(model.parameters()).element_size())
+    config = _config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return 2 * config.num_hidden_layers * width * next(model.parameters()).element_size()
+
+
+def _config(model: nn.Module) -> Any:
+    """Of the language tower."""
+    tower: Any = decoder(model)
+    return tower.config.get_text_config()
 
 
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
@@ -148,7 +162,7 @@ def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return (
         embeds is not None
         and all(k in SIMPLE or not isinstance(v, Tensor | list | tuple | dict) for k, v in inputs.items())
-        and (mask is None or mask.dim() == 2)
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))  # several masks are a dictionary
         and (window is None or window >= embeds.shape[1])
     )
 
@@ -177,13 +191,14 @@ def _rows(
 def _chunks(rows: Sequence[_Row], size: int, tokens: int) -> Iterator[_Chunk]:
     """Rows of one length of beginning together, those of one beginning side by side.
 
-    `size` rows at a time, or fewer: those whose different beginnings have `tokens` tokens in all.
+    `size` rows at a time, or fewer: those whose different beginnings have `tokens` tokens in all, of one beginning at least.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].begin), rows[i].key, len(rows[i].rest)))
     some: list[int] = []
     for i in order:
-        length, keys = len(rows[i].begin), {rows[j].key for j in [*some, i]}
-        if some and (len(some) == size or len(rows[some[0]].begin) != length or len(keys) * length > tokens):
+        length, distinct = len(rows[i].begin), len({rows[j].key for j in [*some, i]})
+        too_long = distinct > 1 and distinct * length > tokens
+        if some and (len(some) == size or len(rows[some[0]].begin) != length or too_long):
             yield _chunk([rows[j] for j in some], some)
             some = []
         some.append(i)

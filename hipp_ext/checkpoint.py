@@ -20,7 +20,7 @@ from hipp_ext.errors import CheckpointError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, write_atomic
 from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_wrapped_save, sync_sizes
+from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_bound_methods, sync_sizes
 
 MANIFEST, PLAN = "hipp_ext.json", "hipp_plan.json"
 
@@ -159,7 +159,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
-    forget_wrapped_save(model)
+    forget_bound_methods(model)
     text_config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     for tower in _towers(model):
         config: Any = text_config if tower == "language" else model.config.vision_config  # type: ignore[union-attr]

@@ -114,7 +114,7 @@ def plan(
     maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
-    loaded, processor = load_model(model, device, dtype)
+    loaded, processor = load_model(model, device, dtype, spread=True)
     made = maker.plan(loaded, processor=processor, preference=wanted, archived=archived, say=say)
     made.save(out, overwrite)
     say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
@@ -176,13 +176,9 @@ def fit(
     settings = FitSettings(steps=steps, seed=seed, **ways)
     workers = Workers.join()
     require_new(out, overwrite)
-    if workers.count > 1:
-        if device == "auto":
-            raise HippError(
-                "--device auto spreads one model over all GPUs; under torchrun every process needs a GPU of its own."
-            )
-        device = device or own_device()
-    loaded, processor = load_model(model, device, dtype)
+    if workers.count > 1 and device is None:
+        device = own_device()
+    loaded, processor = load_model(model, device, dtype, spread=True)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
                         bounds=Bounds(round_to=round_to or 1), cache=cache or default_cache())  # fmt: skip
@@ -241,7 +237,7 @@ def front(
     choices = None
     if (utility, robustness, compression) != (None, None, None):
         wanted = Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
-        loaded, processor = load_model(model, device, dtype) if model else (None, None)
+        loaded, processor = load_model(model, device, dtype, spread=True) if model else (None, None)
         evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on) if model else None
         choices = answer(fitted, wanted, loaded, evaluator)
     print_front(fitted, choices)
@@ -260,7 +256,8 @@ def prune(
         bool, typer.Option("--compensate", help="Fit what stays to calibration activations; no training, needs the processor.")
     ] = False,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, ...; default: cpu; to compensate, the GPU if there is one.")
+        str | None,
+        typer.Option("--device", help="cpu, cuda, ..., auto (all GPUs); default: cpu; to compensate, the GPU if there is one."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -279,7 +276,7 @@ def prune(
 
     made = PruningPlan.load(plan_file)
     require_new(out, overwrite)
-    loaded, processor = load_model(model, device if compensate or device else "cpu")
+    loaded, processor = load_model(model, device if compensate or device else "cpu", spread=True)
     before = sum(p.numel() for p in loaded.parameters())
     small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)

@@ -35,21 +35,33 @@ def check_dtype(dtype: str | None) -> None:
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
 
 
-def load_model(model: str, device: str | None = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
-    """Model and processor of a folder; device None: the GPU if there is one, "auto": as transformers' device_map spreads it."""
-    from importlib.util import find_spec
+def load_model(model: str, device: str | None = "cpu", dtype: str | None = None, *, spread: bool = False) -> tuple[Any, Any]:
+    """Model and processor of a folder; device None: the GPU if there is one.
 
+    With `spread`, "auto" is a device too: all GPUs, as transformers' device_map spreads a model over them.
+    """
     import torch
 
     from hipp_ext.calibration import find_processor
     from hipp_ext.checkpoint import load_pruned, resolve_device
+    from hipp_ext.groups import check_loaded
 
     check_dtype(dtype)
-    if device == "auto" and find_spec("accelerate") is None:
-        raise HippError("--device auto needs accelerate: pip install accelerate")
-    place: Any = {"device_map": "auto"} if device == "auto" else {"device": resolve_device(device)}
+    place: Any = {"device_map": "auto"} if spread and device == "auto" else {"device": resolve_device(device)}
+    if "device_map" in place:
+        _check_spread()
     loaded = load_pruned(model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **place)
+    check_loaded(loaded)
     return loaded, find_processor(loaded)
+
+
+def _check_spread() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise HippError("--device auto needs accelerate: pip install accelerate")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HippError("--device auto gives one model all GPUs; under torchrun every process needs one of its own.")
 
 
 def own_device() -> str:

@@ -192,13 +192,14 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def check_present(name: str, layer: nn.Linear) -> None:
-    """Raise UnsupportedModelError where the weight of the layer called `name` is not in memory."""
-    if layer.weight.is_meta:
-        raise UnsupportedModelError(
-            f"{name} has no weights here (offloaded, or on the meta device). Load the model whole; several GPUs may share it "
-            '(device_map="auto").'
-        )
+def check_loaded(model: nn.Module, name: str = "") -> None:
+    """Raise UnsupportedModelError where weights of `model`, or of its module called `name`, are not in memory."""
+    for parameter, weight in model.get_submodule(name).named_parameters(prefix=name):
+        if weight.is_meta:
+            raise UnsupportedModelError(
+                f"{parameter} is not in memory (offloaded, or on the meta device). Load the model whole; several GPUs may "
+                'share it (device_map="auto").'
+            )
 
 
 def block_of(model: nn.Module, group: Group) -> Any:

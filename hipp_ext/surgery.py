@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Calibration, resolve_calibration
 from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, check_present, find_groups, linear
+from hipp_ext.groups import Group, block_of, check_loaded, find_groups, linear
 from hipp_ext.masks import take_units, unit_entries
 from hipp_ext.plan import PruningPlan
 
@@ -73,7 +73,7 @@ def prune(
     else:
         # The weights to be sliced are not copied: the memo hands deepcopy the small ones instead.
         model = copy.deepcopy(model, {id(model.get_parameter(part.name)): successor(part) for part in parts})
-        forget_wrapped_save(model)
+        forget_bound_methods(model)
     for group, entry in zip(groups, plan.groups, strict=True):
         sync_sizes(model, group, entry.keep)
     write_per_layer_config(model)
@@ -96,7 +96,7 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
         for group, entry in zip(match(model, plan), plan.groups, strict=True):
             if entry.keep < entry.width:
                 consumer = linear(model, group.consumer)
-                check_present(group.consumer, consumer)
+                check_loaded(model, group.consumer)
                 mask = torch.zeros(group.width, device=consumer.weight.device, dtype=consumer.weight.dtype)
                 mask[list(entry.kept)] = 1
                 columns = mask.repeat_interleave(group.columns)
@@ -121,12 +121,14 @@ def zero_units(model: nn.Module, plan: PruningPlan) -> None:
     setattr(model, PLAN_ATTRIBUTE, plan)
 
 
-def forget_wrapped_save(model: nn.Module) -> None:
-    """Give a copied model its class's `save_pretrained` back.
+def forget_bound_methods(model: nn.Module) -> None:
+    """Give a copied model its class's methods back where a host has put its own into the instance.
 
-    llm-compressor puts a closure over the model into the instance. A copy would hold the same closure, and save the original.
+    llm-compressor does so with `save_pretrained`, accelerate with `to` and `cuda`, all of them closures over the model: a copy
+    would hold the same ones, save or move the original, and keep it in memory. (accelerate's `forward` is copied rightly.)
     """
-    model.__dict__.pop("save_pretrained", None)
+    for name in [n for n in model.__dict__ if n != "forward" and callable(getattr(type(model), n, None))]:
+        del model.__dict__[name]
 
 
 def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
@@ -231,7 +233,7 @@ def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
             "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
             "Nothing was changed."
         )
-    check_present(name, module)
+    check_loaded(model, name)
     if id(module.weight) in shared:
         raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
     return module

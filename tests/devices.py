@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hipp_ext.groups import tower_layers
+
 FIRST, SECOND = "xla:0", "xla:1"  # a kind of device that torch knows by name and does not try to start
 CPU = torch.device("cpu")
 ANYWHERE = torch.device("meta")  # made within an operation of torch, next to what it works on
@@ -30,11 +32,10 @@ def pretended_devices() -> Iterator[None]:
         yield
 
 
-def spread(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
-    """`model` over both devices by accelerate, as `from_pretrained(device_map=...)` does it; the first of `layers` on FIRST."""
+def spread(model: nn.Module, late: set[nn.Module]) -> nn.Module:
+    """`model` over both devices by accelerate, as `from_pretrained(device_map=...)` does it: the modules `late` on SECOND."""
     from accelerate import dispatch_model
 
-    late = {*layers[1:], model.get_output_embeddings()}
     places: dict[str, str] = {}
 
     def place(name: str, module: nn.Module) -> None:
@@ -53,6 +54,11 @@ def spread(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of single parameters, which from_pretrained has placed by then
         return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+
+
+def later_half(model: nn.Module) -> set[nn.Module]:
+    """All layers of the language tower but the first one, and the head."""
+    return {*tower_layers(model, "language")[1:], model.get_output_embeddings()}
 
 
 class LiveBytes(TorchDispatchMode):

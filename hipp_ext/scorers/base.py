@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, check_present, find_groups, linear
+from hipp_ext.groups import Group, check_loaded, find_groups, linear
 
 
 class Scorer(abc.ABC):
@@ -44,9 +44,7 @@ class Scorer(abc.ABC):
             UnsupportedModelError: groups cannot be mapped, weights are offloaded, or the scores came out as NaN or infinity.
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
-        for g in groups:
-            for name in (*g.producers, g.consumer):
-                check_present(name, linear(model, name))
+        check_loaded(model)
         batches = resolve_calibration(model, calibration, processor) if self.needs_calibration else []
         with evaluating(model):
             raw = self._score(model, groups, batches)
@@ -88,7 +86,10 @@ def forward(model: nn.Module, batch: Batch, labels: bool = False) -> Any:
 
 
 def forward_hidden(model: nn.Module, batch: Batch) -> None:
-    """`forward` for what hooks see on the way; without the head, for its logits would take more than all activations."""
+    """`forward` for what hooks see on the way; without the head, for its logits would take more than all activations.
+
+    (A model that is its own `base_model`, by transformers' account, computes them nevertheless.)
+    """
     getattr(model, "base_model", model)(**_inputs(model, batch, labels=False), use_cache=False)
 
 

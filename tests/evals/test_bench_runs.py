@@ -42,9 +42,9 @@ def test_what_a_fit_costs(dtype, tmp_path):
     found = fit_cost.run(size, device="cpu", dtype=dtype, out=tmp_path / "cost.json")
     assert json.loads((tmp_path / "cost.json").read_text()) == found
     dense, pruned = found["evaluation, dense"], list(found["evaluation, pruned"].values())
-    # Two POPE-like rows share a picture, so of six rows four pictures are computed; an addition and a multiplication a weight.
-    tokens = 4 * 577 + 6 * 60
-    assert dense["teraflops"] * 1e12 > 2 * tokens * found["parameters"]
+    # Three rows as POPE asks them share a picture, three have one each; an addition and a multiplication a weight.
+    least = 2 * (4 * 577 + 6 * 60) * found["parameters"]
+    assert least < dense["teraflops"] * 1e12 < 1.35 * least
     assert found["activations_mib"] == 6 * 637 * 256 * (4 if dtype == "float32" else 2) / 2**20
     once = sum(found[part]["seconds"] for part in ("signals", "inputs of the language tower", "learning"))
     mean = sum(p["seconds"] for p in pruned) / len(pruned)

@@ -650,7 +650,7 @@ def test_canary_a_copy_saves_the_original(dense, tmp_path):
     copied.model.norm.weight.data.fill_(7)
     copied.save_pretrained(tmp_path / "a")
     saved = type(model).from_pretrained(tmp_path / "a").model.norm.weight
-    assert not (saved == 7).all(), "copies save themselves: forget_wrapped_save in surgery.py may go"
+    assert not (saved == 7).all(), "copies save themselves: forget_bound_methods in surgery.py has one reason less"
 
 
 @pytest.mark.timeout(120)

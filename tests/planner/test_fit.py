@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from devices import pretended_devices, spread
+from devices import later_half, pretended_devices, spread
 from fitting import BATCHES, SETTINGS, Closeness, planner_with
 from models import build
 
 from hipp_ext import HiPPPlanner, Preference, prune
 from hipp_ext.errors import CheckpointError, DataError, PlanError
-from hipp_ext.groups import tower_layers
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
@@ -244,7 +243,7 @@ def test_fit_of_a_model_on_several_devices_or_in_half_precision(way):
     whole.fit(build("llava"), Closeness(build("llava"), UNLABELLED), settings, progress=False)
     with pretended_devices() if way == "device_map" else contextlib.nullcontext():
         model = build("llava")
-        model = model.bfloat16() if way == "bfloat16" else spread(model, tower_layers(model, "language"))
+        model = model.bfloat16() if way == "bfloat16" else spread(model, later_half(model))
         before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
         planner = HiPPPlanner(Preference(1, 1, 1))
         planner.fit(model, Closeness(model, UNLABELLED), settings, calibration=UNLABELLED, progress=False)

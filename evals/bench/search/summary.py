@@ -25,7 +25,7 @@ Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
-    """Run what is missing of the study in `folder`, and summarise it; prints a table and writes front.png beside it."""
+    """Run what is missing of the study in `folder`, and summarise it; prints a table and writes search.png beside it."""
     results = run_study(size, folder, processes=processes)
     jobs: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -38,7 +38,8 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
     print_table(methods)
     pope, choice = size.questions
     command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
-    name = "search" if size.questions == StudySize.questions else f"search_{pope}_{choice}"
+    usual = size.questions == StudySize.questions and size.ablation_seeds
+    name = "search" if usual else f"search_{pope}_{choice}"
     result = report(name, command + ("" if size.ablation_seeds else " --no-ablations"), values, save)
     picture = _picture(methods)
     write_atomic(folder / "search.png", picture)
