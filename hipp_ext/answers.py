@@ -158,7 +158,7 @@ def _config(model: nn.Module) -> Any:
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether the decoder takes embeddings, a padding mask and positions, and looks back as far as there are tokens."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
-    window = getattr(decoder(model).config, "sliding_window", None)
+    window = getattr(_config(model), "sliding_window", None)
     return (
         embeds is not None
         and all(k in SIMPLE or not isinstance(v, Tensor | list | tuple | dict) for k, v in inputs.items())
