@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from hipp_ext.evals.bench.measuring import describe, show
+from hipp_ext.evals.bench.shapes import noise, random_llava
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import keep_counts
-from hipp_ext.calibration import Batch
 from hipp_ext.checkpoint import resolve_device
 from hipp_ext.groups import Group, find_groups, linear
 from hipp_ext.masks import plan_from_counts
@@ -29,9 +29,8 @@ from hipp_ext.preference import Preference
 from hipp_ext.slices import sliced
 from hipp_ext.surgery import prune
 
-PICTURE, TEXT, SHARED = 576, 60, 6  # tokens of a picture and of a question; questions about one picture
-IMAGE_TOKEN, WORDS = 32_000, 32_064
-CALIBRATION_AT_ONCE, AT_ONCE = 16, 64  # rows of one forward pass, of the calibration and of the questions; as in `hipp fit`
+SHARED = 6  # questions about one picture, of POPE
+CALIBRATION_AT_ONCE = 16  # rows of one forward pass, as in `hipp fit`
 RATIOS = (0.15, 0.3, 0.45)  # of the plans that are timed
 
 
@@ -51,34 +50,6 @@ class FitCostSize:
     questions: int = 24
     calibration: int = 64
     fit: FitSettings = FitSettings()
-
-
-def llava(hidden: int, layers: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A random LLaVA in LLaVA-1.5's proportions, in eval mode."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = LlamaConfig(vocab_size=WORDS, hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers,
-                       num_attention_heads=hidden // 128)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=hidden // 4, intermediate_size=hidden, num_hidden_layers=max(2, layers * 3 // 4),
-                              num_attention_heads=max(1, hidden // 256), image_size=336, patch_size=14)  # fmt: skip
-    image: dict[str, Any] = {"image_token_id": IMAGE_TOKEN}
-    config = LlavaConfig(vision_config=vision, text_config=text, **image)
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
-
-
-def noise(rows: int, shared: int, at_once: int, seed: int = 0) -> list[Batch]:
-    """Batches of `rows` rows in all, `shared` of them about one picture."""
-    generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randn(-(-rows // shared), 3, 336, 336, generator=generator)
-    batches = []
-    for some in torch.arange(rows).split(at_once):
-        words = torch.randint(3, IMAGE_TOKEN, (len(some), TEXT), generator=generator)
-        first, picture = torch.ones(len(some), 1, dtype=torch.long), torch.full((len(some), PICTURE), IMAGE_TOKEN)
-        ids = torch.cat([first, picture, words], 1)
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures[some // shared]})
-    return batches
 
 
 class _Meter:
@@ -123,10 +94,11 @@ def run(
     """
     size, place = size or FitCostSize(), resolve_device(device)
     meter = _Meter(place)
-    model, building = meter(lambda: llava(size.hidden, size.layers, place, getattr(torch, dtype or "float32")))
-    groups, calibration = find_groups(model), noise(size.calibration, 1, CALIBRATION_AT_ONCE)
+    kind = getattr(torch, dtype or "float32")
+    model, building = meter(lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind))
+    groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_AT_ONCE)
     signals, spent_signals = meter(lambda: measure_signals(model, calibration))
-    asked = [*noise(size.questions, SHARED, AT_ONCE, seed=1), *noise(size.questions, 1, AT_ONCE, seed=2)]
+    asked = [*noise(size.questions, shared=SHARED, seed=1), *noise(size.questions, seed=2)]
     answers, spent_inputs = meter(lambda: AnswerLogits(model, asked))
     answers(model)  # warm-up
     _, spent_dense = meter(lambda: answers(model))

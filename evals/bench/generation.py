@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from hipp_ext.evals.bench.measuring import ratio, resident
-from hipp_ext.evals.bench.visual_cost import llava_shaped
+from hipp_ext.evals.bench.shapes import noise
 
 from hipp_ext.calibration import check_processor, encode, find_processor
 from hipp_ext.checkpoint import load_pruned
@@ -144,7 +144,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def shaped_batch(load: Load) -> dict[str, torch.Tensor]:
     """A batch for the models of `shaped_folders`: one picture of 576 tokens and 60 tokens of text per row."""
-    _, (batch,) = llava_shaped(128, 1, rows=load.rows)
+    (batch,) = noise(load.rows, at_once=load.rows)
     return batch
 
 

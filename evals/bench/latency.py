@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hipp_ext.evals.bench.generation import Load, extra_mib_on_cpu, measure, shaped_batch
 from hipp_ext.evals.bench.measuring import describe, show
-from hipp_ext.evals.bench.visual_cost import llava_shaped
+from hipp_ext.evals.bench.shapes import random_llava
 
 from hipp_ext.budget import Bounds, keep_counts
 from hipp_ext.checkpoint import load_pruned, save_pruned
@@ -26,7 +26,7 @@ HIDDEN, LAYERS = 1024, 8  # of the random model: LLaVA-1.5's proportions and tok
 
 def shaped_folders(into: Path, removed: float, hidden: int, layers: int) -> dict[str, Path]:
     """A random LLaVA-shaped model, and the same uniformly pruned, as folders."""
-    model, _ = llava_shaped(hidden, layers)
+    model = random_llava(hidden, layers)
     groups = find_groups(model)
     plan = plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), removed, Bounds()), Magnitude()(model))
     with warnings.catch_warnings():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from devices import LiveBytes
-from hipp_ext.evals.bench.fit_cost import llava, noise
+from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference
@@ -104,8 +104,8 @@ def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
 
 def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
     """On top of a forward pass: what enters the language tower, once, and for its answers the keys and values of one batch."""
-    layers, batches = 2, noise(rows=4, shared=1, at_once=1)
-    model = llava(256, layers)
+    layers, batches = 2, noise(4, at_once=1)
+    model = random_llava(256, layers, whole=True)
     token = model.get_input_embeddings().weight[0].nbytes
     activations = sum(b["input_ids"].numel() for b in batches) * token
     keys_and_values = 2 * layers * batches[0]["input_ids"].numel() * token
@@ -120,7 +120,7 @@ def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
 
 
 def test_the_probe_of_visual_sensitivity_keeps_no_layer_that_is_through():
-    model, batches = llava(256, 6), noise(rows=2, shared=1, at_once=1)
+    model, batches = random_llava(256, 6), noise(2, at_once=1)
     with torch.no_grad(), LiveBytes() as plain:
         forward_hidden(model, batches[0])
     with LiveBytes() as looking:
