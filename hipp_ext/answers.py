@@ -80,7 +80,9 @@ class AnswerLogits:
 def _read(model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
     last = hidden[torch.arange(hidden.shape[0]), position.to(hidden.device)]
     logits = model.get_output_embeddings()(last).float().cpu()  # type: ignore[operator]
-    cap = getattr(_config(model), "final_logit_softcapping", None)  # Gemma's
+    config = _config(model)  # of what some models do to logits after the head: Cohere, Granite, Gemma
+    logits *= getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -117,24 +117,29 @@ def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
     assert peaks[0] <= peaks[1] < 0.7 * peaks[2] < 0.7 * peaks[3]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_what_other_decoders_do_to_masks_and_logits(name):
-    """Gemma 3 takes a mask for each kind of layer, Gemma 2 caps its logits."""
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "extra"), [
+    ("Cohere", {"logit_scale": 0.2}), ("Granite", {"logits_scaling": 4.0}), ("Gemma2", {"final_logit_softcapping": 0.5}),
+])  # fmt: skip
+def test_logits_that_are_scaled_or_capped_after_the_head(name, extra):
     import transformers
 
-    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, sliding_window=64)  # fmt: skip
-    if name == "gemma2":
-        model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5)).eval()
-        rows = batch("llama")
-    else:
-        vision = dict(
-            hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
-        )
-        config = transformers.Gemma3Config(text_config=sizes, vision_config=vision, image_token_id=IMAGE_TOKEN,
-                                           mm_tokens_per_image=16)  # fmt: skip
-        model, rows = transformers.Gemma3ForConditionalGeneration(config).eval(), batch("llava")
-        rows["token_type_ids"] = (rows["input_ids"] == IMAGE_TOKEN).long()
+    config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
+    model, rows = getattr(transformers, f"{name}ForCausalLM")(config).eval(), batch("llama")
     with torch.no_grad():
-        expected = model(**rows).logits[:, -1]
-    assert torch.allclose(AnswerLogits(model, [rows])(model), expected, atol=1e-5)
+        assert torch.allclose(AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5)
+
+
+def test_a_mask_for_each_kind_of_layer_is_replayed():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
+    config = Gemma3Config(text_config=SIZES | {"sliding_window": 64}, vision_config=vision, image_token_id=IMAGE_TOKEN,
+                          mm_tokens_per_image=16)  # fmt: skip
+    model, rows = Gemma3ForConditionalGeneration(config).eval(), batch("llava")
+    rows["token_type_ids"] = (rows["input_ids"] == IMAGE_TOKEN).long()
+    with torch.no_grad():
+        assert torch.allclose(AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5)
