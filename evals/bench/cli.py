@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.console import Device, Overwrite, check_dtype
+
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
 Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
 
 
@@ -55,10 +58,10 @@ def bench_latency(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per run.")] = 33,
     repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two that do not.")] = 9,
     seed: Annotated[int, typer.Option(help="Of pictures and random prompts.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     save: Save = False,
 ) -> None:
     """Time to the first token and per further token, peak memory and FLOPs: the first model against the others.
@@ -77,7 +80,6 @@ def bench_latency(
     from hipp_ext.evals.bench.generation import Load
     from hipp_ext.evals.bench.latency import run
 
-    from hipp_ext.console import check_dtype
     from hipp_ext.errors import DataError
     from hipp_ext.files import require_new
     from hipp_ext.testbed import WEIGHTS
@@ -125,10 +127,10 @@ def bench_fit(
     layers: Annotated[int, typer.Option(min=2, help="Its layers.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Per task.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Of the fit, 12 plans each.")] = 20,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     save: Save = False,
 ) -> None:
     """What a fit costs on random weights of LLaVA's shape: signals, evaluations, learning, surgery, memory, hours in all.
@@ -144,7 +146,6 @@ def bench_fit(
 
     from hipp_ext.evals.bench.fit_cost import FitCostSize, run
 
-    from hipp_ext.console import check_dtype
     from hipp_ext.errors import DataError
     from hipp_ext.files import require_new
     from hipp_ext.planner import FitSettings
