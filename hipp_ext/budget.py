@@ -59,7 +59,7 @@ class Bounds:
 
 def keep_counts(
     groups: Sequence[Group],
-    allocation: Sequence[float],
+    allocation: Sequence[float] | None,
     pruning_ratio: float,
     bounds: Bounds | None = None,
 ) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def keep_counts(
 
     Args:
         groups: from `find_groups`.
-        allocation: one finite logit per group, higher = keep more; only differences count.
+        allocation: one finite logit per group, higher = keep more; only differences count. None: all alike.
         pruning_ratio: parameters removed / prunable parameters, in [0, 1).
         bounds: rounding and floors.
 
@@ -82,7 +82,7 @@ def keep_counts(
             bounds, and the largest ratio that can), or the allocation does not fit the groups.
     """
     bounds = bounds or Bounds()
-    logits = np.asarray(allocation, dtype=np.float64)
+    logits = np.zeros(len(groups)) if allocation is None else np.asarray(allocation, dtype=np.float64)
     if logits.shape != (len(groups),) or not np.isfinite(logits).all():
         raise BudgetError(f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}.")
     check_ratio(pruning_ratio)

@@ -72,6 +72,11 @@ def test_floors_of_single_groups():
     assert keep_counts(groups, [-9, 9], 0.5, Bounds(min_keep={"language.0.ffn": 0.4}))[0] == 40
 
 
+def test_without_an_allocation_every_group_keeps_the_same_share():
+    groups = (group(0, "ffn", 100, 1), group(1, "ffn", 10, 1), group(2, "attention", 20, 3))
+    assert keep_counts(groups, None, 0.4) == keep_counts(groups, [1.5] * 3, 0.4) == (60, 6, 12)
+
+
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), "0.3", True, None])
 def test_a_ratio_outside_the_range_is_refused(ratio):
     with pytest.raises(BudgetError, match=r"a number in \[0, 1\) is needed"):

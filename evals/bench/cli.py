@@ -332,8 +332,8 @@ def bench_search(
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
     questions: Annotated[
         tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
-    ] = (128, 128),
-    ablations: Annotated[bool, typer.Option("--ablations/--no-ablations", help="Also the planner without its parts.")] = True,
+    ] = (1024, 512),
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
     save: Save = False,
 ) -> None:
@@ -345,9 +345,9 @@ def bench_search(
 
     `hipp bench search --out search`
 
-    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
+    `hipp bench search --questions 128 128 --ablations --out parts` asks about fewer pictures
 
-    `hipp bench search --questions 512 256 --no-ablations --out more` has four times the pictures
+    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
     """
     from hipp_ext.evals.bench.search.study import StudySize
     from hipp_ext.evals.bench.search.summary import run

@@ -33,7 +33,7 @@ def run(save: bool = False) -> dict[str, Any]:
     for scorer in (WandaSP(), FLAP()):
         scores = scorer(model, processor=processor)
         for ratio in RATIOS:
-            plan = plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), ratio), scores)
+            plan = plan_from_counts(groups, keep_counts(groups, None, ratio), scores)
             answers = {}
             for side in SIDES:
                 small = prune(model, plan, compensate=side == "compensated", processor=processor)

@@ -6,14 +6,13 @@ is timed in a whole fit whose evaluator reads the reward off the plan.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import describe, show
+from hipp_ext.evals.bench.measuring import describe, show, spending
 from hipp_ext.evals.bench.shapes import noise, random_llava
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,28 +51,6 @@ class FitCostSize:
     fit: FitSettings = FitSettings()
 
 
-class _Meter:
-    """Seconds of what is done, and on CUDA the most memory that it took on top of what was there."""
-
-    def __init__(self, device: str):
-        self.device = torch.device(device)
-
-    def __call__(self, work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-        start = time.perf_counter()
-        done = work()
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        spent = {"seconds": time.perf_counter() - start}
-        if cuda:
-            spent["extra_mib"] = (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
-        return done, spent
-
-
 def run(
     size: FitCostSize | None = None,
     *,
@@ -93,7 +70,7 @@ def run(
         out: also write it to this file.
     """
     size, place = size or FitCostSize(), resolve_device(device)
-    meter = _Meter(place)
+    meter = partial(spending, place)
     kind = getattr(torch, dtype or "float32")
     model, building = meter(lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind))
     groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_AT_ONCE)
@@ -109,7 +86,7 @@ def run(
     with sliced(model, groups, signals.scores) as shrink:
 
         def evaluate(ratio: float) -> None:
-            shrink(keep_counts(groups, [0.0] * len(groups), ratio))
+            shrink(keep_counts(groups, None, ratio))
             answers(model)
 
         for ratio in RATIOS:
@@ -118,7 +95,7 @@ def run(
     planner = HiPPPlanner(Preference(1, 1, 1))
     planner.signals = signals
     _, spent_learning = meter(lambda: planner.fit(model, _RewardOfShape(groups), size.fit, progress=False))
-    plan = plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), 0.3), signals.scores)
+    plan = plan_from_counts(groups, keep_counts(groups, None, 0.3), signals.scores)
     small, spent_surgery = meter(lambda: prune(model, plan, inplace=True))
     plan_seconds = statistics.fmean(spent["seconds"] for spent in spent_plans)
     once = spent_signals["seconds"] + spent_inputs["seconds"] + spent_learning["seconds"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import ratio, resident
+from hipp_ext.evals.bench.measuring import ratio, resident, spending
 from hipp_ext.evals.bench.shapes import noise
 
 from hipp_ext.calibration import check_processor, encode, find_processor
@@ -81,7 +81,8 @@ def measure(models: Mapping[str, Any], load: Load, batch: Mapping[str, torch.Ten
         if name != dense:
             rows[name] |= {"prefill_speedup": ratio(prefill, dense, name), "decode_speedup": ratio(decode, dense, name)}
         if model.device.type == "cuda":
-            rows[name]["extra_mib"] = cuda_extra_mib(model, inputs[name], load.new_tokens)
+            _, spent = spending(model.device, lambda m=model, n=name: token_seconds(m, inputs[n], load.new_tokens))
+            rows[name]["extra_mib"] = spent["extra_mib"]
     return rows
 
 
@@ -155,15 +156,6 @@ def weights_mib(model: Any) -> float:
     """Parameters and buffers [MiB]; tied ones once."""
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values()) / 2**20
-
-
-def cuda_extra_mib(model: Any, batch: Mapping[str, torch.Tensor], new_tokens: int) -> float:
-    """The most that one generation allocates beyond what was allocated before it [MiB]."""
-    torch.cuda.synchronize(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    token_seconds(model, batch, new_tokens)
-    return (torch.cuda.max_memory_allocated(model.device) - before) / 2**20
 
 
 def own_extra_mib(folder: str | Path, load: Load, dtype: str | None = None, *, shaped: bool = False) -> float:

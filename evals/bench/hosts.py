@@ -46,7 +46,7 @@ def llama(shape: str) -> Any:
 def with_hipp(model: Any) -> Any:
     """Groups, magnitude scores, a uniform plan, surgery in place."""
     groups = find_groups(model)
-    counts = keep_counts(groups, [0.0] * len(groups), RATIO, Bounds(min_keep=0))
+    counts = keep_counts(groups, None, RATIO, Bounds(min_keep=0))
     return prune(model, plan_from_counts(groups, counts, Magnitude()(model)), inplace=True)
 
 

@@ -12,7 +12,7 @@ from hipp_ext.evals.bench.generation import Load, extra_mib_on_cpu, measure, sha
 from hipp_ext.evals.bench.measuring import describe, show
 from hipp_ext.evals.bench.shapes import random_llava
 
-from hipp_ext.budget import Bounds, keep_counts
+from hipp_ext.budget import keep_counts
 from hipp_ext.checkpoint import load_pruned, save_pruned
 from hipp_ext.errors import DataError
 from hipp_ext.groups import find_groups
@@ -28,7 +28,7 @@ def shaped_folders(into: Path, removed: float, hidden: int, layers: int) -> dict
     """A random LLaVA-shaped model, and the same uniformly pruned, as folders."""
     model = random_llava(hidden, layers)
     groups = find_groups(model)
-    plan = plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), removed, Bounds()), Magnitude()(model))
+    plan = plan_from_counts(groups, keep_counts(groups, None, removed), Magnitude()(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have no processor, and need none
         return {"dense": save_pruned(model, into / "dense"), "pruned": save_pruned(prune(model, plan), into / "pruned")}

@@ -75,6 +75,24 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def spending(device: str | torch.device, work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What `work` returns; its seconds, and on CUDA the most memory that it took on top of what was there (extra_mib)."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    done = work()
+    if cuda:
+        torch.cuda.synchronize(device)
+    spent = {"seconds": time.perf_counter() - start}
+    if cuda:
+        spent["extra_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return done, spent
+
+
 def resident(field: str, reset: bool = False) -> float:
     """A field of this process's memory [MiB]; `reset` makes the peak start from now. NaN where there is no /proc."""
     status = Path("/proc/self/status")

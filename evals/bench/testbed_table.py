@@ -33,7 +33,7 @@ def run(save: bool = False) -> dict[str, Any]:
     rows = {}
     for name, (share, only) in ROWS.items():
         if only is None:
-            counts = keep_counts(groups, [0.0] * len(groups), share)
+            counts = keep_counts(groups, None, share)
         else:
             counts = tuple(g.width - round(share * g.width) if g.kind == only else g.width for g in groups)
         plan = plan_from_counts(groups, counts, scores)

@@ -26,7 +26,7 @@ QUICK = Load(tokens=16, new_tokens=4, repeats=3, warmup=1)
 def plan(tmp_path_factory):
     model, _ = testbed.load()
     groups = find_groups(model)
-    made = plan_from_counts(groups, keep_counts(groups, [0.0] * len(groups), 0.5), Magnitude()(model))
+    made = plan_from_counts(groups, keep_counts(groups, None, 0.5), Magnitude()(model))
     file = tmp_path_factory.mktemp("plan") / "half.json"
     made.save(file)
     return file

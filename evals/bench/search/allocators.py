@@ -72,7 +72,7 @@ Allocator = Callable[[Context, float], tuple[int, ...]]
 
 def uniform(context: Context, ratio: float) -> tuple[int, ...]:
     """The same share of every group."""
-    return keep_counts(context.groups, [0.0] * len(context.groups), ratio, context.bounds)
+    return keep_counts(context.groups, None, ratio, context.bounds)
 
 
 def global_threshold(context: Context, ratio: float) -> tuple[int, ...]:

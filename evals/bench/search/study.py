@@ -51,7 +51,8 @@ class StudySize:
     """How much is measured.
 
     Attributes:
-        seeds: of every search and of hipp; ablations take `ablation_seeds`, which may be 0.
+        seeds: of every search and of hipp.
+        ablation_seeds: of hipp without its parts.
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
@@ -59,9 +60,9 @@ class StudySize:
     """
 
     seeds: int = 5
-    ablation_seeds: int = 2
+    ablation_seeds: int = 0
     evaluations: int = 300
-    questions: tuple[int, int] = (128, 128)
+    questions: tuple[int, int] = (1024, 512)
     front_questions: int = 300
     table_questions: tuple[int, int] = (1200, 800)
 

@@ -38,9 +38,8 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
     print_table(methods)
     pope, choice = size.questions
     command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
-    usual = size.questions == StudySize.questions and size.ablation_seeds
-    name = "search" if usual else f"search_{pope}_{choice}"
-    result = report(name, command + ("" if size.ablation_seeds else " --no-ablations"), values, save)
+    name = "search" if size.questions == StudySize.questions else f"search_{pope}_{choice}"
+    result = report(name, command + (" --ablations" if size.ablation_seeds else ""), values, save)
     picture = _picture(methods)
     write_atomic(folder / "search.png", picture)
     if save:
