@@ -11,10 +11,8 @@ from torch import nn
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner.planner import Choices, FrontPlan, HiPPPlanner
-from hipp_ext.planner.reward import Evaluator, Reward
+from hipp_ext.planner.reward import Evaluator, Reward, scores_agree
 from hipp_ext.preference import Preference
-
-SAME = 0.005  # the dense model's scores differ by less on one set of questions, whatever the hardware
 
 
 def answer(
@@ -35,7 +33,7 @@ def answer(
 
 
 def _check_same(fit: Mapping[str, float] | None, now: Mapping[str, float]) -> None:
-    if fit is not None and any(abs(now[name] - value) > SAME for name, value in fit.items()):
+    if fit is not None and not scores_agree(fit, {name: now[name] for name in fit}):
         told = [", ".join(f"{name} {said[name]:.3f}" for name in fit) for said in (fit, now)]
         raise DataError(
             f"This is not what the plans of the fit were measured on: there the dense model has {told[0]}, here {told[1]}. "

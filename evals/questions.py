@@ -20,6 +20,11 @@ class TableQuestion:
     answer: str
 
     @property
+    def picture(self) -> str:
+        """The same for all questions about one picture."""
+        return self.image_path
+
+    @property
     def image(self) -> "Image.Image":
         """The picture, RGB."""
         from PIL import Image

@@ -47,19 +47,25 @@ class AnswerLogits:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, share: bool = True, memory_limit: int = MEMORY_LIMIT):
         rows: list[_Row] = []
         beginnings: dict[bytes, Tensor] = {}
-        self._replayed: list[tuple[dict[str, Any], Tensor]] = []
+        places: list[int] = []  # of `rows` among all rows
+        self._replayed: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+        begun = 0
         token = image_token_id(model)
         check_loaded(model)
         with torch.no_grad(), evaluating(model):
             for batch in batches:
                 inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
+                index = torch.arange(begun, begun + len(position))
+                begun += len(position)
                 if share and _plainly_causal(model, inputs):
                     rows += _rows(inputs, batch, position, token, beginnings)
+                    places += index.tolist()
                 else:
-                    self._replayed.append((inputs, position))
+                    self._replayed.append((inputs, position, index))
         size = max((len(batch["input_ids"]) for batch in batches), default=1)
         self._chunks = list(_chunks(rows, size, memory_limit // _cache_bytes(model)))
-        assert not (rows and self._replayed), "one model, one way"
+        indices = [torch.tensor(places)[chunk.index] for chunk in self._chunks] + [index for *_, index in self._replayed]
+        self._order = torch.argsort(torch.cat(indices))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Float[Tensor, "rows vocabulary"]:
@@ -69,12 +75,9 @@ class AnswerLogits:
         with evaluating(model):
             for chunk in self._chunks:
                 answers.append(_read(model, chunk.last_hidden(tower), chunk.position))
-            for inputs, position in self._replayed:
+            for inputs, position, _ in self._replayed:
                 answers.append(_read(model, tower(**inputs).last_hidden_state, position))
-        logits = torch.cat(answers)
-        if self._chunks:
-            logits = logits[torch.argsort(torch.cat([chunk.index for chunk in self._chunks]))]
-        return logits
+        return torch.cat(answers)[self._order]
 
 
 def _read(model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class _Chunk:
         owner: (rows,) which beginning a row has; on the CPU, for layers may lie on several devices.
         rest: (rows, S, hidden) right-padded; nothing looks ahead, so the padding needs no mask.
         position: (rows,) index into `rest` of the token that the answer follows.
-        index: (rows,) place of each row among all rows.
+        index: (rows,) place of each row among those that share.
     """
 
     begin: Tensor

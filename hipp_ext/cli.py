@@ -11,6 +11,7 @@ from hipp_ext.console import Devices, Dtype, ModelArgument, Overwrite, load_mode
 from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.cli import bench_app
 from hipp_ext.evals.cli import evals_app
+from hipp_ext.preference import Preference
 from hipp_ext.recover.cli import recover_command
 from hipp_ext.robust.cli import robust_app
 from hipp_ext.testbed.cli import testbed_app
@@ -24,9 +25,9 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(robust_app, name="robust")
 app.add_typer(testbed_app, name="testbed")
 
-Utility = Annotated[float, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
-Robustness = Annotated[float, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
-Compression = Annotated[float, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
+Utility = Annotated[float | None, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
+Robustness = Annotated[float | None, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
+Compression = Annotated[float | None, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
 Ratio = Annotated[
     float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
 ]
@@ -73,9 +74,9 @@ def demo(
 def plan(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("plan.json"),
-    utility: Utility = 0.4,
-    robustness: Robustness = 0.4,
-    compression: Compression = 0.2,
+    utility: Utility = None,
+    robustness: Robustness = None,
+    compression: Compression = None,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
     planner: Annotated[
@@ -89,7 +90,7 @@ def plan(
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the pruning plan for a preference.
+    """Write the pruning plan for a preference: 0.4, 0.4, 0.2 unless a weight is given; then the others count nothing.
 
     Examples:
 
@@ -103,10 +104,9 @@ def plan(
     from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.planner.signal_cache import default_cache
-    from hipp_ext.preference import Preference
 
     require_new(out, overwrite)
-    wanted = Preference(utility, robustness, compression)
+    wanted = _preference(utility, robustness, compression) or Preference(0.4, 0.4, 0.2)
     maker = HiPPPlanner.load(planner) if planner else HiPPPlanner(wanted)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
@@ -127,7 +127,9 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
     pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per task; with more, a preference steers better.")] = 192,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Questions per task; the more pictures they are about, the better a preference steers.")
+    ] = 192,
     steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
@@ -194,9 +196,9 @@ def fit(
 @app.command()
 def front(
     planner: Annotated[Path, typer.Argument(metavar="PLANNER", help="A folder written by `hipp fit`.")],
-    utility: Annotated[float | None, typer.Option("--utility", "-u", help="With -r and -c: what is wanted.")] = None,
-    robustness: Annotated[float | None, typer.Option("--robustness", "-r")] = None,
-    compression: Annotated[float | None, typer.Option("--compression", "-c")] = None,
+    utility: Utility = None,
+    robustness: Robustness = None,
+    compression: Compression = None,
     pruning_ratio: Ratio = None,
     model: Annotated[
         str | None, typer.Option(help="The fitted model: measures the policy's plan where the fit did not.")
@@ -225,7 +227,6 @@ def front(
     from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
     from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.preference import Preference
 
     for file in (picture, json_file):
         if file is not None:
@@ -234,9 +235,8 @@ def front(
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         fitted.pruning_ratio = pruning_ratio
-    choices = None
-    if (utility, robustness, compression) != (None, None, None):
-        wanted = Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
+    choices, wanted = None, _preference(utility, robustness, compression)
+    if wanted is not None:
         loaded, processor = load_model(model, device, dtype, spread=True) if model else (None, None)
         evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on) if model else None
         choices = answer(fitted, wanted, loaded, evaluator)
@@ -290,6 +290,13 @@ app.command("recover")(recover_command)
 def _quiet_transformers() -> None:
     """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _preference(utility: float | None, robustness: float | None, compression: float | None) -> Preference | None:
+    """The wish; a weight that is not given counts nothing. None where none is."""
+    if (utility, robustness, compression) == (None, None, None):
+        return None
+    return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
 
 
 def _evaluator(

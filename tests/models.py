@@ -99,18 +99,40 @@ def smolvlm() -> nn.Module:
     return Idefics3ForConditionalGeneration(config)
 
 
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)  # fmt: skip
+
+
+def granite_llava() -> nn.Module:
+    """Blocks whose output is scaled before it is added."""
+    from transformers import GraniteConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = GraniteConfig(**SIZES, residual_multiplier=0.3)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN))
+
+
+def gemma3() -> nn.Module:
+    """Blocks whose output is normed before it is added, and norms that keep their gain less one."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config(text_config=SIZES | {"sliding_window": 64}, vision_config=_clip().to_dict(),
+                          image_token_id=IMAGE_TOKEN, mm_tokens_per_image=16)  # fmt: skip
+    return Gemma3ForConditionalGeneration(config)
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llava": llava, "llava_gqa": llava_gqa, "llava_mqa": llava_mqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl,
     "smolvlm": smolvlm,
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
+PECULIAR = {"granite_llava": granite_llava, "gemma3": gemma3}  # what they do differently is tested where it matters
 IMAGE_TOKENS = {"llava": 16, "llava_gqa": 16, "llava_mqa": 16, "llava_next": 16 + 16 + 4, "qwen2_5_vl": 16, "smolvlm": 4}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """The model `name` of BUILDERS in eval mode, random weights by `seed`, biases and norms random too."""
+    """The model `name` of BUILDERS or PECULIAR in eval mode, random weights by `seed`, biases and norms random too."""
     torch.manual_seed(seed)
-    model = BUILDERS[name]().eval()
+    model = (BUILDERS | PECULIAR)[name]().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Larger than transformers' 0.02, and nowhere exactly 0 or 1, so that a wrong slice shows in the logits.

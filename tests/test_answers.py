@@ -3,7 +3,7 @@
 import pytest
 import torch
 from devices import LiveBytes
-from models import BUILDERS, IMAGE_TOKEN, VOCAB, batch, build
+from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
 from test_slices import scores_of
 
 from hipp_ext import testbed
@@ -74,6 +74,19 @@ def test_a_window_shorter_than_the_rows_is_replayed():
     assert AnswerLogits(model, [batch("llava")])._chunks
 
 
+def test_rows_on_both_sides_of_the_window_come_back_in_their_order():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)).eval()
+    batches = [batch("llama", length=n, seed=n) for n in (5, 8, 4, 7)]
+    answers = AnswerLogits(model, batches)
+    assert len(answers._replayed) == 2 and answers._chunks
+    with torch.no_grad():
+        expected = torch.cat([model(**b).logits[:, -1] for b in batches])
+    assert torch.allclose(answers(model), expected, atol=1e-5)
+
+
 def pope_batches(processor, n, rows=16):
     questions = testbed.questions("POPE", "search", n)
     some = [questions[i : i + rows] for i in range(0, n, rows)]
@@ -117,10 +130,6 @@ def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
     assert peaks[0] <= peaks[1] < 0.7 * peaks[2] < 0.7 * peaks[3]
 
 
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8)  # fmt: skip
-
-
 @pytest.mark.parametrize(("name", "extra"), [
     ("Cohere", {"logit_scale": 0.2}), ("Granite", {"logits_scaling": 4.0}), ("Gemma2", {"final_logit_softcapping": 0.5}),
 ])  # fmt: skip
@@ -134,12 +143,7 @@ def test_logits_that_are_scaled_or_capped_after_the_head(name, extra):
 
 
 def test_a_mask_for_each_kind_of_layer_is_replayed():
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    vision = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
-    config = Gemma3Config(text_config=SIZES | {"sliding_window": 64}, vision_config=vision, image_token_id=IMAGE_TOKEN,
-                          mm_tokens_per_image=16)  # fmt: skip
-    model, rows = Gemma3ForConditionalGeneration(config).eval(), batch("llava")
+    model, rows = build("gemma3"), batch("llava")
     rows["token_type_ids"] = (rows["input_ids"] == IMAGE_TOKEN).long()
     with torch.no_grad():
         assert torch.allclose(AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5)

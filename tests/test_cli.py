@@ -27,10 +27,11 @@ def test_fit_plan_prune_from_start_to_end(folder):
     done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "12 plans evaluated" in done.stdout and len(HiPPPlanner.load(folder / "planner").archive) == 12
-    wish = ("-u", "1", "-r", "0", "-c", "0", "--pruning-ratio", "0.3")
+    wish = ("-u", "1", "--pruning-ratio", "0.3")  # what is not named counts nothing, as in `hipp front`
     done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
+    assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0)
     done = hipp("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     archived = PruningPlan.load(folder / "archived.json")

@@ -9,7 +9,7 @@ from hipp_ext import masked
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
-from hipp_ext.scorers.synflow import stability
+from hipp_ext.scorers.synflow import _gain, stability
 
 SCORERS = [Magnitude(), WandaSP(), FLAP(), Taylor(), SynFlow(), VisualSensitivity(), MRS(attack_steps=2)]
 
@@ -194,21 +194,23 @@ def test_without_an_image_visual_sensitivity_is_zero():
         assert not score.any()
 
 
-def test_drift_is_that_of_the_vision_tokens():
-    model, inputs = build("llava"), batch("llava")
+@pytest.mark.parametrize("name", ["llava", "granite_llava", "gemma3"])
+def test_drift_is_that_of_the_vision_tokens(name):
+    model, inputs, norm = build(name), batch("llava"), "post_attention_layernorm"
+    if name == "gemma3":
+        inputs["token_type_ids"], norm = (inputs["input_ids"] == IMAGE_TOKEN).long(), "pre_feedforward_layernorm"
     layer = tower_layers(model, "language")[1]
     seen = {}
     hooks = [
-        layer.mlp.register_forward_hook(lambda m, a, o: seen.update(out=o)),
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a: seen.update(before=a[0])),
+        layer.register_forward_hook(lambda m, a, o: seen.update(after=o[0] if isinstance(o, tuple) else o)),
+        getattr(layer, norm).register_forward_pre_hook(lambda m, a: seen.update(before=a[0])),
     ]
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
         hook.remove()
     where = inputs["input_ids"] == IMAGE_TOKEN
-    before = seen["before"][where]
-    drift = 1 - torch.cosine_similarity(before, before + seen["out"][where], dim=-1)
+    drift = 1 - torch.cosine_similarity(seen["before"][where], seen["after"][where], dim=-1)
     score = VisualSensitivity()(model, [inputs])["language.1.ffn"]
     assert float(score.sum()) == pytest.approx(float(drift.mean()), rel=1e-4)
 
@@ -249,6 +251,19 @@ def test_synflow_shares_are_what_is_lost_by_removal():
         for layer, kind, unit in [(0, "attention", 1), (1, "ffn", 7), (2, "ffn", 40)]:
             share = float(flow[f"language.{layer}.{kind}"][unit])
             assert share == pytest.approx(1 - total_flow((layer, kind, unit)) / dense, rel=1e-3)
+
+
+def test_the_gain_of_a_norm_is_what_it_scales_by():
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    weight = torch.randn(40)
+    for norm, gain in ((LlamaRMSNorm(40), weight), (Gemma3RMSNorm(40), 1 + weight), (torch.nn.LayerNorm(40), weight)):
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            if isinstance(norm, torch.nn.LayerNorm):
+                norm.bias.fill_(3.0)
+            assert torch.allclose(_gain(norm), gain.abs(), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

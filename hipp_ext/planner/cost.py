@@ -86,9 +86,12 @@ def fit_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, folder: 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, safetensors.torch.save({"table": measure_cost(model, groups, kind).table}))
     try:
-        return Cost(kind=kind, table=safetensors.torch.load(path.read_bytes())["table"])
+        table = safetensors.torch.load(path.read_bytes())["table"]
     except (safetensors.SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Remove {folder} to start again.") from None
+    if len(table) != len(groups):
+        raise CheckpointError(f"{path} holds the seconds of another model: {len(table)} groups, not {len(groups)}.")
+    return Cost(kind=kind, table=table)
 
 
 def _shape(model: nn.Module, group: Group) -> tuple:

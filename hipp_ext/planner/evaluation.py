@@ -1,6 +1,7 @@
 """Keep counts -> reward: the evaluator run on slices of one model, by one process or by several."""
 
 import contextlib
+import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from hipp_ext.planner.state import Signals, keep_shares
 from hipp_ext.scorers.synflow import stability
 from hipp_ext.slices import sliced
 
+PATIENCE = datetime.timedelta(days=1)  # processes wait for the slowest evaluation; torchrun ends them all if one dies
 Keeps = tuple[int, ...]
 MeasureOne = Callable[[Keeps], Reward]
 MeasureMany = Callable[[Sequence[Keeps]], list[Reward]]
@@ -56,7 +58,7 @@ class Workers:
     def join(cls) -> "Workers":
         """The processes of `torchrun`, brought together over gloo; without it, this process alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
         return cls()
 
     @property

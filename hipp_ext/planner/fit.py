@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,7 +23,7 @@ from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, pl
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
-from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation
+from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation, scores_agree
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import Signals, keep_shares
 
@@ -50,7 +51,7 @@ class FitSettings:
         learning_rate: of Adam.
         noise: standard deviation of the allocation logits at the first and at the last step.
         budget_noise: standard deviation of the budget logit.
-        hindsight: regression updates on the archive per step.
+        hindsight: regression updates on the archive per step, where `imagined` is 0.
         scalarisation: of the objectives, for budgets and for the choice of candidates.
         min_stability: plans that retain less synaptic flow (log, see `stability`) are not measured; None: all are.
         seed: of preferences and noise. The same seed and the same policy to begin with give the same archive.
@@ -74,8 +75,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
             raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
-        if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < self.rollouts:
-            raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= rollouts are needed: {self}")
+        if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < max(8, self.rollouts):
+            raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= 8 and >= rollouts are needed: {self}")
         if not all(0 < x < math.inf for x in (*self.noise, self.budget_noise, self.learning_rate)):
             raise ValueError(f"noise, budget_noise and learning_rate above 0 are needed: {self}")
         check_scalarisation(self.scalarisation)
@@ -120,17 +121,19 @@ class Trainer:
         bounds: Bounds | None = None,
         folder: Path | None = None,
         dense: Mapping[str, float] | None = None,
+        mrs: str | None = None,
         at_once: int = 1,
     ):
         self.signals, self.measure, self.settings, self.cost = signals, measure, settings, cost
         self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
-        self.dense = {name: round(value, 3) for name, value in (dense or {}).items()}
-        self.limit = largest_ratio(signals.groups, self.bounds)
+        self.dense, self.mrs = dict(dense or {}), mrs
+        self.limit = min(MAX_RATIO, largest_ratio(signals.groups, self.bounds))
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
                                  candidates=settings.candidates)  # fmt: skip
         self.archive = Archive(folder / ARCHIVE if folder else None)
+        self.finished = False
         self.step = self._resume()
         self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
         # What was evaluated after the last checkpoint is not evaluated again, only replayed.
@@ -149,17 +152,16 @@ class Trainer:
             TextColumn("plans"),
             TimeRemainingColumn(),
         ]
-        steps = self.settings.steps
-        per_step = self.settings.evaluations // max(steps, 1)
-        if self.pruning_ratio is not None:
-            per_step //= self.settings.budgets
-        history = []
+        steps, history = self.settings.steps, []
         with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("fit", total=steps * per_step, completed=self.step * per_step)
+            task = bar.add_task("fit", total=steps * self._per_step, completed=self.step * self._per_step)
             while self.step < steps:
                 self.run_step(lambda: bar.advance(task))
                 history.append(self.archive.hypervolume())
                 bar.update(task, description=f"fit, hypervolume {history[-1]:.4f}")
+            if not self.finished:
+                bar.update(task, description="learning from all plans")
+                self._finish()
         return FitResult(steps=self.step, evaluations=len(self.archive), hypervolume=self.archive.hypervolume(),
                          history=tuple(history), folder=self.folder)  # fmt: skip
 
@@ -173,7 +175,21 @@ class Trainer:
         rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
         self._learn(rollouts, objectives, generator)
-        self.step += 1
+        self.step, self.finished = self.step + 1, False
+        self._save()
+
+    @property
+    def _per_step(self) -> int:
+        """Plans of a step."""
+        s = self.settings
+        return s.preferences * s.rollouts * (s.budgets if self.pruning_ratio is None else 1)
+
+    def _finish(self) -> None:
+        """The final updates, on all that is known now."""
+        if self._imagines and self.settings.final:
+            self._know()
+            self._learn_anew(torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step))
+        self.finished = True
         self._save()
 
     def _draw(self, generator: torch.Generator) -> Rollouts:
@@ -202,7 +218,8 @@ class Trainer:
         wanted = []
         for index in range(math.prod(shape)):
             p, m, n = index // (shape[1] * shape[2]), index // shape[2] % shape[1], index % shape[2]
-            allocation, ratio = rollouts.allocations[p, m, n].tolist(), float(rollouts.ratios[p, m])
+            allocation = rollouts.allocations[p, m, n].tolist()
+            ratio = float(rollouts.ratios[p, m]) if self.pruning_ratio is None else self.pruning_ratio  # and not its float32
             keeps = keep_counts(self.signals.groups, allocation, ratio, self.bounds)
             wanted.append((tuple(rollouts.preferences[p].tolist()), ratio, tuple(allocation), keeps))
         records: list[Record] = []
@@ -266,8 +283,6 @@ class Trainer:
         if s.imagined:
             for update in range(s.imagined):
                 self._learn_imagined(update, generator)
-            if self.step + 1 == s.steps and s.final:
-                self._learn_anew(generator)
             return
         self.learner.learn(rollouts, objectives, budget=free)
         measured = self._measured()
@@ -284,7 +299,7 @@ class Trainer:
         What a policy learned while little was known can have led it to where small steps do not lead back.
         """
         s = self.settings
-        updates = round(s.final * s.imagined * s.steps)
+        updates = round(s.final * s.imagined * self.step)
         self.learner.restart()
         for update in range(updates):
             self.learner.set_learning_rate(s.learning_rate * min(1.0, (updates - update) / (FALLING * updates)))
@@ -296,7 +311,7 @@ class Trainer:
         preferences, ratio = draw_preferences(n, generator), self.pruning_ratio
         own = ratio is None and update % 2 == 0
         if ratio is None and not own:
-            ratio = min(MAX_RATIO, self.limit) * torch.rand(n, budgets, generator=generator)
+            ratio = self.limit * torch.rand(n, budgets, generator=generator)
         imagined = self.learner.draw(preferences, budgets, rollouts, noise=self.settings.noise[1], budget_noise=1.0,
                                      ratio=ratio, limit=self.limit, generator=generator)  # fmt: skip
         self.learner.learn(imagined, self._imagined_objectives(imagined), budget=own)
@@ -316,7 +331,7 @@ class Trainer:
 
     def _learn_budgets(self, preferences: Tensor) -> None:
         """The best of a grid of ratios, each with the allocation that the policy would choose there."""
-        grid = torch.linspace(0.02, MAX_RATIO, GRID).clamp(max=self.limit).expand(len(preferences), -1)
+        grid = (self.limit * torch.linspace(1 / 30, 1, GRID)).expand(len(preferences), -1)
         with torch.no_grad():
             means = self.learner.allocation_means(preferences, grid)
         shares = self.proposer.shares(means.flatten(0, 1), grid.flatten())
@@ -326,25 +341,33 @@ class Trainer:
 
     def _save(self) -> None:
         if self.folder is not None:
-            data = safetensors.torch.save(self.learner.tensors(), {"step": str(self.step)})
+            metadata = {"step": str(self.step), "finished": str(self.finished)}
+            data = safetensors.torch.save(self.learner.tensors(), metadata)
             write_atomic(self.folder / CHECKPOINT, data)
 
-    def _identity(self) -> str:
+    def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed; more steps may be asked for later."""
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"}
         measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
         identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds),
-                    "cost": self.cost.kind, "mrs": self.signals.mrs is not None}  # fmt: skip
+                    "cost": self.cost.kind, "mrs": self.mrs}  # fmt: skip
         # What the evaluator says of the dense model stands for its questions.
-        return json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True)
+        return json.loads(json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True))
 
     def _check_identity(self, path: Path) -> None:
+        now = self._identity()
         if not path.exists():
-            write_atomic(path, self._identity() + "\n")
-        elif (there := path.read_text().strip()) != self._identity():
+            write_atomic(path, json.dumps(now) + "\n")
+            return
+        try:
+            there = json.loads(path.read_text())
+            same = there | {"dense": None} == now | {"dense": None} and scores_agree(there["dense"], now["dense"])
+        except (ValueError, KeyError, TypeError):
+            there, same = path.read_text().strip(), False
+        if not same:
             raise CheckpointError(
                 f"{path.parent} holds a fit with other settings, of another model, with another evaluator or on other "
-                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {self._identity()}"
+                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {now}"
             )
 
     def _resume(self) -> int:
@@ -358,8 +381,15 @@ class Trainer:
             with safetensors.safe_open(path, "pt") as file:
                 metadata: Mapping[str, str] = file.metadata()
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            step = int(metadata["step"])
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}. Remove {self.folder} to start again.") from None
-        self.learner.restore(tensors)
+            step, self.finished = int(metadata["step"]), metadata["finished"] == "True"
+            self.learner.restore(tensors)
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged, or of another policy: {error!r}. Remove {self.folder} to start again."
+            ) from None
+        if (there := sum(r.step < step for r in self.archive.records)) != step * self._per_step:
+            raise CheckpointError(
+                f"{self.folder / ARCHIVE} holds {there} of the {step * self._per_step} plans before step {step}. Remove "
+                f"{self.folder} to start again."
+            )
         return step

@@ -4,7 +4,8 @@ What differs from GRPO as published for text (arXiv 2402.03300), and why:
 1. One action per episode, a Gaussian over a budget and one logit per group; so there is no token-level ratio.
 2. One on-policy update per batch: the ratio is 1, and clipping has nothing to do. The KL penalty, to where the fit began,
    is small: it holds logits so large that no plan depends on them any more, which would grow without end.
-3. Most rollouts are imagined: a reward model learned from every measured plan scores them. Measured ones are few and dear.
+3. Rollouts are imagined: a reward model learned from every measured plan scores them. Measured ones are few and dear, and
+   teach the reward model; the policy learns from them directly only where there is none (`FitSettings.imagined` = 0).
 4. Two baselines, because the action has two parts: an allocation is compared with others for the same preference and
    budget, a budget with the other budgets for the same preference.
 5. Allocation advantages are normalised per objective and weighted by the preference afterwards (GDPO, arXiv 2601.05242),
@@ -13,7 +14,7 @@ What differs from GRPO as published for text (arXiv 2402.03300), and why:
    measured: z-scores of opposed objectives would cancel. Beside them the budget head is regressed on the best known
    budgets; alone, its gradient runs into saturation.
 7. The final advantage is not divided by its standard deviation again (Dr. GRPO, arXiv 2503.20783).
-8. Hindsight: measured plans are re-used for other preferences by weighted regression.
+8. Hindsight: every measured plan teaches all preferences, by the reward model; without one, by weighted regression.
 9. What all logits of an allocation have in common changes no plan: it is left out of likelihood and policy, where it would
    drift without end.
 10. A diversity term keeps preferences apart (D3PO, arXiv 2602.07764): the allocations of two preferences shall differ by

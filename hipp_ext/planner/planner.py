@@ -75,7 +75,7 @@ class HiPPPlanner:
         plan = HiPPPlanner(Preference(utility=0.4, robustness=0.4, compression=0.2)).plan(model)
 
     Without a fit the policy is its prior: measured sensitivity says where to prune, the preference for compression how much.
-    `fit` trains it on measured rewards. Signals are measured on first use and kept for the model they were measured on.
+    `fit` trains it on what evaluated plans tell. Signals are measured on first use and kept for their model.
 
     Args:
         preference: what is wanted.
@@ -243,7 +243,8 @@ class HiPPPlanner:
                     everything = measure_many([tuple(g.width for g in signals.groups)])[0]
                     dense = {"utility": everything.utility, "robustness": everything.robustness}
                     trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
-                                      bounds=self.bounds, folder=path, dense=dense, at_once=workers.count)  # fmt: skip
+                                      bounds=self.bounds, folder=path, dense=dense, mrs=self.mrs and self.mrs.name,
+                                      at_once=workers.count)  # fmt: skip
                     result = trainer.run(progress)
             else:
                 workers.serve(measure_one)

@@ -13,7 +13,6 @@ from hipp_ext.groups import Group
 from hipp_ext.planner.archive import Archive, hypervolume_gains
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.grpo import Learner, Rollouts, centred
-from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import keep_shares
 
@@ -31,7 +30,7 @@ class Proposer:
 
     Attributes:
         groups, bounds, cost: of the fit.
-        limit: the largest ratio that the bounds allow.
+        limit: the largest ratio that is searched.
         candidates: how many are refined, per preference and budget.
     """
 
@@ -52,8 +51,9 @@ class Proposer:
             ratios[1::2, 0] = self._spread(ratios[1::2, 0].shape, generator)
         chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
         front = np.array([r.reward.objectives() for r in archive.front()]).reshape(-1, 3)
-        known = {r.keeps for r in archive.records}
-        measured = torch.unique(torch.tensor([r.allocation for r in archive.records]), dim=0)
+        logits = torch.tensor([r.allocation for r in archive.records])
+        known = set(map(tuple, self._counts(logits, np.array([r.pruning_ratio for r in archive.records])).tolist()))
+        measured = torch.unique(logits, dim=0)
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
                 start = torch.cat([drawn.allocations[p, m], centred(measured)])
@@ -69,7 +69,7 @@ class Proposer:
         """Keep shares of plans that are only imagined."""
         return keep_shares(self.groups, self._counts(allocations, ratios))
 
-    def _counts(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]) -> np.ndarray:
+    def _counts(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"] | np.ndarray) -> np.ndarray:
         each = np.broadcast_to(np.asarray(ratios, dtype=np.float64), len(allocations))
         return many_keep_counts(self.groups, allocations.double().numpy(), each, self.bounds)
 
@@ -81,7 +81,7 @@ class Proposer:
         within = torch.rand(shape, generator=generator)
         part = torch.arange(within.numel()).view(shape)
         # A little beyond the end: the front's last plan is at the largest ratio itself.
-        return (((part + within) / within.numel()).sqrt() * 1.02 * MAX_RATIO).clamp(max=min(MAX_RATIO, self.limit))
+        return (((part + within) / within.numel()).sqrt() * 1.02 * self.limit).clamp(max=self.limit)
 
     def _refine(
         self, pool: Tensor, ratio: float, merit: "_Merit", model: RewardModel, noise: float, generator: torch.Generator

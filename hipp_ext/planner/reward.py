@@ -16,6 +16,7 @@ from hipp_ext.planner.policy import MAX_RATIO
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
+SAME = 0.005  # scores of one model on one set of questions differ by less, whatever the hardware
 AUGMENTATION = 0.02  # weight of the plain sum beside it
 WHOLE = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]])  # nadir and ideal point, while nothing is known of them
 
@@ -66,6 +67,11 @@ def read_reward(measured: object, compression: float, stability: float) -> Rewar
             raise DataError(f"The evaluator must return finite numbers for 'utility' and 'robustness'; got {measured!r}.")
         values[name] = float(value)
     return Reward(**values, compression=compression, stability=stability)
+
+
+def scores_agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two sets of scores may be one model's on one set of questions, on different hardware say."""
+    return one.keys() == other.keys() and all(abs(value - other[name]) <= SAME for name, value in one.items())
 
 
 def scalarise(

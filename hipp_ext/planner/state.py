@@ -16,6 +16,7 @@ from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_cal
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
+from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
@@ -132,8 +133,8 @@ def measure_signals(
     say("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     if image_token_id(model) is not None:
-        by_unit = VisualSensitivity()(model, batches, groups=[g for g in groups if g.tower == "language"])
-        visual = torch.stack([by_unit[g.name].sum() if g.name in by_unit else torch.tensor(0.0) for g in groups])
+        by_unit = VisualSensitivity()(model, batches, groups=groups)
+        visual = torch.stack([by_unit[g.name].sum() for g in groups])
     say("measuring synaptic flow")
     flow_shares = SynFlow()(model, groups=groups)
     if mrs is not None:
@@ -150,22 +151,34 @@ def measure_signals(
 def measure_sensitivity(
     model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], scores: Mapping[str, Tensor]
 ) -> Float[Tensor, "groups 2"]:
-    """(G, 2) mean KL [nats] of the answer distribution from dense, when one group loses its lowest 25% and 50% of units."""
+    """(G, 2) mean KL [nats] of the answer distribution from dense, when one group loses its lowest 25% and 50% of units.
+
+    A group of one unit can lose nothing; it gets the median of the others, which says nothing.
+    """
     check_scores(groups, scores)
     answers = AnswerLogits(model, batches)
     dense = answers(model).log_softmax(-1)
     result = torch.zeros(len(groups), len(RATIOS))
-    for i, group in enumerate(groups):
+    several = [i for i, g in enumerate(groups) if g.width > 1]
+    for i in several:
+        width = groups[i].width
         for j, ratio in enumerate(RATIOS):
             counts = [g.width for g in groups]
-            counts[i] = max(1, min(group.width - 1, round(group.width * (1 - ratio))))
-            with masked(model, plan_from_counts(groups, counts, scores)):
-                pruned = answers(model).log_softmax(-1)
-            removed = 1 - counts[i] / group.width
-            kl = (dense.exp() * (dense - pruned)).sum(-1).mean().clamp_min(0)
+            counts[i] = max(1, min(width - 1, round(width * (1 - ratio))))
+            removed = 1 - counts[i] / width
             # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
-            result[i, j] = kl * (ratio / removed) ** 2 if removed else 0.0
+            result[i, j] = divergence(model, plan_from_counts(groups, counts, scores), answers, dense) * (ratio / removed) ** 2
+    if several:
+        single = [i for i, g in enumerate(groups) if g.width == 1]
+        result[single] = result[several].median(0).values
     return result
+
+
+def divergence(model: nn.Module, plan: PruningPlan, answers: AnswerLogits, dense: Float[Tensor, "rows vocabulary"]) -> float:
+    """Mean KL [nats] of the answers under `plan` from the dense model's, whose log probabilities are `dense`."""
+    with masked(model, plan):
+        pruned = answers(model).log_softmax(-1)
+    return float((dense.exp() * (dense - pruned)).sum(-1).mean().clamp_min(0))
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,16 @@ def _linearise(model: nn.Module, group: Group) -> _Block:
             f"Layer {group.layer} has none of the norms {NORMS[group.kind]} before its {group.kind} block; it has "
             f"{[n for n, _ in layer.named_children()]}."
         )
-    gain = norms[0].weight.float().abs()
+    gain = _gain(norms[0])
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """(hidden,) what a norm scales normed inputs by, whether it keeps that or, as Gemma does, that less one."""
+    weight: Any = norm.weight
+    probe = torch.ones_like(weight)
+    probe[::2] = -1
+    return (norm(probe) - norm(-probe)).float().abs() / 2
 
 
 def _unit_norm(x: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ class _Probe:
             return
         stack.callback(self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove)
         stack.callback(layer.register_forward_hook(self._drift(g)).remove)
-        stack.callback(block.register_forward_hook(self._keep_output(g)).remove)
+        # Gemma norms what a block returns before it is added.
+        added = getattr(layer, "post_feedforward_layernorm", block)
+        stack.callback(added.register_forward_hook(self._keep_output(g, _multiplier(layer))).remove)
 
     def add_flow(self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> None:
         """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
@@ -141,7 +143,7 @@ class _Probe:
             self.grams[g.name] = columns.transpose(1, 2) @ columns  # ||c W_O||^2 = c G c, head_dim wide
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
         hidden = self.hidden[g.layer].float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
-        relative = (norm / hidden[:, None]) * used[:, None]
+        relative = _multiplier(tower_layers(self.model, "language")[g.layer]) * (norm / hidden[:, None]) * used[:, None]
         self.totals[g.name] = self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
         self.counts[g.name] += self.batch.count
 
@@ -159,9 +161,9 @@ class _Probe:
 
         return hook
 
-    def _keep_output(self, g: Group):
+    def _keep_output(self, g: Group, multiplier: float):
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            self.ffn_output[g.layer] = output
+            self.ffn_output[g.layer] = output * multiplier
 
         return hook
 
@@ -187,6 +189,11 @@ class _Probe:
         weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
         share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
         return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
+
+
+def _multiplier(layer: nn.Module) -> float:
+    """What a block's output is scaled by before it is added: Granite's."""
+    return float(getattr(layer, "residual_multiplier", 1.0))
 
 
 def _probed_attention(

@@ -84,9 +84,13 @@ def test_questions_of_a_table_are_those_of_the_testbed(tmp_path):
     testbed.export(tmp_path / "data", splits=("validation",), n=47)
     for task, name in (("POPE", "POPE"), ("ScienceQA", "ScienceQA_TEST")):
         table = read_table(tmp_path / f"data/validation/{name}.tsv", tmp_path / "images", name=name)
+        pictures = set()
         for ours, theirs in zip(testbed.questions(task, "validation", 47), table_questions(table), strict=True):
             assert (ours.prompt, ours.answer, tuple(ours.labels)) == (theirs.prompt, theirs.answer, tuple(theirs.labels))
             assert ours.image.tobytes() == theirs.image.tobytes()
+            pictures.add((ours.picture or ours.index, theirs.picture))
+        assert len(pictures) == len({picture for picture, _ in pictures}) == len({picture for _, picture in pictures})
+        assert task == "ScienceQA" or len(pictures) < 10  # so standard errors count questions about one picture together
 
 
 def test_a_processor_of_another_model_is_refused(loaded):

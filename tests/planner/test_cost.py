@@ -55,6 +55,8 @@ def test_latency_falls_as_units_go():
 def test_a_fit_keeps_its_latency(tmp_path):
     first = fit_cost(MODEL, GROUPS, "latency", tmp_path)
     assert torch.equal(fit_cost(MODEL, GROUPS, "latency", tmp_path).table, first.table)
+    with pytest.raises(CheckpointError, match=f"seconds of another model: {len(GROUPS)} groups, not 2"):
+        fit_cost(MODEL, GROUPS[:2], "latency", tmp_path)
     (tmp_path / "latency.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is damaged"):
         fit_cost(MODEL, GROUPS, "latency", tmp_path)

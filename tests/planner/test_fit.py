@@ -18,11 +18,13 @@ from fitting import BATCHES, SETTINGS, Closeness, planner_with
 from models import build
 
 from hipp_ext import HiPPPlanner, Preference, prune
+from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, DataError, PlanError
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
+from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.state import keep_shares, measure_signals
 
 
@@ -172,6 +174,54 @@ def test_kill_9_during_a_fit_and_resume(tmp_path):
     assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
 
 
+def test_a_fit_that_is_ended_early_learns_from_all_its_plans(model, signals, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        planner_with(signals).fit(model, Interrupting(model, 17), SETTINGS, folder=tmp_path, progress=False)
+    shutil.copytree(tmp_path, cut := tmp_path.with_name(tmp_path.name + "-cut"))
+    policies = []
+    for final in (0.0, SETTINGS.final, SETTINGS.final):  # the last one finds that nothing is left to do
+        folder = cut if final == 0 else tmp_path
+        settings = FitSettings(**{**SETTINGS.__dict__, "steps": 1, "final": final})
+        if final == 0:
+            text = (folder / "fit.json").read_text()
+            (folder / "fit.json").write_text(text.replace(f'"final": {SETTINGS.final}', '"final": 0.0'))
+        planner, evaluator = planner_with(signals), Closeness(model)
+        result = planner.fit(model, evaluator, settings, folder=folder, progress=False)
+        assert result.steps == 2 and result.evaluations == 16 and evaluator.calls == 1
+        policies.append(torch.cat([p.flatten() for p in planner.policy.parameters()]))
+    assert not torch.equal(policies[0], policies[1]) and torch.equal(policies[1], policies[2])
+
+
+@pytest.mark.parametrize("ratio", [0.35, 0.42, 0.6])
+def test_a_fit_at_a_fixed_ratio_has_archived_answers(model, signals, ratio, tmp_path):
+    planner = planner_with(signals, pruning_ratio=ratio)  # single precision is below 0.35, and above 0.6
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    assert {r.pruning_ratio for r in planner.archive.records} == {ratio}
+    assert planner.plan(model, archived=True).pruning_ratio >= ratio
+    planner.experience.archive.records = [r.model_copy(update={"pruning_ratio": float(np.float32(ratio))})
+                                          for r in planner.archive.records]  # fmt: skip
+    assert planner.choices().archived.plan.pruning_ratio >= ratio  # of a fit by an earlier version
+
+
+def test_budgets_keep_within_tight_bounds(model, signals):
+    planner = planner_with(signals, bounds=Bounds(min_keep=0.7))
+    planner.fit(model, Closeness(model), FitSettings(steps=4, imagined=5), progress=False)
+    ratios = [r.pruning_ratio for r in planner.archive.records]
+    assert max(ratios) < 0.3 and sum(r > 0.29 for r in ratios) < len(ratios) / 3
+
+
+def test_a_fit_whose_archive_lost_lines_is_not_resumed(model, signals, tmp_path):
+    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    path = tmp_path / "archive.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(CheckpointError, match="holds 23 of the 24 plans before step 3"):
+        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="holds 0 of the 24 plans"):
+        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+
+
 def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_path):
     planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     path = tmp_path / "archive.jsonl"
@@ -196,6 +246,20 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
 
     with pytest.raises(CheckpointError, match="with another evaluator"):
         planner_with(signals).fit(model, Other(model), SETTINGS, folder=tmp_path, progress=False)
+
+    class Elsewhere(Closeness):  # the same on other hardware
+        def __call__(self, model):
+            return {name: value - 0.002 for name, value in super().__call__(model).items()}
+
+    planner_with(signals).fit(model, Elsewhere(model), SETTINGS, folder=tmp_path, progress=False)
+    narrow = planner_with(signals)
+    narrow.policy = new_policy(width=32)
+    with pytest.raises(CheckpointError, match="of another policy"):
+        narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    (tmp_path / "fit.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="fit with other settings"):
+        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    (tmp_path / "fit.json").unlink()
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="is damaged"):
         planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
@@ -210,7 +274,7 @@ def test_an_evaluator_that_returns_something_else_is_refused(model, signals, ans
 @pytest.mark.parametrize(
     "bad",
     [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
-     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}],
+     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}],
 )  # fmt: skip
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=r"(are|is) needed"):
@@ -227,7 +291,7 @@ def test_a_policy_that_went_astray_is_brought_back(model, signals):
         with torch.no_grad():
             planner.policy.allocation_head.weight.normal_(std=1e3)
             planner.policy.budget_head.bias.fill_(-50)
-        trainer.run_step()
+        trainer.run(progress=False)
     ratio, allocation = planner.policy.decide(signals, Preference(1, 1, 8))
     assert ratio > 0.1 and max(map(abs, allocation)) < 10
 

@@ -13,6 +13,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.state import measure_signals
 from hipp_ext.scorers import MRS
 
 
@@ -76,6 +77,15 @@ def test_sensitivity_is_the_kl_of_the_masked_model(model, signals):
     with masked(model, PruningPlan(groups=tuple(entries))):
         kl = (dense.exp() * (dense - answers())).sum(-1).mean()
     assert float(signals.sensitivity[1, 0]) == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_a_group_of_one_unit_can_lose_nothing_and_says_nothing():
+    model = build("llava_mqa")
+    signals = measure_signals(model, [batch("llava_mqa", labels=True)])
+    several = torch.tensor([g.width > 1 for g in signals.groups])
+    assert several.any() and not several.all()
+    middle = signals.sensitivity[several].median(0).values
+    assert (middle > 0).all() and torch.equal(signals.sensitivity[~several], middle.expand(int((~several).sum()), -1))
 
 
 def test_signals_are_kept_until_the_weights_change(model):

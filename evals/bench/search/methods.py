@@ -1,7 +1,8 @@
 """Search methods to compare with: each takes a `Problem` and a seed, and spends the problem's evaluations.
 
-All meet budgets by the same code, all but random search start from uniform plans, and all draw from generators of their own: a
-seed gives the same plans, and the global random states stay as they are.
+All meet budgets by the same code, all but random search start from the problem's centre (uniform plans, unless it says
+otherwise), and all draw from generators of their own: a seed gives the same plans, and the global random states stay as
+they are.
 
 The defaults are the best settings found for 300 evaluations of the testbed's 12 groups. Candidates were screened with a
 regression on about a thousand evaluated plans, and the best of each method run for real once (48 questions per task of the
@@ -48,7 +49,7 @@ def evopress(
     weights: Sequence[float] = WEIGHTS,
     sizes: Sequence[float] = (1 / 4, 1 / 2),
 ) -> None:
-    """(1 + lambda) evolution by level switches at fixed budgets, from uniform plans.
+    """(1 + lambda) evolution by level switches at fixed budgets, from the problem's centre.
 
     The budgets take turns, a generation each; from round to round the fitness changes over `weights`, and the parent is the
     best plan of its budget so far for the weight of the round.
@@ -69,7 +70,7 @@ def evopress(
     budgets = _within(problem, ratios)
     pools: dict[float, dict[Keeps, Reward]] = {ratio: {} for ratio in budgets}
     for ratio, pool in pools.items():
-        start = problem.decode(np.zeros(len(problem.groups)), ratio)
+        start = problem.decode(problem.start, ratio)
         pool[start] = problem(start)
     for weight in itertools.cycle(weights):
         for ratio, pool in pools.items():
@@ -108,12 +109,12 @@ def _switch(levels: Levels, keeps: Keeps, budget: int, size: float, rng: Any) ->
     return levels.fill(changed, budget, [np.full(len(c), w) for c, w in zip(levels.counts, worth, strict=True)])
 
 
-def nsga2(problem: Problem, seed: int, *, population: int = 24, uniform: int = 8, eta: float = 3.0, rate: float = 0.3) -> None:
-    """NSGA-II on allocation logits and pruning_ratio, all three objectives at once, from uniform plans.
+def nsga2(problem: Problem, seed: int, *, population: int = 24, first: int = 8, eta: float = 3.0, rate: float = 0.3) -> None:
+    """NSGA-II on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
 
     Args:
         population: individuals, and offspring per generation.
-        uniform: how many of the first generation are uniform plans at a spread of ratios; the others are drawn evenly.
+        first: how many of the first generation are the centre at a spread of ratios; the others are drawn evenly.
         eta: distribution index of crossover and mutation, higher = children nearer to their parents.
         rate: probability of mutating a variable.
 
@@ -126,10 +127,10 @@ def nsga2(problem: Problem, seed: int, *, population: int = 24, uniform: int = 8
     logits = len(problem.groups)
     high = np.append(np.full(logits, LOGIT_RANGE), problem.limit)
     low = np.append(-high[:-1], 0.0)
-    first = np.random.default_rng(seed).uniform(low, high, (population, logits + 1))
-    first[:uniform] = _uniform_plans(problem, uniform)
+    sampling = np.random.default_rng(seed).uniform(low, high, (population, logits + 1))
+    sampling[:first] = _first_plans(problem, first)
     algorithm = algorithms.NSGA2(
-        pop_size=population, sampling=first, crossover=crossover.SBX(eta=eta, prob=0.9),
+        pop_size=population, sampling=sampling, crossover=crossover.SBX(eta=eta, prob=0.9),
         mutation=mutation.PM(eta=eta, prob_var=rate),
     )  # fmt: skip
     box = core.Problem(n_var=logits + 1, n_obj=3, xl=low, xu=high)
@@ -150,7 +151,7 @@ def cmaes(
     population: int = 8,
     sigma: float = 0.7,
 ) -> None:
-    """CMA-ES on allocation logits at fixed budgets, from uniform plans.
+    """CMA-ES on allocation logits at fixed budgets, from the problem's centre.
 
     One search distribution, whose generations take the budgets in turn; from round to round the fitness changes over
     `weights`. CMA-ES compares within a generation only, so budgets need not be comparable, and what is learned of the groups
@@ -168,7 +169,7 @@ def cmaes(
     """
     CMA = _host("cmaes").CMA
     budgets = _within(problem, ratios)
-    centre = np.zeros(len(problem.groups))
+    centre = problem.start
     for ratio in budgets:
         problem(problem.decode(centre, ratio))
     for restart in itertools.count():
@@ -183,12 +184,12 @@ def cmaes(
                 break
 
 
-def tpe(problem: Problem, seed: int, *, startup: int = 15, uniform: int = 8, multivariate: bool = False) -> None:
-    """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once, from uniform plans.
+def tpe(problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multivariate: bool = False) -> None:
+    """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
 
     Args:
-        startup: trials before the model of good plans takes over, the uniform plans among them.
-        uniform: how many uniform plans at a spread of ratios come first.
+        startup: trials before the model of good plans takes over, the first plans among them.
+        first: how many plans, the centre at a spread of ratios, come first.
         multivariate: model the variables jointly.
 
     Source: MOTPE (Ozaki et al., GECCO 2020), by the library optuna; OptSpa (arXiv 2507.20613) prunes LLaVA with TPE.
@@ -200,7 +201,7 @@ def tpe(problem: Problem, seed: int, *, startup: int = 15, uniform: int = 8, mul
     with _quiet(optuna):
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=multivariate, n_startup_trials=startup)
         study = optuna.create_study(directions=["maximize"] * 3, sampler=sampler)
-        for plan in _uniform_plans(problem, uniform):
+        for plan in _first_plans(problem, first):
             study.enqueue_trial(dict(zip(space, map(float, plan), strict=True)))
         while True:
             trial = study.ask(space)
@@ -216,9 +217,10 @@ def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:
     return sorted({min(ratio, problem.limit) for ratio in ratios})
 
 
-def _uniform_plans(problem: Problem, n: int) -> np.ndarray:
-    """(n, G + 1) equal logits, and ratios spread evenly from 0 to the limit."""
-    return np.column_stack([np.zeros((n, len(problem.groups))), np.linspace(0, problem.limit, n)])
+def _first_plans(problem: Problem, n: int) -> np.ndarray:
+    """(n, G + 1) the centre's logits, brought into the box, and ratios spread evenly from 0 to the limit."""
+    logits = np.clip(problem.start, -LOGIT_RANGE, LOGIT_RANGE)
+    return np.column_stack([np.tile(logits, (n, 1)), np.linspace(0, problem.limit, n)])
 
 
 def _fitness(reward: Reward, weight: float) -> float:

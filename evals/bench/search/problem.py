@@ -34,6 +34,7 @@ class Problem:
         evaluate: keep counts -> what they achieve; utility, robustness and compression are maximised.
         evaluations: how many different plans may be evaluated.
         largest_ratio: upper end of the pruning_ratio that is searched.
+        centre: allocation logits of the plans that a method starts from; None: uniform plans.
         evaluated: every evaluated plan with its reward, in order; no plan twice.
         lookups: how often a plan was asked for again.
     """
@@ -43,12 +44,18 @@ class Problem:
     evaluate: Callable[[Keeps], Reward]
     evaluations: int
     largest_ratio: float = MAX_RATIO
+    centre: np.ndarray | None = None
     evaluated: list[tuple[Keeps, Reward]] = field(default_factory=list)
     lookups: int = 0
     _known: dict[Keeps, Reward] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._known.update(self.evaluated)
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """(G,) allocation logits of the centre."""
+        return np.zeros(len(self.groups)) if self.centre is None else self.centre
 
     @cached_property
     def levels(self) -> Levels:

@@ -13,7 +13,7 @@ from hipp_ext.calibration import Batch
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 from hipp_ext.masks import plan_from_counts
-from hipp_ext.surgery import masked
+from hipp_ext.planner.state import divergence
 
 PARTS = 8  # a group is measured with 1/8 ... 7/8 of its units removed, and at its floor
 MOST_WORK = 2 * 10**10  # additions of one knapsack, about a minute
@@ -50,9 +50,7 @@ def measure_table(
         kl = []
         for keep in measured:
             counts = [keep if g is group else g.width for g in groups]
-            with masked(model, plan_from_counts(groups, counts, scores)):
-                pruned = answers(model).log_softmax(-1)
-            kl.append(float((dense.exp() * (dense - pruned)).sum(-1).mean().clamp_min(0)))
+            kl.append(divergence(model, plan_from_counts(groups, counts, scores), answers, dense))
         evaluations += len(measured)
         losses.append(np.interp(ladder, [*measured, group.width], [*kl, 0.0]))
     return SensitivityTable(losses=tuple(losses), evaluations=evaluations)

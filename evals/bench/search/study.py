@@ -33,16 +33,15 @@ from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
 from hipp_ext.planner.cost import measure_cost
 from hipp_ext.planner.evaluation import Keeps, plan_rewards
-from hipp_ext.planner.policy import Policy, new_policy
+from hipp_ext.planner.policy import MAX_RATIO, PRIOR_SHARPNESS, Policy, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 from hipp_ext.slices import sliced
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-CURVE = tuple(round(0.05 * i, 2) for i in range(1, 13))  # where allocators are read for their hypervolume
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-FRONT = 60  # plans that a method may hand in for the test's hypervolume
+FRONT = 60  # plans that a method may hand in for the test's hypervolume; allocators, who answer any ratio, at as many
 EDGE_RATIOS = (0.3, 0.5)  # where utility is played against robustness; below, both tasks keep nearly all they had
 
 
@@ -108,11 +107,14 @@ VARIANTS: dict[str, Variant] = {
     "hipp, no hierarchy": Variant(policy=_flat_policy),
 }
 UNTRAINED = "hipp, untrained"
+# Searches that start where the untrained planner is, instead of at uniform plans.
+INFORMED = {f"{name}, from sensitivity": METHODS[name] for name in ("CMA-ES", "TPE")}
+SEARCHES = METHODS | INFORMED
 
 
 def jobs(size: StudySize) -> list[tuple[str, int]]:
     """(method, seed) of everything to run, what matters most first."""
-    seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *METHODS)]
+    seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *SEARCHES)]
     ablations = [(name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP]
     return [(name, 0) for name in (*ALLOCATORS, UNTRAINED)] + seeded + ablations
 
@@ -155,7 +157,8 @@ class Bench:
             batches = testbed.calibration_batches(self.processor)
             context = Context(model=self.model, batches=batches, groups=groups, scores=self.signals.scores)
             choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
-        front = [choose[corner](ratio) for corner in CORNERS for ratio in CURVE]
+        ratios = (MAX_RATIO * (i + 1) / FRONT for i in range(FRONT))
+        front = [choose[corner](ratio) for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)]
         return {
             "evaluations": 0, "front": _distinct(front), "search_hypervolume": None,
             "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
@@ -166,8 +169,9 @@ class Bench:
             return self._hipp(VARIANTS[name], seed)
         cost = measure_cost(self.model, self.signals.groups, "parameters")
         with plan_rewards(self.model, self.search, self.signals, cost) as measure:
-            problem = Problem(groups=self.signals.groups, bounds=Bounds(), evaluate=measure, evaluations=self.size.evaluations)
-            run(METHODS[name], problem, seed)
+            problem = Problem(groups=self.signals.groups, bounds=Bounds(), evaluate=measure, evaluations=self.size.evaluations,
+                              centre=PRIOR_SHARPNESS * self.signals.prior.numpy() if name in INFORMED else None)  # fmt: skip
+            run(SEARCHES[name], problem, seed)
         return self._searched(problem.evaluated)
 
     def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
