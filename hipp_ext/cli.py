@@ -117,6 +117,8 @@ def plan(
     loaded, processor = load_model(model, device, dtype, spread=True)
     made = maker.plan(loaded, processor=processor, preference=wanted, archived=archived, say=say)
     made.save(out, overwrite)
+    if pruning_ratio and pruning_ratio > (most := max((r.pruning_ratio for r in maker.archive.records), default=1.0)):
+        say(f"The fit evaluated no plan of more than {most:.2f}: how this one was allocated is extrapolated.")
     say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
     _print_plan(made)
 

@@ -31,7 +31,9 @@ def test_fit_plan_prune_from_start_to_end(folder):
     done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
-    assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0)
+    assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0) and "extrapolated" not in done.stdout
+    done = hipp("plan", "testbed", "--planner", "planner", "-u", "1", "--pruning-ratio", "0.7", "-o", "beyond.json", cwd=folder)
+    assert done.returncode == 0 and "extrapolated" in done.stdout
     done = hipp("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     archived = PruningPlan.load(folder / "archived.json")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hipp_ext.planner.state import FEATURES, Signals
 from hipp_ext.preference import Preference
 
-MAX_RATIO = 0.6  # what a preference for compression alone removes, before fitting
+MAX_RATIO = 0.6  # the most that a policy removes of its own accord, for compression alone; and the most that fits look at
 PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
 LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end

@@ -60,8 +60,13 @@ class Scorer(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Name written into plans."""
+        """Name written into plans and planners."""
         return type(self).__name__
+
+    def _name_with_settings(self, default: "Scorer") -> str:
+        """The name, with what differs from `default`: in a planner's folder a bare name stands for the default."""
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != vars(default).get(k, v)]
+        return " ".join([type(self).__name__, *changed])
 
     @abc.abstractmethod
     def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:

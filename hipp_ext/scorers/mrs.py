@@ -79,10 +79,7 @@ class MRS(Scorer):
 
     @property
     def name(self) -> str:
-        # A planner's folder names its scorer, and "MRS" alone stands for the defaults.
-        default = vars(MRS())
-        changed = [f"{k}={v}" for k, v in vars(self).items() if v != default[k]] if type(self) is MRS else []
-        return " ".join(["MRS", *changed])
+        return self._name_with_settings(MRS())
 
     def sensitivity(
         self,

@@ -38,10 +38,15 @@ class VisualSensitivity(Scorer):
     Source: HiPP-Prune (arXiv 2603.06270, abstract): "attention flow between vision tokens and language hidden states";
     sinks: "See What You Are Told" (arXiv 2503.03321); drift: ATV-Pruning (arXiv 2603.16001).
     Differs from the paper: its formula is not public. Value-weighting, sink removal and the drift for FFN are our choice.
+    Where a block's output is normed before it is added (Gemma), flow is taken before that norm, drift after it.
     """
 
     def __init__(self, sink_threshold: float = 20.0):
         self.sink_threshold = sink_threshold
+
+    @property
+    def name(self) -> str:
+        return self._name_with_settings(VisualSensitivity())
 
     @torch.no_grad()
     def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, Plan
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.state import measure_signals
-from hipp_ext.scorers import MRS
+from hipp_ext.scorers import MRS, VisualSensitivity
 
 
 def test_a_plan_meets_the_ratio_and_leaves_the_model_alone(model):
@@ -177,17 +177,18 @@ def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
 
 def test_scorers_with_settings_of_their_own_are_given_again(model, tmp_path):
     labelled = [batch("llava", labels=True)]
-    ways = {"scorer": MRS("grad", attack_steps=1), "mrs": MRS(attack_steps=1)}
-    for argument, scorer in ways.items():
+    ways = [("scorer", MRS("grad", attack_steps=1)), ("mrs", MRS(attack_steps=1)), ("scorer", VisualSensitivity(5.0))]
+    for argument, scorer in ways:
         planner = HiPPPlanner(EVEN, pruning_ratio=0.3, **{argument: scorer})
         plan = planner.plan(model, calibration=labelled)
-        planner.save(tmp_path / argument)
-        with pytest.raises(PlanError, match=rf"saved with {argument}=MRS .*: give it again"):
-            HiPPPlanner.load(tmp_path / argument)
-        other: dict = {argument: MRS()}
-        with pytest.raises(PlanError, match=f"saved with {argument}=MRS .*, not MRS"):
-            HiPPPlanner.load(tmp_path / argument, **other)
-        loaded = HiPPPlanner.load(tmp_path / argument, **{argument: scorer})
+        folder, name = tmp_path / scorer.name, type(scorer).__name__
+        planner.save(folder)
+        with pytest.raises(PlanError, match=rf"saved with {argument}={name} .*: give it again"):
+            HiPPPlanner.load(folder)
+        other: dict = {argument: type(scorer)()}
+        with pytest.raises(PlanError, match=f"saved with {argument}={name} .*, not {name}"):
+            HiPPPlanner.load(folder, **other)
+        loaded = HiPPPlanner.load(folder, **{argument: scorer})
         assert loaded.plan(model) == plan and getattr(loaded, argument) is scorer
 
 
