@@ -1,6 +1,7 @@
 """Every plan that was ever evaluated, one JSON line each; the front is read from it."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class Archive:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write("".join(r.model_dump_json() + "\n" for r in records))
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts on them
 
     def keep_steps_before(self, step: int) -> list[Record]:
         """Remove the records of `step` and later, and return them; half a line goes too."""

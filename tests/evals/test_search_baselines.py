@@ -10,7 +10,7 @@ import pytest
 import torch
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS, Context, flap_adaptive, global_threshold, owl, sensitivity_dp
 from hipp_ext.evals.bench.search.levels import Levels
-from hipp_ext.evals.bench.search.methods import METHODS, cmaes, evopress
+from hipp_ext.evals.bench.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
 from hipp_ext.evals.bench.search.problem import Exhausted, Problem, run
 from hipp_ext.evals.bench.search.sensitivity import cheapest
 from models import batch, build
@@ -120,6 +120,16 @@ def test_a_method_spends_its_evaluations_on_allowed_plans(closeness, name, bound
     assert again.evaluated == first.evaluated
     other = run(METHODS[name], problem_of(closeness, bounds), seed=6)
     assert [keeps for keeps, _ in other.evaluated] != plans
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_a_method_starts_where_the_problem_says(closeness, name):
+    centre = np.linspace(-1.5, 1.5, len(closeness.groups))
+    problem = run(METHODS[name], problem_of(closeness, evaluations=4, centre=centre), seed=0)
+    ratios = [*FINE_RATIOS, *np.linspace(0, problem.limit, 8)]
+    from_centre, from_uniform = ({problem.decode(logits, r) for r in ratios} for logits in (centre, 0 * centre))
+    plans = {keeps for keeps, _ in problem.evaluated}
+    assert plans <= from_centre and len(plans - from_uniform) >= 2  # where nothing goes, all centres are alike
 
 
 @pytest.mark.parametrize("method", [evopress, cmaes])

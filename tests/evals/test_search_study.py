@@ -6,7 +6,7 @@ import pytest
 from hipp_ext.evals.bench.measuring import rank_correlation
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import HIPP, UNTRAINED, VARIANTS, StudySize, jobs, run_study
+from hipp_ext.evals.bench.search.study import HIPP, INFORMED, UNTRAINED, VARIANTS, StudySize, jobs, run_study
 from hipp_ext.evals.bench.search.summary import run
 
 from hipp_ext.errors import OutputExistsError
@@ -16,7 +16,7 @@ SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), 
 
 def test_a_small_study(tmp_path):
     result = run(SIZE, tmp_path, processes=1)
-    assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *VARIANTS, UNTRAINED}
+    assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *INFORMED, *VARIANTS, UNTRAINED}
     for name, row in result["methods"].items():
         assert 0 < row["hypervolume"]["mean"] < 0.6, name
         assert (row["evaluations"] <= 12) and (row["evaluations"] > 6 or name in (*ALLOCATORS, UNTRAINED))
@@ -25,6 +25,7 @@ def test_a_small_study(tmp_path):
     uniform = result["methods"]["uniform"]["table"]["utility"]
     assert uniform["0.1"]["mean"] > uniform["0.5"]["mean"] + 10
     assert result["claims"]["hypervolume_gain_percent"]["over"] in METHODS
+    assert result["claims"]["hypervolume_gain_percent_over_informed"]["over"] in INFORMED
     # Question by question, the same differences.
     for name, estimate in result["paired"].items():
         assert estimate["value"] == pytest.approx(result["claims"][f"{name}, points over"]["sensitivity+DP"]["mean"], abs=1e-4)
@@ -50,7 +51,7 @@ def test_a_small_study(tmp_path):
 
 def test_jobs_without_ablations():
     full, main = ({name for name, _ in jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
-    assert full - main == {*VARIANTS} - {HIPP} and {HIPP, UNTRAINED, *METHODS, *ALLOCATORS} == main
+    assert full - main == {*VARIANTS} - {HIPP} and {HIPP, UNTRAINED, *METHODS, *INFORMED, *ALLOCATORS} == main
 
 
 def test_what_is_constant_follows_nothing():

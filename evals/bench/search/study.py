@@ -1,8 +1,10 @@
 """`hipp bench search`: which way of choosing plans is best, at equal evaluations, on the testbed's test split.
 
-Every method gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and the same number of
-evaluations; what it chose is then measured on the test split. A job is one method with one seed; finished jobs are kept in
-the working folder, so an interrupted study goes on.
+Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
+the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
+measured once on calibration data, and so do the informed searches of the sensitivity among them, where they start. Allocators
+see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder, so an
+interrupted study goes on.
 """
 
 import dataclasses
