@@ -341,8 +341,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.folder is not None:
-            metadata = {"step": str(self.step), "finished": str(self.finished)}
-            data = safetensors.torch.save(self.learner.tensors(), metadata)
+            progress = json.dumps({"step": self.step, "finished": self.finished})  # one entry: safetensors keeps no order
+            data = safetensors.torch.save(self.learner.tensors(), {"progress": progress})
             write_atomic(self.folder / CHECKPOINT, data)
 
     def _identity(self) -> dict[str, Any]:
@@ -381,7 +381,8 @@ class Trainer:
             with safetensors.safe_open(path, "pt") as file:
                 metadata: Mapping[str, str] = file.metadata()
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            step, self.finished = int(metadata["step"]), metadata["finished"] == "True"
+            progress = json.loads(metadata["progress"])
+            step, self.finished = int(progress["step"]), bool(progress["finished"])
             self.learner.restore(tensors)
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
