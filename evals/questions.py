@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TableQuestion:
-    """One row of a table; of the shape that `Evaluator` reads."""
+    """One row of a table; of the shape that `Evaluator` reads.
+
+    `picture` is the same for all yes/no questions about one picture. Multiple choice has None: many may share a blank picture
+    without having anything else in common.
+    """
 
     prompt: str
     image_path: str
     labels: Sequence[str]
     answer: str
-
-    @property
-    def picture(self) -> str:
-        """The same for all questions about one picture."""
-        return self.image_path
+    picture: str | None
 
     @property
     def image(self) -> "Image.Image":
@@ -44,7 +44,10 @@ def table_questions(table: Table) -> list[TableQuestion]:
             for q, o, h in zip(frame["question"], row_options(frame), hints, strict=True)
         ]
     rows = zip(asked, frame["image_path"], frame["answer"], strict=True)
-    return [TableQuestion(prompt=p, image_path=str(i), labels=c, answer=str(a)) for (p, c), i, a in rows]
+    return [
+        TableQuestion(prompt=p, image_path=str(i), labels=c, answer=str(a), picture=str(i) if table.kind == YES_NO else None)
+        for (p, c), i, a in rows
+    ]
 
 
 def choice_prompt(question: str, options: dict[str, object], hint: str = "") -> str:
