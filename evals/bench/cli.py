@@ -339,7 +339,7 @@ def bench_search(
 ) -> None:
     """The planner against allocators and search methods at equal evaluations, on the testbed's test split.
 
-    Two hours on two cores; a study that was stopped goes on.
+    Some three hours on two cores; a study that was stopped goes on.
 
     Examples:
 
