@@ -192,12 +192,14 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> bytes:
               xerr=[r["hypervolume"]["se"] or 0 for _, r in ranked], error_kw={"lw": 0.8})  # fmt: skip
     bars.set_xlim(left=0.9 * min(r["hypervolume"]["mean"] for _, r in ranked))
     bars.set_xlabel("hypervolume on the test split")
-    shown = [HIPP, UNTRAINED, *INFORMED, "NSGA-II", "EvoPress", "CMA-ES", "TPE", "sensitivity+DP", "FLAP adaptive", "uniform"]
+    shown = [HIPP, UNTRAINED, *INFORMED, "EvoPress", "CMA-ES", "TPE", "sensitivity+DP", "FLAP adaptive", "uniform"]
+    others = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # red is hipp's
+    lines = dict(zip(shown, ("#c44e52", *others), strict=True))
     for axes, (corner, metric) in zip(panels, METRIC.items(), strict=True):
         for name in (n for n in shown if n in methods):
             points = [(r, c) for r in RATIOS if (c := methods[name]["table"][corner][str(r)])]
             axes.errorbar([r for r, _ in points], [c["mean"] for _, c in points], yerr=[c["se"] or 0 for _, c in points],
-                          marker="o", ms=3, lw=2.4 if name == HIPP else 1.1, label=name, capsize=2,
+                          marker="o", ms=3, color=lines[name], lw=2.4 if name == HIPP else 1.1, label=name, capsize=2,
                           zorder=3 if name == HIPP else 2)  # fmt: skip
         cells = [methods[n]["table"][corner][str(r)] for n in shown if n in (HIPP, *SEARCHES) and n in methods for r in RATIOS]
         axes.set_ylim(bottom=min(c["mean"] for c in cells if c) - 3)  # what falls further leaves the picture
