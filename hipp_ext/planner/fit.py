@@ -351,8 +351,8 @@ class Trainer:
         measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
         identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds),
                     "cost": self.cost.kind, "mrs": self.mrs}  # fmt: skip
-        # What the evaluator says of the dense model stands for its questions.
-        return json.loads(json.dumps(identity | measured | {"dense": self.dense}, sort_keys=True))
+        # What the evaluator says of the dense model stands for its questions. As JSON gives it back: without tuples.
+        return json.loads(json.dumps(identity | measured | {"dense": self.dense}))
 
     def _check_identity(self, path: Path) -> None:
         now = self._identity()

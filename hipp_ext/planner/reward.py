@@ -16,9 +16,9 @@ from hipp_ext.planner.policy import MAX_RATIO
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
-SAME = 0.005  # scores of one model on one set of questions differ by less, whatever the hardware
 AUGMENTATION = 0.02  # weight of the plain sum beside it
 WHOLE = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]])  # nadir and ideal point, while nothing is known of them
+SAME = 0.005  # scores of one model on one set of questions differ by less, whatever the hardware
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,7 @@ class _Probe:
             self.grams[g.name] = columns.transpose(1, 2) @ columns  # ||c W_O||^2 = c G c, head_dim wide
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
         hidden = self.hidden[g.layer].float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
-        relative = _multiplier(tower_layers(self.model, "language")[g.layer]) * (norm / hidden[:, None]) * used[:, None]
+        relative = (norm / hidden[:, None]) * used[:, None]
         self.totals[g.name] = self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
         self.counts[g.name] += self.batch.count
 
@@ -186,7 +186,8 @@ class _Probe:
     def flow(self, g: Group) -> Float[Tensor, " width"]:
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        return self.totals[g.name] / self.counts[g.name]
+        multiplier = _multiplier(tower_layers(self.model, "language")[g.layer])
+        return multiplier * self.totals[g.name] / self.counts[g.name]
 
     def drift_share(self, g: Group) -> Float[Tensor, " width"]:
         if not self.counts[g.name]:
