@@ -19,7 +19,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.fit import IDENTITY
+from hipp_ext.planner.fit_folder import IDENTITY
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 

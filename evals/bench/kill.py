@@ -15,7 +15,7 @@ from hipp_ext.evals.demo import search_evaluator
 
 from hipp_ext import testbed
 from hipp_ext.planner import FitSettings, HiPPPlanner
-from hipp_ext.planner.fit import ARCHIVE, CHECKPOINT
+from hipp_ext.planner.fit_folder import ARCHIVE, CHECKPOINT
 from hipp_ext.preference import Preference
 
 SETTINGS = FitSettings(steps=6, imagined=8, candidates=48)

@@ -1,33 +1,28 @@
 """The fit: propose plans, measure them, learn from them; again and again, resumable after every plan."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
-from hipp_ext.errors import CheckpointError
-from hipp_ext.files import write_atomic
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, plan_stability
+from hipp_ext.planner.fit_folder import Checkpoint, FitFolder
 from hipp_ext.planner.grpo import Learner, Measured, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
-from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation, scores_agree
+from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import Signals, keep_shares
 
-CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
 CAUTION = 2.0  # standard deviations taken off what the reward model promises, where the policy learns from it
 FALLING = 0.4  # share of the final updates over which the learning rate falls
@@ -125,16 +120,17 @@ class Trainer:
         at_once: int = 1,
     ):
         self.signals, self.measure, self.settings, self.cost = signals, measure, settings, cost
-        self.pruning_ratio, self.bounds, self.folder, self.at_once = pruning_ratio, bounds or Bounds(), folder, at_once
+        self.pruning_ratio, self.bounds, self.at_once = pruning_ratio, bounds or Bounds(), at_once
         self.dense, self.mrs = dict(dense or {}), mrs
         self.limit = min(MAX_RATIO, largest_ratio(signals.groups, self.bounds))
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
         self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
                                  candidates=settings.candidates)  # fmt: skip
-        self.archive = Archive(folder / ARCHIVE if folder else None)
-        self.finished = False
-        self.step = self._resume()
+        self.files = FitFolder(folder)
+        self.archive = Archive(self.files.archive)
+        self.step, self.finished = 0, False
+        self._resume()
         self._known: dict[Keeps, Reward] = {r.keeps: r.reward for r in self.archive.records}
         # What was evaluated after the last checkpoint is not evaluated again, only replayed.
         later = self.archive.keep_steps_before(self.step)
@@ -163,7 +159,7 @@ class Trainer:
                 bar.update(task, description="learning from all plans")
                 self._finish()
         return FitResult(steps=self.step, evaluations=len(self.archive), hypervolume=self.archive.hypervolume(),
-                         history=tuple(history), folder=self.folder)  # fmt: skip
+                         history=tuple(history), folder=self.files.path)  # fmt: skip
 
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
         """Propose plans, measure them, learn, write archive and checkpoint. `tick` is called per plan."""
@@ -340,57 +336,28 @@ class Trainer:
     # Stopping and going on
 
     def _save(self) -> None:
-        if self.folder is not None:
-            progress = json.dumps({"step": self.step, "finished": self.finished})  # one entry: safetensors keeps no order
-            data = safetensors.torch.save(self.learner.tensors(), {"progress": progress})
-            write_atomic(self.folder / CHECKPOINT, data)
+        self.files.save(Checkpoint(step=self.step, finished=self.finished, tensors=self.learner.tensors()))
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed; more steps may be asked for later."""
-        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"}
-        measured = {"scorer": self.signals.scorer, "model": self.signals.digest, "calibration": self.signals.calibration}
-        identity = {"settings": settings, "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds),
-                    "cost": self.cost.kind, "mrs": self.mrs}  # fmt: skip
-        # What the evaluator says of the dense model stands for its questions. As JSON gives it back: without tuples.
-        return json.loads(json.dumps(identity | measured | {"dense": self.dense}))
+        return {
+            "settings": {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"},
+            "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds), "cost": self.cost.kind,
+            "mrs": self.mrs, "scorer": self.signals.scorer, "model": self.signals.digest,
+            "calibration": self.signals.calibration,
+            "dense": self.dense,  # stands for the evaluator's questions
+        }  # fmt: skip
 
-    def _check_identity(self, path: Path) -> None:
-        now = self._identity()
-        if not path.exists():
-            write_atomic(path, json.dumps(now) + "\n")
+    def _resume(self) -> None:
+        """Be where the folder's fit was when it stopped."""
+        self.files.claim(self._identity())
+        if (checkpoint := self.files.load()) is None:
             return
+        self.step, self.finished = checkpoint.step, checkpoint.finished
         try:
-            there = json.loads(path.read_text())
-            same = there | {"dense": None} == now | {"dense": None} and scores_agree(there["dense"], now["dense"])
-        except (ValueError, KeyError, TypeError):
-            there, same = path.read_text().strip(), False
-        if not same:
-            raise CheckpointError(
-                f"{path.parent} holds a fit with other settings, of another model, with another evaluator or on other "
-                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {now}"
-            )
-
-    def _resume(self) -> int:
-        if self.folder is None:
-            return 0
-        self._check_identity(self.folder / IDENTITY)
-        path = self.folder / CHECKPOINT
-        if not path.exists():
-            return 0
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata: Mapping[str, str] = file.metadata()
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            progress = json.loads(metadata["progress"])
-            step, self.finished = int(progress["step"]), bool(progress["finished"])
-            self.learner.restore(tensors)
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged, or of another policy: {error!r}. Remove {self.folder} to start again."
-            ) from None
-        if (there := sum(r.step < step for r in self.archive.records)) != step * self._per_step:
-            raise CheckpointError(
-                f"{self.folder / ARCHIVE} holds {there} of the {step * self._per_step} plans before step {step}. Remove "
-                f"{self.folder} to start again."
-            )
-        return step
+            self.learner.restore(checkpoint.tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise self.files.damaged(f"The checkpoint is of another policy: {error!r}.") from None
+        expected, there = self.step * self._per_step, sum(r.step < self.step for r in self.archive.records)
+        if there != expected:
+            raise self.files.damaged(f"The archive holds {there} of the {expected} plans before step {self.step}.")

@@ -21,7 +21,8 @@ from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost, CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
 from hipp_ext.planner.experience import Experience
-from hipp_ext.planner.fit import ARCHIVE, FitResult, FitSettings, Trainer
+from hipp_ext.planner.fit import FitResult, FitSettings, Trainer
+from hipp_ext.planner.fit_folder import ARCHIVE
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward
 from hipp_ext.planner.signal_cache import cached_signals
@@ -357,7 +358,7 @@ class HiPPPlanner:
             planner.signals = header.signals.build(tensors) if header.signals else None
             cost = header.cost and Cost(kind=header.cost, table=tensors["cost"])
         except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{folder} is not a complete planner folder: {error}") from None
+            raise CheckpointError(f"{folder} is not a complete planner folder of this version: {error}") from None
         digest = header.fitted_on or (planner.signals.digest if planner.signals else None)
         planner.experience = Experience(records=Archive(folder / ARCHIVE).records, digest=digest, cost=cost, dense=header.dense)
         if header.plans not in (None, len(planner.archive)):

@@ -14,16 +14,19 @@ MAX_RATIO = 0.6  # the most that a policy removes of its own accord, for compres
 PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
 LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
+PIECES = 8  # of the wish for compression, each with a slope of its own
+UNSTRETCHED = math.log(math.e - 1)  # softplus of it is 1
 EVEN = 1e-3  # added to the wish for each task, which decides only where neither counts
 
 
 class Policy(nn.Module):
     """Permutation-equivariant over groups, conditioned on the preference; untrained it equals its prior.
 
-    Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both add a
-    zero-initialised residual to a prior. Prior of the budget: MAX_RATIO times the preference for compression, a little off
-    both ends. Prior of the allocation: measured sensitivity, with groups of high visual sensitivity kept more, the more
-    robustness is wanted.
+    Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both change a
+    prior by a zero-initialised residual. Prior of the budget: MAX_RATIO times the preference for compression, a little off
+    both ends; the head shifts it and stretches it piece by piece, so that whoever wants more compression, with the rest
+    divided between the tasks as before, never gets less. Prior of the allocation: measured sensitivity, with groups of high
+    visual sensitivity kept more, the more robustness is wanted.
 
     Args:
         width: of the hidden layers.
@@ -37,22 +40,25 @@ class Policy(nn.Module):
         super().__init__()
         self.width, self.features = width, features
         self.embed = nn.Linear(features, width)
-        self.condition = nn.Linear(4, 4 * width)
+        self.condition = nn.Linear(3, 4 * width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2)
         )
-        self.budget_head = nn.Linear(width + 3, 1)
+        self.budget_head = nn.Linear(width + 2, 1 + PIECES)
         self.allocation_head = nn.Linear(width, 1)
         for head in (self.budget_head, self.allocation_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
     def budget(self, signals: Signals, preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
-        """Mean logit of pruning_ratio / MAX_RATIO for each preference."""
-        share = preferences[:, 2].clamp(LEAST_WISH, 1 - LEAST_WISH)
-        zero = torch.zeros(len(preferences), 1)
-        pooled = self._tokens(signals, torch.cat([preferences, zero], 1)).mean(1)
-        return torch.logit(share) + self.budget_head(torch.cat([pooled, preferences], 1)).squeeze(1)
+        """Mean logit of pruning_ratio / MAX_RATIO for each preference; at the same lean it rises with the wish to compress."""
+        tasks = _tasks(preferences)
+        pooled = self._tokens(signals, tasks, torch.zeros(len(tasks))).mean(1)
+        shift, stretch = self.budget_head(torch.cat([pooled, tasks], 1)).split([1, PIECES], 1)
+        knots = torch.linspace(LEAST_WISH, 1 - LEAST_WISH, PIECES + 1)
+        reached = torch.logit(preferences[:, 2:].clamp(knots[:-1], knots[1:]))
+        climbed = nn.functional.softplus(stretch + UNSTRETCHED) * (reached - torch.logit(knots[:-1]))
+        return torch.logit(knots[0]) + shift[:, 0] + climbed.sum(1)
 
     def allocation(
         self, signals: Signals, preferences: Float[Tensor, "batch 3"], ratios: Float[Tensor, " batch"]
@@ -61,16 +67,17 @@ class Policy(nn.Module):
 
         A plan does not change when all its logits move together, so the residual's mean is taken out: nothing would hold it.
         """
-        wanted = lean(preferences)
-        # Of the preference only the lean: how much compression counts is said by the ratio already.
-        tokens = self._tokens(signals, torch.stack([1 - wanted, wanted, torch.zeros_like(wanted), ratios], 1))
-        prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * wanted[:, None] * signals.visual_rank
+        tasks = _tasks(preferences)  # and no more of the preference: how much compression counts is said by the ratio
+        tokens = self._tokens(signals, tasks, ratios)
+        prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * tasks[:, 1:] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
         return prior + residual - residual.mean(1, keepdim=True)
 
-    def _tokens(self, signals: Signals, condition: Float[Tensor, "batch 4"]) -> Float[Tensor, "batch groups width"]:
-        x = self.embed(signals.state).expand(len(condition), -1, -1)
-        film = self.condition(condition).view(len(condition), 2, 2, 1, self.width)
+    def _tokens(
+        self, signals: Signals, tasks: Float[Tensor, "batch 2"], ratios: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch groups width"]:
+        x = self.embed(signals.state).expand(len(tasks), -1, -1)
+        film = self.condition(torch.cat([tasks, ratios[:, None]], 1)).view(len(tasks), 2, 2, 1, self.width)
         for block, (scale, shift) in zip(self.blocks, (film[:, 0].unbind(1), film[:, 1].unbind(1)), strict=True):
             everyone = x.mean(1, keepdim=True).expand_as(x)
             x = x + (1 + scale) * block(torch.cat([x, everyone], -1)) + shift
@@ -96,6 +103,12 @@ def lean(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
     """How the wish is divided between the tasks: 0 is all utility, 1 all robustness, 1/2 where neither counts."""
     utility, robustness, _ = (preferences + EVEN).unbind(-1)
     return robustness / (utility + robustness)
+
+
+def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
+    """How much each task counts beside the other."""
+    wanted = lean(preferences)
+    return torch.stack([1 - wanted, wanted], 1)
 
 
 def ratio_of(budget: float) -> float:

@@ -59,7 +59,7 @@ class Header(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     preference: tuple[float, float, float]
     pruning_ratio: float | None
     round_to: int

@@ -34,18 +34,6 @@ def test_preferences_cover_the_simplex():
     assert (drawn.mean(0) - 1 / 3).abs().max() < 0.05 and (drawn.max(0).values > 0.9).all()
 
 
-def test_logits_cannot_drift_together(signals):
-    """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
-    policy, preferences, ratios = new_policy(), draw_preferences(5, torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
-    prior = policy.allocation(signals, preferences, ratios)
-    with torch.no_grad():
-        policy.allocation_head.weight.normal_(std=30.0)
-        policy.allocation_head.bias.fill_(1e4)
-    logits = policy.allocation(signals, preferences, ratios)
-    assert (logits - prior).abs().mean() > 1
-    assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-3)
-
-
 def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
     learned = []
     for shifted in (False, True):

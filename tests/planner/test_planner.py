@@ -161,6 +161,14 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
         HiPPPlanner.load(tmp_path / "p")
 
 
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    HiPPPlanner(EVEN).save(tmp_path / "p")
+    header = tmp_path / "p" / "planner.json"
+    header.write_text(header.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(CheckpointError, match="planner folder of this version"):
+        HiPPPlanner.load(tmp_path / "p")
+
+
 def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
     planner = planner_with(signals)
     planner.fit(model, Closeness(model), SETTINGS, progress=False)

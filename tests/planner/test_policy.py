@@ -1,0 +1,42 @@
+"""The policy: what its heads may and may not do, whatever they learned."""
+
+import torch
+
+from hipp_ext.planner.grpo import draw_preferences
+from hipp_ext.planner.policy import EVEN, LEAST_WISH, MAX_RATIO, new_policy
+
+
+def test_an_untrained_budget_is_the_wish_for_compression(signals):
+    wishes = torch.linspace(LEAST_WISH, 1 - LEAST_WISH, 23)
+    preferences = torch.stack([(1 - wishes) * 0.3, (1 - wishes) * 0.7, wishes], 1)
+    ratios = MAX_RATIO * new_policy().budget(signals, preferences).sigmoid()
+    assert torch.allclose(ratios, MAX_RATIO * wishes, atol=1e-5)
+
+
+def test_whoever_wants_more_compression_gets_more(signals):
+    """Whatever the head learned: here, nothing but noise."""
+    policy, generator = new_policy(), torch.Generator().manual_seed(0)
+    wishes = torch.linspace(0, 0.99, 200)
+    for leaning in (0.0, 0.25, 1.0):
+        tasks = (1 - wishes + 2 * EVEN)[:, None] * torch.tensor([1 - leaning, leaning]) - EVEN  # the same lean for all
+        preferences = torch.cat([tasks, wishes[:, None]], 1)
+        before = policy.budget(signals, preferences)
+        with torch.no_grad():
+            policy.budget_head.weight.normal_(std=0.3, generator=generator)
+            policy.budget_head.bias.normal_(generator=generator)
+        after = policy.budget(signals, preferences)
+        inside = (wishes > LEAST_WISH) & (wishes < 1 - LEAST_WISH)
+        assert (after - before).std() > 0.3
+        assert (after.diff() > -1e-4).all() and (after[inside].diff() > 0).all()
+
+
+def test_logits_cannot_drift_together(signals):
+    """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
+    policy, preferences, ratios = new_policy(), draw_preferences(5, torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
+    prior = policy.allocation(signals, preferences, ratios)
+    with torch.no_grad():
+        policy.allocation_head.weight.normal_(std=30.0)
+        policy.allocation_head.bias.fill_(1e4)
+    logits = policy.allocation(signals, preferences, ratios)
+    assert (logits - prior).abs().mean() > 1
+    assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-3)
