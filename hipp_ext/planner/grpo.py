@@ -38,6 +38,7 @@ NOISE_FLOOR = 1e-3  # an objective that varies less than this within a compariso
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
 KL_WEIGHT = 0.003  # of the divergence from the policy that the fit began with
+OTHER_TASK = 0.2  # weight that a task has in an allocation's advantage even where the preference gives it none
 DIVERSITY_WEIGHT, DIVERSITY_MARGIN = 0.02, 0.3  # of the diversity term; margin in logits per unit of preference
 
 
@@ -219,9 +220,9 @@ def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Flo
 
     Per objective: (value - mean) / max(standard deviation, noise floor), zero where the deviation is below the floor;
     then weighted by how the preference divides between the two tasks: how much compression counts says nothing about where.
-    A task that does not count at all still counts a little, or it would be given away for nothing.
+    A task that does not count at all still counts a little, or it would be given away for next to nothing.
     """
-    tasks = preferences[:, :2] + 0.05 * preferences[:, :2].sum(1, keepdim=True) + 1e-6
+    tasks = preferences[:, :2] + OTHER_TASK * preferences[:, :2].sum(1, keepdim=True) + 1e-6
     tasks = tasks / tasks.sum(1, keepdim=True)
     return (_normalised(objectives, 2)[..., :2] * tasks[:, None, None]).sum(-1)
 
