@@ -355,3 +355,34 @@ def bench_search(
     reduced = min(seeds, 2) if ablations else 0
     size = StudySize(seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions)
     run(size, out, processes=processes, save=save)
+
+
+@bench_app.command("control")
+def bench_control(
+    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("control"),
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
+    questions: Annotated[
+        tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
+    ] = (4096, 1024),
+    test_questions: Annotated[
+        tuple[int, int], typer.Option(min=8, metavar="N N", help="The same of the test split, to measure answers on.")
+    ] = (4800, 1600),
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    save: Save = False,
+) -> None:
+    """Does the preference steer? Fits, 66 wishes over the simplex put to each, and what their plans achieve on the test split.
+
+    Some 75 minutes on two cores; a study that was stopped goes on with the next fit.
+
+    Examples:
+
+    `hipp bench control --out control`
+
+    `hipp bench control --seeds 1 --evaluations 60 --questions 64 32 --test-questions 300 200 --out quick`
+    """
+    from hipp_ext.evals.bench.search.control import run
+    from hipp_ext.evals.bench.search.study import StudySize
+
+    size = StudySize(seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions)
+    run(size, out, processes=processes, save=save)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from hipp_ext.evals.bench.measuring import rank_correlation
+from hipp_ext.evals.bench.search import control
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import HIPP, INFORMED, UNTRAINED, VARIANTS, StudySize, jobs, run_study
+from hipp_ext.evals.bench.search.study import HIPP, INFORMED, UNTRAINED, VARIANTS, StudySize, all_jobs, run_study
 from hipp_ext.evals.bench.search.summary import run
 
 from hipp_ext.errors import OutputExistsError
@@ -43,14 +44,17 @@ def test_a_small_study(tmp_path):
 
     done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())
     (tmp_path / "uniform-0.json").unlink()
-    again = {r["method"]: r for r in run_study(SIZE, tmp_path, processes=1)}
+    again = {r["method"]: r for r in run_study(SIZE, tmp_path, all_jobs(SIZE), processes=1)}
     assert again[HIPP] == done and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
+    alone = control.run(SIZE, tmp_path, processes=1)  # from the same jobs
+    assert alone["control"] == result["control"] and alone["hypervolume"] == result["methods"][HIPP]["hypervolume"]
+    assert (tmp_path / "control.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(OutputExistsError, match="holds a study with another setting"):
-        run_study(StudySize(seeds=2), tmp_path)
+        run_study(StudySize(seeds=2), tmp_path, [])
 
 
 def test_jobs_without_ablations():
-    full, main = ({name for name, _ in jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
+    full, main = ({name for name, _ in all_jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
     assert full - main == {*VARIANTS} - {HIPP} and {HIPP, UNTRAINED, *METHODS, *INFORMED, *ALLOCATORS} == main
 
 

@@ -114,7 +114,7 @@ INFORMED = {f"{name}, from sensitivity": METHODS[name] for name in ("CMA-ES", "T
 SEARCHES = METHODS | INFORMED
 
 
-def jobs(size: StudySize) -> list[tuple[str, int]]:
+def all_jobs(size: StudySize) -> list[tuple[str, int]]:
     """(method, seed) of everything to run, what matters most first."""
     seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *SEARCHES)]
     ablations = [(name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP]
@@ -283,8 +283,10 @@ def _work(job: tuple[str, int, str]) -> tuple[str, int]:
     return name, seed
 
 
-def run_study(size: StudySize, folder: Path, *, processes: int | None = None) -> list[dict[str, Any]]:
-    """Run every job that `folder` lacks, in several processes of one thread each; returns all results.
+def run_study(
+    size: StudySize, folder: Path, wanted: Sequence[tuple[str, int]], *, processes: int | None = None
+) -> list[dict[str, Any]]:
+    """Run those of the `wanted` jobs that `folder` lacks, in several processes of one thread each; returns all their results.
 
     Raises:
         OutputExistsError: the folder holds a study of another size.
@@ -292,7 +294,7 @@ def run_study(size: StudySize, folder: Path, *, processes: int | None = None) ->
     from rich.progress import Progress
 
     claim_folder(folder, dataclasses.asdict(size))
-    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in jobs(size)}
+    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in wanted}
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
     context = multiprocessing.get_context("spawn")
     if missing:

@@ -1,18 +1,17 @@
 """All jobs of a study -> one table, the claims that rest on it, and a picture."""
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import moocore
 import numpy as np
-from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, rank_correlation, report
+from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
+from hipp_ext.evals.bench.search.control import steering
 from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import HIPP, INFORMED, RATIOS, SEARCHES, UNTRAINED, StudySize, run_study
+from hipp_ext.evals.bench.search.study import HIPP, INFORMED, RATIOS, SEARCHES, UNTRAINED, StudySize, all_jobs, run_study
 from hipp_ext.evals.metrics import f1_percent
 from hipp_ext.evals.statistics import bootstrap_estimate
 
@@ -20,20 +19,19 @@ from hipp_ext import testbed
 from hipp_ext.files import write_atomic
 
 METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
-OBJECTIVES = ("utility", "robustness", "compression")
 Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
     """Run what is missing of the study in `folder`, and summarise it; prints a table and writes search.png beside it."""
-    results = run_study(size, folder, processes=processes)
+    results = run_study(size, folder, all_jobs(size), processes=processes)
     jobs: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         jobs.setdefault(result["method"], []).append(result)
     methods = {name: _row(rows) for name, rows in jobs.items()}
     values = {
         "size": dataclasses.asdict(size), "methods": methods, "claims": _claims(jobs), "paired": _paired(jobs, size),
-        "control": _control(jobs[HIPP]),
+        "control": steering(jobs[HIPP]),
     }  # fmt: skip
     print_table(methods)
     pope, choice = size.questions
@@ -111,48 +109,6 @@ def _accuracy(sums: np.ndarray) -> np.ndarray:
 
 def _ours_less_last(values: np.ndarray) -> np.ndarray:
     return values[..., :-1].mean(-1) - values[..., -1]
-
-
-def _control(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the preference steers, over seeds: the policy's answers, and the best of the evaluated plans."""
-    return {who: _steering([j["control"][who] for j in jobs]) for who in jobs[0]["control"]}
-
-
-def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    along: dict[str, list[float]] = {}
-    swings: dict[str, dict[str, list[float]]] = {}
-    nondominated, distinct, distinct_nondominated, removed = [], [], [], []
-    for control in controls:
-        weights = np.array([w for w, _ in control["lattice"]])
-        objectives = np.array([o for _, o in control["lattice"]])
-        for one, other in itertools.combinations(range(3), 2):
-            on = weights[:, 3 - one - other] == 0
-            for axis in (one, other):
-                name = f"{OBJECTIVES[one]}-{OBJECTIVES[other]} edge: {OBJECTIVES[axis]}"
-                along.setdefault(name, []).append(rank_correlation(weights[on, axis], objectives[on, axis]))
-        for ratio, edge in control["edges"].items():
-            lean, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])
-            for axis, sign in ((0, 1), (1, -1)):
-                name = f"utility-robustness edge at {ratio}: {OBJECTIVES[axis]}"
-                along.setdefault(name, []).append(rank_correlation(sign * lean, reached[:, axis]))
-            for metric, swing in control["swings"][ratio].items():
-                swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
-        each = np.unique(objectives, axis=0)
-        nondominated.append(100 * float(np.mean(moocore.is_nondominated(objectives, maximise=True, keep_weakly=True))))
-        distinct_nondominated.append(100 * float(np.mean(moocore.is_nondominated(each, maximise=True))))
-        distinct.append(len(each))
-        edge = np.flatnonzero(weights[:, 0] == 0)
-        removed.append(100 * objectives[edge[np.argsort(-weights[edge, 2])], 2])
-    return {
-        "spearman": {name: mean_and_se(values) for name, values in along.items()},
-        "lattice_nondominated_percent": mean_and_se(nondominated),
-        "lattice_distinct_plans": mean_and_se(distinct),
-        "lattice_distinct_nondominated_percent": mean_and_se(distinct_nondominated),
-        "removed_percent_from_compression_to_robustness": np.mean(removed, 0).round(1).tolist(),
-        "swing_points_utility_minus_robustness_corner": {
-            ratio: {metric: mean_and_se(values) for metric, values in swing.items()} for ratio, swing in swings.items()
-        },
-    }  # fmt: skip
 
 
 def print_table(methods: Mapping[str, Mapping[str, Any]]) -> None:
