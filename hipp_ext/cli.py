@@ -129,7 +129,9 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
     pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per task; POPE asks some ten about one picture.")] = 192,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Questions per task: few find the front, more tell like wishes apart.")
+    ] = 192,
     steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
