@@ -325,16 +325,20 @@ def bench_recovery(
     run(out, save=save)
 
 
+SearchQuestions = Annotated[
+    tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
+]
+Processes = Annotated[int | None, typer.Option(min=1, help="Default: one per core.")]
+
+
 @bench_app.command("search")
 def bench_search(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
-    questions: Annotated[
-        tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
-    ] = (1024, 512),
+    questions: SearchQuestions = (1024, 512),
     ablations: Annotated[bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")] = False,
-    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    processes: Processes = None,
     save: Save = False,
 ) -> None:
     """The planner against allocators and search methods at equal evaluations, on the testbed's test split.
@@ -362,13 +366,11 @@ def bench_control(
     out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("control"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
-    questions: Annotated[
-        tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
-    ] = (4096, 1024),
+    questions: SearchQuestions = (4096, 1024),
     test_questions: Annotated[
         tuple[int, int], typer.Option(min=8, metavar="N N", help="The same of the test split, to measure answers on.")
     ] = (4800, 1600),
-    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    processes: Processes = None,
     save: Save = False,
 ) -> None:
     """Does the preference steer? Fits, 66 wishes over the simplex put to each, and what their plans achieve on the test split.

@@ -2,7 +2,7 @@
 
 import torch
 
-from hipp_ext.planner.grpo import OTHER_TASK, Learner, allocation_advantages, draw_preferences
+from hipp_ext.planner.grpo import Learner, allocation_advantages, draw_preferences
 from hipp_ext.planner.policy import new_policy
 
 
@@ -13,8 +13,8 @@ def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
     rewards[..., 2] = 0.3  # compression: fixed by the budget
     advantages = allocation_advantages(rewards, torch.tensor([[1.0, 0, 0], [0.0, 1, 0]]))
     # z-scores of utility, times its share in the preference, which is never all nor nothing; robustness adds nothing.
-    scores, other = torch.tensor([-1.2247, 0, 1.2247]), OTHER_TASK
-    assert torch.allclose(advantages[:, 0], scores * torch.tensor([[1 + other], [other]]) / (1 + 2 * other), atol=1e-3)
+    scores = torch.tensor([-1.2247, 0, 1.2247])
+    assert torch.allclose(advantages[:, 0], scores * torch.tensor([[1.2], [0.2]]) / 1.4, atol=1e-3)
 
 
 def test_budget_advantages_follow_the_preference(signals):
