@@ -9,13 +9,16 @@ overlap with the backward pass, which would help the dense all-reduce, and conte
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hipp_ext.evals.bench.measuring import RESULTS, ratio, report
+from hipp_ext.evals.bench.measuring import keep_picture, ratio, report
 
 from hipp_ext.comm.codec import LogCodec, Pieces
 from hipp_ext.comm.compressor import Compressor, Options, orthonormal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORKERS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LATENCY = 100e-6  # s per round
@@ -115,7 +118,7 @@ def run_scale(save: bool = False) -> dict[str, Any]:
         table[model] = {**counts, "seconds": rows, "LQ-SGD 8 bits beats below [Gbit/s]": crossover}
         print(f"{model}: {counts}; at 8 workers 8 bits beat {_said(crossover[8])}")
     if save:
-        _plot(table)
+        keep_picture("scale", _picture(table), save=True)
     values = {"rank": RANK, "latency": LATENCY, "measured speeds": speeds, "models": table}
     return report("scale", "hipp bench scale", values, save)
 
@@ -192,13 +195,11 @@ def _said(crossover: Mapping[str, float | None]) -> str:
     return ", ".join(f"{name} below {value:.3g} Gbit/s" if value else f"{name} nowhere" for name, value in crossover.items())
 
 
-def _plot(table: Mapping[str, Any]) -> None:
-    import matplotlib
+def _picture(table: Mapping[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, len(MODELS), figsize=(4.2 * len(MODELS), 7), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(MODELS), 7), layout="constrained")
+    axes = figure.subplots(2, len(MODELS), squeeze=False)
     for column, (model, row) in enumerate(table.items()):
         for method in METHODS:
             axes[0][column].loglog(WORKERS, list(row["seconds"]["1 Gbit/s"][method].values()), label=method)
@@ -211,5 +212,4 @@ def _plot(table: Mapping[str, Any]) -> None:
             ax.grid(alpha=0.3)
     for ax in axes[:, 0]:
         ax.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "scale.png", dpi=110)
+    return figure

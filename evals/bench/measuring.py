@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike
 
 from hipp_ext.errors import OutputExistsError
 from hipp_ext.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -123,6 +126,15 @@ def show(name: str, result: Mapping[str, Any], *, save: bool, out: Path | None =
         print(text, end="")
     for file in ([RESULTS / f"{name}.json"] if save else []) + ([out] if out else []):
         write_atomic(file, text)
+
+
+def keep_picture(name: str, figure: "Figure", *, save: bool, folder: Path | None = None) -> None:
+    """Write a picture to `folder`/<name>.png, and with `save` to results/<name>.png."""
+    from hipp_ext.evals.figures import png
+
+    picture = png(figure, dpi=110)
+    for place in ([RESULTS] if save else []) + ([folder] if folder else []):
+        write_atomic(place / f"{name}.png", picture)
 
 
 def report(name: str, command: str, values: Mapping[str, Any], save: bool) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hipp_ext.evals.bench.measuring import RESULTS, claim_folder, mean_and_se, report, resident
+from hipp_ext.evals.bench.measuring import claim_folder, keep_picture, mean_and_se, report, resident
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from torch import nn
 
@@ -31,6 +31,9 @@ from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
 from hipp_ext.scorers.sensitivity import ChannelGroup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
 ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
@@ -256,13 +259,12 @@ def run(
 
 
 def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
-    """The report on what is finished in `out`, and with `save` its picture beside it."""
+    """The report on what is finished in `out`, and a picture in `out`; with `save` also in results."""
     cells = table(results(out))
     values = {"setting": asdict(setting), "seeds_needed": needed(cells), "cells": cells}
     whole = setting.attacks == WHOLE_AUTOATTACK
     name = "robust_autoattack" if whole else "robust"
-    if save:
-        draw(cells, RESULTS / f"{name}.png")
+    keep_picture(name, _picture(cells), save=save, folder=out)
     return report(name, "hipp bench robust" + (" --autoattack" if whole else ""), values, save)
 
 
@@ -277,10 +279,8 @@ def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def draw(cells: Mapping[str, Any], path: Path) -> None:
+def _picture(cells: Mapping[str, Any]) -> "Figure":
     """Accuracy under attack less that of the uniform plan, arm by arm, with standard errors over seeds."""
-    import io
-
     from matplotlib.figure import Figure
 
     columns = min(4, max(len(cells), 1))
@@ -295,6 +295,4 @@ def draw(cells: Mapping[str, Any], path: Path) -> None:
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("points above uniform")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    write_atomic(path, buffer.getvalue())
+    return figure

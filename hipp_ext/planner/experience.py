@@ -13,8 +13,6 @@ from hipp_ext.planner.evaluation import Keeps
 from hipp_ext.planner.reward import Reward, best_for
 from hipp_ext.preference import Preference
 
-ROUNDING = 1e-6  # ratios were once kept in single precision
-
 
 class Experience:
     """The evaluated plans of one model.
@@ -52,7 +50,7 @@ class Experience:
         within = [r for r, fits in zip(known, allowed.tolist(), strict=True) if fits]
         if not within:
             raise PlanError(f"{bounds} allows none of {len(known)} evaluated plans.")
-        enough = [r for r in within if pruning_ratio is None or r.pruning_ratio >= pruning_ratio - ROUNDING]
+        enough = [r for r in within if pruning_ratio is None or r.pruning_ratio >= pruning_ratio]
         if not enough:
             raise PlanError(f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more.")
         return enough[best_for([r.reward for r in enough], preference.as_tuple(), self.archive.nadir_and_ideal())]

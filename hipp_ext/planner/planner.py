@@ -6,28 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from pydantic import ValidationError
 from torch import nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration
-from hipp_ext.errors import CheckpointError, PlanError
-from hipp_ext.files import new_folder, write_atomic
+from hipp_ext.errors import PlanError
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive, Record
-from hipp_ext.planner.cost import Cost, CostKind, check_cost, fit_cost, measure_cost
+from hipp_ext.planner.cost import CostKind, check_cost, fit_cost, measure_cost
 from hipp_ext.planner.evaluation import Keeps, Workers, plan_rewards
 from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.fit import FitResult, FitSettings, Trainer
-from hipp_ext.planner.fit_folder import ARCHIVE
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward
 from hipp_ext.planner.signal_cache import cached_signals
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
-from hipp_ext.planner.storage import Header, SignalsHeader, scorer_called, signal_tensors
+from hipp_ext.planner.storage import Saved, read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
@@ -315,23 +310,9 @@ class HiPPPlanner:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
-        experience = self.experience
-        with new_folder(path, overwrite) as folder:
-            header = Header(
-                preference=self.preference.as_tuple(), pruning_ratio=self.pruning_ratio, round_to=self.bounds.round_to,
-                min_keep=self.bounds.min_keep if isinstance(self.bounds.min_keep, float | int) else dict(self.bounds.min_keep),
-                policy_width=self.policy.width, scorer=self.scorer.name if self.scorer else None,
-                mrs=self.mrs.name if self.mrs else None,
-                signals=SignalsHeader.of(self.signals) if self.signals else None, fitted_on=experience.digest,
-                plans=len(self.archive), cost=experience.cost.kind if experience.cost else None, dense=experience.dense,
-            )  # fmt: skip
-            write_atomic(folder / "planner.json", header.model_dump_json(indent=1))
-            safetensors.torch.save_file(self.policy.state_dict(), folder / "policy.safetensors")
-            if self.signals:
-                table = {"cost": experience.cost.table.contiguous()} if experience.cost else {}
-                safetensors.torch.save_file(signal_tensors(self.signals) | table, folder / "signals.safetensors")
-            archive = Archive(folder / ARCHIVE)
-            archive.append(self.archive.records)
+        saved = Saved(preference=self.preference, pruning_ratio=self.pruning_ratio, bounds=self.bounds, scorer=self.scorer,
+                      mrs=self.mrs, policy=self.policy, signals=self.signals, experience=self.experience)  # fmt: skip
+        write_planner(path, saved, overwrite)
 
     @classmethod
     def load(cls, path: str | Path, *, scorer: Scorer | None = None, mrs: MRS | None = None) -> "HiPPPlanner":
@@ -344,25 +325,8 @@ class HiPPPlanner:
             CheckpointError: the folder is missing, incomplete or damaged.
             PlanError: a scorer has to be given, or another one is.
         """
-        folder = Path(path)
-        try:
-            header = Header.model_validate_json((folder / "planner.json").read_bytes())
-            mrs = scorer_called(header.mrs, mrs, "mrs")
-            policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
-            policy.load_state_dict(safetensors.torch.load_file(folder / "policy.safetensors"))
-            tensors = safetensors.torch.load_file(folder / "signals.safetensors") if header.signals else {}
-            utility, robustness, compression = header.preference
-            planner = cls(Preference(utility, robustness, compression), pruning_ratio=header.pruning_ratio, policy=policy,
-                          scorer=scorer_called(header.scorer, scorer, "scorer"), mrs=mrs,
-                          bounds=Bounds(round_to=header.round_to, min_keep=header.min_keep))  # fmt: skip
-            planner.signals = header.signals.build(tensors) if header.signals else None
-            cost = header.cost and Cost(kind=header.cost, table=tensors["cost"])
-        except (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{folder} is not a complete planner folder of this version: {error}") from None
-        digest = header.fitted_on or (planner.signals.digest if planner.signals else None)
-        planner.experience = Experience(records=Archive(folder / ARCHIVE).records, digest=digest, cost=cost, dense=header.dense)
-        if header.plans not in (None, len(planner.archive)):
-            raise CheckpointError(
-                f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(planner.archive)} of {header.plans} plans."
-            )
+        saved = read_planner(Path(path), scorer, mrs)
+        planner = cls(saved.preference, pruning_ratio=saved.pruning_ratio, policy=saved.policy, scorer=saved.scorer,
+                      mrs=saved.mrs, bounds=saved.bounds)  # fmt: skip
+        planner.signals, planner.experience = saved.signals, saved.experience
         return planner

@@ -124,16 +124,6 @@ def test_no_calibration_says_what_to_pass(model):
         HiPPPlanner((0.4, 0.4, 0.2))  # type: ignore[arg-type]
 
 
-def test_a_planner_saved_by_an_earlier_version_loads(model, signals, tmp_path):
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
-    planner.save(tmp_path / "planner")
-    header = json.loads((tmp_path / "planner" / "planner.json").read_text())
-    del header["fitted_on"]
-    (tmp_path / "planner" / "planner.json").write_text(json.dumps(header))
-    assert HiPPPlanner.load(tmp_path / "planner").front() == planner.front()
-
-
 def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
     planner = planner_with(signals, Preference(0.5, 0.3, 0.2), bounds=Bounds(round_to=2, min_keep=0.2))
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
@@ -157,6 +147,18 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
     with pytest.raises(CheckpointError, match="not a complete planner folder"):
         HiPPPlanner.load(tmp_path / "p")
     (tmp_path / "p" / file).unlink()
+    with pytest.raises(CheckpointError, match="not a complete planner folder"):
+        HiPPPlanner.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("preference", [-1, 1, 1]), ("pruning_ratio", 1.5), ("round_to", 0), ("min_keep", 7.0), ("plans", "many"), ("new", 1)],
+)
+def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
+    HiPPPlanner(EVEN).save(tmp_path / "p")
+    header = tmp_path / "p" / "planner.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match="not a complete planner folder"):
         HiPPPlanner.load(tmp_path / "p")
 

@@ -108,6 +108,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     for arm in arms:
         assert cell[arm]["macs"]["mean"] <= uniform["macs"] and cell[arm]["macs"]["mean"] > 0.97 * uniform["macs"]
     assert conclude(tmp_path, setting, save=False)["cells"] == report["cells"]
+    assert (tmp_path / "robust.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(OutputExistsError, match="holds a study with another setting"):
         run(tmp_path, Setting(), ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False)
     with pytest.raises(DataError, match=r"Known arms are uniform, .*; got \['best'\]"):

@@ -8,14 +8,15 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moocore
 import numpy as np
-from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, rank_correlation, report
+from hipp_ext.evals.bench.measuring import keep_picture, mean_and_se, rank_correlation, report
 from hipp_ext.evals.bench.search.study import HIPP, StudySize, run_study
 
-from hipp_ext.files import write_atomic
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OBJECTIVES = ("utility", "robustness", "compression")
 LABELS = ("utility (margin on ScienceQA)", "robustness (margin on POPE)", "parameters removed [%]")
@@ -32,9 +33,7 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
     values = {"size": dataclasses.asdict(size), "control": steering(jobs),
               "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs])}  # fmt: skip
     result = report("control", command, values, save)
-    picture = _picture([j["control"]["policy"]["lattice"] for j in jobs])
-    for path in (folder / "control.png", *([RESULTS / "control.png"] if save else ())):
-        write_atomic(path, picture)
+    keep_picture("control", _picture([j["control"]["policy"]["lattice"] for j in jobs]), save=save, folder=folder)
     return result
 
 
@@ -85,9 +84,8 @@ def _edge(weights: np.ndarray, one: int, other: int) -> np.ndarray:
     return on[np.argsort(weights[on, one])]
 
 
-def _picture(lattices: Sequence[Sequence[Any]]) -> bytes:
+def _picture(lattices: Sequence[Sequence[Any]]) -> "Figure":
     """What the wishes along each edge of the simplex reached, a line per fit."""
-    from hipp_ext.evals.figures import png
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.2), layout="constrained", facecolor="white")
@@ -103,4 +101,4 @@ def _picture(lattices: Sequence[Sequence[Any]]) -> bytes:
         axes.set_ylabel(LABELS[one])
         axes.set_title(f"wishes for {OBJECTIVES[one]} and {OBJECTIVES[other]} alone", fontsize=10)
     figure.colorbar(dots, ax=panels, label="weight of the objective on the vertical axis")
-    return png(figure, dpi=110)
+    return figure

@@ -4,10 +4,10 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hipp_ext.evals.bench.measuring import RESULTS, mean_and_se, report
+from hipp_ext.evals.bench.measuring import keep_picture, mean_and_se, report
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.control import steering
 from hipp_ext.evals.bench.search.methods import METHODS
@@ -16,14 +16,16 @@ from hipp_ext.evals.metrics import f1_percent
 from hipp_ext.evals.statistics import bootstrap_estimate
 
 from hipp_ext import testbed
-from hipp_ext.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
 Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
-    """Run what is missing of the study in `folder`, and summarise it; prints a table and writes search.png beside it."""
+    """Run what is missing of the study in `folder`, and summarise it; prints a table and draws a picture beside it."""
     results = run_study(size, folder, all_jobs(size), processes=processes)
     jobs: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -38,10 +40,7 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
     command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
     name = "search" if size.questions == StudySize.questions else f"search_{pope}_{choice}"
     result = report(name, command + (" --ablations" if size.ablation_seeds else ""), values, save)
-    picture = _picture(methods)
-    write_atomic(folder / "search.png", picture)
-    if save:
-        write_atomic(RESULTS / f"{name}.png", picture)
+    keep_picture(name, _picture(methods), save=save, folder=folder)
     return result
 
 
@@ -134,9 +133,8 @@ def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
     return f"{value['mean']:.{digits}f}" + (f" ± {value['se']:.{digits}f}" if value["se"] is not None else "")
 
 
-def _picture(methods: Mapping[str, Mapping[str, Any]]) -> bytes:
+def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Hypervolume as bars; each corner's metric against pruning_ratio."""
-    from hipp_ext.evals.figures import png
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.6), layout="constrained", facecolor="white")
@@ -162,4 +160,4 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> bytes:
         axes.set_xlabel("pruning_ratio")
         axes.set_ylabel(f"{'POPE F1' if metric == 'F1' else metric} [%], {corner} corner")
     panels[0].legend(fontsize=7)
-    return png(figure, dpi=110)
+    return figure
