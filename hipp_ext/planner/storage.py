@@ -77,15 +77,7 @@ def read_planner(folder: Path, scorer: Scorer | None, mrs: MRS | None) -> Saved:
         signals = header.signals.build(tensors) if header.signals else None
         cost = Cost(kind=header.cost, table=tensors["cost"]) if header.cost else None
         preference, bounds = Preference(*header.preference), Bounds(round_to=header.round_to, min_keep=header.min_keep)
-    except (
-        OSError,
-        ValidationError,
-        safetensors.SafetensorError,
-        RuntimeError,
-        KeyError,
-        PreferenceError,
-        BudgetError,
-    ) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{folder} is not a complete planner folder of this version: {error}") from None
     records = Archive(folder / ARCHIVE).records
     if header.plans != len(records):
