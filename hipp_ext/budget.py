@@ -87,7 +87,7 @@ def keep_counts(
         raise BudgetError(f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}.")
     check_ratio(pruning_ratio)
     decoder = _Decoder(groups, bounds)
-    target = decoder.target(pruning_ratio)
+    target = parameters_left(decoder.total, pruning_ratio)
     if int(decoder.cost @ decoder.least) > target:
         raise BudgetError(_unreachable(decoder, pruning_ratio, bounds))
     counts, wanted = decoder.counts(logits[None], np.array([target]))
@@ -106,7 +106,7 @@ def many_keep_counts(
         pruning_ratios: (plans,)
     """
     decoder = _Decoder(groups, bounds or Bounds())
-    targets = np.floor((1 - np.asarray(pruning_ratios, dtype=np.float64)) * decoder.total + 1e-6)
+    targets = np.array([parameters_left(decoder.total, ratio) for ratio in pruning_ratios.tolist()])
     return decoder.counts(np.asarray(allocations, dtype=np.float64), targets)[0]
 
 
@@ -119,10 +119,6 @@ class _Decoder:
         self.widths = np.array([g.width for g in groups], dtype=np.int64)
         self.least, self.step = bounds.steps(groups)
         self.total = int(self.cost @ self.widths)
-
-    def target(self, pruning_ratio: float) -> int:
-        """Parameters that may stay."""
-        return math.floor((1 - pruning_ratio) * self.total + 1e-6)
 
     def counts(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(counts, wished-for counts before rounding): the largest common shift whose counts fit each plan's target."""
@@ -141,6 +137,11 @@ class _Decoder:
         # To the nearest, not down: of eight heads, a wish for 7.6 must not become 7 in every layer at once.
         counts = self.least + np.maximum(np.floor((wanted - self.least) / self.step + 0.5), 0).astype(np.int64) * self.step
         return np.minimum(counts, self.widths)
+
+
+def parameters_left(total: int, pruning_ratio: float) -> int:
+    """How many of `total` parameters may stay; what rounding adds to a ratio costs no parameter."""
+    return math.floor((1 - pruning_ratio) * total + 1e-6)
 
 
 def check_ratio(pruning_ratio: float) -> None:

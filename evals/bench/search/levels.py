@@ -1,13 +1,12 @@
 """The keep counts that the bounds allow, as a ladder of levels per group; every baseline climbs the same ladder."""
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hipp_ext.budget import Bounds, check_ratio
+from hipp_ext.budget import Bounds, check_ratio, parameters_left
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 
@@ -52,7 +51,7 @@ class Levels:
             BudgetError: the ratio is outside [0, 1), or the floors alone cost more.
         """
         check_ratio(pruning_ratio)
-        budget = math.floor((1 - pruning_ratio) * self.total + 1e-6)
+        budget = parameters_left(self.total, pruning_ratio)
         if (floor := self.parameters(self.least)) > budget:
             most = 1 - floor / self.total
             raise BudgetError(f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} go.")
