@@ -10,9 +10,14 @@ from hipp_ext.console import Device, Overwrite, check_dtype
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
 Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
+SearchQuestions = Annotated[
+    tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
+]
+Processes = Annotated[int | None, typer.Option(min=1, help="Default: one per core.")]
+PRUNED, PLANNER, ROBUST, COMM = "Pruned models", "Planner", "Robustness to attacks", "Gradient compression"
 
 
-@bench_app.command("hosts")
+@bench_app.command("hosts", rich_help_panel=PRUNED)
 def bench_hosts(repeats: Annotated[int, typer.Option(min=1)] = 3, save: Save = False) -> None:
     """Time and extra memory of pruning a 100M and a 1B Llama: hipp_ext.prune against torch-pruning's own pruner.
 
@@ -23,31 +28,7 @@ def bench_hosts(repeats: Annotated[int, typer.Option(min=1)] = 3, save: Save = F
     run(repeats, save)
 
 
-@bench_app.command("testbed")
-def bench_testbed(save: Save = False) -> None:
-    """Accuracy of the testbed's model, dense and uniformly pruned, on its test split."""
-    from hipp_ext.evals.bench.testbed_table import run
-
-    run(save)
-
-
-@bench_app.command("compensation")
-def bench_compensation(save: Save = False) -> None:
-    """Accuracy of uniformly pruned testbed models, sliced and compensated, on the test split."""
-    from hipp_ext.evals.bench.compensation import run
-
-    run(save)
-
-
-@bench_app.command("visual")
-def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
-    """Time of a VisualSensitivity pass against a plain sdpa forward on the same batch."""
-    from hipp_ext.evals.bench.visual_cost import run
-
-    run(repeats, save=save)
-
-
-@bench_app.command("latency")
+@bench_app.command("latency", rich_help_panel=PRUNED)
 def bench_latency(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders, dense first, or `testbed`.")
@@ -97,7 +78,23 @@ def bench_latency(
     run(folders or None, plan or (), load, device=device, dtype=dtype, command=command, save=save, out=out)
 
 
-@bench_app.command("vlmeval")
+@bench_app.command("testbed", rich_help_panel=PRUNED)
+def bench_testbed(save: Save = False) -> None:
+    """Accuracy of the testbed's model, dense and uniformly pruned, on its test split."""
+    from hipp_ext.evals.bench.testbed_table import run
+
+    run(save)
+
+
+@bench_app.command("compensation", rich_help_panel=PRUNED)
+def bench_compensation(save: Save = False) -> None:
+    """Accuracy of uniformly pruned testbed models, sliced and compensated, on the test split."""
+    from hipp_ext.evals.bench.compensation import run
+
+    run(save)
+
+
+@bench_app.command("vlmeval", rich_help_panel=PRUNED)
 def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save = False) -> None:
     """What importing our integration adds to VLMEvalKit's own import, and the time of 200 POPE questions on the testbed."""
     from hipp_ext.evals.bench.vlmeval_cost import run
@@ -105,23 +102,66 @@ def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save =
     run(repeats, save)
 
 
-@bench_app.command("query")
-def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
-    """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""
-    from hipp_ext.evals.bench.query import run
+@bench_app.command("search", rich_help_panel=PLANNER)
+def bench_search(
+    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
+    questions: SearchQuestions = (1024, 512),
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")] = False,
+    processes: Processes = None,
+    save: Save = False,
+) -> None:
+    """The planner against allocators and search methods at equal evaluations, on the testbed's test split.
 
-    run(repeats, save)
+    Some three hours on two cores; a study that was stopped goes on.
+
+    Examples:
+
+    `hipp bench search --out search`
+
+    `hipp bench search --questions 128 128 --ablations --out parts` asks about fewer pictures
+
+    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
+    """
+    from hipp_ext.evals.bench.search.study import StudySize
+    from hipp_ext.evals.bench.search.summary import run
+
+    reduced = min(seeds, 2) if ablations else 0
+    size = StudySize(seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions)
+    run(size, out, processes=processes, save=save)
 
 
-@bench_app.command("evaluation")
-def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
-    """Time of switching between plans and of evaluating one, against really pruned models."""
-    from hipp_ext.evals.bench.evaluation_cost import run
+@bench_app.command("control", rich_help_panel=PLANNER)
+def bench_control(
+    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("control"),
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
+    questions: SearchQuestions = (4096, 1024),
+    test_questions: Annotated[
+        tuple[int, int], typer.Option(min=8, metavar="N N", help="The same of the test split, to measure answers on.")
+    ] = (4800, 1600),
+    processes: Processes = None,
+    save: Save = False,
+) -> None:
+    """Does the preference steer? Fits, 66 wishes over the simplex put to each, and what their plans achieve on the test split.
 
-    run(repeats, save)
+    Some 75 minutes on two cores; a study that was stopped goes on with the next fit.
+
+    Examples:
+
+    `hipp bench control --out control`
+
+    `hipp bench control --seeds 1 --evaluations 60 --questions 64 32 --test-questions 300 200 --out quick`
+    """
+    from hipp_ext.evals.bench.search.control import run
+    from hipp_ext.evals.bench.search.study import StudySize
+
+    size = StudySize(seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions)
+    run(size, out, processes=processes, save=save)
 
 
-@bench_app.command("fit")
+@bench_app.command("fit", rich_help_panel=PLANNER)
 def bench_fit(
     hidden: Annotated[int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")] = 512,
     layers: Annotated[int, typer.Option(min=2, help="Its layers.")] = 4,
@@ -159,23 +199,23 @@ def bench_fit(
     run(size, device=device, dtype=dtype, command=shlex.join(["hipp", *sys.argv[1:]]), save=save, out=out)
 
 
-@bench_app.command("knockout")
-def bench_knockout(save: Save = False) -> None:
-    """Visual sensitivity against cutting text-to-picture attention, layer by layer."""
-    from hipp_ext.evals.bench.knockout import run
+@bench_app.command("query", rich_help_panel=PLANNER)
+def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
+    """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""
+    from hipp_ext.evals.bench.query import run
 
-    run(save)
-
-
-@bench_app.command("synflow")
-def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False) -> None:
-    """Whether the synaptic-flow proxy foretells collapse at equal budget."""
-    from hipp_ext.evals.bench.synflow import run
-
-    run(plans, save)
+    run(repeats, save)
 
 
-@bench_app.command("kill")
+@bench_app.command("evaluation", rich_help_panel=PLANNER)
+def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
+    """Time of switching between plans and of evaluating one, against really pruned models."""
+    from hipp_ext.evals.bench.evaluation_cost import run
+
+    run(repeats, save)
+
+
+@bench_app.command("kill", rich_help_panel=PLANNER)
 def bench_kill(
     kills: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
@@ -187,7 +227,31 @@ def bench_kill(
     run(kills, seed, save)
 
 
-@bench_app.command("robust")
+@bench_app.command("visual", rich_help_panel=PLANNER)
+def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
+    """Time of a VisualSensitivity pass against a plain sdpa forward on the same batch."""
+    from hipp_ext.evals.bench.visual_cost import run
+
+    run(repeats, save=save)
+
+
+@bench_app.command("knockout", rich_help_panel=PLANNER)
+def bench_knockout(save: Save = False) -> None:
+    """Visual sensitivity against cutting text-to-picture attention, layer by layer."""
+    from hipp_ext.evals.bench.knockout import run
+
+    run(save)
+
+
+@bench_app.command("synflow", rich_help_panel=PLANNER)
+def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False) -> None:
+    """Whether the synaptic-flow proxy foretells collapse at equal budget."""
+    from hipp_ext.evals.bench.synflow import run
+
+    run(plans, save)
+
+
+@bench_app.command("robust", rich_help_panel=ROBUST)
 def bench_robust(
     out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("robust"),
     data: Annotated[str, typer.Option(help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")] = "digits",
@@ -221,7 +285,7 @@ def bench_robust(
         arms.split(",") if arms else ARMS, save, typer.echo)  # fmt: skip
 
 
-@bench_app.command("mrs")
+@bench_app.command("mrs", rich_help_panel=ROBUST)
 def bench_mrs(save: Save = False) -> None:
     """Cost of MRS on a ResNet-18, form by form, in epochs of adversarial training on the same images."""
     from hipp_ext.evals.bench.mrs_cost import run
@@ -229,7 +293,7 @@ def bench_mrs(save: Save = False) -> None:
     run(save)
 
 
-@bench_app.command("autoattack")
+@bench_app.command("autoattack", rich_help_panel=ROBUST)
 def bench_autoattack(images: Annotated[int, typer.Option(min=1)] = 150, save: Save = False) -> None:
     """AutoAttack as `hipp robust evaluate` runs it against its authors' code, to be put on PYTHONPATH."""
     from hipp_ext.evals.bench.autoattack import run
@@ -237,7 +301,7 @@ def bench_autoattack(images: Annotated[int, typer.Option(min=1)] = 150, save: Sa
     run(images, save=save)
 
 
-@bench_app.command("attacked")
+@bench_app.command("attacked", rich_help_panel=ROBUST)
 def bench_attacked(
     out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")] = Path("attacked"),
     seeds: Annotated[int, typer.Option(min=2)] = 5,
@@ -257,7 +321,7 @@ def bench_attacked(
         objectives.split(","))  # fmt: skip
 
 
-@bench_app.command("comm")
+@bench_app.command("comm", rich_help_panel=COMM)
 def bench_comm(
     seeds: Annotated[int, typer.Option(min=2)] = 5,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 60.")] = None,
@@ -273,7 +337,7 @@ def bench_comm(
         comm_accuracy.run(seeds, steps or 300, save)
 
 
-@bench_app.command("links")
+@bench_app.command("links", rich_help_panel=COMM)
 def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = False) -> None:
     """Time per step over emulated links of 100 and 10 Mbit/s: LQ-SGD against torch's own hooks. Needs root."""
     from hipp_ext.evals.bench.comm_links import run
@@ -281,7 +345,7 @@ def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = Fa
     run(steps=steps, save=save)
 
 
-@bench_app.command("codec")
+@bench_app.command("codec", rich_help_panel=COMM)
 def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = False) -> None:
     """Time to encode and decode a million values, against torch's fp16 cast."""
     from hipp_ext.evals.bench.comm_scale import run_codec
@@ -289,7 +353,7 @@ def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = 
     run_codec(repeats, save)
 
 
-@bench_app.command("scale")
+@bench_app.command("scale", rich_help_panel=COMM)
 def bench_scale(save: Save = False) -> None:
     """Simulated cost of a step for up to 1,024 workers and 7B parameters, and the bandwidth where compression stops paying."""
     from hipp_ext.evals.bench.comm_scale import run_scale
@@ -297,7 +361,7 @@ def bench_scale(save: Save = False) -> None:
     run_scale(save)
 
 
-@bench_app.command("inversion")
+@bench_app.command("inversion", rich_help_panel=COMM)
 def bench_inversion(
     images: Annotated[int, typer.Option(min=2)] = 64,
     iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
@@ -314,7 +378,7 @@ def bench_inversion(
     run(images, iterations, network, save)
 
 
-@bench_app.command("recovery")
+@bench_app.command("recovery", rich_help_panel=COMM)
 def bench_recovery(
     out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
     save: Save = False,
@@ -323,68 +387,3 @@ def bench_recovery(
     from hipp_ext.evals.bench.recovery import run
 
     run(out, save=save)
-
-
-SearchQuestions = Annotated[
-    tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
-]
-Processes = Annotated[int | None, typer.Option(min=1, help="Default: one per core.")]
-
-
-@bench_app.command("search")
-def bench_search(
-    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
-    seeds: Annotated[int, typer.Option(min=1)] = 5,
-    evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
-    questions: SearchQuestions = (1024, 512),
-    ablations: Annotated[bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")] = False,
-    processes: Processes = None,
-    save: Save = False,
-) -> None:
-    """The planner against allocators and search methods at equal evaluations, on the testbed's test split.
-
-    Some three hours on two cores; a study that was stopped goes on.
-
-    Examples:
-
-    `hipp bench search --out search`
-
-    `hipp bench search --questions 128 128 --ablations --out parts` asks about fewer pictures
-
-    `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
-    """
-    from hipp_ext.evals.bench.search.study import StudySize
-    from hipp_ext.evals.bench.search.summary import run
-
-    reduced = min(seeds, 2) if ablations else 0
-    size = StudySize(seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions)
-    run(size, out, processes=processes, save=save)
-
-
-@bench_app.command("control")
-def bench_control(
-    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("control"),
-    seeds: Annotated[int, typer.Option(min=1)] = 5,
-    evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
-    questions: SearchQuestions = (4096, 1024),
-    test_questions: Annotated[
-        tuple[int, int], typer.Option(min=8, metavar="N N", help="The same of the test split, to measure answers on.")
-    ] = (4800, 1600),
-    processes: Processes = None,
-    save: Save = False,
-) -> None:
-    """Does the preference steer? Fits, 66 wishes over the simplex put to each, and what their plans achieve on the test split.
-
-    Some 75 minutes on two cores; a study that was stopped goes on with the next fit.
-
-    Examples:
-
-    `hipp bench control --out control`
-
-    `hipp bench control --seeds 1 --evaluations 60 --questions 64 32 --test-questions 300 200 --out quick`
-    """
-    from hipp_ext.evals.bench.search.control import run
-    from hipp_ext.evals.bench.search.study import StudySize
-
-    size = StudySize(seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions)
-    run(size, out, processes=processes, save=save)
