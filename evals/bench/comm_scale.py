@@ -197,6 +197,7 @@ def _said(crossover: Mapping[str, float | None]) -> str:
 
 def _picture(table: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(4.2 * len(MODELS), 7), layout="constrained")
     axes = figure.subplots(2, len(MODELS), squeeze=False)
@@ -210,6 +211,9 @@ def _picture(table: Mapping[str, Any]) -> "Figure":
         axes[1][column].set(title="LQ-SGD, 8 bits, is cheaper below", xlabel="workers", ylabel="Gbit/s")
         for ax in axes[:, column]:
             ax.grid(alpha=0.3)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(LogFormatter())
+            ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     for ax in axes[:, 0]:
         ax.legend(fontsize=7)
     return figure
