@@ -4,6 +4,7 @@ Agrees with greedy generation wherever the model answers with one of the candida
 trained or asked to do so do. For numbers to publish, run `vlmeval` on the saved folder.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import Batch, check_processor, encode, join_answer
+from hipp_ext.calibration import Batch, batches_digest, check_processor, encode, join_answer
 from hipp_ext.errors import CalibrationError
 
 YES_BIAS_WEIGHT = 0.5
@@ -92,6 +93,9 @@ class Evaluator:
         attack: (model, batch with labels) -> batch with other pixel_values; None: PGD with ten steps within 4/255 of the
             pixels.
 
+    Attributes:
+        digest: of the questions, their pictures and answers, and of `robustness` and `adaptive`; not of the attack's settings.
+
     Raises:
         CalibrationError: no questions, an unknown robustness, POPE questions that are not yes/no, a processor of another
             model, or candidates that begin with the same token.
@@ -121,6 +125,8 @@ class Evaluator:
         if robustness != "pope":
             attack = attack or _default_attack(processor)
             self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack, adaptive)
+        asked = [f"{name} {task.digest}" for name, task in self._tasks.items()]
+        self.digest = hashlib.sha256(f"{asked} {adaptive}".encode()).hexdigest()
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """utility and robustness, their standard errors, and the accuracies [%] behind them.
@@ -183,6 +189,7 @@ class _Task:
         self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
         self.clusters = [getattr(q, "picture", None) or str(i) for i, q in zip(self.order, ordered, strict=True)]
         self.right = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
+        self.digest = batches_digest([*batches, {"candidates": self.candidates, "right": self.right}])
 
     def log_probabilities(self, model: nn.Module) -> Float[Tensor, "questions candidates"]:
         """Log probability of each candidate among the candidates; -inf where a question has fewer."""

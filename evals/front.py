@@ -1,7 +1,6 @@
 """`hipp front`: the non-dominated plans of a fitted planner, and two answers to one preference."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
+from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.planner import Choices, FrontPlan, HiPPPlanner
 from hipp_ext.planner.reward import Evaluator, Reward, scores_agree
 from hipp_ext.preference import Preference
@@ -22,18 +22,24 @@ def answer(
     never was.
 
     Raises:
-        DataError: the evaluator is not that of the fit: it says something else of the dense model.
+        DataError: the evaluator is not that of the fit: it asks other questions or, where that cannot be known, says something
+            else of the dense model.
     """
     choices = planner.choices(preference)
     if choices.policy.reward is None and model is not None and evaluator is not None:
-        _check_same(planner.experience.dense, evaluator(model))
+        _check_same(planner.experience, evaluator, model)
         reward = planner.rewards(model, [choices.policy.plan], evaluator)[0]
         choices = dataclasses.replace(choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward))
     return choices
 
 
-def _check_same(fit: Mapping[str, float] | None, now: Mapping[str, float]) -> None:
-    if fit is not None and not scores_agree(fit, {name: now[name] for name in fit}):
+def _check_same(experience: Experience, evaluator: Evaluator, model: nn.Module) -> None:
+    fit, ours = experience.dense, getattr(evaluator, "digest", None)
+    if fit is None:
+        return
+    now = evaluator(model)
+    known = experience.evaluator is not None and ours is not None
+    if (known and ours != experience.evaluator) or not scores_agree(fit, {name: now[name] for name in fit}):
         told = [", ".join(f"{name} {said[name]:.3f}" for name in fit) for said in (fit, now)]
         raise DataError(
             f"This is not what the plans of the fit were measured on: there the dense model has {told[0]}, here {told[1]}. "
@@ -48,7 +54,7 @@ def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
     from rich.table import Table
 
     front = planner.front()
-    table = Table(title=f"{len(front)} non-dominated of {len(planner.archive)} evaluated plans", box=SIMPLE_HEAD)
+    table = Table(title=f"{len(front)} non-dominated of {len(planner.archive.measured)} evaluated plans", box=SIMPLE_HEAD)
     for column in ("", "compression [%]", "utility", "robustness"):
         table.add_column(column, justify="right" if column else "left")
     rows: list[tuple[str, Reward | None]] = [(str(i), f.reward) for i, f in enumerate(front)]
@@ -74,7 +80,7 @@ def _cells(reward: Reward | None) -> list[str]:
 def write_picture(planner: HiPPPlanner, choices: Choices | None, path: Path) -> None:
     """The front as a PNG."""
     chosen = {"policy": choices.policy.reward, "best archived": choices.archived.reward} if choices else {}
-    evaluated = [r.reward for r in planner.archive.records]
+    evaluated = [r.reward for r in planner.archive.measured]
     front = [f.reward for f in planner.front() if f.reward]
     write_atomic(path, png(front_figure(evaluated, front, {n: r for n, r in chosen.items() if r})))
 

@@ -84,7 +84,7 @@ def _pictures(sources: Sources) -> list[_Drawing]:
 
 
 def _front(fit: Fit, chosen: Mapping[str, Any], name: str, *, several: bool) -> _Drawing:
-    evaluated, front = [r.reward for r in fit.archive.records], [r.reward for r in fit.archive.front()]
+    evaluated, front = [r.reward for r in fit.archive.measured], [r.reward for r in fit.archive.front()]
     caption = (
         f"{fit.name + ': ' if several else ''}{len(evaluated)} plans evaluated while searching; {len(front)} are non-dominated "
         f"(ringed, with standard errors). Upper right is better. Hypervolume {fit.archive.hypervolume():.4f}, reference point "

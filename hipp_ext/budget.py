@@ -7,6 +7,7 @@ says how much may stay in all. Between the two lies one function, so that every 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -33,10 +34,12 @@ class Bounds:
     def __post_init__(self) -> None:
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise BudgetError(f"round_to={self.round_to!r}: a whole number of 1 or more is needed.")
-        shares = self.min_keep.values() if isinstance(self.min_keep, Mapping) else [self.min_keep]
-        for share in shares:
-            if not 0 <= share <= 1:
+        shares = self.min_keep if isinstance(self.min_keep, Mapping) else {"": self.min_keep}
+        for share in shares.values():
+            if not isinstance(share, Real) or not 0 <= share <= 1:
                 raise BudgetError(f"min_keep={share!r}: a share between 0 and 1 is needed.")
+        plain = {name: float(share) for name, share in shares.items()}  # numpy's numbers are no JSON
+        object.__setattr__(self, "min_keep", plain if isinstance(self.min_keep, Mapping) else plain[""])
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
         """(least allowed keep count, units per step) of every group; the full width is allowed on top."""

@@ -1,5 +1,6 @@
 """Images and questions -> calibration batches, each a dict of the tensors that the model's forward takes."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,15 @@ from hipp_ext.errors import CalibrationError
 
 Batch = dict[str, torch.Tensor]
 Calibration = Iterable[Mapping[str, torch.Tensor]]
+
+
+def batches_digest(batches: Iterable[Batch]) -> str:
+    """Hex digest of the batches' tensors."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode() + batch[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def resolve_calibration(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
-from hipp_ext.errors import HippError
+from hipp_ext.errors import HippError, PreferenceError
 from hipp_ext.evals.bench.cli import bench_app
 from hipp_ext.evals.cli import evals_app
 from hipp_ext.preference import Preference
@@ -29,12 +29,18 @@ Utility = Annotated[float | None, typer.Option("--utility", "-u", help="Weight o
 Robustness = Annotated[float | None, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
 Compression = Annotated[float | None, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
 Ratio = Annotated[
-    float | None, typer.Option("--pruning-ratio", help="Share of parameters to remove; default: the policy decides.")
+    float | None,
+    typer.Option(
+        "--pruning-ratio", help="Share of parameters to remove; default: the planner's, if it has one; else the policy decides."
+    ),
 ]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where measured signals are kept; default: ~/.cache/hipp-ext.", metavar="FOLDER")
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
+
+
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -45,9 +51,13 @@ def main() -> None:
     except HippError as error:
         typer.secho(f"hipp: {error}", fg="red", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("hipp: interrupted. What was finished is kept; the same command goes on from there.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer makes it of a KeyboardInterrupt
+            typer.secho(
+                "hipp: interrupted. Fits, training and studies keep what they finished: the same command goes on from there.",
+                err=True,
+            )
+        raise
 
 
 @app.command()
@@ -132,7 +142,7 @@ def fit(
     questions: Annotated[
         int, typer.Option(min=1, help="Questions per task: few find the front, more tell like wishes apart.")
     ] = 192,
-    steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each.")] = 20,
+    steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each; 4 with --pruning-ratio.")] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
     robustness: Annotated[
@@ -238,6 +248,8 @@ def front(
         check_ratio(pruning_ratio)
         fitted.pruning_ratio = pruning_ratio
     choices, wanted = None, _preference(utility, robustness, compression)
+    if wanted is None and (model or pruning_ratio is not None):
+        raise PreferenceError("--model and --pruning-ratio are for the answers to a preference: give -u, -r or -c as well.")
     if wanted is not None:
         loaded, processor = load_model(model, device, dtype, spread=True) if model else (None, None)
         evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on) if model else None

@@ -37,8 +37,13 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def require_new(path: str | Path, overwrite: bool = False) -> None:
-    """Raise OutputExistsError if `path` is there already, and not an empty folder, unless `overwrite`."""
+    """Raise OutputExistsError if `path` is there already, and not an empty folder, unless `overwrite`.
+
+    What holds the working directory is never replaced.
+    """
     path = Path(path)
+    if path.resolve() in (here := Path.cwd(), *here.parents):
+        raise OutputExistsError(f"{path} is the working directory, or holds it. Choose another name.")
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise OutputExistsError(f"{path} exists. Choose another name, or ask to overwrite it.")
 

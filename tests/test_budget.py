@@ -95,7 +95,10 @@ def test_an_allocation_that_does_not_fit_is_refused(logits):
         keep_counts((group(0, "ffn", 9, 1), group(1, "ffn", 9, 1)), logits, 0.1)
 
 
-@pytest.mark.parametrize(("bounds", "message"), [({"round_to": 0}, "round_to=0"), ({"min_keep": 1.5}, "min_keep=1.5")])
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [({"round_to": 0}, "round_to=0"), ({"min_keep": 1.5}, "min_keep=1.5"), ({"min_keep": "all"}, "min_keep='all'")],
+)
 def test_bounds_are_checked(bounds, message):
     with pytest.raises(BudgetError, match=message):
         Bounds(**bounds)

@@ -1,8 +1,10 @@
 """The command line as a user types it, each call a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,12 +66,26 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops, latency is needed"),
         (("fit", "testbed", "-o", "y", "--scalarisation", "best"), "one of linear, tchebycheff is needed"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
+        (("fit", "testbed", "-o", ".", "--overwrite"), ". is the working directory"),
+        (("fit", "testbed", "-o", "..", "--overwrite"), ".. is the working directory, or holds it"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, message):
     done = hipp(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().split("\n")) == 1
+
+
+def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
+    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12")
+    running = subprocess.Popen([*HIPP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "planner.fit" / "archive.jsonl").exists():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate()
+    assert running.returncode == 130 and "hipp: interrupted." in told and "goes on from there" in told
 
 
 def test_existing_output_is_kept(tmp_path):

@@ -58,7 +58,7 @@ class Archive:
         self.path = Path(path) if path is not None else None
         self.records: list[Record] = []
         if self.path is not None and self.path.exists():
-            lines = self.path.read_text().split("\n")
+            lines = self.path.read_text(errors="replace").split("\n")
             for number, line in enumerate(lines, 1):
                 try:
                     if line:
@@ -88,14 +88,19 @@ class Archive:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def measured(self) -> list[Record]:
+        """The plans that were measured, each once; the gate kept the others from it."""
+        return list({r.keeps: r for r in self.records if r.measured}.values())
+
     def front(self) -> list[Record]:
         """The measured records that no other dominates in utility, robustness and compression, by compression; no two alike."""
-        distinct = list({r.keeps: r for r in self.records if r.measured}.values())
-        if not distinct:
+        measured = self.measured
+        if not measured:
             return []
-        points = np.array([r.reward.objectives() for r in distinct])
+        points = np.array([r.reward.objectives() for r in measured])
         keep = moocore.is_nondominated(points, maximise=True, keep_weakly=False)
-        return sorted((r for r, k in zip(distinct, keep, strict=True) if k), key=lambda r: r.reward.compression)
+        return sorted((r for r, k in zip(measured, keep, strict=True) if k), key=lambda r: r.reward.compression)
 
     def hypervolume(self) -> float:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
@@ -112,7 +117,7 @@ class Archive:
         Source: normalisation by nadir and ideal point, Miettinen, Nonlinear Multiobjective Optimization (1999), section 2.4.
         Differs from it: the nadir leaves out that one task can be given away for the other.
         """
-        measured = torch.tensor([r.reward.objectives() for r in self.records]).reshape(-1, 3)
+        measured = torch.tensor([r.reward.objectives() for r in self.records if r.measured]).reshape(-1, 3)
         if not len(measured) or measured[:, 2].max() - measured[:, 2].min() < LEAST_RANGE:
             return WHOLE  # at a fixed budget nothing is paid for compression
         most = measured[measured[:, 2].topk(math.ceil(MOST_COMPRESSED * len(measured))).indices]

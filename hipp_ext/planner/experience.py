@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hipp_ext.budget import Bounds
+from hipp_ext.budget import Bounds, parameters_left
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, total_parameters
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps
@@ -19,22 +19,23 @@ class Experience:
 
     Attributes:
         archive: all of them, in the order of their evaluation.
-        digest: of the model; None: nothing was evaluated.
+        ranking: of the signals that the plans were made with, see `Signals.ranking`; None: nothing was evaluated.
         cost: what their compression counts; None: not known.
         dense: what the evaluator said of the dense model, "utility" and "robustness"; None: not known.
+        evaluator: its digest; None: it has none.
     """
 
     def __init__(
-        self, *, records: Sequence[Record] = (), digest: str | None = None, cost: Cost | None = None,
-        dense: dict[str, float] | None = None,
+        self, *, records: Sequence[Record] = (), ranking: str | None = None, cost: Cost | None = None,
+        dense: dict[str, float] | None = None, evaluator: str | None = None,
     ):  # fmt: skip
         self.archive = Archive()
         self.archive.append(records)
-        self.digest, self.cost, self.dense = digest, cost, dense
+        self.ranking, self.cost, self.dense, self.evaluator = ranking, cost, dense, evaluator
 
     def reward(self, keeps: Keeps) -> Reward | None:
         """What was measured of a plan."""
-        return next((r.reward for r in self._measured() if r.keeps == keeps), None)
+        return next((r.reward for r in self.archive.measured if r.keeps == keeps), None)
 
     def best(self, preference: Preference, groups: Sequence[Group], bounds: Bounds, pruning_ratio: float | None) -> Record:
         """The evaluated plan that serves a preference best, among those that the bounds allow and that remove
@@ -43,17 +44,15 @@ class Experience:
         Raises:
             PlanError: there is none.
         """
-        known = self._measured()
+        known = self.archive.measured
         if not known:
             raise PlanError(f"The gate (min_stability) kept all {len(self.archive)} plans from being measured.")
         allowed = bounds.allow(groups, np.array([r.keeps for r in known]))
         within = [r for r, fits in zip(known, allowed.tolist(), strict=True) if fits]
         if not within:
             raise PlanError(f"{bounds} allows none of {len(known)} evaluated plans.")
-        enough = [r for r in within if pruning_ratio is None or r.pruning_ratio >= pruning_ratio]
+        most = parameters_left(total_parameters(groups), pruning_ratio or 0.0)
+        enough = [r for r in within if sum(k * g.unit_parameters for k, g in zip(r.keeps, groups, strict=True)) <= most]
         if not enough:
             raise PlanError(f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more.")
         return enough[best_for([r.reward for r in enough], preference.as_tuple(), self.archive.nadir_and_ideal())]
-
-    def _measured(self) -> list[Record]:
-        return [r for r in self.archive.records if r.measured]

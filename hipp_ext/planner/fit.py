@@ -33,10 +33,12 @@ GRID = 16  # ratios at which the budget head looks for the best one
 class FitSettings:
     """How to fit; `evaluations` plans are evaluated in all, fewer where two rollouts round to the same plan.
 
+    Where pruning_ratio is fixed there is one budget per preference, whatever `budgets` says, and so many plans less.
+
     Attributes:
         steps: rounds of proposing, measuring and learning.
         preferences: preferences per step, drawn over the whole simplex.
-        budgets: budgets per preference (1 where pruning_ratio is fixed).
+        budgets: budgets per preference.
         rollouts: allocations per preference and budget, at least 2.
         imagined: policy updates per step on rollouts that the reward model scores; 0: no reward model, GRPO on the measured
             rollouts alone.
@@ -78,7 +80,7 @@ class FitSettings:
 
     @property
     def evaluations(self) -> int:
-        """Plans evaluated by a full fit."""
+        """Plans evaluated by a full fit that decides on the budget."""
         return self.steps * self.preferences * self.budgets * self.rollouts
 
 
@@ -88,7 +90,7 @@ class FitResult:
 
     Attributes:
         steps: rounds in all, those of earlier, interrupted runs included.
-        evaluations: plans in the archive.
+        evaluations: plans that were measured, each counted once.
         hypervolume: of the archive's front, see `archive.REFERENCE_POINT`.
         history: hypervolume after every step of this run.
         folder: where checkpoint and archive lie, or None.
@@ -116,12 +118,13 @@ class Trainer:
         bounds: Bounds | None = None,
         folder: Path | None = None,
         dense: Mapping[str, float] | None = None,
+        evaluator: str | None = None,
         mrs: str | None = None,
         at_once: int = 1,
     ):
         self.signals, self.measure, self.settings, self.cost = signals, measure, settings, cost
         self.pruning_ratio, self.bounds, self.at_once = pruning_ratio, bounds or Bounds(), at_once
-        self.dense, self.mrs = dict(dense or {}), mrs
+        self.dense, self.evaluator, self.mrs = dict(dense or {}), evaluator, mrs
         self.limit = min(MAX_RATIO, largest_ratio(signals.groups, self.bounds))
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
@@ -158,7 +161,7 @@ class Trainer:
             if not self.finished:
                 bar.update(task, description="learning from all plans")
                 self._finish()
-        return FitResult(steps=self.step, evaluations=len(self.archive), hypervolume=self.archive.hypervolume(),
+        return FitResult(steps=self.step, evaluations=len(self.archive.measured), hypervolume=self.archive.hypervolume(),
                          history=tuple(history), folder=self.files.path)  # fmt: skip
 
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
@@ -345,7 +348,8 @@ class Trainer:
             "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds), "cost": self.cost.kind,
             "mrs": self.mrs, "scorer": self.signals.scorer, "model": self.signals.digest,
             "calibration": self.signals.calibration,
-            "dense": self.dense,  # stands for the evaluator's questions
+            "evaluator": self.evaluator,
+            "dense": self.dense,  # stands for the questions of an evaluator without a digest
         }  # fmt: skip
 
     def _resume(self) -> None:

@@ -52,10 +52,10 @@ class FitFolder:
             write_atomic(path, json.dumps(now) + "\n")
             return
         try:
-            there = json.loads(path.read_text())
+            there = json.loads(text := path.read_text(errors="replace"))
             same = there | {"dense": None} == now | {"dense": None} and scores_agree(there["dense"], now["dense"])
         except (ValueError, KeyError, TypeError):
-            there, same = path.read_text().strip(), False
+            there, same = text.strip(), False
         if not same:
             raise CheckpointError(
                 f"{self.path} holds a fit with other settings, of another model, with another evaluator or on other "

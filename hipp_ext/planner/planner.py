@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import PlanError
+from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive, Record
@@ -155,12 +157,13 @@ class HiPPPlanner:
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
             CalibrationError: there is nothing to calibrate on, or it does not fit the model.
-            PlanError: `archived`, and the planner was not fitted, not on this model, or no evaluated plan removes enough within
-                the bounds.
+            PlanError: `archived`, and the planner was not fitted, not on this model with these scores, or no evaluated plan
+                removes enough within the bounds.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         if archived and not len(self.archive):
             raise PlanError(UNFITTED)
+        self._check_reach(model)
         wanted = preference or self.preference
         signals = self.measure(model, processor=processor, calibration=calibration, say=say)
         if archived:
@@ -168,11 +171,18 @@ class HiPPPlanner:
             return self._plan(signals, self._best(signals, wanted).keeps, wanted)
         return self._plan(signals, self._decide(signals, wanted), wanted)
 
+    def _check_reach(self, model: nn.Module) -> None:
+        """Raise BudgetError if pruning_ratio cannot be met, before anything is measured."""
+        if self.pruning_ratio is not None:
+            keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
+
+    @torch.inference_mode(False)  # what is computed of the signals is kept, and a fit may learn from it
     def _decide(self, signals: Signals, wanted: Preference) -> Keeps:
         limit = largest_ratio(signals.groups, self.bounds)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
         return keep_counts(signals.groups, allocation, ratio, self.bounds)
 
+    @torch.inference_mode(False)
     def measure(
         self,
         model: nn.Module,
@@ -190,6 +200,7 @@ class HiPPPlanner:
                 self.signals = measure_signals(model, calibration, scorer=self.scorer, **wanted)
         return self.signals
 
+    @torch.inference_mode(False)
     def fit(
         self,
         model: nn.Module,
@@ -212,7 +223,8 @@ class HiPPPlanner:
         Args:
             model: shrunk while plans are evaluated, see `sliced`; otherwise left alone.
             evaluator: model -> {"utility": ..., "robustness": ...}, higher = better, the same data at every call;
-                "utility_se" and "robustness_se" give the front its error bars.
+                "utility_se" and "robustness_se" give the front its error bars. Its attribute `digest`, if it has one, says
+                which data that is.
             settings: how many plans, how they are drawn, the seed.
             folder: for checkpoint and archive. A fit that was interrupted, by ctrl-C or kill -9, goes on from there and
                 ends as if it had not been. None: nothing is kept.
@@ -221,13 +233,15 @@ class HiPPPlanner:
             progress: show a progress bar.
 
         Raises:
-            BudgetError: an unknown cost.
+            BudgetError: an unknown cost, or pruning_ratio cannot be met within the bounds.
             CheckpointError: the folder holds a fit with other settings or is damaged.
             DataError: the evaluator returns something else than finite numbers.
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
+        self._check_reach(model)
         settings, workers = settings or FitSettings(), Workers()
+        questions = getattr(evaluator, "digest", None)
         signals = workers.share(self.measure(model, processor=processor, calibration=calibration, say=say))
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
@@ -239,8 +253,8 @@ class HiPPPlanner:
                     everything = measure_many([tuple(g.width for g in signals.groups)])[0]
                     dense = {"utility": everything.utility, "robustness": everything.robustness}
                     trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
-                                      bounds=self.bounds, folder=path, dense=dense, mrs=self.mrs and self.mrs.name,
-                                      at_once=workers.count)  # fmt: skip
+                                      bounds=self.bounds, folder=path, dense=dense, evaluator=questions,
+                                      mrs=self.mrs and self.mrs.name, at_once=workers.count)  # fmt: skip
                     result = trainer.run(progress)
             else:
                 workers.serve(measure_one)
@@ -248,7 +262,7 @@ class HiPPPlanner:
         state, records, dense, result = learned
         policy.load_state_dict(state)
         self.policy, self.signals = policy, signals
-        self.experience = Experience(records=records, digest=signals.digest, cost=price, dense=dense)
+        self.experience = Experience(records=records, ranking=signals.ranking, cost=price, dense=dense, evaluator=questions)
         return result
 
     def front(self) -> list[FrontPlan]:
@@ -278,11 +292,14 @@ class HiPPPlanner:
         return self.experience.best(wanted, signals.groups, self.bounds, self.pruning_ratio)
 
     def _check_experience(self) -> Signals:
-        """The signals at hand, if they are of the model that the plans were evaluated on."""
+        """The signals at hand, if the archive's plans keep the units that they did when they were evaluated."""
         if self.signals is None or not len(self.archive):
             raise PlanError(UNFITTED)
-        if self.signals.digest != self.experience.digest:
-            raise PlanError("The archive's plans were evaluated on another model. Fit on this one, or take the policy's plan.")
+        if self.signals.ranking != self.experience.ranking:
+            raise PlanError(
+                "The archive's plans were evaluated on another model, or with its units ranked by other scores (another scorer "
+                "or calibration). Fit on this one, or take the policy's plan."
+            )
         return self.signals
 
     def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
@@ -299,7 +316,7 @@ class HiPPPlanner:
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
                 raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
-        fitted = self.experience.cost if signals.digest == self.experience.digest else None
+        fitted = self.experience.cost if signals.ranking == self.experience.ranking else None
         cost = fitted or measure_cost(model, signals.groups, "parameters")
         with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(keeps) for keeps in counts]

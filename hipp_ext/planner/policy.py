@@ -16,7 +16,6 @@ VISUAL_WEIGHT = 0.25
 LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
 PIECES = 8  # of the wish for compression, each with a slope of its own
 UNSTRETCHED = math.log(math.e - 1)  # softplus of it is 1
-EVEN = 1e-3  # added to the wish for each task, which decides only where neither counts
 
 
 class Policy(nn.Module):
@@ -101,8 +100,9 @@ class Policy(nn.Module):
 
 def lean(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
     """How the wish is divided between the tasks: 0 is all utility, 1 all robustness, 1/2 where neither counts."""
-    utility, robustness, _ = (preferences + EVEN).unbind(-1)
-    return robustness / (utility + robustness)
+    utility, robustness, _ = preferences.unbind(-1)
+    both = utility + robustness
+    return torch.where(both > 0, robustness / both, 0.5)
 
 
 def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:

@@ -58,13 +58,14 @@ def read_reward(measured: object, compression: float, stability: float) -> Rewar
     """The reward of a plan from what the evaluator returned.
 
     Raises:
-        DataError: the evaluator's answer lacks "utility" or "robustness", or a value is not a finite number.
+        DataError: the evaluator's answer lacks "utility" or "robustness", or one of these or their errors is not a finite
+            number.
     """
     values = {}
     for name in ("utility", "robustness", "utility_se", "robustness_se"):
         value = measured.get(name, 0.0 if name.endswith("_se") else None) if isinstance(measured, Mapping) else None
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise DataError(f"The evaluator must return finite numbers for 'utility' and 'robustness'; got {measured!r}.")
+            raise DataError(f"The evaluator must return a finite number as {name!r}; got {measured!r}.")
         values[name] = float(value)
     return Reward(**values, compression=compression, stability=stability)
 

@@ -11,10 +11,10 @@ import safetensors.torch
 from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext.calibration import Calibration, resolve_calibration
+from hipp_ext.calibration import Calibration, batches_digest, resolve_calibration
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
-from hipp_ext.planner.state import Signals, batches_digest, measure_signals, model_digest
+from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS
 

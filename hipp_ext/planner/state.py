@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import Batch, Calibration, image_token_id, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, batches_digest, image_token_id, resolve_calibration
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
@@ -50,6 +51,12 @@ class Signals:
     digest: str
     calibration: str
     mrs: Float[Tensor, " groups"] | None = None
+
+    @functools.cached_property
+    def ranking(self) -> str:
+        """Digest of the model and of how its units are ranked: with it, equal keep counts mean the same units."""
+        scores = safetensors.torch.save({name: score.contiguous() for name, score in self.scores.items()})
+        return hashlib.sha256(self.digest.encode() + scores).hexdigest()
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
@@ -190,15 +197,6 @@ def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
             weight = parameter.detach().flatten()
             # An odd stride walks over rows and columns.
             digest.update(weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def batches_digest(batches: Sequence[Batch]) -> str:
-    """Hex digest of the batches' tensors."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(name.encode() + batch[name].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

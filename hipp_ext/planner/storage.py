@@ -44,13 +44,14 @@ class Saved:
 
 def write_planner(path: str | Path, saved: Saved, overwrite: bool) -> None:
     """Write the folder `path`, whole or not at all."""
-    signals, experience, least = saved.signals, saved.experience, saved.bounds.min_keep
+    signals, experience = saved.signals, saved.experience
     header = Header(
         preference=saved.preference.as_tuple(), pruning_ratio=saved.pruning_ratio, round_to=saved.bounds.round_to,
-        min_keep=least if isinstance(least, float | int) else dict(least), policy_width=saved.policy.width,
+        min_keep=saved.bounds.min_keep, policy_width=saved.policy.width,
         scorer=saved.scorer.name if saved.scorer else None, mrs=saved.mrs.name if saved.mrs else None,
-        signals=SignalsHeader.of(signals) if signals else None, fitted_on=experience.digest,
+        signals=SignalsHeader.of(signals) if signals else None, fitted_on=experience.ranking,
         plans=len(experience.archive), cost=experience.cost.kind if experience.cost else None, dense=experience.dense,
+        evaluator=experience.evaluator,
     )  # fmt: skip
     with new_folder(path, overwrite) as folder:
         write_atomic(folder / HEADER, header.model_dump_json(indent=1))
@@ -84,9 +85,12 @@ def read_planner(folder: Path, scorer: Scorer | None, mrs: MRS | None) -> Saved:
         raise CheckpointError(
             f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(records)} of {header.plans} plans."
         )
+    experience = Experience(
+        records=records, ranking=header.fitted_on, cost=cost, dense=header.dense, evaluator=header.evaluator
+    )
     return Saved(
         preference=preference, pruning_ratio=header.pruning_ratio, bounds=bounds, scorer=scorer, mrs=mrs, policy=policy,
-        signals=signals, experience=Experience(records=records, digest=header.fitted_on, cost=cost, dense=header.dense),
+        signals=signals, experience=experience,
     )  # fmt: skip
 
 
@@ -129,18 +133,19 @@ class Header(BaseModel):
     """Contents of planner.json.
 
     Attributes:
-        fitted_on: digest of the model that the archive's plans were evaluated on; None: there are none.
+        fitted_on: the `Signals.ranking` that the archive's plans were evaluated with; None: there are none.
         plans: how many the archive holds.
         cost: what the fit rewarded; its table lies beside the signals. None: there was no fit.
         dense: what the fit's evaluator said of the dense model.
+        evaluator: its digest; None: it has none.
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     preference: tuple[float, float, float]
     pruning_ratio: Annotated[float, Field(ge=0, lt=1)] | None
     round_to: int
-    min_keep: float | dict[str, float]
+    min_keep: float | Mapping[str, float]
     policy_width: int
     scorer: str | None
     mrs: str | None
@@ -149,6 +154,7 @@ class Header(BaseModel):
     plans: int
     cost: CostKind | None
     dense: dict[str, float] | None
+    evaluator: str | None
 
 
 def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:

@@ -1,5 +1,7 @@
 """The in-process evaluator: agrees with full forward passes, reuses them under masks and pruning, refuses what does not fit."""
 
+import dataclasses
+
 import pytest
 import torch
 from hipp_ext.evals.evaluator import Evaluator
@@ -55,6 +57,22 @@ def test_questions_about_one_picture_have_no_standard_error(loaded):
     measured = Evaluator(*loaded, about_one, CHOICE[:1])(loaded[0])
     assert len(about_one) > 1 and not {"utility_se", "robustness_se"} & set(measured)
     assert read_reward(measured, 0.1, 0.0).robustness_se == 0
+
+
+def test_the_digest_is_of_what_is_asked(loaded):
+    def digest(pope=POPE[:6], choice=CHOICE[:5], **options):
+        return Evaluator(*loaded, pope, choice, **options).digest
+
+    flipped = dataclasses.replace(POPE[5], answer={"Yes": "No", "No": "Yes"}[POPE[5].answer])
+    elsewhere = dataclasses.replace(POPE[5], scene=POPE[-1].scene)
+    found = [
+        digest(),
+        digest(POPE[:7]),
+        digest(choice=CHOICE[1:6]),
+        digest((*POPE[:5], flipped)),
+        digest((*POPE[:5], elsewhere)),
+    ]
+    assert len(set(found)) == 5 and digest() == found[0]
 
 
 def test_guessing_scores_nothing_and_certainty_one(loaded):

@@ -6,7 +6,7 @@ import pytest
 from command import hipp
 
 from hipp_ext import HiPPPlanner, Preference, load_pruned
-from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.errors import CheckpointError, DataError, PreferenceError
 from hipp_ext.testbed import WEIGHTS
 
 FIT = (
@@ -36,6 +36,12 @@ def test_a_front_with_two_answers(fitted, tmp_path):
 def test_other_questions_than_those_of_the_fit_are_refused(fitted, other):
     with pytest.raises(DataError, match="This is not what the plans of the fit were measured on"):
         hipp("front", fitted, *WISH, "--model", "testbed", *other)
+
+
+def test_what_is_for_a_preference_needs_one(fitted):
+    for option in (("--model", "testbed"), ("--pruning-ratio", "0.3")):
+        with pytest.raises(PreferenceError, match="give -u, -r or -c"):
+            hipp("front", fitted, *option)
 
 
 def test_compression_counts_what_the_fit_rewarded(fitted):

@@ -176,9 +176,6 @@ def test_a_known_plan_costs_nothing_and_a_new_one_beyond_the_budget_is_refused(c
     with pytest.raises(Exhausted, match="all 2 evaluations"):
         problem(plans[2])
     assert problem.evaluated == list(zip(plans[:2], rewards, strict=True))
-    points = [r.objectives() for r in rewards]
-    boxes = [np.prod(p) for p in points]
-    assert problem.hypervolume() == pytest.approx(sum(boxes) - np.prod(np.min(points, 0)), rel=1e-9)
 
 
 def test_a_method_that_asks_for_the_same_plan_for_ever_ends(closeness):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
 from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+from models import batch
 from test_surgery import random_plan
 
 from hipp_ext import HiPPPlanner, Preference, masked
@@ -89,6 +90,18 @@ def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp
     assert planner.plan(model, calibration=BATCHES, archived=True) == known
 
 
+def test_an_archive_belongs_to_the_units_it_was_evaluated_with(model, signals):
+    """Equal keep counts on other calibration keep other units, of which nothing is known."""
+    planner = planner_with(signals)
+    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner.signals = None
+    other = planner.measure(model, calibration=[batch("llava", size=4, seed=7, labels=True)])
+    assert other.digest == signals.digest and other.ranking != signals.ranking
+    for ask in (planner.choices, planner.front, lambda: planner.plan(model, archived=True)):
+        with pytest.raises(PlanError, match="units ranked by other scores"):
+            ask()
+
+
 def test_rewards_are_for_plans_of_the_planner(model, signals):
     planner = planner_with(signals)
     with pytest.raises(PlanError, match="keeps other units"):
@@ -128,12 +141,16 @@ def test_what_answers_is_within_the_bounds(model, signals):
 
 def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
     """What was asked for last, 0.29, does not take away what it did at 0.31."""
-    planner = planner_with(signals, pruning_ratio=0.31)
+    planner = planner_with(signals, pruning_ratio=0.31, bounds=Bounds(round_to=4))
     keeps = tuple(g.keep for g in planner.plan(model).groups)
     reward = Reward(utility=0.9, robustness=0.9, compression=0.31, stability=0.0)
     asked = [Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=ratio, allocation=(0.0,), keeps=keeps, reward=reward)
              for i, ratio in enumerate((0.31, 0.29))]  # fmt: skip
-    experience = Experience(records=asked, digest=signals.digest)
+    experience = Experience(records=asked, ranking=signals.ranking)
     assert experience.best(EVEN, signals.groups, Bounds(), 0.3).keeps == keeps
+    rounded = planner.plan(model).pruning_ratio
+    assert (
+        rounded > 0.311 and experience.best(EVEN, signals.groups, Bounds(), 0.311).keeps == keeps
+    )  # it removes more than asked
     with pytest.raises(PlanError, match=r"removes 0\.32 or more"):
         experience.best(EVEN, signals.groups, Bounds(), 0.32)

@@ -19,12 +19,13 @@ from models import build
 
 from hipp_ext import HiPPPlanner, Preference, prune
 from hipp_ext.budget import Bounds
-from hipp_ext.errors import CheckpointError, DataError, PlanError
+from hipp_ext.errors import BudgetError, CheckpointError, DataError, PlanError
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
 from hipp_ext.planner.policy import new_policy
+from hipp_ext.planner.reward import WHOLE
 from hipp_ext.planner.state import keep_shares, measure_signals
 
 
@@ -57,8 +58,11 @@ def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals, tmp_path):
     assert 0 < len(closed) < len(planner.archive) and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
     measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -3}
     assert evaluator.calls == 1 + len(measured)  # and the dense model once
+    assert {r.keeps for r in planner.archive.measured} == measured
     # They save most of all, and are no answer: nobody knows what they achieve.
     assert max(r.reward.compression for r in planner.archive.records) == max(r.reward.compression for r in closed)
+    ideal = planner.archive.nadir_and_ideal()[1]
+    assert ideal[2] == pytest.approx(max(r.reward.compression for r in planner.archive.measured)) or ideal.equal(WHOLE[1])
     planner.save(tmp_path / "p")
     for known in (planner, HiPPPlanner.load(tmp_path / "p")):
         assert [r.measured for r in known.archive.records] == [r.keeps in measured for r in planner.archive.records]
@@ -66,7 +70,7 @@ def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals, tmp_path):
         assert known.choices(Preference(0, 0, 1)).archived.reward.utility > 0
     nothing = planner_with(signals)
     nothing.fit(model, evaluator, FitSettings(steps=1, rollouts=2, imagined=3, min_stability=0.1), progress=False)
-    assert nothing.front() == []
+    assert nothing.front() == [] and nothing.archive.measured == []
     with pytest.raises(PlanError, match=r"The gate \(min_stability\) kept all 12 plans from being measured"):
         nothing.choices()
 
@@ -200,6 +204,25 @@ def test_a_fit_at_a_fixed_ratio_has_archived_answers(model, signals, ratio, tmp_
     assert planner.plan(model, archived=True).pruning_ratio >= ratio
 
 
+def test_a_fit_that_cannot_start_leaves_its_folder_alone(model, signals, tmp_path):
+    with pytest.raises(BudgetError, match="cannot be met"):
+        planner_with(signals, pruning_ratio=0.95).fit(
+            model, Closeness(model), SETTINGS, folder=tmp_path / "fit", progress=False
+        )
+    assert not (tmp_path / "fit").exists()
+
+
+def test_a_fit_in_inference_mode(model):
+    with torch.inference_mode():
+        planner = HiPPPlanner(Preference(1, 1, 1))
+        planner.plan(model, calibration=BATCHES)
+        planner.fit(model, Closeness(model), SETTINGS, progress=False)
+        inside = planner.plan(model)
+    other = HiPPPlanner(Preference(1, 1, 1))
+    other.fit(model, Closeness(model), SETTINGS, calibration=BATCHES, progress=False)
+    assert inside == other.plan(model)
+
+
 def test_budgets_keep_within_tight_bounds(model, signals):
     planner = planner_with(signals, bounds=Bounds(min_keep=0.7))
     planner.fit(model, Closeness(model), FitSettings(steps=4, imagined=5), progress=False)
@@ -249,11 +272,15 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
             return {name: value - 0.002 for name, value in super().__call__(model).items()}
 
     planner_with(signals).fit(model, Elsewhere(model), SETTINGS, folder=tmp_path, progress=False)
+    asks = Closeness(model)
+    asks.digest = "other questions, the same scores"
+    with pytest.raises(CheckpointError, match="with another evaluator"):
+        planner_with(signals).fit(model, asks, SETTINGS, folder=tmp_path, progress=False)
     narrow = planner_with(signals)
     narrow.policy = new_policy(width=32)
     with pytest.raises(CheckpointError, match="of another policy"):
         narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
-    (tmp_path / "fit.json").write_text("[]")
+    (tmp_path / "fit.json").write_bytes(b"\xff\xfe[]")
     with pytest.raises(CheckpointError, match="fit with other settings"):
         planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     (tmp_path / "fit.json").unlink()
@@ -264,7 +291,7 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
 
 @pytest.mark.parametrize("answer", [{}, {"utility": 1.0}, {"utility": float("nan"), "robustness": 0.0}, 3.0, None])
 def test_an_evaluator_that_returns_something_else_is_refused(model, signals, answer):
-    with pytest.raises(DataError, match="must return finite numbers"):
+    with pytest.raises(DataError, match="must return a finite number as '(utility|robustness)'"):
         planner_with(signals).fit(model, lambda m: answer, SETTINGS, progress=False)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
@@ -134,6 +135,19 @@ def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
     assert loaded.preference == planner.preference and loaded.bounds == planner.bounds
 
 
+@pytest.mark.parametrize("least", [np.float32(0.25), {"language.1.ffn": np.float64(0.5)}])
+def test_floors_may_be_numbers_of_numpy(tmp_path, least):
+    HiPPPlanner(EVEN, bounds=Bounds(min_keep=least)).save(tmp_path / "p")
+    assert HiPPPlanner.load(tmp_path / "p").bounds == Bounds(min_keep=least)
+
+
+def test_an_archive_that_is_no_text_is_refused(tmp_path):
+    HiPPPlanner(EVEN).save(tmp_path / "p")
+    (tmp_path / "p" / "archive.jsonl").write_bytes(b"\xff\xfe\n{}\n")
+    with pytest.raises(CheckpointError, match="is not a record"):
+        HiPPPlanner.load(tmp_path / "p")
+
+
 def test_an_unfitted_planner_can_be_saved_too(tmp_path):
     HiPPPlanner(EVEN, pruning_ratio=0.25).save(tmp_path / "p")
     assert HiPPPlanner.load(tmp_path / "p").pruning_ratio == 0.25
@@ -166,7 +180,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
 def test_a_folder_of_another_version_is_refused(tmp_path):
     HiPPPlanner(EVEN).save(tmp_path / "p")
     header = tmp_path / "p" / "planner.json"
-    header.write_text(header.read_text().replace('"format": 2', '"format": 1'))
+    header.write_text(header.read_text().replace('"format": 3', '"format": 1'))
     with pytest.raises(CheckpointError, match="planner folder of this version"):
         HiPPPlanner.load(tmp_path / "p")
 

@@ -3,7 +3,7 @@
 import torch
 
 from hipp_ext.planner.grpo import draw_preferences
-from hipp_ext.planner.policy import EVEN, LEAST_WISH, MAX_RATIO, new_policy
+from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
@@ -18,7 +18,7 @@ def test_whoever_wants_more_compression_gets_more(signals):
     policy, generator = new_policy(), torch.Generator().manual_seed(0)
     wishes = torch.linspace(0, 0.99, 200)
     for leaning in (0.0, 0.25, 1.0):
-        tasks = (1 - wishes + 2 * EVEN)[:, None] * torch.tensor([1 - leaning, leaning]) - EVEN  # the same lean for all
+        tasks = (1 - wishes)[:, None] * torch.tensor([1 - leaning, leaning])
         preferences = torch.cat([tasks, wishes[:, None]], 1)
         before = policy.budget(signals, preferences)
         with torch.no_grad():

@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import moocore
 import numpy as np
 from hipp_ext.evals.bench.search.levels import Levels
 
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
-from hipp_ext.planner.archive import REFERENCE_POINT
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward
 
@@ -92,13 +90,6 @@ class Problem:
         """Keep counts for one logit per group and a pruning_ratio, which is clipped to [0, limit]."""
         logits = [float(x) for x in allocation_logits]
         return keep_counts(self.groups, logits, float(np.clip(ratio, 0.0, self.limit)), self.bounds)
-
-    def hypervolume(self) -> float:
-        """Of all evaluated plans, above REFERENCE_POINT; maximise."""
-        if not self.evaluated:
-            return 0.0
-        points = np.array([reward.objectives() for _, reward in self.evaluated])
-        return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
 
 
 Method = Callable[[Problem, int], None]
