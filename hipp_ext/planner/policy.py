@@ -11,7 +11,6 @@ from hipp_ext.planner.state import FEATURES, Signals
 from hipp_ext.preference import Preference
 
 MAX_RATIO = 0.6  # the most that a policy removes of its own accord, for compression alone; and the most that fits look at
-PRIOR_SHARPNESS = 0.5
 VISUAL_WEIGHT = 0.25
 LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
 PIECES = 8  # of the wish for compression, each with a slope of its own
@@ -24,8 +23,9 @@ class Policy(nn.Module):
     Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both change a
     prior by a zero-initialised residual. Prior of the budget: MAX_RATIO times the preference for compression, a little off
     both ends; the head shifts it and stretches it piece by piece, so that whoever wants more compression, with the rest
-    divided between the tasks as before, never gets less. Prior of the allocation: measured sensitivity, with groups of high
-    visual sensitivity kept more, the more robustness is wanted.
+    divided between the tasks as before, never gets less. Prior of the allocation: that
+    whose measured losses sum to the least at the budget, with groups of high visual sensitivity kept more, the more
+    robustness is wanted.
 
     Args:
         width: of the hidden layers.
@@ -68,7 +68,7 @@ class Policy(nn.Module):
         """
         tasks = _tasks(preferences)  # and no more of the preference: how much compression counts is said by the ratio
         tokens = self._tokens(signals, tasks, ratios)
-        prior = PRIOR_SHARPNESS * signals.prior + VISUAL_WEIGHT * tasks[:, 1:] * signals.visual_rank
+        prior = signals.prior(ratios) + VISUAL_WEIGHT * tasks[:, 1:] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
         return prior + residual - residual.mean(1, keepdim=True)
 

@@ -18,7 +18,7 @@ from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS
 
-FORMAT = 2  # part of every file's name: counts up when signals come to mean something else
+FORMAT = 3  # part of every file's name: counts up when signals come to mean something else
 
 
 def default_cache() -> Path:

@@ -18,12 +18,15 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
 from hipp_ext.plan import PruningPlan
+from hipp_ext.planner.cheapest_path import CheapestPath
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
-RATIOS = (0.25, 0.5)  # shares of a group's units removed when its sensitivity is measured
+REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
+WHOLE = 0.95  # share that stands for a whole group where shares become logits, which have no end
+SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
-FEATURES = 2 + 3 + len(QUANTILES) + len(RATIOS) + 2
+FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +37,7 @@ class Signals:
         groups: the groups, in order (G of them).
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (G, 2) KL divergence [nats] of the answer distribution when the lowest 25% and 50% of a group's units go.
+        sensitivity: (G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units.
         visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
         digest: of the groups and the weights they were measured on.
@@ -45,7 +48,7 @@ class Signals:
     groups: tuple[Group, ...]
     scores: Mapping[str, Tensor]
     scorer: str
-    sensitivity: Float[Tensor, "groups 2"]
+    sensitivity: Float[Tensor, "groups levels"]
     visual: Float[Tensor, " groups"]
     flow_shares: Mapping[str, Tensor]
     digest: str
@@ -69,7 +72,7 @@ class Signals:
         columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
         columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
         columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
-        columns += [_standard((self.sensitivity[:, i] + 1e-6).log()) for i in range(len(RATIOS))]
+        columns += [_standard((self.sensitivity[:, i] + 1e-6).log()) for i in SHOWN]
         columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
         if self.mrs is not None:
             columns.append(_standard((self.mrs + 1e-6).log()))
@@ -85,21 +88,19 @@ class Signals:
                 result[rows] = _standard((self.visual[rows] + 1e-9).log())
         return result
 
-    @functools.cached_property
-    def prior(self) -> Float[Tensor, " groups"]:
-        """Allocation that measured sensitivity alone suggests: log of KL per removed share squared, per parameter.
+    def prior(self, ratios: Float[Tensor, " budgets"]) -> Float[Tensor, "budgets groups"]:
+        """Allocation that measured sensitivity alone suggests at each pruning_ratio, as logits; see `CheapestPath`."""
+        return torch.logit(self._path.keep_shares(ratios).clamp(1 - WHOLE, WHOLE))
 
-        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
-        removed share is proportional to parameters / curvature; see `Policy` for how sharply it is followed.
-        """
-        cost = torch.tensor([float(g.parameters) for g in self.groups])
-        logits = (self.curvature / cost).log()
-        return (logits - logits.mean()).float()
+    @functools.cached_property
+    def _path(self) -> CheapestPath:
+        return CheapestPath([g.parameters for g in self.groups], REMOVED, self.sensitivity)
 
     @functools.cached_property
     def curvature(self) -> Float[Tensor, " groups"]:
-        """KL divergence [nats] per squared share removed, mean over RATIOS; above zero."""
-        return (self.sensitivity / torch.tensor(RATIOS).square()).mean(1) + 1e-6
+        """KL divergence [nats] per squared share removed, mean over the levels SHOWN; above zero."""
+        removed = torch.tensor(REMOVED)
+        return (self.sensitivity / removed.square())[:, SHOWN].mean(1) + 1e-6
 
 
 def keep_shares(groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray) -> Float[Tensor, "plans groups"]:
@@ -157,24 +158,25 @@ def measure_signals(
 
 def measure_sensitivity(
     model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], scores: Mapping[str, Tensor]
-) -> Float[Tensor, "groups 2"]:
-    """(G, 2) mean KL [nats] of the answer distribution from dense, when one group loses its lowest 25% and 50% of units.
+) -> Float[Tensor, "groups levels"]:
+    """Mean KL [nats] of the answer distribution from dense, when one group loses its lowest units, at the levels REMOVED.
 
     A group of one unit can lose nothing; it gets the median of the others, which says nothing.
     """
     check_scores(groups, scores)
     answers = AnswerLogits(model, batches)
     dense = answers(model).log_softmax(-1)
-    result = torch.zeros(len(groups), len(RATIOS))
+    result = torch.zeros(len(groups), len(REMOVED))
     several = [i for i, g in enumerate(groups) if g.width > 1]
     for i in several:
-        width = groups[i].width
-        for j, ratio in enumerate(RATIOS):
-            counts = [g.width for g in groups]
-            counts[i] = max(1, min(width - 1, round(width * (1 - ratio))))
+        width, counts, known = groups[i].width, [g.width for g in groups], {}
+        for j, nominal in enumerate(REMOVED):
+            counts[i] = max(1, min(width - 1, round(width * (1 - nominal))))
+            if counts[i] not in known:
+                known[counts[i]] = divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
             removed = 1 - counts[i] / width
             # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
-            result[i, j] = divergence(model, plan_from_counts(groups, counts, scores), answers, dense) * (ratio / removed) ** 2
+            result[i, j] = known[counts[i]] * (nominal / removed) ** 2
     if several:
         single = [i for i, g in enumerate(groups) if g.width == 1]
         result[single] = result[several].median(0).values

@@ -124,10 +124,11 @@ def test_a_method_spends_its_evaluations_on_allowed_plans(closeness, name, bound
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 def test_a_method_starts_where_the_problem_says(closeness, name):
-    centre = np.linspace(-1.5, 1.5, len(closeness.groups))
-    problem = run(METHODS[name], problem_of(closeness, evaluations=4, centre=centre), seed=0)
+    logits = np.linspace(-1.5, 1.5, len(closeness.groups))
+    problem = run(METHODS[name], problem_of(closeness, evaluations=4, centre=lambda ratio: ratio * logits), seed=0)
     ratios = [*FINE_RATIOS, *np.linspace(0, problem.limit, 8)]
-    from_centre, from_uniform = ({problem.decode(logits, r) for r in ratios} for logits in (centre, 0 * centre))
+    from_centre, from_uniform = ({p.decode(0 * logits, r) for r in ratios} for p in (problem, problem_of(closeness)))
+    assert problem.decode(-0.5 * logits, 0.5) == problem_of(closeness).decode(0 * logits, 0.5)
     plans = {keeps for keeps, _ in problem.evaluated}
     assert plans <= from_centre and len(plans - from_uniform) >= 2  # where nothing goes, all centres are alike
 

@@ -29,7 +29,7 @@ from hipp_ext.planner.reward import Reward
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 FINE_RATIOS = tuple(round(0.05 * i, 2) for i in range(1, 13))
 WEIGHTS = (0.5, 0.8, 0.2)  # of utility; robustness gets the rest
-LOGIT_RANGE = 4.0  # of NSGA-II and TPE, which need a box; sigmoid(-4) is below the usual floors
+LOGIT_RANGE = 4.0  # of NSGA-II and TPE, which need a box; around the centre; sigmoid(-4) is below the usual floors
 NO_END = 10**9
 
 
@@ -70,7 +70,7 @@ def evopress(
     budgets = _within(problem, ratios)
     pools: dict[float, dict[Keeps, Reward]] = {ratio: {} for ratio in budgets}
     for ratio, pool in pools.items():
-        start = problem.decode(problem.start, ratio)
+        start = problem.decode(np.zeros(len(problem.groups)), ratio)
         pool[start] = problem(start)
     for weight in itertools.cycle(weights):
         for ratio, pool in pools.items():
@@ -169,7 +169,7 @@ def cmaes(
     """
     CMA = _host("cmaes").CMA
     budgets = _within(problem, ratios)
-    centre = problem.start
+    centre = np.zeros(len(problem.groups))
     for ratio in budgets:
         problem(problem.decode(centre, ratio))
     for restart in itertools.count():
@@ -218,9 +218,8 @@ def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:
 
 
 def _first_plans(problem: Problem, n: int) -> np.ndarray:
-    """(n, G + 1) the centre's logits, brought into the box, and ratios spread evenly from 0 to the limit."""
-    logits = np.clip(problem.start, -LOGIT_RANGE, LOGIT_RANGE)
-    return np.column_stack([np.tile(logits, (n, 1)), np.linspace(0, problem.limit, n)])
+    """(n, G + 1) the centre at ratios spread evenly from 0 to the limit."""
+    return np.column_stack([np.zeros((n, len(problem.groups))), np.linspace(0, problem.limit, n)])
 
 
 def _fitness(reward: Reward, weight: float) -> float:

@@ -32,7 +32,8 @@ class Problem:
         evaluate: keep counts -> what they achieve; utility, robustness and compression are maximised.
         evaluations: how many different plans may be evaluated.
         largest_ratio: upper end of the pruning_ratio that is searched.
-        centre: allocation logits of the plans that a method starts from; None: uniform plans.
+        centre: pruning_ratio -> allocation logits of the plan that methods start from there and search around; None: uniform
+            plans.
         evaluated: every evaluated plan with its reward, in order; no plan twice.
         lookups: how often a plan was asked for again.
     """
@@ -42,18 +43,13 @@ class Problem:
     evaluate: Callable[[Keeps], Reward]
     evaluations: int
     largest_ratio: float = MAX_RATIO
-    centre: np.ndarray | None = None
+    centre: Callable[[float], np.ndarray] | None = None
     evaluated: list[tuple[Keeps, Reward]] = field(default_factory=list)
     lookups: int = 0
     _known: dict[Keeps, Reward] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._known.update(self.evaluated)
-
-    @cached_property
-    def start(self) -> np.ndarray:
-        """(G,) allocation logits of the centre."""
-        return np.zeros(len(self.groups)) if self.centre is None else self.centre
 
     @cached_property
     def levels(self) -> Levels:
@@ -87,9 +83,12 @@ class Problem:
         return reward
 
     def decode(self, allocation_logits: Sequence[float] | np.ndarray, ratio: float) -> Keeps:
-        """Keep counts for one logit per group and a pruning_ratio, which is clipped to [0, limit]."""
-        logits = [float(x) for x in allocation_logits]
-        return keep_counts(self.groups, logits, float(np.clip(ratio, 0.0, self.limit)), self.bounds)
+        """Keep counts for a pruning_ratio, which is clipped to [0, limit], and one logit per group beyond the centre's."""
+        ratio = float(np.clip(ratio, 0.0, self.limit))
+        logits = np.asarray(allocation_logits, dtype=np.float64)
+        if self.centre is not None:
+            logits = logits + self.centre(ratio)
+        return keep_counts(self.groups, logits.tolist(), ratio, self.bounds)
 
 
 Method = Callable[[Problem, int], None]

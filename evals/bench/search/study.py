@@ -2,8 +2,8 @@
 
 Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
 the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
-measured once on calibration data, and so do the informed searches of the sensitivity among them, where they start. Allocators
-see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder, so an
+measured once on calibration data, and so do the informed searches of the sensitivity among them, around which they search.
+Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder, so an
 interrupted study goes on.
 """
 
@@ -35,8 +35,9 @@ from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
 from hipp_ext.planner.cost import measure_cost
 from hipp_ext.planner.evaluation import Keeps, plan_rewards
-from hipp_ext.planner.policy import MAX_RATIO, PRIOR_SHARPNESS, Policy, new_policy
+from hipp_ext.planner.policy import MAX_RATIO, Policy, new_policy
 from hipp_ext.planner.reward import Reward
+from hipp_ext.planner.state import measure_sensitivity
 from hipp_ext.preference import Preference
 from hipp_ext.slices import sliced
 
@@ -57,6 +58,7 @@ class StudySize:
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
+        sensitivity_rows: of calibration data, for allocators and for the sensitivity that hipp and informed searches know.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
 
@@ -64,6 +66,7 @@ class StudySize:
     ablation_seeds: int = 0
     evaluations: int = 300
     questions: tuple[int, int] = (1024, 512)
+    sensitivity_rows: int = 256
     front_questions: int = 300
     table_questions: tuple[int, int] = (1200, 800)
 
@@ -127,7 +130,10 @@ class Bench:
     def __init__(self, size: StudySize):
         self.size = size
         self.model, self.processor = testbed.load()
-        self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
+        signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
+        self.batches = testbed.calibration_batches(self.processor, n=size.sensitivity_rows)
+        sensitivity = measure_sensitivity(self.model, self.batches, signals.groups, signals.scores)
+        self.signals = dataclasses.replace(signals, sensitivity=sensitivity)
         self.search = self._evaluator("search", size.questions)
         self.front_test = self._evaluator("test", (size.front_questions, size.front_questions))
         self.table_test = self._evaluator("test", size.table_questions)
@@ -156,8 +162,7 @@ class Bench:
             planner = self._planner(Variant())
             choose = {corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio) for corner in CORNERS}
         else:
-            batches = testbed.calibration_batches(self.processor)
-            context = Context(model=self.model, batches=batches, groups=groups, scores=self.signals.scores)
+            context = Context(model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores)
             choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
         ratios = (MAX_RATIO * (i + 1) / FRONT for i in range(FRONT))
         front = [choose[corner](ratio) for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)]
@@ -171,10 +176,18 @@ class Bench:
             return self._hipp(VARIANTS[name], seed)
         cost = measure_cost(self.model, self.signals.groups, "parameters")
         with plan_rewards(self.model, self.search, self.signals, cost) as measure:
-            problem = Problem(groups=self.signals.groups, bounds=Bounds(), evaluate=measure, evaluations=self.size.evaluations,
-                              centre=PRIOR_SHARPNESS * self.signals.prior.numpy() if name in INFORMED else None)  # fmt: skip
+            problem = Problem(
+                groups=self.signals.groups,
+                bounds=Bounds(),
+                evaluate=measure,
+                evaluations=self.size.evaluations,
+                centre=self._sensitivity_says if name in INFORMED else None,
+            )
             run(SEARCHES[name], problem, seed)
         return self._searched(problem.evaluated)
+
+    def _sensitivity_says(self, ratio: float) -> np.ndarray:
+        return self.signals.prior(torch.tensor([ratio]))[0].double().numpy()
 
     def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
         answers: dict[str, dict[str, Keeps]] = {corner: {} for corner in CORNERS}
