@@ -36,10 +36,11 @@ def test_a_small_study(tmp_path):
     policy, archived = result["control"]["policy"], result["control"]["archived"]
     assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5"}
     assert len(policy["spearman"]) == 10 and len(archived["spearman"]) == 6  # no archived plan has exactly a given budget
+    assert policy["removed_percent_from_compression_to_robustness"][-1] < 30
     assert 1 <= archived["lattice_distinct_plans"]["mean"] <= 12 < policy["lattice_distinct_plans"]["mean"] <= 66
     for who in (policy, archived):
         removed = who["removed_percent_from_compression_to_robustness"]
-        assert len(removed) == 11 and removed[0] > removed[-1]
+        assert len(removed) == 11 and removed[0] >= removed[-1]  # of twelve evaluated plans one may answer all
         assert 0 < who["lattice_distinct_nondominated_percent"]["mean"] <= 100
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
 
