@@ -261,7 +261,9 @@ class HiPPPlanner:
         learned: Any = workers.share((policy.state_dict(), trainer.archive.records, dense, result) if workers.leads else None)
         state, records, dense, result = learned
         policy.load_state_dict(state)
-        self.policy, self.signals = policy, signals
+        if result.steps:
+            self.policy = policy
+        self.signals = signals
         self.experience = Experience(records=records, ranking=signals.ranking, cost=price, dense=dense, evaluator=questions)
         return result
 

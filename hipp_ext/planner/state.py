@@ -93,6 +93,17 @@ class Signals:
         return torch.logit(self._path.keep_shares(ratios).clamp(1 - WHOLE, WHOLE))
 
     @functools.cached_property
+    def soft_prior(self) -> Float[Tensor, " groups"]:
+        """The same for all budgets, and not followed to the end: log of KL per removed share squared, per parameter.
+
+        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
+        removed share is proportional to parameters / curvature.
+        """
+        cost = torch.tensor([float(g.parameters) for g in self.groups])
+        logits = (self.curvature / cost).log()
+        return (logits - logits.mean()).float()
+
+    @functools.cached_property
     def _path(self) -> CheapestPath:
         return CheapestPath([g.parameters for g in self.groups], REMOVED, self.sensitivity)
 

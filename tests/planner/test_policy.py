@@ -40,3 +40,14 @@ def test_logits_cannot_drift_together(signals):
     logits = policy.allocation(signals, preferences, ratios)
     assert (logits - prior).abs().mean() > 1
     assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-3)
+
+
+def test_a_policy_that_learns_leaves_from_the_soft_prior(signals):
+    policy, preferences = new_policy(), torch.tensor([[0.5, 0.5, 0.0]]).expand(2, 3)
+    sharp = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
+    policy.start_learning()
+    soft = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
+    assert torch.equal(soft[0], soft[1]) and not torch.equal(sharp[0], sharp[1])
+    loaded = new_policy()
+    loaded.load_state_dict(policy.state_dict())
+    assert torch.equal(loaded.allocation(signals, preferences, torch.tensor([0.2, 0.5])), soft)

@@ -2,9 +2,9 @@
 
 Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
 the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
-measured once on calibration data, and so do the informed searches of the sensitivity among them, around which they search.
-Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder, so an
-interrupted study goes on.
+measured once on calibration data; informed searches know the sensitivity among them, of more rows, and search around what it
+says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder,
+so an interrupted study goes on.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class StudySize:
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
-        sensitivity_rows: of calibration data, for allocators and for the sensitivity that hipp and informed searches know.
+        sensitivity_rows: of calibration data, for allocators, informed searches and hipp untrained. Fits have the default.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
 
@@ -130,10 +130,10 @@ class Bench:
     def __init__(self, size: StudySize):
         self.size = size
         self.model, self.processor = testbed.load()
-        signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
+        self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
         self.batches = testbed.calibration_batches(self.processor, n=size.sensitivity_rows)
-        sensitivity = measure_sensitivity(self.model, self.batches, signals.groups, signals.scores)
-        self.signals = dataclasses.replace(signals, sensitivity=sensitivity)
+        sensitivity = measure_sensitivity(self.model, self.batches, self.signals.groups, self.signals.scores)
+        self.informed = dataclasses.replace(self.signals, sensitivity=sensitivity)
         self.search = self._evaluator("search", size.questions)
         self.front_test = self._evaluator("test", (size.front_questions, size.front_questions))
         self.table_test = self._evaluator("test", size.table_questions)
@@ -159,7 +159,7 @@ class Bench:
     def _allocator(self, name: str) -> dict[str, Any]:
         groups = self.signals.groups
         if name == UNTRAINED:
-            planner = self._planner(Variant())
+            planner = self._planner(Variant(signals=lambda _: self.informed))
             choose = {corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio) for corner in CORNERS}
         else:
             context = Context(model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores)
@@ -187,7 +187,7 @@ class Bench:
         return self._searched(problem.evaluated)
 
     def _sensitivity_says(self, ratio: float) -> np.ndarray:
-        return self.signals.prior(torch.tensor([ratio]))[0].double().numpy()
+        return self.informed.prior(torch.tensor([ratio]))[0].double().numpy()
 
     def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
         answers: dict[str, dict[str, Keeps]] = {corner: {} for corner in CORNERS}
