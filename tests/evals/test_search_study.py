@@ -42,7 +42,7 @@ def test_a_small_study(tmp_path):
         removed = who["removed_percent_from_compression_to_robustness"]
         assert len(removed) == 11 and removed[0] >= removed[-1]  # of twelve evaluated plans one may answer all
         assert 0 < who["lattice_distinct_nondominated_percent"]["mean"] <= 100
-    assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "search_16_16.png").read_bytes()[:4] == b"\x89PNG"
 
     done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())
     (tmp_path / "uniform-0.json").unlink()
