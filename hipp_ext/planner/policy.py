@@ -24,10 +24,10 @@ class Policy(nn.Module):
     Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both change a
     prior by a zero-initialised residual. Prior of the budget: MAX_RATIO times the preference for compression, a little off
     both ends; the head shifts it and stretches it piece by piece, so that whoever wants more compression, with the rest
-    divided between the tasks as before, never gets less. Prior of the allocation:
-    measured sensitivity, with groups of high visual sensitivity kept more, the more robustness is wanted. Untrained, that
-    is the allocation whose measured losses sum to the least at the budget. A policy that learns leaves from a softer one,
-    log-linear in sensitivity: from the sharp one, which jumps from budget to budget, fits told preferences apart worse.
+    divided between the tasks as before, never gets less. Prior of the allocation: measured sensitivity, with
+    groups of high visual sensitivity kept more, the more robustness is wanted. Untrained, that is the allocation whose
+    measured losses sum to the least at the budget. A policy that learns leaves from a softer one, log-linear in sensitivity:
+    from the sharp one, which jumps from budget to budget, fits told preferences apart worse.
 
     Args:
         width: of the hidden layers.

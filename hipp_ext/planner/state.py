@@ -23,8 +23,8 @@ from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
 REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
-WHOLE = 0.95  # share that stands for a whole group where shares become logits, which have no end
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
+NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
 
@@ -90,7 +90,7 @@ class Signals:
 
     def prior(self, ratios: Float[Tensor, " budgets"]) -> Float[Tensor, "budgets groups"]:
         """Allocation that measured sensitivity alone suggests at each pruning_ratio, as logits; see `CheapestPath`."""
-        return torch.logit(self._path.keep_shares(ratios).clamp(1 - WHOLE, WHOLE))
+        return torch.logit(self._path.keep_shares(ratios).clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
     @functools.cached_property
     def soft_prior(self) -> Float[Tensor, " groups"]:
