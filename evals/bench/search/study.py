@@ -8,6 +8,7 @@ so an interrupted study goes on.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from hipp_ext.evals.pope import pope_scores
 
 from hipp_ext import testbed
 from hipp_ext.budget import Bounds
+from hipp_ext.calibration import Batch
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -131,13 +133,21 @@ class Bench:
         self.size = size
         self.model, self.processor = testbed.load()
         self.signals = HiPPPlanner(CORNERS["utility"]).measure(self.model, processor=self.processor)
-        self.batches = testbed.calibration_batches(self.processor, n=size.sensitivity_rows)
-        sensitivity = measure_sensitivity(self.model, self.batches, self.signals.groups, self.signals.scores)
-        self.informed = dataclasses.replace(self.signals, sensitivity=sensitivity)
         self.search = self._evaluator("search", size.questions)
         self.front_test = self._evaluator("test", (size.front_questions, size.front_questions))
         self.table_test = self._evaluator("test", size.table_questions)
         self.pope = testbed.questions("POPE", "test", size.table_questions[0])
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """Calibration data of those who search nothing."""
+        return testbed.calibration_batches(self.processor, n=self.size.sensitivity_rows)
+
+    @functools.cached_property
+    def informed(self) -> Signals:
+        """The signals, with sensitivity measured on `batches`; fits, which take no part in this, do not wait for it."""
+        sensitivity = measure_sensitivity(self.model, self.batches, self.signals.groups, self.signals.scores)
+        return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
     def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
         pope, choice = (testbed.questions(task, split, n) for task, n in zip(("POPE", "ScienceQA"), counts, strict=True))
