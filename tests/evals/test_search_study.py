@@ -1,6 +1,9 @@
 """The search study from end to end, small: every method, resumed, summarised."""
 
 import json
+import multiprocessing
+import threading
+import time
 
 import pytest
 from hipp_ext.evals.bench.measuring import rank_correlation
@@ -10,7 +13,7 @@ from hipp_ext.evals.bench.search.methods import METHODS
 from hipp_ext.evals.bench.search.study import HIPP, INFORMED, UNTRAINED, VARIANTS, StudySize, all_jobs, run_study
 from hipp_ext.evals.bench.search.summary import run
 
-from hipp_ext.errors import OutputExistsError
+from hipp_ext.errors import HippError, OutputExistsError
 
 SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), front_questions=24, table_questions=(48, 24),
                  sensitivity_rows=16)  # fmt: skip
@@ -53,6 +56,17 @@ def test_a_small_study(tmp_path):
     assert (tmp_path / "control.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(OutputExistsError, match="holds a study with another setting"):
         run_study(StudySize(seeds=2), tmp_path, [])
+
+
+def test_a_process_that_is_killed_ends_the_study(tmp_path):
+    def kill():
+        while not multiprocessing.active_children():
+            time.sleep(0.05)
+        multiprocessing.active_children()[0].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(HippError, match="the same command goes on from there"):
+        run_study(SIZE, tmp_path, [("uniform", 0), ("random", 0)], processes=1)
 
 
 def test_jobs_without_ablations():

@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from hipp_ext.evals.pope import pope_scores
 from hipp_ext import testbed
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Batch
+from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -313,17 +316,27 @@ def run_study(
 
     Raises:
         OutputExistsError: the folder holds a study of another size.
+        HippError: a process died; what was finished is kept.
     """
     from rich.progress import Progress
 
     claim_folder(folder, dataclasses.asdict(size))
     paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in wanted}
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
-    context = multiprocessing.get_context("spawn")
     if missing:
         processes = min(processes or os.cpu_count() or 1, len(missing))
-        with context.Pool(processes, _start, (size,)) as pool, Progress() as bar:
-            task = bar.add_task("jobs", total=len(missing))
-            for name, seed in pool.imap_unordered(_work, missing):
-                bar.update(task, advance=1, description=f"{name}, seed {seed}")
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (size,))
+        try:
+            with Progress() as bar:
+                task = bar.add_task("jobs", total=len(missing))
+                for done in as_completed([pool.submit(_work, job) for job in missing]):
+                    name, seed = done.result()
+                    bar.update(task, advance=1, description=f"{name}, seed {seed}")
+        except BrokenProcessPool as error:
+            raise HippError(
+                f"A process of the study died, killed for its memory perhaps. Finished jobs are kept in {folder}: "
+                "the same command goes on from there."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [json.loads(path.read_text()) for path in paths.values()]
