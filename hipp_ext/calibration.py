@@ -3,15 +3,25 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from hipp_ext.errors import CalibrationError
 
+Task = Literal["utility", "robustness"]
+TASKS: tuple[Task, ...] = get_args(Task)
+ROWS = 64  # of the testbed's questions, where no calibration is given
 Batch = dict[str, torch.Tensor]
-Calibration = Iterable[Mapping[str, torch.Tensor]]
+Batches = Iterable[Mapping[str, torch.Tensor]]
+Calibration = Batches | Mapping[Task, Batches]  # by task, where it is known which questions are asked for what
+
+
+def calibration_digest(tasks: Mapping[Task, Sequence[Batch]]) -> str:
+    """Hex digest of the batches of every task."""
+    one, other = (batches_digest(tasks[task]) for task in TASKS)
+    return one if one == other else hashlib.sha256(f"{one} {other}".encode()).hexdigest()
 
 
 def batches_digest(batches: Iterable[Batch]) -> str:
@@ -24,18 +34,30 @@ def batches_digest(batches: Iterable[Batch]) -> str:
 
 
 def resolve_calibration(
-    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = 64
+    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = ROWS
 ) -> list[Batch]:
     """The batches to measure on, checked.
 
     Args:
         model: what they are for.
-        calibration: batches; None: the testbed's pictures and questions through `processor`.
+        calibration: batches, those of all tasks where they come by task; None: the testbed's pictures and questions through
+            `processor`.
         processor: None: the one beside the weights that `model` was loaded from.
         rows: how many of the testbed's questions, where it comes to that.
 
     Raises:
         CalibrationError: there are no batches, no processor to make them, or a batch does not fit the model.
+    """
+    return all_batches(calibration_by_task(model, calibration, processor, rows))
+
+
+def calibration_by_task(
+    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = ROWS
+) -> dict[Task, list[Batch]]:
+    """The same for each task; where the calibration does not tell tasks apart, all of it for each.
+
+    Raises:
+        CalibrationError: as for `resolve_calibration`, or a task has no batches.
     """
     if calibration is None:
         processor = processor or find_processor(model)
@@ -50,15 +72,21 @@ def resolve_calibration(
             raise CalibrationError(
                 f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass calibration=."
             )
-        from hipp_ext.testbed import calibration_batches
+        from hipp_ext.testbed import calibration_tasks
 
-        calibration = calibration_batches(processor, n=rows)
-    batches = [dict(b) for b in calibration]
-    if not batches:
-        raise CalibrationError("The calibration holds no batches.")
-    for i, batch in enumerate(batches):
-        _check_batch(model, batch, i)
-    return batches
+        calibration = calibration_tasks(processor, n=rows)
+    if not isinstance(calibration, Mapping):
+        batches = _checked(model, calibration)
+        return dict.fromkeys(TASKS, batches)
+    if set(calibration) != set(TASKS):
+        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(calibration)}.")
+    checked = {id(batches): _checked(model, batches) for batches in calibration.values()}
+    return {task: checked[id(calibration[task])] for task in TASKS}
+
+
+def all_batches(tasks: Mapping[Task, Sequence[Batch]]) -> list[Batch]:
+    """The batches of all tasks, each once."""
+    return list({id(batch): batch for task in TASKS for batch in tasks[task]}.values())
 
 
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answers: Sequence[str] | None = None) -> Batch:
@@ -142,6 +170,15 @@ def image_token_id(model: nn.Module) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def _checked(model: nn.Module, calibration: Batches) -> list[Batch]:
+    batches = [dict(b) for b in calibration]
+    if not batches:
+        raise CalibrationError("The calibration holds no batches.")
+    for i, batch in enumerate(batches):
+        _check_batch(model, batch, i)
+    return batches
 
 
 def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:

@@ -161,6 +161,20 @@ def test_calibration_batches_label_only_the_answer(loaded):
         testbed.calibration_batches(processor, n=0)
 
 
+def test_calibration_by_task_holds_the_same_questions(loaded):
+    _, processor = loaded
+
+    def rows(batches):
+        return sorted(tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"]))
+
+    tasks = testbed.calibration_tasks(processor, n=37, batch_size=16)
+    assert rows(tasks["utility"] + tasks["robustness"]) == rows(testbed.calibration_batches(processor, n=37))
+    answers = {task: {processor.tokenizer.decode(i) for b in bs for i in b["input_ids"][:, -1:]} for task, bs in tasks.items()}
+    assert answers == {"utility": set("ABCD"), "robustness": {"Yes", "No"}}
+    with pytest.raises(CalibrationError, match="n=1"):
+        testbed.calibration_tasks(processor, n=1)
+
+
 def test_the_packaged_model_knows_its_world(loaded):
     pope, choice = testbed.questions("POPE", "test", 700), testbed.questions("ScienceQA", "test", 300)
     scores = Evaluator(*loaded, pope, choice).scores(loaded[0])

@@ -8,6 +8,7 @@ from hipp_ext.evals.bench.measuring import paired_times, report
 
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
+from hipp_ext.calibration import TASKS
 from hipp_ext.groups import Group, Kind
 from hipp_ext.planner import HiPPPlanner, Signals
 from hipp_ext.planner.policy import new_policy
@@ -28,7 +29,7 @@ def signals_of_7b_shape() -> Signals:
             )  # fmt: skip
     return Signals(
         groups=tuple(groups), scores={g.name: torch.rand(g.width, generator=generator) for g in groups}, scorer="random",
-        sensitivity=torch.rand(64, len(REMOVED), generator=generator).cumsum(1), visual=torch.rand(64, generator=generator),
+        sensitivity=torch.rand(len(TASKS), 64, len(REMOVED), generator=generator).cumsum(2), visual=torch.rand(64, generator=generator),
         digest="", calibration="",
         flow_shares={g.name: torch.rand(g.width, generator=generator) / g.width for g in groups},
     )  # fmt: skip

@@ -86,7 +86,6 @@ class Learner:
     """
 
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
-        policy.start_learning()
         self.policy, self.signals, self.reference = policy, signals, copy.deepcopy(policy)
         self.scalarisation: Scalarisation = scalarisation
         self.ends: Tensor = WHOLE

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
-from hipp_ext.calibration import Calibration
+from hipp_ext.calibration import ROWS, Calibration
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
@@ -29,6 +29,7 @@ from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
+FIT_ROWS = 256  # of the testbed's questions, for a fit's signals
 UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
@@ -150,8 +151,9 @@ class HiPPPlanner:
                 policy's: what it achieves is known (`choices` tells), but there are only so many. Where pruning_ratio is fixed,
                 it removes that much or more.
             processor: of a vision-language model; None: the one beside the model's weights.
-            calibration: batches of the forward's tensors; None: the testbed's pictures and questions. Neither is read when
-                the model's signals were already measured.
+            calibration: batches of the forward's tensors; or, by task, {"utility": batches, "robustness": batches}: then a
+                preference for one task keeps what that task's answers depend on. None: the testbed's pictures and
+                questions, by task. Neither is read when the model's signals were already measured.
             say: called with a line before every measurement.
 
         Raises:
@@ -189,11 +191,15 @@ class HiPPPlanner:
         *,
         processor: Any = None,
         calibration: Calibration | None = None,
+        rows: int = ROWS,
         say: Say | None = None,
     ) -> Signals:
-        """The model's signals: those at hand if they are of these weights, else the cache's, else new ones."""
+        """The model's signals: those at hand if they are of these weights, else the cache's, else new ones.
+
+        Arguments as for `plan`; `rows`: how many of the testbed's, where no calibration is given.
+        """
         if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            wanted: Any = {"processor": processor, "mrs": self.mrs, "progress": say}
+            wanted: Any = {"processor": processor, "rows": rows, "mrs": self.mrs, "progress": say}
             if self.cache is not None and self.scorer is None:
                 self.signals = cached_signals(model, calibration, self.cache, **wanted)
             else:
@@ -230,6 +236,7 @@ class HiPPPlanner:
                 ends as if it had not been. None: nothing is kept.
             cost: what the objective "compression" counts: "parameters", "flops" or measured "latency". A pruning_ratio is
                 always of parameters.
+            calibration: as for `plan`; of the testbed's questions a fit takes more, it asks many anyway.
             progress: show a progress bar.
 
         Raises:
@@ -242,7 +249,7 @@ class HiPPPlanner:
         self._check_reach(model)
         settings, workers = settings or FitSettings(), Workers()
         questions = getattr(evaluator, "digest", None)
-        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, say=say))
+        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, rows=FIT_ROWS, say=say))
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was

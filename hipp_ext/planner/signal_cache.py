@@ -11,14 +11,14 @@ import safetensors.torch
 from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext.calibration import Calibration, batches_digest, resolve_calibration
+from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS
 
-FORMAT = 3  # part of every file's name: counts up when signals come to mean something else
+FORMAT = 4  # part of every file's name: counts up when signals come to mean something else
 
 
 def default_cache() -> Path:
@@ -27,8 +27,8 @@ def default_cache() -> Path:
 
 
 def cached_signals(
-    model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None, mrs: MRS | None = None,
-    progress: Callable[[str], None] | None = None,
+    model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None, rows: int = ROWS,
+    mrs: MRS | None = None, progress: Callable[[str], None] | None = None,
 ) -> Signals:  # fmt: skip
     """The signals of this model on this calibration from `folder`, or measured now (by WandaSP) and put there.
 
@@ -37,8 +37,8 @@ def cached_signals(
     `measure_signals`.
     """
     say = progress or (lambda _: None)
-    groups, batches = find_groups(model), resolve_calibration(model, calibration, processor)
-    key = f"{FORMAT} {model_digest(model, groups)} {batches_digest(batches)} {mrs and mrs.name}"
+    groups, tasks = find_groups(model), calibration_by_task(model, calibration, processor, rows)
+    key = f"{FORMAT} {model_digest(model, groups)} {calibration_digest(tasks)} {mrs and mrs.name}"
     path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
@@ -48,7 +48,7 @@ def cached_signals(
         else:
             say(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, batches, mrs=mrs, groups=groups, progress=progress)
+    signals = measure_signals(model, tasks, mrs=mrs, groups=groups, progress=progress)
     try:
         header = {"signals": SignalsHeader.of(signals).model_dump_json()}
         write_atomic(path, safetensors.torch.save(signal_tensors(signals), header))

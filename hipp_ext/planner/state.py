@@ -13,7 +13,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import Batch, Calibration, batches_digest, image_token_id, resolve_calibration
+from hipp_ext.calibration import (
+    ROWS,
+    TASKS,
+    Batch,
+    Calibration,
+    Task,
+    all_batches,
+    calibration_by_task,
+    calibration_digest,
+    image_token_id,
+)
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
@@ -24,9 +34,12 @@ from hipp_ext.surgery import masked
 
 REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
+LEANS = 17  # how many divisions of the wish between the tasks have a cheapest path of their own; between them lie straight lines
+AROUND = 0.05  # paths are averaged over pruning ratios this far around
+RATIOS = 201  # how many pruning ratios from 0 to 1 it is read at
 NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
-FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
+FEATURES = 2 + 3 + len(QUANTILES) + len(TASKS) * len(SHOWN) + 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +50,8 @@ class Signals:
         groups: the groups, in order (G of them).
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units.
+        sensitivity: (TASKS, G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units, on
+            the calibration of each task.
         visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
         digest: of the groups and the weights they were measured on.
@@ -48,7 +62,7 @@ class Signals:
     groups: tuple[Group, ...]
     scores: Mapping[str, Tensor]
     scorer: str
-    sensitivity: Float[Tensor, "groups levels"]
+    sensitivity: Float[Tensor, "tasks groups levels"]
     visual: Float[Tensor, " groups"]
     flow_shares: Mapping[str, Tensor]
     digest: str
@@ -72,7 +86,7 @@ class Signals:
         columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
         columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
         columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
-        columns += [_standard((self.sensitivity[:, i] + 1e-6).log()) for i in SHOWN]
+        columns += [_standard((task[:, i] + 1e-6).log()) for task in self.sensitivity for i in SHOWN]
         columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
         if self.mrs is not None:
             columns.append(_standard((self.mrs + 1e-6).log()))
@@ -88,30 +102,33 @@ class Signals:
                 result[rows] = _standard((self.visual[rows] + 1e-9).log())
         return result
 
-    def prior(self, ratios: Float[Tensor, " budgets"]) -> Float[Tensor, "budgets groups"]:
-        """Allocation that measured sensitivity alone suggests at each pruning_ratio, as logits; see `CheapestPath`."""
-        return torch.logit(self._path.keep_shares(ratios).clamp(1 - NEARLY_ALL, NEARLY_ALL))
+    def prior(self, ratios: Float[Tensor, " batch"], leans: Float[Tensor, " batch"]) -> Float[Tensor, "batch groups"]:
+        """Allocation logits that measured sensitivity alone suggests.
 
-    @functools.cached_property
-    def soft_prior(self) -> Float[Tensor, " groups"]:
-        """The same for all budgets, and not followed to the end: log of KL per removed share squared, per parameter.
-
-        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
-        removed share is proportional to parameters / curvature.
+        Args:
+            ratios: pruning_ratio of each.
+            leans: how the wish is divided between the tasks, 0 is all utility and 1 all robustness; the loss that
+                `CheapestPath` keeps low is divided alike.
         """
-        cost = torch.tensor([float(g.parameters) for g in self.groups])
-        logits = (self.curvature / cost).log()
-        return (logits - logits.mean()).float()
+        places = torch.stack([ratios, leans], 1) * 2 - 1  # as grid_sample counts
+        table = self._paths.permute(2, 0, 1)[None]
+        return nn.functional.grid_sample(table, places[None, None], padding_mode="border", align_corners=True)[0, :, 0].T
 
     @functools.cached_property
-    def _path(self) -> CheapestPath:
-        return CheapestPath([g.parameters for g in self.groups], REMOVED, self.sensitivity)
+    def _paths(self) -> Float[Tensor, "leans ratios groups"]:
+        ratios, parameters = torch.linspace(0, 1, RATIOS), [g.parameters for g in self.groups]
+        leaning = (torch.lerp(*self.sensitivity, lean) for lean in torch.linspace(0, 1, LEANS).tolist())
+        shares = torch.stack([CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning])
+        around = 2 * round(AROUND * (RATIOS - 1)) + 1
+        padded = nn.functional.pad(shares.mT, (around // 2, around // 2), mode="replicate")
+        shares = nn.functional.avg_pool1d(padded, around, stride=1).mT
+        return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
     @functools.cached_property
-    def curvature(self) -> Float[Tensor, " groups"]:
-        """KL divergence [nats] per squared share removed, mean over the levels SHOWN; above zero."""
+    def curvature(self) -> Float[Tensor, "tasks groups"]:
+        """KL divergence [nats] per squared share removed, for each task, mean over the levels SHOWN; above zero."""
         removed = torch.tensor(REMOVED)
-        return (self.sensitivity / removed.square())[:, SHOWN].mean(1) + 1e-6
+        return (self.sensitivity / removed.square())[..., SHOWN].mean(-1) + 1e-6
 
 
 def keep_shares(groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray) -> Float[Tensor, "plans groups"]:
@@ -124,6 +141,7 @@ def measure_signals(
     calibration: Calibration | None = None,
     *,
     processor: Any = None,
+    rows: int = ROWS,
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
@@ -133,8 +151,10 @@ def measure_signals(
 
     Args:
         model: to be planned for.
-        calibration: batches; None: the testbed's through `processor`.
+        calibration: batches, by task where it is known which questions are asked for what; None: the testbed's through
+            `processor`.
         processor: of a vision-language model; None: the one beside its weights.
+        rows: of the testbed's calibration.
         scorer: ranks the units of a group; None: WandaSP.
         mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
@@ -145,7 +165,8 @@ def measure_signals(
         raise UnsupportedModelError(
             "Signals are measured for the language tower; prune the vision tower by a plan of your own."
         )
-    batches = resolve_calibration(model, calibration, processor)
+    tasks = calibration_by_task(model, calibration, processor, rows)
+    batches = all_batches(tasks)
     scorer, say = scorer or WandaSP(), progress or (lambda _: None)
     say(f"scoring units ({scorer.name})")
     scores = scorer(model, batches, groups=groups)
@@ -162,43 +183,54 @@ def measure_signals(
     say("measuring the sensitivity of every group")
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
-        sensitivity=measure_sensitivity(model, batches, groups, scores), digest=model_digest(model, groups),
-        calibration=batches_digest(batches), mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
+        sensitivity=measure_sensitivity(model, tasks, groups, scores), digest=model_digest(model, groups),
+        calibration=calibration_digest(tasks), mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )  # fmt: skip
 
 
 def measure_sensitivity(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], scores: Mapping[str, Tensor]
-) -> Float[Tensor, "groups levels"]:
-    """Mean KL [nats] of the answer distribution from dense, when one group loses its lowest units, at the levels REMOVED.
+    model: nn.Module, tasks: Mapping[Task, Sequence[Batch]], groups: Sequence[Group], scores: Mapping[str, Tensor]
+) -> Float[Tensor, "tasks groups levels"]:
+    """Mean KL [nats] of each task's answers from dense, when one group loses its lowest units, at the levels REMOVED.
 
     A group of one unit can lose nothing; it gets the median of the others, which says nothing.
     """
     check_scores(groups, scores)
+    batches = all_batches(tasks)
     answers = AnswerLogits(model, batches)
     dense = answers(model).log_softmax(-1)
-    result = torch.zeros(len(groups), len(REMOVED))
+    rows = _rows_of_tasks(tasks, batches)
+    result = torch.zeros(len(TASKS), len(groups), len(REMOVED))
     several = [i for i, g in enumerate(groups) if g.width > 1]
     for i in several:
         width, counts, known = groups[i].width, [g.width for g in groups], {}
         for j, nominal in enumerate(REMOVED):
             counts[i] = max(1, min(width - 1, round(width * (1 - nominal))))
             if counts[i] not in known:
-                known[counts[i]] = divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
+                each = divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
+                known[counts[i]] = torch.stack([each[of_task].mean() for of_task in rows]).clamp_min(0)
             removed = 1 - counts[i] / width
             # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
-            result[i, j] = known[counts[i]] * (nominal / removed) ** 2
+            result[:, i, j] = known[counts[i]] * (nominal / removed) ** 2
     if several:
         single = [i for i, g in enumerate(groups) if g.width == 1]
-        result[single] = result[several].median(0).values
+        result[:, single] = result[:, several].median(1, keepdim=True).values
     return result
 
 
-def divergence(model: nn.Module, plan: PruningPlan, answers: AnswerLogits, dense: Float[Tensor, "rows vocabulary"]) -> float:
-    """Mean KL [nats] of the answers under `plan` from the dense model's, whose log probabilities are `dense`."""
+def _rows_of_tasks(tasks: Mapping[Task, Sequence[Batch]], batches: Sequence[Batch]) -> list[Tensor]:
+    """For each task, which rows of `batches` are its own."""
+    owners = [{id(batch) for batch in tasks[task]} for task in TASKS]
+    return [torch.tensor([id(b) in owner for b in batches for _ in b["input_ids"]]) for owner in owners]
+
+
+def divergence(
+    model: nn.Module, plan: PruningPlan, answers: AnswerLogits, dense: Float[Tensor, "rows vocabulary"]
+) -> Float[Tensor, " rows"]:
+    """KL [nats] of every row's answer under `plan` from the dense model's, whose log probabilities are `dense`."""
     with masked(model, plan):
         pruned = answers(model).log_softmax(-1)
-    return float((dense.exp() * (dense - pruned)).sum(-1).mean().clamp_min(0))
+    return (dense.exp() * (dense - pruned)).sum(-1)
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:

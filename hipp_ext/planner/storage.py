@@ -141,7 +141,7 @@ class Header(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     preference: tuple[float, float, float]
     pruning_ratio: Annotated[float, Field(ge=0, lt=1)] | None
     round_to: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import CheckpointError
-from hipp_ext.testbed.batches import calibration_batches
+from hipp_ext.testbed.batches import calibration_batches, calibration_tasks
 from hipp_ext.testbed.quiz import TASKS, Question, questions
 from hipp_ext.testbed.training import train
 from hipp_ext.testbed.tsv import export
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-__all__ = ["SPLITS", "TASKS", "WEIGHTS", "Question", "calibration_batches", "export", "load", "questions", "train"]
+__all__ = ["SPLITS", "TASKS", "WEIGHTS", "Question", "calibration_batches", "calibration_tasks", "export", "load", "questions", "train"]
 
 
 def load(

@@ -1,8 +1,10 @@
 """Calibration batches of the testbed: pictures and questions through any vision-language processor."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from hipp_ext.calibration import Batch, encode
+from hipp_ext.calibration import Batch, Task, encode
 from hipp_ext.errors import CalibrationError
 from hipp_ext.testbed.quiz import Question, choice_stream, pope_groups
 
@@ -26,18 +28,43 @@ def calibration_batches(
     Raises:
         CalibrationError: `n` or `batch_size` is below 1.
     """
+    pope, choice = _questions(n, batch_size, split)
+    rows = [q for pair in itertools.zip_longest(pope, choice) for q in pair if q is not None]
+    return _batches(processor, rows, batch_size, with_labels)
+
+
+def calibration_tasks(processor: Any, n: int = 64, batch_size: int = 16, split: str = "calibration") -> dict[Task, list[Batch]]:
+    """The same questions by task: those of ScienceQA for "utility", those of POPE for "robustness"; with labels.
+
+    Raises:
+        CalibrationError: `n` is below 2, so that a task would have no question, or `batch_size` below 1.
+    """
+    pope, choice = _questions(max(n, 1), batch_size, split)
+    if not choice:
+        raise CalibrationError(f"calibration_tasks needs n >= 2, a row for each task, got n={n}.")
+    return {"utility": _batches(processor, choice, batch_size), "robustness": _batches(processor, pope, batch_size)}
+
+
+def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], list[Question]]:
+    """`n` in all, of POPE and of ScienceQA."""
     if n < 1 or batch_size < 1:
-        raise CalibrationError(f"calibration_batches needs n >= 1 and batch_size >= 1, got n={n}, {batch_size=}.")
-    rows: list[Question] = []
-    for number, (group, choice) in enumerate(zip(pope_groups(split), choice_stream(split), strict=False)):
-        if len(rows) >= n:
+        raise CalibrationError(f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}.")
+    pope: list[Question] = []
+    choice: list[Question] = []
+    for number, (group, other) in enumerate(zip(pope_groups(split), choice_stream(split), strict=False)):
+        if len(pope) + len(choice) >= n:
             break
         kind = ("random", "popular", "adversarial")[number // 2 % 3]
         wanted = "No" if number % 2 else "Yes"
-        rows += [next(q for q in group if q.answer == wanted and kind in q.category), choice]
+        pope.append(next(q for q in group if q.answer == wanted and kind in q.category))
+        choice.append(other)
+    return pope, choice[: n - len(pope)]
+
+
+def _batches(processor: Any, rows: Sequence[Question], batch_size: int, with_labels: bool = True) -> list[Batch]:
     batches = []
-    for start in range(0, n, batch_size):
-        chunk = rows[start : min(start + batch_size, n)]
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
         answers = [q.answer for q in chunk] if with_labels else None
         batches.append(encode(processor, [q.prompt for q in chunk], [q.image for q in chunk], answers))
     return batches

@@ -1,9 +1,12 @@
 """The policy: what its heads may and may not do, whatever they learned."""
 
+import dataclasses
+
 import torch
 
 from hipp_ext.planner.grpo import draw_preferences
 from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy
+from hipp_ext.planner.state import REMOVED
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
@@ -39,15 +42,16 @@ def test_logits_cannot_drift_together(signals):
         policy.allocation_head.bias.fill_(1e4)
     logits = policy.allocation(signals, preferences, ratios)
     assert (logits - prior).abs().mean() > 1
-    assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-3)
+    assert torch.allclose(logits.mean(1), prior.mean(1), atol=1e-2)
 
 
-def test_a_policy_that_learns_leaves_from_the_soft_prior(signals):
-    policy, preferences = new_policy(), torch.tensor([[0.5, 0.5, 0.0]]).expand(2, 3)
-    sharp = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
-    policy.start_learning()
-    soft = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
-    assert torch.equal(soft[0], soft[1]) and not torch.equal(sharp[0], sharp[1])
-    loaded = new_policy()
-    loaded.load_state_dict(policy.state_dict())
-    assert torch.equal(loaded.allocation(signals, preferences, torch.tensor([0.2, 0.5])), soft)
+def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
+    """Utility hangs on the first group alone, robustness on the second."""
+    sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(REMOVED)
+    sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(REMOVED), torch.tensor(REMOVED)
+    apart = dataclasses.replace(signals, sensitivity=sensitivity, visual=torch.zeros_like(signals.visual))
+    leans = torch.linspace(0, 1, 11)
+    preferences = torch.stack([1 - leans, leans, torch.zeros(11)], 1)
+    logits = new_policy().allocation(apart, preferences, torch.full((11,), 0.5))
+    assert logits[0, 0] > logits[0, 1] + 3 and logits[-1, 1] > logits[-1, 0] + 3
+    assert (logits[:, 0].diff() <= 1e-6).all() and (logits[:, 1].diff() >= -1e-6).all()

@@ -7,9 +7,9 @@ from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference
-from hipp_ext.errors import PlanError
-from hipp_ext.planner.state import FEATURES, measure_signals
-from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity
+from hipp_ext.errors import CalibrationError, PlanError
+from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals
+from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
 
 BATCHES = [batch("llava", size=2, labels=True)]
@@ -47,6 +47,29 @@ def test_other_calibration_is_measured_anew(tmp_path):
     said = []
     plan(build("llava"), tmp_path, said, [batch("llava", size=2, seed=1, labels=True)])
     assert any("measuring" in line for line in said) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_each_task_is_measured_on_its_own_batches(tmp_path):
+    tasks = {"utility": [batch("llava", size=2)], "robustness": [batch("llava", size=3, seed=1), batch("llava", size=1, seed=2)]}
+    model = build("llava")
+    apart = measure_signals(model, tasks)
+    for index, batches in enumerate(tasks.values()):
+        alone = measure_sensitivity(model, dict.fromkeys(tasks, batches), apart.groups, apart.scores)
+        assert torch.allclose(apart.sensitivity[index], alone[index], rtol=1e-3, atol=1e-7) and torch.equal(*alone)
+    assert not torch.allclose(*apart.sensitivity, rtol=0.1)
+    all_rows = WandaSP()(model, [*tasks["utility"], *tasks["robustness"]])
+    assert all(torch.allclose(apart.scores[n], s) for n, s in all_rows.items())
+    said, plain = [], tasks["utility"]
+    for calibration in (tasks, plain, dict.fromkeys(tasks, plain), tasks):
+        found = plan(model, tmp_path, said, calibration)[1]
+    assert torch.equal(found.sensitivity, apart.sensitivity) and len(list(tmp_path.iterdir())) == 2
+    assert sum("as measured before" in line for line in said) == 2  # batches for both tasks are a plain calibration
+
+
+@pytest.mark.parametrize("calibration", [{"utility": BATCHES}, {"utility": BATCHES, "robustness": []}])
+def test_a_calibration_by_task_has_batches_for_both(calibration):
+    with pytest.raises(CalibrationError, match="utility and robustness|no batches"):
+        measure_signals(build("llava"), calibration)
 
 
 def test_a_scorer_of_ones_own_is_not_cached(tmp_path):

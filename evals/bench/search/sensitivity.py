@@ -50,7 +50,7 @@ def measure_table(
         kl = []
         for keep in measured:
             counts = [keep if g is group else g.width for g in groups]
-            kl.append(divergence(model, plan_from_counts(groups, counts, scores), answers, dense))
+            kl.append(float(divergence(model, plan_from_counts(groups, counts, scores), answers, dense).mean().clamp_min(0)))
         evaluations += len(measured)
         losses.append(np.interp(ladder, [*measured, group.width], [*kl, 0.0]))
     return SensitivityTable(losses=tuple(losses), evaluations=evaluations)

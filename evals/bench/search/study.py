@@ -149,7 +149,8 @@ class Bench:
     @functools.cached_property
     def informed(self) -> Signals:
         """The signals, with sensitivity measured on `batches`; fits, which take no part in this, do not wait for it."""
-        sensitivity = measure_sensitivity(self.model, self.batches, self.signals.groups, self.signals.scores)
+        tasks = testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
+        sensitivity = measure_sensitivity(self.model, tasks, self.signals.groups, self.signals.scores)
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
     def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
@@ -200,7 +201,7 @@ class Bench:
         return self._searched(problem.evaluated)
 
     def _sensitivity_says(self, ratio: float) -> np.ndarray:
-        return self.informed.prior(torch.tensor([ratio]))[0].double().numpy()
+        return self.informed.prior(torch.tensor([ratio]), torch.tensor([0.5]))[0].double().numpy()
 
     def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
         answers: dict[str, dict[str, Keeps]] = {corner: {} for corner in CORNERS}
@@ -217,7 +218,7 @@ class Bench:
 
     def _planner(self, variant: Variant) -> HiPPPlanner:
         planner = HiPPPlanner(CORNERS["utility"], policy=variant.policy())
-        planner.signals = variant.signals(self.signals)
+        planner.signals = variant.signals(self.informed)
         return planner
 
     def _hipp(self, variant: Variant, seed: int) -> dict[str, Any]:
