@@ -37,7 +37,7 @@ from hipp_ext.planner.state import Signals
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
-KL_WEIGHT = 0.003  # of the divergence from the policy that the fit began with
+KL_WEIGHT = 0.03  # of the divergence from the policy that the fit began with
 OTHER_TASK = 0.2  # weight that a task has in an allocation's advantage even where the preference gives it none
 DIVERSITY_WEIGHT, DIVERSITY_MARGIN = 0.02, 0.3  # of the diversity term; margin in logits per unit of preference
 

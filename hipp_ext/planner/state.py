@@ -35,7 +35,6 @@ from hipp_ext.surgery import masked
 REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
 LEANS = 17  # how many divisions of the wish between the tasks have a cheapest path of their own; between them lie straight lines
-AROUND = 0.05  # paths are averaged over pruning ratios this far around
 RATIOS = 201  # how many pruning ratios from 0 to 1 it is read at
 NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
@@ -119,9 +118,6 @@ class Signals:
         ratios, parameters = torch.linspace(0, 1, RATIOS), [g.parameters for g in self.groups]
         leaning = (torch.lerp(*self.sensitivity, lean) for lean in torch.linspace(0, 1, LEANS).tolist())
         shares = torch.stack([CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning])
-        around = 2 * round(AROUND * (RATIOS - 1)) + 1
-        padded = nn.functional.pad(shares.mT, (around // 2, around // 2), mode="replicate")
-        shares = nn.functional.avg_pool1d(padded, around, stride=1).mT
         return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
     @functools.cached_property
