@@ -37,6 +37,12 @@ Ratio = Annotated[
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where measured signals are kept; default: ~/.cache/hipp-ext.", metavar="FOLDER")
 ]
+Rows = Annotated[
+    int,
+    typer.Option(
+        "--calibration-rows", min=2, help="Built-in questions that signals are measured on; 256 tell more, and cost it."
+    ),
+]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
 
 
@@ -95,6 +101,7 @@ def plan(
     archived: Annotated[
         bool, typer.Option("--archived", help="The best plan that the fit evaluated, instead of the policy's.")
     ] = False,
+    rows: Rows = 64,
     cache: Cache = None,
     device: Devices = None,
     dtype: Dtype = None,
@@ -125,7 +132,7 @@ def plan(
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = load_model(model, device, dtype, spread=True)
-    made = maker.plan(loaded, processor=processor, preference=wanted, archived=archived, say=say)
+    made = maker.plan(loaded, processor=processor, rows=rows, preference=wanted, archived=archived, say=say)
     made.save(out, overwrite)
     if pruning_ratio and pruning_ratio > (most := max((r.pruning_ratio for r in maker.archive.records), default=1.0)):
         say(f"The fit evaluated no plan of more than {most:.2f}: how this one was allocated is extrapolated.")
@@ -159,6 +166,7 @@ def fit(
         float | None, typer.Option(help="Do not measure plans that keep less synaptic flow [log]; default: measure all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
+    rows: Rows = 64,
     cache: Cache = None,
     device: Devices = None,
     dtype: Dtype = None,
@@ -199,7 +207,7 @@ def fit(
     running = out.with_name(out.name + ".fit")
     tell = say if workers.leads else None
     chosen: Any = cost
-    result = maker.fit(loaded, evaluator, settings, folder=running, cost=chosen, processor=processor, say=tell)
+    result = maker.fit(loaded, evaluator, settings, folder=running, cost=chosen, processor=processor, rows=rows, say=tell)
     if workers.leads:
         maker.save(out, overwrite=overwrite)
         say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")

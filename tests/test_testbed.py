@@ -165,7 +165,11 @@ def test_calibration_by_task_holds_the_same_questions(loaded):
     _, processor = loaded
 
     def rows(batches):
-        return sorted(tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"]))
+        return sorted(
+            tuple(ids[mask.bool()].tolist())
+            for b in batches
+            for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+        )
 
     tasks = testbed.calibration_tasks(processor, n=37, batch_size=16)
     assert rows(tasks["utility"] + tasks["robustness"]) == rows(testbed.calibration_batches(processor, n=37))

@@ -29,7 +29,8 @@ def signals_of_7b_shape() -> Signals:
             )  # fmt: skip
     return Signals(
         groups=tuple(groups), scores={g.name: torch.rand(g.width, generator=generator) for g in groups}, scorer="random",
-        sensitivity=torch.rand(len(TASKS), 64, len(REMOVED), generator=generator).cumsum(2), visual=torch.rand(64, generator=generator),
+        sensitivity=torch.rand(len(TASKS), 64, len(REMOVED), generator=generator).cumsum(2),
+        visual=torch.rand(64, generator=generator),
         digest="", calibration="",
         flow_shares={g.name: torch.rand(g.width, generator=generator) / g.width for g in groups},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 What differs from GRPO as published for text (arXiv 2402.03300), and why:
 1. One action per episode, a Gaussian over a budget and one logit per group; so there is no token-level ratio.
 2. One on-policy update per batch: the ratio is 1, and clipping has nothing to do. The KL penalty, to where the fit began,
-   is small: it holds logits so large that no plan depends on them any more, which would grow without end.
+   keeps what is measured of single groups where nothing better is known, and holds logits that no plan depends on.
 3. Rollouts are imagined: a reward model learned from every measured plan scores them. Measured ones are few and dear, and
    teach the reward model; the policy learns from them directly only where there is none (`FitSettings.imagined` = 0).
 4. Two baselines, because the action has two parts: an allocation is compared with others for the same preference and

@@ -29,7 +29,6 @@ from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 Say = Callable[[str], None]
-FIT_ROWS = 256  # of the testbed's questions, for a fit's signals
 UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 
 
@@ -140,6 +139,7 @@ class HiPPPlanner:
         *,
         processor: Any = None,
         calibration: Calibration | None = None,
+        rows: int = ROWS,
         preference: Preference | None = None,
         archived: bool = False,
         say: Say | None = None,
@@ -153,7 +153,8 @@ class HiPPPlanner:
             processor: of a vision-language model; None: the one beside the model's weights.
             calibration: batches of the forward's tensors; or, by task, {"utility": batches, "robustness": batches}: then a
                 preference for one task keeps what that task's answers depend on. None: the testbed's pictures and
-                questions, by task. Neither is read when the model's signals were already measured.
+                questions, by task, `rows` in all: with 256 sensitivity is known better. None of the three is read when the
+                model's signals were already measured.
             say: called with a line before every measurement.
 
         Raises:
@@ -167,7 +168,7 @@ class HiPPPlanner:
             raise PlanError(UNFITTED)
         self._check_reach(model)
         wanted = preference or self.preference
-        signals = self.measure(model, processor=processor, calibration=calibration, say=say)
+        signals = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say)
         if archived:
             self._check_experience()
             return self._plan(signals, self._best(signals, wanted).keeps, wanted)
@@ -196,7 +197,7 @@ class HiPPPlanner:
     ) -> Signals:
         """The model's signals: those at hand if they are of these weights, else the cache's, else new ones.
 
-        Arguments as for `plan`; `rows`: how many of the testbed's, where no calibration is given.
+        Arguments as for `plan`.
         """
         if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
             wanted: Any = {"processor": processor, "rows": rows, "mrs": self.mrs, "progress": say}
@@ -217,6 +218,7 @@ class HiPPPlanner:
         cost: CostKind = "parameters",
         processor: Any = None,
         calibration: Calibration | None = None,
+        rows: int = ROWS,
         progress: bool = True,
         say: Say | None = None,
     ) -> FitResult:
@@ -236,7 +238,7 @@ class HiPPPlanner:
                 ends as if it had not been. None: nothing is kept.
             cost: what the objective "compression" counts: "parameters", "flops" or measured "latency". A pruning_ratio is
                 always of parameters.
-            calibration: as for `plan`; of the testbed's questions a fit takes more, it asks many anyway.
+            processor, calibration, rows: as for `plan`.
             progress: show a progress bar.
 
         Raises:
@@ -249,7 +251,7 @@ class HiPPPlanner:
         self._check_reach(model)
         settings, workers = settings or FitSettings(), Workers()
         questions = getattr(evaluator, "digest", None)
-        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, rows=FIT_ROWS, say=say))
+        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say))
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was

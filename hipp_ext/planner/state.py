@@ -34,7 +34,9 @@ from hipp_ext.surgery import masked
 
 REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
-LEANS = 17  # how many divisions of the wish between the tasks have a cheapest path of their own; between them lie straight lines
+LEANS = (
+    17  # how many divisions of the wish between the tasks have a cheapest path of their own; between them lie straight lines
+)
 RATIOS = 201  # how many pruning ratios from 0 to 1 it is read at
 NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
@@ -49,8 +51,8 @@ class Signals:
         groups: the groups, in order (G of them).
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (TASKS, G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units, on
-            the calibration of each task.
+        sensitivity: (TASKS, G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units,
+            on the calibration of each task.
         visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
         digest: of the groups and the weights they were measured on.
@@ -180,7 +182,8 @@ def measure_signals(
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
         sensitivity=measure_sensitivity(model, tasks, groups, scores), digest=model_digest(model, groups),
-        calibration=calibration_digest(tasks), mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
+        calibration=calibration_digest(tasks),
+        mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )  # fmt: skip
 
 

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-__all__ = ["SPLITS", "TASKS", "WEIGHTS", "Question", "calibration_batches", "calibration_tasks", "export", "load", "questions", "train"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "WEIGHTS",
+    "Question",
+    "calibration_batches",
+    "calibration_tasks",
+    "export",
+    "load",
+    "questions",
+    "train",
+]
 
 
 def load(

@@ -50,7 +50,10 @@ def test_other_calibration_is_measured_anew(tmp_path):
 
 
 def test_each_task_is_measured_on_its_own_batches(tmp_path):
-    tasks = {"utility": [batch("llava", size=2)], "robustness": [batch("llava", size=3, seed=1), batch("llava", size=1, seed=2)]}
+    tasks = {
+        "utility": [batch("llava", size=2)],
+        "robustness": [batch("llava", size=3, seed=1), batch("llava", size=1, seed=2)],
+    }
     model = build("llava")
     apart = measure_signals(model, tasks)
     for index, batches in enumerate(tasks.values()):
