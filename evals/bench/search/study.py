@@ -2,8 +2,8 @@
 
 Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
 the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
-measured once on calibration data; informed searches know the sensitivity among them, of more rows, and search around what it
-says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder,
+measured once on calibration data; informed searches know the sensitivity among them, of both tasks together, and search around
+what it says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder,
 so an interrupted study goes on.
 """
 
@@ -63,7 +63,7 @@ class StudySize:
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
-        sensitivity_rows: of calibration data, for allocators, informed searches and hipp untrained. Fits have the default.
+        sensitivity_rows: of calibration data, for allocators, informed searches and hipp. The units are ranked on the default.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
 
@@ -148,7 +148,7 @@ class Bench:
 
     @functools.cached_property
     def informed(self) -> Signals:
-        """The signals, with sensitivity measured on `batches`; fits, which take no part in this, do not wait for it."""
+        """The signals, with sensitivity measured on the same data as `batches`; who does not ask does not wait."""
         tasks = testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
         sensitivity = measure_sensitivity(self.model, tasks, self.signals.groups, self.signals.scores)
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
