@@ -3,7 +3,7 @@
 What differs from GRPO as published for text (arXiv 2402.03300), and why:
 1. One action per episode, a Gaussian over a budget and one logit per group; so there is no token-level ratio.
 2. One on-policy update per batch: the ratio is 1, and clipping has nothing to do. The KL penalty, to where the fit began,
-   keeps what is measured of single groups where nothing better is known, and holds logits that no plan depends on.
+   is small: it holds logits so large that no plan depends on them any more, which would grow without end.
 3. Rollouts are imagined: a reward model learned from every measured plan scores them. Measured ones are few and dear, and
    teach the reward model; the policy learns from them directly only where there is none (`FitSettings.imagined` = 0).
 4. Two baselines, because the action has two parts: an allocation is compared with others for the same preference and
@@ -37,7 +37,7 @@ from hipp_ext.planner.state import Signals
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
 TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
-KL_WEIGHT = 0.03  # of the divergence from the policy that the fit began with
+KL_WEIGHT = 0.003  # of the divergence from the policy that the fit began with
 OTHER_TASK = 0.2  # weight that a task has in an allocation's advantage even where the preference gives it none
 DIVERSITY_WEIGHT, DIVERSITY_MARGIN = 0.02, 0.3  # of the diversity term; margin in logits per unit of preference
 
@@ -86,6 +86,7 @@ class Learner:
     """
 
     def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
+        policy.start_learning()
         self.policy, self.signals, self.reference = policy, signals, copy.deepcopy(policy)
         self.scalarisation: Scalarisation = scalarisation
         self.ends: Tensor = WHOLE

@@ -11,6 +11,7 @@ from hipp_ext.planner.state import FEATURES, Signals
 from hipp_ext.preference import Preference
 
 MAX_RATIO = 0.6  # the most that a policy removes of its own accord, for compression alone; and the most that fits look at
+PRIOR_SHARPNESS = 0.5  # of the soft prior
 VISUAL_WEIGHT = 0.25
 LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
 PIECES = 8  # of the wish for compression, each with a slope of its own
@@ -23,9 +24,10 @@ class Policy(nn.Module):
     Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both change a
     prior by a zero-initialised residual. Prior of the budget: MAX_RATIO times the preference for compression, a little off
     both ends; the head shifts it and stretches it piece by piece, so that whoever wants more compression, with the rest
-    divided between the tasks as before, never gets less. Prior of the allocation: the one whose measured losses sum to about
-    the least at the budget, losses of the two tasks weighted as the preference divides between them; and groups of high
-    visual sensitivity are kept a little more, the more robustness is wanted, for calibrations that do not tell tasks apart.
+    divided between the tasks as before, never gets less. Prior of the allocation: the one whose measured losses sum to the
+    least at the budget, losses on the two tasks weighted as the preference divides between them. A policy that learns leaves
+    from a softer one, log-linear in the sensitivity of both: from the sharp one, which jumps from budget to budget, fits
+    told preferences apart worse. Either keeps groups of high visual sensitivity a little more, the more robustness is wanted.
 
     Args:
         width: of the hidden layers.
@@ -35,9 +37,12 @@ class Policy(nn.Module):
     Differs from the paper: architecture and prior are ours, the paper's are not public.
     """
 
+    learns: Tensor
+
     def __init__(self, width: int = 64, features: int = FEATURES):
         super().__init__()
         self.width, self.features = width, features
+        self.register_buffer("learns", torch.tensor(False))
         self.embed = nn.Linear(features, width)
         self.condition = nn.Linear(3, 4 * width)
         self.blocks = nn.ModuleList(
@@ -48,6 +53,10 @@ class Policy(nn.Module):
         for head in (self.budget_head, self.allocation_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+
+    def start_learning(self) -> None:
+        """Leave from the soft prior from now on."""
+        self.learns.fill_(True)
 
     def budget(self, signals: Signals, preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
         """Mean logit of pruning_ratio / MAX_RATIO for each preference; at the same lean it rises with the wish to compress."""
@@ -68,7 +77,9 @@ class Policy(nn.Module):
         """
         tasks = _tasks(preferences)  # and no more of the preference: how much compression counts is said by the ratio
         tokens = self._tokens(signals, tasks, ratios)
-        prior = signals.prior(ratios, tasks[:, 1]) + VISUAL_WEIGHT * tasks[:, 1:] * signals.visual_rank
+        leans = tasks[:, 1]
+        sensitivity = PRIOR_SHARPNESS * signals.soft_prior if bool(self.learns) else signals.prior(ratios, leans)
+        prior = sensitivity + VISUAL_WEIGHT * leans[:, None] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
         return prior + residual - residual.mean(1, keepdim=True)
 

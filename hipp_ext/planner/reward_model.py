@@ -25,16 +25,16 @@ class RewardModel:
     measured sensitivity suggests: the more a group hurts, the shorter.
 
     Args:
-        curvature: (objectives, groups) KL divergence [nats] per squared share removed, see `Signals.curvature`.
+        curvature: (groups,) KL divergence [nats] per squared share removed, see `Signals.curvature`.
 
     Source: Gaussian process regression with ARD, Rasmussen and Williams (2006), ch. 2 and 5. Learning from imagined
     rollouts between measured ones follows Dyna (Sutton 1991).
     """
 
-    def __init__(self, curvature: Float[Tensor, "objectives groups"]):
+    def __init__(self, curvature: Float[Tensor, " groups"]):
         root = curvature.double().clamp_min(1e-9).sqrt()
         # Root of the curvature, half-way (in logs) to all alike: KL is a hint about these objectives, not a measurement.
-        self._prior = -0.5 * (root / root.median(1, keepdim=True).values).log() + math.log(0.7)
+        self._prior = -0.5 * (root / root.median()).log() + math.log(0.7)
         self._hyper: dict[int, Tensor] = {}
         self._fitted_on = 0
 
@@ -50,8 +50,7 @@ class RewardModel:
         if at != self._fitted_on:
             seen = slice(0, max(at, 2))
             self._hyper = {
-                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0], lengths)
-                for k, lengths in enumerate(self._prior)
+                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0]) for k in range(rewards.shape[1])
             }
             self._fitted_on = at
         self._removed = _removed(shares[-MOST:])
@@ -96,12 +95,12 @@ class RewardModel:
             drawn.append((mean + deviation * (cross @ weights + posterior @ noise)).T)
         return torch.stack(drawn, 2).float()
 
-    def _maximise(self, removed: Tensor, y: Tensor, lengths: Tensor) -> Tensor:
+    def _maximise(self, removed: Tensor, y: Tensor) -> Tensor:
         """Hyperparameters (log noise, log scales of the two kernels, log length scales) of the highest posterior."""
-        start = torch.cat([torch.tensor([-3.0, 0.0, -0.7], dtype=torch.float64), lengths])
+        start = torch.cat([torch.tensor([-3.0, 0.0, -0.7], dtype=torch.float64), self._prior])
         if len(y) < SCHEDULE[1]:
             return start
-        width = torch.tensor([1.5, 1.5, 1.5] + [PRIOR_DEVIATION] * len(lengths))
+        width = torch.tensor([1.5, 1.5, 1.5] + [PRIOR_DEVIATION] * len(self._prior))
         hyper = start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([hyper], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 

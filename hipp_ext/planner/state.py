@@ -40,7 +40,7 @@ LEANS = (
 RATIOS = 201  # how many pruning ratios from 0 to 1 it is read at
 NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
-FEATURES = 2 + 3 + len(QUANTILES) + len(TASKS) * len(SHOWN) + 2
+FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +87,7 @@ class Signals:
         columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
         columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
         columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
-        columns += [_standard((task[:, i] + 1e-6).log()) for task in self.sensitivity for i in SHOWN]
+        columns += [_standard((self.sensitivity.mean(0)[:, i] + 1e-6).log()) for i in SHOWN]
         columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
         if self.mrs is not None:
             columns.append(_standard((self.mrs + 1e-6).log()))
@@ -104,12 +104,11 @@ class Signals:
         return result
 
     def prior(self, ratios: Float[Tensor, " batch"], leans: Float[Tensor, " batch"]) -> Float[Tensor, "batch groups"]:
-        """Allocation logits that measured sensitivity alone suggests.
+        """Allocation logits that measured sensitivity alone suggests, see `CheapestPath`.
 
         Args:
             ratios: pruning_ratio of each.
-            leans: how the wish is divided between the tasks, 0 is all utility and 1 all robustness; the loss that
-                `CheapestPath` keeps low is divided alike.
+            leans: how the wish is divided between the tasks, 0 is all utility and 1 all robustness; so are measured losses.
         """
         places = torch.stack([ratios, leans], 1) * 2 - 1  # as grid_sample counts
         table = self._paths.permute(2, 0, 1)[None]
@@ -123,10 +122,21 @@ class Signals:
         return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
     @functools.cached_property
-    def curvature(self) -> Float[Tensor, "tasks groups"]:
-        """KL divergence [nats] per squared share removed, for each task, mean over the levels SHOWN; above zero."""
+    def soft_prior(self) -> Float[Tensor, " groups"]:
+        """The same for all budgets and leans, and not followed to the end: log of KL per removed share squared, per parameter.
+
+        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
+        removed share is proportional to parameters / curvature.
+        """
+        cost = torch.tensor([float(g.parameters) for g in self.groups])
+        logits = (self.curvature / cost).log()
+        return (logits - logits.mean()).float()
+
+    @functools.cached_property
+    def curvature(self) -> Float[Tensor, " groups"]:
+        """KL divergence [nats] per squared share removed, mean over tasks and the levels SHOWN; above zero."""
         removed = torch.tensor(REMOVED)
-        return (self.sensitivity / removed.square())[..., SHOWN].mean(-1) + 1e-6
+        return (self.sensitivity.mean(0) / removed.square())[:, SHOWN].mean(1) + 1e-6
 
 
 def keep_shares(groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray) -> Float[Tensor, "plans groups"]:

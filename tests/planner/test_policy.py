@@ -55,3 +55,14 @@ def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
     logits = new_policy().allocation(apart, preferences, torch.full((11,), 0.5))
     assert logits[0, 0] > logits[0, 1] + 3 and logits[-1, 1] > logits[-1, 0] + 3
     assert (logits[:, 0].diff() <= 1e-6).all() and (logits[:, 1].diff() >= -1e-6).all()
+
+
+def test_a_policy_that_learns_leaves_from_the_soft_prior(signals):
+    policy, preferences = new_policy(), torch.tensor([[0.5, 0.5, 0.0]]).expand(2, 3)
+    sharp = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
+    policy.start_learning()
+    soft = policy.allocation(signals, preferences, torch.tensor([0.2, 0.5]))
+    assert torch.equal(soft[0], soft[1]) and not torch.equal(sharp[0], sharp[1])
+    loaded = new_policy()
+    loaded.load_state_dict(policy.state_dict())
+    assert torch.equal(loaded.allocation(signals, preferences, torch.tensor([0.2, 0.5])), soft)

@@ -2,9 +2,9 @@
 
 Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
 the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
-measured once on calibration data; informed searches know the sensitivity among them, of both tasks together, and search around
-what it says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept in the working folder,
-so an interrupted study goes on.
+measured once on calibration data; informed searches know the sensitivity among them, of more rows and of both tasks together,
+and search around what it says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept
+in the working folder, so an interrupted study goes on.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class StudySize:
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
         front_questions: per task, of the test split, for hypervolumes.
-        sensitivity_rows: of calibration data, for allocators, informed searches and hipp. The units are ranked on the default.
+        sensitivity_rows: of calibration data, for allocators, informed searches and hipp untrained. Fits have the default.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
     """
 
@@ -166,8 +166,8 @@ class Bench:
         on_test = _hypervolume(self._rewards(front, self.front_test))
         chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": on_test}
         chosen["table"] = {c: {r: self._row(k) for r, k in rows.items()} for c, rows in chosen.pop("answers").items()}
-        if "asked" in chosen:
-            chosen["control"] = {who: self._control(*asked) for who, asked in chosen.pop("asked").items()}
+        if asked := chosen.pop("asked", {}):
+            chosen["control"] = {who: self._control(*answers) for who, answers in asked.items()}
         return {"method": name, "seed": seed, **chosen}
 
     def _allocator(self, name: str) -> dict[str, Any]:
@@ -175,13 +175,15 @@ class Bench:
         if name == UNTRAINED:
             planner = self._planner(Variant(signals=lambda _: self.informed))
             choose = {corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio) for corner in CORNERS}
+            asked = {"policy": self._asked(planner)}
         else:
             context = Context(model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores)
             choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
+            asked = {}
         ratios = (MAX_RATIO * (i + 1) / FRONT for i in range(FRONT))
         front = [choose[corner](ratio) for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)]
         return {
-            "evaluations": 0, "front": _distinct(front), "search_hypervolume": None,
+            "evaluations": 0, "front": _distinct(front), "search_hypervolume": None, "asked": asked,
             "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
         }  # fmt: skip
 
@@ -218,7 +220,7 @@ class Bench:
 
     def _planner(self, variant: Variant) -> HiPPPlanner:
         planner = HiPPPlanner(CORNERS["utility"], policy=variant.policy())
-        planner.signals = variant.signals(self.informed)
+        planner.signals = variant.signals(self.signals)
         return planner
 
     def _hipp(self, variant: Variant, seed: int) -> dict[str, Any]:
@@ -230,11 +232,14 @@ class Bench:
         found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
         found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
         if variant is VARIANTS[HIPP]:
-            edges = {r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS}
-            policy = [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)]
             archived = [(w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)]
-            found["asked"] = {"policy": (policy, edges), "archived": (archived, {})}
+            found["asked"] = {"policy": self._asked(planner), "archived": (archived, {})}
         return found
+
+    def _asked(self, planner: HiPPPlanner) -> tuple[Sequence[tuple], Mapping[float, Sequence[tuple]]]:
+        """The policy's answers over the simplex, and from robustness to utility at fixed budgets."""
+        edges = {r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS}
+        return [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)], edges
 
     def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False) -> Keeps:
         planner.pruning_ratio = ratio

@@ -33,7 +33,7 @@ def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bo
     methods = {name: _row(rows) for name, rows in jobs.items()}
     values = {
         "size": dataclasses.asdict(size), "methods": methods, "claims": _claims(jobs), "paired": _paired(jobs, size),
-        "control": steering(jobs[HIPP]),
+        "control": steering(jobs[HIPP]) | {"untrained": steering(jobs[UNTRAINED])["policy"]},
     }  # fmt: skip
     print_table(methods)
     pope, choice = size.questions
