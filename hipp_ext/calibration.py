@@ -78,10 +78,11 @@ def calibration_by_task(
     if not isinstance(calibration, Mapping):
         batches = _checked(model, calibration)
         return dict.fromkeys(TASKS, batches)
-    if set(calibration) != set(TASKS):
-        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(calibration)}.")
-    checked = {id(batches): _checked(model, batches) for batches in calibration.values()}
-    return {task: checked[id(calibration[task])] for task in TASKS}
+    given: dict[Any, Any] = dict(calibration)
+    if set(given) != set(TASKS):
+        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(given)}.")
+    checked = {id(batches): _checked(model, batches) for batches in given.values()}
+    return {task: checked[id(given[task])] for task in TASKS}
 
 
 def all_batches(tasks: Mapping[Task, Sequence[Batch]]) -> list[Batch]:

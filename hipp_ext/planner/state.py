@@ -34,10 +34,8 @@ from hipp_ext.surgery import masked
 
 REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
-LEANS = (
-    17  # how many divisions of the wish between the tasks have a cheapest path of their own; between them lie straight lines
-)
-RATIOS = 201  # how many pruning ratios from 0 to 1 it is read at
+LEANS = 17  # divisions of the wish between the tasks that have a cheapest path of their own; between them, straight lines
+RATIOS = 201  # pruning ratios from 0 to 1 that paths are read at
 NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
@@ -117,7 +115,8 @@ class Signals:
     @functools.cached_property
     def _paths(self) -> Float[Tensor, "leans ratios groups"]:
         ratios, parameters = torch.linspace(0, 1, RATIOS), [g.parameters for g in self.groups]
-        leaning = (torch.lerp(*self.sensitivity, lean) for lean in torch.linspace(0, 1, LEANS).tolist())
+        utility, robustness = self.sensitivity
+        leaning = (torch.lerp(utility, robustness, lean) for lean in torch.linspace(0, 1, LEANS).tolist())
         shares = torch.stack([CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning])
         return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
