@@ -40,7 +40,9 @@ Cache = Annotated[
 Rows = Annotated[
     int,
     typer.Option(
-        "--calibration-rows", min=2, help="Built-in questions that signals are measured on; 256 tell more, and cost it."
+        "--calibration-rows",
+        min=2,
+        help="Built-in questions to measure signals on, unless the planner has some.",
     ),
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]

@@ -77,7 +77,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, messag
 
 
 def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
-    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12")
+    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12", "--calibration-rows", "8")
     running = subprocess.Popen([*HIPP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (tmp_path / "planner.fit" / "archive.jsonl").exists():

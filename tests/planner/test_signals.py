@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from command import hipp
 from devices import LiveBytes
 from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
 
-from hipp_ext import HiPPPlanner, Preference
+from hipp_ext import HiPPPlanner, Preference, testbed
+from hipp_ext.calibration import calibration_digest
 from hipp_ext.errors import CalibrationError, PlanError
+from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
@@ -67,6 +70,17 @@ def test_each_task_is_measured_on_its_own_batches(tmp_path):
         found = plan(model, tmp_path, said, calibration)[1]
     assert torch.equal(found.sensitivity, apart.sensitivity) and len(list(tmp_path.iterdir())) == 2
     assert sum("as measured before" in line for line in said) == 2  # batches for both tasks are a plain calibration
+
+
+def test_the_built_in_calibration_is_by_task_and_as_long_as_wanted(tmp_path):
+    model, processor = testbed.load()
+    planner = HiPPPlanner(Preference(1, 0, 0), pruning_ratio=0.5, cache=tmp_path)
+    useful = planner.plan(model, processor=processor, rows=6)
+    assert planner.signals.calibration == calibration_digest(testbed.calibration_tasks(processor, n=6))
+    assert useful != planner.plan(model, preference=Preference(0, 1, 0))
+    hipp("plan", "testbed", "--calibration-rows", "6", "-u", "1", "--pruning-ratio", "0.5", "--cache", tmp_path, "--out",
+         tmp_path / "plan.json")  # fmt: skip
+    assert len(list(tmp_path.glob("signals-*"))) == 1 and PruningPlan.load(tmp_path / "plan.json").groups == useful.groups
 
 
 @pytest.mark.parametrize("calibration", [{"utility": BATCHES}, {"utility": BATCHES, "robustness": []}])
