@@ -39,9 +39,9 @@ def calibration_tasks(processor: Any, n: int = 64, batch_size: int = 16, split: 
     Raises:
         CalibrationError: `n` is below 2, so that a task would have no question, or `batch_size` below 1.
     """
-    pope, choice = _questions(max(n, 1), batch_size, split)
-    if not choice:
+    if n < 2:
         raise CalibrationError(f"calibration_tasks needs n >= 2, a row for each task, got n={n}.")
+    pope, choice = _questions(n, batch_size, split)
     return {"utility": _batches(processor, choice, batch_size), "robustness": _batches(processor, pope, batch_size)}
 
 
