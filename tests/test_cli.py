@@ -1,5 +1,6 @@
 """The command line as a user types it, each call a process of its own."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
 
 HIPP = [sys.executable, "-m", "hipp_ext"]
+ROWS = ("--calibration-rows", "8")  # little, so that signals do not take long
 
 
 def hipp(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -26,15 +28,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_fit_plan_prune_from_start_to_end(folder):
-    done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", cwd=folder)
+    done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", *ROWS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "12 plans evaluated" in done.stdout and len(HiPPPlanner.load(folder / "planner").archive) == 12
-    wish = ("-u", "1", "--pruning-ratio", "0.3")  # what is not named counts nothing, as in `hipp front`
+    wish = ("-u", "1", "--pruning-ratio", "0.3", *ROWS)  # what is not named counts nothing, as in `hipp front`
     done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
     assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0) and "extrapolated" not in done.stdout
-    done = hipp("plan", "testbed", "--planner", "planner", "-u", "1", "--pruning-ratio", "0.7", "-o", "beyond.json", cwd=folder)
+    done = hipp(
+        "plan", "testbed", "--planner", "planner", "-u", "1", "--pruning-ratio", "0.7", *ROWS, "-o", "beyond.json", cwd=folder
+    )
     assert done.returncode == 0 and "extrapolated" in done.stdout
     done = hipp("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -77,8 +81,10 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, messag
 
 
 def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
-    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12", "--calibration-rows", "8")
-    running = subprocess.Popen([*HIPP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12", *ROWS)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell ignore it
+    running = subprocess.Popen([*HIPP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heard)  # fmt: skip
     for _ in range(600):
         if (tmp_path / "planner.fit" / "archive.jsonl").exists():
             break

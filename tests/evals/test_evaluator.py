@@ -134,5 +134,5 @@ def test_the_testbed_is_the_default_calibration(loaded):
     """None means the built-in pictures, through the processor beside the weights."""
     model, processor = loaded
     assert find_processor(model) is not None
-    plan = HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model)
-    assert plan == HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model, processor=processor)
+    plan = HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model, rows=8)
+    assert plan == HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model, rows=8, processor=processor)

@@ -11,7 +11,7 @@ from hipp_ext.testbed import WEIGHTS
 
 FIT = (
     "fit", "testbed", "--steps", "1", "--questions", "12", "--robustness", "adversarial", "--cost", "flops",
-    "--scalarisation", "linear", "-o",
+    "--scalarisation", "linear", "--calibration-rows", "8", "-o",
 )  # fmt: skip
 WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
 

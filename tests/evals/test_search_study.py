@@ -15,8 +15,8 @@ from hipp_ext.evals.bench.search.summary import run
 
 from hipp_ext.errors import HippError, OutputExistsError
 
-SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), front_questions=24, table_questions=(48, 24),
-                 sensitivity_rows=16)  # fmt: skip
+SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), sensitivity_rows=8, front_plans=12,
+                 front_questions=8, table_questions=(24, 16))  # fmt: skip
 
 
 def test_a_small_study(tmp_path):

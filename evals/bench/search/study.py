@@ -49,7 +49,6 @@ from hipp_ext.slices import sliced
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-FRONT = 60  # plans that a method may hand in for the test's hypervolume; allocators, who answer any ratio, at as many
 EDGE_RATIOS = (0.3, 0.5)  # where utility is played against robustness; below, both tasks keep nearly all they had
 
 
@@ -62,6 +61,7 @@ class StudySize:
         ablation_seeds: of hipp without its parts.
         evaluations: plans that a method may evaluate.
         questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
+        front_plans: that a method may hand in for the test split's hypervolume; allocators, who answer any ratio, at as many.
         front_questions: per task, of the test split, for hypervolumes.
         sensitivity_rows: of calibration data, for allocators, informed searches and hipp untrained. Fits have the default.
         table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
@@ -72,6 +72,7 @@ class StudySize:
     evaluations: int = 300
     questions: tuple[int, int] = (1024, 512)
     sensitivity_rows: int = 256
+    front_plans: int = 60
     front_questions: int = 300
     table_questions: tuple[int, int] = (1200, 800)
 
@@ -180,7 +181,8 @@ class Bench:
             context = Context(model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores)
             choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
             asked = {}
-        ratios = (MAX_RATIO * (i + 1) / FRONT for i in range(FRONT))
+        n = self.size.front_plans
+        ratios = (MAX_RATIO * (i + 1) / n for i in range(n))
         front = [choose[corner](ratio) for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)]
         return {
             "evaluations": 0, "front": _distinct(front), "search_hypervolume": None, "asked": asked,
@@ -214,7 +216,7 @@ class Bench:
                     rows[str(ratio)] = max(enough, key=lambda e: getattr(e[1], corner))[0]
         rewards = [reward for _, reward in evaluated]
         return {
-            "evaluations": len(evaluated), "answers": answers, "front": _hand_in(evaluated),
+            "evaluations": len(evaluated), "answers": answers, "front": _hand_in(evaluated, self.size.front_plans),
             "search_hypervolume": _hypervolume(rewards),
         }  # fmt: skip
 
@@ -288,12 +290,12 @@ def _hypervolume(rewards: Sequence[Reward]) -> float:
     return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
 
 
-def _hand_in(evaluated: Sequence[tuple[Keeps, Reward]]) -> list[Keeps]:
-    """The FRONT plans that together have the largest hypervolume on the search split, chosen greedily."""
+def _hand_in(evaluated: Sequence[tuple[Keeps, Reward]], n: int) -> list[Keeps]:
+    """The `n` plans that together have the largest hypervolume on the search split, chosen greedily."""
     points = np.array([r.objectives() for _, r in evaluated])
     left = np.flatnonzero(moocore.is_nondominated(points, maximise=True)).tolist()
     chosen: list[int] = []
-    while left and len(chosen) < FRONT:
+    while left and len(chosen) < n:
         gains = [moocore.hypervolume(points[[*chosen, i]], ref=list(REFERENCE_POINT), maximise=True) for i in left]
         chosen.append(left.pop(int(np.argmax(gains))))
     return [evaluated[i][0] for i in chosen]
