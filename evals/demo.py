@@ -62,7 +62,7 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     if not (data / "test").exists():
         testbed.export(data, splits=("test",))
     say("2/6  fitting the planner on the search split")
-    planner = HiPPPlanner(PREFERENCES["utility"])
+    planner = HiPPPlanner(PREFERENCES["utility"], cache=folder / "signals")
     evaluator = search_evaluator(model, processor, size.search)
     result = planner.fit(model, evaluator, size.settings, folder=folder / "fit", processor=processor, progress=progress)
     planner.save(folder / "planner", overwrite=True)

@@ -67,7 +67,7 @@ def _measure(
     quick = ImageAttack(processor, epsilon=epsilon, steps=4, seed=seed) if adaptive else attack
     kind = "adversarial" if adaptive else objective
     evaluator = Evaluator(model, processor, *search, robustness=kind, attack=quick, adaptive=adaptive)
-    planner = HiPPPlanner(WISH, pruning_ratio=ratio)
+    planner = HiPPPlanner(WISH, pruning_ratio=ratio, cache=folder.parent / "signals")
     planner.fit(model, evaluator, FitSettings(steps=steps, seed=seed), folder=folder, processor=processor)
     plan = planner.plan(model, processor=processor)
     small = prune(model, plan)
