@@ -146,7 +146,7 @@ def bench_control(
 ) -> None:
     """Does the preference steer? Fits, 66 wishes over the simplex put to each, and what their plans achieve on the test split.
 
-    Some 75 minutes on two cores; a study that was stopped goes on with the next fit.
+    Some 90 minutes on two cores; a study that was stopped goes on with the next fit.
 
     Examples:
 

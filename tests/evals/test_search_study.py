@@ -37,12 +37,12 @@ def test_a_small_study(tmp_path):
         assert estimate["se"] >= 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
     assert len(result["paired"]) == 10
     policy, archived = result["control"]["policy"], result["control"]["archived"]
-    assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5"}
-    assert len(policy["spearman"]) == 10 and len(archived["spearman"]) == 6  # no archived plan has exactly a given budget
+    assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5", "0.6"}
+    assert len(policy["spearman"]) == 12 and len(archived["spearman"]) == 6  # no archived plan has exactly a given budget
     assert policy["removed_percent_from_compression_to_robustness"][-1] < 30
     assert 1 <= archived["lattice_distinct_plans"]["mean"] <= 12 < policy["lattice_distinct_plans"]["mean"] <= 66
     untrained = result["control"]["untrained"]
-    assert untrained["spearman"]["robustness-compression edge: compression"]["mean"] > 0.99 and len(untrained["spearman"]) == 10
+    assert untrained["spearman"]["robustness-compression edge: compression"]["mean"] > 0.99 and len(untrained["spearman"]) == 12
     for who in (policy, archived):
         removed = who["removed_percent_from_compression_to_robustness"]
         assert len(removed) == 11 and removed[0] >= removed[-1]  # of twelve evaluated plans one may answer all

@@ -49,7 +49,7 @@ from hipp_ext.slices import sliced
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-EDGE_RATIOS = (0.3, 0.5)  # where utility is played against robustness; below, both tasks keep nearly all they had
+EDGE_RATIOS = (0.3, 0.5, 0.6)  # where utility is played against robustness; below, both tasks keep nearly all they had
 
 
 @dataclass(frozen=True, kw_only=True)
