@@ -4,11 +4,15 @@ plan = HiPPPlanner(Preference(utility=0.4, robustness=0.4, compression=0.2)).pla
 small = prune(model, plan)
 """
 
-from hipp_ext.checkpoint import load_pruned, pad_to_uniform, save_pruned
-from hipp_ext.plan import PruningPlan
-from hipp_ext.planner import HiPPPlanner
-from hipp_ext.preference import Preference
-from hipp_ext.surgery import masked, prune
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hipp_ext.checkpoint import load_pruned, pad_to_uniform, save_pruned
+    from hipp_ext.plan import PruningPlan
+    from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.preference import Preference
+    from hipp_ext.surgery import masked, prune
 
 __all__ = [
     "HiPPPlanner",
@@ -21,3 +25,27 @@ __all__ = [
     "save_pruned",
 ]
 __version__ = "0.1.0"
+
+# Names are imported when they are asked for (PEP 562), so that importing one part, as commands do, does not wait for all.
+_HOMES = {
+    "HiPPPlanner": "planner",
+    "Preference": "preference",
+    "PruningPlan": "plan",
+    "load_pruned": "checkpoint",
+    "masked": "surgery",
+    "pad_to_uniform": "checkpoint",
+    "prune": "surgery",
+    "save_pruned": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

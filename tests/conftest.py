@@ -1,4 +1,5 @@
 import os
+from importlib import import_module
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,7 +11,8 @@ from jaxtyping import install_import_hook
 TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.masks", "hipp_ext.scorers", "hipp_ext.comm.codec"]
 TENSOR_MODULES += [f"hipp_ext.planner.{name}" for name in ("state", "policy", "reward", "grpo")]
 with install_import_hook(TENSOR_MODULES, "beartype.beartype"):
-    import hipp_ext  # noqa: F401
+    for module in TENSOR_MODULES:
+        import_module(module)
 
 torch.set_num_threads(1)
 

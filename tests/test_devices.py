@@ -12,7 +12,7 @@ from models import BUILDERS, batch, build
 
 from hipp_ext import HiPPPlanner, Preference, load_pruned, masked, prune, save_pruned, scorers
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.console import load_model
+from hipp_ext.cli.console import load_model
 from hipp_ext.errors import CheckpointError, HippError, UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tomllib
+
+import hipp_ext
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,8 +26,16 @@ def test_every_folder_with_code_is_listed():
 
 def test_the_core_imports_no_host_and_no_heavy_extra():
     hosts = ("torch_pruning", "llmcompressor", "vlmeval", "lm_eval", "torchattacks", "torchvision", "pandas", "matplotlib")
-    code = f"import sys, hipp_ext, hipp_ext.testbed; print([h for h in {hosts} if h in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    assert _imported(hosts, by="from hipp_ext import *; import hipp_ext.testbed") == "[]"
+
+
+def test_the_command_line_waits_for_torch_only_where_it_needs_it():
+    assert _imported(("torch", "transformers", "numpy"), by="import hipp_ext.cli") == "[]"
+
+
+def _imported(names: tuple[str, ...], by: str) -> str:
+    code = f"import sys\n{by}\nprint([name for name in {names} if name in sys.modules])"
+    return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
 
 
 def test_top_level_names_do_not_leak():
@@ -33,3 +44,10 @@ def test_top_level_names_do_not_leak():
     for name in ("evals", "integrations"):
         done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=Path(sys.prefix), capture_output=True)
         assert done.returncode != 0
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert all(getattr(hipp_ext, name).__name__ == name for name in hipp_ext.__all__)
+    assert set(hipp_ext.__all__) <= set(dir(hipp_ext))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hipp_ext.nonsense  # noqa: B018

@@ -15,9 +15,9 @@ import torch
 from test_surgery import random_plan
 
 from hipp_ext import load_pruned, prune, save_pruned, testbed
+from hipp_ext.cli.recover import _question_lessons
 from hipp_ext.errors import CheckpointError, DataError, HippError
 from hipp_ext.recover import QuestionLessons, RecoverSettings, TestbedLessons, recover
-from hipp_ext.recover.cli import _question_lessons
 from hipp_ext.testbed.model import build_model, build_processor
 
 SETTINGS = RecoverSettings(steps=6, save_every=2)

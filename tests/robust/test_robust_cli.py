@@ -79,7 +79,7 @@ def test_a_checkpoint_serves_its_own_run_only(tmp_path):
 
 def test_no_image_of_the_training_is_tested_on(tmp_path):
     """The split goes with the model, whatever the seed of the command."""
-    from hipp_ext.robust.cli import _load
+    from hipp_ext.cli.robust import _load
 
     hipp("train", "--network", "small-vgg", "--epochs", "0", "--seed", "3", "--out", str(tmp_path / "a"))
     hipp("finetune", str(tmp_path / "a"), "--epochs", "0", "--seed", "4", "--out", str(tmp_path / "b"))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hipp_ext.console import Device, Overwrite, check_dtype
+from hipp_ext.cli.console import Device, Overwrite, check_dtype
 
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
@@ -58,10 +58,9 @@ def bench_latency(
     import shlex
     import sys
 
+    from hipp_ext.errors import DataError
     from hipp_ext.evals.bench.generation import Load
     from hipp_ext.evals.bench.latency import run
-
-    from hipp_ext.errors import DataError
     from hipp_ext.files import require_new
     from hipp_ext.testbed import WEIGHTS
 
@@ -184,9 +183,8 @@ def bench_fit(
     import shlex
     import sys
 
-    from hipp_ext.evals.bench.fit_cost import FitCostSize, run
-
     from hipp_ext.errors import DataError
+    from hipp_ext.evals.bench.fit_cost import FitCostSize, run
     from hipp_ext.files import require_new
     from hipp_ext.planner import FitSettings
 
@@ -369,9 +367,8 @@ def bench_inversion(
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.evals.bench.inversion import NETWORKS, run
-
     from hipp_ext.errors import DataError
+    from hipp_ext.evals.bench.inversion import NETWORKS, run
 
     if network not in NETWORKS:
         raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Device, Overwrite, write_json
+from hipp_ext.cli.console import Device, Overwrite, write_json
 from hipp_ext.errors import AttackError, BudgetError
 
 robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")

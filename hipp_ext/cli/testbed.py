@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hipp_ext.console import Overwrite, say
+from hipp_ext.cli.console import Overwrite, say
 
 testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
 

@@ -6,9 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say
+from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say
+
+recover_app = typer.Typer()
 
 
+@recover_app.command("recover")
 def recover_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],

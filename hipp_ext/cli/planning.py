@@ -1,30 +1,15 @@
-"""The command `hipp`: thin wrappers over the library, one function per command."""
+"""`hipp demo | plan | fit | front | prune`: from a preference to a smaller model."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
-from hipp_ext.errors import HippError, PreferenceError
-from hipp_ext.evals.bench.cli import bench_app
-from hipp_ext.evals.cli import evals_app
+from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
+from hipp_ext.errors import PreferenceError
 from hipp_ext.preference import Preference
-from hipp_ext.recover.cli import recover_command
-from hipp_ext.robust.cli import robust_app
-from hipp_ext.testbed.cli import testbed_app
 
-app = typer.Typer(
-    name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
-)  # fmt: skip
-app.add_typer(evals_app)
-app.add_typer(bench_app, name="bench")
-app.add_typer(robust_app, name="robust")
-app.add_typer(testbed_app, name="testbed")
-
+planning_app = typer.Typer()
 Utility = Annotated[float | None, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[float | None, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
 Compression = Annotated[float | None, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
@@ -48,27 +33,7 @@ Rows = Annotated[
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
 
 
-INTERRUPTED = 130
-
-
-def main() -> None:
-    """Entry point: exit code 0 on success, 2 for bad input, 130 on ctrl-C, 1 for anything else."""
-    _quiet_transformers()
-    try:
-        app(standalone_mode=True)
-    except HippError as error:
-        typer.secho(f"hipp: {error}", fg="red", err=True)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer makes it of a KeyboardInterrupt
-            typer.secho(
-                "hipp: interrupted. Fits, training and studies keep what they finished: the same command goes on from there.",
-                err=True,
-            )
-        raise
-
-
-@app.command()
+@planning_app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Policy updates of the fit, 12 plans each.")] = 20,
@@ -88,7 +53,7 @@ def demo(
     run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), say=typer.echo)
 
 
-@app.command()
+@planning_app.command()
 def plan(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("plan.json"),
@@ -142,7 +107,7 @@ def plan(
     _print_plan(made)
 
 
-@app.command()
+@planning_app.command()
 def fit(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
@@ -215,7 +180,7 @@ def fit(
         say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")
 
 
-@app.command()
+@planning_app.command()
 def front(
     planner: Annotated[Path, typer.Argument(metavar="PLANNER", help="A folder written by `hipp fit`.")],
     utility: Utility = None,
@@ -271,7 +236,7 @@ def front(
         write_json(json_file, {"front": front_rows(fitted)})
 
 
-@app.command()
+@planning_app.command()
 def prune(
     model: ModelArgument,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
@@ -308,14 +273,6 @@ def prune(
     say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
 
 
-app.command("recover")(recover_command)
-
-
-def _quiet_transformers() -> None:
-    """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _preference(utility: float | None, robustness: float | None, compression: float | None) -> Preference | None:
     """The wish; a weight that is not given counts nothing. None where none is."""
     if (utility, robustness, compression) == (None, None, None):
@@ -349,7 +306,3 @@ def _print_plan(made: Any) -> None:
     for g in made.groups:
         table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
