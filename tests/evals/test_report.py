@@ -47,7 +47,7 @@ def made(tmp_path_factory) -> Path:
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 1, 1))
     planner.fit(model, search_evaluator(model, processor, 12), FitSettings(steps=1, preferences=1, budgets=2, imagined=2),
-                folder=place / "fit", processor=processor, progress=False)  # fmt: skip
+                folder=place / "fit", processor=processor, rows=8, progress=False)  # fmt: skip
     planner.save(place / "planner")
     plan = planner.plan(model, preference=Preference(0.2, 0.2, 0.6))
     save_pruned(model, place / "models/dense", processor)
