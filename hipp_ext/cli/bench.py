@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from hipp_ext.cli.console import Device, Overwrite, check_dtype
+from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype
+from hipp_ext.errors import DataError
+from hipp_ext.files import require_new
 
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
@@ -40,7 +42,7 @@ def bench_latency(
     repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two that do not.")] = 9,
     seed: Annotated[int, typer.Option(help="Of pictures and random prompts.")] = 0,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: Dtype = None,
     out: Out = None,
     overwrite: Overwrite = False,
     save: Save = False,
@@ -58,10 +60,8 @@ def bench_latency(
     import shlex
     import sys
 
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.bench.generation import Load
     from hipp_ext.evals.bench.latency import run
-    from hipp_ext.files import require_new
     from hipp_ext.testbed import WEIGHTS
 
     if plan and not models:
@@ -183,9 +183,7 @@ def bench_fit(
     import shlex
     import sys
 
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.bench.fit_cost import FitCostSize, run
-    from hipp_ext.files import require_new
     from hipp_ext.planner import FitSettings
 
     check_dtype(dtype)
@@ -367,7 +365,6 @@ def bench_inversion(
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.bench.inversion import NETWORKS, run
 
     if network not in NETWORKS:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.errors import HippError
+from hipp_ext.files import write_atomic
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
@@ -82,7 +83,5 @@ def print_wide(table: Any) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     import json
-
-    from hipp_ext.files import write_atomic
 
     write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

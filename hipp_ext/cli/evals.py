@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, check_dtype, model_folder, print_wide, say, write_json
+from hipp_ext.errors import DataError
+from hipp_ext.files import require_new
 
 evals_app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(no_args_is_help=True, help="Benchmark files for `vlmeval`, built from local copies of the data.")
@@ -61,7 +63,6 @@ def compare(
     """
     from hipp_ext.evals.compare import compare as run
     from hipp_ext.evals.compare import comparison_table, plain
-    from hipp_ext.files import require_new
 
     if json_file is not None:
         require_new(json_file, overwrite)
@@ -102,7 +103,6 @@ def chair(
 
     `hipp chair ./pruned --annotations instances_val2014.json --captions captions_val2014.json --images val2014`
     """
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.captions import PROMPT, chair_table, coco_task, measure_chair, scenes_task
 
     check_dtype(dtype)
@@ -172,7 +172,6 @@ def data_pope(
 
     `hipp data pope --published POPE/output/coco --images val2014 -o ~/LMUData/POPE.tsv`
     """
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.data.pope import pope_from_annotations, pope_from_published, write_pope
 
     if coco_annotations is not None and published is None:

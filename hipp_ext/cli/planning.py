@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
-from hipp_ext.errors import PreferenceError
+from hipp_ext.errors import DataError, PreferenceError
+from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
 
 planning_app = typer.Typer()
@@ -85,7 +86,6 @@ def plan(
     `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --archived`
     """
     from hipp_ext.budget import Bounds, check_ratio
-    from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.planner.signal_cache import default_cache
 
@@ -152,12 +152,10 @@ def fit(
     `hipp fit ./llava-v1.6-34b-hf ... --device auto --out planner` spreads one large model over all GPUs (needs accelerate)
     """
     from hipp_ext.budget import Bounds
-    from hipp_ext.files import require_new
     from hipp_ext.planner import FitSettings, HiPPPlanner
     from hipp_ext.planner.cost import check_cost
     from hipp_ext.planner.evaluation import Workers
     from hipp_ext.planner.signal_cache import default_cache
-    from hipp_ext.preference import Preference
     from hipp_ext.scorers import MRS
 
     check_cost(cost)
@@ -212,7 +210,6 @@ def front(
     """
     from hipp_ext.budget import check_ratio
     from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
-    from hipp_ext.files import require_new
     from hipp_ext.planner import HiPPPlanner
 
     for file in (picture, json_file):
@@ -259,7 +256,6 @@ def prune(
     `hipp prune ./llava-1.5-7b-hf plan.json -o ./compensated --compensate`
     """
     from hipp_ext.checkpoint import save_pruned
-    from hipp_ext.files import require_new
     from hipp_ext.plan import PruningPlan
     from hipp_ext.surgery import prune as cut
 
@@ -283,7 +279,6 @@ def _preference(utility: float | None, robustness: float | None, compression: fl
 def _evaluator(
     model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path, robustness: str = "pope"
 ) -> Any:
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.demo import search_evaluator
     from hipp_ext.evals.evaluator import Evaluator
     from hipp_ext.evals.questions import table_questions

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say
+from hipp_ext.errors import DataError
+from hipp_ext.files import require_new
 
 recover_app = typer.Typer()
 
@@ -44,7 +46,6 @@ def recover_command(
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv --scienceqa SQA_train.tsv -o ./recovered`
     """
     from hipp_ext.checkpoint import save_pruned
-    from hipp_ext.files import require_new
     from hipp_ext.recover import RecoverSettings, TestbedLessons, recover
     from hipp_ext.recover.training import join_processes
 
@@ -68,7 +69,6 @@ def recover_command(
 
 def _question_lessons(processor: Any, files: list[Path], rows: int, seed: int, running: Path, position: int) -> Any:
     """TSVs to train on. The published test sets are not among them."""
-    from hipp_ext.errors import DataError
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import KNOWN, read_table
     from hipp_ext.recover import QuestionLessons

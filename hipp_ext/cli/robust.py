@@ -10,6 +10,7 @@ import typer
 
 from hipp_ext.cli.console import Device, Overwrite, write_json
 from hipp_ext.errors import AttackError, BudgetError
+from hipp_ext.files import require_new
 
 robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
 
@@ -46,7 +47,6 @@ def robust_train(
     import torch
 
     from hipp_ext.checkpoint import resolve_device
-    from hipp_ext.files import require_new
     from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
     from hipp_ext.robust.data import load_data
     from hipp_ext.robust.models import build_model
@@ -121,7 +121,6 @@ def robust_prune(
 
     `hipp robust prune dense --budget 0.25 --cost parameters --epsilon 0.1 --out quarter`
     """
-    from hipp_ext.files import require_new
     from hipp_ext.robust.allocation import Bounds
     from hipp_ext.robust.checkpoint import save_classifier
     from hipp_ext.robust.pipeline import MRPFSettings, mrpf
@@ -157,7 +156,6 @@ def robust_finetune(
 
     Example: `hipp robust finetune pruned --epsilon 0.1 --epochs 15 --out tuned`
     """
-    from hipp_ext.files import require_new
     from hipp_ext.robust.checkpoint import save_classifier
     from hipp_ext.robust.training import TrainSettings, train
 

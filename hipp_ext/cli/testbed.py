@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hipp_ext.cli.console import Overwrite, say
+from hipp_ext.files import require_new
 
 testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
 
@@ -38,7 +39,6 @@ def testbed_export(
     """
     from hipp_ext import testbed
     from hipp_ext.checkpoint import save_pruned
-    from hipp_ext.files import require_new
 
     if model is not None:
         require_new(model, overwrite)
