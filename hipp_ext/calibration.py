@@ -25,11 +25,15 @@ def calibration_digest(tasks: Mapping[Task, Sequence[Batch]]) -> str:
 
 
 def batches_digest(batches: Iterable[Batch]) -> str:
-    """Hex digest of the batches' tensors."""
+    """Hex digest of the batches: names, types, shapes and values."""
     digest = hashlib.sha256()
     for batch in batches:
-        for name in sorted(batch):
-            digest.update(name.encode() + batch[name].detach().float().cpu().numpy().tobytes())
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:  # some processors add plain values: the mode of Janus, for one
+                digest.update(f"\0{name} {value!r}\0".encode())
     return digest.hexdigest()
 
 
@@ -79,8 +83,10 @@ def calibration_by_task(
         batches = _checked(model, calibration)
         return dict.fromkeys(TASKS, batches)
     given: dict[Any, Any] = dict(calibration)
+    if "input_ids" in given:
+        raise CalibrationError("A calibration is a list of batches: pass [batch] for a single one.")
     if set(given) != set(TASKS):
-        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(given)}.")
+        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(map(str, given))}.")
     checked = {id(batches): _checked(model, batches) for batches in given.values()}
     return {task: checked[id(given[task])] for task in TASKS}
 
@@ -109,16 +115,35 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answer
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
     pictures = [[i] for i in images if i is not None]
     full = texts if answers is None else [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
-    # Only left padding puts the answer position of every row at the end.
-    batch = dict(processor(text=full, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"))
+    batch = tokenise(processor, full, pictures)
     if answers is not None:
-        prompt_lengths = processor(text=texts, images=pictures or None, padding=True, padding_side="left",
-                                   return_tensors="pt")["attention_mask"].sum(1)  # fmt: skip
+        prompt_lengths = tokenise(processor, texts, pictures)["attention_mask"].sum(1)
         lengths = batch["attention_mask"].sum(1)
         from_end = torch.arange(batch["input_ids"].shape[1], 0, -1)
         is_answer = from_end[None] <= (lengths - prompt_lengths)[:, None]
         batch["labels"] = torch.where(is_answer, batch["input_ids"], -100)
     return batch
+
+
+def tokenise(processor: Any, texts: Sequence[str], images: Sequence[Any] | None = None, **kwargs: Any) -> Batch:
+    """One left-padded batch of chats that a template has rendered, each with one beginning-of-text token.
+
+    Many templates write that token themselves, and the tokenizer would add a second one; transformers'
+    `processor.apply_chat_template(tokenize=True)` avoids it in the same way.
+
+    Args:
+        processor: a processor, or the tokenizer of a language model.
+        texts: rendered by the processor's chat template.
+        images: the pictures of each text that has any, as the processor takes them; None or empty: none.
+        kwargs: further options of the processor.
+    """
+    beginning = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    if beginning and all(text.startswith(beginning) for text in texts):
+        kwargs["add_special_tokens"] = False
+    if images:
+        kwargs["images"] = images
+    # Only left padding puts the answer position of every row at the end.
+    return dict(processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **kwargs))
 
 
 def join_answer(text: str, answer: str) -> str:
@@ -136,7 +161,7 @@ def find_processor(model: nn.Module) -> Any | None:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
@@ -174,7 +199,14 @@ def image_token_id(model: nn.Module) -> int | None:
 
 
 def _checked(model: nn.Module, calibration: Batches) -> list[Batch]:
-    batches = [dict(b) for b in calibration]
+    batches = []
+    for batch in calibration:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"A calibration batch is a dict of the tensors that {type(model).__name__}.forward takes (input_ids, "
+                f"attention_mask, pixel_values, ...), as a processor returns them; got a {type(batch).__name__}."
+            )
+        batches.append(dict(batch))
     if not batches:
         raise CalibrationError("The calibration holds no batches.")
     for i, batch in enumerate(batches):
@@ -193,7 +225,8 @@ def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
             "a processor of another model?"
         )
     token = image_token_id(model)
-    has_pixels = batch.get("pixel_values") is not None
+    # Video-LLaVA calls its pictures pixel_values_images; videos have tokens of their own.
+    has_pixels = any(k.startswith("pixel_values") and "video" not in k and v is not None for k, v in batch.items())
     if token is not None and bool((ids == token).any()) != has_pixels:
         raise CalibrationError(
             f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) and "
