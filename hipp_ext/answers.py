@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
+from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
+from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
 from hipp_ext.scorers.base import evaluating, forward, valid_tokens
 
 SIMPLE = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
@@ -40,8 +42,10 @@ class AnswerLogits:
         memory_limit: for keys and values of what rows have in common [bytes]; fewer beginnings run together where they would
             take more, one at least.
 
+    What comes out is compared once, on the first batch, with `model(**batch).logits`.
+
     Raises:
-        UnsupportedModelError: weights are offloaded.
+        UnsupportedModelError: weights are offloaded, or the answers are not what the model's own logits say.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, share: bool = True, memory_limit: int = MEMORY_LIMIT):
@@ -52,41 +56,61 @@ class AnswerLogits:
         begun = 0
         token = image_token_id(model)
         check_loaded(model)
+        self._head = OutputHead()
+        size = max((len(batch["input_ids"]) for batch in batches), default=1)
+        self._limit = (size, memory_limit // _cache_bytes(model))
         with torch.no_grad(), evaluating(model):
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
                 index = torch.arange(begun, begun + len(position))
                 begun += len(position)
+                if number == 0 and not self._check(model, batch, inputs, position, share and _plainly_causal(model, inputs)):
+                    share = False
                 if share and _plainly_causal(model, inputs):
                     rows += _rows(inputs, batch, position, token, beginnings)
                     places += index.tolist()
                 else:
                     self._replayed.append((inputs, position, index))
-        size = max((len(batch["input_ids"]) for batch in batches), default=1)
-        self._chunks = list(_chunks(rows, size, memory_limit // _cache_bytes(model)))
+        self._chunks = list(_chunks(rows, *self._limit))
         indices = [torch.tensor(places)[chunk.index] for chunk in self._chunks] + [index for *_, index in self._replayed]
         self._order = torch.argsort(torch.cat(indices))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Float[Tensor, "rows vocabulary"]:
         """float32, on the CPU, in the order of the batches' rows."""
-        tower = decoder(model)
-        answers = []
         with evaluating(model):
-            for chunk in self._chunks:
-                answers.append(_read(model, chunk.last_hidden(tower), chunk.position))
-            for inputs, position, _ in self._replayed:
-                answers.append(_read(model, tower(**inputs).last_hidden_state, position))
+            answers = [self._run(model, chunk) for chunk in self._chunks]
+            answers += [self._replay(model, inputs, position) for inputs, position, _ in self._replayed]
         return torch.cat(answers)[self._order]
 
+    def _run(self, model: nn.Module, chunk: "_Chunk") -> Tensor:
+        return self._read(model, chunk.last_hidden(decoder(model)), chunk.position)
 
-def _read(model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
-    last = hidden[torch.arange(hidden.shape[0]), position.to(hidden.device)]
-    logits = model.get_output_embeddings()(last).float().cpu()  # type: ignore[operator]
-    config = _config(model)  # of what some models do to logits after the head: Cohere, Granite, Gemma
-    logits *= getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    def _replay(self, model: nn.Module, inputs: dict[str, Any], position: Tensor) -> Tensor:
+        return self._read(model, decoder(model)(**inputs).last_hidden_state, position)
+
+    def _read(self, model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
+        return self._head(model, hidden[torch.arange(len(position)), position.to(hidden.device)])
+
+    def _check(self, model: nn.Module, batch: Batch, inputs: dict[str, Any], position: Tensor, share: bool) -> bool:
+        """Find the model's head; False where rows that share beginnings get other logits than the model's own."""
+        self._head, expected = fit_output_head(model, batch, position)
+
+        def fits(answers: Tensor) -> bool:
+            return float((answers - expected).abs().max()) <= tolerance(model, expected, roundings=16)
+
+        if share:
+            rows = list(_rows(inputs, batch, position, image_token_id(model), {}))
+            chunks = list(_chunks(rows, *self._limit))
+            order = torch.argsort(torch.cat([torch.as_tensor(chunk.index) for chunk in chunks]))
+            if fits(torch.cat([self._run(model, chunk) for chunk in chunks])[order]):
+                return True
+        if not fits(self._replay(model, inputs, position)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its language tower, called again with the same inputs, gives other logits than the "
+                "model, so that plans cannot be compared by it."
+            )
+        return not share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from devices import LiveBytes
 from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
 from test_slices import scores_of
@@ -9,8 +10,11 @@ from test_slices import scores_of
 from hipp_ext import testbed
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import encode
+from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.slices import sliced
+
+CLIP = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
 
 
 def together(first, second):
@@ -128,16 +132,71 @@ def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
     assert peaks[0] <= peaks[1] < 0.7 * peaks[2] < 0.7 * peaks[3]
 
 
-@pytest.mark.parametrize(("name", "extra"), [
-    ("Cohere", {"logit_scale": 0.2}), ("Granite", {"logits_scaling": 4.0}), ("Gemma2", {"final_logit_softcapping": 0.5}),
-])  # fmt: skip
-def test_logits_that_are_scaled_or_capped_after_the_head(name, extra):
-    import transformers
-
+def scaled_model(name, extra):
     config = getattr(transformers, f"{name}Config")(**SIZES, **extra)
-    model, rows = getattr(transformers, f"{name}ForCausalLM")(config).eval(), batch("llama")
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def wrapped_model(name, **extra):
+    """A wrapper with a head of its own around a text model that scales or caps its logits."""
+    vision = {**CLIP, "model_type": "siglip_vision_model" if name in ("AyaVision", "PaliGemma") else "clip_vision_model"}
+    config = getattr(transformers, f"{name}Config")(text_config=SIZES | extra, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+
+
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+HEADS = {
+    "Cohere": lambda: scaled_model("Cohere", {"logit_scale": 0.2}),
+    "Granite": lambda: scaled_model("Granite", {"logits_scaling": 4.0}),
+    "HyperCLOVA X": lambda: scaled_model("HyperCLOVAX", {"logits_scaling": 4.0}),  # the same word, and it multiplies
+    "Gemma 2": lambda: scaled_model("Gemma2", {"final_logit_softcapping": 0.5}),
+    "Falcon-H1": lambda: scaled_model("FalconH1", {"lm_head_multiplier": 0.25} | MAMBA),
+    "LLaVA-NeXT of Granite": lambda: wrapped_model("LlavaNext", model_type="granite", logits_scaling=8.0),
+    "Aya Vision": lambda: wrapped_model("AyaVision", model_type="cohere2", logit_scale=0.0625),
+    "PaliGemma 2": lambda: wrapped_model("PaliGemma", model_type="gemma2", final_logit_softcapping=0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_are_the_models_whatever_it_does_after_the_head(name, dtype):
+    torch.manual_seed(0)
+    model, rows = HEADS[name]().to(dtype), batch("llama")
+    model.get_output_embeddings().weight.data.mul_(20)  # logits of a size that a cap changes
     with torch.no_grad():
-        assert torch.allclose(AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5)
+        expected = model(**rows).logits[:, -1].float()
+    precision = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(AnswerLogits(model, [rows])(model), expected, atol=precision * float(expected.abs().max()))
+
+
+def test_logits_that_no_known_head_gives_are_refused():
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + torch.arange(output.logits.shape[-1]) / 10
+            return output
+
+    torch.manual_seed(0)
+    model = Shifted(transformers.LlamaConfig(**SIZES)).eval()
+    with pytest.raises(UnsupportedModelError, match="does something to its logits"):
+        AnswerLogits(model, [batch("llama")])
+
+
+def test_a_model_whose_rows_cannot_share_a_beginning_is_replayed():
+    class Counting(transformers.models.llama.modeling_llama.LlamaModel):
+        """A decoder that treats the first token it is given differently, as convolutions and recurrent layers do."""
+
+        def forward(self, *args, inputs_embeds=None, **kwargs):
+            changed = inputs_embeds.clone()
+            changed[:, 0] += 1
+            return super().forward(*args, inputs_embeds=changed, **kwargs)
+
+    model = build("llava")
+    model.model.language_model.__class__ = Counting
+    answers = AnswerLogits(model, [batch("llava")])
+    assert not answers._chunks
+    with torch.no_grad():
+        assert torch.allclose(answers(model), model(**batch("llava")).logits[:, -1], atol=1e-5)
 
 
 def test_a_mask_for_each_kind_of_layer_is_replayed():
