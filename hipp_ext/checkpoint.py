@@ -18,9 +18,9 @@ from torch import nn
 
 from hipp_ext.errors import CheckpointError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, write_atomic
-from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear
+from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear, sync_sizes
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_bound_methods, sync_sizes
+from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_bound_methods
 
 MANIFEST, PLAN = "hipp_ext.json", "hipp_plan.json"
 

@@ -95,8 +95,9 @@ def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _has_attention(m[0])]
     if len(lists) != 1:
         raise UnsupportedModelError(
-            f"Looked for the layers of the {tower} tower of {type(model).__name__} and found {len(lists)} lists of "
-            f"blocks with {PRODUCERS['attention']} and one of {CONSUMERS['attention']}. Modules of the tower: {_listing(root)}"
+            f"{_adapters(root)}Looked for the layers of the {tower} tower of {type(model).__name__} and found {len(lists)} "
+            f"lists of blocks with {PRODUCERS['attention']} and one of {CONSUMERS['attention']}. Modules of the tower: "
+            f"{_listing(root)}"
         )
     return lists[0]
 
@@ -117,6 +118,12 @@ def _vision_tower(model: nn.Module) -> nn.Module:
     raise UnsupportedModelError(f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}")
 
 
+def _adapters(root: nn.Module) -> str:
+    """A sentence on adapters, which stand in front of the linear layers that are looked for; empty where there are none."""
+    adapted = [name for name, module in root.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
+    return f"The model carries adapters ({adapted[0]}, ...): merge them first, model.merge_and_unload(). " if adapted else ""
+
+
 def _has_attention(layer: nn.Module) -> bool:
     return any(_match(block, "attention") for block in layer.children())
 
@@ -135,9 +142,9 @@ def _find_block(layer: nn.Module, kind: Kind, names: dict[nn.Module, str]) -> nn
     found = [child for child in layer.children() if _match(child, kind)]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"Layer {names[layer]} ({type(layer).__name__}) has {len(found)} {kind} blocks that can be mapped; one with "
-            f"linear layers {' + '.join(PRODUCERS[kind])} -> {' or '.join(CONSUMERS[kind])} is needed (mixtures of experts "
-            f"and fused projections are not supported). Its modules: {_listing(layer)}"
+            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(found)} {kind} blocks that can be "
+            f"mapped; one with linear layers {' + '.join(PRODUCERS[kind])} -> {' or '.join(CONSUMERS[kind])} is needed "
+            f"(mixtures of experts and fused projections are not supported). Its modules: {_listing(layer)}"
         )
     return found[0]
 
@@ -156,6 +163,7 @@ def _map_block(names: dict[nn.Module, str], tower: Tower, index: int, kind: Kind
             f"{names[block]}: {width} units do not divide its linear layers: "
             + ", ".join(f"{names[m]} {m.in_features}->{m.out_features}" for m in (*producers, consumer))
         )
+    _check_rest(block, kind, width, names)
     weights = sum(p.in_features * r for p, r in zip(producers, rows, strict=True)) + consumer.out_features * columns
     biases = sum(r for p, r in zip(producers, rows, strict=True) if p.bias is not None)
     return Group(
@@ -169,15 +177,31 @@ def _attention_units(block: Any, names: dict[nn.Module, str]) -> tuple[int, int]
     head_dim = getattr(block, "head_dim", None)
     if not isinstance(head_dim, int) or block.k_proj.out_features % head_dim:
         raise UnsupportedModelError(f"{names[block]} ({type(block).__name__}) has no head_dim that divides its k_proj.")
-    projections = set(PRODUCERS["attention"] + CONSUMERS["attention"])
-    for name, parameter in block.named_parameters():
-        if name.split(".")[0] not in projections and parameter.shape != (head_dim,):
-            raise UnsupportedModelError(
-                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: only parameters shared by all heads, of "
-                f"shape ({head_dim},), can stay when heads go."
-            )
     kv_groups = block.k_proj.out_features // head_dim
     return block.q_proj.out_features // kv_groups, kv_groups
+
+
+def _check_rest(block: Any, kind: Kind, width: int, names: dict[nn.Module, str]) -> None:
+    """Raise UnsupportedModelError where a block has parameters beside its projections that may belong to single units.
+
+    In attention a norm of the heads may stay, one that they share: a child of the block whose parameters are head_dim long. One
+    in a list of norms is another matter, and so is a parameter of the block itself (a sink for every head).
+    """
+    projections = set(PRODUCERS[kind] + CONSUMERS[kind])
+    for name, parameter in block.named_parameters():
+        owner, *rest = name.split(".")
+        if owner in projections:
+            continue
+        if kind == "attention" and (len(rest) != 1 or parameter.shape != (block.head_dim,)):
+            raise UnsupportedModelError(
+                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: only the parameters of a norm that all heads "
+                f"share, of shape ({block.head_dim},), can stay when heads go."
+            )
+        if kind == "ffn" and width in parameter.shape:
+            raise UnsupportedModelError(
+                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: a parameter with entries for the {width} channels "
+                "would have to go along with them, which is not supported."
+            )
 
 
 def _listing(module: nn.Module, limit: int = 30) -> str:
@@ -190,6 +214,42 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear), (name, type(module))
     return module
+
+
+def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise UnsupportedModelError where a layer of `groups` is quantised, adapted or otherwise no plain linear layer."""
+    for group in groups:
+        for name in (*group.producers, group.consumer):
+            if reason := not_plain(module := model.get_submodule(name)):
+                raise UnsupportedModelError(
+                    f"{name} is a {type(module).__name__} {reason}. Score, plan and prune the floating-point model, before it "
+                    "is quantised or given adapters."
+                )
+
+
+def not_plain(module: nn.Module) -> str:
+    """Why the entries of a layer's weight are not the numbers it computes with, in words; empty for a plain linear layer."""
+    weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
+    if hasattr(module, "quantization_scheme"):  # its scales would stay behind
+        return "that is quantised"
+    if type(module) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point():
+        return ""
+    return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
+
+
+def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
+    """Bring the size attributes of the linear layers and blocks of `group` in line with `width` units."""
+    for name, rows in zip(group.producers, group.rows, strict=True):
+        linear(model, name).out_features = width * rows
+    linear(model, group.consumer).in_features = width * group.columns
+    block = block_of(model, group)
+    if group.kind == "ffn":
+        sizes = {"intermediate_size": width}
+    else:
+        sizes = {"num_heads": width * group.columns // block.head_dim, "num_key_value_heads": width}
+    for attribute, size in sizes.items():
+        if isinstance(getattr(block, attribute, None), int):
+            setattr(block, attribute, size)
 
 
 def check_loaded(model: nn.Module, name: str = "") -> None:

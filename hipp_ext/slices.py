@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, sync_sizes
 from hipp_ext.masks import check_scores, take_units, unit_order
-from hipp_ext.surgery import group_parameters, shared_parameters, sync_sizes
+from hipp_ext.surgery import group_parameters, shared_parameters
 
 Shrink = Callable[[Sequence[int]], None]
 

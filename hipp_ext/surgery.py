@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Calibration, resolve_calibration
 from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, check_loaded, find_groups, linear
+from hipp_ext.groups import Group, block_of, check_loaded, find_groups, linear, not_plain, sync_sizes
 from hipp_ext.masks import take_units, unit_entries
 from hipp_ext.plan import PruningPlan
+from hipp_ext.verification import verify_groups
 
 Model = TypeVar("Model", bound=nn.Module)
 PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
@@ -137,6 +138,7 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     Raises:
         PlanError: a group of the plan is not in the model or has another width or unit size, or a group of a tower
             that the plan covers is missing from the plan.
+        UnsupportedModelError: see `verify_groups`.
     """
     found = {g.name: g for g in find_groups(model, plan.towers)}
     missing = sorted(set(found) - set(plan.keep_counts))
@@ -153,7 +155,9 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             f"The plan was made for another model than this {type(model).__name__}; nothing was changed. "
             + "; ".join(problems + wrong[:4])
         )
-    return tuple(found[e.name] for e in plan.groups)
+    groups = tuple(found[e.name] for e in plan.groups)
+    verify_groups(model, groups)
+    return groups
 
 
 def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
@@ -224,15 +228,12 @@ def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
         UnsupportedModelError: it is quantised, adapted, parametrised, offloaded, or shares its weight.
     """
     module = model.get_submodule(name)
-    weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
-    quantised = " that is quantised" if hasattr(module, "quantization_scheme") else ""  # its scales would stay behind
-    floating = type(weight) is nn.Parameter and weight.is_floating_point()
-    if type(module) is not nn.Linear or quantised or not floating:
+    if reason := not_plain(module):
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__} with a {type(weight).__name__} weight{quantised}; only "
-            "plain floating-point nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
-            "Nothing was changed."
+            f"{name} is a {type(module).__name__} {reason}; only plain floating-point nn.Linear layers can be sliced. Prune "
+            "before you quantise or add adapters. Nothing was changed."
         )
+    assert isinstance(module, nn.Linear)
     check_loaded(model, name)
     if id(module.weight) in shared:
         raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
@@ -246,21 +247,6 @@ def shared_parameters(model: nn.Module) -> set[int]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
-
-
-def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
-    """Bring the size attributes of the linear layers and blocks of `group` in line with `width` units."""
-    for name, rows in zip(group.producers, group.rows, strict=True):
-        linear(model, name).out_features = width * rows
-    linear(model, group.consumer).in_features = width * group.columns
-    block = block_of(model, group)
-    if group.kind == "ffn":
-        sizes = {"intermediate_size": width}
-    else:
-        sizes = {"num_heads": width * group.columns // block.head_dim, "num_key_value_heads": width}
-    for attribute, size in sizes.items():
-        if isinstance(getattr(block, attribute, None), int):
-            setattr(block, attribute, size)
 
 
 def write_per_layer_config(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, check_loaded, find_groups, linear
+from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 
 
 class Scorer(abc.ABC):
@@ -41,10 +41,12 @@ class Scorer(abc.ABC):
 
         Raises:
             CalibrationError: no calibration where one is needed, or batches that do not fit.
-            UnsupportedModelError: groups cannot be mapped, weights are offloaded, or the scores came out as NaN or infinity.
+            UnsupportedModelError: groups cannot be mapped, weights are offloaded, quantised or adapted, or the scores came out
+                as NaN or infinity.
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
         check_loaded(model)
+        check_plain(model, groups)
         batches = resolve_calibration(model, calibration, processor) if self.needs_calibration else []
         with evaluating(model):
             raw = self._score(model, groups, batches)
