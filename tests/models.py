@@ -120,13 +120,38 @@ def gemma3() -> nn.Module:
     return Gemma3ForConditionalGeneration(config)
 
 
+def mllama() -> nn.Module:
+    """A layer that attends to the image's features alone, through gates."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = SIZES | {"num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0, "rope_parameters": rope}
+    vision = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_global_layers=1, attention_heads=3,
+                  image_size=16, patch_size=8, vision_output_dim=72, intermediate_layers_indices=[0], max_num_tiles=1,
+                  supported_aspect_ratios=[[1, 1]])  # fmt: skip
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
+    return MllamaForConditionalGeneration(config)
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llava": llava, "llava_gqa": llava_gqa, "llava_mqa": llava_mqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl,
     "smolvlm": smolvlm,
     "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
-PECULIAR = {"granite_llava": granite_llava, "gemma3": gemma3}  # what they do differently is tested where it matters
-IMAGE_TOKENS = {"llava": 16, "llava_gqa": 16, "llava_mqa": 16, "llava_next": 16 + 16 + 4, "qwen2_5_vl": 16, "smolvlm": 4}
+PECULIAR = {
+    "granite_llava": granite_llava,
+    "gemma3": gemma3,
+    "mllama": mllama,
+}  # what they do differently is tested where it matters
+IMAGE_TOKENS = {
+    "llava": 16,
+    "llava_gqa": 16,
+    "llava_mqa": 16,
+    "llava_next": 16 + 16 + 4,
+    "qwen2_5_vl": 16,
+    "smolvlm": 4,
+    "mllama": 1,
+}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -160,6 +185,10 @@ def _pixels(name: str, size: int, generator: torch.Generator) -> dict[str, torch
     if name == "qwen2_5_vl":
         return {"pixel_values": torch.randn(size * 64, 3 * 2 * 4 * 4, generator=generator),
                 "image_grid_thw": torch.tensor([[1, 8, 8]] * size)}  # fmt: skip
+    if name == "mllama":
+        ones = torch.ones(size, 1, 1, dtype=torch.long)
+        return {"pixel_values": torch.randn(size, 1, 1, 3, 16, 16, generator=generator), "aspect_ratio_ids": ones[:, 0],
+                "aspect_ratio_mask": ones}  # fmt: skip
     if name == "smolvlm":
         return {"pixel_values": torch.randn(size, 1, 3, 32, 32, generator=generator)}
     return {}

@@ -9,7 +9,7 @@ from hipp_ext import masked
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
-from hipp_ext.scorers.synflow import _gain, stability
+from hipp_ext.scorers.synflow import _gain, _norm_before, stability
 
 SCORERS = [Magnitude(), WandaSP(), FLAP(), Taylor(), SynFlow(), VisualSensitivity(), MRS(attack_steps=2)]
 
@@ -188,15 +188,38 @@ def test_several_images():
     assert torch.allclose(scores[g.name], eager_flow(model, inputs, g), rtol=1e-3)
 
 
+def test_where_a_layer_attends_to_the_image_alone_all_of_its_output_is_visual_flow():
+    model, inputs = build("mllama"), batch("mllama")
+    inputs["cross_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 1, 1, dtype=torch.long)  # as its processor gives it
+    layer = tower_layers(model, "language")[1]
+    block, seen = layer.cross_attn, {}
+    hooks = [
+        block.o_proj.register_forward_pre_hook(lambda m, a: seen.update(heads=a[0])),
+        layer.register_forward_pre_hook(
+            lambda m, a, k: seen.update(hidden=a[0] if a else k["hidden_states"]), with_kwargs=True
+        ),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        text = (inputs["input_ids"] != IMAGE_TOKEN) & ((inputs["input_ids"] == IMAGE_TOKEN).cumsum(1) > 0)
+        weight = block.o_proj.weight.view(32, 4, 8)  # output, query head, head_dim
+        written = torch.einsum("bthd,ohd->btho", seen["heads"].unflatten(-1, (4, 8)), weight)
+        relative = written.norm(dim=-1) / seen["hidden"].norm(dim=-1, keepdim=True)
+        expected = relative[text].mean(0).view(2, 2).sum(1) * layer.cross_attn_attn_gate.tanh().abs()
+    assert torch.allclose(VisualSensitivity()(model, [inputs])["language.1.attention"], expected, rtol=1e-4)
+
+
 def test_without_an_image_visual_sensitivity_is_zero():
     inputs = {k: v for k, v in batch("llama").items()}
     for score in VisualSensitivity()(build("llava"), [inputs]).values():
         assert not score.any()
 
 
-@pytest.mark.parametrize("name", ["llava", "granite_llava", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "granite_llava", "gemma3", "mllama"])
 def test_drift_is_that_of_the_vision_tokens(name):
-    model, inputs, norm = build(name), batch("llava"), "post_attention_layernorm"
+    model, inputs, norm = build(name), batch("mllama" if name == "mllama" else "llava"), "post_attention_layernorm"
     if name == "gemma3":
         inputs["token_type_ids"], norm = (inputs["input_ids"] == IMAGE_TOKEN).long(), "pre_feedforward_layernorm"
     layer = tower_layers(model, "language")[1]
@@ -263,7 +286,17 @@ def test_the_gain_of_a_norm_is_what_it_scales_by():
             norm.weight.copy_(weight)
             if isinstance(norm, torch.nn.LayerNorm):
                 norm.bias.fill_(3.0)
-            assert torch.allclose(_gain(norm), gain.abs(), atol=1e-4)
+            assert torch.allclose(_gain(norm, torch.ones(40)), gain.abs(), atol=1e-4)
+    for norm in (None, torch.nn.LayerNorm(40, elementwise_affine=False)):
+        assert torch.allclose(_gain(norm, torch.ones(40)), torch.ones(40), atol=1e-4)
+
+
+def test_a_norm_behind_attention_is_not_taken_for_the_one_before_the_ffn():
+    layer = torch.nn.Module()
+    layer.post_attention_layernorm = torch.nn.LayerNorm(8)
+    assert _norm_before(layer, "ffn") is None
+    layer.input_layernorm = torch.nn.LayerNorm(8)
+    assert _norm_before(layer, "ffn") is layer.post_attention_layernorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

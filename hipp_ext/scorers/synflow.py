@@ -3,20 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, linear, tower_layers
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
 
 NORMS = {
-    "attention": ("input_layernorm", "layer_norm1"),
-    "ffn": ("pre_feedforward_layernorm", "post_attention_layernorm", "layer_norm2"),
+    "attention": ("input_layernorm", "attention_layernorm", "layer_norm1"),
+    "ffn": (
+        "pre_feedforward_layernorm",
+        "pre_ff_layernorm",
+        "feedforward_layernorm",
+        "post_attention_layernorm",
+        "layer_norm2",
+    ),
 }
 
 
@@ -107,21 +111,24 @@ class _Block:
 
 
 def _linearise(model: nn.Module, group: Group) -> _Block:
-    layer = tower_layers(model, group.tower)[group.layer]
-    norms = [getattr(layer, n) for n in NORMS[group.kind] if hasattr(layer, n)]
-    if not norms:
-        raise UnsupportedModelError(
-            f"Layer {group.layer} has none of the norms {NORMS[group.kind]} before its {group.kind} block; it has "
-            f"{[n for n, _ in layer.named_children()]}."
-        )
-    gain = _gain(norms[0])
+    layer, producer = tower_layers(model, group.tower)[group.layer], linear(model, group.producers[-1])
+    ones = torch.ones(producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device)
+    gain = _gain(_norm_before(layer, group.kind), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
 
 
-def _gain(norm: nn.Module) -> Tensor:
-    """(hidden,) what a norm scales normed inputs by, whether it keeps that or, as Gemma does, that less one."""
-    weight: Any = norm.weight
-    probe = torch.ones_like(weight)
+def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
+    """The norm that the inputs of a block go through; None where blocks norm what they return, or share the norm of another."""
+    norms = {k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)] for k, names in NORMS.items()}
+    # Without a norm before attention the one behind it belongs to its output (EXAONE 4).
+    return norms[kind][0] if norms["attention"] and norms[kind] else None
+
+
+def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
+    """(hidden,) what a norm scales normed inputs by, whether it keeps that or, as Gemma does, that less one; no norm: one."""
+    if norm is None:
+        return ones.float()
+    probe = ones.clone()
     probe[::2] = -1
     return (norm(probe) - norm(-probe)).float().abs() / 2
 

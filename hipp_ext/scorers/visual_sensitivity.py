@@ -25,8 +25,10 @@ class VisualSensitivity(Scorer):
     """Visual flow per KV group, visual drift per FFN channel; both relative to the hidden state, so comparable over layers.
 
     Attention: mean over the text tokens that can see an image of ||sum_j a_ij v_j W_O|| / ||h_i||, j over vision tokens
-    that are no sinks, summed over the query heads of the KV group. FFN: mean over vision tokens of 1 - cos(h, h + FFN(h)),
-    split over channels in proportion to their WandaSP score on vision tokens. Higher = keep. Zero without an image.
+    that are no sinks, summed over the query heads of the KV group. Where a layer attends to the image alone (the
+    cross-attention of Llama 3.2 Vision), j runs over all that it attends to. FFN: mean over vision tokens of
+    1 - cos(h, h + FFN(h)), split over channels in proportion to their WandaSP score on vision tokens. Higher = keep. Zero
+    without an image.
 
     Args:
         sink_threshold: a vision token whose hidden state has a component this many times its root mean square is an
@@ -128,7 +130,7 @@ class _Probe:
         stack.callback(layer.register_forward_hook(self._drift(g)).remove)
         # Gemma norms what a block returns before it is added.
         added = getattr(layer, "post_feedforward_layernorm", block)
-        stack.callback(added.register_forward_hook(self._keep_output(g, _multiplier(layer))).remove)
+        stack.callback(added.register_forward_hook(self._keep_output(g, _multiplier(layer, g))).remove)
 
     def add_flow(self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> None:
         """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
@@ -138,8 +140,12 @@ class _Probe:
         grouped = rows.unflatten(1, (key.shape[1], repeat)).flatten(2, 3)  # query heads of a KV group share its keys
         logits = (grouped @ key.transpose(2, 3)) * (scaling or query.shape[3] ** -0.5)
         logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
-        logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
+        crossing = _crosses(tower_layers(self.model, "language")[g.layer], g)
+        if mask is not None or not crossing:
+            logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
         vision = (self._sightings(g.layer) & ~self._sinks(g.layer)).to(query.device)
+        if crossing:
+            vision = vision.new_ones(len(vision), key.shape[2])
         attention = logits.softmax(-1, dtype=torch.float32).to(value.dtype) * vision[:, None, None, :]
         context = (attention.unflatten(1, (key.shape[1], repeat)).flatten(2, 3) @ value).unflatten(2, (repeat, -1))
         context = context.flatten(1, 2).float()  # (batch, heads, text, head_dim)
@@ -186,7 +192,7 @@ class _Probe:
     def flow(self, g: Group) -> Float[Tensor, " width"]:
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        multiplier = _multiplier(tower_layers(self.model, "language")[g.layer])
+        multiplier = _multiplier(tower_layers(self.model, "language")[g.layer], g)
         return multiplier * self.totals[g.name] / self.counts[g.name]
 
     def drift_share(self, g: Group) -> Float[Tensor, " width"]:
@@ -197,9 +203,15 @@ class _Probe:
         return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
 
 
-def _multiplier(layer: nn.Module) -> float:
-    """What a block's output is scaled by before it is added: Granite's."""
-    return float(getattr(layer, "residual_multiplier", 1.0))
+def _crosses(layer: nn.Module, g: Group) -> bool:
+    """Whether an attention group reads the image's features, and no tokens of the text."""
+    return g.kind == "attention" and hasattr(layer, "cross_attn")
+
+
+def _multiplier(layer: nn.Module, g: Group) -> float:
+    """What a block's output is scaled by before it is added: Granite's number, or the gates of Llama 3.2 Vision."""
+    gate = getattr(layer, "cross_attn_attn_gate" if g.kind == "attention" else "cross_attn_mlp_gate", None)
+    return float(getattr(layer, "residual_multiplier", 1.0) if gate is None else gate.detach().tanh().abs())
 
 
 def _probed_attention(
