@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, linear, not_plain, sync_sizes
+from hipp_ext.scorers.base import evaluating
 
 TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order
@@ -84,14 +85,8 @@ def _logits(model: nn.Module) -> Tensor:
     plain = [i for i in range(embeddings.weight.shape[0]) if i not in special]
     chosen = torch.randint(len(plain), (1, TOKENS), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(plain)[chosen].to(embeddings.weight.device)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        output = model(input_ids=ids, use_cache=False)
-    finally:
-        for module, training in modes:
-            module.training = training
-    return output[0]
+    with evaluating(model):
+        return model(input_ids=ids, use_cache=False)[0]
 
 
 def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:

@@ -213,14 +213,17 @@ def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Sav
 
 @bench_app.command("kill", rich_help_panel=PLANNER)
 def bench_kill(
-    kills: Annotated[int, typer.Option(min=1)] = 50,
+    commands: Annotated[
+        list[str] | None, typer.Argument(help="prune, fit, recover, finetune, vlmeval, pope; default: all.")
+    ] = None,
+    kills: Annotated[int, typer.Option(min=1, help="Of each command.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     save: Save = False,
 ) -> None:
-    """A fit killed at random moments and resumed, against an undisturbed one."""
-    from hipp_ext.evals.bench.kill import run
+    """Commands killed at random moments and given again, against undisturbed ones, byte for byte."""
+    from hipp_ext.evals.bench.kill import COMMANDS, run
 
-    run(kills, seed, save)
+    run(kills, seed, tuple(commands or COMMANDS), save)
 
 
 @bench_app.command("visual", rich_help_panel=PLANNER)
