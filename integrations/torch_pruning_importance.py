@@ -24,6 +24,7 @@ except ModuleNotFoundError:
     raise MissingExtraError("torch-pruning", "torch-pruning") from None
 
 OUT_HANDLERS = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
+CHANNEL_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 GROUP_KEY = re.compile(r"(language|vision)\.\d+\.(attention|ffn)")
 
 
@@ -91,7 +92,7 @@ class HippImportance(tp.importance.Importance):
                 size = layer.in_features
             elif layer in self._producers and handler in OUT_HANDLERS:
                 key, values = self._producers[layer]
-                size = _channels(layer)
+                size = output_channels(layer)
             else:
                 continue
             if len(values) != size:
@@ -120,7 +121,7 @@ class HippImportance(tp.importance.Importance):
             )
         for key, values in self.scores.items():
             if key in layers:
-                _check_length(key, values, [_channels(layers[key])], "output channels")
+                _check_length(key, values, [output_channels(layers[key])], "output channels")
                 self._producers[layers[key]] = (key, values)
             else:
                 self._consumers[linear(model, groups[key].consumer)] = (key, _per_column(model, groups[key], values))
@@ -190,7 +191,7 @@ def channel_taylor(
     Differs from the paper: gates stand right after the layer, before a batch norm; squares are averaged over batches.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    gates = {n: torch.ones(_channels(m), device=m.weight.device, dtype=m.weight.dtype) for n, m in layers.items()}
+    gates = {n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype) for n, m in layers.items()}
     squares = {n: torch.zeros(len(gate), dtype=torch.float64) for n, gate in gates.items()}
     count = 0
     with contextlib.ExitStack() as stack, evaluating(model), torch.enable_grad():
@@ -258,7 +259,8 @@ def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
     return values.repeat_interleave(group.width * group.columns // len(values))
 
 
-def _channels(layer: Any) -> int:
+def output_channels(layer: Any) -> int:
+    """The number of channels that a conv or linear layer makes, whatever the order of its weight's dimensions."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
