@@ -127,12 +127,15 @@ class _GroupReader:
             return error
         names = sorted(self.producers, key=self.places.__getitem__)
         return ChannelGroup(
-            name=next(n for n in names if torch.equal(self.producers[n], units)), width=self.width,
-            weights=tuple(f"{n}.weight" for n in names), owners=tuple(self.producers[n] for n in names),
+            name=next(n for n in names if torch.equal(self.producers[n], units)),
+            width=self.width,
+            weights=tuple(f"{n}.weight" for n in names),
+            owners=tuple(self.producers[n] for n in names),
             readers=tuple(Reader(layer=n, units=self.readers[n]) for n in sorted(self.readers, key=self.places.__getitem__)),
-            followers=tuple(self.followers.items()), obstacle="; ".join(dict.fromkeys(self.obstacles)),
+            followers=tuple(self.followers.items()),
+            obstacle="; ".join(dict.fromkeys(self.obstacles)),
             shares=tuple(Share(parameter=n, dim=d, entries=e) for (n, d), e in self.shares.items()),
-        )  # fmt: skip
+        )
 
     def _name(self, target: Any) -> str:
         return (self.graph._param_to_name if isinstance(target, nn.Parameter) else self.graph._module2name)[target]
