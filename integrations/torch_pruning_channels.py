@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
+from hipp_ext.integrations.torch_pruning_probe import misrouted
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def find_channel_groups(
         UnsupportedModelError: torch-pruning cannot trace the model or follow its channels, or no channels can be removed.
     """
     with traced(model, example_inputs, ignored, forward_fn) as graph:
-        found = read_groups(graph, ignored)
+        found = _routed(graph, example_inputs, read_groups(graph, ignored), forward_fn)
     groups = []
     for group in found:
         if isinstance(group, UnsupportedModelError):
@@ -76,7 +77,7 @@ def prune_channels(
     """
     with undone_on_error(model):
         with traced(model, example_inputs, forward_fn=forward_fn) as graph:
-            groups = _chosen(model, read_groups(graph), kept)
+            groups = _chosen(model, _routed(graph, example_inputs, read_groups(graph), forward_fn), kept)
             _check_grouped(model, groups, kept)
             sizes = _sizes_after(model, groups, kept)
             for group in groups:
@@ -96,6 +97,15 @@ def prune_channels(
                 "takes sizes from elsewhere than its layers. The model is as it was; list those in question of "
                 f"{', '.join(g.name for g in groups)} in ignored."
             ) from error
+
+
+def _routed(
+    graph: Any, example_inputs: Any, found: Sequence[ChannelGroup | UnsupportedModelError], forward_fn: Callable | None
+) -> list[ChannelGroup | UnsupportedModelError]:
+    """`found`, with an error in the place of groups whose channels do not arrive where they should."""
+    groups = [g for g in found if isinstance(g, ChannelGroup) and g.readers]
+    errors = misrouted(graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups)
+    return [errors.get(g.name, g) if isinstance(g, ChannelGroup) else g for g in found]
 
 
 def _chosen(

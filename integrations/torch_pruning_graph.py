@@ -10,16 +10,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from hipp_ext.integrations.torch_pruning_importance import CHANNEL_LAYERS, OUT_HANDLERS, output_channels, tp
+from hipp_ext.integrations.torch_pruning_importance import CHANNEL_LAYERS, IN_HANDLERS, OUT_HANDLERS, output_channels, tp
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.sensitivity import ChannelGroup, Reader, Share
 
-IN_HANDLERS = (tp.prune_conv_in_channels, tp.prune_depthwise_conv_in_channels, tp.prune_linear_in_channels)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 USUAL = ("weight", "bias")  # what torch-pruning slices of a convolution, a linear layer or a norm
+
+
+class _Graph(tp.DependencyGraph):
+    """torch-pruning's, which takes the parts of a split in the order in which it meets them, with the parts in their order."""
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = super()._trace(*args, **kwargs)
+        for node in nodes.values():
+            if node.type in (tp.ops.OPTYPE.SPLIT, tp.ops.OPTYPE.UNBIND):
+                parts = [[i for f, i in getattr(n.grad_fn, "next_functions", ()) if f is node.grad_fn] for n in node.outputs]
+                if all(len(p) == 1 for p in parts):
+                    node.outputs = [n for _, n in sorted(zip(parts, node.outputs, strict=True), key=lambda pair: pair[0])]
+        return nodes
 
 
 @contextlib.contextmanager
@@ -62,7 +74,7 @@ def traced(
             # A frozen layer leaves no trace in autograd, and would be left whole without a word.
             model.requires_grad_(True)
             try:
-                host: Any = tp.DependencyGraph()  # its annotations know no None
+                host: Any = _Graph()  # its annotations know no None
                 # Given none, it first tries the rows of a tensor as arguments, and takes layers for called twice.
                 graph = host.build_dependency(model, example_inputs, forward_fn or run)
             except Exception as error:  # whatever a forward or the tracer raises

@@ -301,7 +301,7 @@ def test_a_matrix_that_unpacks_to_more_than_any_file_of_the_set(tmp_path, monkey
         load_data("svhn", tmp_path)
     monkeypatch.undo()
     for content, message in (
-        ({"X": np.empty((32, 32, 3, 2), object), "y": np.ones((2, 1))}, r"X must be bytes of shape"),
+        ({"X": np.zeros((32, 32, 3, 2), object), "y": np.ones((2, 1))}, r"X must be bytes of shape"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))}, r"X has the shape \(32, 32, 3, 2\) and y \(3, 1\)"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.full((2, 1), np.nan)}, "labels from 1 to 10"),
     ):
