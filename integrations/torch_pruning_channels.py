@@ -5,86 +5,64 @@ scores = channel_mrs(model, batches, loss, groups)         # for HippImportance
 prune_channels(model, pictures[:1], {"layer1.0.conv1": (0, 3, 5), ...})
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from hipp_ext.integrations.torch_pruning_importance import OUT_HANDLERS, tp
+from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
+from hipp_ext.integrations.torch_pruning_probe import misrouted
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.mrs import Form, measure, share_out
-from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader
+from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader, require_removable
 
-IN_HANDLERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+__all__ = ["ChannelGroup", "Reader", "channel_mrs", "find_channel_groups", "prune_channels", "run"]
 
 
 def find_channel_groups(
-    model: nn.Module, example_inputs: Any, *, ignored: Sequence[nn.Module] = (), forward_fn: Callable | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ignored: Sequence[nn.Module] = (),
+    forward_fn: Callable | None = None,
+    outputs: bool = False,
 ) -> tuple[ChannelGroup, ...]:
     """The groups of channels that can be removed, in the order of the forward pass.
-
-    Channels that no layer reads, the model's outputs, are no group.
 
     Args:
         model: traced once in eval mode, and left as it was; frozen weights are traced too.
         example_inputs: one row suffices.
         ignored: layers whose output channels must stay; everything coupled with them stays too.
         forward_fn: (model, example_inputs) -> outputs; None: the inputs are unpacked into the model's call.
+        outputs: channels that no layer reads, the model's outputs, are groups too: for scores that a pruner asks for. They are
+            not removed by `prune_channels`.
 
     Raises:
-        UnsupportedModelError: torch-pruning cannot trace the model, or no channels can be removed.
+        UnsupportedModelError: torch-pruning cannot trace the model or follow its channels, or no channels can be removed.
     """
     with traced(model, example_inputs, ignored, forward_fn) as graph:
-        found = list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
-    places = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    groups = [g for g in (_channel_group(f, places) for f in found) if g.readers]
+        found = _routed(graph, example_inputs, read_groups(graph, ignored), forward_fn)
+    groups = []
+    for group in found:
+        if isinstance(group, UnsupportedModelError):
+            raise group
+        if group.readers or outputs:
+            groups.append(group)
     if not groups:
         raise UnsupportedModelError(
             f"No channels of this {type(model).__name__} can be removed: no conv or linear layer was found whose outputs "
             "another one reads. Custom attention or recurrent layers are not traced."
         )
-    return tuple(sorted(groups, key=lambda g: places[g.name]))
-
-
-@contextlib.contextmanager
-def traced(
-    model: nn.Module, example_inputs: Any, ignored: Sequence[nn.Module] = (), forward_fn: Callable | None = None
-) -> Iterator[Any]:
-    """torch-pruning's dependency graph of `model`; train/eval and requires_grad are as before afterwards.
-
-    Raises:
-        UnsupportedModelError: the model cannot be traced, or does not run on `example_inputs`.
-    """
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    with evaluating(model), warnings.catch_warnings(), torch.enable_grad():
-        warnings.filterwarnings("ignore", "Unwrapped parameters detected")
-        try:
-            # A frozen layer leaves no trace in autograd, and would be left whole without a word.
-            model.requires_grad_(True)
-            try:
-                host: Any = tp.DependencyGraph()  # its annotations know no None
-                graph = host.build_dependency(model, example_inputs, forward_fn)
-            except Exception as error:  # whatever a forward or the tracer raises
-                raise UnsupportedModelError(
-                    f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: {error}. Outputs must be "
-                    "tensors that depend on the weights through autograd; say forward_fn where the call is not model(inputs)."
-                ) from error
-            yield graph
-        finally:
-            for name, p in model.named_parameters():
-                p.requires_grad_(flags.get(name, True))
+    return tuple(groups)
 
 
 def prune_channels(
     model: nn.Module, example_inputs: Any, kept: Mapping[str, Sequence[int]], *, forward_fn: Callable | None = None
 ) -> None:
-    """Remove channels in place, and everything that depends on them.
+    """Remove channels in place, and everything that depends on them. On an error the model is what it was, to the bit.
 
     Args:
         model: weights that stay keep their values to the bit.
@@ -93,36 +71,117 @@ def prune_channels(
         forward_fn: as for `find_channel_groups`.
 
     Raises:
-        PlanError: a name is no group, an index is out of range or twice there, or a group would lose all channels; nothing was
-            changed.
-        UnsupportedModelError: the model cannot be traced, or does not run any more.
+        PlanError: a name is no group, an index is out of range or twice there, a group would lose all channels, or a grouped
+            convolution would be left with groups of different sizes.
+        UnsupportedModelError: the model cannot be traced, torch-pruning cannot carry this out, or the model would not run.
     """
-    groups = {g.name: g for g in find_channel_groups(model, example_inputs, forward_fn=forward_fn)}
+    with undone_on_error(model):
+        with traced(model, example_inputs, forward_fn=forward_fn) as graph:
+            groups = _chosen(model, _routed(graph, example_inputs, read_groups(graph), forward_fn), kept)
+            _check_grouped(model, groups, kept)
+            sizes = _sizes_after(model, groups, kept)
+            for group in groups:
+                _remove(graph, group, kept[group.name])
+        for name, size in sizes.items():
+            if tuple(_tensors(model)[name].shape) != size:
+                raise UnsupportedModelError(
+                    f"torch-pruning made {name} {tuple(_tensors(model)[name].shape)} where {size} was to stay. The model is as "
+                    "it was; list the layers that this one is coupled with in ignored."
+                )
+        try:
+            with evaluating(model), torch.no_grad():
+                (forward_fn or run)(model, example_inputs)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"This {type(model).__name__} ran before its channels were removed and does not now ({error}): its forward "
+                "takes sizes from elsewhere than its layers. The model is as it was; list those in question of "
+                f"{', '.join(g.name for g in groups)} in ignored."
+            ) from error
+
+
+def _routed(
+    graph: Any, example_inputs: Any, found: Sequence[ChannelGroup | UnsupportedModelError], forward_fn: Callable | None
+) -> list[ChannelGroup | UnsupportedModelError]:
+    """`found`, with an error in the place of groups whose channels do not arrive where they should."""
+    groups = [g for g in found if isinstance(g, ChannelGroup) and g.readers]
+    errors = misrouted(graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups)
+    return [errors.get(g.name, g) if isinstance(g, ChannelGroup) else g for g in found]
+
+
+def _chosen(
+    model: nn.Module, found: Sequence[ChannelGroup | UnsupportedModelError], kept: Mapping[str, Sequence[int]]
+) -> list[ChannelGroup]:
+    """The groups that lose channels."""
+    groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.readers}
+    unknown = [g for g in found if isinstance(g, UnsupportedModelError)]
     for name, channels in kept.items():
         if name not in groups:
+            if unknown:
+                raise unknown[0]
             raise PlanError(f"{name} is no group of channels of this {type(model).__name__}; it has {list(groups)[:8]}, ...")
         if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(groups[name].width)):
             raise PlanError(
                 f"{name} has channels 0 to {groups[name].width - 1}, of which one at least must stay; got "
                 f"{list(channels)[:12]}."
             )
-    with traced(model, example_inputs, forward_fn=forward_fn) as graph:
-        for name, channels in kept.items():
-            gone = sorted(set(range(groups[name].width)) - set(channels))
-            if gone:
-                layer = model.get_submodule(name)
-                handler = graph.get_pruner_of_module(layer).prune_out_channels
-                graph.get_pruning_group(layer, handler, gone).prune()
-    for name, channels in kept.items():
-        if model.get_submodule(name).weight.shape[0] != len(channels):  # type: ignore[union-attr]
-            raise UnsupportedModelError(f"torch-pruning left {name} as it was; {len(channels)} of its channels were to stay.")
+    chosen = [groups[n] for n, channels in kept.items() if len(channels) < groups[n].width]
+    require_removable(chosen)
+    return chosen
+
+
+def _check_grouped(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> None:
+    """Raise PlanError unless every grouped convolution keeps as many outputs, and the same inputs, in each of its groups."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.modules.conv._ConvNd) or layer.groups in (1, layer.in_channels):
+            continue
+        for produced, size in ((True, layer.out_channels), (False, layer.in_channels)):
+            stays = torch.ones(size, dtype=torch.bool)
+            for group in groups:
+                if (units := group.units_of(name, produced)) is not None:
+                    stays &= (units < 0) | torch.isin(units, torch.tensor(list(kept[group.name])))
+            rows = stays.view(layer.groups, -1)
+            if len(set(rows.sum(1).tolist())) > 1 or (not produced and not bool((rows == rows[0]).all())):
+                raise PlanError(
+                    f"{name} has {layer.groups} groups of {rows.shape[1]} {'output' if produced else 'input'} channels; "
+                    f"{'as many' if produced else 'the same ones'} must stay in each, not "
+                    f"{stays.nonzero()[:, 0].tolist()[:16]}. Nothing was changed."
+                )
+
+
+def _sizes_after(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Name of every parameter and buffer -> its shape when the channels have gone."""
+    sizes = {name: list(t.shape) for name, t in _tensors(model).items()}
+    for group in groups:
+        gone = torch.ones(group.width, dtype=torch.bool)
+        gone[list(kept[group.name])] = False
+        for share in group.shares:
+            sizes[share.parameter][share.dim] -= int(share.entries[gone].sum())
+        for reader in group.readers:
+            layer = model.get_submodule(reader.layer)
+            if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (1, layer.in_channels):
+                sizes[f"{reader.layer}.weight"][1] -= int(gone[reader.units[reader.units >= 0]].sum()) // layer.groups
+    return {name: tuple(size) for name, size in sizes.items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
+    layer, owner = graph.model.get_submodule(group.name), group.units_of(group.name, produced=True)
+    gone = (~torch.isin(owner, torch.tensor(list(kept)))).nonzero()[:, 0].tolist()
     try:
-        with evaluating(model), torch.no_grad():
-            forward_fn(model, example_inputs) if forward_fn else run(model, example_inputs)
-    except Exception as error:
+        found = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)
+        for i, item in enumerate(found):
+            # An index that is there twice, as after a reshape, would be taken off the layer's size twice.
+            found[i] = type(item)(item.dep, list(dict.fromkeys(item.idxs)))
+        found.prune()
+    except Exception as error:  # it raises whatever its pruning functions bring up
         raise UnsupportedModelError(
-            f"This {type(model).__name__} ran before its channels were removed and does not now ({error}): its forward takes "
-            "sizes from elsewhere than its layers. List the layers in question in ignored."
+            f"torch-pruning cannot remove channels of {group.name}: {type(error).__name__}: {error}. The model is as it was; "
+            f"list {group.name} in ignored."
         ) from error
 
 
@@ -151,11 +210,12 @@ def channel_mrs(
 
     Raises:
         CalibrationError: there are no batches.
-        UnsupportedModelError: the scores came out as NaN or infinity.
+        UnsupportedModelError: the scores came out as NaN or infinity, or a group cannot be removed.
     """
     batches = list(batches)
     if not batches:
         raise CalibrationError("channel_mrs needs at least one batch.")
+    require_removable(groups)
     with evaluating(model):
         values, units = measure(model, groups, loss, batches, form, rho=rho, steps=steps, ratio=ratio)
     scores: dict[str, Tensor] = {}
@@ -167,44 +227,3 @@ def channel_mrs(
             before = scores.get(layer, torch.zeros(len(owner)))
             scores[layer] = torch.where(owner >= 0, shared[owner.clamp_min(0)], before)
     return scores
-
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """`model` on inputs given as a mapping, a sequence or a tensor."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
-
-
-def _channel_group(found: Any, places: Mapping[str, int]) -> ChannelGroup:
-    """Ours for torch-pruning's, named after the first layer whose output channels are the units one by one."""
-    width = len(found[0].idxs)
-    producers: dict[str, Tensor] = {}
-    readers: dict[str, Tensor] = {}
-    followers: dict[str, int] = {}
-    for item in found:
-        dep, layer = item.dep, item.dep.target.module
-        if isinstance(layer, NORMS):
-            name = dep.target.name.split(" (")[0]
-            followers |= {f"{name}.{p}": len(item.idxs) // width for p, v in layer.named_parameters() if v.numel() > 1}
-        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear) or dep.handler not in (*OUT_HANDLERS, *IN_HANDLERS):
-            continue
-        name = dep.target.name.split(" (")[0]
-        if any(r is None for r in item.root_idxs):
-            raise UnsupportedModelError(f"torch-pruning cannot say which channels reach {name}; list it in ignored.")
-        out = dep.handler in OUT_HANDLERS
-        size = layer.weight.shape[0] if out else _inputs(layer)
-        owner = (producers if out else readers).setdefault(name, torch.full((size,), -1))
-        owner[torch.tensor([int(i) for i in item.idxs])] = torch.tensor([int(r) for r in item.root_idxs])
-    names = sorted(producers, key=places.__getitem__)
-    own = torch.arange(width)
-    return ChannelGroup(
-        name=next(n for n in names if torch.equal(producers[n], own)), width=width,
-        weights=tuple(f"{n}.weight" for n in names), owners=tuple(producers[n] for n in names),
-        readers=tuple(Reader(layer=n, units=readers[n]) for n in sorted(readers, key=places.__getitem__)),
-        followers=tuple(followers.items()),
-    )  # fmt: skip
-
-
-def _inputs(layer: Any) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels

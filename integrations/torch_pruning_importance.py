@@ -24,6 +24,8 @@ except ModuleNotFoundError:
     raise MissingExtraError("torch-pruning", "torch-pruning") from None
 
 OUT_HANDLERS = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
+IN_HANDLERS = (tp.prune_conv_in_channels, tp.prune_depthwise_conv_in_channels, tp.prune_linear_in_channels)
+CHANNEL_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 GROUP_KEY = re.compile(r"(language|vision)\.\d+\.(attention|ffn)")
 
 
@@ -34,8 +36,8 @@ class HippImportance(tp.importance.Importance):
         scores: higher = keep, by group or by layer, both kinds may be mixed:
             "language.3.ffn" -> (width,), as every hipp scorer returns; "language.3.attention" -> (KV groups,) or, because
             the stock pruner takes single query heads out of grouped-query attention, (query heads,);
-            "layer1.0.conv2" -> (output channels,), by the name of any conv or linear layer of any model. Where several
-            scored layers are coupled (a residual stream) a channel's score is their mean.
+            "layer1.0.conv2" -> (output channels,), by the name of any conv or linear layer, or batch norm, of any model. Where
+            several scored layers are coupled (a residual stream) a channel's score is their mean.
         model: where the names are looked up; None: in the model that torch-pruning traced.
         skip_unscored: leave groups as they are in which no layer has scores; False: they raise.
 
@@ -71,13 +73,23 @@ class HippImportance(tp.importance.Importance):
         if not seen.any() and self.skip_unscored:
             return None
         if not seen.all():
-            layers = sorted({dep.target.name for dep, _ in group if isinstance(dep.layer, nn.Conv2d | nn.Linear)})
-            raise UnsupportedModelError(
-                f"{int((seen == 0).sum())} of {len(position)} channels have no scores in the group of {layers[:6]}; there are "
-                f"scores for {sorted(self.scores)[:6]}. Score one of these layers, list them in ignored_layers, or say "
-                "skip_unscored=True to leave such groups as they are. Attention needs q_proj, k_proj and v_proj in num_heads."
-            )
+            raise self._unscored(group, int((seen == 0).sum()), len(position))
         return total / seen
+
+    def _unscored(self, group: Any, missing: int, channels: int) -> UnsupportedModelError:
+        layers = sorted({dep.target.name for dep, _ in group if isinstance(dep.layer, CHANNEL_LAYERS)})
+        if not any(isinstance(dep.layer, CHANNEL_LAYERS) and dep.handler in IN_HANDLERS for dep, _ in group):
+            outputs = (
+                "No layer reads them: they are outputs of the model, which are usually to stay (ignored_layers); to score them "
+                "too, give channel_mrs the groups of find_channel_groups(..., outputs=True). "
+            )
+        else:
+            outputs = ""
+        return UnsupportedModelError(
+            f"{missing} of {channels} channels have no scores in the group of {layers[:6]}; there are scores for "
+            f"{sorted(self.scores)[:6]}. {outputs}Score one of these layers, list them in ignored_layers, or say "
+            "skip_unscored=True to leave such groups as they are. Attention needs q_proj, k_proj and v_proj in num_heads."
+        )
 
     def _items(self, group: Any) -> Iterator[tuple[Tensor, Sequence[int]]]:
         """(scores, root channels) of every scored layer in `group`."""
@@ -89,9 +101,9 @@ class HippImportance(tp.importance.Importance):
             if layer in self._consumers and handler == tp.prune_linear_in_channels:
                 key, values = self._consumers[layer]
                 size = layer.in_features
-            elif layer in self._producers and handler in OUT_HANDLERS:
+            elif layer in self._producers and handler in (*OUT_HANDLERS, tp.prune_batchnorm_out_channels):
                 key, values = self._producers[layer]
-                size = _channels(layer)
+                size = output_channels(layer)
             else:
                 continue
             if len(values) != size:
@@ -109,18 +121,18 @@ class HippImportance(tp.importance.Importance):
 
     def _resolve(self, model: nn.Module) -> None:
         self._consumers, self._producers = {}, {}
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CHANNEL_LAYERS, nn.modules.batchnorm._BatchNorm))}
         keys = [k for k in self.scores if k not in layers]
         towers: Any = tuple(dict.fromkeys(k.split(".")[0] for k in keys if GROUP_KEY.fullmatch(k)))
         groups = {g.name: g for g in find_groups(model, towers)} if towers else {}
         if unknown := [k for k in keys if k not in groups]:
             raise PlanError(
-                f"Scores for {unknown[:4]}, which are neither groups nor conv or linear layers of this {type(model).__name__}; "
-                f"it has {[*groups, *layers][:8]}, ..."
+                f"Scores for {unknown[:4]}, which are neither groups nor layers (conv, linear, batch norm) of this "
+                f"{type(model).__name__}; it has {[*groups, *layers][:8]}, ..."
             )
         for key, values in self.scores.items():
             if key in layers:
-                _check_length(key, values, [_channels(layers[key])], "output channels")
+                _check_length(key, values, [output_channels(layers[key])], "output channels")
                 self._producers[layers[key]] = (key, values)
             else:
                 self._consumers[linear(model, groups[key].consumer)] = (key, _per_column(model, groups[key], values))
@@ -190,7 +202,7 @@ def channel_taylor(
     Differs from the paper: gates stand right after the layer, before a batch norm; squares are averaged over batches.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    gates = {n: torch.ones(_channels(m), device=m.weight.device, dtype=m.weight.dtype) for n, m in layers.items()}
+    gates = {n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype) for n, m in layers.items()}
     squares = {n: torch.zeros(len(gate), dtype=torch.float64) for n, gate in gates.items()}
     count = 0
     with contextlib.ExitStack() as stack, evaluating(model), torch.enable_grad():
@@ -258,7 +270,10 @@ def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
     return values.repeat_interleave(group.width * group.columns // len(values))
 
 
-def _channels(layer: Any) -> int:
+def output_channels(layer: Any) -> int:
+    """The number of channels that a conv or linear layer, or a batch norm, makes; the order of its weight does not matter."""
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return layer.num_features
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 

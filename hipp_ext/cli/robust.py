@@ -100,7 +100,9 @@ def robust_score(
 @robust_app.command("prune")
 def robust_prune(
     model: ModelArgument, out: Out,
-    pruning_ratio: Annotated[float | None, typer.Option(help="Of channels; the budget is the uniform plan's.")] = None,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(help="Share of the channels to remove; the budget is what a uniform plan at it costs.")
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Instead: the share of the cost that may stay.")] = None,
     cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
     epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto", rows: Rows = 512,
@@ -143,7 +145,15 @@ def robust_prune(
         name: tuple(before[name][c] for c in channels) if name in before else channels for name, channels in result.kept.items()
     }
     save_classifier(result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite)
-    typer.echo(f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the parameters stay")
+    typer.echo(
+        f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the parameters of {model} stay; "
+        f"{100 * (1 - result.macs):.1f}% and {100 * (1 - result.parameters):.1f}% are removed"
+    )
+    if pruning_ratio is not None:
+        typer.echo(
+            f"--pruning-ratio {pruning_ratio:g} counts channels; a layer costs its input times its output channels, so "
+            "that more of the cost goes than of the channels."
+        )
 
 
 @robust_app.command("finetune")
@@ -182,6 +192,7 @@ def robust_evaluate(
     Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from hipp_ext.robust.evaluation import evaluate
@@ -196,7 +207,7 @@ def robust_evaluate(
         table.add_row(name, f"{value:.1f}")
     table.add_row("worst of all", f"{found.worst:.1f} ± {found.worst_se:.1f}")
     for name, value in zip(images.classes, found.per_class, strict=True):
-        table.add_row(f"  {name}", "-" if value is None else f"{value:.1f}")
+        table.add_row(escape(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}")
     Console().print(table)
     for sign in found.signs:
         typer.secho(f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow")

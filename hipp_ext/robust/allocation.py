@@ -10,7 +10,7 @@ from torch import nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
 from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.sensitivity import ChannelGroup, require_removable
 
 Factor = tuple[
     int, tuple[tuple[int, int], ...]
@@ -149,68 +149,99 @@ def channel_costs(model: nn.Module, example_inputs: Any, modules: Sequence[Chann
     """(MACs, parameters) of `model` as functions of the channels kept in `modules`.
 
     MACs are those of convolutions and linear layers for the rows of `example_inputs` (give one). Parameters are all of the
-    model's; those of batch norms follow the channels they normalise.
+    model's, of whatever layers: what torch-pruning takes of each with a channel goes with the channel.
+
+    Args:
+        modules: from `find_channel_groups`.
 
     Raises:
-        UnsupportedModelError: a layer with several, but not depthwise, groups; or units of different sizes in one module.
+        UnsupportedModelError: a layer with several, but not depthwise, groups; units of different sizes in one module; or a
+            module whose channels cannot be removed. The message names the layer.
     """
-    from hipp_ext.integrations.torch_pruning_channels import run
-
-    positions: dict[str, int] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    hooks = [layer.register_forward_hook(_count_positions(positions, name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            run(model, example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    macs, parameters = [], []
-    for name, layer in layers.items():
+    require_removable(modules)
+    positions = _positions(model, example_inputs)
+    macs = []
+    for name, layer in _channel_layers(model).items():
         outs, ins = _factor(name, layer, modules, produced=True), _factor(name, layer, modules, produced=False)
-        kernel = layer.weight[0, 0].numel()
-        factors = (outs,) if layer.weight.shape[1] == 1 and _inputs(layer) > 1 else (outs, ins)  # depthwise: one input each
         if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (1, layer.in_channels):
             raise UnsupportedModelError(f"{name} has {layer.groups} groups; only plain and depthwise convolutions are counted.")
-        macs.append((positions.get(name, 0) * kernel, factors))
-        parameters.append((kernel, factors))
-        if layer.bias is not None:
-            parameters.append((1, (outs,)))
-    counted = {f"{n}.{p}" for n, layer in layers.items() for p, _ in layer.named_parameters(recurse=False)}
+        depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1  # one input each
+        macs.append((positions.get(name, 0) * layer.weight[0, 0].numel(), (outs,) if depthwise else (outs, ins)))
+    return Cost(name="MACs", terms=tuple(macs)), Cost(name="parameters", terms=_parameter_terms(model, modules))
+
+
+def _parameter_terms(model: nn.Module, modules: Sequence[ChannelGroup]) -> tuple[tuple[int, tuple[Factor, ...]], ...]:
+    """One product of sizes for every parameter that channels take something of, and the rest as one number."""
+    cut: dict[str, dict[int, list[tuple[int, int]]]] = {}
     for i, module in enumerate(modules):
-        for follower, size in module.followers:
-            counted.add(follower)
-            parameters.append((1, ((model.get_parameter(follower).numel() - size * module.width, ((i, size),)),)))
-    rest = sum(p.numel() for n, p in model.named_parameters() if n not in counted)
-    parameters.append((rest, ()))
-    return Cost(name="MACs", terms=tuple(macs)), Cost(name="parameters", terms=tuple(parameters))
+        if not module.shares:
+            raise UnsupportedModelError(f"What goes with {module.name} is not known; take modules from find_channel_groups.")
+        for share in module.shares:
+            size = _even(share.entries, share.parameter, module)
+            cut.setdefault(share.parameter, {}).setdefault(share.dim, []).append((i, size))
+    terms, rest = [], 0
+    for name, parameter in model.named_parameters():
+        coefficient, factors = 1, []
+        for dim, size in enumerate(parameter.shape):
+            if shares := cut.get(name, {}).get(dim):
+                factors.append((size - sum(n * modules[i].width for i, n in shares), tuple(shares)))
+            else:
+                coefficient *= size
+        if factors:
+            terms.append((coefficient, tuple(factors)))
+        else:
+            rest += coefficient
+    return (*terms, (rest, ()))
+
+
+def _even(counts: torch.Tensor, name: str, module: ChannelGroup) -> int:
+    if len(set(counts.tolist())) != 1:
+        raise UnsupportedModelError(f"{name} has units of different sizes of {module.name}: {counts.tolist()[:8]}, ...")
+    return int(counts[0])
 
 
 def _factor(name: str, layer: Any, modules: Sequence[ChannelGroup], produced: bool) -> Factor:
-    size = layer.weight.shape[0] if produced else _inputs(layer)
+    if isinstance(layer, nn.Linear):
+        size = layer.out_features if produced else layer.in_features
+    else:
+        size = layer.out_channels if produced else layer.in_channels
     shares, owned = [], 0
     for i, module in enumerate(modules):
         units = module.units_of(name, produced)
         if units is None:
             continue
         counts = torch.bincount(units[units >= 0], minlength=module.width)
-        if len(set(counts.tolist())) != 1:
-            raise UnsupportedModelError(f"{name} has units of different sizes of {module.name}: {counts.tolist()[:8]}, ...")
-        shares.append((i, int(counts[0])))
+        shares.append((i, _even(counts, name, module)))
         owned += int(counts.sum())
     return size - owned, tuple(shares)
 
 
-def _count_positions(positions: dict[str, int], name: str) -> Any:
-    def hook(layer: nn.Module, _: tuple, output: Any) -> None:
-        width = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
-        positions[name] = positions.get(name, 0) + output.numel() // width
-
-    return hook
+def _channel_layers(model: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
 
 
-def _inputs(layer: Any) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+def _positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Layer -> how often each of its weights is multiplied in one forward pass: per output position, or transposed, input."""
+    from hipp_ext.integrations.torch_pruning_channels import run
+
+    positions: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(layer: Any, inputs: tuple, output: Any) -> None:
+            x = inputs[0] if getattr(layer, "transposed", False) else output
+            width = x.shape[-1] if isinstance(layer, nn.Linear) else x.shape[-len(layer.kernel_size) - 1]
+            positions[name] = positions.get(name, 0) + x.numel() // width
+
+        return hook
+
+    hooks = [layer.register_forward_hook(count(name)) for name, layer in _channel_layers(model).items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            run(model, example_inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return positions
 
 
 def global_counts(ranking: Sequence[torch.Tensor], cost: Cost, budget: int, *, bounds: Bounds | None = None) -> list[int]:

@@ -1,15 +1,20 @@
 """Classifiers on disk: a folder with model.safetensors and config.json, pruned ones too."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.files import new_folder
 from hipp_ext.robust.models import build_model
+
+MOST_TEXT = 16 * 2**20  # bytes of config.json
+MOST_CLASSES, MOST_CHANNELS, MOST_PIXELS = 100_000, 1024, 16_384  # of a classifier and its pictures
+TRACED = 64  # pixels a side are enough to follow channels
+Side = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 
 
 class ClassifierFile(BaseModel):
@@ -27,8 +32,8 @@ class ClassifierFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
     network: str
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    shape: tuple[Annotated[int, Field(ge=1, le=MOST_CHANNELS)], Side, Side]
     data: str
     split: int = 0
     kept: dict[str, tuple[int, ...]] | None = None
@@ -50,27 +55,60 @@ def save_classifier(model: nn.Module, config: ClassifierFile, folder: str | Path
 def load_classifier(folder: str | Path) -> tuple[nn.Module, ClassifierFile]:
     """(model in eval mode, its config) from a folder that `save_classifier` wrote; the random state stays as it is.
 
+    The folder may come from anywhere: sizes are checked before anything is built, and only numbers and text are read.
+
     Raises:
         CheckpointError: the folder is missing, incomplete or damaged, or its weights do not fit its config.
+        MissingExtraError: the network's library is not installed.
     """
-    from safetensors.torch import load_file
-
     path = Path(folder)
     try:
-        config = ClassifierFile.model_validate_json((path / "config.json").read_text())
-        weights: dict[str, Any] = load_file(path / "model.safetensors")
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(config.network, len(config.classes), config.shape)
-        if config.kept is not None:
-            from hipp_ext.integrations.torch_pruning_channels import prune_channels
-
-            prune_channels(model, torch.zeros(1, *config.shape), config.kept)
+        config = ClassifierFile.model_validate_json(_text(path / "config.json"))
+        weights = _weights(path / "model.safetensors")
+        model = _empty(config)
+        _check_weights(weights, model.state_dict())
         model.load_state_dict(weights)
-    except (OSError, ValidationError, ValueError, TypeError, RuntimeError) as error:
+    except MissingExtraError:
+        raise
+    except Exception as error:  # pydantic's, safetensors', torch's, the file system's
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(
-            f"{path} holds no classifier that `hipp robust` can read ({str(error).splitlines()[0]}): "
-            "model.safetensors and config.json as `hipp robust train` writes them are needed."
+            f"{path} holds no classifier that `hipp robust` can read ({reason}): model.safetensors and config.json as "
+            "`hipp robust train` writes them are needed."
         ) from error
-    except Exception as error:  # safetensors' own
-        raise CheckpointError(f"{path / 'model.safetensors'} is damaged or truncated ({error}).") from error
     return model.eval(), config
+
+
+def _text(path: Path) -> str:
+    if not path.is_file() or path.stat().st_size > MOST_TEXT:
+        raise ValueError(f"{path.name} is missing, or larger than {MOST_TEXT >> 20} MB")
+    return path.read_text(encoding="utf-8")
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path.name} is missing")
+    return load_file(path)
+
+
+def _empty(config: ClassifierFile) -> nn.Module:
+    """The network that the config describes, with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config.network, len(config.classes), config.shape)
+    if config.kept is not None:
+        from hipp_ext.integrations.torch_pruning_channels import prune_channels
+
+        # What channels go with is the same for pictures of any size.
+        height, width = (min(n, TRACED) for n in config.shape[1:])
+        prune_channels(model, torch.zeros(1, config.shape[0], height, width), config.kept)
+    return model
+
+
+def _check_weights(weights: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, tensor in weights.items():
+        if name in expected and tensor.dtype != expected[name].dtype:
+            raise ValueError(f"{name} holds {tensor.dtype}, not {expected[name].dtype}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity")

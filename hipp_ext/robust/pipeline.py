@@ -1,6 +1,7 @@
 """MRPF: score -> allocate -> prune -> recalibrate -> adversarial fine-tuning, in one call that survives being killed."""
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -211,7 +212,7 @@ class _Journal:
         if self.folder is None:
             return
         path, text = self.folder / "run.json", json.dumps(identity(), indent=1, sort_keys=True) + "\n"
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_bytes() != text.encode():
             raise DataError(
                 f"{folder} holds another run: its model, data, loss, fixed layers or settings differ ({path}). Choose another "
                 "folder."
@@ -226,15 +227,12 @@ class _Journal:
         """What `make` gave, from the file of an earlier run where there is one."""
         path = self.path(f"{name}.json")
         if path is not None and path.exists():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
+            return _read_stage(path)
         start = time.perf_counter()
         self.say(f"{name}: scoring and allocating")
         made = make()
         if path is not None:
-            write_atomic(path, json.dumps(made, indent=1) + "\n")
+            write_atomic(path, json.dumps({**made, "digest": _digest(made)}, indent=1) + "\n")
         self.log({"stage": name, "seconds": time.perf_counter() - start, "cost": made["cost"], "budget": made["budget"]})
         return made
 
@@ -243,6 +241,22 @@ class _Journal:
         if self.folder is not None:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+def _digest(made: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def _read_stage(path: Path) -> dict[str, Any]:
+    """What a stage left; a bit that has changed would make another model of it without a word."""
+    try:
+        made = json.loads(path.read_bytes())
+        digest_there = made.pop("digest")
+        if digest_there != _digest(made):
+            raise ValueError("it is not what was written")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
+    return made
 
 
 def _identity(

@@ -14,7 +14,15 @@ from hipp_ext.robust.data import Images
 from hipp_ext.robust.losses import attacked
 from hipp_ext.robust.training import restored
 from hipp_ext.scorers.mrs import FORMS, Form, check_numbers
-from hipp_ext.scorers.sensitivity import ChannelGroup, first_order, removal, unit_norms, unit_taylor, worst_case
+from hipp_ext.scorers.sensitivity import (
+    ChannelGroup,
+    first_order,
+    removal,
+    require_removable,
+    unit_norms,
+    unit_taylor,
+    worst_case,
+)
 
 Ranking = Literal["auto", "bn", "taylor", "l1"]
 RANKINGS = ("auto", "bn", "taylor", "l1")
@@ -79,10 +87,11 @@ def score(model: nn.Module, images: Images, groups: Sequence[ChannelGroup], sett
         groups: from `find_channel_groups`.
 
     Raises:
-        UnsupportedModelError: the model is in half precision.
+        UnsupportedModelError: the model is in half precision, or a group cannot be removed.
         AttackError: epsilon is not above zero.
     """
     check_precision(model)
+    require_removable(groups)
     with restored(model):
         model.eval()
         batches = attacked_batches(model, images, settings)

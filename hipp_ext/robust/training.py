@@ -1,9 +1,10 @@
 """Adversarial training that goes on after a kill to the same weights, and the recalibration of batch norms."""
 
 import contextlib
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,28 +147,35 @@ class _Run:
             if (momentum := self.optimizer.state[p].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = momentum
         note = {"identity": json.dumps(self.identity), "history": json.dumps(history)}
-        write_atomic(path, save(tensors, note))
+        write_atomic(path, save(tensors, note | {"digest": _contents(tensors, note)}))
 
     def load(self, path: Path) -> list[float]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         try:
             with safe_open(path, "pt") as file:
                 note, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is no checkpoint of a training run ({error}). Remove it to begin again.") from error
-        there = json.loads(note.get("identity", "{}"))
+            there, history = json.loads(note["identity"]), json.loads(note["history"])
+            belongs = {part: there.get(part) == self.identity[part] for part in PARTS}
+        except Exception as error:  # safetensors', json's, the file system's
+            raise DataError(f"{path} is no checkpoint of a training run ({error!r}). Remove it to begin again.") from error
         for part, words in PARTS.items():
-            if there.get(part) != self.identity[part]:
+            if not belongs[part]:
                 raise DataError(f"{path} belongs to {words}. Remove it, or choose another folder.")
+        if note.get("digest") != _contents(tensors, note):
+            raise DataError(f"{path} is damaged: it is not what was written. Remove it to begin again.")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(state)
         for i, p in enumerate(self.parameters):
             if f"momentum.{i}" in tensors:
                 self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{i}"].to(p.device)
-        history = json.loads(note["history"])
         self.done = len(history) * self.per_epoch
         return history
+
+
+def _contents(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
+    """Digest of all that a checkpoint holds."""
+    return digest(dict(sorted(tensors.items()))) + hashlib.sha256((note["identity"] + note["history"]).encode()).hexdigest()
 
 
 def cycle(rate: float, step: int, steps: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hipp_ext.errors import CalibrationError
+from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.masks import unit_order
 
 Loss = Callable[[nn.Module, Any], Float[Tensor, ""]]  # (model, batch) -> mean loss
@@ -52,17 +52,37 @@ class Module:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Share:
+    """What of a parameter or buffer goes with the units of a module.
+
+    Attributes:
+        parameter: its name.
+        dim: the dimension that is cut.
+        entries: how many entries of that dimension go with each unit.
+    """
+
+    parameter: str
+    dim: int
+    entries: Int[Tensor, " width"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChannelGroup(Module):
     """Channels that go together: one output channel of a layer, or of several that a residual stream couples.
 
     Attributes:
-        name: of the first layer whose output channels are the units.
-        owners: for every tensor of `weights`, in order, the unit that each of its rows belongs to, or -1.
+        name: of the first layer whose output channels are the units. (Where they are reshaped into fewer channels, a unit is
+            all those that end in one.)
+        owners: for every tensor of `weights`, in order, the unit that each output channel of its layer belongs to, or -1.
         followers: parameters of norms that go along, and how many entries of them with one unit.
+        shares: all that goes along, of every parameter and buffer.
+        obstacle: why the units can be scored and not be removed, in words; empty where they can.
     """
 
     owners: tuple[Tensor, ...]
     followers: tuple[tuple[str, int], ...] = ()
+    shares: tuple[Share, ...] = ()
+    obstacle: str = ""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -74,6 +94,15 @@ class ChannelGroup(Module):
         if produced:
             return dict(zip(self.layers, self.owners, strict=True)).get(layer)
         return {r.layer: r.units for r in self.readers}.get(layer)
+
+
+def require_removable(modules: Sequence[Module]) -> None:
+    """Raise UnsupportedModelError, naming the layer, where units of a module cannot be removed."""
+    for module in modules:
+        if isinstance(module, ChannelGroup) and module.obstacle:
+            raise UnsupportedModelError(
+                f"The channels of {module.name} cannot be removed: {module.obstacle}. List {module.name} in ignored."
+            )
 
 
 def worst_case(
@@ -193,16 +222,25 @@ def unit_norms(model: nn.Module, modules: Sequence[Module], rows: Sequence[Seque
     """Per module (width,): the L1 norm of a unit's weights, each producing tensor scaled to sum to one.
 
     Args:
-        rows: per module and producing tensor, the unit that each row of it belongs to, or -1.
+        rows: per module and producing tensor, the unit that each output channel of its layer belongs to, or -1.
     """
     result = []
     for module, owners in zip(modules, rows, strict=True):
         total = torch.zeros(module.width, dtype=torch.float64)
         for name, owner in zip(module.weights, owners, strict=True):
-            norms = model.get_parameter(name).detach().flatten(1).abs().sum(1, dtype=torch.float64).cpu()
+            layer = model.get_submodule(name.rpartition(".")[0])
+            norms = _by_output(layer, model.get_parameter(name)).abs().sum(1, dtype=torch.float64).cpu()
             total.index_add_(0, owner[owner >= 0], (norms / norms.sum().clamp_min(1e-30))[owner >= 0])
         result.append(total)
     return result
+
+
+def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """(output channels, all other entries) of a weight; a transposed convolution has its inputs first."""
+    weight = weight.detach()
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.transposed:
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def removal_mask(scores: Float[Tensor, " width"], ratio: float) -> Float[Tensor, " width"]:
@@ -216,26 +254,32 @@ def removal_mask(scores: Float[Tensor, " width"], ratio: float) -> Float[Tensor,
 
 @contextlib.contextmanager
 def gated(model: nn.Module, modules: Sequence[Module], gates: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block every unit is multiplied by its gate wherever it is read."""
+    """Inside the block every unit is multiplied by its gate wherever it is read; where nothing reads it, as it is made."""
     with contextlib.ExitStack() as stack:
         for module, gate in zip(modules, gates, strict=True):
             for reader in module.readers:
                 layer = model.get_submodule(reader.layer)
-                stack.callback(layer.register_forward_pre_hook(_gate(layer, reader, gate)).remove)
+                close = _gate(layer, reader.units, gate)
+                stack.callback(layer.register_forward_pre_hook(lambda _, a, c=close: (c(a[0]), *a[1:])).remove)
+            if isinstance(module, ChannelGroup) and not module.readers:
+                for name, owner in zip(module.layers, module.owners, strict=True):
+                    layer = model.get_submodule(name)
+                    close = _gate(layer, owner, gate)
+                    stack.callback(layer.register_forward_hook(lambda _, a, out, c=close: c(out)).remove)
         yield
 
 
-def _gate(layer: nn.Module, reader: Reader, gate: Tensor) -> Callable[[nn.Module, tuple], tuple]:
+def _gate(layer: nn.Module, units: Tensor, gate: Tensor) -> Callable[[Tensor], Tensor]:
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    units = reader.units.to(weight.device)
+    units = units.to(weight.device)
     shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (weight.dim() - 2))
 
-    def hook(_: nn.Module, args: tuple) -> tuple:
+    def close(x: Tensor) -> Tensor:
         # Anew at every call: a gate may want its gradient after each of them.
         padded = torch.cat([gate.to(weight.device), torch.ones(1, device=weight.device)])  # -1: another module's, left alone
-        return (args[0] * padded[units].to(weight.dtype).view(shape), *args[1:])
+        return x * padded[units].to(weight.dtype).view(shape)
 
-    return hook
+    return close
 
 
 @contextlib.contextmanager

@@ -28,12 +28,17 @@ def test_from_training_to_evaluation(tmp_path):
     output = hipp("prune", dense, "--pruning-ratio", "0.5", *common, "--out", pruned)
     share = float(re.search(r"([\d.]+)% of the MACs", output).group(1))
     assert 24 < share <= 27  # 3 input channels and the last layer stay
+    removed = re.search(r"of the parameters of \S+ stay; ([\d.]+)% and [\d.]+% are removed", " ".join(output.split()))
+    assert float(removed.group(1)) == pytest.approx(100 - share, abs=0.06)
+    assert "--pruning-ratio 0.5 counts channels" in output
     hipp("finetune", pruned, "--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--loss", "mart", "--awp", "--out", tuned)
     hipp("prune", tuned, "--pruning-ratio", "0.3", *common, "--cost", "parameters", "--out", again)
     small, config = load_classifier(again)
     widths = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert {n: len(k) for n, k in config.kept.items()} == widths and max(config.kept["features.17"]) > widths["features.17"]
-    hipp("evaluate", tuned, "--epsilon", "0.1", "--n", "20", "--attacks", "pgd,apgd-ce", "--json", str(tmp_path / "r.json"))
+    options = ("--n", "20", "--attacks", "pgd,apgd-ce", "--json", str(tmp_path / "r.json"))
+    table = hipp("evaluate", tuned, "--epsilon", "0.1", *options)
+    assert all(f"class {digit}, worst of all" in table for digit in range(10))
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["n"] == 20 and report["worst"] <= report["clean"] and set(report["under"]) == {"pgd", "apgd-ce"}
     with pytest.raises(OutputExistsError, match="exists"):

@@ -1,8 +1,10 @@
 """Image sets: small files in the true formats are read, and every kind of damage is refused with the expected layout."""
 
+import contextlib
 import io
 import os
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from hipp_ext.errors import DataError
-from hipp_ext.robust import ImageData, Images, load_data
+from hipp_ext.robust import ImageData, Images, load_data, published
+from hipp_ext.robust.batch_files import BatchFileError, parse_batch
+from hipp_ext.robust.data import check_images
 
 GENERATOR = np.random.default_rng(0)
 
@@ -199,14 +203,158 @@ def test_names_folders_and_values():
             ImageData(name="mine", train=bad, test=good, classes=("a", "b", "c"))
 
 
-def test_only_arrays_are_unpickled():
-    """What numpy 1 and numpy 2 wrote both load; io is the one way in."""
-    from hipp_ext.robust.data import _ArraysOnly
-
+def test_arrays_are_read_as_any_numpy_wrote_them():
+    """What numpy 1 and numpy 2 wrote is read, by Python 2 and 3, and nothing is unpickled."""
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     for protocol in (2, 3, 4):
-        text = pickle.dumps({b"data": array, "names": ["a", b"b"]}, protocol=protocol)
-        loaded = _ArraysOnly(io.BytesIO(text), encoding="bytes").load()
-        assert np.array_equal(loaded[b"data"], array)
-        old = text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray") if protocol < 4 else text
-        assert np.array_equal(_ArraysOnly(io.BytesIO(old), encoding="bytes").load()[b"data"], array)
+        for held in (array, np.asfortranarray(array)):
+            text = pickle.dumps({b"data": held, "names": ["a", b"b"], b"n": (1, 2.5, None, True)}, protocol=protocol)
+            loaded = parse_batch(text)
+            assert np.array_equal(loaded[b"data"], array)
+            assert loaded["names"] == ["a", b"b"] and loaded[b"n"] == (1, 2.5, None, True)
+            old = text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray") if protocol < 4 else text
+            assert np.array_equal(parse_batch(old)[b"data"], array)
+    # As Python 2 wrote it: text is bytes, numbers that stand for booleans are 0 and 1.
+    two = (
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05"
+        b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89U\x06\x00\x01\x02\x03\x04\x05tbu."
+    )
+    assert np.array_equal(parse_batch(two)[b"data"], array)
+
+
+class Pointers:
+    """What numpy's own unpickling takes for an array of objects: its bytes become addresses."""
+
+    def __reduce__(self):
+        state = (1, (64, 3072), np.dtype("O"), False, b"A" * 64)
+        return (np.ndarray.__reduce__(np.empty(0, np.uint8))[0], (np.ndarray, (0,), b"b"), state)
+
+
+def _pickled(data) -> bytes:
+    return pickle.dumps({b"data": data}, protocol=2)
+
+
+def _tuples(depth: int) -> bytes:
+    return b"\x80\x02}N" + b"\x85" * depth + b"Ns."
+
+
+HOSTILE = {
+    "addresses": (_pickled(Pointers()), "an array of something else than bytes"),
+    "a length beyond the file": (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "expected .* bytes"),
+    "a place in the memo": (b"\x80\x02}r\xff\xff\xff\x7f.", None),
+    "a shape beyond its data": (
+        pickle.dumps({b"data": np.zeros((2, 3), np.uint8)}, protocol=2).replace(
+            b"K\x02K\x03\x86", b"J\xff\xff\xff\x7fK\x03\x86"
+        ),
+        "an array whose shape is not that of its data",
+    ),
+    "text over and over": (
+        b"\x80\x02}c_codecs\nencode\nq\x00X\x00\x02\x00\x00"
+        + b"a" * 512
+        + b"q\x01X\x06\x00\x00\x00latin1\x86q\x02"
+        + b"h\x00h\x02R" * 50
+        + b".",
+        "text that is no bytes",
+    ),
+    "keys that are never hashed": (_tuples(1000), "a key of type tuple"),
+    "a call of what was called": (b"\x80\x02}cnumpy\nndarray\n)R)R.", "do not fit together"),
+    "another dtype": (_pickled(np.zeros(3, np.int64)), "an array of something else than bytes"),
+    "a name in a list": (b"\x80\x02]cnumpy\nndarray\na.", "a dictionary was expected, got list"),
+    "persistent names": (b"\x80\x02}P1\n.", "it holds a PERSID"),
+    "half a mark": (b"\x80\x02}(u(.", "do not fit|ValueError|object"),
+    "nothing": (b"", "pickle exhausted"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_batch_files(what):
+    text, message = HOSTILE[what]
+    if message is None:
+        assert parse_batch(text) == {}
+    else:
+        with pytest.raises(BatchFileError, match=message):
+            parse_batch(text)
+
+
+def test_mutated_batch_files_are_read_or_refused():
+    whole = pickle.dumps({b"data": pictures(1)[:, :60].copy(), b"labels": [1, 2], b"names": [b"a"] * 3}, protocol=2)
+    generator = np.random.default_rng(1)
+    read = 0
+    for _ in range(3000):
+        text = bytearray(whole[: generator.integers(1, len(whole) + 1)] if generator.random() < 0.2 else whole)
+        for place in generator.integers(0, len(text), generator.integers(1, 4)):
+            text[place] = generator.integers(0, 256)
+        with contextlib.suppress(BatchFileError):
+            parse_batch(bytes(text))
+            read += 1
+    assert 100 < read < 2900
+
+
+def test_a_matrix_that_unpacks_to_more_than_any_file_of_the_set(tmp_path, monkeypatch):
+    svhn(tmp_path)
+    zeros = {"X": np.zeros((32, 32, 3, 64), np.uint8), "y": np.ones((64, 1))}
+    savemat(tmp_path / "train_32x32.mat", zeros, do_compression=True)
+    assert len(load_data("svhn", tmp_path).train) == 64
+    monkeypatch.setattr(published, "MOST_MATRICES", 2**15)
+    with pytest.raises(DataError, match=r"train_32x32.mat is damaged or truncated \(unpacked it has more than 0 MB"):
+        load_data("svhn", tmp_path)
+    monkeypatch.undo()
+    for content, message in (
+        ({"X": np.zeros((32, 32, 3, 2), object), "y": np.ones((2, 1))}, r"X must be bytes of shape"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))}, r"X has the shape \(32, 32, 3, 2\) and y \(3, 1\)"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.full((2, 1), np.nan)}, "labels from 1 to 10"),
+    ):
+        savemat(tmp_path / "test_32x32.mat", content)
+        with pytest.raises(DataError, match=message):
+            load_data("svhn", tmp_path)
+    (tmp_path / "test_32x32.mat").write_bytes(bytes(2**16))
+    with pytest.raises(DataError, match="it is made of something else than a few matrices"):
+        load_data("svhn", tmp_path)
+
+
+def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
+    tiny_imagenet(tmp_path)
+    base = tmp_path / "tiny-imagenet-200"
+    annotations, wnids = base / "val" / "val_annotations.txt", base / "wnids.txt"
+    good, names = annotations.read_text(), wnids.read_text()
+    Image.new("RGB", (64, 64)).save(tmp_path / "mine.JPEG")
+    for line in ("../../../mine.JPEG", str(tmp_path / "mine.JPEG"), "a\0b.JPEG", "val_0.JPEG\tn01443537\nval_0.JPEG"):
+        annotations.write_text(f"{line}\tn01443537\n")
+        with pytest.raises(DataError, match="val_annotations.txt is damaged"):
+            load_data("tiny-imagenet", tmp_path)
+    annotations.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="val_annotations.txt is damaged.*utf-8"):
+        load_data("tiny-imagenet", tmp_path)
+    annotations.write_text(good)
+    wnids.write_text(names + "../../elsewhere\n")
+    with pytest.raises(DataError, match="wnids.txt is damaged"):
+        load_data("tiny-imagenet", tmp_path)
+    wnids.write_text(names)
+    picture = base / "val" / "images" / "val_1.JPEG"
+    picture.unlink()
+    os.mkfifo(picture)
+    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .it is missing"):
+        load_data("tiny-imagenet", tmp_path)
+    picture.unlink()
+    Image.new("RGB", (64, 64)).save(picture, format="EPS")  # Pillow would start Ghostscript
+    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .cannot identify image file"):
+        load_data("tiny-imagenet", tmp_path)
+    large = io.BytesIO()
+    Image.new("1", (64, 64)).save(large, format="PNG")
+    header = large.getvalue().replace((64).to_bytes(4, "big") * 2, (2**15).to_bytes(4, "big") * 2, 1)
+    picture.write_bytes(header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:])
+    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .(Image size .* exceeds limit|64x64 pixels)"):
+        load_data("tiny-imagenet", tmp_path)
+
+
+def test_images_a_rounding_error_outside_are_taken_for_black_and_white():
+    x = torch.rand(8, 3, 4, 4)
+    x[:, :, 0, 0], x[:, :, 0, 1] = -3e-8, 1 + 6e-8
+    images = Images(images=x, labels=torch.arange(8) % 2)
+    check_images(images, 2, "mine")
+    assert float(images.images.min()) == 0 and float(images.images.max()) == 1
+    assert torch.equal(images.images, x.clamp(0, 1)) and float(x.max()) > 1  # the caller's stay as they are
+    for wrong in (x - 2e-4, x + 2e-4):
+        with pytest.raises(DataError, match=r"mine: images must lie in \[0, 1\], got"):
+            check_images(Images(images=wrong, labels=torch.arange(8) % 2), 2, "mine")

@@ -1,8 +1,10 @@
 """Losses against their formulas; training that repeats to the bit, survives kill -9, and leaves the caller's state alone."""
 
+import contextlib
 import copy
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import stripes
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -332,6 +335,25 @@ def test_mrpf_bad_input(trained, tmp_path):
     (tmp_path / "round-1.json").write_text("{")
     with pytest.raises(DataError, match="round-1.json is damaged"):
         mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+    (tmp_path / "run.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="holds another run"):
+        mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+
+
+def test_a_changed_bit_in_a_run_is_never_gone_on_from(trained, tmp_path):
+    """Scores and weights that are no longer what was written would make another model without a word."""
+    data, generator = stripes.data(), torch.Generator().manual_seed(0)
+    mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+    for name in ("round-1.json", "round-1.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        for place in torch.randint(len(whole), (5,), generator=generator).tolist():
+            changed = bytearray(whole)
+            changed[place] ^= 1 << place % 8
+            (tmp_path / name).write_bytes(changed)
+            with contextlib.suppress(DataError):
+                mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+                assert json.loads(changed) == json.loads(whole)  # white space
+        (tmp_path / name).write_bytes(whole)
 
 
 class Detached(nn.Module):
@@ -366,3 +388,51 @@ def test_classifiers_come_back_to_the_bit(tmp_path):
         (tmp_path / "m" / file).write_bytes(whole)
     with pytest.raises(UnsupportedModelError, match="Known networks are resnet18"):
         build_model("alexnet", 10)
+
+
+def test_a_classifiers_folder_from_anywhere(tmp_path):
+    """Only what `save_classifier` writes is read, and nothing of a size that the file chooses is built before it is checked."""
+    model = build_model("small-vgg", 10, (1, 16, 16))
+    config = ClassifierFile(network="small-vgg", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits")
+    save_classifier(model, config, tmp_path / "m")
+    text, weights = tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"
+    good = text.read_text()
+    for old, new, message in (
+        ('"shape":[1,16,16]', '"shape":[1,99999999,16]', "shape.1"),
+        ('"shape":[1,16,16]', '"shape":[0,16,16]', "shape.0"),
+        ('"network":"small-vgg"', '"network":"alexnet"', "Known networks are"),
+        ('"kept":null', '"kept":{"features.0":[0,99]}', "features.0 has channels 0 to 15"),
+        ('"kept":null', '"kept":{"features.0":[0,1]}', "size mismatch|Error"),
+    ):
+        compact = good.replace("\n", "").replace(" ", "")
+        assert old in compact
+        text.write_text(compact.replace(old, new))
+        with pytest.raises(CheckpointError, match=f"holds no classifier.*({message}|validation error)"):
+            load_classifier(tmp_path / "m")
+    text.write_text(good)
+    whole = weights.read_bytes()
+    state = model.state_dict()
+    state["fc.weight"][0, 0] = float("nan")
+    save_file(state, weights)
+    with pytest.raises(CheckpointError, match="fc.weight holds NaN or infinity"):
+        load_classifier(tmp_path / "m")
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        load_classifier(tmp_path / "m")
+    weights.unlink()
+    weights.write_bytes(whole)
+    generator, read = torch.Generator().manual_seed(0), 0
+    for _ in range(60):
+        file = text if torch.rand(1, generator=generator) < 0.5 else weights
+        content = file.read_bytes()
+        changed = bytearray(content)
+        limit = min(len(changed), 3000)  # the header of the weights
+        for place in torch.randint(limit, (2,), generator=generator).tolist():
+            changed[place] = int(torch.randint(256, (1,), generator=generator))
+        file.write_bytes(changed)
+        with contextlib.suppress(CheckpointError):
+            load_classifier(tmp_path / "m")
+            read += 1
+        file.write_bytes(content)
+    assert read < 60
