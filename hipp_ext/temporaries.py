@@ -172,7 +172,7 @@ def write_errors(path: str | Path, *places: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number, named = _cause(error)
+        number, named = system_error(error)
         if isinstance(error, HippError) and number not in (*FULL, errno.EROFS):
             raise
         below = named is not None and any(Path(named).is_relative_to(place) for place in places)
@@ -184,7 +184,7 @@ def write_errors(path: str | Path, *places: Path) -> Iterator[None]:
         raise
 
 
-def _cause(error: BaseException | None) -> tuple[int | None, str | None]:
+def system_error(error: BaseException | None) -> tuple[int | None, str | None]:
     """(errno, file) of the system's error behind `error`; Rust libraries (safetensors, tokenizers) only write it out."""
     seen = 0
     while error is not None and seen < 10:
