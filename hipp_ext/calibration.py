@@ -136,7 +136,7 @@ def find_processor(model: nn.Module) -> Any | None:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 import warnings
@@ -19,10 +20,12 @@ from test_surgery import logits, random_plan
 from transformers import AutoConfig
 
 from hipp_ext import load_pruned, pad_to_uniform, prune, save_pruned
+from hipp_ext.calibration import find_processor
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError, PlanError, UnsupportedModelError
 from hipp_ext.files import content_hash
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
+from hipp_ext.testbed import WEIGHTS
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -306,16 +309,25 @@ def test_a_name_of_the_hub_says_how_to_download_it(tmp_path):
         load_pruned(tmp_path)
 
 
-def test_no_code_of_a_folder_is_run_or_asked_for(saved, monkeypatch):
-    code = f"open({str(saved / 'ran')!r}, 'w')\nclass Own: pass\n"
-    (saved / "own.py").write_text(code)
-    (saved / "custom_generate").mkdir()
-    (saved / "custom_generate/generate.py").write_text(code)
+@pytest.mark.parametrize("own_class", [False, True])
+def test_no_code_of_a_folder_is_run_or_asked_for(tmp_path, monkeypatch, own_class):
+    folder = tmp_path / "model"
+    shutil.copytree(WEIGHTS, folder)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n"
+    (folder / "custom_generate").mkdir()
+    for file in ("own.py", "custom_generate/generate.py"):
+        (folder / file).write_text(code)
     names = ("AutoConfig", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")
-    edit(saved / "config.json", lambda c: c.update(auto_map=dict.fromkeys(names, "own.Own")))
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        edit(folder / file, lambda c: c.update(auto_map=dict.fromkeys(names, "own.Own")))
+        if own_class and file != "config.json":
+            edit(folder / file, lambda c: c.update(processor_class="Own", tokenizer_class="Own"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
-    load_pruned(saved).generate(torch.tensor([[1, 11]]), max_new_tokens=1)
-    assert not (saved / "ran").exists()
+    model = load_pruned(folder)
+    model.generate(torch.tensor([[1, 11]]), max_new_tokens=1)
+    with pytest.warns(UserWarning, match="could not be loaded.*execute") if own_class else contextlib.nullcontext():
+        assert (find_processor(model) is None) == own_class
+    assert not (tmp_path / "ran").exists()
 
 
 def test_loading_is_quiet_about_widths(saved):
