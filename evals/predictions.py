@@ -98,7 +98,7 @@ class HippVLM:
 
         folder = check_model_folder(model_path)
         try:
-            self.processor = AutoProcessor.from_pretrained(folder)
+            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"the processor in {folder} cannot be loaded: {error}") from error
         if not hasattr(self.processor, "image_processor"):

@@ -5,41 +5,41 @@ A saved folder is a transformers folder (config.json with `per_layer_config`, sa
 are saved and loaded likewise, with compressed weights.
 """
 
+import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from hipp_ext.errors import CheckpointError, PlanError, UnsupportedModelError
-from hipp_ext.files import new_folder, write_atomic
-from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear, sync_sizes
+from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.files import new_folder, require_new, write_atomic
+from hipp_ext.groups import Group, Tower, block_of, find_groups, linear
+from hipp_ext.model_folder import (
+    MANIFEST,
+    GroupWidth,
+    Manifest,
+    ModelFolder,
+    check_sizes,
+    damaged,
+    model_class,
+    read_folder,
+    shapes_in,
+)
+from hipp_ext.padding import known_towers, pad_to_uniform, resize
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import PLAN_ATTRIBUTE, forget_bound_methods
+from hipp_ext.surgery import PLAN_ATTRIBUTE, allot_caches_late, quiet_width_warnings
 
-MANIFEST, PLAN = "hipp_ext.json", "hipp_plan.json"
+__all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
-
-class _GroupWidth(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    tower: Tower
-    layer: int = Field(ge=0)
-    kind: Kind
-    width: int = Field(ge=1)
-
-
-class _Manifest(BaseModel):
-    """Contents of hipp_ext.json."""
-
-    model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
-    architecture: str
-    groups: list[_GroupWidth]
+PLAN = "hipp_plan.json"
+# What is decided here, not by whoever calls: where the weights come from, and that no code comes with them.
+_DECIDED = {"config", "state_dict", "subfolder", "gguf_file", "trust_remote_code", "use_safetensors", "weights_only",
+            "local_files_only", "output_loading_info", "adapter_name", "adapter_kwargs"}  # fmt: skip
 
 
 def save_pruned(model: nn.Module, path: str | Path, processor: Any = None, *, overwrite: bool = False) -> Path:
@@ -58,9 +58,14 @@ def save_pruned(model: nn.Module, path: str | Path, processor: Any = None, *, ov
     Raises:
         OutputExistsError: `path` exists, and `overwrite` is False.
         CalibrationError: the processor does not belong to the model.
+        UnsupportedModelError: the model carries adapters, or its groups cannot be described. Nothing was written.
+        WriteError: `path` cannot be written, or the disk is full.
     """
     from hipp_ext.calibration import check_processor, find_processor
 
+    # What cannot be saved is refused before anything is written.
+    check_saveable(model)
+    require_new(path, overwrite)
     processor = processor or find_processor(model)
     if processor is None:
         warnings.warn(
@@ -70,9 +75,9 @@ def save_pruned(model: nn.Module, path: str | Path, processor: Any = None, *, ov
         )
     else:
         check_processor(model, processor)
-    find_groups(model)  # what cannot be described is refused before anything is written
     with new_folder(path, overwrite) as folder:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with settings_as_they_are(model):
+            model.save_pretrained(folder)  # type: ignore[operator]
         if processor is not None:
             processor.save_pretrained(folder)
         complete_folder(model, folder)
@@ -85,13 +90,57 @@ def complete_folder(model: nn.Module, folder: Path) -> None:
     plan = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is not None:
         write_atomic(folder / PLAN, plan.to_json())
-    groups = find_groups(model, _towers(model))
-    manifest = _Manifest(
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(
+            f"save_pretrained of {type(model).__name__} wrote no config.json or no safetensors weights."
+        )
+    groups = find_groups(model, known_towers(model))
+    manifest = Manifest(
         architecture=type(model).__name__,
-        groups=[_GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups],
+        groups=[GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups],
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
     _name_unquantised(model, folder / "config.json")
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where `model.save_pretrained` would not write the model itself.
+
+    Of a model with adapters it writes the adapters alone.
+    """
+    adapters = [name or "the model" for name, m in model.named_modules() if type(m).__module__.partition(".")[0] == "peft"]
+    if adapters or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"The model carries adapters ({', '.join(adapters[-3:]) or 'added by add_adapter'}), and would be saved without "
+            "its own weights. Merge them first (model = model.merge_and_unload() of a PeftModel), or remove them. Nothing was "
+            "written."
+        )
+    find_groups(model)
+
+
+@contextlib.contextmanager
+def settings_as_they_are(model: Any) -> Iterator[None]:
+    """Inside the block `model.save_pretrained` writes the generation settings without judging them.
+
+    transformers loads settings such as a temperature without sampling (Vicuna's), and refuses to save them again.
+    """
+    from transformers import GenerationConfig
+
+    class Unjudged(GenerationConfig):
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            self.to_json_file(Path(save_directory) / "generation_config.json", keys_to_pop=["compile_config"])
+
+    settings = getattr(model, "generation_config", None)
+    if type(settings) is not GenerationConfig:
+        yield
+        return
+    unjudged = copy.copy(settings)
+    unjudged.__class__ = Unjudged
+    model.generation_config = unjudged
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 def _name_unquantised(model: nn.Module, file: Path) -> None:
@@ -112,163 +161,159 @@ def _name_unquantised(model: nn.Module, file: Path) -> None:
 
 
 def load_pruned(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None, **kwargs: Any
 ) -> Any:
     """The model in the folder `path` in eval mode, its layers as wide as they were saved, logits the same to the bit.
 
-    Also loads ordinary folders that were never pruned.
+    Also loads ordinary folders that were never pruned, and pruned models that something else saved (transformers' Trainer,
+    `save_pretrained`): widths are those of the weights. Never runs code from the folder, and reads no pickled weights.
 
     Args:
         path: a folder written by `save_pruned`, or any transformers model folder.
         device: where to put it; None: the CPU, or what `device_map` says.
-        dtype: of the parameters; None: as they were saved.
+        dtype: of the parameters, or its name ("bfloat16"); None or "auto": as they were saved. `torch_dtype` is the same.
         kwargs: for transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: the folder or a file of it is missing, damaged, or of another format.
-        ImportError: the model was quantised by llm-compressor, and compressed-tensors is not installed.
+        CheckpointError: the folder or a file of it is missing, damaged, or of another format; or an option that cannot be
+            honoured.
+        MissingExtraError: the model was quantised by llm-compressor, and compressed-tensors is not installed.
+        TypeError: an option that transformers does not know.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
-    manifest = _read_manifest(folder)
-    model_class = _model_class(folder)
-    builder = _resizing(model_class, manifest) if manifest is not None else model_class
-    try:
-        model, found = builder.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **kwargs
+    dtype = _resolve_dtype(dtype, kwargs.pop("torch_dtype", None))
+    if refused := sorted(_DECIDED & set(kwargs)):
+        raise CheckpointError(
+            f"load_pruned does not take {', '.join(refused)}: it reads the safetensors of a folder, and no code."
         )
-    except (TypeError, ImportError, torch.OutOfMemoryError):
-        raise  # wrong arguments, no compressed-tensors, too small a device: nothing is wrong with the folder
-    except Exception as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
-        raise CheckpointError(f"{folder} could not be loaded, it is incomplete or damaged: {error}") from error
-    if found["missing_keys"]:
-        raise CheckpointError(f"{folder} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}.")
-    model.__class__ = model_class
-    plan = read_plan(folder)
-    if plan is not None:
+    if device is not None:
+        if kwargs.get("device_map") is not None:
+            raise CheckpointError("device and device_map say the same thing: give one of them.")
+        resolve_device(str(device))
+    quiet_width_warnings()
+    folder = read_folder(path, kwargs.get("variant"))
+    stored = model_class(folder)
+    plan = read_plan(path)
+    model = _from_pretrained(folder, _resizing(stored, folder, kwargs), dtype, kwargs)
+    model.__class__ = stored
+    if getattr(model.config.get_text_config(), "is_heterogeneous", False):
+        allot_caches_late(model)
+    if plan is not None and _belongs(plan, model, folder):
         setattr(model, PLAN_ATTRIBUTE, plan)
     return (model if device is None else model.to(device)).eval()
 
 
-def pad_to_uniform(model: nn.Module) -> nn.Module:
-    """A copy of `model` with zero units added until all layers are equally wide, for loaders that know one width only.
-
-    Same logits (the added units contribute nothing); stock `from_pretrained` loads what its `save_pretrained` writes.
-    The memory that heterogeneous widths save over uniform ones is given back.
-    """
-    model = copy.deepcopy(model)
-    model.__dict__.pop(PLAN_ATTRIBUTE, None)
-    forget_bound_methods(model)
-    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr]
-    for tower in _towers(model):
-        config: Any = text_config if tower == "language" else model.config.vision_config  # type: ignore[union-attr]
-        groups = find_groups(model, (tower,))
-        for kind in ("attention", "ffn"):
-            members = [g for g in groups if g.kind == kind]
-            width = max(g.width for g in members)
-            if kind == "ffn":
-                config.intermediate_size = width
-            elif tower == "vision":
-                width = config.num_attention_heads
-            else:
-                width = _loadable_kv_groups(config, width, repeat := members[0].columns // block_of(model, members[0]).head_dim)
-                config.num_key_value_heads, config.num_attention_heads = width, width * repeat
-            for g in members:
-                _resize(model, g, width, _padded)
-    text_config.per_layer_config = None
-    text_config.allow_global_per_layer_attribute_access = False
+def _from_pretrained(folder: ModelFolder, builder: Any, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> Any:
+    try:
+        model, found = builder.from_pretrained(
+            folder.path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=False, **kwargs,
+        )  # fmt: skip
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise  # too small a device: nothing is wrong with the folder
+    except ImportError as error:
+        if "compressed-tensors" in str(error) or "compressed_tensors" in str(error):
+            raise MissingExtraError(f"{folder.path} requires compressed-tensors, which", "llm-compressor") from error
+        raise CheckpointError(f"{folder.path} needs a library that is not installed: {error}") from error
+    except Exception as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
+        if isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in kwargs):
+            raise  # an argument that no model takes
+        raise damaged(folder.path, error) from error
+    if found["missing_keys"]:
+        raise CheckpointError(f"{folder.path} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}.")
     return model
 
 
-def _loadable_kv_groups(config: Any, needed: int, repeat: int) -> int:
-    """The least number of KV groups that is at least `needed` and that the config's own checks accept."""
-    if getattr(config, "head_dim", None) is None:  # derived from the number of heads, which then cannot change
-        return config.num_key_value_heads
-    divides = (w for w in range(needed, config.num_key_value_heads) if config.hidden_size % (w * repeat) == 0)
-    return next(divides, config.num_key_value_heads)
+def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
+    """A subclass of `stored` whose instances have the folder's widths from the moment they are built."""
 
-
-def _towers(model: nn.Module) -> tuple[Tower, ...]:
-    """The towers whose widths can be told, whatever was pruned."""
-    try:
-        find_groups(model, ("vision",))
-    except UnsupportedModelError:
-        return ("language",)
-    return ("language", "vision")
-
-
-def _read_manifest(folder: Path) -> _Manifest | None:
-    try:
-        return _Manifest.model_validate_json((folder / MANIFEST).read_bytes(), strict=True)
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
-        raise CheckpointError(f"{folder / MANIFEST} is damaged or of another format: {problems}") from None
-
-
-def _model_class(folder: Path) -> Any:
-    import transformers
-
-    try:
-        name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged or names no architecture: {error!r}") from None
-    model_class = getattr(transformers, str(name), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{folder / 'config.json'} names the architecture {name!r}, which transformers does not have.")
-    return model_class
-
-
-def _resizing(model_class: Any, manifest: _Manifest) -> Any:
-    """A subclass of `model_class` whose instances have the manifest's widths from the moment they are built."""
-    widths = {f"{g.tower}.{g.layer}.{g.kind}": g.width for g in manifest.groups}
-    towers: tuple = tuple(dict.fromkeys(g.tower for g in manifest.groups))
-
-    def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
-        groups = find_groups(self, towers)
-        if {g.name for g in groups} != set(widths):
-            raise PlanError(f"{MANIFEST} lists other groups than the model has.")
-        for g in groups:
-            _resize(self, g, widths[g.name], _empty)
+    def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
+        stored.__init__(self, config, *args, **options)
+        shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        named = _named_widths(folder, self)
+        for g in _groups(self, folder):
+            width = _width_in(shapes, self, g) or named.get(g.name) or _configured_width(config, self, g)
+            if width and width != g.width:
+                resize(self, g, width, _empty)
+        exact = not folder.quantised and not kwargs.get("ignore_mismatched_sizes") and not kwargs.get("quantization_config")
+        check_sizes(self, folder, shapes, exact)
 
     # The same name, so that transformers takes it for the class that config.json names.
-    return type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
 
 
-def _resize(model: nn.Module, group: Group, width: int, make: Callable[[nn.Parameter, tuple[int, ...]], torch.Tensor]) -> None:
-    for name, size in zip(group.producers, group.rows, strict=True):
-        producer = linear(model, name)
-        _replace(producer, "weight", (width * size, producer.weight.shape[1]), make)
-        if producer.bias is not None:
-            _replace(producer, "bias", (width * size,), make)
-    consumer = linear(model, group.consumer)
-    _replace(consumer, "weight", (consumer.weight.shape[0], width * group.columns), make)
-    sync_sizes(model, group, width)
+def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
+    """Those that can be mapped. An ordinary folder may hold a model that has none."""
+    towers: tuple[Tower, ...] = ("language", "vision")
+    groups: tuple[Group, ...] = ()
+    required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
+    for tower in towers:
+        try:
+            groups += find_groups(model, (tower,))
+        except UnsupportedModelError:
+            if tower in required:
+                raise
+    return groups
 
 
-def _replace(layer: nn.Linear, part: str, shape: tuple[int, ...], make: Callable) -> None:
-    old = getattr(layer, part)
-    if old.shape != shape:
-        setattr(layer, part, nn.Parameter(make(old, shape), requires_grad=old.requires_grad))
+def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
+    """Group name -> width in hipp_ext.json."""
+    if folder.manifest is None:
+        return {}
+    widths = {f"{g.tower}.{g.layer}.{g.kind}": g.width for g in folder.manifest.groups}
+    towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
+    if {g.name for g in find_groups(model, towers)} != set(widths):
+        raise PlanError(f"{MANIFEST} lists other groups than the model has.")
+    return widths
+
+
+def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
+    """Units of `group` in the weights; None where they are packed, or do not fit."""
+    shape = shapes.get(f"{group.consumer}.weight", ())
+    if len(shape) != 2 or shape[0] != linear(model, group.consumer).out_features or shape[1] % group.columns:
+        return None
+    return shape[1] // group.columns
+
+
+def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None:
+    """Units of `group` by the configuration's `per_layer_config`."""
+    text = config.get_text_config()
+    if group.tower != "language" or not getattr(text, "is_heterogeneous", False):
+        return None
+    own = text.per_layer_config[group.layer]
+    if group.kind == "ffn":
+        return own.intermediate_size
+    return own.num_attention_heads * block_of(model, group).head_dim // group.columns
+
+
+def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
+    """Whether `plan` may be the one that `model` was pruned by; something else may have saved another model over it."""
+    widths = {g.name: g.width for g in _groups(model, folder)}
+    if all(widths.get(e.name) in (e.keep, e.width) for e in plan.groups):  # e.width: units set to zero, none removed
+        return True
+    warnings.warn(f"{folder.path / PLAN} is not the plan of the weights beside it, and is passed over.", stacklevel=3)
+    return False
 
 
 def _empty(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=old.dtype, device=old.device)
 
 
-def _padded(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
-    new = old.new_zeros(shape)
-    new[tuple(slice(s) for s in old.shape)] = old.data
-    return new
-
-
 def read_plan(path: str | Path) -> PruningPlan | None:
     """The plan saved in a model folder, or None where there is none."""
     file = Path(path) / PLAN
     return PruningPlan.load(file) if file.is_file() else None
+
+
+def _resolve_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise CheckpointError(f"dtype={dtype} and torch_dtype={torch_dtype} say different things: give one of them.")
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or wanted == "auto":
+        return None
+    found = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as 'bfloat16'.")
+    return found
 
 
 def resolve_device(device: str | None) -> str:

@@ -5,6 +5,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +21,12 @@ from hipp_ext.verification import verify_groups
 
 Model = TypeVar("Model", bound=nn.Module)
 PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
+OWN_KEYS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # what pruning writes into per_layer_config
 
 
 def prune(
     model: Model,
-    plan: PruningPlan,
+    plan: PruningPlan | str | Path,
     *,
     inplace: bool = False,
     compensate: bool = False,
@@ -39,7 +41,7 @@ def prune(
 
     Args:
         model: the model the plan was made for, or one of the same shape.
-        plan: from `HiPPPlanner.plan`, `PruningPlan.load`, ...
+        plan: from `HiPPPlanner.plan`, `PruningPlan.load`, ...; or the path of a plan file.
         inplace: change `model` itself instead of a copy. The copy holds only what stays, so it costs the memory of the
             small model; in place, `model` is no longer available as the dense one.
         compensate: also fit the layers that read the units (o_proj, down_proj) to the calibration, so that their outputs
@@ -56,6 +58,7 @@ def prune(
             parametrised, or shared with another layer), or compensation met NaN or infinite activations.
     """
     # Everything that can fail happens before the first change.
+    plan = _loaded(plan)
     groups = match(model, plan)
     parts = _parts(model, groups, plan)
     batches = resolve_calibration(model, calibration, processor, rows=ROWS) if compensate else []
@@ -83,7 +86,7 @@ def prune(
 
 
 @contextlib.contextmanager
-def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
+def masked(model: Model, plan: PruningPlan | str | Path) -> Iterator[Model]:
     """Inside the block `model` computes as if pruned by `plan`; nothing is removed, and it is as before afterwards.
 
     The inputs of every consumer (o_proj, down_proj) are multiplied by the keep mask. Same outputs as
@@ -92,7 +95,7 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
     Raises:
         PlanError: the plan does not fit the model.
     """
-    handles = []
+    plan, handles = _loaded(plan), []
     try:
         for group, entry in zip(match(model, plan), plan.groups, strict=True):
             if entry.keep < entry.width:
@@ -108,7 +111,7 @@ def masked(model: Model, plan: PruningPlan) -> Iterator[Model]:
             handle.remove()
 
 
-def zero_units(model: nn.Module, plan: PruningPlan) -> None:
+def zero_units(model: nn.Module, plan: PruningPlan | str | Path) -> None:
     """Set the weights and biases of the units that `plan` does not keep to zero, in place; all shapes stay.
 
     Producers and consumers both: a removed unit is zero on its way in, so nothing that is calibrated afterwards (GPTQ's
@@ -117,9 +120,18 @@ def zero_units(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         PlanError, UnsupportedModelError: as `prune`; nothing was changed.
     """
+    plan = _loaded(plan)
     for name, index in removed_entries(model, plan).items():
         model.get_parameter(name).data[index] = 0
     setattr(model, PLAN_ATTRIBUTE, plan)
+
+
+def _loaded(plan: PruningPlan | str | Path) -> PruningPlan:
+    if isinstance(plan, PruningPlan):
+        return plan
+    if isinstance(plan, str | Path):
+        return PruningPlan.load(plan)
+    raise PlanError(f"A PruningPlan, or the path of a plan file, is needed, not a {type(plan).__name__}.")
 
 
 def forget_bound_methods(model: nn.Module) -> None:
@@ -250,24 +262,46 @@ def shared_parameters(model: nn.Module) -> set[int]:
 
 
 def write_per_layer_config(model: nn.Module) -> None:
-    """Put the language tower's widths into its config as transformers' `per_layer_config`.
+    """Put the language tower's widths into its config as transformers' `per_layer_config`; other entries there stay.
 
-    transformers writes and reads the field (5.15 and newer) but does not build models from it yet;
+    transformers writes and reads the field (5.15 and newer) but does not build most models from it yet;
     `hipp_ext.load_pruned` does. The flag beside it keeps the configuration loadable by `AutoConfig`.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
-    layers: dict[int, dict[str, int]] = {}
+    layers = per_layer_values(config)
     for g in find_groups(model):
         if g.kind == "ffn":
             layers.setdefault(g.layer, {})["intermediate_size"] = g.width
         else:
             heads = g.width * g.columns // block_of(model, g).head_dim
             layers.setdefault(g.layer, {}).update(num_attention_heads=heads, num_key_value_heads=g.width)
-    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_is_not_about_global_widths)
+    quiet_width_warnings()
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = layers
+    allot_caches_late(model)
+
+
+def per_layer_values(config: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> what `config` says of it alone."""
+    return {int(layer): dict(values) for layer, values in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def allot_caches_late(model: Any) -> None:
+    """Have `generate` allot a static cache layer by layer, at the first token, as it does where layers are on several GPUs.
+
+    For prefill in chunks transformers (5.17) allots it ahead, with one number of heads for all layers.
+    """
+    model._get_static_cache_init_shape = _no_common_shape
+
+
+def _no_common_shape() -> None:
+    """Of the module, not of the model: what a copy of the model holds must not lead back to the original."""
+
+
+def quiet_width_warnings() -> None:
+    """Keep transformers from warning of every single width that it reads from a heterogeneous config: modules know theirs."""
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_is_not_about_global_widths)
 
 
 def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
-    """transformers warns whoever reads a single width of a heterogeneous config. Here the modules know theirs."""
     return "Reading global config value for per-layer attribute" not in record.getMessage()

@@ -87,6 +87,13 @@ class HippStructuredPruningModifier(Modifier):
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
+    @field_validator("round_to", "pruning_ratio", mode="before")
+    @classmethod
+    def _plain_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"a number is needed, not {value}")
+        return value.item() if hasattr(value, "item") else value  # of numpy and torch
+
     @field_validator("preference", mode="before")
     @classmethod
     def _preference_as_numbers(cls, value: Any) -> Any:

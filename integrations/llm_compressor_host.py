@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from hipp_ext.checkpoint import complete_folder
+from hipp_ext.checkpoint import check_saveable, complete_folder, settings_as_they_are
 from hipp_ext.errors import MissingExtraError, RecipeError
 from hipp_ext.groups import Group
 from hipp_ext.plan import PruningPlan
@@ -147,7 +147,8 @@ def complete_saves(model: Any) -> None:
 
     @functools.wraps(save)  # with llm-compressor's mark on its own wrapper, which keeps it from wrapping a second time
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        with _without_origin(model.config):
+        check_saveable(model)
+        with _without_origin(model.config), settings_as_they_are(model):
             result = save(save_directory, *args, **kwargs)
         complete_folder(model, Path(save_directory))
         return result

@@ -94,4 +94,4 @@ class HippLM(_FromFolder, HFMultimodalLM):
 def _sees(folder: Path) -> bool:
     from transformers import AutoConfig
 
-    return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True), "vision_config")
+    return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), "vision_config")

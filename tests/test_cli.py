@@ -2,6 +2,7 @@
 
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import hipp as in_process
+from safetensors import SafetensorError
+from test_surgery import random_plan
 
+import hipp_ext
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
+from hipp_ext.cli import main
+from hipp_ext.errors import HippError
+from hipp_ext.testbed import WEIGHTS
 
 HIPP = [sys.executable, "-m", "hipp_ext"]
 ROWS = ("--calibration-rows", "8")  # little, so that signals do not take long
@@ -78,6 +86,54 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, messag
     done = hipp(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().split("\n")) == 1
+
+
+def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hipp", "prune", "testbed", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")])
+    random_plan(load_pruned(WEIGHTS)).save(tmp_path / "plan.json")
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err.strip().split("\n")
+    assert end.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert told[-1] == (
+        f"hipp: {tmp_path}/out could not be written: File too large. Free some space there, or choose another place, and run "
+        "it again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "hipp: No space left on device: /data/x"),
+        (SafetensorError("Error while serializing: I/O error: ... (os error 122)"), "hipp: Disk quota exceeded"),
+        (PermissionError(13, "Permission denied", "mine.tsv"), "hipp: Permission denied: mine.tsv"),
+        (OSError("Can't load\nthe tokenizer"), "hipp: Can't load the tokenizer"),
+        (HippError("two\nlines"), "hipp: two lines"),
+        (KeyError("ours"), None),
+    ],
+)
+def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(monkeypatch, capsys, error, line):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hipp_ext.cli.planning.require_new", fail)
+    monkeypatch.setattr(sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", "/tmp/never-written.json"])
+    with pytest.raises(KeyError if line is None else SystemExit) as end:
+        main()
+    if line:
+        assert end.value.code == 2 and capsys.readouterr().err.strip() == line
+
+
+def test_version_and_short_help():
+    assert in_process("--version") == f"hipp-ext {hipp_ext.__version__}\n"
+    for command in ((), ("plan",), ("bench", "latency")):
+        assert in_process(*command, "-h") == in_process(*command, "--help")
 
 
 def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):

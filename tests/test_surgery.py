@@ -205,3 +205,18 @@ def test_shared_weights_are_refused():
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     with pytest.raises(UnsupportedModelError, match="shares its weight"):
         prune(model, random_plan(model))
+
+
+def test_a_plan_may_be_given_by_its_path(tmp_path):
+    model, inputs = MODELS["llama"], batch("llama")
+    plan = random_plan(model)
+    plan.save(tmp_path / "plan.json")
+    for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        small = prune(model, path)
+        assert small.hipp_plan == plan and torch.equal(logits(small, inputs), logits(prune(model, plan), inputs))
+        with masked(model, path):
+            assert torch.allclose(logits(model, inputs), logits(small, inputs), atol=1e-5)
+    with pytest.raises(PlanError, match="There is no plan at nowhere.json"):
+        prune(model, "nowhere.json")
+    with pytest.raises(PlanError, match="the path of a plan file, is needed, not a dict"):
+        prune(model, {})

@@ -5,9 +5,11 @@ What a command needs is imported when it runs: help, errors in options and compl
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from hipp_ext import __version__
 from hipp_ext.cli.bench import bench_app
 from hipp_ext.cli.evals import evals_app
 from hipp_ext.cli.planning import planning_app
@@ -15,9 +17,11 @@ from hipp_ext.cli.recover import recover_app
 from hipp_ext.cli.robust import robust_app
 from hipp_ext.cli.testbed import testbed_app
 from hipp_ext.errors import HippError
+from hipp_ext.temporaries import FULL, system_error
 
 app = typer.Typer(
     name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
 )  # fmt: skip
 app.add_typer(planning_app)
@@ -30,14 +34,26 @@ app.add_typer(testbed_app, name="testbed")
 INTERRUPTED = 130
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hipp-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Pruning plans for vision-language models: state a preference, get a smaller model that still sees."""
+
+
 def main() -> None:
-    """Entry point: exit code 0 on success, 2 for bad input, 130 on ctrl-C, 1 for anything else."""
+    """Entry point: exit code 0 on success, 2 for bad input or a full disk, 130 on ctrl-C, 1 for anything else."""
     _quiet_transformers()
     try:
         app(standalone_mode=True)
-    except HippError as error:
-        typer.secho(f"hipp: {error}", fg="red", err=True)
-        sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer makes it of a KeyboardInterrupt
             typer.secho(
@@ -45,6 +61,22 @@ def main() -> None:
                 err=True,
             )
         raise
+    except Exception as error:
+        if (line := _in_one_line(error)) is None:
+            raise
+        typer.secho(f"hipp: {line}", fg="red", err=True)
+        sys.exit(2)
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """What to say of an error that the user or the system caused; None of one that we did."""
+    number, name = system_error(error)
+    if not isinstance(error, HippError):
+        if number in FULL or (isinstance(error, OSError) and number is not None):
+            return os.strerror(number) + (f": {name}" if name else "")
+        if not isinstance(error, OSError):
+            return None
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _quiet_transformers() -> None:

@@ -54,4 +54,4 @@ def load(
         raise CheckpointError(f"{folder} holds no model.safetensors. Train one: hipp testbed train --out {folder}")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -625,6 +625,30 @@ def test_canary_switched_off_logging_lacks_a_level(imports):
     assert not imports["stock, switched off: level METRIC"], "METRIC is always there: import_llmcompressor need not add it"
 
 
+def test_generation_settings_are_saved_as_they_were_and_adapters_are_not(dense, tmp_path):
+    model = dense("llama")
+    model.generation_config.update(temperature=0.9, do_sample=False)
+    oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan_for(model))])
+    model.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a/generation_config.json").read_text())["temperature"] == 0.9
+    assert torch.equal(logits(load_pruned(tmp_path / "a"), batch("llama")), logits(model, batch("llama")))
+    model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(UnsupportedModelError, match="carries adapters"):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_numbers_of_the_modifier_may_be_of_numpy_and_not_truth_values():
+    import numpy as np
+
+    wish = {"utility": 1, "robustness": 0, "compression": 0}
+    made = HippStructuredPruningModifier(preference=wish, round_to=np.int64(8), pruning_ratio=np.float32(0.25))
+    assert (made.round_to, made.pruning_ratio) == (8, 0.25) and type(made.round_to) is int
+    for name in ("round_to", "pruning_ratio"):
+        with pytest.raises(ValueError, match=f"{name}.*\n.*a number is needed, not True"):
+            HippStructuredPruningModifier(preference=wish, **{name: True})
+
+
 @pytest.mark.timeout(120)
 def test_canary_the_configuration_is_replaced_on_saving(dense, tmp_path):
     model = prune(dense("llama"), random_plan(dense("llama")), inplace=True)
