@@ -96,9 +96,11 @@ def _save_of(found: SavedState) -> tuple[int, int, int, str]:
 
 def _lend(group: Any, lender: int, found: SavedState | None) -> tuple[dict[str, Tensor], Plain]:
     """The lender's factors and counts on all ranks, without its memory, which is its own."""
-    mine = found is not None and dist.get_rank(group) == lender
-    lent = tell_all(group, ({n: f.cpu() for n, f in found.factors.items()}, found.plain.model_dump()) if mine else None)[lender]
-    return lent[0], Plain.model_validate(lent[1])
+    mine = None
+    if found is not None and dist.get_rank(group) == lender:
+        mine = {n: f.cpu() for n, f in found.factors.items()}, found.plain.model_dump()
+    factors, plain = tell_all(group, mine)[lender]
+    return factors, Plain.model_validate(plain)
 
 
 def _say(line: str) -> list[str]:

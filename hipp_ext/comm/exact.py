@@ -14,7 +14,7 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         CompressionError: it is a truth value, a string, not a whole number, or out of range.
     """
     plain, number = _plain(value), None
-    if isinstance(plain, numbers.Real) and not isinstance(plain, bool) and plain == plain // 1:
+    if _is_real(plain) and plain == plain // 1:
         number = int(plain)
     if number is None or number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -30,7 +30,7 @@ def positive_number(name: str, value: Any) -> float:
     """
     plain = _plain(value)
     try:
-        number = float(plain) if isinstance(plain, numbers.Real) and not isinstance(plain, bool) else math.nan
+        number = float(plain) if _is_real(plain) else math.nan
     except OverflowError:
         number = math.inf
     if not (math.isfinite(number) and number > 0 and number == plain):
@@ -41,3 +41,7 @@ def positive_number(name: str, value: Any) -> float:
 def _plain(value: Any) -> Any:
     """The Python number in a scalar of numpy or torch."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -195,7 +195,7 @@ def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
-        digest.update(tensors[name].contiguous().cpu().numpy())
+        digest.update(tensors[name].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
