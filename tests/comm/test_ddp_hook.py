@@ -24,7 +24,6 @@ TRIPLE = [
     "infinite_gradients",
     "made_like_powersgd",
     "exact_where_a_gradient_has_rank_one",
-    "ways_of_using_ddp",
     "checkpoints_of_other_workers",
     "a_rank_that_dies",
 ]
