@@ -6,6 +6,7 @@ ddp.register_comm_hook(state, lqsgd_hook)
 state.stats()["bytes_sent"]
 """
 
+from hipp_ext.comm.checkpoint import load_checkpoint, save_checkpoint
 from hipp_ext.comm.codec import LogCodec, Pieces
 from hipp_ext.comm.compressor import Compressor, Options
 from hipp_ext.comm.ddp_hook import LQSGDState, lqsgd_hook, mean_gradients, register_lqsgd
@@ -19,11 +20,13 @@ __all__ = [
     "LogCodec",
     "Options",
     "Pieces",
+    "load_checkpoint",
     "load_state",
     "lqsgd_hook",
     "mean_gradients",
     "register_lqsgd",
     "register_lqsgd_fsdp",
     "run_together",
+    "save_checkpoint",
     "save_state",
 ]

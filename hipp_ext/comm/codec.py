@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from hipp_ext.errors import CompressionError
+from hipp_ext.comm.exact import positive_number, whole_number
 
 UNIT = 32  # values: packed rows of any width are whole 4-byte words then, so that float32 scales stay aligned
 TINY = torch.finfo(torch.float32).tiny
@@ -76,10 +76,8 @@ class LogCodec:
     alpha: float = 5.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
-            raise CompressionError(f"bits={self.bits!r}: a whole number from 1 to 8 is needed.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise CompressionError(f"alpha={self.alpha!r}: a finite number above 0 is needed.")
+        object.__setattr__(self, "bits", whole_number("bits", self.bits, 1, 8))
+        object.__setattr__(self, "alpha", positive_number("alpha", self.alpha))
 
     def message_bytes(self, pieces: Pieces) -> int:
         """Bytes that a row of values takes."""

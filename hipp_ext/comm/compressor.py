@@ -8,11 +8,13 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hipp_ext.comm.codec import LogCodec
+from hipp_ext.comm.exact import positive_number, whole_number
 from hipp_ext.comm.transports import Exchange, Kind, Section, choose_transport, mean_over_workers
 from hipp_ext.errors import CompressionError
 
@@ -31,7 +33,8 @@ class Options:
         seed: of the first factors.
 
     Raises:
-        CompressionError: an option is out of range.
+        CompressionError: an option is out of range, or is no exact number where one is needed. Numbers of numpy and torch, and
+            floats such as 8.0, are taken as what they are; True and "4" are not.
     """
 
     rank: int = 4
@@ -43,14 +46,19 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise CompressionError(f"rank={self.rank!r}: a whole number of at least 1 is needed.")
-        if not (math.isfinite(self.min_rate) and self.min_rate > 0):
-            raise CompressionError(f"min_rate={self.min_rate!r}: a finite number above 0 is needed.")
-        LogCodec(bits=self.bits, alpha=self.alpha)
+        checked: dict[str, Any] = {
+            "rank": whole_number("rank", self.rank, 1),
+            "bits": whole_number("bits", self.bits, 1, 8),
+            "alpha": positive_number("alpha", self.alpha),
+            "transport": str(self.transport),
+            "min_rate": positive_number("min_rate", self.min_rate),
+            "seed": whole_number("seed", self.seed, -(2**63), 2**63),  # what torch.Generator takes
+        }
         if self.vector_bits is not None:
-            LogCodec(bits=self.vector_bits, alpha=self.alpha)
+            checked["vector_bits"] = whole_number("vector_bits", self.vector_bits, 1, 8)
         choose_transport(self.transport, 1, 0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def plain(self) -> dict[str, int | float | str | None]:
         """As plain types, for files and comparisons."""

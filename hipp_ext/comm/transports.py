@@ -125,7 +125,7 @@ def choose_transport(asked: str, workers: int, message_bytes: int) -> Kind:
     Raises:
         CompressionError: `asked` is none of these.
     """
-    if asked not in TRANSPORTS:
+    if not isinstance(asked, str) or asked not in TRANSPORTS:
         raise CompressionError(f"transport={asked!r}: one of {', '.join(TRANSPORTS)} is needed.")
     if asked == "all_gather" or asked == "all_to_all":
         return asked
