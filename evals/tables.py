@@ -162,7 +162,9 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
 
 def _fields(text: bytes, at: int) -> tuple[int, int]:
     """How many cells the row that begins at `at` has, and where the next row begins; counting stops at too many."""
-    for count in range(1, _MOST_COLUMNS + 2):
+    count = 0
+    while count <= _MOST_COLUMNS:
+        count += 1
         end = _CELL.match(text, at)
         at = (end.end() if end else len(text)) + 1
         if text[at - 1 : at] != b"\t":

@@ -169,8 +169,10 @@ def shown(text: object, longest: int | None = None) -> str:
         text: anything; its `str` is shown.
         longest: cut it after so many characters; None: not cut.
     """
-    clean = "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "\ufffd" for c in str(text))
-    return clean if longest is None or len(clean) <= longest else clean[: longest - 1] + "\u2026"
+    whole = str(text)
+    if longest is not None and len(whole) > longest:
+        whole = whole[: longest - 1] + "\u2026"
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "\ufffd" for c in whole)
 
 
 def short_name(text: object) -> str:

@@ -1,4 +1,4 @@
-"""Tables and pictures from strangers: read, or refused in a sentence; in little time and memory, and without another program."""
+"""Tables and pictures from strangers: read, or refused in a sentence; in little time and memory, by no other program."""
 
 import base64
 import io
