@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
+MOST_GROUPS = 4000  # of a plan that is drawn, each with a bar of its own
 LOOKS = {"": Look(), "dark": Look(dark=True), "narrow": Look(narrow=True), "narrow dark": Look(narrow=True, dark=True)}
 
 
@@ -67,7 +68,9 @@ def _pictures(sources: Sources) -> list[_Drawing]:
         chosen = {e.name: e.reward for e in sources.entries if e.reward} if len(fits) == 1 else {}
         found.append(_front(fit, chosen, "front" if number == 0 else f"front-{number + 1}", several=len(fits) > 1))
     plans = {e.name: e.plan for e in sources.entries if e.plan}
-    if plans and len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1:
+    same = len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1
+    groups = next(iter(plans.values())).groups if plans else ()
+    if same and len(groups) <= MOST_GROUPS and any(g.tower == "language" for g in groups):
         found.append(_keeps(plans, next((f.visual for f in sources.fits if f.visual), None)))
     main = main_yes_no(sources.entries)
     scores = {e.name: e.records[main]["metrics"]["vlmeval"] for e in sources.entries if main in e.records}

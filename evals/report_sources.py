@@ -268,10 +268,13 @@ def _latency(file: Path) -> dict[str, Any]:
 
 def _fit_seed(folder: Path) -> str:
     settings = _json(folder / IDENTITY).get("settings")
-    known = {name: json.dumps(value)[:100] if isinstance(value, list) else value
-             for name, value in (settings if isinstance(settings, dict) else {}).items()
-             if not isinstance(value, dict)}  # fmt: skip
+    given = settings if isinstance(settings, dict) else {}
+    known = {name: value for name, value in given.items() if _is_plain(value if isinstance(value, list) else [value])}
     return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
+
+
+def _is_plain(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
 def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
