@@ -141,7 +141,7 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
 
     pandas takes columns beyond those of the header for an index of many levels if the first row has them, and each takes time.
     """
-    digest, beginning = hashlib.md5(), b""
+    digest, beginning = hashlib.md5(), bytearray()
     while chunk := file.read(1 << 20):
         if b"\0" in chunk:
             raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: it holds null bytes")
@@ -160,7 +160,7 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _fields(text: bytes, at: int) -> tuple[int, int]:
+def _fields(text: bytearray, at: int) -> tuple[int, int]:
     """How many cells the row that begins at `at` has, and where the next row begins; counting stops at too many."""
     count = 0
     while count <= _MOST_COLUMNS:
