@@ -10,7 +10,6 @@ from hipp_ext.evals.statistics import Estimate
 from hipp_ext.evals.untrusted import shown
 
 if TYPE_CHECKING:
-    from hipp_ext.evals.compare import Comparison
     from rich.table import Table
 
 _NAMES = ("data", "rule", "split")
@@ -23,12 +22,12 @@ class ComparisonTable:
     """What rich prints of comparisons; no name in it is read as markup.
 
     Args:
-        rows: the comparisons.
+        rows: `Comparison`s; that file imports this one.
         level: of their intervals.
         note: a sentence below the table; empty for none.
     """
 
-    def __init__(self, rows: Sequence["Comparison"], level: float, note: str):
+    def __init__(self, rows: Sequence[Any], level: float, note: str):
         self._title = f"accuracy in percent; B - A in points, with its {100 * level:g}% interval"
         self._rows = [((row.data, rule, row.split), _scores(row), _rest(row)) for row, rule in _without_repetition(rows)]
         self._note = note
@@ -95,18 +94,18 @@ def _plain(names: Sequence[str]) -> list[Any]:
     return [Text(shown(name, _LONGEST)) for name in names]
 
 
-def _scores(row: "Comparison") -> list[str]:
+def _scores(row: Any) -> list[str]:
     own = row.paired
     return [str(own.n), f"{own.a:.2f}", f"{own.b:.2f}", _with_interval(own.difference), _p(own.difference.p_value),
             _p(own.mcnemar_p)]  # fmt: skip
 
 
-def _rest(row: "Comparison") -> list[str]:
+def _rest(row: Any) -> list[str]:
     return [f"{row.paired.only_a}/{row.paired.only_b}", "" if row.f1 is None else _with_interval(row.f1),
             "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}", f"{row.questions_for_a_point:,}"]  # fmt: skip
 
 
-def _without_repetition(rows: Sequence["Comparison"]) -> list[tuple["Comparison", str]]:
+def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
     """Rows with the name of their rule; where POPE's two rules read every answer alike, one row for "both"."""
     by_rule = {(row.data, row.split, row.rule): row for row in rows}
     kept = []
