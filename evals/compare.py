@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hipp_ext.evals.compare_table import ComparisonTable
 from hipp_ext.evals.metrics import f1_percent, without_nan
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.statistics import Estimate, PairedDifference, bootstrap_estimate, paired_difference, questions_needed
 from hipp_ext.evals.tables import YES_NO
+from hipp_ext.evals.untrusted import shown
 
 from hipp_ext.errors import DataError
 
+__all__ = ["Comparison", "check_same_questions", "compare", "compare_runs", "comparison_table", "plain"]
+
+MOST_SPLITS, MOST_OPTIONS = 101, 26  # each split takes a bootstrap; options have letters
 POINT = 1.0  # the difference [points] whose price in questions is given
 
 
@@ -68,19 +73,28 @@ def compare(
     else:
         pairs = [(run, runs_b[name]) for name, run in runs_a.items() if name in runs_b]
     if not pairs:
-        raise DataError(f"no data set in common: A has {', '.join(runs_a)}, B has {', '.join(runs_b)}")
+        raise DataError(f"no data set in common: A has {shown(', '.join(runs_a))}, B has {shown(', '.join(runs_b))}")
     return [row for pair in pairs for row in compare_runs(*pair, level=level, seed=seed)]
 
 
 def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[Comparison]:
-    """The comparison by each rule and, for yes/no, on each split; all questions first."""
+    """The comparison by each rule and, for yes/no, on each split; all questions first.
+
+    Raises:
+        DataError: the questions differ, or there are more splits or options than a benchmark has.
+    """
     check_same_questions(a, b)
     asked, rows = a.questions, []
     yes_no = asked[0].kind == YES_NO
     splits = {"all": list(range(len(asked)))}
     for row, question in enumerate(asked):
-        for split in question.category.split(",") if yes_no else ():
+        for split in dict.fromkeys(question.category.split(",")) if yes_no else ():
             splits.setdefault(split, []).append(row)
+    if len(splits) > MOST_SPLITS or any(len(question.options or ()) > MOST_OPTIONS for question in asked):
+        raise DataError(
+            f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MOST_SPLITS - 1} that can be compared, or a question with more "
+            f"than {MOST_OPTIONS} options"
+        )
     for rule in RULES if yes_no else ("letter",):
         said_a, said_b = (_read(rule, asked, run.answers) for run in (a, b))
         for split, own in splits.items():
@@ -91,7 +105,7 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
 
 def check_same_questions(a: Run, b: Run) -> None:
     """Raise DataError, with the first difference, unless both runs answer the very same questions."""
-    where = f"A ({a.model} on {a.data}) and B ({b.model} on {b.data}) cannot be compared"
+    where = f"A ({shown(a.model)} on {shown(a.data)}) and B ({shown(b.model)} on {shown(b.data)}) cannot be compared"
     by_index = {question.index: question for question in b.questions}
     if a.questions == b.questions:
         return
@@ -100,11 +114,12 @@ def check_same_questions(a: Run, b: Run) -> None:
     for question in a.questions:
         other = by_index.get(question.index)
         if other is None:
-            raise DataError(f"{where}: A answers index {question.index}, B does not")
+            raise DataError(f"{where}: A answers index {shown(question.index)}, B does not")
         for field in ("question", "options", "image", "answer", "category"):
             own, theirs = getattr(question, field), getattr(other, field)
             if own != theirs:
-                raise DataError(f"{where}: the {field} of index {question.index} is {own!r} in A and {theirs!r} in B. "
+                said = [shown(repr(value), 200) for value in (own, theirs)]
+                raise DataError(f"{where}: the {field} of index {shown(question.index)} is {said[0]} in A and {said[1]} in B. "
                                 "They were asked different data")  # fmt: skip
     raise DataError(f"{where}: the questions are in another order. They were asked different data")
 
@@ -168,45 +183,25 @@ def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
     return [without_nan(dataclasses.asdict(row) | {"discordance": row.paired.discordance}) for row in rows]
 
 
+def counts_sentence(rows: Sequence[Comparison]) -> str:
+    """Why the questions of a yes/no data set have two numbers, here and in what `vlmeval` prints; empty where they do not."""
+    told = []
+    for data in dict.fromkeys(row.data for row in rows):
+        sizes = {row.split: row.paired.n for row in rows if row.data == data and row.yes_a is not None}
+        if (once := sizes.pop("all", 0)) < (asked := sum(sizes.values())):
+            told.append(split_counts(data, once, asked))
+    return " ".join(told)
+
+
+def split_counts(data: str, questions: int, rows: int) -> str:
+    """The two numbers of a data set in one sentence: distinct questions, and questions of all splits together."""
+    return (
+        f"{shown(data)} has {questions:,} distinct questions, each counted once where models are compared; VLMEvalKit and the "
+        f"authors count one again in every split that asks it, {rows:,} in all."
+    )
+
+
 def comparison_table(rows: Sequence[Comparison], level: float = 0.95) -> Any:
-    """A rich table: one line per data set, rule and split."""
-    from rich.table import Table
-
-    table = Table(title=f"accuracy in percent; B - A in points, with its {100 * level:g}% interval")
-    left = ("data", "rule", "split")
-    for name in (*left, "n", "A", "B", "B - A", "p (bootstrap)", "p (McNemar)", "only A/B right", "F1 B - A", "yes A/B",
-                 "n for 1 point"):  # fmt: skip
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row, rule in _without_repetition(rows):
-        own = row.paired
-        table.add_row(
-            row.data, rule, row.split, str(own.n), f"{own.a:.2f}", f"{own.b:.2f}", _with_interval(own.difference),
-            _p(own.difference.p_value), _p(own.mcnemar_p), f"{own.only_a}/{own.only_b}",
-            "" if row.f1 is None else _with_interval(row.f1),
-            "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}", f"{row.questions_for_a_point:,}",
-        )  # fmt: skip
-    return table
-
-
-def _without_repetition(rows: Sequence[Comparison]) -> list[tuple[Comparison, str]]:
-    """Rows with the name of their rule; where POPE's two rules read every answer alike, one row for "both"."""
-    by_rule = {(row.data, row.split, row.rule): row for row in rows}
-    shown = []
-    for row in rows:
-        same = [repr(dataclasses.replace(twin, rule=row.rule)) == repr(row)  # NaN does not equal itself
-                for other in RULES if row.rule in RULES and (twin := by_rule.get((row.data, row.split, other)))]  # fmt: skip
-        if len(same) == len(RULES) and all(same):
-            shown += [(row, "both")] if row.rule == next(iter(RULES)) else []
-        else:
-            shown.append((row, row.rule))
-    return shown
-
-
-def _with_interval(estimate: Estimate) -> str:
-    if math.isnan(estimate.low):
-        return f"{estimate.value:+.2f}"
-    return f"{estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
-
-
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+    """For rich to print: one line per data set, rule and split; where the terminal is too narrow for it, two short tables of
+    each data set and rule."""
+    return ComparisonTable(rows, level, counts_sentence(rows))

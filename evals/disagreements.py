@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from hipp_ext.evals.compare import Comparison, compare_runs
 from hipp_ext.evals.pope import vlmeval_answer
 from hipp_ext.evals.runs import PREDICTIONS, AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
+from hipp_ext.evals.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
 
 from hipp_ext.errors import DataError
 
@@ -60,7 +62,8 @@ def disagreements(
 
     Args:
         a, b: data set -> record of `vlmeval`, of each model.
-        near: folders in which the predictions may lie, should the records' own paths be those of another machine.
+        near: folders in which the predictions lie; records may hold the paths of another machine, or lead anywhere. Pictures
+            are those of the same outputs, each under its own hash, and no others.
         n: examples per data set.
         seed: of their draw.
     """
@@ -82,11 +85,20 @@ def disagreements(
 
 
 def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None:
-    """The predictions of a record: where it says, else at the same place below one of `near` or its folder outputs."""
+    """The predictions of a record: where it says, if that is in one of `near`, else at the same place below one of them or
+    its folder outputs."""
     written = Path(record["predictions"])
     inside = Path(*written.parts[-4:])  # MODEL-HASH/DATA/run-KEY/predictions.jsonl
     places = [written, *(top / inside for folder in near for top in (folder, folder / "outputs"))]
-    return next((place for place in places if place.is_file() and place.name == PREDICTIONS), None)
+    folders = [folder if folder.is_dir() else folder.parent for folder in near]
+    return next((place for place in places if _is_file(place) and any(is_below(place, folder) for folder in folders)), None)
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.name == PREDICTIONS and place.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Example, ...]:
@@ -114,12 +126,13 @@ def _right(question: AskedQuestion, said: str) -> bool:
 
 def _picture(folder: Path, question: AskedQuestion) -> tuple[str | None, bool]:
     """The question's picture as a data URI, and whether it is tiny."""
-    from PIL import Image
-
     file = folder / f"{question.image[:32]}.png"
-    if not file.is_file():
+    if not re.fullmatch("[0-9a-f]{64}", question.image) or not is_below(file, folder):
         return None, False
-    picture = Image.open(file).convert("RGB")
+    try:
+        picture = rgb_picture(read_plain(file, PICTURE_BYTES, "picture"))
+    except DataError:
+        return None, False
     small = max(picture.size) <= 96
     buffer = io.BytesIO()
     picture.thumbnail((SIDE, SIDE))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hipp_ext.evals.untrusted import shown
+
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.reward import Reward
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = ("#5b7fc7", "#dd8452", "#55a868", "#c9545a", "#8d7cc0", "#a3826b")
 SPLITS = ("random", "popular", "adversarial")
 KINDS = ("attention", "ffn")
+_LONGEST = 40  # name in a figure [characters]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,8 @@ def front_figure(
         axes.scatter([r.utility for r in front], [r.robustness for r in front], s=48, facecolors="none", edgecolors=look.ink,
                      linewidths=0.8, label="front ± SE")  # fmt: skip
         for colour, (name, reward) in zip(COLOURS[1:], chosen.items(), strict=False):
-            axes.scatter(reward.utility, reward.robustness, marker="*", s=210, color=colour, edgecolors=look.paper, label=name)
+            axes.scatter(reward.utility, reward.robustness, marker="*", s=210, color=colour, edgecolors=look.paper,
+                         label=label(name))  # fmt: skip
         bar = figure.colorbar(points, label="parameters removed [%]", **(_below() if look.narrow else {}))
         bar.outline.set_visible(False)
         axes.set_xlabel("utility (ScienceQA margin over guessing)")
@@ -91,15 +95,18 @@ def keeps_figure(
         plans: name -> plan.
         visual: "attention" and "ffn" -> visual sensitivity of each layer; None: not drawn.
         look: how to draw it.
+
+    A kind of which the plans have no group in the language model is left out; one at least must be there.
     """
+    kinds = [kind for kind in KINDS if any(_language(plan, kind) for plan in plans.values())]
     rows = 0.42 * len(plans)
-    tall = (0.9 + rows + (1.4 if visual else 0)) * (2 if look.narrow else 1)
+    tall = (0.9 + rows + (1.4 if visual else 0)) * (len(kinds) if look.narrow else 1)
     with _drawing(look, (8.4, tall), (3.7, tall)) as figure:
         blocks = 2 if visual else 1
-        across = 1 if look.narrow else 2
-        heights = [max(rows, 0.6), 1.0][:blocks] * (2 if look.narrow else 1)
+        across = 1 if look.narrow else len(kinds)
+        heights = [max(rows, 0.6), 1.0][:blocks] * (len(kinds) if look.narrow else 1)
         grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
-        for place, kind in enumerate(KINDS):
+        for place, kind in enumerate(kinds):
             top, column = (blocks * place, 0) if look.narrow else (0, place)
             axes = figure.add_subplot(grid[top, column])
             image = _heatmap(axes, plans, kind, named=look.narrow or column == 0)
@@ -110,8 +117,12 @@ def keeps_figure(
     return figure
 
 
+def _language(plan: PruningPlan, kind: str) -> list[Any]:
+    return [g for g in plan.groups if g.kind == kind and g.tower == "language"]
+
+
 def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str, *, named: bool) -> Any:
-    rows = [[g for g in plan.groups if g.kind == kind and g.tower == "language"] for plan in plans.values()]
+    rows = [_language(plan, kind) for plan in plans.values()]
     image = axes.imshow([[g.keep / g.width for g in row] for row in rows], vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, row in enumerate(rows):
         for x, g in enumerate(row if len(row) <= 16 else ()):
@@ -119,7 +130,7 @@ def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str, *, named: b
                       color="white" if g.keep / g.width > 0.6 else "#222222")  # fmt: skip
     axes.set_title(f"{kind}, of {rows[0][0].width} {'KV groups' if kind == 'attention' else 'channels'}", fontsize=10)
     axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 12)))
-    axes.set_yticks(range(len(plans)), list(plans) if named else [""] * len(plans))
+    axes.set_yticks(range(len(plans)), [label(name) if named else "" for name in plans])
     axes.grid(False)
     return image
 
@@ -146,7 +157,7 @@ def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: L
             for i, (name, splits) in enumerate(scores.items()):
                 asked = [(s, splits[split]) for s, split in enumerate(SPLITS) if split in splits]
                 x = [s + (i - (len(scores) - 1) / 2) * width for s, _ in asked]
-                axes.bar(x, [own[metric] for _, own in asked], 0.92 * width, color=COLOURS[i % len(COLOURS)], label=name,
+                axes.bar(x, [own[metric] for _, own in asked], 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label(name),
                          yerr=[own[f"{metric}_se"] or 0 for _, own in asked], capsize=2,
                          error_kw={"lw": 0.9, "ecolor": look.ink})  # fmt: skip
             axes.axhline(50, color=look.ink, lw=0.8, ls=":")
@@ -174,14 +185,20 @@ def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]], 
             y = [q - (i - (len(models) - 1) / 2) * width for q in range(len(quantities))]
             own = [shares[quantity][name] for quantity in quantities]
             errors = [[value - low or math.nan for value, low, _ in own], [high - value or math.nan for value, _, high in own]]
-            axes.barh(y, [value for value, _, _ in own], 0.9 * width, xerr=errors, color=COLOURS[i % len(COLOURS)], label=name,
-                      error_kw={"lw": 0.9, "ecolor": look.ink}, capsize=2)  # fmt: skip
+            axes.barh(y, [value for value, _, _ in own], 0.9 * width, xerr=errors, color=COLOURS[i % len(COLOURS)],
+                      label=label(name), error_kw={"lw": 0.9, "ecolor": look.ink}, capsize=2)  # fmt: skip
         axes.axvline(100, color=look.ink, lw=0.8, ls=":")
         axes.set_yticks(range(len(quantities)), quantities)
-        axes.set_xlabel(f"percent of {models[0]}")
+        axes.set_xlabel(f"percent of {label(models[0])}")
         axes.grid(axis="y", visible=False)
         _legend(figure, axes)
     return figure
+
+
+def label(name: str) -> str:
+    """A name as a figure can show it: short, never read as a formula, and never hidden, as matplotlib hides a leading _."""
+    text = shown(name, _LONGEST).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def png(figure: "Figure", dpi: int = 144) -> bytes:

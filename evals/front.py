@@ -65,7 +65,7 @@ def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
     console = Console()
     console.print(table)
     if choices:
-        console.print(choices.verdict())
+        console.print(choices.verdict(), markup=False)
 
 
 def _cells(reward: Reward | None) -> list[str]:

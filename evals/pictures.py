@@ -8,8 +8,12 @@ import base64
 import binascii
 import hashlib
 import io
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hipp_ext.evals.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture, shown, the_only_one
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LONGEST_REFERENCE = 64  # VLMEvalKit reads a shorter image cell as the index of the row whose picture it repeats
+_LONGEST_LINE = 76  # of base64 that mail and openssl break into lines; longer "lines" are several pictures
 
 
 def picture_column(frame: "pd.DataFrame") -> str:
@@ -28,21 +33,24 @@ def picture_column(frame: "pd.DataFrame") -> str:
 def store_pictures(path: Path, frame: "pd.DataFrame", folder: Path) -> tuple["pd.DataFrame", tuple[str, ...]]:
     """The rows that have a picture, with its absolute path in image_path, and the SHA-256 of each picture.
 
-    Pictures from the column image are written to `folder`; those from image_path stay where they are, and a relative
-    path starts at the TSV's folder.
+    Pictures from the column image are written to `folder`; those from image_path stay where they are, which is in the TSV's
+    folder or below it: a relative path starts there. A cell with a list of one picture stands for that picture.
 
     Raises:
-        DataError: no row has a picture, or one cannot be decoded, or a row repeats one that is not there.
+        DataError: no row has a picture, or one has several, or one that cannot be decoded, is too large or lies elsewhere, or
+            a row repeats one that is not there. The message names the row.
     """
     column = picture_column(frame)
     frame = frame.dropna(subset=[column]).reset_index(drop=True)
     if not len(frame):
         raise DataError(f"{path}: no row has a picture in the column {column}")
-    cells = dict(zip(frame["index"].astype(str), frame[column].astype(str), strict=True))
+    indices = frame["index"].astype(str)
+    wheres = [f"{path}: row {shown(index)}" for index in indices]
+    given = [_text(the_only_one(cell, where), where) for cell, where in zip(frame[column].astype(str), wheres, strict=True)]
+    cells = dict(zip(indices, given, strict=True))
     known: dict[str, tuple[str, str]] = {}
     found = []
-    for index, cell in cells.items():
-        where = f"{path}: row {index}"
+    for where, cell in zip(wheres, given, strict=True):
         if column == "image" and len(cell) <= _LONGEST_REFERENCE:
             if len(cells.get(cell, "")) <= _LONGEST_REFERENCE:
                 raise DataError(f"{where}: the image cell {cell!r} is neither a base64 picture nor the index of a "
@@ -55,11 +63,14 @@ def store_pictures(path: Path, frame: "pd.DataFrame", folder: Path) -> tuple["pd
     return frame, tuple(digest for _, digest in found)
 
 
+def _text(cell: object, where: str) -> str:
+    if not isinstance(cell, str):
+        raise DataError(f"{where}: the picture's cell holds {shown(cell, 60)}, and a text is needed")
+    return cell
+
+
 def _decode(where: str, cell: str, folder: Path) -> tuple[str, str]:
-    try:
-        data = base64.b64decode(cell)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: the image is not valid base64: {error}") from None
+    data = _from_base64(where, cell)
     digest = hashlib.sha256(data).hexdigest()
     file = (folder / f"{digest[:32]}.png").resolve()
     png = _png(where, data)
@@ -68,23 +79,41 @@ def _decode(where: str, cell: str, folder: Path) -> tuple[str, str]:
     return str(file), digest
 
 
-def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
-    file = (base / cell).resolve()
+def _from_base64(where: str, cell: str) -> bytes:
+    """The bytes of one base64 text. Python's decoder alone skips what is not base64, and so reads the first of several."""
+    lines = cell.split()
+    text = "".join(lines)
+    if (len(lines) > 1 and max(map(len, lines)) > _LONGEST_LINE) or not re.fullmatch("[A-Za-z0-9+/]*={0,2}", text):
+        raise DataError(f"{where}: the image cannot be decoded: its cell is not one base64 text")
+    if 3 * len(text) // 4 > PICTURE_BYTES:
+        raise DataError(f"{where}: the image has more than {PICTURE_BYTES:,} bytes")
     try:
-        data = file.read_bytes()
-    except OSError:
-        raise DataError(f"{where}: there is no picture {file}") from None
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{where}: the image is not valid base64: {error}") from None
+
+
+def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
+    file = base / cell
+    if not is_below(file, base):
+        raise DataError(f"{where}: the picture {shown(cell)} leads out of the folder of the table, {base}. Put pictures there, "
+                        "or below, or into the column image")  # fmt: skip
+    file = file.resolve()
+    if not os.path.exists(file):  # False for a name that no file can have, where Path.exists raises
+        raise DataError(f"{where}: there is no picture {shown(file)}")
+    try:
+        data = read_plain(file, PICTURE_BYTES, "picture")
+    except DataError as error:
+        raise DataError(f"{where}: there is no picture {shown(file)} to read: {error}") from None
     _png(where, data)
     return str(file), hashlib.sha256(data).hexdigest()
 
 
 def _png(where: str, data: bytes) -> bytes:
     """The picture as the model will see it, 8-bit RGB, losslessly; compressed lightly, for speed."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     try:
-        Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "PNG", compress_level=1)
-    except Exception as error:  # decoders of damaged pictures raise almost anything
+        rgb_picture(data).save(buffer, "PNG", compress_level=1)
+    except DataError as error:
         raise DataError(f"{where}: the image cannot be decoded: {error}") from None
     return buffer.getvalue()

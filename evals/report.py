@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.disagreements import Disagreement, disagreements
-from hipp_ext.evals.figures import SPLITS, Look, cost_figure, front_figure, keeps_figure, png, pope_figure
+from hipp_ext.evals.figures import Look, cost_figure, front_figure, keeps_figure, png, pope_figure
 from hipp_ext.evals.report_page import Picture, page
-from hipp_ext.evals.report_sources import Entry, Fit, Sources, main_yes_no, read_sources
+from hipp_ext.evals.report_sources import Fit, Sources, main_yes_no, read_sources
+from hipp_ext.evals.report_table import table_rows
 
 from hipp_ext.files import write_atomic
+
+__all__ = ["table_rows", "write_report"]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
+MOST_GROUPS = 4000  # of a plan that is drawn, each with a bar of its own
 LOOKS = {"": Look(), "dark": Look(dark=True), "narrow": Look(narrow=True), "narrow dark": Look(narrow=True, dark=True)}
 
 
@@ -40,7 +44,7 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     for picture in drawn:
         write_atomic(place / f"{picture.name}.png", picture.looks[""])
     differing = _differing(sources, given)
-    write_atomic(place / PAGE, page(sources, drawn, differing))
+    write_atomic(place / PAGE, page(sources, drawn, differing).encode("utf-8", "replace"))  # JSON can spell half characters
     return place / PAGE
 
 
@@ -64,7 +68,9 @@ def _pictures(sources: Sources) -> list[_Drawing]:
         chosen = {e.name: e.reward for e in sources.entries if e.reward} if len(fits) == 1 else {}
         found.append(_front(fit, chosen, "front" if number == 0 else f"front-{number + 1}", several=len(fits) > 1))
     plans = {e.name: e.plan for e in sources.entries if e.plan}
-    if plans and len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1:
+    same = len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1
+    groups = next(iter(plans.values())).groups if plans else ()
+    if same and len(groups) <= MOST_GROUPS and any(g.tower == "language" for g in groups):
         found.append(_keeps(plans, next((f.visual for f in sources.fits if f.visual), None)))
     main = main_yes_no(sources.entries)
     scores = {e.name: e.records[main]["metrics"]["vlmeval"] for e in sources.entries if main in e.records}
@@ -119,40 +125,3 @@ def _differing(sources: Sources, near: Sequence[Path]) -> dict[str, list[Disagre
     dense, *others = sources.entries
     found = {e.name: disagreements(dense.records, e.records, near) for e in others}
     return {name: own for name, own in found.items() if own}
-
-
-def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the results table: sizes and scores with standard errors; empty where something was not measured.
-
-    One column per data set; for the main yes/no one (POPE, if it is there) also its splits, F1 and yes-rate.
-    """
-    main = main_yes_no(entries)
-    others = dict.fromkeys(d for e in entries for d in e.records if d != main)
-    header = ["model", "removed", "size", *(name.removesuffix("_TEST") for name in others)]
-    header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
-    rows = []
-    for e in entries:
-        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else ""
-        row = [e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-", size]
-        row += [_with_error(_overall(e, data), "accuracy") for data in others]
-        if main:
-            splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
-            overall = splits.get("overall", {})
-            row += [_with_error(overall, "accuracy"), *(_number(splits.get(s, {}), "accuracy") for s in SPLITS),
-                    _number(overall, "f1"), _number(overall, "yes_rate")]  # fmt: skip
-        rows.append(row)
-    return header, rows
-
-
-def _overall(entry: Entry, data: str) -> Mapping[str, Any]:
-    metrics = entry.records.get(data, {}).get("metrics", {})
-    return (metrics.get("vlmeval") or metrics.get("accuracy") or {}).get("overall", {})
-
-
-def _number(scores: Mapping[str, Any], metric: str) -> str:
-    return f"{scores[metric]:.1f}" if metric in scores else ""
-
-
-def _with_error(scores: Mapping[str, Any], metric: str) -> str:
-    error = scores.get(f"{metric}_se")
-    return _number(scores, metric) + (f" ± {error:.1f}" if error is not None else "")

@@ -5,7 +5,6 @@ config.json and weights (a model), or a JSON file of `hipp bench latency`.
 """
 
 import json
-import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.figures import KINDS
+from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
+from hipp_ext.evals.untrusted import is_below, read_json
 
 from hipp_ext.checkpoint import read_plan
-from hipp_ext.errors import DataError
+from hipp_ext.errors import DataError, PlanError
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
@@ -116,6 +117,10 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     entries = [_with_folder(e, models) for e in entries]
     if not entries:
         raise DataError(f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` evaluates one")
+    if len(entries) > MOST_MODELS:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: {len(entries)} evaluated models; a report holds {MOST_MODELS}. Name fewer"
+        )
     dense = [e for e in entries if e.plan is None and e.parameters is not None] or entries[:1]
     entries = [dense[0], *(e for e in entries if e is not dense[0])]
     return Sources(
@@ -143,7 +148,7 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
         raise DataError(
             f"{path} holds nothing to report: no summary.json (`hipp demo`), `vlmeval` results, planner, model, latency.json"
         )
-    records = [_json(folder / "results.json") for folder in found["results.json"]]
+    records = [_record(folder / "results.json") for folder in found["results.json"]]
     latency = tuple(_latency(folder / LATENCY) for folder in found[LATENCY])
     commands = [c for r in records if (c := r.get("command"))] + [one["command"] for one in latency]
     return Sources(
@@ -163,50 +168,38 @@ def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _read_summary(folder: Path) -> Sources:
     file = folder / SUMMARY
-    try:
-        data = _json(file)
-        entries = tuple(_entry(row) for row in data["entries"])
-        planner = folder / data["planner"] if data["planner"] else None
-        latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
-        commands, seeds = tuple(map(str, data["commands"])), tuple(map(str, data["seeds"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{file} is damaged: {error!r}") from None
+    data = checked(Summary, _json(file), f"{file} is damaged")
+    entries = tuple(_entry(row, file) for row in data["entries"])
+    planner = folder / data["planner"] if data["planner"] else None
+    if planner is not None and not is_below(planner, folder):
+        raise DataError(f"{file} is damaged: its planner {data['planner']!r} leads out of the folder")
+    latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
     return Sources(
         entries=entries, fits=(_fit(planner),) if planner and planner.is_dir() else (), latency=latency,
-        commands=(*commands, *(one["command"] for one in latency)),
-        seeds=(*seeds, *(s for one in latency for s in _latency_seeds(one))),
+        commands=(*data["commands"], *(one["command"] for one in latency)),
+        seeds=(*data["seeds"], *(s for one in latency for s in _latency_seeds(one))),
     )  # fmt: skip
 
 
-def _entry(row: Mapping[str, Any]) -> Entry:
-    for record in row["records"].values():
-        _check_record(record)
+def _entry(row: Mapping[str, Any], file: Path) -> Entry:
+    try:
+        plan = PruningPlan.from_json(row["plan"]) if row["plan"] else None
+    except PlanError as error:
+        raise DataError(f"{file} is damaged: the plan of {row['name']!r}: {error}") from None
     return Entry(
-        name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"],
-        plan=PruningPlan.from_json(row["plan"]) if row["plan"] else None,
+        name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"], plan=plan,
         reward=Reward(**row["reward"]) if row["reward"] else None,
     )  # fmt: skip
 
 
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Raise KeyError, TypeError or AttributeError unless a report can be made of the record."""
-    operator.itemgetter("model", "model_hash", "data", "data_hash", "n", "predictions")(record)
-    record["settings"].items()
-    scores = record["metrics"]["vlmeval"] if "official" in record["metrics"] else record["metrics"]["accuracy"]
-    for split in scores.values():
-        operator.itemgetter("accuracy", "accuracy_se")(split)
+def _record(file: Path) -> dict[str, Any]:
+    return checked(Record, _json(file), f"{file} is damaged")
 
 
 def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """One entry per model content; models of one name and different content are told apart by their hash."""
     by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
-        try:
-            _check_record(record)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"a results.json is damaged: {error!r}") from None
         by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
     names = [name for name, _ in by_model]
     return [
@@ -245,12 +238,15 @@ def _parameters(folder: Path) -> int:
     """Numbers stored in a model folder's weights."""
     import math
 
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     total = 0
     for file in folder.glob("*.safetensors"):
-        with safe_open(str(file), framework="pt") as weights:
-            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        try:
+            with safe_open(str(file), framework="pt") as weights:
+                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file} is damaged: {error}") from None
     return total
 
 
@@ -267,20 +263,18 @@ def _fit(folder: Path) -> Fit:
 
 
 def _latency(file: Path) -> dict[str, Any]:
-    data = _json(file)
-    try:
-        for row in data["models"].values():
-            if missing := {"parameters", "prefill_gflops", "prefill_ms", "decode_ms", "weights_mib", "peak_mib"} - row.keys():
-                raise KeyError(*missing)
-        return {name: data[name] for name in ("command", "device", "threads", "load", "models")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is not a result of `hipp bench latency`: {error!r}") from None
+    return checked(Latency, _json(file), f"{file} is not a result of `hipp bench latency`")
 
 
 def _fit_seed(folder: Path) -> str:
     settings = _json(folder / IDENTITY).get("settings")
-    known = settings if isinstance(settings, dict) else {}
+    given = settings if isinstance(settings, dict) else {}
+    known = {name: value for name, value in given.items() if _is_plain(value if isinstance(value, list) else [value])}
     return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
+
+
+def _is_plain(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
 def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -289,8 +283,8 @@ def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(file)
+    except DataError as error:
         raise DataError(f"{file} is damaged: {error}") from None
     if not isinstance(data, dict):
         raise DataError(f"{file} is damaged: an object is needed")

@@ -15,6 +15,7 @@ import numpy as np
 from hipp_ext.evals.metrics import cluster_resamples, cluster_sums
 
 RESAMPLES = 5000
+_MOST = 10**15  # questions; beyond it floats no longer count one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +151,14 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     Source: McNemar, Psychometrika 12 (1947); the exact binomial form as in Agresti, Categorical Data Analysis, 10.1.
 
     Raises:
-        ValueError: a count is negative.
+        ValueError: a count is negative, or more than 10^15 together.
     """
     from scipy.stats import binomtest
 
     if only_a < 0 or only_b < 0:
         raise ValueError(f"discordant counts cannot be negative: {only_a} and {only_b}")
+    if only_a + only_b > _MOST:
+        raise ValueError(f"discordant counts can be {_MOST:,} together, and are more")
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 
@@ -191,7 +194,8 @@ def questions_needed(
         design_effect: as `PairedDifference` has it; multiplies the number.
 
     Raises:
-        ValueError: an argument is outside its range; a difference above the discordance is impossible.
+        ValueError: an argument is outside its range; a difference above the discordance is impossible; one so small that
+            10^15 questions would not show it.
 
     Source: Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43
     (1987), 207-211, for the test without continuity correction; the exact test needs a little more. The design effect:
@@ -204,4 +208,7 @@ def questions_needed(
         raise ValueError(f"power and alpha must be in (0, 1), design_effect above 0: {power}, {alpha}, {design_effect}")
     quantile = NormalDist().inv_cdf
     wanted = quantile(1 - alpha / 2) * math.sqrt(psi) + quantile(power) * math.sqrt(psi - delta**2)
+    needed = math.sqrt(design_effect) * wanted / delta  # its square may be more than a float holds
+    if not needed <= math.sqrt(_MOST):
+        raise ValueError(f"more than {_MOST:,} questions would be needed for a difference of {difference} points")
     return math.ceil(design_effect * (wanted / delta) ** 2)

@@ -12,9 +12,10 @@ import string
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from hipp_ext.evals.pictures import picture_column, store_pictures
+from hipp_ext.evals.untrusted import TABLE_BYTES, open_plain, shown
 
 from hipp_ext.errors import DataError
 
@@ -32,6 +33,10 @@ _OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
 }
 _HOST = "https://opencompass.openxlab.space/"
 _ROOT_VARIABLE = "LMUData"
+_MOST_COLUMNS = 1000
+_BEGINNING = 64 << 20  # bytes in which header and first row end
+_CELL = re.compile(rb'(?:"[^"]*(?:""[^"]*)*"?)?[^\t\r\n]*')
+_MOST_SPLITS = 100  # each is scored, with a bootstrap of its own
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,14 +104,17 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
 
     Raises:
         DataError: the file is empty or not a TSV, lacks a column or a cell, repeats an index, has a picture that
-            cannot be decoded, or an answer that its question does not offer. The message names the row.
+            cannot be decoded, several pictures or one outside the file's folder, or an answer that its question does not
+            offer. The message names the row.
     """
     path = Path(path)
-    frame = _read_tsv(path)
+    with open_plain(path, TABLE_BYTES, "table") as file:
+        md5 = _check_bytes(path, file)
+        frame = _read_tsv(path, file)
     kind = KNOWN.get(name or "") or (CHOICE if {"A", "B"} & set(frame.columns) else YES_NO)
     _check_columns(path, frame, kind)
     _check_cells(path, frame, ["index", "question", "answer"])
-    rows = [f"row {index}" for index in frame["index"]]
+    rows = [f"row {shown(index)}" for index in frame["index"]]
     if repeated := frame["index"].astype(str)[frame["index"].astype(str).duplicated()].tolist():
         raise DataError(f"{path}: index {repeated[0]} occurs more than once ({len(repeated)} rows too many)")
     frame = (_check_yes_no if kind == YES_NO else _check_choices)(path, frame, rows)
@@ -115,7 +123,7 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
         _check_cells(path, frame, [picture_column(frame)])
     frame, images = store_pictures(path, frame, Path(image_folder))
     text = frame.drop(columns="image_path").assign(image=list(images)).to_csv(index=False)
-    official = hashlib.md5(path.read_bytes()).hexdigest() == _OFFICIAL[name][1] if name in _OFFICIAL else None
+    official = md5 == _OFFICIAL[name][1] if name in _OFFICIAL else None
     return Table(
         name=name or path.stem,
         kind=kind,
@@ -128,16 +136,52 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
     )
 
 
-def _read_tsv(path: Path) -> "pd.DataFrame":
+def _check_bytes(path: Path, file: BinaryIO) -> str:
+    """The MD5 of the file, when it has no null byte, at which parsers stop or stumble, and no more columns than a benchmark.
+
+    pandas takes columns beyond those of the header for an index of many levels if the first row has them, and each takes time.
+    """
+    digest, beginning = hashlib.md5(), bytearray()
+    while chunk := file.read(1 << 20):
+        if b"\0" in chunk:
+            raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: it holds null bytes")
+        digest.update(chunk)
+        if len(beginning) < _BEGINNING:
+            beginning += chunk
+    file.seek(0)
+    at, columns = 0, 0
+    while columns <= 1 and at < len(beginning):  # the header
+        columns, at = _fields(beginning, at)
+    first = 0
+    while first <= 1 and at < len(beginning):  # the first row; pandas skips empty lines
+        first, at = _fields(beginning, at)
+    if max(columns, first) > _MOST_COLUMNS:
+        raise DataError(f"{path} cannot be read as the table of a benchmark: a row has more than {_MOST_COLUMNS:,} cells")
+    return digest.hexdigest()
+
+
+def _fields(text: bytearray, at: int) -> tuple[int, int]:
+    """How many cells the row that begins at `at` has, and where the next row begins; counting stops at too many."""
+    count = 0
+    while count <= _MOST_COLUMNS:
+        count += 1
+        end = _CELL.match(text, at)
+        at = (end.end() if end else len(text)) + 1
+        if text[at - 1 : at] != b"\t":
+            break
+    return count, at
+
+
+def _read_tsv(path: Path, file: BinaryIO) -> "pd.DataFrame":
     import pandas as pd
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # mixed columns are checked cell by cell below
-            frame = pd.read_csv(path, sep="\t")
+            frame = pd.read_csv(file, sep="\t", compression=None)
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: {error}") from error
     if not len(frame):
         raise DataError(f"{path} is empty: it has a header and no rows")
@@ -153,7 +197,7 @@ def _check_columns(path: Path, frame: "pd.DataFrame", kind: str) -> None:
         missing.append("image (or image_path)")
     if missing:
         raise DataError(f"{path}: missing column {', '.join(missing)}; a {kind} table has it, this one has "
-                        f"{', '.join(map(str, frame.columns))}")  # fmt: skip
+                        f"{shown(', '.join(map(str, frame.columns)), 500)}")  # fmt: skip
 
 
 def _check_cells(path: Path, frame: "pd.DataFrame", columns: list[str]) -> None:
@@ -161,7 +205,7 @@ def _check_cells(path: Path, frame: "pd.DataFrame", columns: list[str]) -> None:
         missing = frame[column].isna().tolist()
         if any(missing):
             where = frame["index"].tolist()[missing.index(True)]
-            raise DataError(f"{path}: row {where} has no {column} ({sum(missing)} such rows)")
+            raise DataError(f"{path}: row {shown(where)} has no {column} ({sum(missing)} such rows)")
 
 
 def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.DataFrame":
@@ -176,6 +220,8 @@ def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.Dat
         if not splits or not isinstance(cell, str) or "overall" in splits:
             raise DataError(f"{path}: {row} has the category {cell!r}; it must be a comma list of split names, "
                             "such as random,popular; overall is taken")  # fmt: skip
+    if len(distinct := {split for splits in lists for split in splits}) > _MOST_SPLITS:
+        raise DataError(f"{path}: the column category names {len(distinct):,} splits; {_MOST_SPLITS} can be scored")
     return frame.assign(category=[",".join(splits) for splits in lists])
 
 

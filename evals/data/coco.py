@@ -1,10 +1,11 @@
 """COCO-style annotation files -> which objects are in which picture. Read by the POPE builder and by CHAIR."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hipp_ext.evals.untrusted import read_json, shown, the_only_one
 
 from hipp_ext.errors import DataError
 
@@ -35,9 +36,10 @@ def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, .
     path = Path(path)
     data = read_json(path)
     try:
-        names = {category["id"]: str(category["name"]) for category in data["categories"]}
-        files = {image["id"]: str(image["file_name"]) for image in data["images"]}
-        pairs = [(annotation["image_id"], annotation["category_id"]) for annotation in data["annotations"]]
+        names = {_id(category["id"]): _text(category["name"]) for category in data["categories"]}
+        files = {_id(image["id"]): _text(the_only_one(image["file_name"], f"{path}: image {shown(image['id'])}"))
+                 for image in data["images"]}  # fmt: skip
+        pairs = [(_id(annotation["image_id"]), _id(annotation["category_id"])) for annotation in data["annotations"]]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a COCO instance file: {error!r}. It needs images (id, file_name), annotations (image_id, "
@@ -66,7 +68,7 @@ def read_captions(path: str | Path) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     try:
         for annotation in read_json(path)["annotations"]:
-            found.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
+            found.setdefault(_id(annotation["image_id"]), []).append(_text(annotation["caption"]))
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a COCO caption file: {error!r}. It needs annotations (image_id, caption), as "
@@ -77,20 +79,24 @@ def read_captions(path: str | Path) -> dict[int, list[str]]:
     return found
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file, or a DataError that says what is wrong with it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
+def _id(value: Any) -> Any:
+    """An id, which counts things in COCO and is a text in files of other makers; a list, say, names nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"{shown(value, 60)} is not an id")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | int | float):  # a category that is called 7
+        raise TypeError(f"{shown(value, 60)} is not a text")
+    return str(value)
 
 
 def _refuse_unknown(path: Path, what: str, used: Iterable[Any], known: dict[Any, str]) -> None:
     unknown = [one for one in used if one not in known]
     if unknown:
+        first = shown(repr(unknown[0]), 60)
         raise DataError(
-            f"{path}: {len(unknown)} annotations refer to an unknown {what}, the first to {what} {unknown[0]!r}; "
+            f"{path}: {len(unknown)} annotations refer to an unknown {what}, the first to {what} {first}; "
             f"{len(known)} are listed. Is the file cut, or put together from two?"
         )

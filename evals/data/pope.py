@@ -11,7 +11,6 @@ Their draws have no seed, so the published questions can be converted but not ma
 """
 
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,14 @@ from pathlib import Path
 
 from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
 from hipp_ext.evals.data.writing import file_pictures, write_table
+from hipp_ext.evals.untrusted import parse_json, read_plain, shown, the_only_one
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash
 
 SPLITS = ("random", "popular", "adversarial")
 ENDING = "Please answer yes or no."
+_MOST_PAIRS = 10**7  # of objects seen together, in all pictures; 500 of COCO's have about 10,000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,9 @@ def build_pope(
         )
     rng = random.Random(f"pope {seed}")
     sample = rng.sample(rich, n_images)
+    if (pairs := sum(len(image.objects) ** 2 for image in sample)) > _MOST_PAIRS:
+        raise DataError(f"the sampled images hold {pairs:,} pairs of objects, and {_MOST_PAIRS:,} are counted at most: so many "
+                        "kinds of objects in one image are a mistake in the annotations")  # fmt: skip
     # Counters keep the order of first sight, and sorting keeps it among equals: ties go as in the authors' code.
     frequency = Counter(name for image in sample for name in image.objects)
     popular = sorted(frequency, key=lambda name: -frequency[name])
@@ -133,16 +137,18 @@ def _ask(
     companions: Mapping[str, Sequence[str]],
     rng: random.Random,
 ) -> list[PopeQuestion]:
-    absent = [name for name in popular if name not in image.objects]
+    there = set(image.objects)
+    absent = [name for name in popular if name not in there]
     if len(absent) < per_image:
         raise DataError(
             f"{image.file_name}: {per_image} absent objects are needed, and it lacks only {len(absent)} of the "
             f"{len(popular)} kinds that the sampled images hold: too few objects to ask about. Use more images"
         )
-    present, adversarial = image.objects[:per_image], []
+    present, adversarial, missing = image.objects[:per_image], [], set(absent)
     for name in present:
-        usual = [other for other in companions.get(name, ()) if other in absent and other not in adversarial]
-        adversarial.append(usual[0] if usual else rng.choice([other for other in absent if other not in adversarial]))
+        usual = next((o for o in companions.get(name, ()) if o in missing and o not in adversarial), None)
+        left = [other for other in absent if other not in adversarial] if usual is None else []
+        adversarial.append(rng.choice(left) if usual is None else usual)
     chosen = {"random": rng.sample(absent, per_image), "popular": absent[:per_image], "adversarial": adversarial}
     asked: dict[str, tuple[str, tuple[str, ...]]] = {}
     for step, name in enumerate(present):
@@ -195,15 +201,16 @@ def _published_file(folder: Path, split: str) -> Path:
 def _read_published(file: Path) -> list[tuple[str, str, str, str]]:
     """Of each line: where it is, image, question, "Yes" or "No"."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_plain(file).splitlines(), start=1):
         where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-            image, text, label = str(entry["image"]), str(entry["text"]), entry["label"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where} is not a POPE question (image, text, label): {error!r}") from None
+        entry = parse_json(line, where)
+        if not isinstance(entry, dict) or not {"image", "text", "label"} <= entry.keys():
+            raise DataError(f"{where} is not a POPE question (image, text, label): {shown(line.decode(), 100)}")
+        image, text, label = the_only_one(entry["image"], where), entry["text"], entry["label"]
+        if not isinstance(image, str) or not isinstance(text, str):
+            raise DataError(f"{where} is not a POPE question (image, text, label): image and text must be texts")
         if label not in ("yes", "no"):
-            raise DataError(f"{where}: the label is {label!r}; it must be yes or no")
+            raise DataError(f"{where}: the label is {shown(repr(label), 60)}; it must be yes or no")
         rows.append((where, image, text, label.capitalize()))
     if not rows:
         raise DataError(f"{file} is empty")

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.data.coco import read_json
+from hipp_ext.evals.data.parquet import ParquetProblems
 from hipp_ext.evals.data.writing import Picture, file_pictures, write_table
+from hipp_ext.evals.untrusted import read_json, shown, the_only_one
 
-from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash
 
 TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
@@ -76,13 +77,19 @@ def _read_problems(source: Path, split: str) -> Problems:
     if not isinstance(problems, dict) or not isinstance(splits, dict) or not isinstance(splits.get(split), list):
         raise DataError(f"{source}: pid_splits.json has no list {split!r}, or problems.json is not problems by id")
     found, names = [], []
-    for pid in map(str, splits[split]):
+    for listed in splits[split]:
+        pid = str(listed) if isinstance(listed, str | int) else ""
         problem = problems.get(pid)
-        if not isinstance(problem, dict) or not pid.isdecimal():
-            raise DataError(f"{source}: pid_splits.json lists problem {pid!r}, which problems.json does not have")
+        if not isinstance(problem, dict) or not pid.isdecimal() or len(pid) > 18:
+            raise DataError(
+                f"{source}: pid_splits.json lists problem {shown(repr(listed), 60)}, which problems.json does not have"
+            )
         if problem.get("image"):
+            image, part = the_only_one(problem["image"], f"{source}: problem {pid}"), problem.get("split", split)
+            if not isinstance(image, str) or not isinstance(part, str):
+                raise DataError(f"{source}: problem {pid}: the image and the split must be texts")
             found.append((int(pid), problem))
-            names.append(f"{problem.get('split', split)}/{pid}/{problem['image']}")
+            names.append(f"{part}/{pid}/{image}")
     _require_some(found, source, split, len(splits[split]))
     files = [source / "problems.json", source / "pid_splits.json"]
     return found, file_pictures(source / "images", names), files
@@ -92,7 +99,7 @@ def _read_parquet(source: Path, split: str) -> Problems:
     found, pictures, total = [], [], 0
     files = _parquet_files(source, split)
     for file in files:
-        status, images = file.stat(), _ParquetImages(file)
+        status, images = file.stat(), ParquetProblems(file, _TEXTS)
         problems = images.problems()
         for row in images.rows_with_picture():
             found.append((total + row, problems[row]))
@@ -121,55 +128,6 @@ def _parquet_files(source: Path, split: str) -> list[Path]:
     return found
 
 
-class _ParquetImages:
-    """One parquet file of ScienceQA, its pictures one row group in memory at a time."""
-
-    def __init__(self, path: Path):
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("pyarrow", "data") from error
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a whole parquet file: {error}") from None
-        columns = self._file.schema_arrow.names
-        if lost := [name for name in (*_TEXTS, "image") if name not in columns]:
-            raise DataError(f"{path} has no column {', '.join(lost)}; it has {', '.join(columns)}")
-        self._path = path
-        self._group = functools.lru_cache(maxsize=1)(self._read_group)
-        self._places: list[tuple[int, int]] = []  # row -> row group, row in the group
-
-    def problems(self) -> list[dict[str, Any]]:
-        """Every row, without its picture."""
-        return self._file.read(columns=list(_TEXTS)).to_pylist()
-
-    def rows_with_picture(self) -> list[int]:
-        """Numbers of the rows that have one; reads through the file once."""
-        rows = []
-        for group in range(self._file.num_row_groups):
-            for place, cell in enumerate(self._group(group)):
-                if cell is not None:
-                    rows.append(len(self._places))
-                self._places.append((group, place))
-        return rows
-
-    def read(self, row: int) -> bytes:
-        """The picture of a row that has one."""
-        group, place = self._places[row]
-        data = self._group(group)[place]
-        assert data is not None
-        return data
-
-    def _read_group(self, number: int) -> list[bytes | None]:
-        cells = self._file.read_row_group(number, columns=["image"]).column("image").to_pylist()
-        for cell in cells:
-            if cell is not None and not (isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)):
-                raise DataError(f"{self._path}: the column image does not hold pictures as bytes, but {str(cell)[:60]}")
-        return [cell and cell["bytes"] for cell in cells]
-
-
 def _require_some(found: Sequence[object], source: Path, split: str, total: int) -> None:
     if not found:
         raise DataError(f"{source}: none of the {total} questions of the split {split} has a picture; nothing to write")
@@ -196,11 +154,15 @@ def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[st
     """The options and the texts of a problem, or a DataError that says what is wrong with it."""
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(c, str) and c for c in choices):
-        raise DataError(f"problem {index}: the choices must be 2 to 26 texts, and are {choices!r}")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise DataError(f"problem {index}: the answer is {answer!r}; it must be the number of one of {len(choices)} choices")
+        raise DataError(f"problem {index}: the choices must be 2 to 26 texts, and are {shown(choices, 300)}")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise DataError(
+            f"problem {index}: the answer is {shown(repr(answer), 60)}; it must be the number of one of {len(choices)} choices"
+        )
     texts = {name: problem.get(name) or "" for name in ("question", "hint", "topic", "subject")}
     for name in ("question", "topic", "subject"):
         if not isinstance(texts[name], str) or not texts[name]:
             raise DataError(f"problem {index} has no {name}")
+    if not isinstance(texts["hint"], str):
+        raise DataError(f"problem {index}: the hint must be a text, and is {shown(texts['hint'], 60)}")
     return choices, texts

@@ -1,8 +1,11 @@
 """`hipp compare` on what the real `vlmeval` command left for two real tiny models."""
 
+import io
 import json
+import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,60 @@ def test_rules_that_read_all_answers_alike_share_a_line():
     assert alike.count("both") == 3 and "official" not in alike
     apart = lines(["Yes", "No", "Yes", "No"], ["Yes", "Yes", "No", ""])  # the empty answer, in popular
     assert apart.count("both") == 1 and apart.count("official") == 2
+
+
+def printed(width: int, rows: list, **options) -> list[str]:
+    """The lines of the table on a terminal of this width."""
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO(), **options)
+    console.print(comparison_table(rows))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_a_terminal_of_80_columns_gets_short_tables():
+    rows = compare_runs(run(["Yes", "No", "Yes", "No"]), run(["Yes", "Yes", "No", ""]))
+    lines = printed(80, rows)
+    assert max(map(len, lines)) <= 80 and "POPE, rule: vlmeval" in lines and "POPE, rule: official" in lines
+    for row in rows:
+        interval = f"{row.paired.difference.value:+.2f}"
+        if not math.isnan(row.paired.difference.low):
+            interval += f" ({row.paired.difference.low:+.2f} to {row.paired.difference.high:+.2f})"
+        found = [line for line in lines if line.startswith(row.split)]
+        assert any(interval in line and f"{row.paired.a:.2f}" in line for line in found)  # in one line, not broken
+        assert any(f"{row.yes_a:.1f}/{row.yes_b:.1f}" in line for line in found)
+    wide = printed(250, rows)
+    assert sum("vlmeval" in line for line in wide) == 2 and not any("rule: " in line for line in wide)
+
+
+def test_names_are_not_read_as_markup():
+    asked = run(["Yes", "No", "Yes", "No"], category="[/b],[red]\x1b[2J," + "x" * 500)
+    rows = [replace(row, data="[/b][bold]") for row in compare_runs(asked, asked)]
+    for width in (80, 250):
+        lines = printed(width, rows)
+        assert max(map(len, lines)) <= width and "\x1b[2J" not in "".join(lines)
+        assert any("[/b][bold]" in line for line in lines) and any(line.lstrip().startswith("[/b]") for line in lines)
+        assert any("[red]\ufffd[2J" in line for line in lines)
+
+
+def test_two_counts_of_questions_are_explained():
+    rows = compare_runs(run(["Yes"] * 4), run(["No"] * 4))
+    said = " ".join(" ".join(printed(80, rows)).split())
+    assert "POPE has 4 distinct questions, each counted once where models are compared" in said and "5 in all." in said
+    once = compare_runs(run(["Yes"] * 4, category="random"), run(["No"] * 4, category="random"))
+    assert "distinct questions" not in " ".join(printed(80, once))
+
+
+@pytest.mark.parametrize("change", [{"category": ",".join(map(str, range(101)))},
+                                    {"options": {str(n): "x" for n in range(27)}}])  # fmt: skip
+def test_more_splits_or_options_than_a_benchmark_has_are_refused(change):
+    with pytest.raises(DataError, match="splits, of 100 that can be compared, or a question with more than 26 options"):
+        compare_runs(run(["Yes"] * 4, **change), run(["Yes"] * 4, **change))
+
+
+def test_a_split_named_twice_counts_a_question_once():
+    twice = compare_runs(run(["Yes"] * 4, category="random,random"), run(["Yes"] * 4, category="random,random"))
+    assert [row.paired.n for row in twice if row.split == "random"] == [4, 4]
 
 
 def test_a_line_that_is_being_written_is_left_alone(scored, tmp_path):

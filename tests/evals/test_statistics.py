@@ -167,3 +167,20 @@ def test_refusals():
         paired_difference([], [])
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), not 1"):
         paired_difference([1, 0], [0, 1], level=1)
+
+
+def test_counts_beyond_reason_are_refused():
+    with pytest.raises(ValueError, match="discordant counts can be 1,000,000,000,000,000 together, and are more"):
+        mcnemar_p(10**400, 1)
+    assert 0 <= mcnemar_p(10**14, 10**14 + 1) <= 1
+    with pytest.raises(ValueError, match="more than 1,000,000,000,000,000 questions would be needed"):
+        questions_needed(1e-300, 50)
+    with pytest.raises(ValueError, match="more than 1,000,000,000,000,000 questions would be needed"):
+        questions_needed(1, 50, design_effect=1e308)
+
+
+@pytest.mark.parametrize("count", [1e308, math.inf, math.nan])
+def test_counts_that_no_sum_can_hold_end_in_a_number_or_nan(count):
+    with np.errstate(all="ignore"):
+        estimate = bootstrap_estimate(np.array([[count, 1], [count, 1]]), ["a", "b"], mean, resamples=20)
+    assert isinstance(estimate.low, float)

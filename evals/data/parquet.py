@@ -1,0 +1,116 @@
+"""A parquet file with pictures, such as the hub has of ScienceQA, read a few rows at a time and refused where it lies."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.untrusted import TABLE_BYTES, open_plain, shown, the_only_one
+
+from hipp_ext.errors import DataError, MissingExtraError
+
+_MOST_ROWS = 10**6  # a file can say in a few bytes that it has billions; ScienceQA has 21,208
+_MOST_BYTES = 512 << 20  # of the texts of a file, and of the pictures of one row group, unpacked
+_AT_ONCE = 16  # rows
+
+
+class ParquetProblems:
+    """One parquet file of problems, its pictures one row group in memory at a time.
+
+    Args:
+        path: of the file.
+        texts: the columns beside "image" that it must have.
+
+    Raises:
+        DataError: it is not a whole parquet file, lacks a column, or would unpack to more than memory should hold. The same
+            from the methods, as more of the file is read.
+        MissingExtraError: pyarrow is not installed.
+    """
+
+    def __init__(self, path: Path, texts: Sequence[str]):
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("pyarrow", "data") from error
+        open_plain(path, TABLE_BYTES, "parquet file").close()
+        self._path, self._texts, self._arrow_error = path, list(texts), pa.ArrowException
+        with self._whole():
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            columns = self._file.schema_arrow.names
+            rows = self._file.metadata.num_rows
+        if lost := [name for name in (*texts, "image") if name not in columns]:
+            raise DataError(f"{path} has no column {', '.join(lost)}; it has {shown(', '.join(columns), 500)}")
+        if not 0 <= rows <= _MOST_ROWS:
+            raise DataError(f"{path} says that it has {rows:,} rows; {_MOST_ROWS:,} are read at most")
+        self._group = functools.lru_cache(maxsize=1)(self._read_group)
+        self._places: list[tuple[int, int]] = []  # row -> row group, row in the group
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Errors of pyarrow, of which many kinds come out of a damaged file, as one of ours."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (self._arrow_error, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
+            raise DataError(f"{self._path} is not a whole parquet file: {shown(error, 500)}") from None
+
+    def problems(self) -> list[dict[str, Any]]:
+        """Every row, without its picture."""
+        rows = [row for batch in self._batches(self._texts, range(self._file.num_row_groups)) for row in batch]
+        self._check_rows(len(rows))
+        return rows
+
+    def _batches(self, columns: list[str], groups: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+        """Rows, a few at a time: what is packed well, such as one picture a million times, is refused before it is unpacked."""
+        size = 0
+        with self._whole():
+            for group in groups:
+                said = self._file.metadata.row_group(group)
+                claims = [said.column(n).total_uncompressed_size for n in range(said.num_columns)
+                          if said.column(n).path_in_schema.partition(".")[0] in columns]  # fmt: skip
+                self._check_size(sum(claims))
+            rows = self._file.iter_batches(batch_size=_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False)
+            for batch in rows:
+                size += batch.nbytes
+                self._check_size(size)
+                yield batch.to_pylist()
+
+    def _check_rows(self, found: int) -> None:
+        if found != (said := self._file.metadata.num_rows):
+            raise DataError(f"{self._path} is not a whole parquet file: it says that it has {said:,} rows, and has {found:,}")
+
+    def _check_size(self, size: int) -> None:
+        if not 0 <= size <= _MOST_BYTES:
+            raise DataError(f"{self._path}: its texts, or the pictures of a row group, unpack to {size:,} bytes; "
+                            f"{_MOST_BYTES:,} are read at most. Write it with smaller row groups")  # fmt: skip
+
+    def rows_with_picture(self) -> list[int]:
+        """Numbers of the rows that have one; reads through the file once."""
+        rows = []
+        for group in range(self._file.num_row_groups):
+            for place, cell in enumerate(self._group(group)):
+                if cell is not None:
+                    rows.append(len(self._places))
+                self._places.append((group, place))
+        self._check_rows(len(self._places))
+        return rows
+
+    def read(self, row: int) -> bytes:
+        """The picture of a row that has one."""
+        group, place = self._places[row]
+        data = self._group(group)[place]
+        assert data is not None
+        return data
+
+    def _read_group(self, number: int) -> list[bytes | None]:
+        cells = [row["image"] for batch in self._batches(["image"], [number]) for row in batch]
+        return [None if cell is None else self._bytes(cell) for cell in cells]
+
+    def _bytes(self, cell: Any) -> bytes:
+        cell = the_only_one(cell, f"{self._path}: a cell of the column image")
+        if not (isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)):
+            raise DataError(f"{self._path}: the column image does not hold pictures as bytes, but {shown(cell, 60)}")
+        return cell["bytes"]

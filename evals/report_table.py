@@ -1,0 +1,44 @@
+"""The results table of a report: models with their sizes and scores, as texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hipp_ext.evals.figures import SPLITS
+from hipp_ext.evals.report_sources import Entry, main_yes_no
+
+
+def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the results table: sizes and scores with standard errors; empty where something was not measured.
+
+    One column per data set; for the main yes/no one (POPE, if it is there) also its splits, F1 and yes-rate.
+    """
+    main = main_yes_no(entries)
+    others = dict.fromkeys(d for e in entries for d in e.records if d != main)
+    header = ["model", "removed", "size", *(name.removesuffix("_TEST") for name in others)]
+    header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
+    rows = []
+    for e in entries:
+        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else ""
+        row = [e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-", size]
+        row += [_with_error(_overall(e, data), "accuracy") for data in others]
+        if main:
+            splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
+            overall = splits.get("overall", {})
+            row += [_with_error(overall, "accuracy"), *(_number(splits.get(s, {}), "accuracy") for s in SPLITS),
+                    _number(overall, "f1"), _number(overall, "yes_rate")]  # fmt: skip
+        rows.append(row)
+    return header, rows
+
+
+def _overall(entry: Entry, data: str) -> Mapping[str, Any]:
+    metrics = entry.records.get(data, {}).get("metrics", {})
+    return (metrics.get("vlmeval") or metrics.get("accuracy") or {}).get("overall", {})
+
+
+def _number(scores: Mapping[str, Any], metric: str) -> str:
+    return f"{scores[metric]:.1f}" if metric in scores else ""
+
+
+def _with_error(scores: Mapping[str, Any], metric: str) -> str:
+    error = scores.get(f"{metric}_se")
+    return _number(scores, metric) + (f" ± {error:.1f}" if error is not None else "")

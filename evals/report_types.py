@@ -1,0 +1,148 @@
+"""What a report reads out of results.json, summary.json and latency.json, of strict types and within bounds.
+
+Such a file may be anybody's: a text in place of a number would reach the page, an infinite one a figure's axis. Fields that a
+report does not use are left out.
+"""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hipp_ext.errors import DataError
+
+MOST_MODELS = 64  # in one report or one measurement of latency; each makes figures taller
+
+_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_Measured = Annotated[float, Field(ge=1e-9, le=1e15, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0, le=10**15)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Choice(_Strict):
+    n: _Count = 0
+    accuracy: _Percent
+    accuracy_se: _Percent | None
+
+
+class _YesNo(_Choice):
+    f1: _Percent
+    f1_se: _Percent | None
+    yes_rate: _Percent
+    yes_rate_se: _Percent | None
+
+
+class _Metrics(_Strict):
+    accuracy: dict[str, _Choice] | None = None
+    vlmeval: dict[str, _YesNo] | None = None
+    official: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "_Metrics":
+        if self.accuracy is None and (self.vlmeval is None or self.official is None):
+            raise ValueError("accuracy is needed, or both vlmeval and official")
+        return self
+
+
+class Record(_Strict):
+    """A results.json of `vlmeval`."""
+
+    model: str
+    model_hash: str
+    data: str
+    data_hash: str
+    n: _Count
+    metrics: _Metrics
+    settings: dict[str, str | int | float | bool | None]
+    predictions: str
+    command: str | None = None
+
+
+class _Spread(_Strict):
+    median: _Measured
+    low: _Measured
+    high: _Measured
+
+
+class _Ratio(_Strict):
+    median: _Measured
+
+
+class _Cost(_Strict):
+    parameters: Annotated[int, Field(ge=1, le=10**15)]
+    prefill_gflops: _Measured
+    prefill_ms: _Spread
+    decode_ms: _Spread
+    weights_mib: _Measured
+    peak_mib: _Measured
+    prefill_speedup: _Ratio | None = None
+    decode_speedup: _Ratio | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> "_Cost":
+        if (self.prefill_speedup is None) != (self.decode_speedup is None):
+            raise ValueError("prefill_speedup and decode_speedup go together")
+        return self
+
+
+class _Load(_Strict):
+    rows: _Count
+    repeats: _Count
+    warmup: _Count
+    seed: int | None = None
+
+
+class Latency(_Strict):
+    """A result of `hipp bench latency`."""
+
+    command: str
+    device: str
+    threads: _Count
+    load: _Load
+    models: Annotated[dict[str, _Cost], Field(min_length=1, max_length=MOST_MODELS)]
+
+
+class _Reward(_Strict):
+    utility: _Finite
+    robustness: _Finite
+    compression: _Finite
+    stability: Annotated[float, Field(allow_inf_nan=False)]
+    utility_se: _Finite = 0.0
+    robustness_se: _Finite = 0.0
+
+
+class _Entry(_Strict):
+    name: str
+    preference: str | None
+    plan: str | None
+    reward: _Reward | None
+    parameters: _Count | None
+    records: dict[str, Record]
+
+
+class Summary(_Strict):
+    """A summary.json of `hipp demo`."""
+
+    entries: Annotated[list[_Entry], Field(max_length=MOST_MODELS)]
+    commands: list[str]
+    seeds: list[str]
+    planner: str | None
+
+
+_Kind = TypeVar("_Kind", bound=_Strict)
+
+
+def checked(kind: type[_Kind], data: Any, wrong: str) -> dict[str, Any]:
+    """The fields of `kind` in `data`, as plain data, without those that `data` does not have.
+
+    Raises:
+        DataError: a field is missing, of another type or out of bounds; the message is `wrong` and says which.
+    """
+    try:
+        return kind.model_validate(data).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise DataError(f"{wrong}: {'.'.join(map(str, first['loc']))[:200]!r}: {first['msg']}") from None

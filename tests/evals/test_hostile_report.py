@@ -1,0 +1,277 @@
+"""`hipp report` on files from strangers: no text becomes markup, no number breaks a figure, no picture is from elsewhere."""
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hipp_ext.evals.disagreements import disagreements
+from hipp_ext.evals.figures import Look, cost_figure, keeps_figure, label, png, pope_figure
+from hipp_ext.evals.report import write_report
+from hipp_ext.evals.report_page import page
+from hipp_ext.evals.report_sources import read_sources
+from PIL import Image
+
+from hipp_ext.errors import DataError
+from hipp_ext.plan import PlanGroup, PruningPlan
+
+TRAP = "\"'><script>alert(1)</script><img src=//evil onerror=alert(2)>${7*7}{{7*7}}{%x%}\ud800</style>"
+HASH = "ab" * 32
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and the texts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def split(**changes: object) -> dict:
+    return {"n": 4, "accuracy": 50.0, "accuracy_se": 1.0, "f1": 40.0, "f1_se": None, "yes_rate": 50.0,
+            "yes_rate_se": 2.0} | changes  # fmt: skip
+
+
+def record(model: str = "dense", **changes: object) -> dict:
+    splits = {"overall": split(n=6), "random": split(), "popular": split(n=2)}
+    digest = hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()
+    return {"model": model, "model_hash": digest, "data": "POPE", "data_hash": "d" * 64, "n": 4,
+            "metrics": {"vlmeval": splits, "official": splits}, "settings": {"dtype": "float32"}, "command": "vlmeval",
+            "predictions": f"/gone/{model}/POPE/run-1/predictions.jsonl"} | changes  # fmt: skip
+
+
+def latency() -> dict:
+    spread = {"median": 10.0, "low": 9.0, "high": 12.0}
+    cost = {
+        "parameters": 9,
+        "prefill_gflops": 0.5,
+        "prefill_ms": spread,
+        "decode_ms": spread,
+        "weights_mib": 4.0,
+        "peak_mib": 6.0,
+    }
+    return {"command": "c", "device": "d", "threads": 1, "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
+            "models": {"dense": cost}}  # fmt: skip
+
+
+def outputs(folder: Path, models: tuple[str, ...] = ("dense", "small"), image: str = HASH, **changes: object) -> Path:
+    """What `vlmeval` leaves of models that answer four questions about a red picture, each in its own way."""
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (9, 9), "red").save(folder / f"images/{HASH[:32]}.png")
+    for number, model in enumerate(models):
+        run = folder / f"model{number}" / "POPE" / "run-1"
+        run.mkdir(parents=True)
+        own = record(model, predictions=str(run / "predictions.jsonl"))
+        (run.parent / "results.json").write_text(json.dumps(own))
+        asked = {"question": "q", "answer": "Yes", "category": "random", "image": image, "options": None} | changes
+        (run / "questions.jsonl").write_text("".join(json.dumps(asked | {"index": str(n)}) + "\n" for n in range(4)))
+        said = ["Yes" if (n + number) % 2 else "No" for n in range(4)]
+        (run / "predictions.jsonl").write_text(
+            "".join(json.dumps({"index": str(n), "prediction": said[n]}) + "\n" for n in range(4))
+        )
+    return folder
+
+
+def made(folder: Path) -> str:
+    """The page without its figures, which take seconds."""
+    sources = read_sources([folder])
+    dense, *others = sources.entries
+    return page(sources, [], {e.name: disagreements(dense.records, e.records, [folder]) for e in others})
+
+
+# --------------------------------------------------------------------------------------------------- texts
+
+
+def test_no_text_of_a_file_becomes_markup(tmp_path):
+    folder = outputs(tmp_path, ("dense" + TRAP, "small" + TRAP), question=TRAP)
+    (folder / "latency.json").write_text(
+        json.dumps(latency() | {"command": TRAP, "device": TRAP, "models": {TRAP: latency()["models"]["dense"]}})
+    )
+    (folder / "fit.json").write_text(json.dumps({"settings": {TRAP: TRAP, "noise": [TRAP]}}))
+    for file in folder.rglob("results.json"):
+        own = json.loads(file.read_text())
+        file.write_text(json.dumps(own | {"command": TRAP, "data_hash": TRAP, "settings": {TRAP: TRAP}}))
+    read = Tags(made(folder))
+    assert not {"script", "iframe", "object", "link", "form", "base"} & {tag for tag, _ in read.tags}
+    assert sum(tag == "style" for tag, _ in read.tags) == 1
+    for _, attributes in read.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+    said = "".join(read.texts)
+    assert said.count("alert(1)") >= 12 and "${7*7}{{7*7}}{%x%}" in said and "49" not in said  # shown, and not carried out
+
+
+def test_half_a_character_does_not_stop_a_report(tmp_path):
+    own = record("m" + TRAP, data="mine", metrics={"accuracy": {"overall": {"n": 4, "accuracy": 50.0, "accuracy_se": 1.0}}})
+    (tmp_path / "results.json").write_text(json.dumps(own))
+    whole = write_report(tmp_path, tmp_path / "out").read_bytes()
+    assert b"<script" not in whole and "50.0 ± 1.0" in whole.decode()
+
+
+def test_the_page_forbids_what_it_does_not_need(tmp_path):
+    read = Tags(made(outputs(tmp_path)))
+    policy = next(a["content"] for tag, a in read.tags if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.split(" ", 1) for rule in (policy or "").split("; "))
+    assert rules == {"default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
+                     "form-action": "'none'"}  # fmt: skip
+    order = [tag for tag, _ in read.tags]
+    assert order.index("meta") < order.index("style")
+
+
+def test_two_counts_of_questions_are_explained(tmp_path):
+    said = "".join(Tags(made(outputs(tmp_path))).texts)
+    assert "POPE has 4 distinct questions, each counted once where models are compared" in said and "6 in all." in said
+
+
+# --------------------------------------------------------------------------------------------------- pictures and answers
+
+
+def test_the_picture_of_a_question_is_shown(tmp_path):
+    assert made(outputs(tmp_path)).count('src="data:image/png') == 4
+
+
+@pytest.mark.parametrize("image", ["../../secret", "/" + "x" * 31, "..", HASH[:32], HASH.upper(), "a\0b", "x" * 5000, ""])
+def test_a_picture_that_is_not_named_by_a_hash_is_not_shown(tmp_path, image):
+    folder = outputs(tmp_path / "in", image=image)
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    try:
+        text = made(folder)
+    except DataError:
+        return
+    assert "src=" not in text
+
+
+def test_a_picture_that_lies_elsewhere_is_not_shown(tmp_path):
+    folder = outputs(tmp_path / "in")
+    file, secret = folder / f"images/{HASH[:32]}.png", tmp_path / "secret.png"
+    file.rename(secret)
+    for make in (lambda: file.symlink_to(secret), lambda: file.symlink_to("/dev/zero"), lambda: os.mkfifo(file),
+                 lambda: file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")):  # fmt: skip
+        make()
+        text = made(folder)
+        assert "src=" not in text and "picture not at hand" in text
+        file.unlink()
+    file.parent.rmdir()
+    file.parent.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    secret.rename(tmp_path / "elsewhere" / file.name)
+    assert "src=" in made(folder)  # a folder of pictures that is itself a link was put there by who made the folder
+
+
+def test_answers_that_lie_elsewhere_are_not_shown(tmp_path):
+    theirs = outputs(tmp_path / "theirs", question="a secret question")
+    mine = outputs(tmp_path / "mine")
+    for number in (0, 1):
+        file = mine / f"model{number}/POPE/results.json"
+        own = json.loads(file.read_text())
+        own["predictions"] = own["predictions"].replace("/mine/", "/theirs/")
+        file.write_text(json.dumps(own))
+    assert "a secret question" not in made(mine) and "a secret question" in made(theirs)
+
+
+# --------------------------------------------------------------------------------------------------- numbers and types
+
+
+def put(data: dict, path: str, value: object) -> dict:
+    data = copy.deepcopy(data)
+    *way, last = path.split(".")
+    inner = data
+    for name in way:
+        inner = inner[name]
+    inner[last] = value
+    return data
+
+
+@pytest.mark.parametrize("value", [TRAP, None, [], {}, True, -1, 10**400, 1e308, float("inf"), float("nan")])
+@pytest.mark.parametrize("path", [
+    "threads", "load.rows", "load.repeats", "load.warmup", "load", "models", "models.dense", "models.dense.parameters",
+    "models.dense.peak_mib", "models.dense.prefill_ms.median",
+])  # fmt: skip
+def test_latency_of_other_types_and_sizes_is_refused(tmp_path, path, value):
+    outputs(tmp_path / "outputs")
+    (tmp_path / "latency.json").write_text(json.dumps(put(latency(), path, value)))
+    with pytest.raises(DataError, match=f"latency.json is not a result of `hipp bench latency`: '{path.split('.')[0]}"):
+        read_sources([tmp_path])
+
+
+@pytest.mark.parametrize("value", [[], {}, 7, None, float("nan")])
+@pytest.mark.parametrize("path", ["model", "model_hash", "data", "predictions", "metrics.vlmeval.random.accuracy"])
+def test_results_of_other_types_are_refused(tmp_path, path, value):
+    folder = outputs(tmp_path)
+    if path.startswith("metrics") and value == 7:
+        value = 100.5
+    (folder / "model0/POPE/results.json").write_text(json.dumps(put(record(), path, value)))
+    with pytest.raises(DataError, match=f"results.json is damaged: '{path}'"):
+        read_sources([folder])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"planner": "/etc"}, "its planner '/etc' leads out of the folder"),
+        ({"planner": "../x"}, "its planner '../x' leads out of the folder"),
+        ({"commands": [TRAP, 7]}, "'commands.1'"),
+        ({"seeds": {}}, "'seeds'"),
+        ({"entries": [{"name": "x", "preference": None, "plan": "{", "reward": None, "parameters": 1, "records": {}}]},
+         "the plan of 'x'"),
+        ({"entries": [{"name": "x", "preference": None, "plan": None, "parameters": 1, "records": {},
+                       "reward": {"utility": "1", "robustness": 1.0, "compression": 1.0, "stability": 0.0}}]},
+         "'entries.0.reward.utility'"),
+    ],
+)  # fmt: skip
+def test_summaries_are_checked(tmp_path, changes, message):
+    data = {"entries": [], "commands": [], "seeds": [], "planner": None} | changes
+    (tmp_path / "summary.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=f"summary.json is damaged: .*{message}"):
+        read_sources([tmp_path])
+
+
+def test_files_that_never_end_or_nest_too_deeply_are_refused(tmp_path):
+    folder = outputs(tmp_path)
+    file = folder / "model0/POPE/results.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="results.json is damaged: .* is not valid JSON"):
+        read_sources([folder])
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="results.json is damaged: .* is a pipe or a device"):
+        read_sources([folder])
+
+
+def test_a_report_has_a_largest_size(tmp_path):
+    with pytest.raises(DataError, match="65 evaluated models; a report holds 64"):
+        read_sources([outputs(tmp_path, tuple(f"m{n}" for n in range(65)))])
+
+
+# --------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("name", [r"$\frac{1$", "_hidden", "a\nb" * 99, TRAP])
+def test_figures_show_any_name(name):
+    scores = {name: {"random": split()}, "b": {"random": split(accuracy_se=None)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font without some character
+        figure = pope_figure(scores)
+        assert png(figure, dpi=30)[:4] == b"\x89PNG"
+        assert png(cost_figure({"x": {name: (1.0, 1.0, 1.0)}}, Look(narrow=True)), dpi=20)[:4] == b"\x89PNG"
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [label(name), "b"]
+
+
+def test_plans_without_attention_are_drawn():
+    groups = tuple(PlanGroup(tower="language", layer=n, kind="ffn", width=8, kept=(0, 1), unit_parameters=3) for n in (0, 1))
+    plan = PruningPlan(groups=groups)
+    for look in (Look(), Look(narrow=True)):
+        assert png(keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]}, look), dpi=30)[:4] == b"\x89PNG"
