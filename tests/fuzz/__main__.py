@@ -11,44 +11,54 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from fuzz.running import MIB, ROOT, SECONDS, Worker, cases, code_digest
+from fuzz.running import MIB, ROOT, SECONDS, Case, Worker, cases, code_digest
 from fuzz.table import all_readers
+from hipp_ext.files import write_atomic
 
 OUTCOMES = ("ok", "refused", "fault")
+NOTES = "progress.json"
 
 
 def main() -> int:
     readers, options = all_readers(), _options()
     names = options.reader or list(readers)
-    notes = options.place / "progress.json"
-    if options.fresh or not notes.exists() or json.loads(notes.read_text())["code"] != code_digest():
-        shutil.rmtree(options.place, ignore_errors=True)
-        options.place.mkdir(parents=True)
-        notes.write_text(json.dumps({"code": code_digest(), "readers": {}, "faults": {}}))
-    done = json.loads(notes.read_text())
+    again = options.seed is not None
+    done = _begin(options.place, anew=options.fresh or again)
     with Worker(options.place, options.seconds, options.mib) as worker, Progress(console=Console(stderr=True)) as bar:
         worker.kept.update(done["faults"])
         for name in names:
-            count = max(1, round(options.cases * readers[name].share)) if options.cases > 1 else 1
-            own = done["readers"].setdefault(name, {"next": 0, **dict.fromkeys(OUTCOMES, 0), "slowest": 0.0, "mib": 0})
-            first = own["next"] if options.seed is None else options.seed
-            last = count if options.seed is None else first + count
+            own = done["readers"].setdefault(name, dict.fromkeys(("next", *OUTCOMES, "time", "slowest", "mib"), 0))
+            first = options.seed if again else own["next"]
+            last = first + options.cases if again else max(1, round(options.cases * readers[name].share))
             task = bar.add_task(name, total=max(last - first, 0))
             for case in cases(worker, name, range(first, last)):
-                own[case.outcome] += 1
-                own["slowest"], own["mib"] = max(own["slowest"], case.seconds), max(own["mib"], case.mib)
-                if case.outcome == "fault":
-                    fault = done["faults"].setdefault(case.signature, {"count": 0, "first": str(case)})
-                    fault["count"] += 1
-                if options.seed is None:
-                    own["next"] = case.seed + 1
-                if case.seed % 20 == 0 or case.outcome == "fault":
-                    notes.write_text(json.dumps(done))
+                _count(done, own, case)
                 bar.update(task, advance=1, description=f"{name}: {own['fault']} faults")
-            notes.write_text(json.dumps(done))
+                if case.seed % 20 == 0 or case.outcome == "fault" or case.seed + 1 == last:
+                    write_atomic(options.place / NOTES, json.dumps(done))
     _summary(done, names)
     print(f"Folders of faults: {options.place / 'faults'}")
     return int(any(done["readers"][name]["fault"] for name in names))
+
+
+def _begin(place: Path, anew: bool) -> dict:
+    """What runs of the same code came to before; nothing, and an empty folder, where there are none."""
+    notes = place / NOTES
+    if not anew and notes.exists() and (done := json.loads(notes.read_text()))["code"] == code_digest():
+        return done
+    if notes.exists():
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    return {"code": code_digest(), "readers": {}, "faults": {}}
+
+
+def _count(done: dict, own: dict, case: Case) -> None:
+    own[case.outcome] += 1
+    own["next"], own["time"] = case.seed + 1, own["time"] + case.seconds
+    own["slowest"], own["mib"] = max(own["slowest"], case.seconds), max(own["mib"], case.mib)
+    if case.outcome == "fault":
+        fault = done["faults"].setdefault(case.signature, {"count": 0, "first": str(case)})
+        fault["count"] += 1
 
 
 def _options() -> argparse.Namespace:
@@ -66,13 +76,13 @@ def _options() -> argparse.Namespace:
 
 
 def _summary(done: dict, names: list[str]) -> None:
-    table = Table("reader", *("cases", *OUTCOMES, "slowest [s]", "most memory [MiB]"))
+    table = Table("reader", "cases", *OUTCOMES, "time [s]", "slowest [s]", "most memory [MiB]")
     total: Counter[str] = Counter()
     for name in names:
         own = done["readers"][name]
         total.update({outcome: own[outcome] for outcome in OUTCOMES})
         counts = [own[outcome] for outcome in OUTCOMES]
-        table.add_row(name, str(sum(counts)), *map(str, counts), f"{own['slowest']:.1f}", str(own["mib"]))
+        table.add_row(name, str(sum(counts)), *map(str, counts), f"{own['time']:.1f}", f"{own['slowest']:.1f}", str(own["mib"]))
     table.add_section()
     table.add_row("all", str(sum(total.values())), *(str(total[outcome]) for outcome in OUTCOMES))
     console = Console()

@@ -12,6 +12,7 @@ from fuzz.mutations import DEEP, PICTURES, dump
 
 Edit = Callable[[Path], object]
 CORPUS: dict[str, dict[str, Edit]] = {}
+REFUSED = frozenset(["EPS", "TIFF", "PPM", "TGA", "ICO"])  # decoders that no data set needs
 PYTHON = "import os\nos.system('touch /tmp/fuzz-was-here')\nclass Evil:\n    pass\n"
 
 
@@ -102,7 +103,7 @@ for number in ("1e308", "-1e308", "Infinity", "-Infinity", "NaN", "1" + "0" * 40
     replaced = lambda data, number=number: b"".join(  # noqa: E731
         dump({**(row := json.loads(line)), "reward": row["reward"] | {"utility": "@"}}).replace(b'"@"', number.encode()) + b"\n"
         for line in data.splitlines()
-    )  # fmt: skip
+    )
     known("planner fit report summary", f"archive with utility {number[:10]}", text("*/archive.jsonl", replaced))
 known("planner fit", "archive without allocations", text("*/archive.jsonl", in_rows("allocation", [])))
 known("planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keeps", [1])))
@@ -141,9 +142,15 @@ for name, classes in _AUTO.items():
         _EVIL, setting(f"model/{name}", "auto_map", value=classes), setting(f"model/{name}", "model_type", value="x")
     )
     known("model vlm", f"auto_map in {name} of an unknown type", both_classes)
-known("model vlm", "unknown processor with auto_map", both(
-    _EVIL, setting("model/processor_config.json", "processor_class", value="EvilProcessor"),
-    setting("model/processor_config.json", "auto_map", value={"AutoProcessor": "evil.Evil"})))  # fmt: skip
+known(
+    "model vlm",
+    "unknown processor with auto_map",
+    both(
+        _EVIL,
+        setting("model/processor_config.json", "processor_class", value="EvilProcessor"),
+        setting("model/processor_config.json", "auto_map", value={"AutoProcessor": "evil.Evil"}),
+    ),
+)
 known(
     "model vlm",
     "code of another repository",
@@ -164,9 +171,14 @@ known(
     "weights that are a device",
     setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="/dev/zero"),
 )
-known("model vlm", "pickled weights", both(
-    lambda folder: [file.unlink() for file in folder.glob("model/model*")],
-    lambda folder: (folder / "model/pytorch_model.bin").write_bytes(pickle.dumps(_Runs()))))  # fmt: skip
+known(
+    "model vlm",
+    "pickled weights",
+    both(
+        lambda folder: [file.unlink() for file in folder.glob("model/model*")],
+        lambda folder: (folder / "model/pytorch_model.bin").write_bytes(pickle.dumps(_Runs())),
+    ),
+)
 known(
     "model vlm",
     "an adapter of the hub",
@@ -197,8 +209,15 @@ known("model vlm", "a type as text", setting("model/config.json", "dtype", value
 known("model vlm", "deep config", text("model/config.json", b'{"a":' * 100_000))
 known("model vlm", "list for a config", text("model/config.json", b"[]"))
 known("model vlm", "not UTF-8", text("model/config.json", b"\xff\xfe\x00"))
-known("model vlm", "tokenizer that backtracks", setting("model/tokenizer.json", "pre_tokenizer", value={
-    "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}))  # fmt: skip
+known(
+    "model vlm",
+    "tokenizer that backtracks",
+    setting(
+        "model/tokenizer.json",
+        "pre_tokenizer",
+        value={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+    ),
+)
 known("classifier", "pictures of 2**20 pixels a side", setting("classifier/config.json", "shape", value=[3, 2**20, 2**20]))
 known("classifier", "2**30 channels", setting("classifier/config.json", "shape", value=[2**30, 16, 16]))
 known("classifier", "channels below zero", setting("classifier/config.json", "shape", value=[-3, 16, 16]))
@@ -331,10 +350,19 @@ for what, value in {
     known("scienceqa", f"hint {what}", setting("problems.json", "0", "hint", value=value))
     known("scienceqa", f"question {what}", setting("problems.json", "0", "question", value=value))
 known("pope", "not UTF-8", text("coco_pope_random.json", b"\xff\xfe\n"))
-known("scienceqa", "id of digits of another script", both(
-    setting("pid_splits.json", "val", value=["²"]), setting("problems.json", "²", value={"image": "image.png"})))  # fmt: skip
-known("scienceqa", "id of 5,000 digits", both(
-    setting("pid_splits.json", "val", value=["9" * 5000]), setting("problems.json", "9" * 5000, value={"image": "image.png"})))  # fmt: skip
+known(
+    "scienceqa",
+    "id of digits of another script",
+    both(setting("pid_splits.json", "val", value=["²"]), setting("problems.json", "²", value={"image": "image.png"})),
+)
+known(
+    "scienceqa",
+    "id of 5,000 digits",
+    both(
+        setting("pid_splits.json", "val", value=["9" * 5000]),
+        setting("problems.json", "9" * 5000, value={"image": "image.png"}),
+    ),
+)
 for cut in (4, 100, 300, 700):
     known("parquet", f"without its first {cut} bytes", text("*.parquet", lambda data, cut=cut: data[:4] + data[4 + cut :]))
     known(

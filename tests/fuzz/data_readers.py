@@ -75,10 +75,15 @@ def make_coco(folder: Path) -> None:
     kinds = ["person", "dog", "cup", "apple", "car", "bus"]
     images = [{"id": 7 + i, "file_name": f"{i}.jpg"} for i in range(4)]
     there = [(7 + i, 1 + (i + k) % 6) for i in range(4) for k in range(2)]
-    (folder / "instances.json").write_text(json.dumps({
-        "images": images, "annotations": [{"image_id": i, "category_id": c} for i, c in there],
-        "categories": [{"id": 1 + n, "name": name} for n, name in enumerate(kinds)],
-    }))  # fmt: skip
+    (folder / "instances.json").write_text(
+        json.dumps(
+            {
+                "images": images,
+                "annotations": [{"image_id": i, "category_id": c} for i, c in there],
+                "categories": [{"id": 1 + n, "name": name} for n, name in enumerate(kinds)],
+            }
+        )
+    )
     captions = {"annotations": [{"image_id": 7 + i, "caption": "a dog and a cup"} for i in range(4)]}
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "synonyms.json").write_text(json.dumps({"person": ["girl", "boy"], "car": ["auto"]}))
@@ -101,16 +106,24 @@ def read_coco(folder: Path) -> Any:
     from hipp_ext.evals.data.pope import pope_from_annotations, write_pope
 
     questions, source = pope_from_annotations(folder / "instances.json", n_images=3, per_image=2)
-    task = coco_task(folder / "instances.json", folder / "images", 2, captions=folder / "captions.json",
-                     synonyms=folder / "synonyms.json")  # fmt: skip
+    task = coco_task(
+        folder / "instances.json", folder / "images", 2, captions=folder / "captions.json", synonyms=folder / "synonyms.json"
+    )
     assert all(read() for read in task.pictures) and task.words("two girls and an apple")
     return [write_pope(folder.parent / "out/POPE.tsv", questions, folder / "images", source)]
 
 
 def make_published(folder: Path) -> None:
     for split in ("random", "popular", "adversarial"):
-        rows = [{"question_id": n, "image": f"{n % 2}.png", "text": f"Is there a {split} cup {n} in the image?",
-                 "label": ("yes", "no")[n % 2]} for n in range(4)]  # fmt: skip
+        rows = [
+            {
+                "question_id": n,
+                "image": f"{n % 2}.png",
+                "text": f"Is there a {split} cup {n} in the image?",
+                "label": ("yes", "no")[n % 2],
+            }
+            for n in range(4)
+        ]
         (folder / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "images").mkdir()
     for n in range(2):
@@ -125,8 +138,14 @@ def read_published(folder: Path) -> Any:
 
 
 def _problem(n: int) -> dict[str, Any]:
-    return {"question": f"Which is {n}?", "choices": ["red", "NA", "blue"][: 2 + n % 2], "answer": n % 2, "hint": "h" * n,
-            "topic": "physics", "subject": "natural science"}  # fmt: skip
+    return {
+        "question": f"Which is {n}?",
+        "choices": ["red", "NA", "blue"][: 2 + n % 2],
+        "answer": n % 2,
+        "hint": "h" * n,
+        "topic": "physics",
+        "subject": "natural science",
+    }
 
 
 def make_scienceqa(folder: Path) -> None:
@@ -180,9 +199,20 @@ def make_results(folder: Path) -> None:
         write_questions(table, log.path.parent)
         rules = pope_scores(said, table.frame["answer"].tolist(), table.frame["category"].tolist(), table.images)
         metrics = {rule: {split: dataclasses.asdict(own) for split, own in splits.items()} for rule, splits in rules.items()}
-        record = {"model": model, "model_hash": digest, "data": "POPE", "data_hash": table.content_hash, "n": len(said),
-                  "metrics": metrics, "settings": {"dtype": None, "device": "cpu"}, "official_file": None, "without_image": 0,
-                  "predictions": str(log.path), "seconds": 1.0, "command": f"vlmeval {model}"}  # fmt: skip
+        record = {
+            "model": model,
+            "model_hash": digest,
+            "data": "POPE",
+            "data_hash": table.content_hash,
+            "n": len(said),
+            "metrics": metrics,
+            "settings": {"dtype": None, "device": "cpu"},
+            "official_file": None,
+            "without_image": 0,
+            "predictions": str(log.path),
+            "seconds": 1.0,
+            "command": f"vlmeval {model}",
+        }
         (place / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     tsv.unlink()
 
@@ -215,13 +245,27 @@ def make_report(folder: Path) -> None:
     make_results(folder)
     fitted().save(folder / "planner")
     spread, ratio = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}, {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
-    row = {"parameters": 10**6, "prefill_gflops": 0.5, "prefill_ms": spread, "decode_ms": spread, "weights_mib": 4.0,
-           "extra_mib": 2.0, "peak_mib": 6.0}  # fmt: skip
+    row = {
+        "parameters": 10**6,
+        "prefill_gflops": 0.5,
+        "prefill_ms": spread,
+        "decode_ms": spread,
+        "weights_mib": 4.0,
+        "extra_mib": 2.0,
+        "peak_mib": 6.0,
+    }
     models = {"dense": row, "small": row | {"prefill_speedup": ratio, "decode_speedup": ratio}}
-    (folder / "latency.json").write_text(json.dumps({
-        "command": "hipp bench latency dense small", "device": "a CPU", "threads": 1,
-        "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3}, "models": models,
-    }))  # fmt: skip
+    (folder / "latency.json").write_text(
+        json.dumps(
+            {
+                "command": "hipp bench latency dense small",
+                "device": "a CPU",
+                "threads": 1,
+                "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
+                "models": models,
+            }
+        )
+    )
 
 
 def make_summary(folder: Path) -> None:
@@ -229,8 +273,13 @@ def make_summary(folder: Path) -> None:
 
     make_report(folder)
     entries = list(read_sources([folder]).entries)
-    entries[1] = dataclasses.replace(entries[1], plan=fitted().plan(tiny()[0]), parameters=10**5, preference="utility 1",
-                                     reward=fitted().archive.records[0].reward)  # fmt: skip
+    entries[1] = dataclasses.replace(
+        entries[1],
+        plan=fitted().plan(tiny()[0]),
+        parameters=10**5,
+        preference="utility 1",
+        reward=fitted().archive.records[0].reward,
+    )
     write_summary(folder, entries, ["hipp demo"], ["seed 0"], "planner")
 
 
@@ -238,7 +287,53 @@ class Page(html.parser.HTMLParser):
     """Finds what a report must not hold: scripts, event handlers, and anything that is fetched."""
 
     ALLOWED = frozenset(
-        ["html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "h1", "h2", "h3", "p", "a", "b", "i", "small", "code", "pre", "div", "span", "ul", "ol", "li", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "picture", "source", "img", "details", "summary", "article", "br", "em", "strong"]
+        [
+            "html",
+            "head",
+            "meta",
+            "title",
+            "style",
+            "body",
+            "main",
+            "header",
+            "nav",
+            "section",
+            "h1",
+            "h2",
+            "h3",
+            "p",
+            "a",
+            "b",
+            "i",
+            "small",
+            "code",
+            "pre",
+            "div",
+            "span",
+            "ul",
+            "ol",
+            "li",
+            "dl",
+            "dt",
+            "dd",
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+            "figure",
+            "figcaption",
+            "picture",
+            "source",
+            "img",
+            "details",
+            "summary",
+            "article",
+            "br",
+            "em",
+            "strong",
+        ]
     )
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -16,10 +16,39 @@ from typing import Any
 DEEP = "@deep@"  # becomes JSON nested 100,000 deep
 TWICE = "@twice@"  # before a key: becomes a key that is there already
 TEXTS = (
-    "", " ", "\0", "a\0b", "\ud800", "é\u202e", "\x1b[31m", "[/b]", "[bold", "<script>alert(1)</script>", '"><img src=x onerror=a()>',
-    "%s{0}${x}", "NaN", "inf", "None", "NA", "1e999", "../../secret.png", "../secret.png", "/etc/passwd", "/dev/zero", "/dev/stdin",
-    "fifo", "x" * 5_000, "x/" * 300, "C:\\x", "__class__", "a\tb\nc", "-1", "9" * 5_000, "0-9999999", DEEP,
-)  # fmt: skip
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "é\u202e",
+    "\x1b[31m",
+    "[/b]",
+    "[bold",
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=a()>',
+    "%s{0}${x}",
+    "NaN",
+    "inf",
+    "None",
+    "NA",
+    "1e999",
+    "../../secret.png",
+    "../secret.png",
+    "/etc/passwd",
+    "/dev/zero",
+    "/dev/stdin",
+    "fifo",
+    "x" * 5_000,
+    "x/" * 300,
+    "C:\\x",
+    "__class__",
+    "a\tb\nc",
+    "-1",
+    "9" * 5_000,
+    "0-9999999",
+    DEEP,
+)
 NUMBERS = (
     0,
     -1,
@@ -293,11 +322,22 @@ def _pictures() -> dict[str, bytes]:
     huge = gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:]
     jpeg, png = saved("JPEG", small), saved("PNG", small)
     return {
-        "EPS": eps, "TIFF": saved("TIFF", small), "PPM": saved("PPM", small), "TGA": saved("TGA", small), "ICO": saved("ICO", small),
-        "PDF": saved("PDF", small), "bomb": bomb, "GIF of 65,535 pixels": huge, "half a PNG": bomb[: len(bomb) // 2],
-        "half a JPEG": jpeg[: len(jpeg) // 2], "no picture": b"PNG", "nothing": b"", "one pixel": saved("PNG", small.crop((0, 0, 1, 1))),
-        "PNG of 2**31 pixels": png[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + png[24:], "text in a PNG": _text_bomb(png),
-    }  # fmt: skip
+        "EPS": eps,
+        "TIFF": saved("TIFF", small),
+        "PPM": saved("PPM", small),
+        "TGA": saved("TGA", small),
+        "ICO": saved("ICO", small),
+        "PDF": saved("PDF", small),
+        "bomb": bomb,
+        "GIF of 65,535 pixels": huge,
+        "half a PNG": bomb[: len(bomb) // 2],
+        "half a JPEG": jpeg[: len(jpeg) // 2],
+        "no picture": b"PNG",
+        "nothing": b"",
+        "one pixel": saved("PNG", small.crop((0, 0, 1, 1))),
+        "PNG of 2**31 pixels": png[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + png[24:],
+        "text in a PNG": _text_bomb(png),
+    }
 
 
 def _text_bomb(png: bytes) -> bytes:
@@ -319,9 +359,14 @@ class _Lazy(dict):
 
 PICTURES: dict[str, bytes] = _Lazy()
 STRUCTURED: dict[str, Callable[[bytes, Random], tuple[bytes, str]]] = {
-    ".json": mutate_json, ".jsonl": mutate_lines, ".safetensors": mutate_safetensors, ".tsv": mutate_tsv,
-    ".parquet": mutate_parquet, ".png": mutate_picture, ".JPEG": mutate_picture,
-}  # fmt: skip
+    ".json": mutate_json,
+    ".jsonl": mutate_lines,
+    ".safetensors": mutate_safetensors,
+    ".tsv": mutate_tsv,
+    ".parquet": mutate_parquet,
+    ".png": mutate_picture,
+    ".JPEG": mutate_picture,
+}
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -314,8 +314,12 @@ def make_cifar(folder: Path, name: str = "cifar10") -> None:
         (b"labels", b"label_names", "batches.meta") if name == "cifar10" else (b"fine_labels", b"fine_label_names", "meta")
     )
     for batch in batches:
-        content = {b"batch_label": b"x", labels: [0, 2], b"data": draw.integers(0, 256, (2, 3072), dtype=np.uint8),
-                   b"filenames": [b"a.png", b"b.png"]}  # fmt: skip
+        content = {
+            b"batch_label": b"x",
+            labels: [0, 2],
+            b"data": draw.integers(0, 256, (2, 3072), dtype=np.uint8),
+            b"filenames": [b"a.png", b"b.png"],
+        }
         (inside / batch).write_bytes(_AsPython2.dumps(content))
     (inside / meta).write_bytes(_AsPython2.dumps({b"num_vis": 3072, names: [b"one", b"two", b"three"]}))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MIB = 10.0, 2048
-_FRAME = re.compile(r'File "[^"]*?/((?:hipp_ext|evals|integrations)/[^"]+\.py)", line (\d+)')
+_FRAME = re.compile(rf'File "{re.escape(str(ROOT))}/((?:hipp_ext|evals|integrations)/[^"]+\.py)", line (\d+)')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Case:
     def signature(self) -> str:
         """Where in the product the fault lies, and its kind: faults of one signature are one fault."""
         text = self.fault or ""
-        frames = [f for f in _FRAME.findall(text) if ".venv" not in f[0]]
+        frames = _FRAME.findall(text)
         crashed = text.startswith("killed")  # a crash's frames come with the innermost first
         place = ":".join(frames[0 if crashed else -1]) if frames else "?"
         kind = text.split("\n", 1)[0] if not text.startswith("Traceback") else _last_line(text)
@@ -129,8 +129,15 @@ class Worker:
     def _start(self) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
         with (self.place / "worker.log").open("w") as log:
-            return subprocess.Popen([sys.executable, "-m", "fuzz.worker", str(self.place)], cwd=ROOT / "tests", env=environment,
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0)  # fmt: skip
+            return subprocess.Popen(
+                [sys.executable, "-m", "fuzz.worker", str(self.place)],
+                cwd=ROOT / "tests",
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+            )
 
     def _stop(self) -> None:
         if self.process and self.process.stdin:
