@@ -377,14 +377,14 @@ SCRIPT = "<script>alert(1)</script>"
 for path in (("threads",), ("device",), ("command",), *(("load", key) for key in ("rows", "repeats", "warmup", "seed"))):
     known("report summary", f"script as {'.'.join(path)}", setting("latency.json", *path, value=SCRIPT))
 for path in (("parameters",), ("prefill_ms", "median"), ("prefill_ms", "n"), ("decode_speedup", "n"), ("weights_mib",)):
-    for value in (SCRIPT, 0, -1, 10**400, float("inf"), float("nan"), None, True):
+    for value in (SCRIPT, 0, 10**400, float("nan")):
         known(
-            "report drawings",
+            "report",
             f"{'.'.join(path)} {str(value)[:12]}",
             setting("latency.json", "models", "small", *path, value=value),
         )
 for key in ("model", "model_hash", "data", "data_hash", "n", "command", "predictions", "settings", "metrics"):
-    for value in (SCRIPT, "[/b]", "\ud800", [], {}, 10**400, {"a": SCRIPT}, None):
+    for value in (SCRIPT, "[/b]", "\ud800", [], 10**400):
         known(
             "report compare", f"results {key} {str(value)[:12]!r}", setting("outputs/small*/*/results.json", key, value=value)
         )
@@ -402,16 +402,16 @@ for place in (
     known("report compare", f"predictions at {place!r}", setting("outputs/*/*/results.json", "predictions", value=place))
     known("summary", f"planner at {place!r}", setting("summary.json", "planner", value=place))
 for key in ("index", "question", "answer", "category", "image", "options"):
-    for value in (SCRIPT, "[/b]", "\ud800", [], {}, 10**400, None, {"A": []}, {SCRIPT: SCRIPT}):
+    for value in (SCRIPT, "[/b]", "\ud800", [], {SCRIPT: SCRIPT}):
         known(
             "report compare", f"questions {key} {str(value)[:12]!r}", text("outputs/*/*/*/questions.jsonl", in_rows(key, value))
         )
 for key in ("index", "prediction"):
-    for value in (SCRIPT, "[/b]", "\ud800", [], 10**400, None):
+    for value in (SCRIPT, "\ud800", []):
         known("report compare predictions", f"{key} {str(value)[:12]!r}", text("**/predictions.jsonl", in_rows(key, value)))
 known("compare", "an answer of a megabyte", text("outputs/small*/*/*/predictions.jsonl", in_rows("prediction", "A " * 500_000)))
 known("report compare predictions", "deep line", text("**/predictions.jsonl", lambda d: b"[" * 100_000 + b"\n" + d))
 known("report summary", "deep latency", text("latency.json", b"[" * 100_000))
 for key in ("name", "preference", "parameters", "records", "plan", "reward"):
-    for value in (SCRIPT, "\ud800", [], {}, 10**400, -1, float("nan")):
+    for value in (SCRIPT, "\ud800", [], 10**400):
         known("summary", f"entry {key} {str(value)[:12]!r}", setting("summary.json", "entries", 1, key, value=value))

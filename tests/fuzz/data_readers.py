@@ -109,7 +109,7 @@ def read_coco(folder: Path) -> Any:
     task = coco_task(
         folder / "instances.json", folder / "images", 2, captions=folder / "captions.json", synonyms=folder / "synonyms.json"
     )
-    assert all(read() for read in task.pictures) and task.words("two girls and an apple")
+    task.words("two girls and an apple")
     return [write_pope(folder.parent / "out/POPE.tsv", questions, folder / "images", source)]
 
 

@@ -109,8 +109,8 @@ class Guard:
         if writes:
             return None if self._inside(path) or os.fsdecode(path) == os.devnull else f"writes {os.fsdecode(path)}"
         real = os.path.realpath(os.fsdecode(path))
-        fine = (self._inside(path) or real.startswith(READABLE)) and not os.path.basename(real).startswith("secret.")
-        return None if fine else f"reads {os.fsdecode(path)}"
+        secret = os.path.basename(real).startswith("secret.") and os.path.exists(real)
+        return None if (self._inside(path) or real.startswith(READABLE)) and not secret else f"reads {os.fsdecode(path)}"
 
     def _inside(self, path: Any) -> bool:
         return os.path.realpath(os.fsdecode(path)).startswith(self.place + os.sep)
