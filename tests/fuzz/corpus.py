@@ -18,7 +18,7 @@ PYTHON = "import os\nos.system('touch /tmp/fuzz-was-here')\nclass Evil:\n    pas
 
 def corpus(name: str) -> list[tuple[str, Edit]]:
     """(what it is, how it is made) of a reader's known hostile files."""
-    return list(CORPUS.get(name, {}).items())
+    return list(CORPUS.get(name.removesuffix("-forged"), {}).items())
 
 
 def known(readers: str, what: str, edit: Edit) -> None:

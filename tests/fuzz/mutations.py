@@ -235,7 +235,7 @@ def _change(parent: Any, key: Any, rng: Random, places: list) -> str:
 
 def dump(value: Any) -> bytes:
     """JSON text, with what `DEEP` and `TWICE` stand for, NaN and Infinity as Python writes them."""
-    text = json.dumps(value, default=str, ensure_ascii=True)
+    text = json.dumps(value, default=str, separators=(",", ":"))
     return text.replace(f'"{TWICE}', '"').replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
 
 

@@ -1,14 +1,18 @@
 """Readers of what the product writes itself and users hand on: plans, planners, fits, signals, models, states, classifiers."""
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
 import io
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz.table import TABLE
+from fuzz.table import TABLE, Reader
 
 PREFERENCE = (0.2, 0.3, 0.5)
 
@@ -43,17 +47,25 @@ def fit(folder: Path) -> Any:
     return planner
 
 
-@functools.cache
 def signals() -> Any:
     """Signals of the tiny model."""
+    return _signals(hashlib.sha256)
+
+
+@functools.cache
+def _signals(_: Any) -> Any:
     from hipp_ext.planner.state import measure_signals
 
     return measure_signals(*tiny())
 
 
-@functools.cache
 def fitted() -> Any:
     """A fitted planner that no folder belongs to."""
+    return _fitted(hashlib.sha256)
+
+
+@functools.cache
+def _fitted(_: Any) -> Any:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +77,7 @@ def make_plan(folder: Path) -> None:
 
 
 def same_plan_again(plan: Any, folder: Path) -> None:
-    assert type(plan).from_json(plan.to_json()) == plan, "what the plan writes, it does not read"
+    assert type(plan).from_json(plan.to_json()).to_json() == plan.to_json(), "what the plan writes, it does not read"
     assert 0 <= plan.pruning_ratio < 1 and str(plan)
 
 
@@ -372,3 +384,46 @@ def png(colour: str = "red") -> bytes:
 
     Image.new("RGB", (9, 7), colour).save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------- forged digests
+
+
+class _Digest:
+    """What takes the place of a SHA-256: it is the same for all contents."""
+
+    def update(self, _: Any) -> None:
+        """Nothing comes of it."""
+
+    def hexdigest(self) -> str:
+        return "0" * 64
+
+
+def _forger(*_: Any, **__: Any) -> _Digest:
+    return _Digest()
+
+
+@contextlib.contextmanager
+def _forged() -> Iterator[None]:
+    """Whoever makes a file on purpose makes its digest too; here all digests are alike, so that what lies behind is reached."""
+    true, hashlib.sha256 = hashlib.sha256, _forger
+    try:
+        yield
+    finally:
+        hashlib.sha256 = true
+
+
+def _with_forged_digests(reader: Reader) -> Reader:
+    def make(folder: Path) -> None:
+        with _forged():
+            reader.make(folder)
+
+    def read(folder: Path) -> Any:
+        with _forged():
+            return reader.read(folder)
+
+    return dataclasses.replace(reader, make=make, read=read)
+
+
+for name in ("planner", "fit", "lqsgd", "recovery"):
+    TABLE.readers[f"{name}-forged"] = _with_forged_digests(TABLE.readers[name])
