@@ -164,7 +164,10 @@ known(
 known(
     "model vlm",
     "weights that are a FIFO",
-    setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="fifo"),
+    both(
+        lambda folder: os.mkfifo(folder / "model/fifo"),
+        setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="fifo"),
+    ),
 )
 known(
     "model vlm",

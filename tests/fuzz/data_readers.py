@@ -60,7 +60,7 @@ _table("tsv-choice", make_choice_tsv)
 _table("tsv-paths", make_path_tsv)
 
 
-@TABLE.reads("lm-eval", make_pope_tsv, share=0.2)
+@TABLE.reads("lm-eval", make_pope_tsv, share=0.1)
 def read_lm_eval(folder: Path) -> Any:
     from hipp_ext.integrations.lm_eval_data import doc_to_image, load_pope, pope_results
 
@@ -217,7 +217,7 @@ def make_results(folder: Path) -> None:
     tsv.unlink()
 
 
-@TABLE.reads("compare", make_results, share=0.3)
+@TABLE.reads("compare", make_results, share=0.2)
 def read_compare(folder: Path) -> str:
     """`hipp compare`, with its table and its JSON."""
     from hipp_ext.evals.compare import compare, comparison_table, plain

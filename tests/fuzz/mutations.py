@@ -370,8 +370,9 @@ STRUCTURED: dict[str, Callable[[bytes, Random], tuple[bytes, str]]] = {
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """`target` becomes a copy of `source`; in each of its folders lies a FIFO that nobody writes to."""
+    """`target` becomes a copy of `source`; in each of its folders, but those of models, lies a FIFO that nobody writes to."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
-    for folder, _, _ in os.walk(target):
-        os.mkfifo(Path(folder, "fifo"))
+    for folder, _, names in os.walk(target):
+        if "config.json" not in names:
+            os.mkfifo(Path(folder, "fifo"))

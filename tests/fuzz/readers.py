@@ -100,7 +100,7 @@ def read_planner(folder: Path) -> Any:
     return planner.choices(), planner.front(), planner.archive.hypervolume()
 
 
-@TABLE.reads("fit", lambda folder: None if fit(folder / "fit") else None, errors=("CheckpointError",), share=0.3)
+@TABLE.reads("fit", lambda folder: None if fit(folder / "fit") else None, errors=("CheckpointError",), share=0.1)
 def read_fit(folder: Path) -> Any:
     """Go on with a fit that was finished."""
     return fit(folder / "fit").front()
@@ -214,7 +214,7 @@ def make_classifier(folder: Path) -> None:
     save_classifier(model, config, folder / "classifier")
 
 
-@TABLE.reads("classifier", make_classifier, errors=("CheckpointError",), share=0.3)
+@TABLE.reads("classifier", make_classifier, errors=("CheckpointError",), share=0.1)
 def read_classifier(folder: Path) -> Any:
     from hipp_ext.robust.checkpoint import load_classifier
 

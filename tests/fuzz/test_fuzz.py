@@ -1,13 +1,16 @@
 """A small run over every reader: the known hostile files and a few random ones. The long run is `make fuzz`."""
 
+from random import Random
+
 import pytest
 
 from fuzz.corpus import corpus
+from fuzz.probes import PROBES
 from fuzz.running import Worker, cases
 from fuzz.table import all_readers
 
-READERS = all_readers()
-SECONDS = 0.5  # of processor time per reader, about: what the random cases get after the known ones
+READERS = {name: reader for name, reader in all_readers().items() if reader.share > 0.05}
+RANDOM = 30  # cases for a reader, after the known ones
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +19,27 @@ def worker(tmp_path_factory):
         yield worker
 
 
+@pytest.fixture(scope="module")
+def strict_worker(tmp_path_factory):
+    with Worker(tmp_path_factory.mktemp("probes"), seconds=1.5, mib=300) as worker:
+        yield worker
+
+
+def seeds(name: str) -> list[int]:
+    """The valid folder, all known files and some random ones; of slow readers a sample, the same every time."""
+    last = len(corpus(name)) + RANDOM
+    share = READERS[name].share
+    return [0, *(range(1, last + 1) if share == 1 else Random(name).sample(range(1, last + 1), min(last, round(80 * share))))]
+
+
 @pytest.mark.parametrize("name", list(READERS))
 def test_a_damaged_file_is_read_rightly_or_refused(worker, name):
-    found = list(cases(worker, name, range(1 + len(corpus(name)) + round(40 * READERS[name].share))))
-    assert found[0].outcome == "ok", f"the valid folder is not read\n{found[0]}"
-    faults = list({case.signature: case for case in found if case.outcome == "fault"}.values())
-    assert not faults, f"{len(faults)} faults, kept in {worker.place / 'faults'}\n\n" + "\n\n".join(map(str, faults[:5]))
+    faults = {case.signature: str(case) for case in cases(worker, name, seeds(name)) if case.outcome == "fault"}
+    assert not faults, f"{len(faults)} faults, kept in {worker.place / 'faults'}\n\n" + "\n\n".join(list(faults.values())[:5])
+
+
+@pytest.mark.parametrize("act", list(PROBES))
+def test_what_a_reader_must_not_do_is_a_fault(strict_worker, act):
+    case = strict_worker.run(act, 0)
+    assert case.outcome == "fault" and act in case.fault, case
+    assert (strict_worker.place / "faults" / f"{act}-0/fault.txt").exists() and not (strict_worker.place / "elsewhere").exists()

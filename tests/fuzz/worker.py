@@ -131,7 +131,10 @@ def main() -> None:
         "TRANSFORMERS_VERBOSITY": "critical",
     }
     os.environ.pop("HF_HUB_OFFLINE", None)  # the hook sees who would go to the network
+    from fuzz.probes import PROBES
     from fuzz.table import all_readers
+
+    readers = all_readers() | PROBES
 
     def answer(value: dict[str, Any]) -> None:
         results.write(json.dumps(value) + "\n")
@@ -140,7 +143,7 @@ def main() -> None:
     guard = Guard(place / "case")
     for line in jobs:
         job = json.loads(line)
-        answer({"case": _run(guard, all_readers()[job["reader"]], job["reader"], job["seed"], place, lambda: answer({}))})
+        answer({"case": _run(guard, readers[job["reader"]], job["reader"], job["seed"], place, lambda: answer({}))})
 
 
 def _run(guard: Guard, reader: Any, name: str, seed: int, place: Path, started: Callable[[], None]) -> dict[str, Any]:
