@@ -94,18 +94,19 @@ class Worker:
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         process = self.process = self.process or self._start()
         assert process.stdin and process.stdout
-        told = (self.place / "worker.log").stat().st_size
+        told, what = (self.place / "worker.log").stat().st_size, self.place / "case/what.txt"
+        what.unlink(missing_ok=True)
         process.stdin.write(json.dumps(job).encode() + b"\n")
         # First a valid folder is made, if there is none yet; then the case begins.
         why = self._wait(process, self.seconds * 12) or (process.stdout.readline() and self._wait(process, self.seconds))
         if line := b"" if why else process.stdout.readline():
             return json.loads(line)["case"]
-        process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
+        if why:
+            process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
         code = process.wait()
         self.process = None
         said = (self.place / "worker.log").read_bytes()[told:].decode(errors="replace").partition("\nExtension modules")[0]
         why = why or (signal.Signals(-code).name if code < 0 else f"exit {code}")
-        what = self.place / "case/what.txt"
         damage = (
             what.read_text(errors="replace").partition(": ")[2].strip() if what.exists() else "while the valid folder was made"
         )
