@@ -10,7 +10,7 @@ from fuzz.running import Worker, cases
 from fuzz.table import all_readers
 
 READERS = {name: reader for name, reader in all_readers().items() if reader.share > 0.05}
-RANDOM = 30  # cases for a reader, after the known ones
+RANDOM = 15  # cases for a reader, after the known ones
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def seeds(name: str) -> list[int]:
     """The valid folder, all known files and some random ones; of slow readers a sample, the same every time."""
     last = len(corpus(name)) + RANDOM
     share = READERS[name].share
-    return [0, *(range(1, last + 1) if share == 1 else Random(name).sample(range(1, last + 1), min(last, round(80 * share))))]
+    return [0, *(range(1, last + 1) if share == 1 else Random(name).sample(range(1, last + 1), min(last, round(40 * share))))]
 
 
 @pytest.mark.parametrize("name", list(READERS))
