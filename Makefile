@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test check wheel clean
+.PHONY: demo test fuzz check wheel clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Damaged files for every reader; goes on where the last run of the same code stopped. `make fuzz FUZZ="--reader plan --cases 500"`.
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

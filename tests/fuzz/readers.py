@@ -1,0 +1,429 @@
+"""Readers of what the product writes itself and users hand on: plans, planners, fits, signals, models, states, classifiers."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fuzz.table import TABLE, Reader
+
+PREFERENCE = (0.2, 0.3, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------ plans and planners
+
+
+def closeness(model: Any) -> dict[str, float]:
+    """An evaluator that takes no time: only how many parameters are left counts."""
+    size = sum(p.numel() for p in model.parameters())
+    return {"utility": size % 97 / 97, "robustness": size % 89 / 89, "utility_se": 0.01}
+
+
+@functools.cache
+def tiny() -> tuple[Any, list[Any]]:
+    """A tiny LLaVA of random weights, and batches for it."""
+    from models import batch, build
+
+    return build("llava"), [batch("llava", size=2, labels=True)]
+
+
+def fit(folder: Path) -> Any:
+    """A planner that was fitted, or goes on to be, in `folder`."""
+    from hipp_ext import HiPPPlanner, Preference
+    from hipp_ext.planner.fit import FitSettings
+
+    model, batches = tiny()
+    planner = HiPPPlanner(Preference(*PREFERENCE))
+    planner.signals = signals()
+    settings = FitSettings(steps=1, preferences=1, budgets=2, rollouts=2, imagined=1, candidates=8)
+    planner.fit(model, closeness, settings, folder=folder, calibration=batches, progress=False)
+    return planner
+
+
+def signals() -> Any:
+    """Signals of the tiny model."""
+    return _signals(hashlib.sha256)
+
+
+@functools.cache
+def _signals(_: Any) -> Any:
+    from hipp_ext.planner.state import measure_signals
+
+    return measure_signals(*tiny())
+
+
+def fitted() -> Any:
+    """A fitted planner that no folder belongs to."""
+    return _fitted(hashlib.sha256)
+
+
+@functools.cache
+def _fitted(_: Any) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return fit(Path(folder))
+
+
+def make_plan(folder: Path) -> None:
+    fitted().plan(tiny()[0]).replace(notes={"why": ["a", {"b": 1}]}).save(folder / "plan.json")
+
+
+def same_plan_again(plan: Any, folder: Path) -> None:
+    assert type(plan).from_json(plan.to_json()).to_json() == plan.to_json(), "what the plan writes, it does not read"
+    assert 0 <= plan.pruning_ratio < 1 and str(plan)
+
+
+@TABLE.reads("plan", make_plan, check=same_plan_again, errors=("PlanError",))
+def read_plan(folder: Path) -> Any:
+    from hipp_ext import PruningPlan
+
+    return PruningPlan.load(folder / "plan.json")
+
+
+PLANNER_ERRORS = ("CheckpointError", "PlanError", "PreferenceError", "BudgetError")
+
+
+@TABLE.reads("planner", lambda folder: fitted().save(folder / "planner"), errors=PLANNER_ERRORS)
+def read_planner(folder: Path) -> Any:
+    """Load it, and do what `hipp front` and `hipp plan` do with it."""
+    from hipp_ext import HiPPPlanner
+
+    planner = HiPPPlanner.load(folder / "planner")
+    return planner.choices(), planner.front(), planner.archive.hypervolume()
+
+
+@TABLE.reads("fit", lambda folder: None if fit(folder / "fit") else None, errors=("CheckpointError",), share=0.1)
+def read_fit(folder: Path) -> Any:
+    """Go on with a fit that was finished."""
+    return fit(folder / "fit").front()
+
+
+def make_signals(folder: Path) -> None:
+    read_signals(folder)
+
+
+def same_signals(found: Any, folder: Path) -> None:
+    """Damaged signals are measured again: other ones would give another plan without a word."""
+    import torch
+
+    known = signals()
+    for part in ("scores", "flow_shares"):
+        own, true = getattr(found, part), getattr(known, part)
+        assert own.keys() == true.keys() and all(torch.equal(own[n], true[n]) for n in true), f"other {part}"
+    for part in ("sensitivity", "visual"):
+        assert torch.equal(getattr(found, part), getattr(known, part)), f"other {part}"
+    for part in ("groups", "scorer", "digest", "calibration", "mrs"):
+        assert getattr(found, part) == getattr(known, part), f"another {part}"
+
+
+@TABLE.reads("signals", make_signals, check=same_signals, errors=())
+def read_signals(folder: Path) -> Any:
+    from hipp_ext.planner import signal_cache
+
+    measure, known = signal_cache.measure_signals, signals()
+    signal_cache.measure_signals = lambda *_, **__: known  # what measuring gives is known; whether it is asked for counts
+    try:
+        return signal_cache.cached_signals(*tiny(), folder / "cache")
+    finally:
+        signal_cache.measure_signals = measure
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+
+
+def make_model(folder: Path) -> None:
+    """A pruned LLaVA with its processor, in two files of weights with an index."""
+    from vlm_tables import save_llava
+
+    from hipp_ext import load_pruned, prune, save_pruned
+    from hipp_ext.groups import find_groups
+    from hipp_ext.masks import plan_from_counts
+    from hipp_ext.scorers import Magnitude
+
+    model = load_pruned(save_llava(folder / "dense"))
+    groups = find_groups(model)
+    plan = plan_from_counts(groups, [1 + i % g.width for i, g in enumerate(groups)], Magnitude()(model, []))
+    save_pruned(prune(model, plan), folder / "model")
+    _in_two(folder / "model")
+    shutil.rmtree(folder / "dense")
+
+
+def _in_two(folder: Path) -> None:
+    """Weights in two files with an index, as large models have them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, own in parts.items():
+        save_file({n: tensors[n] for n in own}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": {n: file for file, own in parts.items() for n in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def loads_as_it_says(model: Any, folder: Path) -> None:
+    import transformers
+
+    assert type(model) is getattr(transformers, type(model).__name__), "a class that is not transformers'"
+    assert not model.training and not any(p.is_meta for p in model.parameters()), "not ready to run"
+
+
+@TABLE.reads(
+    "model", make_model, check=loads_as_it_says, errors=("CheckpointError", "PlanError", "UnsupportedModelError"), share=0.2
+)
+def read_model(folder: Path) -> Any:
+    """What the commands do with a MODEL: the model, then the processor beside it."""
+    from hipp_ext import load_pruned
+    from hipp_ext.calibration import find_processor
+
+    model = load_pruned(folder / "model")
+    find_processor(model)
+    return model
+
+
+@TABLE.reads("vlm", make_model, errors=("CheckpointError", "PlanError", "UnsupportedModelError"), share=0.2)
+def read_vlm(folder: Path) -> Any:
+    """What `vlmeval`, `hipp chair` and lm-eval do with a model's folder."""
+    from hipp_ext.evals.predictions import HippVLM
+
+    return HippVLM(folder / "model", device="cpu")
+
+
+def make_classifier(folder: Path) -> None:
+    import torch
+    from hipp_ext.integrations.torch_pruning_channels import find_channel_groups, prune_channels
+
+    from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
+    from hipp_ext.robust.models import build_model, fixed_layers
+
+    torch.manual_seed(0)
+    model, example = build_model("small-vgg", 3, (3, 16, 16)).eval(), torch.zeros(1, 3, 16, 16)
+    groups = find_channel_groups(model, example, ignored=fixed_layers(model))
+    kept = {g.name: tuple(range(0, g.width, 4)) for g in groups}
+    prune_channels(model, example, kept)
+    config = ClassifierFile(network="small-vgg", classes=("a", "b", "c"), shape=(3, 16, 16), data="digits", kept=kept)
+    save_classifier(model, config, folder / "classifier")
+
+
+@TABLE.reads("classifier", make_classifier, errors=("CheckpointError",), share=0.1)
+def read_classifier(folder: Path) -> Any:
+    from hipp_ext.robust.checkpoint import load_classifier
+
+    return load_classifier(folder / "classifier")
+
+
+# ------------------------------------------------------------------------------------------------------- states of training
+
+
+@functools.cache
+def lqsgd() -> tuple[Any, dict[str, Any]]:
+    """A state of this process alone, and what it holds after a step."""
+    import torch
+    import torch.distributed as dist
+
+    from hipp_ext.comm import LQSGDState
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    generator = torch.Generator().manual_seed(0)
+    parameters = {"a.weight": torch.randn(6, 10, generator=generator), "a.bias": torch.randn(6, generator=generator)}
+    state = LQSGDState(parameters.items(), rank=2)
+    state.mean_({n: torch.randn(p.shape, generator=generator) for n, p in parameters.items()})
+    return state, state.state_dict()
+
+
+def make_lqsgd(folder: Path) -> None:
+    from hipp_ext.comm import save_state
+
+    state, known = lqsgd()
+    state.load_state_dict(known)
+    save_state(state, folder / "lqsgd.safetensors")
+
+
+@TABLE.reads("lqsgd", make_lqsgd, errors=("CompressionError",))
+def read_lqsgd(folder: Path) -> None:
+    """Whole or not at all: after a refusal the state is what it was."""
+    import torch
+
+    from hipp_ext.comm import load_state
+
+    state, known = lqsgd()
+    state.load_state_dict(known)
+    try:
+        load_state(state, folder / "lqsgd.safetensors")
+    except Exception:
+        now = state.state_dict()
+        for part in ("memory", "factors"):
+            assert all(torch.equal(now[part][n], t) for n, t in known[part].items()), f"refused, and {part} has changed"
+        raise
+    state.stats()
+
+
+def recovery(folder: Path) -> tuple[Any, Any, list[Any]]:
+    import torch
+
+    from hipp_ext.recover.checkpoints import Checkpoints
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return Checkpoints(folder / "run", {"seed": 0}, 0, lambda: None), model, [optimizer]
+
+
+def make_recovery(folder: Path) -> None:
+    import torch
+
+    checkpoints, model, optimizers = recovery(folder)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()
+    checkpoints.save(1, [0.5], model, optimizers, None)
+
+
+@TABLE.reads("recovery", make_recovery, errors=("CheckpointError",))
+def read_recovery(folder: Path) -> Any:
+    checkpoints, model, optimizers = recovery(folder)
+    return checkpoints.load(model, optimizers, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- image sets
+
+
+class _AsPython2(pickle._Pickler):
+    """Writes pickles as Python 2 did, in which CIFAR was published: all text is bytes."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_text(self, text: bytes | str) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        short = len(data) < 256
+        self.write((b"U" if short else b"T") + len(data).to_bytes(1 if short else 4, "little") + data)
+
+    dispatch[bytes] = dispatch[str] = save_text
+
+    @classmethod
+    def dumps(cls, content: Any) -> bytes:
+        cls(buffer := io.BytesIO(), protocol=2).dump(content)
+        return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def make_cifar(folder: Path, name: str = "cifar10") -> None:
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    inside = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+    inside.mkdir()
+    batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if name == "cifar10" else ["train", "test"]
+    labels, names, meta = (
+        (b"labels", b"label_names", "batches.meta") if name == "cifar10" else (b"fine_labels", b"fine_label_names", "meta")
+    )
+    for batch in batches:
+        content = {
+            b"batch_label": b"x",
+            labels: [0, 2],
+            b"data": draw.integers(0, 256, (2, 3072), dtype=np.uint8),
+            b"filenames": [b"a.png", b"b.png"],
+        }
+        (inside / batch).write_bytes(_AsPython2.dumps(content))
+    (inside / meta).write_bytes(_AsPython2.dumps({b"num_vis": 3072, names: [b"one", b"two", b"three"]}))
+
+
+def make_svhn(folder: Path) -> None:
+    import numpy as np
+    from scipy.io import savemat
+
+    for split in ("train", "test"):
+        savemat(folder / f"{split}_32x32.mat", {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)})
+
+
+def make_tiny_imagenet(folder: Path) -> None:
+    from PIL import Image
+
+    base, names = folder / "tiny-imagenet-200", ["n01443537", "n01629819"]
+    (base / "val/images").mkdir(parents=True)
+    (base / "wnids.txt").write_text("\n".join(names) + "\n")
+    for name in names:
+        (base / "train" / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(base / "train" / name / f"images/{name}_0.JPEG")
+        Image.new("RGB", (64, 64), "red").save(base / f"val/images/val_{name}.JPEG")
+    (base / "val/val_annotations.txt").write_text("".join(f"val_{n}.JPEG\t{n}\t0\t0\t63\t63\n" for n in names))
+
+
+def right_images(data: Any, folder: Path) -> None:
+    """A batch can be taken of every row, and the labels are classes."""
+    for part in (data.train, data.test):
+        images, labels = part.rows(slice(0, 3))
+        assert images.shape[1:] == data.shape and 0 <= int(labels.min()) <= int(labels.max()) < len(data.classes)
+        assert 0 <= float(images.min()) <= float(images.max()) <= 1
+
+
+def _images(name: str, make: Any) -> None:
+    @TABLE.reads(name, make, check=right_images)
+    def read(folder: Path) -> Any:
+        from hipp_ext.robust import load_data
+
+        return load_data(name, folder)
+
+
+_images("cifar10", make_cifar)
+_images("cifar100", functools.partial(make_cifar, name="cifar100"))
+_images("svhn", make_svhn)
+_images("tiny-imagenet", make_tiny_imagenet)
+
+
+def png(colour: str = "red") -> bytes:
+    from PIL import Image
+
+    Image.new("RGB", (9, 7), colour).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------- forged digests
+
+
+class _Digest:
+    """What takes the place of a SHA-256: it is the same for all contents."""
+
+    def update(self, _: Any) -> None:
+        """Nothing comes of it."""
+
+    def hexdigest(self) -> str:
+        return "0" * 64
+
+
+def _forger(*_: Any, **__: Any) -> _Digest:
+    return _Digest()
+
+
+@contextlib.contextmanager
+def _forged() -> Iterator[None]:
+    """Whoever makes a file on purpose makes its digest too; here all digests are alike, so that what lies behind is reached."""
+    true, hashlib.sha256 = hashlib.sha256, _forger
+    try:
+        yield
+    finally:
+        hashlib.sha256 = true
+
+
+def _with_forged_digests(reader: Reader) -> Reader:
+    def make(folder: Path) -> None:
+        with _forged():
+            reader.make(folder)
+
+    def read(folder: Path) -> Any:
+        with _forged():
+            return reader.read(folder)
+
+    return dataclasses.replace(reader, make=make, read=read)
+
+
+for name in ("planner", "fit", "lqsgd", "recovery"):
+    TABLE.readers[f"{name}-forged"] = _with_forged_digests(TABLE.readers[name])
