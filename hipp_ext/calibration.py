@@ -162,7 +162,7 @@ def find_processor(model: nn.Module) -> Any | None:
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare ones for a damaged file
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
         return None
