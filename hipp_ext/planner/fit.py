@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
-from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.archive import Archive, Record, fit_groups
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, plan_stability
 from hipp_ext.planner.fit_folder import Checkpoint, FitFolder
@@ -355,12 +355,14 @@ class Trainer:
     def _resume(self) -> None:
         """Be where the folder's fit was when it stopped."""
         self.files.claim(self._identity())
+        if not fit_groups(self.archive.records, self.signals.groups):
+            raise self.files.damaged("The archive holds plans of another model.")
         if (checkpoint := self.files.load()) is None:
             return
         self.step, self.finished = checkpoint.step, checkpoint.finished
         try:
             self.learner.restore(checkpoint.tensors)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise self.files.damaged(f"The checkpoint is of another policy: {error!r}.") from None
         expected, there = self.step * self._per_step, sum(r.step < self.step for r in self.archive.records)
         if there != expected:

@@ -1,6 +1,7 @@
 """The planner on tiny models: what a preference does, what is refused, and that it can be saved."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, PlanError
 from hipp_ext.groups import find_groups
+from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.state import REMOVED, measure_signals
 from hipp_ext.scorers import MRS, VisualSensitivity
@@ -168,6 +170,34 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
         HiPPPlanner.load(tmp_path / "p")
 
 
+def test_a_flipped_bit_in_a_planner_folder_never_gives_another_plan(model, signals, tmp_path):
+    planner, rng = planner_with(signals, pruning_ratio=0.4), random.Random(0)
+    planner.fit(model, Closeness(model), FitSettings(steps=1, preferences=1, imagined=2), progress=False)
+    planner.save(tmp_path / "p")
+    before, front, same = planner.plan(model), [f.reward for f in planner.front()], 0
+    for path in sorted((tmp_path / "p").iterdir()):
+        content = path.read_bytes()
+        for _ in range(40):
+            bit = rng.randrange(8 * len(content))
+            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            try:
+                loaded = HiPPPlanner.load(tmp_path / "p")
+            except CheckpointError:
+                continue
+            same += 1
+            assert loaded.plan(model) == before and [f.reward for f in loaded.front()] == front
+        path.write_bytes(content)
+    assert same < 10
+
+
+def test_files_of_two_planners_are_no_planner(tmp_path):
+    for seed in range(2):
+        HiPPPlanner(EVEN, seed=seed).save(tmp_path / str(seed))
+    (tmp_path / "0/policy.safetensors").write_bytes((tmp_path / "1/policy.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors is not the file that planner\.json names"):
+        HiPPPlanner.load(tmp_path / "0")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("preference", [-1, 1, 1]), ("pruning_ratio", 1.5), ("round_to", 0), ("min_keep", 7.0), ("plans", "many"), ("new", 1)],
@@ -183,7 +213,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
 def test_a_folder_of_another_version_is_refused(tmp_path):
     HiPPPlanner(EVEN).save(tmp_path / "p")
     header = tmp_path / "p" / "planner.json"
-    header.write_text(header.read_text().replace('"format": 4', '"format": 1'))
+    header.write_text(header.read_text().replace('"format": 5', '"format": 1'))
     with pytest.raises(CheckpointError, match="planner folder of this version"):
         HiPPPlanner.load(tmp_path / "p")
 

@@ -1,17 +1,22 @@
 """Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
 
+import random
+
 import pytest
 import torch
 from command import hipp
 from devices import LiveBytes
 from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
+from pydantic import ValidationError
 
 from hipp_ext import HiPPPlanner, Preference, testbed
 from hipp_ext.calibration import calibration_digest
-from hipp_ext.errors import CalibrationError, PlanError
+from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
 from hipp_ext.plan import PruningPlan
+from hipp_ext.planner.signal_cache import _read
 from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals
+from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
 
@@ -105,6 +110,63 @@ def test_a_damaged_file_costs_only_the_measurement(tmp_path, damage):
     said.clear()
     plan(build("llava"), tmp_path, said)
     assert "as measured before" in said[0]
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_costs_only_the_measurement(tmp_path):
+    """Wherever it is: in the header's numbers and names, in the scores, in the digest itself."""
+    model, said = build("llava"), []
+    before, measured = plan(model, tmp_path, [])
+    (path,) = tmp_path.iterdir()
+    content, rng, used = path.read_bytes(), random.Random(0), 0
+    header = int.from_bytes(content[:8], "little")
+    for n in range(300):
+        path.write_bytes(flipped(content, rng.randrange(8 * (8 + header) if n % 2 else 8 * len(content))))
+        try:
+            found = _read(path)
+        except (CheckpointError, ValidationError, KeyError, TypeError):
+            continue
+        used += 1  # a name of the file's padding, say
+        assert found.groups == measured.groups and torch.equal(found.state, measured.state)
+    assert used < 30
+    path.write_bytes(flipped(content, 8 * len(content) - 40))
+    assert plan(model, tmp_path, said)[0] == before and "is damaged (CheckpointError): measuring again" in said[0]
+
+
+def test_a_file_under_the_name_of_another_is_measured_again(tmp_path):
+    plan(build("llava"), tmp_path / "one", [])
+    other = build("llava", seed=1)
+    before, _ = plan(other, tmp_path / "two", [])
+    (one,), (two,) = ((tmp_path / n).iterdir() for n in ("one", "two"))
+    two.write_bytes(one.read_bytes())
+    said = []
+    assert plan(other, tmp_path / "two", said)[0] == before and "is damaged" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sensitivity": torch.full((2, 6, 7), torch.nan)}, "sensitivity is no signal"),
+        ({"sensitivity": torch.full((2, 6, 7), -1.0)}, "sensitivity is below zero"),
+        ({"sensitivity": torch.ones(2, 6, 6)}, "sensitivity is no signal"),
+        ({"visual": torch.ones(6, dtype=torch.float64)}, "visual is no signal"),
+        ({"scores.language.1.ffn": torch.ones(43)}, r"scores\.language\.1\.ffn is no signal"),
+    ],
+)
+def test_signals_that_cannot_have_been_measured_are_refused(signals, change, message):
+    """Also with a digest that is right: whoever can write the file can count one."""
+    with pytest.raises(CheckpointError, match=message):
+        SignalsHeader.of(signals).build(signal_tensors(signals) | change)
+    groups = SignalsHeader.of(signals).model_dump(mode="json")["groups"]
+    for wrong in ({"width": 10**12}, {"layer": 1}, {"unit_parameters": 2**62}, {"width": 0}):
+        header = SignalsHeader.of(signals).model_dump(mode="json") | {"groups": [groups[0] | wrong, *groups[1:]]}
+        with pytest.raises(ValidationError, match=r"no group of a model|two of a name|so many parameters|are no units"):
+            SignalsHeader.model_validate(header)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
