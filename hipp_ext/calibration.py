@@ -41,7 +41,7 @@ def resolve_calibration(
     Args:
         model: what they are for.
         calibration: batches, those of all tasks where they come by task; None: the testbed's pictures and questions through
-            `processor`.
+            `processor`, of a language model those that need no picture.
         processor: None: the one beside the weights that `model` was loaded from.
         rows: how many of the testbed's questions, where it comes to that.
 
@@ -68,13 +68,15 @@ def calibration_by_task(
                 f" ({getattr(getattr(model, 'config', None), '_name_or_path', '') or 'it was not loaded from a folder'})."
             )
         check_processor(model, processor)
-        if getattr(processor, "image_processor", None) is None:
-            raise CalibrationError(
-                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass calibration=."
-            )
-        from hipp_ext.testbed import calibration_tasks
+        from hipp_ext.testbed import calibration_tasks, calibration_texts
 
-        calibration = calibration_tasks(processor, n=rows)
+        pictured = getattr(processor, "image_processor", None) is not None
+        if not pictured and image_token_id(model) is not None:
+            raise CalibrationError(
+                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass the model's processor, "
+                "or calibration=."
+            )
+        calibration = (calibration_tasks if pictured else calibration_texts)(processor, n=rows)
     if not isinstance(calibration, Mapping):
         batches = _checked(model, calibration)
         return dict.fromkeys(TASKS, batches)
