@@ -1,5 +1,6 @@
 """Images and questions -> calibration batches, each a dict of the tensors that the model's forward takes."""
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,8 +74,8 @@ def calibration_by_task(
         pictured = getattr(processor, "image_processor", None) is not None
         if not pictured and image_token_id(model) is not None:
             raise CalibrationError(
-                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass the model's processor, "
-                "or calibration=."
+                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass the model's "
+                "processor, or calibration=."
             )
         calibration = (calibration_tasks if pictured else calibration_texts)(processor, n=rows)
     if not isinstance(calibration, Mapping):
@@ -135,11 +136,16 @@ def find_processor(model: nn.Module) -> Any | None:
     folder = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not folder or not Path(folder).is_dir():
         return None
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
+        if (
+            image_token_id(model) is None
+        ):  # a tokenizer that came from a processor still names it, and the pictures' part is gone
+            with contextlib.suppress(OSError, ValueError):
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
         return None
