@@ -28,7 +28,7 @@ def default_cache() -> Path:
 
 def cached_signals(
     model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None, rows: int = ROWS,
-    mrs: MRS | None = None, progress: Callable[[str], None] | None = None,
+    mrs: MRS | None = None, progress: Callable[[str], None] | None = None, bar: bool = False,
 ) -> Signals:  # fmt: skip
     """The signals of this model on this calibration from `folder`, or measured now (by WandaSP) and put there.
 
@@ -51,7 +51,7 @@ def cached_signals(
         else:
             say(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, tasks, mrs=mrs, groups=groups, progress=progress)
+    signals = measure_signals(model, tasks, mrs=mrs, groups=groups, progress=progress, bar=bar)
     try:
         header = {"signals": SignalsHeader.of(signals).model_dump(mode="json")}
         write_atomic(path, seal(signal_tensors(signals), header))

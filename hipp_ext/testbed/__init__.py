@@ -29,10 +29,17 @@ __all__ = [
     "calibration_tasks",
     "calibration_texts",
     "export",
+    "is_testbed",
     "load",
     "questions",
     "train",
 ]
+
+
+def is_testbed(model: Any) -> bool:
+    """Whether `model` was loaded from the packaged weights."""
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return bool(folder) and Path(folder).resolve() == WEIGHTS.resolve()
 
 
 def load(
