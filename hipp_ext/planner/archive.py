@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, WriteError
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import Group
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
@@ -99,14 +99,21 @@ class Archive:
                         raise CheckpointError(f"{self.path}, line {number}, is not a record: {str(error)[:500]}") from None
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add records and write them out."""
+        """Add records and write them out.
+
+        Raises:
+            WriteError: the disk is full, or the folder is not writable.
+        """
         self.records.extend(records)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write("".join(r.to_line() for r in records))
-                file.flush()
-                os.fsync(file.fileno())  # before the checkpoint that counts on them
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write("".join(r.to_line() for r in records))
+                    file.flush()
+                    os.fsync(file.fileno())  # before the checkpoint that counts on them
+            except OSError as error:
+                raise WriteError(f"{self.path} could not be written: {error.strerror}. What was finished is kept.") from error
 
     def keep_steps_before(self, step: int) -> list[Record]:
         """Remove the records of `step` and later, and return them; half a line goes too."""

@@ -242,7 +242,7 @@ class HiPPPlanner:
         if there and say:
             say("another calibration than that of the signals at hand: measuring again")
         if calibration is None and not is_testbed(model):
-            warnings.warn(TOY, stacklevel=3)
+            say(f"warning: {TOY}") if say else warnings.warn(TOY, stacklevel=3)
         wanted: Any = {"mrs": self.mrs, "progress": say, "bar": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **wanted)
