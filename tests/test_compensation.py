@@ -1,5 +1,7 @@
 """Compensation: against least squares on the activations themselves, and never worse than slicing where it looked."""
 
+import re
+
 import pytest
 import torch
 from models import batch, build
@@ -119,6 +121,43 @@ def test_chunks_give_what_one_pass_gives():
     parts = compensated_weights(model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1)
     assert len(passes) > 2 + 2 * 2
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_repair_carries_over_or_is_not_kept(monkeypatch, caplog):
+    """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows tell."""
+    model, plan = build("llama"), random_plan(build("llama"))
+    short, fresh = [batch("llama", size=4, length=2, seed=s) for s in range(2)], batch("llama", size=32, length=9, seed=7)
+    shrunken = [(g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]
+
+    def beside_slicing(calibration) -> list[float]:
+        sliced, small = prune(model, plan), prune(model, plan, compensate=True, calibration=calibration)
+        return [output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh) for pair in shrunken]
+
+    with pytest.warns(UserWarning, match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32"):
+        assert max(beside_slicing(short)) < 1.05
+    with (
+        caplog.at_level("INFO", "hipp_ext.compensation"),
+        pytest.warns(UserWarning, match="fewer tokens than they have columns"),
+    ):
+        beside_slicing([batch("llama", size=5, length=1, seed=s) for s in range(2)])
+    assert re.search(r"[1-4] of 5 layers were repaired", caplog.text)
+    monkeypatch.setattr("hipp_ext.compensation.LEAST_ROWS", 99)
+    with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
+        assert max(beside_slicing(short)) > 1.3
+
+
+def test_with_calibration_enough_every_layer_is_repaired(caplog):
+    model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
+    small = prune(model, plan)
+    with caplog.at_level("INFO", "hipp_ext.compensation"):
+        fixed = prune(
+            model, plan, compensate=True, calibration=[batch("llava_gqa", size=9, length=30, seed=s) for s in range(4)]
+        )
+    shrunken = sum(e.keep < e.width for e in plan.groups)
+    fresh = batch("llava_gqa", size=8, length=30, seed=9)
+    better = [output_error(model, fixed, g, e, fresh) < output_error(model, small, g, e, fresh)
+              for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]  # fmt: skip
+    assert f"{shrunken} of {shrunken} layers were repaired" in caplog.text and all(better)
 
 
 def test_padding_does_not_count():

@@ -1,5 +1,9 @@
 """`hipp demo | plan | fit | front | prune`: from a preference to a smaller model."""
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -289,7 +293,8 @@ def prune(
         warn("what stays is fitted to the built-in questions, which are about a toy world; from Python, "
              "prune(model, plan, compensate=True, calibration=batches) takes your own data.")  # fmt: skip
     before = sum(p.numel() for p in loaded.parameters())
-    small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
+    with _repairs_told():
+        small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
     say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
@@ -299,6 +304,23 @@ def require_model(model: str) -> None:
     """Raise CheckpointError unless `model` is a model folder: said before anything else, for it may be a slip of the keys."""
     if not (folder := Path(model_folder(model)) / "config.json").is_file():
         raise CheckpointError(f"{folder.parent} is not a model folder: it has no config.json.")
+
+
+@contextlib.contextmanager
+def _repairs_told() -> Iterator[None]:
+    """What compensation logs is told to the user: how many layers it repaired, and what it warns of."""
+    log, teller = logging.getLogger("hipp_ext.compensation"), logging.Handler(logging.INFO)
+    teller.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(level)
 
 
 def warn(line: str) -> None:
