@@ -298,7 +298,8 @@ def test_an_evaluator_that_returns_something_else_is_refused(model, signals, ans
 @pytest.mark.parametrize(
     "bad",
     [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
-     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}],
+     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}, {"seed": 1.5}, {"steps": "2"},
+     {"rollouts": True}, {"final": None}],
 )  # fmt: skip
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=r"(are|is) needed"):

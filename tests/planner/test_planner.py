@@ -1,6 +1,7 @@
 """The planner on tiny models: what a preference does, what is refused, and that it can be saved."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -128,6 +129,29 @@ def test_no_calibration_says_what_to_pass(model):
         HiPPPlanner(EVEN).plan(model)
     with pytest.raises(TypeError, match="A Preference is needed"):
         HiPPPlanner((0.4, 0.4, 0.2))  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_preference_or_seed_is_named():
+    planner = HiPPPlanner(EVEN)
+    for ask in (planner.plan, planner.measure, lambda m: planner.fit(m, lambda _: {})):
+        with pytest.raises(TypeError, match=r"not the path 'mine': load it with hipp_ext\.load_pruned\('mine'\)"):
+            ask("mine")
+        with pytest.raises(TypeError, match="A transformers model is needed, not int"):
+            ask(3)
+    with pytest.raises(TypeError, match="A Preference is needed, not 0.3"):
+        planner.plan(build("llama"), preference=0.3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Bounds are needed"):
+        HiPPPlanner(EVEN, bounds=8)  # type: ignore[arg-type]
+    for seed in (1.5, True, "1", -1):
+        with pytest.raises(PlanError, match="seed=.*a whole number of 0 or more is needed"):
+            HiPPPlanner(EVEN, seed=seed)  # type: ignore[arg-type]
+    for ratio in (True, "0.3", math.nan, 1):
+        with pytest.raises(BudgetError, match=r"a number in \[0, 1\) is needed"):
+            HiPPPlanner(EVEN, pruning_ratio=ratio)
+    same = HiPPPlanner(EVEN, seed=np.int64(3), pruning_ratio=np.float32(0.25))
+    assert same.pruning_ratio == 0.25 and all(
+        torch.equal(a, b) for a, b in zip(same.policy.parameters(), HiPPPlanner(EVEN, seed=3).policy.parameters(), strict=True)
+    )
 
 
 def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
