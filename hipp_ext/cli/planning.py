@@ -20,7 +20,7 @@ from hipp_ext.cli.console import (
     say,
     write_json,
 )
-from hipp_ext.errors import CheckpointError, DataError, PreferenceError
+from hipp_ext.errors import CheckpointError, DataError, PlanError, PreferenceError
 from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
 
@@ -102,6 +102,7 @@ def plan(
     """
     from hipp_ext.budget import Bounds, check_ratio
     from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.planner.planner import UNFITTED
     from hipp_ext.planner.signal_cache import default_cache
 
     require_model(model)
@@ -111,6 +112,8 @@ def plan(
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         maker.pruning_ratio = pruning_ratio
+    if archived and not len(maker.archive):
+        raise PlanError(UNFITTED)
     maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
@@ -186,6 +189,7 @@ def fit(
     workers = Workers.join()
     require_model(model)
     require_new(out, overwrite)
+    _both_or_neither(pope, scienceqa)
     if workers.count > 1 and device is None:
         device = own_device()
     loaded, processor = load_model(model, device, dtype, spread=True)
@@ -346,6 +350,11 @@ def _preference(utility: float | None, robustness: float | None, compression: fl
     return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
 
 
+def _both_or_neither(pope: Path | None, scienceqa: Path | None) -> None:
+    if (pope is None) != (scienceqa is None):
+        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
+
+
 def _evaluator(
     model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path, robustness: str = "pope"
 ) -> Any:
@@ -354,10 +363,9 @@ def _evaluator(
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import read_table
 
-    if pope is None and scienceqa is None:
-        return search_evaluator(model, processor, n, robustness=robustness)
+    _both_or_neither(pope, scienceqa)
     if pope is None or scienceqa is None:
-        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
+        return search_evaluator(model, processor, n, robustness=robustness)
     images = out.with_name(out.name + ".images")
     tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
     return Evaluator(model, processor, *tasks, robustness=robustness)

@@ -3,11 +3,12 @@
 import hashlib
 import math
 import os
+import resource
 
 import pytest
 import torch
 
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, WriteError
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.grpo import Learner
 from hipp_ext.planner.policy import new_policy
@@ -111,3 +112,17 @@ def test_a_digit_that_changed_is_noticed(tmp_path):
     (tmp_path / "archive.jsonl").write_text(text.replace('"utility":1.0', '"utility":0.0'))
     with pytest.raises(CheckpointError, match="line 1, is not a record: it is not as it was written"):
         Archive(tmp_path / "archive.jsonl")
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_written(tmp_path):
+    path, records = tmp_path / "archive.jsonl", archive_of([(1.0, 0.5, 0.1), (0.25, 1.0, 0.1)]).records
+    archive = Archive(path)
+    archive.append(records[:1])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, before[1]))
+        with pytest.raises(WriteError, match=r"archive\.jsonl could not be written: .*\. What was finished is kept"):
+            archive.append(records[1:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Archive(path).records == records[:1]
