@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import Batch, batches_digest, check_processor, encode, join_answer
+from hipp_ext.calibration import Batch, batches_digest, check_processor, encode, image_token_id, join_answer
 from hipp_ext.errors import CalibrationError
 
 YES_BIAS_WEIGHT = 0.5
@@ -97,8 +97,8 @@ class Evaluator:
         digest: of the questions, their pictures and answers, and of `robustness` and `adaptive`; not of the attack's settings.
 
     Raises:
-        CalibrationError: no questions, an unknown robustness, POPE questions that are not yes/no, a processor of another
-            model, or candidates that begin with the same token.
+        CalibrationError: a model that takes no pictures, no questions, an unknown robustness, POPE questions that are not
+            yes/no, a processor of another model, or candidates that begin with the same token.
     """
 
     def __init__(
@@ -115,6 +115,11 @@ class Evaluator:
     ):
         if robustness not in ROBUSTNESS:
             raise CalibrationError(f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}.")
+        if image_token_id(model) is None:
+            raise CalibrationError(
+                f"POPE and ScienceQA ask about pictures, and {type(model).__name__} takes none: there is no fit on them. "
+                "`hipp plan MODEL --pruning-ratio 0.3` plans for a language model without a fit."
+            )
         check_processor(model, processor)
         pope, choice = tuple(pope), tuple(choice)
         if any(tuple(q.labels) != ("Yes", "No") for q in pope):

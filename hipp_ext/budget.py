@@ -7,12 +7,12 @@ says how much may stay in all. Between the two lies one function, so that every 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
+from hipp_ext.quantities import finite, whole
 
 MIN_KEEP = 0.1
 
@@ -32,13 +32,17 @@ class Bounds:
     min_keep: float | Mapping[str, float] = MIN_KEEP
 
     def __post_init__(self) -> None:
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+        multiple = whole(self.round_to)
+        if multiple is None or not 1 <= multiple < 2**31:  # numpy counts in 64 bits
             raise BudgetError(f"round_to={self.round_to!r}: a whole number of 1 or more is needed.")
+        object.__setattr__(self, "round_to", multiple)
         shares = self.min_keep if isinstance(self.min_keep, Mapping) else {"": self.min_keep}
-        for share in shares.values():
-            if not isinstance(share, Real) or not 0 <= share <= 1:
-                raise BudgetError(f"min_keep={share!r}: a share between 0 and 1 is needed.")
-        plain = {name: float(share) for name, share in shares.items()}  # numpy's numbers are no JSON
+        plain = {}  # numpy's numbers are no JSON
+        for name, given in shares.items():
+            share = finite(given)
+            if share is None or not 0 <= share <= 1:
+                raise BudgetError(f"min_keep={given!r}: a share between 0 and 1 is needed.")
+            plain[name] = share
         object.__setattr__(self, "min_keep", plain if isinstance(self.min_keep, Mapping) else plain[""])
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +153,8 @@ def parameters_left(total: int, pruning_ratio: float) -> int:
 
 def check_ratio(pruning_ratio: float) -> None:
     """Raise BudgetError unless `pruning_ratio` is a number in [0, 1)."""
-    number = isinstance(pruning_ratio, int | float | np.floating) and not isinstance(pruning_ratio, bool)
-    if not number or not 0 <= pruning_ratio < 1:
+    number = finite(pruning_ratio)
+    if number is None or not 0 <= number < 1:
         raise BudgetError(f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (the share that is removed).")
 
 

@@ -1,5 +1,6 @@
 """Images and questions -> calibration batches, each a dict of the tensors that the model's forward takes."""
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ def resolve_calibration(
     Args:
         model: what they are for.
         calibration: batches, those of all tasks where they come by task; None: the testbed's pictures and questions through
-            `processor`.
+            `processor`, of a language model those that need no picture.
         processor: None: the one beside the weights that `model` was loaded from.
         rows: how many of the testbed's questions, where it comes to that.
 
@@ -72,13 +73,15 @@ def calibration_by_task(
                 f" ({getattr(getattr(model, 'config', None), '_name_or_path', '') or 'it was not loaded from a folder'})."
             )
         check_processor(model, processor)
-        if getattr(processor, "image_processor", None) is None:
-            raise CalibrationError(
-                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass calibration=."
-            )
-        from hipp_ext.testbed import calibration_tasks
+        from hipp_ext.testbed import calibration_tasks, calibration_texts
 
-        calibration = calibration_tasks(processor, n=rows)
+        pictured = getattr(processor, "image_processor", None) is not None
+        if not pictured and image_token_id(model) is not None:
+            raise CalibrationError(
+                f"The built-in calibration has pictures, and {type(processor).__name__} takes none: pass the model's "
+                "processor, or calibration=."
+            )
+        calibration = (calibration_tasks if pictured else calibration_texts)(processor, n=rows)
     if not isinstance(calibration, Mapping):
         batches = _checked(model, calibration)
         return dict.fromkeys(TASKS, batches)
@@ -158,11 +161,15 @@ def find_processor(model: nn.Module) -> Any | None:
     folder = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not folder or not Path(folder).is_dir():
         return None
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones for a damaged file
+        if image_token_id(model) is None:
+            # A tokenizer that was saved from a processor still names it, and the pictures' part is gone.
+            with contextlib.suppress(Exception):
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
         return None

@@ -1,6 +1,7 @@
 """Plan + scores -> which units stay: boolean keep masks (True = keep) and sorted indices."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group
 from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.quantities import whole
 
 Scores = Mapping[str, Float[Tensor, " width"]]
 KeepMasks = dict[str, Bool[Tensor, " width"]]
@@ -40,7 +42,7 @@ def take_units(values: Tensor, units: Int[Tensor, " kept"], size: int, dim: int)
 
 def plan_from_counts(
     groups: Sequence[Group],
-    counts: Sequence[int],
+    counts: Sequence[Any],
     scores: Scores,
     *,
     preference: tuple[float, float, float] | None = None,
@@ -50,19 +52,35 @@ def plan_from_counts(
     """The plan that keeps, in every group, as many units as `counts` says: those with the highest scores.
 
     Raises:
-        PlanError: scores are missing for a group, have another length than its width, or are not finite.
+        PlanError: there is no count for a group, or one that is not a whole number from 1 to its width; scores are missing for
+            a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
+    keep_counts = _checked_counts(groups, counts)
     return PruningPlan(
         groups=tuple(
             PlanGroup(
                 tower=g.tower, layer=g.layer, kind=g.kind, width=g.width, kept=top_units(scores[g.name], k),
                 unit_parameters=g.unit_parameters,
             )
-            for g, k in zip(groups, counts, strict=True)
+            for g, k in zip(groups, keep_counts, strict=True)
         ),
         preference=preference, scorer=scorer, notes=dict(notes or {}),
     )  # fmt: skip
+
+
+def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]:
+    """The keep counts as ints, whatever type of number they came in."""
+    if len(counts) != len(groups):
+        raise PlanError(f"There are {len(groups)} groups and {len(counts)} keep counts.")
+    checked = []
+    for g, given in zip(groups, counts, strict=True):
+        keep = whole(given)
+        # A slice would take what is out of range for all units, or for all but a few.
+        if keep is None or not 1 <= keep <= g.width:
+            raise PlanError(f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 1 to {g.width} is needed.")
+        checked.append(keep)
+    return checked
 
 
 def check_scores(groups: Sequence[Group], scores: Scores) -> None:

@@ -3,19 +3,25 @@
 JSON, one group a line; the kept units are written as ranges ("0-5,8"), which stay short and diff well.
 """
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
 from hipp_ext.groups import Kind, Tower
+from hipp_ext.quantities import whole
 
 FORMAT = 1
+# Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7 million units in all.
+MAX_BYTES, MAX_GROUPS, MAX_UNITS, MAX_FIELDS = 32 << 20, 20_000, 10_000_000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +36,16 @@ class PlanGroup:
     unit_parameters: int
 
     def __post_init__(self) -> None:
-        kept = self.kept
+        for name in ("layer", "width", "unit_parameters"):
+            object.__setattr__(self, name, _whole(getattr(self, name), name))  # numpy's numbers are no JSON
+        kept = tuple(self.kept)
+        if set(map(type, kept)) - {int}:
+            kept = tuple(_whole(unit, "kept") for unit in kept)
+        object.__setattr__(self, "kept", kept)
         if not 1 <= len(kept) <= self.width:
             raise PlanError(f"{self.name} keeps {len(kept)} of {self.width} units: 1 to {self.width} must stay.")
         if any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or kept[0] < 0 or kept[-1] >= self.width:
-            raise PlanError(f"{self.name}: kept units must be distinct, sorted and below {self.width}: {_ranges(kept)}")
+            raise PlanError(f"{self.name}: kept units must be distinct, sorted and below {self.width}: {_short(kept[:100])}")
 
     @property
     def name(self) -> str:
@@ -68,7 +79,7 @@ class PruningPlan:
         if not names:
             raise PlanError("A plan needs at least one group.")
         if len(set(names)) != len(names):
-            raise PlanError(f"A plan names a group twice: {sorted(n for n in set(names) if names.count(n) > 1)}")
+            raise PlanError(f"A plan names a group twice: {_short(sorted(n for n, c in Counter(names).items() if c > 1))}")
 
     @property
     def pruning_ratio(self) -> float:
@@ -123,16 +134,13 @@ class PruningPlan:
 
         Raises:
             PlanError: the text is not JSON, has missing, unknown or wrongly typed fields, or contradicts itself
-                (a keep count that is not the number of kept units, a ratio that is not the groups').
+                (a keep count that is not the number of kept units, a ratio that is not the groups'), or it is larger than any
+                model's: above MAX_BYTES, MAX_GROUPS or MAX_UNITS.
         """
-        try:
-            data = _PlanFile.model_validate_json(text, strict=True)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-            raise PlanError(f"Not a pruning plan: {problems}") from None
+        data = _read(text)
         plan = cls(
             groups=tuple(g.build() for g in data.groups),
-            preference=data.preference,
+            preference=None if data.preference is None else (data.preference[0], data.preference[1], data.preference[2]),
             scorer=data.scorer,
             notes=data.notes,
         )
@@ -155,10 +163,14 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
         """The plan in the file `path`. Raises PlanError as `from_json` does, naming the file."""
+        path = Path(path)
+        if not path.is_file():  # a pipe would block, a device never end
+            raise PlanError(f"{path} is no plan file." if path.exists() else f"There is no plan at {path}.")
         try:
-            return cls.from_json(Path(path).read_bytes())
-        except FileNotFoundError:
-            raise PlanError(f"There is no plan at {path}.") from None
+            with path.open("rb") as file:
+                return cls.from_json(file.read(MAX_BYTES + 1))
+        except OSError as error:
+            raise PlanError(f"{path} could not be read: {error.strerror}.") from None
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
 
@@ -168,42 +180,87 @@ class PruningPlan:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class _GroupFile(_Strict):
     tower: Tower
     layer: int = Field(ge=0, lt=100_000)
     kind: Kind
-    width: int = Field(ge=1, lt=10_000_000)
+    width: int = Field(ge=1, le=MAX_UNITS)
     keep: int
-    kept: str = Field(max_length=50_000_000, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+    kept: str = Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
     unit_parameters: int = Field(ge=1, lt=2**63)
 
     def build(self) -> PlanGroup:
-        name = f"{self.tower}.{self.layer}.{self.kind}"
-        kept: list[int] = []
-        for part in self.kept.split(","):
-            first, _, last = part.partition("-")
-            # Bounded before it is built: "0-999999999999" must not fill the memory.
-            if len(first) > 9 or len(last) > 9 or int(last or first) >= self.width:
-                raise PlanError(f"{name}: kept units {part} are not below its width {self.width}.")
-            kept.extend(range(int(first), int(last or first) + 1))
-        if len(kept) != self.keep:
-            raise PlanError(f"{name} says keep {self.keep} and names {len(kept)} kept units.")
+        name, spans = f"{self.tower}.{self.layer}.{self.kind}", self._spans()
+        named = sum(last + 1 - first for first, last in spans)
+        if named != self.keep:
+            raise PlanError(f"{name} says keep {self.keep} and names {named} kept units.")
+        kept = tuple(itertools.chain.from_iterable(range(first, last + 1) for first, last in spans))
         return PlanGroup(
-            tower=self.tower, layer=self.layer, kind=self.kind, width=self.width, kept=tuple(kept),
+            tower=self.tower, layer=self.layer, kind=self.kind, width=self.width, kept=kept,
             unit_parameters=self.unit_parameters,
         )  # fmt: skip
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """First and last unit of every range, checked before any is expanded: "0-999999999999" must not fill the memory."""
+        name, spans, end = f"{self.tower}.{self.layer}.{self.kind}", [], -1
+        for part in self.kept.split(","):
+            first, _, last = part.partition("-")
+            if len(first) > 9 or len(last) > 9 or int(last or first) >= self.width:
+                raise PlanError(f"{name}: kept units {_short(part)} are not below its width {self.width}.")
+            begin, before = int(first), end
+            end = int(last or first)
+            if not before < begin <= end:
+                raise PlanError(f"{name}: kept units must be distinct, sorted and below {self.width}: {part} follows {before}.")
+            spans.append((begin, end))
+        return spans
 
 
 class _PlanFile(_Strict):
     format: Literal[1]
     pruning_ratio: float
-    preference: tuple[float, float, float] | None
+    preference: list[float] | None = Field(min_length=3, max_length=3)
     scorer: str | None
     notes: dict[str, Any]
-    groups: tuple[_GroupFile, ...]
+    groups: list[_GroupFile]
+
+
+def _read(text: str | bytes) -> _PlanFile:
+    """The fields of a plan file. What could be too much is counted first: every wrong field costs an error of its own."""
+    if len(text) > MAX_BYTES:
+        raise PlanError(f"Not a pruning plan: it has more than {MAX_BYTES} bytes.")
+    try:
+        data = from_json(text)
+    except ValueError as error:
+        raise PlanError(f"Not a pruning plan: file: Invalid JSON: {error}") from None
+    groups = data.get("groups") if isinstance(data, dict) else None
+    if isinstance(groups, list) and len(groups) > MAX_GROUPS:
+        raise PlanError(f"Not a pruning plan: it has {len(groups)} groups, more than {MAX_GROUPS}.")
+    objects = [data, *groups] if isinstance(groups, list) else [data]
+    if any(isinstance(entry, dict) and len(entry) > MAX_FIELDS for entry in objects):
+        raise PlanError(f"Not a pruning plan: it has an object of more than {MAX_FIELDS} fields.")
+    try:
+        plan = _PlanFile.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
+        raise PlanError(f"Not a pruning plan: {_short(problems)}") from None
+    if (units := sum(g.width for g in plan.groups)) > MAX_UNITS:
+        raise PlanError(f"Not a pruning plan: its groups have {units} units, more than {MAX_UNITS}.")
+    return plan
+
+
+def _whole(value: Any, name: str) -> int:
+    if (number := whole(value)) is None:
+        raise PlanError(f"{name}={value!r}: a whole number is needed.")
+    return number
+
+
+def _short(value: Any, most: int = 1000) -> str:
+    """`value` as text, cut where a message would fill the screen."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -1,9 +1,9 @@
 """What the user wants: a point on the simplex."""
 
-import math
 from dataclasses import dataclass
 
 from hipp_ext.errors import PreferenceError
+from hipp_ext.quantities import finite
 
 
 @dataclass(frozen=True, init=False)
@@ -30,16 +30,19 @@ class Preference:
 
     def __init__(self, utility: float = 0.0, robustness: float = 0.0, compression: float = 0.0):
         given = {"utility": utility, "robustness": robustness, "compression": compression}
+        weights = {}
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            number = finite(value)
+            if number is None or number < 0:
                 raise PreferenceError(f"Preference({name}={value!r}): a finite number of 0 or more is needed.")
-        largest = max(given.values())
+            weights[name] = number
+        largest = max(weights.values())
         if largest == 0:
             raise PreferenceError("Preference(0, 0, 0) wants nothing: at least one component must be above 0.")
         # Scaled by the largest first, so that neither huge nor denormal components leave the simplex.
-        total = sum(v / largest for v in given.values())
-        for name, value in given.items():
-            object.__setattr__(self, name, value / largest / total)
+        total = sum(v / largest for v in weights.values())
+        for name, number in weights.items():
+            object.__setattr__(self, name, number / largest / total)
 
     def as_tuple(self) -> tuple[float, float, float]:
         """(utility, robustness, compression), summing to one."""

@@ -1,7 +1,9 @@
 """Laws of the budget: exact, monotone, bounded, or an error that says why not."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,8 +99,21 @@ def test_an_allocation_that_does_not_fit_is_refused(logits):
 
 @pytest.mark.parametrize(
     ("bounds", "message"),
-    [({"round_to": 0}, "round_to=0"), ({"min_keep": 1.5}, "min_keep=1.5"), ({"min_keep": "all"}, "min_keep='all'")],
-)
+    [
+        ({"round_to": 0}, "round_to=0"), ({"round_to": True}, "round_to=True"), ({"round_to": "8"}, "round_to='8'"),
+        ({"round_to": 2.5}, r"round_to=2\.5"), ({"round_to": 10**30}, "round_to=1000"), ({"min_keep": 1.5}, "min_keep=1.5"),
+        ({"min_keep": "all"}, "min_keep='all'"), ({"min_keep": True}, "min_keep=True"),
+        ({"min_keep": {"language.0.ffn": "1"}}, "min_keep='1'"),
+    ],
+)  # fmt: skip
 def test_bounds_are_checked(bounds, message):
     with pytest.raises(BudgetError, match=message):
         Bounds(**bounds)
+
+
+def test_numbers_of_other_types_are_taken_for_what_they_are():
+    same = Bounds(round_to=np.int64(8), min_keep=np.float32(0.5)), Bounds(round_to=8.0, min_keep=Fraction(1, 2))
+    assert same[0] == same[1] == Bounds(round_to=8, min_keep=0.5) and type(same[0].round_to) is type(same[1].round_to) is int
+    groups = (group(0, "ffn", 100, 1),)
+    assert keep_counts(groups, None, np.float32(0.25)) == keep_counts(groups, None, Fraction(1, 4)) == (75,)
+    assert keep_counts(groups, None, np.int64(0)) == (100,)

@@ -8,7 +8,7 @@ from test_surgery import logits, random_plan
 from torch import nn
 
 from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
-from hipp_ext.compensation import RIDGE, compensated_weights
+from hipp_ext.compensation import RIDGE, _Products, _repair, compensated_weights
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.masks import plan_from_counts
@@ -119,6 +119,52 @@ def test_chunks_give_what_one_pass_gives():
     parts = compensated_weights(model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1)
     assert len(passes) > 2 + 2 * 2
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_repair_carries_over_to_other_tokens(monkeypatch):
+    """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows tell."""
+    model, plan = build("llama"), random_plan(build("llama"))
+    short, fresh = [batch("llama", size=4, length=2, seed=s) for s in range(2)], batch("llama", size=32, length=9, seed=7)
+    shrunken = [(g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]
+
+    def beside_slicing(calibration) -> list[float]:
+        sliced, small = prune(model, plan), prune(model, plan, compensate=True, calibration=calibration)
+        return [output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh) for pair in shrunken]
+
+    with pytest.warns(UserWarning, match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32"):
+        assert max(beside_slicing(short)) < 1.05
+    monkeypatch.setattr("hipp_ext.compensation.LEAST_ROWS", 99)
+    with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
+        assert max(beside_slicing(short)) > 1.3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_repair_that_fails_on_held_out_rows_is_not_kept(same):
+    """What is lost was twice a column that stays; on the rows held out it still is, or it is the opposite."""
+    model, x = build("llama"), torch.randn(50, 44)
+    ffn = find_groups(model)[1]
+    weight, kept = model.get_submodule(ffn.consumer).weight.detach(), torch.arange(1, 44)
+    fitted, held_out = x.clone(), x.clone()
+    fitted[:, 0], held_out[:, 0] = 2 * x[:, 1], (2 if same else -2) * x[:, 1]
+    products = _Products(fitted=fitted.T @ fitted, held_out=held_out.T @ held_out)
+    new, repaired = _repair(ffn, weight, products, kept, RIDGE)
+    assert repaired == same and torch.equal(new, weight[:, 1:]) != same
+    if same:
+        assert torch.allclose(new[:, 0], weight[:, 1] + 2 * weight[:, 0], atol=0.05)
+
+
+def test_with_calibration_enough_every_layer_is_repaired(caplog):
+    model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
+    small = prune(model, plan)
+    with caplog.at_level("INFO", "hipp_ext.compensation"):
+        fixed = prune(
+            model, plan, compensate=True, calibration=[batch("llava_gqa", size=9, length=30, seed=s) for s in range(4)]
+        )
+    shrunken = sum(e.keep < e.width for e in plan.groups)
+    fresh = batch("llava_gqa", size=8, length=30, seed=9)
+    better = [output_error(model, fixed, g, e, fresh) < output_error(model, small, g, e, fresh)
+              for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]  # fmt: skip
+    assert f"{shrunken} of {shrunken} layers were repaired" in caplog.text and all(better)
 
 
 def test_padding_does_not_count():

@@ -130,6 +130,7 @@ def test_half_precision_is_no_reason_to_refuse(dtype):
 
 def test_adapters_are_named():
     import peft
+
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(UnsupportedModelError, match=r"^The model carries adapters \(.*q_proj.*merge_and_unload"):
         find_groups(peft.get_peft_model(text_model("Llama"), config))

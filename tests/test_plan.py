@@ -1,13 +1,22 @@
 """A plan survives the trip to a file and back; one that was damaged or edited into nonsense does not load."""
 
 import json
+import math
+import os
+import time
+import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_budget import group
 
 from hipp_ext import PruningPlan
 from hipp_ext.errors import OutputExistsError, PlanError
+from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PlanGroup
 
 
@@ -81,6 +90,76 @@ EDITS = {
     "another format": (lambda d: d.update(format=2), "format: Input should be 1"),
     "NaN": (lambda d: d.update(pruning_ratio=float("nan")), "Not a pruning plan|says pruning_ratio nan"),
 }
+
+
+def large(plan, **changes) -> str:
+    """The plan with its groups replaced by what `changes` says of each, one for every value."""
+    data = json.loads(plan.to_json())
+    count = len(next(iter(changes.values())))
+    data["groups"] = [data["groups"][1] | {"layer": i} | {k: v[i] for k, v in changes.items()} for i in range(count)]
+    return json.dumps(data)
+
+
+BOMBS = {
+    "one range again and again": (
+        lambda p: large(p, width=[9_999_999], kept=[",".join(["0-9999998"] * 150)]),
+        "distinct, sorted and below 9999999: 0-9999998 follows 9999998",
+    ),
+    "more kept than said": (lambda p: large(p, width=[9_999_999], kept=["0-9999998"]), "says keep 4 and names 9999999 kept"),
+    "wide groups": (
+        lambda p: large(p, width=[9_999_999] * 20, keep=[9_999_999] * 20, kept=["0-9999998"] * 20),
+        "its groups have 199999980 units, more than 10000000",
+    ),
+    "a range that runs backwards": (lambda p: large(p, kept=["5-2"]), "distinct, sorted and below 7"),
+    "many groups": (lambda p: large(p, layer=[0] * 30_000), "it has 30000 groups, more than 20000"),
+    "the same groups many times": (lambda p: large(p, layer=[i // 2 for i in range(20_000)]), "names a group twice"),
+    "many fields": (lambda p: json.dumps(json.loads(p.to_json()) | {f"{i}": 0 for i in range(99)}), "more than 20 fields"),
+    "many empty groups": (lambda p: json.dumps({"groups": [{}] * 50_000}), "it has 50000 groups"),
+    "a large file": (lambda p: " " * (33 << 20), "more than 33554432 bytes"),
+    "nested lists": (lambda p: p.to_json().replace('"notes": {}', '"notes": ' + "[" * 100_000 + "]" * 100_000), "recursion"),
+    "a huge number": (lambda p: p.to_json().replace('"width": 4', '"width": ' + "9" * 100_000), "number out of range"),
+    "a preference as text": (lambda p: p.to_json().replace('"preference": null', '"preference": ["1", 0, 0]'), "valid number"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_neither_memory_nor_time(plan, name):
+    make, message = BOMBS[name]
+    text, start, small = make(plan), time.process_time(), len(make(plan)) < 10_000
+    if small:  # counting every allocation of the large ones takes longer than they do
+        tracemalloc.start()
+    try:
+        with pytest.raises(PlanError, match=message):
+            PruningPlan.from_json(text)
+        peak = tracemalloc.get_traced_memory()[1] if small else 0
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 << 20 and time.process_time() - start < 5
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(PlanError, match="is no plan file"):
+            PruningPlan.load(path)
+
+
+def test_units_are_whole_numbers_of_whatever_type():
+    entry = {"tower": "language", "layer": 0, "kind": "ffn", "width": np.int64(4), "unit_parameters": 10.0}
+    made = PruningPlan(groups=(PlanGroup(kept=np.array([0, 2]), **entry),))
+    assert PruningPlan.from_json(made.to_json()) == made and '"kept": "0,2"' in made.to_json()
+    for wrong in ({"kept": (0.5, 1)}, {"kept": ("0",)}, {"kept": (0,), "width": True}):
+        with pytest.raises(PlanError, match="a whole number is needed"):
+            PlanGroup(**({"kept": (0,)} | entry | wrong))
+
+
+@pytest.mark.parametrize("counts", [(2.5, 4), (True, 4), ("2", 4), (0, 4), (-1, 4), (9, 4), (4,), (math.nan, 4)])
+def test_keep_counts_that_no_group_can_have_are_refused(counts):
+    groups = tuple(group(i, "ffn", 7, 10) for i in range(2))
+    scores = {g.name: torch.arange(7.0) for g in groups}
+    with pytest.raises(PlanError, match=r"a whole number from 1 to 7|2 groups and 1 keep counts"):
+        plan_from_counts(groups, counts, scores)
+    assert plan_from_counts(groups, (2.0, np.int64(3)), scores).keep_counts == {"language.0.ffn": 2, "language.1.ffn": 3}
 
 
 @pytest.mark.parametrize("name", EDITS)

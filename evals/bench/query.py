@@ -48,7 +48,7 @@ def run(repeats: int = 50, save: bool = False) -> dict[str, Any]:
     times = paired_times({"query": query}, repeats, warmup=5)["query"]
     model, processor = testbed.load()
     start = time.perf_counter()
-    HiPPPlanner(wish).plan(model, processor=processor)
+    HiPPPlanner(wish, cache=None).plan(model, processor=processor)
     values = {
         "query [ms]": {
             "median": 1000 * sorted(times)[len(times) // 2],

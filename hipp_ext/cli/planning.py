@@ -1,12 +1,26 @@
 """`hipp demo | plan | fit | front | prune`: from a preference to a smaller model."""
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, own_device, say, write_json
-from hipp_ext.errors import DataError, PreferenceError
+from hipp_ext.cli.console import (
+    Devices,
+    Dtype,
+    ModelArgument,
+    Overwrite,
+    load_model,
+    model_folder,
+    own_device,
+    say,
+    write_json,
+)
+from hipp_ext.errors import CheckpointError, DataError, PlanError, PreferenceError
 from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
 
@@ -24,11 +38,9 @@ Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where measured signals are kept; default: ~/.cache/hipp-ext.", metavar="FOLDER")
 ]
 Rows = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--calibration-rows",
-        min=2,
-        help="Built-in questions to measure signals on, unless the planner has some.",
+        "--calibration-rows", min=2, help="Built-in questions to measure signals on; default: those of the planner, else 64."
     ),
 ]
 RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
@@ -69,13 +81,16 @@ def plan(
     archived: Annotated[
         bool, typer.Option("--archived", help="The best plan that the fit evaluated, instead of the policy's.")
     ] = False,
-    rows: Rows = 64,
+    rows: Rows = None,
     cache: Cache = None,
     device: Devices = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the pruning plan for a preference: 0.4, 0.4, 0.2 unless a weight is given; then the others count nothing.
+
+    Only the proportions of the weights count; --pruning-ratio fixes the size. A language model is measured on the built-in
+    questions that need no picture.
 
     Examples:
 
@@ -87,23 +102,32 @@ def plan(
     """
     from hipp_ext.budget import Bounds, check_ratio
     from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.planner.planner import UNFITTED
     from hipp_ext.planner.signal_cache import default_cache
 
+    require_model(model)
     require_new(out, overwrite)
     wanted = _preference(utility, robustness, compression) or Preference(0.4, 0.4, 0.2)
     maker = HiPPPlanner.load(planner) if planner else HiPPPlanner(wanted)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         maker.pruning_ratio = pruning_ratio
+    if archived and not len(maker.archive):
+        raise PlanError(UNFITTED)
     maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = load_model(model, device, dtype, spread=True)
-    made = maker.plan(loaded, processor=processor, rows=rows, preference=wanted, archived=archived, say=say)
+    made = maker.plan(loaded, processor=processor, rows=rows, preference=wanted, archived=archived, say=say, progress=True)
     made.save(out, overwrite)
     if pruning_ratio and pruning_ratio > (most := max((r.pruning_ratio for r in maker.archive.records), default=1.0)):
         say(f"The fit evaluated no plan of more than {most:.2f}: how this one was allocated is extrapolated.")
-    say(f"{out}: removes {100 * made.pruning_ratio:.2f}% of the prunable parameters")
+    say(f"preference: {wanted}; {_removes(made, loaded)}")
+    given = [weight for weight in (utility, robustness, compression) if weight is not None]
+    if len(given) == 1 and maker.pruning_ratio is None:
+        size = given[0] if 0 < given[0] < 1 else 0.3
+        say(f"One weight was given, and only proportions count: to fix the size use --pruning-ratio {size:g}.")
+    say(f"plan: {out}")
     _print_plan(made)
 
 
@@ -133,7 +157,7 @@ def fit(
         float | None, typer.Option(help="Do not measure plans that keep less synaptic flow [log]; default: measure all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
-    rows: Rows = 64,
+    rows: Rows = None,
     cache: Cache = None,
     device: Devices = None,
     dtype: Dtype = None,
@@ -157,16 +181,21 @@ def fit(
     from hipp_ext.planner.evaluation import Workers
     from hipp_ext.planner.signal_cache import default_cache
     from hipp_ext.scorers import MRS
+    from hipp_ext.testbed import is_testbed
 
     check_cost(cost)
     ways: Any = {"scalarisation": scalarisation, "min_stability": min_stability}
     settings = FitSettings(steps=steps, seed=seed, **ways)
     workers = Workers.join()
+    require_model(model)
     require_new(out, overwrite)
+    _both_or_neither(pope, scienceqa)
     if workers.count > 1 and device is None:
         device = own_device()
     loaded, processor = load_model(model, device, dtype, spread=True)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
+    if workers.leads and pope is None and not is_testbed(loaded):
+        warn("the search is on the built-in questions, which are about a toy world: --pope and --scienceqa take others.")
     maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
                         bounds=Bounds(round_to=round_to or 1), cache=cache or default_cache())  # fmt: skip
     running = out.with_name(out.name + ".fit")
@@ -258,15 +287,60 @@ def prune(
     from hipp_ext.checkpoint import save_pruned
     from hipp_ext.plan import PruningPlan
     from hipp_ext.surgery import prune as cut
+    from hipp_ext.testbed import is_testbed
 
+    require_model(model)
     made = PruningPlan.load(plan_file)
     require_new(out, overwrite)
     loaded, processor = load_model(model, device if compensate or device else "cpu", spread=True)
+    if compensate and not is_testbed(loaded):
+        warn("what stays is fitted to the built-in questions, which are about a toy world; from Python, "
+             "prune(model, plan, compensate=True, calibration=batches) takes your own data.")  # fmt: skip
     before = sum(p.numel() for p in loaded.parameters())
-    small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
+    with _repairs_told():
+        small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
     say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
+
+
+def require_model(model: str) -> None:
+    """Raise CheckpointError unless `model` is a model folder: said before anything else, for it may be a slip of the keys."""
+    if not (folder := Path(model_folder(model)) / "config.json").is_file():
+        raise CheckpointError(f"{folder.parent} is not a model folder: it has no config.json.")
+
+
+@contextlib.contextmanager
+def _repairs_told() -> Iterator[None]:
+    """What compensation logs is told to the user: how many layers it repaired, and what it warns of."""
+    log, teller = logging.getLogger("hipp_ext.compensation"), logging.Handler(logging.INFO)
+    teller.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(level)
+
+
+def warn(line: str) -> None:
+    """A line on stderr that does not end the command."""
+    typer.secho(f"hipp: warning: {line}", fg="yellow", err=True)
+
+
+def _removes(made: Any, model: Any) -> str:
+    """What goes, in words."""
+    prunable = sum(g.width * g.unit_parameters for g in made.groups)
+    gone, weights = prunable - made.kept_parameters, list(model.parameters())
+    share, size = gone / sum(p.numel() for p in weights), gone * weights[0].element_size() / 2**20
+    return (
+        f"removes {100 * made.pruning_ratio:.1f}% of the prunable parameters ({gone:,} of {prunable:,}), "
+        f"{100 * share:.1f}% of all parameters, {size:.1f} MiB"
+    )
 
 
 def _preference(utility: float | None, robustness: float | None, compression: float | None) -> Preference | None:
@@ -274,6 +348,11 @@ def _preference(utility: float | None, robustness: float | None, compression: fl
     if (utility, robustness, compression) == (None, None, None):
         return None
     return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
+
+
+def _both_or_neither(pope: Path | None, scienceqa: Path | None) -> None:
+    if (pope is None) != (scienceqa is None):
+        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
 
 
 def _evaluator(
@@ -284,10 +363,9 @@ def _evaluator(
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import read_table
 
-    if pope is None and scienceqa is None:
-        return search_evaluator(model, processor, n, robustness=robustness)
+    _both_or_neither(pope, scienceqa)
     if pope is None or scienceqa is None:
-        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
+        return search_evaluator(model, processor, n, robustness=robustness)
     images = out.with_name(out.name + ".images")
     tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
     return Evaluator(model, processor, *tasks, robustness=robustness)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say
+from hipp_ext.cli.planning import require_model, warn
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
 
@@ -17,10 +18,12 @@ recover_app = typer.Typer()
 def recover_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],
-    pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to train on; default: the testbed's training data.")] = None,
+    pope: Annotated[
+        Path | None, typer.Option(help="POPE-like TSV to train on; default: the built-in questions, which are a toy.")
+    ] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to train on.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per TSV, process and step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per kind of question, process and step.")] = 8,
     optimizer: Annotated[str, typer.Option(help="muon (hidden matrices; AdamW for the rest) or adamw.")] = "muon",
     rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     muon_rate: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.01,
@@ -48,8 +51,10 @@ def recover_command(
     from hipp_ext.checkpoint import save_pruned
     from hipp_ext.recover import RecoverSettings, TestbedLessons, recover
     from hipp_ext.recover.training import join_processes
+    from hipp_ext.testbed.model import is_own_processor
 
     position, workers = join_processes()
+    require_model(model)
     require_new(out, overwrite)
     chosen: Any = {"optimizer": optimizer, "compression": compression}
     settings = RecoverSettings(steps=steps, rate=rate, muon_rate=muon_rate, rank=rank, bits=bits, transport=transport,
@@ -57,7 +62,9 @@ def recover_command(
     loaded, processor = load_model(model, device or (own_device() if workers > 1 else None), dtype)
     running = out.with_name(out.name + ".recover")
     if pope is None and scienceqa is None:
-        lessons: Any = TestbedLessons(processor, seed)
+        lessons: Any = TestbedLessons(processor, seed, batch_size=batch_size)
+        if position == 0 and not is_own_processor(processor):
+            warn("the built-in pictures and questions are a toy, to see that it runs: --pope and --scienceqa take others.")
     else:
         lessons = _question_lessons(processor, [p for p in (pope, scienceqa) if p], batch_size, seed, running, position)
     result = recover(loaded, lessons, settings, folder=running, progress=sys.stderr.isatty())

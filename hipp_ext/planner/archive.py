@@ -4,21 +4,30 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import moocore
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, WriteError
 from hipp_ext.files import write_atomic
+from hipp_ext.groups import Group
+from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.reward import WHOLE, Reward
+from hipp_ext.sealed import text_digest
 
 REFERENCE_POINT = (0.0, 0.0, 0.0)  # of the hypervolume: guessing on both tasks, nothing removed
 MOST_COMPRESSED = 0.1  # share of the plans that the nadir of a task is read from
 LEAST_RANGE = 0.02  # an objective that varies less is left on its whole scale
+MAX_BYTES = 256 << 20  # of a file: two million plans of ten groups, ten thousand of a thousand
+SEAL = ',"sha256":"'  # before the digest of a line
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Logit = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -36,14 +45,34 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    step: int
-    index: int
-    preference: tuple[float, float, float]
-    pruning_ratio: float
-    allocation: tuple[float, ...]
-    keeps: tuple[int, ...]
+    step: Count
+    index: Count
+    preference: tuple[Share, Share, Share]
+    pruning_ratio: Share
+    allocation: Annotated[tuple[Logit, ...], Field(max_length=MAX_GROUPS)]
+    keeps: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_UNITS)], ...], Field(max_length=MAX_GROUPS)]
     reward: Reward
     measured: bool = True
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "Record":
+        """The hypervolume's library ends the process where it meets infinity."""
+        if not self.reward.bounded:
+            raise ValueError(f"no plan has such a reward: {self.reward}")
+        return self
+
+    def to_line(self) -> str:
+        """The record as a line of an archive, its digest at the end."""
+        text = self.model_dump_json()
+        return f'{text[:-1]}{SEAL}{text_digest(text)[:16]}"}}\n'
+
+    @classmethod
+    def from_line(cls, line: str) -> "Record":
+        """What `to_line` wrote; ValueError: it did not."""
+        head, seal, digest = line.rpartition(SEAL)
+        if not seal or digest != f'{text_digest(head + "}")[:16]}"}}':
+            raise ValueError("it is not as it was written")
+        return cls.model_validate_json(head + "}")
 
 
 class Archive:
@@ -53,36 +82,45 @@ class Archive:
         """Read what is at `path`; half a last line, left by a killed process, is dropped.
 
         Raises:
-            CheckpointError: a line other than the last is not a record.
+            CheckpointError: a line other than the last is not a record as it was written, or the file is none or too large.
         """
         self.path = Path(path) if path is not None else None
         self.records: list[Record] = []
         if self.path is not None and self.path.exists():
+            if not self.path.is_file() or self.path.stat().st_size > MAX_BYTES:
+                raise CheckpointError(f"{self.path} is no file, or has more than {MAX_BYTES} bytes.")
             lines = self.path.read_text(errors="replace").split("\n")
             for number, line in enumerate(lines, 1):
                 try:
                     if line:
-                        self.records.append(Record.model_validate_json(line))
-                except ValidationError as error:
+                        self.records.append(Record.from_line(line))
+                except ValueError as error:
                     if number < len(lines):
-                        raise CheckpointError(f"{self.path}, line {number}, is not a record: {error}") from None
+                        raise CheckpointError(f"{self.path}, line {number}, is not a record: {str(error)[:500]}") from None
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add records and write them out."""
+        """Add records and write them out.
+
+        Raises:
+            WriteError: the disk is full, or the folder is not writable.
+        """
         self.records.extend(records)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write("".join(r.model_dump_json() + "\n" for r in records))
-                file.flush()
-                os.fsync(file.fileno())  # before the checkpoint that counts on them
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write("".join(r.to_line() for r in records))
+                    file.flush()
+                    os.fsync(file.fileno())  # before the checkpoint that counts on them
+            except OSError as error:
+                raise WriteError(f"{self.path} could not be written: {error.strerror}. What was finished is kept.") from error
 
     def keep_steps_before(self, step: int) -> list[Record]:
         """Remove the records of `step` and later, and return them; half a line goes too."""
         later = [r for r in self.records if r.step >= step]
         self.records = [r for r in self.records if r.step < step]
         if self.path is not None and self.path.exists():
-            write_atomic(self.path, "".join(r.model_dump_json() + "\n" for r in self.records))
+            write_atomic(self.path, "".join(r.to_line() for r in self.records))
         return later
 
     def __len__(self) -> int:
@@ -126,8 +164,18 @@ class Archive:
         return torch.where(ideal - nadir >= LEAST_RANGE, torch.stack([nadir, ideal]), WHOLE)
 
 
+def fit_groups(records: Sequence[Record], groups: Sequence[Group]) -> bool:
+    """Whether the records can be plans for these groups."""
+    widths = [g.width for g in groups]
+    return all(
+        len(r.allocation) == len(r.keeps) == len(widths) and all(1 <= k <= w for k, w in zip(r.keeps, widths, strict=True))
+        for r in records
+    )
+
+
 def hypervolume_gains(points: Float[Tensor, "points 3"], front: np.ndarray) -> Float[Tensor, " points"]:
     """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised; may be empty)."""
+    assert bool(points.isfinite().all()) and bool(np.isfinite(front).all()), "moocore ends the process at infinity"
     reference = list(REFERENCE_POINT)
     front = front[moocore.is_nondominated(front, maximise=True)] if len(front) else front
     before = moocore.hypervolume(front, ref=reference, maximise=True) if len(front) else 0.0

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from hipp_ext.errors import BudgetError, CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import Group, block_of, linear
+from hipp_ext.sealed import seal, unseal
 
 CostKind = Literal["parameters", "flops", "latency"]
 KNOTS = 9  # shares of a group at which latency is measured: 0, 1/8, ..., 1
@@ -84,13 +83,26 @@ def fit_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, folder: 
         return measure_cost(model, groups, kind)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, safetensors.torch.save({"table": measure_cost(model, groups, kind).table}))
+        write_atomic(path, seal({"table": measure_cost(model, groups, kind).table}))
     try:
-        table = safetensors.torch.load(path.read_bytes())["table"]
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}. Remove {folder} to start again.") from None
-    if len(table) != len(groups):
-        raise CheckpointError(f"{path} holds the seconds of another model: {len(table)} groups, not {len(groups)}.")
+        table = unseal(path)[0]["table"]
+        found = len(table)
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Remove {folder} to start again.") from None
+    if found != len(groups):
+        raise CheckpointError(f"{path} holds the seconds of another model: {found} groups, not {len(groups)}.")
+    return read_cost(kind, table, len(groups))
+
+
+def read_cost(kind: CostKind, table: Tensor, groups: int) -> Cost:
+    """The cost of a table from a file.
+
+    Raises:
+        CheckpointError: no cost of so many groups looks like that.
+    """
+    fits = table.dim() == 2 and table.shape[0] == groups and table.shape[1] >= 2 and table.is_floating_point()
+    if not fits or not bool((table.isfinite() & (table >= 0)).all()) or not float(table[:, -1].sum()) > 0:
+        raise CheckpointError(f"A table of shape {tuple(table.shape)} is no cost of {groups} groups.")
     return Cost(kind=kind, table=table)
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
-from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.errors import PlanError
+from hipp_ext.planner.archive import Archive, Record, fit_groups
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import Keeps, MeasureMany, plan_compression, plan_stability
 from hipp_ext.planner.fit_folder import Checkpoint, FitFolder
@@ -22,6 +23,7 @@ from hipp_ext.planner.proposals import Proposer
 from hipp_ext.planner.reward import Reward, Scalarisation, check_scalarisation
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import Signals, keep_shares
+from hipp_ext.quantities import finite, whole
 
 IMAGINED = (16, 2, 8)  # preferences, budgets and rollouts of an imagined batch
 CAUTION = 2.0  # standard deviations taken off what the reward model promises, where the policy learns from it
@@ -70,6 +72,12 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "preferences", "budgets", "rollouts", "imagined", "candidates", "hindsight", "seed"):
+            object.__setattr__(self, name, _checked(name, getattr(self, name), whole, "a whole number"))
+        for name in ("final", "learning_rate", "budget_noise"):
+            object.__setattr__(self, name, _checked(name, getattr(self, name), finite, "a finite number"))
+        if self.min_stability is not None:
+            object.__setattr__(self, "min_stability", _checked("min_stability", self.min_stability, finite, "a finite number"))
         if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
             raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
         if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < max(8, self.rollouts):
@@ -82,6 +90,13 @@ class FitSettings:
     def evaluations(self) -> int:
         """Plans evaluated by a full fit that decides on the budget."""
         return self.steps * self.preferences * self.budgets * self.rollouts
+
+
+def _checked(name: str, value: Any, read: Callable[[Any], Any], needed: str) -> Any:
+    """The value as a plain number: numpy's are no JSON, and 2.5 steps are none."""
+    if (number := read(value)) is None:
+        raise PlanError(f"FitSettings({name}={value!r}): {needed} is needed.")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,12 +370,14 @@ class Trainer:
     def _resume(self) -> None:
         """Be where the folder's fit was when it stopped."""
         self.files.claim(self._identity())
+        if not fit_groups(self.archive.records, self.signals.groups):
+            raise self.files.damaged("The archive holds plans of another model.")
         if (checkpoint := self.files.load()) is None:
             return
         self.step, self.finished = checkpoint.step, checkpoint.finished
         try:
             self.learner.restore(checkpoint.tensors)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise self.files.damaged(f"The checkpoint is of another policy: {error!r}.") from None
         expected, there = self.step * self._per_step, sum(r.step < self.step for r in self.archive.records)
         if there != expected:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner.reward import scores_agree
+from hipp_ext.sealed import seal, unseal
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
+MOST = 1 << 20  # bytes of the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +51,24 @@ class FitFolder:
         if not path.exists():
             write_atomic(path, json.dumps(now) + "\n")
             return
+        if not path.is_file() or path.stat().st_size > MOST:
+            raise self.damaged(f"{IDENTITY} is no file of a fit.")
         try:
             there = json.loads(text := path.read_text(errors="replace"))
             same = there | {"dense": None} == now | {"dense": None} and scores_agree(there["dense"], now["dense"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             there, same = text.strip(), False
         if not same:
             raise CheckpointError(
                 f"{self.path} holds a fit with other settings, of another model, with another evaluator or on other "
-                f"calibration. Choose another folder, or remove it.\n there: {there}\n now:   {now}"
+                f"calibration. Choose another folder, or remove it.\n there: {str(there)[:2000]}\n now:   {now}"
             )
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write `checkpoint` in place of the last one."""
         if self.path is not None:
-            # One entry: safetensors keeps no order of several.
-            progress = json.dumps({"step": checkpoint.step, "finished": checkpoint.finished})
-            write_atomic(self.path / CHECKPOINT, safetensors.torch.save(dict(checkpoint.tensors), {"progress": progress}))
+            progress = {"step": checkpoint.step, "finished": checkpoint.finished}
+            write_atomic(self.path / CHECKPOINT, seal(checkpoint.tensors, progress))
 
     def load(self) -> Checkpoint | None:
         """The last checkpoint; None: there is none.
@@ -78,13 +79,10 @@ class FitFolder:
         if self.path is None or not (path := self.path / CHECKPOINT).exists():
             return None
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata: Mapping[str, str] = file.metadata()
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            progress = json.loads(metadata["progress"])
+            tensors, progress = unseal(path)
             return Checkpoint(step=int(progress["step"]), finished=bool(progress["finished"]), tensors=tensors)
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise self.damaged(f"{CHECKPOINT} is damaged: {error!r}.") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise self.damaged(f"{CHECKPOINT} is damaged: {error}") from None
 
     def damaged(self, what: str) -> CheckpointError:
         """The error to raise when `what` keeps the fit from going on."""

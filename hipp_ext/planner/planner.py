@@ -1,6 +1,7 @@
 """HiPPPlanner: a preference in, a per-layer pruning plan out, in one policy call."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
-from hipp_ext.calibration import ROWS, Calibration
-from hipp_ext.errors import PlanError
+from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
+from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
@@ -22,14 +23,28 @@ from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.fit import FitResult, FitSettings, Trainer
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.reward import Evaluator, Reward
-from hipp_ext.planner.signal_cache import cached_signals
+from hipp_ext.planner.signal_cache import cached_signals, default_cache
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import Saved, read_planner, write_planner
 from hipp_ext.preference import Preference
+from hipp_ext.quantities import whole
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.testbed import is_testbed
 
 Say = Callable[[str], None]
+TOY = (
+    "The signals are measured on the built-in questions, which are about a toy world. Measured on data of your own kind a plan "
+    "keeps what that data needs: from Python, plan(model, calibration=batches)."
+)
 UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless `model` is one."""
+    if isinstance(model, str | Path):
+        raise TypeError(f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r}).")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +99,9 @@ class HiPPPlanner:
             labels.
         bounds: rounding and floors of the keep counts.
         seed: of the untrained policy.
-        cache: folder where signals are kept on disk, for this model and calibration, across processes; None: nowhere. A scorer
-            of one's own is not cached.
+        cache: where signals are kept on disk, for this model and calibration, across processes: a folder, or True for
+            ~/.cache/hipp-ext (under XDG_CACHE_HOME, if set), as the commands do; None or False: nowhere. What a scorer of one's
+            own says is not kept.
 
     Raises:
         BudgetError: pruning_ratio is outside [0, 1).
@@ -108,24 +124,29 @@ class HiPPPlanner:
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
         seed: int = 0,
-        cache: str | Path | None = None,
+        cache: str | Path | bool | None = True,
     ):
         if not isinstance(preference, Preference):
             raise TypeError(f"A Preference is needed, not {preference!r}.")
+        if bounds is not None and not isinstance(bounds, Bounds):
+            raise TypeError(f"bounds={bounds!r}: hipp_ext.budget.Bounds are needed.")
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
+        if (number := whole(seed)) is None or not 0 <= number < 2**63:
+            raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
         self.pruning_ratio = None if pruning_ratio is None else float(pruning_ratio)
         features = FEATURES + (mrs is not None)
-        self.policy = policy or new_policy(seed, features=features)
+        self.policy = policy or new_policy(number, features=features)
         if self.policy.features != features:
             raise PlanError(
                 f"The policy sees {self.policy.features} features of a group, and with mrs={mrs} there are {features}."
             )
         self.mrs = mrs
         self.scorer, self.bounds = scorer, bounds or Bounds()
-        self.cache = None if cache is None else Path(cache)
+        self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
+        self._rows: int | None = None  # of the built-in calibration that the signals were measured on, where that is known
         self.experience = Experience()
 
     @property
@@ -139,10 +160,11 @@ class HiPPPlanner:
         *,
         processor: Any = None,
         calibration: Calibration | None = None,
-        rows: int = ROWS,
+        rows: int | None = None,
         preference: Preference | None = None,
         archived: bool = False,
         say: Say | None = None,
+        progress: bool = False,
     ) -> PruningPlan:
         """The plan for `preference` (None: the planner's own). Never changes `model`.
 
@@ -152,10 +174,13 @@ class HiPPPlanner:
                 it removes that much or more.
             processor: of a vision-language model; None: the one beside the model's weights.
             calibration: batches of the forward's tensors; or, by task, {"utility": batches, "robustness": batches}: then a
-                preference for one task keeps what that task's answers depend on. None: the testbed's pictures and
-                questions, by task, `rows` in all: with 256 sensitivity is known better. None of the three is read when the
-                model's signals were already measured.
+                preference for one task keeps what that task's answers depend on. None: the signals at hand, if they are of this
+                model; else the testbed's pictures and questions, by task, of a language model those without pictures. They are
+                a toy: a real model deserves data of its user's kind. On another calibration than that of the signals at hand,
+                everything is measured again.
+            rows: of the built-in calibration; None: those of the signals at hand, else 64. 256 tell sensitivity better.
             say: called with a line before every measurement.
+            progress: show how many groups are measured, on stderr; on a large model that takes minutes.
 
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
@@ -166,9 +191,12 @@ class HiPPPlanner:
         """
         if archived and not len(self.archive):
             raise PlanError(UNFITTED)
+        if preference is not None and not isinstance(preference, Preference):
+            raise TypeError(f"A Preference is needed, not {preference!r}.")
+        check_model(model)
         self._check_reach(model)
         wanted = preference or self.preference
-        signals = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say)
+        signals = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say, progress=progress)
         if archived:
             self._check_experience()
             return self._plan(signals, self._best(signals, wanted).keeps, wanted)
@@ -192,19 +220,35 @@ class HiPPPlanner:
         *,
         processor: Any = None,
         calibration: Calibration | None = None,
-        rows: int = ROWS,
+        rows: int | None = None,
         say: Say | None = None,
+        progress: bool = False,
     ) -> Signals:
-        """The model's signals: those at hand if they are of these weights, else the cache's, else new ones.
+        """The model's signals: those at hand if they are of these weights and this calibration, else cached or new ones.
 
         Arguments as for `plan`.
         """
-        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            wanted: Any = {"processor": processor, "rows": rows, "mrs": self.mrs, "progress": say}
-            if self.cache is not None and self.scorer is None:
-                self.signals = cached_signals(model, calibration, self.cache, **wanted)
-            else:
-                self.signals = measure_signals(model, calibration, scorer=self.scorer, **wanted)
+        check_model(model)
+        if rows is not None and ((number := whole(rows)) is None or number < 2):
+            raise CalibrationError(f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task.")
+        there = self.signals is not None and model_digest(model, self.signals.groups) == self.signals.digest
+        asked = rows or self._rows
+        # Signals of whatever calibration serve who names none; who names rows or a processor may mean others.
+        if there and calibration is None and (rows is None and (processor is None or asked is None)):
+            return self.signals  # type: ignore[return-value]
+        given = calibration_by_task(model, calibration, processor, int(asked or ROWS))
+        if there and calibration_digest(given) == self.signals.calibration:  # type: ignore[union-attr]
+            return self.signals  # type: ignore[return-value]
+        if there and say:
+            say("another calibration than that of the signals at hand: measuring again")
+        if calibration is None and not is_testbed(model):
+            say(f"warning: {TOY}") if say else warnings.warn(TOY, stacklevel=3)
+        wanted: Any = {"mrs": self.mrs, "progress": say, "bar": progress}
+        if self.cache is not None and self.scorer is None:
+            self.signals = cached_signals(model, given, self.cache, **wanted)
+        else:
+            self.signals = measure_signals(model, given, scorer=self.scorer, **wanted)
+        self._rows = int(asked or ROWS) if calibration is None else None
         return self.signals
 
     @torch.inference_mode(False)
@@ -218,7 +262,7 @@ class HiPPPlanner:
         cost: CostKind = "parameters",
         processor: Any = None,
         calibration: Calibration | None = None,
-        rows: int = ROWS,
+        rows: int | None = None,
         progress: bool = True,
         say: Say | None = None,
     ) -> FitResult:
@@ -248,10 +292,12 @@ class HiPPPlanner:
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
+        check_model(model)
         self._check_reach(model)
         settings, workers = settings or FitSettings(), Workers()
-        questions = getattr(evaluator, "digest", None)
-        signals = workers.share(self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say))
+        questions, shown = getattr(evaluator, "digest", None), progress and workers.leads
+        mine = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say, progress=shown)
+        signals = workers.share(mine)
         path = Path(folder) if folder is not None else None
         price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was

@@ -1,9 +1,7 @@
 """Plan -> reward: what the evaluator measures, what the plan removes, how stable it leaves the network."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -12,12 +10,14 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import DataError, PreferenceError
 from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.quantities import finite
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
 AUGMENTATION = 0.02  # weight of the plain sum beside it
 WHOLE = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]])  # nadir and ideal point, while nothing is known of them
+LARGEST = 1e6  # of any component: ours lie within 1, and the hypervolume multiplies three of them
 SAME = 0.005  # scores of one model on one set of questions differ by less, whatever the hardware
 
 
@@ -48,6 +48,11 @@ class Reward:
         """[utility, robustness, compression], the axes of the front."""
         return [self.utility, self.robustness, self.compression]
 
+    @property
+    def bounded(self) -> bool:
+        """Whether every component is a number of at most LARGEST."""
+        return all(abs(value) <= LARGEST for value in self.as_dict().values())  # NaN is not
+
     def dominates(self, other: "Reward") -> bool:
         """At least as good in every objective, and better in one; standard errors are not considered."""
         pairs = list(zip(self.objectives(), other.objectives(), strict=True))
@@ -59,14 +64,15 @@ def read_reward(measured: object, compression: float, stability: float) -> Rewar
 
     Raises:
         DataError: the evaluator's answer lacks "utility" or "robustness", or one of these or their errors is not a finite
-            number.
+            number, or a larger one than any score.
     """
     values = {}
     for name in ("utility", "robustness", "utility_se", "robustness_se"):
-        value = measured.get(name, 0.0 if name.endswith("_se") else None) if isinstance(measured, Mapping) else None
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise DataError(f"The evaluator must return a finite number as {name!r}; got {measured!r}.")
-        values[name] = float(value)
+        given = measured.get(name, 0.0 if name.endswith("_se") else None) if isinstance(measured, Mapping) else None
+        value = finite(given)
+        if value is None or abs(value) > LARGEST:
+            raise DataError(f"The evaluator must return a finite number as {name!r}, {LARGEST:g} at most; got {measured!r}.")
+        values[name] = value
     return Reward(**values, compression=compression, stability=stability)
 
 

@@ -29,6 +29,7 @@ from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.masks import check_scores, plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.cheapest_path import CheapestPath
+from hipp_ext.planner.progress import Tick, counting
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
@@ -153,6 +154,7 @@ def measure_signals(
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
     progress: Callable[[str], None] | None = None,
+    bar: bool = False,
 ) -> Signals:
     """Measure everything the policy's state needs; the model is left as it was.
 
@@ -166,6 +168,7 @@ def measure_signals(
         mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
         progress: called with a line at the start of every measurement.
+        bar: show how many groups are done; sensitivity takes minutes on a large model.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
     if any(g.tower != "language" for g in groups):
@@ -188,20 +191,26 @@ def measure_signals(
         say("measuring the sensitivity of every group under attack")
         under_attack = mrs.sensitivity(model, batches, groups=groups)
     say("measuring the sensitivity of every group")
+    with counting(bar, "measuring sensitivity") as tick:
+        sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
     return Signals(
         groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
-        sensitivity=measure_sensitivity(model, tasks, groups, scores), digest=model_digest(model, groups),
+        sensitivity=sensitivity, digest=model_digest(model, groups),
         calibration=calibration_digest(tasks),
         mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )  # fmt: skip
 
 
 def measure_sensitivity(
-    model: nn.Module, tasks: Mapping[Task, Sequence[Batch]], groups: Sequence[Group], scores: Mapping[str, Tensor]
+    model: nn.Module,
+    tasks: Mapping[Task, Sequence[Batch]],
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    tick: Tick = lambda done, total: None,
 ) -> Float[Tensor, "tasks groups levels"]:
     """Mean KL [nats] of each task's answers from dense, when one group loses its lowest units, at the levels REMOVED.
 
-    A group of one unit can lose nothing; it gets the median of the others, which says nothing.
+    A group of one unit can lose nothing; it gets the median of the others, which says nothing. `tick` is called after each.
     """
     check_scores(groups, scores)
     batches = all_batches(tasks)
@@ -210,7 +219,7 @@ def measure_sensitivity(
     rows = _rows_of_tasks(tasks, batches)
     result = torch.zeros(len(TASKS), len(groups), len(REMOVED))
     several = [i for i, g in enumerate(groups) if g.width > 1]
-    for i in several:
+    for number, i in enumerate(several, 1):
         width, counts, known = groups[i].width, [g.width for g in groups], {}
         for j, nominal in enumerate(REMOVED):
             counts[i] = max(1, min(width - 1, round(width * (1 - nominal))))
@@ -220,6 +229,7 @@ def measure_sensitivity(
             removed = 1 - counts[i] / width
             # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
             result[:, i, j] = known[counts[i]] * (nominal / removed) ** 2
+        tick(number, len(several))
     if several:
         single = [i for i, g in enumerate(groups) if g.width == 1]
         result[:, single] = result[:, several].median(1, keepdim=True).values

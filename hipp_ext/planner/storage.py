@@ -1,31 +1,34 @@
 """A planner as a folder: JSON for what it is, safetensors for policy and signals, JSONL for the archive."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hipp_ext import scorers
 from hipp_ext.budget import Bounds
+from hipp_ext.calibration import TASKS
 from hipp_ext.errors import BudgetError, CheckpointError, PlanError, PreferenceError
-from hipp_ext.files import new_folder, write_atomic
+from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.groups import Group
-from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import Cost, CostKind
+from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
+from hipp_ext.planner.archive import Archive, fit_groups
+from hipp_ext.planner.cost import CostKind, read_cost
 from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.fit_folder import ARCHIVE
 from hipp_ext.planner.policy import Policy, new_policy
-from hipp_ext.planner.state import FEATURES, Signals
+from hipp_ext.planner.state import FEATURES, REMOVED, Signals
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.sealed import seal, text_digest, unseal
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
-DAMAGE = (OSError, ValidationError, safetensors.SafetensorError, RuntimeError, KeyError, PreferenceError, BudgetError)
+MAX_HEADER = 16 << 20  # bytes
+DAMAGE = (CheckpointError, OSError, ValidationError, RuntimeError, KeyError, PreferenceError, BudgetError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,11 +57,13 @@ def write_planner(path: str | Path, saved: Saved, overwrite: bool) -> None:
         evaluator=experience.evaluator,
     )  # fmt: skip
     with new_folder(path, overwrite) as folder:
-        write_atomic(folder / HEADER, header.model_dump_json(indent=1))
-        safetensors.torch.save_file(saved.policy.state_dict(), folder / POLICY)
+        # Each file knows its own digest, and the header those of the others: a planner is all of one piece.
+        header.files[POLICY] = _write(folder / POLICY, saved.policy.state_dict())
         if signals:
             table = {"cost": experience.cost.table.contiguous()} if experience.cost else {}
-            safetensors.torch.save_file(signal_tensors(signals) | table, folder / SIGNALS)
+            header.files[SIGNALS] = _write(folder / SIGNALS, signal_tensors(signals) | table)
+        header.sha256 = header.digest()
+        write_atomic(folder / HEADER, header.model_dump_json(indent=1))
         Archive(folder / ARCHIVE).append(experience.archive.records)
 
 
@@ -70,21 +75,23 @@ def read_planner(folder: Path, scorer: Scorer | None, mrs: MRS | None) -> Saved:
         PlanError: a scorer has to be given, or another one is.
     """
     try:
-        header = Header.model_validate_json((folder / HEADER).read_bytes())
+        header = _read_header(folder / HEADER)
         scorer, mrs = scorer_called(header.scorer, scorer, "scorer"), scorer_called(header.mrs, mrs, "mrs")
         policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
-        policy.load_state_dict(safetensors.torch.load_file(folder / POLICY))
-        tensors = safetensors.torch.load_file(folder / SIGNALS) if header.signals else {}
+        policy.load_state_dict(_tensors(folder, POLICY, header))
+        tensors = _tensors(folder, SIGNALS, header) if header.signals else {}
         signals = header.signals.build(tensors) if header.signals else None
-        cost = Cost(kind=header.cost, table=tensors["cost"]) if header.cost else None
+        cost = read_cost(header.cost, tensors["cost"], len(signals.groups)) if header.cost and signals else None
         preference, bounds = Preference(*header.preference), Bounds(round_to=header.round_to, min_keep=header.min_keep)
     except DAMAGE as error:
-        raise CheckpointError(f"{folder} is not a complete planner folder of this version: {error}") from None
+        raise CheckpointError(f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}") from None
     records = Archive(folder / ARCHIVE).records
     if header.plans != len(records):
         raise CheckpointError(
             f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(records)} of {header.plans} plans."
         )
+    if not fit_groups(records, signals.groups if signals else ()):
+        raise CheckpointError(f"{folder} is not a complete planner folder: {ARCHIVE} holds plans of another model.")
     experience = Experience(
         records=records, ranking=header.fitted_on, cost=cost, dense=header.dense, evaluator=header.evaluator
     )
@@ -92,6 +99,29 @@ def read_planner(folder: Path, scorer: Scorer | None, mrs: MRS | None) -> Saved:
         preference=preference, pruning_ratio=header.pruning_ratio, bounds=bounds, scorer=scorer, mrs=mrs, policy=policy,
         signals=signals, experience=experience,
     )  # fmt: skip
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write a sealed file; returns its digest."""
+    content = seal(tensors)
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _tensors(folder: Path, name: str, header: "Header") -> dict[str, torch.Tensor]:
+    tensors, _ = unseal(folder / name)
+    if content_hash(folder / name) != header.files.get(name):
+        raise CheckpointError(f"{name} is not the file that {HEADER} names.")
+    return tensors
+
+
+def _read_header(path: Path) -> "Header":
+    if not path.is_file() or path.stat().st_size > MAX_HEADER:
+        raise CheckpointError(f"{path} is missing, or no file of a planner.")
+    header = Header.model_validate_json(path.read_bytes())
+    if header.sha256 != header.digest():
+        raise CheckpointError(f"{path.name} does not have the digest that it was written with.")
+    return header
 
 
 def scorer_called(name: str | None, given: Any, argument: str) -> Any:
@@ -109,9 +139,21 @@ def scorer_called(name: str | None, given: Any, argument: str) -> Any:
     return None if name is None else getattr(scorers, name)()
 
 
+def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """What numbers of a file could make too much of."""
+    for g in groups:
+        if not (1 <= g.width <= MAX_UNITS and 0 <= g.layer < 2**31 and 1 <= g.columns < 2**31 and g.unit_flops < 2**62):
+            raise ValueError(f"{g.name} is no group of a model")
+    if len({g.name for g in groups}) != len(groups) or not groups:
+        raise ValueError("there are no groups, or two of a name")
+    if min(g.unit_parameters for g in groups) < 1 or sum(g.parameters for g in groups) >= 2**62:
+        raise ValueError("no model has so many parameters")
+    return groups
+
+
 class SignalsHeader(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    groups: tuple[Group, ...]
+    groups: Annotated[tuple[Group, ...], Field(max_length=MAX_GROUPS), AfterValidator(_check_groups)]
     scorer: str
     digest: str
     calibration: str
@@ -121,12 +163,30 @@ class SignalsHeader(BaseModel):
         return cls(groups=signals.groups, scorer=signals.scorer, digest=signals.digest, calibration=signals.calibration)
 
     def build(self, tensors: Mapping[str, torch.Tensor]) -> Signals:
-        return Signals(
+        """The signals.
+
+        Raises:
+            CheckpointError: they are of other shapes than the groups say, or hold what cannot have been measured.
+        """
+        signals = Signals(
             groups=self.groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
             sensitivity=tensors["sensitivity"], visual=tensors["visual"],
             scores={g.name: tensors[f"scores.{g.name}"] for g in self.groups},
             flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in self.groups}, mrs=tensors.get("mrs"),
         )  # fmt: skip
+        n, measured = len(self.groups), {"sensitivity": signals.sensitivity, "visual": signals.visual}
+        shapes: dict[str, tuple[int, ...]] = {"sensitivity": (len(TASKS), n, len(REMOVED)), "visual": (n,), "mrs": (n,)}
+        if signals.mrs is not None:
+            measured["mrs"] = signals.mrs
+        for g in self.groups:
+            measured |= {f"scores.{g.name}": signals.scores[g.name], f"flow_shares.{g.name}": signals.flow_shares[g.name]}
+            shapes |= {f"scores.{g.name}": (g.width,), f"flow_shares.{g.name}": (g.width,)}
+        for name, values in measured.items():
+            if values.dtype != torch.float32 or values.shape != shapes[name] or not bool(values.isfinite().all()):
+                raise CheckpointError(f"{name} is no signal: {values.dtype} of shape {tuple(values.shape)}.")
+            if name in ("sensitivity", "visual") and bool((values < 0).any()):
+                raise CheckpointError(f"{name} is below zero.")
+        return signals
 
 
 class Header(BaseModel):
@@ -138,15 +198,17 @@ class Header(BaseModel):
         cost: what the fit rewarded; its table lies beside the signals. None: there was no fit.
         dense: what the fit's evaluator said of the dense model.
         evaluator: its digest; None: it has none.
+        files: SHA-256 of the files beside it.
+        sha256: of the header without this field.
     """
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     preference: tuple[float, float, float]
     pruning_ratio: Annotated[float, Field(ge=0, lt=1)] | None
     round_to: int
     min_keep: float | Mapping[str, float]
-    policy_width: int
+    policy_width: Annotated[int, Field(ge=1, le=4096)]
     scorer: str | None
     mrs: str | None
     signals: SignalsHeader | None
@@ -155,6 +217,12 @@ class Header(BaseModel):
     cost: CostKind | None
     dense: dict[str, float] | None
     evaluator: str | None
+    files: dict[str, str] = {}
+    sha256: str = ""
+
+    def digest(self) -> str:
+        """What `sha256` should say."""
+        return text_digest(self.model_dump_json(exclude={"sha256"}))
 
 
 def signal_tensors(signals: Signals) -> dict[str, torch.Tensor]:

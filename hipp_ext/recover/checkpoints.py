@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import new_file, write_atomic
+from hipp_ext.sealed import seal, text_digest, unseal
 
 PROGRESS, WEIGHTS, OPTIMIZER = "progress.json", "weights.safetensors", "optimizer.safetensors"
 
@@ -28,10 +27,15 @@ class Progress(BaseModel):
     """Contents of progress.json."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     run: str = Field(description="digest of settings, model and number of processes")
     step: int = Field(ge=1)
     losses: list[float]
+    sha256: str = Field(default="", description="of all this without this field")
+
+    def digest(self) -> str:
+        """What `sha256` should say."""
+        return text_digest(self.model_dump_json(exclude={"sha256"}))
 
 
 class Checkpoints:
@@ -59,10 +63,15 @@ class Checkpoints:
         self.barrier()
         if self.rank == 0:
             progress = Progress(run=self.run, step=step, losses=losses)
+            progress.sha256 = progress.digest()
             write_atomic(self.folder / PROGRESS, progress.model_dump_json(indent=1) + "\n")
-            for old in self.folder.glob("step-*"):
-                if old != folder:
-                    shutil.rmtree(old)
+            self._sweep(folder)
+
+    def _sweep(self, kept: Path) -> None:
+        """Remove the folders of other steps: older ones, and one that a killed run had begun."""
+        for other in self.folder.glob("step-*"):
+            if other != kept:
+                shutil.rmtree(other, ignore_errors=True)
 
     def load(self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> tuple[int, list[float]]:
         """Put the last checkpoint into model, optimizers and state; returns its step (0 for none) and losses so far.
@@ -75,10 +84,11 @@ class Checkpoints:
             return 0, []
         try:
             progress = Progress.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise CheckpointError(
-                f"{file} is damaged: {error.errors()[0]['msg']}. Remove {self.folder} to start over."
-            ) from None
+            if progress.sha256 != progress.digest():
+                raise ValueError("it does not have the digest that it was written with")
+        except (ValueError, OSError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise CheckpointError(f"{file} is damaged: {reason}. Remove {self.folder} to start over.") from None
         if progress.run != self.run:
             raise CheckpointError(
                 f"{self.folder} holds a run with other settings, another model or another number of processes. Repeat the "
@@ -86,17 +96,19 @@ class Checkpoints:
             )
         folder = self.folder / f"step-{progress.step}"
         try:
-            weights = load_file(folder / WEIGHTS)
+            weights, _ = unseal(folder / WEIGHTS)
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     p.copy_(weights[name])
             _fill_optimizers(optimizers, folder / OPTIMIZER)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{folder} is incomplete or damaged: {error!r}. Remove {self.folder} to start over."
             ) from error
         if state is not None:
             load_state(state, self._own(folder))
+        if self.rank == 0:
+            self._sweep(folder)
         return progress.step, progress.losses
 
     def _own(self, folder: Path) -> Path:
@@ -105,7 +117,7 @@ class Checkpoints:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with new_file(path) as file:
-        file.write(save({n: t.contiguous().cpu() for n, t in tensors.items()}))
+        file.write(seal(tensors))
 
 
 def _optimizer_tensors(optimizers: list[Any]) -> dict[str, Tensor]:
@@ -119,9 +131,8 @@ def _optimizer_tensors(optimizers: list[Any]) -> dict[str, Tensor]:
 
 def _fill_optimizers(optimizers: list[Any], file: Path) -> None:
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    with safe_open(file, "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 (not a mapping)
-            number, index, key = name.split(".", 2)
-            states[int(number)].setdefault(int(index), {})[key] = stored.get_tensor(name)
+    for name, tensor in unseal(file)[0].items():
+        number, index, key = name.split(".", 2)
+        states[int(number)].setdefault(int(index), {})[key] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

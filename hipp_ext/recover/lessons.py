@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from hipp_ext.calibration import Batch, encode
-from hipp_ext.errors import DataError
+from hipp_ext.errors import CalibrationError, DataError
+from hipp_ext.text import encode_text, is_tokenizer
 
 
 class Lessons(Protocol):
@@ -20,24 +21,41 @@ class Lessons(Protocol):
 class TestbedLessons:
     """The testbed's training split: checks, questions about pictures, captions, facts, multiple choice.
 
-    Nothing of it is in the splits for calibration, search, validation and test.
+    Nothing of it is in the splits for calibration, search, validation and test. The testbed's model takes whole conversations;
+    any other one takes questions, one a row, with their pictures through its own processor and in its own chat template. They
+    are about a toy world: enough to see that recovery runs, and no replacement for data of the user's own.
 
     Args:
-        processor: the testbed's.
+        processor: of the model; of a language model, which takes the questions that need no picture, its tokenizer.
         seed: of the order.
-        share: of the rows that a process takes per step; 1 means 48 rows.
+        share: of the rows that a process takes per step of the testbed's model; 1 means 48 rows.
+        batch_size: rows of each kind of question, process and step, of any other model.
+
+    Raises:
+        CalibrationError: there is no processor.
     """
 
     __test__ = False  # for pytest, which would take it for a test
 
-    def __init__(self, processor: Any, seed: int = 0, share: float = 1.0):
-        self.processor, self.seed, self.share = processor, seed, share
+    def __init__(self, processor: Any, seed: int = 0, share: float = 1.0, batch_size: int = 8):
+        if processor is None:
+            raise CalibrationError(
+                "No processor was given, and none lies beside the model's weights: save one into its folder."
+            )
+        self.processor, self.seed, self.share, self.batch_size = processor, seed, share, batch_size
 
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
-        from hipp_ext.testbed.training import RECOVERING, collate
+        from hipp_ext.testbed.model import is_own_processor
+        from hipp_ext.testbed.training import RECOVERING, collate, questions_to_learn
 
         # Streams add up to three to their seed for kinds of their own.
         seed = 1000 + 10 * (self.seed * workers + rank)
+        if not is_own_processor(self.processor):
+            kinds = questions_to_learn(seed, pictures=not is_tokenizer(self.processor))
+            for kind in kinds:
+                next(itertools.islice(kind, start * self.batch_size, start * self.batch_size), None)
+            while True:
+                yield [_encode(self.processor, list(itertools.islice(kind, self.batch_size))) for kind in kinds]
         streams = [(make(seed), max(1, round(self.share * rows))) for make, rows in RECOVERING]
         for stream, rows in streams:
             next(itertools.islice(stream, start * rows, start * rows), None)  # what earlier steps took
@@ -49,13 +67,14 @@ class QuestionLessons:
     """Questions of one or more data sets, each its own batch per step; every epoch in a new order.
 
     Args:
-        processor: of the model; a vision-language one with a chat template.
+        processor: of the model; a vision-language one with a chat template, or the tokenizer of a language model.
         tasks: per data set, questions with prompt, image and answer, as `hipp_ext.evals.questions.table_questions` makes them.
         batch_size: rows per task, process and step.
         seed: of the order.
 
     Raises:
-        DataError: a task has fewer questions than the processes take in a step.
+        DataError: a task has fewer questions than the processes take in a step, or its questions have pictures, which the
+            model does not take.
     """
 
     def __init__(self, processor: Any, tasks: Sequence[Sequence[Any]], batch_size: int = 8, seed: int = 0):
@@ -77,4 +96,16 @@ class QuestionLessons:
         order = random.Random(f"{self.seed} {number} {epoch}").sample(range(len(task)), len(task))
         first = place * taken + rank * self.batch_size
         rows = [task[i] for i in order[first : first + self.batch_size]]
-        return encode(self.processor, [q.prompt for q in rows], [q.image for q in rows], [q.answer for q in rows])
+        return _encode(self.processor, rows)
+
+
+def _encode(processor: Any, rows: Sequence[Any]) -> Batch:
+    prompts, images, answers = ([getattr(q, name) for q in rows] for name in ("prompt", "image", "answer"))
+    if not is_tokenizer(processor):
+        return encode(processor, prompts, images, answers)
+    if any(image is not None for image in images):
+        raise DataError(
+            f"The questions have pictures, and {type(processor).__name__} takes none: leave out --pope and --scienceqa, or "
+            "train on text of your own with transformers' Trainer and save_pruned."
+        )
+    return encode_text(processor, prompts, answers)

@@ -17,6 +17,7 @@ from hipp_ext.calibration import Batch
 from hipp_ext.comm import LQSGDState, lqsgd_hook
 from hipp_ext.errors import HippError
 from hipp_ext.plan import PruningPlan
+from hipp_ext.quantities import finite, whole
 from hipp_ext.recover.checkpoints import Checkpoints
 from hipp_ext.recover.lessons import Lessons
 from hipp_ext.surgery import PLAN_ATTRIBUTE
@@ -57,6 +58,12 @@ class RecoverSettings:
     save_every: int = 50
 
     def __post_init__(self) -> None:
+        for name, read in (("steps", whole), ("save_every", whole), ("seed", whole), ("rate", finite), ("muon_rate", finite),
+                           ("clip", finite)):  # fmt: skip
+            if (number := read(getattr(self, name))) is None:
+                kind = "whole" if read is whole else "finite"
+                raise HippError(f"RecoverSettings: {name}={getattr(self, name)!r}, a {kind} number is needed.")
+            object.__setattr__(self, name, number)
         for name, least in (("steps", 1), ("save_every", 1), ("rate", 0), ("muon_rate", 0), ("clip", 0)):
             if not getattr(self, name) >= least:
                 raise HippError(f"RecoverSettings: {name}={getattr(self, name)!r}, at least {least} is needed.")

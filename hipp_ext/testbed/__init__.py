@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import CheckpointError
-from hipp_ext.testbed.batches import calibration_batches, calibration_tasks
+from hipp_ext.testbed.batches import calibration_batches, calibration_tasks, calibration_texts
 from hipp_ext.testbed.quiz import TASKS, Question, questions
 from hipp_ext.testbed.training import train
 from hipp_ext.testbed.tsv import export
@@ -27,11 +27,19 @@ __all__ = [
     "Question",
     "calibration_batches",
     "calibration_tasks",
+    "calibration_texts",
     "export",
+    "is_testbed",
     "load",
     "questions",
     "train",
 ]
+
+
+def is_testbed(model: Any) -> bool:
+    """Whether `model` was loaded from the packaged weights."""
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return bool(folder) and Path(folder).resolve() == WEIGHTS.resolve()
 
 
 def load(

@@ -6,7 +6,9 @@ from typing import Any
 
 from hipp_ext.calibration import Batch, Task, encode
 from hipp_ext.errors import CalibrationError
+from hipp_ext.quantities import whole
 from hipp_ext.testbed.quiz import Question, choice_stream, pope_groups
+from hipp_ext.text import encode_text
 
 
 def calibration_batches(
@@ -39,16 +41,32 @@ def calibration_tasks(processor: Any, n: int = 64, batch_size: int = 16, split: 
     Raises:
         CalibrationError: `n` is below 2, so that a task would have no question, or `batch_size` below 1.
     """
-    if n < 2:
+    if whole(n) is None or n < 2:
         raise CalibrationError(f"calibration_tasks needs n >= 2, a row for each task, got n={n}.")
     pope, choice = _questions(n, batch_size, split)
     return {"utility": _batches(processor, choice, batch_size), "robustness": _batches(processor, pope, batch_size)}
 
 
+def calibration_texts(tokenizer: Any, n: int = 64, batch_size: int = 16, split: str = "calibration") -> list[Batch]:
+    """`n` of the ScienceQA questions that need no picture, through the tokenizer of a language model; with labels.
+
+    Raises:
+        CalibrationError: `n` or `batch_size` is below 1.
+    """
+    rows = list(itertools.islice((q for q in choice_stream(split) if q.scene is None), _at_least_one(n, batch_size)))
+    chunks = [rows[start : start + batch_size] for start in range(0, n, batch_size)]
+    return [encode_text(tokenizer, [q.prompt for q in chunk], [q.answer for q in chunk]) for chunk in chunks]
+
+
+def _at_least_one(n: int, batch_size: int) -> int:
+    if whole(n) is None or whole(batch_size) is None or n < 1 or batch_size < 1:
+        raise CalibrationError(f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}.")
+    return n
+
+
 def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], list[Question]]:
     """`n` in all, of POPE and of ScienceQA."""
-    if n < 1 or batch_size < 1:
-        raise CalibrationError(f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}.")
+    _at_least_one(n, batch_size)
     pope: list[Question] = []
     choice: list[Question] = []
     for number, (group, other) in enumerate(zip(pope_groups(split), choice_stream(split), strict=False)):

@@ -67,6 +67,16 @@ def build_processor() -> "LlavaProcessor":
     )
 
 
+def is_own_processor(processor: Any) -> bool:
+    """Whether pictures and words go through `processor` as through the one that `build_processor` makes."""
+    pictures, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
+    size = getattr(pictures, "crop_size", None)
+    edges = {size["height"], size["width"]} if size is not None and "height" in size and "width" in size else {size}
+    if edges != {world.SIZE} or getattr(processor, "patch_size", None) != world.CELL or tokenizer is None:
+        return False
+    return tokenizer.get_vocab() == {word: i for i, word in enumerate(vocabulary())}
+
+
 def build_model(
     seed: int = 0, *, hidden: int = 128, ffn: int = 192, layers: int = 6, heads: int = 8
 ) -> "LlavaForConditionalGeneration":

@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,35 @@ ALL = ((_checks, 12), (_balanced, 14), (_captions, 8), (_reading, 8), (_choosing
 LOOKING = ((_checks, 10), (_looking, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 LEANING = ((_checks, 10), (_mostly_present, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 RECOVERING = ((_checks, 10), (_balanced, 28), (_captions, 2), (_reading, 2), (_choosing, 6))  # of each process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One question with its answer, to be learned; `image` None: it has no picture."""
+
+    prompt: str
+    image: Any
+    answer: str
+
+
+def questions_to_learn(seed: int, *, pictures: bool) -> list[Iterator[Lesson]]:
+    """The training split's questions for models of any kind, endless: POPE's and captions, and multiple choice.
+
+    Args:
+        pictures: False: multiple choice without a picture alone.
+    """
+    if not pictures:
+        return [_one_by_one(row for row in _choosing(seed) if row[1] is None)]
+    looked, captions = _balanced(seed), _captions(seed)
+    captioned = (row for four in zip(looked, looked, looked, looked, captions, strict=False) for row in four)
+    return [_one_by_one(captioned, True), _one_by_one(_choosing(seed), True)]
+
+
+def _one_by_one(rows: Iterator[Row], pictures: bool = False) -> Iterator[Lesson]:
+    for turns, scene, _ in rows:
+        image = (world.blank() if scene is None else world.render(scene)) if pictures else None
+        for question, answer in turns:
+            yield Lesson(prompt=question, image=image, answer=answer)
 
 
 def _pictures(scenes: Sequence[world.Scene | None]) -> Any:

@@ -214,11 +214,11 @@ def test_a_fit_that_cannot_start_leaves_its_folder_alone(model, signals, tmp_pat
 
 def test_a_fit_in_inference_mode(model):
     with torch.inference_mode():
-        planner = HiPPPlanner(Preference(1, 1, 1))
+        planner = HiPPPlanner(Preference(1, 1, 1), cache=None)
         planner.plan(model, calibration=BATCHES)
         planner.fit(model, Closeness(model), SETTINGS, progress=False)
         inside = planner.plan(model)
-    other = HiPPPlanner(Preference(1, 1, 1))
+    other = HiPPPlanner(Preference(1, 1, 1), cache=None)
     other.fit(model, Closeness(model), SETTINGS, calibration=BATCHES, progress=False)
     assert inside == other.plan(model)
 
@@ -298,7 +298,8 @@ def test_an_evaluator_that_returns_something_else_is_refused(model, signals, ans
 @pytest.mark.parametrize(
     "bad",
     [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
-     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}],
+     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}, {"seed": 1.5},
+     {"steps": "2"}, {"rollouts": True}, {"final": None}],
 )  # fmt: skip
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=r"(are|is) needed"):
@@ -333,7 +334,7 @@ def test_fit_of_a_model_on_several_devices_or_in_half_precision(way):
         model = build("llava")
         model = model.bfloat16() if way == "bfloat16" else spread(model, later_half(model))
         before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-        planner = HiPPPlanner(Preference(1, 1, 1))
+        planner = HiPPPlanner(Preference(1, 1, 1), cache=None)
         planner.fit(model, Closeness(model, UNLABELLED), settings, calibration=UNLABELLED, progress=False)
         assert all(torch.equal(p.detach().cpu(), before[name]) for name, p in model.named_parameters())
         plan = planner.plan(model, preference=Preference(1, 1, 0))

@@ -1,6 +1,8 @@
 """The planner on tiny models: what a preference does, what is refused, and that it can be saved."""
 
 import json
+import math
+import random
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, PlanError
 from hipp_ext.groups import find_groups
+from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.state import REMOVED, measure_signals
 from hipp_ext.scorers import MRS, VisualSensitivity
@@ -128,6 +131,29 @@ def test_no_calibration_says_what_to_pass(model):
         HiPPPlanner((0.4, 0.4, 0.2))  # type: ignore[arg-type]
 
 
+def test_what_is_no_model_preference_or_seed_is_named():
+    planner = HiPPPlanner(EVEN)
+    for ask in (planner.plan, planner.measure, lambda m: planner.fit(m, lambda _: {})):
+        with pytest.raises(TypeError, match=r"not the path 'mine': load it with hipp_ext\.load_pruned\('mine'\)"):
+            ask("mine")
+        with pytest.raises(TypeError, match="A transformers model is needed, not int"):
+            ask(3)
+    with pytest.raises(TypeError, match="A Preference is needed, not 0.3"):
+        planner.plan(build("llama"), preference=0.3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Bounds are needed"):
+        HiPPPlanner(EVEN, bounds=8)  # type: ignore[arg-type]
+    for seed in (1.5, True, "1", -1):
+        with pytest.raises(PlanError, match="seed=.*a whole number of 0 or more is needed"):
+            HiPPPlanner(EVEN, seed=seed)  # type: ignore[arg-type]
+    for ratio in (True, "0.3", math.nan, 1):
+        with pytest.raises(BudgetError, match=r"a number in \[0, 1\) is needed"):
+            HiPPPlanner(EVEN, pruning_ratio=ratio)
+    same = HiPPPlanner(EVEN, seed=np.int64(3), pruning_ratio=np.float32(0.25))
+    assert same.pruning_ratio == 0.25 and all(
+        torch.equal(a, b) for a, b in zip(same.policy.parameters(), HiPPPlanner(EVEN, seed=3).policy.parameters(), strict=True)
+    )
+
+
 def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
     planner = planner_with(signals, Preference(0.5, 0.3, 0.2), bounds=Bounds(round_to=2, min_keep=0.2))
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
@@ -168,6 +194,34 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
         HiPPPlanner.load(tmp_path / "p")
 
 
+def test_a_flipped_bit_in_a_planner_folder_never_gives_another_plan(model, signals, tmp_path):
+    planner, rng = planner_with(signals, pruning_ratio=0.4), random.Random(0)
+    planner.fit(model, Closeness(model), FitSettings(steps=1, preferences=1, imagined=2), progress=False)
+    planner.save(tmp_path / "p")
+    before, front, same = planner.plan(model), [f.reward for f in planner.front()], 0
+    for path in sorted((tmp_path / "p").iterdir()):
+        content = path.read_bytes()
+        for _ in range(40):
+            bit = rng.randrange(8 * len(content))
+            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            try:
+                loaded = HiPPPlanner.load(tmp_path / "p")
+            except CheckpointError:
+                continue
+            same += 1
+            assert loaded.plan(model) == before and [f.reward for f in loaded.front()] == front
+        path.write_bytes(content)
+    assert same < 10
+
+
+def test_files_of_two_planners_are_no_planner(tmp_path):
+    for seed in range(2):
+        HiPPPlanner(EVEN, seed=seed).save(tmp_path / str(seed))
+    (tmp_path / "0/policy.safetensors").write_bytes((tmp_path / "1/policy.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors is not the file that planner\.json names"):
+        HiPPPlanner.load(tmp_path / "0")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("preference", [-1, 1, 1]), ("pruning_ratio", 1.5), ("round_to", 0), ("min_keep", 7.0), ("plans", "many"), ("new", 1)],
@@ -183,7 +237,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
 def test_a_folder_of_another_version_is_refused(tmp_path):
     HiPPPlanner(EVEN).save(tmp_path / "p")
     header = tmp_path / "p" / "planner.json"
-    header.write_text(header.read_text().replace('"format": 4', '"format": 1'))
+    header.write_text(header.read_text().replace('"format": 5', '"format": 1'))
     with pytest.raises(CheckpointError, match="planner folder of this version"):
         HiPPPlanner.load(tmp_path / "p")
 

@@ -1,17 +1,24 @@
 """Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from command import hipp
 from devices import LiveBytes
 from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
+from pydantic import ValidationError
 
 from hipp_ext import HiPPPlanner, Preference, testbed
-from hipp_ext.calibration import calibration_digest
-from hipp_ext.errors import CalibrationError, PlanError
+from hipp_ext.calibration import all_batches, calibration_digest
+from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
+from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
-from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals
+from hipp_ext.planner.signal_cache import _read
+from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals, model_digest
+from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
 
@@ -50,6 +57,57 @@ def test_other_calibration_is_measured_anew(tmp_path):
     said = []
     plan(build("llava"), tmp_path, said, [batch("llava", size=2, seed=1, labels=True)])
     assert any("measuring" in line for line in said) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_calibration_is_not_answered_for_by_the_signals_at_hand():
+    model, said = build("llava"), []
+    other = [batch("llava", size=3, seed=5, labels=True)]
+    fresh = [
+        HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None).plan(model, calibration=c) for c in (BATCHES, other)
+    ]
+    planner = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None)
+    again = [planner.plan(model, calibration=c, say=said.append) for c in (BATCHES, other)]
+    assert again == fresh and fresh[0] != fresh[1]
+    assert said.count("another calibration than that of the signals at hand: measuring again") == 1
+    said.clear()
+    assert planner.plan(model, say=said.append) == fresh[1] == planner.plan(model, calibration=iter(other), say=said.append)
+    assert not said
+
+
+def test_more_rows_are_another_calibration_and_no_rows_are_none(signals, monkeypatch):
+    model, processor = testbed.load()
+    groups, asked = find_groups(model), []
+
+    def measured(model, given, *_, **__):
+        asked.append(len([row for batch in all_batches(given) for row in batch["input_ids"]]))
+        return replace(signals, groups=groups, digest=model_digest(model, groups), calibration=calibration_digest(given))
+
+    monkeypatch.setattr("hipp_ext.planner.planner.cached_signals", measured)
+    planner = HiPPPlanner(Preference(1, 0, 0))
+    for options in ({"processor": processor, "rows": 4}, {}, {"processor": processor}, {"rows": 4}, {"rows": 6}, {}):
+        planner.measure(model, **options)
+    assert asked == [4, 6]
+
+
+def test_python_keeps_signals_where_the_commands_do_unless_told_not_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for off in (None, False):
+        HiPPPlanner(Preference(1, 1, 1), cache=off).plan(build("llava"), calibration=BATCHES)
+        assert not list(tmp_path.iterdir())
+    said = []
+    for _ in range(2):
+        HiPPPlanner(Preference(1, 1, 1)).plan(build("llava"), calibration=BATCHES, say=said.append)
+    assert len(list((tmp_path / "hipp-ext").iterdir())) == 1 and "as measured before" in said[-1]
+
+
+def test_lines_tell_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
+    measure_signals(build("llava"), BATCHES, bar=True)
+    assert capsys.readouterr().err == "", "what takes seconds needs no lines"
+    monkeypatch.setattr("hipp_ext.planner.progress.FIRST", 0.0)
+    monkeypatch.setattr("hipp_ext.planner.progress.EVERY", 0.0)
+    measure_signals(build("llava"), BATCHES, bar=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"hipp: measuring sensitivity: group {n} of 6, about 1 min left" for n in range(1, 6)]
 
 
 def test_each_task_is_measured_on_its_own_batches(tmp_path):
@@ -105,6 +163,63 @@ def test_a_damaged_file_costs_only_the_measurement(tmp_path, damage):
     said.clear()
     plan(build("llava"), tmp_path, said)
     assert "as measured before" in said[0]
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_costs_only_the_measurement(tmp_path):
+    """Wherever it is: in the header's numbers and names, in the scores, in the digest itself."""
+    model, said = build("llava"), []
+    before, measured = plan(model, tmp_path, [])
+    (path,) = tmp_path.iterdir()
+    content, rng, used = path.read_bytes(), random.Random(0), 0
+    header = int.from_bytes(content[:8], "little")
+    for n in range(300):
+        path.write_bytes(flipped(content, rng.randrange(8 * (8 + header) if n % 2 else 8 * len(content))))
+        try:
+            found = _read(path)
+        except (CheckpointError, ValidationError, KeyError, TypeError):
+            continue
+        used += 1  # a name of the file's padding, say
+        assert found.groups == measured.groups and torch.equal(found.state, measured.state)
+    assert used < 30
+    path.write_bytes(flipped(content, 8 * len(content) - 40))
+    assert plan(model, tmp_path, said)[0] == before and "is damaged (CheckpointError): measuring again" in said[0]
+
+
+def test_a_file_under_the_name_of_another_is_measured_again(tmp_path):
+    plan(build("llava"), tmp_path / "one", [])
+    other = build("llava", seed=1)
+    before, _ = plan(other, tmp_path / "two", [])
+    (one,), (two,) = ((tmp_path / n).iterdir() for n in ("one", "two"))
+    two.write_bytes(one.read_bytes())
+    said = []
+    assert plan(other, tmp_path / "two", said)[0] == before and "is damaged" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sensitivity": torch.full((2, 6, 7), torch.nan)}, "sensitivity is no signal"),
+        ({"sensitivity": torch.full((2, 6, 7), -1.0)}, "sensitivity is below zero"),
+        ({"sensitivity": torch.ones(2, 6, 6)}, "sensitivity is no signal"),
+        ({"visual": torch.ones(6, dtype=torch.float64)}, "visual is no signal"),
+        ({"scores.language.1.ffn": torch.ones(43)}, r"scores\.language\.1\.ffn is no signal"),
+    ],
+)
+def test_signals_that_cannot_have_been_measured_are_refused(signals, change, message):
+    """Also with a digest that is right: whoever can write the file can count one."""
+    with pytest.raises(CheckpointError, match=message):
+        SignalsHeader.of(signals).build(signal_tensors(signals) | change)
+    groups = SignalsHeader.of(signals).model_dump(mode="json")["groups"]
+    for wrong in ({"width": 10**12}, {"layer": 1}, {"unit_parameters": 2**62}, {"width": 0}):
+        header = SignalsHeader.of(signals).model_dump(mode="json") | {"groups": [groups[0] | wrong, *groups[1:]]}
+        with pytest.raises(ValidationError, match=r"no group of a model|two of a name|so many parameters|are no units"):
+            SignalsHeader.model_validate(header)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -97,6 +98,34 @@ def test_a_damaged_or_foreign_folder_says_so(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         recover(pruned(), lessons(), RecoverSettings(steps=2) if "other settings" in message else short, folder=tmp_path)
+
+
+def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
+    short, rng = RecoverSettings(steps=1), random.Random(0)
+    model = pruned()
+    recover(model, lessons(), short, folder=tmp_path, progress=False)
+    for path in (tmp_path / "progress.json", *sorted(tmp_path.glob("step-1/*"))):
+        content = path.read_bytes()
+        for _ in range(6):
+            bit = rng.randrange(8 * len(content))
+            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            again = pruned()
+            try:
+                recover(again, lessons(), short, folder=tmp_path, progress=False)
+            except CheckpointError:
+                continue
+            assert torch.equal(weights(again), weights(model)), "a space of the header may be another one"
+        path.write_bytes(content)
+
+
+def test_what_a_killed_run_left_in_the_folder_is_swept(tmp_path):
+    model = pruned()
+    recover(model, lessons(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
+    for name in ("step-0", "step-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".weights.safetensors.abc").write_bytes(b"half")
+    recover(pruned(), lessons(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["progress.json", "step-1"]
 
 
 def test_adamw_and_a_frozen_vision_tower(tmp_path):
