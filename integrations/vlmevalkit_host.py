@@ -155,13 +155,22 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
         frame.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL)
         result = dataset.evaluate(str(file), model="exact_matching", nproc=1)
         for kept in sorted(Path(folder).glob("*.[ct]sv")):
-            write_atomic(keep / kept.name, kept.read_bytes())
+            data = kept.read_bytes()
+            write_atomic(keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data)
     scale = 1 if dataset.TYPE == "Y/N" else 100  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
     table = {}
     for row in result.to_dict("records"):
         numbers = {str(column): scale * float(value) for column, value in row.items() if column != "split"}
         table[str(row["split"])] = {column: value for column, value in numbers.items() if not math.isnan(value)}
-    return table
+    return dict(sorted(table.items()))  # VLMEvalKit's order is that of a set, another one in every process
+
+
+def _in_order(scores: str) -> str:
+    """A CSV of scores with its rows sorted, so that the same answers give the same bytes."""
+    heading, *rows = csv.reader(io.StringIO(scores, newline=""))
+    out = io.StringIO(newline="")
+    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([heading, *sorted(rows)])
+    return out.getvalue()
 
 
 @contextlib.contextmanager
