@@ -30,6 +30,7 @@ except ImportError:  # Windows
 LOCK, PART = ".lock", ".part"
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # what `files.new_file` and tempfile leave when the process is killed
 _LARGEST = 1 << 30  # bytes of a file of lines; POPE's answers take half a megabyte
+_START_OVER = "Delete the file to start over"
 Line = TypeVar("Line")
 
 
@@ -248,14 +249,22 @@ def read_file(file: Path, largest: int) -> bytes:
 
 def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
     """The whole batches of a log, and where the last one ends; nothing of a file that is not there."""
-    if not file.exists():
-        return [], 0
-    lines = read_lines(file, _Answer, "index, prediction", ". Delete the file to start over")
+    try:
+        lines = read_lines(file, _Answer, "index, prediction", f". {_START_OVER}")
+    except DataError:
+        if os.path.lexists(file):
+            raise
+        return [], 0  # also a private file that another process has just put where it belongs
     batches, place = [], 0
-    while place < len(lines) and 0 < lines[place][0].batch <= len(lines) - place:
-        batch = [line for line, _ in lines[place : place + lines[place][0].batch]]
-        batches.append({str(line.index): line.prediction for line in batch})
-        place += len(batch)
+    while place < len(lines):
+        size = lines[place][0].batch
+        group = [line for line, _ in lines[place : place + max(size, 1)]]
+        if size < 1 or any(line.batch != size for line in group):
+            raise DataError(f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. {_START_OVER}")
+        if len(group) < size:
+            break  # the rest was never written
+        batches.append({str(line.index): line.prediction for line in group})
+        place += size
     return batches, lines[place - 1][1] if place else 0
 
 

@@ -99,7 +99,7 @@ class HippLM(_FromFolder, HFMultimodalLM):
         return [answer.strip() for answer in answers] if pictures else answers
 
     def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
-        """lm-eval's batch, with one beginning-of-text token where the chat template writes it and the tokenizer would add it."""
+        """lm-eval's batch, with one beginning-of-text token where chat template and tokenizer would write one each."""
         processor = self.processor
         self.processor = functools.partial(_one_beginning, processor)  # lm-eval has no option for it
         try:
