@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,14 @@ from hipp_ext.evals.chair import ChairScores, ObjectWords, chair_scores, default
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
 from hipp_ext.evals.metrics import without_nan
-from hipp_ext.evals.predictions import HippVLM, PredictionLog, answer_rows, check_model_folder
+from hipp_ext.evals.prediction_log import open_log, writing
+from hipp_ext.evals.predictions import PICTURE_FORMATS, HippVLM, answer_rows, check_model_folder
+from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
 
+_KEY = 2  # counts changes of how captions are asked for: those kept from before are not those of now
 PROMPT = "Provide a brief description of the given image."  # POPE's second caption instruction (arXiv 2305.10355, 3.1)
 
 
@@ -132,6 +134,8 @@ def measure_chair(
     Raises:
         CheckpointError: the folder is not a whole model, or there is no such device.
         DataError: a picture is broken.
+        OutputBusyError: another process is making the same captions in this `work_dir`.
+        WriteError: the disk is full, or `work_dir` cannot be written.
     """
     from hipp_ext.checkpoint import resolve_device
 
@@ -142,20 +146,20 @@ def measure_chair(
     settings = {"prompt": task.prompt, "max_new_tokens": task.max_new_tokens, "dtype": dtype or "auto",
                 "device": device.partition(":")[0]}  # fmt: skip
     hashes = [hashlib.sha256(data).hexdigest() for data in pictures]
-    key = hashlib.sha256(json.dumps([model_hash, task.names, hashes, settings]).encode()).hexdigest()[:16]
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.name) or "model"
-    place = Path(work_dir).expanduser() / f"{slug}-{model_hash[:8]}" / f"CHAIR-{task.name}" / f"run-{key}"
-    log = PredictionLog(place / "predictions.jsonl")
+    key = hashlib.sha256(json.dumps([_KEY, model_hash, task.names, hashes, settings]).encode()).hexdigest()[:16]
+    work_dir = Path(work_dir).expanduser()
+    place = result_folder(work_dir, folder, model_hash) / f"CHAIR-{task.name}" / f"run-{key}"
 
     def message(row: int) -> list[dict]:
         return [{"type": "image", "value": io.BytesIO(pictures[row])}, {"type": "text", "value": task.prompt}]
 
-    answer_rows(lambda: HippVLM(folder, device, dtype, task.max_new_tokens), log, task.names, message,
-                batch_size=batch_size, progress=f"{folder.name} describes" if progress else None)  # fmt: skip
-    scores = chair_scores([log.answers[name] for name in task.names], task.objects, hashes, task.words)
-    record = {"model": folder.name, "model_hash": model_hash, "data": task.name, **without_nan(asdict(scores)),
-              "settings": settings}  # fmt: skip
-    write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
+    with open_log(place / PREDICTIONS, task.names) as log, writing(place):
+        answer_rows(lambda: HippVLM(folder, device, dtype, task.max_new_tokens), log, task.names, message,
+                    batch_size=batch_size, progress=f"{shown_name(folder)} describes" if progress else None)  # fmt: skip
+        scores = chair_scores([log.answers[name] for name in task.names], task.objects, hashes, task.words)
+        record = {"model": shown_name(folder), "model_hash": model_hash, "data": task.name, **without_nan(asdict(scores)),
+                  "settings": settings}  # fmt: skip
+        write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
     return scores, log.path
 
 
@@ -164,7 +168,7 @@ def _checked(name: str, read: Callable[[], bytes]) -> bytes:
 
     try:
         data = read()
-        Image.open(io.BytesIO(data)).convert("RGB")
+        Image.open(io.BytesIO(data), formats=PICTURE_FORMATS).convert("RGB")
     except Exception as error:  # decoders of damaged pictures raise almost anything
         raise DataError(f"the image {name} is broken, it cannot be decoded: {error}") from None
     return data
@@ -173,6 +177,7 @@ def _checked(name: str, read: Callable[[], bytes]) -> bytes:
 def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
     """A rich table: one line per model."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="percent, ± standard error over pictures; lower CHAIR is better, higher recall is better")
     for name in ("model", "captions", "CHAIR_i", "CHAIR_s", "recall", "silent", "objects per caption"):
@@ -180,5 +185,5 @@ def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
     for model, own in rows:
         cells = [f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
                  for f in ("chair_i", "chair_s", "recall", "silent", "mentions")]  # fmt: skip
-        table.add_row(model, str(own.n), *cells)
+        table.add_row(Text(model), str(own.n), *cells)  # a name may look like markup
     return table

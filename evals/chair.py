@@ -11,7 +11,6 @@ dog), where the authors singularise every word and join a fixed list of word pai
 unless the list of synonyms names it). Recall is not in the paper.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from hipp_ext.evals.metrics import clustered_se
+from hipp_ext.evals.prediction_log import read_file
+from pydantic import TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
 
+_LARGEST = 1 << 24  # bytes of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")
 _IRREGULAR = {
     "person": ("people", "persons"), "man": ("men",), "woman": ("women",), "child": ("children",), "mouse": ("mice",),
@@ -60,17 +62,17 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     Raises:
         DataError: no such file, not this format, or nothing in it.
     """
+    data = read_file(Path(path), _LARGEST)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".json":
-            found = {str(name): [str(word) for word in words] for name, words in json.loads(text).items()}
+            found = TypeAdapter(dict[str, list[str]]).validate_json(data, strict=True)
         else:
+            text = data.decode("utf-8")
             lines = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
             found = {words[0]: words[1:] for words in lines if words}
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is not a list of synonyms: {error}. JSON is {{name: [words]}}") from None
+    except ValueError as error:  # pydantic's and decode's
+        wrong = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DataError(f"{path} is not a list of synonyms: {wrong}. JSON is {{name: [words]}}") from None
     if not found:
         raise DataError(f"{path} holds no synonyms")
     return found

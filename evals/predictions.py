@@ -2,18 +2,29 @@
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hipp_ext.errors import CheckpointError, DataError, WriteError
+from hipp_ext.evals.prediction_log import PredictionLog
+
+from hipp_ext.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+__all__ = ["MAX_NEW_TOKENS", "HippVLM", "PredictionLog", "answer_rows", "check_model_folder", "plain_greedy"]
 
 MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow decodes these itself; EPS, say, starts Ghostscript
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation",
+         "cache_config", "max_cache_len")  # fmt: skip
 
 
 def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     """`path`, absolute, if it is a whole model folder; looks at names and headers only, so it is fast.
+
+    The last component stays as it was typed, a link too: results are found under that name.
 
     Args:
         pictures: whether a processor is needed beside the tokenizer.
@@ -21,14 +32,14 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     Raises:
         CheckpointError: not a folder, or the configuration, weights or processor are missing or damaged.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = _absolute(Path(path).expanduser())
     if not folder.is_dir():
         raise CheckpointError(f"{path} is not a folder. Models are given as local folders, as save_pruned writes them")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder, or it is half-written") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
     _check_weights(folder)
     for part, files in {
@@ -43,6 +54,12 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     return folder
 
 
+def _absolute(path: Path) -> Path:
+    if path.name in ("", ".."):  # typed as "." or "..": the name is that of the folder it leads to
+        return path.resolve()
+    return path.parent.resolve() / path.name
+
+
 def _check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
@@ -50,8 +67,8 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            wanted = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise CheckpointError(f"{index} is damaged: {error!r}") from error
         if lost := sorted(wanted - files):
             raise CheckpointError(f"{folder} is half-written: {', '.join(lost)} named in {index.name} is missing")
@@ -98,8 +115,9 @@ class HippVLM:
 
         folder = check_model_folder(model_path)
         try:
+            # False, not None: else transformers asks on standard input whether to run code that the folder names.
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # files of strangers make transformers raise almost anything
             raise CheckpointError(f"the processor in {folder} cannot be loaded: {error}") from error
         if not hasattr(self.processor, "image_processor"):
             raise CheckpointError(f"the processor in {folder} takes no pictures: {type(self.processor).__name__}")
@@ -112,6 +130,7 @@ class HippVLM:
         self.model: Any = load_pruned(
             folder, device=resolve_device(device), dtype=None if dtype in (None, "auto") else getattr(torch, dtype)
         )
+        self.model.generation_config = plain_greedy(self.model)
         self.max_new_tokens = max_new_tokens
 
     def set_dump_image(self, dump_image: Callable) -> None:
@@ -126,77 +145,54 @@ class HippVLM:
         import torch
         from PIL import Image
 
+        from hipp_ext.calibration import tokenise
+
         texts, images = [], []
         for message in messages:
-            content = [
-                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": str(part["value"])}
-                for part in message
-            ]
-            chat = [{"role": "user", "content": content}]
-            texts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-            images.append([Image.open(part["value"]).convert("RGB") for part in message if part["type"] == "image"])
-        inputs = self.processor(images=images if any(images) else None, text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
+            texts.append(self._rendered(message))
+            images.append([
+                Image.open(part["value"], formats=PICTURE_FORMATS).convert("RGB") for part in message if part["type"] == "image"
+            ])  # fmt: skip
+        batch = tokenise(self.processor, texts, images if any(images) else None)
+        inputs = {name: self._placed(value) for name, value in batch.items()}
         with torch.inference_mode():
-            # The folder's own generation settings may sample or search; the benchmark is greedy.
             out = self.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )
         answers = out[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
+    def _rendered(self, message: list[dict]) -> str:
+        from jinja2 import TemplateError
 
-class PredictionLog:
-    """Answers by row index in a JSONL file that only grows, so a killed run goes on where it stopped.
-
-    Attributes:
-        answers: row index (as text) to answer; filled from the file.
-
-    Raises:
-        DataError: a line before the last one is damaged.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.answers: dict[str, str] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the last line was cut off by a crash; the next one must not be glued to it
-            os.truncate(self.path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self.answers[str(entry["index"])] = str(entry["prediction"])
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{self.path}, line {number}, is damaged. Delete the file to start over") from None
-
-    def add(self, answers: Iterable[tuple[str, str]]) -> None:
-        """Append (index, answer) pairs.
-
-        Raises:
-            WriteError: the disk is full, say. What was written before counts; half a line is dropped when the file is read.
-        """
-        new = dict(answers)
-        lines = [json.dumps({"index": index, "prediction": answer}) + "\n" for index, answer in new.items()]
+        content = [
+            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": str(part["value"])} for part in message
+        ]
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError as error:
-            raise WriteError(
-                f"{self.path}: answers could not be written: {error.strerror}. Those before are kept; make room, and the same "
-                "command goes on from there"
-            ) from error
-        self.answers |= new
+            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        except TemplateError as error:
+            raise CheckpointError(f"the chat template of {self.model.name_or_path} cannot be used: {error}") from error
+
+    def _placed(self, value: Any) -> Any:
+        if not hasattr(value, "is_floating_point"):  # a few processors add what is no tensor
+            return value
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+
+def plain_greedy(model: Any) -> "GenerationConfig":
+    """Generation settings that change no logit: of the model's own only special tokens and the cache are kept.
+
+    What a folder's generation_config.json asks for besides (a repetition penalty, a least length, suppressed or forced tokens,
+    stop strings, ...) makes better chats, and another model of the one that is measured.
+    """
+    from transformers import GenerationConfig
+
+    own = {name: getattr(model.generation_config, name, None) for name in _KEPT}
+    return GenerationConfig(**{name: value for name, value in own.items() if value is not None})
 
 
 def answer_rows(
@@ -207,8 +203,12 @@ def answer_rows(
     *,
     batch_size: int,
     progress: str | None,
+    limit: int | None = None,
 ) -> None:
-    """Ask the model every row that the log does not hold, `batch_size` at a time, and log each batch.
+    """Ask the model the rows that the log does not hold, `batch_size` at a time, and log each batch.
+
+    Which rows are asked together depends on the data and the batch size alone, not on where a run was stopped or limited,
+    because it can change an answer. So the last batch below `limit` is asked whole.
 
     Args:
         vlm: gives the loaded model (`generate_batch`); called only if there is something to ask.
@@ -217,17 +217,20 @@ def answer_rows(
         message: row number to its message.
         batch_size: rows per batch.
         progress: title of a progress bar on stderr, or None for no bar.
+        limit: how many of the rows are wanted; None: all.
     """
     from tqdm import tqdm
 
+    wanted = len(indices) if limit is None else min(limit, len(indices))
     rows = [row for row, index in enumerate(indices) if index not in log.answers]
-    if not rows:
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = [batch for batch in batches if batch[0] < wanted]
+    if not batches:
         return
-    model = vlm()
-    bar = tqdm(total=len(indices), initial=len(indices) - len(rows), desc=progress, disable=progress is None)
-    with contextlib.closing(bar):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+    model, new = vlm(), sum(map(len, batches))
+    done = len(indices) - len(rows)
+    with contextlib.closing(tqdm(total=done + new, initial=done, desc=progress, disable=progress is None)) as bar:
+        for batch in batches:
             answers = model.generate_batch([message(row) for row in batch])
             log.add(zip([indices[row] for row in batch], answers, strict=True))
             bar.update(len(batch))

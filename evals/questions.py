@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hipp_ext.evals.predictions import PICTURE_FORMATS
 from hipp_ext.evals.tables import YES_NO, Table, row_options
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class TableQuestion:
         """The picture, RGB."""
         from PIL import Image
 
-        return Image.open(self.image_path).convert("RGB")
+        return Image.open(self.image_path, formats=PICTURE_FORMATS).convert("RGB")
 
 
 def table_questions(table: Table) -> list[TableQuestion]:

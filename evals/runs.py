@@ -1,23 +1,28 @@
 """What `vlmeval` leaves in a folder, read again: which questions were asked, and what a model answered.
 
 <work-dir>/<model>-<hash>/<data>/run-<key>/ holds predictions.jsonl and questions.jsonl, and <data>/results.json says
-which run is the last.
+which run is the last, and to how many questions.
 """
 
-import glob
 import json
+import os
 import re
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from hipp_ext.evals.prediction_log import read_file, read_lines
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
 
 PREDICTIONS, QUESTIONS = "predictions.jsonl", "questions.jsonl"
+_LONGEST_NAME = 255 - len("-12345678")  # bytes, in most file systems
+_RESULTS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class AskedQuestion:
     question: str
     answer: str
     category: str
-    image: str
+    image: Annotated[str, Field(pattern=r"^[\w-]*$")]
     options: dict[str, str] | None
 
     @property
@@ -52,6 +57,32 @@ class Run:
     data: str
     questions: tuple[AskedQuestion, ...]
     answers: tuple[str, ...]
+
+
+@dataclass
+class _Said:
+    index: str | int
+    prediction: str
+
+
+@dataclass
+class _Results:
+    """Of results.json what says which answers it speaks of."""
+
+    predictions: str
+    n: Annotated[int, Field(ge=1)] | None = None
+
+
+def shown_name(folder: Path) -> str:
+    """The name of a model's folder as it was typed, without what neither a file system nor a terminal should get."""
+    name = unicodedata.normalize("NFC", folder.name)
+    name = "".join(c if c.isprintable() else "-" for c in name).encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return name or "model"
+
+
+def result_folder(work_dir: Path, model: Path, model_hash: str) -> Path:
+    """Where the results of a model go: its name, as it was typed, and the first 8 digits of its hash."""
+    return work_dir / f"{shown_name(model)}-{model_hash[:8]}"
 
 
 def table_rows(table: Table) -> list[AskedQuestion]:
@@ -99,7 +130,7 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
             else ("a folder such as outputs/MODEL-HASH is needed, or a file predictions.jsonl")
         )
         raise DataError(f"{path} holds no results of `vlmeval`; {hint}")
-    return {folder.name: _read_run(_last_predictions(folder), tsv) for folder in folders}
+    return {folder.name: _read_run(_results(folder)[0], tsv) for folder in folders}
 
 
 def _with_hash(path: Path) -> Path:
@@ -110,8 +141,11 @@ def _with_hash(path: Path) -> Path:
     """
     if path.exists():
         return path
-    found = sorted(p for p in path.parent.glob(f"{glob.escape(path.name)}-*") if re.fullmatch("[0-9a-f]{8}", p.name[-8:]))
-    found = [p for p in found if p.name[:-9] == path.name]
+    try:
+        beside = sorted(path.parent.iterdir())
+    except OSError:
+        return path
+    found = [p for p in beside if re.fullmatch("-[0-9a-f]{8}", p.name[-9:]) and p.name[:-9] == shown_name(path)]
     if len(found) > 1:
         raise DataError(f"{path}: several models of this name were evaluated, name one: {', '.join(p.name for p in found)}")
     return found[0] if found else path
@@ -121,23 +155,46 @@ def _named(run: Run) -> dict[str, Run]:
     return {run.data: run}
 
 
-def _last_predictions(folder: Path) -> Path:
-    """The predictions that results.json speaks of; it has the path of the time of writing, so only its end is used."""
+def _results(folder: Path) -> tuple[Path, int | None]:
+    """The predictions that results.json speaks of, and to how many questions.
+
+    The path in it is that of the time of writing; only its end is used.
+    """
+    file = folder / "results.json"
     try:
-        written = Path(json.loads((folder / "results.json").read_text(encoding="utf-8"))["predictions"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{folder / 'results.json'} is damaged: {error!r}") from None
-    return folder / written.parent.name / written.name
+        results = TypeAdapter(_Results).validate_json(read_file(file, _RESULTS_BYTES), strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        raise DataError(f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+    *_, run, name = ("", *Path(results.predictions).parts)
+    if {run, name} & {"", "..", "/"} or "\0" in results.predictions:
+        raise DataError(f"{file} is damaged: {results.predictions!r} is not a file of predictions")
+    return folder / run / name, results.n
+
+
+def _asked(predictions: Path) -> int | None:
+    """How many questions the results count, where the predictions are those that results.json speaks of.
+
+    There may be answers to more: batches are asked whole, and a run over all questions may have gone before.
+    """
+    try:
+        file, n = _results(Path(os.path.realpath(predictions)).parent.parent)
+    except DataError:
+        return None
+    return n if os.path.realpath(file) == os.path.realpath(predictions) else None
 
 
 def _read_run(predictions: Path, tsv: str | Path | None) -> Run:
-    said = {str(entry["index"]): str(entry["prediction"]) for entry in _entries(predictions, ("index", "prediction"))}
+    lines = read_lines(predictions, _Said, "index, prediction")
+    said = {str(line.index): line.prediction for line, _ in lines}
     asked = _questions(predictions.parent / QUESTIONS, tsv)
-    if strangers := [index for index in said if index not in {question.index for question in asked}]:
+    known = {question.index for question in asked}
+    if strangers := [index for index in said if index not in known]:
         raise DataError(f"{predictions}: it answers index {strangers[0]}, which is not among the questions")
     answered = tuple(question for question in asked if question.index in said)
     if not answered:
         raise DataError(f"{predictions} holds no answers")
+    answered = answered[: _asked(predictions)]
     place = predictions.resolve().parents
     return Run(
         model=place[2].name if len(place) > 2 else place[0].name,
@@ -156,21 +213,17 @@ def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
             f"{file} is missing, so it is not known what was asked. Give the TSV with --data; or run the same "
             "`vlmeval` command again, which keeps the answers and writes this file"
         )
-    fields = ("index", "question", "answer", "category", "image", "options")
-    return [AskedQuestion(**{field: entry[field] for field in fields}) for entry in _entries(file, fields)]
+    lines = read_lines(file, AskedQuestion, "index, question, answer, category, image, options")
+    for number, (question, _) in enumerate(lines, start=1):
+        if wrong := _wrong(question):
+            raise DataError(f"{file}, line {number}, is damaged: {wrong}")
+    return [question for question, _ in lines]
 
 
-def _entries(file: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines. A last line that was cut off, as by a run that still goes on, is left out."""
-    try:
-        lines = file.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entries.append({field: entry[field] for field in fields})
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{file}, line {number}, is damaged: an object with {', '.join(fields)} is needed") from None
-    return entries
+def _wrong(question: AskedQuestion) -> str | None:
+    """What `tables.read_table` would not have let pass."""
+    if question.options is None:
+        if question.answer not in ("Yes", "No"):
+            return f"the answer is {question.answer!r}; it must be Yes or No"
+        return None if all(question.category.split(",")) else f"the category is {question.category!r}"
+    return None if question.answer in question.options else f"the answer is {question.answer!r}, which is not among its options"

@@ -49,6 +49,10 @@ class OutputExistsError(HippError, FileExistsError):
     """The output path exists, and overwriting it was not asked for."""
 
 
+class OutputBusyError(HippError, RuntimeError):
+    """Another process is writing the same output at this moment."""
+
+
 class WriteError(HippError, OSError):
     """A result that could not be written: the disk is full, or the folder is not writable."""
 

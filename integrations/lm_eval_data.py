@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.pope import RULES, split_rates
+from hipp_ext.evals.predictions import PICTURE_FORMATS
 from hipp_ext.evals.questions import table_questions
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.scienceqa import UNREADABLE, option_letter
@@ -79,7 +80,7 @@ def doc_to_image(doc: dict) -> list[Any]:
     """The document's picture, RGB, in a list."""
     from PIL import Image
 
-    return [Image.open(doc["image_path"]).convert("RGB")]
+    return [Image.open(doc["image_path"], formats=PICTURE_FORMATS).convert("RGB")]
 
 
 def pope_results(doc: dict, results: Sequence[str]) -> dict[str, Any]:

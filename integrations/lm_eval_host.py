@@ -3,15 +3,17 @@
 Imports lm-eval; it is imported by lm-eval itself, which has the class by name (`lm_eval.register`).
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.predictions import check_model_folder
+from hipp_ext.evals.predictions import check_model_folder, plain_greedy
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 
+from hipp_ext.calibration import tokenise
 from hipp_ext.checkpoint import load_pruned
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import content_hash
@@ -58,6 +60,11 @@ class HippLM(_FromFolder, HFMultimodalLM):
     """
 
     chat_applied: bool
+    processor: Any
+
+    def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
+        super()._create_model(pretrained, dtype, **kwargs)
+        self._model.generation_config = plain_greedy(self._model)  # as `vlmeval`; what a task or --gen_kwargs asks for counts
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
@@ -70,7 +77,8 @@ class HippLM(_FromFolder, HFMultimodalLM):
         if arg_dict.get("dtype", "auto") not in _DTYPES:
             raise CheckpointError(f"dtype={arg_dict['dtype']}: one of {', '.join(_DTYPES)} is needed")
         folder = check_model_folder(given, pictures=False)
-        arg_dict = {**arg_dict, "pretrained": str(folder)}
+        # False, not None: else transformers asks on standard input whether to run code that a folder names.
+        arg_dict = {**arg_dict, "pretrained": str(folder), "trust_remote_code": False}
         if not _sees(folder):
             return HippTextLM.create_from_arg_obj(arg_dict, additional_config)
         check_model_folder(folder)
@@ -90,8 +98,28 @@ class HippLM(_FromFolder, HFMultimodalLM):
         answers = parent.generate_until(requests, disable_tqdm)
         return [answer.strip() for answer in answers] if pictures else answers
 
+    def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
+        """lm-eval's batch, with one beginning-of-text token where chat template and tokenizer would write one each."""
+        processor = self.processor
+        self.processor = functools.partial(_one_beginning, processor)  # lm-eval has no option for it
+        try:
+            parent: Any = super()
+            return parent.tok_batch_multimodal_encode(*args, **kwargs)
+        finally:
+            self.processor = processor
+
+
+def _one_beginning(processor: Any, *, text: list[str], images: Any, **given: Any) -> Any:
+    from transformers import BatchFeature
+
+    rest = {name: value for name, value in given.items() if name not in ("padding", "return_tensors")}
+    return BatchFeature(tokenise(processor, text, images, **rest))
+
 
 def _sees(folder: Path) -> bool:
     from transformers import AutoConfig
 
-    return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), "vision_config")
+    try:
+        return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), "vision_config")
+    except Exception as error:  # files of strangers make transformers raise almost anything
+        raise CheckpointError(f"{folder / 'config.json'} cannot be loaded: {error}") from error

@@ -3,243 +3,73 @@
     evaluate(["./dense", "./pruned"], ["POPE", "ScienceQA_TEST"])   # or, in a shell: vlmeval --data ... --model ...
     register({"pruned": "./pruned"})                                # in a script of your own on top of VLMEvalKit
 
-Prompts and scores are VLMEvalKit's own. The loop between them is ours, because VLMEvalKit's goes one question at a
-time, takes old answers for new ones when only the weights or the pictures changed, and ends well whatever failed.
+Prompts and scores are VLMEvalKit's own; see `vlmevalkit_run` for what is ours. This file is what the command `vlmeval` starts
+with, so it imports nothing that takes time: ctrl-C is answered from the first moment.
 """
 
-import dataclasses
-import gc
-import hashlib
-import importlib.util
-import json
-import math
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, PredictionLog, answer_rows, check_model_folder
-from hipp_ext.evals.runs import write_questions
-from hipp_ext.evals.scienceqa import scienceqa_scores
-from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
-from hipp_ext.integrations.vlmevalkit_host import import_vlmeval as _import_vlmeval
-from hipp_ext.integrations.vlmevalkit_host import open_dataset, register, score
-
-from hipp_ext.errors import DataError, MissingExtraError
-from hipp_ext.files import content_hash, write_atomic
+if TYPE_CHECKING:
+    from hipp_ext.evals.predictions import HippVLM
+    from hipp_ext.integrations.vlmevalkit_host import register
+    from hipp_ext.integrations.vlmevalkit_run import DTYPES, EvalRecord, evaluate
 
 __all__ = ["DTYPES", "EvalRecord", "HippVLM", "evaluate", "main", "register"]
 
-DTYPES = ("float32", "bfloat16", "float16")
+INTERRUPTED = 130
+_INTERRUPTION = b"\nvlmeval: interrupted. Answers that were there before are kept: the same command goes on from them.\n"
+_HOMES = {
+    "DTYPES": "integrations.vlmevalkit_run",
+    "EvalRecord": "integrations.vlmevalkit_run",
+    "HippVLM": "evals.predictions",
+    "evaluate": "integrations.vlmevalkit_run",
+    "register": "integrations.vlmevalkit_host",
+    "_import_vlmeval": "integrations.vlmevalkit_host",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalRecord:
-    """What one model scored on one data set; the same is in `results.json`. All rates are percentages, [0, 100].
-
-    Attributes:
-        model: name of the model's folder.
-        model_hash: SHA-256 of the folder's contents.
-        data: name of the data set.
-        data_hash: SHA-256 of its rows and pictures.
-        n: questions asked (fewer than the file has when a limit was given).
-        metrics: "vlmevalkit": the table that VLMEvalKit prints, as {split: {column: number}} ("Overall" is the F1 on
-            POPE); then POPE's "vlmeval" and "official": {split: fields of POPEScores}, or ScienceQA's "accuracy":
-            {group: fields of ChoiceScores}. A standard error that cannot be taken is None.
-        settings: what shaped the answers.
-        official_file: whether the data is the published file; None where there is none.
-        without_image: rows of the file left out because they have no picture.
-        predictions: the file of answers, JSONL.
-        seconds: time for answering what was not answered before, and for scoring.
-        command: the command line; None for a call from Python.
-    """
-
-    model: str
-    model_hash: str
-    data: str
-    data_hash: str
-    n: int
-    metrics: dict[str, Any]
-    settings: dict[str, Any]
-    official_file: bool | None
-    without_image: int
-    predictions: str
-    seconds: float
-    command: str | None = None
-
-
-def evaluate(
-    model_dirs: str | Path | Sequence[str | Path],
-    data: str | Sequence[str],
-    *,
-    lmu_data: str | Path | None = None,
-    work_dir: str | Path = "outputs",
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str | None = None,
-    progress: bool = True,
-    verbose: bool = False,
-) -> list[EvalRecord]:
-    """Scores of every model on every data set; all input is checked before the first model is loaded.
-
-    Answers are kept under `work_dir` by the content of model, data and settings: a run that was stopped goes on where
-    it stopped, and nothing is taken from another model, another picture or another dtype.
-
-    Args:
-        model_dirs: model folders, pruned or not, each with its processor.
-        data: POPE, ScienceQA_VAL, ScienceQA_TEST (or ScienceQA), or NAME=PATH for a TSV of your own.
-        lmu_data: folder of the TSVs; else $LMUData, else ~/LMUData.
-        work_dir: gets <model>-<hash>/<data>/results.json.
-        limit: only the first questions of each data set; None is all.
-        batch_size: questions per forward pass.
-        device: None is the GPU if there is one.
-        dtype: one of `DTYPES`; None is as stored.
-        progress: progress bars on stderr.
-        verbose: print every answer.
-
-    Raises:
-        DataError, CheckpointError, MissingExtraError: see `tables.read_table`, `predictions.check_model_folder`.
-    """
-    job = prepare(model_dirs, data, lmu_data=lmu_data, work_dir=work_dir, limit=limit, batch_size=batch_size,
-                  device=device, dtype=dtype, progress=progress, verbose=verbose)  # fmt: skip
-    return [record for folder in job.folders for record in evaluate_model(job, folder)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Checked input of an evaluation."""
-
-    folders: list[Path]
-    tables: list[Table]
-    work_dir: Path
-    limit: int | None
-    batch_size: int
-    device: str
-    dtype: str
-    progress: bool
-    verbose: bool
-    command: str | None = None
-
-
-def prepare(
-    model_dirs: str | Path | Sequence[str | Path],
-    data: str | Sequence[str],
-    *,
-    lmu_data: str | Path | None,
-    work_dir: str | Path,
-    limit: int | None,
-    batch_size: int,
-    device: str | None,
-    dtype: str | None,
-    progress: bool,
-    verbose: bool,
-    command: str | None = None,
-) -> Job:
-    """The arguments of `evaluate`, checked; reads the data, but imports neither VLMEvalKit nor a model."""
-    from hipp_ext.checkpoint import resolve_device
-
-    if importlib.util.find_spec("vlmeval") is None:
-        raise MissingExtraError("vlmeval", "vlmeval")
-    if (limit is not None and limit < 1) or batch_size < 1:
-        raise DataError(f"limit and batch_size must be 1 or more, not {limit} and {batch_size}")
-    if dtype not in (None, "auto", *DTYPES):
-        raise DataError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    work_dir = Path(work_dir).expanduser().resolve()
-    given = [model_dirs] if isinstance(model_dirs, str | Path) else model_dirs
-    folders = list(dict.fromkeys(check_model_folder(folder) for folder in given))
-    found = list(dict.fromkeys(locate(one, lmu_data) for one in ([data] if isinstance(data, str) else data)))
-    if not folders or not found:
-        raise DataError("nothing to evaluate: give at least one model folder and one data set")
-    for folder in folders:
-        if work_dir.is_relative_to(folder):
-            raise DataError(f"the work folder {work_dir} lies in the model folder {folder}, and would change its hash")
-    if len({name for name, _ in found}) < len(found):
-        raise DataError(f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}")
-    tables = [read_table(path, work_dir / "images", name=name) for name, path in found]
-    return Job(folders=folders, tables=tables, work_dir=work_dir, limit=limit, batch_size=batch_size,
-               device=resolve_device(device), dtype=dtype or "auto", progress=progress, verbose=verbose,
-               command=command)  # fmt: skip
-
-
-def evaluate_model(job: Job, folder: Path) -> Iterator[EvalRecord]:
-    """The records of one model of a job, each as soon as it is there.
-
-    The model is loaded once, and only if an answer is missing.
-    """
-    _import_vlmeval()
-    model_hash = content_hash(folder)
-    loaded: list[HippVLM] = []
-
-    def vlm() -> HippVLM:
-        if not loaded:
-            loaded.append(HippVLM(folder, job.device, job.dtype))
-        return loaded[0]
-
-    try:
-        for table in job.tables:
-            yield _evaluate_table(job, folder, model_hash, table, vlm)
-    finally:
-        loaded.clear()
-        gc.collect()  # the next model needs the memory now
-
-
-def _evaluate_table(job: Job, folder: Path, model_hash: str, table: Table, vlm: Callable[[], HippVLM]) -> EvalRecord:
-    start = time.perf_counter()
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.name) or "model"
-    place = job.work_dir / f"{name}-{model_hash[:8]}" / table.name
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy", "dtype": job.dtype,
-                "device": job.device.partition(":")[0]}  # fmt: skip
-    key = hashlib.sha256(json.dumps([model_hash, table.content_hash, settings]).encode()).hexdigest()[:16]
-    dataset = open_dataset(table, job.limit)
-    indices = [str(index) for index in table.frame["index"].tolist()[: len(dataset.data)]]
-    log = PredictionLog(place / f"run-{key}" / "predictions.jsonl")
-    write_questions(table, log.path.parent)
-    title = f"{folder.name} on {table.name}" if job.progress else None
-    answer_rows(vlm, log, indices, dataset.build_prompt, batch_size=job.batch_size, progress=title)
-    answers = [log.answers[index] for index in indices]
-    if job.verbose:
-        for index, answer in zip(indices, answers, strict=True):
-            print(f"{folder.name} {table.name} {index}: {answer!r}")
-    record = EvalRecord(
-        model=folder.name,
-        model_hash=model_hash,
-        data=table.name,
-        data_hash=table.content_hash,
-        n=len(answers),
-        metrics={"vlmevalkit": score(dataset, answers, log.path.parent / "vlmevalkit"), **_metrics(table, answers)},
-        settings=settings,
-        official_file=table.official,
-        without_image=table.without_image,
-        predictions=str(log.path),
-        seconds=time.perf_counter() - start,
-        command=job.command,
-    )
-    write_atomic(place / "results.json", json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
-    return record
-
-
-def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
-    """Our numbers for the answers to a table's first rows, as plain data that JSON can hold."""
-    frame, n = table.frame.iloc[: len(answers)], len(answers)
-    if table.kind == YES_NO:
-        rules = pope_scores(answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n])
-        return {rule: {split: _plain(scores) for split, scores in splits.items()} for rule, splits in rules.items()}
-    groups = {column: frame[column].tolist() for column in GROUP_COLUMNS if column in frame}
-    scores = scienceqa_scores(answers, frame["answer"].tolist(), row_options(frame), groups)
-    return {"accuracy": {group: _plain(own) for group, own in scores.items()}}
-
-
-def _plain(scores: Any) -> dict[str, float | None]:
-    """A dataclass as a dict, with None for NaN, which JSON does not have."""
-    return {name: None if math.isnan(value) else value for name, value in dataclasses.asdict(scores).items()}
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"hipp_ext.{_HOMES[name]}"), name.removeprefix("_"))
+    globals()[name] = value
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `vlmeval`; see `vlmeval --help`. Returns the exit code."""
-    from hipp_ext.integrations.vlmevalkit_cli import main as run  # it imports this module
+    try:
+        with prompt_interrupt():
+            from hipp_ext.integrations.vlmevalkit_cli import main as run
+        return run(argv)
+    except KeyboardInterrupt:  # between two things
+        os.write(2, _INTERRUPTION)
+        return INTERRUPTED
 
-    return run(argv)
+
+@contextlib.contextmanager
+def prompt_interrupt() -> Iterator[None]:
+    """For a block that imports: ctrl-C ends the process at once, with one line and exit code 130.
+
+    A KeyboardInterrupt would not do: torch and VLMEvalKit import their parts within `except:` clauses that swallow it, or make
+    an ImportError of it. Nothing is lost, since nothing has begun.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        os.write(2, _INTERRUPTION)
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,7 +1,7 @@
 """The command `vlmeval`: VLMEvalKit's flags for model folders, with an exit code that can be believed.
 
 Exit codes: 0 every number was produced; 1 something failed during the evaluation; 2 bad usage or input, found before
-anything was loaded; 130 stopped by ctrl-C.
+anything was loaded, or another process that is at the same; 130 stopped by ctrl-C.
 """
 
 import argparse
@@ -10,10 +10,15 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from hipp_ext.integrations.vlmevalkit import DTYPES, EvalRecord, evaluate_model, prepare
+from hipp_ext.integrations.vlmevalkit import INTERRUPTED, prompt_interrupt
+from hipp_ext.integrations.vlmevalkit_table import print_records
 
-from hipp_ext.errors import HippError
+from hipp_ext.errors import HippError, OutputBusyError
+
+if TYPE_CHECKING:
+    from hipp_ext.integrations.vlmevalkit_run import Job
 
 EXAMPLES = """\
 examples:
@@ -23,7 +28,9 @@ examples:
 
 The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. A TSV of your own (NAME=PATH) is scored as multiple choice if
 it has option columns A, B, ..., else as POPE. Answers are kept: a command that was stopped goes on where it stopped.
+Results go to <work-dir>/<name of the model's folder>-<hash>; `hipp compare` finds them without the hash.
 """
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=_positive, metavar="N", help="only the first N questions of each data set")
     add("--batch-size", type=_positive, default=8, metavar="N", help="questions at a time (default: 8)")
     add("--device", metavar="DEVICE", help="such as cuda:0 or cpu (default: the GPU if there is one)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="default: auto, as stored")
+    add("--dtype", choices=_DTYPES, default="auto", help="default: auto, as stored")
     add("--work-dir", default="outputs", metavar="DIR", help="for answers and results (default: outputs)")
     add("--lmu-data", metavar="DIR", help="folder of the TSVs (default: $LMUData, else ~/LMUData)")
     add("--verbose", action="store_true", help="print every answer, and the full trace of an error")
@@ -67,47 +74,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. The answers so far are kept under {args.work_dir}: the same command goes on from there.",
               file=sys.stderr)  # fmt: skip
-        return 130
+        return INTERRUPTED
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
     _go_offline()
     try:
-        job = prepare(
-            args.model,
-            args.data,
-            lmu_data=args.lmu_data,
-            work_dir=args.work_dir,
-            limit=args.limit,
-            batch_size=args.batch_size,
-            device=args.device,
-            dtype=args.dtype,
-            progress=sys.stderr.isatty(),
-            verbose=args.verbose,
-            command=command,
-        )
+        with prompt_interrupt():
+            job = _prepare(args, command)
     except (HippError, OSError) as error:
         _complain(error, args.verbose)
         return 2
+    except Exception as error:  # VLMEvalKit's import, in an environment that does not suit it
+        _complain(error, args.verbose)
+        return 1
     for table in job.tables:
         if table.without_image:
             print(f"{table.name}: {table.without_image} rows without a picture are left out", file=sys.stderr)
         if table.official is False:
             print(f"{table.name}: {table.path} is not the published file; do not compare with published numbers",
                   file=sys.stderr)  # fmt: skip
-    _quiet()
-    records, failures = [], 0
+    records, failures = [], []
+    from hipp_ext.integrations.vlmevalkit_run import evaluate_model
+
     for folder in job.folders:
         try:
             for record in evaluate_model(job, folder):
                 records.append(record)
         except Exception as error:  # one model's failure must not cost the numbers of the others
-            failures += 1
+            failures.append(error)
             print(f"{folder}: ", end="", file=sys.stderr)
             _complain(error, args.verbose)
     if records:
-        _print_table(records)
-    return 1 if failures else 0
+        print_records(records)
+    refused = all(isinstance(error, OutputBusyError) for error in failures)
+    return (2 if refused else 1) if failures else 0
+
+
+def _prepare(args: argparse.Namespace, command: str) -> "Job":
+    """The checked job; what takes long to import is imported here, too."""
+    from hipp_ext.integrations.vlmevalkit_host import import_vlmeval
+    from hipp_ext.integrations.vlmevalkit_run import prepare
+
+    job = prepare(
+        args.model,
+        args.data,
+        lmu_data=args.lmu_data,
+        work_dir=args.work_dir,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        progress=sys.stderr.isatty(),
+        verbose=args.verbose,
+        command=command,
+    )
+    import_vlmeval()
+    _quiet()
+    return job
 
 
 def _go_offline() -> None:
@@ -132,45 +156,3 @@ def _complain(error: Exception, verbose: bool) -> None:
     print(f"error: {kind}{error}", file=sys.stderr)
     if type(error).__name__ == "OutOfMemoryError":
         print("The answers so far are kept. Try again with a smaller --batch-size.", file=sys.stderr)
-
-
-def _print_table(records: Sequence[EvalRecord]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="all numbers in percent, ± standard error")
-    for heading in ("model", "data", "n", "metric", "VLMEvalKit's rule", "authors' rule", "yes", "unknown"):
-        table.add_column(heading, justify="left" if heading in ("model", "data", "metric") else "right", no_wrap=True)
-    for record in records:
-        for row in _pope_rows(record) if "official" in record.metrics else _choice_rows(record):
-            table.add_row(*(escape(cell) for cell in (record.model, record.data, *row)))
-        table.add_section()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a pipe has no width, and rich would cut the columns at 80
-    console.print(table)
-    for record in records:
-        console.print(f"{record.model} on {record.data}: answers in {record.predictions}", soft_wrap=True, markup=False)
-
-
-def _pope_rows(record: EvalRecord) -> list[list[str]]:
-    rows = []
-    for split, ours in record.metrics["vlmeval"].items():
-        official = record.metrics["official"][split]
-        for metric, label in (("f1", "F1"), ("accuracy", "accuracy")):
-            rows.append([str(ours["n"]), f"{label} {split}", _number(ours, metric), _number(official, metric),
-                         f"{official['yes_rate']:.1f}", f"{ours['unknown_rate']:.1f}"])  # fmt: skip
-    return rows
-
-
-def _choice_rows(record: EvalRecord) -> list[list[str]]:
-    return [
-        [str(own["n"]), f"accuracy {group}", _number(own, "accuracy"), "", "", f"{own['unknown_rate']:.1f}"]
-        for group, own in record.metrics["accuracy"].items()
-    ]
-
-
-def _number(scores: dict, metric: str) -> str:
-    error = scores[f"{metric}_se"]
-    return f"{scores[metric]:.2f}" + ("" if error is None else f" ± {error:.2f}")

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from hipp_ext.evals.predictions import HippVLM, check_model_folder
 from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
 
@@ -39,6 +38,8 @@ def import_vlmeval() -> ModuleType:
     """
     if sys.modules.get("vlmeval") is not None:
         return sys.modules["vlmeval"]
+    import torch
+
     home_data, root = Path.home() / "LMUData", logging.getLogger()
     existed, handlers, disabled = home_data.exists(), list(root.handlers), root.manager.disable
     context = ssl._create_default_https_context
@@ -133,8 +134,12 @@ def open_dataset(table: Table, limit: int | None) -> Any:
     """
     name = "POPE" if table.kind == YES_NO else "ScienceQA_TEST"
     dataset = _dataset_classes()[name](name, table=table)
-    dataset.data = dataset.data.iloc[:limit]
-    dataset.data = dataset.data.assign(index=range(len(dataset.data)))
+    return first_rows(dataset, len(dataset.data) if limit is None else limit)
+
+
+def first_rows(dataset: Any, n: int) -> Any:
+    """The dataset, of its first `n` rows from here on."""
+    dataset.data = dataset.data.iloc[:n].assign(index=range(min(n, len(dataset.data))))
     return dataset
 
 
@@ -143,19 +148,29 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
 
     Always scored in a fresh folder: VLMEvalKit takes the results it finds beside the answers for those of the answers.
     """
-    with tempfile.TemporaryDirectory() as folder, _scoring_environment():
+    # Not beside `keep`: VLMEvalKit replaces ".tsv" anywhere in a path, and a model's folder may be called so.
+    with tempfile.TemporaryDirectory(prefix="hipp-scoring-") as folder, _scoring_environment():
         file = Path(folder) / f"{dataset.dataset_name}.tsv"
         frame = dataset.data.drop(columns="image_path").assign(prediction=list(answers))
         frame.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL)
         result = dataset.evaluate(str(file), model="exact_matching", nproc=1)
         for kept in sorted(Path(folder).glob("*.[ct]sv")):
-            write_atomic(keep / kept.name, kept.read_bytes())
+            data = kept.read_bytes()
+            write_atomic(keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data)
     scale = 1 if dataset.TYPE == "Y/N" else 100  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
     table = {}
     for row in result.to_dict("records"):
         numbers = {str(column): scale * float(value) for column, value in row.items() if column != "split"}
         table[str(row["split"])] = {column: value for column, value in numbers.items() if not math.isnan(value)}
-    return table
+    return dict(sorted(table.items()))  # VLMEvalKit's order is that of a set, another one in every process
+
+
+def _in_order(scores: str) -> str:
+    """A CSV of scores with its rows sorted, so that the same answers give the same bytes."""
+    heading, *rows = csv.reader(io.StringIO(scores, newline=""))
+    out = io.StringIO(newline="")
+    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([heading, *sorted(rows)])
+    return out.getvalue()
 
 
 @contextlib.contextmanager

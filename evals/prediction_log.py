@@ -1,0 +1,280 @@
+"""Answers kept line by line, so that a killed run goes on where it stopped, and ends with the answers of one that was not.
+
+Questions are asked in batches, and the others in a batch change the padding, so the last bits of the logits, so now and then an
+answer. Therefore a batch counts only as a whole: half of one, which a killed process leaves, is dropped and asked again.
+
+One process at a time writes a log. Its lock is the operating system's, which lets go when the process dies. Where there are no
+locks, as on some network drives, every process writes a file of its own, and these are put together at the end.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from hipp_ext.errors import DataError, OutputBusyError, WriteError
+from hipp_ext.files import write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK, PART = ".lock", ".part"
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # what `files.new_file` and tempfile leave when the process is killed
+_LARGEST = 1 << 30  # bytes of a file of lines; POPE's answers take half a megabyte
+_START_OVER = "Delete the file to start over"
+Line = TypeVar("Line")
+
+
+@dataclass
+class _Answer:
+    index: str | int
+    prediction: str
+    batch: int = 1  # how many questions were asked together; the lines of a batch follow each other
+
+
+class PredictionLog:
+    """Answers by row index in a JSONL file that only grows.
+
+    Attributes:
+        answers: row index (as text) to answer; filled from the file.
+
+    Args:
+        path: of the file.
+        private: write to a file of this process beside it, until `merge` is called.
+
+    Raises:
+        DataError: a line before the last one is damaged.
+        WriteError: the folder cannot be made.
+    """
+
+    def __init__(self, path: str | Path, private: bool = False):
+        self.path = Path(path)
+        self._private = private
+        self._file = self.path.with_name(f"{self.path.stem}.{uuid.uuid4().hex}{PART}") if private else self.path
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._batches, whole = _read_batches(self.path)
+        self.answers = {index: answer for batch in self._batches for index, answer in batch.items()}
+        for part in self._parts():
+            self._take(_read_batches(part)[0])
+        if not private and self.path.exists() and whole < self.path.stat().st_size:
+            with writing(self.path):
+                os.truncate(self.path, whole)  # the next line must not be glued to half a line
+
+    def add(self, answers: Iterable[tuple[str, str]]) -> None:
+        """Append the (index, answer) pairs of one batch.
+
+        Raises:
+            WriteError: the disk is full, say. What was written before counts; half a batch is dropped when the file is read.
+        """
+        new = dict(answers)
+        if not new:
+            return
+        try:
+            with self._file.open("ab") as file:
+                file.write(_lines(new))
+        except OSError as error:
+            raise WriteError(
+                f"{self.path}: answers could not be written: {error.strerror}. Those before are kept; make room, and the same "
+                "command goes on from there"
+            ) from error
+        self._batches.append(new)
+        self.answers |= new
+
+    def merge(self, order: Sequence[str]) -> None:
+        """Put what private files hold into the one file, batches in the order of the indices `order`, and remove them.
+
+        A file that goes away under a process that still runs costs nothing: the process has its answers in memory.
+        """
+        parts = self._parts()
+        if not (self._private or parts):
+            return
+        for part in parts:
+            self._take(_read_batches(part)[0])
+        there = _read_batches(self.path)[0]
+        self._take(there)
+        if there != self._batches:
+            rank = {index: place for place, index in enumerate(order)}
+            self._batches.sort(key=lambda batch: rank.get(next(iter(batch)), len(rank)))
+            with writing(self.path):
+                write_atomic(self.path, b"".join(map(_lines, self._batches)))
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*{PART}"))
+
+    def _take(self, batches: Iterable[dict[str, str]]) -> None:
+        for batch in batches:
+            if self.answers.keys().isdisjoint(batch):
+                self._batches.append(batch)
+                self.answers |= batch
+
+
+@contextlib.contextmanager
+def open_log(path: str | Path, order: Sequence[str]) -> Iterator[PredictionLog]:
+    """The log at `path`, and its folder, for this process alone while the block runs.
+
+    Args:
+        path: of the file.
+        order: the indices of all questions, in order.
+
+    Raises:
+        OutputBusyError: another process works on it.
+        DataError, WriteError: see `PredictionLog`.
+    """
+    path = Path(path)
+    with claim(path.parent) as alone:
+        if alone:
+            _sweep(path.parent)
+        log = PredictionLog(path, private=not alone)
+        try:
+            yield log
+        except BaseException:
+            with contextlib.suppress(OSError):  # what ended the block is the news
+                log.merge(order)
+            raise
+        log.merge(order)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Hold `folder` for this process while the block runs; yields False where the file system knows no locks.
+
+    Raises:
+        OutputBusyError: it is held already; the message says by whom.
+        WriteError: the folder cannot be made or written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(folder / LOCK)
+    try:
+        yield file is not None
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody else's is removed
+        if file is not None:
+            file.close()
+
+
+def _lock(path: Path) -> IO[str] | None:
+    if fcntl is None:
+        return None
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()
+        except FileNotFoundError:  # the holder before removed it; so there is another file to be locked
+            file.close()
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            file.close()
+            raise OutputBusyError(
+                f"{path.parent} is being written by {holder}. Wait until it has ended, or stop it: then the same command goes "
+                "on from what is there. With another work folder both can run at once"
+            ) from None
+        except OSError:
+            file.close()
+            return None
+    with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write at `path` into WriteError."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> list[tuple[Line, int]]:
+    """The objects of a file of JSON lines, each with the offset of its end. A last line that was cut off is left out.
+
+    Args:
+        file: to be read.
+        kind: a dataclass; types are checked, further fields are passed over.
+        fields: of the object, as the message names them.
+        hint: ends the message.
+
+    Raises:
+        DataError: there is no such file, or a line of it is damaged.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    read, found, end = TypeAdapter(kind).validate_json, [], 0
+    for number, line in enumerate(read_file(file, _LARGEST).split(b"\n")[:-1], start=1):
+        end += len(line) + 1
+        try:
+            found.append((read(line, strict=True), end))
+        except ValidationError:
+            raise DataError(f"{file}, line {number}, is damaged: an object with {fields} is needed{hint}") from None
+    return found
+
+
+def read_file(file: Path, largest: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        DataError: it is not there, is a device or the like, or has more than `largest` bytes.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"{file} is not a file")
+        if file.stat().st_size > largest:
+            raise DataError(f"{file} is too large: {file.stat().st_size:,} bytes, and {largest:,} are the most")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
+    """The whole batches of a log, and where the last one ends; nothing of a file that is not there."""
+    try:
+        lines = read_lines(file, _Answer, "index, prediction", f". {_START_OVER}")
+    except DataError:
+        if os.path.lexists(file):
+            raise
+        return [], 0  # also a private file that another process has just put where it belongs
+    batches, place = [], 0
+    while place < len(lines):
+        size = lines[place][0].batch
+        group = [line for line, _ in lines[place : place + max(size, 1)]]
+        if size < 1 or any(line.batch != size for line in group):
+            raise DataError(f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. {_START_OVER}")
+        if len(group) < size:
+            break  # the rest was never written
+        batches.append({str(line.index): line.prediction for line in group})
+        place += size
+    return batches, lines[place - 1][1] if place else 0
+
+
+def _lines(batch: dict[str, str]) -> bytes:
+    lines: list[dict[str, Any]] = [{"index": i, "prediction": answer, "batch": len(batch)} for i, answer in batch.items()]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writes that were killed left in a folder that is held."""
+    for left in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
