@@ -14,11 +14,12 @@ from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
 from hipp_ext.evals.metrics import without_nan
 from hipp_ext.evals.prediction_log import open_log, writing
-from hipp_ext.evals.predictions import PICTURE_FORMATS, HippVLM, answer_rows, check_model_folder
+from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
+from hipp_ext.untrusted import rgb_picture
 
 _KEY = 2  # counts changes of how captions are asked for: those kept from before are not those of now
 PROMPT = "Provide a brief description of the given image."  # POPE's second caption instruction (arXiv 2305.10355, 3.1)
@@ -164,11 +165,9 @@ def measure_chair(
 
 
 def _checked(name: str, read: Callable[[], bytes]) -> bytes:
-    from PIL import Image
-
     try:
         data = read()
-        Image.open(io.BytesIO(data), formats=PICTURE_FORMATS).convert("RGB")
+        rgb_picture(data)
     except Exception as error:  # decoders of damaged pictures raise almost anything
         raise DataError(f"the image {name} is broken, it cannot be decoded: {error}") from None
     return data

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from hipp_ext.evals.metrics import clustered_se
-from hipp_ext.evals.prediction_log import read_file
 from pydantic import TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
+from hipp_ext.untrusted import read_plain
 
 _LARGEST = 1 << 24  # bytes of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")
@@ -62,7 +62,7 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     Raises:
         DataError: no such file, not this format, or nothing in it.
     """
-    data = read_file(Path(path), _LARGEST)
+    data = read_plain(path, _LARGEST)
     try:
         if Path(path).suffix == ".json":
             found = TypeAdapter(dict[str, list[str]]).validate_json(data, strict=True)

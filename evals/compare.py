@@ -18,9 +18,9 @@ from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.statistics import Estimate, PairedDifference, bootstrap_estimate, paired_difference, questions_needed
 from hipp_ext.evals.tables import YES_NO
-from hipp_ext.evals.untrusted import shown
 
 from hipp_ext.errors import DataError
+from hipp_ext.untrusted import shown
 
 __all__ = ["Comparison", "check_same_questions", "compare", "compare_runs", "comparison_table", "plain"]
 

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 
 from hipp_ext.errors import DataError, OutputBusyError, WriteError
 from hipp_ext.files import write_atomic
+from hipp_ext.untrusted import read_plain
 
 try:
     import fcntl
@@ -222,29 +223,13 @@ def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> lis
     from pydantic import TypeAdapter, ValidationError
 
     read, found, end = TypeAdapter(kind).validate_json, [], 0
-    for number, line in enumerate(read_file(file, _LARGEST).split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_plain(file, _LARGEST).split(b"\n")[:-1], start=1):
         end += len(line) + 1
         try:
             found.append((read(line, strict=True), end))
         except ValidationError:
             raise DataError(f"{file}, line {number}, is damaged: an object with {fields} is needed{hint}") from None
     return found
-
-
-def read_file(file: Path, largest: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        DataError: it is not there, is a device or the like, or has more than `largest` bytes.
-    """
-    try:
-        if file.exists() and not file.is_file():
-            raise DataError(f"{file} is not a file")
-        if file.stat().st_size > largest:
-            raise DataError(f"{file} is too large: {file.stat().st_size:,} bytes, and {largest:,} are the most")
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:

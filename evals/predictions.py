@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.evals.prediction_log import PredictionLog
 
 from hipp_ext.errors import CheckpointError
+from hipp_ext.untrusted import read_picture
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["MAX_NEW_TOKENS", "HippVLM", "PredictionLog", "answer_rows", "check_model_folder", "plain_greedy"]
 
 MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow decodes these itself; EPS, say, starts Ghostscript
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation",
          "cache_config", "max_cache_len")  # fmt: skip
 
@@ -143,16 +143,13 @@ class HippVLM:
     def generate_batch(self, messages: Sequence[list[dict]]) -> list[str]:
         """The greedy answers to several messages, without special tokens and surrounding blanks."""
         import torch
-        from PIL import Image
 
         from hipp_ext.calibration import tokenise
 
         texts, images = [], []
         for message in messages:
             texts.append(self._rendered(message))
-            images.append([
-                Image.open(part["value"], formats=PICTURE_FORMATS).convert("RGB") for part in message if part["type"] == "image"
-            ])  # fmt: skip
+            images.append([read_picture(part["value"]) for part in message if part["type"] == "image"])
         batch = tokenise(self.processor, texts, images if any(images) else None)
         inputs = {name: self._placed(value) for name, value in batch.items()}
         with torch.inference_mode():

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hipp_ext.evals.predictions import PICTURE_FORMATS
 from hipp_ext.evals.tables import YES_NO, Table, row_options
+
+from hipp_ext.untrusted import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,9 +29,7 @@ class TableQuestion:
     @property
     def image(self) -> "Image.Image":
         """The picture, RGB."""
-        from PIL import Image
-
-        return Image.open(self.image_path, formats=PICTURE_FORMATS).convert("RGB")
+        return read_picture(self.image_path)
 
 
 def table_questions(table: Table) -> list[TableQuestion]:

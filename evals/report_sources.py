@@ -13,7 +13,6 @@ from typing import Any
 
 from hipp_ext.evals.figures import KINDS
 from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
-from hipp_ext.evals.untrusted import is_below, read_json
 
 from hipp_ext.checkpoint import read_plan
 from hipp_ext.errors import DataError, PlanError
@@ -23,6 +22,7 @@ from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.fit_folder import IDENTITY
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
+from hipp_ext.untrusted import is_below, read_json
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
 _MARKS = ("results.json", "planner.json", "config.json")

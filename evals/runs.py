@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hipp_ext.evals.prediction_log import read_file, read_lines
+from hipp_ext.evals.prediction_log import read_lines
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
+from hipp_ext.untrusted import read_plain
 
 PREDICTIONS, QUESTIONS = "predictions.jsonl", "questions.jsonl"
 _LONGEST_NAME = 255 - len("-12345678")  # bytes, in most file systems
@@ -162,7 +163,7 @@ def _results(folder: Path) -> tuple[Path, int | None]:
     """
     file = folder / "results.json"
     try:
-        results = TypeAdapter(_Results).validate_json(read_file(file, _RESULTS_BYTES), strict=True)
+        results = TypeAdapter(_Results).validate_json(read_plain(file, _RESULTS_BYTES), strict=True)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
         raise DataError(f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.pope import RULES, split_rates
-from hipp_ext.evals.predictions import PICTURE_FORMATS
 from hipp_ext.evals.questions import table_questions
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.scienceqa import UNREADABLE, option_letter
 from hipp_ext.evals.tables import Table, locate, read_table
+
+from hipp_ext.untrusted import read_picture
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -78,9 +79,7 @@ def _picture_folder(beside: Path) -> Path:
 
 def doc_to_image(doc: dict) -> list[Any]:
     """The document's picture, RGB, in a list."""
-    from PIL import Image
-
-    return [Image.open(doc["image_path"], formats=PICTURE_FORMATS).convert("RGB")]
+    return [read_picture(doc["image_path"])]
 
 
 def pope_results(doc: dict, results: Sequence[str]) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.untrusted import read_json, shown, the_only_one
-
 from hipp_ext.errors import DataError
+from hipp_ext.untrusted import read_json, shown, the_only_one
 
 
 @dataclass(frozen=True, kw_only=True)

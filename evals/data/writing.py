@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hipp_ext.evals.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture, shown
-
 from hipp_ext.errors import DataError, WriteError
 from hipp_ext.files import content_hash, new_file, require_new, write_atomic
+from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture, shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from hipp_ext.errors import DataError
 from hipp_ext.robust.batch_files import BatchFileError, read_batch_file
 from hipp_ext.robust.data import LAYOUTS, ImageData, Images
+from hipp_ext.untrusted import FORMATS
 
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MOST_TEXT = 16 * 2**20  # bytes of a list of names
 MOST_MATRICES = 512 * 2**20  # bytes of an SVHN file when unpacked; the larger one has 225 MB
 CHUNK = 2**20
@@ -165,7 +165,7 @@ def _picture(path: Path) -> Tensor:
 
     if not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
-    with Image.open(path, formats=PICTURE_FORMATS) as picture:
+    with Image.open(path, formats=FORMATS) as picture:
         if picture.size != (64, 64):  # before its pixels are unpacked
             raise ValueError(f"64x64 pixels were expected, got {picture.size[0]}x{picture.size[1]}")
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

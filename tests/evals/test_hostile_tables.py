@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from hipp_ext.evals.tables import read_table
-from hipp_ext.evals.untrusted import PICTURE_PIXELS, parse_json, read_plain, rgb_picture, shown, the_only_one
 from PIL import Image
 from vlm_tables import picture, pope_rows, scienceqa_rows, write_tsv
 
 from hipp_ext.errors import DataError
+from hipp_ext.untrusted import PICTURE_PIXELS, parse_json, read_plain, rgb_picture, shown, the_only_one
 
 RED, BLUE = picture("red"), picture("blue")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"

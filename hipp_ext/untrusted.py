@@ -121,6 +121,15 @@ def rgb_picture(data: bytes) -> "Image.Image":
         raise DataError(f"it cannot be decoded: {error}") from None
 
 
+def read_picture(path: str | Path) -> "Image.Image":
+    """The picture in a plain file, as `rgb_picture`. Errors as `open_plain` and `rgb_picture`."""
+    data = read_plain(path, PICTURE_BYTES, "picture")
+    try:
+        return rgb_picture(data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from None
+
+
 def the_only_one(value: Any, where: str) -> Any:
     """`value`, or the member of a list of one. A text that spells a list, in JSON or as Python prints it, is such a list.
 
