@@ -1,6 +1,7 @@
 """lm-eval for real: our tasks and model through its command line, equal to the `vlmeval` path answer by answer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,30 @@ def test_model_arguments_are_checked(place, arguments, message):
 
     with pytest.raises(CheckpointError, match=message):
         HippLM.create_from_arg_string(arguments.format(pruned=place / "pruned"), {"device": "cpu"})
+
+
+def test_chats_begin_once_and_decoding_is_plain(place, tmp_path):
+    """A template that writes the beginning-of-text token, a tokenizer that adds it, and settings that change logits."""
+    from hipp_ext.integrations.lm_eval_host import HippLM
+    from PIL import Image
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoProcessor
+
+    folder = shutil.copytree(place / "pruned", tmp_path / "m")
+    processor = AutoProcessor.from_pretrained(folder)
+    bos, number = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    processor.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "min_new_tokens": 3, "eos_token_id": 2}')
+    model = HippLM.create_from_arg_string(f"pretrained={folder},trust_remote_code=None", {"device": "cpu"})
+    chats = [
+        model.apply_chat_template([{"role": "user", "content": f"<image>{text}"}]) for text in ("Is there a kite?", "Why?")
+    ]
+    batch = model.tok_batch_multimodal_encode(chats, [[Image.new("RGB", (32, 32))]] * 2)
+    assert (batch["input_ids"] == number).sum(1).tolist() == [1, 1] and batch["attention_mask"][1, 0] == 0
+    assert model.processor.tokenizer("x")["input_ids"][0] == number  # else nothing was tested
+    settings = model.model.generation_config
+    assert (settings.repetition_penalty, settings.min_new_tokens, settings.eos_token_id) == (None, None, 2)
 
 
 def test_pictures_need_the_chat_template(place):
