@@ -29,7 +29,6 @@ from hipp_ext.planner.storage import Saved, read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.quantities import whole
 from hipp_ext.scorers import MRS, Scorer
-from hipp_ext.testbed import is_testbed
 
 Say = Callable[[str], None]
 TOY = (
@@ -45,6 +44,18 @@ def check_model(model: Any) -> None:
         raise TypeError(f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r}).")
     if not isinstance(model, nn.Module):
         raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")
+
+
+def _mind_the_toy(model: nn.Module, say: Say | None) -> None:
+    """Say what the built-in questions are worth, unless the model was made for them."""
+    from hipp_ext.testbed import is_testbed
+
+    if is_testbed(model):
+        return
+    if say:
+        say(f"warning: {TOY}")
+    else:
+        warnings.warn(TOY, stacklevel=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +252,8 @@ class HiPPPlanner:
             return self.signals  # type: ignore[return-value]
         if there and say:
             say("another calibration than that of the signals at hand: measuring again")
-        if calibration is None and not is_testbed(model):
-            say(f"warning: {TOY}") if say else warnings.warn(TOY, stacklevel=3)
+        if calibration is None:
+            _mind_the_toy(model, say)
         wanted: Any = {"mrs": self.mrs, "progress": say, "bar": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **wanted)
