@@ -1,10 +1,9 @@
 """Numbers given as options, whatever type they came in: taken where exact, refused in words where not."""
 
-import math
-import numbers
 from typing import Any
 
 from hipp_ext.errors import CompressionError
+from hipp_ext.quantities import finite, whole
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -13,9 +12,7 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     Raises:
         CompressionError: it is a truth value, a string, not a whole number, or out of range.
     """
-    plain, number = _plain(value), None
-    if _is_real(plain) and plain == plain // 1:
-        number = int(plain)
+    number = whole(_plain(value))
     if number is None or number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise CompressionError(f"{name}={value!r}: a whole number {bounds} is needed.")
@@ -29,11 +26,8 @@ def positive_number(name: str, value: Any) -> float:
         CompressionError: it is a truth value, a string, not finite, not above 0, or not exact as a float.
     """
     plain = _plain(value)
-    try:
-        number = float(plain) if _is_real(plain) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number > 0 and number == plain):
+    number = finite(plain)
+    if number is None or number <= 0 or number != plain:
         raise CompressionError(f"{name}={value!r}: a finite number above 0 is needed.")
     return number
 
@@ -41,7 +35,3 @@ def positive_number(name: str, value: Any) -> float:
 def _plain(value: Any) -> Any:
     """The Python number in a scalar of numpy or torch."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,10 +1,8 @@
 """Adversarial training that goes on after a kill to the same weights, and the recalibration of batch norms."""
 
 import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.attacks import check_precision
-from hipp_ext.errors import AttackError, DataError, UnsupportedModelError
+from hipp_ext.errors import AttackError, CheckpointError, DataError, UnsupportedModelError
 from hipp_ext.files import write_atomic
 from hipp_ext.robust.data import ImageData, Images, check_images
 from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import AdversarialLoss, attacked, backward
+from hipp_ext.sealed import seal, unseal
 
 MOMENTUM = 0.9
 WARM_UP = 0.3  # share of the steps in which the rate rises
@@ -140,30 +139,24 @@ class _Run:
         self.done += 1
 
     def save(self, path: Path, history: list[float]) -> None:
-        from safetensors.torch import save
-
         tensors = {f"model.{n}": t.contiguous() for n, t in self.model.state_dict().items()}
         for i, p in enumerate(self.parameters):
             if (momentum := self.optimizer.state[p].get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = momentum
-        note = {"identity": json.dumps(self.identity), "history": json.dumps(history)}
-        write_atomic(path, save(tensors, note | {"digest": _contents(tensors, note)}))
+        write_atomic(path, seal(tensors, {"identity": self.identity, "history": history}))
 
     def load(self, path: Path) -> list[float]:
-        from safetensors import safe_open
-
         try:
-            with safe_open(path, "pt") as file:
-                note, tensors = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-            there, history = json.loads(note["identity"]), json.loads(note["history"])
+            tensors, about = unseal(path)
+            there, history = about["identity"], about["history"]
             belongs = {part: there.get(part) == self.identity[part] for part in PARTS}
-        except Exception as error:  # safetensors', json's, the file system's
-            raise DataError(f"{path} is no checkpoint of a training run ({error!r}). Remove it to begin again.") from error
+        except (CheckpointError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path} is no checkpoint of a training run, or damaged: {error} Remove it to begin again."
+            ) from error
         for part, words in PARTS.items():
             if not belongs[part]:
                 raise DataError(f"{path} belongs to {words}. Remove it, or choose another folder.")
-        if note.get("digest") != _contents(tensors, note):
-            raise DataError(f"{path} is damaged: it is not what was written. Remove it to begin again.")
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(state)
         for i, p in enumerate(self.parameters):
@@ -171,11 +164,6 @@ class _Run:
                 self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{i}"].to(p.device)
         self.done = len(history) * self.per_epoch
         return history
-
-
-def _contents(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
-    """Digest of all that a checkpoint holds."""
-    return digest(dict(sorted(tensors.items()))) + hashlib.sha256((note["identity"] + note["history"]).encode()).hexdigest()
 
 
 def cycle(rate: float, step: int, steps: int) -> float:
