@@ -47,7 +47,7 @@ def run(kills: int = 50, seed: int = 0, commands: tuple[str, ...] = COMMANDS, sa
     return report("kill", f"hipp bench kill --kills {kills} --seed {seed}", {"kills": kills, **values}, save)
 
 
-def _jobs(inputs: Path) -> dict[str, tuple[Callable[[], None], list[str]]]:
+def _jobs(inputs: Path) -> dict[str, tuple[Callable[[], Any], list[str]]]:
     """Command -> (entry point, arguments), each short, on inputs made here; the output goes to the working directory."""
     from hipp_ext.integrations.vlmevalkit import main as vlmeval
 
@@ -65,7 +65,7 @@ def _jobs(inputs: Path) -> dict[str, tuple[Callable[[], None], list[str]]]:
     _call(hipp, ["hipp", "plan", dense, "--pruning-ratio", "0.3", "--calibration-rows", "8", "-o", plan, *quick])
     robust = ["--epsilon", "0.1", "--steps", "2", "--batch-size", "256", *cpu]
     _call(hipp, ["hipp", "robust", "train", "--network", "small-vgg", "--epochs", "1", *robust, "-o", classifier])
-    tables = ["--pope", str(data / "POPE_search.tsv"), "--scienceqa", str(data / "ScienceQA_search.tsv")]
+    tables = ["--pope", str(data / "search" / "POPE.tsv")]
     arguments = {
         "prune": [dense, plan, "-o", "pruned", *cpu],
         "fit": [dense, "-o", "planner", "--steps", "3", "--questions", "24", "--calibration-rows", "8", *quick],
@@ -76,7 +76,7 @@ def _jobs(inputs: Path) -> dict[str, tuple[Callable[[], None], list[str]]]:
     }  # fmt: skip
     before = {"finetune": ["robust", "finetune"], "pope": ["data", "pope"]}
     jobs = {name: (hipp, ["hipp", *before.get(name, [name]), *rest]) for name, rest in arguments.items()}
-    asked = ["vlmeval", "--model", dense, "--data", f"POPE={data / 'POPE_test.tsv'}", "--limit", "24", *cpu]
+    asked = ["vlmeval", "--model", dense, "--data", f"POPE={data / 'test' / 'POPE.tsv'}", "--limit", "24", *cpu]
     return jobs | {"vlmeval": (vlmeval, asked)}
 
 
@@ -101,14 +101,14 @@ def _pope_source(folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(source))
 
 
-def _call(main: Callable[[], None], arguments: list[str]) -> None:
+def _call(main: Callable[[], Any], arguments: list[str]) -> None:
     """Run a command in a process of its own and wait for it."""
     ended = os.waitpid(_start(main, arguments, Path.cwd()), 0)[1]
     if ended:
         raise HippError(f"`{' '.join(arguments)}` ended with {os.waitstatus_to_exitcode(ended)}.")
 
 
-def _start(main: Callable[[], None], arguments: list[str], folder: Path) -> int:
+def _start(main: Callable[[], Any], arguments: list[str], folder: Path) -> int:
     """Begin a command in `folder`, in a forked process, which has imported everything; its id."""
     if child := os.fork():
         return child
@@ -118,15 +118,14 @@ def _start(main: Callable[[], None], arguments: list[str], folder: Path) -> int:
         output = (folder.parent / "output.txt").open("w")
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             sys.argv = arguments
-            main()
-        code = 0
+            code = main() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         os._exit(code)
 
 
-def _study(folder: Path, main: Callable[[], None], arguments: list[str], kills: int, rng: random.Random) -> dict[str, Any]:
+def _study(folder: Path, main: Callable[[], Any], arguments: list[str], kills: int, rng: random.Random) -> dict[str, Any]:
     whole, cut = folder / "whole", folder / "cut"
     start = time.perf_counter()
     _run(main, arguments, whole)
@@ -153,7 +152,7 @@ def _study(folder: Path, main: Callable[[], None], arguments: list[str], kills: 
     }  # fmt: skip
 
 
-def _run(main: Callable[[], None], arguments: list[str], folder: Path) -> None:
+def _run(main: Callable[[], Any], arguments: list[str], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     ended = os.waitpid(_start(main, arguments, folder), 0)[1]
     if ended:
@@ -162,5 +161,12 @@ def _run(main: Callable[[], None], arguments: list[str], folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes | None]:
-    """Path below `folder` -> contents of a file, None for a folder."""
-    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
+    """Path below `folder` -> contents of a file, None for a folder; without what tells how long it took, and where."""
+    return {str(p.relative_to(folder)): None if p.is_dir() else _contents(p) for p in sorted(folder.rglob("*"))}
+
+
+def _contents(file: Path) -> bytes:
+    if file.name != "results.json":
+        return file.read_bytes()
+    results = json.loads(file.read_text())
+    return json.dumps({k: v for k, v in results.items() if k not in ("seconds", "predictions", "command")}).encode()
