@@ -152,7 +152,7 @@ def measure_chair(
     place = result_folder(work_dir, folder, model_hash) / f"CHAIR-{task.name}" / f"run-{key}"
 
     def message(row: int) -> list[dict]:
-        return [{"type": "image", "value": io.BytesIO(pictures[row])}, {"type": "text", "value": task.prompt}]
+        return [{"type": "image", "value": pictures[row]}, {"type": "text", "value": task.prompt}]
 
     with open_log(place / PREDICTIONS, task.names) as log, writing(place):
         answer_rows(lambda: HippVLM(folder, device, dtype, task.max_new_tokens), log, task.names, message,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.evals.prediction_log import PredictionLog
 
 from hipp_ext.errors import CheckpointError
-from hipp_ext.untrusted import read_picture
+from hipp_ext.untrusted import read_picture, rgb_picture
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -149,7 +149,7 @@ class HippVLM:
         texts, images = [], []
         for message in messages:
             texts.append(self._rendered(message))
-            images.append([read_picture(part["value"]) for part in message if part["type"] == "image"])
+            images.append([_picture(part["value"]) for part in message if part["type"] == "image"])
         batch = tokenise(self.processor, texts, images if any(images) else None)
         inputs = {name: self._placed(value) for name, value in batch.items()}
         with torch.inference_mode():
@@ -178,6 +178,11 @@ class HippVLM:
         if not hasattr(value, "is_floating_point"):  # a few processors add what is no tensor
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+
+def _picture(value: str | bytes) -> Any:
+    """The picture of a message: a file, as VLMEvalKit names it, or a file's bytes."""
+    return rgb_picture(value) if isinstance(value, bytes) else read_picture(value)
 
 
 def plain_greedy(model: Any) -> "GenerationConfig":

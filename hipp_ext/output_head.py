@@ -91,11 +91,12 @@ def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Ten
     """(last hidden states, float32 logits on the CPU) at `positions`, from one forward pass of the whole model."""
     seen: list[Any] = []
     handle = decoder(model).register_forward_hook(lambda _, __, output: seen.append(output))
-    # Logits of all tokens would take more memory than the rest of the pass.
-    places, index = positions.unique(return_inverse=True)
+    # Logits of all tokens would take more memory than the rest of the pass. (Indices would have to lie where the head does.)
+    positions, length = positions.cpu(), batch["input_ids"].shape[1]
+    last = length - int(positions.min())
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     try:
-        output = forward(model, batch | {"logits_to_keep": places} if few else batch)
+        output = forward(model, batch, **({"logits_to_keep": last} if few else {}))
     finally:
         handle.remove()
     hidden, logits = getattr(seen[-1] if seen else None, "last_hidden_state", None), getattr(output, "logits", None)
@@ -104,7 +105,7 @@ def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Ten
             f"{type(model).__name__} gives no logits of its decoder's last hidden states: a language head is needed."
         )
     rows = torch.arange(len(positions))
-    logits = logits.float().cpu()[rows, index if few and logits.shape[1] == len(places) else positions]
+    logits = logits[:, -last:].cpu()[rows, positions - length].float()
     return hidden[rows, positions.to(hidden.device)], logits
 
 

@@ -112,6 +112,7 @@ def test_only_consumers_that_shrink_change():
 def test_chunks_give_what_one_pass_gives():
     model, batches = build("llava_gqa"), [batch("llava_gqa", seed=s) for s in range(2)]
     plan = random_plan(model)
+    match(model, plan)  # verified here, by passes of its own
     passes = []
     model.model.language_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
     whole = compensated_weights(model, match(model, plan), plan, batches)

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -121,8 +122,9 @@ def test_a_folder_in_a_parent_of_somebody_else(tmp_path, sticky):
     (shared / "file").write_text("old")
     os.chmod(shared / "file", 0o666)
     shared.chmod(0o1777 if sticky else 0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder != Path(tempfile.gettempdir()) and folder.is_relative_to(tempfile.gettempdir()):
+            folder.chmod(0o755)
     inode = (shared / "mine").stat().st_ino
     os.seteuid(65534)
     try:

@@ -4,6 +4,7 @@ What is compared is everything that a command leaves in its working directory: a
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -12,17 +13,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from hipp_ext.evals.bench.measuring import report
+from hipp_ext.integrations.vlmevalkit import main as vlmeval
 
+from hipp_ext import testbed
+from hipp_ext.cli import main as hipp
 from hipp_ext.errors import HippError
 
 COMMANDS = ("prune", "fit", "recover", "finetune", "vlmeval", "pope")
 PICTURES = 6  # of the POPE source
+CPU = ["--device", "cpu"]
 
 
 def run(kills: int = 50, seed: int = 0, commands: tuple[str, ...] = COMMANDS, save: bool = False) -> dict[str, Any]:
@@ -39,125 +43,129 @@ def run(kills: int = 50, seed: int = 0, commands: tuple[str, ...] = COMMANDS, sa
     torch.set_num_threads(1)  # forked processes cannot share a thread pool
     try:
         with tempfile.TemporaryDirectory() as folder:
-            jobs = _jobs(Path(folder) / "inputs")
-            rng = random.Random(seed)
-            values = {name: _study(Path(folder), *jobs[name], kills, rng) for name in commands}
+            inputs, rng = _Inputs(Path(folder) / "inputs"), random.Random(seed)
+            values = {name: _study(Path(folder), inputs.arguments(name), kills, rng) for name in commands}
     finally:
         torch.set_num_threads(threads)
     return report("kill", f"hipp bench kill --kills {kills} --seed {seed}", {"kills": kills, **values}, save)
 
 
-def _jobs(inputs: Path) -> dict[str, tuple[Callable[[], Any], list[str]]]:
-    """Command -> (entry point, arguments), each short, on inputs made here; the output goes to the working directory."""
-    from hipp_ext.integrations.vlmevalkit import main as vlmeval
+class _Inputs:
+    """What the commands read, each part made when it is first asked for; and the commands, whose output goes where they run."""
 
-    from hipp_ext import testbed
-    from hipp_ext.cli import main as hipp
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.folder.mkdir()
+        self.dense = str(testbed.WEIGHTS)
+        self.robust = ["--epsilon", "0.1", "--steps", "2", "--batch-size", "256", *CPU]
+        self.calibration = ["--calibration-rows", "8", "--cache", str(folder / "cache"), *CPU]
+        testbed.load()  # imports what the commands would each import, which is not what is to be killed
 
-    testbed.load()  # imports what the commands would each import, which is not what is to be killed
-    dense, data = str(testbed.WEIGHTS), inputs / "data"
-    inputs.mkdir()
-    testbed.export(data)
-    _pope_source(inputs)
-    cpu = ["--device", "cpu"]
-    quick = ["--cache", str(inputs / "cache"), *cpu]
-    plan, classifier = str(inputs / "plan.json"), str(inputs / "classifier")
-    _call(hipp, ["hipp", "plan", dense, "--pruning-ratio", "0.3", "--calibration-rows", "8", "-o", plan, *quick])
-    robust = ["--epsilon", "0.1", "--steps", "2", "--batch-size", "256", *cpu]
-    _call(hipp, ["hipp", "robust", "train", "--network", "small-vgg", "--epochs", "1", *robust, "-o", classifier])
-    tables = ["--pope", str(data / "search" / "POPE.tsv")]
-    arguments = {
-        "prune": [dense, plan, "-o", "pruned", *cpu],
-        "fit": [dense, "-o", "planner", "--steps", "3", "--questions", "24", "--calibration-rows", "8", *quick],
-        "recover": [dense, "-o", "recovered", "--steps", "6", "--save-every", "2", "--batch-size", "4", *tables, *cpu],
-        "finetune": [classifier, "--epochs", "3", *robust, "-o", "tuned"],
-        "pope": ["--coco-annotations", str(inputs / "instances.json"), "--images", str(inputs / "pictures"), "--n", "5",
-                 "-o", "POPE.tsv"],
-    }  # fmt: skip
-    before = {"finetune": ["robust", "finetune"], "pope": ["data", "pope"]}
-    jobs = {name: (hipp, ["hipp", *before.get(name, [name]), *rest]) for name, rest in arguments.items()}
-    asked = ["vlmeval", "--model", dense, "--data", f"POPE={data / 'test' / 'POPE.tsv'}", "--limit", "24", *cpu]
-    return jobs | {"vlmeval": (vlmeval, asked)}
+    def arguments(self, name: str) -> list[str]:
+        """The command line of one of COMMANDS."""
+        return ["hipp", *getattr(self, f"_{name}")()] if name != "vlmeval" else ["vlmeval", *self._vlmeval()]
+
+    def _prune(self) -> list[str]:
+        plan = str(self.folder / "plan.json")
+        _run(["hipp", "plan", self.dense, "--pruning-ratio", "0.3", "-o", plan, *self.calibration], self.folder)
+        return ["prune", self.dense, plan, "-o", "pruned", *CPU]
+
+    def _fit(self) -> list[str]:
+        return ["fit", self.dense, "-o", "planner", "--steps", "3", "--questions", "24", *self.calibration]
+
+    def _recover(self) -> list[str]:
+        questions = ["--pope", str(self._data / "search" / "POPE.tsv"), "--batch-size", "4"]
+        return ["recover", self.dense, "-o", "recovered", "--steps", "6", "--save-every", "2", *questions, *CPU]
+
+    def _finetune(self) -> list[str]:
+        train = ["hipp", "robust", "train", "--network", "small-vgg", "--epochs", "1", *self.robust]
+        _run([*train, "-o", "classifier"], self.folder)
+        return ["robust", "finetune", str(self.folder / "classifier"), "--epochs", "3", *self.robust, "-o", "tuned"]
+
+    def _vlmeval(self) -> list[str]:
+        return ["--model", self.dense, "--data", f"POPE={self._data / 'test' / 'POPE.tsv'}", "--limit", "24", *CPU]
+
+    def _pope(self) -> list[str]:
+        annotations, pictures = _coco(self.folder)
+        source = ["--coco-annotations", str(annotations), "--images", str(pictures), "--n", str(PICTURES - 1)]
+        return ["data", "pope", *source, "-o", "POPE.tsv"]
+
+    @functools.cached_property
+    def _data(self) -> Path:
+        testbed.export(self.folder / "data")
+        return self.folder / "data"
 
 
-def _pope_source(folder: Path) -> None:
-    """A COCO instance file and its pictures, small."""
+def _coco(folder: Path) -> tuple[Path, Path]:
+    """A COCO instance file and the folder of its pictures, small."""
     from PIL import Image
 
-    pictures = folder / "pictures"
+    pictures, file, rng = folder / "pictures", folder / "instances.json", random.Random(0)
     pictures.mkdir()
-    rng = random.Random(0)
-    names = [f"thing{i}" for i in range(12)]
     images = [{"id": i, "file_name": f"{i:012d}.png", "width": 64, "height": 64} for i in range(PICTURES)]
     for image in images:
-        Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)).save(pictures / image["file_name"])
+        Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)).save(pictures / str(image["file_name"]))
     annotations = [
         {"id": 10 * i + j, "image_id": i, "category_id": category, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
         for i in range(PICTURES)
         for j, category in enumerate(rng.sample(range(12), 5))
     ]
-    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
-    source = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(source))
+    categories = [{"id": i, "name": f"thing{i}"} for i in range(12)]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file, pictures
 
 
-def _call(main: Callable[[], Any], arguments: list[str]) -> None:
-    """Run a command in a process of its own and wait for it."""
-    ended = os.waitpid(_start(main, arguments, Path.cwd()), 0)[1]
-    if ended:
-        raise HippError(f"`{' '.join(arguments)}` ended with {os.waitstatus_to_exitcode(ended)}.")
-
-
-def _start(main: Callable[[], Any], arguments: list[str], folder: Path) -> int:
+def _start(arguments: list[str], folder: Path) -> int:
     """Begin a command in `folder`, in a forked process, which has imported everything; its id."""
     if child := os.fork():
         return child
-    code = 1
+    code: Any = 1
     try:
         os.chdir(folder)
         output = (folder.parent / "output.txt").open("w")
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             sys.argv = arguments
-            code = main() or 0
+            code = (vlmeval if arguments[0] == "vlmeval" else hipp)() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         os._exit(code)
 
 
-def _study(folder: Path, main: Callable[[], Any], arguments: list[str], kills: int, rng: random.Random) -> dict[str, Any]:
+def _run(arguments: list[str], folder: Path) -> None:
+    """Run a command in `folder` to its end."""
+    folder.mkdir(exist_ok=True)
+    ended = os.waitpid(_start(arguments, folder), 0)[1]
+    if ended:
+        said = (folder.parent / "output.txt").read_text()[-500:]
+        raise HippError(f"`{' '.join(arguments)}` ended with {os.waitstatus_to_exitcode(ended)}: {said}")
+
+
+def _study(folder: Path, arguments: list[str], kills: int, rng: random.Random) -> dict[str, Any]:
     whole, cut = folder / "whole", folder / "cut"
     start = time.perf_counter()
-    _run(main, arguments, whole)
+    _run(arguments, whole)
     seconds = time.perf_counter() - start
     expected = _files(whole)
     same, others, moments = 0, set(), []
     while len(moments) < kills:
         shutil.rmtree(cut, ignore_errors=True)
         cut.mkdir()
-        child, moment = _start(main, arguments, cut), rng.uniform(0, seconds)
+        child, moment = _start(arguments, cut), rng.uniform(0, seconds)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
             continue  # a command that was faster than its killer says nothing
         moments.append(round(moment, 2))
-        _run(main, arguments, cut)
+        _run(arguments, cut)
         found = _files(cut)
         different = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
         same, others = same + (not different), others | different
     shutil.rmtree(whole)
     return {
-        "command": " ".join(a for a in arguments if str(folder) not in a), "same_bytes": same, "files": len(expected),
+        "command": " ".join(a for a in arguments if "/" not in a), "same_bytes": same, "files": len(expected),
         "differing": sorted(others)[:9], "seconds_undisturbed": round(seconds, 2), "moments": moments,
     }  # fmt: skip
-
-
-def _run(main: Callable[[], Any], arguments: list[str], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    ended = os.waitpid(_start(main, arguments, folder), 0)[1]
-    if ended:
-        said = (folder.parent / "output.txt").read_text()[-500:]
-        raise HippError(f"`{' '.join(arguments)}` ended with {os.waitstatus_to_exitcode(ended)}: {said}")
 
 
 def _files(folder: Path) -> dict[str, bytes | None]:

@@ -87,9 +87,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def forward(model: nn.Module, batch: Batch, labels: bool = False) -> Any:
-    """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted."""
-    return model(**_inputs(model, batch, labels), use_cache=False)
+def forward(model: nn.Module, batch: Batch, labels: bool = False, **kwargs: Any) -> Any:
+    """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted.
+
+    kwargs: what else the model's forward takes, left where it is.
+    """
+    return model(**_inputs(model, batch, labels), **kwargs, use_cache=False)
 
 
 def forward_hidden(model: nn.Module, batch: Batch) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 from hipp_ext.evals.bench import fit_cost, kill, knockout, mrs_cost, query, synflow
 
+from hipp_ext.errors import HippError
 from hipp_ext.planner import FitSettings
 
 
@@ -31,9 +32,15 @@ def test_visual_sensitivity_finds_the_layers_that_knockout_finds():
     assert found["spearman"] > 0.7 > found["spearman_of_wanda_sp"]
 
 
-def test_a_fit_killed_once_ends_with_the_same_archive():
-    found = kill.run(kills=1)
-    assert found["same_archive_and_policy"] == found["kills"] == 1
+@pytest.mark.parametrize("command", ["fit", "pope"])
+def test_what_was_killed_once_ends_in_the_same_bytes(command):
+    found = kill.run(kills=1, commands=(command,))[command]
+    assert found["same_bytes"] == 1 and not found["differing"] and found["files"] > 0
+
+
+def test_what_cannot_be_killed_is_named():
+    with pytest.raises(HippError, match=r"\['pop'\] cannot be killed here; the commands are prune, fit"):
+        kill.run(kills=1, commands=("pop",))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -292,8 +292,9 @@ def test_sensitivity_is_measured_once_and_is_what_pruning_one_group_does(closene
     table = context.sensitivity
     # Once dense; four heads have three levels below full width, the channels seven, the least of which is the floor.
     assert table.evaluations == 1 + 3 * 3 + 3 * 7
-    # Batches enter the decoder only when answers are taken; what comes before it is kept.
-    assert len(calls) == table.evaluations * len(BATCHES)
+    # Batches enter the decoder only when answers are taken; what comes before it is kept. The first one enters twice more, when
+    # the answers are compared with the model's own logits.
+    assert len(calls) == table.evaluations * len(BATCHES) + 2
     for group, keep in ((1, 22), (4, 2), (5, 5)):
         counts = [keep if i == group else g.width for i, g in enumerate(closeness.groups)]
         level = context.levels.level_of(group, keep)

@@ -451,26 +451,27 @@ def test_damaged_model_folders(llava, tmp_path):
 
 
 def test_half_written_pruned_folders(lmu, tmp_path, capsys):
-    """What a copy that was cut off leaves: each is refused before a question is asked, and named."""
+    """What a copy that was cut off leaves is refused before a question is asked, and named; the weights tell widths."""
     model, processor = testbed.load()
     groups = find_groups(model)
     plan = plan_from_counts(groups, keep_counts(groups, [0.1 * i for i in range(len(groups))], 0.3), Magnitude()(model))
     whole = save_pruned(prune(model, plan), tmp_path / "whole", processor)
     manifest = (whole / "hipp_ext.json").read_bytes()
-    spoilt = {"no-manifest": None, "half-manifest": manifest[: len(manifest) // 2], "other-manifest": b"{}"}
+    spoilt = {"half-manifest": manifest[: len(manifest) // 2], "other-manifest": b"{}"}
     for name, content in spoilt.items():
         folder = shutil.copytree(whole, tmp_path / name)
-        (folder / "hipp_ext.json").unlink()
-        if content is not None:
-            (folder / "hipp_ext.json").write_bytes(content)
+        (folder / "hipp_ext.json").write_bytes(content)
+    bare = shutil.copytree(whole, tmp_path / "no-manifest")
+    (bare / "hipp_ext.json").unlink()
     half = shutil.copytree(whole, tmp_path / "half-weights")
     (half / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:-1000])
     arguments = ["--data", "POPE", "--lmu-data", str(lmu), "--work-dir", str(tmp_path / "out"), "--device", "cpu", "--model"]
     assert main([*arguments, str(half)]) == 2 and "damaged or half-written" in capsys.readouterr().err
     assert main([*arguments, *(str(tmp_path / name) for name in spoilt)]) == 1
     said = capsys.readouterr().err
-    assert said.count("hipp_ext.json is damaged or of another format") == 2 and "no-manifest could not be loaded" in said
+    assert said.count("hipp_ext.json is damaged or of another format") == 2
     assert not list((tmp_path / "out").rglob("results.json"))
+    assert main([*arguments, str(bare), "--limit", "2"]) == 0
 
 
 def test_200_questions_on_the_testbed_take_less_than_a_minute(tmp_path):
