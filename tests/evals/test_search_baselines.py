@@ -284,6 +284,7 @@ def test_the_knapsack_refuses_what_it_cannot_solve():
 
 def test_sensitivity_is_measured_once_and_is_what_pruning_one_group_does(closeness):
     context = Context(model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores)
+    closeness.kl([g.width for g in closeness.groups])  # the model's groups are verified here, if they were not before
     calls = []
     handle = closeness.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
     for ratio in (0.1, 0.37, 0.5):
