@@ -11,7 +11,8 @@ def whole(value: Any) -> int | None:
         return None
     if isinstance(value, Integral):
         return int(value)
-    return int(value) if math.isfinite(value) and value == int(value) else None
+    number = finite(value)
+    return int(number) if number is not None and number == value and number.is_integer() else None
 
 
 def finite(value: Any) -> float | None:

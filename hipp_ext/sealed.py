@@ -55,5 +55,5 @@ def _digest(tensors: Mapping[str, Tensor], about: Any) -> str:
     table = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
     digest = hashlib.sha256(json.dumps([about, table], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -107,9 +107,9 @@ def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """The logits with the first unit of every group sliced out; for so long, parameters are views of what stays."""
-    whole: list[tuple[nn.Parameter, Tensor]] = []
+    whole: list[tuple[Tensor, Tensor]] = []
 
-    def show(parameter: nn.Parameter, start: int, dim: int) -> None:
+    def show(parameter: Tensor, start: int, dim: int) -> None:
         whole.append((parameter, parameter.data))
         parameter.data = parameter.data.narrow(dim, start, parameter.shape[dim] - start)
 

@@ -171,6 +171,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
     layer, owner = graph.model.get_submodule(group.name), group.units_of(group.name, produced=True)
+    assert owner is not None
     gone = (~torch.isin(owner, torch.tensor(list(kept)))).nonzero()[:, 0].tolist()
     try:
         found = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)

@@ -17,6 +17,7 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.sensitivity import ChannelGroup, Reader, Share
 
+OPTYPE: Any = tp.ops.OPTYPE  # type: ignore[reportAttributeAccessIssue]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
 USUAL = ("weight", "bias")  # what torch-pruning slices of a convolution, a linear layer or a norm
 
@@ -27,7 +28,7 @@ class _Graph(tp.DependencyGraph):
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         for node in nodes.values():
-            if node.type in (tp.ops.OPTYPE.SPLIT, tp.ops.OPTYPE.UNBIND):
+            if node.type in (OPTYPE.SPLIT, OPTYPE.UNBIND):
                 parts = [[i for f, i in getattr(n.grad_fn, "next_functions", ()) if f is node.grad_fn] for n in node.outputs]
                 if all(len(p) == 1 for p in parts):
                     node.outputs = [n for _, n in sorted(zip(parts, node.outputs, strict=True), key=lambda pair: pair[0])]

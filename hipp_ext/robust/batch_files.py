@@ -31,7 +31,8 @@ class _Named:
     """A name that a file holds, what it is called with, and the state given to it: a record, and no more."""
 
     def __init__(self, name: str, arguments: tuple | None = None):
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: tuple | None = None
 
 
 def read_batch_file(path: Path) -> dict:

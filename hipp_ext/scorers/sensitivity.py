@@ -259,14 +259,20 @@ def gated(model: nn.Module, modules: Sequence[Module], gates: Sequence[Tensor]) 
         for module, gate in zip(modules, gates, strict=True):
             for reader in module.readers:
                 layer = model.get_submodule(reader.layer)
-                close = _gate(layer, reader.units, gate)
-                stack.callback(layer.register_forward_pre_hook(lambda _, a, c=close: (c(a[0]), *a[1:])).remove)
+                stack.callback(layer.register_forward_pre_hook(_before(_gate(layer, reader.units, gate))).remove)
             if isinstance(module, ChannelGroup) and not module.readers:
                 for name, owner in zip(module.layers, module.owners, strict=True):
                     layer = model.get_submodule(name)
-                    close = _gate(layer, owner, gate)
-                    stack.callback(layer.register_forward_hook(lambda _, a, out, c=close: c(out)).remove)
+                    stack.callback(layer.register_forward_hook(_after(_gate(layer, owner, gate))).remove)
         yield
+
+
+def _before(close: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple], tuple]:
+    return lambda _, args: (close(args[0]), *args[1:])
+
+
+def _after(close: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    return lambda _, __, output: close(output)
 
 
 def _gate(layer: nn.Module, units: Tensor, gate: Tensor) -> Callable[[Tensor], Tensor]:
