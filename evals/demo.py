@@ -155,4 +155,4 @@ def _print_table(entries: list[Entry]) -> None:
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(100, Console().width), markup=False).print(table)

@@ -62,10 +62,10 @@ def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
         rows += [("policy", choices.policy.reward), ("best archived", choices.archived.reward)]
     for i, (name, reward) in enumerate(rows):
         table.add_row(name, *_cells(reward), end_section=i == len(front) - 1)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     if choices:
-        console.print(choices.verdict(), markup=False)
+        console.print(choices.verdict())
 
 
 def _cells(reward: Reward | None) -> list[str]:

@@ -1,7 +1,6 @@
 """Model folder and questions in, answers out: batched, greedy, and kept line by line so that nothing is asked twice."""
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.evals.prediction_log import PredictionLog
 
 from hipp_ext.errors import CheckpointError
+from hipp_ext.model_folder import check_files, read_json
 from hipp_ext.untrusted import read_picture, rgb_picture
 
 if TYPE_CHECKING:
@@ -35,12 +35,10 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     folder = _absolute(Path(path).expanduser())
     if not folder.is_dir():
         raise CheckpointError(f"{path} is not a folder. Models are given as local folders, as save_pruned writes them")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json: it is not a model folder, or it is half-written") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from error
+    check_files(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a model folder, or it is half-written")
+    read_json(folder / "config.json")
     _check_weights(folder)
     for part, files in {
         "processor": ("processor_config.json", "preprocessor_config.json"),
@@ -67,8 +65,8 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted = set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+            wanted = set(map(str, read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged: {error!r}") from error
         if lost := sorted(wanted - files):
             raise CheckpointError(f"{folder} is half-written: {', '.join(lost)} named in {index.name} is missing")

@@ -44,7 +44,7 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     for picture in drawn:
         write_atomic(place / f"{picture.name}.png", picture.looks[""])
     differing = _differing(sources, given)
-    write_atomic(place / PAGE, page(sources, drawn, differing).encode("utf-8", "replace"))  # JSON can spell half characters
+    write_atomic(place / PAGE, page(sources, drawn, differing))
     return place / PAGE
 
 

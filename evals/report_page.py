@@ -66,7 +66,7 @@ def page(sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, 
     entries = sources.entries
     header, rows = table_rows(entries)
     costs = [(_Table(header=_COST, rows=_cost_rows(one), kind="long"), _conditions(one)) for one in sources.latency]
-    return templates.get_template(TEMPLATE).render(
+    text = templates.get_template(TEMPLATE).render(
         sections=SECTIONS,
         pictures=pictures,
         looks=_LOOKS,
@@ -82,6 +82,7 @@ def page(sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, 
         sizes=None if costs else _sizes(entries),
         made=_made(sources),
     )
+    return text.encode("utf-8", "replace").decode()  # JSON can spell half characters, which no file can hold
 
 
 def _questions(entries: Sequence[Entry]) -> str:

@@ -175,7 +175,7 @@ def _read_summary(folder: Path) -> Sources:
         raise DataError(f"{file} is damaged: its planner {data['planner']!r} leads out of the folder")
     latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
     return Sources(
-        entries=entries, fits=(_fit(planner),) if planner and planner.is_dir() else (), latency=latency,
+        entries=entries, fits=(_fit(planner),) if planner and os.path.isdir(planner) else (), latency=latency,
         commands=(*data["commands"], *(one["command"] for one in latency)),
         seeds=(*data["seeds"], *(s for one in latency for s in _latency_seeds(one))),
     )  # fmt: skip

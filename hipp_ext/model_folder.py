@@ -21,6 +21,7 @@ from hipp_ext.groups import Kind, Tower
 
 MANIFEST = "hipp_ext.json"
 _CONFIG, _WEIGHTS, _INDEX, _ADAPTERS = "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_TEMPLATES = "additional_chat_templates"  # the only folder in a model folder that transformers reads
 _LARGEST_JSON = 1 << 26  # bytes; the index of a model with 100,000 tensors has a tenth of it
 _LARGEST_NUMBER = 1 << 31
 _LOOPED_OVER = re.compile(r"layers?$|depths?$|blocks?$|stages?$|experts?$")  # sizes that say how many modules are built
@@ -81,7 +82,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
     folder = Path(path)
     if not (folder / _CONFIG).is_file():
         raise CheckpointError(_no_folder(folder))
-    _check_files(folder)
+    check_files(folder)
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / _CONFIG} is damaged: it holds no object.")
@@ -187,9 +188,13 @@ def _no_folder(folder: Path) -> str:
     return message
 
 
-def _check_files(folder: Path) -> None:
-    """Links are followed, the hub's cache is made of them; what would hang a reader, or has no end, is not."""
-    for entry in os.scandir(folder):
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError where a model folder holds a pipe, a device, or adapters. No file is opened.
+
+    Links are followed, the hub's cache is made of them; what would hang a reader, or has no end, is not.
+    """
+    templates = folder / _TEMPLATES
+    for entry in [*os.scandir(folder), *(os.scandir(templates) if templates.is_dir() else ())]:
         try:
             mode = entry.stat().st_mode
         except OSError:
@@ -247,8 +252,9 @@ def _weight_files(folder: Path, variant: str | None) -> list[str]:
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise damaged(folder, f"{index} lists no files.")
+    there = set(os.listdir(folder))  # and no path is made of a name that may be none, or too long for one
     for name in set(files.values()):
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+        if name not in there or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise damaged(folder, f"{index} lists {name[:100]!r}, which is no safetensors file of this folder.")
     return sorted(set(files.values()))
 

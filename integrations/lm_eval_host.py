@@ -34,6 +34,13 @@ class _FromFolder:
         rest = {name: value for name, value in kwargs.items() if name not in (*_NOT_TAKEN, *_OF_HFLM)}
         self._model = load_pruned(pretrained, device=self.device, dtype=_DTYPES[dtype], **rest)
 
+    def _create_tokenizer(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        try:
+            parent._create_tokenizer(pretrained, *args, **kwargs)
+        except Exception as error:  # files of strangers make transformers raise almost anything
+            raise CheckpointError(f"the processor or tokenizer in {pretrained} cannot be loaded: {error}") from error
+
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results; the "sha" is that of the folder's contents."""
         folder = self.pretrained if isinstance(self.pretrained, str) else self._model.name_or_path

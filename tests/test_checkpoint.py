@@ -417,6 +417,7 @@ DAMAGES = {
     "pickled": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin is pickled"),
     "outside": (lambda d: index(d, "../model.safetensors"), "no safetensors file of this folder"),
     "outside, absolute": (lambda d: index(d, f"{d}/model.safetensors"), "no safetensors file of this folder"),
+    "a name too long for a file": (lambda d: index(d, "x" * 5000 + ".safetensors"), "no safetensors file of this folder"),
     "pickled in parts": (lambda d: index(d, "a.bin"), "no safetensors file of this folder"),
     "index without map": (lambda d: index(d, None), "lists no files"),
     "adapters": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapters"),

@@ -20,6 +20,7 @@ from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Magnitude
 from hipp_ext.surgery import prune
+from hipp_ext.untrusted import short_name
 
 HIDDEN, LAYERS = 1024, 8  # of the random model: LLaVA-1.5's proportions and token counts, smaller
 
@@ -114,11 +115,11 @@ def print_table(result: Mapping[str, Any]) -> None:
                    "weights [MiB]", "peak [MiB]"):  # fmt: skip
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row in result["models"].items():
-        table.add_row(name, f"{row['parameters'] / 1e6:.2f}M", f"{row['prefill_gflops']:.2f}", spread_text(row["prefill_ms"]),
-                      spread_text(row["decode_ms"]), speedup_text(row), f"{row['weights_mib']:.1f}",
-                      f"{row['peak_mib']:.1f}")  # fmt: skip
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+        table.add_row(short_name(name), f"{row['parameters'] / 1e6:.2f}M", f"{row['prefill_gflops']:.2f}",
+                      spread_text(row["prefill_ms"]), spread_text(row["decode_ms"]), speedup_text(row),
+                      f"{row['weights_mib']:.1f}", f"{row['peak_mib']:.1f}")  # fmt: skip
+    console = Console(markup=False)  # names are those of folders, and [ms] is no style
+    (console if console.is_terminal else Console(width=160, markup=False)).print(table)
 
 
 def spread_text(spread: Mapping[str, float]) -> str:

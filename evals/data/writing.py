@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from hipp_ext.errors import DataError, WriteError
 from hipp_ext.files import content_hash, new_file, require_new, write_atomic
-from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture, shown
+from hipp_ext.untrusted import PICTURE_BYTES, is_below, parse_json, read_json, read_plain, rgb_picture, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +202,8 @@ def _is_done(path: Path, key: str) -> bool:
     """Whether `path` is the whole file that this key makes; the record alone may be from a run that was killed."""
     if not path.is_file() or not _record(path).is_file():
         return False
-    with contextlib.suppress(ValueError, OSError):
-        record = json.loads(_record(path).read_text(encoding="utf-8"))
+    with contextlib.suppress(DataError, OSError):
+        record = read_json(_record(path))
         return isinstance(record, dict) and record.get("key") == key and record.get("sha256") == content_hash(path)
     return False
 
@@ -277,7 +277,7 @@ def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Generat
             raise DataError(
                 f"the pictures kept for {path} were changed by another process at the same time. Run the command again"
             )
-        yield json.loads(line)["image"]
+        yield parse_json(line, f"what is kept for {path}")["image"]
 
 
 def _holds(line: bytes, name: str) -> bool:

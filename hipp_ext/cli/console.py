@@ -76,9 +76,9 @@ def print_wide(table: Any) -> None:
     """A rich table in full: where the terminal is too narrow, its lines wrap, and no number is cut."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     width = console.measure(table, options=console.options.update(width=1000)).maximum
-    (console if console.width >= width else Console(width=width, soft_wrap=True)).print(table)
+    (console if console.width >= width else Console(width=width, soft_wrap=True, markup=False)).print(table)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -378,4 +378,4 @@ def _print_plan(made: Any) -> None:
     table = Table("group", "keep", "of", "")
     for g in made.groups:
         table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -91,7 +91,7 @@ def robust_score(
     table = Table("module", "channels", f"MRS {form}{' (clean)' * clean} [nats]")
     for group, value in zip(groups, found.sensitivity, strict=True):
         table.add_row(group.name, str(group.width), f"{value:.4f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     if json_file is not None:
         values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
         write_json(json_file, {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values})
@@ -192,10 +192,10 @@ def robust_evaluate(
     Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
     """
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from hipp_ext.robust.evaluation import evaluate
+    from hipp_ext.untrusted import shown
 
     network, config, images = _load(model, root, device)
     test = images.test.first(n or len(images.test))
@@ -207,8 +207,8 @@ def robust_evaluate(
         table.add_row(name, f"{value:.1f}")
     table.add_row("worst of all", f"{found.worst:.1f} ± {found.worst_se:.1f}")
     for name, value in zip(images.classes, found.per_class, strict=True):
-        table.add_row(escape(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}")
-    Console().print(table)
+        table.add_row(shown(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}")
+    Console(markup=False).print(table)
     for sign in found.signs:
         typer.secho(f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow")
     if json_file is not None:

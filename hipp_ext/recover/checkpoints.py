@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.files import new_file, write_atomic
 from hipp_ext.sealed import seal, text_digest, unseal
+from hipp_ext.untrusted import read_plain
 
 PROGRESS, WEIGHTS, OPTIMIZER = "progress.json", "weights.safetensors", "optimizer.safetensors"
 
@@ -83,10 +84,10 @@ class Checkpoints:
         if not file.exists():
             return 0, []
         try:
-            progress = Progress.model_validate_json(file.read_bytes())
+            progress = Progress.model_validate_json(read_plain(file))
             if progress.sha256 != progress.digest():
                 raise ValueError("it does not have the digest that it was written with")
-        except (ValueError, OSError) as error:
+        except (ValueError, DataError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise CheckpointError(f"{file} is damaged: {reason}. Remove {self.folder} to start over.") from None
         if progress.run != self.run:

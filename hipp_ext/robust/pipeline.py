@@ -24,6 +24,7 @@ from hipp_ext.robust.models import fixed_layers
 from hipp_ext.robust.scoring import ScoreSettings, score
 from hipp_ext.robust.training import Report, TrainSettings, recalibrate, restored, train
 from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.untrusted import read_json, read_plain
 
 Kept = dict[str, tuple[int, ...]]  # group -> the channels of the dense model that stay
 
@@ -212,7 +213,7 @@ class _Journal:
         if self.folder is None:
             return
         path, text = self.folder / "run.json", json.dumps(identity(), indent=1, sort_keys=True) + "\n"
-        if path.exists() and path.read_bytes() != text.encode():
+        if path.exists() and read_plain(path) != text.encode():
             raise DataError(
                 f"{folder} holds another run: its model, data, loss, fixed layers or settings differ ({path}). Choose another "
                 "folder."
@@ -250,11 +251,11 @@ def _digest(made: Mapping[str, Any]) -> str:
 def _read_stage(path: Path) -> dict[str, Any]:
     """What a stage left; a bit that has changed would make another model of it without a word."""
     try:
-        made = json.loads(path.read_bytes())
+        made = read_json(path)
         digest_there = made.pop("digest")
         if digest_there != _digest(made):
             raise ValueError("it is not what was written")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
     return made
 

@@ -22,6 +22,7 @@ MOST_MATRICES = 512 * 2**20  # bytes of an SVHN file when unpacked; the larger o
 CHUNK = 2**20
 PLAIN, PACKED = 14, 15  # kinds of parts of a MATLAB file: a matrix, a compressed one
 MOST_PARTS = 64
+_LONGEST_NAME = 255  # bytes of a file name, of every common file system
 
 
 def svhn(root: Path) -> ImageData:
@@ -173,7 +174,9 @@ def _picture(path: Path) -> Tensor:
 
 def _is_plain(name: str) -> bool:
     """Whether a name from a file is that of a file or folder, and leads nowhere else."""
-    return name.isprintable() and Path(name).name == name and name not in ("", ".", "..") and "\\" not in name
+    if name in ("", ".", "..") or "\\" in name or len(name.encode(errors="replace")) > _LONGEST_NAME:
+        return False
+    return name.isprintable() and Path(name).name == name
 
 
 def _text(path: Path) -> str:

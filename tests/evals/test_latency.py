@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from hipp_ext.evals.bench.generation import Load, measure, own_extra_mib, prefill_gflops, token_seconds
-from hipp_ext.evals.bench.latency import folders, run
+from hipp_ext.evals.bench.latency import folders, print_table, run
 from hipp_ext.evals.bench.measuring import resident
 from models import build
 
@@ -109,6 +109,16 @@ def test_a_run_on_folders(plan, tmp_path):
         assert row["extra_mib"] > 0 and row["peak_mib"] == row["weights_mib"] + row["extra_mib"]
         assert row["prompt_tokens"] == dense["prompt_tokens"] > 30  # the picture's tokens and the question's
     assert half["prefill_speedup"]["n"] == QUICK.repeats
+
+
+def test_names_and_units_are_printed_as_they_are(capsys):
+    """What stands in brackets is no style, and a name does not steer the terminal."""
+    spread = {"median": 1.0, "low": 1.0, "high": 1.0}
+    row = {"parameters": 1, "prefill_gflops": 1, "prefill_ms": spread, "decode_ms": spread, "weights_mib": 1, "peak_mib": 1}
+    load = {"rows": 1, "new_tokens": 2, "repeats": 3}
+    print_table({"device": "[/b]cpu", "threads": 1, "load": load, "models": {"[/b]a[red]": row, "\x1b[31mz": row}})
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("[/b]cpu", "[/b]a[red]", "[31mz", "first token [ms]")) and "\x1b" not in said
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

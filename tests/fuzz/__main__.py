@@ -86,7 +86,7 @@ def _summary(done: dict, names: list[str]) -> None:
     table.add_section()
     table.add_row("all", str(sum(total.values())), *(str(total[outcome]) for outcome in OUTCOMES))
     console = Console()
-    console.print(table)
+    console.print(table, markup=False)
     for signature, fault in sorted(done["faults"].items()):
         console.print(f"[bold]{escape(signature)}[/bold] ({fault['count']} times), first:\n{escape(fault['first'][:3000])}\n")
 

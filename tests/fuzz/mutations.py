@@ -69,6 +69,7 @@ NUMBERS = (
     math.nan,
 )
 VALUES = (*TEXTS, *NUMBERS, None, True, False, [], {}, [[]], {"a": {}}, [None], {"": ""}, [1] * 300, {"__proto__": 1})
+REFUSED = frozenset(["EPS", "TIFF", "PPM", "TGA", "ICO"])  # decoders that no data set needs
 BYTES = (
     b"\0",
     b"\xff\xfe",

@@ -10,7 +10,7 @@ from fuzz.running import Worker, cases
 from fuzz.table import all_readers
 
 READERS = {name: reader for name, reader in all_readers().items() if reader.share > 0.05}
-RANDOM = 15  # cases for a reader, after the known ones
+RANDOM = 8  # cases for a reader, after the known ones
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def worker(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strict_worker(tmp_path_factory):
-    with Worker(tmp_path_factory.mktemp("probes"), seconds=1.5, mib=300) as worker:
+    with Worker(tmp_path_factory.mktemp("probes"), seconds=0.7, mib=300) as worker:
         yield worker
 
 

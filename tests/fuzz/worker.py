@@ -154,7 +154,7 @@ def _run(guard: Guard, reader: Any, name: str, seed: int, place: Path, started: 
         WARM.add(name)
         gc.collect()
         gc.freeze()  # what is there by now stays, and need not be looked through after every case
-    from fuzz.corpus import REFUSED
+    from fuzz.mutations import REFUSED
 
     what = _prepare(name, seed, valid, case)
     (case / "what.txt").write_text(f"{name}, seed {seed}: {what}\n", errors="backslashreplace")
@@ -193,7 +193,6 @@ def _warm_up(reader: Any, valid: Path) -> None:
 
 def _prepare(name: str, seed: int, valid: Path, case: Path) -> str:
     """The case's folder: `in` is damaged by the seed, 0 is as it was written, then comes the corpus. Returns what was done."""
-    from fuzz.corpus import corpus
     from fuzz.mutations import copy_folder, mutate_folder
 
     shutil.rmtree(case, ignore_errors=True)
@@ -201,9 +200,11 @@ def _prepare(name: str, seed: int, valid: Path, case: Path) -> str:
     copy_folder(valid, case / "in")
     for secret in (case / "secret.png", case / "secret.safetensors"):
         shutil.copy(case.parent / secret.name, secret)
-    known = corpus(name)
     if seed == 0:
         return "as it was written"
+    from fuzz.corpus import corpus  # which takes a while: it draws pictures
+
+    known = corpus(name)
     if seed <= len(known):
         known[seed - 1][1](case / "in")
         return known[seed - 1][0]

@@ -197,6 +197,27 @@ def test_model_arguments_are_checked(place, arguments, message):
         HippLM.create_from_arg_string(arguments.format(pruned=place / "pruned"), {"device": "cpu"})
 
 
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_no_code_of_a_folder_is_run_and_nobody_is_asked(place, tmp_path, monkeypatch, file):
+    from hipp_ext.integrations.lm_eval_host import HippLM
+
+    folder, trap = shutil.copytree(place / "pruned", tmp_path / "m"), tmp_path / "executed"
+    (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(trap)!r}).touch()\n")
+    own = {
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoModelForImageTextToText"), "own.Own")
+    }
+    kinds = {"processor_class": "Own", "tokenizer_class": "Own"} if file != "config.json" else {"model_type": "own"}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | own | kinds))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    try:
+        HippLM.create_from_arg_string(f"pretrained={folder}", {"device": "cpu"})
+    except CheckpointError as error:
+        assert "cannot be loaded" in str(error)
+    else:
+        assert file == "tokenizer_config.json"  # the only one that names code that is not needed
+    assert not trap.exists()
+
+
 def test_chats_begin_once_and_decoding_is_plain(place, tmp_path):
     """A template that writes the beginning-of-text token, a tokenizer that adds it, and settings that change logits."""
     from hipp_ext.integrations.lm_eval_host import HippLM

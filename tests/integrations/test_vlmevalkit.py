@@ -450,6 +450,17 @@ def test_damaged_model_folders(llava, tmp_path):
         check_model_folder(folder)
 
 
+@pytest.mark.parametrize("place", ["config.json", "model.safetensors", "own.safetensors", "tokenizer.json",
+                                   "additional_chat_templates/own.jinja"])  # fmt: skip
+def test_nothing_waits_for_a_pipe_in_a_model_folder(llava, tmp_path, place):
+    file = shutil.copytree(llava, tmp_path / "m") / place
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=f"{file.name} is not a regular file"):
+        check_model_folder(tmp_path / "m")
+
+
 def test_half_written_pruned_folders(lmu, tmp_path, capsys):
     """What a copy that was cut off leaves is refused before a question is asked, and named; the weights tell widths."""
     model, processor = testbed.load()

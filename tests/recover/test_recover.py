@@ -83,10 +83,17 @@ def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
     assert [p.name for p in folder.glob("step-*")] == ["step-6"]
 
 
+def replaced(path: Path, make) -> None:
+    path.unlink()
+    make(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "progress.json").write_text("{"), "progress.json is damaged"),
+        (lambda d: replaced(d / "progress.json", Path.mkdir), "progress.json is damaged: .* is a folder"),
+        (lambda d: replaced(d / "progress.json", os.mkfifo), "progress.json is damaged: .* is a pipe"),
         (lambda d: next(d.glob("step-*/weights.safetensors")).write_bytes(b"x"), "incomplete or damaged.*start over"),
         (lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(), "incomplete or damaged.*start over"),
         (lambda d: None, "other settings, another model or another number of processes"),

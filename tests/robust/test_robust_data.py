@@ -319,7 +319,13 @@ def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
     annotations, wnids = base / "val" / "val_annotations.txt", base / "wnids.txt"
     good, names = annotations.read_text(), wnids.read_text()
     Image.new("RGB", (64, 64)).save(tmp_path / "mine.JPEG")
-    for line in ("../../../mine.JPEG", str(tmp_path / "mine.JPEG"), "a\0b.JPEG", "val_0.JPEG\tn01443537\nval_0.JPEG"):
+    for line in (
+        "../../../mine.JPEG",
+        str(tmp_path / "mine.JPEG"),
+        "a\0b.JPEG",
+        "x" * 300,
+        "val_0.JPEG\tn01443537\nval_0.JPEG",
+    ):
         annotations.write_text(f"{line}\tn01443537\n")
         with pytest.raises(DataError, match="val_annotations.txt is damaged"):
             load_data("tiny-imagenet", tmp_path)
@@ -327,9 +333,10 @@ def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
     with pytest.raises(DataError, match="val_annotations.txt is damaged.*utf-8"):
         load_data("tiny-imagenet", tmp_path)
     annotations.write_text(good)
-    wnids.write_text(names + "../../elsewhere\n")
-    with pytest.raises(DataError, match="wnids.txt is damaged"):
-        load_data("tiny-imagenet", tmp_path)
+    for name in ("../../elsewhere", "x" * 300):
+        wnids.write_text(f"{names}{name}\n")
+        with pytest.raises(DataError, match="wnids.txt is damaged"):
+            load_data("tiny-imagenet", tmp_path)
     wnids.write_text(names)
     picture = base / "val" / "images" / "val_1.JPEG"
     picture.unlink()

@@ -335,6 +335,11 @@ def test_mrpf_bad_input(trained, tmp_path):
     (tmp_path / "round-1.json").write_text("{")
     with pytest.raises(DataError, match="round-1.json is damaged"):
         mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
+    for make in (Path.mkdir, os.mkfifo):
+        (tmp_path / "round-1.json").unlink() if (tmp_path / "round-1.json").is_file() else (tmp_path / "round-1.json").rmdir()
+        make(tmp_path / "round-1.json")
+        with pytest.raises(DataError, match="round-1.json is damaged .*is a (folder|pipe)"):
+            mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
     (tmp_path / "run.json").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="holds another run"):
         mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)

@@ -124,7 +124,7 @@ def print_table(methods: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [_cell(row["hypervolume"], 4), f"{row['seconds']['mean']:.0f}"]
         cells += [_cell(row["table"][corner][str(r)], 1) for corner in METRIC for r in RATIOS]
         table.add_row(name, *cells)
-    Console(width=max(200, Console().width)).print(table)
+    Console(width=max(200, Console().width), markup=False).print(table)
 
 
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
