@@ -76,7 +76,7 @@ class MRS(Scorer):
         self.form: Any = form
         self.epsilon, self.attack_steps, self.attack = epsilon, attack_steps, attack
         self.rho, self.steps, self.ratio, self.seed = rho, steps, ratio, seed
-        take_numbers(self, AttackError, wholes=("attack_steps", "steps", "seed"), finites=("epsilon", "rho", "ratio"))
+        take_numbers(self, AttackError, wholes=("attack_steps", "steps", "seed"), finites=("rho", "ratio"))
         check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
 
     @property
