@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import AttackError, UnsupportedModelError
+from hipp_ext.quantities import take_numbers
 
 LossFn = Callable[[Any, Tensor], Tensor]  # (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
 MOMENTUM = 0.75
@@ -37,6 +38,9 @@ class Ball:
     high: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("epsilon", "low", "high"):
+            if isinstance(value := getattr(self, name), str | bytes | bool | None):
+                raise AttackError(f"{name}={value!r}: a number is needed, or a tensor of numbers.")
         epsilon, low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (self.epsilon, self.low, self.high))
         if not bool((torch.isfinite(epsilon) & (epsilon > 0)).all()):
             raise AttackError(f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs run no attack.")
@@ -100,6 +104,9 @@ class PGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, wholes=("steps", "seed"))
+        if self.step_size is not None:
+            take_numbers(self, AttackError, finites=("step_size",))
         _check_steps(self.steps)
 
     def __call__(self, loss_fn: LossFn, batch: Any, x: Tensor) -> Tensor:
@@ -133,6 +140,7 @@ class APGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, wholes=("steps", "seed"))
         _check_steps(self.steps)
 
     def __call__(self, loss_fn: LossFn, batch: Any, x: Tensor) -> Tensor:

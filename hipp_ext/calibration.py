@@ -90,7 +90,8 @@ def calibration_by_task(
         raise CalibrationError("A calibration is a list of batches: pass [batch] for a single one.")
     if set(given) != set(TASKS):
         raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(map(str, given))}.")
-    checked = {id(batches): _checked(model, batches) for batches in given.values()}
+    distinct = {id(batches): batches for batches in given.values()}  # one generator for both tasks can be read once
+    checked = {key: _checked(model, batches) for key, batches in distinct.items()}
     return {task: checked[id(given[task])] for task in TASKS}
 
 
@@ -213,7 +214,7 @@ def _checked(model: nn.Module, calibration: Batches) -> list[Batch]:
                 f"A calibration batch is a dict of the tensors that {type(model).__name__}.forward takes (input_ids, "
                 f"attention_mask, pixel_values, ...), as a processor returns them; got a {type(batch).__name__}."
             )
-        batches.append(dict(batch))
+        batches.append({k: v for k, v in batch.items() if k != "labels" or v is not None})
     if not batches:
         raise CalibrationError("The calibration holds no batches.")
     for i, batch in enumerate(batches):
@@ -225,6 +226,7 @@ def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
         raise CalibrationError(f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has {sorted(batch)}.")
+    _check_of_tokens(batch, index)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if int(ids.max()) >= rows or int(ids.min()) < 0:
         raise CalibrationError(
@@ -241,3 +243,25 @@ def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
         )
     if has_pixels and token is None:
         raise CalibrationError(f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image token.")
+    labels = batch.get("labels")
+    if labels is not None and (int(labels.max()) >= rows or int(torch.where(labels == -100, 0, labels).min()) < 0):
+        raise CalibrationError(
+            f"Calibration batch {index} has labels from {int(labels.min())} to {int(labels.max())}; they are token ids below "
+            f"{rows}, or -100 where nothing is to be answered."
+        )
+
+
+def _check_of_tokens(batch: Batch, index: int) -> None:
+    """Raise CalibrationError where what comes one for each token does not: other lengths would be read at wrong places."""
+    shape = tuple(batch["input_ids"].shape)
+    for name in ("input_ids", "attention_mask", "labels"):
+        value: Any = batch.get(name)
+        if value is None:
+            continue
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+            raise CalibrationError(f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got {got}.")
+        if name != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
+            raise CalibrationError(f"Calibration batch {index} needs {name} of whole numbers, not of {value.dtype}.")
+        if name == "attention_mask" and not bool(value.bool().any(1).all()):
+            raise CalibrationError(f"Calibration batch {index} has a row whose attention_mask leaves no token; leave it out.")

@@ -24,3 +24,20 @@ def finite(value: Any) -> float | None:
     except OverflowError:  # a whole number of more than 308 digits
         return None
     return number if math.isfinite(number) else None
+
+
+def take_numbers(holder: Any, error: type[Exception], *, wholes: tuple[str, ...] = (), finites: tuple[str, ...] = ()) -> None:
+    """Turn attributes of `holder`, a frozen dataclass perhaps, into plain numbers.
+
+    Args:
+        holder: an object with these attributes.
+        error: raised where one of them is no number of its kind.
+        wholes, finites: names of the attributes that are read by `whole` and by `finite`.
+    """
+    kinds: tuple[Any, ...] = (("whole", whole, wholes), ("finite", finite, finites))
+    for kind, read, names in kinds:
+        for name in names:
+            value = getattr(holder, name)
+            if (number := read(value)) is None:
+                raise error(f"{name}={value!r}: a {kind} number is needed.")
+            object.__setattr__(holder, name, number)

@@ -79,6 +79,7 @@ def prune_channels(
         with traced(model, example_inputs, forward_fn=forward_fn) as graph:
             groups = _chosen(model, _routed(graph, example_inputs, read_groups(graph), forward_fn), kept)
             _check_grouped(model, groups, kept)
+            _check_norms(graph, groups, kept)
             sizes = _sizes_after(model, groups, kept)
             for group in groups:
                 _remove(graph, group, kept[group.name])
@@ -148,6 +149,27 @@ def _check_grouped(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mappi
                 )
 
 
+def _check_norms(graph: Any, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> None:
+    """Raise PlanError unless every group norm keeps as many channels of each of its groups.
+
+    Others would be normed together with channels that they never met, and if their number happens to be even, without a word.
+    """
+    stays: dict[str, Tensor] = {}
+    for group in groups:
+        for item in _doomed(graph, group, kept[group.name]):
+            layer = item.dep.target.module
+            if isinstance(layer, nn.GroupNorm) and layer.num_groups > 1:
+                name = graph._module2name[layer]
+                stays.setdefault(name, torch.ones(layer.num_channels, dtype=torch.bool))[[int(i) for i in item.idxs]] = False
+    for name, channels in stays.items():
+        rows = channels.view(graph.model.get_submodule(name).num_groups, -1)
+        if len(set(rows.sum(1).tolist())) > 1 or not rows.any():
+            raise PlanError(
+                f"{name} is a group norm of {len(rows)} groups of {rows.shape[1]} channels; as many must stay in each, not "
+                f"{channels.nonzero()[:, 0].tolist()[:16]}. Nothing was changed."
+            )
+
+
 def _sizes_after(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
@@ -169,12 +191,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
+def _doomed(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> Any:
+    """torch-pruning's group of what goes when only `kept` of a group's channels stay."""
     layer, owner = graph.model.get_submodule(group.name), group.units_of(group.name, produced=True)
     assert owner is not None
     gone = (~torch.isin(owner, torch.tensor(list(kept)))).nonzero()[:, 0].tolist()
+    return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)
+
+
+def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
     try:
-        found = graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)
+        found = _doomed(graph, group, kept)
         for i, item in enumerate(found):
             # An index that is there twice, as after a reshape, would be taken off the layer's size twice.
             found[i] = type(item)(item.dep, list(dict.fromkeys(item.idxs)))

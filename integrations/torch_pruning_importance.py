@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, MissingExtraError, PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
-from hipp_ext.scorers.base import Scorer, evaluating, forward, per_unit
+from hipp_ext.scorers.base import Scorer, evaluating, forward, per_unit, require_labels
 
 try:
     import torch_pruning as tp
@@ -280,11 +280,7 @@ def output_channels(layer: Any) -> int:
 @contextlib.contextmanager
 def _gradients(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Iterator[None]:
     """Inside the block the layers of `groups`, and no others, hold the loss's gradients, summed over `batches`."""
-    for i, batch in enumerate(batches):
-        if "labels" not in batch:
-            raise CalibrationError(
-                f"This importance needs gradients: calibration batch {i} has no labels, only {sorted(batch)}."
-            )
+    require_labels(batches, "This importance needs gradients")
     wanted = {p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()}
     before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     try:

@@ -3,6 +3,7 @@
 import functools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from test_surgery import random_plan
 import hipp_ext
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
 from hipp_ext.cli import main
-from hipp_ext.errors import HippError
+from hipp_ext.errors import HippError, OutputExistsError, WriteError
 from hipp_ext.testbed import WEIGHTS
 
 HIPP = [sys.executable, "-m", "hipp_ext"]
@@ -154,6 +155,25 @@ def test_existing_output_is_kept(tmp_path):
     (tmp_path / "plan.json").write_text("mine")
     done = hipp("plan", "testbed", "--pruning-ratio", "0.1", "-o", "plan.json", cwd=tmp_path)
     assert done.returncode == 2 and "exists" in done.stderr and (tmp_path / "plan.json").read_text() == "mine"
+
+
+def test_an_output_that_takes_an_input_with_it_is_refused(tmp_path):
+    plan = tmp_path / "runs" / "plan.json"
+    plan.parent.mkdir()
+    random_plan(load_pruned(WEIGHTS)).save(plan)
+    with pytest.raises(OutputExistsError, match=r"runs holds .*plan\.json, which would go with it"):
+        in_process("prune", "testbed", plan, "-o", tmp_path / "runs", "--overwrite")
+    shutil.copytree(WEIGHTS, tmp_path / "runs/dense")
+    for command in (("prune", tmp_path / "runs/dense", plan), ("recover", tmp_path / "runs/dense")):
+        with pytest.raises(OutputExistsError, match=r"runs holds .*dense, which would go with it"):
+            in_process(*command, "-o", tmp_path / "runs", "--overwrite")
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dense", "plan.json"]
+
+
+@pytest.mark.parametrize("command", [("plan", "testbed", "-o"), ("compare", "a", "b", "--json"), ("front", "a", "--json")])
+def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path, command):
+    with pytest.raises(WriteError, match="is a folder; a file is to be written there"):
+        in_process(*command, tmp_path, "--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
@@ -15,6 +16,7 @@ from hipp_ext.attacks import PGD, Ball
 from hipp_ext.errors import AttackError, CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts, top_units
+from hipp_ext.robust import ScoreSettings
 from hipp_ext.scorers import MRS, Taylor
 from hipp_ext.scorers.sensitivity import first_order, removal_mask, unit_norms, unit_taylor, worst_case
 
@@ -91,6 +93,29 @@ def test_in_a_planner():
     planner = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.3, scorer=MRS(attack_steps=2))
     plan = planner.plan(model, calibration=[batch("llava", 4, labels=True)])
     assert plan.scorer == "MRS attack_steps=2" and plan.pruning_ratio == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ScoreSettings(steps="10"), "steps='10': a whole number is needed"),  # the numbers of MRS
+        (lambda: ScoreSettings(rho=True), "rho=True: a finite number is needed"),
+        (lambda: ScoreSettings(attack_steps=2.5), "attack_steps=2.5: a whole number"),
+        (lambda: ScoreSettings(epsilon="8/255"), "epsilon='8/255': a number is needed"),
+        (lambda: PGD(ball=Ball(epsilon=0.1), steps=True), "steps=True: a whole number"),
+        (lambda: PGD(ball=Ball(epsilon=0.1), step_size="1"), "step_size='1': a finite number"),
+        (lambda: Ball(epsilon=0.1, low=None), "low=None: a number is needed"),
+    ],
+)
+def test_numbers_are_numbers(make, message):
+    with pytest.raises(AttackError, match=message):
+        make()
+
+
+def test_whole_numbers_of_any_type_are_taken():
+    settings = ScoreSettings(steps=4.0, seed=np.int64(3), rho=np.float32(0.5))
+    assert (settings.steps, settings.seed, settings.rho) == (4, 3, 0.5) and type(settings.steps) is type(settings.seed) is int
+    assert PGD(ball=Ball(epsilon=np.float32(0.5)), steps=2.0).steps == 2
 
 
 def test_bad_input():

@@ -6,6 +6,7 @@ from models import BUILDERS, IMAGE_TOKEN, IMAGE_TOKENS, batch, build
 from test_surgery import random_plan
 
 from hipp_ext import masked
+from hipp_ext.calibration import TASKS
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
@@ -339,6 +340,48 @@ def test_calibration_that_does_not_fit_is_refused():
         WandaSP()(build("llama"), [inputs])
     with pytest.raises(CalibrationError, match=r"No calibration data.*was not loaded from a folder"):
         WandaSP()(model)
+
+
+OF_ANOTHER_SHAPE = {
+    "labels of other tokens": ({"labels": torch.ones(2, 3, dtype=torch.long)}, r"needs labels of shape \(2, 8\).*got shape"),
+    "labels in words": ({"labels": "yes"}, r"needs labels of shape \(2, 8\).*got a str"),
+    "labels of another vocabulary": (
+        {"labels": torch.full((2, 8), 200)},
+        "labels from 200 to 200; they are token ids",
+    ),
+    "labels of another mark": ({"labels": torch.full((2, 8), -1)}, "or -100 where nothing is to be answered"),
+    "labels between numbers": ({"labels": torch.ones(2, 8)}, "needs labels of whole numbers, not of torch.float32"),
+    "tokens between numbers": ({"input_ids": torch.ones(2, 8)}, "needs input_ids of whole numbers"),
+    "a mask of other tokens": ({"attention_mask": torch.ones(2, 3)}, r"needs attention_mask of shape \(2, 8\)"),
+    "a row of padding alone": (
+        {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
+        "has a row whose attention_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_SHAPE)
+def test_what_comes_one_for_each_token_is_as_long_as_the_tokens(name):
+    changes, message = OF_ANOTHER_SHAPE[name]
+    with pytest.raises(CalibrationError, match=f"batch 1 (needs |has |holds )?.*{message}"):
+        WandaSP()(build("llama"), [batch("llama"), batch("llama") | changes])
+
+
+@pytest.mark.parametrize("scorer", [Taylor(), MRS(attack_steps=0)])
+def test_a_loss_needs_labels_that_count(scorer):
+    inputs = batch("llama", labels=True)
+    with pytest.raises(CalibrationError, match="needs a loss: all labels of calibration batch 0 are -100"):
+        scorer(build("llama"), [inputs | {"labels": torch.full_like(inputs["labels"], -100)}])
+    with pytest.raises(CalibrationError, match="needs a loss: calibration batch 0 has no labels"):
+        scorer(build("llama"), [inputs | {"labels": None}])
+
+
+def test_a_batch_says_nothing_of_caches_and_a_generator_serves_both_tasks():
+    model, inputs = build("llama"), batch("llama")
+    expected = WandaSP()(model, [inputs])
+    for calibration in ([inputs | {"use_cache": True, "labels": None}], dict.fromkeys(TASKS, iter([inputs]))):
+        scores = WandaSP()(model, calibration)
+        assert all(torch.equal(scores[name], expected[name]) for name in expected)
 
 
 def test_activations_that_are_not_finite_are_reported():

@@ -7,7 +7,7 @@ import typer
 
 from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype
 from hipp_ext.errors import DataError
-from hipp_ext.files import require_new
+from hipp_ext.files import require_new_file
 
 bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
@@ -68,7 +68,7 @@ def bench_latency(
         raise DataError("--plan needs the model that it is for: hipp bench latency MODEL --plan plan.json")
     check_dtype(dtype)
     if out is not None:
-        require_new(out, overwrite)
+        require_new_file(out, overwrite)
     load = Load(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed)
     folders = {Path(m).resolve().name or m: WEIGHTS if m == "testbed" else m for m in models or ()}
     if len(folders) < len(models or ()):
@@ -190,7 +190,7 @@ def bench_fit(
     if hidden % 256:
         raise DataError(f"--hidden {hidden}: a multiple of 256 is needed (heads are 128 wide, those of the vision tower 64).")
     if out is not None:
-        require_new(out, overwrite)
+        require_new_file(out, overwrite)
     size = FitCostSize(hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps))
     run(size, device=device, dtype=dtype, command=shlex.join(["hipp", *sys.argv[1:]]), save=save, out=out)
 

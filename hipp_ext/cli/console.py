@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.errors import HippError
+from hipp_ext.errors import HippError, OutputExistsError
 from hipp_ext.files import write_atomic
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
@@ -29,6 +29,16 @@ def model_folder(model: str) -> str:
     from hipp_ext.testbed import WEIGHTS
 
     return str(WEIGHTS)
+
+
+def require_apart(out: Path, *inputs: Path) -> None:
+    """Raise OutputExistsError where replacing the folder `out` would take an input with it that lies somewhere inside.
+
+    (A model that is replaced itself by its smaller self is what was asked for.)
+    """
+    for file in inputs:
+        if out.resolve() in file.resolve().parents:
+            raise OutputExistsError(f"{out} holds {file}, which would go with it. Choose another name.")
 
 
 def check_dtype(dtype: str | None) -> None:

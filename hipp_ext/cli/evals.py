@@ -8,7 +8,7 @@ import typer
 
 from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, check_dtype, model_folder, print_wide, say, write_json
 from hipp_ext.errors import DataError
-from hipp_ext.files import require_new
+from hipp_ext.files import require_new_file
 
 evals_app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(no_args_is_help=True, help="Benchmark files for `vlmeval`, built from local copies of the data.")
@@ -65,7 +65,7 @@ def compare(
     from hipp_ext.evals.compare import comparison_table, plain
 
     if json_file is not None:
-        require_new(json_file, overwrite)
+        require_new_file(json_file, overwrite)
     rows = run(a, b, tsv=data, level=level, seed=seed)
     say(f"A: {a}\nB: {b}")
     print_wide(comparison_table(rows, level))

@@ -17,11 +17,12 @@ from hipp_ext.cli.console import (
     load_model,
     model_folder,
     own_device,
+    require_apart,
     say,
     write_json,
 )
 from hipp_ext.errors import CheckpointError, DataError, PlanError, PreferenceError
-from hipp_ext.files import require_new
+from hipp_ext.files import require_new, require_new_file
 from hipp_ext.preference import Preference
 
 planning_app = typer.Typer()
@@ -106,7 +107,7 @@ def plan(
     from hipp_ext.planner.signal_cache import default_cache
 
     require_model(model)
-    require_new(out, overwrite)
+    require_new_file(out, overwrite)
     wanted = _preference(utility, robustness, compression) or Preference(0.4, 0.4, 0.2)
     maker = HiPPPlanner.load(planner) if planner else HiPPPlanner(wanted)
     if pruning_ratio is not None:
@@ -243,7 +244,7 @@ def front(
 
     for file in (picture, json_file):
         if file is not None:
-            require_new(file, overwrite)
+            require_new_file(file, overwrite)
     fitted = HiPPPlanner.load(planner)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
@@ -292,6 +293,7 @@ def prune(
     require_model(model)
     made = PruningPlan.load(plan_file)
     require_new(out, overwrite)
+    require_apart(out, Path(model_folder(model)), plan_file)
     loaded, processor = load_model(model, device if compensate or device else "cpu", spread=True)
     if compensate and not is_testbed(loaded):
         warn("what stays is fitted to the built-in questions, which are about a toy world; from Python, "

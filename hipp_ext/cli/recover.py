@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli.console import Device, Dtype, ModelArgument, Overwrite, load_model, own_device, say
+from hipp_ext.cli.console import (
+    Device,
+    Dtype,
+    ModelArgument,
+    Overwrite,
+    load_model,
+    model_folder,
+    own_device,
+    require_apart,
+    say,
+)
 from hipp_ext.cli.planning import require_model, warn
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
@@ -56,6 +66,7 @@ def recover_command(
     position, workers = join_processes()
     require_model(model)
     require_new(out, overwrite)
+    require_apart(out, Path(model_folder(model)), *(p for p in (pope, scienceqa) if p))
     chosen: Any = {"optimizer": optimizer, "compression": compression}
     settings = RecoverSettings(steps=steps, rate=rate, muon_rate=muon_rate, rank=rank, bits=bits, transport=transport,
                                freeze_vision=freeze_vision, save_every=save_every, seed=seed, **chosen)  # fmt: skip

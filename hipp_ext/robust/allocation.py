@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
+from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.sensitivity import ChannelGroup, require_removable
 
@@ -51,6 +52,7 @@ class Bounds:
     cap: float = 1.0
 
     def __post_init__(self) -> None:
+        take_numbers(self, BudgetError, finites=("floor", "cap"))
         if not 0 <= self.floor <= self.cap <= 1:
             raise BudgetError(f"Bounds are shares with 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}.")
 

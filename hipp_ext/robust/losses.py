@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.errors import AttackError
+from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import evaluating
 
 AdversarialLoss = Callable[[nn.Module, Tensor, Tensor, int], Float[Tensor, ""]]
@@ -39,6 +40,7 @@ class PGDAT:
     steps: int = 10
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, wholes=("steps",))
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -61,6 +63,7 @@ class TRADES:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, wholes=("steps",), finites=("beta",))
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -91,6 +94,7 @@ class MART:
     beta: float = 5.0
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, wholes=("steps",), finites=("beta",))
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -120,6 +124,7 @@ class AWP:
     gamma: float = 0.005
 
     def __post_init__(self) -> None:
+        take_numbers(self, AttackError, finites=("gamma",))
         if not 0 < self.gamma < 1:
             raise AttackError(f"AWP's gamma is a share of the weights' norm between 0 and 1, got {self.gamma}.")
 

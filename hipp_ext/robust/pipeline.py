@@ -16,6 +16,7 @@ from hipp_ext.attacks import check_precision
 from hipp_ext.errors import BudgetError, DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
+from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, default_floor, uniform_counts
 from hipp_ext.robust.data import ImageData
 from hipp_ext.robust.identity import data_identity, describe, digest
@@ -56,6 +57,8 @@ class MRPFSettings:
     recalibrate: bool = True
 
     def __post_init__(self) -> None:
+        optional = () if self.budget is None else ("budget",)
+        take_numbers(self, BudgetError, wholes=("rounds",), finites=("pruning_ratio", "alpha", *optional))
         if self.budget is not None and not 0 < self.budget <= 1:
             raise BudgetError(f"budget is the share of {self.cost} that may stay, above 0 and at most 1; got {self.budget}.")
         if not 0 <= self.pruning_ratio < 1:

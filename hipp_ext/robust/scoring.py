@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hipp_ext.attacks import Ball, check_precision
 from hipp_ext.errors import AttackError, UnsupportedModelError
+from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import Images
 from hipp_ext.robust.losses import attacked
 from hipp_ext.robust.training import restored
@@ -61,6 +62,8 @@ class ScoreSettings:
         if self.form not in FORMS or self.ranking not in RANKINGS:
             raise AttackError(f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}.")
         Ball(epsilon=self.epsilon)
+        take_numbers(self, AttackError, wholes=("attack_steps", "rows", "steps", "batch_size", "seed"),
+                     finites=("rho", "ratio"))  # fmt: skip
         check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
         if min(self.rows, self.batch_size) < 1:
             raise AttackError(f"Scoring needs rows and batch_size >= 1, got {self}.")

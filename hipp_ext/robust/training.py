@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hipp_ext.attacks import check_precision
 from hipp_ext.errors import AttackError, CheckpointError, DataError, UnsupportedModelError
 from hipp_ext.files import write_atomic
+from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import ImageData, Images, check_images
 from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import AdversarialLoss, attacked, backward
@@ -41,6 +42,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        take_numbers(self, DataError, wholes=("epochs", "batch_size", "seed"), finites=("rate", "weight_decay"))
         if self.epochs < 0 or self.batch_size < 1 or not self.rate > 0:
             raise DataError(f"Training needs epochs >= 0, batch_size >= 1 and rate > 0, got {self}.")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
-from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 
 
@@ -87,12 +87,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def require_labels(batches: Sequence[Batch], why: str) -> None:
+    """Raise CalibrationError unless every batch has labels, and one at least that counts: the mean loss of none is NaN."""
+    for i, batch in enumerate(batches):
+        if "labels" not in batch:
+            raise CalibrationError(f"{why}: calibration batch {i} has no labels, only {sorted(batch)}.")
+        if not bool((batch["labels"][:, 1:] != -100).any()):
+            raise CalibrationError(f"{why}: all labels of calibration batch {i} are -100, which count for nothing.")
+
+
 def forward(model: nn.Module, batch: Batch, labels: bool = False, **kwargs: Any) -> Any:
     """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted.
 
     kwargs: what else the model's forward takes, left where it is.
     """
-    return model(**_inputs(model, batch, labels), **kwargs, use_cache=False)
+    return model(**_inputs(model, batch, labels), **kwargs)
 
 
 def forward_hidden(model: nn.Module, batch: Batch) -> None:
@@ -100,12 +109,14 @@ def forward_hidden(model: nn.Module, batch: Batch) -> None:
 
     (A model that is its own `base_model`, by transformers' account, computes them nevertheless.)
     """
-    getattr(model, "base_model", model)(**_inputs(model, batch, labels=False), use_cache=False)
+    getattr(model, "base_model", model)(**_inputs(model, batch, labels=False))
 
 
 def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
+    """What the forward takes; never a cache, whatever the batch asks for."""
     device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
+    return inputs | {"use_cache": False}
 
 
 def consumer_weight(model: nn.Module, group: Group) -> Tensor:

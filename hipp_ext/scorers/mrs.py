@@ -10,7 +10,8 @@ from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
 from hipp_ext.errors import AttackError, CalibrationError
 from hipp_ext.groups import Group, find_groups
-from hipp_ext.scorers.base import Scorer, evaluating, forward
+from hipp_ext.quantities import take_numbers
+from hipp_ext.scorers.base import Scorer, evaluating, forward, require_labels
 from hipp_ext.scorers.sensitivity import Loss, Module, Reader, first_order, removal, unit_taylor, worst_case
 
 Form = Literal["removal", "worst", "grad"]
@@ -72,10 +73,11 @@ class MRS(Scorer):
         if form not in FORMS:
             raise CalibrationError(f"MRS has the forms {', '.join(FORMS)}; got {form!r}.")
         Ball(epsilon=epsilon)
-        check_numbers(rho, ratio, steps, attack_steps)
         self.form: Any = form
         self.epsilon, self.attack_steps, self.attack = epsilon, attack_steps, attack
         self.rho, self.steps, self.ratio, self.seed = rho, steps, ratio, seed
+        take_numbers(self, AttackError, wholes=("attack_steps", "steps", "seed"), finites=("rho", "ratio"))
+        check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
 
     @property
     def name(self) -> str:
@@ -101,9 +103,7 @@ class MRS(Scorer):
         return {g.name: share_out(v, u) for g, v, u in zip(groups, values, units, strict=True)}
 
     def _measure(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> tuple[list[float], list[Tensor]]:
-        for i, batch in enumerate(batches):
-            if "labels" not in batch:
-                raise CalibrationError(f"MRS needs a loss: calibration batch {i} has no labels, only {sorted(batch)}.")
+        require_labels(batches, "MRS needs a loss")
         if self.attack is not None or self.attack_steps:
             check_precision(model)
         attacked = [self._attacked(model, batch) for batch in batches]

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.errors import CalibrationError
 from hipp_ext.groups import Group
-from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit
+from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit, require_labels
 
 
 class Taylor(Scorer):
@@ -22,9 +21,7 @@ class Taylor(Scorer):
     """
 
     def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
-        for i, batch in enumerate(batches):
-            if "labels" not in batch:
-                raise CalibrationError(f"Taylor needs a loss: calibration batch {i} has no labels, only {sorted(batch)}.")
+        require_labels(batches, "Taylor needs a loss")
         weights = [consumer_weight(model, g) for g in groups]
         squares = [torch.zeros(g.width, dtype=torch.float64) for g in groups]
         flags = [(p, p.requires_grad) for p in model.parameters()]

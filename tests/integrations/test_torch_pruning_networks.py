@@ -237,6 +237,13 @@ REFUSED = {
         lambda: copy.deepcopy(GROUPED), {"2": tuple(range(8))}, PlanError,
         "2 has 4 groups of 4 output channels; as many must stay in each",
     ),
+    "one group of a group norm": (
+        lambda: stack(nn.GroupNorm(2, 8)), {"0": (0, 1, 2, 3)}, PlanError,
+        r"1 is a group norm of 2 groups of 4 channels; as many must stay in each, not \[0, 1, 2, 3\]",
+    ),
+    "a group norm of single channels": (
+        lambda: stack(nn.GroupNorm(8, 8)), {"0": (0, 1)}, PlanError, "1 is a group norm of 8 groups of 1 channels",
+    ),
     "a grouped transposed convolution": (
         lambda: stack(nn.ConvTranspose2d(8, 8, 3, groups=4)), {"0": (0, 2, 4, 6)}, UnsupportedModelError,
         "1 is a transposed convolution with 4 groups",

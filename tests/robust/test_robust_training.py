@@ -34,6 +34,7 @@ from hipp_ext.robust import (
     mrpf,
     train,
 )
+from hipp_ext.robust.allocation import Bounds
 from hipp_ext.robust.checkpoint import ClassifierFile, load_classifier, save_classifier
 from hipp_ext.robust.identity import describe
 from hipp_ext.robust.losses import attacked, backward
@@ -117,6 +118,26 @@ def test_bad_radii(loss):
             loss(epsilon=epsilon)
     with pytest.raises(AttackError, match="at least one step, got steps=0"):
         loss(steps=0)
+    with pytest.raises(AttackError, match="steps='3': a whole number is needed"):
+        loss(steps="3")
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: TrainSettings(epochs="3"), DataError, "epochs='3': a whole number"),
+        (lambda: TrainSettings(batch_size=1.5), DataError, "batch_size=1.5: a whole number"),
+        (lambda: TrainSettings(rate=float("inf")), DataError, "rate=inf: a finite number"),
+        (lambda: MRPFSettings(pruning_ratio=True), BudgetError, "pruning_ratio=True: a finite number"),
+        (lambda: MRPFSettings(budget="0.5"), BudgetError, "budget='0.5': a finite number"),
+        (lambda: Bounds(floor="0"), BudgetError, "floor='0': a finite number"),
+        (lambda: ScoreSettings(rows="8"), AttackError, "rows='8': a whole number"),
+        (lambda: AWP(base=PGDAT(), gamma=None), AttackError, "gamma=None: a finite number"),
+    ],
+)
+def test_settings_are_numbers(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 # Training
