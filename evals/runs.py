@@ -167,10 +167,10 @@ def _results(folder: Path) -> tuple[Path, int | None]:
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
         raise DataError(f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
-    *_, run, name = ("", *Path(results.predictions).parts)
-    if {run, name} & {"", "..", "/"} or "\0" in results.predictions:
-        raise DataError(f"{file} is damaged: {results.predictions!r} is not a file of predictions")
-    return folder / run / name, results.n
+    end = Path(results.predictions).parts[-2:]
+    if len(end) < 2 or set(end) & {"..", "/"} or "\0" in results.predictions:
+        raise DataError(f"{file} is damaged: {results.predictions[:500]!r} is not a file of predictions")
+    return folder.joinpath(*end), results.n
 
 
 def _asked(predictions: Path) -> int | None:

@@ -233,7 +233,7 @@ def _read(text: str | bytes) -> _PlanFile:
         raise PlanError(f"Not a pruning plan: it has more than {MAX_BYTES} bytes.")
     try:
         data = from_json(text)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a text with half a character
         raise PlanError(f"Not a pruning plan: file: Invalid JSON: {error}") from None
     groups = data.get("groups") if isinstance(data, dict) else None
     if isinstance(groups, list) and len(groups) > MAX_GROUPS:

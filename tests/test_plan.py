@@ -171,7 +171,7 @@ def test_a_hand_edited_plan_says_what_is_wrong(plan, name):
         PruningPlan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"plan"', "\x00\xff", "{}"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"plan"', "\x00\xff", "{}", "\ud800"])
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(PlanError, match="Not a pruning plan"):
         PruningPlan.from_json(text)

@@ -124,7 +124,7 @@ def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
 
 def ratio_of(budget: float) -> float:
     """Budget logit -> pruning_ratio in (0, MAX_RATIO)."""
-    return MAX_RATIO / (1 + math.exp(-budget))
+    return MAX_RATIO / (1 + math.exp(-max(budget, -700.0)))  # below, exp is beyond a float; NaN stays NaN
 
 
 def new_policy(seed: int = 0, **options: Any) -> Policy:

@@ -266,6 +266,10 @@ def test_damaged_files_are_named(scored, tmp_path):
     (place / "results.json").write_text("[]")
     with pytest.raises(DataError, match="results.json is damaged"):
         read_runs(place)
+    for path in ("predictions.jsonl", "", "/", "run-0/..", "/predictions.jsonl"):
+        (place / "results.json").write_text(json.dumps({"predictions": path}))
+        with pytest.raises(DataError, match="results.json is damaged: .* is not a file of predictions"):
+            read_runs(place)
     (place / "results.json").write_text('{"predictions": "run-0/predictions.jsonl"}')
     with pytest.raises(DataError, match="run-0/predictions.jsonl cannot be read: No such file"):
         read_runs(place)

@@ -128,6 +128,13 @@ known(
 
 # ----------------------------------------------------------------------------------------------------------------- models
 
+
+def _pipe(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
 _AUTO = {
     "processor_config.json": {"AutoProcessor": "evil.Evil"},
     "preprocessor_config.json": {"AutoImageProcessor": "evil.Evil"},
@@ -170,6 +177,9 @@ known(
         setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="fifo"),
     ),
 )
+known("model vlm", "a template that is a FIFO", lambda folder: _pipe(folder / "model/additional_chat_templates/x.jinja"))
+for file in ("config.json", "tokenizer.json", "processor_config.json", "other.safetensors"):
+    known("model vlm", f"{file} that is a FIFO", lambda folder, file=file: _pipe(folder / "model" / file))
 known(
     "model vlm",
     "weights that are a device",
@@ -402,6 +412,7 @@ for place in (
     "a\0b/c",
     "",
     "run-0/predictions.jsonl/x",
+    "predictions.jsonl",
 ):
     known("report compare", f"predictions at {place!r}", setting("outputs/*/*/results.json", "predictions", value=place))
     known("summary", f"planner at {place!r}", setting("summary.json", "planner", value=place))
@@ -416,6 +427,7 @@ for key in ("index", "prediction"):
 known("compare", "an answer of a megabyte", text("outputs/small*/*/*/predictions.jsonl", in_rows("prediction", "A " * 500_000)))
 known("report compare predictions", "deep line", text("**/predictions.jsonl", lambda d: b"[" * 100_000 + b"\n" + d))
 known("report summary", "deep latency", text("latency.json", b"[" * 100_000))
+known("tiny-imagenet", "a name too long for a file", text("*/wnids.txt", b"x" * 5000))
 for key in ("name", "preference", "parameters", "records", "plan", "reward"):
     for value in (SCRIPT, "\ud800", [], 10**400):
         known("summary", f"entry {key} {str(value)[:12]!r}", setting("summary.json", "entries", 1, key, value=value))

@@ -50,7 +50,7 @@ def _table(name: str, make: Any) -> None:
         from hipp_ext.evals.runs import table_rows
         from hipp_ext.evals.tables import read_table
 
-        (file,) = folder.glob("*.tsv")
+        file = folder / ("ScienceQA_TEST.tsv" if name == "tsv-choice" else "POPE.tsv")
         table = read_table(file, folder.parent / "pictures", name=file.stem)
         return table_questions(table), table_rows(table)
 

@@ -55,6 +55,11 @@ class Case:
         return f"{self.reader}, seed {self.seed}: {self.what}\n{self.fault}\nAgain: {again}"
 
 
+def _not_kept(folder: str, names: list[str]) -> list[str]:
+    """Pipes, which cannot be copied, and what is the same for all cases."""
+    return [n for n in names if n == "tmp" or n.startswith("secret.") or Path(folder, n).is_fifo()]
+
+
 def _last_line(text: str) -> str:
     return next(line for line in reversed(text.split("\n")) if line and not line.startswith(" "))
 
@@ -87,7 +92,7 @@ class Worker:
             self.kept.add(case.signature)
             place = self.place / "faults" / f"{reader}-{seed}"
             shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(self.place / "case", place, ignore=shutil.ignore_patterns("fifo", "tmp", "secret.*"), symlinks=True)
+            shutil.copytree(self.place / "case", place, ignore=_not_kept, symlinks=True)
             (place / "fault.txt").write_text(f"{case}\n", errors="backslashreplace")
         return case
 

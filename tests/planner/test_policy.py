@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from hipp_ext.planner.grpo import draw_preferences
-from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy
+from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy, ratio_of
 from hipp_ext.planner.state import REMOVED
 
 
@@ -14,6 +14,12 @@ def test_an_untrained_budget_is_the_wish_for_compression(signals):
     preferences = torch.stack([(1 - wishes) * 0.3, (1 - wishes) * 0.7, wishes], 1)
     ratios = MAX_RATIO * new_policy().budget(signals, preferences).sigmoid()
     assert torch.allclose(ratios, MAX_RATIO * wishes, atol=1e-5)
+
+
+def test_every_logit_is_a_ratio():
+    """Also those that no training gives, and a file may."""
+    ratios = [ratio_of(logit) for logit in (-torch.inf, -1e30, -1.0, 0.0, 1.0, 1e30, torch.inf)]
+    assert ratios == sorted(ratios) and 0 <= ratios[0] < 1e-30 and ratios[3] == MAX_RATIO / 2 and ratios[-1] == MAX_RATIO
 
 
 def test_whoever_wants_more_compression_gets_more(signals):
