@@ -141,13 +141,21 @@ def tokenise(processor: Any, texts: Sequence[str], images: Sequence[Any] | None 
         images: the pictures of each text that has any, as the processor takes them; None or empty: none.
         kwargs: further options of the processor.
     """
-    beginning = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
-    if beginning and all(text.startswith(beginning) for text in texts):
+    tokenizer = getattr(processor, "tokenizer", processor)
+    beginning = getattr(tokenizer, "bos_token", None)
+    written = bool(beginning) and all(text.startswith(beginning) for text in texts)
+    if written or all(_begins_twice(tokenizer, text) for text in texts):
         kwargs["add_special_tokens"] = False
     if images:
         kwargs["images"] = images
     # Only left padding puts the answer position of every row at the end.
     return dict(processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **kwargs))
+
+
+def _begins_twice(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer puts before a text the token that it begins with; not every such token is called bos_token."""
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return bool(plain) and tokenizer(text)["input_ids"][:2] == [plain[0]] * 2 != plain[:2]
 
 
 def join_answer(text: str, answer: str) -> str:

@@ -228,3 +228,21 @@ def test_training_is_deterministic_and_writes_what_load_reads(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
     with pytest.raises(OutputExistsError):
         testbed.train(tmp_path / "a", **sizes)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_chat_begins_once_whatever_template_and_tokenizer_add(named):
+    from tokenizers.processors import TemplateProcessing
+
+    from hipp_ext.calibration import tokenise
+
+    processor = testbed.load()[1]
+    tokenizer = processor.tokenizer
+    first, number = tokenizer.bos_token, tokenizer.bos_token_id
+    adding = TemplateProcessing(single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, number)])
+    tokenizer._tokenizer.post_processor = adding
+    if not named:
+        tokenizer.bos_token = None
+    for texts in (["kite", "a kite"], [f"{first}kite", f"{first}a kite"]):
+        ids = tokenise(processor, texts)["input_ids"]
+        assert (ids == number).sum(1).tolist() == [1, 1]
