@@ -1,14 +1,10 @@
 """A fit learns what pays, survives interruption, and leaves no trace."""
 
 import contextlib
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,36 +141,33 @@ def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp
     assert all(torch.equal(a, b) for a, b in zip(new.policy.parameters(), again.policy.parameters(), strict=True))
 
 
-KILLED = """
-    import sys; sys.path[:0] = [{tests!r}, {tests!r} + "/planner"]
-    import torch; torch.set_num_threads(1)
-    from models import build
-    from fitting import BATCHES, EVEN, Closeness, planner_with
-    from hipp_ext.planner.fit import FitSettings
-    from hipp_ext.planner.state import measure_signals
-    model = build("llava")
-    planner = planner_with(measure_signals(model, BATCHES))
-    print("ready", flush=True)
-    planner.fit(model, Closeness(model), FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, imagined=3, seed=3),
-                folder={folder!r}, progress=False)
-    print("done", flush=True)
-"""
+def test_kill_9_during_a_fit_and_resume(model, signals, tmp_path):
+    """Forked processes, so that none of them imports anything; what one learned reaches the next by the folder alone."""
+    fork = multiprocessing.get_context("fork")
+    settings = FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, imagined=3, seed=3)
 
+    def fit(folder, ready):
+        evaluator = Closeness(model)
+        ready.set()
+        planner_with(signals).fit(model, evaluator, settings, folder=folder, progress=False)
 
-def test_kill_9_during_a_fit_and_resume(tmp_path):
     def start(folder):
-        script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), folder=str(folder))
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE)
-        assert process.stdout and process.stdout.readline() == b"ready\n"
+        process = fork.Process(target=fit, args=(folder, ready := fork.Event()))
+        process.start()
+        assert ready.wait(60)
         return process
 
-    assert start(tmp_path / "whole").wait() == 0
+    def end(process):
+        process.join(120)
+        return process.exitcode
+
+    assert end(start(tmp_path / "whole")) == 0
     for delay in (0.15, 0.4):
         process = start(tmp_path / "cut")
         time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "cut").wait() == 0
+        process.kill()
+        assert end(process) == -signal.SIGKILL
+    assert end(start(tmp_path / "cut")) == 0
     assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
 
 
