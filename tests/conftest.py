@@ -19,9 +19,18 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Signals that commands keep do not come from, or go to, the user's home."""
+    """Signals that commands keep do not come from, or go to, the user's home; all processes of one run share them."""
+    place = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_rows():
+    """Where neither the test nor the command under test says how much calibration data: little, so that signals are quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hipp_ext.planner.planner.ROWS", 8)
         yield
 
 
