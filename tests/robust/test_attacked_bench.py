@@ -5,10 +5,10 @@ from hipp_ext.evals.bench.attacked import run
 
 from hipp_ext.errors import OutputExistsError
 
-SETTING = {"seeds": 1, "steps": 1, "questions": 16, "tested": 16, "ratios": (0.4,), "save": False}
+SETTING = {"seeds": 1, "steps": 1, "questions": 8, "tested": 16, "ratios": (0.4,), "save": False}
 
 
-def test_planners_are_compared_at_one_sparsity_and_a_stopped_bench_goes_on(tmp_path):
+def test_planners_are_compared_at_one_sparsity_and_a_stopped_bench_goes_on(tmp_path, few_rows):
     said: list[str] = []
     result = run(tmp_path, epsilon=8 / 255, say=said.append, objectives=("pope", "adaptive"), **SETTING)["at 0.4"]
     assert [line.split(":")[0] for line in said] == ["pope at 0.4, seed 0", "adaptive at 0.4, seed 0"]
