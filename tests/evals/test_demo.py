@@ -11,12 +11,12 @@ from hipp_ext.evals.report_page import SECTIONS
 from hipp_ext import PruningPlan, load_pruned
 from hipp_ext.planner.fit import FitSettings
 
-SIZE = DemoSize(settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2), search=24, limit=12,
+SIZE = DemoSize(settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2), search=12, limit=12,
                 load=Load(new_tokens=3, repeats=2, warmup=0))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, few_rows):
     path = tmp_path_factory.mktemp("demo") / "out"
     run_demo(path, SIZE, say=lambda line: None, progress=False)
     return path
