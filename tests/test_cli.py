@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cli")
 
 
-def test_fit_plan_prune_from_start_to_end(folder):
+def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
     done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", *ROWS, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "12 plans evaluated" in done.stdout and len(HiPPPlanner.load(folder / "planner").archive) == 12
@@ -44,12 +44,10 @@ def test_fit_plan_prune_from_start_to_end(folder):
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
     assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0) and "extrapolated" not in done.stdout
-    done = hipp(
-        "plan", "testbed", "--planner", "planner", "-u", "1", "--pruning-ratio", "0.7", *ROWS, "-o", "beyond.json", cwd=folder
-    )
-    assert done.returncode == 0 and "extrapolated" in done.stdout
-    done = hipp("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(folder)  # the rest in this process, which has imported everything
+    beyond = ("-u", "1", "--pruning-ratio", "0.7", *ROWS)
+    assert "extrapolated" in in_process("plan", "testbed", "--planner", "planner", *beyond, "-o", "beyond.json")
+    in_process("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json")
     archived = PruningPlan.load(folder / "archived.json")
     evaluated = {tuple(g.keep for g in f.plan.groups) for f in HiPPPlanner.load(folder / "planner").front()}
     assert tuple(g.keep for g in archived.groups) in evaluated and archived.pruning_ratio >= 0.3 - 1e-6
@@ -57,8 +55,7 @@ def test_fit_plan_prune_from_start_to_end(folder):
     assert done.returncode == 0, done.stderr
     small = load_pruned(folder / "small")
     assert small.hipp_plan == PruningPlan.load(folder / "plan.json") and (folder / "small/tokenizer.json").exists()
-    done = hipp("prune", "testbed", "plan.json", "-o", "fixed", "--compensate", "--device", "cpu", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    in_process("prune", "testbed", "plan.json", "-o", "fixed", "--compensate", "--device", "cpu")
     fixed = load_pruned(folder / "fixed")
     changed = {k.split(".")[-2] for k, v in fixed.state_dict().items() if not torch.equal(v, small.state_dict()[k])}
     assert fixed.hipp_plan == small.hipp_plan and changed == {"o_proj", "down_proj"}
@@ -69,7 +66,6 @@ def test_fit_plan_prune_from_start_to_end(folder):
     [
         (("plan", "testbed", "-u", "-1"), "a finite number of 0 or more is needed"),
         (("plan", "testbed", "--pruning-ratio", "1.5"), "in [0, 1) is needed"),
-        (("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json"), "cannot be met"),
         (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
         (("plan", "testbed", "--archived", "-o", "x.json"), "There is no evaluated plan"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
@@ -82,9 +78,19 @@ def test_fit_plan_prune_from_start_to_end(folder):
         (("fit", "testbed", "-o", "..", "--overwrite"), ".. is the working directory, or holds it"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, message):
-    done = hipp(*arguments, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hipp", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capfd.readouterr().err
+    assert end.value.code == 2 and message in told and "Traceback" not in told
+    assert len(told.strip().split("\n")) == 1
+
+
+def test_bad_input_of_a_process_of_its_own(tmp_path):
+    done = hipp("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json", cwd=tmp_path)
+    assert done.returncode == 2 and "cannot be met" in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().split("\n")) == 1
 
 
