@@ -125,12 +125,12 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
         (KeyError("ours"), None),
     ],
 )
-def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(monkeypatch, capsys, error, line):
+def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(monkeypatch, capsys, tmp_path, error, line):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("hipp_ext.cli.planning.require_new", fail)
-    monkeypatch.setattr(sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", "/tmp/never-written.json"])
+    monkeypatch.setattr("hipp_ext.cli.planning.require_new_file", fail)
+    monkeypatch.setattr(sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", f"{tmp_path}/plan.json"])
     with pytest.raises(KeyError if line is None else SystemExit) as end:
         main()
     if line:
