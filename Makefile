@@ -30,6 +30,7 @@ wheel: $(STAMP)
 	$(BIN)/python -m build
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 260 packages, 7 GB, some four minutes. Later runs start at once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@

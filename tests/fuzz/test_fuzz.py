@@ -21,7 +21,7 @@ def worker(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strict_worker(tmp_path_factory):
-    with Worker(tmp_path_factory.mktemp("probes"), seconds=0.7, mib=300) as worker:
+    with Worker(tmp_path_factory.mktemp("probes"), seconds=4, mib=300) as worker:  # of a busy machine
         yield worker
 
 
