@@ -4,6 +4,10 @@
 class HippError(Exception):
     """Base of every error that hipp-ext raises on purpose."""
 
+    def __str__(self) -> str:
+        # A name from a damaged file may hold half a character (a lone surrogate), which no terminal or file takes.
+        return super().__str__().encode(errors="replace").decode()
+
 
 class PreferenceError(HippError, ValueError):
     """A preference that is not a point on the simplex (negative, NaN, all zero)."""

@@ -122,6 +122,7 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
         (PermissionError(13, "Permission denied", "mine.tsv"), "hipp: Permission denied: mine.tsv"),
         (OSError("Can't load\nthe tokenizer"), "hipp: Can't load the tokenizer"),
         (HippError("two\nlines"), "hipp: two lines"),
+        (WriteError("half a character: \ud800"), "hipp: half a character: ?"),
         (KeyError("ours"), None),
     ],
 )
