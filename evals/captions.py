@@ -9,19 +9,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hipp_ext.evals.chair import ChairScores, ObjectWords, chair_scores, default_synonyms, read_synonyms
+from hipp_ext.errors import DataError
+from hipp_ext.evals.chair import (
+    ChairScores,
+    ObjectWords,
+    chair_scores,
+    default_synonyms,
+    read_synonyms,
+)
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
 from hipp_ext.evals.metrics import without_nan
 from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
-
-from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.untrusted import rgb_picture
 
-_KEY = 2  # counts changes of how captions are asked for: those kept from before are not those of now
+_KEY = (
+    2  # counts changes of how captions are asked for: those kept from before are not those of now
+)
 PROMPT = "Provide a brief description of the given image."  # POPE's second caption instruction (arXiv 2305.10355, 3.1)
 
 
@@ -101,7 +108,9 @@ def coco_task(
     words = ObjectWords(default_synonyms(names) | given)
     known = [image for image in annotated if image.objects]
     if len(known) < n:
-        raise DataError(f"{annotations}: {n} images with objects are wanted, and there are {len(known)}. Lower --n")
+        raise DataError(
+            f"{annotations}: {n} images with objects are wanted, and there are {len(known)}. Lower --n"
+        )
     sample = random.Random(f"chair {seed}").sample(known, n)
     reference = read_captions(captions) if captions else {}
     named = [words(" . ".join(reference.get(image.id, []))) for image in sample]
@@ -110,7 +119,10 @@ def coco_task(
         name="coco",
         names=tuple(image.file_name for image in sample),
         pictures=tuple(picture.read for picture in pictures),
-        objects=tuple(tuple(dict.fromkeys([*image.objects, *more])) for image, more in zip(sample, named, strict=True)),
+        objects=tuple(
+            tuple(dict.fromkeys([*image.objects, *more]))
+            for image, more in zip(sample, named, strict=True)
+        ),
         words=words,
         prompt=prompt,
         max_new_tokens=max_new_tokens,
@@ -144,10 +156,16 @@ def measure_chair(
     device = resolve_device(device)
     pictures = [_checked(name, read) for name, read in zip(task.names, task.pictures, strict=True)]
     model_hash = content_hash(folder)
-    settings = {"prompt": task.prompt, "max_new_tokens": task.max_new_tokens, "dtype": dtype or "auto",
-                "device": device.partition(":")[0]}  # fmt: skip
+    settings = {
+        "prompt": task.prompt,
+        "max_new_tokens": task.max_new_tokens,
+        "dtype": dtype or "auto",
+        "device": device.partition(":")[0],
+    }
     hashes = [hashlib.sha256(data).hexdigest() for data in pictures]
-    key = hashlib.sha256(json.dumps([_KEY, model_hash, task.names, hashes, settings]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps([_KEY, model_hash, task.names, hashes, settings]).encode()
+    ).hexdigest()[:16]
     work_dir = Path(work_dir).expanduser()
     place = result_folder(work_dir, folder, model_hash) / f"CHAIR-{task.name}" / f"run-{key}"
 
@@ -155,11 +173,24 @@ def measure_chair(
         return [{"type": "image", "value": pictures[row]}, {"type": "text", "value": task.prompt}]
 
     with open_log(place / PREDICTIONS, task.names) as log, writing(place):
-        answer_rows(lambda: HippVLM(folder, device, dtype, task.max_new_tokens), log, task.names, message,
-                    batch_size=batch_size, progress=f"{shown_name(folder)} describes" if progress else None)  # fmt: skip
-        scores = chair_scores([log.answers[name] for name in task.names], task.objects, hashes, task.words)
-        record = {"model": shown_name(folder), "model_hash": model_hash, "data": task.name, **without_nan(asdict(scores)),
-                  "settings": settings}  # fmt: skip
+        answer_rows(
+            lambda: HippVLM(folder, device, dtype, task.max_new_tokens),
+            log,
+            task.names,
+            message,
+            batch_size=batch_size,
+            progress=f"{shown_name(folder)} describes" if progress else None,
+        )
+        scores = chair_scores(
+            [log.answers[name] for name in task.names], task.objects, hashes, task.words
+        )
+        record = {
+            "model": shown_name(folder),
+            "model_hash": model_hash,
+            "data": task.name,
+            **without_nan(asdict(scores)),
+            "settings": settings,
+        }
         write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
     return scores, log.path
 
@@ -178,11 +209,23 @@ def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="percent, ± standard error over pictures; lower CHAIR is better, higher recall is better")
-    for name in ("model", "captions", "CHAIR_i", "CHAIR_s", "recall", "silent", "objects per caption"):
+    table = Table(
+        title="percent, ± standard error over pictures; lower CHAIR is better, higher recall is better"
+    )
+    for name in (
+        "model",
+        "captions",
+        "CHAIR_i",
+        "CHAIR_s",
+        "recall",
+        "silent",
+        "objects per caption",
+    ):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for model, own in rows:
-        cells = [f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
-                 for f in ("chair_i", "chair_s", "recall", "silent", "mentions")]  # fmt: skip
+        cells = [
+            f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
+            for f in ("chair_i", "chair_s", "recall", "silent", "mentions")
+        ]
         table.add_row(Text(model), str(own.n), *cells)  # a name may look like markup
     return table

@@ -17,21 +17,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hipp_ext.evals.metrics import clustered_se
 from pydantic import TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.metrics import clustered_se
 from hipp_ext.untrusted import read_plain
 
 _LARGEST = 1 << 24  # bytes of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")
 _IRREGULAR = {
-    "person": ("people", "persons"), "man": ("men",), "woman": ("women",), "child": ("children",), "mouse": ("mice",),
-    "goose": ("geese",), "foot": ("feet",), "tooth": ("teeth",), "knife": ("knives",), "leaf": ("leaves",),
-    "loaf": ("loaves",), "shelf": ("shelves",), "scarf": ("scarves", "scarfs"), "wolf": ("wolves",), "calf": ("calves",),
-    "sheep": ("sheep",), "fish": ("fish", "fishes"), "deer": ("deer",), "ox": ("oxen",), "bus": ("buses", "busses"),
-    "aircraft": ("aircraft",), "broccoli": ("broccoli",), "skis": ("skis",), "scissors": ("scissors",),
-}  # fmt: skip
+    "person": ("people", "persons"),
+    "man": ("men",),
+    "woman": ("women",),
+    "child": ("children",),
+    "mouse": ("mice",),
+    "goose": ("geese",),
+    "foot": ("feet",),
+    "tooth": ("teeth",),
+    "knife": ("knives",),
+    "leaf": ("leaves",),
+    "loaf": ("loaves",),
+    "shelf": ("shelves",),
+    "scarf": ("scarves", "scarfs"),
+    "wolf": ("wolves",),
+    "calf": ("calves",),
+    "sheep": ("sheep",),
+    "fish": ("fish", "fishes"),
+    "deer": ("deer",),
+    "ox": ("oxen",),
+    "bus": ("buses", "busses"),
+    "aircraft": ("aircraft",),
+    "broccoli": ("broccoli",),
+    "skis": ("skis",),
+    "scissors": ("scissors",),
+}
 _ES_AFTER_O = ("potato", "tomato", "mango", "hero")
 
 
@@ -68,11 +87,20 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
             found = TypeAdapter(dict[str, list[str]]).validate_json(data, strict=True)
         else:
             text = data.decode("utf-8")
-            lines = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
+            lines = [
+                [word.strip() for word in line.split(",") if word.strip()]
+                for line in text.splitlines()
+            ]
             found = {words[0]: words[1:] for words in lines if words}
     except ValueError as error:  # pydantic's and decode's
-        wrong = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else error
-        raise DataError(f"{path} is not a list of synonyms: {wrong}. JSON is {{name: [words]}}") from None
+        wrong = (
+            error.errors(include_input=False)[0]["msg"]
+            if isinstance(error, ValidationError)
+            else error
+        )
+        raise DataError(
+            f"{path} is not a list of synonyms: {wrong}. JSON is {{name: [words]}}"
+        ) from None
     if not found:
         raise DataError(f"{path} holds no synonyms")
     return found
@@ -96,12 +124,16 @@ class ObjectWords:
         given = [(word, name) for name, others in synonyms.items() for word in (name, *others)]
         for word, name in given:
             if self._objects.setdefault(_words(word), name) != name:
-                raise DataError(f"the word {word!r} stands for two objects, {self._objects[_words(word)]!r} and {name!r}")
+                raise DataError(
+                    f"the word {word!r} stands for two objects, {self._objects[_words(word)]!r} and {name!r}"
+                )
         if () in self._objects:
             raise DataError(f"the object {self._objects[()]!r} has a name without a letter")
         for word, name in given:
             for form in plurals(word.lower()):
-                self._objects.setdefault(_words(form), name)  # what was given goes before what was guessed
+                self._objects.setdefault(
+                    _words(form), name
+                )  # what was given goes before what was guessed
         self._longest = max(map(len, self._objects))
 
     def __call__(self, text: str) -> list[str]:
@@ -178,14 +210,28 @@ def chair_scores(
     """
     if not len(captions) == len(objects) == len(images) > 0:
         lengths = [len(captions), len(objects), len(images)]
-        raise DataError(f"CHAIR needs captions, objects and images of one length, above 0; got {lengths}")
+        raise DataError(
+            f"CHAIR needs captions, objects and images of one length, above 0; got {lengths}"
+        )
     if unknown := sorted(set().union(*objects) - set(words.names)):
-        raise DataError(f"the pictures hold objects that the list of names lacks: {', '.join(unknown[:5])}")
+        raise DataError(
+            f"the pictures hold objects that the list of names lacks: {', '.join(unknown[:5])}"
+        )
     rows = []
     for caption, there in zip(captions, objects, strict=True):
         named = words(caption)
         wrong = sum(name not in there for name in named)
-        rows.append((1, len(named), wrong, wrong > 0, len(set(named) & set(there)), len(set(there)), not named))
+        rows.append(
+            (
+                1,
+                len(named),
+                wrong,
+                wrong > 0,
+                len(set(named) & set(there)),
+                len(set(there)),
+                not named,
+            )
+        )
     counts = np.asarray(rows, dtype=float)
     rates = _rates(counts.sum(axis=0))
     errors = clustered_se(counts, images, _rates, seed=seed, resamples=resamples)
@@ -196,7 +242,9 @@ def chair_scores(
 
 def _rates(sums: np.ndarray) -> np.ndarray:
     """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`, shape (..., 5)."""
-    n, mentions, wrong, with_wrong, found, there, silent = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
+    n, mentions, wrong, with_wrong, found, there, silent = np.moveaxis(
+        np.asarray(sums, dtype=float), -1, 0
+    )
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)

@@ -11,18 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hipp_ext.errors import DataError
 from hipp_ext.evals.compare_table import ComparisonTable
 from hipp_ext.evals.metrics import f1_percent, without_nan
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
-from hipp_ext.evals.statistics import Estimate, PairedDifference, bootstrap_estimate, paired_difference, questions_needed
+from hipp_ext.evals.statistics import (
+    Estimate,
+    PairedDifference,
+    bootstrap_estimate,
+    paired_difference,
+    questions_needed,
+)
 from hipp_ext.evals.tables import YES_NO
-
-from hipp_ext.errors import DataError
 from hipp_ext.untrusted import shown
 
-__all__ = ["Comparison", "check_same_questions", "compare", "compare_runs", "comparison_table", "plain"]
+__all__ = [
+    "Comparison",
+    "check_same_questions",
+    "compare",
+    "compare_runs",
+    "comparison_table",
+    "plain",
+]
 
 MOST_SPLITS, MOST_OPTIONS = 101, 26  # each split takes a bootstrap; options have letters
 POINT = 1.0  # the difference [points] whose price in questions is given
@@ -54,7 +67,12 @@ class Comparison:
 
 
 def compare(
-    a: str | Path, b: str | Path, *, tsv: str | Path | None = None, level: float = 0.95, seed: int = 0
+    a: str | Path,
+    b: str | Path,
+    *,
+    tsv: str | Path | None = None,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> list[Comparison]:
     """Compare what `vlmeval` left for two models, on every data set that both were asked.
 
@@ -68,12 +86,16 @@ def compare(
         DataError: no data set in common, or different questions; the message says what differs.
     """
     runs_a, runs_b = read_runs(a, tsv), read_runs(b, tsv)
-    if len(runs_a) == len(runs_b) == 1:  # files may lie anywhere; the questions say whether they belong together
+    if (
+        len(runs_a) == len(runs_b) == 1
+    ):  # files may lie anywhere; the questions say whether they belong together
         pairs = [(*runs_a.values(), *runs_b.values())]
     else:
         pairs = [(run, runs_b[name]) for name, run in runs_a.items() if name in runs_b]
     if not pairs:
-        raise DataError(f"no data set in common: A has {shown(', '.join(runs_a))}, B has {shown(', '.join(runs_b))}")
+        raise DataError(
+            f"no data set in common: A has {shown(', '.join(runs_a))}, B has {shown(', '.join(runs_b))}"
+        )
     return [row for pair in pairs for row in compare_runs(*pair, level=level, seed=seed)]
 
 
@@ -90,7 +112,9 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
     for row, question in enumerate(asked):
         for split in dict.fromkeys(question.category.split(",")) if yes_no else ():
             splits.setdefault(split, []).append(row)
-    if len(splits) > MOST_SPLITS or any(len(question.options or ()) > MOST_OPTIONS for question in asked):
+    if len(splits) > MOST_SPLITS or any(
+        len(question.options or ()) > MOST_OPTIONS for question in asked
+    ):
         raise DataError(
             f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MOST_SPLITS - 1} that can be compared, or a question with more "
             f"than {MOST_OPTIONS} options"
@@ -98,7 +122,11 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
     for rule in RULES if yes_no else ("letter",):
         said_a, said_b = (_read(rule, asked, run.answers) for run in (a, b))
         for split, own in splits.items():
-            picked = ([asked[row] for row in own], [said_a[row] for row in own], [said_b[row] for row in own])
+            picked = (
+                [asked[row] for row in own],
+                [said_a[row] for row in own],
+                [said_b[row] for row in own],
+            )
             rows.append(_compare_split(a.data, rule, split, *picked, level=level, seed=seed))
     return rows
 
@@ -110,7 +138,9 @@ def check_same_questions(a: Run, b: Run) -> None:
     if a.questions == b.questions:
         return
     if len(a.questions) != len(b.questions):
-        raise DataError(f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both the same")
+        raise DataError(
+            f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both the same"
+        )
     for question in a.questions:
         other = by_index.get(question.index)
         if other is None:
@@ -119,8 +149,10 @@ def check_same_questions(a: Run, b: Run) -> None:
             own, theirs = getattr(question, field), getattr(other, field)
             if own != theirs:
                 said = [shown(repr(value), 200) for value in (own, theirs)]
-                raise DataError(f"{where}: the {field} of index {shown(question.index)} is {said[0]} in A and {said[1]} in B. "
-                                "They were asked different data")  # fmt: skip
+                raise DataError(
+                    f"{where}: the {field} of index {shown(question.index)} is {said[0]} in A and {said[1]} in B. "
+                    "They were asked different data"
+                )
     raise DataError(f"{where}: the questions are in another order. They were asked different data")
 
 
@@ -128,7 +160,10 @@ def _read(rule: str, asked: Sequence[AskedQuestion], answers: Sequence[str]) -> 
     """Each answer as "yes", "no" or "unknown"; or as a letter."""
     if rule in RULES:
         return [RULES[rule](answer) for answer in answers]
-    return [option_letter(answer, question.options or {}) for question, answer in zip(asked, answers, strict=True)]
+    return [
+        option_letter(answer, question.options or {})
+        for question, answer in zip(asked, answers, strict=True)
+    ]
 
 
 def _compare_split(
@@ -144,7 +179,9 @@ def _compare_split(
 ) -> Comparison:
     yes_no = rule in RULES
     labels = [question.answer.lower() if yes_no else question.answer for question in asked]
-    right_a, right_b = ([said == label for said, label in zip(own, labels, strict=True)] for own in (said_a, said_b))
+    right_a, right_b = (
+        [said == label for said, label in zip(own, labels, strict=True)] for own in (said_a, said_b)
+    )
     # Multiple choice: many questions may share a blank picture without having anything else in common.
     images = [question.image if yes_no else question.index for question in asked]
     paired = paired_difference(right_a, right_b, images, level=level, seed=seed)
@@ -158,12 +195,19 @@ def _compare_split(
         yes_a=100 * sum(said == "yes" for said in said_a) / len(asked) if yes_no else None,
         yes_b=100 * sum(said == "yes" for said in said_b) / len(asked) if yes_no else None,
         # Models that differ on fewer questions than a point would differ on a point's worth at least.
-        questions_for_a_point=questions_needed(POINT, max(POINT, paired.discordance), design_effect=effect),
+        questions_for_a_point=questions_needed(
+            POINT, max(POINT, paired.discordance), design_effect=effect
+        ),
     )
 
 
 def _f1_difference(
-    said_a: Sequence[str], said_b: Sequence[str], labels: Sequence[str], images: Sequence[str], level: float, seed: int
+    said_a: Sequence[str],
+    said_b: Sequence[str],
+    labels: Sequence[str],
+    images: Sequence[str],
+    level: float,
+    seed: int,
 ) -> Estimate:
     positive = np.asarray(labels) == "yes"
     columns = []
@@ -175,19 +219,26 @@ def _f1_difference(
         hit_a, miss_a, hit_b, miss_b = np.moveaxis(sums, -1, 0)
         return f1_percent(hit_b, miss_b) - f1_percent(hit_a, miss_a)
 
-    return bootstrap_estimate(np.stack(columns, axis=1).astype(float), images, difference, level=level, seed=seed)
+    return bootstrap_estimate(
+        np.stack(columns, axis=1).astype(float), images, difference, level=level, seed=seed
+    )
 
 
 def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
     """As data that JSON can hold, with the discordance [%]."""
-    return [without_nan(dataclasses.asdict(row) | {"discordance": row.paired.discordance}) for row in rows]
+    return [
+        without_nan(dataclasses.asdict(row) | {"discordance": row.paired.discordance})
+        for row in rows
+    ]
 
 
 def counts_sentence(rows: Sequence[Comparison]) -> str:
     """Why the questions of a yes/no data set have two numbers, here and in what `vlmeval` prints; empty where they do not."""
     told = []
     for data in dict.fromkeys(row.data for row in rows):
-        sizes = {row.split: row.paired.n for row in rows if row.data == data and row.yes_a is not None}
+        sizes = {
+            row.split: row.paired.n for row in rows if row.data == data and row.yes_a is not None
+        }
         if (once := sizes.pop("all", 0)) < (asked := sum(sizes.values())):
             told.append(split_counts(data, once, asked))
     return " ".join(told)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.statistics import Estimate
-
 from hipp_ext.untrusted import shown
 
 if TYPE_CHECKING:
@@ -30,7 +29,10 @@ class ComparisonTable:
 
     def __init__(self, rows: Sequence[Any], level: float, note: str):
         self._title = f"accuracy in percent; B - A in points, with its {100 * level:g}% interval"
-        self._rows = [((row.data, rule, row.split), _scores(row), _rest(row)) for row, rule in _without_repetition(rows)]
+        self._rows = [
+            ((row.data, rule, row.split), _scores(row), _rest(row))
+            for row, rule in _without_repetition(rows)
+        ]
         self._note = note
 
     def __rich_measure__(self, console: Any, options: Any) -> Any:
@@ -64,9 +66,16 @@ class ComparisonTable:
         from rich.text import Text
 
         for data, rule in dict.fromkeys(names[:2] for names, *_ in self._rows):
-            own = [(names[2], scores, rest) for names, scores, rest in self._rows if names[:2] == (data, rule)]
+            own = [
+                (names[2], scores, rest)
+                for names, scores, rest in self._rows
+                if names[:2] == (data, rule)
+            ]
             yield Text(f"{shown(data, 40)}, rule: {rule}", "bold")
-            for columns, cells in ((_SCORES, [scores for _, scores, _ in own]), (_REST, [rest for *_, rest in own])):
+            for columns, cells in (
+                (_SCORES, [scores for _, scores, _ in own]),
+                (_REST, [rest for *_, rest in own]),
+            ):
                 table = _table(("split", *columns), left=1, short=True)
                 for (split, *_), texts in zip(own, cells, strict=True):
                     table.add_row(*_plain([split]), *texts)
@@ -74,7 +83,9 @@ class ComparisonTable:
                 yield ""
 
 
-def _table(columns: Sequence[str], *, left: int, title: str | None = None, short: bool = False) -> "Table":
+def _table(
+    columns: Sequence[str], *, left: int, title: str | None = None, short: bool = False
+) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -85,7 +96,12 @@ def _table(columns: Sequence[str], *, left: int, title: str | None = None, short
         head = name.replace("p (", "p\n(").replace(" right", "\nright") if short else name
         # Where it is narrow a split's name may break into lines, and numbers never do.
         may_break = short and number < left
-        table.add_column(head, justify="left" if number < left else "right", no_wrap=not may_break, overflow="fold")
+        table.add_column(
+            head,
+            justify="left" if number < left else "right",
+            no_wrap=not may_break,
+            overflow="fold",
+        )
     return table
 
 
@@ -97,13 +113,23 @@ def _plain(names: Sequence[str]) -> list[Any]:
 
 def _scores(row: Any) -> list[str]:
     own = row.paired
-    return [str(own.n), f"{own.a:.2f}", f"{own.b:.2f}", _with_interval(own.difference), _p(own.difference.p_value),
-            _p(own.mcnemar_p)]  # fmt: skip
+    return [
+        str(own.n),
+        f"{own.a:.2f}",
+        f"{own.b:.2f}",
+        _with_interval(own.difference),
+        _p(own.difference.p_value),
+        _p(own.mcnemar_p),
+    ]
 
 
 def _rest(row: Any) -> list[str]:
-    return [f"{row.paired.only_a}/{row.paired.only_b}", "" if row.f1 is None else _with_interval(row.f1),
-            "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}", f"{row.questions_for_a_point:,}"]  # fmt: skip
+    return [
+        f"{row.paired.only_a}/{row.paired.only_b}",
+        "" if row.f1 is None else _with_interval(row.f1),
+        "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}",
+        f"{row.questions_for_a_point:,}",
+    ]
 
 
 def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
@@ -111,8 +137,11 @@ def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
     by_rule = {(row.data, row.split, row.rule): row for row in rows}
     kept = []
     for row in rows:
-        same = [repr(dataclasses.replace(twin, rule=row.rule)) == repr(row)  # NaN does not equal itself
-                for other in RULES if row.rule in RULES and (twin := by_rule.get((row.data, row.split, other)))]  # fmt: skip
+        same = [
+            repr(dataclasses.replace(twin, rule=row.rule)) == repr(row)  # NaN does not equal itself
+            for other in RULES
+            if row.rule in RULES and (twin := by_rule.get((row.data, row.split, other)))
+        ]
         if len(same) == len(RULES) and all(same):
             kept += [(row, "both")] if row.rule == next(iter(RULES)) else []
         else:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.bench.generation import Load
-from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.report import table_rows, write_report
-from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
 from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.checkpoint import load_pruned, read_plan, save_pruned
 from hipp_ext.errors import HippError
+from hipp_ext.evals.bench.generation import Load
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.report import table_rows, write_report
+from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
@@ -47,7 +47,9 @@ class DemoSize:
     load: Load = Load(repeats=15)
 
 
-def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True) -> Path:
+def run_demo(
+    folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True
+) -> Path:
     """Run the demo in `folder`; what an earlier run finished there is not done again. Returns the report's page.
 
     Raises:
@@ -64,7 +66,14 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     say("2/6  fitting the planner on the search split")
     planner = HiPPPlanner(PREFERENCES["utility"], cache=folder / "signals")
     evaluator = search_evaluator(model, processor, size.search)
-    result = planner.fit(model, evaluator, size.settings, folder=folder / "fit", processor=processor, progress=progress)
+    result = planner.fit(
+        model,
+        evaluator,
+        size.settings,
+        folder=folder / "fit",
+        processor=processor,
+        progress=progress,
+    )
     planner.save(folder / "planner", overwrite=True)
     say(f"     {result.evaluations} plans, hypervolume {result.hypervolume:.4f}")
     say("3/6  one policy call per preference, then surgery")
@@ -73,7 +82,9 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     for name, plan in plans.items():
         write_atomic(folder / f"plans/{name}.json", plan.to_json())
         models[name] = _keep_model(model, processor, plan, folder / f"models/{name}")
-        say(f"     {name}: {PREFERENCES[name]} -> {100 * plan.pruning_ratio:.1f}% of prunable parameters removed")
+        say(
+            f"     {name}: {PREFERENCES[name]} -> {100 * plan.pruning_ratio:.1f}% of prunable parameters removed"
+        )
     command = f"vlmeval --data {' '.join(DATA)} --model {' '.join(map(str, models.values()))} --lmu-data {data / 'test'}"
     say(f"4/6  {command}")
     records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
@@ -89,9 +100,19 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
         removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups) if plan else 0
         wish = f"{PREFERENCES[name]}" if name in PREFERENCES else None
         entries.append(
-            Entry(name=name, preference=wish, plan=plan, reward=reward, parameters=dense - removed, records=records[name])
+            Entry(
+                name=name,
+                preference=wish,
+                plan=plan,
+                reward=reward,
+                parameters=dense - removed,
+                records=records[name],
+            )
         )
-    seeds = [f"fit: seed {size.settings.seed} of preferences, noise and policy", "testbed: its splits are fixed"]
+    seeds = [
+        f"fit: seed {size.settings.seed} of preferences, noise and policy",
+        "testbed: its splits are fixed",
+    ]
     commands = [f"hipp demo --out {folder}", f"the fit in it: {size.settings}", command]
     write_summary(folder, entries, commands, seeds, "planner")
     page = write_report(folder)
@@ -100,7 +121,9 @@ def run_demo(folder: str | Path, size: DemoSize | None = None, *, say: Say = pri
     return page
 
 
-def search_evaluator(model: nn.Module, processor: Any, n: int, split: str = "search", robustness: str = "pope") -> Evaluator:
+def search_evaluator(
+    model: nn.Module, processor: Any, n: int, split: str = "search", robustness: str = "pope"
+) -> Evaluator:
     """The testbed's evaluator: `n` POPE and `n` ScienceQA questions of a split."""
     pope, choice = testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n)
     return Evaluator(model, processor, pope, choice, robustness=robustness)
@@ -118,13 +141,21 @@ def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path
     return path
 
 
-def _evaluate(models: dict[str, Path], data: Path, work_dir: Path, limit: int | None, progress: bool) -> dict[str, dict]:
+def _evaluate(
+    models: dict[str, Path], data: Path, work_dir: Path, limit: int | None, progress: bool
+) -> dict[str, dict]:
     import dataclasses
 
     from hipp_ext.integrations.vlmevalkit import evaluate
 
     records = evaluate(
-        list(models.values()), list(DATA), lmu_data=data, work_dir=work_dir, limit=limit, batch_size=64, progress=progress
+        list(models.values()),
+        list(DATA),
+        lmu_data=data,
+        work_dir=work_dir,
+        limit=limit,
+        batch_size=64,
+        progress=progress,
     )
     result: dict[str, dict] = {name: {} for name in models}
     for record in records:
@@ -150,7 +181,10 @@ def _print_table(entries: list[Entry]) -> None:
     from rich.table import Table
 
     header, rows = table_rows(entries)
-    table = Table(title="accuracy [%] on the test split ± standard error; POPE over all, then by split", box=SIMPLE_HEAD)
+    table = Table(
+        title="accuracy [%] on the test split ± standard error; POPE over all, then by split",
+        box=SIMPLE_HEAD,
+    )
     for i, column in enumerate(header):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.compare import Comparison, compare_runs
 from hipp_ext.evals.pope import vlmeval_answer
 from hipp_ext.evals.runs import PREDICTIONS, AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
-
-from hipp_ext.errors import DataError
 from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
 
 SIDE = 320  # longest side of a picture in a report [px]
@@ -56,7 +55,12 @@ class Disagreement:
 
 
 def disagreements(
-    a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], near: Sequence[Path], *, n: int = 6, seed: int = 0
+    a: Mapping[str, Mapping[str, Any]],
+    b: Mapping[str, Mapping[str, Any]],
+    near: Sequence[Path],
+    *,
+    n: int = 6,
+    seed: int = 0,
 ) -> list[Disagreement]:
     """Where two models disagree, on every data set that both were asked the same questions of.
 
@@ -77,10 +81,16 @@ def disagreements(
         try:
             run_a, run_b = (next(iter(read_runs(file).values())) for file in (file_a, file_b))
             whole = compare_runs(run_a, run_b)[0]
-        except DataError:  # another number of questions, or without questions.jsonl: nothing to set side by side
+        except (
+            DataError
+        ):  # another number of questions, or without questions.jsonl: nothing to set side by side
             continue
         pictures = file_a.parents[3] / "images"
-        found.append(Disagreement(data=data, whole=whole, examples=_examples(run_a, run_b, pictures, n, seed)))
+        found.append(
+            Disagreement(
+                data=data, whole=whole, examples=_examples(run_a, run_b, pictures, n, seed)
+            )
+        )
     return found
 
 
@@ -91,7 +101,14 @@ def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None
     inside = Path(*written.parts[-4:])  # MODEL-HASH/DATA/run-KEY/predictions.jsonl
     places = [written, *(top / inside for folder in near for top in (folder, folder / "outputs"))]
     folders = [folder if folder.is_dir() else folder.parent for folder in near]
-    return next((place for place in places if _is_file(place) and any(is_below(place, folder) for folder in folders)), None)
+    return next(
+        (
+            place
+            for place in places
+            if _is_file(place) and any(is_below(place, folder) for folder in folders)
+        ),
+        None,
+    )
 
 
 def _is_file(place: Path) -> bool:
@@ -109,11 +126,23 @@ def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Exampl
         if right[0] != right[1]:
             split[right[0]].append((question, said_a, said_b))
     total = sum(map(len, split.values()))
-    taken = {side: min(len(own), round(n * len(own) / total)) if total else 0 for side, own in split.items()}
+    taken = {
+        side: min(len(own), round(n * len(own) / total)) if total else 0
+        for side, own in split.items()
+    }
     draw = random.Random(seed)
-    drawn = [(side, *row) for side in (True, False) for row in draw.sample(split[side], taken[side])]
+    drawn = [
+        (side, *row) for side in (True, False) for row in draw.sample(split[side], taken[side])
+    ]
     return tuple(
-        Example(question=q, said_a=said_a, said_b=said_b, a_is_right=side, picture=(p := _picture(pictures, q))[0], small=p[1])
+        Example(
+            question=q,
+            said_a=said_a,
+            said_b=said_b,
+            a_is_right=side,
+            picture=(p := _picture(pictures, q))[0],
+            small=p[1],
+        )
         for side, q, said_a, said_b in drawn
     )
 

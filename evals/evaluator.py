@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from hipp_ext.evals.metrics import binomial_se
-from hipp_ext.evals.statistics import clustered_mean_se
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import Batch, batches_digest, check_processor, encode, image_token_id, join_answer
+from hipp_ext.calibration import (
+    Batch,
+    batches_digest,
+    check_processor,
+    encode,
+    image_token_id,
+    join_answer,
+)
 from hipp_ext.errors import CalibrationError
+from hipp_ext.evals.metrics import binomial_se
+from hipp_ext.evals.statistics import clustered_mean_se
 
 YES_BIAS_WEIGHT = 0.5
 ROBUSTNESS = ("pope", "adversarial", "both")
@@ -114,7 +121,9 @@ class Evaluator:
         adaptive: bool = False,
     ):
         if robustness not in ROBUSTNESS:
-            raise CalibrationError(f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}.")
+            raise CalibrationError(
+                f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}."
+            )
         if image_token_id(model) is None:
             raise CalibrationError(
                 f"POPE and ScienceQA ask about pictures, and {type(model).__name__} takes none: there is no fit on them. "
@@ -123,13 +132,17 @@ class Evaluator:
         check_processor(model, processor)
         pope, choice = tuple(pope), tuple(choice)
         if any(tuple(q.labels) != ("Yes", "No") for q in pope):
-            raise CalibrationError("The candidates of every POPE question must be Yes and No; were the two tasks swapped?")
+            raise CalibrationError(
+                "The candidates of every POPE question must be Yes and No; were the two tasks swapped?"
+            )
         self._tasks = {"choice": _Task(model, processor, choice, batch_size)}
         if robustness != "adversarial":
             self._tasks["pope"] = _Task(model, processor, pope, batch_size)
         if robustness != "pope":
             attack = attack or _default_attack(processor)
-            self._tasks["pope_attacked"] = _Task(model, processor, pope, batch_size, attack, adaptive)
+            self._tasks["pope_attacked"] = _Task(
+                model, processor, pope, batch_size, attack, adaptive
+            )
         asked = [f"{name} {task.digest}" for name, task in self._tasks.items()]
         self.digest = hashlib.sha256(f"{asked} {adaptive}".encode()).hexdigest()
 
@@ -141,7 +154,10 @@ class Evaluator:
         answers = {name: task.log_probabilities(model) for name, task in self._tasks.items()}
         scores = {name: self._tasks[name].scores(p) for name, p in answers.items()}
         asked = [name for name in self._tasks if name != "choice"]
-        robust = [scores[n].margin - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n])) for n in asked]
+        robust = [
+            scores[n].margin - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n]))
+            for n in asked
+        ]
         errors = {
             "utility_se": scores["choice"].margin_se,
             # The same questions twice are not independent: the larger error, not one divided by the root of two.
@@ -157,7 +173,9 @@ class Evaluator:
 
     def scores(self, model: nn.Module) -> dict[str, TaskScores]:
         """Task ("choice", "pope", "pope_attacked": those asked) -> scores, for reporting."""
-        return {name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()}
+        return {
+            name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()
+        }
 
 
 class _Task:
@@ -177,7 +195,9 @@ class _Task:
         self.order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
         ordered = [questions[i] for i in self.order]
         chunks = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-        batches = [encode(processor, [q.prompt for q in rows], [q.image for q in rows]) for rows in chunks]
+        batches = [
+            encode(processor, [q.prompt for q in rows], [q.image for q in rows]) for rows in chunks
+        ]
         self.logits: Callable[[nn.Module], Tensor]
         if attack is None:
             self.logits = AnswerLogits(model, batches)
@@ -186,15 +206,25 @@ class _Task:
 
             def attacked(model: nn.Module) -> AnswerLogits:
                 moved = [attack(model, r)["pixel_values"].cpu() for r in right]
-                return AnswerLogits(model, [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)])
+                return AnswerLogits(
+                    model, [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)]
+                )
 
             self.logits = (lambda model: attacked(model)(model)) if adaptive else attacked(model)
-        tokens = _first_tokens(processor, questions[0], sorted({label for q in questions for label in q.labels}))
+        tokens = _first_tokens(
+            processor, questions[0], sorted({label for q in questions for label in q.labels})
+        )
         width = max(len(q.labels) for q in ordered)
-        self.candidates = torch.tensor([[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered])
-        self.clusters = [getattr(q, "picture", None) or str(i) for i, q in zip(self.order, ordered, strict=True)]
+        self.candidates = torch.tensor(
+            [[tokens[c] for c in q.labels] + [-1] * (width - len(q.labels)) for q in ordered]
+        )
+        self.clusters = [
+            getattr(q, "picture", None) or str(i) for i, q in zip(self.order, ordered, strict=True)
+        ]
         self.right = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
-        self.digest = batches_digest([*batches, {"candidates": self.candidates, "right": self.right}])
+        self.digest = batches_digest(
+            [*batches, {"candidates": self.candidates, "right": self.right}]
+        )
 
     def log_probabilities(self, model: nn.Module) -> Float[Tensor, "questions candidates"]:
         """Log probability of each candidate among the candidates; -inf where a question has fewer."""
@@ -227,7 +257,9 @@ class _Task:
 
 def answered(processor: Any, questions: Sequence[Question]) -> Batch:
     """The questions as one batch with labels: the right answers."""
-    prompts, images, answers = ([getattr(q, a) for q in questions] for a in ("prompt", "image", "answer"))
+    prompts, images, answers = (
+        [getattr(q, a) for q in questions] for a in ("prompt", "image", "answer")
+    )
     return encode(processor, prompts, images, answers)
 
 
@@ -249,7 +281,12 @@ def _first_tokens(processor: Any, question: Question, candidates: Sequence[str])
     prompt = tokens_of(text)
     tokens = {c: tokens_of(join_answer(text, c)) for c in candidates}
     # A tokenizer may merge the end of the prompt with the answer: the answer starts where the two first differ.
-    first = {c: next((b for a, b in zip(prompt + [-1], ids, strict=False) if a != b), -1) for c, ids in tokens.items()}
+    first = {
+        c: next((b for a, b in zip(prompt + [-1], ids, strict=False) if a != b), -1)
+        for c, ids in tokens.items()
+    }
     if len(set(first.values())) < len(candidates):
-        raise CalibrationError(f"The candidate answers {list(candidates)} do not differ in their first token: {tokens}.")
+        raise CalibrationError(
+            f"The candidate answers {list(candidates)} do not differ in their first token: {tokens}."
+        )
     return first

@@ -52,7 +52,10 @@ LIGHT = Look()
 
 
 def front_figure(
-    evaluated: Sequence[Reward], front: Sequence[Reward], chosen: Mapping[str, Reward], look: Look = LIGHT
+    evaluated: Sequence[Reward],
+    front: Sequence[Reward],
+    chosen: Mapping[str, Reward],
+    look: Look = LIGHT,
 ) -> "Figure":
     """Utility against robustness of every evaluated plan, coloured by what was removed; the front ringed, with
     standard errors where there are some; choices named.
@@ -66,18 +69,47 @@ def front_figure(
     with _drawing(look, (7.6, 4.6), (3.7, 4.3)) as figure:
         axes = figure.add_subplot()
         points = axes.scatter(
-            [r.utility for r in evaluated], [r.robustness for r in evaluated], c=[100 * r.compression for r in evaluated],
-            s=16, cmap="viridis", alpha=0.8, label="evaluated", linewidths=0,
-        )  # fmt: skip
-        axes.errorbar([r.utility for r in front], [r.robustness for r in front], xerr=[r.utility_se for r in front],
-                      yerr=[r.robustness_se for r in front], fmt="none", ecolor=look.ink, elinewidth=0.6,
-                      alpha=0.45)  # fmt: skip
-        axes.scatter([r.utility for r in front], [r.robustness for r in front], s=48, facecolors="none", edgecolors=look.ink,
-                     linewidths=0.8, label="front ± SE")  # fmt: skip
+            [r.utility for r in evaluated],
+            [r.robustness for r in evaluated],
+            c=[100 * r.compression for r in evaluated],
+            s=16,
+            cmap="viridis",
+            alpha=0.8,
+            label="evaluated",
+            linewidths=0,
+        )
+        axes.errorbar(
+            [r.utility for r in front],
+            [r.robustness for r in front],
+            xerr=[r.utility_se for r in front],
+            yerr=[r.robustness_se for r in front],
+            fmt="none",
+            ecolor=look.ink,
+            elinewidth=0.6,
+            alpha=0.45,
+        )
+        axes.scatter(
+            [r.utility for r in front],
+            [r.robustness for r in front],
+            s=48,
+            facecolors="none",
+            edgecolors=look.ink,
+            linewidths=0.8,
+            label="front ± SE",
+        )
         for colour, (name, reward) in zip(COLOURS[1:], chosen.items(), strict=False):
-            axes.scatter(reward.utility, reward.robustness, marker="*", s=210, color=colour, edgecolors=look.paper,
-                         label=label(name))  # fmt: skip
-        bar = figure.colorbar(points, label="parameters removed [%]", **(_below() if look.narrow else {}))
+            axes.scatter(
+                reward.utility,
+                reward.robustness,
+                marker="*",
+                s=210,
+                color=colour,
+                edgecolors=look.paper,
+                label=label(name),
+            )
+        bar = figure.colorbar(
+            points, label="parameters removed [%]", **(_below() if look.narrow else {})
+        )
         bar.outline.set_visible(False)
         axes.set_xlabel("utility (ScienceQA margin over guessing)")
         axes.set_ylabel("robustness (POPE margin over guessing)")
@@ -86,7 +118,9 @@ def front_figure(
 
 
 def keeps_figure(
-    plans: Mapping[str, PruningPlan], visual: Mapping[str, Sequence[float]] | None = None, look: Look = LIGHT
+    plans: Mapping[str, PruningPlan],
+    visual: Mapping[str, Sequence[float]] | None = None,
+    look: Look = LIGHT,
 ) -> "Figure":
     """Share of units kept per layer, one row per plan, the counts in the cells; below, each layer's visual sensitivity.
 
@@ -110,8 +144,16 @@ def keeps_figure(
             axes = figure.add_subplot(grid[top, column])
             image = _heatmap(axes, plans, kind, named=look.narrow or column == 0)
             if visual:
-                _bars_below(figure.add_subplot(grid[top + 1, column], sharex=axes), visual[kind], kind, look)
-        bar = figure.colorbar(image, ax=figure.axes, label="share kept", fraction=0.03, **(_below() if look.narrow else {}))
+                _bars_below(
+                    figure.add_subplot(grid[top + 1, column], sharex=axes), visual[kind], kind, look
+                )
+        bar = figure.colorbar(
+            image,
+            ax=figure.axes,
+            label="share kept",
+            fraction=0.03,
+            **(_below() if look.narrow else {}),
+        )
         bar.outline.set_visible(False)
     return figure
 
@@ -122,12 +164,28 @@ def _language(plan: PruningPlan, kind: str) -> list[Any]:
 
 def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str, *, named: bool) -> Any:
     rows = [_language(plan, kind) for plan in plans.values()]
-    image = axes.imshow([[g.keep / g.width for g in row] for row in rows], vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    image = axes.imshow(
+        [[g.keep / g.width for g in row] for row in rows],
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        aspect="auto",
+    )
     for y, row in enumerate(rows):
         for x, g in enumerate(row if len(row) <= 16 else ()):
-            axes.text(x, y, str(g.keep), ha="center", va="center", fontsize=8,
-                      color="white" if g.keep / g.width > 0.6 else "#222222")  # fmt: skip
-    axes.set_title(f"{kind}, of {rows[0][0].width} {'KV groups' if kind == 'attention' else 'channels'}", fontsize=10)
+            axes.text(
+                x,
+                y,
+                str(g.keep),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if g.keep / g.width > 0.6 else "#222222",
+            )
+    axes.set_title(
+        f"{kind}, of {rows[0][0].width} {'KV groups' if kind == 'attention' else 'channels'}",
+        fontsize=10,
+    )
     axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 12)))
     axes.set_yticks(range(len(plans)), [label(name) if named else "" for name in plans])
     axes.grid(False)
@@ -141,7 +199,9 @@ def _bars_below(axes: Any, values: Sequence[float], kind: str, look: Look) -> No
     axes.tick_params(axis="y", labelsize=7)
 
 
-def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: Look = LIGHT) -> "Figure":
+def pope_figure(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: Look = LIGHT
+) -> "Figure":
     """POPE accuracy by split with standard errors, and the yes-rate; one colour per model.
 
     Args:
@@ -151,14 +211,25 @@ def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: L
     panels = (("accuracy", "accuracy [%]"), ("yes_rate", 'answers "yes" [%]'))
     with _drawing(look, (8.4, 3.6), (3.7, 5.4)) as figure:
         for number, (metric, title) in enumerate(panels):
-            axes = figure.add_subplot(2, 1, number + 1) if look.narrow else figure.add_subplot(1, 2, number + 1)
+            axes = (
+                figure.add_subplot(2, 1, number + 1)
+                if look.narrow
+                else figure.add_subplot(1, 2, number + 1)
+            )
             width = 0.8 / max(len(scores), 1)
             for i, (name, splits) in enumerate(scores.items()):
                 asked = [(s, splits[split]) for s, split in enumerate(SPLITS) if split in splits]
                 x = [s + (i - (len(scores) - 1) / 2) * width for s, _ in asked]
-                axes.bar(x, [own[metric] for _, own in asked], 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label(name),
-                         yerr=[own[f"{metric}_se"] or 0 for _, own in asked], capsize=2,
-                         error_kw={"lw": 0.9, "ecolor": look.ink})  # fmt: skip
+                axes.bar(
+                    x,
+                    [own[metric] for _, own in asked],
+                    0.92 * width,
+                    color=COLOURS[i % len(COLOURS)],
+                    label=label(name),
+                    yerr=[own[f"{metric}_se"] or 0 for _, own in asked],
+                    capsize=2,
+                    error_kw={"lw": 0.9, "ecolor": look.ink},
+                )
             axes.axhline(50, color=look.ink, lw=0.8, ls=":")
             axes.set_xticks(range(len(SPLITS)), SPLITS)
             axes.set_ylabel(title)
@@ -168,7 +239,9 @@ def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: L
     return figure
 
 
-def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]], look: Look = LIGHT) -> "Figure":
+def cost_figure(
+    shares: Mapping[str, Mapping[str, tuple[float, float, float]]], look: Look = LIGHT
+) -> "Figure":
     """What each model costs, in percent of the first one; measured quantities with quartiles.
 
     Args:
@@ -177,15 +250,30 @@ def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]], 
     """
     models = list(next(iter(shares.values())))
     quantities = list(shares)[::-1]
-    with _drawing(look, (7.6, 0.9 + 0.22 * len(models) * len(shares)), (3.7, 1.0 + 0.24 * len(models) * len(shares))) as figure:
+    with _drawing(
+        look,
+        (7.6, 0.9 + 0.22 * len(models) * len(shares)),
+        (3.7, 1.0 + 0.24 * len(models) * len(shares)),
+    ) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(models)
         for i, name in enumerate(models):
             y = [q - (i - (len(models) - 1) / 2) * width for q in range(len(quantities))]
             own = [shares[quantity][name] for quantity in quantities]
-            errors = [[value - low or math.nan for value, low, _ in own], [high - value or math.nan for value, _, high in own]]
-            axes.barh(y, [value for value, _, _ in own], 0.9 * width, xerr=errors, color=COLOURS[i % len(COLOURS)],
-                      label=label(name), error_kw={"lw": 0.9, "ecolor": look.ink}, capsize=2)  # fmt: skip
+            errors = [
+                [value - low or math.nan for value, low, _ in own],
+                [high - value or math.nan for value, _, high in own],
+            ]
+            axes.barh(
+                y,
+                [value for value, _, _ in own],
+                0.9 * width,
+                xerr=errors,
+                color=COLOURS[i % len(COLOURS)],
+                label=label(name),
+                error_kw={"lw": 0.9, "ecolor": look.ink},
+                capsize=2,
+            )
         axes.axvline(100, color=look.ink, lw=0.8, ls=":")
         axes.set_yticks(range(len(quantities)), quantities)
         axes.set_xlabel(f"percent of {label(models[0])}")
@@ -210,7 +298,9 @@ def png(figure: "Figure", dpi: int = 144) -> bytes:
 def _legend(figure: "Figure", axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     columns = 3 if figure.get_figwidth() < 6 else 5
-    figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def _below() -> dict[str, Any]:
@@ -218,14 +308,30 @@ def _below() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _drawing(look: Look, wide: tuple[float, float], narrow: tuple[float, float]) -> Iterator["Figure"]:
+def _drawing(
+    look: Look, wide: tuple[float, float], narrow: tuple[float, float]
+) -> Iterator["Figure"]:
     """A figure in the look's colours; what is drawn in the block takes them."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look.ink)
-    style |= {"axes.edgecolor": look.faint, "grid.color": look.faint, "grid.alpha": 0.5, "axes.facecolor": look.paper}
-    style |= {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look.ink
+    )
+    style |= {
+        "axes.edgecolor": look.faint,
+        "grid.color": look.faint,
+        "grid.alpha": 0.5,
+        "axes.facecolor": look.paper,
+    }
+    style |= {
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     style |= {"font.size": 9, "xtick.major.size": 0, "ytick.major.size": 0, "grid.linewidth": 0.6}
     with mpl.rc_context(style):
-        yield Figure(figsize=narrow if look.narrow else wide, layout="constrained", facecolor=look.paper)
+        yield Figure(
+            figsize=narrow if look.narrow else wide, layout="constrained", facecolor=look.paper
+        )

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.figures import front_figure, png
 from torch import nn
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.figures import front_figure, png
 from hipp_ext.files import write_atomic
 from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.planner import Choices, FrontPlan, HiPPPlanner
@@ -16,7 +16,10 @@ from hipp_ext.preference import Preference
 
 
 def answer(
-    planner: HiPPPlanner, preference: Preference, model: nn.Module | None = None, evaluator: Evaluator | None = None
+    planner: HiPPPlanner,
+    preference: Preference,
+    model: nn.Module | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Choices:
     """The policy's and the best archived plan; with a model and the evaluator of the fit, the policy's is measured if it
     never was.
@@ -29,7 +32,9 @@ def answer(
     if choices.policy.reward is None and model is not None and evaluator is not None:
         _check_same(planner.experience, evaluator, model)
         reward = planner.rewards(model, [choices.policy.plan], evaluator)[0]
-        choices = dataclasses.replace(choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward))
+        choices = dataclasses.replace(
+            choices, policy=FrontPlan(plan=choices.policy.plan, reward=reward)
+        )
     return choices
 
 
@@ -39,7 +44,9 @@ def _check_same(experience: Experience, evaluator: Evaluator, model: nn.Module) 
         return
     now = evaluator(model)
     known = experience.evaluator is not None and ours is not None
-    if (known and ours != experience.evaluator) or not scores_agree(fit, {name: now[name] for name in fit}):
+    if (known and ours != experience.evaluator) or not scores_agree(
+        fit, {name: now[name] for name in fit}
+    ):
         told = [", ".join(f"{name} {said[name]:.3f}" for name in fit) for said in (fit, now)]
         raise DataError(
             f"This is not what the plans of the fit were measured on: there the dense model has {told[0]}, here {told[1]}. "
@@ -54,7 +61,10 @@ def print_front(planner: HiPPPlanner, choices: Choices | None) -> None:
     from rich.table import Table
 
     front = planner.front()
-    table = Table(title=f"{len(front)} non-dominated of {len(planner.archive.measured)} evaluated plans", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{len(front)} non-dominated of {len(planner.archive.measured)} evaluated plans",
+        box=SIMPLE_HEAD,
+    )
     for column in ("", "compression [%]", "utility", "robustness"):
         table.add_column(column, justify="right" if column else "left")
     rows: list[tuple[str, Reward | None]] = [(str(i), f.reward) for i, f in enumerate(front)]
@@ -72,14 +82,21 @@ def _cells(reward: Reward | None) -> list[str]:
     if reward is None:
         return ["not evaluated", "", ""]
     cells = [f"{100 * reward.compression:.1f}"]
-    for value, error in ((reward.utility, reward.utility_se), (reward.robustness, reward.robustness_se)):
+    for value, error in (
+        (reward.utility, reward.utility_se),
+        (reward.robustness, reward.robustness_se),
+    ):
         cells.append(f"{value:.3f}" + (f" \u00b1 {error:.3f}" if error else ""))
     return cells
 
 
 def write_picture(planner: HiPPPlanner, choices: Choices | None, path: Path) -> None:
     """The front as a PNG."""
-    chosen = {"policy": choices.policy.reward, "best archived": choices.archived.reward} if choices else {}
+    chosen = (
+        {"policy": choices.policy.reward, "best archived": choices.archived.reward}
+        if choices
+        else {}
+    )
     evaluated = [r.reward for r in planner.archive.measured]
     front = [f.reward for f in planner.front() if f.reward]
     write_atomic(path, png(front_figure(evaluated, front, {n: r for n, r in chosen.items() if r})))
@@ -87,4 +104,7 @@ def write_picture(planner: HiPPPlanner, choices: Choices | None, path: Path) -> 
 
 def front_rows(planner: HiPPPlanner) -> list[dict[str, Any]]:
     """The front for a JSON file: {reward, keeps} of every plan, least pruned first."""
-    return [{"reward": f.reward.as_dict() if f.reward else None, "keeps": f.plan.keep_counts} for f in planner.front()]
+    return [
+        {"reward": f.reward.as_dict() if f.reward else None, "keeps": f.plan.keep_counts}
+        for f in planner.front()
+    ]

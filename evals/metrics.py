@@ -34,7 +34,9 @@ def clustered_se(
 
     Arguments, errors and source as `cluster_resamples`.
     """
-    return cluster_resamples(counts, clusters, statistic, seed=seed, resamples=resamples).std(axis=0, ddof=1)
+    return cluster_resamples(counts, clusters, statistic, seed=seed, resamples=resamples).std(
+        axis=0, ddof=1
+    )
 
 
 def cluster_resamples(
@@ -74,7 +76,11 @@ def cluster_resamples(
     rng, drawn = np.random.default_rng(seed), []
     for start in range(0, resamples, _BLOCK):
         block = min(_BLOCK, resamples - start)
-        drawn.append(statistic(rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=block) @ sums))
+        drawn.append(
+            statistic(
+                rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=block) @ sums
+            )
+        )
     return np.concatenate(drawn)
 
 

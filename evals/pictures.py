@@ -20,8 +20,12 @@ from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture,
 if TYPE_CHECKING:
     import pandas as pd
 
-_LONGEST_REFERENCE = 64  # VLMEvalKit reads a shorter image cell as the index of the row whose picture it repeats
-_LONGEST_LINE = 76  # of base64 that mail and openssl break into lines; longer "lines" are several pictures
+_LONGEST_REFERENCE = (
+    64  # VLMEvalKit reads a shorter image cell as the index of the row whose picture it repeats
+)
+_LONGEST_LINE = (
+    76  # of base64 that mail and openssl break into lines; longer "lines" are several pictures
+)
 
 
 def picture_column(frame: "pd.DataFrame") -> str:
@@ -29,7 +33,9 @@ def picture_column(frame: "pd.DataFrame") -> str:
     return "image" if "image" in frame else "image_path"
 
 
-def store_pictures(path: Path, frame: "pd.DataFrame", folder: Path) -> tuple["pd.DataFrame", tuple[str, ...]]:
+def store_pictures(
+    path: Path, frame: "pd.DataFrame", folder: Path
+) -> tuple["pd.DataFrame", tuple[str, ...]]:
     """The rows that have a picture, with its absolute path in image_path, and the SHA-256 of each picture.
 
     Pictures from the column image are written to `folder`; those from image_path stay where they are, which is in the TSV's
@@ -45,26 +51,39 @@ def store_pictures(path: Path, frame: "pd.DataFrame", folder: Path) -> tuple["pd
         raise DataError(f"{path}: no row has a picture in the column {column}")
     indices = frame["index"].astype(str)
     wheres = [f"{path}: row {shown(index)}" for index in indices]
-    given = [_text(the_only_one(cell, where), where) for cell, where in zip(frame[column].astype(str), wheres, strict=True)]
+    given = [
+        _text(the_only_one(cell, where), where)
+        for cell, where in zip(frame[column].astype(str), wheres, strict=True)
+    ]
     cells = dict(zip(indices, given, strict=True))
     known: dict[str, tuple[str, str]] = {}
     found = []
     for where, cell in zip(wheres, given, strict=True):
         if column == "image" and len(cell) <= _LONGEST_REFERENCE:
             if len(cells.get(cell, "")) <= _LONGEST_REFERENCE:
-                raise DataError(f"{where}: the image cell {cell!r} is neither a base64 picture nor the index of a "
-                                "row that has one")  # fmt: skip
+                raise DataError(
+                    f"{where}: the image cell {cell!r} is neither a base64 picture nor the index of a "
+                    "row that has one"
+                )
             cell = cells[cell]
         if cell not in known:
-            known[cell] = _decode(where, cell, folder) if column == "image" else _open(where, cell, path.parent)
+            known[cell] = (
+                _decode(where, cell, folder)
+                if column == "image"
+                else _open(where, cell, path.parent)
+            )
         found.append(known[cell])
-    frame = frame.drop(columns=["image"], errors="ignore").assign(image_path=[file for file, _ in found])
+    frame = frame.drop(columns=["image"], errors="ignore").assign(
+        image_path=[file for file, _ in found]
+    )
     return frame, tuple(digest for _, digest in found)
 
 
 def _text(cell: object, where: str) -> str:
     if not isinstance(cell, str):
-        raise DataError(f"{where}: the picture's cell holds {shown(cell, 60)}, and a text is needed")
+        raise DataError(
+            f"{where}: the picture's cell holds {shown(cell, 60)}, and a text is needed"
+        )
     return cell
 
 
@@ -82,7 +101,9 @@ def _from_base64(where: str, cell: str) -> bytes:
     """The bytes of one base64 text. Python's decoder alone skips what is not base64, and so reads the first of several."""
     lines = cell.split()
     text = "".join(lines)
-    if (len(lines) > 1 and max(map(len, lines)) > _LONGEST_LINE) or not re.fullmatch("[A-Za-z0-9+/]*={0,2}", text):
+    if (len(lines) > 1 and max(map(len, lines)) > _LONGEST_LINE) or not re.fullmatch(
+        "[A-Za-z0-9+/]*={0,2}", text
+    ):
         raise DataError(f"{where}: the image cannot be decoded: its cell is not one base64 text")
     if 3 * len(text) // 4 > PICTURE_BYTES:
         raise DataError(f"{where}: the image has more than {PICTURE_BYTES:,} bytes")
@@ -95,8 +116,10 @@ def _from_base64(where: str, cell: str) -> bytes:
 def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
     file = base / cell
     if not is_below(file, base):
-        raise DataError(f"{where}: the picture {shown(cell)} leads out of the folder of the table, {base}. Put pictures there, "
-                        "or below, or into the column image")  # fmt: skip
+        raise DataError(
+            f"{where}: the picture {shown(cell)} leads out of the folder of the table, {base}. Put pictures there, "
+            "or below, or into the column image"
+        )
     file = file.resolve()
     if not os.path.exists(file):  # False for a name that no file can have, where Path.exists raises
         raise DataError(f"{where}: there is no picture {shown(file)}")

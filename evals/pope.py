@@ -17,12 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from hipp_ext.evals.metrics import clustered_se, f1_percent
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
-_PERIODS_REMOVED = 32  # VLMEvalKit passes re.UNICODE (32) where sub() takes its count; kept, to give its numbers
+_PERIODS_REMOVED = (
+    32  # VLMEvalKit passes re.UNICODE (32) where sub() takes its count; kept, to give its numbers
+)
 
 
 def official_answer(text: str) -> str:
@@ -105,7 +108,9 @@ def pope_scores(
     """
     if not len(answers) == len(labels) == len(categories) == len(images) > 0:
         lengths = [len(answers), len(labels), len(categories), len(images)]
-        raise ValueError(f"POPE needs answers, labels, categories and images of one length, above 0; got {lengths}")
+        raise ValueError(
+            f"POPE needs answers, labels, categories and images of one length, above 0; got {lengths}"
+        )
     if wrong := set(labels) - {"Yes", "No"}:
         raise ValueError(f"POPE labels are Yes or No, not {sorted(map(str, wrong))[:3]}")
     splits = {"overall": []}
@@ -117,13 +122,19 @@ def pope_scores(
     for name, rule in RULES.items():
         counts = _counts([rule(answer) for answer in answers], labels)
         scores[name] = {
-            split: _scores(counts[rows], [images[row] for row in rows], seed, resamples) for split, rows in splits.items()
+            split: _scores(counts[rows], [images[row] for row in rows], seed, resamples)
+            for split, rows in splits.items()
         }
     return scores
 
 
 def split_rates(
-    said: Sequence[str], labels: Sequence[str], images: Sequence[str], *, errors: bool = False, seed: int = 0
+    said: Sequence[str],
+    labels: Sequence[str],
+    images: Sequence[str],
+    *,
+    errors: bool = False,
+    seed: int = 0,
 ) -> dict[str, float]:
     """The rates of one split, as `POPEScores` has them, of answers that a rule has read already; in percent.
 
@@ -143,7 +154,15 @@ def _counts(said: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Per row: 1, true positive, false positive, false negative, right, said yes, unknown."""
     answer, label = np.asarray(said), np.char.lower(np.asarray(labels))
     yes, positive, one = answer == "yes", label == "yes", np.ones(len(answer), dtype=bool)
-    columns = [one, yes & positive, yes & ~positive, ~yes & positive, answer == label, yes, answer == "unknown"]
+    columns = [
+        one,
+        yes & positive,
+        yes & ~positive,
+        ~yes & positive,
+        answer == label,
+        yes,
+        answer == "unknown",
+    ]
     return np.stack(columns, axis=1).astype(float)
 
 
@@ -155,7 +174,17 @@ def _rates(sums: np.ndarray) -> np.ndarray:
         return 100 * np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
     precision, recall = share(tp, tp + fp), share(tp, tp + fn)
-    return np.stack([share(right, n), precision, recall, f1_percent(tp, fp + fn), share(yes, n), share(unknown, n)], axis=-1)
+    return np.stack(
+        [
+            share(right, n),
+            precision,
+            recall,
+            f1_percent(tp, fp + fn),
+            share(yes, n),
+            share(unknown, n),
+        ],
+        axis=-1,
+    )
 
 
 def _scores(counts: np.ndarray, images: list, seed: int, resamples: int) -> POPEScores:

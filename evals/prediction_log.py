@@ -29,7 +29,9 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK, PART = ".lock", ".part"
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # what `files.new_file` and tempfile leave when the process is killed
+_TEMPORARY = re.compile(
+    r"\..+\.[a-z0-9_]{8}"
+)  # what `files.new_file` and tempfile leave when the process is killed
 _LARGEST = 1 << 30  # bytes of a file of lines; POPE's answers take half a megabyte
 _START_OVER = "Delete the file to start over"
 Line = TypeVar("Line")
@@ -60,7 +62,11 @@ class PredictionLog:
     def __init__(self, path: str | Path, private: bool = False):
         self.path = Path(path)
         self._private = private
-        self._file = self.path.with_name(f"{self.path.stem}.{uuid.uuid4().hex}{PART}") if private else self.path
+        self._file = (
+            self.path.with_name(f"{self.path.stem}.{uuid.uuid4().hex}{PART}")
+            if private
+            else self.path
+        )
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self._batches, whole = _read_batches(self.path)
@@ -162,7 +168,9 @@ def claim(folder: Path) -> Iterator[bool]:
         yield file is not None
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody else's is removed
+            (folder / LOCK).unlink(
+                missing_ok=True
+            )  # while it is held, so that nobody else's is removed
         if file is not None:
             file.close()
 
@@ -177,7 +185,9 @@ def _lock(path: Path) -> IO[str] | None:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
             file.close()
-        except FileNotFoundError:  # the holder before removed it; so there is another file to be locked
+        except (
+            FileNotFoundError
+        ):  # the holder before removed it; so there is another file to be locked
             file.close()
         except (BlockingIOError, PermissionError):
             file.seek(0)
@@ -228,7 +238,9 @@ def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> lis
         try:
             found.append((read(line, strict=True), end))
         except ValidationError:
-            raise DataError(f"{file}, line {number}, is damaged: an object with {fields} is needed{hint}") from None
+            raise DataError(
+                f"{file}, line {number}, is damaged: an object with {fields} is needed{hint}"
+            ) from None
     return found
 
 
@@ -245,7 +257,9 @@ def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
         size = lines[place][0].batch
         group = [line for line, _ in lines[place : place + max(size, 1)]]
         if size < 1 or any(line.batch != size for line in group):
-            raise DataError(f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. {_START_OVER}")
+            raise DataError(
+                f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. {_START_OVER}"
+            )
         if len(group) < size:
             break  # the rest was never written
         batches.append({str(line.index): line.prediction for line in group})
@@ -254,7 +268,9 @@ def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
 
 
 def _lines(batch: dict[str, str]) -> bytes:
-    lines: list[dict[str, Any]] = [{"index": i, "prediction": answer, "batch": len(batch)} for i, answer in batch.items()]
+    lines: list[dict[str, Any]] = [
+        {"index": i, "prediction": answer, "batch": len(batch)} for i, answer in batch.items()
+    ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -262,4 +278,6 @@ def _sweep(folder: Path) -> None:
     """Remove what writes that were killed left in a folder that is held."""
     for left in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
+                missing_ok=True
+            )

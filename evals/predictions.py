@@ -5,20 +5,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipp_ext.evals.prediction_log import PredictionLog
-
 from hipp_ext.errors import CheckpointError
+from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.model_folder import check_files, read_json
 from hipp_ext.untrusted import read_picture, rgb_picture
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["MAX_NEW_TOKENS", "HippVLM", "PredictionLog", "answer_rows", "check_model_folder", "plain_greedy"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "HippVLM",
+    "PredictionLog",
+    "answer_rows",
+    "check_model_folder",
+    "plain_greedy",
+]
 
 MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation",
-         "cache_config", "max_cache_len")  # fmt: skip
+_KEPT = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+)
 
 
 def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
@@ -34,17 +48,23 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
     """
     folder = _absolute(Path(path).expanduser())
     if not folder.is_dir():
-        raise CheckpointError(f"{path} is not a folder. Models are given as local folders, as save_pruned writes them")
+        raise CheckpointError(
+            f"{path} is not a folder. Models are given as local folders, as save_pruned writes them"
+        )
     check_files(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a model folder, or it is half-written")
+        raise CheckpointError(
+            f"{folder} has no config.json: it is not a model folder, or it is half-written"
+        )
     read_json(folder / "config.json")
     _check_weights(folder)
     for part, files in {
         "processor": ("processor_config.json", "preprocessor_config.json"),
         "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     }.items():
-        if (pictures or part == "tokenizer") and not any((folder / file).is_file() for file in files):
+        if (pictures or part == "tokenizer") and not any(
+            (folder / file).is_file() for file in files
+        ):
             raise CheckpointError(
                 f"{folder} has no {part} ({' or '.join(files)}). Save it beside the model: "
                 "save_pruned(model, folder, processor=processor), or processor.save_pretrained(folder)"
@@ -69,9 +89,13 @@ def _check_weights(folder: Path) -> None:
         except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged: {error!r}") from error
         if lost := sorted(wanted - files):
-            raise CheckpointError(f"{folder} is half-written: {', '.join(lost)} named in {index.name} is missing")
+            raise CheckpointError(
+                f"{folder} is half-written: {', '.join(lost)} named in {index.name} is missing"
+            )
     if not files:
-        raise CheckpointError(f"{folder} has no weights (*.safetensors): it is half-written, or in another format")
+        raise CheckpointError(
+            f"{folder} has no weights (*.safetensors): it is half-written, or in another format"
+        )
     for name in sorted(files):
         try:
             with safe_open(str(folder / name), framework="pt"):
@@ -114,19 +138,29 @@ class HippVLM:
         folder = check_model_folder(model_path)
         try:
             # False, not None: else transformers asks on standard input whether to run code that the folder names.
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.processor = AutoProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # files of strangers make transformers raise almost anything
             raise CheckpointError(f"the processor in {folder} cannot be loaded: {error}") from error
         if not hasattr(self.processor, "image_processor"):
-            raise CheckpointError(f"the processor in {folder} takes no pictures: {type(self.processor).__name__}")
+            raise CheckpointError(
+                f"the processor in {folder} takes no pictures: {type(self.processor).__name__}"
+            )
         if not getattr(self.processor, "chat_template", None):
-            raise CheckpointError(f"the processor in {folder} has no chat template, so questions cannot be put to it")
+            raise CheckpointError(
+                f"the processor in {folder} has no chat template, so questions cannot be put to it"
+            )
         tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # the answer goes on from the last token, which must not be padding
+        tokenizer.padding_side = (
+            "left"  # the answer goes on from the last token, which must not be padding
+        )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model: Any = load_pruned(
-            folder, device=resolve_device(device), dtype=None if dtype in (None, "auto") else getattr(torch, dtype)
+            folder,
+            device=resolve_device(device),
+            dtype=None if dtype in (None, "auto") else getattr(torch, dtype),
         )
         self.model.generation_config = plain_greedy(self.model)
         self.max_new_tokens = max_new_tokens
@@ -159,18 +193,27 @@ class HippVLM:
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )
         answers = out[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)
+        ]
 
     def _rendered(self, message: list[dict]) -> str:
         from jinja2 import TemplateError
 
         content = [
-            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": str(part["value"])} for part in message
+            {"type": "image"}
+            if part["type"] == "image"
+            else {"type": "text", "text": str(part["value"])}
+            for part in message
         ]
         try:
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
         except TemplateError as error:
-            raise CheckpointError(f"the chat template of {self.model.name_or_path} cannot be used: {error}") from error
+            raise CheckpointError(
+                f"the chat template of {self.model.name_or_path} cannot be used: {error}"
+            ) from error
 
     def _placed(self, value: Any) -> Any:
         if not hasattr(value, "is_floating_point"):  # a few processors add what is no tensor
@@ -229,7 +272,9 @@ def answer_rows(
         return
     model, new = vlm(), sum(map(len, batches))
     done = len(indices) - len(rows)
-    with contextlib.closing(tqdm(total=done + new, initial=done, desc=progress, disable=progress is None)) as bar:
+    with contextlib.closing(
+        tqdm(total=done + new, initial=done, desc=progress, disable=progress is None)
+    ) as bar:
         for batch in batches:
             answers = model.generate_batch([message(row) for row in batch])
             log.add(zip([indices[row] for row in batch], answers, strict=True))

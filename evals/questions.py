@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hipp_ext.evals.tables import YES_NO, Table, row_options
-
 from hipp_ext.untrusted import read_picture
 
 if TYPE_CHECKING:
@@ -38,14 +37,24 @@ def table_questions(table: Table) -> list[TableQuestion]:
     if table.kind == YES_NO:
         asked = [(str(q), ("Yes", "No")) for q in frame["question"]]
     else:
-        hints = frame["hint"].where(frame["hint"].notna(), "").tolist() if "hint" in frame else [""] * len(frame)
+        hints = (
+            frame["hint"].where(frame["hint"].notna(), "").tolist()
+            if "hint" in frame
+            else [""] * len(frame)
+        )
         asked = [
             (choice_prompt(str(q), o, str(h)), tuple(o))
             for q, o, h in zip(frame["question"], row_options(frame), hints, strict=True)
         ]
     rows = zip(asked, frame["image_path"], frame["answer"], strict=True)
     return [
-        TableQuestion(prompt=p, image_path=str(i), labels=c, answer=str(a), picture=str(i) if table.kind == YES_NO else None)
+        TableQuestion(
+            prompt=p,
+            image_path=str(i),
+            labels=c,
+            answer=str(a),
+            picture=str(i) if table.kind == YES_NO else None,
+        )
         for (p, c), i, a in rows
     ]
 

@@ -11,7 +11,6 @@ from hipp_ext.evals.figures import Look, cost_figure, front_figure, keeps_figure
 from hipp_ext.evals.report_page import Picture, page
 from hipp_ext.evals.report_sources import Fit, Sources, main_yes_no, read_sources
 from hipp_ext.evals.report_table import table_rows
-
 from hipp_ext.files import write_atomic
 
 __all__ = ["table_rows", "write_report"]
@@ -21,7 +20,12 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 MOST_GROUPS = 4000  # of a plan that is drawn, each with a bar of its own
-LOOKS = {"": Look(), "dark": Look(dark=True), "narrow": Look(narrow=True), "narrow dark": Look(narrow=True, dark=True)}
+LOOKS = {
+    "": Look(),
+    "dark": Look(dark=True),
+    "narrow": Look(narrow=True),
+    "narrow dark": Look(narrow=True, dark=True),
+}
 
 
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -37,7 +41,9 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     Raises:
         DataError: a folder holds nothing to report, or something damaged.
     """
-    given = [Path(f).expanduser() for f in ([folders] if isinstance(folders, str | Path) else folders)]
+    given = [
+        Path(f).expanduser() for f in ([folders] if isinstance(folders, str | Path) else folders)
+    ]
     sources = read_sources(given)
     drawn = [_draw(plan) for plan in _pictures(sources)]
     place = Path(out) if out is not None else given[0] if given[0].is_dir() else given[0].parent
@@ -57,7 +63,10 @@ class _Drawing:
 
 
 def _draw(drawing: _Drawing) -> Picture:
-    looks = {name: png(drawing.figure(look), dpi=144 if not look.narrow else 160) for name, look in LOOKS.items()}
+    looks = {
+        name: png(drawing.figure(look), dpi=144 if not look.narrow else 160)
+        for name, look in LOOKS.items()
+    }
     return Picture(name=drawing.name, section=drawing.section, caption=drawing.caption, looks=looks)
 
 
@@ -66,57 +75,99 @@ def _pictures(sources: Sources) -> list[_Drawing]:
     fits = [fit for fit in sources.fits if len(fit.archive)]
     for number, fit in enumerate(fits):
         chosen = {e.name: e.reward for e in sources.entries if e.reward} if len(fits) == 1 else {}
-        found.append(_front(fit, chosen, "front" if number == 0 else f"front-{number + 1}", several=len(fits) > 1))
+        found.append(
+            _front(
+                fit,
+                chosen,
+                "front" if number == 0 else f"front-{number + 1}",
+                several=len(fits) > 1,
+            )
+        )
     plans = {e.name: e.plan for e in sources.entries if e.plan}
     same = len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1
     groups = next(iter(plans.values())).groups if plans else ()
     if same and len(groups) <= MOST_GROUPS and any(g.tower == "language" for g in groups):
         found.append(_keeps(plans, next((f.visual for f in sources.fits if f.visual), None)))
     main = main_yes_no(sources.entries)
-    scores = {e.name: e.records[main]["metrics"]["vlmeval"] for e in sources.entries if main in e.records}
+    scores = {
+        e.name: e.records[main]["metrics"]["vlmeval"] for e in sources.entries if main in e.records
+    }
     if scores:
         caption = (
             "Accuracy by VLMEvalKit's rule; error bars: one standard error, pictures drawn whole. A model that looks says yes "
             "half the time."
         )
-        found.append(_Drawing(name="pope", section="pope", caption=caption, figure=partial(pope_figure, scores)))
+        found.append(
+            _Drawing(
+                name="pope", section="pope", caption=caption, figure=partial(pope_figure, scores)
+            )
+        )
     for number, result in enumerate(sources.latency):
         name = "cost" if number == 0 else f"cost-{number + 1}"
-        caption = ("Each model's cost as a share of the first one's; times: median and quartiles. Memory is the most during a "
-                   "generation, weights included.")  # fmt: skip
+        caption = (
+            "Each model's cost as a share of the first one's; times: median and quartiles. Memory is the most during a "
+            "generation, weights included."
+        )
         draw = partial(cost_figure, _shares(result["models"]))
         found.append(_Drawing(name=name, section="cost", caption=caption, figure=draw))
     return found
 
 
 def _front(fit: Fit, chosen: Mapping[str, Any], name: str, *, several: bool) -> _Drawing:
-    evaluated, front = [r.reward for r in fit.archive.measured], [r.reward for r in fit.archive.front()]
+    evaluated, front = (
+        [r.reward for r in fit.archive.measured],
+        [r.reward for r in fit.archive.front()],
+    )
     caption = (
         f"{fit.name + ': ' if several else ''}{len(evaluated)} plans evaluated while searching; {len(front)} are non-dominated "
         f"(ringed, with standard errors). Upper right is better. Hypervolume {fit.archive.hypervolume():.4f}, reference point "
         "0, 0, 0."
     )
-    return _Drawing(name=name, section="front", caption=caption, figure=partial(front_figure, evaluated, front, chosen))
+    return _Drawing(
+        name=name,
+        section="front",
+        caption=caption,
+        figure=partial(front_figure, evaluated, front, chosen),
+    )
 
 
 def _keeps(plans: Mapping[str, Any], visual: dict[str, list[float]] | None) -> _Drawing:
     caption = "Units kept in every layer."
     if visual:
-        caption += (" Below: how much of what the layer computes comes from the picture (attention: flow from picture to text "
-                    "tokens; FFN: drift of picture tokens), measured before pruning.")  # fmt: skip
-    return _Drawing(name="keep_counts", section="kept", caption=caption, figure=partial(keeps_figure, plans, visual))
+        caption += (
+            " Below: how much of what the layer computes comes from the picture (attention: flow from picture to text "
+            "tokens; FFN: drift of picture tokens), measured before pruning."
+        )
+    return _Drawing(
+        name="keep_counts",
+        section="kept",
+        caption=caption,
+        figure=partial(keeps_figure, plans, visual),
+    )
 
 
-def _shares(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+def _shares(
+    models: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Quantity -> model -> (value, lower and upper quartile) in percent of the first model's value."""
     first = next(iter(models.values()))
     shares: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for label, key in (("parameters", "parameters"), ("FLOPs of the prompt", "prefill_gflops"), ("peak memory", "peak_mib")):
+    for label, key in (
+        ("parameters", "parameters"),
+        ("FLOPs of the prompt", "prefill_gflops"),
+        ("peak memory", "peak_mib"),
+    ):
         shares[label] = {name: (100 * row[key] / first[key],) * 3 for name, row in models.items()}
     for label, key in (("first token", "prefill_ms"), ("further token", "decode_ms")):
         base = first[key]["median"]
-        shares[label] = {name: (100 * row[key]["median"] / base, 100 * row[key]["low"] / base, 100 * row[key]["high"] / base)
-                         for name, row in models.items()}  # fmt: skip
+        shares[label] = {
+            name: (
+                100 * row[key]["median"] / base,
+                100 * row[key]["low"] / base,
+                100 * row[key]["high"] / base,
+            )
+            for name, row in models.items()
+        }
     return shares
 
 

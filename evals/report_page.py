@@ -24,9 +24,23 @@ SECTIONS = {
 TEMPLATE = "report.html.jinja"
 _SMALL, _DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
 _LOOKS = (("narrow dark", f"{_SMALL} and {_DARK}"), ("narrow", _SMALL), ("dark", _DARK))
-_TITLES = {"rnd": "POPE random", "pop": "POPE popular", "adv": "POPE adversarial", "F1": "POPE F1", "yes": "says yes"}
-_COST = ("model", "parameters", "GFLOPs of the prompt", "first token [ms]", "further token [ms]", "faster (first, further)",
-         "weights [MiB]", "peak [MiB]")  # fmt: skip
+_TITLES = {
+    "rnd": "POPE random",
+    "pop": "POPE popular",
+    "adv": "POPE adversarial",
+    "F1": "POPE F1",
+    "yes": "says yes",
+}
+_COST = (
+    "model",
+    "parameters",
+    "GFLOPs of the prompt",
+    "first token [ms]",
+    "further token [ms]",
+    "faster (first, further)",
+    "weights [MiB]",
+    "peak [MiB]",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +71,24 @@ class _Table:
     kind: str = ""
 
 
-def page(sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, Sequence[Disagreement]]) -> str:
+def page(
+    sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, Sequence[Disagreement]]
+) -> str:
     """The whole page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                            trim_blocks=True)  # fmt: skip
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     entries = sources.entries
     header, rows = table_rows(entries)
-    costs = [(_Table(header=_COST, rows=_cost_rows(one), kind="long"), _conditions(one)) for one in sources.latency]
+    costs = [
+        (_Table(header=_COST, rows=_cost_rows(one), kind="long"), _conditions(one))
+        for one in sources.latency
+    ]
     text = templates.get_template(TEMPLATE).render(
         sections=SECTIONS,
         pictures=pictures,
@@ -82,13 +105,17 @@ def page(sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, 
         sizes=None if costs else _sizes(entries),
         made=_made(sources),
     )
-    return text.encode("utf-8", "replace").decode()  # JSON can spell half characters, which no file can hold
+    return text.encode(
+        "utf-8", "replace"
+    ).decode()  # JSON can spell half characters, which no file can hold
 
 
 def _questions(entries: Sequence[Entry]) -> str:
     asked = {d: r["n"] for e in entries for d, r in e.records.items()}
-    parts = [f"Questions: {', '.join(f'{d} {n:,}' for d, n in asked.items())}.",
-             "POPE by VLMEvalKit's rule, all splits pooled; error bars draw whole pictures."]  # fmt: skip
+    parts = [
+        f"Questions: {', '.join(f'{d} {n:,}' for d, n in asked.items())}.",
+        "POPE by VLMEvalKit's rule, all splits pooled; error bars draw whole pictures.",
+    ]
     main = main_yes_no(entries)
     for record in (e.records[main] for e in entries if main is not None and main in e.records):
         pooled = record["metrics"]["vlmeval"].get("overall", {}).get("n", 0)
@@ -100,7 +127,12 @@ def _questions(entries: Sequence[Entry]) -> str:
 def _not_compared(entries: Sequence[Entry], differing: Mapping[str, Sequence[Disagreement]]) -> str:
     dense, *others = entries
     compared = {(name, own.data) for name, found in differing.items() for own in found}
-    left = [f"{e.name} on {d}" for e in others for d in e.records if d in dense.records and (e.name, d) not in compared]
+    left = [
+        f"{e.name} on {d}"
+        for e in others
+        for d in e.records
+        if d in dense.records and (e.name, d) not in compared
+    ]
     return ", ".join(left)
 
 
@@ -114,10 +146,18 @@ def _cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
     from hipp_ext.evals.bench.latency import speedup_text, spread_text
 
     return [
-        [name, f"{row['parameters'] / 1e6:.2f}M", f"{row['prefill_gflops']:.2f}", spread_text(row["prefill_ms"]),
-         spread_text(row["decode_ms"]), speedup_text(row), f"{row['weights_mib']:.1f}", f"{row['peak_mib']:.1f}"]
+        [
+            name,
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['prefill_gflops']:.2f}",
+            spread_text(row["prefill_ms"]),
+            spread_text(row["decode_ms"]),
+            speedup_text(row),
+            f"{row['weights_mib']:.1f}",
+            f"{row['peak_mib']:.1f}",
+        ]
         for name, row in result["models"].items()
-    ]  # fmt: skip
+    ]
 
 
 def _conditions(result: Mapping[str, Any]) -> str:
@@ -136,9 +176,18 @@ def _sizes(entries: Sequence[Entry]) -> _Table | None:
 def _made(sources: Sources) -> list[tuple[str, str]]:
     settings = dict.fromkeys(
         f"{e.name} on {d}: {', '.join(f'{k} {v}' for k, v in r['settings'].items())}; model {r['model_hash'][:12]}, data "
-        f"{r['data_hash'][:12]}" for e in sources.entries for d, r in e.records.items()
-    )  # fmt: skip
-    seeds = [*sources.seeds, "bootstrap of the error bars: seed 0, 1,000 draws (5,000 for differences)",
-             "example questions: seed 0", "decoding: greedy"]  # fmt: skip
-    return [("Commands", "\n".join(sources.commands) or "not recorded"), ("Seeds", "\n".join(seeds)),
-            ("Evaluations", "\n".join(settings))]  # fmt: skip
+        f"{r['data_hash'][:12]}"
+        for e in sources.entries
+        for d, r in e.records.items()
+    )
+    seeds = [
+        *sources.seeds,
+        "bootstrap of the error bars: seed 0, 1,000 draws (5,000 for differences)",
+        "example questions: seed 0",
+        "decoding: greedy",
+    ]
+    return [
+        ("Commands", "\n".join(sources.commands) or "not recorded"),
+        ("Seeds", "\n".join(seeds)),
+        ("Evaluations", "\n".join(settings)),
+    ]

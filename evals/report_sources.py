@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.figures import KINDS
-from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
-
 from hipp_ext.checkpoint import read_plan
 from hipp_ext.errors import DataError, PlanError
+from hipp_ext.evals.figures import KINDS
+from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
@@ -80,12 +79,21 @@ class Sources:
 
 def main_yes_no(entries: Sequence[Entry]) -> str | None:
     """The yes/no data set that a report shows by split: POPE, else the first there is."""
-    found = [data for e in entries for data, record in e.records.items() if "official" in record["metrics"]]
+    found = [
+        data
+        for e in entries
+        for data, record in e.records.items()
+        if "official" in record["metrics"]
+    ]
     return "POPE" if "POPE" in found else next(iter(found), None)
 
 
 def write_summary(
-    folder: str | Path, entries: Sequence[Entry], commands: Sequence[str], seeds: Sequence[str], planner: str | None = None
+    folder: str | Path,
+    entries: Sequence[Entry],
+    commands: Sequence[str],
+    seeds: Sequence[str],
+    planner: str | None = None,
 ) -> None:
     """Write what a report needs to `folder`/summary.json.
 
@@ -95,11 +103,15 @@ def write_summary(
     """
     rows = [
         {
-            "name": e.name, "preference": e.preference, "plan": e.plan.to_json() if e.plan else None,
-            "reward": e.reward.as_dict() if e.reward else None, "parameters": e.parameters, "records": e.records,
+            "name": e.name,
+            "preference": e.preference,
+            "plan": e.plan.to_json() if e.plan else None,
+            "reward": e.reward.as_dict() if e.reward else None,
+            "parameters": e.parameters,
+            "records": e.records,
         }
         for e in entries
-    ]  # fmt: skip
+    ]
     data = {"entries": rows, "commands": list(commands), "seeds": list(seeds), "planner": planner}
     write_atomic(Path(folder) / SUMMARY, json.dumps(data, indent=1) + "\n")
 
@@ -116,7 +128,9 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     entries = _distinct([e for part, _ in parts for e in part.entries])
     entries = [_with_folder(e, models) for e in entries]
     if not entries:
-        raise DataError(f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` evaluates one")
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` evaluates one"
+        )
     if len(entries) > MOST_MODELS:
         raise DataError(
             f"{', '.join(map(str, paths))}: {len(entries)} evaluated models; a report holds {MOST_MODELS}. Name fewer"
@@ -135,7 +149,9 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
 def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
     """One path: what is there, and its model folders by name."""
     if path.is_file():
-        return Sources(latency=(one := _latency(path),), commands=(one["command"],), seeds=_latency_seeds(one)), {}
+        return Sources(
+            latency=(one := _latency(path),), commands=(one["command"],), seeds=_latency_seeds(one)
+        ), {}
     if not path.is_dir():
         raise DataError(f"{path} is not a folder")
     if (path / SUMMARY).is_file():
@@ -152,10 +168,15 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
     latency = tuple(_latency(folder / LATENCY) for folder in found[LATENCY])
     commands = [c for r in records if (c := r.get("command"))] + [one["command"] for one in latency]
     return Sources(
-        entries=tuple(_entries(records)), fits=tuple(_fit(folder) for folder in found["planner.json"]), latency=latency,
+        entries=tuple(_entries(records)),
+        fits=tuple(_fit(folder) for folder in found["planner.json"]),
+        latency=latency,
         commands=tuple(dict.fromkeys(commands)),
-        seeds=(*(_fit_seed(folder) for folder in found[IDENTITY]), *(s for one in latency for s in _latency_seeds(one))),
-    ), {folder.resolve().name: folder for folder in found["config.json"]}  # fmt: skip
+        seeds=(
+            *(_fit_seed(folder) for folder in found[IDENTITY]),
+            *(s for one in latency for s in _latency_seeds(one)),
+        ),
+    ), {folder.resolve().name: folder for folder in found["config.json"]}
 
 
 def _folders(path: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -172,13 +193,17 @@ def _read_summary(folder: Path) -> Sources:
     entries = tuple(_entry(row, file) for row in data["entries"])
     planner = folder / data["planner"] if data["planner"] else None
     if planner is not None and not is_below(planner, folder):
-        raise DataError(f"{file} is damaged: its planner {data['planner']!r} leads out of the folder")
+        raise DataError(
+            f"{file} is damaged: its planner {data['planner']!r} leads out of the folder"
+        )
     latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
     return Sources(
-        entries=entries, fits=(_fit(planner),) if planner and os.path.isdir(planner) else (), latency=latency,
+        entries=entries,
+        fits=(_fit(planner),) if planner and os.path.isdir(planner) else (),
+        latency=latency,
         commands=(*data["commands"], *(one["command"] for one in latency)),
         seeds=(*data["seeds"], *(s for one in latency for s in _latency_seeds(one))),
-    )  # fmt: skip
+    )
 
 
 def _entry(row: Mapping[str, Any], file: Path) -> Entry:
@@ -187,9 +212,13 @@ def _entry(row: Mapping[str, Any], file: Path) -> Entry:
     except PlanError as error:
         raise DataError(f"{file} is damaged: the plan of {row['name']!r}: {error}") from None
     return Entry(
-        name=row["name"], preference=row["preference"], parameters=row["parameters"], records=row["records"], plan=plan,
+        name=row["name"],
+        preference=row["preference"],
+        parameters=row["parameters"],
+        records=row["records"],
+        plan=plan,
         reward=Reward(**row["reward"]) if row["reward"] else None,
-    )  # fmt: skip
+    )
 
 
 def _record(file: Path) -> dict[str, Any]:
@@ -200,13 +229,21 @@ def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """One entry per model content; models of one name and different content are told apart by their hash."""
     by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
-        by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(record)
+        by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(
+            record
+        )
     names = [name for name, _ in by_model]
     return [
-        Entry(name=name if names.count(name) == 1 else f"{name} ({digest[:8]})", preference=None, plan=None, reward=None,
-              parameters=None, records=own)
+        Entry(
+            name=name if names.count(name) == 1 else f"{name} ({digest[:8]})",
+            preference=None,
+            plan=None,
+            reward=None,
+            parameters=None,
+            records=own,
+        )
         for (name, digest), own in by_model.items()
-    ]  # fmt: skip
+    ]
 
 
 def _distinct(entries: Sequence[Entry]) -> list[Entry]:
@@ -217,14 +254,22 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
         old = kept.get(digest)
         kept[digest] = replace(old, records={**entry.records, **old.records}) if old else entry
     names = [e.name for e in kept.values()]
-    return [replace(e, name=f"{e.name} ({digest[:8]})") if names.count(e.name) > 1 else e for digest, e in kept.items()]
+    return [
+        replace(e, name=f"{e.name} ({digest[:8]})") if names.count(e.name) > 1 else e
+        for digest, e in kept.items()
+    ]
 
 
 def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
     """The entry with plan and size, where its folder was given and its contents are those that were evaluated."""
     record = next(iter(entry.records.values()), None)
     folder = models.get(record["model"]) if record else None
-    if record is None or folder is None or entry.parameters is not None or content_hash(folder) != record["model_hash"]:
+    if (
+        record is None
+        or folder is None
+        or entry.parameters is not None
+        or content_hash(folder) != record["model_hash"]
+    ):
         return entry
     plan = read_plan(folder)
     return replace(entry, plan=plan, parameters=_parameters(folder), preference=_wish(plan))
@@ -244,7 +289,8 @@ def _parameters(folder: Path) -> int:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:
-                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+                names = weights.keys()  # no mapping
+                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file} is damaged: {error}") from None
     return total
@@ -256,10 +302,19 @@ def _fit(folder: Path) -> Fit:
     planner = HiPPPlanner.load(folder)
     signals, visual = planner.signals, None
     if signals is not None and float(signals.visual.max()) > 0:
-        visual = {kind: [float(v) for g, v in zip(signals.groups, signals.visual, strict=True) if g.kind == kind]
-                  for kind in KINDS}  # fmt: skip
-    return Fit(name=folder.resolve().parent.name if folder.name == "planner" else folder.name, archive=planner.archive,
-               visual=visual)  # fmt: skip
+        visual = {
+            kind: [
+                float(v)
+                for g, v in zip(signals.groups, signals.visual, strict=True)
+                if g.kind == kind
+            ]
+            for kind in KINDS
+        }
+    return Fit(
+        name=folder.resolve().parent.name if folder.name == "planner" else folder.name,
+        archive=planner.archive,
+        visual=visual,
+    )
 
 
 def _latency(file: Path) -> dict[str, Any]:
@@ -269,7 +324,11 @@ def _latency(file: Path) -> dict[str, Any]:
 def _fit_seed(folder: Path) -> str:
     settings = _json(folder / IDENTITY).get("settings")
     given = settings if isinstance(settings, dict) else {}
-    known = {name: value for name, value in given.items() if _is_plain(value if isinstance(value, list) else [value])}
+    known = {
+        name: value
+        for name, value in given.items()
+        if _is_plain(value if isinstance(value, list) else [value])
+    }
     return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
 
 

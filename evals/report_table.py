@@ -24,8 +24,12 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         if main:
             splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
             overall = splits.get("overall", {})
-            row += [_with_error(overall, "accuracy"), *(_number(splits.get(s, {}), "accuracy") for s in SPLITS),
-                    _number(overall, "f1"), _number(overall, "yes_rate")]  # fmt: skip
+            row += [
+                _with_error(overall, "accuracy"),
+                *(_number(splits.get(s, {}), "accuracy") for s in SPLITS),
+                _number(overall, "f1"),
+                _number(overall, "yes_rate"),
+            ]
         rows.append(row)
     return header, rows
 

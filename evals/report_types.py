@@ -145,4 +145,6 @@ def checked(kind: type[_Kind], data: Any, wrong: str) -> dict[str, Any]:
         return kind.model_validate(data).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise DataError(f"{wrong}: {'.'.join(map(str, first['loc']))[:200]!r}: {first['msg']}") from None
+        raise DataError(
+            f"{wrong}: {'.'.join(map(str, first['loc']))[:200]!r}: {first['msg']}"
+        ) from None

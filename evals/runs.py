@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hipp_ext.evals.prediction_log import read_lines
-from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.prediction_log import read_lines
+from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from hipp_ext.files import write_atomic
 from hipp_ext.untrusted import read_plain
 
@@ -77,7 +77,11 @@ class _Results:
 def shown_name(folder: Path) -> str:
     """The name of a model's folder as it was typed, without what neither a file system nor a terminal should get."""
     name = unicodedata.normalize("NFC", folder.name)
-    name = "".join(c if c.isprintable() else "-" for c in name).encode()[:_LONGEST_NAME].decode(errors="ignore")
+    name = (
+        "".join(c if c.isprintable() else "-" for c in name)
+        .encode()[:_LONGEST_NAME]
+        .decode(errors="ignore")
+    )
     return name or "model"
 
 
@@ -91,14 +95,26 @@ def table_rows(table: Table) -> list[AskedQuestion]:
     frame = table.frame
     options = [None] * len(frame) if table.kind == YES_NO else row_options(frame)
     categories = frame["category"].tolist() if "category" in frame else [""] * len(frame)
-    rows = zip(frame["index"], frame["question"], frame["answer"], categories, table.images, options, strict=True)
+    rows = zip(
+        frame["index"],
+        frame["question"],
+        frame["answer"],
+        categories,
+        table.images,
+        options,
+        strict=True,
+    )
     return [
         AskedQuestion(
-            index=str(i), question=str(q), answer=str(a), category=str(c), image=image,
+            index=str(i),
+            question=str(q),
+            answer=str(a),
+            category=str(c),
+            image=image,
             options=None if o is None else {letter: str(text) for letter, text in o.items()},
         )
         for i, q, a, c, image, o in rows
-    ]  # fmt: skip
+    ]
 
 
 def write_questions(table: Table, folder: Path) -> None:
@@ -122,9 +138,15 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
         return _named(_read_run(path, tsv))
     if (path / PREDICTIONS).is_file():
         return _named(_read_run(path / PREDICTIONS, tsv))
-    folders = [path] if (path / "results.json").is_file() else sorted(f.parent for f in path.glob("*/results.json"))
+    folders = (
+        [path]
+        if (path / "results.json").is_file()
+        else sorted(f.parent for f in path.glob("*/results.json"))
+    )
     if not folders:
-        inside = dict.fromkeys(sorted(file.parents[1].name for file in path.glob("*/*/results.json")))
+        inside = dict.fromkeys(
+            sorted(file.parents[1].name for file in path.glob("*/*/results.json"))
+        )
         hint = (
             f"name one of the models in it: {', '.join(inside)}"
             if inside
@@ -146,9 +168,15 @@ def _with_hash(path: Path) -> Path:
         beside = sorted(path.parent.iterdir())
     except OSError:
         return path
-    found = [p for p in beside if re.fullmatch("-[0-9a-f]{8}", p.name[-9:]) and p.name[:-9] == shown_name(path)]
+    found = [
+        p
+        for p in beside
+        if re.fullmatch("-[0-9a-f]{8}", p.name[-9:]) and p.name[:-9] == shown_name(path)
+    ]
     if len(found) > 1:
-        raise DataError(f"{path}: several models of this name were evaluated, name one: {', '.join(p.name for p in found)}")
+        raise DataError(
+            f"{path}: several models of this name were evaluated, name one: {', '.join(p.name for p in found)}"
+        )
     return found[0] if found else path
 
 
@@ -166,10 +194,14 @@ def _results(folder: Path) -> tuple[Path, int | None]:
         results = TypeAdapter(_Results).validate_json(read_plain(file, _RESULTS_BYTES), strict=True)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
-        raise DataError(f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
+        raise DataError(
+            f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        ) from None
     end = Path(results.predictions).parts[-2:]
     if len(end) < 2 or set(end) & {"..", "/"} or "\0" in results.predictions:
-        raise DataError(f"{file} is damaged: {results.predictions[:500]!r} is not a file of predictions")
+        raise DataError(
+            f"{file} is damaged: {results.predictions[:500]!r} is not a file of predictions"
+        )
     return folder.joinpath(*end), results.n
 
 
@@ -191,7 +223,9 @@ def _read_run(predictions: Path, tsv: str | Path | None) -> Run:
     asked = _questions(predictions.parent / QUESTIONS, tsv)
     known = {question.index for question in asked}
     if strangers := [index for index in said if index not in known]:
-        raise DataError(f"{predictions}: it answers index {strangers[0]}, which is not among the questions")
+        raise DataError(
+            f"{predictions}: it answers index {strangers[0]}, which is not among the questions"
+        )
     answered = tuple(question for question in asked if question.index in said)
     if not answered:
         raise DataError(f"{predictions} holds no answers")
@@ -226,5 +260,11 @@ def _wrong(question: AskedQuestion) -> str | None:
     if question.options is None:
         if question.answer not in ("Yes", "No"):
             return f"the answer is {question.answer!r}; it must be Yes or No"
-        return None if all(question.category.split(",")) else f"the category is {question.category!r}"
-    return None if question.answer in question.options else f"the answer is {question.answer!r}, which is not among its options"
+        return (
+            None if all(question.category.split(",")) else f"the category is {question.category!r}"
+        )
+    return (
+        None
+        if question.answer in question.options
+        else f"the answer is {question.answer!r}, which is not among its options"
+    )

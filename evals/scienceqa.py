@@ -95,22 +95,35 @@ def scienceqa_scores(
     groups = groups or {}
     lengths = [len(answers), len(labels), len(options), *map(len, groups.values())]
     if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"ScienceQA needs answers, labels, options and groups of one length, above 0; got {lengths}")
+        raise ValueError(
+            f"ScienceQA needs answers, labels, options and groups of one length, above 0; got {lengths}"
+        )
     for row, (label, choice) in enumerate(zip(labels, options, strict=True)):
         if label not in choice:
-            raise ValueError(f"question {row}: the answer {label!r} is not one of the options {sorted(choice)}")
-    letters = [option_letter(answer, choice) for answer, choice in zip(answers, options, strict=True)]
+            raise ValueError(
+                f"question {row}: the answer {label!r} is not one of the options {sorted(choice)}"
+            )
+    letters = [
+        option_letter(answer, choice) for answer, choice in zip(answers, options, strict=True)
+    ]
     rows = {"overall": list(range(len(letters)))}
     for column, values in groups.items():
         for value in sorted(set(values), key=str):
             rows[f"{column}={value}"] = [row for row, own in enumerate(values) if own == value]
-    return {name: _scores([letters[row] for row in own], [labels[row] for row in own]) for name, own in rows.items()}
+    return {
+        name: _scores([letters[row] for row in own], [labels[row] for row in own])
+        for name, own in rows.items()
+    }
 
 
 def _scores(letters: Sequence[str], labels: Sequence[str]) -> ChoiceScores:
     n = len(letters)
     accuracy = 100 * sum(said == label for said, label in zip(letters, labels, strict=True)) / n
-    unknown = 100 * sum(said == UNREADABLE != label for said, label in zip(letters, labels, strict=True)) / n
+    unknown = (
+        100
+        * sum(said == UNREADABLE != label for said, label in zip(letters, labels, strict=True))
+        / n
+    )
     return ChoiceScores(
         n=n,
         accuracy=accuracy,

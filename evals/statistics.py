@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+
 from hipp_ext.evals.metrics import cluster_resamples, cluster_sums
 
 RESAMPLES = 5000
@@ -63,13 +64,21 @@ def bootstrap_estimate(
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), not {level}")
     value = float(statistic(np.asarray(counts, dtype=float).sum(axis=0)))
-    drawn = cluster_resamples(counts, clusters, lambda s: statistic(s)[..., None], seed=seed, resamples=resamples)[:, 0]
+    drawn = cluster_resamples(
+        counts, clusters, lambda s: statistic(s)[..., None], seed=seed, resamples=resamples
+    )[:, 0]
     if np.isnan(drawn).any():
         return Estimate(value=value, se=math.nan, low=math.nan, high=math.nan, p_value=math.nan)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     beyond = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
     p_value = min(1.0, 2 * (beyond + 1) / (resamples + 1))
-    return Estimate(value=value, se=float(drawn.std(ddof=1)), low=float(low), high=float(high), p_value=float(p_value))
+    return Estimate(
+        value=value,
+        se=float(drawn.std(ddof=1)),
+        low=float(low),
+        high=float(high),
+        p_value=float(p_value),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +134,19 @@ def paired_difference(
     a, b = np.asarray(right_a, dtype=float), np.asarray(right_b, dtype=float)
     clusters = [str(n) for n in range(len(a))] if clusters is None else clusters
     if not len(a) == len(b) == len(clusters) > 0:
-        raise ValueError(f"one length, above 0, is needed; got {len(a)}, {len(b)} and {len(clusters)}")
+        raise ValueError(
+            f"one length, above 0, is needed; got {len(a)}, {len(b)} and {len(clusters)}"
+        )
     gain, n = b - a, len(a)
     counts = np.stack([gain, np.ones(n)], axis=1)
-    difference = bootstrap_estimate(counts, clusters, lambda s: 100 * s[..., 0] / s[..., 1], level=level, seed=seed,
-                                    resamples=resamples)  # fmt: skip
+    difference = bootstrap_estimate(
+        counts,
+        clusters,
+        lambda s: 100 * s[..., 0] / s[..., 1],
+        level=level,
+        seed=seed,
+        resamples=resamples,
+    )
     only_a, only_b = int((gain < 0).sum()), int((gain > 0).sum())
     spread = gain.var() / n
     return PairedDifference(
@@ -203,12 +220,18 @@ def questions_needed(
     """
     delta, psi = abs(difference) / 100, discordance / 100
     if not 0 < delta <= psi <= 1:
-        raise ValueError(f"0 < difference <= discordance <= 100 is needed, not {difference} and {discordance}")
+        raise ValueError(
+            f"0 < difference <= discordance <= 100 is needed, not {difference} and {discordance}"
+        )
     if not (0 < power < 1 and 0 < alpha < 1 and design_effect > 0):
-        raise ValueError(f"power and alpha must be in (0, 1), design_effect above 0: {power}, {alpha}, {design_effect}")
+        raise ValueError(
+            f"power and alpha must be in (0, 1), design_effect above 0: {power}, {alpha}, {design_effect}"
+        )
     quantile = NormalDist().inv_cdf
     wanted = quantile(1 - alpha / 2) * math.sqrt(psi) + quantile(power) * math.sqrt(psi - delta**2)
     needed = math.sqrt(design_effect) * wanted / delta  # its square may be more than a float holds
     if not needed <= math.sqrt(_MOST):
-        raise ValueError(f"more than {_MOST:,} questions would be needed for a difference of {difference} points")
+        raise ValueError(
+            f"more than {_MOST:,} questions would be needed for a difference of {difference} points"
+        )
     return math.ceil(design_effect * (wanted / delta) ** 2)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from hipp_ext.evals.pictures import picture_column, store_pictures
-
 from hipp_ext.errors import DataError
+from hipp_ext.evals.pictures import picture_column, store_pictures
 from hipp_ext.untrusted import TABLE_BYTES, open_plain, shown
 
 if TYPE_CHECKING:
@@ -28,8 +27,14 @@ ALIASES = {"ScienceQA": "ScienceQA_TEST"}
 GROUP_COLUMNS = ("split", "l2-category", "category")
 _OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
     "POPE": ("utils/VLMEval/POPE.tsv", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
-    "ScienceQA_VAL": ("utils/benchmarks/ScienceQA/ScienceQA_VAL.tsv", "96320d05e142e585e7204e72affd29f3"),
-    "ScienceQA_TEST": ("utils/benchmarks/ScienceQA/ScienceQA_TEST.tsv", "e42e9e00f9c59a80d8a5db35bc32b71f"),
+    "ScienceQA_VAL": (
+        "utils/benchmarks/ScienceQA/ScienceQA_VAL.tsv",
+        "96320d05e142e585e7204e72affd29f3",
+    ),
+    "ScienceQA_TEST": (
+        "utils/benchmarks/ScienceQA/ScienceQA_TEST.tsv",
+        "e42e9e00f9c59a80d8a5db35bc32b71f",
+    ),
 }
 _HOST = "https://opencompass.openxlab.space/"
 _ROOT_VARIABLE = "LMUData"
@@ -78,14 +83,18 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
     name, given, path = data.partition("=")
     if given:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
-            raise DataError(f"{data!r}: a data set's name is of letters, digits, '_', '.' and '-', as in mine=FILE")
+            raise DataError(
+                f"{data!r}: a data set's name is of letters, digits, '_', '.' and '-', as in mine=FILE"
+            )
         if not Path(path).expanduser().is_file():
             raise DataError(f"{data!r}: there is no file {path!r}")
         return ALIASES.get(name, name), Path(path).expanduser().resolve()
     name = ALIASES.get(data, data)
     if name not in KNOWN:
         known = ", ".join([*KNOWN, *ALIASES])
-        raise DataError(f"unknown data set {data!r}. Known: {known}; or give your own file as NAME=PATH")
+        raise DataError(
+            f"unknown data set {data!r}. Known: {known}; or give your own file as NAME=PATH"
+        )
     file = data_root(lmu_data) / f"{name}.tsv"
     if not file.is_file():
         raise DataError(
@@ -116,10 +125,14 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
     _check_cells(path, frame, ["index", "question", "answer"])
     rows = [f"row {shown(index)}" for index in frame["index"]]
     if repeated := frame["index"].astype(str)[frame["index"].astype(str).duplicated()].tolist():
-        raise DataError(f"{path}: index {repeated[0]} occurs more than once ({len(repeated)} rows too many)")
+        raise DataError(
+            f"{path}: index {repeated[0]} occurs more than once ({len(repeated)} rows too many)"
+        )
     frame = (_check_yes_no if kind == YES_NO else _check_choices)(path, frame, rows)
     total = len(frame)
-    if kind == YES_NO:  # VLMEvalKit leaves out rows without a picture: usual in ScienceQA, a mistake in POPE
+    if (
+        kind == YES_NO
+    ):  # VLMEvalKit leaves out rows without a picture: usual in ScienceQA, a mistake in POPE
         _check_cells(path, frame, [picture_column(frame)])
     frame, images = store_pictures(path, frame, Path(image_folder))
     text = frame.drop(columns="image_path").assign(image=list(images)).to_csv(index=False)
@@ -144,7 +157,9 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
     digest, beginning = hashlib.md5(), bytearray()
     while chunk := file.read(1 << 20):
         if b"\0" in chunk:
-            raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: it holds null bytes")
+            raise DataError(
+                f"{path} cannot be read as tab-separated UTF-8 text: it holds null bytes"
+            )
         digest.update(chunk)
         if len(beginning) < _BEGINNING:
             beginning += chunk
@@ -156,7 +171,9 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
     while first <= 1 and at < len(beginning):  # the first row; pandas skips empty lines
         first, at = _fields(beginning, at)
     if max(columns, first) > _MOST_COLUMNS:
-        raise DataError(f"{path} cannot be read as the table of a benchmark: a row has more than {_MOST_COLUMNS:,} cells")
+        raise DataError(
+            f"{path} cannot be read as the table of a benchmark: a row has more than {_MOST_COLUMNS:,} cells"
+        )
     return digest.hexdigest()
 
 
@@ -177,11 +194,17 @@ def _read_tsv(path: Path, file: BinaryIO) -> "pd.DataFrame":
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # mixed columns are checked cell by cell below
+            warnings.simplefilter(
+                "ignore", pd.errors.DtypeWarning
+            )  # mixed columns are checked cell by cell below
             frame = pd.read_csv(file, sep="\t", compression=None)
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} is empty") from None
-    except (ValueError, OverflowError, OSError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+    except (
+        ValueError,
+        OverflowError,
+        OSError,
+    ) as error:  # ParserError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: {error}") from error
     if not len(frame):
         raise DataError(f"{path} is empty: it has a header and no rows")
@@ -196,8 +219,10 @@ def _check_columns(path: Path, frame: "pd.DataFrame", kind: str) -> None:
     if not {"image", "image_path"} & set(frame.columns):
         missing.append("image (or image_path)")
     if missing:
-        raise DataError(f"{path}: missing column {', '.join(missing)}; a {kind} table has it, this one has "
-                        f"{shown(', '.join(map(str, frame.columns)), 500)}")  # fmt: skip
+        raise DataError(
+            f"{path}: missing column {', '.join(missing)}; a {kind} table has it, this one has "
+            f"{shown(', '.join(map(str, frame.columns)), 500)}"
+        )
 
 
 def _check_cells(path: Path, frame: "pd.DataFrame", columns: list[str]) -> None:
@@ -205,31 +230,44 @@ def _check_cells(path: Path, frame: "pd.DataFrame", columns: list[str]) -> None:
         missing = frame[column].isna().tolist()
         if any(missing):
             where = frame["index"].tolist()[missing.index(True)]
-            raise DataError(f"{path}: row {shown(where)} has no {column} ({sum(missing)} such rows)")
+            raise DataError(
+                f"{path}: row {shown(where)} has no {column} ({sum(missing)} such rows)"
+            )
 
 
 def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.DataFrame":
     _check_cells(path, frame, ["category"])
     for row, answer in zip(rows, frame["answer"], strict=True):
         if answer not in ("Yes", "No"):
-            raise DataError(f"{path}: {row} has the answer {answer!r}; it must be Yes or No, in this spelling "
-                            "(a multiple-choice table has option columns A, B, ...)")  # fmt: skip
+            raise DataError(
+                f"{path}: {row} has the answer {answer!r}; it must be Yes or No, in this spelling "
+                "(a multiple-choice table has option columns A, B, ...)"
+            )
     # VLMEvalKit would take "random, popular" for two splits of which one is called " popular".
-    lists = [[split.strip() for split in str(cell).split(",") if split.strip()] for cell in frame["category"]]
+    lists = [
+        [split.strip() for split in str(cell).split(",") if split.strip()]
+        for cell in frame["category"]
+    ]
     for row, splits, cell in zip(rows, lists, frame["category"], strict=True):
         if not splits or not isinstance(cell, str) or "overall" in splits:
-            raise DataError(f"{path}: {row} has the category {cell!r}; it must be a comma list of split names, "
-                            "such as random,popular; overall is taken")  # fmt: skip
+            raise DataError(
+                f"{path}: {row} has the category {cell!r}; it must be a comma list of split names, "
+                "such as random,popular; overall is taken"
+            )
     if len(distinct := {split for splits in lists for split in splits}) > _MOST_SPLITS:
-        raise DataError(f"{path}: the column category names {len(distinct):,} splits; {_MOST_SPLITS} can be scored")
+        raise DataError(
+            f"{path}: the column category names {len(distinct):,} splits; {_MOST_SPLITS} can be scored"
+        )
     return frame.assign(category=[",".join(splits) for splits in lists])
 
 
 def _check_choices(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.DataFrame":
     for row, answer, options in zip(rows, frame["answer"], row_options(frame), strict=True):
         if answer not in options:
-            raise DataError(f"{path}: {row} has the answer {answer!r}; its options are {', '.join(options) or 'none'} "
-                            "(VLMEvalKit takes an option that reads NA, None or null for a missing one)")  # fmt: skip
+            raise DataError(
+                f"{path}: {row} has the answer {answer!r}; its options are {', '.join(options) or 'none'} "
+                "(VLMEvalKit takes an option that reads NA, None or null for a missing one)"
+            )
     groups = [column for column in GROUP_COLUMNS if column in frame]
     unused = [column for column in groups if all(frame[column].isna().tolist())]
     _check_cells(path, frame, [column for column in groups if column not in unused])
@@ -241,4 +279,7 @@ def row_options(frame: "pd.DataFrame") -> list[dict[str, object]]:
     letters = [letter for letter in string.ascii_uppercase if letter in frame]
     present = {letter: frame[letter].notna().tolist() for letter in letters}
     texts = {letter: frame[letter].tolist() for letter in letters}
-    return [{letter: texts[letter][row] for letter in letters if present[letter][row]} for row in range(len(frame))]
+    return [
+        {letter: texts[letter][row] for letter in letters if present[letter][row]}
+        for row in range(len(frame))
+    ]

@@ -20,7 +20,14 @@ from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
 from hipp_ext.scorers.base import evaluating, forward, valid_tokens
 
-SIMPLE = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
+SIMPLE = {
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "cache_position",
+}
 MEMORY_LIMIT = 2 << 30  # bytes that keys and values of beginnings take, in all layers
 
 
@@ -48,7 +55,14 @@ class AnswerLogits:
         UnsupportedModelError: weights are offloaded, or the answers are not what the model's own logits say.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, share: bool = True, memory_limit: int = MEMORY_LIMIT):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        share: bool = True,
+        memory_limit: int = MEMORY_LIMIT,
+    ):
         rows: list[_Row] = []
         beginnings: dict[bytes, Tensor] = {}
         places: list[int] = []  # of `rows` among all rows
@@ -64,7 +78,9 @@ class AnswerLogits:
                 inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
                 index = torch.arange(begun, begun + len(position))
                 begun += len(position)
-                if number == 0 and not self._check(model, batch, inputs, position, share and _plainly_causal(model, inputs)):
+                if number == 0 and not self._check(
+                    model, batch, inputs, position, share and _plainly_causal(model, inputs)
+                ):
                     share = False
                 if share and _plainly_causal(model, inputs):
                     rows += _rows(inputs, batch, position, token, beginnings)
@@ -72,7 +88,9 @@ class AnswerLogits:
                 else:
                     self._replayed.append((inputs, position, index))
         self._chunks = list(_chunks(rows, *self._limit))
-        indices = [torch.tensor(places)[chunk.index] for chunk in self._chunks] + [index for *_, index in self._replayed]
+        indices = [torch.tensor(places)[chunk.index] for chunk in self._chunks] + [
+            index for *_, index in self._replayed
+        ]
         self._order = torch.argsort(torch.cat(indices))
 
     @torch.no_grad()
@@ -80,7 +98,9 @@ class AnswerLogits:
         """float32, on the CPU, in the order of the batches' rows."""
         with evaluating(model):
             answers = [self._run(model, chunk) for chunk in self._chunks]
-            answers += [self._replay(model, inputs, position) for inputs, position, _ in self._replayed]
+            answers += [
+                self._replay(model, inputs, position) for inputs, position, _ in self._replayed
+            ]
         return torch.cat(answers)[self._order]
 
     def _run(self, model: nn.Module, chunk: "_Chunk") -> Tensor:
@@ -92,12 +112,16 @@ class AnswerLogits:
     def _read(self, model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
         return self._head(model, hidden[torch.arange(len(position)), position.to(hidden.device)])
 
-    def _check(self, model: nn.Module, batch: Batch, inputs: dict[str, Any], position: Tensor, share: bool) -> bool:
+    def _check(
+        self, model: nn.Module, batch: Batch, inputs: dict[str, Any], position: Tensor, share: bool
+    ) -> bool:
         """Find the model's head; False where rows that share beginnings get other logits than the model's own."""
         self._head, expected = fit_output_head(model, batch, position)
 
         def fits(answers: Tensor) -> bool:
-            return float((answers - expected).abs().max()) <= tolerance(model, expected, roundings=16)
+            return float((answers - expected).abs().max()) <= tolerance(
+                model, expected, roundings=16
+            )
 
         if share:
             rows = list(_rows(inputs, batch, position, image_token_id(model), {}))
@@ -148,11 +172,16 @@ class _Chunk:
         """Hidden states of `rest` after the whole tower."""
         cache = None
         if self.begin.shape[1]:
-            cache = tower(inputs_embeds=self.begin, position_ids=self.begin_places, use_cache=True).past_key_values
+            cache = tower(
+                inputs_embeds=self.begin, position_ids=self.begin_places, use_cache=True
+            ).past_key_values
             for layer in cache.layers:
                 _hand_out(layer, self.owner)
         return tower(
-            inputs_embeds=self.rest, position_ids=self.places, past_key_values=cache, use_cache=cache is not None
+            inputs_embeds=self.rest,
+            position_ids=self.places,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
 
 
@@ -161,7 +190,10 @@ def _hand_out(layer: Any, owner: Tensor) -> None:
 
     The rows get them when it is the layer's turn: in all layers at once they would take the beginnings' memory once per row.
     """
-    begin_keys, begin_values = layer.keys, layer.values  # and not the layer: it would hold itself, and be freed late
+    begin_keys, begin_values = (
+        layer.keys,
+        layer.values,
+    )  # and not the layer: it would hold itself, and be freed late
 
     def update(keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows = owner.to(keys.device)
@@ -174,7 +206,9 @@ def _cache_bytes(model: nn.Module) -> int:
     """Bytes that keys and values of one token take in all layers."""
     config = _config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return 2 * config.num_hidden_layers * width * next(model.parameters()).element_size()
 
 
@@ -190,14 +224,23 @@ def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     window = getattr(_config(model), "sliding_window", None)
     return (
         embeds is not None
-        and all(k in SIMPLE or not isinstance(v, Tensor | list | tuple | dict) for k, v in inputs.items())
-        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))  # several masks are a dictionary
+        and all(
+            k in SIMPLE or not isinstance(v, Tensor | list | tuple | dict)
+            for k, v in inputs.items()
+        )
+        and (
+            mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        )  # several masks are a dictionary
         and (window is None or window >= embeds.shape[1])
     )
 
 
 def _rows(
-    inputs: dict[str, Any], batch: Batch, position: Tensor, image_token: int | None, beginnings: dict[bytes, Tensor]
+    inputs: dict[str, Any],
+    batch: Batch,
+    position: Tensor,
+    image_token: int | None,
+    beginnings: dict[bytes, Tensor],
 ) -> Iterator[_Row]:
     """The rows of a batch. `beginnings` holds those of earlier batches, and of these rows afterwards."""
     embeds, places = inputs["inputs_embeds"], inputs.get("position_ids")
@@ -214,7 +257,12 @@ def _rows(
         if place is not None:
             digest.update(place[..., :shared].cpu().numpy().tobytes())
         key = digest.digest() if shared else b""
-        yield _Row(begin=beginnings.setdefault(key, begin), rest=embeds[i, keep[shared:]], places=place, key=key)
+        yield _Row(
+            begin=beginnings.setdefault(key, begin),
+            rest=embeds[i, keep[shared:]],
+            places=place,
+            key=key,
+        )
 
 
 def _chunks(rows: Sequence[_Row], size: int, tokens: int) -> Iterator[_Chunk]:
@@ -222,7 +270,9 @@ def _chunks(rows: Sequence[_Row], size: int, tokens: int) -> Iterator[_Chunk]:
 
     `size` rows at a time, or fewer: those whose different beginnings have `tokens` tokens in all, of one beginning at least.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].begin), rows[i].key, len(rows[i].rest)))
+    order = sorted(
+        range(len(rows)), key=lambda i: (len(rows[i].begin), rows[i].key, len(rows[i].rest))
+    )
     some: list[int] = []
     for i in order:
         length, distinct = len(rows[i].begin), len({rows[j].key for j in [*some, i]})
@@ -242,7 +292,9 @@ def _chunk(rows: Sequence[_Row], index: Sequence[int]) -> _Chunk:
     rest = nn.utils.rnn.pad_sequence([row.rest for row in rows], batch_first=True)
     return _Chunk(
         begin=torch.stack([row.begin for row in first.values()]),
-        begin_places=_stack_places([row.places for row in first.values()], slice(0, shared), shared),
+        begin_places=_stack_places(
+            [row.places for row in first.values()], slice(0, shared), shared
+        ),
         owner=torch.tensor([number[row.key] for row in rows]),
         rest=rest,
         places=_stack_places([row.places for row in rows], slice(shared, None), rest.shape[1]),

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from hipp_ext.errors import AttackError, UnsupportedModelError
 from hipp_ext.quantities import take_numbers
 
-LossFn = Callable[[Any, Tensor], Tensor]  # (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
+LossFn = Callable[
+    [Any, Tensor], Tensor
+]  # (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
 MOMENTUM = 0.75
 INCREASES = 0.75  # share of steps that must raise the loss, or the step is halved
 
@@ -41,21 +43,32 @@ class Ball:
         for name in ("epsilon", "low", "high"):
             if isinstance(value := getattr(self, name), str | bytes | bool | None):
                 raise AttackError(f"{name}={value!r}: a number is needed, or a tensor of numbers.")
-        epsilon, low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (self.epsilon, self.low, self.high))
+        epsilon, low, high = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (self.epsilon, self.low, self.high)
+        )
         if not bool((torch.isfinite(epsilon) & (epsilon > 0)).all()):
-            raise AttackError(f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs run no attack.")
+            raise AttackError(
+                f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs run no attack."
+            )
         if not bool((low < high).all()):
-            raise AttackError(f"The range of valid values must not be empty, got [{low.tolist()}, {high.tolist()}].")
+            raise AttackError(
+                f"The range of valid values must not be empty, got [{low.tolist()}, {high.tolist()}]."
+            )
 
     def on(self, x: Tensor) -> "Ball":
         """The same ball in `x`'s dtype and on its device."""
-        epsilon, low, high = (torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in (self.epsilon, self.low, self.high))
+        epsilon, low, high = (
+            torch.as_tensor(v, dtype=x.dtype, device=x.device)
+            for v in (self.epsilon, self.low, self.high)
+        )
         return Ball(epsilon=epsilon, low=low, high=high)
 
     def check(self, x: Tensor) -> None:
         """Raise AttackError unless `x` is floating point, finite and within the range (up to rounding)."""
         if not x.is_floating_point():
-            raise AttackError(f"The perturbed tensor must be floating point, got {x.dtype}; divide bytes by 255.")
+            raise AttackError(
+                f"The perturbed tensor must be floating point, got {x.dtype}; divide bytes by 255."
+            )
         if x.dtype in (torch.float16, torch.bfloat16):
             raise AttackError(
                 f"The perturbed tensor is {x.dtype}: a step of an attack is lost in its rounding, and the result would look "
@@ -72,7 +85,9 @@ class Ball:
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
         """The point of the ball around `x` nearest to `moved`; the ball must be `on(x)`."""
         moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)  # type: ignore[operator]
-        return torch.minimum(torch.maximum(moved, torch.as_tensor(self.low)), torch.as_tensor(self.high))
+        return torch.minimum(
+            torch.maximum(moved, torch.as_tensor(self.low)), torch.as_tensor(self.high)
+        )
 
     def random(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A uniform draw around `x`, cut to the range."""
@@ -149,14 +164,20 @@ class APGD:
         moved = ball.random(x, generator) if self.random_start else x
         loss, gradient = loss_and_gradient(loss_fn, batch, moved)
         if loss.shape != x.shape[:1]:
-            raise AttackError(f"APGD needs one loss per row, {x.shape[0]} of them; the loss has shape {tuple(loss.shape)}.")
-        state = _Ascent(best=moved, best_loss=loss, best_gradient=gradient, step=torch.full_like(loss, 2.0))
+            raise AttackError(
+                f"APGD needs one loss per row, {x.shape[0]} of them; the loss has shape {tuple(loss.shape)}."
+            )
+        state = _Ascent(
+            best=moved, best_loss=loss, best_gradient=gradient, step=torch.full_like(loss, 2.0)
+        )
         previous, checks = moved, checkpoints(self.steps)
         for i in range(1, self.steps + 1):
             size = _rows(state.step, x) * ball.epsilon
             ahead = ball.project(moved + size * gradient.sign(), x)
             share = MOMENTUM if i > 1 else 1.0
-            ahead = ball.project(moved + share * (ahead - moved) + (1 - share) * (moved - previous), x)
+            ahead = ball.project(
+                moved + share * (ahead - moved) + (1 - share) * (moved - previous), x
+            )
             previous, moved, before = moved, ahead, loss
             loss, gradient = loss_and_gradient(loss_fn, batch, moved)
             state.see(moved, loss, gradient, loss > before)
@@ -217,10 +238,16 @@ def loss_and_gradient(loss_fn: LossFn, batch: Any, x: Tensor) -> tuple[Tensor, T
         x = x.detach().requires_grad_()
         loss = loss_fn(batch, x)
         if not torch.isfinite(loss).all():
-            raise AttackError("The loss under attack is NaN or infinite; an attack cannot climb it.")
-        (gradient,) = torch.autograd.grad(loss.sum(), x, allow_unused=True) if loss.requires_grad else (None,)
+            raise AttackError(
+                "The loss under attack is NaN or infinite; an attack cannot climb it."
+            )
+        (gradient,) = (
+            torch.autograd.grad(loss.sum(), x, allow_unused=True) if loss.requires_grad else (None,)
+        )
     if gradient is None:
-        raise AttackError("The loss does not depend on the perturbed tensor: is it detached, or computed without gradients?")
+        raise AttackError(
+            "The loss does not depend on the perturbed tensor: is it detached, or computed without gradients?"
+        )
     return loss.detach(), gradient
 
 
@@ -247,7 +274,9 @@ def _span(value: float | Tensor) -> str:
 
 def check_precision(model: nn.Module) -> None:
     """Raise UnsupportedModelError for a model in half precision: attacks are lost in its rounding."""
-    half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+    half = sorted(
+        {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    )
     if half:
         raise UnsupportedModelError(
             f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks vanish in its rounding, and "

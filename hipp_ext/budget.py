@@ -43,15 +43,21 @@ class Bounds:
             if share is None or not 0 <= share <= 1:
                 raise BudgetError(f"min_keep={given!r}: a share between 0 and 1 is needed.")
             plain[name] = share
-        object.__setattr__(self, "min_keep", plain if isinstance(self.min_keep, Mapping) else plain[""])
+        object.__setattr__(
+            self, "min_keep", plain if isinstance(self.min_keep, Mapping) else plain[""]
+        )
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
         """(least allowed keep count, units per step) of every group; the full width is allowed on top."""
-        if isinstance(self.min_keep, Mapping) and (unknown := set(self.min_keep) - {g.name for g in groups}):
+        if isinstance(self.min_keep, Mapping) and (
+            unknown := set(self.min_keep) - {g.name for g in groups}
+        ):
             raise BudgetError(f"min_keep names groups that are not there: {sorted(unknown)}.")
         widths = np.array([g.width for g in groups], dtype=np.int64)
         step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
-        floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(np.int64)
+        floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(
+            np.int64
+        )
         return np.minimum(-(-floor // step) * step, widths), step
 
     def allow(self, groups: Sequence[Group], counts: np.ndarray) -> np.ndarray:
@@ -61,7 +67,11 @@ class Bounds:
         return (whole | ((counts >= least) & ((counts - least) % step == 0))).all(1)
 
     def _share(self, group: Group) -> float:
-        return self.min_keep.get(group.name, MIN_KEEP) if isinstance(self.min_keep, Mapping) else self.min_keep
+        return (
+            self.min_keep.get(group.name, MIN_KEEP)
+            if isinstance(self.min_keep, Mapping)
+            else self.min_keep
+        )
 
 
 def keep_counts(
@@ -89,9 +99,13 @@ def keep_counts(
             bounds, and the largest ratio that can), or the allocation does not fit the groups.
     """
     bounds = bounds or Bounds()
-    logits = np.zeros(len(groups)) if allocation is None else np.asarray(allocation, dtype=np.float64)
+    logits = (
+        np.zeros(len(groups)) if allocation is None else np.asarray(allocation, dtype=np.float64)
+    )
     if logits.shape != (len(groups),) or not np.isfinite(logits).all():
-        raise BudgetError(f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}.")
+        raise BudgetError(
+            f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}."
+        )
     check_ratio(pruning_ratio)
     decoder = _Decoder(groups, bounds)
     target = parameters_left(decoder.total, pruning_ratio)
@@ -102,7 +116,10 @@ def keep_counts(
 
 
 def many_keep_counts(
-    groups: Sequence[Group], allocations: np.ndarray, pruning_ratios: np.ndarray, bounds: Bounds | None = None
+    groups: Sequence[Group],
+    allocations: np.ndarray,
+    pruning_ratios: np.ndarray,
+    bounds: Bounds | None = None,
 ) -> np.ndarray:
     """(plans, groups) keep counts for many plans at once: those of `keep_counts` before what rounding left is spent.
 
@@ -142,7 +159,11 @@ class _Decoder:
 
     def _nearest(self, wanted: np.ndarray) -> np.ndarray:
         # To the nearest, not down: of eight heads, a wish for 7.6 must not become 7 in every layer at once.
-        counts = self.least + np.maximum(np.floor((wanted - self.least) / self.step + 0.5), 0).astype(np.int64) * self.step
+        counts = (
+            self.least
+            + np.maximum(np.floor((wanted - self.least) / self.step + 0.5), 0).astype(np.int64)
+            * self.step
+        )
         return np.minimum(counts, self.widths)
 
 
@@ -155,7 +176,9 @@ def check_ratio(pruning_ratio: float) -> None:
     """Raise BudgetError unless `pruning_ratio` is a number in [0, 1)."""
     number = finite(pruning_ratio)
     if number is None or not 0 <= number < 1:
-        raise BudgetError(f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (the share that is removed).")
+        raise BudgetError(
+            f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (the share that is removed)."
+        )
 
 
 def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
@@ -172,7 +195,9 @@ def largest_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> floa
 
 def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str:
     groups, least = decoder.groups, decoder.least
-    tight = ", ".join(f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False))
+    tight = ", ".join(
+        f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False)
+    )
     return (
         f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and round_to {bounds.round_to}: "
         f"at most {1 - int(decoder.cost @ least) / decoder.total:.4f} can go. "
@@ -180,7 +205,9 @@ def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str
     )
 
 
-def _spend_rest(counts: np.ndarray, wanted: np.ndarray, decoder: _Decoder, target: int) -> tuple[int, ...]:
+def _spend_rest(
+    counts: np.ndarray, wanted: np.ndarray, decoder: _Decoder, target: int
+) -> tuple[int, ...]:
     """Raise counts step by step, the largest shortfall (as a share of the width) first, while any step fits."""
     cost, widths, step = decoder.cost, decoder.widths, decoder.step
     grow = np.minimum(counts + step, widths) - counts

@@ -16,7 +16,9 @@ TASKS: tuple[Task, ...] = get_args(Task)
 ROWS = 64  # of the testbed's questions, where no calibration is given
 Batch = dict[str, torch.Tensor]
 Batches = Iterable[Mapping[str, torch.Tensor]]
-Calibration = Batches | Mapping[Task, Batches]  # by task, where it is known which questions are asked for what
+Calibration = (
+    Batches | Mapping[Task, Batches]
+)  # by task, where it is known which questions are asked for what
 
 
 def calibration_digest(tasks: Mapping[Task, Sequence[Batch]]) -> str:
@@ -32,14 +34,19 @@ def batches_digest(batches: Iterable[Batch]) -> str:
         for name, value in sorted(batch.items()):
             if isinstance(value, torch.Tensor):
                 digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
             else:  # some processors add plain values: the mode of Janus, for one
                 digest.update(f"\0{name} {value!r}\0".encode())
     return digest.hexdigest()
 
 
 def resolve_calibration(
-    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = ROWS
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    processor: Any = None,
+    rows: int = ROWS,
 ) -> list[Batch]:
     """The batches to measure on, checked.
 
@@ -57,7 +64,10 @@ def resolve_calibration(
 
 
 def calibration_by_task(
-    model: nn.Module, calibration: Calibration | None = None, processor: Any = None, rows: int = ROWS
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    processor: Any = None,
+    rows: int = ROWS,
 ) -> dict[Task, list[Batch]]:
     """The same for each task; where the calibration does not tell tasks apart, all of it for each.
 
@@ -89,8 +99,12 @@ def calibration_by_task(
     if "input_ids" in given:
         raise CalibrationError("A calibration is a list of batches: pass [batch] for a single one.")
     if set(given) != set(TASKS):
-        raise CalibrationError(f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(map(str, given))}.")
-    distinct = {id(batches): batches for batches in given.values()}  # one generator for both tasks can be read once
+        raise CalibrationError(
+            f"A calibration by task has batches for {' and '.join(TASKS)}; got {sorted(map(str, given))}."
+        )
+    distinct = {
+        id(batches): batches for batches in given.values()
+    }  # one generator for both tasks can be read once
     checked = {key: _checked(model, batches) for key, batches in distinct.items()}
     return {task: checked[id(given[task])] for task in TASKS}
 
@@ -100,7 +114,12 @@ def all_batches(tasks: Mapping[Task, Sequence[Batch]]) -> list[Batch]:
     return list({id(batch): batch for task in TASKS for batch in tasks[task]}.values())
 
 
-def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answers: Sequence[str] | None = None) -> Batch:
+def encode(
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Any],
+    answers: Sequence[str] | None = None,
+) -> Batch:
     """One left-padded batch: each prompt, with its image where there is one, through the processor's chat template.
 
     Args:
@@ -116,9 +135,15 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answer
     for prompt, image in zip(prompts, images, strict=True):
         content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
         message = {"role": "user", "content": content}
-        texts.append(processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+        texts.append(
+            processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        )
     pictures = [[i] for i in images if i is not None]
-    full = texts if answers is None else [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
+    full = (
+        texts
+        if answers is None
+        else [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
+    )
     batch = tokenise(processor, full, pictures)
     if answers is not None:
         prompt_lengths = tokenise(processor, texts, pictures)["attention_mask"].sum(1)
@@ -129,7 +154,9 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Any], answer
     return batch
 
 
-def tokenise(processor: Any, texts: Sequence[str], images: Sequence[Any] | None = None, **kwargs: Any) -> Batch:
+def tokenise(
+    processor: Any, texts: Sequence[str], images: Sequence[Any] | None = None, **kwargs: Any
+) -> Batch:
     """One left-padded batch of chats that a template has rendered, each with one beginning-of-text token.
 
     Many templates write that token themselves, and the tokenizer would add a second one; transformers'
@@ -149,7 +176,11 @@ def tokenise(processor: Any, texts: Sequence[str], images: Sequence[Any] | None 
     if images:
         kwargs["images"] = images
     # Only left padding puts the answer position of every row at the end.
-    return dict(processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **kwargs))
+    return dict(
+        processor(
+            text=list(texts), padding=True, padding_side="left", return_tensors="pt", **kwargs
+        )
+    )
 
 
 def _begins_twice(tokenizer: Any, text: str) -> bool:
@@ -178,7 +209,9 @@ def find_processor(model: nn.Module) -> Any | None:
         if image_token_id(model) is None:
             # A tokenizer that was saved from a processor still names it, and the pictures' part is gone.
             with contextlib.suppress(Exception):
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                return AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
         if (Path(folder) / "tokenizer_config.json").exists():
             warnings.warn(f"The processor in {folder} could not be loaded: {error}", stacklevel=2)
         return None
@@ -187,7 +220,9 @@ def find_processor(model: nn.Module) -> Any | None:
 def check_processor(model: nn.Module, processor: Any) -> None:
     """Raise CalibrationError unless `processor` speaks the model's vocabulary and image token."""
     if processor is None:
-        raise CalibrationError("No processor was given, and none lies beside the model's weights: pass processor=.")
+        raise CalibrationError(
+            "No processor was given, and none lies beside the model's weights: pass processor=."
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if len(tokenizer) > rows:
@@ -233,7 +268,9 @@ def _checked(model: nn.Module, calibration: Batches) -> list[Batch]:
 def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
-        raise CalibrationError(f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has {sorted(batch)}.")
+        raise CalibrationError(
+            f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has {sorted(batch)}."
+        )
     _check_of_tokens(batch, index)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if int(ids.max()) >= rows or int(ids.min()) < 0:
@@ -243,16 +280,23 @@ def _check_batch(model: nn.Module, batch: Batch, index: int) -> None:
         )
     token = image_token_id(model)
     # Video-LLaVA calls its pictures pixel_values_images; videos have tokens of their own.
-    has_pixels = any(k.startswith("pixel_values") and "video" not in k and v is not None for k, v in batch.items())
+    has_pixels = any(
+        k.startswith("pixel_values") and "video" not in k and v is not None
+        for k, v in batch.items()
+    )
     if token is not None and bool((ids == token).any()) != has_pixels:
         raise CalibrationError(
             f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) and "
             f"{'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another model?"
         )
     if has_pixels and token is None:
-        raise CalibrationError(f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image token.")
+        raise CalibrationError(
+            f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image token."
+        )
     labels = batch.get("labels")
-    if labels is not None and (int(labels.max()) >= rows or int(torch.where(labels == -100, 0, labels).min()) < 0):
+    if labels is not None and (
+        int(labels.max()) >= rows or int(torch.where(labels == -100, 0, labels).min()) < 0
+    ):
         raise CalibrationError(
             f"Calibration batch {index} has labels from {int(labels.min())} to {int(labels.max())}; they are token ids below "
             f"{rows}, or -100 where nothing is to be answered."
@@ -266,10 +310,20 @@ def _check_of_tokens(batch: Batch, index: int) -> None:
         value: Any = batch.get(name)
         if value is None:
             continue
-        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        got = (
+            f"shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"a {type(value).__name__}"
+        )
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-            raise CalibrationError(f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got {got}.")
+            raise CalibrationError(
+                f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got {got}."
+            )
         if name != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
-            raise CalibrationError(f"Calibration batch {index} needs {name} of whole numbers, not of {value.dtype}.")
+            raise CalibrationError(
+                f"Calibration batch {index} needs {name} of whole numbers, not of {value.dtype}."
+            )
         if name == "attention_mask" and not bool(value.bool().any(1).all()):
-            raise CalibrationError(f"Calibration batch {index} has a row whose attention_mask leaves no token; leave it out.")
+            raise CalibrationError(
+                f"Calibration batch {index} has a row whose attention_mask leaves no token; leave it out."
+            )

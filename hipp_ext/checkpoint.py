@@ -38,11 +38,24 @@ __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save
 
 PLAN = "hipp_plan.json"
 # What is decided here, not by whoever calls: where the weights come from, and that no code comes with them.
-_DECIDED = {"config", "state_dict", "subfolder", "gguf_file", "trust_remote_code", "use_safetensors", "weights_only",
-            "local_files_only", "output_loading_info", "adapter_name", "adapter_kwargs"}  # fmt: skip
+_DECIDED = {
+    "config",
+    "state_dict",
+    "subfolder",
+    "gguf_file",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "local_files_only",
+    "output_loading_info",
+    "adapter_name",
+    "adapter_kwargs",
+}
 
 
-def save_pruned(model: nn.Module, path: str | Path, processor: Any = None, *, overwrite: bool = False) -> Path:
+def save_pruned(
+    model: nn.Module, path: str | Path, processor: Any = None, *, overwrite: bool = False
+) -> Path:
     """Write `model`, its plan and its processor to the folder `path`, whole or not at all.
 
     Args:
@@ -97,7 +110,9 @@ def complete_folder(model: nn.Module, folder: Path) -> None:
     groups = find_groups(model, known_towers(model))
     manifest = Manifest(
         architecture=type(model).__name__,
-        groups=[GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups],
+        groups=[
+            GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups
+        ],
     )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
     _name_unquantised(model, folder / "config.json")
@@ -108,7 +123,11 @@ def check_saveable(model: nn.Module) -> None:
 
     Of a model with adapters it writes the adapters alone.
     """
-    adapters = [name or "the model" for name, m in model.named_modules() if type(m).__module__.partition(".")[0] == "peft"]
+    adapters = [
+        name or "the model"
+        for name, m in model.named_modules()
+        if type(m).__module__.partition(".")[0] == "peft"
+    ]
     if adapters or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
             f"The model carries adapters ({', '.join(adapters[-3:]) or 'added by add_adapter'}), and would be saved without "
@@ -128,7 +147,9 @@ def settings_as_they_are(model: Any) -> Iterator[None]:
 
     class Unjudged(GenerationConfig):
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            self.to_json_file(Path(save_directory) / "generation_config.json", keys_to_pop=["compile_config"])
+            self.to_json_file(
+                Path(save_directory) / "generation_config.json", keys_to_pop=["compile_config"]
+            )
 
     settings = getattr(model, "generation_config", None)
     if type(settings) is not GenerationConfig:
@@ -150,18 +171,26 @@ def _name_unquantised(model: nn.Module, file: Path) -> None:
     list would match nothing, and layers without scales (the vision tower, the head) would be taken for quantised ones.
     """
     schemes = {name: getattr(m, "quantization_scheme", None) for name, m in model.named_modules()}
-    kinds = tuple({type(model.get_submodule(name)) for name, scheme in schemes.items() if scheme is not None})
+    kinds = tuple(
+        {type(model.get_submodule(name)) for name, scheme in schemes.items() if scheme is not None}
+    )
     if not kinds:
         return
     config = json.loads(file.read_text())
     quantisation = config["quantization_config"]
-    left_out = [name for name, m in model.named_modules() if isinstance(m, kinds) and schemes[name] is None]
+    left_out = [
+        name for name, m in model.named_modules() if isinstance(m, kinds) and schemes[name] is None
+    ]
     quantisation["ignore"] = list(dict.fromkeys([*(quantisation.get("ignore") or []), *left_out]))
     write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_pruned(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None, **kwargs: Any
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
 ) -> Any:
     """The model in the folder `path` in eval mode, its layers as wide as they were saved, logits the same to the bit.
 
@@ -202,24 +231,39 @@ def load_pruned(
     return (model if device is None else model.to(device)).eval()
 
 
-def _from_pretrained(folder: ModelFolder, builder: Any, dtype: torch.dtype | None, kwargs: dict[str, Any]) -> Any:
+def _from_pretrained(
+    folder: ModelFolder, builder: Any, dtype: torch.dtype | None, kwargs: dict[str, Any]
+) -> Any:
     try:
         model, found = builder.from_pretrained(
-            folder.path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, **kwargs,
-        )  # fmt: skip
+            folder.path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
     except (CheckpointError, torch.OutOfMemoryError):
         raise  # too small a device: nothing is wrong with the folder
     except ImportError as error:
         if "compressed-tensors" in str(error) or "compressed_tensors" in str(error):
-            raise MissingExtraError(f"{folder.path} requires compressed-tensors, which", "llm-compressor") from error
-        raise CheckpointError(f"{folder.path} needs a library that is not installed: {error}") from error
-    except Exception as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
+            raise MissingExtraError(
+                f"{folder.path} requires compressed-tensors, which", "llm-compressor"
+            ) from error
+        raise CheckpointError(
+            f"{folder.path} needs a library that is not installed: {error}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
         if isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in kwargs):
             raise  # an argument that no model takes
         raise damaged(folder.path, error) from error
     if found["missing_keys"]:
-        raise CheckpointError(f"{folder.path} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}.")
+        raise CheckpointError(
+            f"{folder.path} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}."
+        )
     return model
 
 
@@ -231,10 +275,18 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
         for g in _groups(self, folder):
-            width = _width_in(shapes, self, g) or named.get(g.name) or _configured_width(config, self, g)
+            width = (
+                _width_in(shapes, self, g)
+                or named.get(g.name)
+                or _configured_width(config, self, g)
+            )
             if width and width != g.width:
                 resize(self, g, width, _empty)
-        exact = not folder.quantised and not kwargs.get("ignore_mismatched_sizes") and not kwargs.get("quantization_config")
+        exact = (
+            not folder.quantised
+            and not kwargs.get("ignore_mismatched_sizes")
+            and not kwargs.get("quantization_config")
+        )
         check_sizes(self, folder, shapes, exact)
 
     # The same name, so that transformers takes it for the class that config.json names.
@@ -269,7 +321,11 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
 def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
     """Units of `group` in the weights; None where they are packed, or do not fit."""
     shape = shapes.get(f"{group.consumer}.weight", ())
-    if len(shape) != 2 or shape[0] != linear(model, group.consumer).out_features or shape[1] % group.columns:
+    if (
+        len(shape) != 2
+        or shape[0] != linear(model, group.consumer).out_features
+        or shape[1] % group.columns
+    ):
         return None
     return shape[1] // group.columns
 
@@ -288,9 +344,14 @@ def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None
 def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     """Whether `plan` may be the one that `model` was pruned by; something else may have saved another model over it."""
     widths = {g.name: g.width for g in _groups(model, folder)}
-    if all(widths.get(e.name) in (e.keep, e.width) for e in plan.groups):  # e.width: units set to zero, none removed
+    if all(
+        widths.get(e.name) in (e.keep, e.width) for e in plan.groups
+    ):  # e.width: units set to zero, none removed
         return True
-    warnings.warn(f"{folder.path / PLAN} is not the plan of the weights beside it, and is passed over.", stacklevel=3)
+    warnings.warn(
+        f"{folder.path / PLAN} is not the plan of the weights beside it, and is passed over.",
+        stacklevel=3,
+    )
     return False
 
 
@@ -306,13 +367,19 @@ def read_plan(path: str | Path) -> PruningPlan | None:
 
 def _resolve_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise CheckpointError(f"dtype={dtype} and torch_dtype={torch_dtype} say different things: give one of them.")
+        raise CheckpointError(
+            f"dtype={dtype} and torch_dtype={torch_dtype} say different things: give one of them."
+        )
     wanted = torch_dtype if dtype is None else dtype
     if wanted is None or wanted == "auto":
         return None
-    found = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+    found = (
+        getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+    )
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as 'bfloat16'.")
+        raise CheckpointError(
+            f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as 'bfloat16'."
+        )
     return found
 
 
@@ -327,5 +394,7 @@ def resolve_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     return device

@@ -69,10 +69,17 @@ def compensated_weights(
     weight, which is safer in directions that the calibration does not show. All groups are solved on the dense model's inputs.
     Inputs from repaired earlier layers, and FLAP's bias (arXiv 2312.11983), were tried: see evals/LOG.md.
     """
-    shrunken = {g: torch.tensor(e.kept) for g, e in zip(groups, plan.groups, strict=True) if e.keep < e.width}
+    shrunken = {
+        g: torch.tensor(e.kept)
+        for g, e in zip(groups, plan.groups, strict=True)
+        if e.keep < e.width
+    }
     if shrunken and (rows := sum(len(b["input_ids"]) for b in batches)) < LEAST_ROWS:
-        warnings.warn(f"A calibration of {rows} rows is too little to hold any out and see whether the repair carries over: "
-                      f"give {LEAST_ROWS} or more.", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"A calibration of {rows} rows is too little to hold any out and see whether the repair carries over: "
+            f"give {LEAST_ROWS} or more.",
+            stacklevel=2,
+        )
     weights: dict[str, Tensor] = {}
     repaired, few = 0, {}
     for chunk in _chunks(list(shrunken), memory_limit):
@@ -81,7 +88,9 @@ def compensated_weights(
             kept, products = unit_entries(shrunken[g], g.columns), grams.pop(g.name)
             if products.tokens < len(kept):
                 few[g.consumer] = f"{products.tokens} tokens for {len(kept)} columns"
-            weights[g.consumer], better = _repair(g, linear(model, g.consumer).weight, products, kept, ridge)
+            weights[g.consumer], better = _repair(
+                g, linear(model, g.consumer).weight, products, kept, ridge
+            )
             repaired += better
     if few:
         name, counts = next(iter(few.items()))
@@ -90,7 +99,11 @@ def compensated_weights(
             "give more calibration, or expect little of the repair.",
             stacklevel=2,
         )
-    _log.info("%d of %d layers were repaired; the others did no better on held-out rows", repaired, len(shrunken))
+    _log.info(
+        "%d of %d layers were repaired; the others did no better on held-out rows",
+        repaired,
+        len(shrunken),
+    )
     return weights
 
 
@@ -118,7 +131,9 @@ class _Products:
     tokens: int = 0
 
 
-def _grams(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Products]:
+def _grams(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+) -> dict[str, _Products]:
     """Group name -> the products of its consumer's inputs."""
     grams: dict[str, _Products] = {}
     for g in groups:
@@ -126,7 +141,9 @@ def _grams(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) 
         empty = torch.zeros(columns, columns, device=linear(model, g.consumer).weight.device)
         grams[g.name] = _Products(fitted=empty, held_out=empty.clone())
     rows, done = sum(len(b["input_ids"]) for b in batches), 0
-    current: list[tuple[Tensor, int]] = []  # which tokens of the batch count, and how many rows came before it
+    current: list[
+        tuple[Tensor, int]
+    ] = []  # which tokens of the batch count, and how many rows came before it
 
     def tokens(batch: Batch) -> Tensor:
         nonlocal done
@@ -149,10 +166,14 @@ def _grams(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) 
     return grams
 
 
-def _repair(group: Group, weight: Tensor, products: _Products, kept: Tensor, ridge: float) -> tuple[Tensor, bool]:
+def _repair(
+    group: Group, weight: Tensor, products: _Products, kept: Tensor, ridge: float
+) -> tuple[Tensor, bool]:
     """The new weight, and whether it is another than the slice."""
     gram = products.fitted + products.held_out
-    if not torch.isfinite(gram.diagonal()).all():  # an entry of a Gram matrix is never larger than those on its diagonal
+    if not torch.isfinite(
+        gram.diagonal()
+    ).all():  # an entry of a Gram matrix is never larger than those on its diagonal
         raise UnsupportedModelError(
             f"The inputs of {group.consumer} are NaN or infinite on this calibration, so that it cannot be compensated "
             "(fp16 overflow? try bfloat16). Nothing was changed."
@@ -162,7 +183,9 @@ def _repair(group: Group, weight: Tensor, products: _Products, kept: Tensor, rid
     if bool(products.held_out.diagonal().any()):
         unseen = {}
         for pull in (ridge * times for times in PULLS):
-            before, after = _errors(weight, products.held_out, kept, _solve(weight, products.fitted, kept, pull))
+            before, after = _errors(
+                weight, products.held_out, kept, _solve(weight, products.fitted, kept, pull)
+            )
             if after < before:  # not if it is NaN, as where a factorisation failed
                 unseen[pull] = after
         if not unseen:
@@ -171,7 +194,13 @@ def _repair(group: Group, weight: Tensor, products: _Products, kept: Tensor, rid
         pull = min(unseen, key=lambda p: unseen[p])
     new = _solve(weight, gram, kept, pull)
     before, after = _errors(weight, gram, kept, new)
-    _log.debug("%s: squared output error %.4g sliced, %.4g compensated, ridge %g", group.consumer, before, after, pull)
+    _log.debug(
+        "%s: squared output error %.4g sliced, %.4g compensated, ridge %g",
+        group.consumer,
+        before,
+        after,
+        pull,
+    )
     return (new, True) if after < before else (weight.index_select(1, kept), False)
 
 

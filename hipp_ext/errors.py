@@ -65,4 +65,6 @@ class MissingExtraError(HippError, ImportError):
     """A host library is not installed; the message names the extra to install."""
 
     def __init__(self, library: str, extra: str):
-        super().__init__(f'{library} is not installed. Install it with: pip install "hipp-ext[{extra}]"')
+        super().__init__(
+            f'{library} is not installed. Install it with: pip install "hipp-ext[{extra}]"'
+        )

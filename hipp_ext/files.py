@@ -30,7 +30,9 @@ from hipp_ext.temporaries import (
     write_errors,
 )
 
-_SWEEP_EVERY = 1.0  # seconds between two looks for leftovers in one folder, which may hold thousands of files
+_SWEEP_EVERY = (
+    1.0  # seconds between two looks for leftovers in one folder, which may hold thousands of files
+)
 _swept: dict[Path, float] = {}
 
 
@@ -91,7 +93,9 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
     """
     target = target_of(path)
     if target in (here := Path.cwd(), *here.parents):
-        raise OutputExistsError(f"{path} is the working directory, or holds it. Choose another name.")
+        raise OutputExistsError(
+            f"{path} is the working directory, or holds it. Choose another name."
+        )
     repair(target)
     if target.exists() and not overwrite and not (target.is_dir() and is_empty(target)):
         raise OutputExistsError(
@@ -99,7 +103,9 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
         )
     if target.is_dir():
         if not may_write(target):
-            raise WriteError(f"{path} is a folder that you may not write to. Choose a place that you may write to.")
+            raise WriteError(
+                f"{path} is a folder that you may not write to. Choose a place that you may write to."
+            )
     elif target.exists():
         _check_file(path, target)
     else:
@@ -131,7 +137,9 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     require_new(path, overwrite)
     target = target_of(path)
-    inside = target.is_dir() and (Path(path).is_symlink() or is_mount(target) or not may_replace(target))
+    inside = target.is_dir() and (
+        Path(path).is_symlink() or is_mount(target) or not may_replace(target)
+    )
     with write_errors(path, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         swap = Swap(path, target, inside=inside)
@@ -161,24 +169,34 @@ def _check_file(path: str | Path, target: Path) -> None:
         what = "a folder" if target.is_dir() else "a device or a pipe"
         raise WriteError(f"{path} is {what}; a file is to be written there. Choose another name.")
     if not may_replace(target) and not os.access(target, os.W_OK):
-        raise WriteError(f"{path} is a file that you may not write to. Choose a place that you may write to.")
+        raise WriteError(
+            f"{path} is a file that you may not write to. Choose a place that you may write to."
+        )
 
 
 def _check_place(path: str | Path, target: Path) -> None:
     """Raise WriteError where the folder that `target` would stand in cannot be written or made."""
     above = next(folder for folder in target.parents if os.path.lexists(folder))
     if not above.is_dir():
-        raise WriteError(f"{path} cannot be written: {above} is not a folder. Choose another place.")
+        raise WriteError(
+            f"{path} cannot be written: {above} is not a folder. Choose another place."
+        )
     if not may_write(above):
-        raise WriteError(f"{path} cannot be written: {above} does not let you. Choose a place that you may write to.")
+        raise WriteError(
+            f"{path} cannot be written: {above} does not let you. Choose a place that you may write to."
+        )
     if any(len(os.fsencode(name)) > 255 for name in target.parts):
-        raise WriteError(f"{str(path)[:80]}... cannot be written: {os.strerror(errno.ENAMETOOLONG)}. Choose another name.")
+        raise WriteError(
+            f"{str(path)[:80]}... cannot be written: {os.strerror(errno.ENAMETOOLONG)}. Choose another name."
+        )
 
 
 def _take_over_permissions(target: Path, descriptor: int) -> None:
     old = target.stat()
     with contextlib.suppress(OSError, AttributeError):  # not every system has them
-        os.fchown(descriptor, old.st_uid, old.st_gid)  # matters to root, who else would take the file away from its owner
+        os.fchown(
+            descriptor, old.st_uid, old.st_gid
+        )  # matters to root, who else would take the file away from its owner
     with contextlib.suppress(OSError, AttributeError):
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 

@@ -85,14 +85,20 @@ def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tu
     for tower in towers:
         for index, layer in enumerate(tower_layers(model, tower)):
             for kind in ("attention", "ffn"):
-                groups.append(_map_block(names, tower, index, kind, _find_block(layer, kind, names)))
+                groups.append(
+                    _map_block(names, tower, index, kind, _find_block(layer, kind, names))
+                )
     return tuple(groups)
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     """The layers of a tower, in order."""
     root = decoder(model) if tower == "language" else _vision_tower(model)
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) and _has_attention(m[0])]
+    lists = [
+        m
+        for m in root.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and _has_attention(m[0])
+    ]
     if len(lists) != 1:
         raise UnsupportedModelError(
             f"{_adapters(root)}Looked for the layers of the {tower} tower of {type(model).__name__} and found {len(lists)} "
@@ -106,7 +112,9 @@ def decoder(model: nn.Module) -> nn.Module:
     """The language tower: the module that turns input embeddings into hidden states."""
     get_decoder = getattr(model, "get_decoder", None)
     if get_decoder is None:
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model with a decoder.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model with a decoder."
+        )
     return get_decoder()
 
 
@@ -115,13 +123,23 @@ def _vision_tower(model: nn.Module) -> nn.Module:
         for root in (model, getattr(model, "model", None)):
             if isinstance(getattr(root, path, None), nn.Module):
                 return getattr(root, path)
-    raise UnsupportedModelError(f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}"
+    )
 
 
 def _adapters(root: nn.Module) -> str:
     """A sentence on adapters, which stand in front of the linear layers that are looked for; empty where there are none."""
-    adapted = [name for name, module in root.named_modules() if type(module).__module__.partition(".")[0] == "peft"]
-    return f"The model carries adapters ({adapted[0]}, ...): merge them first, model.merge_and_unload(). " if adapted else ""
+    adapted = [
+        name
+        for name, module in root.named_modules()
+        if type(module).__module__.partition(".")[0] == "peft"
+    ]
+    return (
+        f"The model carries adapters ({adapted[0]}, ...): merge them first, model.merge_and_unload(). "
+        if adapted
+        else ""
+    )
 
 
 def _has_attention(layer: nn.Module) -> bool:
@@ -134,7 +152,11 @@ def _match(block: nn.Module, kind: Kind) -> tuple[list[str], str] | None:
     linear = {n for n, m in children.items() if isinstance(m, nn.Linear)}
     producers = [n for n in PRODUCERS[kind] if n in linear]
     consumers = [n for n in CONSUMERS[kind] if n in linear]
-    complete = len(producers) == 3 if kind == "attention" else producers in (["gate_proj", "up_proj"], ["up_proj"], ["fc1"])
+    complete = (
+        len(producers) == 3
+        if kind == "attention"
+        else producers in (["gate_proj", "up_proj"], ["up_proj"], ["fc1"])
+    )
     return (producers, consumers[0]) if complete and len(consumers) == 1 else None
 
 
@@ -149,34 +171,53 @@ def _find_block(layer: nn.Module, kind: Kind, names: dict[nn.Module, str]) -> nn
     return found[0]
 
 
-def _map_block(names: dict[nn.Module, str], tower: Tower, index: int, kind: Kind, block: nn.Module) -> Group:
+def _map_block(
+    names: dict[nn.Module, str], tower: Tower, index: int, kind: Kind, block: nn.Module
+) -> Group:
     matched = _match(block, kind)
     assert matched is not None
     producers = [getattr(block, n) for n in matched[0]]
     consumer = getattr(block, matched[1])
-    columns, width = _attention_units(block, names) if kind == "attention" else (1, consumer.in_features)
+    columns, width = (
+        _attention_units(block, names) if kind == "attention" else (1, consumer.in_features)
+    )
     rows = tuple(p.out_features // width for p in producers)
     if consumer.in_features != width * columns or any(
         p.out_features != width * r for p, r in zip(producers, rows, strict=True)
     ):
         raise UnsupportedModelError(
             f"{names[block]}: {width} units do not divide its linear layers: "
-            + ", ".join(f"{names[m]} {m.in_features}->{m.out_features}" for m in (*producers, consumer))
+            + ", ".join(
+                f"{names[m]} {m.in_features}->{m.out_features}" for m in (*producers, consumer)
+            )
         )
     _check_rest(block, kind, width, names)
-    weights = sum(p.in_features * r for p, r in zip(producers, rows, strict=True)) + consumer.out_features * columns
+    weights = (
+        sum(p.in_features * r for p, r in zip(producers, rows, strict=True))
+        + consumer.out_features * columns
+    )
     biases = sum(r for p, r in zip(producers, rows, strict=True) if p.bias is not None)
     return Group(
-        tower=tower, layer=index, kind=kind, width=width, producers=tuple(names[p] for p in producers), rows=rows,
-        consumer=names[consumer], columns=columns, unit_parameters=weights + biases, unit_flops=2 * weights,
-    )  # fmt: skip
+        tower=tower,
+        layer=index,
+        kind=kind,
+        width=width,
+        producers=tuple(names[p] for p in producers),
+        rows=rows,
+        consumer=names[consumer],
+        columns=columns,
+        unit_parameters=weights + biases,
+        unit_flops=2 * weights,
+    )
 
 
 def _attention_units(block: Any, names: dict[nn.Module, str]) -> tuple[int, int]:
     """(columns of one KV group, number of KV groups) of an attention block."""
     head_dim = getattr(block, "head_dim", None)
     if not isinstance(head_dim, int) or block.k_proj.out_features % head_dim:
-        raise UnsupportedModelError(f"{names[block]} ({type(block).__name__}) has no head_dim that divides its k_proj.")
+        raise UnsupportedModelError(
+            f"{names[block]} ({type(block).__name__}) has no head_dim that divides its k_proj."
+        )
     kv_groups = block.k_proj.out_features // head_dim
     return block.q_proj.out_features // kv_groups, kv_groups
 
@@ -206,7 +247,9 @@ def _check_rest(block: Any, kind: Kind, width: int, names: dict[nn.Module, str])
 
 def _listing(module: nn.Module, limit: int = 30) -> str:
     names = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n]
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f", and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

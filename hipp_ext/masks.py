@@ -60,13 +60,19 @@ def plan_from_counts(
     return PruningPlan(
         groups=tuple(
             PlanGroup(
-                tower=g.tower, layer=g.layer, kind=g.kind, width=g.width, kept=top_units(scores[g.name], k),
+                tower=g.tower,
+                layer=g.layer,
+                kind=g.kind,
+                width=g.width,
+                kept=top_units(scores[g.name], k),
                 unit_parameters=g.unit_parameters,
             )
             for g, k in zip(groups, keep_counts, strict=True)
         ),
-        preference=preference, scorer=scorer, notes=dict(notes or {}),
-    )  # fmt: skip
+        preference=preference,
+        scorer=scorer,
+        notes=dict(notes or {}),
+    )
 
 
 def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]:
@@ -78,7 +84,9 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
         keep = whole(given)
         # A slice would take what is out of range for all units, or for all but a few.
         if keep is None or not 1 <= keep <= g.width:
-            raise PlanError(f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 1 to {g.width} is needed.")
+            raise PlanError(
+                f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 1 to {g.width} is needed."
+            )
         checked.append(keep)
     return checked
 
@@ -89,7 +97,9 @@ def check_scores(groups: Sequence[Group], scores: Scores) -> None:
         if g.name not in scores:
             raise PlanError(f"No scores for {g.name}; there are scores for {sorted(scores)}.")
         if scores[g.name].shape != (g.width,):
-            raise PlanError(f"{g.name} has {g.width} units and scores of shape {tuple(scores[g.name].shape)}.")
+            raise PlanError(
+                f"{g.name} has {g.width} units and scores of shape {tuple(scores[g.name].shape)}."
+            )
         if not torch.isfinite(scores[g.name]).all():
             raise PlanError(f"The scores of {g.name} hold NaN or infinity.")
 

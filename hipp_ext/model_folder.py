@@ -20,11 +20,20 @@ from hipp_ext.errors import CheckpointError
 from hipp_ext.groups import Kind, Tower
 
 MANIFEST = "hipp_ext.json"
-_CONFIG, _WEIGHTS, _INDEX, _ADAPTERS = "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
-_TEMPLATES = "additional_chat_templates"  # the only folder in a model folder that transformers reads
+_CONFIG, _WEIGHTS, _INDEX, _ADAPTERS = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+)
+_TEMPLATES = (
+    "additional_chat_templates"  # the only folder in a model folder that transformers reads
+)
 _LARGEST_JSON = 1 << 26  # bytes; the index of a model with 100,000 tensors has a tenth of it
 _LARGEST_NUMBER = 1 << 31
-_LOOPED_OVER = re.compile(r"layers?$|depths?$|blocks?$|stages?$|experts?$")  # sizes that say how many modules are built
+_LOOPED_OVER = re.compile(
+    r"layers?$|depths?$|blocks?$|stages?$|experts?$"
+)  # sizes that say how many modules are built
 _COUNTS = re.compile(r"^(num|n)_")  # num_labels, for one: as many entries of a dict are made
 _SLACK = 1 << 24  # entries of parameters that no file has: those of small towers that are made anew
 
@@ -106,8 +115,13 @@ def model_class(folder: ModelFolder) -> Any:
         found = getattr(transformers, str(name), None)
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{file} is damaged or names no architecture: {error!r}") from None
-    except (ImportError, RuntimeError) as error:  # it is imported at this moment, and wants another library
-        raise CheckpointError(f"{file} names the architecture {name!r}, which cannot be imported here: {error}") from None
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # it is imported at this moment, and wants another library
+        raise CheckpointError(
+            f"{file} names the architecture {name!r}, which cannot be imported here: {error}"
+        ) from None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     if "auto_map" in folder.config:
@@ -115,16 +129,25 @@ def model_class(folder: ModelFolder) -> Any:
             f"{file} names the architecture {name!r}, which needs Python code that lies in the folder (auto_map). hipp-ext "
             "runs no code from model folders; only architectures that transformers has itself are supported."
         )
-    raise CheckpointError(f"{file} names the architecture {name!r}, which transformers does not have.")
+    raise CheckpointError(
+        f"{file} names the architecture {name!r}, which transformers does not have."
+    )
 
 
-def shapes_in(model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
+def shapes_in(
+    model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None
+) -> dict[str, tuple[int, ...]]:
     """Parameter or buffer name in `model` -> its shape in the weights, for those stored one to one.
 
     Names in files and in models differ; transformers' own renaming on loading is used.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     steps = get_model_conversion_mapping(model, key_mapping)  # type: ignore[arg-type]
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
@@ -141,7 +164,9 @@ def shapes_in(model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str]
     return found
 
 
-def check_sizes(model: nn.Module, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]], exact: bool) -> None:
+def check_sizes(
+    model: nn.Module, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]], exact: bool
+) -> None:
     """Raise CheckpointError where `model`, built but without memory yet, is not the one whose weights the folder holds.
 
     Args:
@@ -158,9 +183,14 @@ def check_sizes(model: nn.Module, folder: ModelFolder, shapes: Mapping[str, tupl
                     f"If another program wrote the folder, does its config.json belong to these weights?",
                 )
     stored = sum(map(_numel, folder.shapes.values()))
-    loose = sum(p.numel() for name, p in parameters.items() if name not in shapes) + sum(b.numel() for b in model.buffers())
+    loose = sum(p.numel() for name, p in parameters.items() if name not in shapes) + sum(
+        b.numel() for b in model.buffers()
+    )
     if loose > 16 * stored + _SLACK:
-        raise damaged(folder.path, f"config.json asks for {loose:,} numbers that the weights, {stored:,} numbers, do not have.")
+        raise damaged(
+            folder.path,
+            f"config.json asks for {loose:,} numbers that the weights, {stored:,} numbers, do not have.",
+        )
 
 
 def read_json(file: Path) -> Any:
@@ -171,7 +201,9 @@ def read_json(file: Path) -> Any:
     """
     try:
         if file.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(f"{file} is damaged: {file.stat().st_size:,} bytes are too many for this file.")
+            raise CheckpointError(
+                f"{file} is damaged: {file.stat().st_size:,} bytes are too many for this file."
+            )
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
@@ -219,7 +251,9 @@ def _read_manifest(folder: Path) -> Manifest | None:
     except OSError as error:
         raise CheckpointError(f"{file} is damaged or of another format: {error}") from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3]
+        )
         raise CheckpointError(f"{file} is damaged or of another format: {problems}") from None
 
 
@@ -243,43 +277,78 @@ def _weight_files(folder: Path, variant: str | None) -> list[str]:
     if (folder / single).is_file():
         return [single]
     if not (folder / index).is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickled = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        )
         why = f"it has no {single}"
         if pickled:
             why += f". {pickled[0]} is pickled, which can run code when it is read: convert it to safetensors first"
         raise damaged(folder, f"{why}.")
     content = read_json(folder / index)
     files = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(name, str) for name in files.values())
+    ):
         raise damaged(folder, f"{index} lists no files.")
-    there = set(os.listdir(folder))  # and no path is made of a name that may be none, or too long for one
+    there = set(
+        os.listdir(folder)
+    )  # and no path is made of a name that may be none, or too long for one
     for name in set(files.values()):
         if name not in there or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise damaged(folder, f"{index} lists {name[:100]!r}, which is no safetensors file of this folder.")
+            raise damaged(
+                folder,
+                f"{index} lists {name[:100]!r}, which is no safetensors file of this folder.",
+            )
     return sorted(set(files.values()))
 
 
-def _check_config(folder: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_config(
+    folder: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Refuse what would take memory, run code or read other files as soon as a configuration is made of it."""
     largest_index = max(
-        (int(part) for key in shapes for part in key.split(".") if part.isdecimal() and len(part) < 9), default=0
+        (
+            int(part)
+            for key in shapes
+            for part in key.split(".")
+            if part.isdecimal() and len(part) < 9
+        ),
+        default=0,
     )
     modules = max(1024, largest_index + 1)
     rest: list[tuple[str, Any]] = [("", config)]
     while rest:
         key, value = rest.pop()
         if isinstance(value, dict):
-            rest += [(f"{key} implementation" if "implementation" in key else str(k), v) for k, v in value.items()]
+            rest += [
+                (f"{key} implementation" if "implementation" in key else str(k), v)
+                for k, v in value.items()
+            ]
         elif isinstance(value, list):
             rest += [(key, v) for v in value]
         elif isinstance(value, str) and "implementation" in key and "/" in value:
-            raise CheckpointError(f"{folder / _CONFIG} asks for code from elsewhere: {key.strip()} {value[:100]!r}.")
+            raise CheckpointError(
+                f"{folder / _CONFIG} asks for code from elsewhere: {key.strip()} {value[:100]!r}."
+            )
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = modules if _LOOPED_OVER.search(key) else 1 << 20 if _COUNTS.match(key) else _LARGEST_NUMBER
+            most = (
+                modules
+                if _LOOPED_OVER.search(key)
+                else 1 << 20
+                if _COUNTS.match(key)
+                else _LARGEST_NUMBER
+            )
             if isinstance(value, int) and abs(value) > most:
-                raise damaged(folder, f"config.json says {key} {value if abs(value) < 1 << 64 else 'beyond all bounds'}.")
+                raise damaged(
+                    folder,
+                    f"config.json says {key} {value if abs(value) < 1 << 64 else 'beyond all bounds'}.",
+                )
     if config.get("transformers_weights") is not None:
-        raise CheckpointError(f"{folder / _CONFIG} names its weights (transformers_weights); only {_WEIGHTS} is read.")
+        raise CheckpointError(
+            f"{folder / _CONFIG} names its weights (transformers_weights); only {_WEIGHTS} is read."
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -19,7 +19,9 @@ from hipp_ext.scorers.base import forward
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")  # what configurations call it
 UNSATURATED = 0.9  # share of the cap up to which a capped logit tells the uncapped one
-FLOAT32_NOISE = 2.5e-5  # relative to the largest logit: what another order of summation makes of float32
+FLOAT32_NOISE = (
+    2.5e-5  # relative to the largest logit: what another order of summation makes of float32
+)
 SAME_SCALE = 1e-3  # a measured scale as close to 1 is 1: half precision measures no better
 
 
@@ -35,7 +37,9 @@ class OutputHead:
     scale: float = 1.0
     cap: float | None = None
 
-    def __call__(self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+    def __call__(
+        self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows vocabulary"]:
         """The logits of hidden states after the language tower, float32, on the CPU."""
         return self.of(project(model, hidden))
 
@@ -68,7 +72,9 @@ def fit_output_head(
     """
     hidden, logits = _run(model, batch, positions)
     projected = project(model, hidden)
-    candidates = [OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))]
+    candidates = [
+        OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))
+    ]
     errors = [float((head.of(projected) - logits).abs().max()) for head in candidates]
     error, head = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
     if not error <= tolerance(model, logits):
@@ -99,7 +105,10 @@ def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Ten
         output = forward(model, batch, **({"logits_to_keep": last} if few else {}))
     finally:
         handle.remove()
-    hidden, logits = getattr(seen[-1] if seen else None, "last_hidden_state", None), getattr(output, "logits", None)
+    hidden, logits = (
+        getattr(seen[-1] if seen else None, "last_hidden_state", None),
+        getattr(output, "logits", None),
+    )
     if hidden is None or logits is None or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{type(model).__name__} gives no logits of its decoder's last hidden states: a language head is needed."

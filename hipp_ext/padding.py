@@ -94,8 +94,14 @@ def _part_config(config: Any, part: Part) -> Any:
 def _dense_width(model: Any, part: Part) -> int:
     """The width that the configuration names for all layers, which pruning leaves there."""
     config = _part_config(model.config, part)
-    names = ["intermediate_size"] if part[1] == "ffn" else ["num_key_value_heads", "num_attention_heads"][part[0] == "vision" :]
-    width = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    names = (
+        ["intermediate_size"]
+        if part[1] == "ffn"
+        else ["num_key_value_heads", "num_attention_heads"][part[0] == "vision" :]
+    )
+    width = next(
+        (value for name in names if isinstance(value := getattr(config, name, None), int)), None
+    )
     if width is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no {' or '.join(names)}."
@@ -111,7 +117,9 @@ def _narrow_width(model: Any, part: Part, groups: Iterable[Group]) -> int:
     return (
         width
         if part[1] == "ffn"
-        else _loadable_kv_groups(_part_config(model.config, part), width, dense, _repeat(model, groups))
+        else _loadable_kv_groups(
+            _part_config(model.config, part), width, dense, _repeat(model, groups)
+        )
     )
 
 
@@ -123,7 +131,9 @@ def _repeat(model: nn.Module, groups: Iterable[Group]) -> int:
 
 def _loadable_kv_groups(config: Any, needed: int, dense: int, repeat: int) -> int:
     """The least number of KV groups that is at least `needed` and that the config's own checks accept."""
-    if getattr(config, "head_dim", None) is None:  # derived from the number of heads, which then cannot change
+    if (
+        getattr(config, "head_dim", None) is None
+    ):  # derived from the number of heads, which then cannot change
         return dense
     divides = (w for w in range(needed, dense) if config.hidden_size % (w * repeat) == 0)
     return next(divides, dense)
@@ -133,7 +143,11 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     """Bring `config` in line; per layer it keeps what the model has of its own."""
     text = config.get_text_config()
     own = per_layer_values(text)
-    own = {i: rest for i, values in own.items() if (rest := {k: v for k, v in values.items() if k not in OWN_KEYS})}
+    own = {
+        i: rest
+        for i, values in own.items()
+        if (rest := {k: v for k, v in values.items() if k not in OWN_KEYS})
+    }
     text.per_layer_config = own or None
     text.allow_global_per_layer_attribute_access = bool(own)
     for part in parts:
@@ -141,11 +155,18 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
         if part[1] == "ffn":
             inner.intermediate_size = widths[part]
         elif part[0] == "language":
-            repeat = inner.num_attention_heads // (getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads)
-            inner.num_key_value_heads, inner.num_attention_heads = widths[part], widths[part] * repeat
+            repeat = inner.num_attention_heads // (
+                getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
+            )
+            inner.num_key_value_heads, inner.num_attention_heads = (
+                widths[part],
+                widths[part] * repeat,
+            )
 
 
-def _misfits(model: Any, parts: Mapping[Part, Iterable[Group]], widths: Mapping[Part, int]) -> list[str]:
+def _misfits(
+    model: Any, parts: Mapping[Part, Iterable[Group]], widths: Mapping[Part, int]
+) -> list[str]:
     """Names whose shapes in the padded model differ from what stock transformers builds of its configuration."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for part, groups in parts.items():
@@ -158,10 +179,15 @@ def _misfits(model: Any, parts: Mapping[Part, Iterable[Group]], widths: Mapping[
     try:
         _write_widths(config, parts, widths)
         with torch.device("meta"):
-            built = {name: tuple(t.shape) for name, t in type(model)._from_config(config).state_dict().items()}
+            built = {
+                name: tuple(t.shape)
+                for name, t in type(model)._from_config(config).state_dict().items()
+            }
     except (ValueError, RuntimeError, ArithmeticError) as error:  # the class refuses such sizes
         return [f"{type(error).__name__}: {error}"]
-    return sorted(name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name))
+    return sorted(
+        name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name)
+    )
 
 
 def _units(model: nn.Module, group: Group) -> Iterable[tuple[str, int, int]]:

@@ -37,15 +37,25 @@ class PlanGroup:
 
     def __post_init__(self) -> None:
         for name in ("layer", "width", "unit_parameters"):
-            object.__setattr__(self, name, _whole(getattr(self, name), name))  # numpy's numbers are no JSON
+            object.__setattr__(
+                self, name, _whole(getattr(self, name), name)
+            )  # numpy's numbers are no JSON
         kept = tuple(self.kept)
         if set(map(type, kept)) - {int}:
             kept = tuple(_whole(unit, "kept") for unit in kept)
         object.__setattr__(self, "kept", kept)
         if not 1 <= len(kept) <= self.width:
-            raise PlanError(f"{self.name} keeps {len(kept)} of {self.width} units: 1 to {self.width} must stay.")
-        if any(b <= a for a, b in zip(kept, kept[1:], strict=False)) or kept[0] < 0 or kept[-1] >= self.width:
-            raise PlanError(f"{self.name}: kept units must be distinct, sorted and below {self.width}: {_short(kept[:100])}")
+            raise PlanError(
+                f"{self.name} keeps {len(kept)} of {self.width} units: 1 to {self.width} must stay."
+            )
+        if (
+            any(b <= a for a, b in zip(kept, kept[1:], strict=False))
+            or kept[0] < 0
+            or kept[-1] >= self.width
+        ):
+            raise PlanError(
+                f"{self.name}: kept units must be distinct, sorted and below {self.width}: {_short(kept[:100])}"
+            )
 
     @property
     def name(self) -> str:
@@ -79,7 +89,9 @@ class PruningPlan:
         if not names:
             raise PlanError("A plan needs at least one group.")
         if len(set(names)) != len(names):
-            raise PlanError(f"A plan names a group twice: {_short(sorted(n for n, c in Counter(names).items() if c > 1))}")
+            raise PlanError(
+                f"A plan names a group twice: {_short(sorted(n for n, c in Counter(names).items() if c > 1))}"
+            )
 
     @property
     def pruning_ratio(self) -> float:
@@ -119,14 +131,33 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text, readable and diffable: one group a line."""
-        head = {"format": FORMAT, "pruning_ratio": self.pruning_ratio, "preference": self.preference,
-                "scorer": self.scorer, "notes": dict(self.notes)}  # fmt: skip
+        head = {
+            "format": FORMAT,
+            "pruning_ratio": self.pruning_ratio,
+            "preference": self.preference,
+            "scorer": self.scorer,
+            "notes": dict(self.notes),
+        }
         lines = [
-            json.dumps({"tower": g.tower, "layer": g.layer, "kind": g.kind, "width": g.width, "keep": g.keep,
-                        "kept": _ranges(g.kept), "unit_parameters": g.unit_parameters})
+            json.dumps(
+                {
+                    "tower": g.tower,
+                    "layer": g.layer,
+                    "kind": g.kind,
+                    "width": g.width,
+                    "keep": g.keep,
+                    "kept": _ranges(g.kept),
+                    "unit_parameters": g.unit_parameters,
+                }
+            )
             for g in self.groups
-        ]  # fmt: skip
-        return json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        ]
+        return (
+            json.dumps(head, indent=1)[:-2]
+            + ',\n "groups": [\n  '
+            + ",\n  ".join(lines)
+            + "\n ]\n}\n"
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "PruningPlan":
@@ -140,7 +171,9 @@ class PruningPlan:
         data = _read(text)
         plan = cls(
             groups=tuple(g.build() for g in data.groups),
-            preference=None if data.preference is None else (data.preference[0], data.preference[1], data.preference[2]),
+            preference=None
+            if data.preference is None
+            else (data.preference[0], data.preference[1], data.preference[2]),
             scorer=data.scorer,
             notes=data.notes,
         )
@@ -165,7 +198,9 @@ class PruningPlan:
         """The plan in the file `path`. Raises PlanError as `from_json` does, naming the file."""
         path = Path(path)
         if not path.is_file():  # a pipe would block, a device never end
-            raise PlanError(f"{path} is no plan file." if path.exists() else f"There is no plan at {path}.")
+            raise PlanError(
+                f"{path} is no plan file." if path.exists() else f"There is no plan at {path}."
+            )
         try:
             with path.open("rb") as file:
                 return cls.from_json(file.read(MAX_BYTES + 1))
@@ -199,9 +234,13 @@ class _GroupFile(_Strict):
             raise PlanError(f"{name} says keep {self.keep} and names {named} kept units.")
         kept = tuple(itertools.chain.from_iterable(range(first, last + 1) for first, last in spans))
         return PlanGroup(
-            tower=self.tower, layer=self.layer, kind=self.kind, width=self.width, kept=kept,
+            tower=self.tower,
+            layer=self.layer,
+            kind=self.kind,
+            width=self.width,
+            kept=kept,
             unit_parameters=self.unit_parameters,
-        )  # fmt: skip
+        )
 
     def _spans(self) -> list[tuple[int, int]]:
         """First and last unit of every range, checked before any is expanded: "0-999999999999" must not fill the memory."""
@@ -209,11 +248,15 @@ class _GroupFile(_Strict):
         for part in self.kept.split(","):
             first, _, last = part.partition("-")
             if len(first) > 9 or len(last) > 9 or int(last or first) >= self.width:
-                raise PlanError(f"{name}: kept units {_short(part)} are not below its width {self.width}.")
+                raise PlanError(
+                    f"{name}: kept units {_short(part)} are not below its width {self.width}."
+                )
             begin, before = int(first), end
             end = int(last or first)
             if not before < begin <= end:
-                raise PlanError(f"{name}: kept units must be distinct, sorted and below {self.width}: {part} follows {before}.")
+                raise PlanError(
+                    f"{name}: kept units must be distinct, sorted and below {self.width}: {part} follows {before}."
+                )
             spans.append((begin, end))
         return spans
 
@@ -244,10 +287,14 @@ def _read(text: str | bytes) -> _PlanFile:
     try:
         plan = _PlanFile.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5]
+        )
         raise PlanError(f"Not a pruning plan: {_short(problems)}") from None
     if (units := sum(g.width for g in plan.groups)) > MAX_UNITS:
-        raise PlanError(f"Not a pruning plan: its groups have {units} units, more than {MAX_UNITS}.")
+        raise PlanError(
+            f"Not a pruning plan: its groups have {units} units, more than {MAX_UNITS}."
+        )
     return plan
 
 

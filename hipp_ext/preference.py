@@ -34,11 +34,15 @@ class Preference:
         for name, value in given.items():
             number = finite(value)
             if number is None or number < 0:
-                raise PreferenceError(f"Preference({name}={value!r}): a finite number of 0 or more is needed.")
+                raise PreferenceError(
+                    f"Preference({name}={value!r}): a finite number of 0 or more is needed."
+                )
             weights[name] = number
         largest = max(weights.values())
         if largest == 0:
-            raise PreferenceError("Preference(0, 0, 0) wants nothing: at least one component must be above 0.")
+            raise PreferenceError(
+                "Preference(0, 0, 0) wants nothing: at least one component must be above 0."
+            )
         # Scaled by the largest first, so that neither huge nor denormal components leave the simplex.
         total = sum(v / largest for v in weights.values())
         for name, number in weights.items():

@@ -26,7 +26,13 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def take_numbers(holder: Any, error: type[Exception], *, wholes: tuple[str, ...] = (), finites: tuple[str, ...] = ()) -> None:
+def take_numbers(
+    holder: Any,
+    error: type[Exception],
+    *,
+    wholes: tuple[str, ...] = (),
+    finites: tuple[str, ...] = (),
+) -> None:
     """Turn attributes of `holder`, a frozen dataclass perhaps, into plain numbers.
 
     Args:

@@ -46,7 +46,12 @@ class Swap:
     def __enter__(self) -> "Swap":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if not self._keep:
             clear(self.own)
         os.close(self._descriptor)
@@ -89,7 +94,9 @@ class Swap:
             except OSError:
                 self._put_back()
                 raise
-        raise WriteError(f"{self.path} was written by others again and again. The new folder is {self.new}.")
+        raise WriteError(
+            f"{self.path} was written by others again and again. The new folder is {self.new}."
+        )
 
     def _put_back(self) -> None:
         with contextlib.suppress(OSError):
@@ -113,7 +120,9 @@ def repair(target: Path) -> None:
         with contextlib.suppress(OSError):
             if new.exists() and old.exists():  # killed between the two renames
                 os.rename(new, target)
-        if own.is_dir() and not (new.exists() and old.exists()):  # else somebody else's work is in the way: all three stay
+        if own.is_dir() and not (
+            new.exists() and old.exists()
+        ):  # else somebody else's work is in the way: all three stay
             _retire(own)
             clear(own)
     if target.is_dir():
@@ -128,7 +137,9 @@ def is_empty(folder: Path) -> bool:
     try:
         return not _entries(folder)
     except PermissionError:
-        raise WriteError(f"{folder} is a folder that you may not read. Choose another place.") from None
+        raise WriteError(
+            f"{folder} is a folder that you may not read. Choose another place."
+        ) from None
 
 
 def _complete_inside(own: Path, target: Path) -> None:
@@ -156,7 +167,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _entries(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if not name.startswith(MARK) and name != "lost+found"]
+    return [
+        name for name in os.listdir(folder) if not name.startswith(MARK) and name != "lost+found"
+    ]
 
 
 def _ordered(names: Iterable[str]) -> list[str]:

@@ -14,7 +14,15 @@ from torch import Tensor
 from hipp_ext.errors import CheckpointError
 
 ENTRY = "sealed"  # one entry: safetensors keeps no order of several, and equal contents should be equal bytes
-UNREADABLE = (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
+UNREADABLE = (
+    OSError,
+    safetensors.SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+)
 
 
 def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> bytes:
@@ -42,7 +50,9 @@ def unseal(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (*UNREADABLE, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}.") from None
     if not same:
-        raise CheckpointError(f"{path} is damaged: its contents do not have the digest that it was written with.")
+        raise CheckpointError(
+            f"{path} is damaged: its contents do not have the digest that it was written with."
+        )
     return tensors, about
 
 
@@ -52,7 +62,9 @@ def text_digest(text: str) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Any) -> str:
-    table = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    table = [
+        (name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)
+    ]
     digest = hashlib.sha256(json.dumps([about, table], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -15,7 +15,9 @@ Shrink = Callable[[Sequence[int]], None]
 
 
 @contextlib.contextmanager
-def sliced(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> Iterator[Shrink]:
+def sliced(
+    model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]
+) -> Iterator[Shrink]:
     """Inside the block, `shrink(counts)` makes `model` compute as if pruned to those keep counts; as often as you like.
 
     On entry the units of every group are sorted in place, best first, so the units that any plan keeps are the first
@@ -45,7 +47,9 @@ def sliced(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tenso
     widths = [g.width for g in groups]
 
     def shrink(counts: Sequence[int]) -> None:
-        if len(counts) != len(groups) or any(not 1 <= k <= w for k, w in zip(counts, widths, strict=True)):
+        if len(counts) != len(groups) or any(
+            not 1 <= k <= w for k, w in zip(counts, widths, strict=True)
+        ):
             raise PlanError(f"Keep counts {list(counts)} do not fit groups of {widths} units.")
         keep = {g.name: k for g, k in zip(groups, counts, strict=True)}
         for slot in slots:

@@ -14,14 +14,26 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Calibration, resolve_calibration
 from hipp_ext.compensation import ROWS, compensated_weights
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, check_loaded, find_groups, linear, not_plain, sync_sizes
+from hipp_ext.groups import (
+    Group,
+    block_of,
+    check_loaded,
+    find_groups,
+    linear,
+    not_plain,
+    sync_sizes,
+)
 from hipp_ext.masks import take_units, unit_entries
 from hipp_ext.plan import PruningPlan
 from hipp_ext.verification import verify_groups
 
 Model = TypeVar("Model", bound=nn.Module)
 PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
-OWN_KEYS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")  # what pruning writes into per_layer_config
+OWN_KEYS = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)  # what pruning writes into per_layer_config
 
 
 def prune(
@@ -67,7 +79,11 @@ def prune(
     def successor(part: _Part) -> nn.Parameter:
         old = model.get_parameter(part.name)
         weight = repaired.pop(part.name.removesuffix(".weight"), None)
-        return _select(old, part) if weight is None else nn.Parameter(weight, requires_grad=old.requires_grad)
+        return (
+            _select(old, part)
+            if weight is None
+            else nn.Parameter(weight, requires_grad=old.requires_grad)
+        )
 
     if inplace:
         # One at a time, each old weight let go before the next is sliced: the memory of one weight on top.
@@ -76,7 +92,9 @@ def prune(
             setattr(model.get_submodule(owner), attribute, successor(part))
     else:
         # The weights to be sliced are not copied: the memo hands deepcopy the small ones instead.
-        model = copy.deepcopy(model, {id(model.get_parameter(part.name)): successor(part) for part in parts})
+        model = copy.deepcopy(
+            model, {id(model.get_parameter(part.name)): successor(part) for part in parts}
+        )
         forget_bound_methods(model)
     for group, entry in zip(groups, plan.groups, strict=True):
         sync_sizes(model, group, entry.keep)
@@ -101,10 +119,16 @@ def masked(model: Model, plan: PruningPlan | str | Path) -> Iterator[Model]:
             if entry.keep < entry.width:
                 consumer = linear(model, group.consumer)
                 check_loaded(model, group.consumer)
-                mask = torch.zeros(group.width, device=consumer.weight.device, dtype=consumer.weight.dtype)
+                mask = torch.zeros(
+                    group.width, device=consumer.weight.device, dtype=consumer.weight.dtype
+                )
                 mask[list(entry.kept)] = 1
                 columns = mask.repeat_interleave(group.columns)
-                handles.append(consumer.register_forward_pre_hook(lambda _, args, m=columns: (args[0] * m, *args[1:])))
+                handles.append(
+                    consumer.register_forward_pre_hook(
+                        lambda _, args, m=columns: (args[0] * m, *args[1:])
+                    )
+                )
         yield model
     finally:
         for handle in handles:
@@ -131,7 +155,9 @@ def _loaded(plan: PruningPlan | str | Path) -> PruningPlan:
         return plan
     if isinstance(plan, str | Path):
         return PruningPlan.load(plan)
-    raise PlanError(f"A PruningPlan, or the path of a plan file, is needed, not a {type(plan).__name__}.")
+    raise PlanError(
+        f"A PruningPlan, or the path of a plan file, is needed, not a {type(plan).__name__}."
+    )
 
 
 def forget_bound_methods(model: nn.Module) -> None:
@@ -140,7 +166,9 @@ def forget_bound_methods(model: nn.Module) -> None:
     llm-compressor does so with `save_pretrained`, accelerate with `to` and `cuda`, all of them closures over the model: a copy
     would hold the same ones, save or move the original, and keep it in memory. (accelerate's `forward` is copied rightly.)
     """
-    for name in [n for n in model.__dict__ if n != "forward" and callable(getattr(type(model), n, None))]:
+    for name in [
+        n for n in model.__dict__ if n != "forward" and callable(getattr(type(model), n, None))
+    ]:
         del model.__dict__[name]
 
 
@@ -159,10 +187,13 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
         f"{e.name}: plan {e.width} units of {e.unit_parameters} parameters, model {found[e.name].width} units of "
         f"{found[e.name].unit_parameters}"
         for e in plan.groups
-        if e.name in found and (e.width, e.unit_parameters) != (found[e.name].width, found[e.name].unit_parameters)
+        if e.name in found
+        and (e.width, e.unit_parameters) != (found[e.name].width, found[e.name].unit_parameters)
     ]
     if missing or unknown or wrong:
-        problems = [f"only in the model: {missing[:4]}"] * bool(missing) + [f"only in the plan: {unknown[:4]}"] * bool(unknown)
+        problems = [f"only in the model: {missing[:4]}"] * bool(missing) + [
+            f"only in the plan: {unknown[:4]}"
+        ] * bool(unknown)
         raise PlanError(
             f"The plan was made for another model than this {type(model).__name__}; nothing was changed. "
             + "; ".join(problems + wrong[:4])
@@ -209,7 +240,9 @@ def _parts(model: nn.Module, groups: Sequence[Group], plan: PruningPlan) -> list
     ]
 
 
-def group_parameters(model: nn.Module, group: Group, shared: set[int]) -> Iterator[tuple[str, int, int]]:
+def group_parameters(
+    model: nn.Module, group: Group, shared: set[int]
+) -> Iterator[tuple[str, int, int]]:
     """(name, size, dim) of every parameter that a group's units own parts of: `size` rows (dim 0) or columns (dim 1) each.
 
     Raises:
@@ -248,7 +281,9 @@ def plain_linear(model: nn.Module, name: str, shared: set[int]) -> nn.Linear:
     assert isinstance(module, nn.Linear)
     check_loaded(model, name)
     if id(module.weight) in shared:
-        raise UnsupportedModelError(f"{name} shares its weight with another module and cannot be sliced alone.")
+        raise UnsupportedModelError(
+            f"{name} shares its weight with another module and cannot be sliced alone."
+        )
     return module
 
 
@@ -274,7 +309,9 @@ def write_per_layer_config(model: nn.Module) -> None:
             layers.setdefault(g.layer, {})["intermediate_size"] = g.width
         else:
             heads = g.width * g.columns // block_of(model, g).head_dim
-            layers.setdefault(g.layer, {}).update(num_attention_heads=heads, num_key_value_heads=g.width)
+            layers.setdefault(g.layer, {}).update(
+                num_attention_heads=heads, num_key_value_heads=g.width
+            )
     quiet_width_warnings()
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = layers
@@ -283,7 +320,10 @@ def write_per_layer_config(model: nn.Module) -> None:
 
 def per_layer_values(config: Any) -> dict[int, dict[str, Any]]:
     """Layer -> what `config` says of it alone."""
-    return {int(layer): dict(values) for layer, values in (config.to_dict().get("per_layer_config") or {}).items()}
+    return {
+        int(layer): dict(values)
+        for layer, values in (config.to_dict().get("per_layer_config") or {}).items()
+    }
 
 
 def allot_caches_late(model: Any) -> None:
@@ -300,7 +340,9 @@ def _no_common_shape() -> None:
 
 def quiet_width_warnings() -> None:
     """Keep transformers from warning of every single width that it reads from a heterogeneous config: modules know theirs."""
-    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(_is_not_about_global_widths)
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+        _is_not_about_global_widths
+    )
 
 
 def _is_not_about_global_widths(record: logging.LogRecord) -> bool:

@@ -46,7 +46,9 @@ def target_of(path: str | Path) -> Path:
     except FileNotFoundError:
         return target
     except (OSError, ValueError) as error:
-        raise WriteError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+        raise WriteError(
+            f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}."
+        ) from None
     if target.is_symlink():
         raise WriteError(f"{path} is a link that leads to itself. Choose another place.")
     return target
@@ -64,7 +66,9 @@ def may_replace(path: Path) -> bool:
         return False
     parent = path.parent.stat()
     owners = (0, parent.st_uid, path.lstat().st_uid)
-    return not parent.st_mode & stat.S_ISVTX or _user() in owners  # in folders like /tmp, only what is one's own
+    return (
+        not parent.st_mode & stat.S_ISVTX or _user() in owners
+    )  # in folders like /tmp, only what is one's own
 
 
 def _user() -> int:
@@ -79,7 +83,10 @@ def is_mount(path: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    points = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines)
+    points = (
+        re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4])
+        for line in lines
+    )
     return os.fsencode(path) in points
 
 
@@ -116,8 +123,16 @@ def leftovers(folder: Path, prefix: str) -> Iterator[Path]:
     """Temporaries in `folder` whose names begin with `prefix` and that no living process holds, each locked while it is
     looked at, so that no two runs clear the same one."""
     try:
-        found = [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(prefix) and MARK in entry.name]
-        found = [path for path in sorted(found) if path.lstat().st_uid == _user() and not path.is_symlink()]
+        found = [
+            Path(entry)
+            for entry in os.scandir(folder)
+            if entry.name.startswith(prefix) and MARK in entry.name
+        ]
+        found = [
+            path
+            for path in sorted(found)
+            if path.lstat().st_uid == _user() and not path.is_symlink()
+        ]
     except OSError:
         return
     for path in found:
@@ -126,7 +141,9 @@ def leftovers(folder: Path, prefix: str) -> Iterator[Path]:
             descriptor = os.open(held, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         except FileNotFoundError:
             with contextlib.suppress(OSError):
-                os.rmdir(path)  # killed before it was locked; one that is being made is not empty, or is made anew
+                os.rmdir(
+                    path
+                )  # killed before it was locked; one that is being made is not empty, or is made anew
             continue
         except OSError:
             continue
@@ -152,8 +169,12 @@ def clear(path: Path) -> None:
     """Remove a temporary; what cannot be removed stays for a later run."""
     if path.is_dir() and not path.is_symlink():
         for entry in path.iterdir():
-            if entry.name != LOCK:  # goes last: a folder without one is touched only where it is empty
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() and not entry.is_symlink() else clear(entry)
+            if (
+                entry.name != LOCK
+            ):  # goes last: a folder without one is touched only where it is empty
+                shutil.rmtree(
+                    entry, ignore_errors=True
+                ) if entry.is_dir() and not entry.is_symlink() else clear(entry)
         clear(path / LOCK)
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -178,8 +199,12 @@ def write_errors(path: str | Path, *places: Path) -> Iterator[None]:
         below = named is not None and any(Path(named).is_relative_to(place) for place in places)
         if number in (*FULL, errno.EROFS) or (number is not None and below):
             remedy = _REMEDY.get(number, "Choose another place")
-            failed = WriteError(f"{path} could not be written: {os.strerror(number)}. {remedy}, and run it again.")
-            failed.errno = number  # for the folder around it: its name is the one that the user knows
+            failed = WriteError(
+                f"{path} could not be written: {os.strerror(number)}. {remedy}, and run it again."
+            )
+            failed.errno = (
+                number  # for the folder around it: its name is the one that the user knows
+            )
             raise failed from error
         raise
 
@@ -190,7 +215,9 @@ def system_error(error: BaseException | None) -> tuple[int | None, str | None]:
     while error is not None and seen < 10:
         if isinstance(error, OSError) and error.errno is not None:
             name = error.filename2 or error.filename
-            return error.errno, os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else None
+            return error.errno, os.fsdecode(name) if isinstance(
+                name, str | bytes | os.PathLike
+            ) else None
         rust = type(error).__module__ != "builtins" or type(error) is Exception
         if rust and (told := re.search(r"\(os error (\d+)\)", str(error))):
             return int(told[1]), None

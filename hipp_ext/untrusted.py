@@ -24,7 +24,13 @@ TABLE_BYTES = 4 << 30  # VLMEvalKit's largest benchmark files are smaller
 JSON_BYTES = 1 << 30  # COCO's largest instance file is half of it
 PICTURE_BYTES = 256 << 20
 PICTURE_PIXELS = 1 << 26  # twice an 8K screen
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow decodes these itself; EPS, say, starts Ghostscript
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+)  # Pillow decodes these itself; EPS, say, starts Ghostscript
 _SCANS = 10  # those of a usual progressive JPEG, of the largest picture; each costs a pass over all of it
 _NAME = 80  # longest name in a table or a figure [characters]
 _LISTED = re.compile(r"'([^'\\]*(?:\\.[^'\\]*)*)'" r'|"([^"\\]*(?:\\.[^"\\]*)*)"')
@@ -44,7 +50,9 @@ def open_plain(path: str | Path, limit: int, what: str = "file") -> BinaryIO:
     try:
         _check_plain(path, os.stat(path), limit, what)
         # O_NONBLOCK: should a pipe have taken the file's place meanwhile, opening it does not wait.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
         file = os.fdopen(handle, "rb")
         try:
             _check_plain(path, os.fstat(handle), limit, what)
@@ -55,7 +63,11 @@ def open_plain(path: str | Path, limit: int, what: str = "file") -> BinaryIO:
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a null byte in the path
-        raise error if isinstance(error, DataError) else DataError(f"{shown(path)} cannot be read: {error}") from None
+        raise (
+            error
+            if isinstance(error, DataError)
+            else DataError(f"{shown(path)} cannot be read: {error}")
+        ) from None
 
 
 def _check_plain(path: str | Path, status: os.stat_result, limit: int, what: str) -> None:
@@ -110,8 +122,10 @@ def rgb_picture(data: bytes) -> "Image.Image":
             pixels = picture.width * picture.height
             scans = max(1, data.count(b"\xff\xda")) if picture.format in ("JPEG", "MPO") else 1
             if pixels > PICTURE_PIXELS or pixels * scans > PICTURE_PIXELS * _SCANS:
-                raise DataError(f"it has {picture.width} x {picture.height} pixels{f' in {scans} scans' * (scans > 1)}; "
-                                f"{PICTURE_PIXELS:,} pixels are decoded at most")  # fmt: skip
+                raise DataError(
+                    f"it has {picture.width} x {picture.height} pixels{f' in {scans} scans' * (scans > 1)}; "
+                    f"{PICTURE_PIXELS:,} pixels are decoded at most"
+                )
             return picture.convert("RGB")
     except DataError:
         raise
@@ -142,8 +156,10 @@ def the_only_one(value: Any, where: str) -> Any:
     if listed is None:
         return value
     if len(listed) != 1:
-        raise DataError(f"{where} has {len(listed) or 'no'} pictures in a list; questions about exactly one picture are asked. "
-                        "Leave the row out, or join its pictures into one")  # fmt: skip
+        raise DataError(
+            f"{where} has {len(listed) or 'no'} pictures in a list; questions about exactly one picture are asked. "
+            "Leave the row out, or join its pictures into one"
+        )
     return listed[0]
 
 
@@ -151,7 +167,11 @@ def _list_of(value: Any) -> list[Any] | None:
     """The members, or None for what is not a list."""
     if isinstance(value, list | tuple):
         return list(value)
-    if not isinstance(value, str) or not (text := value.strip()).startswith("[") or not text.endswith("]"):
+    if (
+        not isinstance(value, str)
+        or not (text := value.strip()).startswith("[")
+        or not text.endswith("]")
+    ):
         return None
     try:
         return list(parse_json(text, "cell"))
@@ -181,7 +201,9 @@ def shown(text: object, longest: int | None = None) -> str:
     whole = str(text)
     if longest is not None and len(whole) > longest:
         whole = whole[: longest - 1] + "\u2026"
-    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "\ufffd" for c in whole)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else "\ufffd" for c in whole
+    )
 
 
 def short_name(text: object) -> str:

@@ -50,7 +50,9 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     try:
         sliced = _sliced(model, several)
     except Exception as error:
-        raise UnsupportedModelError(f"{_refusal(model)} it does not run: {type(error).__name__}: {error}") from error
+        raise UnsupportedModelError(
+            f"{_refusal(model)} it does not run: {type(error).__name__}: {error}"
+        ) from error
     allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * float(dense.abs().max())
     difference = float((masked - sliced).abs().max())
     if not difference <= allowed:
@@ -72,7 +74,11 @@ def _sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
     layers = [model.get_submodule(name) for g in groups for name in (*g.producers, g.consumer)]
     weights = {id(getattr(layer, "weight", None)) for layer in layers}
     shared = len(weights) < len(layers)
-    return not shared and not any(map(not_plain, layers)) and not any(p.is_meta for p in model.parameters())
+    return (
+        not shared
+        and not any(map(not_plain, layers))
+        and not any(p.is_meta for p in model.parameters())
+    )
 
 
 @torch.no_grad()

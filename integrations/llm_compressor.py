@@ -15,6 +15,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import (
+    Field,
+    InstanceOf,
+    PrivateAttr,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from torch import nn
+
+from hipp_ext.budget import Bounds
+from hipp_ext.checkpoint import PLAN
+from hipp_ext.errors import RecipeError
+from hipp_ext.groups import find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
 from hipp_ext.integrations.llm_compressor_host import (
     check_group_sizes,
@@ -25,13 +39,6 @@ from hipp_ext.integrations.llm_compressor_host import (
     import_llmcompressor,
     round_to_for,
 )
-from pydantic import Field, InstanceOf, PrivateAttr, field_serializer, field_validator, model_validator
-from torch import nn
-
-from hipp_ext.budget import Bounds
-from hipp_ext.checkpoint import PLAN
-from hipp_ext.errors import RecipeError
-from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.preference import Preference
@@ -113,7 +120,9 @@ class HippStructuredPruningModifier(Modifier):
         if (self.plan is None) == (self.preference is None):
             raise ValueError("Exactly one of plan and preference is needed.")
         if self.plan is not None and (self.round_to is not None or self.pruning_ratio is not None):
-            raise ValueError("round_to and pruning_ratio go with a preference; a plan already says what stays.")
+            raise ValueError(
+                "round_to and pruning_ratio go with a preference; a plan already says what stays."
+            )
         return self
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
@@ -139,7 +148,10 @@ class HippStructuredPruningModifier(Modifier):
         """Make sure that zeros stayed zeros."""
         if self._zeros:
             with disable_onloading():
-                filled = sum(int(state.model.get_parameter(n).data[i].count_nonzero()) for n, i in self._zeros.items())
+                filled = sum(
+                    int(state.model.get_parameter(n).data[i].count_nonzero())
+                    for n, i in self._zeros.items()
+                )
             if filled:
                 raise RecipeError(
                     f'{filled} weights that mode="mask" had set to zero are no longer zero: another modifier of the recipe '
@@ -147,15 +159,23 @@ class HippStructuredPruningModifier(Modifier):
                 )
         return True
 
-    def _make_plan(self, model: nn.Module, calibration: Any, sizes: Mapping[str, int]) -> PruningPlan:
+    def _make_plan(
+        self, model: nn.Module, calibration: Any, sizes: Mapping[str, int]
+    ) -> PruningPlan:
         if isinstance(self.plan, PruningPlan):
             return self.plan
         if self.plan is not None:
             return PruningPlan.load(self.plan)
         assert self.preference is not None
         round_to = self.round_to or round_to_for(find_groups(model), sizes)
-        batches = None if calibration is None else list(itertools.islice(calibration, PLANNING_BATCHES))
-        planner = HiPPPlanner(Preference(**self.preference), pruning_ratio=self.pruning_ratio, bounds=Bounds(round_to=round_to))
+        batches = (
+            None if calibration is None else list(itertools.islice(calibration, PLANNING_BATCHES))
+        )
+        planner = HiPPPlanner(
+            Preference(**self.preference),
+            pruning_ratio=self.pruning_ratio,
+            bounds=Bounds(round_to=round_to),
+        )
         return planner.plan(model, calibration=batches)
 
 

@@ -18,7 +18,9 @@ Samples = TypeVar("Samples", bound=Iterable[Mapping[str, Any]])
 UNTRACED = ("basic", "datafree")  # pipelines that run the model as it is
 
 
-def sparsity_per_layer(plan: PruningPlan, *, tower: Tower = "language", kind: Kind | None = None) -> list[float]:
+def sparsity_per_layer(
+    plan: PruningPlan, *, tower: Tower = "language", kind: Kind | None = None
+) -> list[float]:
     """Share of its prunable parameters that `plan` removes from every layer of a tower, in [0, 1), in the layers' order.
 
     The list that `WandaPruningModifier` and `SparseGPTModifier` take as `sparsity`, one number per module that `targets`
@@ -42,11 +44,15 @@ def sparsity_per_layer(plan: PruningPlan, *, tower: Tower = "language", kind: Ki
             total[g.layer] = total.get(g.layer, 0) + g.width * g.unit_parameters
             kept[g.layer] = kept.get(g.layer, 0) + g.keep * g.unit_parameters
     if not total:
-        raise PlanError(f"The plan has no {kind or 'group'} of the {tower} tower; it covers {sorted(plan.keep_counts)[:6]}.")
+        raise PlanError(
+            f"The plan has no {kind or 'group'} of the {tower} tower; it covers {sorted(plan.keep_counts)[:6]}."
+        )
     return [1 - kept[layer] / total[layer] for layer in sorted(total)]
 
 
-def validate_calibration(model: nn.Module, data: Samples, *, pipeline: str = "independent") -> Samples:
+def validate_calibration(
+    model: nn.Module, data: Samples, *, pipeline: str = "independent"
+) -> Samples:
     """`data`, if llm-compressor will calibrate `model` on all of it; so that it can stand in the call of `oneshot`.
 
     The sequential pipeline, which "independent" takes for every modifier that needs data, traces the model with the first
@@ -81,7 +87,9 @@ def validate_calibration(model: nn.Module, data: Samples, *, pipeline: str = "in
     return data
 
 
-def _check_images(fields: frozenset[str], sample: Mapping[str, Any], index: int, token: int | None) -> None:
+def _check_images(
+    fields: frozenset[str], sample: Mapping[str, Any], index: int, token: int | None
+) -> None:
     if "input_ids" not in fields:
         raise CalibrationError(
             f"Calibration sample {index} has no input_ids, only {sorted(fields)}: apply the processor first."
@@ -102,7 +110,11 @@ def _mixed(first: frozenset[str], fields: frozenset[str], index: int, pipeline: 
     if "pixel_values" in late:
         outcome = "its image, and that of every later sample, would be dropped without a word"
     else:
-        outcome = "calibration would break off there" if gone else f"its {late} would be dropped without a word"
+        outcome = (
+            "calibration would break off there"
+            if gone
+            else f"its {late} would be dropped without a word"
+        )
     change = " and ".join([f"has {late}"] * bool(late) + [f"lacks {gone}"] * bool(gone))
     return (
         f"Calibration sample {index} {change}, other than sample 0. The pipeline {pipeline!r} traces the model with the "

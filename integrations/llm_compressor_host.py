@@ -43,7 +43,9 @@ def import_llmcompressor() -> ModuleType:
                 os.environ[LOG_SWITCH] = wanted
         _start_logging(importlib.import_module("llmcompressor.logger"))
     log = importlib.import_module("llmcompressor.logger").logger
-    if "METRIC" not in log._core.levels:  # with its logging switched off, GPTQ would log at a level that does not exist
+    if (
+        "METRIC" not in log._core.levels
+    ):  # with its logging switched off, GPTQ would log at a level that does not exist
         log.level("METRIC", no=38, color="<yellow>")
     return sys.modules["llmcompressor"]
 
@@ -98,10 +100,16 @@ def group_sizes(model: nn.Module, modifier: Any) -> dict[str, int]:
         if not (isinstance(other, QuantizationMixin) and other.has_config()):
             continue
         groups: Any = other.resolved_config.config_groups
-        schemes: dict[str, Any] = {target: scheme for scheme in groups.values() for target in scheme.targets}
+        schemes: dict[str, Any] = {
+            target: scheme for scheme in groups.values() for target in scheme.targets
+        }
         for name, module in match_named_modules(model, schemes, other.ignore):
             weights = schemes[match_targets(name, module, schemes)[0]].weights
-            if isinstance(module, nn.Linear) and weights is not None and weights.strategy in ("group", "tensor_group"):
+            if (
+                isinstance(module, nn.Linear)
+                and weights is not None
+                and weights.strategy in ("group", "tensor_group")
+            ):
                 sizes[name] = weights.group_size
     return sizes
 
@@ -145,7 +153,9 @@ def complete_saves(model: Any) -> None:
     if getattr(save, "completes", False):
         return
 
-    @functools.wraps(save)  # with llm-compressor's mark on its own wrapper, which keeps it from wrapping a second time
+    @functools.wraps(
+        save
+    )  # with llm-compressor's mark on its own wrapper, which keeps it from wrapping a second time
     def save_pretrained(save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         check_saveable(model)
         with _without_origin(model.config), settings_as_they_are(model):

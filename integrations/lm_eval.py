@@ -36,8 +36,12 @@ def register() -> None:
     try:
         from lm_eval.api.registry import model_registry
     except ModuleNotFoundError as error:
-        raise MissingExtraError("lm-eval" if error.name == "lm_eval" else str(error.name), "lm-eval") from error
-    if _MODEL not in model_registry:  # by name: lm-eval imports the class, and with it torch, when it is asked for
+        raise MissingExtraError(
+            "lm-eval" if error.name == "lm_eval" else str(error.name), "lm-eval"
+        ) from error
+    if (
+        _MODEL not in model_registry
+    ):  # by name: lm-eval imports the class, and with it torch, when it is asked for
         model_registry.register(_MODEL, target="hipp_ext.integrations.lm_eval_host:HippLM")
 
 
@@ -62,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hipp lm-eval: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nhipp lm-eval: interrupted. lm-eval keeps answers only with --use_cache.", file=sys.stderr)
+        print(
+            "\nhipp lm-eval: interrupted. lm-eval keeps answers only with --use_cache.",
+            file=sys.stderr,
+        )
         return 130
     finally:
         sys.argv = before

@@ -17,7 +17,6 @@ from hipp_ext.evals.questions import table_questions
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.scienceqa import UNREADABLE, option_letter
 from hipp_ext.evals.tables import Table, locate, read_table
-
 from hipp_ext.untrusted import read_picture
 
 SPLITS = ("random", "popular", "adversarial")
@@ -40,7 +39,9 @@ def load_scienceqa_val(**given: Any) -> dict[str, Any]:
     return _load("ScienceQA_VAL", **given)
 
 
-def _load(name: str, tsv: str | None = None, lmu_data: str | None = None, **_: Any) -> dict[str, Any]:
+def _load(
+    name: str, tsv: str | None = None, lmu_data: str | None = None, **_: Any
+) -> dict[str, Any]:
     """One document per question: index, prompt, answer, category, options (JSON), image (SHA-256), image_path.
 
     Args:
@@ -57,14 +58,24 @@ def _load(name: str, tsv: str | None = None, lmu_data: str | None = None, **_: A
     name, path = locate(f"{name}={tsv}" if tsv else name, lmu_data)
     table = read_table(path, _picture_folder(path.parent), name=name)
     asked, rows = table_questions(table), table_rows(table)
-    return {"test": Dataset.from_list([_document(table, *pair) for pair in zip(asked, rows, strict=True)])}
+    return {
+        "test": Dataset.from_list(
+            [_document(table, *pair) for pair in zip(asked, rows, strict=True)]
+        )
+    }
 
 
 def _document(table: Table, asked: Any, row: Any) -> dict[str, str]:
     return {
-        "index": row.index, "prompt": asked.prompt, "answer": row.answer, "category": row.category,
-        "options": json.dumps(row.options), "image": row.image, "image_path": asked.image_path, "data": table.name,
-    }  # fmt: skip
+        "index": row.index,
+        "prompt": asked.prompt,
+        "answer": row.answer,
+        "category": row.category,
+        "options": json.dumps(row.options),
+        "image": row.image,
+        "image_path": asked.image_path,
+        "data": table.name,
+    }
 
 
 def _picture_folder(beside: Path) -> Path:
@@ -95,14 +106,21 @@ def pope_results(doc: dict, results: Sequence[str]) -> dict[str, Any]:
         for split, count in times.items():
             item = [doc["answer"], said, count, doc["image"]] if count else None
             found |= {f"{rule}_{metric}_{split}": item for metric in ("f1", "accuracy", "yes_rate")}
-        found |= {f"{rule}_{metric}": found[f"{rule}_f1_overall"] for metric in ("f1_se", "accuracy_se")}
-    return found | {"vlmeval_unknown_rate": found["vlmeval_f1_overall"]}  # by the authors' rule there is none
+        found |= {
+            f"{rule}_{metric}": found[f"{rule}_f1_overall"] for metric in ("f1_se", "accuracy_se")
+        }
+    return found | {
+        "vlmeval_unknown_rate": found["vlmeval_f1_overall"]
+    }  # by the authors' rule there is none
 
 
 def scienceqa_results(doc: dict, results: Sequence[str]) -> dict[str, float]:
     """Whether the answer is right, and whether it cannot be read as an option."""
     said = option_letter(results[0], json.loads(doc["options"]))
-    return {"accuracy": float(said == doc["answer"]), "unknown_rate": float(said == UNREADABLE != doc["answer"])}
+    return {
+        "accuracy": float(said == doc["answer"]),
+        "unknown_rate": float(said == UNREADABLE != doc["answer"]),
+    }
 
 
 def _aggregate(rate: str) -> Callable[[Sequence[Any]], float]:
@@ -117,5 +135,7 @@ def _aggregate(rate: str) -> Callable[[Sequence[Any]], float]:
     return aggregate
 
 
-f1, accuracy, yes_rate, unknown_rate = map(_aggregate, ("f1", "accuracy", "yes_rate", "unknown_rate"))
+f1, accuracy, yes_rate, unknown_rate = map(
+    _aggregate, ("f1", "accuracy", "yes_rate", "unknown_rate")
+)
 f1_se, accuracy_se = map(_aggregate, ("f1_se", "accuracy_se"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.predictions import check_model_folder, plain_greedy
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
@@ -16,12 +15,35 @@ from lm_eval.utils import simple_parse_args_string
 from hipp_ext.calibration import tokenise
 from hipp_ext.checkpoint import load_pruned
 from hipp_ext.errors import CheckpointError
+from hipp_ext.evals.predictions import check_model_folder, plain_greedy
 from hipp_ext.files import content_hash
 
 # Ways to load a model that the widths of a pruned folder do not survive, or that run code from a checkpoint.
-_NOT_TAKEN = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file", "trust_remote_code", "subfolder")
-_OF_HFLM = ("revision", "gpus", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "quantization_config")
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOT_TAKEN = (
+    "parallelize",
+    "tp_plan",
+    "peft",
+    "delta",
+    "autogptq",
+    "gptqmodel",
+    "gguf_file",
+    "trust_remote_code",
+    "subfolder",
+)
+_OF_HFLM = (
+    "revision",
+    "gpus",
+    "max_memory_per_gpu",
+    "max_cpu_memory",
+    "offload_folder",
+    "quantization_config",
+)
+_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class _FromFolder:
@@ -31,7 +53,9 @@ class _FromFolder:
     device: torch.device
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
-        rest = {name: value for name, value in kwargs.items() if name not in (*_NOT_TAKEN, *_OF_HFLM)}
+        rest = {
+            name: value for name, value in kwargs.items() if name not in (*_NOT_TAKEN, *_OF_HFLM)
+        }
         self._model = load_pruned(pretrained, device=self.device, dtype=_DTYPES[dtype], **rest)
 
     def _create_tokenizer(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +63,9 @@ class _FromFolder:
         try:
             parent._create_tokenizer(pretrained, *args, **kwargs)
         except Exception as error:  # files of strangers make transformers raise almost anything
-            raise CheckpointError(f"the processor or tokenizer in {pretrained} cannot be loaded: {error}") from error
+            raise CheckpointError(
+                f"the processor or tokenizer in {pretrained} cannot be loaded: {error}"
+            ) from error
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results; the "sha" is that of the folder's contents."""
@@ -71,7 +97,9 @@ class HippLM(_FromFolder, HFMultimodalLM):
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
         super()._create_model(pretrained, dtype, **kwargs)
-        self._model.generation_config = plain_greedy(self._model)  # as `vlmeval`; what a task or --gen_kwargs asks for counts
+        self._model.generation_config = plain_greedy(
+            self._model
+        )  # as `vlmeval`; what a task or --gen_kwargs asks for counts
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
@@ -80,9 +108,13 @@ class HippLM(_FromFolder, HFMultimodalLM):
         if not isinstance(given, str):
             raise CheckpointError("--model hipp needs a folder: --model_args pretrained=./pruned")
         if wrong := [name for name in _NOT_TAKEN if arg_dict.get(name)]:
-            raise CheckpointError(f"--model hipp does not take {', '.join(wrong)}: it loads one folder onto one device")
+            raise CheckpointError(
+                f"--model hipp does not take {', '.join(wrong)}: it loads one folder onto one device"
+            )
         if arg_dict.get("dtype", "auto") not in _DTYPES:
-            raise CheckpointError(f"dtype={arg_dict['dtype']}: one of {', '.join(_DTYPES)} is needed")
+            raise CheckpointError(
+                f"dtype={arg_dict['dtype']}: one of {', '.join(_DTYPES)} is needed"
+            )
         folder = check_model_folder(given, pictures=False)
         # False, not None: else transformers asks on standard input whether to run code that a folder names.
         arg_dict = {**arg_dict, "pretrained": str(folder), "trust_remote_code": False}
@@ -100,7 +132,9 @@ class HippLM(_FromFolder, HFMultimodalLM):
         """Answers; those about pictures without surrounding blanks, as `vlmeval` keeps them."""
         pictures = bool(requests) and len(requests[0].args) > 2
         if pictures and not self.chat_applied:
-            raise CheckpointError("questions about pictures need the model's chat template: add --apply_chat_template")
+            raise CheckpointError(
+                "questions about pictures need the model's chat template: add --apply_chat_template"
+            )
         parent: Any = super()
         answers = parent.generate_until(requests, disable_tqdm)
         return [answer.strip() for answer in answers] if pictures else answers
@@ -108,7 +142,9 @@ class HippLM(_FromFolder, HFMultimodalLM):
     def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
         """lm-eval's batch, with one beginning-of-text token where chat template and tokenizer would write one each."""
         processor = self.processor
-        self.processor = functools.partial(_one_beginning, processor)  # lm-eval has no option for it
+        self.processor = functools.partial(
+            _one_beginning, processor
+        )  # lm-eval has no option for it
         try:
             parent: Any = super()
             return parent.tok_batch_multimodal_encode(*args, **kwargs)
@@ -119,7 +155,9 @@ class HippLM(_FromFolder, HFMultimodalLM):
 def _one_beginning(processor: Any, *, text: list[str], images: Any, **given: Any) -> Any:
     from transformers import BatchFeature
 
-    rest = {name: value for name, value in given.items() if name not in ("padding", "return_tensors")}
+    rest = {
+        name: value for name, value in given.items() if name not in ("padding", "return_tensors")
+    }
     return BatchFeature(tokenise(processor, text, images, **rest))
 
 
@@ -127,6 +165,9 @@ def _sees(folder: Path) -> bool:
     from transformers import AutoConfig
 
     try:
-        return hasattr(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), "vision_config")
+        return hasattr(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+            "vision_config",
+        )
     except Exception as error:  # files of strangers make transformers raise almost anything
         raise CheckpointError(f"{folder / 'config.json'} cannot be loaded: {error}") from error

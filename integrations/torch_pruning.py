@@ -12,7 +12,16 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
-from hipp_ext.integrations.torch_pruning_channels import ChannelGroup, channel_mrs, find_channel_groups, prune_channels
+from torch import nn
+
+from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
+from hipp_ext.groups import Group, find_groups, linear
+from hipp_ext.integrations.torch_pruning_channels import (
+    ChannelGroup,
+    channel_mrs,
+    find_channel_groups,
+    prune_channels,
+)
 from hipp_ext.integrations.torch_pruning_importance import (
     HippImportance,
     TorchPruningScorer,
@@ -21,10 +30,6 @@ from hipp_ext.integrations.torch_pruning_importance import (
     traceless_group,
 )
 from hipp_ext.integrations.torch_pruning_stock import confirm, stock_arguments
-from torch import nn
-
-from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, find_groups, linear
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.surgery import PLAN_ATTRIBUTE, match, prune
@@ -75,11 +80,15 @@ class PlanPruner:
         self.model, self.example_inputs, self.plan = model, example_inputs, plan
         self.forward_fn = forward_fn or _unpacked
         match(model, plan)
-        self._kept = {e.name: tuple(range(e.width)) for e in plan.groups}  # units of the dense model that are still there
+        self._kept = {
+            e.name: tuple(range(e.width)) for e in plan.groups
+        }  # units of the dense model that are still there
         self._history: list[list[Any]] = []
         self._done = False
         if (error := self._failure()) is not None:
-            raise CalibrationError(f"{type(model).__name__} does not run on example_inputs: {error}") from error
+            raise CalibrationError(
+                f"{type(model).__name__} does not run on example_inputs: {error}"
+            ) from error
 
     @overload
     def step(self, interactive: Literal[False] = False) -> None: ...
@@ -127,7 +136,9 @@ class PlanPruner:
             left[group.name] = [u for i, u in enumerate(left[group.name]) if i not in gone]
         self._reduce(left, record=False)
         self._done = True
-        self._history.extend([name, bool(is_out), list(channels)] for name, is_out, channels in pruning_history)
+        self._history.extend(
+            [name, bool(is_out), list(channels)] for name, is_out, channels in pruning_history
+        )
         self._check_forward()
 
     def _check_not_done(self) -> None:
@@ -147,10 +158,16 @@ class PlanPruner:
         """Prune the groups in `kept` to these of their present units, in one surgery; the others stay as they are."""
         groups = find_groups(self.model, self.plan.towers)
         entries = [
-            PlanGroup(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width, unit_parameters=g.unit_parameters,
-                      kept=tuple(kept.get(g.name, range(g.width))))
+            PlanGroup(
+                tower=g.tower,
+                layer=g.layer,
+                kind=g.kind,
+                width=g.width,
+                unit_parameters=g.unit_parameters,
+                kept=tuple(kept.get(g.name, range(g.width))),
+            )
             for g in groups
-        ]  # fmt: skip
+        ]
         prune(self.model, PruningPlan(groups=tuple(entries)), inplace=True)
         for group, entry in zip(groups, entries, strict=True):
             if entry.keep < entry.width:
@@ -201,9 +218,17 @@ class UnitGroup(tp.Group):
         """
         group, model = self._unit_group, self._pruner.model
         if linear(model, group.consumer).in_features != group.width * group.columns:
-            raise PlanError(f"{group.name} was pruned already; its indices are those of the layer before.")
-        gone = set(self.units) if idxs is None else whole_units(group.name, idxs, group.columns, group.width)
-        self._pruner._reduce({group.name: [u for u in range(group.width) if u not in gone]}, record=record_history)
+            raise PlanError(
+                f"{group.name} was pruned already; its indices are those of the layer before."
+            )
+        gone = (
+            set(self.units)
+            if idxs is None
+            else whole_units(group.name, idxs, group.columns, group.width)
+        )
+        self._pruner._reduce(
+            {group.name: [u for u in range(group.width) if u not in gone]}, record=record_history
+        )
 
 
 def columns_of(units: Sequence[int], columns: int) -> list[int]:
@@ -214,8 +239,12 @@ def columns_of(units: Sequence[int], columns: int) -> list[int]:
 def whole_units(name: str, channels: Sequence[int], size: int, width: int) -> set[int]:
     """The units, of `size` channels each, that `channels` are; PlanError unless they are whole and fewer than `width`."""
     units = {int(c) // size for c in channels}
-    if sorted(int(c) for c in channels) != columns_of(sorted(units), size) or not units <= set(range(width)):
-        raise PlanError(f"{name} has {width} units of {size} channels; these are not whole units of it: {list(channels)[:20]}")
+    if sorted(int(c) for c in channels) != columns_of(sorted(units), size) or not units <= set(
+        range(width)
+    ):
+        raise PlanError(
+            f"{name} has {width} units of {size} channels; these are not whole units of it: {list(channels)[:20]}"
+        )
     if len(units) == width:
         raise PlanError(f"{name}: all {width} units were to be removed; one at least must stay.")
     return units

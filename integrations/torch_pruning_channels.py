@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
-from hipp_ext.integrations.torch_pruning_probe import misrouted
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
+from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
+from hipp_ext.integrations.torch_pruning_probe import misrouted
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.mrs import Form, measure, share_out
 from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader, require_removable
@@ -60,7 +60,11 @@ def find_channel_groups(
 
 
 def prune_channels(
-    model: nn.Module, example_inputs: Any, kept: Mapping[str, Sequence[int]], *, forward_fn: Callable | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    kept: Mapping[str, Sequence[int]],
+    *,
+    forward_fn: Callable | None = None,
 ) -> None:
     """Remove channels in place, and everything that depends on them. On an error the model is what it was, to the bit.
 
@@ -77,7 +81,9 @@ def prune_channels(
     """
     with undone_on_error(model):
         with traced(model, example_inputs, forward_fn=forward_fn) as graph:
-            groups = _chosen(model, _routed(graph, example_inputs, read_groups(graph), forward_fn), kept)
+            groups = _chosen(
+                model, _routed(graph, example_inputs, read_groups(graph), forward_fn), kept
+            )
             _check_grouped(model, groups, kept)
             _check_norms(graph, groups, kept)
             sizes = _sizes_after(model, groups, kept)
@@ -101,16 +107,23 @@ def prune_channels(
 
 
 def _routed(
-    graph: Any, example_inputs: Any, found: Sequence[ChannelGroup | UnsupportedModelError], forward_fn: Callable | None
+    graph: Any,
+    example_inputs: Any,
+    found: Sequence[ChannelGroup | UnsupportedModelError],
+    forward_fn: Callable | None,
 ) -> list[ChannelGroup | UnsupportedModelError]:
     """`found`, with an error in the place of groups whose channels do not arrive where they should."""
     groups = [g for g in found if isinstance(g, ChannelGroup) and g.readers]
-    errors = misrouted(graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups)
+    errors = misrouted(
+        graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups
+    )
     return [errors.get(g.name, g) if isinstance(g, ChannelGroup) else g for g in found]
 
 
 def _chosen(
-    model: nn.Module, found: Sequence[ChannelGroup | UnsupportedModelError], kept: Mapping[str, Sequence[int]]
+    model: nn.Module,
+    found: Sequence[ChannelGroup | UnsupportedModelError],
+    kept: Mapping[str, Sequence[int]],
 ) -> list[ChannelGroup]:
     """The groups that lose channels."""
     groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.readers}
@@ -119,8 +132,14 @@ def _chosen(
         if name not in groups:
             if unknown:
                 raise unknown[0]
-            raise PlanError(f"{name} is no group of channels of this {type(model).__name__}; it has {list(groups)[:8]}, ...")
-        if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(groups[name].width)):
+            raise PlanError(
+                f"{name} is no group of channels of this {type(model).__name__}; it has {list(groups)[:8]}, ..."
+            )
+        if (
+            not channels
+            or len(set(channels)) < len(channels)
+            or not set(channels) <= set(range(groups[name].width))
+        ):
             raise PlanError(
                 f"{name} has channels 0 to {groups[name].width - 1}, of which one at least must stay; got "
                 f"{list(channels)[:12]}."
@@ -130,7 +149,9 @@ def _chosen(
     return chosen
 
 
-def _check_grouped(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> None:
+def _check_grouped(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> None:
     """Raise PlanError unless every grouped convolution keeps as many outputs, and the same inputs, in each of its groups."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.conv._ConvNd) or layer.groups in (1, layer.in_channels):
@@ -141,7 +162,9 @@ def _check_grouped(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mappi
                 if (units := group.units_of(name, produced)) is not None:
                     stays &= (units < 0) | torch.isin(units, torch.tensor(list(kept[group.name])))
             rows = stays.view(layer.groups, -1)
-            if len(set(rows.sum(1).tolist())) > 1 or (not produced and not bool((rows == rows[0]).all())):
+            if len(set(rows.sum(1).tolist())) > 1 or (
+                not produced and not bool((rows == rows[0]).all())
+            ):
                 raise PlanError(
                     f"{name} has {layer.groups} groups of {rows.shape[1]} {'output' if produced else 'input'} channels; "
                     f"{'as many' if produced else 'the same ones'} must stay in each, not "
@@ -149,7 +172,9 @@ def _check_grouped(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mappi
                 )
 
 
-def _check_norms(graph: Any, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> None:
+def _check_norms(
+    graph: Any, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
+) -> None:
     """Raise PlanError unless every group norm keeps as many channels of each of its groups.
 
     Others would be normed together with channels that they never met, and if their number happens to be even, without a word.
@@ -160,7 +185,9 @@ def _check_norms(graph: Any, groups: Sequence[ChannelGroup], kept: Mapping[str, 
             layer = item.dep.target.module
             if isinstance(layer, nn.GroupNorm) and layer.num_groups > 1:
                 name = graph._module2name[layer]
-                stays.setdefault(name, torch.ones(layer.num_channels, dtype=torch.bool))[[int(i) for i in item.idxs]] = False
+                stays.setdefault(name, torch.ones(layer.num_channels, dtype=torch.bool))[
+                    [int(i) for i in item.idxs]
+                ] = False
     for name, channels in stays.items():
         rows = channels.view(graph.model.get_submodule(name).num_groups, -1)
         if len(set(rows.sum(1).tolist())) > 1 or not rows.any():
@@ -182,13 +209,20 @@ def _sizes_after(
             sizes[share.parameter][share.dim] -= int(share.entries[gone].sum())
         for reader in group.readers:
             layer = model.get_submodule(reader.layer)
-            if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (1, layer.in_channels):
-                sizes[f"{reader.layer}.weight"][1] -= int(gone[reader.units[reader.units >= 0]].sum()) // layer.groups
+            if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (
+                1,
+                layer.in_channels,
+            ):
+                sizes[f"{reader.layer}.weight"][1] -= (
+                    int(gone[reader.units[reader.units >= 0]].sum()) // layer.groups
+                )
     return {name: tuple(size) for name, size in sizes.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
 
 
 def _doomed(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> Any:
@@ -196,7 +230,9 @@ def _doomed(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> Any:
     layer, owner = graph.model.get_submodule(group.name), group.units_of(group.name, produced=True)
     assert owner is not None
     gone = (~torch.isin(owner, torch.tensor(list(kept)))).nonzero()[:, 0].tolist()
-    return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone)
+    return graph.get_pruning_group(
+        layer, graph.get_pruner_of_module(layer).prune_out_channels, gone
+    )
 
 
 def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
@@ -245,12 +281,16 @@ def channel_mrs(
         raise CalibrationError("channel_mrs needs at least one batch.")
     require_removable(groups)
     with evaluating(model):
-        values, units = measure(model, groups, loss, batches, form, rho=rho, steps=steps, ratio=ratio)
+        values, units = measure(
+            model, groups, loss, batches, form, rho=rho, steps=steps, ratio=ratio
+        )
     scores: dict[str, Tensor] = {}
     for group, value, unit in zip(groups, values, units, strict=True):
         shared = share_out(value, unit).float()
         if not torch.isfinite(shared).all():
-            raise UnsupportedModelError(f"MRS gave NaN or infinity for {group.name}: weights or activations are not finite.")
+            raise UnsupportedModelError(
+                f"MRS gave NaN or infinity for {group.name}: weights or activations are not finite."
+            )
         for layer, owner in zip(group.layers, group.owners, strict=True):
             before = scores.get(layer, torch.zeros(len(owner)))
             scores[layer] = torch.where(owner >= 0, shared[owner.clamp_min(0)], before)

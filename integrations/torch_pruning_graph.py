@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from hipp_ext.integrations.torch_pruning_importance import CHANNEL_LAYERS, IN_HANDLERS, OUT_HANDLERS, output_channels, tp
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.integrations.torch_pruning_importance import (
+    CHANNEL_LAYERS,
+    IN_HANDLERS,
+    OUT_HANDLERS,
+    output_channels,
+    tp,
+)
 from hipp_ext.scorers.base import evaluating
 from hipp_ext.scorers.sensitivity import ChannelGroup, Reader, Share
 
@@ -29,9 +35,17 @@ class _Graph(tp.DependencyGraph):
         nodes = super()._trace(*args, **kwargs)
         for node in nodes.values():
             if node.type in (OPTYPE.SPLIT, OPTYPE.UNBIND):
-                parts = [[i for f, i in getattr(n.grad_fn, "next_functions", ()) if f is node.grad_fn] for n in node.outputs]
+                parts = [
+                    [i for f, i in getattr(n.grad_fn, "next_functions", ()) if f is node.grad_fn]
+                    for n in node.outputs
+                ]
                 if all(len(p) == 1 for p in parts):
-                    node.outputs = [n for _, n in sorted(zip(parts, node.outputs, strict=True), key=lambda pair: pair[0])]
+                    node.outputs = [
+                        n
+                        for _, n in sorted(
+                            zip(parts, node.outputs, strict=True), key=lambda pair: pair[0]
+                        )
+                    ]
         return nodes
 
 
@@ -41,7 +55,9 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     held, values = [], [(t, t.detach().clone()) for t in model.buffers()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for module in model.modules():
-        inner = [(v, copy.copy(v)) for v in vars(module).values() if isinstance(v, dict | list | set)]
+        inner = [
+            (v, copy.copy(v)) for v in vars(module).values() if isinstance(v, dict | list | set)
+        ]
         held.append((module, dict(vars(module)), inner))
     try:
         yield
@@ -49,9 +65,14 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         for module, attributes, inner in held:
             vars(module).clear()
             vars(module).update(attributes)
-            for container, content in inner:  # in place: handles of hooks look for the container that they know
+            for (
+                container,
+                content,
+            ) in inner:  # in place: handles of hooks look for the container that they know
                 container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+                container.extend(content) if isinstance(container, list) else container.update(
+                    content
+                )
         for buffer, value in values:
             buffer.detach().copy_(value)
         for parameter, flag in flags:
@@ -61,7 +82,10 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def traced(
-    model: nn.Module, example_inputs: Any, ignored: Sequence[nn.Module] = (), forward_fn: Callable | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[nn.Module] = (),
+    forward_fn: Callable | None = None,
 ) -> Iterator[Any]:
     """torch-pruning's dependency graph of `model`; train/eval and requires_grad are as before afterwards.
 
@@ -96,14 +120,20 @@ def run(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
 
 
-def read_groups(graph: Any, ignored: Sequence[nn.Module] = ()) -> list[ChannelGroup | UnsupportedModelError]:
+def read_groups(
+    graph: Any, ignored: Sequence[nn.Module] = ()
+) -> list[ChannelGroup | UnsupportedModelError]:
     """Every group of channels, in the order of `named_modules`, or why it cannot be described.
 
     Raises:
         UnsupportedModelError: torch-pruning does not get through the graph.
     """
     try:
-        found = list(graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(CHANNEL_LAYERS)))
+        found = list(
+            graph.get_all_groups(
+                ignored_layers=list(ignored), root_module_types=list(CHANNEL_LAYERS)
+            )
+        )
     except Exception as error:  # it raises whatever its index mappings bring up
         raise UnsupportedModelError(
             f"torch-pruning cannot group the channels of this {type(graph.model).__name__}: {type(error).__name__}: {error}. "
@@ -121,7 +151,13 @@ def read_groups(graph: Any, ignored: Sequence[nn.Module] = ()) -> list[ChannelGr
 class _GroupReader:
     """Ours for one of torch-pruning's groups, named after the first layer whose output channels are its units."""
 
-    def __init__(self, graph: Any, found: Any, places: Mapping[str, int], holders: Mapping[int, set[nn.Module]]):
+    def __init__(
+        self,
+        graph: Any,
+        found: Any,
+        places: Mapping[str, int],
+        holders: Mapping[int, set[nn.Module]],
+    ):
         self.graph, self.found, self.places, self.holders = graph, found, places, holders
         self.root = graph._module2name[found[0].dep.target.module]
         self.width = 0
@@ -144,14 +180,21 @@ class _GroupReader:
             width=self.width,
             weights=tuple(f"{n}.weight" for n in names),
             owners=tuple(self.producers[n] for n in names),
-            readers=tuple(Reader(layer=n, units=self.readers[n]) for n in sorted(self.readers, key=self.places.__getitem__)),
+            readers=tuple(
+                Reader(layer=n, units=self.readers[n])
+                for n in sorted(self.readers, key=self.places.__getitem__)
+            ),
             followers=tuple(self.followers.items()),
             obstacle="; ".join(dict.fromkeys(self.obstacles)),
             shares=tuple(Share(parameter=n, dim=d, entries=e) for (n, d), e in self.shares.items()),
         )
 
     def _name(self, target: Any) -> str:
-        return (self.graph._param_to_name if isinstance(target, nn.Parameter) else self.graph._module2name)[target]
+        return (
+            self.graph._param_to_name
+            if isinstance(target, nn.Parameter)
+            else self.graph._module2name
+        )[target]
 
     def _units(self) -> Tensor:
         """The unit of each channel of the root: channels that end in one and the same channel elsewhere are one unit."""
@@ -166,7 +209,9 @@ class _GroupReader:
             if any(r is None for r in item.root_idxs):
                 if _holds_tensors(item.dep.target.module):
                     name = self._name(item.dep.target.module)
-                    raise UnsupportedModelError(f"torch-pruning cannot say which channels reach {name}; list it in ignored.")
+                    raise UnsupportedModelError(
+                        f"torch-pruning cannot say which channels reach {name}; list it in ignored."
+                    )
                 continue
             seen: dict[int, int] = {}
             for i, root in zip(item.idxs, item.root_idxs, strict=True):
@@ -183,7 +228,9 @@ class _GroupReader:
             return
         name = self._name(target)
         idxs = torch.tensor([int(i) for i in item.idxs])
-        places = torch.stack([idxs, units[torch.tensor([int(r) for r in item.root_idxs])]]).unique(dim=1)
+        places = torch.stack([idxs, units[torch.tensor([int(r) for r in item.root_idxs])]]).unique(
+            dim=1
+        )
         if isinstance(target, CHANNEL_LAYERS) and dep.handler in (*OUT_HANDLERS, *IN_HANDLERS):
             self._read_layer(name, target, dep.handler, places)
         self._read_shares(name, target, dep, places)
@@ -214,37 +261,64 @@ class _GroupReader:
             key = (f"{name}.{tensor}" if tensor else name, dim)
             self.shares[key] = self.shares.get(key, 0) + number * counts
         if isinstance(target, NORMS):
-            sizes = {f"{name}.{n}": int(counts[0]) for (n, d) in taken if d == 0 and n in dict(target.named_parameters())}
+            sizes = {
+                f"{name}.{n}": int(counts[0])
+                for (n, d) in taken
+                if d == 0 and n in dict(target.named_parameters())
+            }
             self.followers |= sizes
 
     def _tie(self, name: str, target: Any) -> str:
         """With which layers `target` shares a parameter, in words; empty where with none."""
-        owners, parameters = ([], [target]) if isinstance(target, nn.Parameter) else (target.modules(), target.parameters())
+        owners, parameters = (
+            ([], [target])
+            if isinstance(target, nn.Parameter)
+            else (target.modules(), target.parameters())
+        )
         inside = set(owners)
         for holders in (self.holders[id(p)] for p in parameters):
             if others := {n for n in holders - inside} if inside or len(holders) > 1 else set():
                 return f"{name} shares a parameter with {sorted(self._name(m) for m in others)}"
         return ""
 
-    def _taken(self, name: str, target: Any, dep: Any, index: int, before: Mapping[str, Tensor]) -> dict[tuple[str, int], int]:
+    def _taken(
+        self, name: str, target: Any, dep: Any, index: int, before: Mapping[str, Tensor]
+    ) -> dict[tuple[str, int], int]:
         """(tensor, dimension) -> entries that torch-pruning removes of it with one channel."""
         hollow = copy.deepcopy(target, {id(t): _hollow(t) for t in before.values()})
-        dep.handler.__self__.pruning_dim = dep.target.pruning_dim  # as torch-pruning does before each call
+        dep.handler.__self__.pruning_dim = (
+            dep.target.pruning_dim
+        )  # as torch-pruning does before each call
         try:
             result = dep.handler(hollow, [index])
         except Exception as error:
-            self.obstacles.append(f"torch-pruning cannot slice {name} ({type(error).__name__}: {error})")
+            self.obstacles.append(
+                f"torch-pruning cannot slice {name} ({type(error).__name__}: {error})"
+            )
             return {}
         after = {"": result} if isinstance(target, nn.Parameter) else dict(_tensors(hollow))
         sliced, channels = {}, dep.handler.__self__.get_out_channels(target)
         for tensor, old in before.items():
             new = after.get(tensor, old)
-            differences = {d: a - b for d, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)) if a != b}
-            if not differences and tensor.rpartition(".")[2] not in USUAL and channels in old.shape and old.numel() > 1:
+            differences = {
+                d: a - b
+                for d, (a, b) in enumerate(zip(old.shape, new.shape, strict=True))
+                if a != b
+            }
+            if (
+                not differences
+                and tensor.rpartition(".")[2] not in USUAL
+                and channels in old.shape
+                and old.numel() > 1
+            ):
                 self.obstacles.append(f"torch-pruning leaves {name}.{tensor} as it is")
             sliced |= {(tensor, d): n for d, n in differences.items()}
-        if isinstance(target, nn.Parameter) and (not sliced or index >= target.shape[next(iter(sliced))[1]]):
-            self.obstacles.append(f"torch-pruning does not know which dimension of {name} holds the channels")
+        if isinstance(target, nn.Parameter) and (
+            not sliced or index >= target.shape[next(iter(sliced))[1]]
+        ):
+            self.obstacles.append(
+                f"torch-pruning does not know which dimension of {name} holds the channels"
+            )
         return sliced
 
 
@@ -259,22 +333,35 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _hollow(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else empty
+    )
 
 
 def _obstacle(model: nn.Module, name: str, target: Any) -> str:
     """Why torch-pruning would break `target`, in words; empty where it would not."""
-    owner = target if isinstance(target, nn.Module) else model.get_submodule(name.rpartition(".")[0])
+    owner = (
+        target if isinstance(target, nn.Module) else model.get_submodule(name.rpartition(".")[0])
+    )
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return f"{name} belongs to a recurrent layer, {type(owner).__name__}"
     if isinstance(target, nn.Parameter):
         if type(owner).__module__.startswith("torch.nn."):
             return f"{name} belongs to a {type(owner).__name__}, which torch-pruning does not know"
-    elif isinstance(getattr(owner, "weight", None), Tensor) and owner._parameters.get("weight") is not owner.weight:
+    elif (
+        isinstance(getattr(owner, "weight", None), Tensor)
+        and owner._parameters.get("weight") is not owner.weight
+    ):
         return f"the weight of {name} is computed from other tensors (weight_norm, spectral_norm, a mask); make it plain first"
     elif _groups(owner) > 1 and not _depthwise(owner) and owner.transposed:
         return f"{name} is a transposed convolution with {owner.groups} groups"
-    elif _groups(owner) > 1 and not _depthwise(owner) and owner.groups in (owner.in_channels, owner.out_channels):
+    elif (
+        _groups(owner) > 1
+        and not _depthwise(owner)
+        and owner.groups in (owner.in_channels, owner.out_channels)
+    ):
         return f"{name} has {owner.in_channels} input and {owner.out_channels} output channels in {owner.groups} groups"
     return ""
 

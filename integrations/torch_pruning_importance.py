@@ -23,8 +23,16 @@ try:
 except ModuleNotFoundError:
     raise MissingExtraError("torch-pruning", "torch-pruning") from None
 
-OUT_HANDLERS = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
-IN_HANDLERS = (tp.prune_conv_in_channels, tp.prune_depthwise_conv_in_channels, tp.prune_linear_in_channels)
+OUT_HANDLERS = (
+    tp.prune_conv_out_channels,
+    tp.prune_depthwise_conv_out_channels,
+    tp.prune_linear_out_channels,
+)
+IN_HANDLERS = (
+    tp.prune_conv_in_channels,
+    tp.prune_depthwise_conv_in_channels,
+    tp.prune_linear_in_channels,
+)
 CHANNEL_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 GROUP_KEY = re.compile(r"(language|vision)\.\d+\.(attention|ffn)")
 
@@ -48,7 +56,13 @@ class HippImportance(tp.importance.Importance):
     With `iterative_steps` the layers shrink between steps: set `pruner.importance = HippImportance(new_scores)` before each.
     """
 
-    def __init__(self, scores: Mapping[str, Tensor], *, model: nn.Module | None = None, skip_unscored: bool = False):
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        model: nn.Module | None = None,
+        skip_unscored: bool = False,
+    ):
         self.scores = {key: _checked(key, values) for key, values in scores.items()}
         self.skip_unscored = skip_unscored
         self._model = model
@@ -61,7 +75,9 @@ class HippImportance(tp.importance.Importance):
     def __call__(self, group: Any) -> Float[Tensor, " channels"] | None:
         model = self._model or getattr(group._DG, "model", None)
         if model is None:
-            raise PlanError("This group was made without tracing: say HippImportance(scores, model=model).")
+            raise PlanError(
+                "This group was made without tracing: say HippImportance(scores, model=model)."
+            )
         if model is not self._resolved:
             self._resolve(model)
         position = {int(channel): i for i, channel in enumerate(group[0].idxs)}
@@ -77,8 +93,12 @@ class HippImportance(tp.importance.Importance):
         return total / seen
 
     def _unscored(self, group: Any, missing: int, channels: int) -> UnsupportedModelError:
-        layers = sorted({dep.target.name for dep, _ in group if isinstance(dep.layer, CHANNEL_LAYERS)})
-        if not any(isinstance(dep.layer, CHANNEL_LAYERS) and dep.handler in IN_HANDLERS for dep, _ in group):
+        layers = sorted(
+            {dep.target.name for dep, _ in group if isinstance(dep.layer, CHANNEL_LAYERS)}
+        )
+        if not any(
+            isinstance(dep.layer, CHANNEL_LAYERS) and dep.handler in IN_HANDLERS for dep, _ in group
+        ):
             outputs = (
                 "No layer reads them: they are outputs of the model, which are usually to stay (ignored_layers); to score them "
                 "too, give channel_mrs the groups of find_channel_groups(..., outputs=True). "
@@ -101,7 +121,10 @@ class HippImportance(tp.importance.Importance):
             if layer in self._consumers and handler == tp.prune_linear_in_channels:
                 key, values = self._consumers[layer]
                 size = layer.in_features
-            elif layer in self._producers and handler in (*OUT_HANDLERS, tp.prune_batchnorm_out_channels):
+            elif layer in self._producers and handler in (
+                *OUT_HANDLERS,
+                tp.prune_batchnorm_out_channels,
+            ):
                 key, values = self._producers[layer]
                 size = output_channels(layer)
             else:
@@ -121,7 +144,11 @@ class HippImportance(tp.importance.Importance):
 
     def _resolve(self, model: nn.Module) -> None:
         self._consumers, self._producers = {}, {}
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, (*CHANNEL_LAYERS, nn.modules.batchnorm._BatchNorm))}
+        layers = {
+            n: m
+            for n, m in model.named_modules()
+            if isinstance(m, (*CHANNEL_LAYERS, nn.modules.batchnorm._BatchNorm))
+        }
         keys = [k for k in self.scores if k not in layers]
         towers: Any = tuple(dict.fromkeys(k.split(".")[0] for k in keys if GROUP_KEY.fullmatch(k)))
         groups = {g.name: g for g in find_groups(model, towers)} if towers else {}
@@ -135,7 +162,10 @@ class HippImportance(tp.importance.Importance):
                 _check_length(key, values, [output_channels(layers[key])], "output channels")
                 self._producers[layers[key]] = (key, values)
             else:
-                self._consumers[linear(model, groups[key].consumer)] = (key, _per_column(model, groups[key], values))
+                self._consumers[linear(model, groups[key].consumer)] = (
+                    key,
+                    _per_column(model, groups[key], values),
+                )
         self._resolved = model
 
 
@@ -165,17 +195,29 @@ class TorchPruningScorer(Scorer):
 
     @property
     def name(self) -> str:
-        return f"torch-pruning {getattr(self.importance, '__name__', type(self.importance).__name__)}"
+        return (
+            f"torch-pruning {getattr(self.importance, '__name__', type(self.importance).__name__)}"
+        )
 
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
-        with _gradients(model, groups, batches) if self.needs_calibration else contextlib.nullcontext():
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        with (
+            _gradients(model, groups, batches)
+            if self.needs_calibration
+            else contextlib.nullcontext()
+        ):
             return {g.name: per_unit(self._columns(model, g), g).mean(1) for g in groups}
 
     def _columns(self, model: nn.Module, group: Group) -> Tensor:
         values = self.importance(traceless_group(model, group))
         size = group.width * group.columns
         if not isinstance(values, Tensor) or values.shape != (size,):
-            got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+            got = (
+                f"a tensor of shape {tuple(values.shape)}"
+                if isinstance(values, Tensor)
+                else repr(values)
+            )
             raise UnsupportedModelError(
                 f"{self.name} gave {got} for {group.name}, which has {size} channels; one score each is needed."
             )
@@ -201,8 +243,13 @@ def channel_taylor(
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8.
     Differs from the paper: gates stand right after the layer, before a batch norm; squares are averaged over batches.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    gates = {n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype) for n, m in layers.items()}
+    layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    }
+    gates = {
+        n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype)
+        for n, m in layers.items()
+    }
     squares = {n: torch.zeros(len(gate), dtype=torch.float64) for n, gate in gates.items()}
     count = 0
     with contextlib.ExitStack() as stack, evaluating(model), torch.enable_grad():
@@ -213,7 +260,9 @@ def channel_taylor(
             stack.callback(layer.register_forward_hook(hook).remove)
         for batch in batches:
             count += 1
-            gradients = torch.autograd.grad(loss(model, batch), list(gates.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(
+                loss(model, batch), list(gates.values()), materialize_grads=True
+            )
             for square, gradient in zip(squares.values(), gradients, strict=True):
                 square += gradient.double().square().cpu()
     if not count:
@@ -221,7 +270,9 @@ def channel_taylor(
     return {n: (s / count).sqrt().float() for n, s in squares.items()}
 
 
-def traceless_group(model: nn.Module, group: Group, units: Sequence[int] | None = None, into: Any = None) -> Any:
+def traceless_group(
+    model: nn.Module, group: Group, units: Sequence[int] | None = None, into: Any = None
+) -> Any:
     """The torch-pruning group of `units` (None: all) of `group`, made without tracing; indices are those of the units.
 
     Its root are the input columns of the consumer, as in the stock pruner's attention groups.
@@ -233,7 +284,9 @@ def traceless_group(model: nn.Module, group: Group, units: Sequence[int] | None 
     result = tp.Group() if into is None else into
     columns = [u * group.columns + i for u in units for i in range(group.columns)]
     consumer = tp.Node(linear(model, group.consumer), grad_fn=None, name=group.consumer)  # type: ignore[arg-type]
-    members: list[tuple[Any, Any, list[int], list[int]]] = [(consumer, tp.prune_linear_in_channels, columns, list(columns))]
+    members: list[tuple[Any, Any, list[int], list[int]]] = [
+        (consumer, tp.prune_linear_in_channels, columns, list(columns))
+    ]
     for name, rows in zip(group.producers, group.rows, strict=True):
         node = tp.Node(linear(model, name), grad_fn=None, name=name)  # type: ignore[arg-type]
         channels = [u * rows + i for u in units for i in range(rows)]
@@ -241,14 +294,19 @@ def traceless_group(model: nn.Module, group: Group, units: Sequence[int] | None 
         roots = [u * group.columns + i for u in units for i in range(rows)]
         members.append((node, tp.prune_linear_out_channels, channels, roots))
     for node, handler, channels, roots in members:
-        result.add_dep(tp.Dependency(tp.prune_linear_in_channels, handler, source=consumer, target=node), channels)
+        result.add_dep(
+            tp.Dependency(tp.prune_linear_in_channels, handler, source=consumer, target=node),
+            channels,
+        )
         result[len(result) - 1].root_idxs = roots
     return result
 
 
 def _checked(key: str, values: Any) -> Tensor:
     if not isinstance(values, Tensor) or values.ndim != 1:
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        got = (
+            f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        )
         raise PlanError(f"The scores of {key} must be a 1-D tensor, got {got}.")
     values = values.detach().float().cpu()
     if not torch.isfinite(values).all():
@@ -258,7 +316,9 @@ def _checked(key: str, values: Any) -> Tensor:
 
 def _check_length(key: str, values: Tensor, allowed: Sequence[int], what: str) -> None:
     if len(values) not in allowed:
-        raise PlanError(f"{key} has {' or '.join(map(str, allowed))} {what}, and {len(values)} scores.")
+        raise PlanError(
+            f"{key} has {' or '.join(map(str, allowed))} {what}, and {len(values)} scores."
+        )
 
 
 def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
@@ -266,7 +326,9 @@ def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
         _check_length(group.name, values, [group.width], "units")
         return values
     heads = group.width * group.columns // block_of(model, group).head_dim
-    _check_length(group.name, values, list(dict.fromkeys([group.width, heads])), "KV groups or query heads")
+    _check_length(
+        group.name, values, list(dict.fromkeys([group.width, heads])), "KV groups or query heads"
+    )
     return values.repeat_interleave(group.width * group.columns // len(values))
 
 
@@ -278,10 +340,14 @@ def output_channels(layer: Any) -> int:
 
 
 @contextlib.contextmanager
-def _gradients(model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Iterator[None]:
+def _gradients(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+) -> Iterator[None]:
     """Inside the block the layers of `groups`, and no others, hold the loss's gradients, summed over `batches`."""
     require_labels(batches, "This importance needs gradients")
-    wanted = {p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()}
+    wanted = {
+        p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()
+    }
     before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _, _ in before:

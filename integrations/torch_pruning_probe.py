@@ -15,7 +15,9 @@ from hipp_ext.scorers.sensitivity import ChannelGroup
 PROBES = 6  # a channel that is read elsewhere goes unnoticed once in (4/3)^6, and channels hardly ever go astray alone
 
 
-def misrouted(model: nn.Module, forward: Callable[[], Any], groups: Sequence[ChannelGroup]) -> dict[str, UnsupportedModelError]:
+def misrouted(
+    model: nn.Module, forward: Callable[[], Any], groups: Sequence[ChannelGroup]
+) -> dict[str, UnsupportedModelError]:
     """Name of each group whose channels are read in another order than it says -> the error that says so.
 
     Channels on which NaN never arrives (something in between removes it) give no verdict, and neither does a model that does
@@ -69,7 +71,9 @@ def _probe(
         for reader in group.readers:
             readers.setdefault(reader.layer, []).append(place)
     for name, places in readers.items():
-        handles.append(model.get_submodule(name).register_forward_pre_hook(_look(name, places, here)))
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(_look(name, places, here))
+        )
     try:
         with torch.no_grad():
             forward()

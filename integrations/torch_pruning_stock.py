@@ -3,14 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hipp_ext.integrations.torch_pruning_importance import HippImportance
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.integrations.torch_pruning_importance import HippImportance
 from hipp_ext.masks import keep_masks
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import PLAN_ATTRIBUTE, match, plain_linear, shared_parameters, sync_sizes, write_per_layer_config
+from hipp_ext.surgery import (
+    PLAN_ATTRIBUTE,
+    match,
+    plain_linear,
+    shared_parameters,
+    sync_sizes,
+    write_per_layer_config,
+)
 
 
 def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
@@ -26,22 +33,36 @@ def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
         UnsupportedModelError: the stock pruner would hang, or leave the plan undone without saying so; the message says
             which group and why. PlanPruner carries the same plan out.
     """
-    pairs = [(g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]
+    pairs = [
+        (g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width
+    ]
     shared = shared_parameters(model)
     for group, _ in pairs:
         for name in (*group.producers, group.consumer):
             plain_linear(model, name, shared)
         if reason := _stock_fails(model, group):
-            raise UnsupportedModelError(f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use PlanPruner.")
+            raise UnsupportedModelError(
+                f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use PlanPruner."
+            )
     masks = keep_masks(plan)
     producers = {linear(model, n) for g, _ in pairs for n in g.producers}
-    heads = {linear(model, n): g.width for g, _ in pairs if g.kind == "attention" for n in g.producers}
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)]
+    heads = {
+        linear(model, n): g.width for g, _ in pairs if g.kind == "attention" for n in g.producers
+    }
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+    ]
     norms = [p for g, _ in pairs if g.kind == "attention" for p in _head_norms(model, g)]
     # Half a unit less than is to go: the stock pruner keeps int(C * (1 - ratio)), which a rounding error makes one less.
-    ratios = {linear(model, n): (e.width - e.keep - 0.5) / e.width for g, e in pairs for n in g.producers}
+    ratios = {
+        linear(model, n): (e.width - e.keep - 0.5) / e.width for g, e in pairs for n in g.producers
+    }
     return {
-        "importance": HippImportance({g.name: masks[g.name].float() for g, _ in pairs}, model=model),
+        "importance": HippImportance(
+            {g.name: masks[g.name].float() for g, _ in pairs}, model=model
+        ),
         "pruning_ratio": 0.0,
         # It looks at head ratios only where the width of a head is to shrink too, and then does not shrink it.
         "pruning_ratio_dict": {m: 0.5 if m in heads else ratio for m, ratio in ratios.items()},
@@ -75,7 +96,12 @@ def _stock_fails(model: nn.Module, group: Group) -> str | None:
 def _head_norms(model: nn.Module, group: Group) -> list[nn.Parameter]:
     """Parameters of an attention block that all heads share, such as the weights of q_norm: they block its group."""
     owned = {linear(model, n) for n in (*group.producers, group.consumer)}
-    return [p for m in block_of(model, group).modules() if m not in owned for p in m.parameters(recurse=False)]
+    return [
+        p
+        for m in block_of(model, group).modules()
+        if m not in owned
+        for p in m.parameters(recurse=False)
+    ]
 
 
 def _logits_without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -97,10 +123,13 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
         f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "
         f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} of {e.unit_parameters}"
         for e in plan.groups
-        if e.name not in groups or (groups[e.name].width, groups[e.name].unit_parameters) != (e.keep, e.unit_parameters)
+        if e.name not in groups
+        or (groups[e.name].width, groups[e.name].unit_parameters) != (e.keep, e.unit_parameters)
     ]
     if wrong or len(groups) != len(plan.groups):
-        raise PlanError(f"The model is not what the plan says: {'; '.join(wrong[:4]) or 'it has other groups'}.")
+        raise PlanError(
+            f"The model is not what the plan says: {'; '.join(wrong[:4]) or 'it has other groups'}."
+        )
     for group in groups.values():
         sync_sizes(model, group, group.width)
     write_per_layer_config(model)

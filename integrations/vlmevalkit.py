@@ -60,7 +60,10 @@ def prompt_interrupt() -> Iterator[None]:
     A KeyboardInterrupt would not do: torch and VLMEvalKit import their parts within `except:` clauses that swallow it, or make
     an ImportError of it. Nothing is lost, since nothing has begun.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is None
+    ):
         yield
         return
 

@@ -12,10 +12,9 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hipp_ext.errors import HippError, OutputBusyError
 from hipp_ext.integrations.vlmevalkit import INTERRUPTED, prompt_interrupt
 from hipp_ext.integrations.vlmevalkit_table import print_records
-
-from hipp_ext.errors import HippError, OutputBusyError
 
 if TYPE_CHECKING:
     from hipp_ext.integrations.vlmevalkit_run import Job
@@ -43,14 +42,42 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", nargs="+", action="extend", required=True, metavar="NAME",
-        help="POPE, ScienceQA_VAL, ScienceQA_TEST (short: ScienceQA), or NAME=PATH")  # fmt: skip
-    add("--model", nargs="+", action="extend", required=True, metavar="DIR", help="model folders, pruned or not")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME",
+        help="POPE, ScienceQA_VAL, ScienceQA_TEST (short: ScienceQA), or NAME=PATH",
+    )
+    add(
+        "--model",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="DIR",
+        help="model folders, pruned or not",
+    )
     add("--limit", type=_positive, metavar="N", help="only the first N questions of each data set")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="questions at a time (default: 8)")
-    add("--device", metavar="DEVICE", help="such as cuda:0 or cpu (default: the GPU if there is one)")
+    add(
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="questions at a time (default: 8)",
+    )
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="such as cuda:0 or cpu (default: the GPU if there is one)",
+    )
     add("--dtype", choices=_DTYPES, default="auto", help="default: auto, as stored")
-    add("--work-dir", default="outputs", metavar="DIR", help="for answers and results (default: outputs)")
+    add(
+        "--work-dir",
+        default="outputs",
+        metavar="DIR",
+        help="for answers and results (default: outputs)",
+    )
     add("--lmu-data", metavar="DIR", help="folder of the TSVs (default: $LMUData, else ~/LMUData)")
     add("--verbose", action="store_true", help="print every answer, and the full trace of an error")
     return parser
@@ -72,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args, shlex.join(["vlmeval", *(sys.argv[1:] if argv is None else argv)]))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The answers so far are kept under {args.work_dir}: the same command goes on from there.",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"\nInterrupted. The answers so far are kept under {args.work_dir}: the same command goes on from there.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 
@@ -90,10 +119,15 @@ def _run(args: argparse.Namespace, command: str) -> int:
         return 1
     for table in job.tables:
         if table.without_image:
-            print(f"{table.name}: {table.without_image} rows without a picture are left out", file=sys.stderr)
+            print(
+                f"{table.name}: {table.without_image} rows without a picture are left out",
+                file=sys.stderr,
+            )
         if table.official is False:
-            print(f"{table.name}: {table.path} is not the published file; do not compare with published numbers",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{table.name}: {table.path} is not the published file; do not compare with published numbers",
+                file=sys.stderr,
+            )
     records, failures = [], []
     from hipp_ext.integrations.vlmevalkit_run import evaluate_model
 
@@ -155,4 +189,6 @@ def _complain(error: Exception, verbose: bool) -> None:
     kind = "" if isinstance(error, HippError) else f"{type(error).__name__}: "
     print(f"error: {kind}{error}", file=sys.stderr)
     if type(error).__name__ == "OutOfMemoryError":
-        print("The answers so far are kept. Try again with a smaller --batch-size.", file=sys.stderr)
+        print(
+            "The answers so far are kept. Try again with a smaller --batch-size.", file=sys.stderr
+        )

@@ -20,10 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hipp_ext.errors import MissingExtraError
 from hipp_ext.evals.predictions import HippVLM, check_model_folder
 from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
-
-from hipp_ext.errors import MissingExtraError
 from hipp_ext.files import write_atomic
 
 
@@ -74,9 +73,13 @@ def _dataset_classes() -> dict[str, type]:
         DATASET_MD5: dict[str, str] = {}
         data: Any
 
-        def __init__(self, dataset: str = "POPE", skip_noimg: bool = True, table: Table | None = None):
+        def __init__(
+            self, dataset: str = "POPE", skip_noimg: bool = True, table: Table | None = None
+        ):
             self._table = table
-            with _environment({"LMUData": str(table.path.parent)} if table else {}):  # or it creates ~/LMUData
+            with _environment(
+                {"LMUData": str(table.path.parent)} if table else {}
+            ):  # or it creates ~/LMUData
                 super().__init__(dataset, skip_noimg)  # type: ignore[call-arg]  # the next class is VLMEvalKit's
 
         def load_data(self, dataset: str):
@@ -120,7 +123,9 @@ def register(models: Mapping[str, str | Path] | None = None) -> None:
     for name, cls in _dataset_classes().items():
         setattr(vlmeval.dataset, cls.__name__, cls)
         if cls not in vlmeval.dataset.DATASET_CLASSES:
-            vlmeval.dataset.DATASET_CLASSES.insert(0, cls)  # in front: the first class that knows a name gets it
+            vlmeval.dataset.DATASET_CLASSES.insert(
+                0, cls
+            )  # in front: the first class that knows a name gets it
         if name not in vlmeval.dataset.SUPPORTED_DATASETS:
             vlmeval.dataset.SUPPORTED_DATASETS.append(name)
 
@@ -156,13 +161,23 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
         result = dataset.evaluate(str(file), model="exact_matching", nproc=1)
         for kept in sorted(Path(folder).glob("*.[ct]sv")):
             data = kept.read_bytes()
-            write_atomic(keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data)
-    scale = 1 if dataset.TYPE == "Y/N" else 100  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
+            write_atomic(
+                keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data
+            )
+    scale = (
+        1 if dataset.TYPE == "Y/N" else 100
+    )  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
     table = {}
     for row in result.to_dict("records"):
-        numbers = {str(column): scale * float(value) for column, value in row.items() if column != "split"}
-        table[str(row["split"])] = {column: value for column, value in numbers.items() if not math.isnan(value)}
-    return dict(sorted(table.items()))  # VLMEvalKit's order is that of a set, another one in every process
+        numbers = {
+            str(column): scale * float(value) for column, value in row.items() if column != "split"
+        }
+        table[str(row["split"])] = {
+            column: value for column, value in numbers.items() if not math.isnan(value)
+        }
+    return dict(
+        sorted(table.items())
+    )  # VLMEvalKit's order is that of a set, another one in every process
 
 
 def _in_order(scores: str) -> str:

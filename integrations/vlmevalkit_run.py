@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name, write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
-from hipp_ext.integrations.vlmevalkit_host import first_rows, import_vlmeval, open_dataset, score
-
-from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.files import content_hash, write_atomic
+from hipp_ext.integrations.vlmevalkit_host import first_rows, import_vlmeval, open_dataset, score
 
 DTYPES = ("float32", "bfloat16", "float16")
 _KEY = 2  # counts changes of how questions are asked: answers kept from before are not those of now
@@ -103,8 +102,18 @@ def evaluate(
         OutputBusyError: another process is answering the same questions with the same model in this `work_dir`.
         WriteError: the disk is full, or `work_dir` cannot be written.
     """
-    job = prepare(model_dirs, data, lmu_data=lmu_data, work_dir=work_dir, limit=limit, batch_size=batch_size,
-                  device=device, dtype=dtype, progress=progress, verbose=verbose)  # fmt: skip
+    job = prepare(
+        model_dirs,
+        data,
+        lmu_data=lmu_data,
+        work_dir=work_dir,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        verbose=verbose,
+    )
     return [record for folder in job.folders for record in evaluate_model(job, folder)]
 
 
@@ -150,18 +159,33 @@ def prepare(
     work_dir = Path(work_dir).expanduser().resolve()
     given = [model_dirs] if isinstance(model_dirs, str | Path) else model_dirs
     folders = list(dict.fromkeys(check_model_folder(folder) for folder in given))
-    found = list(dict.fromkeys(locate(one, lmu_data) for one in ([data] if isinstance(data, str) else data)))
+    found = list(
+        dict.fromkeys(locate(one, lmu_data) for one in ([data] if isinstance(data, str) else data))
+    )
     if not folders or not found:
         raise DataError("nothing to evaluate: give at least one model folder and one data set")
     for folder in folders:
         if work_dir.is_relative_to(folder.resolve()):
-            raise DataError(f"the work folder {work_dir} lies in the model folder {folder}, and would change its hash")
+            raise DataError(
+                f"the work folder {work_dir} lies in the model folder {folder}, and would change its hash"
+            )
     if len({name for name, _ in found}) < len(found):
-        raise DataError(f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}")
+        raise DataError(
+            f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}"
+        )
     tables = [read_table(path, work_dir / "images", name=name) for name, path in found]
-    return Job(folders=folders, tables=tables, work_dir=work_dir, limit=limit, batch_size=batch_size,
-               device=resolve_device(device), dtype=dtype or "auto", progress=progress, verbose=verbose,
-               command=command)  # fmt: skip
+    return Job(
+        folders=folders,
+        tables=tables,
+        work_dir=work_dir,
+        limit=limit,
+        batch_size=batch_size,
+        device=resolve_device(device),
+        dtype=dtype or "auto",
+        progress=progress,
+        verbose=verbose,
+        command=command,
+    )
 
 
 def evaluate_model(job: Job, folder: Path) -> Iterator[EvalRecord]:
@@ -186,12 +210,20 @@ def evaluate_model(job: Job, folder: Path) -> Iterator[EvalRecord]:
         gc.collect()  # the next model needs the memory now
 
 
-def _evaluate_table(job: Job, folder: Path, model_hash: str, table: Table, vlm: Callable[[], HippVLM]) -> EvalRecord:
+def _evaluate_table(
+    job: Job, folder: Path, model_hash: str, table: Table, vlm: Callable[[], HippVLM]
+) -> EvalRecord:
     start = time.perf_counter()
     place = result_folder(job.work_dir, folder, model_hash) / table.name
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "decoding": "greedy", "dtype": job.dtype,
-                "device": job.device.partition(":")[0]}  # fmt: skip
-    key = hashlib.sha256(json.dumps([_KEY, model_hash, table.content_hash, settings]).encode()).hexdigest()[:16]
+    settings = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "decoding": "greedy",
+        "dtype": job.dtype,
+        "device": job.device.partition(":")[0],
+    }
+    key = hashlib.sha256(
+        json.dumps([_KEY, model_hash, table.content_hash, settings]).encode()
+    ).hexdigest()[:16]
     indices = [str(index) for index in table.frame["index"].tolist()]
     with open_log(place / f"run-{key}" / PREDICTIONS, indices) as log, writing(place):
         answers, metrics = _answered(job, folder, table, log, indices, vlm)
@@ -217,14 +249,27 @@ def _evaluate_table(job: Job, folder: Path, model_hash: str, table: Table, vlm: 
 
 
 def _answered(
-    job: Job, folder: Path, table: Table, log: PredictionLog, indices: Sequence[str], vlm: Callable[[], HippVLM]
+    job: Job,
+    folder: Path,
+    table: Table,
+    log: PredictionLog,
+    indices: Sequence[str],
+    vlm: Callable[[], HippVLM],
 ) -> tuple[list[str], dict[str, Any]]:
     """The answers to the wanted questions, and all metrics of them."""
     write_questions(table, log.path.parent)
     dataset = open_dataset(table, None)  # of all rows: the last batch is asked whole
     name = shown_name(folder)
     title = f"{name} on {table.name}" if job.progress else None
-    answer_rows(vlm, log, indices, dataset.build_prompt, batch_size=job.batch_size, progress=title, limit=job.limit)
+    answer_rows(
+        vlm,
+        log,
+        indices,
+        dataset.build_prompt,
+        batch_size=job.batch_size,
+        progress=title,
+        limit=job.limit,
+    )
     indices = indices[: job.limit]
     answers = [log.answers[index] for index in indices]
     if job.verbose:
@@ -238,8 +283,13 @@ def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
     """Our numbers for the answers to a table's first rows, as plain data that JSON can hold."""
     frame, n = table.frame.iloc[: len(answers)], len(answers)
     if table.kind == YES_NO:
-        rules = pope_scores(answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n])
-        return {rule: {split: _plain(scores) for split, scores in splits.items()} for rule, splits in rules.items()}
+        rules = pope_scores(
+            answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n]
+        )
+        return {
+            rule: {split: _plain(scores) for split, scores in splits.items()}
+            for rule, splits in rules.items()
+        }
     groups = {column: frame[column].tolist() for column in GROUP_COLUMNS if column in frame}
     scores = scienceqa_scores(answers, frame["answer"].tolist(), row_options(frame), groups)
     return {"accuracy": {group: _plain(own) for group, own in scores.items()}}
@@ -247,4 +297,7 @@ def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
 
 def _plain(scores: Any) -> dict[str, float | None]:
     """A dataclass as a dict, with None for NaN, which JSON does not have."""
-    return {name: None if math.isnan(value) else value for name, value in dataclasses.asdict(scores).items()}
+    return {
+        name: None if math.isnan(value) else value
+        for name, value in dataclasses.asdict(scores).items()
+    }

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hipp_ext.integrations.vlmevalkit_run import EvalRecord
     from rich.console import Console, RenderableType
+
+    from hipp_ext.integrations.vlmevalkit_run import EvalRecord
 
 _TITLE = "all numbers in percent, ± standard error"
 _NUMBERS = ("n", "metric", "VLMEvalKit's rule", "authors' rule", "yes", "unknown")
@@ -32,7 +33,9 @@ def print_records(records: Sequence["EvalRecord"], console: "Console | None" = N
     for line in _counts(records):
         console.print(_text(line))
     for record, name in zip(records, names, strict=True):
-        console.print(_text(f"{name} on {record.data}: answers in {record.predictions}"), soft_wrap=True)
+        console.print(
+            _text(f"{name} on {record.data}: answers in {record.predictions}"), soft_wrap=True
+        )
 
 
 def _text(text: str) -> Any:
@@ -47,7 +50,9 @@ def _names(records: Sequence["EvalRecord"]) -> list[str]:
     hashes: dict[str, set[str]] = {}
     for record in records:
         hashes.setdefault(record.model, set()).add(record.model_hash)
-    return [r.model if len(hashes[r.model]) == 1 else f"{r.model}-{r.model_hash[:8]}" for r in records]
+    return [
+        r.model if len(hashes[r.model]) == 1 else f"{r.model}-{r.model_hash[:8]}" for r in records
+    ]
 
 
 def _wide(records: Sequence["EvalRecord"], names: Sequence[str]) -> "RenderableType":
@@ -55,7 +60,11 @@ def _wide(records: Sequence["EvalRecord"], names: Sequence[str]) -> "RenderableT
 
     table = Table(title=_TITLE)
     for heading in ("model", "data", *_NUMBERS):
-        table.add_column(heading, justify="left" if heading in ("model", "data", "metric") else "right", no_wrap=True)
+        table.add_column(
+            heading,
+            justify="left" if heading in ("model", "data", "metric") else "right",
+            no_wrap=True,
+        )
     for record, name in zip(records, names, strict=True):
         for row in _rows(record):
             table.add_row(*map(_text, (name, record.data, *row)))
@@ -71,9 +80,13 @@ def _block(record: "EvalRecord", name: str) -> tuple["RenderableType", ...]:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for place, heading in enumerate(_NUMBERS):
         if any(row[place] for row in rows):
-            table.add_column(heading, justify="left" if heading == "metric" else "right", overflow="fold")
+            table.add_column(
+                heading, justify="left" if heading == "metric" else "right", overflow="fold"
+            )
     for row in rows:
-        table.add_row(*(_text(cell) for place, cell in enumerate(row) if any(other[place] for other in rows)))
+        table.add_row(
+            *(_text(cell) for place, cell in enumerate(row) if any(other[place] for other in rows))
+        )
     return _text(f"{name} on {record.data} ({_TITLE})"), table, ""
 
 
@@ -81,7 +94,9 @@ def _counts(records: Sequence["EvalRecord"]) -> list[str]:
     """Why POPE's n is larger than the number of questions that were asked, once for each data set."""
     lines = {}
     for record in records:
-        counted = record.metrics["official"]["overall"]["n"] if "official" in record.metrics else record.n
+        counted = (
+            record.metrics["official"]["overall"]["n"] if "official" in record.metrics else record.n
+        )
         if counted != record.n:
             lines[record.data, record.n] = (
                 f"{record.data}: {record.n} questions were asked; n is {counted} because, as in VLMEvalKit, a question counts "
@@ -99,14 +114,29 @@ def _pope_rows(record: "EvalRecord") -> list[list[str]]:
     for split, ours in record.metrics["vlmeval"].items():
         official = record.metrics["official"][split]
         for metric, label in (("f1", "F1"), ("accuracy", "accuracy")):
-            rows.append([str(ours["n"]), f"{label} {split}", _number(ours, metric), _number(official, metric),
-                         f"{official['yes_rate']:.1f}", f"{ours['unknown_rate']:.1f}"])  # fmt: skip
+            rows.append(
+                [
+                    str(ours["n"]),
+                    f"{label} {split}",
+                    _number(ours, metric),
+                    _number(official, metric),
+                    f"{official['yes_rate']:.1f}",
+                    f"{ours['unknown_rate']:.1f}",
+                ]
+            )
     return rows
 
 
 def _choice_rows(record: "EvalRecord") -> list[list[str]]:
     return [
-        [str(own["n"]), f"accuracy {group}", _number(own, "accuracy"), "", "", f"{own['unknown_rate']:.1f}"]
+        [
+            str(own["n"]),
+            f"accuracy {group}",
+            _number(own, "accuracy"),
+            "",
+            "",
+            f"{own['unknown_rate']:.1f}",
+        ]
         for group, own in record.metrics["accuracy"].items()
     ]
 

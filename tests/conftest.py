@@ -22,7 +22,10 @@ def _own_cache(tmp_path_factory):
     """Signals that commands keep do not come from, or go to, the user's home; all processes of one run share them."""
     place = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "cache"))
+        patch.setenv(
+            "XDG_CACHE_HOME",
+            str((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "cache"),
+        )
         yield
 
 

@@ -17,10 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hipp_ext.groups import tower_layers
 
-FIRST, SECOND = "xla:0", "xla:1"  # a kind of device that torch knows by name and does not try to start
+FIRST, SECOND = (
+    "xla:0",
+    "xla:1",
+)  # a kind of device that torch knows by name and does not try to start
 CPU = torch.device("cpu")
 ANYWHERE = torch.device("meta")  # made within an operation of torch, next to what it works on
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+INDEXING = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
 
 
 @contextlib.contextmanager
@@ -51,7 +60,9 @@ def spread(model: nn.Module, late: set[nn.Module]) -> nn.Module:
 
     place("", model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of single parameters, which from_pretrained has placed by then
+        warnings.simplefilter(
+            "ignore"
+        )  # of single parameters, which from_pretrained has placed by then
         return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
 
 
@@ -112,9 +123,14 @@ class _Memory:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._stand_ins:
             stand_in = torch.UntypedStorage(storage.nbytes(), device="meta")
-            self._stand_ins[storage._cdata], self._behind[stand_in._cdata] = stand_in, (storage, device)
+            self._stand_ins[storage._cdata], self._behind[stand_in._cdata] = (
+                stand_in,
+                (storage, device),
+            )
         empty = torch.empty(0, dtype=tensor.dtype, device="meta")
-        return empty.set_(self._stand_ins[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
+        return empty.set_(
+            self._stand_ins[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
 
 
 class _Operations(TorchDispatchMode):
@@ -141,8 +157,14 @@ class _Operations(TorchDispatchMode):
             return places[0]
         if name in INDEXING:
             indices = len(_tensors(args[1]))
-            tensors = [tensors[0], *(t for t in tensors[1:] if self.memory.where(t) != CPU), *tensors[1 + indices :]]
-        meeting = {self.memory.where(t) for t in tensors if self.memory.where(t) != CPU or t.dim()} - {ANYWHERE}
+            tensors = [
+                tensors[0],
+                *(t for t in tensors[1:] if self.memory.where(t) != CPU),
+                *tensors[1 + indices :],
+            ]
+        meeting = {
+            self.memory.where(t) for t in tensors if self.memory.where(t) != CPU or t.dim()
+        } - {ANYWHERE}
         # Backward, a copy between devices is undone by autograd itself, which here takes all of them for one.
         if len(meeting) > 1 and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(f"{name} of tensors on {[str(p) for p in places]}")

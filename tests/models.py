@@ -10,10 +10,19 @@ VOCAB, IMAGE_TOKEN = 97, 5
 
 def _text(cls, layers=3, heads=4, kv_heads=4, hidden=40, ffn=44, head_dim=10, **extra):
     return cls(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, **extra,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
 
 
 def llama() -> nn.Module:
@@ -25,7 +34,9 @@ def llama() -> nn.Module:
 def mistral() -> nn.Module:
     from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM(_text(MistralConfig, heads=6, kv_heads=2, hidden=48, head_dim=8, sliding_window=None))
+    return MistralForCausalLM(
+        _text(MistralConfig, heads=6, kv_heads=2, hidden=48, head_dim=8, sliding_window=None)
+    )
 
 
 def qwen2() -> nn.Module:
@@ -43,8 +54,14 @@ def qwen3() -> nn.Module:
 def _clip():
     from transformers import CLIPVisionConfig
 
-    return CLIPVisionConfig(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3,
-                            image_size=32, patch_size=8)  # fmt: skip
+    return CLIPVisionConfig(
+        hidden_size=36,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=8,
+    )
 
 
 def llava(heads: int = 4, kv_heads: int = 4, head_dim: int = 10, layers: int = 3) -> nn.Module:
@@ -52,7 +69,9 @@ def llava(heads: int = 4, kv_heads: int = 4, head_dim: int = 10, layers: int = 3
 
     text = _text(LlamaConfig, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=16)
+        LlavaConfig(
+            vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=16
+        )
     )
 
 
@@ -67,8 +86,12 @@ def llava_mqa() -> nn.Module:
 def llava_next() -> nn.Module:
     from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    config = LlavaNextConfig(vision_config=_clip(), text_config=_text(LlamaConfig), image_token_id=IMAGE_TOKEN,
-                             image_grid_pinpoints=[[32, 32]])  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=_text(LlamaConfig),
+        image_token_id=IMAGE_TOKEN,
+        image_grid_pinpoints=[[32, 32]],
+    )
     return LlavaNextForConditionalGeneration(config)
 
 
@@ -77,14 +100,39 @@ def qwen2_5_vl() -> nn.Module:
 
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=VOCAB, hidden_size=40, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]},
+            vocab_size=VOCAB,
+            hidden_size=40,
+            intermediate_size=44,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 2, 2],
+            },
         ),
-        vision_config=dict(depth=2, hidden_size=36, intermediate_size=52, num_heads=3, patch_size=4, spatial_merge_size=2,
-                           temporal_patch_size=2, out_hidden_size=40, window_size=16, fullatt_block_indexes=[1]),
-        image_token_id=IMAGE_TOKEN, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
-    )  # fmt: skip
+        vision_config=dict(
+            depth=2,
+            hidden_size=36,
+            intermediate_size=52,
+            num_heads=3,
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=40,
+            window_size=16,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -92,15 +140,31 @@ def smolvlm() -> nn.Module:
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
     config = Idefics3Config(
-        text_config=_text(LlamaConfig, kv_heads=2).to_dict(), image_token_id=IMAGE_TOKEN, scale_factor=2, pad_token_id=0,
-        vision_config=dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32,
-                           patch_size=8),
-    )  # fmt: skip
+        text_config=_text(LlamaConfig, kv_heads=2).to_dict(),
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config=dict(
+            hidden_size=36,
+            intermediate_size=52,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=32,
+            patch_size=8,
+        ),
+    )
     return Idefics3ForConditionalGeneration(config)
 
 
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8)  # fmt: skip
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 
 
 def granite_llava() -> nn.Module:
@@ -108,15 +172,21 @@ def granite_llava() -> nn.Module:
     from transformers import GraniteConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = GraniteConfig(**SIZES, residual_multiplier=0.3)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=_clip(), text_config=text, image_token_id=IMAGE_TOKEN)
+    )
 
 
 def gemma3() -> nn.Module:
     """Blocks whose output is normed before it is added, and norms that keep their gain less one."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    config = Gemma3Config(text_config=SIZES | {"sliding_window": 64}, vision_config=_clip().to_dict(),
-                          image_token_id=IMAGE_TOKEN, mm_tokens_per_image=16)  # fmt: skip
+    config = Gemma3Config(
+        text_config=SIZES | {"sliding_window": 64},
+        vision_config=_clip().to_dict(),
+        image_token_id=IMAGE_TOKEN,
+        mm_tokens_per_image=16,
+    )
     return Gemma3ForConditionalGeneration(config)
 
 
@@ -125,19 +195,41 @@ def mllama() -> nn.Module:
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    text = SIZES | {"num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0, "rope_parameters": rope}
-    vision = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_global_layers=1, attention_heads=3,
-                  image_size=16, patch_size=8, vision_output_dim=72, intermediate_layers_indices=[0], max_num_tiles=1,
-                  supported_aspect_ratios=[[1, 1]])  # fmt: skip
+    text = SIZES | {
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+        "rope_parameters": rope,
+    }
+    vision = dict(
+        hidden_size=36,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=3,
+        image_size=16,
+        patch_size=8,
+        vision_output_dim=72,
+        intermediate_layers_indices=[0],
+        max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+    )
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
     return MllamaForConditionalGeneration(config)
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "llava": llava, "llava_gqa": llava_gqa, "llava_mqa": llava_mqa, "llava_next": llava_next, "qwen2_5_vl": qwen2_5_vl,
+    "llava": llava,
+    "llava_gqa": llava_gqa,
+    "llava_mqa": llava_mqa,
+    "llava_next": llava_next,
+    "qwen2_5_vl": qwen2_5_vl,
     "smolvlm": smolvlm,
-    "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3,
-}  # fmt: skip
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 PECULIAR = {
     "granite_llava": granite_llava,
     "gemma3": gemma3,
@@ -165,30 +257,47 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def batch(name: str, size: int = 2, length: int = 7, seed: int = 0, labels: bool = False) -> dict[str, torch.Tensor]:
+def batch(
+    name: str, size: int = 2, length: int = 7, seed: int = 0, labels: bool = False
+) -> dict[str, torch.Tensor]:
     """A batch for the model `name`: image tokens first where it has any, then `length` text tokens, unpadded."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(10, VOCAB, (size, length), generator=generator)
     image = torch.full((size, IMAGE_TOKENS.get(name, 0)), IMAGE_TOKEN)
-    first = torch.full((size, 1), 7 if name == "qwen2_5_vl" else 1)  # Qwen counts images by their start token
+    first = torch.full(
+        (size, 1), 7 if name == "qwen2_5_vl" else 1
+    )  # Qwen counts images by their start token
     input_ids = torch.cat([first, image, text], 1)
-    result = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | _pixels(name, size, generator)
-    return result | {"labels": torch.where(input_ids == IMAGE_TOKEN, -100, input_ids)} if labels else result
+    result = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)} | _pixels(
+        name, size, generator
+    )
+    return (
+        result | {"labels": torch.where(input_ids == IMAGE_TOKEN, -100, input_ids)}
+        if labels
+        else result
+    )
 
 
 def _pixels(name: str, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     if name in ("llava", "llava_gqa", "llava_mqa"):
         return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
     if name == "llava_next":
-        return {"pixel_values": torch.randn(size, 2, 3, 32, 32, generator=generator),
-                "image_sizes": torch.tensor([[32, 32]] * size)}  # fmt: skip
+        return {
+            "pixel_values": torch.randn(size, 2, 3, 32, 32, generator=generator),
+            "image_sizes": torch.tensor([[32, 32]] * size),
+        }
     if name == "qwen2_5_vl":
-        return {"pixel_values": torch.randn(size * 64, 3 * 2 * 4 * 4, generator=generator),
-                "image_grid_thw": torch.tensor([[1, 8, 8]] * size)}  # fmt: skip
+        return {
+            "pixel_values": torch.randn(size * 64, 3 * 2 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 8, 8]] * size),
+        }
     if name == "mllama":
         ones = torch.ones(size, 1, 1, dtype=torch.long)
-        return {"pixel_values": torch.randn(size, 1, 1, 3, 16, 16, generator=generator), "aspect_ratio_ids": ones[:, 0],
-                "aspect_ratio_mask": ones}  # fmt: skip
+        return {
+            "pixel_values": torch.randn(size, 1, 1, 3, 16, 16, generator=generator),
+            "aspect_ratio_ids": ones[:, 0],
+            "aspect_ratio_mask": ones,
+        }
     if name == "smolvlm":
         return {"pixel_values": torch.randn(size, 1, 3, 32, 32, generator=generator)}
     return {}

@@ -14,7 +14,14 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.slices import sliced
 
-CLIP = dict(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
+CLIP = dict(
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    image_size=32,
+    patch_size=8,
+)
 
 
 def together(first, second):
@@ -50,7 +57,9 @@ def test_one_beginning_for_all_questions_about_a_picture():
     assert sum(len(chunk.begin) for chunk in answers._chunks) == pictures < 6
     run = []
     tower = model.model.language_model
-    handle = tower.register_forward_pre_hook(lambda _, __, kwargs: run.append(kwargs["inputs_embeds"].shape), with_kwargs=True)
+    handle = tower.register_forward_pre_hook(
+        lambda _, __, kwargs: run.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+    )
     got = answers(model)
     handle.remove()
     tokens = sum(rows * length for rows, length, _ in run)
@@ -66,7 +75,9 @@ def test_rows_with_labels_stop_where_the_answer_starts():
     for label, last in zip(rows["labels"], first.tolist(), strict=True):
         label[: last + 1] = -100
     with torch.no_grad():
-        expected = model(**{k: v for k, v in rows.items() if k != "labels"}).logits[torch.arange(3), first]
+        expected = model(**{k: v for k, v in rows.items() if k != "labels"}).logits[
+            torch.arange(3), first
+        ]
     assert torch.allclose(AnswerLogits(model, [rows])(model), expected, atol=1e-5)
 
 
@@ -99,16 +110,25 @@ def test_memory_stays_within_one_extra_copy_of_what_is_kept():
     model, processor = testbed.load()
     batches = pope_batches(processor, 192)
     with torch.no_grad(), LiveBytes() as once:
-        model.get_image_features(pixel_values=batches[0]["pixel_values"])  # what a batch needs before the language tower
+        model.get_image_features(
+            pixel_values=batches[0]["pixel_values"]
+        )  # what a batch needs before the language tower
     with LiveBytes() as making:
         answers = AnswerLogits(model, batches)
     assert making.peak < 2 * making.now + once.peak
-    rows = sum(int(b["attention_mask"].sum()) for b in batches) * model.get_input_embeddings().weight[0].nbytes
-    assert making.now < 0.5 * rows, "some ten questions about a picture, and its embeddings are kept for each"
+    rows = (
+        sum(int(b["attention_mask"].sum()) for b in batches)
+        * model.get_input_embeddings().weight[0].nbytes
+    )
+    assert making.now < 0.5 * rows, (
+        "some ten questions about a picture, and its embeddings are kept for each"
+    )
     with LiveBytes() as calling:
         answers(model)
     layers = len(model.model.language_model.layers)
-    per_row = max(2 * layers * chunk.begin[0].nbytes * len(chunk.owner) for chunk in answers._chunks)
+    per_row = max(
+        2 * layers * chunk.begin[0].nbytes * len(chunk.owner) for chunk in answers._chunks
+    )
     assert calling.peak < per_row, "keys and values of all layers were held once per row"
     assert calling.now < 0.1 * calling.peak
 
@@ -117,14 +137,18 @@ def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
     model, processor = testbed.load()
     batches = pope_batches(processor, 48, rows=48)
     picture = max(len(c.begin[0]) for c in AnswerLogits(model, batches)._chunks)
-    per_token = 2 * 4 * model.config.text_config.hidden_size * len(model.model.language_model.layers)
+    per_token = (
+        2 * 4 * model.config.text_config.hidden_size * len(model.model.language_model.layers)
+    )
     peaks, answers = [], []
     for pictures in (0.5, 1, 3, 1000):
         asked = AnswerLogits(model, batches, memory_limit=int(pictures * picture * per_token))
         beginnings = [len(chunk.begin) for chunk in asked._chunks]
         there = len({q.picture for q in testbed.questions("POPE", "search", 48)})
         assert max(beginnings) == min(max(1, int(pictures)), there)
-        assert sum(beginnings) == there, "a picture that several questions share was computed more than once"
+        assert sum(beginnings) == there, (
+            "a picture that several questions share was computed more than once"
+        )
         with LiveBytes() as live:
             answers.append(asked(model))
         peaks.append(live.peak)
@@ -139,21 +163,40 @@ def scaled_model(name, extra):
 
 def wrapped_model(name, **extra):
     """A wrapper with a head of its own around a text model that scales or caps its logits."""
-    vision = {**CLIP, "model_type": "siglip_vision_model" if name in ("AyaVision", "PaliGemma") else "clip_vision_model"}
-    config = getattr(transformers, f"{name}Config")(text_config=SIZES | extra, vision_config=vision, image_token_id=IMAGE_TOKEN)
+    vision = {
+        **CLIP,
+        "model_type": "siglip_vision_model"
+        if name in ("AyaVision", "PaliGemma")
+        else "clip_vision_model",
+    }
+    config = getattr(transformers, f"{name}Config")(
+        text_config=SIZES | extra, vision_config=vision, image_token_id=IMAGE_TOKEN
+    )
     return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
 
 
-MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
 HEADS = {
     "Cohere": lambda: scaled_model("Cohere", {"logit_scale": 0.2}),
     "Granite": lambda: scaled_model("Granite", {"logits_scaling": 4.0}),
-    "HyperCLOVA X": lambda: scaled_model("HyperCLOVAX", {"logits_scaling": 4.0}),  # the same word, and it multiplies
+    "HyperCLOVA X": lambda: scaled_model(
+        "HyperCLOVAX", {"logits_scaling": 4.0}
+    ),  # the same word, and it multiplies
     "Gemma 2": lambda: scaled_model("Gemma2", {"final_logit_softcapping": 0.5}),
     "Falcon-H1": lambda: scaled_model("FalconH1", {"lm_head_multiplier": 0.25} | MAMBA),
-    "LLaVA-NeXT of Granite": lambda: wrapped_model("LlavaNext", model_type="granite", logits_scaling=8.0),
+    "LLaVA-NeXT of Granite": lambda: wrapped_model(
+        "LlavaNext", model_type="granite", logits_scaling=8.0
+    ),
     "Aya Vision": lambda: wrapped_model("AyaVision", model_type="cohere2", logit_scale=0.0625),
-    "PaliGemma 2": lambda: wrapped_model("PaliGemma", model_type="gemma2", final_logit_softcapping=0.5),
+    "PaliGemma 2": lambda: wrapped_model(
+        "PaliGemma", model_type="gemma2", final_logit_softcapping=0.5
+    ),
 }
 
 
@@ -166,7 +209,9 @@ def test_logits_are_the_models_whatever_it_does_after_the_head(name, dtype):
     with torch.no_grad():
         expected = model(**rows).logits[:, -1].float()
     precision = 1e-5 if dtype == torch.float32 else 0.05
-    assert torch.allclose(AnswerLogits(model, [rows])(model), expected, atol=precision * float(expected.abs().max()))
+    assert torch.allclose(
+        AnswerLogits(model, [rows])(model), expected, atol=precision * float(expected.abs().max())
+    )
 
 
 def test_logits_that_no_known_head_gives_are_refused():
@@ -203,4 +248,6 @@ def test_a_mask_for_each_kind_of_layer_is_replayed():
     model, rows = build("gemma3"), batch("llava")
     rows["token_type_ids"] = (rows["input_ids"] == IMAGE_TOKEN).long()
     with torch.no_grad():
-        assert torch.allclose(AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5)
+        assert torch.allclose(
+            AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5
+        )

@@ -15,13 +15,23 @@ from hipp_ext.groups import Group, total_parameters
 
 def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int = 1) -> Group:
     return Group(
-        tower="language", layer=layer, kind=kind, width=width, producers=(), rows=(), consumer="", columns=columns,
-        unit_parameters=unit_parameters, unit_flops=2 * unit_parameters,
-    )  # fmt: skip
+        tower="language",
+        layer=layer,
+        kind=kind,
+        width=width,
+        producers=(),
+        rows=(),
+        consumer="",
+        columns=columns,
+        unit_parameters=unit_parameters,
+        unit_flops=2 * unit_parameters,
+    )
 
 
 groups_strategy = st.lists(
-    st.tuples(st.integers(1, 211), st.integers(1, 4099), st.sampled_from([1, 3, 8, 64])), min_size=1, max_size=12
+    st.tuples(st.integers(1, 211), st.integers(1, 4099), st.sampled_from([1, 3, 8, 64])),
+    min_size=1,
+    max_size=12,
 ).map(lambda rows: tuple(group(i, "ffn", w, c, col) for i, (w, c, col) in enumerate(rows)))
 
 
@@ -29,7 +39,10 @@ groups_strategy = st.lists(
 @given(groups_strategy, st.data())
 def test_the_budget_is_met_to_one_step(groups, data):
     logits = data.draw(st.lists(st.floats(-9, 9), min_size=len(groups), max_size=len(groups)))
-    bounds = Bounds(round_to=data.draw(st.sampled_from([1, 2, 16, 64])), min_keep=data.draw(st.sampled_from([0.0, 0.1, 0.5])))
+    bounds = Bounds(
+        round_to=data.draw(st.sampled_from([1, 2, 16, 64])),
+        min_keep=data.draw(st.sampled_from([0.0, 0.1, 0.5])),
+    )
     ratio = data.draw(st.floats(0, 1)) * max_ratio(groups, bounds) * 0.999999
     counts = keep_counts(groups, logits, ratio, bounds)
     kept = sum(k * g.unit_parameters for k, g in zip(counts, groups, strict=True))
@@ -87,7 +100,10 @@ def test_a_ratio_outside_the_range_is_refused(ratio):
 
 def test_an_unreachable_ratio_names_the_bounds_and_what_can_be_reached():
     groups = (group(0, "ffn", 100, 1), group(1, "ffn", 100, 1))
-    with pytest.raises(BudgetError, match=r"0\.8 cannot be met with min_keep 0\.5 and round_to 64: at most 0\.3600 can go"):
+    with pytest.raises(
+        BudgetError,
+        match=r"0\.8 cannot be met with min_keep 0\.5 and round_to 64: at most 0\.3600 can go",
+    ):
         keep_counts(groups, [0, 0], 0.8, Bounds(min_keep=0.5, round_to=64))
 
 
@@ -100,20 +116,35 @@ def test_an_allocation_that_does_not_fit_is_refused(logits):
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"round_to": 0}, "round_to=0"), ({"round_to": True}, "round_to=True"), ({"round_to": "8"}, "round_to='8'"),
-        ({"round_to": 2.5}, r"round_to=2\.5"), ({"round_to": 10**30}, "round_to=1000"), ({"min_keep": 1.5}, "min_keep=1.5"),
-        ({"min_keep": "all"}, "min_keep='all'"), ({"min_keep": True}, "min_keep=True"),
+        ({"round_to": 0}, "round_to=0"),
+        ({"round_to": True}, "round_to=True"),
+        ({"round_to": "8"}, "round_to='8'"),
+        ({"round_to": 2.5}, r"round_to=2\.5"),
+        ({"round_to": 10**30}, "round_to=1000"),
+        ({"min_keep": 1.5}, "min_keep=1.5"),
+        ({"min_keep": "all"}, "min_keep='all'"),
+        ({"min_keep": True}, "min_keep=True"),
         ({"min_keep": {"language.0.ffn": "1"}}, "min_keep='1'"),
     ],
-)  # fmt: skip
+)
 def test_bounds_are_checked(bounds, message):
     with pytest.raises(BudgetError, match=message):
         Bounds(**bounds)
 
 
 def test_numbers_of_other_types_are_taken_for_what_they_are():
-    same = Bounds(round_to=np.int64(8), min_keep=np.float32(0.5)), Bounds(round_to=8.0, min_keep=Fraction(1, 2))
-    assert same[0] == same[1] == Bounds(round_to=8, min_keep=0.5) and type(same[0].round_to) is type(same[1].round_to) is int
+    same = (
+        Bounds(round_to=np.int64(8), min_keep=np.float32(0.5)),
+        Bounds(round_to=8.0, min_keep=Fraction(1, 2)),
+    )
+    assert (
+        same[0] == same[1] == Bounds(round_to=8, min_keep=0.5)
+        and type(same[0].round_to) is type(same[1].round_to) is int
+    )
     groups = (group(0, "ffn", 100, 1),)
-    assert keep_counts(groups, None, np.float32(0.25)) == keep_counts(groups, None, Fraction(1, 4)) == (75,)
+    assert (
+        keep_counts(groups, None, np.float32(0.25))
+        == keep_counts(groups, None, Fraction(1, 4))
+        == (75,)
+    )
     assert keep_counts(groups, None, np.int64(0)) == (100,)

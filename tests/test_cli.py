@@ -28,7 +28,9 @@ ROWS = ("--calibration-rows", "8")  # little, so that signals do not take long
 
 def hipp(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"COLUMNS": "160", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*HIPP, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*HIPP, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +39,57 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
-    done = hipp("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", *ROWS, cwd=folder)
+    done = hipp(
+        "fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", *ROWS, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
-    assert "12 plans evaluated" in done.stdout and len(HiPPPlanner.load(folder / "planner").archive) == 12
-    wish = ("-u", "1", "--pruning-ratio", "0.3", *ROWS)  # what is not named counts nothing, as in `hipp front`
+    assert (
+        "12 plans evaluated" in done.stdout
+        and len(HiPPPlanner.load(folder / "planner").archive) == 12
+    )
+    wish = (
+        "-u",
+        "1",
+        "--pruning-ratio",
+        "0.3",
+        *ROWS,
+    )  # what is not named counts nothing, as in `hipp front`
     done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
-    assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0) and "extrapolated" not in done.stdout
+    assert (
+        PruningPlan.load(folder / "plan.json").preference == (1, 0, 0)
+        and "extrapolated" not in done.stdout
+    )
     monkeypatch.chdir(folder)  # the rest in this process, which has imported everything
     beyond = ("-u", "1", "--pruning-ratio", "0.7", *ROWS)
-    assert "extrapolated" in in_process("plan", "testbed", "--planner", "planner", *beyond, "-o", "beyond.json")
-    in_process("plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json")
+    assert "extrapolated" in in_process(
+        "plan", "testbed", "--planner", "planner", *beyond, "-o", "beyond.json"
+    )
+    in_process(
+        "plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json"
+    )
     archived = PruningPlan.load(folder / "archived.json")
-    evaluated = {tuple(g.keep for g in f.plan.groups) for f in HiPPPlanner.load(folder / "planner").front()}
-    assert tuple(g.keep for g in archived.groups) in evaluated and archived.pruning_ratio >= 0.3 - 1e-6
+    evaluated = {
+        tuple(g.keep for g in f.plan.groups) for f in HiPPPlanner.load(folder / "planner").front()
+    }
+    assert (
+        tuple(g.keep for g in archived.groups) in evaluated and archived.pruning_ratio >= 0.3 - 1e-6
+    )
     done = hipp("prune", "testbed", "plan.json", "-o", "small", cwd=folder)
     assert done.returncode == 0, done.stderr
     small = load_pruned(folder / "small")
-    assert small.hipp_plan == PruningPlan.load(folder / "plan.json") and (folder / "small/tokenizer.json").exists()
+    assert (
+        small.hipp_plan == PruningPlan.load(folder / "plan.json")
+        and (folder / "small/tokenizer.json").exists()
+    )
     in_process("prune", "testbed", "plan.json", "-o", "fixed", "--compensate", "--device", "cpu")
     fixed = load_pruned(folder / "fixed")
-    changed = {k.split(".")[-2] for k, v in fixed.state_dict().items() if not torch.equal(v, small.state_dict()[k])}
+    changed = {
+        k.split(".")[-2]
+        for k, v in fixed.state_dict().items()
+        if not torch.equal(v, small.state_dict()[k])
+    }
     assert fixed.hipp_plan == small.hipp_plan and changed == {"o_proj", "down_proj"}
 
 
@@ -71,15 +102,26 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         (("plan", "testbed", "--archived", "-o", "x.json"), "There is no evaluated plan"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
-        (("recover", "testbed", "-o", "y", "--optimizer", "sgd"), "optimizer='sgd', one of muon, adamw"),
-        (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops, latency is needed"),
-        (("fit", "testbed", "-o", "y", "--scalarisation", "best"), "one of linear, tchebycheff is needed"),
+        (
+            ("recover", "testbed", "-o", "y", "--optimizer", "sgd"),
+            "optimizer='sgd', one of muon, adamw",
+        ),
+        (
+            ("fit", "testbed", "-o", "y", "--cost", "nonsense"),
+            "one of parameters, flops, latency is needed",
+        ),
+        (
+            ("fit", "testbed", "-o", "y", "--scalarisation", "best"),
+            "one of linear, tchebycheff is needed",
+        ),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
         (("fit", "testbed", "-o", ".", "--overwrite"), ". is the working directory"),
         (("fit", "testbed", "-o", "..", "--overwrite"), ".. is the working directory, or holds it"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, capfd, arguments, message):
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    tmp_path, monkeypatch, capfd, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hipp", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -91,12 +133,18 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, capf
 
 def test_bad_input_of_a_process_of_its_own(tmp_path):
     done = hipp("plan", "testbed", "--pruning-ratio", "0.95", "-o", "x.json", cwd=tmp_path)
-    assert done.returncode == 2 and "cannot be met" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "cannot be met" in done.stderr and "Traceback" not in done.stderr
+    )
     assert len(done.stderr.strip().split("\n")) == 1
 
 
 def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hipp", "prune", "testbed", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["hipp", "prune", "testbed", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")],
+    )
     random_plan(load_pruned(WEIGHTS)).save(tmp_path / "plan.json")
     capsys.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,8 +165,14 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(28, "No space left on device", "/data/x"), "hipp: No space left on device: /data/x"),
-        (SafetensorError("Error while serializing: I/O error: ... (os error 122)"), "hipp: Disk quota exceeded"),
+        (
+            OSError(28, "No space left on device", "/data/x"),
+            "hipp: No space left on device: /data/x",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: ... (os error 122)"),
+            "hipp: Disk quota exceeded",
+        ),
         (PermissionError(13, "Permission denied", "mine.tsv"), "hipp: Permission denied: mine.tsv"),
         (OSError("Can't load\nthe tokenizer"), "hipp: Can't load the tokenizer"),
         (HippError("two\nlines"), "hipp: two lines"),
@@ -126,12 +180,16 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
         (KeyError("ours"), None),
     ],
 )
-def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(monkeypatch, capsys, tmp_path, error, line):
+def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
+    monkeypatch, capsys, tmp_path, error, line
+):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("hipp_ext.cli.planning.require_new_file", fail)
-    monkeypatch.setattr(sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", f"{tmp_path}/plan.json"])
+    monkeypatch.setattr(
+        sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", f"{tmp_path}/plan.json"]
+    )
     with pytest.raises(KeyError if line is None else SystemExit) as end:
         main()
     if line:
@@ -146,22 +204,36 @@ def test_version_and_short_help():
 
 def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
     arguments = ("fit", "testbed", "-o", "planner", "--questions", "12", *ROWS)
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell ignore it
-    running = subprocess.Popen([*HIPP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heard)  # fmt: skip
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # tests in the background of a shell ignore it
+    running = subprocess.Popen(
+        [*HIPP, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+    )
     for _ in range(600):
         if (tmp_path / "planner.fit" / "archive.jsonl").exists():
             break
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate()
-    assert running.returncode == 130 and "hipp: interrupted." in told and "goes on from there" in told
+    assert (
+        running.returncode == 130 and "hipp: interrupted." in told and "goes on from there" in told
+    )
 
 
 def test_existing_output_is_kept(tmp_path):
     (tmp_path / "plan.json").write_text("mine")
     done = hipp("plan", "testbed", "--pruning-ratio", "0.1", "-o", "plan.json", cwd=tmp_path)
-    assert done.returncode == 2 and "exists" in done.stderr and (tmp_path / "plan.json").read_text() == "mine"
+    assert (
+        done.returncode == 2
+        and "exists" in done.stderr
+        and (tmp_path / "plan.json").read_text() == "mine"
+    )
 
 
 def test_an_output_that_takes_an_input_with_it_is_refused(tmp_path):
@@ -177,7 +249,10 @@ def test_an_output_that_takes_an_input_with_it_is_refused(tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dense", "plan.json"]
 
 
-@pytest.mark.parametrize("command", [("plan", "testbed", "-o"), ("compare", "a", "b", "--json"), ("front", "a", "--json")])
+@pytest.mark.parametrize(
+    "command",
+    [("plan", "testbed", "-o"), ("compare", "a", "b", "--json"), ("front", "a", "--json")],
+)
 def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path, command):
     with pytest.raises(WriteError, match="is a folder; a file is to be written there"):
         in_process(*command, tmp_path, "--overwrite")

@@ -18,8 +18,13 @@ from hipp_ext.surgery import match
 def dropping(model: nn.Module, dropped: dict[str, set[int]]) -> PruningPlan:
     """The plan that loses these units and nothing else."""
     groups = find_groups(model)
-    scores = {g.name: torch.tensor([float(u not in dropped.get(g.name, ())) for u in range(g.width)]) for g in groups}
-    return plan_from_counts(groups, [g.width - len(dropped.get(g.name, ())) for g in groups], scores)
+    scores = {
+        g.name: torch.tensor([float(u not in dropped.get(g.name, ())) for u in range(g.width)])
+        for g in groups
+    }
+    return plan_from_counts(
+        groups, [g.width - len(dropped.get(g.name, ())) for g in groups], scores
+    )
 
 
 def kept_columns(group, entry) -> list[int]:
@@ -40,7 +45,10 @@ def test_weights_solve_the_ridge_problem(name):
     plan = random_plan(model)
     small = prune(model, plan, compensate=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        x, dense = consumer_inputs(model, g, inputs), model.get_submodule(g.consumer).weight.detach().double()
+        x, dense = (
+            consumer_inputs(model, g, inputs),
+            model.get_submodule(g.consumer).weight.detach().double(),
+        )
         kept = kept_columns(g, entry)
         pull = (RIDGE * x.square().sum(0).mean()).sqrt()
         left = torch.cat([x[:, kept], pull * torch.eye(len(kept))])
@@ -48,7 +56,9 @@ def test_weights_solve_the_ridge_problem(name):
         expected = torch.linalg.lstsq(left, right).solution.T.float()
         actual = small.get_submodule(g.consumer).weight
         assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
-        assert entry.keep == entry.width or not torch.allclose(actual, dense[:, kept].float(), atol=1e-2), g.name
+        assert entry.keep == entry.width or not torch.allclose(
+            actual, dense[:, kept].float(), atol=1e-2
+        ), g.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -74,16 +84,26 @@ def test_a_solution_that_rounding_makes_worse_is_not_taken():
     plan = dropping(model, {f"language.{i}.ffn": {1} for i in range(3)})
     sliced, fixed = prune(model, plan), prune(model, plan, compensate=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        assert output_error(model, fixed, g, entry, inputs) <= output_error(model, sliced, g, entry, inputs), g.name
+        assert output_error(model, fixed, g, entry, inputs) <= output_error(
+            model, sliced, g, entry, inputs
+        ), g.name
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_gqa"])
 def test_a_duplicate_can_go_without_a_trace(name):
     model, inputs = build(name), batch(name, size=3, length=19)
-    attention, ffn = tower_layers(model, "language")[1].self_attn, tower_layers(model, "language")[1].mlp
+    attention, ffn = (
+        tower_layers(model, "language")[1].self_attn,
+        tower_layers(model, "language")[1].mlp,
+    )
     with torch.no_grad():
-        for layer, rows in ((attention.q_proj, find_groups(model)[2].rows[0]), (attention.k_proj, attention.head_dim),
-                            (attention.v_proj, attention.head_dim), (ffn.gate_proj, 1), (ffn.up_proj, 1)):  # fmt: skip
+        for layer, rows in (
+            (attention.q_proj, find_groups(model)[2].rows[0]),
+            (attention.k_proj, attention.head_dim),
+            (attention.v_proj, attention.head_dim),
+            (ffn.gate_proj, 1),
+            (ffn.up_proj, 1),
+        ):
             layer.weight[rows : 2 * rows] = layer.weight[:rows]
     plan = dropping(model, {"language.1.attention": {1}, "language.1.ffn": {1}})
     dense = logits(model, inputs)
@@ -104,7 +124,10 @@ def test_a_plan_that_keeps_everything_changes_nothing():
 def test_only_consumers_that_shrink_change():
     model, inputs = build("qwen2_5_vl"), batch("qwen2_5_vl")
     plan = dropping(model, {"language.2.ffn": {3, 11}})
-    sliced, fixed = prune(model, plan).state_dict(), prune(model, plan, compensate=True, calibration=[inputs]).state_dict()
+    sliced, fixed = (
+        prune(model, plan).state_dict(),
+        prune(model, plan, compensate=True, calibration=[inputs]).state_dict(),
+    )
     changed = [k for k in sliced if not torch.equal(sliced[k], fixed[k])]
     assert changed == ["model.language_model.layers.2.mlp.down_proj.weight"]
 
@@ -117,7 +140,9 @@ def test_chunks_give_what_one_pass_gives():
     model.model.language_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
     whole = compensated_weights(model, match(model, plan), plan, batches)
     assert len(passes) == 2
-    parts = compensated_weights(model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1)
+    parts = compensated_weights(
+        model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1
+    )
     assert len(passes) > 2 + 2 * 2
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
 
@@ -125,14 +150,28 @@ def test_chunks_give_what_one_pass_gives():
 def test_a_repair_carries_over_to_other_tokens(monkeypatch):
     """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows tell."""
     model, plan = build("llama"), random_plan(build("llama"))
-    short, fresh = [batch("llama", size=4, length=2, seed=s) for s in range(2)], batch("llama", size=32, length=9, seed=7)
-    shrunken = [(g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]
+    short, fresh = (
+        [batch("llama", size=4, length=2, seed=s) for s in range(2)],
+        batch("llama", size=32, length=9, seed=7),
+    )
+    shrunken = [
+        (g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width
+    ]
 
     def beside_slicing(calibration) -> list[float]:
-        sliced, small = prune(model, plan), prune(model, plan, compensate=True, calibration=calibration)
-        return [output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh) for pair in shrunken]
+        sliced, small = (
+            prune(model, plan),
+            prune(model, plan, compensate=True, calibration=calibration),
+        )
+        return [
+            output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh)
+            for pair in shrunken
+        ]
 
-    with pytest.warns(UserWarning, match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32"):
+    with pytest.warns(
+        UserWarning,
+        match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32",
+    ):
         assert max(beside_slicing(short)) < 1.05
     monkeypatch.setattr("hipp_ext.compensation.LEAST_ROWS", 99)
     with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
@@ -159,12 +198,18 @@ def test_with_calibration_enough_every_layer_is_repaired(caplog):
     small = prune(model, plan)
     with caplog.at_level("INFO", "hipp_ext.compensation"):
         fixed = prune(
-            model, plan, compensate=True, calibration=[batch("llava_gqa", size=9, length=30, seed=s) for s in range(4)]
+            model,
+            plan,
+            compensate=True,
+            calibration=[batch("llava_gqa", size=9, length=30, seed=s) for s in range(4)],
         )
     shrunken = sum(e.keep < e.width for e in plan.groups)
     fresh = batch("llava_gqa", size=8, length=30, seed=9)
-    better = [output_error(model, fixed, g, e, fresh) < output_error(model, small, g, e, fresh)
-              for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width]  # fmt: skip
+    better = [
+        output_error(model, fixed, g, e, fresh) < output_error(model, small, g, e, fresh)
+        for g, e in zip(match(model, plan), plan.groups, strict=True)
+        if e.keep < e.width
+    ]
     assert f"{shrunken} of {shrunken} layers were repaired" in caplog.text and all(better)
 
 
@@ -196,13 +241,21 @@ def test_the_dense_model_is_left_as_it_was_and_in_place_agrees():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plan = random_plan(model)
     copied = prune(model, plan, compensate=True, calibration=[inputs])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
+        model, "hipp_plan"
+    )
     assert all(m.training for m in (*model.modules(), *copied.modules()))
     assert not any(m._forward_pre_hooks for m in (*model.modules(), *copied.modules()))
-    assert prune(model, plan, inplace=True, compensate=True, calibration=[inputs]) is model and model.hipp_plan == plan
+    assert (
+        prune(model, plan, inplace=True, compensate=True, calibration=[inputs]) is model
+        and model.hipp_plan == plan
+    )
     assert all(torch.equal(v, copied.state_dict()[k]) for k, v in model.state_dict().items())
     for small in (model, copied):
-        assert small.get_parameter(weight).grad is None and not small.get_parameter(weight).requires_grad
+        assert (
+            small.get_parameter(weight).grad is None
+            and not small.get_parameter(weight).requires_grad
+        )
         assert small.get_parameter(producer).grad.shape == small.get_parameter(producer).shape
 
 
@@ -210,7 +263,10 @@ def test_it_loads_to_the_bit(tmp_path):
     model, inputs = build("llava_gqa"), batch("llava_gqa")
     small = prune(model, random_plan(model), compensate=True, calibration=[inputs])
     loaded = load_pruned(save_pruned(small, tmp_path / "small"))
-    assert torch.equal(logits(loaded, inputs), logits(small, inputs)) and loaded.hipp_plan == small.hipp_plan
+    assert (
+        torch.equal(logits(loaded, inputs), logits(small, inputs))
+        and loaded.hipp_plan == small.hipp_plan
+    )
 
 
 def test_without_calibration_nothing_is_changed():
@@ -222,7 +278,9 @@ def test_without_calibration_nothing_is_changed():
         prune(model, random_plan(model), inplace=True, compensate=True, calibration=[])
     with pytest.raises(PlanError, match="made for another model"):
         prune(model, random_plan(build("llama")), inplace=True, compensate=True)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
+        model, "hipp_plan"
+    )
 
 
 def test_activations_that_are_not_finite_change_nothing():
@@ -230,9 +288,14 @@ def test_activations_that_are_not_finite_change_nothing():
     with torch.no_grad():
         tower_layers(model, "language")[1].mlp.up_proj.weight[0, 0] = float("inf")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj are NaN or infinite.*Nothing was changed"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.1\.mlp\.down_proj are NaN or infinite.*Nothing was changed",
+    ):
         prune(model, random_plan(model), inplace=True, compensate=True, calibration=[inputs])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
+        model, "hipp_plan"
+    )
 
 
 def test_inputs_that_are_all_zero_leave_the_slices():
@@ -241,4 +304,6 @@ def test_inputs_that_are_all_zero_leave_the_slices():
         tower_layers(model, "language")[0].mlp.up_proj.weight.zero_()
     plan = dropping(model, {"language.0.ffn": {5}})
     fixed = prune(model, plan, compensate=True, calibration=[inputs])
-    assert all(torch.equal(v, fixed.state_dict()[k]) for k, v in prune(model, plan).state_dict().items())
+    assert all(
+        torch.equal(v, fixed.state_dict()[k]) for k, v in prune(model, plan).state_dict().items()
+    )

@@ -49,11 +49,16 @@ def on_two_devices(name, part="layers"):
 def answers_when_pruned(model, plan, batches):
     with masked(model, plan):
         hidden = model(**batches[0]).logits
-    small, compensated = prune(model, plan), prune(model, plan, compensate=True, calibration=batches)
+    small, compensated = (
+        prune(model, plan),
+        prune(model, plan, compensate=True, calibration=batches),
+    )
     return [hidden, small(**batches[0]).logits, compensated(**batches[0]).logits]
 
 
-@pytest.mark.parametrize(("name", "part"), [*((name, "layers") for name in sorted(BUILDERS)), ("llava", "vision")])
+@pytest.mark.parametrize(
+    ("name", "part"), [*((name, "layers") for name in sorted(BUILDERS)), ("llava", "vision")]
+)
 def test_a_spread_model_is_measured_and_pruned_as_a_whole_one(name, part):
     model, batches = build(name), [batch(name), batch(name, seed=1)]
     groups = find_groups(model)
@@ -65,7 +70,10 @@ def test_a_spread_model_is_measured_and_pruned_as_a_whole_one(name, part):
         assert {p.device for p in model.parameters()} == {torch.device(FIRST), torch.device(SECOND)}
         signals = measure_signals(model, batches)
         outcomes.append([logits.cpu() for logits in answers_when_pruned(model, plan, batches)])
-    assert torch.allclose(signals.sensitivity, expected.sensitivity, rtol=1e-3, atol=1e-6) and expected.sensitivity.max() > 1e-4
+    assert (
+        torch.allclose(signals.sensitivity, expected.sensitivity, rtol=1e-3, atol=1e-6)
+        and expected.sensitivity.max() > 1e-4
+    )
     assert torch.allclose(signals.state, expected.state, atol=1e-3)
     for whole, spread_out in zip(*outcomes, strict=True):
         assert torch.allclose(whole, spread_out, atol=1e-4)
@@ -78,32 +86,50 @@ def test_every_scorer_takes_a_spread_model(scorer):
     with pretended_devices():
         scores = scorer()(on_two_devices("llava"), batches)
     for name, values in expected.items():
-        assert torch.allclose(scores[name], values, rtol=1e-2, atol=1e-6 * float(values.abs().max())), name
+        assert torch.allclose(
+            scores[name], values, rtol=1e-2, atol=1e-6 * float(values.abs().max())
+        ), name
 
 
 @pytest.mark.parametrize("part", ["model.vision_tower", "model.language_model.layers.1"])
 def test_offloaded_weights_are_named(part):
     model, batches = build("llava"), [batch("llava", labels=True)]
-    plan = plan_from_counts(find_groups(model), [g.width - 1 for g in find_groups(model)], scorers.Magnitude()(model))
+    plan = plan_from_counts(
+        find_groups(model), [g.width - 1 for g in find_groups(model)], scorers.Magnitude()(model)
+    )
     accelerate.cpu_offload(model.get_submodule(part), torch.device("cpu"))
     refused = [lambda s=scorer: s()(model, batches) for scorer in SCORERS]
-    refused += [lambda: AnswerLogits(model, batches), lambda: HiPPPlanner(Preference(1, 1, 1)).plan(model, calibration=batches)]
+    refused += [
+        lambda: AnswerLogits(model, batches),
+        lambda: HiPPPlanner(Preference(1, 1, 1)).plan(model, calibration=batches),
+    ]
     if "language" in part:
         refused += [lambda: prune(model, plan), lambda: masked(model, plan).__enter__()]
     for attempt in refused:
-        with pytest.raises(UnsupportedModelError, match=rf"^{part}.* is not in memory \(offloaded.*several GPUs may share it"):
+        with pytest.raises(
+            UnsupportedModelError,
+            match=rf"^{part}.* is not in memory \(offloaded.*several GPUs may share it",
+        ):
             attempt()
 
 
 def test_a_pruned_copy_of_a_spread_model_is_its_own(tmp_path):
     """accelerate binds `to` and `cuda` to the instance that it spreads."""
-    model = accelerate.dispatch_model(build("llava"), {"": "cpu"}, force_hooks=True, skip_keys="past_key_values")
+    model = accelerate.dispatch_model(
+        build("llava"), {"": "cpu"}, force_hooks=True, skip_keys="past_key_values"
+    )
     assert "to" in model.__dict__
-    plan = plan_from_counts(find_groups(model), [g.width // 2 for g in find_groups(model)], scorers.Magnitude()(model))
+    plan = plan_from_counts(
+        find_groups(model), [g.width // 2 for g in find_groups(model)], scorers.Magnitude()(model)
+    )
     small = prune(model, plan)
     save_pruned(small, tmp_path / "small")
-    assert torch.equal(load_pruned(tmp_path / "small")(**batch("llava")).logits, small(**batch("llava")).logits)
-    assert small.to(torch.bfloat16) is small and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(
+        load_pruned(tmp_path / "small")(**batch("llava")).logits, small(**batch("llava")).logits
+    )
+    assert small.to(torch.bfloat16) is small and {p.dtype for p in model.parameters()} == {
+        torch.float32
+    }
     dense = weakref.ref(model)
     del model
     gc.collect()
@@ -115,7 +141,10 @@ def test_the_command_line_spreads_where_it_can(monkeypatch):
     assert model.device.type in ("cpu", "cuda")
     with pytest.raises(CheckpointError, match="device 'auto' cannot be used here"):
         load_model("testbed", "auto")
-    with monkeypatch.context() as patch, pytest.raises(HippError, match="under torchrun every process needs one of its own"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(HippError, match="under torchrun every process needs one of its own"),
+    ):
         patch.setenv("WORLD_SIZE", "2")
         load_model("testbed", "auto", spread=True)
     with monkeypatch.context() as patch, pytest.raises(HippError, match="pip install accelerate"):

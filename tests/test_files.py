@@ -42,17 +42,30 @@ def whole(text: str) -> dict[str, str]:
 def child(code: str, *arguments: object, before: str = "") -> subprocess.CompletedProcess:
     """Runs `code` with `path` and `write` at hand; `before` is shell that runs first, in a private mount namespace."""
     program = "import sys; sys.path.insert(0, sys.argv[1]); from test_files import *; path = Path(sys.argv[2])\n"
-    command = [sys.executable, "-c", program + textwrap.dedent(code), str(Path(__file__).parent), *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        program + textwrap.dedent(code),
+        str(Path(__file__).parent),
+        *map(str, arguments),
+    ]
     if before:
         command = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *command]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def mounts() -> bool:
-    return subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
-needs_mounts = pytest.mark.skipif(not shutil.which("unshare") or not mounts(), reason="no mount namespace to be had")
+needs_mounts = pytest.mark.skipif(
+    not shutil.which("unshare") or not mounts(), reason="no mount namespace to be had"
+)
 
 
 # Links
@@ -67,17 +80,24 @@ def test_a_folder_is_written_through_a_link_and_the_link_stays(tmp_path, there):
     write(link)
     write(link, "again", overwrite=True)
     assert link.is_symlink() and content(disk) == whole("again")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"] and len(list(disk.iterdir())) == 2
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+        and len(list(disk.iterdir())) == 2
+    )
 
 
 def test_a_file_is_written_through_a_link_and_keeps_its_permissions(tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     link.symlink_to(file)
     write_atomic(link, "a")
-    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~(mask := os.umask(0)) and os.umask(mask) == 0
+    assert (
+        stat.S_IMODE(file.stat().st_mode) == 0o666 & ~(mask := os.umask(0)) and os.umask(mask) == 0
+    )
     file.chmod(0o604)
     write_atomic(link, "b")
-    assert link.is_symlink() and file.read_text() == "b" and stat.S_IMODE(file.stat().st_mode) == 0o604
+    assert (
+        link.is_symlink() and file.read_text() == "b" and stat.S_IMODE(file.stat().st_mode) == 0o604
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -149,7 +169,9 @@ def test_a_folder_that_is_there_keeps_its_permissions(tmp_path):
 
 
 @needs_mounts
-@pytest.mark.parametrize("how", ["-t tmpfs none", "--bind {0}/disk"])  # also one that os.path.ismount does not see
+@pytest.mark.parametrize(
+    "how", ["-t tmpfs none", "--bind {0}/disk"]
+)  # also one that os.path.ismount does not see
 def test_a_mounted_volume_is_written_into(tmp_path, how):
     for name in ("out", "disk"):
         (tmp_path / name).mkdir()
@@ -223,7 +245,10 @@ def test_killed_anywhere_the_next_run_ends_as_if_nothing_had_been(tmp_path, insi
             assert content(out) == whole("new")
             break
         seen = content(out) if (out / "config.json").exists() else None
-        assert seen is None or {k: v for k, v in seen.items() if not k.startswith(".")} in (whole("old"), whole("new"))
+        assert seen is None or {k: v for k, v in seen.items() if not k.startswith(".")} in (
+            whole("old"),
+            whole("new"),
+        )
         require_new(out, overwrite=True)
         kept = content(out) if out.exists() else {}
         assert kept in ([whole("old"), whole("new")] if overwrite else [{}, whole("new")])
@@ -266,14 +291,22 @@ def test_a_killed_file_leaves_nothing_to_the_next(tmp_path):
     assert child(code, tmp_path).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
     write_atomic(tmp_path / "file", "whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "whole"
 
 
 def test_what_a_living_job_is_writing_is_left_alone(tmp_path):
-    with new_folder(tmp_path / "out", overwrite=True) as folder, new_file(tmp_path / "file") as file:
+    with (
+        new_folder(tmp_path / "out", overwrite=True) as folder,
+        new_file(tmp_path / "file") as file,
+    ):
         fill(folder, "slow")
         file.write(b"slow")
-        done = child("write(path / 'out', 'quick', overwrite=True); write_atomic(path / 'file', 'quick')", tmp_path)
+        done = child(
+            "write(path / 'out', 'quick', overwrite=True); write_atomic(path / 'file', 'quick')",
+            tmp_path,
+        )
         assert done.returncode == 0 and content(tmp_path / "out") == whole("quick")
         assert (tmp_path / "file").read_text() == "quick"
     assert content(tmp_path / "out") == whole("slow") and (tmp_path / "file").read_text() == "slow"

@@ -13,9 +13,15 @@ from hipp_ext.groups import decoder, find_groups, tower_layers
 def test_groups_partition_the_projections_of_the_language_tower(name):
     model = build(name)
     groups = find_groups(model)
-    assert [g.name for g in groups] == [f"language.{i}.{k}" for i in range(3) for k in ("attention", "ffn")]
+    assert [g.name for g in groups] == [
+        f"language.{i}.{k}" for i in range(3) for k in ("attention", "ffn")
+    ]
     mapped = [n for g in groups for n in (*g.producers, g.consumer)]
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in set(decoder(model).modules())}
+    linear = {
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m in set(decoder(model).modules())
+    }
     assert len(mapped) == len(set(mapped)) and set(mapped) == linear
     for g in groups:
         for producer, rows in zip(g.producers, g.rows, strict=True):
@@ -46,23 +52,37 @@ def test_context_flops_count_scores_and_weighted_sum():
 
 
 def test_fused_projections_are_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match=r"vision tower of Qwen2_5_VL.*found 0 lists.*qkv \(Linear\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"vision tower of Qwen2_5_VL.*found 0 lists.*qkv \(Linear\)"
+    ):
         find_groups(build("qwen2_5_vl"), ("vision",))
 
 
 def test_a_mixture_of_experts_is_refused_by_name():
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(vocab_size=97, hidden_size=48, intermediate_size=44, num_hidden_layers=2, num_attention_heads=6,
-                           num_key_value_heads=3, num_local_experts=2)  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0 .*0 ffn blocks.*mixtures of experts.*experts"):
+    config = MixtralConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_local_experts=2,
+    )
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"model\.layers\.0 .*0 ffn blocks.*mixtures of experts.*experts",
+    ):
         find_groups(MixtralForCausalLM(config))
 
 
 def test_a_norm_over_all_heads_is_refused_by_name():
     model = build("llama")
     tower_layers(model, "language")[1].self_attn.q_norm = nn.LayerNorm(48)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.self_attn\.q_norm\.weight has shape \(48,\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.self_attn\.q_norm\.weight has shape \(48,\)"
+    ):
         find_groups(model)
 
 

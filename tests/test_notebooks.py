@@ -16,9 +16,16 @@ def quick(monkeypatch, tmp_path):
     """Few questions, one thread, no network, and the Python that runs the tests."""
     from jupyter_client.kernelspec import KernelSpecManager
 
-    for name, value in {"NOTEBOOK_LIMIT": "24", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}.items():
+    for name, value in {
+        "NOTEBOOK_LIMIT": "24",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(tmp_path),
+    }.items():
         monkeypatch.setenv(name, value)
-    assert KernelSpecManager().find_kernel_specs()["python3"]  # ipykernel's own, of this environment
+    assert KernelSpecManager().find_kernel_specs()[
+        "python3"
+    ]  # ipykernel's own, of this environment
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -29,7 +36,9 @@ def test_notebook_runs(path, quick, tmp_path):
     client.execute()
     shown = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert shown and not [o for o in shown if o.output_type == "error"]
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source)
+    assert all(
+        cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

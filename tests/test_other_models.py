@@ -24,8 +24,14 @@ from hipp_ext.recover import QuestionLessons, TestbedLessons
 from hipp_ext.testbed.model import is_own_processor
 from hipp_ext.text import encode_text
 
-TEXT = LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
-                   num_key_value_heads=2)  # fmt: skip
+TEXT = LlamaConfig(
+    vocab_size=200,
+    hidden_size=32,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,15 @@ def llava(tmp_path_factory) -> Path:
     processor = AutoProcessor.from_pretrained(testbed.WEIGHTS)
     processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=56)
     processor.patch_size = 14
-    vision = CLIPVisionConfig(hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3, image_size=56,
-                              patch_size=14, projection_dim=36)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=36,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=56,
+        patch_size=14,
+        projection_dim=36,
+    )
     torch.manual_seed(0)
     LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=TEXT, image_token_id=processor.image_token_id)
@@ -55,9 +68,14 @@ def llava(tmp_path_factory) -> Path:
 
 def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(llama, tmp_path):
     plan = tmp_path / "plan.json"
-    out = hipp("plan", llama, "-o", plan, "-c", "0.3", "--calibration-rows", "12", "--device", "cpu")
+    out = hipp(
+        "plan", llama, "-o", plan, "-c", "0.3", "--calibration-rows", "12", "--device", "cpu"
+    )
     made = PruningPlan.load(plan)
-    assert "warning: The signals are measured on the built-in questions, which are about a toy world" in out
+    assert (
+        "warning: The signals are measured on the built-in questions, which are about a toy world"
+        in out
+    )
     total = sum(p.numel() for p in load_pruned(llama).parameters())
     prunable = sum(g.width * g.unit_parameters for g in made.groups)
     gone = prunable - made.kept_parameters
@@ -68,18 +86,43 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
     assert "only proportions count: to fix the size use --pruning-ratio 0.3." in out
     out = hipp("prune", llama, plan, "-o", tmp_path / "small", "--compensate", "--device", "cpu")
     assert re.search(r"\d of \d layers were repaired", out) and "which are about a toy world" in out
-    out = hipp("recover", tmp_path / "small", "-o", tmp_path / "back", "--steps", "2", "--batch-size", "2", "--device", "cpu")
+    out = hipp(
+        "recover",
+        tmp_path / "small",
+        "-o",
+        tmp_path / "back",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    )
     assert "are a toy" in out and load_pruned(tmp_path / "back").hipp_plan == made
 
 
 def test_a_fit_of_a_language_model_ends_before_any_work(llama, tmp_path):
-    with pytest.raises(CalibrationError, match=r"takes none: there is no fit on them. `hipp plan MODEL --pruning-ratio 0\.3`"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"takes none: there is no fit on them. `hipp plan MODEL --pruning-ratio 0\.3`",
+    ):
         hipp("fit", llama, "-o", tmp_path / "planner", "--device", "cpu")
     assert not list(tmp_path.iterdir())
 
 
 def test_any_vision_language_model_is_recovered_with_its_own_processor(llava, tmp_path):
-    out = hipp("recover", llava, "-o", tmp_path / "back", "--steps", "2", "--batch-size", "2", "--device", "cpu")
+    out = hipp(
+        "recover",
+        llava,
+        "-o",
+        tmp_path / "back",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    )
     assert "are a toy, to see that it runs" in out and "in 2 steps" in out
     before, after = load_pruned(llava), load_pruned(tmp_path / "back")
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
@@ -97,15 +140,23 @@ def test_lessons_go_through_the_models_processor_and_resume(llava):
     assert not torch.equal(second[0]["pixel_values"], other[0]["pixel_values"])
     for b in second:
         words = [processor.tokenizer.decode(row[row >= 0]).strip() for row in b["labels"]]
-        assert all(words) and all(w in ("Yes", "No", *"ABCD") or set(w.split()) <= set(testbed.world.OBJECTS) for w in words)
+        assert all(words) and all(
+            w in ("Yes", "No", *"ABCD") or set(w.split()) <= set(testbed.world.OBJECTS)
+            for w in words
+        )
 
 
 def test_what_has_no_processor_or_pictures_says_so(llama):
     with pytest.raises(CalibrationError, match="No processor was given"):
         TestbedLessons(None)
     tokenizer = find_processor(load_pruned(llama))
-    lessons = QuestionLessons(tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2)
-    with pytest.raises(DataError, match="questions have pictures, and TokenizersBackend takes none: leave out --pope"):
+    lessons = QuestionLessons(
+        tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2
+    )
+    with pytest.raises(
+        DataError,
+        match="questions have pictures, and TokenizersBackend takes none: leave out --pope",
+    ):
         next(lessons.batches(0, 1, 0))
 
 
@@ -122,9 +173,14 @@ def test_questions_as_text_end_in_their_answers(llama, template):
     valid = batch["attention_mask"][0].bool()
     assert torch.equal(batch["input_ids"][0][valid], alone["input_ids"][0]) and valid[-1]
     for row, question in zip(batch["labels"], asked, strict=True):
-        assert tokenizer.decode(row[row != -100]).strip() == question.answer and (row[-1:] != -100).all()
+        assert (
+            tokenizer.decode(row[row != -100]).strip() == question.answer
+            and (row[-1:] != -100).all()
+        )
     if template:
-        assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == len(asked), "one beginning of text"
+        assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == len(asked), (
+            "one beginning of text"
+        )
 
 
 def test_the_model_is_looked_for_before_the_output(llama, tmp_path):

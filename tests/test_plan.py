@@ -28,11 +28,23 @@ def plans(draw):
             width = draw(st.integers(1, 60))
             kept = draw(st.sets(st.integers(0, width - 1), min_size=1))
             groups.append(
-                PlanGroup(tower="language", layer=layer, kind=kind, width=width, kept=tuple(sorted(kept)),
-                          unit_parameters=draw(st.integers(1, 10**9)))
-            )  # fmt: skip
-    notes = draw(st.dictionaries(st.text(max_size=9), st.integers(-9, 9) | st.text(max_size=9) | st.none(), max_size=3))
-    return PruningPlan(groups=tuple(groups), preference=(0.25, 0.25, 0.5), scorer="WandaSP", notes=notes)
+                PlanGroup(
+                    tower="language",
+                    layer=layer,
+                    kind=kind,
+                    width=width,
+                    kept=tuple(sorted(kept)),
+                    unit_parameters=draw(st.integers(1, 10**9)),
+                )
+            )
+    notes = draw(
+        st.dictionaries(
+            st.text(max_size=9), st.integers(-9, 9) | st.text(max_size=9) | st.none(), max_size=3
+        )
+    )
+    return PruningPlan(
+        groups=tuple(groups), preference=(0.25, 0.25, 0.5), scorer="WandaSP", notes=notes
+    )
 
 
 @settings(deadline=None)
@@ -45,7 +57,9 @@ def test_a_plan_equals_itself_after_json(plan):
 @given(plans())
 def test_the_ratio_counts_parameters(plan):
     removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups)
-    assert plan.pruning_ratio == pytest.approx(removed / sum(g.width * g.unit_parameters for g in plan.groups))
+    assert plan.pruning_ratio == pytest.approx(
+        removed / sum(g.width * g.unit_parameters for g in plan.groups)
+    )
 
 
 @pytest.fixture
@@ -54,7 +68,14 @@ def plan():
     sizes = {"attention": (4, 100), "ffn": (7, 10)}
     return PruningPlan(
         groups=tuple(
-            PlanGroup(tower="language", layer=0, kind=k, width=sizes[k][0], kept=kept[k], unit_parameters=sizes[k][1])
+            PlanGroup(
+                tower="language",
+                layer=0,
+                kind=k,
+                width=sizes[k][0],
+                kept=kept[k],
+                unit_parameters=sizes[k][1],
+            )
             for k in kept
         )
     )
@@ -73,22 +94,49 @@ def test_a_truncated_plan_does_not_load(data):
 
 
 EDITS = {
-    "keep says one thing, kept another": (lambda d: d["groups"][0].update(keep=2), "says keep 2 and names 3"),
-    "a ratio that is not the groups'": (lambda d: d.update(pruning_ratio=0.5), r"says pruning_ratio 0\.5, its groups say"),
-    "a unit beyond the width": (lambda d: d["groups"][0].update(kept="0-9"), "not below its width 4"),
-    "a huge range": (lambda d: d["groups"][0].update(kept="0-99999999999"), "not below its width 4"),
+    "keep says one thing, kept another": (
+        lambda d: d["groups"][0].update(keep=2),
+        "says keep 2 and names 3",
+    ),
+    "a ratio that is not the groups'": (
+        lambda d: d.update(pruning_ratio=0.5),
+        r"says pruning_ratio 0\.5, its groups say",
+    ),
+    "a unit beyond the width": (
+        lambda d: d["groups"][0].update(kept="0-9"),
+        "not below its width 4",
+    ),
+    "a huge range": (
+        lambda d: d["groups"][0].update(kept="0-99999999999"),
+        "not below its width 4",
+    ),
     "units out of order": (lambda d: d["groups"][0].update(kept="3,0-1"), "distinct, sorted"),
     "a unit twice": (lambda d: d["groups"][0].update(kept="0-1,1"), "distinct, sorted"),
-    "ranges that are none": (lambda d: d["groups"][0].update(kept="all"), "kept: String should match"),
+    "ranges that are none": (
+        lambda d: d["groups"][0].update(kept="all"),
+        "kept: String should match",
+    ),
     "an unknown tower": (lambda d: d["groups"][0].update(tower="audio"), "tower: Input should be"),
-    "a width as text": (lambda d: d["groups"][0].update(width="4"), "width: Input should be a valid integer"),
-    "a negative layer": (lambda d: d["groups"][0].update(layer=-1), "layer: Input should be greater"),
+    "a width as text": (
+        lambda d: d["groups"][0].update(width="4"),
+        "width: Input should be a valid integer",
+    ),
+    "a negative layer": (
+        lambda d: d["groups"][0].update(layer=-1),
+        "layer: Input should be greater",
+    ),
     "a group twice": (lambda d: d.update(groups=[d["groups"][0]] * 2), "names a group twice"),
     "no groups": (lambda d: d.update(groups=[]), "at least one group"),
     "groups as an object": (lambda d: d.update(groups={}), "groups: Input should be a valid"),
-    "a field nobody knows": (lambda d: d.update(pickle="gASV"), "pickle: Extra inputs are not permitted"),
+    "a field nobody knows": (
+        lambda d: d.update(pickle="gASV"),
+        "pickle: Extra inputs are not permitted",
+    ),
     "another format": (lambda d: d.update(format=2), "format: Input should be 1"),
-    "NaN": (lambda d: d.update(pruning_ratio=float("nan")), "Not a pruning plan|says pruning_ratio nan"),
+    "NaN": (
+        lambda d: d.update(pruning_ratio=float("nan")),
+        "Not a pruning plan|says pruning_ratio nan",
+    ),
 }
 
 
@@ -96,7 +144,10 @@ def large(plan, **changes) -> str:
     """The plan with its groups replaced by what `changes` says of each, one for every value."""
     data = json.loads(plan.to_json())
     count = len(next(iter(changes.values())))
-    data["groups"] = [data["groups"][1] | {"layer": i} | {k: v[i] for k, v in changes.items()} for i in range(count)]
+    data["groups"] = [
+        data["groups"][1] | {"layer": i} | {k: v[i] for k, v in changes.items()}
+        for i in range(count)
+    ]
     return json.dumps(data)
 
 
@@ -105,20 +156,41 @@ BOMBS = {
         lambda p: large(p, width=[9_999_999], kept=[",".join(["0-9999998"] * 150)]),
         "distinct, sorted and below 9999999: 0-9999998 follows 9999998",
     ),
-    "more kept than said": (lambda p: large(p, width=[9_999_999], kept=["0-9999998"]), "says keep 4 and names 9999999 kept"),
+    "more kept than said": (
+        lambda p: large(p, width=[9_999_999], kept=["0-9999998"]),
+        "says keep 4 and names 9999999 kept",
+    ),
     "wide groups": (
         lambda p: large(p, width=[9_999_999] * 20, keep=[9_999_999] * 20, kept=["0-9999998"] * 20),
         "its groups have 199999980 units, more than 10000000",
     ),
-    "a range that runs backwards": (lambda p: large(p, kept=["5-2"]), "distinct, sorted and below 7"),
+    "a range that runs backwards": (
+        lambda p: large(p, kept=["5-2"]),
+        "distinct, sorted and below 7",
+    ),
     "many groups": (lambda p: large(p, layer=[0] * 30_000), "it has 30000 groups, more than 20000"),
-    "the same groups many times": (lambda p: large(p, layer=[i // 2 for i in range(20_000)]), "names a group twice"),
-    "many fields": (lambda p: json.dumps(json.loads(p.to_json()) | {f"{i}": 0 for i in range(99)}), "more than 20 fields"),
+    "the same groups many times": (
+        lambda p: large(p, layer=[i // 2 for i in range(20_000)]),
+        "names a group twice",
+    ),
+    "many fields": (
+        lambda p: json.dumps(json.loads(p.to_json()) | {f"{i}": 0 for i in range(99)}),
+        "more than 20 fields",
+    ),
     "many empty groups": (lambda p: json.dumps({"groups": [{}] * 50_000}), "it has 50000 groups"),
     "a large file": (lambda p: " " * (33 << 20), "more than 33554432 bytes"),
-    "nested lists": (lambda p: p.to_json().replace('"notes": {}', '"notes": ' + "[" * 100_000 + "]" * 100_000), "recursion"),
-    "a huge number": (lambda p: p.to_json().replace('"width": 4', '"width": ' + "9" * 100_000), "number out of range"),
-    "a preference as text": (lambda p: p.to_json().replace('"preference": null', '"preference": ["1", 0, 0]'), "valid number"),
+    "nested lists": (
+        lambda p: p.to_json().replace('"notes": {}', '"notes": ' + "[" * 100_000 + "]" * 100_000),
+        "recursion",
+    ),
+    "a huge number": (
+        lambda p: p.to_json().replace('"width": 4', '"width": ' + "9" * 100_000),
+        "number out of range",
+    ),
+    "a preference as text": (
+        lambda p: p.to_json().replace('"preference": null', '"preference": ["1", 0, 0]'),
+        "valid number",
+    ),
 }
 
 
@@ -145,7 +217,13 @@ def test_what_is_no_file_is_not_read(tmp_path):
 
 
 def test_units_are_whole_numbers_of_whatever_type():
-    entry = {"tower": "language", "layer": 0, "kind": "ffn", "width": np.int64(4), "unit_parameters": 10.0}
+    entry = {
+        "tower": "language",
+        "layer": 0,
+        "kind": "ffn",
+        "width": np.int64(4),
+        "unit_parameters": 10.0,
+    }
     made = PruningPlan(groups=(PlanGroup(kept=np.array([0, 2]), **entry),))
     assert PruningPlan.from_json(made.to_json()) == made and '"kept": "0,2"' in made.to_json()
     for wrong in ({"kept": (0.5, 1)}, {"kept": ("0",)}, {"kept": (0,), "width": True}):
@@ -153,13 +231,18 @@ def test_units_are_whole_numbers_of_whatever_type():
             PlanGroup(**({"kept": (0,)} | entry | wrong))
 
 
-@pytest.mark.parametrize("counts", [(2.5, 4), (True, 4), ("2", 4), (0, 4), (-1, 4), (9, 4), (4,), (math.nan, 4)])
+@pytest.mark.parametrize(
+    "counts", [(2.5, 4), (True, 4), ("2", 4), (0, 4), (-1, 4), (9, 4), (4,), (math.nan, 4)]
+)
 def test_keep_counts_that_no_group_can_have_are_refused(counts):
     groups = tuple(group(i, "ffn", 7, 10) for i in range(2))
     scores = {g.name: torch.arange(7.0) for g in groups}
     with pytest.raises(PlanError, match=r"a whole number from 1 to 7|2 groups and 1 keep counts"):
         plan_from_counts(groups, counts, scores)
-    assert plan_from_counts(groups, (2.0, np.int64(3)), scores).keep_counts == {"language.0.ffn": 2, "language.1.ffn": 3}
+    assert plan_from_counts(groups, (2.0, np.int64(3)), scores).keep_counts == {
+        "language.0.ffn": 2,
+        "language.1.ffn": 3,
+    }
 
 
 @pytest.mark.parametrize("name", EDITS)

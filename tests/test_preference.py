@@ -27,7 +27,9 @@ def test_only_proportions_count():
     assert Preference(4, 4, 2) == Preference(utility=0.4 * 1, robustness=0.4, compression=0.2)
 
 
-@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf"), "0.4", None, True, 10**400, 1j, np.array([0.4])])
+@pytest.mark.parametrize(
+    "bad", [-0.1, float("nan"), float("inf"), "0.4", None, True, 10**400, 1j, np.array([0.4])]
+)
 def test_components_must_be_finite_and_not_negative(bad):
     with pytest.raises(PreferenceError, match=r"Preference\(robustness="):
         Preference(0.4, bad, 0.2)

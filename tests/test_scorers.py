@@ -12,7 +12,15 @@ from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
 from hipp_ext.scorers.synflow import _gain, _norm_before, stability
 
-SCORERS = [Magnitude(), WandaSP(), FLAP(), Taylor(), SynFlow(), VisualSensitivity(), MRS(attack_steps=2)]
+SCORERS = [
+    Magnitude(),
+    WandaSP(),
+    FLAP(),
+    Taylor(),
+    SynFlow(),
+    VisualSensitivity(),
+    MRS(attack_steps=2),
+]
 
 
 def left_padded(name: str, rows: int = 2, pad: int = 3) -> dict:
@@ -45,9 +53,13 @@ def test_contract(scorer, name):
         assert (scores[g.name] >= 0).all() and (g.width == 1 or scores[g.name].std() > 0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
-    assert all(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.modules()) and all(
+        p.grad is None for p in model.parameters()
+    )
     assert model.config.get_text_config()._attn_implementation == implementation
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tower_layers(model, "language").modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks for m in tower_layers(model, "language").modules()
+    )
 
 
 @pytest.mark.parametrize("name", ["llava_gqa", "qwen2_5_vl", "llama"])
@@ -79,7 +91,9 @@ def test_permuting_units_permutes_scores(scorer):
 
 def consumer_inputs(model, group, inputs) -> torch.Tensor:
     seen = []
-    hook = model.get_submodule(group.consumer).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    hook = model.get_submodule(group.consumer).register_forward_pre_hook(
+        lambda m, a: seen.append(a[0])
+    )
     with torch.no_grad():
         model(**inputs)
     hook.remove()
@@ -90,7 +104,10 @@ def consumer_inputs(model, group, inputs) -> torch.Tensor:
 def test_wanda_sp_and_flap_formulas(index):
     model, inputs = build("llava_gqa"), batch("llava_gqa")
     g = find_groups(model)[index]
-    x, w = consumer_inputs(model, g, inputs), model.get_submodule(g.consumer).weight.detach().double()
+    x, w = (
+        consumer_inputs(model, g, inputs),
+        model.get_submodule(g.consumer).weight.detach().double(),
+    )
     wanda = (w.abs() * x.norm(dim=0)).mean(0).view(g.width, -1).sum(1)
     assert torch.allclose(WandaSP()(model, [inputs])[g.name].double(), wanda, rtol=1e-4)
     flap = (x.var(0, unbiased=False) * w.square().sum(0)).view(g.width, -1).mean(1)
@@ -102,14 +119,20 @@ def test_taylor_is_the_derivative_of_a_gate(index):
     model, inputs = build("llava_gqa").double(), batch("llava_gqa", labels=True)
     g = find_groups(model)[index]
     gate = torch.ones(g.width, dtype=torch.double, requires_grad=True)
-    hook = model.get_submodule(g.consumer).register_forward_pre_hook(lambda m, a: (a[0] * gate.repeat_interleave(g.columns),))
+    hook = model.get_submodule(g.consumer).register_forward_pre_hook(
+        lambda m, a: (a[0] * gate.repeat_interleave(g.columns),)
+    )
     expected = torch.autograd.grad(model(**inputs).loss, gate)[0].abs()
     hook.remove()
-    assert torch.allclose(Taylor()(model, [inputs])[g.name].double(), expected, rtol=1e-4, atol=1e-8)
+    assert torch.allclose(
+        Taylor()(model, [inputs])[g.name].double(), expected, rtol=1e-4, atol=1e-8
+    )
 
 
 def test_taylor_needs_labels():
-    with pytest.raises(CalibrationError, match="Taylor needs a loss: calibration batch 1 has no labels"):
+    with pytest.raises(
+        CalibrationError, match="Taylor needs a loss: calibration batch 1 has no labels"
+    ):
         Taylor()(build("llava"), [batch("llava", labels=True), batch("llava")])
 
 
@@ -128,7 +151,9 @@ def test_magnitude_is_the_norm_of_what_goes():
 
 def eager_flow(model, inputs, group) -> torch.Tensor:
     """The definition, head by head and token by token, from eager attention weights."""
-    model.set_attn_implementation({"text_config": "eager"} if hasattr(model.config, "text_config") else "eager")
+    model.set_attn_implementation(
+        {"text_config": "eager"} if hasattr(model.config, "text_config") else "eager"
+    )
     block = tower_layers(model, "language")[group.layer].self_attn
     seen = {}
     hooks = [
@@ -154,7 +179,10 @@ def eager_flow(model, inputs, group) -> torch.Tensor:
                 kv = head // repeat
                 value = seen["v"][b, :, kv * head_dim : (kv + 1) * head_dim]
                 context = sum(attention[b, head, i, j] * value[j] for j in vision)
-                out = block.o_proj.weight.detach()[:, head * head_dim : (head + 1) * head_dim] @ context
+                out = (
+                    block.o_proj.weight.detach()[:, head * head_dim : (head + 1) * head_dim]
+                    @ context
+                )
                 total[kv] += out.norm() / seen["h"][b, i].norm()
     return total / count
 
@@ -191,7 +219,9 @@ def test_several_images():
 
 def test_where_a_layer_attends_to_the_image_alone_all_of_its_output_is_visual_flow():
     model, inputs = build("mllama"), batch("mllama")
-    inputs["cross_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 1, 1, dtype=torch.long)  # as its processor gives it
+    inputs["cross_attention_mask"] = torch.ones(
+        *inputs["input_ids"].shape, 1, 1, dtype=torch.long
+    )  # as its processor gives it
     layer = tower_layers(model, "language")[1]
     block, seen = layer.cross_attn, {}
     hooks = [
@@ -204,12 +234,18 @@ def test_where_a_layer_attends_to_the_image_alone_all_of_its_output_is_visual_fl
         model(**inputs)
         for hook in hooks:
             hook.remove()
-        text = (inputs["input_ids"] != IMAGE_TOKEN) & ((inputs["input_ids"] == IMAGE_TOKEN).cumsum(1) > 0)
+        text = (inputs["input_ids"] != IMAGE_TOKEN) & (
+            (inputs["input_ids"] == IMAGE_TOKEN).cumsum(1) > 0
+        )
         weight = block.o_proj.weight.view(32, 4, 8)  # output, query head, head_dim
         written = torch.einsum("bthd,ohd->btho", seen["heads"].unflatten(-1, (4, 8)), weight)
         relative = written.norm(dim=-1) / seen["hidden"].norm(dim=-1, keepdim=True)
-        expected = relative[text].mean(0).view(2, 2).sum(1) * layer.cross_attn_attn_gate.tanh().abs()
-    assert torch.allclose(VisualSensitivity()(model, [inputs])["language.1.attention"], expected, rtol=1e-4)
+        expected = (
+            relative[text].mean(0).view(2, 2).sum(1) * layer.cross_attn_attn_gate.tanh().abs()
+        )
+    assert torch.allclose(
+        VisualSensitivity()(model, [inputs])["language.1.attention"], expected, rtol=1e-4
+    )
 
 
 def test_without_an_image_visual_sensitivity_is_zero():
@@ -220,13 +256,22 @@ def test_without_an_image_visual_sensitivity_is_zero():
 
 @pytest.mark.parametrize("name", ["llava", "granite_llava", "gemma3", "mllama"])
 def test_drift_is_that_of_the_vision_tokens(name):
-    model, inputs, norm = build(name), batch("mllama" if name == "mllama" else "llava"), "post_attention_layernorm"
+    model, inputs, norm = (
+        build(name),
+        batch("mllama" if name == "mllama" else "llava"),
+        "post_attention_layernorm",
+    )
     if name == "gemma3":
-        inputs["token_type_ids"], norm = (inputs["input_ids"] == IMAGE_TOKEN).long(), "pre_feedforward_layernorm"
+        inputs["token_type_ids"], norm = (
+            (inputs["input_ids"] == IMAGE_TOKEN).long(),
+            "pre_feedforward_layernorm",
+        )
     layer = tower_layers(model, "language")[1]
     seen = {}
     hooks = [
-        layer.register_forward_hook(lambda m, a, o: seen.update(after=o[0] if isinstance(o, tuple) else o)),
+        layer.register_forward_hook(
+            lambda m, a, o: seen.update(after=o[0] if isinstance(o, tuple) else o)
+        ),
         getattr(layer, norm).register_forward_pre_hook(lambda m, a: seen.update(before=a[0])),
     ]
     with torch.no_grad():
@@ -241,7 +286,9 @@ def test_drift_is_that_of_the_vision_tokens(name):
 
 def test_sinks_do_not_count():
     model, inputs = build("llava"), batch("llava")
-    scores = VisualSensitivity(sink_threshold=1.0)(model, [inputs])  # every token has a component above its root mean square
+    scores = VisualSensitivity(sink_threshold=1.0)(
+        model, [inputs]
+    )  # every token has a component above its root mean square
     assert not scores["language.0.attention"].any() and scores["language.0.ffn"].any()
 
 
@@ -282,7 +329,11 @@ def test_the_gain_of_a_norm_is_what_it_scales_by():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     weight = torch.randn(40)
-    for norm, gain in ((LlamaRMSNorm(40), weight), (Gemma3RMSNorm(40), 1 + weight), (torch.nn.LayerNorm(40), weight)):
+    for norm, gain in (
+        (LlamaRMSNorm(40), weight),
+        (Gemma3RMSNorm(40), 1 + weight),
+        (torch.nn.LayerNorm(40), weight),
+    ):
         with torch.no_grad():
             norm.weight.copy_(weight)
             if isinstance(norm, torch.nn.LayerNorm):
@@ -309,7 +360,9 @@ def test_synflow_cannot_overflow(dtype):
         for p in model.parameters():
             p.fill_(30.0)
     shares = SynFlow()(model.to(dtype))
-    assert all(torch.isfinite(s).all() and 0 < float(s.double().sum()) < 1.001 for s in shares.values())
+    assert all(
+        torch.isfinite(s).all() and 0 < float(s.double().sum()) < 1.001 for s in shares.values()
+    )
 
 
 def test_stability_falls_with_pruning_and_is_zero_for_dense():
@@ -328,31 +381,59 @@ def test_calibration_that_does_not_fit_is_refused():
     model, inputs = build("llava"), batch("llava")
     with pytest.raises(CalibrationError, match="holds no batches"):
         WandaSP()(model, [])
-    with pytest.raises(CalibrationError, match=r"batch 0 needs input_ids .* it has \['pixel_values'\]"):
+    with pytest.raises(
+        CalibrationError, match=r"batch 0 needs input_ids .* it has \['pixel_values'\]"
+    ):
         WandaSP()(model, [{"pixel_values": inputs["pixel_values"]}])
     with pytest.raises(CalibrationError, match="token ids from 1 to 9999; the model has 97"):
-        WandaSP()(model, [inputs | {"input_ids": inputs["input_ids"].clamp(max=9999).index_fill(1, torch.tensor([3]), 9999)}])
+        WandaSP()(
+            model,
+            [
+                inputs
+                | {
+                    "input_ids": inputs["input_ids"]
+                    .clamp(max=9999)
+                    .index_fill(1, torch.tensor([3]), 9999)
+                }
+            ],
+        )
     with pytest.raises(CalibrationError, match="32 image tokens .* and no pixel_values"):
         WandaSP()(model, [{k: v for k, v in inputs.items() if k != "pixel_values"}])
     with pytest.raises(CalibrationError, match="0 image tokens .* and pixel_values"):
         WandaSP()(model, [inputs | {"input_ids": inputs["input_ids"].clamp_min(10)}])
-    with pytest.raises(CalibrationError, match="has pixel_values, but LlamaForCausalLM has no image token"):
+    with pytest.raises(
+        CalibrationError, match="has pixel_values, but LlamaForCausalLM has no image token"
+    ):
         WandaSP()(build("llama"), [inputs])
-    with pytest.raises(CalibrationError, match=r"No calibration data.*was not loaded from a folder"):
+    with pytest.raises(
+        CalibrationError, match=r"No calibration data.*was not loaded from a folder"
+    ):
         WandaSP()(model)
 
 
 OF_ANOTHER_SHAPE = {
-    "labels of other tokens": ({"labels": torch.ones(2, 3, dtype=torch.long)}, r"needs labels of shape \(2, 8\).*got shape"),
+    "labels of other tokens": (
+        {"labels": torch.ones(2, 3, dtype=torch.long)},
+        r"needs labels of shape \(2, 8\).*got shape",
+    ),
     "labels in words": ({"labels": "yes"}, r"needs labels of shape \(2, 8\).*got a str"),
     "labels of another vocabulary": (
         {"labels": torch.full((2, 8), 200)},
         "labels from 200 to 200; they are token ids",
     ),
-    "labels of another mark": ({"labels": torch.full((2, 8), -1)}, "or -100 where nothing is to be answered"),
-    "labels between numbers": ({"labels": torch.ones(2, 8)}, "needs labels of whole numbers, not of torch.float32"),
+    "labels of another mark": (
+        {"labels": torch.full((2, 8), -1)},
+        "or -100 where nothing is to be answered",
+    ),
+    "labels between numbers": (
+        {"labels": torch.ones(2, 8)},
+        "needs labels of whole numbers, not of torch.float32",
+    ),
     "tokens between numbers": ({"input_ids": torch.ones(2, 8)}, "needs input_ids of whole numbers"),
-    "a mask of other tokens": ({"attention_mask": torch.ones(2, 3)}, r"needs attention_mask of shape \(2, 8\)"),
+    "a mask of other tokens": (
+        {"attention_mask": torch.ones(2, 3)},
+        r"needs attention_mask of shape \(2, 8\)",
+    ),
     "a row of padding alone": (
         {"attention_mask": torch.tensor([[1] * 8, [0] * 8])},
         "has a row whose attention_mask",
@@ -370,7 +451,9 @@ def test_what_comes_one_for_each_token_is_as_long_as_the_tokens(name):
 @pytest.mark.parametrize("scorer", [Taylor(), MRS(attack_steps=0)])
 def test_a_loss_needs_labels_that_count(scorer):
     inputs = batch("llama", labels=True)
-    with pytest.raises(CalibrationError, match="needs a loss: all labels of calibration batch 0 are -100"):
+    with pytest.raises(
+        CalibrationError, match="needs a loss: all labels of calibration batch 0 are -100"
+    ):
         scorer(build("llama"), [inputs | {"labels": torch.full_like(inputs["labels"], -100)}])
     with pytest.raises(CalibrationError, match="needs a loss: calibration batch 0 has no labels"):
         scorer(build("llama"), [inputs | {"labels": None}])
@@ -379,7 +462,10 @@ def test_a_loss_needs_labels_that_count(scorer):
 def test_a_batch_says_nothing_of_caches_and_a_generator_serves_both_tasks():
     model, inputs = build("llama"), batch("llama")
     expected = WandaSP()(model, [inputs])
-    for calibration in ([inputs | {"use_cache": True, "labels": None}], dict.fromkeys(TASKS, iter([inputs]))):
+    for calibration in (
+        [inputs | {"use_cache": True, "labels": None}],
+        dict.fromkeys(TASKS, iter([inputs])),
+    ):
         scores = WandaSP()(model, calibration)
         assert all(torch.equal(scores[name], expected[name]) for name in expected)
 
@@ -388,5 +474,7 @@ def test_activations_that_are_not_finite_are_reported():
     model = build("llava")
     with torch.no_grad():
         tower_layers(model, "language")[1].mlp.up_proj.weight[0, 0] = float("inf")
-    with pytest.raises(UnsupportedModelError, match=r"WandaSP gave NaN or infinity for language\.1\.ffn"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"WandaSP gave NaN or infinity for language\.1\.ffn"
+    ):
         WandaSP()(model, [batch("llava")])

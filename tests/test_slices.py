@@ -81,7 +81,10 @@ def test_whatever_happens_inside_the_model_comes_back(error):
     with pytest.raises(error), sliced(model, groups, scores_of(model)) as shrink:
         shrink([1] * len(groups))
         raise error
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and find_groups(model) == groups
+    assert (
+        all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        and find_groups(model) == groups
+    )
 
 
 def test_bad_counts_and_layers_are_refused():
@@ -95,5 +98,8 @@ def test_bad_counts_and_layers_are_refused():
         pass
     layer = model.model.layers[0].mlp
     layer.up_proj.weight = layer.gate_proj.weight
-    with pytest.raises(UnsupportedModelError, match="shares its weight"), sliced(model, groups, scores):
+    with (
+        pytest.raises(UnsupportedModelError, match="shares its weight"),
+        sliced(model, groups, scores),
+    ):
         pass

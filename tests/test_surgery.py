@@ -19,7 +19,9 @@ from hipp_ext.plan import PlanGroup
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
 
 
-def random_plan(model: nn.Module, ratio: float = 0.4, seed: int = 0, towers=("language",)) -> PruningPlan:
+def random_plan(
+    model: nn.Module, ratio: float = 0.4, seed: int = 0, towers=("language",)
+) -> PruningPlan:
     generator = torch.Generator().manual_seed(seed)
     groups = find_groups(model, towers)
     scores = {g.name: torch.randn(g.width, generator=generator) for g in groups}
@@ -39,12 +41,24 @@ def model_and_plan(draw):
     entries = []
     for g in find_groups(MODELS[name]):
         kept = draw(st.sets(st.integers(0, g.width - 1), min_size=1))
-        entries.append(PlanGroup(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width, kept=tuple(sorted(kept)),
-                                 unit_parameters=g.unit_parameters))  # fmt: skip
+        entries.append(
+            PlanGroup(
+                tower=g.tower,
+                layer=g.layer,
+                kind=g.kind,
+                width=g.width,
+                kept=tuple(sorted(kept)),
+                unit_parameters=g.unit_parameters,
+            )
+        )
     return name, PruningPlan(groups=tuple(entries))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(model_and_plan(), st.booleans())
 def test_pruned_equals_masked_and_has_exactly_the_planned_units(case, left_padded):
     name, plan = case
@@ -56,9 +70,13 @@ def test_pruned_equals_masked_and_has_exactly_the_planned_units(case, left_padde
         expected = logits(model, inputs)
     small = prune(model, plan)
     assert torch.allclose(logits(small, inputs), expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the dense model was changed"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
+        "the dense model was changed"
+    )
     assert {g.name: g.width for g in find_groups(small)} == plan.keep_counts
-    removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+    removed = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for p in small.parameters()
+    )
     assert removed == sum(e.width * e.unit_parameters for e in plan.groups) - plan.kept_parameters
 
 
@@ -75,7 +93,9 @@ def test_the_highest_scores_stay(scores, data):
     keep = data.draw(st.integers(1, len(scores)))
     kept = top_units(torch.tensor(scores), keep)
     removed = set(range(len(scores))) - set(kept)
-    assert len(kept) == keep and all(torch.tensor(scores)[i] <= min(torch.tensor(scores)[list(kept)]) for i in removed)
+    assert len(kept) == keep and all(
+        torch.tensor(scores)[i] <= min(torch.tensor(scores)[list(kept)]) for i in removed
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -161,14 +181,21 @@ def same_state(model, before):
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [("llava_gqa", r"language\.0\.attention: plan 2 units"), ("llama", "plan 3 units of"), ("qwen2_5_vl", "plan 2 units")],
+    [
+        ("llava_gqa", r"language\.0\.attention: plan 2 units"),
+        ("llama", "plan 3 units of"),
+        ("qwen2_5_vl", "plan 2 units"),
+    ],
 )
 def test_a_plan_of_another_model_changes_nothing(other, message):
     model = build("llava")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match=message):
         prune(model, random_plan(build(other)), inplace=True)
-    with pytest.raises(PlanError, match="another model than this Llava"), masked(model, random_plan(build(other))):
+    with (
+        pytest.raises(PlanError, match="another model than this Llava"),
+        masked(model, random_plan(build(other))),
+    ):
         pass
     assert same_state(model, before) and not hasattr(model, "hipp_plan")
 
@@ -180,7 +207,9 @@ def test_a_plan_that_leaves_groups_out_is_refused():
         prune(model, plan.replace(groups=plan.groups[:-1]))
     from models import llava
 
-    with pytest.raises(PlanError, match=r"only in the plan: \['language.2.attention', 'language.2.ffn'\]"):
+    with pytest.raises(
+        PlanError, match=r"only in the plan: \['language.2.attention', 'language.2.ffn'\]"
+    ):
         prune(llava(layers=2), plan)
 
 
@@ -194,7 +223,9 @@ def test_what_cannot_be_sliced_changes_nothing():
     last = model.model.language_model.layers[2].mlp
     last.down_proj.__class__ = Wrapped
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp\.down_proj is a Wrapped.*Nothing was changed"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.2\.mlp\.down_proj is a Wrapped.*Nothing was changed"
+    ):
         prune(model, plan, inplace=True)
     assert same_state(model, before)
 
@@ -213,7 +244,9 @@ def test_a_plan_may_be_given_by_its_path(tmp_path):
     plan.save(tmp_path / "plan.json")
     for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
         small = prune(model, path)
-        assert small.hipp_plan == plan and torch.equal(logits(small, inputs), logits(prune(model, plan), inputs))
+        assert small.hipp_plan == plan and torch.equal(
+            logits(small, inputs), logits(prune(model, plan), inputs)
+        )
         with masked(model, path):
             assert torch.allclose(logits(model, inputs), logits(small, inputs), atol=1e-5)
     with pytest.raises(PlanError, match="There is no plan at nowhere.json"):

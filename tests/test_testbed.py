@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from hipp_ext.evals.evaluator import Evaluator
 from PIL import Image
 
 from hipp_ext import testbed
 from hipp_ext.calibration import encode
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError, OutputExistsError
+from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.testbed import world
 from hipp_ext.testbed.model import vocabulary
 from hipp_ext.testbed.quiz import ask_presence
@@ -39,7 +39,10 @@ def test_splits_share_no_picture_and_no_wording():
 
 def test_a_scene_belongs_to_the_split_whose_stream_drew_it():
     for split in ("train", *testbed.SPLITS):
-        assert {world.owner(scene.cells) for scene, _ in zip(world.stream(split), range(53), strict=False)} == {split}
+        assert {
+            world.owner(scene.cells)
+            for scene, _ in zip(world.stream(split), range(53), strict=False)
+        } == {split}
 
 
 def test_objects_can_be_told_apart():
@@ -94,9 +97,14 @@ def test_multiple_choice_answers_name_the_fact():
 
 def test_the_prompt_is_vlmevalkits():
     question = next(q for q in testbed.questions("ScienceQA", "test") if q.hint)
-    options = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", question.options, strict=True))
+    options = "".join(
+        f"{letter}. {text}\n" for letter, text in zip("ABCD", question.options, strict=True)
+    )
     ending = "Please select the correct answer from the options above. \n"
-    assert question.prompt == f"Hint: {question.hint}\nQuestion: {question.question}\nOptions:\n{options}{ending}"
+    assert (
+        question.prompt
+        == f"Hint: {question.hint}\nQuestion: {question.question}\nOptions:\n{options}{ending}"
+    )
 
 
 @pytest.mark.parametrize("task, name", [("POPE", "POPE.tsv"), ("ScienceQA", "ScienceQA_TEST.tsv")])
@@ -113,8 +121,10 @@ def test_the_files_hold_the_same_rows_as_the_questions(task, name, tmp_path):
         picture = Image.open(io.BytesIO(base64.b64decode(cell)))
         assert picture.mode == "RGB" and picture.tobytes() == question.image.tobytes()
         assert (row["question"], row["answer"], row["category"]) == (
-            question.question, question.answer, question.category
-        )  # fmt: skip
+            question.question,
+            question.answer,
+            question.category,
+        )
         assert tuple(row[x] for x in "ABCD" if row.get(x)) == question.options
         assert (row.get("hint") or None) == question.hint
 
@@ -172,15 +182,23 @@ def test_calibration_by_task_holds_the_same_questions(loaded):
         )
 
     tasks = testbed.calibration_tasks(processor, n=37, batch_size=16)
-    assert rows(tasks["utility"] + tasks["robustness"]) == rows(testbed.calibration_batches(processor, n=37))
-    answers = {task: {processor.tokenizer.decode(i) for b in bs for i in b["input_ids"][:, -1:]} for task, bs in tasks.items()}
+    assert rows(tasks["utility"] + tasks["robustness"]) == rows(
+        testbed.calibration_batches(processor, n=37)
+    )
+    answers = {
+        task: {processor.tokenizer.decode(i) for b in bs for i in b["input_ids"][:, -1:]}
+        for task, bs in tasks.items()
+    }
     assert answers == {"utility": set("ABCD"), "robustness": {"Yes", "No"}}
     with pytest.raises(CalibrationError, match="n=1"):
         testbed.calibration_tasks(processor, n=1)
 
 
 def test_the_packaged_model_knows_its_world(loaded):
-    pope, choice = testbed.questions("POPE", "test", 700), testbed.questions("ScienceQA", "test", 300)
+    pope, choice = (
+        testbed.questions("POPE", "test", 700),
+        testbed.questions("ScienceQA", "test", 300),
+    )
     scores = Evaluator(*loaded, pope, choice).scores(loaded[0])
     assert scores["pope"].accuracy >= 95 and scores["choice"].accuracy >= 95
 
@@ -197,10 +215,19 @@ def test_training_rows_are_worded_as_the_processor_words_them(loaded):
     assert torch.allclose(batch["pixel_values"], single["pixel_values"], atol=1e-5)
     messages = []
     for q in questions:
-        messages += [{"role": "user", "content": [{"type": "image"}] * (not messages) + [{"type": "text", "text": q.prompt}]},
-                     {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}]  # fmt: skip
+        messages += [
+            {
+                "role": "user",
+                "content": [{"type": "image"}] * (not messages)
+                + [{"type": "text", "text": q.prompt}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        ]
     text = processor.apply_chat_template(messages)
-    assert torch.equal(processor(text=text, images=world.render(scene), return_tensors="pt")["input_ids"], batch["input_ids"])
+    assert torch.equal(
+        processor(text=text, images=world.render(scene), return_tensors="pt")["input_ids"],
+        batch["input_ids"],
+    )
 
 
 def test_generate_says_what_the_evaluator_scores_and_stops(loaded):
@@ -209,7 +236,9 @@ def test_generate_says_what_the_evaluator_scores_and_stops(loaded):
     scores = Evaluator(model, processor, pope, choice).scores(model)
     for rows, name in ((pope, "pope"), (choice, "choice")):
         batch = encode(processor, [q.prompt for q in rows], [q.image for q in rows])
-        ids = model.generate(**batch, do_sample=False, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=5)[
+            :, batch["input_ids"].shape[1] :
+        ]
         assert tuple(processor.batch_decode(ids, skip_special_tokens=True)) == scores[name].answers
         assert ids.shape[1] == 2  # the answer and the end-of-text token
 
@@ -220,8 +249,21 @@ def test_the_package_stays_small():
 
 def test_training_is_deterministic_and_writes_what_load_reads(tmp_path):
     state = torch.random.get_rng_state()
-    sizes = dict(vision_steps=2, fact_steps=2, steps=2, look_steps=2, hidden=16, ffn=24, layers=2, heads=2, progress=False)
-    losses = [testbed.train(tmp_path / name, seed=seed, **sizes) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
+    sizes = dict(
+        vision_steps=2,
+        fact_steps=2,
+        steps=2,
+        look_steps=2,
+        hidden=16,
+        ffn=24,
+        layers=2,
+        heads=2,
+        progress=False,
+    )
+    losses = [
+        testbed.train(tmp_path / name, seed=seed, **sizes)
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    ]
     assert torch.equal(state, torch.random.get_rng_state())
     assert losses[0] == losses[1] != losses[2]
     first, second = (testbed.load(folder=tmp_path / name)[0].state_dict() for name in "ab")
@@ -239,7 +281,9 @@ def test_a_chat_begins_once_whatever_template_and_tokenizer_add(named):
     processor = testbed.load()[1]
     tokenizer = processor.tokenizer
     first, number = tokenizer.bos_token, tokenizer.bos_token_id
-    adding = TemplateProcessing(single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, number)])
+    adding = TemplateProcessing(
+        single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, number)]
+    )
     tokenizer._tokenizer.post_processor = adding
     if not named:
         tokenizer.bos_token = None

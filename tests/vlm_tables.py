@@ -18,8 +18,33 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = ["Yes", "No", "yes", "no", "A", "B", "C", ".", ",", "not", "is", "there", "a", "the", "red", "blue", "green",
-         "square", "purple", "maybe", "Question", "Options", ":", "?", "Hint"]  # fmt: skip
+WORDS = [
+    "Yes",
+    "No",
+    "yes",
+    "no",
+    "A",
+    "B",
+    "C",
+    ".",
+    ",",
+    "not",
+    "is",
+    "there",
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "square",
+    "purple",
+    "maybe",
+    "Question",
+    "Options",
+    ":",
+    "?",
+    "Hint",
+]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 COLOURS = ("red", "blue", "green", "yellow")
 TEMPLATE = (
@@ -30,28 +55,52 @@ TEMPLATE = (
 
 def save_llava(folder: Path, seed: int = 0) -> Path:
     """Write a LLaVA of random weights with its processor; another seed is another model of the same shape."""
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
     size = {"height": 32, "width": 32}
     processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer, patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=32,
-            patch_size=8, projection_dim=16,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=32,
+            patch_size=8,
+            projection_dim=16,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(SPECIAL + WORDS), hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=len(SPECIAL + WORDS),
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
-        image_token_index=4, vision_feature_select_strategy="default", vision_feature_layer=-1,
-    )  # fmt: skip
+        image_token_index=4,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -77,13 +126,15 @@ def pope_rows() -> list[dict]:
     rows = []
     for n in range(12):
         image, ask = divmod(n, 3)
-        rows.append({
-            "index": n,
-            "image": picture(COLOURS[image], image) if ask == 0 else str(3 * image),
-            "question": f"is there a {COLOURS[(image + ask) % 4]} square ?" + " the" * (n % 5),
-            "answer": "Yes" if ask == 0 or n in (4, 8) else "No",
-            "category": ("random", "random,popular", "popular,adversarial")[ask],
-        })  # fmt: skip
+        rows.append(
+            {
+                "index": n,
+                "image": picture(COLOURS[image], image) if ask == 0 else str(3 * image),
+                "question": f"is there a {COLOURS[(image + ask) % 4]} square ?" + " the" * (n % 5),
+                "answer": "Yes" if ask == 0 or n in (4, 8) else "No",
+                "category": ("random", "random,popular", "popular,adversarial")[ask],
+            }
+        )
     return rows
 
 
@@ -95,12 +146,14 @@ def scienceqa_rows() -> list[dict]:
             "image": picture(COLOURS[n % 4], n),
             "question": "the square is" + " red" * (n % 3),
             "hint": "a square" if n % 2 else "",
-            "A": "red", "B": "blue", "C": "green" if n > 2 else "",
+            "A": "red",
+            "B": "blue",
+            "C": "green" if n > 2 else "",
             "answer": "AABBCA"[n],
             "category": "physics" if n < 4 else "biology",
         }
         for n in range(6)
-    ]  # fmt: skip
+    ]
 
 
 def write_tsv(path: Path, rows: list[dict], drop: tuple[str, ...] = ()) -> Path:

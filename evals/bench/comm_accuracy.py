@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.comm_baselines import Averager, methods
-from hipp_ext.evals.bench.measuring import mean_and_se, report
 from torch import Tensor, nn
 from torch.nn import functional
+
+from hipp_ext.evals.bench.comm_baselines import Averager, methods
+from hipp_ext.evals.bench.measuring import mean_and_se, report
 
 REFERENCE = "PowerSGD"
 RANK = 1  # where compression hurts most
@@ -27,7 +28,10 @@ def run(seeds: int = 5, steps: int = 300, save: bool = False) -> dict[str, Any]:
         for split in ("iid", "non-iid"):
             shapes = {n: p.shape for n, p in _mlp(0).named_parameters()}
             runs = {
-                name: [_train(make(seed), workers, split, seed, steps, train, test) for seed in range(seeds)]
+                name: [
+                    _train(make(seed), workers, split, seed, steps, train, test)
+                    for seed in range(seeds)
+                ]
                 for name, make in methods(shapes, workers, RANK).items()
             }
             table[f"{workers} workers, {split}"] = rows = summary(runs)
@@ -44,7 +48,9 @@ def summary(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[st
         reference = [m[0] for m in runs[REFERENCE]]
         rows[name] = {
             "accuracy": mean_and_se(accuracy),
-            "minus PowerSGD": mean_and_se([a - r for a, r in zip(accuracy, reference, strict=True)]),
+            "minus PowerSGD": mean_and_se(
+                [a - r for a, r in zip(accuracy, reference, strict=True)]
+            ),
             "loss": mean_and_se(loss),
             "bytes": sent[0],
             "bytes of PowerSGD / bytes": runs[REFERENCE][0][2] / sent[0],
@@ -59,8 +65,9 @@ def print_rows(title: str, rows: Mapping[str, Any]) -> None:
         a, d = row["accuracy"], row["minus PowerSGD"]
         print(
             f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± {d['se']:.2f}  loss {row['loss']['mean']:.4f}  "
-            f"{row['bytes']:10.0f} bytes", flush=True,
-        )  # fmt: skip
+            f"{row['bytes']:10.0f} bytes",
+            flush=True,
+        )
 
 
 def _train(
@@ -88,7 +95,9 @@ def _train(
         for share in shares:
             rows = share[torch.randint(len(share), (64 // workers,), generator=generator)]
             loss = functional.cross_entropy(model(images[rows]), labels[rows])
-            gradients.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
+            gradients.append(
+                dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+            )
         means, sent = average(gradients)
         for name, p in named.items():
             p.grad = means[name]
@@ -101,7 +110,9 @@ def _train(
 
 def _mlp(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -109,5 +120,8 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
     data: Any = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images, labels = torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
+    images, labels = (
+        torch.tensor(data.data, dtype=torch.float32)[order] / 16,
+        torch.tensor(data.target)[order],
+    )
     return (images[:897], labels[:897]), (images[897:], labels[897:])

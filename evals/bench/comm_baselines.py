@@ -15,13 +15,18 @@ from hipp_ext.comm import Compressor, Options, run_together
 from hipp_ext.comm.compressor import orthonormal
 
 Gradients = Sequence[Mapping[str, Tensor]]
-Averager = Callable[[Gradients], tuple[dict[str, Tensor], float]]  # -> mean gradients, bytes sent by one worker
+Averager = Callable[
+    [Gradients], tuple[dict[str, Tensor], float]
+]  # -> mean gradients, bytes sent by one worker
 Shapes = Mapping[str, torch.Size]
 
 
 def lqsgd(shapes: Shapes, workers: int, seed: int, **options: Any) -> Averager:
     """LQ-SGD as the library does it."""
-    group = [Compressor(shapes, Options(seed=seed, **options), workers=workers, position=i) for i in range(workers)]
+    group = [
+        Compressor(shapes, Options(seed=seed, **options), workers=workers, position=i)
+        for i in range(workers)
+    ]
 
     def average(gradients: Gradients) -> tuple[dict[str, Tensor], float]:
         means, sent = run_together([c.step(g) for c, g in zip(group, gradients, strict=True)])
@@ -33,7 +38,11 @@ def lqsgd(shapes: Shapes, workers: int, seed: int, **options: Any) -> Averager:
 
 def dense(shapes: Shapes, workers: int, seed: int, dtype: torch.dtype = torch.float32) -> Averager:
     """All-reduce; half precision: as torch's fp16_compress_hook, divided before the sum."""
-    sent = _ring(workers) * sum(math.prod(s) for s in shapes.values()) * torch.empty(0, dtype=dtype).element_size()
+    sent = (
+        _ring(workers)
+        * sum(math.prod(s) for s in shapes.values())
+        * torch.empty(0, dtype=dtype).element_size()
+    )
 
     def average(gradients: Gradients) -> tuple[dict[str, Tensor], float]:
         total = {n: sum((g[n] / workers).to(dtype) for g in gradients) for n in shapes}
@@ -42,16 +51,21 @@ def dense(shapes: Shapes, workers: int, seed: int, dtype: torch.dtype = torch.fl
     return average
 
 
-def powersgd(shapes: Shapes, workers: int, seed: int, rank: int = 1, dtype: torch.dtype = torch.float32) -> Averager:
+def powersgd(
+    shapes: Shapes, workers: int, seed: int, rank: int = 1, dtype: torch.dtype = torch.float32
+) -> Averager:
     """PowerSGD as torch's hook does it (memory: input less averaged output; warm start), from the first step on.
 
     dtype float16: as under torch's fp16_compress_wrapper, which hands the hook half-precision gradients.
     """
     matrices = Compressor(shapes, Options(rank=rank)).matrices
     generator = torch.Generator().manual_seed(seed)
-    factors = {n: torch.randn(r, m, generator=generator).to(dtype) for n, (_, m, r) in matrices.items()}
+    factors = {
+        n: torch.randn(r, m, generator=generator).to(dtype) for n, (_, m, r) in matrices.items()
+    }
     errors = [
-        {n: torch.zeros(rows, columns, dtype=dtype) for n, (rows, columns, _) in matrices.items()} for _ in range(workers)
+        {n: torch.zeros(rows, columns, dtype=dtype) for n, (rows, columns, _) in matrices.items()}
+        for _ in range(workers)
     ]
     values = sum((n + m) * r for n, m, r in matrices.values()) + sum(
         math.prod(s) for k, s in shapes.items() if k not in matrices
@@ -62,9 +76,14 @@ def powersgd(shapes: Shapes, workers: int, seed: int, rank: int = 1, dtype: torc
         means = {}
         for name, shape in shapes.items():
             if name not in matrices:
-                means[name] = torch.as_tensor(sum((g[name] / workers).to(dtype) for g in gradients)).float()
+                means[name] = torch.as_tensor(
+                    sum((g[name] / workers).to(dtype) for g in gradients)
+                ).float()
                 continue
-            inputs = [g[name].reshape(e[name].shape).to(dtype) + e[name] for g, e in zip(gradients, errors, strict=True)]
+            inputs = [
+                g[name].reshape(e[name].shape).to(dtype) + e[name]
+                for g, e in zip(gradients, errors, strict=True)
+            ]
             base = orthonormal(factors[name].float()).to(dtype)
             left = orthonormal(torch.as_tensor(sum(base @ m.t() for m in inputs)).float()).to(dtype)
             factors[name] = torch.as_tensor(sum(left @ m for m in inputs)) / workers
@@ -87,9 +106,14 @@ def qsgd(shapes: Shapes, workers: int, seed: int, levels: int = 127) -> Averager
 
     def through(x: Tensor) -> Tensor:
         scale = x.abs().max().clamp_min(1e-30)
-        return (x / scale * levels + torch.rand(x.shape, generator=generator)).floor() / levels * scale
+        return (
+            (x / scale * levels + torch.rand(x.shape, generator=generator)).floor() / levels * scale
+        )
 
-    return lambda gradients: ({n: torch.stack([through(g[n]) for g in gradients]).mean(0) for n in shapes}, sent)
+    return lambda gradients: (
+        {n: torch.stack([through(g[n]) for g in gradients]).mean(0) for n in shapes},
+        sent,
+    )
 
 
 def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
@@ -105,7 +129,9 @@ def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
             places = error.abs().topk(k).indices
             total[places] += error[places] / workers
             error[places] = 0.0
-        return {n: t.view(s) for (n, s), t in zip(shapes.items(), total.split(sizes), strict=True)}, (workers - 1) * 8.0 * k
+        return {
+            n: t.view(s) for (n, s), t in zip(shapes.items(), total.split(sizes), strict=True)
+        }, (workers - 1) * 8.0 * k
 
     return average
 

@@ -20,10 +20,16 @@ from hipp_ext.evals.bench.measuring import report
 
 # name -> (kind, rank, bits)
 CONFIGURATIONS: dict[str, tuple[str, int, int]] = {
-    "fp32 all-reduce": ("fp32", 0, 32), "fp16 hook": ("fp16", 0, 16), "PowerSGD r32": ("powersgd", 32, 32),
-    "PowerSGD r32 fp16": ("powersgd16", 32, 16), "LQ-SGD r32, 8 bits": ("lqsgd", 32, 8), "LQ-SGD r32, 4 bits": ("lqsgd", 32, 4),
-    "PowerSGD r4": ("powersgd", 4, 32), "LQ-SGD r4, 8 bits": ("lqsgd", 4, 8), "LQ-SGD r4, 4 bits": ("lqsgd", 4, 4),
-}  # fmt: skip
+    "fp32 all-reduce": ("fp32", 0, 32),
+    "fp16 hook": ("fp16", 0, 16),
+    "PowerSGD r32": ("powersgd", 32, 32),
+    "PowerSGD r32 fp16": ("powersgd16", 32, 16),
+    "LQ-SGD r32, 8 bits": ("lqsgd", 32, 8),
+    "LQ-SGD r32, 4 bits": ("lqsgd", 32, 4),
+    "PowerSGD r4": ("powersgd", 4, 32),
+    "LQ-SGD r4, 8 bits": ("lqsgd", 4, 8),
+    "LQ-SGD r4, 4 bits": ("lqsgd", 4, 4),
+}
 DENSE = ("fp32 all-reduce", "fp16 hook")
 WARM_UP = 3
 ADDRESS = "10.77.0.{}"  # inside the namespaces
@@ -39,7 +45,9 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
         # fp32 would take 16 s a step at 10 Mbit/s.
         names = [n for n in CONFIGURATIONS if rate >= 100 or (n not in DENSE and "r32" in n)]
         with _Network(2, rate) as network:
-            table[f"{rate} Mbit/s"] = rows = {name: _measure(network, name, steps) for name in names}
+            table[f"{rate} Mbit/s"] = rows = {
+                name: _measure(network, name, steps) for name in names
+            }
         for name, row in rows.items():
             times = f"{1e3 * row['median']:8.1f} ms, least {1e3 * row['least']:.1f}"
             print(f"{rate} Mbit/s  {name:20} {times}, {row['bytes']:,} bytes")
@@ -49,11 +57,15 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, float]:
-    pairs = [("fp32 all-reduce", n) for n in rows if "fp32 all-reduce" in rows and n.startswith("LQ")]
+    pairs = [
+        ("fp32 all-reduce", n) for n in rows if "fp32 all-reduce" in rows and n.startswith("LQ")
+    ]
     pairs += [("PowerSGD r32", n) for n in rows if n.startswith("LQ-SGD r32")]
     pairs += [("PowerSGD r32 fp16", n) for n in rows if n.startswith("LQ-SGD r32")]
     pairs += [("PowerSGD r4", n) for n in rows if n.startswith("LQ-SGD r4")]
-    return {f"{fast} over {slow}": rows[slow]["median"] / rows[fast]["median"] for slow, fast in pairs}
+    return {
+        f"{fast} over {slow}": rows[slow]["median"] / rows[fast]["median"] for slow, fast in pairs
+    }
 
 
 def _missing() -> str | None:
@@ -107,9 +119,26 @@ class _Network:
         return full
 
     def start(self, worker: int, arguments: list[str]) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "e0", "MASTER_ADDR": ADDRESS.format(1),
-                                    "MASTER_PORT": "29400", "RANK": str(worker), "WORLD_SIZE": str(self.workers)}  # fmt: skip
-        command = ["ip", "netns", "exec", f"{self.prefix}{worker}", sys.executable, "-W", "ignore", "-m", __name__, *arguments]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "e0",
+            "MASTER_ADDR": ADDRESS.format(1),
+            "MASTER_PORT": "29400",
+            "RANK": str(worker),
+            "WORLD_SIZE": str(self.workers),
+        }
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            f"{self.prefix}{worker}",
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            __name__,
+            *arguments,
+        ]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -135,11 +164,20 @@ def worker(name: str, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
-    layers = [nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 1536), nn.ReLU(), nn.Linear(1536, 10)]
+    layers = [
+        nn.Linear(784, 2048),
+        nn.ReLU(),
+        nn.Linear(2048, 1536),
+        nn.ReLU(),
+        nn.Linear(1536, 10),
+    ]
     ddp = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=100)
     _register(ddp, *CONFIGURATIONS[name])
     generator = torch.Generator().manual_seed(dist.get_rank())
-    images, labels = torch.randn(4, 784, generator=generator), torch.randint(10, (4,), generator=generator)
+    images, labels = (
+        torch.randn(4, 784, generator=generator),
+        torch.randint(10, (4,), generator=generator),
+    )
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
 
     def step() -> None:
@@ -158,7 +196,13 @@ def worker(name: str, steps: int) -> None:
     sent = (_bytes_out() - start_bytes) / steps
     with ddp.no_sync():
         alone = [_timed(step) for _ in range(steps)]
-    row = {"median": statistics.median(times), "least": min(times), "most": max(times), "n": steps, "bytes": round(sent)}
+    row = {
+        "median": statistics.median(times),
+        "least": min(times),
+        "most": max(times),
+        "n": steps,
+        "bytes": round(sent),
+    }
     print(json.dumps(row | {"compute alone": statistics.median(alone)}))
     dist.destroy_process_group()
 
@@ -175,9 +219,16 @@ def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
     elif kind == "fp16":
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif kind.startswith("powersgd"):
-        state = power.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8)
+        state = power.PowerSGDState(
+            None,
+            matrix_approximation_rank=rank,
+            start_powerSGD_iter=2,
+            orthogonalization_epsilon=1e-8,
+        )
         hook = power.powerSGD_hook
-        ddp.register_comm_hook(state, default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook)
+        ddp.register_comm_hook(
+            state, default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook
+        )
 
 
 def _timed(call: Callable[[], None]) -> float:
@@ -187,7 +238,11 @@ def _timed(call: Callable[[], None]) -> float:
 
 
 def _bytes_out() -> int:
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("e0:"))
+    line = next(
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("e0:")
+    )
     return int(line.split(":")[1].split()[8])
 
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from hipp_ext import prune, testbed
+from hipp_ext.calibration import Batch
 from hipp_ext.evals.bench.comm_accuracy import print_rows, summary
 from hipp_ext.evals.bench.comm_baselines import Averager, methods
 from hipp_ext.evals.bench.measuring import report
 from hipp_ext.evals.bench.recovery import pruning_plan
 from hipp_ext.evals.evaluator import Evaluator
-
-from hipp_ext import prune, testbed
-from hipp_ext.calibration import Batch
 from hipp_ext.recover import TestbedLessons
 
 COMPARED = ("fp32", "PowerSGD", "LQ-SGD 8 bits", "LQ-SGD 4 bits")
@@ -39,16 +39,32 @@ def run(seeds: int = 5, steps: int = 60, save: bool = False) -> dict[str, Any]:
         for seed, name in itertools.product(range(seeds), COMPARED):
             average = methods(shapes, 2, RANK)[name](seed)
             lessons = TestbedLessons(processor, seed, SHARE)
-            runs[name].append(_train(copy.deepcopy(start), average, lessons, split, steps, evaluator))
+            runs[name].append(
+                _train(copy.deepcopy(start), average, lessons, split, steps, evaluator)
+            )
             print(split, seed, name, runs[name][-1], flush=True)
         table[f"2 workers, {split}"] = summary(runs)
         print_rows(f"2 workers, {split}", table[f"2 workers, {split}"])
-    values = {"task": "testbed", "rank": RANK, "seeds": seeds, "steps": steps, "questions": QUESTIONS, "table": table}
-    return report("comm_testbed", f"hipp bench comm --testbed --seeds {seeds} --steps {steps}", values, save)
+    values = {
+        "task": "testbed",
+        "rank": RANK,
+        "seeds": seeds,
+        "steps": steps,
+        "questions": QUESTIONS,
+        "table": table,
+    }
+    return report(
+        "comm_testbed", f"hipp bench comm --testbed --seeds {seeds} --steps {steps}", values, save
+    )
 
 
 def _train(
-    model: Any, average: Averager, lessons: TestbedLessons, split: str, steps: int, evaluator: Evaluator
+    model: Any,
+    average: Averager,
+    lessons: TestbedLessons,
+    split: str,
+    steps: int,
+    evaluator: Evaluator,
 ) -> tuple[float, float, float]:
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))

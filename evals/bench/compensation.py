@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from hipp_ext.evals.bench.measuring import report
-from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.metrics import clustered_se
 
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
+from hipp_ext.evals.bench.measuring import report
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.metrics import clustered_se
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import FLAP, WandaSP
@@ -48,7 +48,9 @@ def run(save: bool = False) -> dict[str, Any]:
     return report("compensation", "hipp bench compensation", values, save)
 
 
-def _compare(questions: Sequence[testbed.Question], answers: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
+def _compare(
+    questions: Sequence[testbed.Question], answers: Mapping[str, Sequence[str]]
+) -> dict[str, list[float]]:
     """Side, and "gain" -> [accuracy or difference, its standard error]."""
     # As POPE counts: a question that belongs to three splits stands in the overall figure three times.
     weight = np.array([1 if q.options else len(q.category.split(",")) for q in questions])
@@ -69,7 +71,12 @@ def _mean(values: np.ndarray, weight: np.ndarray, clusters: Sequence[str]) -> li
 
 def _print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     tasks = ("ScienceQA", "POPE overall")
-    print(f"{'plan':14}" + "".join(f"{f'{task} {side}':>26}" for task in tasks for side in (*SIDES, "gain")))
+    print(
+        f"{'plan':14}"
+        + "".join(f"{f'{task} {side}':>26}" for task in tasks for side in (*SIDES, "gain"))
+    )
     for name, row in rows.items():
         cells = [row[task][side] for task in tasks for side in (*SIDES, "gain")]
-        print(f"{name:14}" + "".join(f"{f'{value:.1f} ± {error:.1f}':>26}" for value, error in cells))
+        print(
+            f"{name:14}" + "".join(f"{f'{value:.1f} ± {error:.1f}':>26}" for value, error in cells)
+        )

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import describe, show, spending
-from hipp_ext.evals.bench.shapes import noise, random_llava
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import keep_counts
 from hipp_ext.checkpoint import resolve_device
+from hipp_ext.evals.bench.measuring import describe, show, spending
+from hipp_ext.evals.bench.shapes import noise, random_llava
 from hipp_ext.groups import Group, find_groups, linear
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner import FitSettings, HiPPPlanner
@@ -72,7 +72,9 @@ def run(
     size, place = size or FitCostSize(), resolve_device(device)
     meter = partial(spending, place)
     kind = getattr(torch, dtype or "float32")
-    model, building = meter(lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind))
+    model, building = meter(
+        lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind)
+    )
     groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_AT_ONCE)
     signals, spent_signals = meter(lambda: measure_signals(model, calibration))
     asked = [*noise(size.questions, shared=SHARED, seed=1), *noise(size.questions, seed=2)]
@@ -94,22 +96,35 @@ def run(
             spent_plans.append(meter(lambda r=ratio: evaluate(r))[1])
     planner = HiPPPlanner(Preference(1, 1, 1))
     planner.signals = signals
-    _, spent_learning = meter(lambda: planner.fit(model, _RewardOfShape(groups), size.fit, progress=False))
+    _, spent_learning = meter(
+        lambda: planner.fit(model, _RewardOfShape(groups), size.fit, progress=False)
+    )
     plan = plan_from_counts(groups, keep_counts(groups, None, 0.3), signals.scores)
     small, spent_surgery = meter(lambda: prune(model, plan, inplace=True))
     plan_seconds = statistics.fmean(spent["seconds"] for spent in spent_plans)
     once = spent_signals["seconds"] + spent_inputs["seconds"] + spent_learning["seconds"]
-    rows_bytes = sum(int(b["attention_mask"].sum()) for b in asked) * size.hidden * next(small.parameters()).element_size()
+    rows_bytes = (
+        sum(int(b["attention_mask"].sum()) for b in asked)
+        * size.hidden
+        * next(small.parameters()).element_size()
+    )
     values = {
         "size": asdict(size) | {"fit": {"evaluations": size.fit.evaluations}},
-        "dtype": dtype or "float32", "parameters": sum(g.parameters for g in groups),
-        "building": building, "signals": spent_signals, "inputs of the language tower": spent_inputs,
+        "dtype": dtype or "float32",
+        "parameters": sum(g.parameters for g in groups),
+        "building": building,
+        "signals": spent_signals,
+        "inputs of the language tower": spent_inputs,
         "activations_mib": rows_bytes / 2**20,
-        "evaluation, dense": spent_dense | {"teraflops": teraflops, "teraflops_per_second": teraflops / spent_dense["seconds"]},
-        "evaluation, pruned": {str(ratio): spent for ratio, spent in zip(RATIOS, spent_plans, strict=True)},
-        "learning": spent_learning, "surgery": spent_surgery,
+        "evaluation, dense": spent_dense
+        | {"teraflops": teraflops, "teraflops_per_second": teraflops / spent_dense["seconds"]},
+        "evaluation, pruned": {
+            str(ratio): spent for ratio, spent in zip(RATIOS, spent_plans, strict=True)
+        },
+        "learning": spent_learning,
+        "surgery": spent_surgery,
         "hours of a fit": (once + size.fit.evaluations * plan_seconds) / 3600,
-    }  # fmt: skip
+    }
     result = describe(command, values, place)
     show("fit_cost", result, save=save, out=out)
     return result
@@ -122,6 +137,11 @@ class _RewardOfShape:
         self.groups = groups
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        lost = [1 - linear(model, g.consumer).in_features / (g.width * g.columns) for g in self.groups]
+        lost = [
+            1 - linear(model, g.consumer).in_features / (g.width * g.columns) for g in self.groups
+        ]
         early, late = lost[: len(lost) // 2], lost[len(lost) // 2 :]
-        return {"utility": 1 - statistics.fmean(x * x for x in early), "robustness": 1 - statistics.fmean(x * x for x in late)}
+        return {
+            "utility": 1 - statistics.fmean(x * x for x in early),
+            "robustness": 1 - statistics.fmean(x * x for x in late),
+        }

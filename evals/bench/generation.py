@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import ratio, resident, spending
-from hipp_ext.evals.bench.shapes import noise
 
 from hipp_ext.calibration import check_processor, encode, find_processor
 from hipp_ext.checkpoint import load_pruned
+from hipp_ext.evals.bench.measuring import ratio, resident, spending
+from hipp_ext.evals.bench.shapes import noise
 
 QUESTION = "Is there a cup in the image? Please answer yes or no."
 
@@ -49,7 +49,9 @@ class Load:
     seed: int = 0
 
 
-def measure(models: Mapping[str, Any], load: Load, batch: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+def measure(
+    models: Mapping[str, Any], load: Load, batch: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
     """Model name -> its figures; the models, all on one device, take turns.
 
     Args:
@@ -74,14 +76,22 @@ def measure(models: Mapping[str, Any], load: Load, batch: Mapping[str, torch.Ten
     rows: dict[str, Any] = {}
     for name, model in models.items():
         rows[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()), "weights_mib": weights_mib(model),
-            "prompt_tokens": inputs[name]["input_ids"].shape[1], "prefill_gflops": prefill_gflops(model, inputs[name]),
-            "prefill_ms": _spread(prefill[name]), "decode_ms": _spread(decode[name]),
-        }  # fmt: skip
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights_mib": weights_mib(model),
+            "prompt_tokens": inputs[name]["input_ids"].shape[1],
+            "prefill_gflops": prefill_gflops(model, inputs[name]),
+            "prefill_ms": _spread(prefill[name]),
+            "decode_ms": _spread(decode[name]),
+        }
         if name != dense:
-            rows[name] |= {"prefill_speedup": ratio(prefill, dense, name), "decode_speedup": ratio(decode, dense, name)}
+            rows[name] |= {
+                "prefill_speedup": ratio(prefill, dense, name),
+                "decode_speedup": ratio(decode, dense, name),
+            }
         if model.device.type == "cuda":
-            _, spent = spending(model.device, lambda m=model, n=name: token_seconds(m, inputs[n], load.new_tokens))
+            _, spent = spending(
+                model.device, lambda m=model, n=name: token_seconds(m, inputs[n], load.new_tokens)
+            )
             rows[name]["extra_mib"] = spent["extra_mib"]
     return rows
 
@@ -109,8 +119,18 @@ def token_seconds(model: Any, batch: Mapping[str, torch.Tensor], new_tokens: int
     moments.append(now())
     criteria = StoppingCriteriaList()
     criteria.append(after_token)  # type: ignore[arg-type]
-    model.generate(**batch, stopping_criteria=criteria, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False,
-                   num_beams=1, temperature=None, top_p=None, top_k=None, pad_token_id=0)  # fmt: skip
+    model.generate(
+        **batch,
+        stopping_criteria=criteria,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+    )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
         return [a.elapsed_time(b) / 1000 for a, b in zip(moments, moments[1:], strict=False)]
@@ -134,12 +154,19 @@ def prompts(model: Any, load: Load) -> dict[str, torch.Tensor]:
 
 
 def _to(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    return {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+    return {
+        k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype)
+        for k, v in batch.items()
+    }
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     """Median and quartiles [ms] of the runs."""
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
+    low, middle, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive")
+        if len(seconds) > 1
+        else [seconds[0]] * 3
+    )
     return {"median": 1000 * middle, "low": 1000 * low, "high": 1000 * high, "n": len(seconds)}
 
 
@@ -158,7 +185,9 @@ def weights_mib(model: Any) -> float:
     return sum(tensors.values()) / 2**20
 
 
-def own_extra_mib(folder: str | Path, load: Load, dtype: str | None = None, *, shaped: bool = False) -> float:
+def own_extra_mib(
+    folder: str | Path, load: Load, dtype: str | None = None, *, shaped: bool = False
+) -> float:
     """The most that a generation adds to this process [MiB], for a process that does nothing else; NaN where there is no /proc.
 
     Weights are touched first, since they are mapped from the file; so is the code, by a generation of two tokens.
@@ -190,12 +219,16 @@ def forked(folders: Sequence[str], load: Load, dtype: str | None, shaped: bool) 
     return found
 
 
-def extra_mib_on_cpu(folders: Sequence[Path], load: Load, dtype: str | None, *, shaped: bool) -> list[float]:
+def extra_mib_on_cpu(
+    folders: Sequence[Path], load: Load, dtype: str | None, *, shaped: bool
+) -> list[float]:
     """The most that a generation adds to a process that holds the model [MiB]; NaN where there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
         return [float("nan")] * len(folders)
     code = f"from {__name__} import Load, forked; print(forked({[str(f) for f in folders]!r}, {load!r}, {dtype!r}, {shaped}))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
     found = done.stdout.splitlines()[-1:] if not done.returncode else []
     if not found or "nan" in found[0]:
         raise RuntimeError(f"the memory of {folders} could not be measured:\n{done.stderr[-2000:]}")
@@ -210,7 +243,9 @@ def prefill_gflops(model: Any, batch: Mapping[str, torch.Tensor]) -> float:
     def cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # FlopCounterMode knows CUDA's only
+    kernel: Any = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    )  # FlopCounterMode knows CUDA's only
     with FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention}) as counter:
         model(**batch, use_cache=False, logits_to_keep=1)
     return counter.get_total_flops() / 1e9

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import ratio, report, resident
 
 from hipp_ext.budget import Bounds, keep_counts
 from hipp_ext.errors import MissingExtraError
+from hipp_ext.evals.bench.measuring import ratio, report, resident
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
@@ -27,8 +27,18 @@ from hipp_ext.surgery import prune
 RATIO = 0.25
 TOKENS = 16
 SHAPES: dict[str, dict[str, int]] = {
-    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "100M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
 }
 
 
@@ -37,7 +47,9 @@ def llama(shape: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = SHAPES[shape]
-    config: Any = LlamaConfig(vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes)  # type: ignore[arg-type]
+    config: Any = LlamaConfig(
+        vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes
+    )  # type: ignore[arg-type]
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
@@ -62,14 +74,24 @@ def with_torch_pruning(model: Any) -> Any:
     heads = model.config.num_attention_heads
     make: Any = tp.pruner.BasePruner
     pruner = make(
-        model, {"input_ids": torch.ones(1, TOKENS, dtype=torch.long), "use_cache": False},
-        importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.0,
-        pruning_ratio_dict={m: RATIO for layer, a in zip(layers, attentions, strict=True) for m in (layer.mlp.gate_proj, a)},
+        model,
+        {"input_ids": torch.ones(1, TOKENS, dtype=torch.long), "use_cache": False},
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={
+            m: RATIO
+            for layer, a in zip(layers, attentions, strict=True)
+            for m in (layer.mlp.gate_proj, a)
+        },
         head_pruning_ratio_dict=dict.fromkeys(attentions, RATIO),
         num_heads={p: heads for a in attentions for p in (a.q_proj, a.k_proj, a.v_proj)},
-        prune_num_heads=True, prune_head_dims=False, ignored_layers=[model.lm_head, model.model.embed_tokens],
-        output_transform=lambda out: out.logits, in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        prune_num_heads=True,
+        prune_head_dims=False,
+        ignored_layers=[model.lm_head, model.model.embed_tokens],
+        output_transform=lambda out: out.logits,
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     pruner.step()
     return model
 
@@ -89,7 +111,12 @@ def measure(side: str, shape: str) -> dict[str, float]:
     small = SIDES[side](model)
     seconds = time.perf_counter() - start
     extra = resident("VmHWM") - before
-    return {"seconds": seconds, "extra_mib": extra, "dense": dense, "left": sum(p.numel() for p in small.parameters())}
+    return {
+        "seconds": seconds,
+        "extra_mib": extra,
+        "dense": dense,
+        "left": sum(p.numel() for p in small.parameters()),
+    }
 
 
 def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:
@@ -103,18 +130,24 @@ def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:
         times = {side: [r["seconds"] for r in runs[side]] for side in SIDES}
         memory = {side: [r["extra_mib"] for r in runs[side]] for side in SIDES}
         rows[shape] = {
-            "parameters": {"dense": runs["hipp"][0]["dense"], **{side: runs[side][0]["left"] for side in SIDES}},
+            "parameters": {
+                "dense": runs["hipp"][0]["dense"],
+                **{side: runs[side][0]["left"] for side in SIDES},
+            },
             "time, torch-pruning / hipp": ratio(times, "torch-pruning", "hipp"),
             "extra memory, hipp / torch-pruning": ratio(memory, "hipp", "torch-pruning"),
-            "seconds": times, "extra_mib": memory,
-        }  # fmt: skip
+            "seconds": times,
+            "extra_mib": memory,
+        }
     values = {"shapes": rows, "target": {"time": 8, "extra memory": 0.5}}
     return report("hosts", f"hipp bench hosts --repeats {repeats}", values, save)
 
 
 def _in_own_process(side: str, shape: str) -> dict[str, float]:
     code = f"import json; from {__name__} import measure; print(json.dumps(measure({side!r}, {shape!r})))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{side} failed on the {shape} shape:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

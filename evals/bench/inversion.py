@@ -15,19 +15,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from hipp_ext.evals.bench.measuring import mean_and_se, report
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.comm import Compressor, Options
 from hipp_ext.comm.compressor import orthonormal
+from hipp_ext.evals.bench.measuring import mean_and_se, report
 
 EF_STEPS = 10
 VARIANTS = (
-    "raw", "PowerSGD naive", "PowerSGD adaptive", "LQ-SGD 8 bits naive", "LQ-SGD 8 bits adaptive", "LQ-SGD 4 bits naive",
-    "LQ-SGD 4 bits adaptive", "PowerSGD naive, mean of 10 steps", "LQ-SGD 8 bits naive, mean of 10 steps",
+    "raw",
+    "PowerSGD naive",
+    "PowerSGD adaptive",
+    "LQ-SGD 8 bits naive",
+    "LQ-SGD 8 bits adaptive",
+    "LQ-SGD 4 bits naive",
+    "LQ-SGD 4 bits adaptive",
+    "PowerSGD naive, mean of 10 steps",
+    "LQ-SGD 8 bits naive, mean of 10 steps",
     "LQ-SGD 4 bits naive, mean of 10 steps",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,9 @@ class Observed:
     target: Tensor
 
 
-def run(images: int = 64, iterations: int = 100, network: str = "lenet", save: bool = False) -> dict[str, Any]:
+def run(
+    images: int = 64, iterations: int = 100, network: str = "lenet", save: bool = False
+) -> dict[str, Any]:
     """Attack every picture in every way; returns and prints the result: MSE, PSNR [dB] and SSIM, means over pictures."""
     from sklearn.datasets import load_digits
 
@@ -61,17 +70,30 @@ def run(images: int = 64, iterations: int = 100, network: str = "lenet", save: b
         table[name][variant] = quality(rebuilt, list(truth))
         _print_row(name, variant, table[name][variant])
     _print_row(name, "mean image", table[name]["mean image"])
-    command = f"hipp bench inversion --network {network} --images {images} --iterations {iterations}"
-    values = {"images": images, "iterations": iterations, "restarts": 1, "rank": 1, "batch": 1, "table": table}
+    command = (
+        f"hipp bench inversion --network {network} --images {images} --iterations {iterations}"
+    )
+    values = {
+        "images": images,
+        "iterations": iterations,
+        "restarts": 1,
+        "rank": 1,
+        "batch": 1,
+        "table": table,
+    }
     return report(f"inversion_{network}", command, values, save)
 
 
 def lenet() -> nn.Module:
     """DLG's LeNet, narrowed to 8 x 8 pictures: sigmoids, parameters uniform in -0.5..0.5."""
     model = nn.Sequential(
-        nn.Conv2d(1, 12, 5, stride=2, padding=2), nn.Sigmoid(), nn.Conv2d(12, 12, 5, padding=2), nn.Sigmoid(), nn.Flatten(),
+        nn.Conv2d(1, 12, 5, stride=2, padding=2),
+        nn.Sigmoid(),
+        nn.Conv2d(12, 12, 5, padding=2),
+        nn.Sigmoid(),
+        nn.Flatten(),
         nn.Linear(192, 10),
-    )  # fmt: skip
+    )
     for p in model.parameters():
         nn.init.uniform_(p, -0.5, 0.5)
     return model
@@ -80,9 +102,15 @@ def lenet() -> nn.Module:
 def cnn() -> nn.Module:
     """Two convolutions and two linear layers with ReLU, torch's initial parameters."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2048, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
@@ -90,7 +118,9 @@ def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
     if variant == "raw":
         return Observed(features=_flat, target=_flat(gradients))
     bits = None if variant.startswith("PowerSGD") else int(variant.split()[1])
-    compressor = Compressor({n: g.shape for n, g in gradients.items()}, Options(rank=1, bits=bits or 8))
+    compressor = Compressor(
+        {n: g.shape for n, g in gradients.items()}, Options(rank=1, bits=bits or 8)
+    )
     if "mean of" in variant:
         sent = [_send(compressor, gradients, bits)[3] for _ in range(EF_STEPS)]
         mean = {n: torch.stack([s[n] for s in sent]).mean(0) for n in sent[0]}
@@ -103,24 +133,35 @@ def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
 
     def features(g: Mapping[str, Tensor]) -> Tensor:
         matrices = {n: g[n].flatten(1) for n in lefts}
-        parts = [bases[n] @ m.t() for n, m in matrices.items()] + [spans[n] @ m for n, m in matrices.items()]
+        parts = [bases[n] @ m.t() for n, m in matrices.items()] + [
+            spans[n] @ m for n, m in matrices.items()
+        ]
         return torch.cat([p.flatten() for p in parts] + [g[n].flatten() for n in vectors])
 
-    target = torch.cat([p.flatten() for p in (*lefts.values(), *rights.values(), *vectors.values())])
+    target = torch.cat(
+        [p.flatten() for p in (*lefts.values(), *rights.values(), *vectors.values())]
+    )
     return Observed(features=features, target=target)
 
 
-def _send(compressor: Compressor, gradients: Mapping[str, Tensor], bits: int | None) -> tuple[dict[str, Tensor], ...]:
+def _send(
+    compressor: Compressor, gradients: Mapping[str, Tensor], bits: int | None
+) -> tuple[dict[str, Tensor], ...]:
     """One step of one worker; what its messages decode to: first factors, second factors, vectors, and the gradient they make.
 
     bits None: no quantisation, as PowerSGD sends them.
     """
     if bits is None:
-        work = {n: compressor.memory[n] + gradients[n].reshape(compressor.memory[n].shape) for n in compressor.shapes}
+        work = {
+            n: compressor.memory[n] + gradients[n].reshape(compressor.memory[n].shape)
+            for n in compressor.shapes
+        }
         lefts = {n: orthonormal(q) @ work[n].t() for n, q in compressor.factors.items()}
         rights = {n: orthonormal(p) @ work[n] for n, p in lefts.items()}
         vectors = {n: gradients[n].flatten() for n in compressor.vectors}
-        mean = {n: (orthonormal(p).t() @ rights[n]).view(gradients[n].shape) for n, p in lefts.items()}
+        mean = {
+            n: (orthonormal(p).t() @ rights[n]).view(gradients[n].shape) for n, p in lefts.items()
+        }
         for n in lefts:
             compressor.memory[n] = work[n] - mean[n].reshape(work[n].shape)
             compressor.factors[n] = rights[n]
@@ -131,7 +172,10 @@ def _send(compressor: Compressor, gradients: Mapping[str, Tensor], bits: int | N
     for stage in compressor._stages:
         sections = [s for s in stage if s.size]
         parts = packet.rows.split([s.row_bytes for s in sections], 1)
-        decoded += [s.codec.decode(part, s.pieces[0])[0, : s.size] for s, part in zip(sections, parts, strict=True)]
+        decoded += [
+            s.codec.decode(part, s.pieces[0])[0, : s.size]
+            for s, part in zip(sections, parts, strict=True)
+        ]
         try:
             packet = exchange.send(packet.rows)
         except StopIteration as finished:
@@ -150,14 +194,21 @@ def dlg(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> Ten
     """The picture whose gradient is nearest in squared distance, by L-BFGS from noise."""
     picture = torch.rand(1, 1, 8, 8, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [picture], lr=1.0, max_iter=iterations, history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0,
+        [picture],
+        lr=1.0,
+        max_iter=iterations,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0,
         tolerance_change=0,
-    )  # fmt: skip
+    )
     size = seen.target.square().sum()
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (seen.features(_gradients(model, picture, label, graph=True)) - seen.target).square().sum() / size
+        loss = (
+            seen.features(_gradients(model, picture, label, graph=True)) - seen.target
+        ).square().sum() / size
         loss.backward()
         return loss
 
@@ -174,7 +225,9 @@ def cosine(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> 
         optimizer.zero_grad()
         features = seen.features(_gradients(model, picture, label, graph=True))
         variation = picture.diff(dim=2).abs().mean() + picture.diff(dim=3).abs().mean()
-        (1 - functional.cosine_similarity(features, seen.target, dim=0) + 1e-3 * variation).backward()
+        (
+            1 - functional.cosine_similarity(features, seen.target, dim=0) + 1e-3 * variation
+        ).backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -188,20 +241,28 @@ def quality(rebuilt: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any
 
     structural_similarity: Any = metrics.structural_similarity
     mse = [max(float((a - b).square().mean()), 1e-12) for a, b in zip(rebuilt, truth, strict=True)]
-    ssim = [float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0)) for a, b in zip(rebuilt, truth, strict=True)]
+    ssim = [
+        float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0))
+        for a, b in zip(rebuilt, truth, strict=True)
+    ]
     psnr = [float(-10 * np.log10(m)) for m in mse]
     return {"MSE": mean_and_se(mse), "PSNR": mean_and_se(psnr), "SSIM": mean_and_se(ssim)}
 
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[..., Tensor]]] = {
-    "lenet": ("LeNet, DLG", lenet, dlg), "cnn": ("CNN, cosine", cnn, cosine),
-}  # fmt: skip
+    "lenet": ("LeNet, DLG", lenet, dlg),
+    "cnn": ("CNN, cosine", cnn, cosine),
+}
 
 
-def _gradients(model: nn.Module, picture: Tensor, label: Tensor, graph: bool = False) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, picture: Tensor, label: Tensor, graph: bool = False
+) -> dict[str, Tensor]:
     named = dict(model.named_parameters())
     loss = functional.cross_entropy(model(picture), label)
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values()), create_graph=graph), strict=True))
+    return dict(
+        zip(named, torch.autograd.grad(loss, list(named.values()), create_graph=graph), strict=True)
+    )
 
 
 def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -210,7 +271,9 @@ def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
 
 def _cut(values: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     sizes = [int(np.prod(s)) for s in shapes.values()]
-    return {n: part.view(s) for (n, s), part in zip(shapes.items(), values.split(sizes), strict=True)}
+    return {
+        n: part.view(s) for (n, s), part in zip(shapes.items(), values.split(sizes), strict=True)
+    }
 
 
 def _print_row(network: str, variant: str, row: Mapping[str, Any]) -> None:

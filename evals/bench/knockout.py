@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hipp_ext.evals.bench.measuring import mean_and_se, rank_correlation, report
 from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.calibration import Batch, image_token_id
+from hipp_ext.evals.bench.measuring import mean_and_se, rank_correlation, report
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import valid_tokens
@@ -28,9 +28,14 @@ def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
     """Inside the block, text tokens of `layer` do not see picture tokens. Needs sdpa attention."""
     picture, valid = batch["input_ids"] == image_token_id(model), valid_tokens(batch)
     length = picture.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=picture.device).tril() & valid[:, None, :]
+    seen = (
+        torch.ones(length, length, dtype=torch.bool, device=picture.device).tril()
+        & valid[:, None, :]
+    )
     seen = seen & ~(picture[:, None, :] & ~picture[:, :, None])
-    seen = seen | torch.eye(length, dtype=torch.bool, device=picture.device)  # padding sees itself: softmax needs something
+    seen = seen | torch.eye(
+        length, dtype=torch.bool, device=picture.device
+    )  # padding sees itself: softmax needs something
     module: Any = tower_layers(model, "language")[layer].self_attn
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -78,11 +83,13 @@ def run(save: bool = False) -> dict[str, Any]:
     plain = [float(weights[g.name].sum()) for g in groups if g.kind == "attention"]
     per_batch = rows["visual sensitivity"]
     values = {
-        "rows": BATCHES * ROWS, "layers": len(by_layer),
-        "knockout_kl": effect.mean(0).tolist(), "knockout_kl_se": (effect.std(0, ddof=1) / len(effect) ** 0.5).tolist(),
+        "rows": BATCHES * ROWS,
+        "layers": len(by_layer),
+        "knockout_kl": effect.mean(0).tolist(),
+        "knockout_kl_se": (effect.std(0, ddof=1) / len(effect) ** 0.5).tolist(),
         "visual_sensitivity": by_layer,
         "spearman": rank_correlation(by_layer, effect.mean(0)),
         "spearman_per_batch": mean_and_se(per_batch),
         "spearman_of_wanda_sp": rank_correlation(plain, effect.mean(0)),
-    }  # fmt: skip
+    }
     return report("knockout", "hipp bench knockout", values, save)

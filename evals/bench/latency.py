@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.generation import Load, extra_mib_on_cpu, measure, shaped_batch
-from hipp_ext.evals.bench.measuring import describe, show
-from hipp_ext.evals.bench.shapes import random_llava
 
 from hipp_ext.budget import keep_counts
 from hipp_ext.checkpoint import load_pruned, save_pruned
 from hipp_ext.errors import DataError
+from hipp_ext.evals.bench.generation import Load, extra_mib_on_cpu, measure, shaped_batch
+from hipp_ext.evals.bench.measuring import describe, show
+from hipp_ext.evals.bench.shapes import random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
@@ -32,10 +32,15 @@ def shaped_folders(into: Path, removed: float, hidden: int, layers: int) -> dict
     plan = plan_from_counts(groups, keep_counts(groups, None, removed), Magnitude()(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they have no processor, and need none
-        return {"dense": save_pruned(model, into / "dense"), "pruned": save_pruned(prune(model, plan), into / "pruned")}
+        return {
+            "dense": save_pruned(model, into / "dense"),
+            "pruned": save_pruned(prune(model, plan), into / "pruned"),
+        }
 
 
-def folders(models: Mapping[str, str | Path], plans: Sequence[str | Path], into: Path) -> dict[str, Path]:
+def folders(
+    models: Mapping[str, str | Path], plans: Sequence[str | Path], into: Path
+) -> dict[str, Path]:
     """Name -> folder of the models, and of the first one pruned by each plan, whose name is that of its file.
 
     Raises:
@@ -82,10 +87,20 @@ def run(
     """
     from hipp_ext.checkpoint import resolve_device
 
-    load, place, kept = load or Load(), resolve_device(device), getattr(torch, dtype) if dtype else None
+    load, place, kept = (
+        load or Load(),
+        resolve_device(device),
+        getattr(torch, dtype) if dtype else None,
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        made = folders(models, plans, Path(temporary)) if models else shaped_folders(Path(temporary), removed, hidden, layers)
-        loaded = {name: load_pruned(folder, device=place, dtype=kept) for name, folder in made.items()}
+        made = (
+            folders(models, plans, Path(temporary))
+            if models
+            else shaped_folders(Path(temporary), removed, hidden, layers)
+        )
+        loaded = {
+            name: load_pruned(folder, device=place, dtype=kept) for name, folder in made.items()
+        }
         rows = measure(loaded, load, None if models else shaped_batch(load))
         loaded.clear()
         if place.startswith("cpu"):
@@ -94,7 +109,13 @@ def run(
                 row["extra_mib"] = mib
     for row in rows.values():
         row["peak_mib"] = row["weights_mib"] + row["extra_mib"]
-    shape = {} if models else {"shape": {"hidden": hidden, "layers": layers, "tokens": 637, "pruning_ratio": removed}}
+    shape = (
+        {}
+        if models
+        else {
+            "shape": {"hidden": hidden, "layers": layers, "tokens": 637, "pruning_ratio": removed}
+        }
+    )
     result = describe(command, {"load": asdict(load), **shape, "models": rows}, place)
     if not quiet:
         print_table(result)
@@ -109,15 +130,33 @@ def print_table(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     load = result["load"]
-    table = Table(title=f"{result['device']}, {result['threads']} threads, batch {load['rows']}, {load['new_tokens']} tokens; "
-                        f"median (quartiles) of {load['repeats']} runs", box=SIMPLE_HEAD)  # fmt: skip
-    for column in ("model", "parameters", "GFLOPs", "first token [ms]", "per token [ms]", "faster (first, further)",
-                   "weights [MiB]", "peak [MiB]"):  # fmt: skip
+    table = Table(
+        title=f"{result['device']}, {result['threads']} threads, batch {load['rows']}, {load['new_tokens']} tokens; "
+        f"median (quartiles) of {load['repeats']} runs",
+        box=SIMPLE_HEAD,
+    )
+    for column in (
+        "model",
+        "parameters",
+        "GFLOPs",
+        "first token [ms]",
+        "per token [ms]",
+        "faster (first, further)",
+        "weights [MiB]",
+        "peak [MiB]",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row in result["models"].items():
-        table.add_row(short_name(name), f"{row['parameters'] / 1e6:.2f}M", f"{row['prefill_gflops']:.2f}",
-                      spread_text(row["prefill_ms"]), spread_text(row["decode_ms"]), speedup_text(row),
-                      f"{row['weights_mib']:.1f}", f"{row['peak_mib']:.1f}")  # fmt: skip
+        table.add_row(
+            short_name(name),
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['prefill_gflops']:.2f}",
+            spread_text(row["prefill_ms"]),
+            spread_text(row["decode_ms"]),
+            speedup_text(row),
+            f"{row['weights_mib']:.1f}",
+            f"{row['peak_mib']:.1f}",
+        )
     console = Console(markup=False)  # names are those of folders, and [ms] is no style
     (console if console.is_terminal else Console(width=160, markup=False)).print(table)
 
@@ -130,5 +169,7 @@ def spread_text(spread: Mapping[str, float]) -> str:
 def speedup_text(row: Mapping[str, Any]) -> str:
     """How many times faster than the first model; empty for that one."""
     return (
-        f"{row['prefill_speedup']['median']:.2f}x, {row['decode_speedup']['median']:.2f}x" if "prefill_speedup" in row else ""
+        f"{row['prefill_speedup']['median']:.2f}x, {row['decode_speedup']['median']:.2f}x"
+        if "prefill_speedup" in row
+        else ""
     )

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 
 
-def paired_times(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def paired_times(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Side -> `repeats` wall-clock times [s]; the sides take turns, and the first `warmup` rounds do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_number in range(warmup + repeats):
@@ -38,7 +40,12 @@ def paired_times(sides: Mapping[str, Callable[[], object]], repeats: int, warmup
 def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
     """How many times longer `slow` takes than `fast`: median of the paired ratios, least, most, n."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "n": len(ratios)}
+    return {
+        "median": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "n": len(ratios),
+    }
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
@@ -54,7 +61,11 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
 def mean_and_se(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, its standard error (None below two values), and n."""
     n = len(values)
-    return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / n**0.5 if n > 1 else None, "n": n}
+    return {
+        "mean": statistics.fmean(values),
+        "se": statistics.stdev(values) / n**0.5 if n > 1 else None,
+        "n": n,
+    }
 
 
 def claim_folder(folder: Path, setting: object) -> None:
@@ -116,10 +127,23 @@ def describe(command: str, values: Mapping[str, Any], device: str | None = None)
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
     versions = {p: version(p) for p in ("torch", "transformers")}
-    return {"command": command, **values, "device": name, "threads": torch.get_num_threads(), "versions": versions}
+    return {
+        "command": command,
+        **values,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
 
 
-def show(name: str, result: Mapping[str, Any], *, save: bool, out: Path | None = None, quiet: bool = False) -> None:
+def show(
+    name: str,
+    result: Mapping[str, Any],
+    *,
+    save: bool,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> None:
     """Print a result, unless `quiet`; with `save` write it to results/<name>.json, with `out` to that file."""
     text = json.dumps(result, indent=1) + "\n"
     if not quiet:

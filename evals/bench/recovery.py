@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hipp_ext.evals.bench.measuring import report
-from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.pope import pope_scores
 from safetensors import safe_open
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
+from hipp_ext.evals.bench.measuring import report
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.pope import pope_scores
 
 RATIO = 0.4
 COMPRESSIONS, STEPS = ("lqsgd", "none"), 150
@@ -30,11 +30,16 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
     """Make, recover and measure the models in `folder`; returns and prints the result. Percent, standard errors in points."""
     torch.set_num_threads(1)
     model, processor = testbed.load()
-    asked = {split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")] for split in SPLITS}
+    asked = {
+        split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")]
+        for split in SPLITS
+    }
     evaluators = {split: Evaluator(model, processor, *tasks) for split, tasks in asked.items()}
 
     def measure(name: str, model: Any, **more: Any) -> dict[str, Any]:
-        row = {split: _accuracies(evaluators[split].scores(model), asked[split][0]) for split in SPLITS} | more
+        row = {
+            split: _accuracies(evaluators[split].scores(model), asked[split][0]) for split in SPLITS
+        } | more
         print(name, row, flush=True)
         return row
 
@@ -43,15 +48,29 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
         save_pruned(prune(model, pruning_plan(model, processor)), before, processor)
     pruned = load_pruned(before)
     ratio = pruned.hipp_plan.pruning_ratio
-    rows = {"dense": measure("dense", model), "pruned": measure("pruned", pruned, pruning_ratio=ratio)}
+    rows = {
+        "dense": measure("dense", model),
+        "pruned": measure("pruned", pruned, pruning_ratio=ratio),
+    }
     for compression in COMPRESSIONS:
         after = folder / compression
         if not after.exists():
             _recover(before, after, compression, rank, bits)
-        more = {"bytes": _bytes(folder / f"{compression}.recover")} if compression == "lqsgd" else {}
+        more = (
+            {"bytes": _bytes(folder / f"{compression}.recover")} if compression == "lqsgd" else {}
+        )
         rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
-    values = {"rows": rows, "processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": WISH}
-    values["questions"] = {s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()}
+    values = {
+        "rows": rows,
+        "processes": 2,
+        "rank": rank,
+        "bits": bits,
+        "seed": 0,
+        "preference": WISH,
+    }
+    values["questions"] = {
+        s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()
+    }
     return report("recovery", "hipp bench recovery", values, save)
 
 
@@ -60,9 +79,10 @@ def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
     truth, kinds = [q.answer for q in pope], [q.category for q in pope]
     overall = pope_scores(scores["pope"].answers, truth, kinds, pictures)["vlmeval"]["overall"]
     return {
-        "POPE": [overall.accuracy, overall.accuracy_se], "POPE yes_rate": overall.yes_rate,
+        "POPE": [overall.accuracy, overall.accuracy_se],
+        "POPE yes_rate": overall.yes_rate,
         "ScienceQA": [scores["choice"].accuracy, scores["choice"].accuracy_se],
-    }  # fmt: skip
+    }
 
 
 def pruning_plan(model: Any, processor: Any) -> PruningPlan:
@@ -82,7 +102,18 @@ def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) 
         "hipp_ext",
         "recover",
     ]
-    options = ["-o", after, "--steps", STEPS, "--compression", compression, "--rank", rank, "--bits", bits]
+    options = [
+        "-o",
+        after,
+        "--steps",
+        STEPS,
+        "--compression",
+        compression,
+        "--rank",
+        rank,
+        "--bits",
+        bits,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, *map(str, [before, *options])], check=True, env=environment)
 

@@ -15,14 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hipp_ext.evals.bench.measuring import claim_folder, keep_picture, mean_and_se, report, resident
-from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from torch import nn
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.bench.measuring import claim_folder, keep_picture, mean_and_se, report, resident
 from hipp_ext.files import write_atomic
+from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from hipp_ext.masks import top_units
-from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, default_floor, global_counts, uniform_counts
+from hipp_ext.robust.allocation import (
+    Bounds,
+    Cost,
+    allocate,
+    channel_costs,
+    default_floor,
+    global_counts,
+    uniform_counts,
+)
 from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
@@ -38,9 +46,21 @@ if TYPE_CHECKING:
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
 ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
 ARMS = (
-    *MAIN, "global-l1", "bn", "taylor", "robust-taylor", "uniform-bn", "mrs-bn", "clean-bn", "shuffled-bn", "mrs-worst",
-    "mrs-grad", "mrs-taylor", "mrs-rounds", "random",
-)  # fmt: skip
+    *MAIN,
+    "global-l1",
+    "bn",
+    "taylor",
+    "robust-taylor",
+    "uniform-bn",
+    "mrs-bn",
+    "clean-bn",
+    "shuffled-bn",
+    "mrs-worst",
+    "mrs-grad",
+    "mrs-taylor",
+    "mrs-rounds",
+    "random",
+)
 AGAINST = (
     "uniform",
     "global-l1",
@@ -95,40 +115,68 @@ class Job:
         return f"{self.network}-{round(100 * self.ratio)}-{self.loss}-{self.seed}"
 
 
-def run_job(job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
+def run_job(
+    job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Callable[[str], None]
+) -> None:
     """Fill `out`/<job>/<arm>.json; arms that are there already are left alone."""
     wanted = [a for a in arms if not (out / job.name / f"{a}.json").exists()]
     if not wanted:
         return
     data = load_data(setting.data, setting.root, seed=job.seed)
-    dense = dense_network(job.network, job.seed, setting, data, out / f"dense-{job.network}-{job.seed}.safetensors")
+    dense = dense_network(
+        job.network, job.seed, setting, data, out / f"dense-{job.network}-{job.seed}.safetensors"
+    )
     example = data.train.rows(slice(0, 1))[0]
     groups = find_channel_groups(dense, example)
     macs, parameters = channel_costs(dense, example, groups)
     uniform = uniform_counts([g.width for g in groups], job.ratio)
     for arm in wanted:
         start, memory, scoring = time.process_time(), resident("VmHWM", reset=True), None
-        loss, settings = _loss(job.loss, setting), TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed)
+        loss, settings = (
+            _loss(job.loss, setting),
+            TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed),
+        )
         if arm == "mrs-rounds":
             model, kept = _in_rounds(job, setting, dense, data, loss, settings)
         else:
             counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
-            scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
-            kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
+            scoring = {
+                "seconds": time.process_time() - start,
+                "peak_mb": resident("VmHWM") - memory,
+            }
+            kept = {
+                g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)
+            }
             model = copy.deepcopy(dense)
             prune_channels(model, example, kept)
             recalibrate(model, data.train, setting.epsilon, seed=job.seed)
             train(model, data, loss, settings)
         keeps = [len(kept[g.name]) for g in groups]
-        found = evaluate(model, data.test.first(setting.test), len(data.classes), epsilon=setting.epsilon,
-                         attacks=setting.attacks, checks=False, batch_size=600, seed=job.seed)  # fmt: skip
+        found = evaluate(
+            model,
+            data.test.first(setting.test),
+            len(data.classes),
+            epsilon=setting.epsilon,
+            attacks=setting.attacks,
+            checks=False,
+            batch_size=600,
+            seed=job.seed,
+        )
         values = {
-            **asdict(job), "arm": arm, "clean": found.clean, **found.under, "worst": found.worst, "keeps": keeps,
-            "macs": macs(keeps) / macs([g.width for g in groups]), "scoring": scoring,
+            **asdict(job),
+            "arm": arm,
+            "clean": found.clean,
+            **found.under,
+            "worst": found.worst,
+            "keeps": keeps,
+            "macs": macs(keeps) / macs([g.width for g in groups]),
+            "scoring": scoring,
             "parameters": parameters(keeps) / parameters([g.width for g in groups]),
-        }  # fmt: skip
+        }
         write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
-        say(f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}")
+        say(
+            f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}"
+        )
 
 
 def _scores(job: Job, setting: Setting) -> ScoreSettings:
@@ -137,23 +185,39 @@ def _scores(job: Job, setting: Setting) -> ScoreSettings:
 
 
 def _in_rounds(
-    job: Job, setting: Setting, dense: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings
+    job: Job,
+    setting: Setting,
+    dense: nn.Module,
+    data: ImageData,
+    loss: AdversarialLoss,
+    settings: TrainSettings,
 ) -> tuple[nn.Module, Kept]:
     """(network, channels kept) of MRPF in rounds."""
     chosen = MRPFSettings(
-        pruning_ratio=job.ratio, rounds=ROUNDS, scores=_scores(job, setting), bounds=Bounds(floor=default_floor(job.ratio)),
+        pruning_ratio=job.ratio,
+        rounds=ROUNDS,
+        scores=_scores(job, setting),
+        bounds=Bounds(floor=default_floor(job.ratio)),
         train=replace(settings, epochs=setting.tune // ROUNDS),
-    )  # fmt: skip
+    )
     result = mrpf(dense, data, chosen, loss=loss)
     return result.model, result.kept
 
 
-def dense_network(network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None) -> nn.Module:
+def dense_network(
+    network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None
+) -> nn.Module:
     """The dense network of a seed, in eval mode; with a checkpoint it is trained once for all ratios and losses."""
     torch.manual_seed(seed)
     model = build_model(network, len(data.classes), data.shape)
     settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
-    train(model, data, PGDAT(epsilon=setting.epsilon, steps=setting.steps), settings, checkpoint=checkpoint)
+    train(
+        model,
+        data,
+        PGDAT(epsilon=setting.epsilon, steps=setting.steps),
+        settings,
+        checkpoint=checkpoint,
+    )
     return model.eval()
 
 
@@ -162,11 +226,21 @@ def _loss(name: str, setting: Setting) -> AdversarialLoss:
 
 
 def _plan(
-    arm: str, job: Job, setting: Setting, dense: nn.Module, data: ImageData, groups: Sequence[ChannelGroup], macs: Cost,
+    arm: str,
+    job: Job,
+    setting: Setting,
+    dense: nn.Module,
+    data: ImageData,
+    groups: Sequence[ChannelGroup],
+    macs: Cost,
     uniform: Sequence[int],
-) -> tuple[list[int], Sequence[torch.Tensor]]:  # fmt: skip
+) -> tuple[list[int], Sequence[torch.Tensor]]:
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
-    budget, bounds, widths = macs(uniform), Bounds(floor=default_floor(job.ratio)), [g.width for g in groups]
+    budget, bounds, widths = (
+        macs(uniform),
+        Bounds(floor=default_floor(job.ratio)),
+        [g.width for g in groups],
+    )
     settings = _scores(job, setting)
     clean = replace(settings, attack_steps=0)
     generator = torch.Generator().manual_seed(job.seed)
@@ -182,7 +256,11 @@ def _plan(
             return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
         return list(uniform), ranking
     forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
-    chosen = clean if arm in ("clean-removal", "clean-bn") else replace(settings, form=forms.get(arm, "removal"))
+    chosen = (
+        clean
+        if arm in ("clean-removal", "clean-bn")
+        else replace(settings, form=forms.get(arm, "removal"))
+    )
     if arm.endswith(("-taylor", "-bn")):
         chosen = replace(chosen, ranking="taylor" if arm.endswith("-taylor") else "bn")
     scores = score(dense, data.train, groups, chosen)
@@ -203,10 +281,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
     for network, ratio, loss in keys:
         mine = [r for r in rows if (r["network"], r["ratio"], r["loss"]) == (network, ratio, loss)]
-        by = {a: {r["seed"]: r for r in mine if r["arm"] == a} for a in dict.fromkeys(r["arm"] for r in mine)}
+        by = {
+            a: {r["seed"]: r for r in mine if r["arm"] == a}
+            for a in dict.fromkeys(r["arm"] for r in mine)
+        }
         entry = {}
         for arm, runs in by.items():
-            means = {k: mean_and_se([r[k] for r in runs.values()]) for k in ("clean", "pgd", "worst", "macs", "parameters")}
+            means = {
+                k: mean_and_se([r[k] for r in runs.values()])
+                for k in ("clean", "pgd", "worst", "macs", "parameters")
+            }
             if scored := [r["scoring"] for r in runs.values() if r["scoring"]]:
                 means["scoring_seconds"] = mean_and_se([s["seconds"] for s in scored])
                 means["scoring_peak_mb"] = {"most": max(s["peak_mb"] for s in scored)}
@@ -219,15 +303,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any]:
     """Differences a - b over the seeds that both have, in points."""
     seeds = sorted(set(a) & set(b))
-    return {k: mean_and_se([a[s][k] - b[s][k] for s in seeds]) if seeds else None for k in ("clean", "worst")}
+    return {
+        k: mean_and_se([a[s][k] - b[s][k] for s in seeds]) if seeds else None
+        for k in ("clean", "worst")
+    }
 
 
-def power(spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416) -> int:
+def power(
+    spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416
+) -> int:
     """Seeds that show a paired `difference` [points] with probability 0.8 at the 5% level, given the differences' spread."""
     return max(2, math.ceil(((level + power_level) * spread / difference) ** 2))
 
 
-def jobs(networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int) -> Iterator[Job]:
+def jobs(
+    networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int
+) -> Iterator[Job]:
     """Seed by seed, so that a stopped study has all cells alike."""
     for seed in range(seeds):
         for network in networks:
@@ -237,16 +328,27 @@ def jobs(networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str]
 
 
 def run(
-    out: Path, setting: Setting, networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int,
-    arms: Sequence[str], save: bool, say: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
+    out: Path,
+    setting: Setting,
+    networks: Sequence[str],
+    ratios: Sequence[float],
+    losses: Sequence[str],
+    seeds: int,
+    arms: Sequence[str],
+    save: bool,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Run what is missing in `out`, then report all of it.
 
     Raises:
         DataError: an unknown arm, network or loss, or a ratio outside (0, 1).
         OutputExistsError: `out` holds a study with another setting.
     """
-    for what, given, known in (("arms", arms, ARMS), ("losses", losses, LOSSES), ("networks", networks, MODEL_NAMES)):
+    for what, given, known in (
+        ("arms", arms, ARMS),
+        ("losses", losses, LOSSES),
+        ("networks", networks, MODEL_NAMES),
+    ):
         if unknown := [x for x in given if x not in known]:
             raise DataError(f"Known {what} are {', '.join(known)}; got {unknown}.")
     if outside := [r for r in ratios if not 0 < r < 1]:
@@ -288,10 +390,19 @@ def _picture(cells: Mapping[str, Any]) -> "Figure":
     figure = Figure(figsize=(3.4 * columns, 3.4 * lines), layout="constrained")
     for i, (name, arms) in enumerate(cells.items()):
         axes = figure.add_subplot(lines, columns, i + 1)
-        rows = [(a, v["difference"]["uniform"]["worst"]) for a, v in arms.items() if v["difference"].get("uniform")]
+        rows = [
+            (a, v["difference"]["uniform"]["worst"])
+            for a, v in arms.items()
+            if v["difference"].get("uniform")
+        ]
         rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
-        axes.errorbar([r[1]["mean"] for r in rows], [f"{r[0]} (n={r[1]['n']})" for r in rows],
-                      xerr=[r[1]["se"] or 0 for r in rows], fmt="o", capsize=3)  # fmt: skip
+        axes.errorbar(
+            [r[1]["mean"] for r in rows],
+            [f"{r[0]} (n={r[1]['n']})" for r in rows],
+            xerr=[r[1]["se"] or 0 for r in rows],
+            fmt="o",
+            capsize=3,
+        )
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("points above uniform")

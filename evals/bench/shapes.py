@@ -11,7 +11,12 @@ IMAGE_TOKEN = 999
 
 
 def random_llava(
-    hidden: int, layers: int, *, whole: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+    hidden: int,
+    layers: int,
+    *,
+    whole: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """A LLaVA in eval mode; 4096 and 32 are the language tower of the 7B model.
 
@@ -20,14 +25,34 @@ def random_llava(
         whole: with a vision tower in proportion and LLaVA-1.5's vocabulary; both are next to nothing otherwise.
         device, dtype: of the weights.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
-    text = LlamaConfig(vocab_size=32_064 if whole else IMAGE_TOKEN + 1, hidden_size=hidden, num_hidden_layers=layers,
-                       intermediate_size=hidden * 43 // 16, num_attention_heads=hidden // 128)  # fmt: skip
-    seeing = (hidden // 4, hidden, max(2, layers * 3 // 4), max(1, hidden // 256)) if whole else (64, 128, 2, 4)
+    text = LlamaConfig(
+        vocab_size=32_064 if whole else IMAGE_TOKEN + 1,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=hidden * 43 // 16,
+        num_attention_heads=hidden // 128,
+    )
+    seeing = (
+        (hidden // 4, hidden, max(2, layers * 3 // 4), max(1, hidden // 256))
+        if whole
+        else (64, 128, 2, 4)
+    )
     width, ffn, depth, heads = seeing
-    vision = CLIPVisionConfig(hidden_size=width, intermediate_size=ffn, num_hidden_layers=depth, num_attention_heads=heads,
-                              image_size=336, patch_size=14)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=336,
+        patch_size=14,
+    )
     image: dict[str, Any] = {"image_token_id": IMAGE_TOKEN}
     config = LlavaConfig(vision_config=vision, text_config=text, **image)
     torch.manual_seed(0)
@@ -42,7 +67,16 @@ def noise(rows: int, *, shared: int = 1, at_once: int = 64, seed: int = 0) -> li
     batches = []
     for some in torch.arange(rows).split(at_once):
         words = torch.randint(3, IMAGE_TOKEN, (len(some), TEXT), generator=generator)
-        first, picture = torch.ones(len(some), 1, dtype=torch.long), torch.full((len(some), PICTURE), IMAGE_TOKEN)
+        first, picture = (
+            torch.ones(len(some), 1, dtype=torch.long),
+            torch.full((len(some), PICTURE), IMAGE_TOKEN),
+        )
         ids = torch.cat([first, picture, words], 1)
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures[some // shared]})
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": pictures[some // shared],
+            }
+        )
     return batches

@@ -8,11 +8,11 @@ gate: of the plans that collapsed, how many would it turn away, at the threshold
 from typing import Any
 
 import numpy as np
-from hipp_ext.evals.bench.measuring import rank_correlation, report
-from hipp_ext.evals.demo import search_evaluator
 
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
+from hipp_ext.evals.bench.measuring import rank_correlation, report
+from hipp_ext.evals.demo import search_evaluator
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.planner.cost import measure_cost
 from hipp_ext.planner.evaluation import plan_rewards
@@ -38,16 +38,26 @@ def run(plans: int = 60, save: bool = False) -> dict[str, Any]:
             quality = [(r.utility + r.robustness) / 2 for r in rewards]
             rows[str(ratio)] = {
                 name: rank_correlation(flow, values)
-                for name, values in (("utility", [r.utility for r in rewards]), ("robustness", [r.robustness for r in rewards]),
-                                     ("mean", quality))
-            } | {"collapsed": sum(q < COLLAPSED for q in quality)}  # fmt: skip
+                for name, values in (
+                    ("utility", [r.utility for r in rewards]),
+                    ("robustness", [r.robustness for r in rewards]),
+                    ("mean", quality),
+                )
+            } | {"collapsed": sum(q < COLLAPSED for q in quality)}
             stability += flow
             sound += [q >= COLLAPSED for q in quality]
     flow, fine = np.array(stability), np.array(sound)
     threshold = float(np.quantile(flow[fine], FALSE_ALARMS))
     values = {
-        "plans_per_ratio": plans, "spearman_with_stability": rows, "collapsed": int((~fine).sum()),
-        "gate": {"threshold": threshold, "sound_turned_away": float((flow[fine] < threshold).mean()),
-                 "collapsed_turned_away": float((flow[~fine] < threshold).mean()) if (~fine).any() else None},
-    }  # fmt: skip
+        "plans_per_ratio": plans,
+        "spearman_with_stability": rows,
+        "collapsed": int((~fine).sum()),
+        "gate": {
+            "threshold": threshold,
+            "sound_turned_away": float((flow[fine] < threshold).mean()),
+            "collapsed_turned_away": float((flow[~fine] < threshold).mean())
+            if (~fine).any()
+            else None,
+        },
+    }
     return report("synflow", "hipp bench synflow", values, save)

@@ -6,21 +6,26 @@ exactly in parameters; in the other rows one kind of group loses the share and t
 
 from typing import Any
 
+from hipp_ext import testbed
+from hipp_ext.budget import keep_counts
 from hipp_ext.evals.bench.measuring import report
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
-
-from hipp_ext import testbed
-from hipp_ext.budget import keep_counts
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import WandaSP
 from hipp_ext.surgery import masked
 
-ROWS: dict[str, tuple[float, str | None]] = {  # name -> (share removed, the only kind that loses anything)
-    "dense": (0.0, None), "uniform 10%": (0.1, None), "uniform 20%": (0.2, None), "uniform 30%": (0.3, None),
-    "attention only, 30%": (0.3, "attention"), "FFN only, 30%": (0.3, "ffn"),
-}  # fmt: skip
+ROWS: dict[
+    str, tuple[float, str | None]
+] = {  # name -> (share removed, the only kind that loses anything)
+    "dense": (0.0, None),
+    "uniform 10%": (0.1, None),
+    "uniform 20%": (0.2, None),
+    "uniform 30%": (0.3, None),
+    "attention only, 30%": (0.3, "attention"),
+    "FFN only, 30%": (0.3, "ffn"),
+}
 
 
 def run(save: bool = False) -> dict[str, Any]:
@@ -35,14 +40,16 @@ def run(save: bool = False) -> dict[str, Any]:
         if only is None:
             counts = keep_counts(groups, None, share)
         else:
-            counts = tuple(g.width - round(share * g.width) if g.kind == only else g.width for g in groups)
+            counts = tuple(
+                g.width - round(share * g.width) if g.kind == only else g.width for g in groups
+            )
         plan = plan_from_counts(groups, counts, scores)
         with masked(model, plan):
             measured = evaluator.scores(model)
         images = [str(q.scene) for q in pope]
-        by_split = pope_scores(measured["pope"].answers, [q.answer for q in pope], [q.category for q in pope], images)[
-            "vlmeval"
-        ]
+        by_split = pope_scores(
+            measured["pope"].answers, [q.answer for q in pope], [q.category for q in pope], images
+        )["vlmeval"]
         rows[name] = {
             "pruning_ratio": plan.pruning_ratio,
             "ScienceQA": [measured["choice"].accuracy, measured["choice"].accuracy_se],

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.bench.measuring import mean_and_se, report
-
 from hipp_ext import testbed
+from hipp_ext.evals.bench.measuring import mean_and_se, report
 
 QUESTIONS = 200
 _OURS = "import hipp_ext.integrations.vlmevalkit as v; v.register()"
@@ -31,7 +30,12 @@ def seconds(side: str, home: Path) -> tuple[float, float]:
     """Wall-clock and processor time [s] of the imports of one side, in a fresh process."""
     code = _TIMED.format(imports=SIDES[side])
     environment = os.environ | {"LMUData": str(home), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-2000:]}")
     wall, own = done.stdout.splitlines()[-1].split()
@@ -49,8 +53,14 @@ def run(repeats: int = 5, save: bool = False) -> dict[str, Any]:
                 times[side].append(seconds(side, home))
         added = [[b[i] - a[i] for a, b in zip(*times.values(), strict=True)] for i in (0, 1)]
         values = {
-            "import": {side: {"wall": [t[0] for t in own], "processor": [t[1] for t in own]} for side, own in times.items()},
-            "added by ours [s]": {"wall": mean_and_se(added[0]), "processor": mean_and_se(added[1])},
+            "import": {
+                side: {"wall": [t[0] for t in own], "processor": [t[1] for t in own]}
+                for side, own in times.items()
+            },
+            "added by ours [s]": {
+                "wall": mean_and_se(added[0]),
+                "processor": mean_and_se(added[1]),
+            },
             f"{QUESTIONS} POPE questions [s]": _questions(home),
             "target": {"added by ours [s]": 1, f"{QUESTIONS} POPE questions [s]": 60},
         }
@@ -64,5 +74,12 @@ def _questions(folder: Path) -> float:
     register()
     testbed.export(folder / "data", splits=("test",))
     start = time.perf_counter()
-    evaluate(testbed.WEIGHTS, "POPE", lmu_data=folder / "data/test", work_dir=folder / "out", limit=QUESTIONS, progress=False)
+    evaluate(
+        testbed.WEIGHTS,
+        "POPE",
+        lmu_data=folder / "data/test",
+        work_dir=folder / "out",
+        limit=QUESTIONS,
+        progress=False,
+    )
     return time.perf_counter() - start

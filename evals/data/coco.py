@@ -36,9 +36,16 @@ def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, .
     data = read_json(path)
     try:
         names = {_id(category["id"]): _text(category["name"]) for category in data["categories"]}
-        files = {_id(image["id"]): _text(the_only_one(image["file_name"], f"{path}: image {shown(image['id'])}"))
-                 for image in data["images"]}  # fmt: skip
-        pairs = [(_id(annotation["image_id"]), _id(annotation["category_id"])) for annotation in data["annotations"]]
+        files = {
+            _id(image["id"]): _text(
+                the_only_one(image["file_name"], f"{path}: image {shown(image['id'])}")
+            )
+            for image in data["images"]
+        }
+        pairs = [
+            (_id(annotation["image_id"]), _id(annotation["category_id"]))
+            for annotation in data["annotations"]
+        ]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a COCO instance file: {error!r}. It needs images (id, file_name), annotations (image_id, "
@@ -54,7 +61,9 @@ def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, .
     objects: dict[Any, dict[str, None]] = {image: {} for image in files}
     for image, category in pairs:
         objects[image][names[category]] = None
-    images = [AnnotatedImage(id=i, file_name=file, objects=tuple(objects[i])) for i, file in files.items()]
+    images = [
+        AnnotatedImage(id=i, file_name=file, objects=tuple(objects[i])) for i, file in files.items()
+    ]
     return images, tuple(dict.fromkeys(names.values()))
 
 

@@ -40,9 +40,13 @@ class ParquetProblems:
             columns = self._file.schema_arrow.names
             rows = self._file.metadata.num_rows
         if lost := [name for name in (*texts, "image") if name not in columns]:
-            raise DataError(f"{path} has no column {', '.join(lost)}; it has {shown(', '.join(columns), 500)}")
+            raise DataError(
+                f"{path} has no column {', '.join(lost)}; it has {shown(', '.join(columns), 500)}"
+            )
         if not 0 <= rows <= _MOST_ROWS:
-            raise DataError(f"{path} says that it has {rows:,} rows; {_MOST_ROWS:,} are read at most")
+            raise DataError(
+                f"{path} says that it has {rows:,} rows; {_MOST_ROWS:,} are read at most"
+            )
         self._group = functools.lru_cache(maxsize=1)(self._read_group)
         self._places: list[tuple[int, int]] = []  # row -> row group, row in the group
 
@@ -53,12 +57,27 @@ class ParquetProblems:
             yield
         except DataError:
             raise
-        except (self._arrow_error, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, TypeError) as error:
-            raise DataError(f"{self._path} is not a whole parquet file: {shown(error, 500)}") from None
+        except (
+            self._arrow_error,
+            OSError,
+            ValueError,
+            KeyError,
+            IndexError,
+            OverflowError,
+            MemoryError,
+            TypeError,
+        ) as error:
+            raise DataError(
+                f"{self._path} is not a whole parquet file: {shown(error, 500)}"
+            ) from None
 
     def problems(self) -> list[dict[str, Any]]:
         """Every row, without its picture."""
-        rows = [row for batch in self._batches(self._texts, range(self._file.num_row_groups)) for row in batch]
+        rows = [
+            row
+            for batch in self._batches(self._texts, range(self._file.num_row_groups))
+            for row in batch
+        ]
         self._check_rows(len(rows))
         return rows
 
@@ -68,10 +87,15 @@ class ParquetProblems:
         with self._whole():
             for group in groups:
                 said = self._file.metadata.row_group(group)
-                claims = [said.column(n).total_uncompressed_size for n in range(said.num_columns)
-                          if said.column(n).path_in_schema.partition(".")[0] in columns]  # fmt: skip
+                claims = [
+                    said.column(n).total_uncompressed_size
+                    for n in range(said.num_columns)
+                    if said.column(n).path_in_schema.partition(".")[0] in columns
+                ]
                 self._check_size(sum(claims))
-            rows = self._file.iter_batches(batch_size=_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False)
+            rows = self._file.iter_batches(
+                batch_size=_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False
+            )
             for batch in rows:
                 size += batch.nbytes
                 self._check_size(size)
@@ -79,12 +103,16 @@ class ParquetProblems:
 
     def _check_rows(self, found: int) -> None:
         if found != (said := self._file.metadata.num_rows):
-            raise DataError(f"{self._path} is not a whole parquet file: it says that it has {said:,} rows, and has {found:,}")
+            raise DataError(
+                f"{self._path} is not a whole parquet file: it says that it has {said:,} rows, and has {found:,}"
+            )
 
     def _check_size(self, size: int) -> None:
         if not 0 <= size <= _MOST_BYTES:
-            raise DataError(f"{self._path}: its texts, or the pictures of a row group, unpack to {size:,} bytes; "
-                            f"{_MOST_BYTES:,} are read at most. Write it with smaller row groups")  # fmt: skip
+            raise DataError(
+                f"{self._path}: its texts, or the pictures of a row group, unpack to {size:,} bytes; "
+                f"{_MOST_BYTES:,} are read at most. Write it with smaller row groups"
+            )
 
     def rows_with_picture(self) -> list[int]:
         """Numbers of the rows that have one; reads through the file once."""
@@ -111,5 +139,7 @@ class ParquetProblems:
     def _bytes(self, cell: Any) -> bytes:
         cell = the_only_one(cell, f"{self._path}: a cell of the column image")
         if not (isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)):
-            raise DataError(f"{self._path}: the column image does not hold pictures as bytes, but {shown(cell, 60)}")
+            raise DataError(
+                f"{self._path}: the column image does not hold pictures as bytes, but {shown(cell, 60)}"
+            )
         return cell["bytes"]

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
 from hipp_ext.evals.data.writing import file_pictures, write_table
-
-from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash
 from hipp_ext.untrusted import parse_json, read_plain, shown, the_only_one
 
@@ -81,8 +80,13 @@ def pope_from_annotations(
     """
     images, _ = read_instances(path)
     made = build_pope(images, n_images=n_images, per_image=per_image, seed=seed)
-    source = {"annotations": Path(path).name, "annotations_sha256": content_hash(path), "images": n_images,
-              "objects_per_image": per_image, "seed": seed}  # fmt: skip
+    source = {
+        "annotations": Path(path).name,
+        "annotations_sha256": content_hash(path),
+        "images": n_images,
+        "objects_per_image": per_image,
+        "seed": seed,
+    }
     return made, source
 
 
@@ -102,7 +106,9 @@ def build_pope(
         DataError: too few pictures with enough objects, or a picture that leaves too few absent objects.
     """
     if n_images < 1 or per_image < 1:
-        raise DataError(f"POPE needs at least 1 image and 1 object per image, not {n_images} and {per_image}")
+        raise DataError(
+            f"POPE needs at least 1 image and 1 object per image, not {n_images} and {per_image}"
+        )
     rich = [image for image in images if len(image.objects) >= per_image]
     if len(rich) < n_images:
         raise DataError(
@@ -112,13 +118,19 @@ def build_pope(
     rng = random.Random(f"pope {seed}")
     sample = rng.sample(rich, n_images)
     if (pairs := sum(len(image.objects) ** 2 for image in sample)) > _MOST_PAIRS:
-        raise DataError(f"the sampled images hold {pairs:,} pairs of objects, and {_MOST_PAIRS:,} are counted at most: so many "
-                        "kinds of objects in one image are a mistake in the annotations")  # fmt: skip
+        raise DataError(
+            f"the sampled images hold {pairs:,} pairs of objects, and {_MOST_PAIRS:,} are counted at most: so many "
+            "kinds of objects in one image are a mistake in the annotations"
+        )
     # Counters keep the order of first sight, and sorting keeps it among equals: ties go as in the authors' code.
     frequency = Counter(name for image in sample for name in image.objects)
     popular = sorted(frequency, key=lambda name: -frequency[name])
     companions = _companions(sample)
-    return [question for image in sample for question in _ask(image, per_image, popular, companions, rng)]
+    return [
+        question
+        for image in sample
+        for question in _ask(image, per_image, popular, companions, rng)
+    ]
 
 
 def _companions(sample: Sequence[AnnotatedImage]) -> dict[str, list[str]]:
@@ -146,10 +158,16 @@ def _ask(
         )
     present, adversarial, missing = image.objects[:per_image], [], set(absent)
     for name in present:
-        usual = next((o for o in companions.get(name, ()) if o in missing and o not in adversarial), None)
+        usual = next(
+            (o for o in companions.get(name, ()) if o in missing and o not in adversarial), None
+        )
         left = [other for other in absent if other not in adversarial] if usual is None else []
         adversarial.append(rng.choice(left) if usual is None else usual)
-    chosen = {"random": rng.sample(absent, per_image), "popular": absent[:per_image], "adversarial": adversarial}
+    chosen = {
+        "random": rng.sample(absent, per_image),
+        "popular": absent[:per_image],
+        "adversarial": adversarial,
+    }
     asked: dict[str, tuple[str, tuple[str, ...]]] = {}
     for step, name in enumerate(present):
         asked[name] = ("Yes", SPLITS)
@@ -179,13 +197,19 @@ def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[st
         for where, image, text, answer in _read_published(file):
             known, splits = found.setdefault((image, text), (answer, []))
             if known != answer:
-                raise DataError(f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere {known}")
+                raise DataError(
+                    f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere {known}"
+                )
             if split not in splits:
                 splits.append(split)
-    order = {image: number for number, image in enumerate(dict.fromkeys(image for image, _ in found))}
+    order = {
+        image: number for number, image in enumerate(dict.fromkeys(image for image, _ in found))
+    }
     questions = [
         PopeQuestion(image=image, text=text, answer=answer, splits=tuple(splits))
-        for (image, text), (answer, splits) in sorted(found.items(), key=lambda entry: order[entry[0][0]])
+        for (image, text), (answer, splits) in sorted(
+            found.items(), key=lambda entry: order[entry[0][0]]
+        )
     ]
     return questions, {"files": {file.name: content_hash(file) for file in files.values()}}
 
@@ -194,7 +218,9 @@ def _published_file(folder: Path, split: str) -> Path:
     found = sorted(folder.glob(f"*pope*_{split}.json"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise DataError(f"{folder}: one file like coco_pope_{split}.json is needed, and there is: {names}")
+        raise DataError(
+            f"{folder}: one file like coco_pope_{split}.json is needed, and there is: {names}"
+        )
     return found[0]
 
 
@@ -205,10 +231,14 @@ def _read_published(file: Path) -> list[tuple[str, str, str, str]]:
         where = f"{file}, line {number}"
         entry = parse_json(line, where)
         if not isinstance(entry, dict) or not {"image", "text", "label"} <= entry.keys():
-            raise DataError(f"{where} is not a POPE question (image, text, label): {shown(line.decode(), 100)}")
+            raise DataError(
+                f"{where} is not a POPE question (image, text, label): {shown(line.decode(), 100)}"
+            )
         image, text, label = the_only_one(entry["image"], where), entry["text"], entry["label"]
         if not isinstance(image, str) or not isinstance(text, str):
-            raise DataError(f"{where} is not a POPE question (image, text, label): image and text must be texts")
+            raise DataError(
+                f"{where} is not a POPE question (image, text, label): image and text must be texts"
+            )
         if label not in ("yes", "no"):
             raise DataError(f"{where}: the label is {shown(repr(label), 60)}; it must be yes or no")
         rows.append((where, image, text, label.capitalize()))

@@ -12,20 +12,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.data.parquet import ParquetProblems
 from hipp_ext.evals.data.writing import Picture, file_pictures, write_table
-
-from hipp_ext.errors import DataError
 from hipp_ext.files import content_hash
 from hipp_ext.untrusted import read_json, shown, the_only_one
 
 TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
 _TEXTS = ("question", "choices", "answer", "hint", "topic", "subject")
 # pandas, and so VLMEvalKit, reads a cell of one of these as missing: the option would be gone.
-_MISSING = frozenset([
-    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN",
-    "None", "n/a", "nan", "null",
-])  # fmt: skip
+_MISSING = frozenset(
+    [
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
+)
 
 
 def write_scienceqa(
@@ -62,20 +79,34 @@ def write_scienceqa(
     for split in splits:
         problems, pictures, files = read(source, split)
         rows, rewritten = _rows(problems, split)
-        made = {"made_by": "hipp data scienceqa", "split": split, "options_with_a_stop": rewritten,
-                "files": {file.name: content_hash(file) for file in files}}  # fmt: skip
+        made = {
+            "made_by": "hipp data scienceqa",
+            "split": split,
+            "options_with_a_stop": rewritten,
+            "files": {file.name: content_hash(file) for file in files},
+        }
         out = Path(out_dir) / f"{TABLES[split]}.tsv"
-        written.append(write_table(out, rows, pictures, source=made, overwrite=overwrite, progress=progress))
+        written.append(
+            write_table(out, rows, pictures, source=made, overwrite=overwrite, progress=progress)
+        )
     return written
 
 
-Problems = tuple[list[tuple[int, Mapping[str, Any]]], list[Picture], list[Path]]  # (index, problem), picture of each, files
+Problems = tuple[
+    list[tuple[int, Mapping[str, Any]]], list[Picture], list[Path]
+]  # (index, problem), picture of each, files
 
 
 def _read_problems(source: Path, split: str) -> Problems:
     problems, splits = (read_json(source / name) for name in ("problems.json", "pid_splits.json"))
-    if not isinstance(problems, dict) or not isinstance(splits, dict) or not isinstance(splits.get(split), list):
-        raise DataError(f"{source}: pid_splits.json has no list {split!r}, or problems.json is not problems by id")
+    if (
+        not isinstance(problems, dict)
+        or not isinstance(splits, dict)
+        or not isinstance(splits.get(split), list)
+    ):
+        raise DataError(
+            f"{source}: pid_splits.json has no list {split!r}, or problems.json is not problems by id"
+        )
     found, names = [], []
     for listed in splits[split]:
         pid = str(listed) if isinstance(listed, str | int) else ""
@@ -85,7 +116,10 @@ def _read_problems(source: Path, split: str) -> Problems:
                 f"{source}: pid_splits.json lists problem {shown(repr(listed), 60)}, which problems.json does not have"
             )
         if problem.get("image"):
-            image, part = the_only_one(problem["image"], f"{source}: problem {pid}"), problem.get("split", split)
+            image, part = (
+                the_only_one(problem["image"], f"{source}: problem {pid}"),
+                problem.get("split", split),
+            )
             if not isinstance(image, str) or not isinstance(part, str):
                 raise DataError(f"{source}: problem {pid}: the image and the split must be texts")
             found.append((int(pid), problem))
@@ -114,9 +148,11 @@ def _parquet_files(source: Path, split: str) -> list[Path]:
     """The parquet files of a split: SPLIT-00000-of-00001.parquet, SPLIT.parquet or SPLIT/0000.parquet, at any depth."""
     names = {"val": ("validation", "val"), "test": ("test",)}[split]
     found = sorted(
-        file for file in source.rglob("*.parquet")
-        if file.stem.partition("-")[0] in names or (file.stem.isdecimal() and file.parent.name in names)
-    )  # fmt: skip
+        file
+        for file in source.rglob("*.parquet")
+        if file.stem.partition("-")[0] in names
+        or (file.stem.isdecimal() and file.parent.name in names)
+    )
     if not found:
         raise DataError(
             f"{source} holds neither problems.json (with pid_splits.json and images) nor parquet files of the split "
@@ -124,16 +160,22 @@ def _parquet_files(source: Path, split: str) -> list[Path]:
         )
     if len(folders := {file.parent for file in found}) > 1:
         several = ", ".join(str(folder.relative_to(source)) for folder in sorted(folders))
-        raise DataError(f"{source} holds several versions of the split {split}: {several}. Name one of these folders")
+        raise DataError(
+            f"{source} holds several versions of the split {split}: {several}. Name one of these folders"
+        )
     return found
 
 
 def _require_some(found: Sequence[object], source: Path, split: str, total: int) -> None:
     if not found:
-        raise DataError(f"{source}: none of the {total} questions of the split {split} has a picture; nothing to write")
+        raise DataError(
+            f"{source}: none of the {total} questions of the split {split} has a picture; nothing to write"
+        )
 
 
-def _rows(problems: Sequence[tuple[int, Mapping[str, Any]]], split: str) -> tuple[list[dict[str, object]], int]:
+def _rows(
+    problems: Sequence[tuple[int, Mapping[str, Any]]], split: str
+) -> tuple[list[dict[str, object]], int]:
     """The rows, all with as many option columns as the longest needs, and how many options got a full stop."""
     checked = [(index, *_checked(index, problem)) for index, problem in problems]
     letters = string.ascii_uppercase[: max(len(choices) for _, choices, _ in checked)]
@@ -141,20 +183,35 @@ def _rows(problems: Sequence[tuple[int, Mapping[str, Any]]], split: str) -> tupl
     for (index, choices, texts), (_, problem) in zip(checked, problems, strict=True):
         options = [text + "." if text in _MISSING else text for text in choices]
         rewritten += sum(text in _MISSING for text in choices)
-        rows.append({
-            "index": index, "question": texts["question"], "hint": texts["hint"],
-            **{letter: options[n] if n < len(options) else "" for n, letter in enumerate(letters)},
-            "answer": letters[problem["answer"]], "category": texts["topic"], "l2-category": texts["subject"],
-            "split": split,
-        })  # fmt: skip
+        rows.append(
+            {
+                "index": index,
+                "question": texts["question"],
+                "hint": texts["hint"],
+                **{
+                    letter: options[n] if n < len(options) else ""
+                    for n, letter in enumerate(letters)
+                },
+                "answer": letters[problem["answer"]],
+                "category": texts["topic"],
+                "l2-category": texts["subject"],
+                "split": split,
+            }
+        )
     return rows, rewritten
 
 
 def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """The options and the texts of a problem, or a DataError that says what is wrong with it."""
     choices, answer = problem.get("choices"), problem.get("answer")
-    if not isinstance(choices, list) or not 2 <= len(choices) <= 26 or not all(isinstance(c, str) and c for c in choices):
-        raise DataError(f"problem {index}: the choices must be 2 to 26 texts, and are {shown(choices, 300)}")
+    if (
+        not isinstance(choices, list)
+        or not 2 <= len(choices) <= 26
+        or not all(isinstance(c, str) and c for c in choices)
+    ):
+        raise DataError(
+            f"problem {index}: the choices must be 2 to 26 texts, and are {shown(choices, 300)}"
+        )
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise DataError(
             f"problem {index}: the answer is {shown(repr(answer), 60)}; it must be the number of one of {len(choices)} choices"
@@ -164,5 +221,7 @@ def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[st
         if not isinstance(texts[name], str) or not texts[name]:
             raise DataError(f"problem {index} has no {name}")
     if not isinstance(texts["hint"], str):
-        raise DataError(f"problem {index}: the hint must be a text, and is {shown(texts['hint'], 60)}")
+        raise DataError(
+            f"problem {index}: the hint must be a text, and is {shown(texts['hint'], 60)}"
+        )
     return choices, texts

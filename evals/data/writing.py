@@ -22,7 +22,15 @@ from typing import BinaryIO
 
 from hipp_ext.errors import DataError, WriteError
 from hipp_ext.files import content_hash, new_file, require_new, write_atomic
-from hipp_ext.untrusted import PICTURE_BYTES, is_below, parse_json, read_json, read_plain, rgb_picture, shown
+from hipp_ext.untrusted import (
+    PICTURE_BYTES,
+    is_below,
+    parse_json,
+    read_json,
+    read_plain,
+    rgb_picture,
+    shown,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,9 @@ def file_pictures(folder: str | Path, names: Sequence[str]) -> list[Picture]:
             continue
         if not stat.S_ISREG(status.st_mode):
             kind = "Is a directory" if stat.S_ISDIR(status.st_mode) else "It is a pipe or a device"
-            raise DataError(f"the image {shown(name)} cannot be read: {kind}; a picture must be a plain file")
+            raise DataError(
+                f"the image {shown(name)} cannot be read: {kind}; a picture must be a plain file"
+            )
         read = functools.partial(read_plain, file, PICTURE_BYTES, "picture")
         found[name] = Picture(name=name, stamp=(status.st_size, status.st_mtime_ns), read=read)
     if missing:
@@ -117,7 +127,14 @@ def write_table(
             require_new(path, overwrite)
             distinct = list({picture.name: picture for picture in pictures}.values())
             _check_pictures(kept, key, distinct, path.name if progress else None)
-            _write(path, rows, pictures, kept, {**source, "rows": len(rows), "pictures": len(distinct)}, key)
+            _write(
+                path,
+                rows,
+                pictures,
+                kept,
+                {**source, "rows": len(rows), "pictures": len(distinct)},
+                key,
+            )
         partial.unlink()
     return path
 
@@ -128,7 +145,9 @@ def _check_texts(rows: Sequence[Mapping[str, object]]) -> None:
         text = "\t".join(map(str, row.values()))
         if "\0" in text or text.encode("utf-8", "replace").decode() != text:
             index = shown(next(iter(row.values())))
-            raise DataError(f"row {index}, {shown(text, 60)!r}, holds a null byte or half a character, which a TSV cannot")
+            raise DataError(
+                f"row {index}, {shown(text, 60)!r}, holds a null byte or half a character, which a TSV cannot"
+            )
 
 
 def _write(
@@ -153,9 +172,13 @@ def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
     """The partial file, open for reading and appending, while no other process has it; waits for one that does."""
     while True:
         try:
-            handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            handle = os.open(
+                partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666
+            )
         except OSError as error:
-            raise WriteError(f"{partial} cannot be written: {error.strerror}. Choose another output") from error
+            raise WriteError(
+                f"{partial} cannot be written: {error.strerror}. Choose another output"
+            ) from error
         with os.fdopen(handle, "a+b") as file:
             _lock(file, partial if progress else None)
             if not _is_same(file, partial):  # who had it has ended, and removed it
@@ -204,11 +227,17 @@ def _is_done(path: Path, key: str) -> bool:
         return False
     with contextlib.suppress(DataError, OSError):
         record = read_json(_record(path))
-        return isinstance(record, dict) and record.get("key") == key and record.get("sha256") == content_hash(path)
+        return (
+            isinstance(record, dict)
+            and record.get("key") == key
+            and record.get("sha256") == content_hash(path)
+        )
     return False
 
 
-def _check_pictures(kept: BinaryIO, key: str, pictures: Sequence[Picture], title: str | None) -> None:
+def _check_pictures(
+    kept: BinaryIO, key: str, pictures: Sequence[Picture], title: str | None
+) -> None:
     """Bring the partial file to hold every picture, in order: one JSON line each, after a line with the key."""
     from tqdm import tqdm
 
@@ -259,7 +288,9 @@ def _checked_base64(picture: Picture) -> str:
     try:
         rgb_picture(data)
     except DataError as error:
-        raise DataError(f"the image {shown(picture.name)} is broken, it cannot be decoded: {error}") from None
+        raise DataError(
+            f"the image {shown(picture.name)} is broken, it cannot be decoded: {error}"
+        ) from None
     return base64.b64encode(data).decode()
 
 
@@ -285,7 +316,9 @@ def _holds(line: bytes, name: str) -> bool:
     return line.endswith(b'"}\n') and line.startswith(_json_line(name=name)[:-2] + b', "image": "')
 
 
-def _lines(rows: Sequence[Mapping[str, object]], names: Sequence[str], checked: Iterator[str]) -> Iterator[bytes]:
+def _lines(
+    rows: Sequence[Mapping[str, object]], names: Sequence[str], checked: Iterator[str]
+) -> Iterator[bytes]:
     """The lines of the TSV. Everything is quoted: a line break in a hint must not end the row."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)

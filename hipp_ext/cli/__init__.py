@@ -20,10 +20,13 @@ from hipp_ext.errors import HippError
 from hipp_ext.temporaries import FULL, system_error
 
 app = typer.Typer(
-    name="hipp", no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    name="hipp",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
-)  # fmt: skip
+)
 app.add_typer(planning_app)
 app.add_typer(recover_app)
 app.add_typer(evals_app)
@@ -43,7 +46,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Pruning plans for vision-language models: state a preference, get a smaller model that still sees."""

@@ -9,14 +9,26 @@ from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new_file
 
-bench_app = typer.Typer(no_args_is_help=True, help="The measured claims, as commands anyone can run.")
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")]
-Save = Annotated[bool, typer.Option("--save", help="Write the result into the package's results folder.")]
+bench_app = typer.Typer(
+    no_args_is_help=True, help="The measured claims, as commands anyone can run."
+)
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")
+]
+Save = Annotated[
+    bool, typer.Option("--save", help="Write the result into the package's results folder.")
+]
 SearchQuestions = Annotated[
-    tuple[int, int], typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split.")
+    tuple[int, int],
+    typer.Option(min=8, metavar="N N", help="Of POPE and of ScienceQA, of the search split."),
 ]
 Processes = Annotated[int | None, typer.Option(min=1, help="Default: one per core.")]
-PRUNED, PLANNER, ROBUST, COMM = "Pruned models", "Planner", "Robustness to attacks", "Gradient compression"
+PRUNED, PLANNER, ROBUST, COMM = (
+    "Pruned models",
+    "Planner",
+    "Robustness to attacks",
+    "Gradient compression",
+)
 
 
 @bench_app.command("hosts", rich_help_panel=PRUNED)
@@ -33,13 +45,21 @@ def bench_hosts(repeats: Annotated[int, typer.Option(min=1)] = 3, save: Save = F
 @bench_app.command("latency", rich_help_panel=PRUNED)
 def bench_latency(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders, dense first, or `testbed`.")
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Model folders, dense first, or `testbed`."),
     ] = None,
-    plan: Annotated[list[Path] | None, typer.Option(help="Also the first model pruned by this plan; may be repeated.")] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also the first model pruned by this plan; may be repeated."),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Prompt length of a model without pictures.")] = 512,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt length of a model without pictures.")
+    ] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per run.")] = 33,
-    repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two that do not.")] = 9,
+    repeats: Annotated[
+        int, typer.Option(min=2, help="Runs that count, after two that do not.")
+    ] = 9,
     seed: Annotated[int, typer.Option(help="Of pictures and random prompts.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -65,7 +85,9 @@ def bench_latency(
     from hipp_ext.testbed import WEIGHTS
 
     if plan and not models:
-        raise DataError("--plan needs the model that it is for: hipp bench latency MODEL --plan plan.json")
+        raise DataError(
+            "--plan needs the model that it is for: hipp bench latency MODEL --plan plan.json"
+        )
     check_dtype(dtype)
     if out is not None:
         require_new_file(out, overwrite)
@@ -74,7 +96,16 @@ def bench_latency(
     if len(folders) < len(models or ()):
         raise DataError(f"two folders of one name: {', '.join(models or ())}. Rename one")
     command = shlex.join(["hipp", *sys.argv[1:]])
-    run(folders or None, plan or (), load, device=device, dtype=dtype, command=command, save=save, out=out)
+    run(
+        folders or None,
+        plan or (),
+        load,
+        device=device,
+        dtype=dtype,
+        command=command,
+        save=save,
+        out=out,
+    )
 
 
 @bench_app.command("testbed", rich_help_panel=PRUNED)
@@ -103,11 +134,15 @@ def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save =
 
 @bench_app.command("search", rich_help_panel=PLANNER)
 def bench_search(
-    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("search"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")
+    ] = Path("search"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each method may evaluate.")] = 300,
     questions: SearchQuestions = (1024, 512),
-    ablations: Annotated[bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")] = False,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Also the planner without its parts, two seeds.")
+    ] = False,
     processes: Processes = None,
     save: Save = False,
 ) -> None:
@@ -127,18 +162,25 @@ def bench_search(
     from hipp_ext.evals.bench.search.summary import run
 
     reduced = min(seeds, 2) if ablations else 0
-    size = StudySize(seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions)
+    size = StudySize(
+        seeds=seeds, ablation_seeds=reduced, evaluations=evaluations, questions=questions
+    )
     run(size, out, processes=processes, save=save)
 
 
 @bench_app.command("control", rich_help_panel=PLANNER)
 def bench_control(
-    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")] = Path("control"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Finished fits; an interrupted study goes on.")
+    ] = Path("control"),
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
     questions: SearchQuestions = (4096, 1024),
     test_questions: Annotated[
-        tuple[int, int], typer.Option(min=8, metavar="N N", help="The same of the test split, to measure answers on.")
+        tuple[int, int],
+        typer.Option(
+            min=8, metavar="N N", help="The same of the test split, to measure answers on."
+        ),
     ] = (4800, 1600),
     processes: Processes = None,
     save: Save = False,
@@ -156,18 +198,24 @@ def bench_control(
     from hipp_ext.evals.bench.search.control import run
     from hipp_ext.evals.bench.search.study import StudySize
 
-    size = StudySize(seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions)
+    size = StudySize(
+        seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions
+    )
     run(size, out, processes=processes, save=save)
 
 
 @bench_app.command("fit", rich_help_panel=PLANNER)
 def bench_fit(
-    hidden: Annotated[int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")] = 512,
+    hidden: Annotated[
+        int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")
+    ] = 512,
     layers: Annotated[int, typer.Option(min=2, help="Its layers.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Per task.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Of the fit, 12 plans each.")] = 20,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: float32.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     save: Save = False,
@@ -188,11 +236,22 @@ def bench_fit(
 
     check_dtype(dtype)
     if hidden % 256:
-        raise DataError(f"--hidden {hidden}: a multiple of 256 is needed (heads are 128 wide, those of the vision tower 64).")
+        raise DataError(
+            f"--hidden {hidden}: a multiple of 256 is needed (heads are 128 wide, those of the vision tower 64)."
+        )
     if out is not None:
         require_new_file(out, overwrite)
-    size = FitCostSize(hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps))
-    run(size, device=device, dtype=dtype, command=shlex.join(["hipp", *sys.argv[1:]]), save=save, out=out)
+    size = FitCostSize(
+        hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps)
+    )
+    run(
+        size,
+        device=device,
+        dtype=dtype,
+        command=shlex.join(["hipp", *sys.argv[1:]]),
+        save=save,
+        out=out,
+    )
 
 
 @bench_app.command("query", rich_help_panel=PLANNER)
@@ -214,7 +273,8 @@ def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Sav
 @bench_app.command("kill", rich_help_panel=PLANNER)
 def bench_kill(
     commands: Annotated[
-        list[str] | None, typer.Argument(help="prune, fit, recover, finetune, vlmeval, pope; default: all.")
+        list[str] | None,
+        typer.Argument(help="prune, fit, recover, finetune, vlmeval, pope; default: all."),
     ] = None,
     kills: Annotated[int, typer.Option(min=1, help="Of each command.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
@@ -243,7 +303,9 @@ def bench_knockout(save: Save = False) -> None:
 
 
 @bench_app.command("synflow", rich_help_panel=PLANNER)
-def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False) -> None:
+def bench_synflow(
+    plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False
+) -> None:
     """Whether the synaptic-flow proxy foretells collapse at equal budget."""
     from hipp_ext.evals.bench.synflow import run
 
@@ -252,20 +314,37 @@ def bench_synflow(plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] 
 
 @bench_app.command("robust", rich_help_panel=ROBUST)
 def bench_robust(
-    out: Annotated[Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")] = Path("robust"),
-    data: Annotated[str, typer.Option(help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")] = "digits",
-    root: Annotated[Path | None, typer.Option(help="Folder with the set's files; digits needs none.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Finished jobs; an interrupted study goes on.")
+    ] = Path("robust"),
+    data: Annotated[
+        str, typer.Option(help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")
+    ] = "digits",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder with the set's files; digits needs none.")
+    ] = None,
     networks: Annotated[
-        str, typer.Option(help="Default: small-resnet,small-vgg for digits, resnet18,vgg16_bn otherwise.")
+        str,
+        typer.Option(
+            help="Default: small-resnet,small-vgg for digits, resnet18,vgg16_bn otherwise."
+        ),
     ] = "",
-    ratios: Annotated[str, typer.Option(help="Shares of channels removed in the uniform plan.")] = "0.5,0.75,0.9",
-    losses: Annotated[str, typer.Option(help="Of the fine-tuning: trades, pgd-at.")] = "trades,pgd-at",
+    ratios: Annotated[
+        str, typer.Option(help="Shares of channels removed in the uniform plan.")
+    ] = "0.5,0.75,0.9",
+    losses: Annotated[
+        str, typer.Option(help="Of the fine-tuning: trades, pgd-at.")
+    ] = "trades,pgd-at",
     arms: Annotated[str, typer.Option(help="Default: all of them.")] = "",
     seeds: Annotated[int, typer.Option(min=1)] = 20,
-    dense: Annotated[int, typer.Option(min=0, help="Epochs of adversarial training before pruning.")] = 25,
+    dense: Annotated[
+        int, typer.Option(min=0, help="Epochs of adversarial training before pruning.")
+    ] = 25,
     tune: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning.")] = 15,
     test: Annotated[int, typer.Option(min=1, help="Test images that are attacked.")] = 300,
-    autoattack: Annotated[bool, typer.Option("--autoattack", help="All four parts of AutoAttack, not the first two.")] = False,
+    autoattack: Annotated[
+        bool, typer.Option("--autoattack", help="All four parts of AutoAttack, not the first two.")
+    ] = False,
     save: Save = False,
 ) -> None:
     """Robust pruning: MRS against uniform, global L1, BN scale, Taylor and controls, at equal MACs and equal fine-tuning.
@@ -277,11 +356,27 @@ def bench_robust(
 
     digits = data == "digits"
     chosen = networks or ("small-resnet,small-vgg" if digits else "resnet18,vgg16_bn")
-    setting = Setting(data=data, root=str(root) if root else None, epsilon=0.1 if digits else 8 / 255,
-                      steps=5 if digits else 10, dense=dense, tune=tune, test=test,
-                      attacks=WHOLE_AUTOATTACK if autoattack else ATTACKS)  # fmt: skip
-    run(out, setting, chosen.split(","), [float(r) for r in ratios.split(",")], losses.split(","), seeds,
-        arms.split(",") if arms else ARMS, save, typer.echo)  # fmt: skip
+    setting = Setting(
+        data=data,
+        root=str(root) if root else None,
+        epsilon=0.1 if digits else 8 / 255,
+        steps=5 if digits else 10,
+        dense=dense,
+        tune=tune,
+        test=test,
+        attacks=WHOLE_AUTOATTACK if autoattack else ATTACKS,
+    )
+    run(
+        out,
+        setting,
+        chosen.split(","),
+        [float(r) for r in ratios.split(",")],
+        losses.split(","),
+        seeds,
+        arms.split(",") if arms else ARMS,
+        save,
+        typer.echo,
+    )
 
 
 @bench_app.command("mrs", rich_help_panel=ROBUST)
@@ -302,29 +397,48 @@ def bench_autoattack(images: Annotated[int, typer.Option(min=1)] = 150, save: Sa
 
 @bench_app.command("attacked", rich_help_panel=ROBUST)
 def bench_attacked(
-    out: Annotated[Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")] = Path("attacked"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Finished fits; an interrupted bench goes on.")
+    ] = Path("attacked"),
     seeds: Annotated[int, typer.Option(min=2)] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 12,
     questions: Annotated[int, typer.Option(min=8, help="Per task, in the fits.")] = 64,
     test: Annotated[int, typer.Option(min=8, help="Per task, of the test split.")] = 600,
     ratios: Annotated[str, typer.Option(help="Shares of the parameters removed.")] = "0.3,0.5",
     objectives: Annotated[
-        str, typer.Option(help="pope first; adversarial: attacked once on the dense model; adaptive: anew for every plan.")
+        str,
+        typer.Option(
+            help="pope first; adversarial: attacked once on the dense model; adaptive: anew for every plan."
+        ),
     ] = "pope,adaptive",
     save: Save = False,
 ) -> None:
     """Planners fitted for POPE as it is and for POPE under attack, at equal sparsity, attacked anew on the test split."""
     from hipp_ext.evals.bench.attacked import run
 
-    run(out, seeds, steps, questions, test, 8 / 255, [float(r) for r in ratios.split(",")], save, typer.echo,
-        objectives.split(","))  # fmt: skip
+    run(
+        out,
+        seeds,
+        steps,
+        questions,
+        test,
+        8 / 255,
+        [float(r) for r in ratios.split(",")],
+        save,
+        typer.echo,
+        objectives.split(","),
+    )
 
 
 @bench_app.command("comm", rich_help_panel=COMM)
 def bench_comm(
     seeds: Annotated[int, typer.Option(min=2)] = 5,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: 300, on the testbed 60.")] = None,
-    testbed: Annotated[bool, typer.Option("--testbed", help="Recover a pruned testbed model instead of digits.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default: 300, on the testbed 60.")
+    ] = None,
+    testbed: Annotated[
+        bool, typer.Option("--testbed", help="Recover a pruned testbed model instead of digits.")
+    ] = False,
     save: Save = False,
 ) -> None:
     """Bytes and accuracy of LQ-SGD against fp32, fp16, PowerSGD, QSGD and top-k, workers with like and unlike data."""
@@ -364,7 +478,9 @@ def bench_scale(save: Save = False) -> None:
 def bench_inversion(
     images: Annotated[int, typer.Option(min=2)] = 64,
     iterations: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 100,
-    network: Annotated[str, typer.Option(help="lenet (squared distance, L-BFGS) or cnn (cosine distance, Adam).")] = "lenet",
+    network: Annotated[
+        str, typer.Option(help="lenet (squared distance, L-BFGS) or cnn (cosine distance, Adam).")
+    ] = "lenet",
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
@@ -377,7 +493,9 @@ def bench_inversion(
 
 @bench_app.command("recovery", rich_help_panel=COMM)
 def bench_recovery(
-    out: Annotated[Path, typer.Option("--out", help="For the models; finished parts are kept.")] = Path("recovery"),
+    out: Annotated[
+        Path, typer.Option("--out", help="For the models; finished parts are kept.")
+    ] = Path("recovery"),
     save: Save = False,
 ) -> None:
     """Plan, prune 40%, recover on two processes with LQ-SGD and without, evaluate on the test and validation splits."""

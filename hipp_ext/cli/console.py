@@ -9,13 +9,23 @@ import typer
 from hipp_ext.errors import HippError, OutputExistsError
 from hipp_ext.files import write_atomic
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one."),
+]
 Devices = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto: spread over all GPUs; default: the GPU if there is one."),
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, ..., or auto: spread over all GPUs; default: the GPU if there is one.",
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
 
 
@@ -38,7 +48,9 @@ def require_apart(out: Path, *inputs: Path) -> None:
     """
     for file in inputs:
         if out.resolve() in file.resolve().parents:
-            raise OutputExistsError(f"{out} holds {file}, which would go with it. Choose another name.")
+            raise OutputExistsError(
+                f"{out} holds {file}, which would go with it. Choose another name."
+            )
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -46,7 +58,9 @@ def check_dtype(dtype: str | None) -> None:
         raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
 
 
-def load_model(model: str, device: str | None = "cpu", dtype: str | None = None, *, spread: bool = False) -> tuple[Any, Any]:
+def load_model(
+    model: str, device: str | None = "cpu", dtype: str | None = None, *, spread: bool = False
+) -> tuple[Any, Any]:
     """Model and processor of a folder; device None: the GPU if there is one.
 
     With `spread`, "auto" is a device too: all GPUs, as transformers' device_map spreads a model over them.
@@ -58,10 +72,16 @@ def load_model(model: str, device: str | None = "cpu", dtype: str | None = None,
     from hipp_ext.groups import check_loaded
 
     check_dtype(dtype)
-    place: Any = {"device_map": "auto"} if spread and device == "auto" else {"device": resolve_device(device)}
+    place: Any = (
+        {"device_map": "auto"}
+        if spread and device == "auto"
+        else {"device": resolve_device(device)}
+    )
     if "device_map" in place:
         _check_spread()
-    loaded = load_pruned(model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **place)
+    loaded = load_pruned(
+        model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **place
+    )
     check_loaded(loaded)
     return loaded, find_processor(loaded)
 
@@ -72,7 +92,9 @@ def _check_spread() -> None:
     if find_spec("accelerate") is None:
         raise HippError("--device auto needs accelerate: pip install accelerate")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise HippError("--device auto gives one model all GPUs; under torchrun every process needs one of its own.")
+        raise HippError(
+            "--device auto gives one model all GPUs; under torchrun every process needs one of its own."
+        )
 
 
 def own_device() -> str:
@@ -88,7 +110,9 @@ def print_wide(table: Any) -> None:
 
     console = Console(markup=False)
     width = console.measure(table, options=console.options.update(width=1000)).maximum
-    (console if console.width >= width else Console(width=width, soft_wrap=True, markup=False)).print(table)
+    (
+        console if console.width >= width else Console(width=width, soft_wrap=True, markup=False)
+    ).print(table)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -27,32 +27,51 @@ from hipp_ext.preference import Preference
 
 planning_app = typer.Typer()
 Utility = Annotated[float | None, typer.Option("--utility", "-u", help="Weight of task accuracy.")]
-Robustness = Annotated[float | None, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")]
-Compression = Annotated[float | None, typer.Option("--compression", "-c", help="Weight of removing parameters.")]
+Robustness = Annotated[
+    float | None, typer.Option("--robustness", "-r", help="Weight of not hallucinating objects.")
+]
+Compression = Annotated[
+    float | None, typer.Option("--compression", "-c", help="Weight of removing parameters.")
+]
 Ratio = Annotated[
     float | None,
     typer.Option(
-        "--pruning-ratio", help="Share of parameters to remove; default: the planner's, if it has one; else the policy decides."
+        "--pruning-ratio",
+        help="Share of parameters to remove; default: the planner's, if it has one; else the policy decides.",
     ),
 ]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Where measured signals are kept; default: ~/.cache/hipp-ext.", metavar="FOLDER")
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Where measured signals are kept; default: ~/.cache/hipp-ext.",
+        metavar="FOLDER",
+    ),
 ]
 Rows = Annotated[
     int | None,
     typer.Option(
-        "--calibration-rows", min=2, help="Built-in questions to measure signals on; default: those of the planner, else 64."
+        "--calibration-rows",
+        min=2,
+        help="Built-in questions to measure signals on; default: those of the planner, else 64.",
     ),
 ]
-RoundTo = Annotated[int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")]
+RoundTo = Annotated[
+    int | None, typer.Option("--round-to", min=1, help="Keep widths that are multiples of this.")
+]
 
 
 @planning_app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Policy updates of the fit, 12 plans each.")] = 20,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for everything the demo makes.")
+    ] = Path("demo"),
+    steps: Annotated[
+        int, typer.Option(min=1, help="Policy updates of the fit, 12 plans each.")
+    ] = 20,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions per data set in the final evaluation; default: all.")
+        int | None,
+        typer.Option(min=1, help="Questions per data set in the final evaluation; default: all."),
     ] = None,
 ) -> None:
     """Fit, plan for three preferences, prune, evaluate with VLMEvalKit, and report; all on the testbed.
@@ -70,17 +89,23 @@ def demo(
 @planning_app.command()
 def plan(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")] = Path(
+        "plan.json"
+    ),
     utility: Utility = None,
     robustness: Robustness = None,
     compression: Compression = None,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
     planner: Annotated[
-        Path | None, typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained.")
+        Path | None,
+        typer.Option("--planner", help="A folder written by `hipp fit`; default: untrained."),
     ] = None,
     archived: Annotated[
-        bool, typer.Option("--archived", help="The best plan that the fit evaluated, instead of the policy's.")
+        bool,
+        typer.Option(
+            "--archived", help="The best plan that the fit evaluated, instead of the policy's."
+        ),
     ] = False,
     rows: Rows = None,
     cache: Cache = None,
@@ -119,15 +144,29 @@ def plan(
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
     loaded, processor = load_model(model, device, dtype, spread=True)
-    made = maker.plan(loaded, processor=processor, rows=rows, preference=wanted, archived=archived, say=say, progress=True)
+    made = maker.plan(
+        loaded,
+        processor=processor,
+        rows=rows,
+        preference=wanted,
+        archived=archived,
+        say=say,
+        progress=True,
+    )
     made.save(out, overwrite)
-    if pruning_ratio and pruning_ratio > (most := max((r.pruning_ratio for r in maker.archive.records), default=1.0)):
-        say(f"The fit evaluated no plan of more than {most:.2f}: how this one was allocated is extrapolated.")
+    if pruning_ratio and pruning_ratio > (
+        most := max((r.pruning_ratio for r in maker.archive.records), default=1.0)
+    ):
+        say(
+            f"The fit evaluated no plan of more than {most:.2f}: how this one was allocated is extrapolated."
+        )
     say(f"preference: {wanted}; {_removes(made, loaded)}")
     given = [weight for weight in (utility, robustness, compression) if weight is not None]
     if len(given) == 1 and maker.pruning_ratio is None:
         size = given[0] if 0 < given[0] < 1 else 0.3
-        say(f"One weight was given, and only proportions count: to fix the size use --pruning-ratio {size:g}.")
+        say(
+            f"One weight was given, and only proportions count: to fix the size use --pruning-ratio {size:g}."
+        )
     say(f"plan: {out}")
     _print_plan(made)
 
@@ -136,26 +175,49 @@ def plan(
 def fit(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the planner.")],
-    pope: Annotated[Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")] = None,
-    scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")] = None,
+    pope: Annotated[
+        Path | None, typer.Option(help="POPE-like TSV to search on; default: the testbed's.")
+    ] = None,
+    scienceqa: Annotated[
+        Path | None, typer.Option(help="Multiple-choice TSV to search on; default: the testbed's.")
+    ] = None,
     questions: Annotated[
-        int, typer.Option(min=1, help="Questions per task: few find the front, more tell like wishes apart.")
+        int,
+        typer.Option(
+            min=1, help="Questions per task: few find the front, more tell like wishes apart."
+        ),
     ] = 192,
-    steps: Annotated[int, typer.Option(min=0, help="Policy updates, 12 plans each; 4 with --pruning-ratio.")] = 20,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Policy updates, 12 plans each; 4 with --pruning-ratio.")
+    ] = 20,
     pruning_ratio: Ratio = None,
     round_to: RoundTo = None,
     robustness: Annotated[
-        str, typer.Option(help="What robustness is measured on: pope, adversarial (POPE on attacked pictures) or both.")
+        str,
+        typer.Option(
+            help="What robustness is measured on: pope, adversarial (POPE on attacked pictures) or both."
+        ),
     ] = "pope",
     mrs: Annotated[
-        bool, typer.Option("--mrs", help="Also show the policy MRS: how sensitive every group is under attack.")
+        bool,
+        typer.Option(
+            "--mrs", help="Also show the policy MRS: how sensitive every group is under attack."
+        ),
     ] = False,
-    cost: Annotated[str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")] = "parameters",
+    cost: Annotated[
+        str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")
+    ] = "parameters",
     scalarisation: Annotated[
-        str, typer.Option(help="How objectives become one number: tchebycheff reaches every part of the front; or linear.")
+        str,
+        typer.Option(
+            help="How objectives become one number: tchebycheff reaches every part of the front; or linear."
+        ),
     ] = "tchebycheff",
     min_stability: Annotated[
-        float | None, typer.Option(help="Do not measure plans that keep less synaptic flow [log]; default: measure all.")
+        float | None,
+        typer.Option(
+            help="Do not measure plans that keep less synaptic flow [log]; default: measure all."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     rows: Rows = None,
@@ -196,36 +258,66 @@ def fit(
     loaded, processor = load_model(model, device, dtype, spread=True)
     evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, out, robustness)
     if workers.leads and pope is None and not is_testbed(loaded):
-        warn("the search is on the built-in questions, which are about a toy world: --pope and --scienceqa take others.")
-    maker = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=pruning_ratio, mrs=MRS() if mrs else None,
-                        bounds=Bounds(round_to=round_to or 1), cache=cache or default_cache())  # fmt: skip
+        warn(
+            "the search is on the built-in questions, which are about a toy world: --pope and --scienceqa take others."
+        )
+    maker = HiPPPlanner(
+        Preference(1, 1, 1),
+        pruning_ratio=pruning_ratio,
+        mrs=MRS() if mrs else None,
+        bounds=Bounds(round_to=round_to or 1),
+        cache=cache or default_cache(),
+    )
     running = out.with_name(out.name + ".fit")
     tell = say if workers.leads else None
     chosen: Any = cost
-    result = maker.fit(loaded, evaluator, settings, folder=running, cost=chosen, processor=processor, rows=rows, say=tell)
+    result = maker.fit(
+        loaded,
+        evaluator,
+        settings,
+        folder=running,
+        cost=chosen,
+        processor=processor,
+        rows=rows,
+        say=tell,
+    )
     if workers.leads:
         maker.save(out, overwrite=overwrite)
-        say(f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}")
+        say(
+            f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}; progress is kept in {running}"
+        )
 
 
 @planning_app.command()
 def front(
-    planner: Annotated[Path, typer.Argument(metavar="PLANNER", help="A folder written by `hipp fit`.")],
+    planner: Annotated[
+        Path, typer.Argument(metavar="PLANNER", help="A folder written by `hipp fit`.")
+    ],
     utility: Utility = None,
     robustness: Robustness = None,
     compression: Compression = None,
     pruning_ratio: Ratio = None,
     model: Annotated[
-        str | None, typer.Option(help="The fitted model: measures the policy's plan where the fit did not.")
+        str | None,
+        typer.Option(help="The fitted model: measures the policy's plan where the fit did not."),
     ] = None,
-    pope: Annotated[Path | None, typer.Option(help="The POPE-like TSV of the fit; default: the testbed's.")] = None,
-    scienceqa: Annotated[Path | None, typer.Option(help="The multiple-choice TSV of the fit.")] = None,
+    pope: Annotated[
+        Path | None, typer.Option(help="The POPE-like TSV of the fit; default: the testbed's.")
+    ] = None,
+    scienceqa: Annotated[
+        Path | None, typer.Option(help="The multiple-choice TSV of the fit.")
+    ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions per task, as in the fit.")] = 192,
     measured_on: Annotated[
-        str, typer.Option(help="What the fit measured robustness on: pope, adversarial or both; its --robustness.")
+        str,
+        typer.Option(
+            help="What the fit measured robustness on: pope, adversarial or both; its --robustness."
+        ),
     ] = "pope",
     picture: Annotated[Path | None, typer.Option(help="Draw the front to this PNG.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the front to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the front to this file.")
+    ] = None,
     device: Devices = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -251,10 +343,16 @@ def front(
         fitted.pruning_ratio = pruning_ratio
     choices, wanted = None, _preference(utility, robustness, compression)
     if wanted is None and (model or pruning_ratio is not None):
-        raise PreferenceError("--model and --pruning-ratio are for the answers to a preference: give -u, -r or -c as well.")
+        raise PreferenceError(
+            "--model and --pruning-ratio are for the answers to a preference: give -u, -r or -c as well."
+        )
     if wanted is not None:
         loaded, processor = load_model(model, device, dtype, spread=True) if model else (None, None)
-        evaluator = _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on) if model else None
+        evaluator = (
+            _evaluator(loaded, processor, pope, scienceqa, questions, planner, measured_on)
+            if model
+            else None
+        )
         choices = answer(fitted, wanted, loaded, evaluator)
     print_front(fitted, choices)
     if picture:
@@ -269,11 +367,18 @@ def prune(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the small model.")],
     compensate: Annotated[
-        bool, typer.Option("--compensate", help="Fit what stays to calibration activations; no training, needs the processor.")
+        bool,
+        typer.Option(
+            "--compensate",
+            help="Fit what stays to calibration activations; no training, needs the processor.",
+        ),
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="cpu, cuda, ..., auto (all GPUs); default: cpu; to compensate, the GPU if there is one."),
+        typer.Option(
+            "--device",
+            help="cpu, cuda, ..., auto (all GPUs); default: cpu; to compensate, the GPU if there is one.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -296,14 +401,18 @@ def prune(
     require_apart(out, Path(model_folder(model)), plan_file)
     loaded, processor = load_model(model, device if compensate or device else "cpu", spread=True)
     if compensate and not is_testbed(loaded):
-        warn("what stays is fitted to the built-in questions, which are about a toy world; from Python, "
-             "prune(model, plan, compensate=True, calibration=batches) takes your own data.")  # fmt: skip
+        warn(
+            "what stays is fitted to the built-in questions, which are about a toy world; from Python, "
+            "prune(model, plan, compensate=True, calibration=batches) takes your own data."
+        )
     before = sum(p.numel() for p in loaded.parameters())
     with _repairs_told():
         small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
-    say(f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)")
+    say(
+        f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters ({100 * (1 - after / before):.1f}% less in all)"
+    )
 
 
 def require_model(model: str) -> None:
@@ -345,7 +454,9 @@ def _removes(made: Any, model: Any) -> str:
     )
 
 
-def _preference(utility: float | None, robustness: float | None, compression: float | None) -> Preference | None:
+def _preference(
+    utility: float | None, robustness: float | None, compression: float | None
+) -> Preference | None:
     """The wish; a weight that is not given counts nothing. None where none is."""
     if (utility, robustness, compression) == (None, None, None):
         return None
@@ -354,11 +465,19 @@ def _preference(utility: float | None, robustness: float | None, compression: fl
 
 def _both_or_neither(pope: Path | None, scienceqa: Path | None) -> None:
     if (pope is None) != (scienceqa is None):
-        raise DataError("Give both --pope and --scienceqa, or neither (then the testbed's questions are used).")
+        raise DataError(
+            "Give both --pope and --scienceqa, or neither (then the testbed's questions are used)."
+        )
 
 
 def _evaluator(
-    model: Any, processor: Any, pope: Path | None, scienceqa: Path | None, n: int, out: Path, robustness: str = "pope"
+    model: Any,
+    processor: Any,
+    pope: Path | None,
+    scienceqa: Path | None,
+    n: int,
+    out: Path,
+    robustness: str = "pope",
 ) -> Any:
     from hipp_ext.evals.demo import search_evaluator
     from hipp_ext.evals.evaluator import Evaluator

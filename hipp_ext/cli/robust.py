@@ -12,34 +12,68 @@ from hipp_ext.cli.console import Device, Overwrite, write_json
 from hipp_ext.errors import AttackError, BudgetError
 from hipp_ext.files import require_new
 
-robust_app = typer.Typer(no_args_is_help=True, help="Prune image classifiers so that they stay robust to adversarial attacks.")
+robust_app = typer.Typer(
+    no_args_is_help=True,
+    help="Prune image classifiers so that they stay robust to adversarial attacks.",
+)
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `hipp robust` wrote.")]
-Data = Annotated[str, typer.Option("--data", help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder with the set's files as published; digits needs none.")]
-Epsilon = Annotated[str, typer.Option("--epsilon", help="L-inf radius for images in [0, 1], such as 8/255 or 0.1.")]
+ModelArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder that `hipp robust` wrote.")
+]
+Data = Annotated[
+    str, typer.Option("--data", help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")
+]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder with the set's files as published; digits needs none."),
+]
+Epsilon = Annotated[
+    str, typer.Option("--epsilon", help="L-inf radius for images in [0, 1], such as 8/255 or 0.1.")
+]
 Loss = Annotated[str, typer.Option("--loss", help="pgd-at, trades or mart.")]
-Awp = Annotated[bool, typer.Option("--awp", help="Take gradients where the weights have moved against the loss.")]
+Awp = Annotated[
+    bool,
+    typer.Option("--awp", help="Take gradients where the weights have moved against the loss."),
+]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Of the attack inside the loss.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=0)]
 Batch = Annotated[int, typer.Option("--batch-size", min=1)]
 Rate = Annotated[float, typer.Option("--rate", help="Greatest learning rate of the cycle.")]
 Form = Annotated[str, typer.Option("--form", help="Of MRS: removal, worst or grad.")]
-Ranking = Annotated[str, typer.Option("--ranking", help="Of a module's channels: bn, taylor, l1, or auto (bn where it can).")]
+Ranking = Annotated[
+    str,
+    typer.Option(
+        "--ranking", help="Of a module's channels: bn, taylor, l1, or auto (bn where it can)."
+    ),
+]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Training images to score on.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")
+]
 
 
 @robust_app.command("train")
 def robust_train(
     out: Out,
-    network: Annotated[str, typer.Option(help="resnet18, resnet34, vgg16_bn, mobilevit_s, small-resnet or small-vgg.")],
-    data: Data = "digits", root: Root = None, epsilon: Epsilon = "8/255", loss: Loss = "pgd-at", awp: Awp = False,
-    steps: Steps = 10, epochs: Epochs = 30, batch_size: Batch = 128, rate: Rate = 0.1, seed: Seed = 0, device: Device = None,
+    network: Annotated[
+        str,
+        typer.Option(help="resnet18, resnet34, vgg16_bn, mobilevit_s, small-resnet or small-vgg."),
+    ],
+    data: Data = "digits",
+    root: Root = None,
+    epsilon: Epsilon = "8/255",
+    loss: Loss = "pgd-at",
+    awp: Awp = False,
+    steps: Steps = 10,
+    epochs: Epochs = 30,
+    batch_size: Batch = 128,
+    rate: Rate = 0.1,
+    seed: Seed = 0,
+    device: Device = None,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a network from nothing, adversarially. Interrupted, the same command goes on.
 
     Example: `hipp robust train --network small-resnet --data digits --epsilon 0.1 --out dense`
@@ -60,18 +94,29 @@ def robust_train(
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
     running = _running(out)
     with _progress(epochs) as report:
-        train(model, images, wanted, settings, checkpoint=running / "train.safetensors", report=report)
-    config = ClassifierFile(network=network, classes=images.classes, shape=images.shape, data=data, split=seed)
+        train(
+            model, images, wanted, settings, checkpoint=running / "train.safetensors", report=report
+        )
+    config = ClassifierFile(
+        network=network, classes=images.classes, shape=images.shape, data=data, split=seed
+    )
     save_classifier(model, config, out, overwrite=overwrite)
     typer.echo(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
 
 
 @robust_app.command("score")
 def robust_score(
-    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto",
-    rows: Rows = 512, clean: Annotated[bool, typer.Option("--clean", help="Score clean images, to compare.")] = False,
-    seed: Seed = 0, device: Device = None, json_file: JsonFile = None,
-) -> None:  # fmt: skip
+    model: ModelArgument,
+    root: Root = None,
+    epsilon: Epsilon = "8/255",
+    form: Form = "removal",
+    ranking: Ranking = "auto",
+    rows: Rows = 512,
+    clean: Annotated[bool, typer.Option("--clean", help="Score clean images, to compare.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
     """Robustness sensitivity of every module: how far the loss under attack rises when it suffers.
 
     Example: `hipp robust score dense --epsilon 0.1`
@@ -94,27 +139,56 @@ def robust_score(
     Console(markup=False).print(table)
     if json_file is not None:
         values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
-        write_json(json_file, {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values})
+        write_json(
+            json_file,
+            {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values},
+        )
 
 
 @robust_app.command("prune")
 def robust_prune(
-    model: ModelArgument, out: Out,
+    model: ModelArgument,
+    out: Out,
     pruning_ratio: Annotated[
-        float | None, typer.Option(help="Share of the channels to remove; the budget is what a uniform plan at it costs.")
+        float | None,
+        typer.Option(
+            help="Share of the channels to remove; the budget is what a uniform plan at it costs."
+        ),
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="Instead: the share of the cost that may stay.")] = None,
-    cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs", root: Root = None,
-    epsilon: Epsilon = "8/255", form: Form = "removal", ranking: Ranking = "auto", rows: Rows = 512,
-    alpha: Annotated[float, typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform.")] = 0.25,
+    budget: Annotated[
+        float | None, typer.Option(help="Instead: the share of the cost that may stay.")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs",
+    root: Root = None,
+    epsilon: Epsilon = "8/255",
+    form: Form = "removal",
+    ranking: Ranking = "auto",
+    rows: Rows = 512,
+    alpha: Annotated[
+        float,
+        typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform."),
+    ] = 0.25,
     floor: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Least share of a module's channels to keep; default: 0.125, less above ratio 0.75."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Least share of a module's channels to keep; default: 0.125, less above ratio 0.75.",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")] = 1,
-    loss: Loss = "trades", awp: Awp = False, steps: Steps = 10, epochs: Epochs = 0, batch_size: Batch = 128, rate: Rate = 0.05,
-    seed: Seed = 0, device: Device = None, overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")
+    ] = 1,
+    loss: Loss = "trades",
+    awp: Awp = False,
+    steps: Steps = 10,
+    epochs: Epochs = 0,
+    batch_size: Batch = 128,
+    rate: Rate = 0.05,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Score, allocate, prune, measure batch norms again; and with --epochs fine-tune. Interrupted, the same command goes on.
 
     Examples:
@@ -131,20 +205,35 @@ def robust_prune(
     require_new(out, overwrite)
     if (pruning_ratio is None) == (budget is None):
         raise BudgetError("Give either --pruning-ratio or --budget.")
-    chosen: Any = {"cost": cost, "budget": budget} | ({} if pruning_ratio is None else {"pruning_ratio": pruning_ratio})
+    chosen: Any = {"cost": cost, "budget": budget} | (
+        {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
+    )
     settings = MRPFSettings(
-        **chosen, scores=_scores(form, ranking, epsilon, rows, seed, False), alpha=alpha,
-        bounds=None if floor is None else Bounds(floor=floor), rounds=rounds,
+        **chosen,
+        scores=_scores(form, ranking, epsilon, rows, seed, False),
+        alpha=alpha,
+        bounds=None if floor is None else Bounds(floor=floor),
+        rounds=rounds,
         train=TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed),
-    )  # fmt: skip
+    )
     network, config, images = _load(model, root, device)
     with _progress(epochs * rounds) as report:
-        result = mrpf(network, images, settings, loss=_loss(loss, awp, epsilon, steps), folder=_running(out), report=report)
+        result = mrpf(
+            network,
+            images,
+            settings,
+            loss=_loss(loss, awp, epsilon, steps),
+            folder=_running(out),
+            report=report,
+        )
     before = config.kept or {}
     kept = {
-        name: tuple(before[name][c] for c in channels) if name in before else channels for name, channels in result.kept.items()
+        name: tuple(before[name][c] for c in channels) if name in before else channels
+        for name, channels in result.kept.items()
     }
-    save_classifier(result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite)
+    save_classifier(
+        result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite
+    )
     typer.echo(
         f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the parameters of {model} stay; "
         f"{100 * (1 - result.macs):.1f}% and {100 * (1 - result.parameters):.1f}% are removed"
@@ -158,10 +247,20 @@ def robust_prune(
 
 @robust_app.command("finetune")
 def robust_finetune(
-    model: ModelArgument, out: Out, root: Root = None, epsilon: Epsilon = "8/255", loss: Loss = "trades", awp: Awp = False,
-    steps: Steps = 10, epochs: Epochs = 15, batch_size: Batch = 128, rate: Rate = 0.05, seed: Seed = 0, device: Device = None,
+    model: ModelArgument,
+    out: Out,
+    root: Root = None,
+    epsilon: Epsilon = "8/255",
+    loss: Loss = "trades",
+    awp: Awp = False,
+    steps: Steps = 10,
+    epochs: Epochs = 15,
+    batch_size: Batch = 128,
+    rate: Rate = 0.05,
+    seed: Seed = 0,
+    device: Device = None,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model on, adversarially. Interrupted, the same command goes on.
 
     Example: `hipp robust finetune pruned --epsilon 0.1 --epochs 15 --out tuned`
@@ -173,20 +272,37 @@ def robust_finetune(
     network, config, images = _load(model, root, device)
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
     with _progress(epochs) as report:
-        train(network, images, _loss(loss, awp, epsilon, steps), settings, checkpoint=_running(out) / "train.safetensors",
-              report=report)  # fmt: skip
+        train(
+            network,
+            images,
+            _loss(loss, awp, epsilon, steps),
+            settings,
+            checkpoint=_running(out) / "train.safetensors",
+            report=report,
+        )
     save_classifier(network, config, out, overwrite=overwrite)
     typer.echo(f"{out}: fine-tuned by {loss} for {epochs} epochs")
 
 
 @robust_app.command("evaluate")
 def robust_evaluate(
-    model: ModelArgument, root: Root = None, epsilon: Epsilon = "8/255",
-    attacks: Annotated[str, typer.Option(help="Of pgd, apgd, apgd-ce, apgd-t, fab-t, square; the last four are AutoAttack.")]
-    = "pgd,apgd-ce,apgd-t,fab-t,square",
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Test images, the first ones; default: all.")] = None,
-    batch_size: Batch = 256, seed: Seed = 0, device: Device = None, json_file: JsonFile = None,
-) -> None:  # fmt: skip
+    model: ModelArgument,
+    root: Root = None,
+    epsilon: Epsilon = "8/255",
+    attacks: Annotated[
+        str,
+        typer.Option(
+            help="Of pgd, apgd, apgd-ce, apgd-t, fab-t, square; the last four are AutoAttack."
+        ),
+    ] = "pgd,apgd-ce,apgd-t,fab-t,square",
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Test images, the first ones; default: all.")
+    ] = None,
+    batch_size: Batch = 256,
+    seed: Seed = 0,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
     """Accuracy on the test images, clean and under attack, with standard errors and signs of gradient masking.
 
     Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
@@ -199,18 +315,30 @@ def robust_evaluate(
 
     network, config, images = _load(model, root, device)
     test = images.test.first(n or len(images.test))
-    found = evaluate(network, test, len(images.classes), epsilon=_number(epsilon), attacks=attacks.split(","),
-                     batch_size=batch_size, seed=seed, say=lambda t: typer.echo(t, err=True))  # fmt: skip
+    found = evaluate(
+        network,
+        test,
+        len(images.classes),
+        epsilon=_number(epsilon),
+        attacks=attacks.split(","),
+        batch_size=batch_size,
+        seed=seed,
+        say=lambda t: typer.echo(t, err=True),
+    )
     table = Table("", f"accuracy [%] of {found.n} images")
     table.add_row("clean", f"{found.clean:.1f}")
     for name, value in found.under.items():
         table.add_row(name, f"{value:.1f}")
     table.add_row("worst of all", f"{found.worst:.1f} ± {found.worst_se:.1f}")
     for name, value in zip(images.classes, found.per_class, strict=True):
-        table.add_row(shown(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}")
+        table.add_row(
+            shown(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}"
+        )
     Console(markup=False).print(table)
     for sign in found.signs:
-        typer.secho(f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow")
+        typer.secho(
+            f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow"
+        )
     if json_file is not None:
         write_json(json_file, found.as_dict())
 
@@ -224,7 +352,9 @@ def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any
     model, config = load_classifier(folder)
     images = load_data(config.data, root, seed=config.split)
     if images.classes != config.classes or images.shape != config.shape:
-        raise AttackError(f"{folder} was trained on other images than {config.data} in {root} holds.")
+        raise AttackError(
+            f"{folder} was trained on other images than {config.data} in {root} holds."
+        )
     return model.to(resolve_device(device)), config, images
 
 
@@ -232,7 +362,9 @@ def _scores(form: str, ranking: str, epsilon: str, rows: int, seed: int, clean: 
     from hipp_ext.robust.scoring import ScoreSettings
 
     chosen: Any = {"form": form, "ranking": ranking}
-    return ScoreSettings(**chosen, epsilon=_number(epsilon), rows=rows, seed=seed, attack_steps=0 if clean else 10)
+    return ScoreSettings(
+        **chosen, epsilon=_number(epsilon), rows=rows, seed=seed, attack_steps=0 if clean else 10
+    )
 
 
 def _loss(name: str, awp: bool, epsilon: str, steps: int) -> Any:
@@ -259,7 +391,13 @@ def _running(out: Path) -> Path:
 @contextlib.contextmanager
 def _progress(epochs: int) -> Iterator[Any]:
     """A bar over epochs; yields what is called after each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("epochs"),

@@ -8,7 +8,9 @@ import typer
 from hipp_ext.cli.console import Overwrite, say
 from hipp_ext.files import require_new
 
-testbed_app = typer.Typer(no_args_is_help=True, help="The built-in tiny LLaVA and its picture world.")
+testbed_app = typer.Typer(
+    no_args_is_help=True, help="The built-in tiny LLaVA and its picture world."
+)
 
 
 @testbed_app.command("train")
@@ -29,8 +31,13 @@ def testbed_train(
 
 @testbed_app.command("export")
 def testbed_export(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for SPLIT/POPE.tsv and SPLIT/ScienceQA_TEST.tsv.")],
-    model: Annotated[Path | None, typer.Option(help="Also save the dense model to this folder.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for SPLIT/POPE.tsv and SPLIT/ScienceQA_TEST.tsv."),
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="Also save the dense model to this folder.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the testbed's questions as VLMEvalKit TSVs: calibration, search, validation and test, disjoint.

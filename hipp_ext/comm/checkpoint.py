@@ -11,7 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hipp_ext.comm.layout import tell_all
-from hipp_ext.comm.saving import Plain, SavedState, check_fit, digest_of, parse_state, read_state, save_state
+from hipp_ext.comm.saving import (
+    Plain,
+    SavedState,
+    check_fit,
+    digest_of,
+    parse_state,
+    read_state,
+    save_state,
+)
 from hipp_ext.comm.state import LQSGDState
 from hipp_ext.errors import CompressionError
 
@@ -46,20 +54,30 @@ def load_checkpoint(state: LQSGDState, folder: str | Path) -> list[str]:
     group = state.group
     workers, position = dist.get_world_size(group), dist.get_rank(group)
     found, problem = _find(state, _own_file(folder, position))
-    everyone = tell_all(group, {"problem": problem, "save": None if found is None else _save_of(found)})
+    everyone = tell_all(
+        group, {"problem": problem, "save": None if found is None else _save_of(found)}
+    )
     for rank, theirs in enumerate(everyone):
         if theirs["problem"] is not None:
             raise CompressionError(f"Rank {rank}: {theirs['problem']}")
-    saves = {rank: theirs["save"] for rank, theirs in enumerate(everyone) if theirs["save"] is not None}
+    saves = {
+        rank: theirs["save"] for rank, theirs in enumerate(everyone) if theirs["save"] is not None
+    }
     if not saves:
         state.start_over()
-        return _say(f"{folder} holds no LQ-SGD state: compression goes on with an empty memory of what was not sent yet.")
+        return _say(
+            f"{folder} holds no LQ-SGD state: compression goes on with an empty memory of what was not sent yet."
+        )
     lender, (was, _, *rest) = next(iter(saves.items()))
     keep = [rank for rank, save in saves.items() if save == (workers, rank, *rest)]
     if len(keep) < workers:
         factors, plain = _lend(group, lender, found)
         plain = plain.model_copy(update={"workers": workers, "position": position})
-        found = SavedState(plain=plain, memory=found.memory if found and position in keep else None, factors=factors)
+        found = SavedState(
+            plain=plain,
+            memory=found.memory if found and position in keep else None,
+            factors=factors,
+        )
     assert found is not None
     state.take_saved(found)
     if len(keep) == workers:
@@ -91,7 +109,12 @@ def _find(state: LQSGDState, file: Path) -> tuple[SavedState | None, str | None]
 
 def _save_of(found: SavedState) -> tuple[int, int, int, str]:
     """Workers, rank, and what the files of one save have in common: the step, and the shared factors."""
-    return found.plain.workers, found.plain.position, found.plain.counts.steps, digest_of(found.factors)
+    return (
+        found.plain.workers,
+        found.plain.position,
+        found.plain.counts.steps,
+        digest_of(found.factors),
+    )
 
 
 def _lend(group: Any, lender: int, found: SavedState | None) -> tuple[dict[str, Tensor], Plain]:

@@ -83,22 +83,36 @@ class LogCodec:
         """Bytes that a row of values takes."""
         return 4 * pieces.slots + pieces.size * self.bits // 8
 
-    def encode(self, values: Float32[Tensor, "rows values"], pieces: Pieces) -> UInt8[Tensor, "rows bytes"]:
+    def encode(
+        self, values: Float32[Tensor, "rows values"], pieces: Pieces
+    ) -> UInt8[Tensor, "rows bytes"]:
         """`values` (rows, pieces.size) float32 -> messages (rows, message_bytes) uint8: scales, then packed codes."""
         scales = values.new_zeros(len(values), pieces.slots)
         shares = torch.empty_like(values, dtype=torch.float16)
         for value, piece, count, length in pieces.runs:
             block = values[:, value : value + count * length].unflatten(1, (count, length))
-            scale = block.abs().mean(2) if self.bits == 1 else torch.maximum(block.amax(2), -block.amin(2))
+            scale = (
+                block.abs().mean(2)
+                if self.bits == 1
+                else torch.maximum(block.amax(2), -block.amin(2))
+            )
             scale = torch.where(scale < TINY, 0.0, scale)  # NaN stays
             scales[:, piece : piece + count] = scale
             inverse = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
-            torch.mul(block, inverse, out=shares[:, value : value + count * length].unflatten(1, (count, length)))
+            torch.mul(
+                block,
+                inverse,
+                out=shares[:, value : value + count * length].unflatten(1, (count, length)),
+            )
         index = shares.view(torch.uint16).int().flatten()
-        codes = _code_table(self.bits, self.alpha, values.device).index_select(0, index).view_as(values)
+        codes = (
+            _code_table(self.bits, self.alpha, values.device).index_select(0, index).view_as(values)
+        )
         return torch.cat([scales.view(torch.uint8), pack(codes, self.bits)], 1)
 
-    def decode(self, messages: UInt8[Tensor, "rows bytes"], pieces: Pieces) -> Float32[Tensor, "rows values"]:
+    def decode(
+        self, messages: UInt8[Tensor, "rows bytes"], pieces: Pieces
+    ) -> Float32[Tensor, "rows values"]:
         """`messages` (rows, message_bytes) uint8 -> values (rows, pieces.size) float32."""
         # A fresh copy: a slice that is a single row may stay unaligned through .contiguous().
         scales = messages[:, : 4 * pieces.slots].clone().view(torch.float32)
@@ -109,7 +123,11 @@ class LogCodec:
         else:
             index = packed.view(torch.uint16) if self.bits == 8 else packed
             table = _value_table(self.bits, self.alpha, True, messages.device)
-        values = table.index_select(0, index.int().flatten()).view(torch.float32).view(len(messages), pieces.size)
+        values = (
+            table.index_select(0, index.int().flatten())
+            .view(torch.float32)
+            .view(len(messages), pieces.size)
+        )
         for value, piece, count, length in pieces.runs:
             block = values[:, value : value + count * length].unflatten(1, (count, length))
             block.mul_(scales[:, piece : piece + count, None])
@@ -124,18 +142,24 @@ def pack(codes: UInt8[Tensor, "rows values"], bits: int) -> UInt8[Tensor, "rows 
     if bits == 8:
         return codes
     if (kind := {4: torch.int16, 2: torch.int32, 1: torch.int64}.get(bits)) is not None:
-        words = codes.contiguous().view(kind)  # one code per byte; shifted, they meet in the lowest byte
+        words = codes.contiguous().view(
+            kind
+        )  # one code per byte; shifted, they meet in the lowest byte
         packed = words
         for place in range(1, 8 // bits):
             packed = packed | (words >> ((8 - bits) * place))
         return packed.to(torch.uint8)
-    words = (codes.unflatten(1, (-1, 8)).long() << (bits * torch.arange(8, device=codes.device))).sum(2)
+    words = (
+        codes.unflatten(1, (-1, 8)).long() << (bits * torch.arange(8, device=codes.device))
+    ).sum(2)
     return words[..., None].view(torch.uint8)[..., :bits].flatten(1)
 
 
 def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int) -> UInt8[Tensor, "rows values"]:
     """The inverse of `pack`."""
-    words = torch.zeros(len(packed), packed.shape[1] // bits, 8, dtype=torch.uint8, device=packed.device)
+    words = torch.zeros(
+        len(packed), packed.shape[1] // bits, 8, dtype=torch.uint8, device=packed.device
+    )
     words[..., :bits] = packed.unflatten(1, (-1, bits))
     shifts = bits * torch.arange(8, device=packed.device)
     return ((words.view(torch.int64) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)
@@ -144,7 +168,14 @@ def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int) -> UInt8[Tensor, "row
 @functools.lru_cache(maxsize=32)
 def _code_table(bits: int, alpha: float, device: torch.device) -> Tensor:
     """The code of every float16 value, by its bits. 64 KB: stays in the cache, where a logarithm per value would not pay."""
-    y = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).double().nan_to_num(0, 1, -1).clamp(-1, 1)
+    y = (
+        torch.arange(65536, dtype=torch.int32)
+        .to(torch.uint16)
+        .view(torch.float16)
+        .double()
+        .nan_to_num(0, 1, -1)
+        .clamp(-1, 1)
+    )
     if bits == 1:
         return (y >= 0).to(torch.uint8).to(device)
     levels = 2 ** (bits - 1) - 1
@@ -164,7 +195,9 @@ def _value_table(bits: int, alpha: float, whole_words: bool, device: torch.devic
     if whole_words:
         per, places = (2, 65536) if bits == 8 else (8 // bits, 256)
         word = torch.arange(places)
-        values = torch.stack([values[(word >> (bits * place)) & (2**bits - 1)] for place in range(per)], 1)
+        values = torch.stack(
+            [values[(word >> (bits * place)) & (2**bits - 1)] for place in range(per)], 1
+        )
         kind = {2: torch.complex64, 4: torch.complex128}.get(per)
         values = values if kind is None else values.view(kind).flatten()
     return values.to(device)

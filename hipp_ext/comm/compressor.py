@@ -98,8 +98,17 @@ class Compressor:
         device: str | torch.device = "cpu",
     ):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items() if math.prod(shape)}
-        self.options, self.workers, self.position, self.device = options, workers, position, torch.device(device)
-        self.matrices = {n: m for n, shape in self.shapes.items() if (m := _as_matrix(shape, options)) is not None}
+        self.options, self.workers, self.position, self.device = (
+            options,
+            workers,
+            position,
+            torch.device(device),
+        )
+        self.matrices = {
+            n: m
+            for n, shape in self.shapes.items()
+            if (m := _as_matrix(shape, options)) is not None
+        }
         self.vectors = {n: math.prod(s) for n, s in self.shapes.items() if n not in self.matrices}
         self.memory = {name: self._zeros(name) for name in self.shapes}
         self._spare = {name: self._zeros(name) for name in self.shapes}
@@ -107,7 +116,9 @@ class Compressor:
         sections = self._sections(1)
         self.message_bytes = sum(section.row_bytes for stage in sections for section in stage)
         self.transport: Kind = choose_transport(options.transport, workers, self.message_bytes)
-        self._stages = sections if self.transport == "all_gather" or workers == 1 else self._sections(workers)
+        self._stages = (
+            sections if self.transport == "all_gather" or workers == 1 else self._sections(workers)
+        )
 
     def step(self, gradients: Mapping[str, Tensor]) -> Exchange[dict[str, Tensor] | None]:
         """An exchange whose result is name -> mean gradient over the workers, float32, the same on all of them to the bit.
@@ -131,16 +142,24 @@ class Compressor:
         if stage is None:
             return None
         (left, _), (vector_means, vectors_sent) = stage
-        lefts = {n: orthonormal(p) for n, p in zip(self.matrices, _split_like(left, first), strict=True)}
+        lefts = {
+            n: orthonormal(p) for n, p in zip(self.matrices, _split_like(left, first), strict=True)
+        }
         second = [p @ work[n] for n, p in lefts.items()]
         stage = yield from self._average(1, [_flat(second, self.device)])
         if stage is None:
             return None
         ((right, right_sent),) = stage
-        means = dict(zip(self.vectors, vector_means.split(list(self.vectors.values())), strict=True))
-        for n, sent in zip(self.vectors, vectors_sent.split(list(self.vectors.values())), strict=True):
+        means = dict(
+            zip(self.vectors, vector_means.split(list(self.vectors.values())), strict=True)
+        )
+        for n, sent in zip(
+            self.vectors, vectors_sent.split(list(self.vectors.values())), strict=True
+        ):
             work[n] -= sent
-        for (n, p), q, sent in zip(lefts.items(), _split_like(right, second), _split_like(right_sent, second), strict=True):
+        for (n, p), q, sent in zip(
+            lefts.items(), _split_like(right, second), _split_like(right_sent, second), strict=True
+        ):
             work[n].addmm_(p.t(), sent, alpha=-1)
             means[n] = p.t() @ q
             if q.any():  # an all-zero factor points nowhere: the last one is the better start
@@ -150,13 +169,17 @@ class Compressor:
         self.memory, self._spare = work, self.memory
         return {n: means[n].view(shape) for n, shape in self.shapes.items()}
 
-    def _average(self, stage: int, values: list[Tensor]) -> Exchange[list[tuple[Tensor, Tensor]] | None]:
+    def _average(
+        self, stage: int, values: list[Tensor]
+    ) -> Exchange[list[tuple[Tensor, Tensor]] | None]:
         """Means and own shares of one stage; None where something is not finite, which all workers see alike."""
         filled = [i for i, v in enumerate(values) if v.numel()]
         result = [(v, v) for v in values]
         if filled:
             sections = [self._stages[stage][i] for i in filled]
-            averaged = yield from mean_over_workers([values[i] for i in filled], sections, self.workers, self.position)
+            averaged = yield from mean_over_workers(
+                [values[i] for i in filled], sections, self.workers, self.position
+            )
             if not all(bool(mean.isfinite().all()) for mean, _ in averaged):
                 return None
             for i, pair in zip(filled, averaged, strict=True):
@@ -180,16 +203,24 @@ class Compressor:
         given = {name: tuple(g.shape) for name, g in gradients.items() if g.numel()}
         if given != self.shapes:
             wrong = sorted(set(given.items()) ^ set(self.shapes.items()))[:4]
-            raise CompressionError(f"These gradients are not those the compressor was made for; they differ in {wrong}.")
+            raise CompressionError(
+                f"These gradients are not those the compressor was made for; they differ in {wrong}."
+            )
 
     def _sections(self, shards: int) -> tuple[list[Section], list[Section]]:
         o = self.options
-        factor, vector = LogCodec(bits=o.bits, alpha=o.alpha), LogCodec(bits=o.vector_bits or o.bits, alpha=o.alpha)
+        factor, vector = (
+            LogCodec(bits=o.bits, alpha=o.alpha),
+            LogCodec(bits=o.vector_bits or o.bits, alpha=o.alpha),
+        )
         columns: Iterator[tuple[int, int, int]] = iter(self.matrices.values())
         rows, cols, ranks = zip(*columns, strict=True) if self.matrices else ((), (), ())
         lefts = [n for n, r in zip(rows, ranks, strict=True) for _ in range(r)]
         rights = [m for m, r in zip(cols, ranks, strict=True) for _ in range(r)]
-        first = [Section(lefts, factor, shards), Section(list(self.vectors.values()), vector, shards)]
+        first = [
+            Section(lefts, factor, shards),
+            Section(list(self.vectors.values()), vector, shards),
+        ]
         return first, [Section(rights, factor, shards)]
 
     def _zeros(self, name: str) -> Tensor:
@@ -223,7 +254,11 @@ def _as_matrix(shape: tuple[int, ...], options: Options) -> tuple[int, int, int]
         return None
     rows, columns = shape[0], math.prod(shape[1:])
     rank = min(options.rank, rows, columns)
-    return (rows, columns, rank) if (rows + columns) * rank * options.min_rate < rows * columns else None
+    return (
+        (rows, columns, rank)
+        if (rows + columns) * rank * options.min_rate < rows * columns
+        else None
+    )
 
 
 def _flat(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -34,7 +34,13 @@ def lqsgd_hook(state: LQSGDState, bucket: dist.GradBucket) -> torch.futures.Futu
         queue.clear()  # a backward pass was broken off
     buffer, parameters = bucket.buffer(), bucket.parameters()
     known = state.is_laid_out
-    refuse_unusable({" and ".join(state.name_of(p) if known else f"{tuple(p.shape)}" for p in parameters): buffer})
+    refuse_unusable(
+        {
+            " and ".join(
+                state.name_of(p) if known else f"{tuple(p.shape)}" for p in parameters
+            ): buffer
+        }
+    )
     future: Any = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
     queue.append((bucket, future, bucket.gradients(), parameters))
     if bucket.is_last():
@@ -42,7 +48,9 @@ def lqsgd_hook(state: LQSGDState, bucket: dist.GradBucket) -> torch.futures.Futu
         reduced = [p for _, _, _, ps in step for p in ps]
         if not known:
             state.lay_out(_named(reduced, state))
-        gradients = {state.name_of(p): g for _, _, gs, ps in step for g, p in zip(gs, ps, strict=True)}
+        gradients = {
+            state.name_of(p): g for _, _, gs, ps in step for g, p in zip(gs, ps, strict=True)
+        }
         state.mean_(gradients)
         for entry, waiting, _, _ in step:
             waiting.set_result(entry.buffer())
@@ -82,7 +90,9 @@ def mean_gradients(gradients: Sequence[Tensor], state: LQSGDState) -> None:
     """
     names = state.names or [str(i) for i in range(len(gradients))]
     if len(gradients) != len(names):
-        raise CompressionError(f"{len(gradients)} gradients were given, the state was made for {len(names)}.")
+        raise CompressionError(
+            f"{len(gradients)} gradients were given, the state was made for {len(names)}."
+        )
     state.mean_(dict(zip(names, gradients, strict=True)))
 
 

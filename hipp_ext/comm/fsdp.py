@@ -30,9 +30,13 @@ def register_lqsgd_fsdp(model: nn.Module, between: Any, **options: Any) -> dict[
     """
     from torch.distributed.fsdp import FSDPModule
 
-    sharded = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    sharded = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)
+    ]
     if not sharded:
-        raise CompressionError(f"{type(model).__name__} has no module that fully_shard was applied to.")
+        raise CompressionError(
+            f"{type(model).__name__} has no module that fully_shard was applied to."
+        )
     states = {}
     for name, module in sharded:
         if (flat := _flat_like(module)) is not None:
@@ -47,5 +51,7 @@ def _flat_like(module: Any) -> Tensor | None:
     if group is None:
         return None
     return (
-        group.fsdp_params[0].sharded_param.to_local().new_empty(sum(p._sharded_param_data.numel() for p in group.fsdp_params))
+        group.fsdp_params[0]
+        .sharded_param.to_local()
+        .new_empty(sum(p._sharded_param_data.numel() for p in group.fsdp_params))
     )

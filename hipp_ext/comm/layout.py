@@ -17,7 +17,11 @@ from hipp_ext.errors import CompressionError
 
 Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Sequence[Tensor]
 _WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before a parameter's name
-_SPELLINGS = {"matrix_approximation_rank": "rank", "min_compression_rate": "min_rate", "random_seed": "seed"}  # PowerSGD's
+_SPELLINGS = {
+    "matrix_approximation_rank": "rank",
+    "min_compression_rate": "min_rate",
+    "random_seed": "seed",
+}  # PowerSGD's
 
 
 def make_options(given: Mapping[str, Any]) -> Options:
@@ -30,7 +34,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         if (own := _SPELLINGS.get(name, name)) in ours:
             other = next(n for n in given if n != name and _SPELLINGS.get(n, n) == own)
-            raise CompressionError(f"{other}={given[other]!r} and {name}={value!r} are the same option: give one of them.")
+            raise CompressionError(
+                f"{other}={given[other]!r} and {name}={value!r} are the same option: give one of them."
+            )
         ours[own] = value
     try:
         return Options(**ours)
@@ -56,14 +62,22 @@ def name_parameters(parameters: Parameters) -> dict[str, Tensor]:
         raise CompressionError(
             f"A model, named parameters, a list of tensors or a process group is needed, not {parameters!r}."
         )
-    if wrong := [p for p in pairs if not (len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], Tensor))]:
-        raise CompressionError(f"Parameters are tensors, or pairs of a name and a tensor, not {wrong[0]!r}.")
+    if wrong := [
+        p for p in pairs if not (len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], Tensor))
+    ]:
+        raise CompressionError(
+            f"Parameters are tensors, or pairs of a name and a tensor, not {wrong[0]!r}."
+        )
     named = {_unwrapped(name): p for name, p in pairs}
     if not named or len(named) < len(pairs):
-        raise CompressionError(f"{len(pairs)} parameters with {len(named)} different names were given; at least one is needed.")
+        raise CompressionError(
+            f"{len(pairs)} parameters with {len(named)} different names were given; at least one is needed."
+        )
     for name, p in named.items():
         if not p.is_floating_point():
-            raise CompressionError(f"{name} is {p.dtype}: only real floating-point gradients can be compressed.")
+            raise CompressionError(
+                f"{name} is {p.dtype}: only real floating-point gradients can be compressed."
+            )
     return named
 
 
@@ -76,7 +90,11 @@ def reduced_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
         # Told so on another module than this one: what counts is the module that DDP wraps, if it does already.
         if not ignored and any(hasattr(p, "_ddp_ignored") for p in model.parameters()):
             mine = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-            around = [ddp for ddp in _wrapped_models() if mine.keys() <= {id(p) for p in ddp.module.parameters()}]
+            around = [
+                ddp
+                for ddp in _wrapped_models()
+                if mine.keys() <= {id(p) for p in ddp.module.parameters()}
+            ]
             if around:
                 return [(mine[id(p)], p) for _, p in reduced_parameters(around[0]) if id(p) in mine]
     found: dict[int, tuple[str, Tensor]] = {}
@@ -112,7 +130,9 @@ def name_reduced(parameters: Sequence[Tensor], state: Any) -> dict[str, Tensor]:
     return name_parameters(dict(min(found)[2]))
 
 
-def rename_as(shapes: Mapping[str, Sequence[int]], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_as(
+    shapes: Mapping[str, Sequence[int]], named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """`named` under the names that a state was made with before it was copied or pickled.
 
     The model may have stood inside another one then, or may now: a prefix that all names have in common is no difference.
@@ -129,10 +149,14 @@ def rename_as(shapes: Mapping[str, Sequence[int]], named: Mapping[str, Tensor]) 
                 return renamed
     shapes_now = {(name, tuple(p.shape)) for name, p in named.items()}
     wrong = sorted(shapes_now ^ {(name, tuple(shape)) for name, shape in shapes.items()})[:4]
-    raise CompressionError(f"This state was made for other parameters than these; they differ in {wrong or 'their order'}.")
+    raise CompressionError(
+        f"This state was made for other parameters than these; they differ in {wrong or 'their order'}."
+    )
 
 
-def agree(group: Any, named: Mapping[str, Tensor] | CompressionError, options: Mapping[str, Any]) -> Options:
+def agree(
+    group: Any, named: Mapping[str, Tensor] | CompressionError, options: Mapping[str, Any]
+) -> Options:
     """The options, once all ranks have told what they have, so that none waits for one that has given up.
 
     Args:
@@ -148,14 +172,21 @@ def agree(group: Any, named: Mapping[str, Tensor] | CompressionError, options: M
         chosen = make_options(options)
     except CompressionError as error:
         chosen, problem = Options(), problem or str(error)
-    shapes = {} if isinstance(named, CompressionError) else {f"shape of {n}": list(p.shape) for n, p in named.items()}
+    shapes = (
+        {}
+        if isinstance(named, CompressionError)
+        else {f"shape of {n}": list(p.shape) for n, p in named.items()}
+    )
     everyone = tell_all(group, {"problem": problem, **chosen.plain(), **shapes})
     for rank, theirs in enumerate(everyone):
         if theirs["problem"] is not None:
             raise CompressionError(f"Rank {rank}: {theirs['problem']}")
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0] or list(theirs) != list(everyone[0]):
-            key = next((k for k in {**everyone[0], **theirs} if everyone[0].get(k) != theirs.get(k)), "the parameters' order")
+            key = next(
+                (k for k in {**everyone[0], **theirs} if everyone[0].get(k) != theirs.get(k)),
+                "the parameters' order",
+            )
             raise CompressionError(
                 f"The ranks do not compress alike: {key} is {everyone[0].get(key)} on rank 0, {theirs.get(key)} on rank {rank}."
             )
@@ -172,13 +203,19 @@ def tell_all(group: Any, mine: Any) -> list[Any]:
     try:
         dist.all_gather_object(everyone, mine, group=group)
     except RuntimeError as error:
-        raise CompressionError(f"The {len(everyone)} ranks could not agree; a worker may have died: {error}") from error
+        raise CompressionError(
+            f"The {len(everyone)} ranks could not agree; a worker may have died: {error}"
+        ) from error
     return everyone
 
 
 def _wrapped_models() -> list[DistributedDataParallel]:
     # type(), since isinstance would ask proxies; a constructor that failed leaves objects without a reducer.
-    return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and hasattr(o, "reducer")]
+    return [
+        o
+        for o in gc.get_objects()
+        if issubclass(type(o), DistributedDataParallel) and hasattr(o, "reducer")
+    ]
 
 
 def _unwrapped(name: str) -> str:

@@ -64,7 +64,11 @@ class SavedState:
 def pack_state(compressor: Compressor, counts: Mapping[str, int | float]) -> dict[str, Any]:
     """Copies of the memory and the factors by parameter name, with what they belong to."""
     parts = {part: {n: t.clone() for n, t in getattr(compressor, part).items()} for part in PARTS}
-    plain = {"workers": compressor.workers, "position": compressor.position, "options": compressor.options.plain()}
+    plain = {
+        "workers": compressor.workers,
+        "position": compressor.position,
+        "options": compressor.options.plain(),
+    }
     return {"format": 1, **plain, "counts": dict(counts), **parts}
 
 
@@ -75,11 +79,15 @@ def parse_state(state: Mapping[str, Any]) -> SavedState:
         CompressionError: it is malformed, or not finite.
     """
     if not isinstance(state, Mapping):
-        raise CompressionError(f"This is not a state of LQSGDState: {type(state).__name__} instead of a dictionary.")
+        raise CompressionError(
+            f"This is not a state of LQSGDState: {type(state).__name__} instead of a dictionary."
+        )
     try:
         plain = Plain.model_validate({k: v for k, v in state.items() if k not in PARTS})
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]
+        )
         raise CompressionError(f"This is not a state of LQSGDState: {problems}") from None
     return SavedState(plain=plain, **{part: _tensors(part, state.get(part)) for part in PARTS})
 
@@ -89,9 +97,14 @@ def check_fit(compressor: Compressor, saved: SavedState) -> None:
     for part in PARTS:
         own, given = getattr(compressor, part), getattr(saved, part)
         if given is not None:
-            wrong = sorted({(n, tuple(t.shape)) for n, t in given.items()} ^ {(n, tuple(t.shape)) for n, t in own.items()})[:4]
+            wrong = sorted(
+                {(n, tuple(t.shape)) for n, t in given.items()}
+                ^ {(n, tuple(t.shape)) for n, t in own.items()}
+            )[:4]
             if wrong:
-                raise CompressionError(f"The saved {part} belongs to other parameters or another rank; it differs in {wrong}.")
+                raise CompressionError(
+                    f"The saved {part} belongs to other parameters or another rank; it differs in {wrong}."
+                )
 
 
 def put_state(compressor: Compressor, saved: SavedState) -> None:
@@ -102,7 +115,9 @@ def put_state(compressor: Compressor, saved: SavedState) -> None:
         memory.zero_() if saved.memory is None else memory.copy_(saved.memory[name])
 
 
-def unpack_state(compressor: Compressor, state: Mapping[str, Any] | SavedState) -> tuple[dict[str, Any], list[str]]:
+def unpack_state(
+    compressor: Compressor, state: Mapping[str, Any] | SavedState
+) -> tuple[dict[str, Any], list[str]]:
     """Put a state into `compressor`, whole or not at all; returns its counts and, in words, what had to be dropped.
 
     Raises:
@@ -131,7 +146,11 @@ def save_state(state: Any, path: str | Path) -> Path:
     from safetensors.torch import save
 
     saved = state.state_dict()
-    tensors = {f"{part}.{name}": t.contiguous().cpu() for part in PARTS for name, t in saved.pop(part).items()}
+    tensors = {
+        f"{part}.{name}": t.contiguous().cpu()
+        for part in PARTS
+        for name, t in saved.pop(part).items()
+    }
     plain = json.dumps(saved)
     with new_file(path) as file:
         file.write(save(tensors, {"lqsgd": plain, "sha256": digest_of(tensors, plain)}))
@@ -172,9 +191,14 @@ def read_state(path: str | Path) -> dict[str, Any]:
             raise ValueError("its contents do not have the digest that was written with them")
         state = {**plain, **saved}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CompressionError(f"{path} is missing, damaged, or holds no LQ-SGD state: {error!r}") from error
+        raise CompressionError(
+            f"{path} is missing, damaged, or holds no LQ-SGD state: {error!r}"
+        ) from error
     if "sha256" not in metadata:
-        warnings.warn(f"{path} was written by an earlier version, without a digest: damage to it goes unnoticed.", stacklevel=3)
+        warnings.warn(
+            f"{path} was written by an earlier version, without a digest: damage to it goes unnoticed.",
+            stacklevel=3,
+        )
     return state
 
 
@@ -200,11 +224,21 @@ def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def _tensors(part: str, given: Any) -> dict[str, Tensor]:
-    if not isinstance(given, Mapping) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in given.items()):
-        raise CompressionError(f"This is not a state of LQSGDState: {part} is no dictionary of tensors.")
-    if bad := [n for n, t in given.items() if t.dtype != torch.float32 or t.layout != torch.strided or t.is_meta]:
+    if not isinstance(given, Mapping) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in given.items()
+    ):
+        raise CompressionError(
+            f"This is not a state of LQSGDState: {part} is no dictionary of tensors."
+        )
+    if bad := [
+        n
+        for n, t in given.items()
+        if t.dtype != torch.float32 or t.layout != torch.strided or t.is_meta
+    ]:
         kind = given[bad[0]]
-        raise CompressionError(f"The saved {part} holds {kind.layout}, {kind.dtype} for {bad[:4]}: dense float32 is needed.")
+        raise CompressionError(
+            f"The saved {part} holds {kind.layout}, {kind.dtype} for {bad[:4]}: dense float32 is needed."
+        )
     if bad := [n for n, t in given.items() if not bool(t.isfinite().all())]:
         raise CompressionError(f"The saved {part} is not finite for {bad[:4]}.")
     return {n: t.detach() for n, t in given.items()}

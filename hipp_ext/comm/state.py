@@ -12,8 +12,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hipp_ext.comm.compressor import Compressor, Options
 from hipp_ext.comm.exact import positive_number
-from hipp_ext.comm.layout import Parameters, agree, make_options, name_parameters, rename_as, tell_all
-from hipp_ext.comm.saving import SavedState, digest_of, pack_state, parse_state, put_state, unpack_state
+from hipp_ext.comm.layout import (
+    Parameters,
+    agree,
+    make_options,
+    name_parameters,
+    rename_as,
+    tell_all,
+)
+from hipp_ext.comm.saving import (
+    SavedState,
+    digest_of,
+    pack_state,
+    parse_state,
+    put_state,
+    unpack_state,
+)
 from hipp_ext.comm.transports import run_in_group
 from hipp_ext.errors import CompressionError
 
@@ -55,10 +69,14 @@ class LQSGDState:
         **options: Any,
     ):
         if not (dist.is_available() and dist.is_initialized()):
-            raise CompressionError("LQSGDState needs torch.distributed: call init_process_group, or start with torchrun.")
+            raise CompressionError(
+                "LQSGDState needs torch.distributed: call init_process_group, or start with torchrun."
+            )
         if isinstance(parameters, dist.ProcessGroup):
             if process_group is not None:
-                raise CompressionError("Two process groups were given, one before and one as process_group: one is needed.")
+                raise CompressionError(
+                    "Two process groups were given, one before and one as process_group: one is needed."
+                )
             parameters, process_group = None, parameters
         elif isinstance(parameters, DistributedDataParallel) and process_group is None:
             process_group = parameters.process_group
@@ -99,7 +117,9 @@ class LQSGDState:
             CompressionError: the state was made without parameters, and no step has been taken.
         """
         if self._compressor is None:
-            raise CompressionError("This state was made without parameters: its layout is known after the first step.")
+            raise CompressionError(
+                "This state was made without parameters: its layout is known after the first step."
+            )
         return self._compressor
 
     @property
@@ -107,13 +127,19 @@ class LQSGDState:
         """The process group that carries the bytes; making it is a collective."""
         if self._group is None:
             if not dist.is_initialized() or dist.get_rank(self.process_group) < 0:
-                raise CompressionError("LQSGDState needs a process group that this rank belongs to; set state.process_group.")
+                raise CompressionError(
+                    "LQSGDState needs a process group that this rank belongs to; set state.process_group."
+                )
             ranks = dist.get_process_group_ranks(self.process_group)
             some = len(ranks) < dist.get_world_size()
             try:
-                self._group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=some)
+                self._group = dist.new_group(
+                    ranks, timeout=self._timeout, use_local_synchronization=some
+                )
             except RuntimeError as error:
-                raise CompressionError(f"No group of {len(ranks)} ranks could be made; one may have died: {error}") from error
+                raise CompressionError(
+                    f"No group of {len(ranks)} ranks could be made; one may have died: {error}"
+                ) from error
         return self._group
 
     @property
@@ -183,13 +209,22 @@ class LQSGDState:
         means, sent = run_in_group(self.compressor.step(gradients), self.group)
         dense = self._dense_bytes()
         self._last = {"bytes_sent": sent, "dense_bytes": dense}
-        for name, value in (("steps", 1), ("skipped_steps", means is None), ("bytes_sent", sent), ("dense_bytes", dense)):
+        for name, value in (
+            ("steps", 1),
+            ("skipped_steps", means is None),
+            ("bytes_sent", sent),
+            ("dense_bytes", dense),
+        ):
             self._counts[name] += int(value)
         if means is None and self._counts["skipped_steps"] == 1:
-            warnings.warn("Gradients of a rank are not finite: all ranks get NaN for this step.", stacklevel=2)
+            warnings.warn(
+                "Gradients of a rank are not finite: all ranks get NaN for this step.", stacklevel=2
+            )
         for name, gradient in gradients.items():
             if gradient.numel():
-                gradient.detach().fill_(torch.nan) if means is None else gradient.detach().copy_(means[name])
+                gradient.detach().fill_(torch.nan) if means is None else gradient.detach().copy_(
+                    means[name]
+                )
 
     def stats(self) -> dict[str, Any]:
         """Bytes this rank sent to others, and what fp32 or half-precision ring all-reduce of its gradients would have sent.
@@ -200,8 +235,19 @@ class LQSGDState:
         last = {f"{name}_last_step": value for name, value in self._last.items()}
         if (c := self._compressor) is None:
             plan = {"message_bytes": 0, "transport": self._options["transport"]}
-            return {**self._counts, **last, **plan, "workers": dist.get_world_size(self.process_group)}
-        return {**self._counts, **last, "message_bytes": c.message_bytes, "transport": c.transport, "workers": c.workers}
+            return {
+                **self._counts,
+                **last,
+                **plan,
+                "workers": dist.get_world_size(self.process_group),
+            }
+        return {
+            **self._counts,
+            **last,
+            "message_bytes": c.message_bytes,
+            "transport": c.transport,
+            "workers": c.workers,
+        }
 
     def set_loss_scale(self, scale: float) -> None:
         """Say by how much the loss is scaled (GradScaler.get_scale()), so that the memory keeps up when that changes.
@@ -211,7 +257,9 @@ class LQSGDState:
         try:
             scale = positive_number("scale", scale)
         except CompressionError:
-            raise CompressionError(f"The loss scale {scale!r} is not a finite number above 0.") from None
+            raise CompressionError(
+                f"The loss scale {scale!r} is not a finite number above 0."
+            ) from None
         for memory in self._compressor.memory.values() if self._compressor else ():
             memory.mul_(scale / self._loss_scale)
         self._loss_scale = scale
@@ -261,13 +309,33 @@ class LQSGDState:
         self._pending, self._compared = None, False
         self._take_counts(dict.fromkeys(self._counts, 0))
         if (c := self._compressor) is not None:
-            self._compressor = Compressor(self._shapes, c.options, workers=c.workers, position=c.position, device=c.device)
+            self._compressor = Compressor(
+                self._shapes, c.options, workers=c.workers, position=c.position, device=c.device
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the process group, and what is bound to this process."""
-        warnings.warn("A process group cannot be pickled: it is left out of the saved LQSGDState.", stacklevel=2)
-        kept = {k: getattr(self, k) for k in ("_timeout", "_counts", "_last", "_loss_scale", "_options", "_shapes", "_pending")}
-        return {**kept, "saved": None if self._compressor is None else self.state_dict(), "dense": self._dense}
+        warnings.warn(
+            "A process group cannot be pickled: it is left out of the saved LQSGDState.",
+            stacklevel=2,
+        )
+        kept = {
+            k: getattr(self, k)
+            for k in (
+                "_timeout",
+                "_counts",
+                "_last",
+                "_loss_scale",
+                "_options",
+                "_shapes",
+                "_pending",
+            )
+        }
+        return {
+            **kept,
+            "saved": None if self._compressor is None else self.state_dict(),
+            "dense": self._dense,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """`process_group` becomes the default group; the parameters are bound at the next step."""
@@ -285,7 +353,11 @@ class LQSGDState:
             found = parse_state(saved)
             at = next((t.device for t in saved["memory"].values()), torch.device("cpu"))
             made = Compressor(
-                self._shapes, Options(**self._options), workers=found.plain.workers, position=found.plain.position, device=at
+                self._shapes,
+                Options(**self._options),
+                workers=found.plain.workers,
+                position=found.plain.position,
+                device=at,
             )
             put_state(made, found)
             self._compressor = made
@@ -332,7 +404,11 @@ class LQSGDState:
                     warnings.warn(line, stacklevel=2)
             except CompressionError as error:
                 problem = str(error)
-        mine = {"factors": digest_of(self.compressor.factors), "steps": self._counts["steps"], "problem": problem}
+        mine = {
+            "factors": digest_of(self.compressor.factors),
+            "steps": self._counts["steps"],
+            "problem": problem,
+        }
         everyone = tell_all(self.group, mine)
         for rank, theirs in enumerate(everyone):
             if theirs["problem"] is not None:

@@ -60,7 +60,10 @@ class LQSGDCallback(TrainerCallback):
         """Bytes beside the loss."""
         if self.state is not None and isinstance(logs, dict):
             stats = self.state.stats()
-            ours = {"lqsgd_bytes_sent": stats["bytes_sent"], "lqsgd_dense_bytes": stats["dense_bytes"]}
+            ours = {
+                "lqsgd_bytes_sent": stats["bytes_sent"],
+                "lqsgd_dense_bytes": stats["dense_bytes"],
+            }
             logs |= ours
             if state.log_history:
                 state.log_history[-1] |= ours  # written before callbacks are asked
@@ -76,7 +79,9 @@ def _resumed_from(trainer: Any, args: Any, state: Any) -> Path | None:
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_locals.get("self") is trainer and "resume_from_checkpoint" in frame.f_locals:
-            asked = frame.f_locals["resume_from_checkpoint"]  # innermost: what the Trainer itself was asked for
+            asked = frame.f_locals[
+                "resume_from_checkpoint"
+            ]  # innermost: what the Trainer itself was asked for
             break
         frame = frame.f_back
     if asked is True:

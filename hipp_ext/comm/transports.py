@@ -67,7 +67,9 @@ class Section:
 
     def rows_of(self, values: Tensor) -> Tensor:
         """Flat values, padded with zeros -> (shards, row)."""
-        return functional.pad(values, (0, self.row * self.shards - self.size)).view(self.shards, self.row)
+        return functional.pad(values, (0, self.row * self.shards - self.size)).view(
+            self.shards, self.row
+        )
 
 
 def mean_over_workers(
@@ -99,7 +101,10 @@ def mean_over_workers(
     if sections[0].shards == 1:
         received = yield Packet(kind="all_gather", rows=torch.cat(messages, 1))
         parts = received.split(sizes, 1)
-        means = [s.codec.decode(part, s.pieces[0]).mean(0) for s, part in zip(sections, parts, strict=True)]
+        means = [
+            s.codec.decode(part, s.pieces[0]).mean(0)
+            for s, part in zip(sections, parts, strict=True)
+        ]
         return _trimmed(sections, means, sent)
     received = yield Packet(kind="all_to_all", rows=torch.cat(messages, 1))
     again = []
@@ -109,7 +114,10 @@ def mean_over_workers(
         again.append(section.codec.encode(average, own))
         mine[position] -= workers * (average - section.codec.decode(again[-1], own))[0]
     received = yield Packet(kind="all_gather", rows=torch.cat(again, 1))
-    means = [_decode_shards(s, part).flatten() for s, part in zip(sections, received.split(sizes, 1), strict=True)]
+    means = [
+        _decode_shards(s, part).flatten()
+        for s, part in zip(sections, received.split(sizes, 1), strict=True)
+    ]
     return _trimmed(sections, means, sent)
 
 
@@ -143,7 +151,9 @@ def run_in_group(exchange: Exchange[Result], group: Any) -> tuple[Result, int]:
         CompressionError: a collective failed, as it does within the group's timeout when a worker has died.
     """
     workers = dist.get_world_size(group)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
     reply: Any = None
     sent = 0
     while True:
@@ -185,10 +195,15 @@ def run_together(exchanges: Sequence[Exchange[Result]]) -> tuple[list[Result], i
         if results and not packets:
             return results, sent
         if results or len({(p.kind, p.rows.shape) for p in packets}) > 1:
-            raise CompressionError(f"The workers are in different steps: {[(p.kind, tuple(p.rows.shape)) for p in packets]}.")
+            raise CompressionError(
+                f"The workers are in different steps: {[(p.kind, tuple(p.rows.shape)) for p in packets]}."
+            )
         sent += packets[0].bytes_sent(len(packets))
         rows = torch.stack([p.rows for p in packets])
-        replies = [rows[:, 0] if packets[0].kind == "all_gather" else rows[:, j] for j in range(len(packets))]
+        replies = [
+            rows[:, 0] if packets[0].kind == "all_gather" else rows[:, j]
+            for j in range(len(packets))
+        ]
 
 
 def _cut(lengths: Sequence[int], row: int) -> list[tuple[int, ...]]:
@@ -207,8 +222,17 @@ def _cut(lengths: Sequence[int], row: int) -> list[tuple[int, ...]]:
 
 
 def _decode_shards(section: Section, messages: Tensor) -> Tensor:
-    return torch.cat([section.codec.decode(messages[j : j + 1], pieces) for j, pieces in enumerate(section.pieces)])
+    return torch.cat(
+        [
+            section.codec.decode(messages[j : j + 1], pieces)
+            for j, pieces in enumerate(section.pieces)
+        ]
+    )
 
 
-def _trimmed(sections: Sequence[Section], means: list[Tensor], sent: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(m[: s.size], x.flatten()[: s.size]) for s, m, x in zip(sections, means, sent, strict=True)]
+def _trimmed(
+    sections: Sequence[Section], means: list[Tensor], sent: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (m[: s.size], x.flatten()[: s.size]) for s, m, x in zip(sections, means, sent, strict=True)
+    ]

@@ -5,4 +5,12 @@ from hipp_ext.planner.planner import FrontPlan, HiPPPlanner
 from hipp_ext.planner.policy import Policy
 from hipp_ext.planner.state import Signals, measure_signals
 
-__all__ = ["FitResult", "FitSettings", "FrontPlan", "HiPPPlanner", "Policy", "Signals", "measure_signals"]
+__all__ = [
+    "FitResult",
+    "FitSettings",
+    "FrontPlan",
+    "HiPPPlanner",
+    "Policy",
+    "Signals",
+    "measure_signals",
+]

@@ -50,7 +50,9 @@ class Record(BaseModel):
     preference: tuple[Share, Share, Share]
     pruning_ratio: Share
     allocation: Annotated[tuple[Logit, ...], Field(max_length=MAX_GROUPS)]
-    keeps: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_UNITS)], ...], Field(max_length=MAX_GROUPS)]
+    keeps: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=MAX_UNITS)], ...], Field(max_length=MAX_GROUPS)
+    ]
     reward: Reward
     measured: bool = True
 
@@ -88,7 +90,9 @@ class Archive:
         self.records: list[Record] = []
         if self.path is not None and self.path.exists():
             if not self.path.is_file() or self.path.stat().st_size > MAX_BYTES:
-                raise CheckpointError(f"{self.path} is no file, or has more than {MAX_BYTES} bytes.")
+                raise CheckpointError(
+                    f"{self.path} is no file, or has more than {MAX_BYTES} bytes."
+                )
             lines = self.path.read_text(errors="replace").split("\n")
             for number, line in enumerate(lines, 1):
                 try:
@@ -96,7 +100,9 @@ class Archive:
                         self.records.append(Record.from_line(line))
                 except ValueError as error:
                     if number < len(lines):
-                        raise CheckpointError(f"{self.path}, line {number}, is not a record: {str(error)[:500]}") from None
+                        raise CheckpointError(
+                            f"{self.path}, line {number}, is not a record: {str(error)[:500]}"
+                        ) from None
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records and write them out.
@@ -113,7 +119,9 @@ class Archive:
                     file.flush()
                     os.fsync(file.fileno())  # before the checkpoint that counts on them
             except OSError as error:
-                raise WriteError(f"{self.path} could not be written: {error.strerror}. What was finished is kept.") from error
+                raise WriteError(
+                    f"{self.path} could not be written: {error.strerror}. What was finished is kept."
+                ) from error
 
     def keep_steps_before(self, step: int) -> list[Record]:
         """Remove the records of `step` and later, and return them; half a line goes too."""
@@ -138,12 +146,19 @@ class Archive:
             return []
         points = np.array([r.reward.objectives() for r in measured])
         keep = moocore.is_nondominated(points, maximise=True, keep_weakly=False)
-        return sorted((r for r, k in zip(measured, keep, strict=True) if k), key=lambda r: r.reward.compression)
+        return sorted(
+            (r for r, k in zip(measured, keep, strict=True) if k),
+            key=lambda r: r.reward.compression,
+        )
 
     def hypervolume(self) -> float:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
         points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
-        return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True)) if len(points) else 0.0
+        return (
+            float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
+            if len(points)
+            else 0.0
+        )
 
     def nadir_and_ideal(self) -> Float[Tensor, "2 3"]:
         """What is at stake in each objective: what strong compression costs at least, and the best of everything.
@@ -155,7 +170,9 @@ class Archive:
         Source: normalisation by nadir and ideal point, Miettinen, Nonlinear Multiobjective Optimization (1999), section 2.4.
         Differs from it: the nadir leaves out that one task can be given away for the other.
         """
-        measured = torch.tensor([r.reward.objectives() for r in self.records if r.measured]).reshape(-1, 3)
+        measured = torch.tensor(
+            [r.reward.objectives() for r in self.records if r.measured]
+        ).reshape(-1, 3)
         if not len(measured) or measured[:, 2].max() - measured[:, 2].min() < LEAST_RANGE:
             return WHOLE  # at a fixed budget nothing is paid for compression
         most = measured[measured[:, 2].topk(math.ceil(MOST_COMPRESSED * len(measured))).indices]
@@ -168,20 +185,29 @@ def fit_groups(records: Sequence[Record], groups: Sequence[Group]) -> bool:
     """Whether the records can be plans for these groups."""
     widths = [g.width for g in groups]
     return all(
-        len(r.allocation) == len(r.keeps) == len(widths) and all(1 <= k <= w for k, w in zip(r.keeps, widths, strict=True))
+        len(r.allocation) == len(r.keeps) == len(widths)
+        and all(1 <= k <= w for k, w in zip(r.keeps, widths, strict=True))
         for r in records
     )
 
 
-def hypervolume_gains(points: Float[Tensor, "points 3"], front: np.ndarray) -> Float[Tensor, " points"]:
+def hypervolume_gains(
+    points: Float[Tensor, "points 3"], front: np.ndarray
+) -> Float[Tensor, " points"]:
     """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised; may be empty)."""
-    assert bool(points.isfinite().all()) and bool(np.isfinite(front).all()), "moocore ends the process at infinity"
+    assert bool(points.isfinite().all()) and bool(np.isfinite(front).all()), (
+        "moocore ends the process at infinity"
+    )
     reference = list(REFERENCE_POINT)
     front = front[moocore.is_nondominated(front, maximise=True)] if len(front) else front
     before = moocore.hypervolume(front, ref=reference, maximise=True) if len(front) else 0.0
     gains = []
     for point in points.double().numpy():
         dominated = bool((front >= point).all(1).any())
-        after = before if dominated else moocore.hypervolume(np.vstack([front, point]), ref=reference, maximise=True)
+        after = (
+            before
+            if dominated
+            else moocore.hypervolume(np.vstack([front, point]), ref=reference, maximise=True)
+        )
         gains.append(float(after - before))
     return torch.tensor(gains)

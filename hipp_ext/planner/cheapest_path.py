@@ -25,13 +25,20 @@ class CheapestPath:
     Source: equal slopes on convex hulls, Shoham and Gersho, IEEE TASSP 36 (1988); exact where curves are convex.
     """
 
-    def __init__(self, parameters: Sequence[int], removed: Sequence[float], losses: Float[Tensor, "groups levels"]):
+    def __init__(
+        self,
+        parameters: Sequence[int],
+        removed: Sequence[float],
+        losses: Float[Tensor, "groups levels"],
+    ):
         total = sum(parameters)
         steps = []  # (loss per parameter, group, share removed by the step)
         for group, curve in enumerate(losses.double().tolist()):
             hull = _lower_hull([(0.0, 0.0), *zip(removed, curve, strict=True)])
             for before, after in itertools.pairwise(hull):
-                steps.append((_slope(before, after) / parameters[group], group, after[0] - before[0]))
+                steps.append(
+                    (_slope(before, after) / parameters[group], group, after[0] - before[0])
+                )
         steps.sort()
         removed_by = torch.zeros(len(steps) + 1, len(parameters), dtype=torch.float64)
         for row, (_, group, share) in enumerate(steps, 1):

@@ -50,7 +50,9 @@ def check_cost(kind: str) -> None:
         raise BudgetError(f"cost={kind!r}: one of {', '.join(get_args(CostKind))} is needed.")
 
 
-def measure_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, *, tokens: int = 640) -> Cost:
+def measure_cost(
+    model: nn.Module, groups: Sequence[Group], kind: CostKind, *, tokens: int = 640
+) -> Cost:
     """The cost of `model`'s groups.
 
     Args:
@@ -66,13 +68,23 @@ def measure_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, *, t
     if kind == "latency":
         known = {_shape(model, g): g for g in groups}
         seconds = {shape: _seconds(model, g, tokens) for shape, g in known.items()}
-        return Cost(kind=kind, table=torch.tensor([seconds[_shape(model, g)] for g in groups], dtype=torch.float64))
-    unit = [g.unit_parameters if kind == "parameters" else g.unit_flops + g.context_flops(tokens) for g in groups]
-    full = torch.tensor([float(g.width * u) for g, u in zip(groups, unit, strict=True)], dtype=torch.float64)
+        return Cost(
+            kind=kind,
+            table=torch.tensor([seconds[_shape(model, g)] for g in groups], dtype=torch.float64),
+        )
+    unit = [
+        g.unit_parameters if kind == "parameters" else g.unit_flops + g.context_flops(tokens)
+        for g in groups
+    ]
+    full = torch.tensor(
+        [float(g.width * u) for g, u in zip(groups, unit, strict=True)], dtype=torch.float64
+    )
     return Cost(kind=kind, table=torch.stack([full * 0, full], 1))
 
 
-def fit_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, folder: Path | None) -> Cost:
+def fit_cost(
+    model: nn.Module, groups: Sequence[Group], kind: CostKind, folder: Path | None
+) -> Cost:
     """`measure_cost`; latency is kept in `folder`, so that a resumed fit counts with the seconds it began with.
 
     Raises:
@@ -88,9 +100,13 @@ def fit_cost(model: nn.Module, groups: Sequence[Group], kind: CostKind, folder: 
         table = unseal(path)[0]["table"]
         found = len(table)
     except (CheckpointError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Remove {folder} to start again.") from None
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Remove {folder} to start again."
+        ) from None
     if found != len(groups):
-        raise CheckpointError(f"{path} holds the seconds of another model: {found} groups, not {len(groups)}.")
+        raise CheckpointError(
+            f"{path} holds the seconds of another model: {found} groups, not {len(groups)}."
+        )
     return read_cost(kind, table, len(groups))
 
 
@@ -100,14 +116,31 @@ def read_cost(kind: CostKind, table: Tensor, groups: int) -> Cost:
     Raises:
         CheckpointError: no cost of so many groups looks like that.
     """
-    fits = table.dim() == 2 and table.shape[0] == groups and table.shape[1] >= 2 and table.is_floating_point()
-    if not fits or not bool((table.isfinite() & (table >= 0)).all()) or not float(table[:, -1].sum()) > 0:
-        raise CheckpointError(f"A table of shape {tuple(table.shape)} is no cost of {groups} groups.")
+    fits = (
+        table.dim() == 2
+        and table.shape[0] == groups
+        and table.shape[1] >= 2
+        and table.is_floating_point()
+    )
+    if (
+        not fits
+        or not bool((table.isfinite() & (table >= 0)).all())
+        or not float(table[:, -1].sum()) > 0
+    ):
+        raise CheckpointError(
+            f"A table of shape {tuple(table.shape)} is no cost of {groups} groups."
+        )
     return Cost(kind=kind, table=table)
 
 
 def _shape(model: nn.Module, group: Group) -> tuple:
-    return group.kind, group.width, group.rows, group.columns, linear(model, group.consumer).out_features
+    return (
+        group.kind,
+        group.width,
+        group.rows,
+        group.columns,
+        linear(model, group.consumer).out_features,
+    )
 
 
 @torch.no_grad()
@@ -130,16 +163,22 @@ def _seconds(model: nn.Module, group: Group, tokens: int, repeats: int = 7) -> l
 
 
 def _run(model: nn.Module, group: Group, x: Tensor, units: int) -> None:
-    inputs = [torch.nn.functional.linear(x, linear(model, n).weight[: units * r])
-              for n, r in zip(group.producers, group.rows, strict=True)]  # fmt: skip
+    inputs = [
+        torch.nn.functional.linear(x, linear(model, n).weight[: units * r])
+        for n, r in zip(group.producers, group.rows, strict=True)
+    ]
     if group.kind == "attention":
         head = block_of(model, group).head_dim
         q, k, v = (t.unflatten(-1, (-1, head)).transpose(1, 2) for t in inputs)
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
         middle = mixed.flatten(2)
     else:
         middle = torch.nn.functional.silu(inputs[0]) * inputs[-1]
-    torch.nn.functional.linear(middle, linear(model, group.consumer).weight[:, : units * group.columns])
+    torch.nn.functional.linear(
+        middle, linear(model, group.consumer).weight[:, : units * group.columns]
+    )
 
 
 def _synchronise(device: torch.device) -> None:

@@ -16,20 +16,28 @@ from hipp_ext.planner.state import Signals, keep_shares
 from hipp_ext.scorers.synflow import stability
 from hipp_ext.slices import sliced
 
-PATIENCE = datetime.timedelta(days=1)  # processes wait for the slowest evaluation; torchrun ends them all if one dies
+PATIENCE = datetime.timedelta(
+    days=1
+)  # processes wait for the slowest evaluation; torchrun ends them all if one dies
 Keeps = tuple[int, ...]
 MeasureOne = Callable[[Keeps], Reward]
 MeasureMany = Callable[[Sequence[Keeps]], list[Reward]]
 
 
 @contextlib.contextmanager
-def plan_rewards(model: nn.Module, evaluator: Evaluator, signals: Signals, cost: Cost) -> Iterator[MeasureOne]:
+def plan_rewards(
+    model: nn.Module, evaluator: Evaluator, signals: Signals, cost: Cost
+) -> Iterator[MeasureOne]:
     """Inside the block, `measure(keeps)` evaluates `model` shrunk to those keep counts; see `sliced`."""
     with sliced(model, signals.groups, signals.scores) as shrink:
 
         def measure(keeps: Keeps) -> Reward:
             shrink(keeps)
-            return read_reward(evaluator(model), plan_compression(signals, cost, keeps), plan_stability(signals, keeps))
+            return read_reward(
+                evaluator(model),
+                plan_compression(signals, cost, keeps),
+                plan_stability(signals, keeps),
+            )
 
         yield measure
 
@@ -57,7 +65,11 @@ class Workers:
     @classmethod
     def join(cls) -> "Workers":
         """The processes of `torchrun`, brought together over gloo; without it, this process alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+        if (
+            int(os.environ.get("WORLD_SIZE", "1")) > 1
+            and dist.is_available()
+            and not dist.is_initialized()
+        ):
             dist.init_process_group("gloo", timeout=PATIENCE)
         return cls()
 

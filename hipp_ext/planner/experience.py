@@ -26,9 +26,14 @@ class Experience:
     """
 
     def __init__(
-        self, *, records: Sequence[Record] = (), ranking: str | None = None, cost: Cost | None = None,
-        dense: dict[str, float] | None = None, evaluator: str | None = None,
-    ):  # fmt: skip
+        self,
+        *,
+        records: Sequence[Record] = (),
+        ranking: str | None = None,
+        cost: Cost | None = None,
+        dense: dict[str, float] | None = None,
+        evaluator: str | None = None,
+    ):
         self.archive = Archive()
         self.archive.append(records)
         self.ranking, self.cost, self.dense, self.evaluator = ranking, cost, dense, evaluator
@@ -37,7 +42,13 @@ class Experience:
         """What was measured of a plan."""
         return next((r.reward for r in self.archive.measured if r.keeps == keeps), None)
 
-    def best(self, preference: Preference, groups: Sequence[Group], bounds: Bounds, pruning_ratio: float | None) -> Record:
+    def best(
+        self,
+        preference: Preference,
+        groups: Sequence[Group],
+        bounds: Bounds,
+        pruning_ratio: float | None,
+    ) -> Record:
         """The evaluated plan that serves a preference best, among those that the bounds allow and that remove
         `pruning_ratio` or more.
 
@@ -46,13 +57,25 @@ class Experience:
         """
         known = self.archive.measured
         if not known:
-            raise PlanError(f"The gate (min_stability) kept all {len(self.archive)} plans from being measured.")
+            raise PlanError(
+                f"The gate (min_stability) kept all {len(self.archive)} plans from being measured."
+            )
         allowed = bounds.allow(groups, np.array([r.keeps for r in known]))
         within = [r for r, fits in zip(known, allowed.tolist(), strict=True) if fits]
         if not within:
             raise PlanError(f"{bounds} allows none of {len(known)} evaluated plans.")
         most = parameters_left(total_parameters(groups), pruning_ratio or 0.0)
-        enough = [r for r in within if sum(k * g.unit_parameters for k, g in zip(r.keeps, groups, strict=True)) <= most]
+        enough = [
+            r
+            for r in within
+            if sum(k * g.unit_parameters for k, g in zip(r.keeps, groups, strict=True)) <= most
+        ]
         if not enough:
-            raise PlanError(f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more.")
-        return enough[best_for([r.reward for r in enough], preference.as_tuple(), self.archive.nadir_and_ideal())]
+            raise PlanError(
+                f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more."
+            )
+        return enough[
+            best_for(
+                [r.reward for r in enough], preference.as_tuple(), self.archive.nadir_and_ideal()
+            )
+        ]

@@ -72,16 +72,39 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "preferences", "budgets", "rollouts", "imagined", "candidates", "hindsight", "seed"):
-            object.__setattr__(self, name, _checked(name, getattr(self, name), whole, "a whole number"))
+        for name in (
+            "steps",
+            "preferences",
+            "budgets",
+            "rollouts",
+            "imagined",
+            "candidates",
+            "hindsight",
+            "seed",
+        ):
+            object.__setattr__(
+                self, name, _checked(name, getattr(self, name), whole, "a whole number")
+            )
         for name in ("final", "learning_rate", "budget_noise"):
-            object.__setattr__(self, name, _checked(name, getattr(self, name), finite, "a finite number"))
+            object.__setattr__(
+                self, name, _checked(name, getattr(self, name), finite, "a finite number")
+            )
         if self.min_stability is not None:
-            object.__setattr__(self, "min_stability", _checked("min_stability", self.min_stability, finite, "a finite number"))
+            object.__setattr__(
+                self,
+                "min_stability",
+                _checked("min_stability", self.min_stability, finite, "a finite number"),
+            )
         if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
-            raise ValueError(f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}")
-        if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < max(8, self.rollouts):
-            raise ValueError(f"imagined, final and hindsight >= 0 and candidates >= 8 and >= rollouts are needed: {self}")
+            raise ValueError(
+                f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}"
+            )
+        if min(self.imagined, self.final, self.hindsight) < 0 or self.candidates < max(
+            8, self.rollouts
+        ):
+            raise ValueError(
+                f"imagined, final and hindsight >= 0 and candidates >= 8 and >= rollouts are needed: {self}"
+            )
         if not all(0 < x < math.inf for x in (*self.noise, self.budget_noise, self.learning_rate)):
             raise ValueError(f"noise, budget_noise and learning_rate above 0 are needed: {self}")
         check_scalarisation(self.scalarisation)
@@ -143,8 +166,13 @@ class Trainer:
         self.limit = min(MAX_RATIO, largest_ratio(signals.groups, self.bounds))
         self.learner = Learner(policy, signals, settings.learning_rate, settings.scalarisation)
         self.model = RewardModel(signals.curvature)
-        self.proposer = Proposer(groups=signals.groups, bounds=self.bounds, cost=cost, limit=self.limit,
-                                 candidates=settings.candidates)  # fmt: skip
+        self.proposer = Proposer(
+            groups=signals.groups,
+            bounds=self.bounds,
+            cost=cost,
+            limit=self.limit,
+            candidates=settings.candidates,
+        )
         self.files = FitFolder(folder)
         self.archive = Archive(self.files.archive)
         self.step, self.finished = 0, False
@@ -157,7 +185,13 @@ class Trainer:
 
     def run(self, progress: bool) -> FitResult:
         """All steps that are left, with a progress bar if wanted."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = [
             TextColumn("{task.description}"),
@@ -168,7 +202,9 @@ class Trainer:
         ]
         steps, history = self.settings.steps, []
         with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("fit", total=steps * self._per_step, completed=self.step * self._per_step)
+            task = bar.add_task(
+                "fit", total=steps * self._per_step, completed=self.step * self._per_step
+            )
             while self.step < steps:
                 self.run_step(lambda: bar.advance(task))
                 history.append(self.archive.hypervolume())
@@ -176,15 +212,22 @@ class Trainer:
             if not self.finished:
                 bar.update(task, description="learning from all plans")
                 self._finish()
-        return FitResult(steps=self.step, evaluations=len(self.archive.measured), hypervolume=self.archive.hypervolume(),
-                         history=tuple(history), folder=self.files.path)  # fmt: skip
+        return FitResult(
+            steps=self.step,
+            evaluations=len(self.archive.measured),
+            hypervolume=self.archive.hypervolume(),
+            history=tuple(history),
+            folder=self.files.path,
+        )
 
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
         """Propose plans, measure them, learn, write archive and checkpoint. `tick` is called per plan."""
         s = self.settings
         # A generator per step: a resumed run draws what the undisturbed one would have drawn.
         generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-        if not self.model.fitted:  # in the first step after a start; later ones go on from what the last one learned
+        if (
+            not self.model.fitted
+        ):  # in the first step after a start; later ones go on from what the last one learned
             self._know()
         rollouts = self._draw(generator)
         objectives = self._evaluate(rollouts, tick)
@@ -202,20 +245,29 @@ class Trainer:
         """The final updates, on all that is known now."""
         if self._imagines and self.settings.final:
             self._know()
-            self._learn_anew(torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step))
+            self._learn_anew(
+                torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
+            )
         self.finished = True
         self._save()
 
     def _draw(self, generator: torch.Generator) -> Rollouts:
         s, imagines = self.settings, self._imagines
         drawn = self.learner.draw(
-            draw_preferences(s.preferences, generator), 1 if self.pruning_ratio is not None else s.budgets,
-            s.candidates // 2 if imagines else s.rollouts, noise=self._noise(), budget_noise=s.budget_noise,
-            ratio=self.pruning_ratio, limit=self.limit, generator=generator,
-        )  # fmt: skip
+            draw_preferences(s.preferences, generator),
+            1 if self.pruning_ratio is not None else s.budgets,
+            s.candidates // 2 if imagines else s.rollouts,
+            noise=self._noise(),
+            budget_noise=s.budget_noise,
+            ratio=self.pruning_ratio,
+            limit=self.limit,
+            generator=generator,
+        )
         if not imagines:
             return drawn
-        return self.proposer.choose(drawn, s.rollouts, self.archive, self.model, self.learner, generator)
+        return self.proposer.choose(
+            drawn, s.rollouts, self.archive, self.model, self.learner, generator
+        )
 
     @property
     def _imagines(self) -> bool:
@@ -233,17 +285,28 @@ class Trainer:
         for index in range(math.prod(shape)):
             p, m, n = index // (shape[1] * shape[2]), index // shape[2] % shape[1], index % shape[2]
             allocation = rollouts.allocations[p, m, n].tolist()
-            ratio = float(rollouts.ratios[p, m]) if self.pruning_ratio is None else self.pruning_ratio  # and not its float32
+            ratio = (
+                float(rollouts.ratios[p, m]) if self.pruning_ratio is None else self.pruning_ratio
+            )  # and not its float32
             keeps = keep_counts(self.signals.groups, allocation, ratio, self.bounds)
-            wanted.append((tuple(rollouts.preferences[p].tolist()), ratio, tuple(allocation), keeps))
+            wanted.append(
+                (tuple(rollouts.preferences[p].tolist()), ratio, tuple(allocation), keeps)
+            )
         records: list[Record] = []
         while len(records) < len(wanted):
             self._measure_next([keeps for *_, keeps in wanted[len(records) :]])
             while len(records) < len(wanted) and wanted[len(records)][3] in self._known:
                 preference, ratio, allocation, keeps = wanted[len(records)]
-                record = Record(step=self.step, index=len(records), preference=preference, pruning_ratio=ratio,
-                                allocation=allocation, keeps=keeps, reward=self._known[keeps],
-                                measured=keeps not in self._gated)  # fmt: skip
+                record = Record(
+                    step=self.step,
+                    index=len(records),
+                    preference=preference,
+                    pruning_ratio=ratio,
+                    allocation=allocation,
+                    keeps=keeps,
+                    reward=self._known[keeps],
+                    measured=keeps not in self._gated,
+                )
                 records.append(record)
                 self.archive.append([record])
                 tick()
@@ -270,7 +333,9 @@ class Trainer:
             return False
         compression = plan_compression(self.signals, self.cost, keeps)
         self._gated.add(keeps)
-        self._known[keeps] = Reward(utility=0.0, robustness=0.0, compression=compression, stability=stability)
+        self._known[keeps] = Reward(
+            utility=0.0, robustness=0.0, compression=compression, stability=stability
+        )
         return True
 
     # Learning
@@ -304,7 +369,10 @@ class Trainer:
             self.learner.learn_in_hindsight(measured, generator)
             if free:
                 preferences = draw_preferences(16, generator)
-                ratios, known = measured.ratios.expand(16, -1), measured.objectives.expand(16, -1, -1)
+                ratios, known = (
+                    measured.ratios.expand(16, -1),
+                    measured.objectives.expand(16, -1, -1),
+                )
                 self.learner.learn_budgets(preferences, ratios, known)
 
     def _learn_anew(self, generator: torch.Generator) -> None:
@@ -316,7 +384,9 @@ class Trainer:
         updates = round(s.final * s.imagined * self.step)
         self.learner.restart()
         for update in range(updates):
-            self.learner.set_learning_rate(s.learning_rate * min(1.0, (updates - update) / (FALLING * updates)))
+            self.learner.set_learning_rate(
+                s.learning_rate * min(1.0, (updates - update) / (FALLING * updates))
+            )
             self._learn_imagined(update, generator)
 
     def _learn_imagined(self, update: int, generator: torch.Generator) -> None:
@@ -326,8 +396,16 @@ class Trainer:
         own = ratio is None and update % 2 == 0
         if ratio is None and not own:
             ratio = self.limit * torch.rand(n, budgets, generator=generator)
-        imagined = self.learner.draw(preferences, budgets, rollouts, noise=self.settings.noise[1], budget_noise=1.0,
-                                     ratio=ratio, limit=self.limit, generator=generator)  # fmt: skip
+        imagined = self.learner.draw(
+            preferences,
+            budgets,
+            rollouts,
+            noise=self.settings.noise[1],
+            budget_noise=1.0,
+            ratio=ratio,
+            limit=self.limit,
+            generator=generator,
+        )
         self.learner.learn(imagined, self._imagined_objectives(imagined), budget=own)
         if own:
             self._learn_budgets(preferences)
@@ -341,7 +419,9 @@ class Trainer:
     def _expected(self, shares: Float[Tensor, "C G"]) -> Float[Tensor, "C 3"]:
         """Objectives by the reward model, less its doubt: a policy would find the plans that it is wrong about."""
         mean, deviation = self.model.predict(shares)
-        return torch.cat([mean - CAUTION * deviation, self.cost.removed(shares)[:, None].float()], 1)
+        return torch.cat(
+            [mean - CAUTION * deviation, self.cost.removed(shares)[:, None].float()], 1
+        )
 
     def _learn_budgets(self, preferences: Tensor) -> None:
         """The best of a grid of ratios, each with the allocation that the policy would choose there."""
@@ -354,18 +434,26 @@ class Trainer:
     # Stopping and going on
 
     def _save(self) -> None:
-        self.files.save(Checkpoint(step=self.step, finished=self.finished, tensors=self.learner.tensors()))
+        self.files.save(
+            Checkpoint(step=self.step, finished=self.finished, tensors=self.learner.tensors())
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed; more steps may be asked for later."""
         return {
-            "settings": {k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"},
-            "pruning_ratio": self.pruning_ratio, "bounds": dataclasses.asdict(self.bounds), "cost": self.cost.kind,
-            "mrs": self.mrs, "scorer": self.signals.scorer, "model": self.signals.digest,
+            "settings": {
+                k: v for k, v in dataclasses.asdict(self.settings).items() if k != "steps"
+            },
+            "pruning_ratio": self.pruning_ratio,
+            "bounds": dataclasses.asdict(self.bounds),
+            "cost": self.cost.kind,
+            "mrs": self.mrs,
+            "scorer": self.signals.scorer,
+            "model": self.signals.digest,
             "calibration": self.signals.calibration,
             "evaluator": self.evaluator,
             "dense": self.dense,  # stands for the questions of an evaluator without a digest
-        }  # fmt: skip
+        }
 
     def _resume(self) -> None:
         """Be where the folder's fit was when it stopped."""
@@ -379,6 +467,11 @@ class Trainer:
             self.learner.restore(checkpoint.tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise self.files.damaged(f"The checkpoint is of another policy: {error!r}.") from None
-        expected, there = self.step * self._per_step, sum(r.step < self.step for r in self.archive.records)
+        expected, there = (
+            self.step * self._per_step,
+            sum(r.step < self.step for r in self.archive.records),
+        )
         if there != expected:
-            raise self.files.damaged(f"The archive holds {there} of the {expected} plans before step {self.step}.")
+            raise self.files.damaged(
+                f"The archive holds {there} of the {expected} plans before step {self.step}."
+            )

@@ -47,7 +47,10 @@ class FitFolder:
         """
         if self.path is None:
             return
-        path, now = self.path / IDENTITY, json.loads(json.dumps(identity))  # as JSON gives it back: without tuples
+        path, now = (
+            self.path / IDENTITY,
+            json.loads(json.dumps(identity)),
+        )  # as JSON gives it back: without tuples
         if not path.exists():
             write_atomic(path, json.dumps(now) + "\n")
             return
@@ -55,7 +58,9 @@ class FitFolder:
             raise self.damaged(f"{IDENTITY} is no file of a fit.")
         try:
             there = json.loads(text := path.read_text(errors="replace"))
-            same = there | {"dense": None} == now | {"dense": None} and scores_agree(there["dense"], now["dense"])
+            same = there | {"dense": None} == now | {"dense": None} and scores_agree(
+                there["dense"], now["dense"]
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             there, same = text.strip(), False
         if not same:
@@ -80,7 +85,9 @@ class FitFolder:
             return None
         try:
             tensors, progress = unseal(path)
-            return Checkpoint(step=int(progress["step"]), finished=bool(progress["finished"]), tensors=tensors)
+            return Checkpoint(
+                step=int(progress["step"]), finished=bool(progress["finished"]), tensors=tensors
+            )
         except (KeyError, ValueError, TypeError) as error:
             raise self.damaged(f"{CHECKPOINT} is damaged: {error}") from None
 

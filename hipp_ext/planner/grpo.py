@@ -36,10 +36,15 @@ from hipp_ext.planner.state import Signals
 
 NOISE_FLOOR = 1e-3  # an objective that varies less than this within a comparison does not count
 BUDGET_WEIGHT = 0.05  # of the budget's policy gradient beside its regression
-TEMPERATURE = 0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
+TEMPERATURE = (
+    0.01  # hindsight: plans whose merit differs by this much differ by a factor e in weight
+)
 KL_WEIGHT = 0.003  # of the divergence from the policy that the fit began with
 OTHER_TASK = 0.2  # weight that a task has in an allocation's advantage even where the preference gives it none
-DIVERSITY_WEIGHT, DIVERSITY_MARGIN = 0.02, 0.3  # of the diversity term; margin in logits per unit of preference
+DIVERSITY_WEIGHT, DIVERSITY_MARGIN = (
+    0.02,
+    0.3,
+)  # of the diversity term; margin in logits per unit of preference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +90,18 @@ class Learner:
         ends: nadir and ideal point of the objectives, as far as they are known.
     """
 
-    def __init__(self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation):
+    def __init__(
+        self, policy: Policy, signals: Signals, learning_rate: float, scalarisation: Scalarisation
+    ):
         policy.start_learning()
         self.policy, self.signals, self.reference = policy, signals, copy.deepcopy(policy)
         self.scalarisation: Scalarisation = scalarisation
         self.ends: Tensor = WHOLE
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
-    def value(self, objectives: Float[Tensor, "*batch 3"], preferences: Float[Tensor, "*batch 3"]) -> Float[Tensor, " *batch"]:
+    def value(
+        self, objectives: Float[Tensor, "*batch 3"], preferences: Float[Tensor, "*batch 3"]
+    ) -> Float[Tensor, " *batch"]:
         """What plans are worth to preferences."""
         return scalarise(objectives, preferences, self.scalarisation, self.ends)
 
@@ -108,34 +117,60 @@ class Learner:
 
     @torch.no_grad()
     def draw(
-        self, preferences: Tensor, budgets: int, rollouts: int, *, noise: float, budget_noise: float,
-        ratio: float | Float[Tensor, "P M"] | None, limit: float, generator: torch.Generator,
-    ) -> Rollouts:  # fmt: skip
+        self,
+        preferences: Tensor,
+        budgets: int,
+        rollouts: int,
+        *,
+        noise: float,
+        budget_noise: float,
+        ratio: float | Float[Tensor, "P M"] | None,
+        limit: float,
+        generator: torch.Generator,
+    ) -> Rollouts:
         """On-policy rollouts; `ratio` fixes the budgets, `limit` is the largest ratio the bounds allow."""
         mean = self.policy.budget(self.signals, preferences)[:, None]
         logits = mean + budget_noise * torch.randn(len(preferences), budgets, generator=generator)
-        ratios = (MAX_RATIO * torch.sigmoid(logits)).clamp(max=limit) if ratio is None else torch.zeros_like(logits) + ratio
+        ratios = (
+            (MAX_RATIO * torch.sigmoid(logits)).clamp(max=limit)
+            if ratio is None
+            else torch.zeros_like(logits) + ratio
+        )
         means = self.allocation_means(preferences, ratios)
         drawn = torch.randn(*means.shape[:2], rollouts, means.shape[2], generator=generator)
         return Rollouts(
-            preferences=preferences, budgets=logits, ratios=ratios, allocations=means[:, :, None] + noise * drawn,
-            noise=noise, budget_noise=budget_noise,
-        )  # fmt: skip
+            preferences=preferences,
+            budgets=logits,
+            ratios=ratios,
+            allocations=means[:, :, None] + noise * drawn,
+            noise=noise,
+            budget_noise=budget_noise,
+        )
 
-    def allocation_means(self, preferences: Tensor, ratios: Float[Tensor, "P M"]) -> Float[Tensor, "P M G"]:
+    def allocation_means(
+        self, preferences: Tensor, ratios: Float[Tensor, "P M"]
+    ) -> Float[Tensor, "P M G"]:
         """Mean allocation of each preference at each of its ratios."""
         return self._means(self.policy, preferences, ratios)
 
-    def _means(self, policy: Policy, preferences: Tensor, ratios: Float[Tensor, "P M"]) -> Float[Tensor, "P M G"]:
+    def _means(
+        self, policy: Policy, preferences: Tensor, ratios: Float[Tensor, "P M"]
+    ) -> Float[Tensor, "P M G"]:
         flat = preferences.repeat_interleave(ratios.shape[1], 0)
         return policy.allocation(self.signals, flat, ratios.flatten()).view(*ratios.shape, -1)
 
-    def learn(self, rollouts: Rollouts, objectives: Float[Tensor, "P M N 3"], *, budget: bool) -> None:
+    def learn(
+        self, rollouts: Rollouts, objectives: Float[Tensor, "P M N 3"], *, budget: bool
+    ) -> None:
         """One GRPO update; `budget`: whether the budget head learns too."""
         with torch.enable_grad():  # whatever the caller, or a library it imported, has switched off
             means = self.allocation_means(rollouts.preferences, rollouts.ratios)
-            log_likelihood = -centred(rollouts.allocations - means[:, :, None]).square().mean(-1) / (2 * rollouts.noise**2)
-            loss = -(allocation_advantages(objectives, rollouts.preferences) * log_likelihood).mean()
+            log_likelihood = -centred(rollouts.allocations - means[:, :, None]).square().mean(
+                -1
+            ) / (2 * rollouts.noise**2)
+            loss = -(
+                allocation_advantages(objectives, rollouts.preferences) * log_likelihood
+            ).mean()
             loss = loss + DIVERSITY_WEIGHT * _collapse(means, rollouts.preferences)
             with torch.no_grad():
                 reference = self._means(self.reference, rollouts.preferences, rollouts.ratios)
@@ -151,10 +186,18 @@ class Learner:
         self, objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]
     ) -> Float[Tensor, "P M"]:
         """Advantage of each budget over the others for the same preference: scalarised means over its allocations."""
-        return _normalised(self.value(objectives.mean(2), preferences[:, None].expand(-1, objectives.shape[1], -1)), 1)
+        return _normalised(
+            self.value(
+                objectives.mean(2), preferences[:, None].expand(-1, objectives.shape[1], -1)
+            ),
+            1,
+        )
 
     def learn_budgets(
-        self, preferences: Float[Tensor, "P 3"], ratios: Float[Tensor, "P K"], objectives: Float[Tensor, "P K 3"]
+        self,
+        preferences: Float[Tensor, "P 3"],
+        ratios: Float[Tensor, "P K"],
+        objectives: Float[Tensor, "P K 3"],
     ) -> None:
         """Regress the budget head on the ratios, among K known outcomes, that serve each preference best."""
         value = self.value(objectives, preferences[:, None].expand_as(objectives))
@@ -163,14 +206,20 @@ class Learner:
         with torch.enable_grad():
             self._update(((self.policy.budget(self.signals, preferences) - target) ** 2).mean())
 
-    def learn_in_hindsight(self, measured: Measured, generator: torch.Generator, draws: int = 16, window: float = 0.08) -> None:
+    def learn_in_hindsight(
+        self, measured: Measured, generator: torch.Generator, draws: int = 16, window: float = 0.08
+    ) -> None:
         """Move towards the measured plans that serve a preference best among those of about the same budget."""
         preferences = draw_preferences(draws, generator)
-        centres = measured.ratios[torch.randint(len(measured.ratios), (draws,), generator=generator)]
+        centres = measured.ratios[
+            torch.randint(len(measured.ratios), (draws,), generator=generator)
+        ]
         near = (measured.ratios[None] - centres[:, None]).abs() <= window
         weights = preferences[:, :2] / preferences[:, :2].sum(1, keepdim=True).clamp_min(1e-6)
         # Less pruning is always easier: what remains after the trend over the window is the merit of the allocation.
-        merit = _detrend(weights @ measured.objectives[:, :2].T, measured.ratios[None].expand(draws, -1), near)
+        merit = _detrend(
+            weights @ measured.objectives[:, :2].T, measured.ratios[None].expand(draws, -1), near
+        )
         share = torch.softmax((merit / TEMPERATURE).masked_fill(~near, -torch.inf), 1)
         wanted = centred(share @ measured.allocations)
         with torch.enable_grad():
@@ -194,7 +243,9 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
         for name, policy in (("policy.", self.policy), ("reference.", self.reference)):
-            policy.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+            policy.load_state_dict(
+                {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+            )
         state: dict[str, Any] = self.optimizer.state_dict()
         state["state"] = {}
         for key, value in tensors.items():
@@ -207,7 +258,10 @@ class Learner:
 def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
     """`n` points on the simplex: every other one uniform (Dirichlet(1)), the rest on its edges or in its corners."""
     drawn = -torch.rand(n, 3, generator=generator).clamp_min(1e-9).log()
-    axis, corner = torch.randint(3, (n,), generator=generator), torch.rand(n, generator=generator) < 0.5
+    axis, corner = (
+        torch.randint(3, (n,), generator=generator),
+        torch.rand(n, generator=generator) < 0.5,
+    )
     one = torch.nn.functional.one_hot(axis, 3)
     # Up to the corners, not on them: where neither task counts, every allocation would be as good as any other.
     close = 0.02 * torch.rand(n, 1, generator=generator)
@@ -216,7 +270,9 @@ def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]
     return drawn / drawn.sum(1, keepdim=True)
 
 
-def allocation_advantages(objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]) -> Float[Tensor, "P M N"]:
+def allocation_advantages(
+    objectives: Float[Tensor, "P M N 3"], preferences: Float[Tensor, "P 3"]
+) -> Float[Tensor, "P M N"]:
     """Advantage of each allocation over the others for the same preference and budget.
 
     Per objective: (value - mean) / max(standard deviation, noise floor), zero where the deviation is below the floor;

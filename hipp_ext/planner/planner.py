@@ -41,7 +41,9 @@ UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fi
 def check_model(model: Any) -> None:
     """Raise TypeError unless `model` is one."""
     if isinstance(model, str | Path):
-        raise TypeError(f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r}).")
+        raise TypeError(
+            f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r})."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")
 
@@ -157,7 +159,9 @@ class HiPPPlanner:
         self.scorer, self.bounds = scorer, bounds or Bounds()
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
-        self._rows: int | None = None  # of the built-in calibration that the signals were measured on, where that is known
+        self._rows: int | None = (
+            None  # of the built-in calibration that the signals were measured on, where that is known
+        )
         self.experience = Experience()
 
     @property
@@ -207,7 +211,14 @@ class HiPPPlanner:
         check_model(model)
         self._check_reach(model)
         wanted = preference or self.preference
-        signals = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say, progress=progress)
+        signals = self.measure(
+            model,
+            processor=processor,
+            calibration=calibration,
+            rows=rows,
+            say=say,
+            progress=progress,
+        )
         if archived:
             self._check_experience()
             return self._plan(signals, self._best(signals, wanted).keeps, wanted)
@@ -218,7 +229,9 @@ class HiPPPlanner:
         if self.pruning_ratio is not None:
             keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
 
-    @torch.inference_mode(False)  # what is computed of the signals is kept, and a fit may learn from it
+    @torch.inference_mode(
+        False
+    )  # what is computed of the signals is kept, and a fit may learn from it
     def _decide(self, signals: Signals, wanted: Preference) -> Keeps:
         limit = largest_ratio(signals.groups, self.bounds)
         ratio, allocation = self.policy.decide(signals, wanted, self.pruning_ratio, limit)
@@ -241,11 +254,20 @@ class HiPPPlanner:
         """
         check_model(model)
         if rows is not None and ((number := whole(rows)) is None or number < 2):
-            raise CalibrationError(f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task.")
-        there = self.signals is not None and model_digest(model, self.signals.groups) == self.signals.digest
+            raise CalibrationError(
+                f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
+            )
+        there = (
+            self.signals is not None
+            and model_digest(model, self.signals.groups) == self.signals.digest
+        )
         asked = rows or self._rows
         # Signals of whatever calibration serve who names none; who names rows or a processor may mean others.
-        if there and calibration is None and (rows is None and (processor is None or asked is None)):
+        if (
+            there
+            and calibration is None
+            and (rows is None and (processor is None or asked is None))
+        ):
             return self.signals  # type: ignore[return-value]
         given = calibration_by_task(model, calibration, processor, int(asked or ROWS))
         if there and calibration_digest(given) == self.signals.calibration:  # type: ignore[union-attr]
@@ -307,10 +329,14 @@ class HiPPPlanner:
         self._check_reach(model)
         settings, workers = settings or FitSettings(), Workers()
         questions, shown = getattr(evaluator, "digest", None), progress and workers.leads
-        mine = self.measure(model, processor=processor, calibration=calibration, rows=rows, say=say, progress=shown)
+        mine = self.measure(
+            model, processor=processor, calibration=calibration, rows=rows, say=say, progress=shown
+        )
         signals = workers.share(mine)
         path = Path(folder) if folder is not None else None
-        price = workers.share(fit_cost(model, signals.groups, cost, path) if workers.leads else None)
+        price = workers.share(
+            fit_cost(model, signals.groups, cost, path) if workers.leads else None
+        )
         policy = copy.deepcopy(self.policy)  # an interrupted fit leaves the planner as it was
         dense, result = {}, None
         with plan_rewards(model, evaluator, signals, price) as measure_one:
@@ -318,19 +344,34 @@ class HiPPPlanner:
                 with workers.leading(measure_one) as measure_many:
                     everything = measure_many([tuple(g.width for g in signals.groups)])[0]
                     dense = {"utility": everything.utility, "robustness": everything.robustness}
-                    trainer = Trainer(policy, signals, measure_many, settings, cost=price, pruning_ratio=self.pruning_ratio,
-                                      bounds=self.bounds, folder=path, dense=dense, evaluator=questions,
-                                      mrs=self.mrs and self.mrs.name, at_once=workers.count)  # fmt: skip
+                    trainer = Trainer(
+                        policy,
+                        signals,
+                        measure_many,
+                        settings,
+                        cost=price,
+                        pruning_ratio=self.pruning_ratio,
+                        bounds=self.bounds,
+                        folder=path,
+                        dense=dense,
+                        evaluator=questions,
+                        mrs=self.mrs and self.mrs.name,
+                        at_once=workers.count,
+                    )
                     result = trainer.run(progress)
             else:
                 workers.serve(measure_one)
-        learned: Any = workers.share((policy.state_dict(), trainer.archive.records, dense, result) if workers.leads else None)
+        learned: Any = workers.share(
+            (policy.state_dict(), trainer.archive.records, dense, result) if workers.leads else None
+        )
         state, records, dense, result = learned
         policy.load_state_dict(state)
         if result.steps:
             self.policy = policy
         self.signals = signals
-        self.experience = Experience(records=records, ranking=signals.ranking, cost=price, dense=dense, evaluator=questions)
+        self.experience = Experience(
+            records=records, ranking=signals.ranking, cost=price, dense=dense, evaluator=questions
+        )
         return result
 
     def front(self) -> list[FrontPlan]:
@@ -340,7 +381,10 @@ class HiPPPlanner:
             PlanError: the planner was not fitted, or its signals are another model's by now.
         """
         signals = self._check_experience()
-        return [FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward) for r in self.archive.front()]
+        return [
+            FrontPlan(plan=self._plan(signals, r.keeps, None), reward=r.reward)
+            for r in self.archive.front()
+        ]
 
     def choices(self, preference: Preference | None = None) -> "Choices":
         """For a preference, what the policy would do and the best plan that `fit` evaluated, without the model.
@@ -370,7 +414,9 @@ class HiPPPlanner:
             )
         return self.signals
 
-    def rewards(self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator) -> list[Reward]:
+    def rewards(
+        self, model: nn.Module, plans: Sequence[PruningPlan], evaluator: Evaluator
+    ) -> list[Reward]:
         """What plans of this planner achieve on `evaluator`; compression counts what the fit rewarded, else parameters.
 
         Raises:
@@ -378,29 +424,48 @@ class HiPPPlanner:
             DataError: the evaluator returns something else than finite numbers.
         """
         if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
-            raise PlanError("The planner has no signals of this model; call plan(model) or fit(model, evaluator) first.")
+            raise PlanError(
+                "The planner has no signals of this model; call plan(model) or fit(model, evaluator) first."
+            )
         signals = self.signals
         counts = [tuple(plan.keep_counts.get(g.name, 0) for g in signals.groups) for plan in plans]
         for plan, keeps in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, keeps, None).groups:
-                raise PlanError("A plan keeps other units than this planner's scores rank first; evaluate it under masked().")
+                raise PlanError(
+                    "A plan keeps other units than this planner's scores rank first; evaluate it under masked()."
+                )
         fitted = self.experience.cost if signals.ranking == self.experience.ranking else None
         cost = fitted or measure_cost(model, signals.groups, "parameters")
         with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(keeps) for keeps in counts]
 
     def _plan(self, signals: Signals, keeps: Keeps, preference: Preference | None) -> PruningPlan:
-        return plan_from_counts(signals.groups, keeps, signals.scores, scorer=signals.scorer,
-                                preference=preference.as_tuple() if preference else None)  # fmt: skip
+        return plan_from_counts(
+            signals.groups,
+            keeps,
+            signals.scores,
+            scorer=signals.scorer,
+            preference=preference.as_tuple() if preference else None,
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
-        saved = Saved(preference=self.preference, pruning_ratio=self.pruning_ratio, bounds=self.bounds, scorer=self.scorer,
-                      mrs=self.mrs, policy=self.policy, signals=self.signals, experience=self.experience)  # fmt: skip
+        saved = Saved(
+            preference=self.preference,
+            pruning_ratio=self.pruning_ratio,
+            bounds=self.bounds,
+            scorer=self.scorer,
+            mrs=self.mrs,
+            policy=self.policy,
+            signals=self.signals,
+            experience=self.experience,
+        )
         write_planner(path, saved, overwrite)
 
     @classmethod
-    def load(cls, path: str | Path, *, scorer: Scorer | None = None, mrs: MRS | None = None) -> "HiPPPlanner":
+    def load(
+        cls, path: str | Path, *, scorer: Scorer | None = None, mrs: MRS | None = None
+    ) -> "HiPPPlanner":
         """The planner that `save` wrote.
 
         Args:
@@ -411,7 +476,13 @@ class HiPPPlanner:
             PlanError: a scorer has to be given, or another one is.
         """
         saved = read_planner(Path(path), scorer, mrs)
-        planner = cls(saved.preference, pruning_ratio=saved.pruning_ratio, policy=saved.policy, scorer=saved.scorer,
-                      mrs=saved.mrs, bounds=saved.bounds)  # fmt: skip
+        planner = cls(
+            saved.preference,
+            pruning_ratio=saved.pruning_ratio,
+            policy=saved.policy,
+            scorer=saved.scorer,
+            mrs=saved.mrs,
+            bounds=saved.bounds,
+        )
         planner.signals, planner.experience = saved.signals, saved.experience
         return planner

@@ -46,7 +46,8 @@ class Policy(nn.Module):
         self.embed = nn.Linear(features, width)
         self.condition = nn.Linear(3, 4 * width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2)
+            nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
+            for _ in range(2)
         )
         self.budget_head = nn.Linear(width + 2, 1 + PIECES)
         self.allocation_head = nn.Linear(width, 1)
@@ -58,27 +59,40 @@ class Policy(nn.Module):
         """Leave from the soft prior from now on."""
         self.learns.fill_(True)
 
-    def budget(self, signals: Signals, preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
+    def budget(
+        self, signals: Signals, preferences: Float[Tensor, "batch 3"]
+    ) -> Float[Tensor, " batch"]:
         """Mean logit of pruning_ratio / MAX_RATIO for each preference; at the same lean it rises with the wish to compress."""
         tasks = _tasks(preferences)
         pooled = self._tokens(signals, tasks, torch.zeros(len(tasks))).mean(1)
         shift, stretch = self.budget_head(torch.cat([pooled, tasks], 1)).split([1, PIECES], 1)
         knots = torch.linspace(LEAST_WISH, 1 - LEAST_WISH, PIECES + 1)
         reached = torch.logit(preferences[:, 2:].clamp(knots[:-1], knots[1:]))
-        climbed = nn.functional.softplus(stretch + UNSTRETCHED) * (reached - torch.logit(knots[:-1]))
+        climbed = nn.functional.softplus(stretch + UNSTRETCHED) * (
+            reached - torch.logit(knots[:-1])
+        )
         return torch.logit(knots[0]) + shift[:, 0] + climbed.sum(1)
 
     def allocation(
-        self, signals: Signals, preferences: Float[Tensor, "batch 3"], ratios: Float[Tensor, " batch"]
+        self,
+        signals: Signals,
+        preferences: Float[Tensor, "batch 3"],
+        ratios: Float[Tensor, " batch"],
     ) -> Float[Tensor, "batch groups"]:
         """Mean logit per group for each preference and pruning_ratio.
 
         A plan does not change when all its logits move together, so the residual's mean is taken out: nothing would hold it.
         """
-        tasks = _tasks(preferences)  # and no more of the preference: how much compression counts is said by the ratio
+        tasks = _tasks(
+            preferences
+        )  # and no more of the preference: how much compression counts is said by the ratio
         tokens = self._tokens(signals, tasks, ratios)
         leans = tasks[:, 1]
-        sensitivity = PRIOR_SHARPNESS * signals.soft_prior if bool(self.learns) else signals.prior(ratios, leans)
+        sensitivity = (
+            PRIOR_SHARPNESS * signals.soft_prior
+            if bool(self.learns)
+            else signals.prior(ratios, leans)
+        )
         prior = sensitivity + VISUAL_WEIGHT * leans[:, None] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
         return prior + residual - residual.mean(1, keepdim=True)
@@ -87,15 +101,23 @@ class Policy(nn.Module):
         self, signals: Signals, tasks: Float[Tensor, "batch 2"], ratios: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups width"]:
         x = self.embed(signals.state).expand(len(tasks), -1, -1)
-        film = self.condition(torch.cat([tasks, ratios[:, None]], 1)).view(len(tasks), 2, 2, 1, self.width)
-        for block, (scale, shift) in zip(self.blocks, (film[:, 0].unbind(1), film[:, 1].unbind(1)), strict=True):
+        film = self.condition(torch.cat([tasks, ratios[:, None]], 1)).view(
+            len(tasks), 2, 2, 1, self.width
+        )
+        for block, (scale, shift) in zip(
+            self.blocks, (film[:, 0].unbind(1), film[:, 1].unbind(1)), strict=True
+        ):
             everyone = x.mean(1, keepdim=True).expand_as(x)
             x = x + (1 + scale) * block(torch.cat([x, everyone], -1)) + shift
         return x
 
     @torch.no_grad()
     def decide(
-        self, signals: Signals, preference: Preference, pruning_ratio: float | None = None, limit: float = 1.0
+        self,
+        signals: Signals,
+        preference: Preference,
+        pruning_ratio: float | None = None,
+        limit: float = 1.0,
     ) -> tuple[float, list[float]]:
         """(pruning_ratio, allocation logits) for one preference: the policy call that makes a plan.
 
@@ -106,7 +128,9 @@ class Policy(nn.Module):
         wanted = torch.tensor([preference.as_tuple()])
         if pruning_ratio is None:
             pruning_ratio = min(ratio_of(float(self.budget(signals, wanted))), limit)
-        return pruning_ratio, self.allocation(signals, wanted, torch.tensor([pruning_ratio]))[0].tolist()
+        return pruning_ratio, self.allocation(signals, wanted, torch.tensor([pruning_ratio]))[
+            0
+        ].tolist()
 
 
 def lean(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
@@ -124,7 +148,9 @@ def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
 
 def ratio_of(budget: float) -> float:
     """Budget logit -> pruning_ratio in (0, MAX_RATIO)."""
-    return MAX_RATIO / (1 + math.exp(-max(budget, -700.0)))  # below, exp is beyond a float; NaN stays NaN
+    return MAX_RATIO / (
+        1 + math.exp(-max(budget, -700.0))
+    )  # below, exp is beyond a float; NaN stays NaN
 
 
 def new_policy(seed: int = 0, **options: Any) -> Policy:

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 
 Tick = Callable[[int, int], None]
-FIRST, EVERY = 15.0, 30.0  # seconds until the first line where there is no terminal, and between lines
+FIRST, EVERY = (
+    15.0,
+    30.0,
+)  # seconds until the first line where there is no terminal, and between lines
 
 
 @contextlib.contextmanager
@@ -16,9 +19,20 @@ def counting(show: bool, what: str) -> Iterator[Tick]:
         yield lambda done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(f"{what}, group", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -36,7 +50,9 @@ def _lines(what: str) -> Tick:
         if now >= due and done < total:
             left = (now - start) / done * (total - done)
             print(
-                f"hipp: {what}: group {done} of {total}, about {max(1, round(left / 60))} min left", file=sys.stderr, flush=True
+                f"hipp: {what}: group {done} of {total}, about {max(1, round(left / 60))} min left",
+                file=sys.stderr,
+                flush=True,
             )
             due = now + EVERY
 

@@ -16,7 +16,11 @@ from hipp_ext.planner.grpo import Learner, Rollouts, centred
 from hipp_ext.planner.reward_model import RewardModel
 from hipp_ext.planner.state import keep_shares
 
-ROUNDS = (1.5, 1.0, 0.5)  # noise of each round of refining candidates, in units of the rollouts' noise
+ROUNDS = (
+    1.5,
+    1.0,
+    0.5,
+)  # noise of each round of refining candidates, in units of the rollouts' noise
 LAST = 1e3  # ranks plans that add nothing to a front behind all that do
 
 
@@ -41,7 +45,13 @@ class Proposer:
     candidates: int
 
     def choose(
-        self, drawn: Rollouts, n: int, archive: Archive, model: RewardModel, learner: Learner, generator: torch.Generator
+        self,
+        drawn: Rollouts,
+        n: int,
+        archive: Archive,
+        model: RewardModel,
+        learner: Learner,
+        generator: torch.Generator,
     ) -> Rollouts:
         """`n` rollouts per preference and budget, the policy's own `drawn` ones among their candidates."""
         ratios = drawn.ratios.clone()
@@ -52,7 +62,12 @@ class Proposer:
         chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
         front = np.array([r.reward.objectives() for r in archive.front()]).reshape(-1, 3)
         logits = torch.tensor([r.allocation for r in archive.records])
-        known = set(map(tuple, self._counts(logits, np.array([r.pruning_ratio for r in archive.records])).tolist()))
+        known = set(
+            map(
+                tuple,
+                self._counts(logits, np.array([r.pruning_ratio for r in archive.records])).tolist(),
+            )
+        )
         measured = torch.unique(logits, dim=0)
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
@@ -62,14 +77,20 @@ class Proposer:
                 pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])
                 chosen[p, m] = self._pick(pool, n, ratio, merit, known, model, generator)
             # What the policy itself would do is measured too, or it would drift to where the reward model knows nothing.
-            chosen[p, 0, 0] = learner.allocation_means(preference[None], ratios[p : p + 1, :1])[0, 0].detach()
+            chosen[p, 0, 0] = learner.allocation_means(preference[None], ratios[p : p + 1, :1])[
+                0, 0
+            ].detach()
         return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
 
-    def shares(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]) -> Float[Tensor, "C G"]:
+    def shares(
+        self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]
+    ) -> Float[Tensor, "C G"]:
         """Keep shares of plans that are only imagined."""
         return keep_shares(self.groups, self._counts(allocations, ratios))
 
-    def _counts(self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"] | np.ndarray) -> np.ndarray:
+    def _counts(
+        self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"] | np.ndarray
+    ) -> np.ndarray:
         each = np.broadcast_to(np.asarray(ratios, dtype=np.float64), len(allocations))
         return many_keep_counts(self.groups, allocations.double().numpy(), each, self.bounds)
 
@@ -84,7 +105,13 @@ class Proposer:
         return (((part + within) / within.numel()).sqrt() * 1.02 * self.limit).clamp(max=self.limit)
 
     def _refine(
-        self, pool: Tensor, ratio: float, merit: "_Merit", model: RewardModel, noise: float, generator: torch.Generator
+        self,
+        pool: Tensor,
+        ratio: float,
+        merit: "_Merit",
+        model: RewardModel,
+        noise: float,
+        generator: torch.Generator,
     ) -> Float[Tensor, "C G"]:
         """A few rounds of keeping the most promising candidates and changing some of their logits."""
         for scale in ROUNDS:
@@ -92,21 +119,41 @@ class Proposer:
             value = merit(torch.cat([model.mean(shares), self._compression(shares)], 1))
             best = pool[value.topk(min(len(pool), self.candidates // 8)).indices]
             parents = best[torch.randint(len(best), (self.candidates,), generator=generator)]
-            changed = torch.rand(parents.shape, generator=generator) < max(0.2, 2 / parents.shape[1])
-            pool = torch.cat([best, parents + changed * scale * noise * torch.randn(parents.shape, generator=generator)])
+            changed = torch.rand(parents.shape, generator=generator) < max(
+                0.2, 2 / parents.shape[1]
+            )
+            pool = torch.cat(
+                [
+                    best,
+                    parents
+                    + changed * scale * noise * torch.randn(parents.shape, generator=generator),
+                ]
+            )
         return pool
 
     def _compression(self, shares: Float[Tensor, "C G"]) -> Float[Tensor, "C 1"]:
         return self.cost.removed(shares)[:, None].float()
 
     def _pick(
-        self, pool: Float[Tensor, "C G"], n: int, ratio: float, merit: "_Merit", known: set[tuple[int, ...]],
-        model: RewardModel, generator: torch.Generator,
-    ) -> Float[Tensor, "N G"]:  # fmt: skip
+        self,
+        pool: Float[Tensor, "C G"],
+        n: int,
+        ratio: float,
+        merit: "_Merit",
+        known: set[tuple[int, ...]],
+        model: RewardModel,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "N G"]:
         """`n` different plans, each the one of most merit under its own draw from the reward model."""
         counts = self._counts(pool, ratio)
-        fresh = {tuple(keeps): i for i, keeps in reversed(list(enumerate(counts.tolist()))) if tuple(keeps) not in known}
-        usable = sorted(fresh.values())  # plans already known teach nothing, and neither do two alike
+        fresh = {
+            tuple(keeps): i
+            for i, keeps in reversed(list(enumerate(counts.tolist())))
+            if tuple(keeps) not in known
+        }
+        usable = sorted(
+            fresh.values()
+        )  # plans already known teach nothing, and neither do two alike
         usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, n - len(usable))]
         pool, shares = pool[usable], keep_shares(self.groups, counts[usable])
         compression = self._compression(shares)
@@ -142,4 +189,6 @@ class _Merit:
         """The merit of a further plan when one with these objectives is already chosen."""
         if self.front is None:
             return self
-        return dataclasses.replace(self, front=np.concatenate([self.front, objectives[None].double().numpy()]))
+        return dataclasses.replace(
+            self, front=np.concatenate([self.front, objectives[None].double().numpy()])
+        )

@@ -16,7 +16,9 @@ Evaluator = Callable[[nn.Module], Mapping[str, float]]
 Scalarisation = Literal["linear", "tchebycheff"]
 SMOOTHING = 0.03  # of the Tchebycheff scalarisation, in units of the objectives
 AUGMENTATION = 0.02  # weight of the plain sum beside it
-WHOLE = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]])  # nadir and ideal point, while nothing is known of them
+WHOLE = torch.tensor(
+    [[0.0, 0.0, 0.0], [1.0, 1.0, MAX_RATIO]]
+)  # nadir and ideal point, while nothing is known of them
 LARGEST = 1e6  # of any component: ours lie within 1, and the hypervolume multiplies three of them
 SAME = 0.005  # scores of one model on one set of questions differ by less, whatever the hardware
 
@@ -68,23 +70,33 @@ def read_reward(measured: object, compression: float, stability: float) -> Rewar
     """
     values = {}
     for name in ("utility", "robustness", "utility_se", "robustness_se"):
-        given = measured.get(name, 0.0 if name.endswith("_se") else None) if isinstance(measured, Mapping) else None
+        given = (
+            measured.get(name, 0.0 if name.endswith("_se") else None)
+            if isinstance(measured, Mapping)
+            else None
+        )
         value = finite(given)
         if value is None or abs(value) > LARGEST:
-            raise DataError(f"The evaluator must return a finite number as {name!r}, {LARGEST:g} at most; got {measured!r}.")
+            raise DataError(
+                f"The evaluator must return a finite number as {name!r}, {LARGEST:g} at most; got {measured!r}."
+            )
         values[name] = value
     return Reward(**values, compression=compression, stability=stability)
 
 
 def scores_agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether two sets of scores may be one model's on one set of questions, on different hardware say."""
-    return one.keys() == other.keys() and all(abs(value - other[name]) <= SAME for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        abs(value - other[name]) <= SAME for name, value in one.items()
+    )
 
 
 def scalarise(
-    objectives: Float[Tensor, "*batch 3"], preference: Float[Tensor, "*batch 3"], kind: Scalarisation,
+    objectives: Float[Tensor, "*batch 3"],
+    preference: Float[Tensor, "*batch 3"],
+    kind: Scalarisation,
     ends: Float[Tensor, "2 3"] = WHOLE,
-) -> Float[Tensor, " *batch"]:  # fmt: skip
+) -> Float[Tensor, " *batch"]:
     """One number per plan, higher = better for the preference.
 
     Every objective counts as its share of the way from nadir to ideal point, `ends`. "linear" is the weighted sum;
@@ -102,16 +114,26 @@ def scalarise(
     scaled = (objectives - nadir) / (ideal - nadir)
     if kind == "linear":
         return (preference * scaled).sum(-1)
-    return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(preference * (1 - scaled) / SMOOTHING, -1)
+    return AUGMENTATION * scaled.sum(-1) - SMOOTHING * torch.logsumexp(
+        preference * (1 - scaled) / SMOOTHING, -1
+    )
 
 
 def check_scalarisation(kind: str) -> None:
     """Raise PreferenceError unless `kind` is one of Scalarisation."""
     if kind not in get_args(Scalarisation):
-        raise PreferenceError(f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed.")
+        raise PreferenceError(
+            f"scalarisation={kind!r}: one of {', '.join(get_args(Scalarisation))} is needed."
+        )
 
 
-def best_for(rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]) -> int:
+def best_for(
+    rewards: Sequence[Reward], preference: tuple[float, float, float], ends: Float[Tensor, "2 3"]
+) -> int:
     """Index of the reward that serves a preference best."""
     objectives = torch.tensor([r.objectives() for r in rewards])
-    return int(scalarise(objectives, torch.tensor(preference).expand_as(objectives), "tchebycheff", ends).argmax())
+    return int(
+        scalarise(
+            objectives, torch.tensor(preference).expand_as(objectives), "tchebycheff", ends
+        ).argmax()
+    )

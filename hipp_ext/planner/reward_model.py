@@ -10,7 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SCHEDULE = (1, 24, 36, 54, 81, 120, 180, 270, 400, 600)  # hyperparameters are fitted when this many plans are known
+SCHEDULE = (
+    1,
+    24,
+    36,
+    54,
+    81,
+    120,
+    180,
+    270,
+    400,
+    600,
+)  # hyperparameters are fitted when this many plans are known
 MOST = 800  # plans that a prediction rests on, the latest ones: exact inference is cubic in their number
 ITERATIONS = 30
 LEAST = 0.02  # share of a group below which nothing is told apart
@@ -43,14 +54,17 @@ class RewardModel:
         """Whether it has seen a plan."""
         return self._fitted_on > 0
 
-    def fit(self, shares: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]) -> None:
+    def fit(
+        self, shares: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]
+    ) -> None:
         """Learn from all plans evaluated so far, in the order of their evaluation: the same history, the same model."""
         shares, rewards = shares.double(), rewards.double()
         at = max(n for n in SCHEDULE if n <= max(len(shares), 1))
         if at != self._fitted_on:
             seen = slice(0, max(at, 2))
             self._hyper = {
-                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0]) for k in range(rewards.shape[1])
+                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0])
+                for k in range(rewards.shape[1])
             }
             self._fitted_on = at
         self._removed = _removed(shares[-MOST:])
@@ -59,7 +73,9 @@ class RewardModel:
             y, mean, deviation = _standardised(rewards[-MOST:, k])
             noise, *kernel = _split(hyper)
             root = _cholesky(_kernel(self._removed, self._removed, *kernel), noise)
-            self._solved.append((torch.cholesky_solve(y[:, None], root), root, kernel, mean, deviation))
+            self._solved.append(
+                (torch.cholesky_solve(y[:, None], root), root, kernel, mean, deviation)
+            )
 
     def predict(
         self, shares: Float[Tensor, "plans groups"]
@@ -69,7 +85,9 @@ class RewardModel:
         for weights, root, kernel, mean, deviation in self._solved:
             removed = _removed(shares)
             cross = _kernel(removed, self._removed, *kernel)
-            spread = _diagonal(removed, *kernel) - torch.linalg.solve_triangular(root, cross.T, upper=False).square().sum(0)
+            spread = _diagonal(removed, *kernel) - torch.linalg.solve_triangular(
+                root, cross.T, upper=False
+            ).square().sum(0)
             means.append(mean + deviation * (cross @ weights)[:, 0])
             deviations.append(deviation * spread.clamp_min(1e-12).sqrt())
         return torch.stack(means, 1).float(), torch.stack(deviations, 1).float()
@@ -77,8 +95,10 @@ class RewardModel:
     def mean(self, shares: Float[Tensor, "plans groups"]) -> Float[Tensor, "plans objectives"]:
         """Posterior mean of each objective, float32; cheaper than `predict`."""
         removed = _removed(shares)
-        means = [m + d * (_kernel(removed, self._removed, *kernel) @ weights)[:, 0]
-                 for weights, _, kernel, m, d in self._solved]  # fmt: skip
+        means = [
+            m + d * (_kernel(removed, self._removed, *kernel) @ weights)[:, 0]
+            for weights, _, kernel, m, d in self._solved
+        ]
         return torch.stack(means, 1).float()
 
     def sample(
@@ -90,7 +110,9 @@ class RewardModel:
             removed = _removed(shares)
             cross = _kernel(removed, self._removed, *kernel)
             half = torch.linalg.solve_triangular(root, cross.T, upper=False)
-            posterior = _cholesky(_kernel(removed, removed, *kernel) - half.T @ half, torch.tensor(1e-4))
+            posterior = _cholesky(
+                _kernel(removed, removed, *kernel) - half.T @ half, torch.tensor(1e-4)
+            )
             noise = torch.randn(len(shares), draws, generator=generator, dtype=torch.float64)
             drawn.append((mean + deviation * (cross @ weights + posterior @ noise)).T)
         return torch.stack(drawn, 2).float()
@@ -108,7 +130,9 @@ class RewardModel:
             optimizer.zero_grad()
             noise, *kernel = _split(hyper)
             root = _cholesky(_kernel(removed, removed, *kernel), noise)
-            likelihood = 0.5 * torch.cholesky_solve(y[:, None], root)[:, 0] @ y + root.diagonal().log().sum()
+            likelihood = (
+                0.5 * torch.cholesky_solve(y[:, None], root)[:, 0] @ y + root.diagonal().log().sum()
+            )
             prior = 0.5 * ((hyper - start) / width).square().sum()
             loss = likelihood + prior
             loss.backward()
@@ -133,8 +157,13 @@ def _kernel(a: Tensor, b: Tensor, polynomial: Tensor, matern: Tensor, lengths: T
     inner = a @ b.T
     squared = (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * inner).clamp_min(1e-12)
     distance = (5 * squared).sqrt()
-    scale = 1 + lengths.shape[0] / 4  # keeps the polynomial part near one for typical plans, however many groups
-    return polynomial * ((1 + inner) / scale).square() + matern * (1 + distance + distance.square() / 3) * (-distance).exp()
+    scale = (
+        1 + lengths.shape[0] / 4
+    )  # keeps the polynomial part near one for typical plans, however many groups
+    return (
+        polynomial * ((1 + inner) / scale).square()
+        + matern * (1 + distance + distance.square() / 3) * (-distance).exp()
+    )
 
 
 def _diagonal(a: Tensor, polynomial: Tensor, matern: Tensor, lengths: Tensor) -> Tensor:

@@ -27,9 +27,16 @@ def default_cache() -> Path:
 
 
 def cached_signals(
-    model: nn.Module, calibration: Calibration | None, folder: Path, *, processor: Any = None, rows: int = ROWS,
-    mrs: MRS | None = None, progress: Callable[[str], None] | None = None, bar: bool = False,
-) -> Signals:  # fmt: skip
+    model: nn.Module,
+    calibration: Calibration | None,
+    folder: Path,
+    *,
+    processor: Any = None,
+    rows: int = ROWS,
+    mrs: MRS | None = None,
+    progress: Callable[[str], None] | None = None,
+    bar: bool = False,
+) -> Signals:
     """The signals of this model on this calibration from `folder`, or measured now (by WandaSP) and put there.
 
     A file's name is a digest of the model's groups, of a sample of all its weights, of the calibration's tensors and of how MRS
@@ -44,7 +51,10 @@ def cached_signals(
     if path.exists():
         try:
             signals = _read(path)
-            if (signals.digest, signals.calibration, signals.mrs is None) != (*wanted, mrs is None) or signals.groups != groups:
+            if (signals.digest, signals.calibration, signals.mrs is None) != (
+                *wanted,
+                mrs is None,
+            ) or signals.groups != groups:
                 raise CheckpointError("it holds other signals than its name says")
         except (CheckpointError, ValidationError, KeyError, TypeError) as error:
             say(f"{path} is damaged ({type(error).__name__}): measuring again")

@@ -33,11 +33,21 @@ from hipp_ext.planner.progress import Tick, counting
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
 from hipp_ext.surgery import masked
 
-REMOVED = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a group's units that go when its sensitivity is measured
+REMOVED = (
+    0.125,
+    0.25,
+    0.375,
+    0.5,
+    0.625,
+    0.75,
+    0.875,
+)  # shares of a group's units that go when its sensitivity is measured
 SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
 LEANS = 17  # divisions of the wish between the tasks that have a cheapest path of their own; between them, straight lines
 RATIOS = 201  # pruning ratios from 0 to 1 that paths are read at
-NEARLY_ALL = 0.95  # share that stands for a whole group where shares become logits, which have no end
+NEARLY_ALL = (
+    0.95  # share that stands for a whole group where shares become logits, which have no end
+)
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
 
@@ -72,7 +82,9 @@ class Signals:
     @functools.cached_property
     def ranking(self) -> str:
         """Digest of the model and of how its units are ranked: with it, equal keep counts mean the same units."""
-        scores = safetensors.torch.save({name: score.contiguous() for name, score in self.scores.items()})
+        scores = safetensors.torch.save(
+            {name: score.contiguous() for name, score in self.scores.items()}
+        )
         return hashlib.sha256(self.digest.encode() + scores).hexdigest()
 
     @functools.cached_property
@@ -85,9 +97,14 @@ class Signals:
         columns.append(torch.tensor([g.layer / depth for g in groups]))
         columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
         columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
-        columns += [torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES]
+        columns += [
+            torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES
+        ]
         columns += [_standard((self.sensitivity.mean(0)[:, i] + 1e-6).log()) for i in SHOWN]
-        columns += [self.visual_rank, _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float())]
+        columns += [
+            self.visual_rank,
+            _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float()),
+        ]
         if self.mrs is not None:
             columns.append(_standard((self.mrs + 1e-6).log()))
         return torch.stack([c.float() for c in columns], 1)
@@ -97,12 +114,16 @@ class Signals:
         """Log of the visual signal, standardised within each kind (flow and drift are different quantities)."""
         result = torch.zeros(len(self.groups))
         for kind in ("attention", "ffn"):
-            rows = torch.tensor([i for i, g in enumerate(self.groups) if g.kind == kind], dtype=torch.long)
+            rows = torch.tensor(
+                [i for i, g in enumerate(self.groups) if g.kind == kind], dtype=torch.long
+            )
             if len(rows) and float(self.visual[rows].max()) > 0:
                 result[rows] = _standard((self.visual[rows] + 1e-9).log())
         return result
 
-    def prior(self, ratios: Float[Tensor, " batch"], leans: Float[Tensor, " batch"]) -> Float[Tensor, "batch groups"]:
+    def prior(
+        self, ratios: Float[Tensor, " batch"], leans: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch groups"]:
         """Allocation logits that measured sensitivity alone suggests, see `CheapestPath`.
 
         Args:
@@ -111,14 +132,20 @@ class Signals:
         """
         places = torch.stack([ratios, leans], 1) * 2 - 1  # as grid_sample counts
         table = self._paths.permute(2, 0, 1)[None]
-        return nn.functional.grid_sample(table, places[None, None], padding_mode="border", align_corners=True)[0, :, 0].T
+        return nn.functional.grid_sample(
+            table, places[None, None], padding_mode="border", align_corners=True
+        )[0, :, 0].T
 
     @functools.cached_property
     def _paths(self) -> Float[Tensor, "leans ratios groups"]:
         ratios, parameters = torch.linspace(0, 1, RATIOS), [g.parameters for g in self.groups]
         utility, robustness = self.sensitivity
-        leaning = (torch.lerp(utility, robustness, lean) for lean in torch.linspace(0, 1, LEANS).tolist())
-        shares = torch.stack([CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning])
+        leaning = (
+            torch.lerp(utility, robustness, lean) for lean in torch.linspace(0, 1, LEANS).tolist()
+        )
+        shares = torch.stack(
+            [CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning]
+        )
         return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
 
     @functools.cached_property
@@ -139,9 +166,13 @@ class Signals:
         return (self.sensitivity.mean(0) / removed.square())[:, SHOWN].mean(1) + 1e-6
 
 
-def keep_shares(groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray) -> Float[Tensor, "plans groups"]:
+def keep_shares(
+    groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray
+) -> Float[Tensor, "plans groups"]:
     """Keep counts of plans as shares of the groups' widths, float64."""
-    return torch.from_numpy(np.asarray(plans, dtype=np.float64) / np.array([g.width for g in groups]))
+    return torch.from_numpy(
+        np.asarray(plans, dtype=np.float64) / np.array([g.width for g in groups])
+    )
 
 
 def measure_signals(
@@ -194,11 +225,16 @@ def measure_signals(
     with counting(bar, "measuring sensitivity") as tick:
         sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
     return Signals(
-        groups=groups, scores=scores, scorer=scorer.name, visual=visual, flow_shares=flow_shares,
-        sensitivity=sensitivity, digest=model_digest(model, groups),
+        groups=groups,
+        scores=scores,
+        scorer=scorer.name,
+        visual=visual,
+        flow_shares=flow_shares,
+        sensitivity=sensitivity,
+        digest=model_digest(model, groups),
         calibration=calibration_digest(tasks),
         mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
-    )  # fmt: skip
+    )
 
 
 def measure_sensitivity(
@@ -225,7 +261,9 @@ def measure_sensitivity(
             counts[i] = max(1, min(width - 1, round(width * (1 - nominal))))
             if counts[i] not in known:
                 each = divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
-                known[counts[i]] = torch.stack([each[of_task].mean() for of_task in rows]).clamp_min(0)
+                known[counts[i]] = torch.stack(
+                    [each[of_task].mean() for of_task in rows]
+                ).clamp_min(0)
             removed = 1 - counts[i] / width
             # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
             result[:, i, j] = known[counts[i]] * (nominal / removed) ** 2
@@ -239,11 +277,16 @@ def measure_sensitivity(
 def _rows_of_tasks(tasks: Mapping[Task, Sequence[Batch]], batches: Sequence[Batch]) -> list[Tensor]:
     """For each task, which rows of `batches` are its own."""
     owners = [{id(batch) for batch in tasks[task]} for task in TASKS]
-    return [torch.tensor([id(b) in owner for b in batches for _ in b["input_ids"]]) for owner in owners]
+    return [
+        torch.tensor([id(b) in owner for b in batches for _ in b["input_ids"]]) for owner in owners
+    ]
 
 
 def divergence(
-    model: nn.Module, plan: PruningPlan, answers: AnswerLogits, dense: Float[Tensor, "rows vocabulary"]
+    model: nn.Module,
+    plan: PruningPlan,
+    answers: AnswerLogits,
+    dense: Float[Tensor, "rows vocabulary"],
 ) -> Float[Tensor, " rows"]:
     """KL [nats] of every row's answer under `plan` from the dense model's, whose log probabilities are `dense`."""
     with masked(model, plan):
@@ -259,13 +302,19 @@ def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
         if not parameter.is_meta:  # offloaded
             weight = parameter.detach().flatten()
             # An odd stride walks over rows and columns.
-            digest.update(weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes())
+            digest.update(
+                weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
 def _standard(x: Tensor) -> Tensor:
     x = x.float()
-    return (x - x.mean()) / x.std(unbiased=False).clamp_min(1e-6) if float(x.std(unbiased=False)) > 1e-6 else x * 0
+    return (
+        (x - x.mean()) / x.std(unbiased=False).clamp_min(1e-6)
+        if float(x.std(unbiased=False)) > 1e-6
+        else x * 0
+    )
 
 
 def _curve(scores: Tensor, share: float) -> float:

@@ -28,7 +28,15 @@ from hipp_ext.sealed import seal, text_digest, unseal
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
 MAX_HEADER = 16 << 20  # bytes
-DAMAGE = (CheckpointError, OSError, ValidationError, RuntimeError, KeyError, PreferenceError, BudgetError)
+DAMAGE = (
+    CheckpointError,
+    OSError,
+    ValidationError,
+    RuntimeError,
+    KeyError,
+    PreferenceError,
+    BudgetError,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,13 +57,20 @@ def write_planner(path: str | Path, saved: Saved, overwrite: bool) -> None:
     """Write the folder `path`, whole or not at all."""
     signals, experience = saved.signals, saved.experience
     header = Header(
-        preference=saved.preference.as_tuple(), pruning_ratio=saved.pruning_ratio, round_to=saved.bounds.round_to,
-        min_keep=saved.bounds.min_keep, policy_width=saved.policy.width,
-        scorer=saved.scorer.name if saved.scorer else None, mrs=saved.mrs.name if saved.mrs else None,
-        signals=SignalsHeader.of(signals) if signals else None, fitted_on=experience.ranking,
-        plans=len(experience.archive), cost=experience.cost.kind if experience.cost else None, dense=experience.dense,
+        preference=saved.preference.as_tuple(),
+        pruning_ratio=saved.pruning_ratio,
+        round_to=saved.bounds.round_to,
+        min_keep=saved.bounds.min_keep,
+        policy_width=saved.policy.width,
+        scorer=saved.scorer.name if saved.scorer else None,
+        mrs=saved.mrs.name if saved.mrs else None,
+        signals=SignalsHeader.of(signals) if signals else None,
+        fitted_on=experience.ranking,
+        plans=len(experience.archive),
+        cost=experience.cost.kind if experience.cost else None,
+        dense=experience.dense,
         evaluator=experience.evaluator,
-    )  # fmt: skip
+    )
     with new_folder(path, overwrite) as folder:
         # Each file knows its own digest, and the header those of the others: a planner is all of one piece.
         header.files[POLICY] = _write(folder / POLICY, saved.policy.state_dict())
@@ -76,29 +91,53 @@ def read_planner(folder: Path, scorer: Scorer | None, mrs: MRS | None) -> Saved:
     """
     try:
         header = _read_header(folder / HEADER)
-        scorer, mrs = scorer_called(header.scorer, scorer, "scorer"), scorer_called(header.mrs, mrs, "mrs")
+        scorer, mrs = (
+            scorer_called(header.scorer, scorer, "scorer"),
+            scorer_called(header.mrs, mrs, "mrs"),
+        )
         policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
         policy.load_state_dict(_tensors(folder, POLICY, header))
         tensors = _tensors(folder, SIGNALS, header) if header.signals else {}
         signals = header.signals.build(tensors) if header.signals else None
-        cost = read_cost(header.cost, tensors["cost"], len(signals.groups)) if header.cost and signals else None
-        preference, bounds = Preference(*header.preference), Bounds(round_to=header.round_to, min_keep=header.min_keep)
+        cost = (
+            read_cost(header.cost, tensors["cost"], len(signals.groups))
+            if header.cost and signals
+            else None
+        )
+        preference, bounds = (
+            Preference(*header.preference),
+            Bounds(round_to=header.round_to, min_keep=header.min_keep),
+        )
     except DAMAGE as error:
-        raise CheckpointError(f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}") from None
+        raise CheckpointError(
+            f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}"
+        ) from None
     records = Archive(folder / ARCHIVE).records
     if header.plans != len(records):
         raise CheckpointError(
             f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(records)} of {header.plans} plans."
         )
     if not fit_groups(records, signals.groups if signals else ()):
-        raise CheckpointError(f"{folder} is not a complete planner folder: {ARCHIVE} holds plans of another model.")
+        raise CheckpointError(
+            f"{folder} is not a complete planner folder: {ARCHIVE} holds plans of another model."
+        )
     experience = Experience(
-        records=records, ranking=header.fitted_on, cost=cost, dense=header.dense, evaluator=header.evaluator
+        records=records,
+        ranking=header.fitted_on,
+        cost=cost,
+        dense=header.dense,
+        evaluator=header.evaluator,
     )
     return Saved(
-        preference=preference, pruning_ratio=header.pruning_ratio, bounds=bounds, scorer=scorer, mrs=mrs, policy=policy,
-        signals=signals, experience=experience,
-    )  # fmt: skip
+        preference=preference,
+        pruning_ratio=header.pruning_ratio,
+        bounds=bounds,
+        scorer=scorer,
+        mrs=mrs,
+        policy=policy,
+        signals=signals,
+        experience=experience,
+    )
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -135,14 +174,21 @@ def scorer_called(name: str | None, given: Any, argument: str) -> Any:
             raise PlanError(f"The planner was saved with {argument}={name}, not {given.name}.")
         return given
     if name is not None and name not in scorers.__all__:
-        raise PlanError(f"The planner was saved with {argument}={name}: give it again, HiPPPlanner.load(path, {argument}=...).")
+        raise PlanError(
+            f"The planner was saved with {argument}={name}: give it again, HiPPPlanner.load(path, {argument}=...)."
+        )
     return None if name is None else getattr(scorers, name)()
 
 
 def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """What numbers of a file could make too much of."""
     for g in groups:
-        if not (1 <= g.width <= MAX_UNITS and 0 <= g.layer < 2**31 and 1 <= g.columns < 2**31 and g.unit_flops < 2**62):
+        if not (
+            1 <= g.width <= MAX_UNITS
+            and 0 <= g.layer < 2**31
+            and 1 <= g.columns < 2**31
+            and g.unit_flops < 2**62
+        ):
             raise ValueError(f"{g.name} is no group of a model")
     if len({g.name for g in groups}) != len(groups) or not groups:
         raise ValueError("there are no groups, or two of a name")
@@ -153,14 +199,21 @@ def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
 
 class SignalsHeader(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    groups: Annotated[tuple[Group, ...], Field(max_length=MAX_GROUPS), AfterValidator(_check_groups)]
+    groups: Annotated[
+        tuple[Group, ...], Field(max_length=MAX_GROUPS), AfterValidator(_check_groups)
+    ]
     scorer: str
     digest: str
     calibration: str
 
     @classmethod
     def of(cls, signals: Signals) -> "SignalsHeader":
-        return cls(groups=signals.groups, scorer=signals.scorer, digest=signals.digest, calibration=signals.calibration)
+        return cls(
+            groups=signals.groups,
+            scorer=signals.scorer,
+            digest=signals.digest,
+            calibration=signals.calibration,
+        )
 
     def build(self, tensors: Mapping[str, torch.Tensor]) -> Signals:
         """The signals.
@@ -169,21 +222,42 @@ class SignalsHeader(BaseModel):
             CheckpointError: they are of other shapes than the groups say, or hold what cannot have been measured.
         """
         signals = Signals(
-            groups=self.groups, scorer=self.scorer, digest=self.digest, calibration=self.calibration,
-            sensitivity=tensors["sensitivity"], visual=tensors["visual"],
+            groups=self.groups,
+            scorer=self.scorer,
+            digest=self.digest,
+            calibration=self.calibration,
+            sensitivity=tensors["sensitivity"],
+            visual=tensors["visual"],
             scores={g.name: tensors[f"scores.{g.name}"] for g in self.groups},
-            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in self.groups}, mrs=tensors.get("mrs"),
-        )  # fmt: skip
-        n, measured = len(self.groups), {"sensitivity": signals.sensitivity, "visual": signals.visual}
-        shapes: dict[str, tuple[int, ...]] = {"sensitivity": (len(TASKS), n, len(REMOVED)), "visual": (n,), "mrs": (n,)}
+            flow_shares={g.name: tensors[f"flow_shares.{g.name}"] for g in self.groups},
+            mrs=tensors.get("mrs"),
+        )
+        n, measured = (
+            len(self.groups),
+            {"sensitivity": signals.sensitivity, "visual": signals.visual},
+        )
+        shapes: dict[str, tuple[int, ...]] = {
+            "sensitivity": (len(TASKS), n, len(REMOVED)),
+            "visual": (n,),
+            "mrs": (n,),
+        }
         if signals.mrs is not None:
             measured["mrs"] = signals.mrs
         for g in self.groups:
-            measured |= {f"scores.{g.name}": signals.scores[g.name], f"flow_shares.{g.name}": signals.flow_shares[g.name]}
+            measured |= {
+                f"scores.{g.name}": signals.scores[g.name],
+                f"flow_shares.{g.name}": signals.flow_shares[g.name],
+            }
             shapes |= {f"scores.{g.name}": (g.width,), f"flow_shares.{g.name}": (g.width,)}
         for name, values in measured.items():
-            if values.dtype != torch.float32 or values.shape != shapes[name] or not bool(values.isfinite().all()):
-                raise CheckpointError(f"{name} is no signal: {values.dtype} of shape {tuple(values.shape)}.")
+            if (
+                values.dtype != torch.float32
+                or values.shape != shapes[name]
+                or not bool(values.isfinite().all())
+            ):
+                raise CheckpointError(
+                    f"{name} is no signal: {values.dtype} of shape {tuple(values.shape)}."
+                )
             if name in ("sensitivity", "visual") and bool((values < 0).any()):
                 raise CheckpointError(f"{name} is below zero.")
         return signals

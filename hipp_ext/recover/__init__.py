@@ -6,4 +6,11 @@ recover(load_pruned("./pruned"), TestbedLessons(processor), RecoverSettings(step
 from hipp_ext.recover.lessons import Lessons, QuestionLessons, TestbedLessons
 from hipp_ext.recover.training import RecoverResult, RecoverSettings, recover
 
-__all__ = ["Lessons", "QuestionLessons", "RecoverResult", "RecoverSettings", "TestbedLessons", "recover"]
+__all__ = [
+    "Lessons",
+    "QuestionLessons",
+    "RecoverResult",
+    "RecoverSettings",
+    "TestbedLessons",
+    "recover",
+]

@@ -52,7 +52,14 @@ class Checkpoints:
         self.folder, self.rank, self.barrier = folder, rank, barrier
         self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
-    def save(self, step: int, losses: list[float], model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> None:
+    def save(
+        self,
+        step: int,
+        losses: list[float],
+        model: nn.Module,
+        optimizers: list[Any],
+        state: LQSGDState | None,
+    ) -> None:
         """All ranks call this after `step` steps."""
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +81,9 @@ class Checkpoints:
             if other != kept:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def load(self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> tuple[int, list[float]]:
+    def load(
+        self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None
+    ) -> tuple[int, list[float]]:
         """Put the last checkpoint into model, optimizers and state; returns its step (0 for none) and losses so far.
 
         Raises:
@@ -89,7 +98,9 @@ class Checkpoints:
                 raise ValueError("it does not have the digest that it was written with")
         except (ValueError, DataError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise CheckpointError(f"{file} is damaged: {reason}. Remove {self.folder} to start over.") from None
+            raise CheckpointError(
+                f"{file} is damaged: {reason}. Remove {self.folder} to start over."
+            ) from None
         if progress.run != self.run:
             raise CheckpointError(
                 f"{self.folder} holds a run with other settings, another model or another number of processes. Repeat the "
@@ -136,4 +147,6 @@ def _fill_optimizers(optimizers: list[Any], file: Path) -> None:
         number, index, key = name.split(".", 2)
         states[int(number)].setdefault(int(index), {})[key] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )

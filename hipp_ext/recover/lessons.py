@@ -55,12 +55,20 @@ class TestbedLessons:
             for kind in kinds:
                 next(itertools.islice(kind, start * self.batch_size, start * self.batch_size), None)
             while True:
-                yield [_encode(self.processor, list(itertools.islice(kind, self.batch_size))) for kind in kinds]
+                yield [
+                    _encode(self.processor, list(itertools.islice(kind, self.batch_size)))
+                    for kind in kinds
+                ]
         streams = [(make(seed), max(1, round(self.share * rows))) for make, rows in RECOVERING]
         for stream, rows in streams:
-            next(itertools.islice(stream, start * rows, start * rows), None)  # what earlier steps took
+            next(
+                itertools.islice(stream, start * rows, start * rows), None
+            )  # what earlier steps took
         while True:
-            yield [collate(self.processor, list(itertools.islice(stream, rows))) for stream, rows in streams]
+            yield [
+                collate(self.processor, list(itertools.islice(stream, rows)))
+                for stream, rows in streams
+            ]
 
 
 class QuestionLessons:
@@ -77,8 +85,15 @@ class QuestionLessons:
             model does not take.
     """
 
-    def __init__(self, processor: Any, tasks: Sequence[Sequence[Any]], batch_size: int = 8, seed: int = 0):
-        self.processor, self.tasks, self.batch_size, self.seed = processor, [list(t) for t in tasks], batch_size, seed
+    def __init__(
+        self, processor: Any, tasks: Sequence[Sequence[Any]], batch_size: int = 8, seed: int = 0
+    ):
+        self.processor, self.tasks, self.batch_size, self.seed = (
+            processor,
+            [list(t) for t in tasks],
+            batch_size,
+            seed,
+        )
 
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
         taken = workers * self.batch_size
@@ -100,7 +115,9 @@ class QuestionLessons:
 
 
 def _encode(processor: Any, rows: Sequence[Any]) -> Batch:
-    prompts, images, answers = ([getattr(q, name) for q in rows] for name in ("prompt", "image", "answer"))
+    prompts, images, answers = (
+        [getattr(q, name) for q in rows] for name in ("prompt", "image", "answer")
+    )
     if not is_tokenizer(processor):
         return encode(processor, prompts, images, answers)
     if any(image is not None for image in images):

@@ -58,18 +58,36 @@ class RecoverSettings:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, read in (("steps", whole), ("save_every", whole), ("seed", whole), ("rate", finite), ("muon_rate", finite),
-                           ("clip", finite)):  # fmt: skip
+        for name, read in (
+            ("steps", whole),
+            ("save_every", whole),
+            ("seed", whole),
+            ("rate", finite),
+            ("muon_rate", finite),
+            ("clip", finite),
+        ):
             if (number := read(getattr(self, name))) is None:
                 kind = "whole" if read is whole else "finite"
-                raise HippError(f"RecoverSettings: {name}={getattr(self, name)!r}, a {kind} number is needed.")
+                raise HippError(
+                    f"RecoverSettings: {name}={getattr(self, name)!r}, a {kind} number is needed."
+                )
             object.__setattr__(self, name, number)
-        for name, least in (("steps", 1), ("save_every", 1), ("rate", 0), ("muon_rate", 0), ("clip", 0)):
+        for name, least in (
+            ("steps", 1),
+            ("save_every", 1),
+            ("rate", 0),
+            ("muon_rate", 0),
+            ("clip", 0),
+        ):
             if not getattr(self, name) >= least:
-                raise HippError(f"RecoverSettings: {name}={getattr(self, name)!r}, at least {least} is needed.")
+                raise HippError(
+                    f"RecoverSettings: {name}={getattr(self, name)!r}, at least {least} is needed."
+                )
         for name, known in (("optimizer", ("muon", "adamw")), ("compression", ("lqsgd", "none"))):
             if getattr(self, name) not in known:
-                raise HippError(f"RecoverSettings: {name}={getattr(self, name)!r}, one of {', '.join(known)} is needed.")
+                raise HippError(
+                    f"RecoverSettings: {name}={getattr(self, name)!r}, one of {', '.join(known)} is needed."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +112,12 @@ def join_processes() -> tuple[int, int]:
 
 
 def recover(
-    model: nn.Module, lessons: Lessons, settings: RecoverSettings, *, folder: str | Path, progress: bool = True
+    model: nn.Module,
+    lessons: Lessons,
+    settings: RecoverSettings,
+    *,
+    folder: str | Path,
+    progress: bool = True,
 ) -> RecoverResult:
     """Fine-tune `model` in place; it ends in eval mode, the same on every process.
 
@@ -123,22 +146,36 @@ def recover(
         # Towers that a batch does not use, and layers that no batch uses, are usual in VLMs.
         wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)
         if settings.compression == "lqsgd":
-            options = {k: getattr(settings, k) for k in ("rank", "bits", "vector_bits", "transport", "seed")}
+            options = {
+                k: getattr(settings, k)
+                for k in ("rank", "bits", "vector_bits", "transport", "seed")
+            }
             state = LQSGDState(model, **options)
             wrapped.register_comm_hook(state, lqsgd_hook)
     optimizers = _optimizers(model, settings)
     shapes = {n: list(p.shape) for n, p in model.named_parameters()}
     plan: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
-    run = {**asdict(settings), "workers": workers, "shapes": shapes, "plan": plan.to_json() if plan else None}
-    checkpoints = Checkpoints(Path(folder), run, rank, dist.barrier if workers > 1 else lambda: None)
+    run = {
+        **asdict(settings),
+        "workers": workers,
+        "shapes": shapes,
+        "plan": plan.to_json() if plan else None,
+    }
+    checkpoints = Checkpoints(
+        Path(folder), run, rank, dist.barrier if workers > 1 else lambda: None
+    )
     start, losses = checkpoints.load(model, optimizers, state)
     model.train()
     device = next(model.parameters()).device
     batches = lessons.batches(rank, workers, start)
     with _bar(progress and rank == 0, settings.steps, start) as show:
         for step in range(start, settings.steps):
-            torch.manual_seed(settings.seed + 7919 * (step * workers + rank))  # dropout, resumed alike
-            losses.append(_step(wrapped, model, optimizers, settings, step, next(batches), device, workers))
+            torch.manual_seed(
+                settings.seed + 7919 * (step * workers + rank)
+            )  # dropout, resumed alike
+            losses.append(
+                _step(wrapped, model, optimizers, settings, step, next(batches), device, workers)
+            )
             show(losses[-1])
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 checkpoints.save(step + 1, losses, model, optimizers, state)
@@ -159,18 +196,30 @@ class _SummedLoss(nn.Module):
 
 
 def _step(
-    wrapped: nn.Module, model: nn.Module, optimizers: list[Any], settings: RecoverSettings, step: int, batches: list[Batch],
-    device: torch.device, workers: int,
-) -> float:  # fmt: skip
+    wrapped: nn.Module,
+    model: nn.Module,
+    optimizers: list[Any],
+    settings: RecoverSettings,
+    step: int,
+    batches: list[Batch],
+    device: torch.device,
+    workers: int,
+) -> float:
     loss = wrapped([{k: v.to(device) for k, v in b.items()} for b in batches])
     loss.backward()
     mean = loss.detach().double().cpu() / workers
     if workers > 1:
         dist.all_reduce(mean)
     if not bool(mean.isfinite()):
-        raise HippError(f"The loss of step {step + 1} is {mean.item()}: a smaller rate may help (--rate, --muon-rate).")
+        raise HippError(
+            f"The loss of step {step + 1} is {mean.item()}: a smaller rate may help (--rate, --muon-rate)."
+        )
     nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    share = min(1.0, (step + 1) / min(30, max(1, settings.steps // 10)), (settings.steps - step) / (0.7 * settings.steps))
+    share = min(
+        1.0,
+        (step + 1) / min(30, max(1, settings.steps // 10)),
+        (settings.steps - step) / (0.7 * settings.steps),
+    )
     for optimizer, rate in zip(optimizers, (settings.rate, settings.muon_rate), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * share
@@ -181,9 +230,13 @@ def _step(
 
 def _optimizers(model: nn.Module, settings: RecoverSettings) -> list[Any]:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = {id(p) for n, p in trained if p.dim() == 2 and settings.optimizer == "muon" and _is_hidden(n)}
+    hidden = {
+        id(p) for n, p in trained if p.dim() == 2 and settings.optimizer == "muon" and _is_hidden(n)
+    }
     rest = [p for _, p in trained if id(p) not in hidden]
-    made: list[Any] = [torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    made: list[Any] = [
+        torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ]
     if hidden:
         matrices = [p for _, p in trained if id(p) in hidden]
         made.append(torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=0.01))
@@ -204,10 +257,23 @@ def _freeze_vision(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _bar(show: bool, steps: int, start: int) -> Iterator[Callable[[float], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not show) as bar:
         task = bar.add_task("recovering", total=steps, completed=start)
         counter = itertools.count(start + 1)
-        yield lambda loss: bar.update(task, completed=next(counter), description=f"recovering, loss {loss:.3f}")
+        yield lambda loss: bar.update(
+            task, completed=next(counter), description=f"recovering, loss {loss:.3f}"
+        )

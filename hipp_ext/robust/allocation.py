@@ -54,12 +54,16 @@ class Bounds:
     def __post_init__(self) -> None:
         take_numbers(self, BudgetError, finites=("floor", "cap"))
         if not 0 <= self.floor <= self.cap <= 1:
-            raise BudgetError(f"Bounds are shares with 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}.")
+            raise BudgetError(
+                f"Bounds are shares with 0 <= floor <= cap <= 1, got floor={self.floor}, cap={self.cap}."
+            )
 
     def of(self, widths: Sequence[int]) -> tuple[list[int], list[int]]:
         """(least, most) channels per module."""
         least = [min(n, max(1, math.ceil(n * self.floor - 1e-9))) for n in widths]
-        return least, [max(low, int(n * self.cap + 1e-9)) for n, low in zip(widths, least, strict=True)]
+        return least, [
+            max(low, int(n * self.cap + 1e-9)) for n, low in zip(widths, least, strict=True)
+        ]
 
 
 def default_floor(pruning_ratio: float) -> float:
@@ -124,7 +128,9 @@ def allocate(
     return spend(best, most, cost, budget, sorted(range(len(widths)), key=lambda i: -weights[i]))
 
 
-def spend(keeps: Sequence[int], most: Sequence[int], cost: Cost, budget: int, order: Sequence[int]) -> list[int]:
+def spend(
+    keeps: Sequence[int], most: Sequence[int], cost: Cost, budget: int, order: Sequence[int]
+) -> list[int]:
     """Add channels while the budget allows, one at a time to the modules in turn, in `order`."""
     result, open_ = list(keeps), list(order)
     while open_:
@@ -143,11 +149,15 @@ def uniform_counts(widths: Sequence[int], pruning_ratio: float) -> list[int]:
         BudgetError: the ratio is not in [0, 1).
     """
     if not 0 <= pruning_ratio < 1:
-        raise BudgetError(f"pruning_ratio is the share of channels to remove, at least 0 and below 1; got {pruning_ratio}.")
+        raise BudgetError(
+            f"pruning_ratio is the share of channels to remove, at least 0 and below 1; got {pruning_ratio}."
+        )
     return [max(1, round(n * (1 - pruning_ratio))) for n in widths]
 
 
-def channel_costs(model: nn.Module, example_inputs: Any, modules: Sequence[ChannelGroup]) -> tuple[Cost, Cost]:
+def channel_costs(
+    model: nn.Module, example_inputs: Any, modules: Sequence[ChannelGroup]
+) -> tuple[Cost, Cost]:
     """(MACs, parameters) of `model` as functions of the channels kept in `modules`.
 
     MACs are those of convolutions and linear layers for the rows of `example_inputs` (give one). Parameters are all of the
@@ -164,20 +174,41 @@ def channel_costs(model: nn.Module, example_inputs: Any, modules: Sequence[Chann
     positions = _positions(model, example_inputs)
     macs = []
     for name, layer in _channel_layers(model).items():
-        outs, ins = _factor(name, layer, modules, produced=True), _factor(name, layer, modules, produced=False)
-        if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (1, layer.in_channels):
-            raise UnsupportedModelError(f"{name} has {layer.groups} groups; only plain and depthwise convolutions are counted.")
-        depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1  # one input each
-        macs.append((positions.get(name, 0) * layer.weight[0, 0].numel(), (outs,) if depthwise else (outs, ins)))
-    return Cost(name="MACs", terms=tuple(macs)), Cost(name="parameters", terms=_parameter_terms(model, modules))
+        outs, ins = (
+            _factor(name, layer, modules, produced=True),
+            _factor(name, layer, modules, produced=False),
+        )
+        if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (
+            1,
+            layer.in_channels,
+        ):
+            raise UnsupportedModelError(
+                f"{name} has {layer.groups} groups; only plain and depthwise convolutions are counted."
+            )
+        depthwise = (
+            isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1
+        )  # one input each
+        macs.append(
+            (
+                positions.get(name, 0) * layer.weight[0, 0].numel(),
+                (outs,) if depthwise else (outs, ins),
+            )
+        )
+    return Cost(name="MACs", terms=tuple(macs)), Cost(
+        name="parameters", terms=_parameter_terms(model, modules)
+    )
 
 
-def _parameter_terms(model: nn.Module, modules: Sequence[ChannelGroup]) -> tuple[tuple[int, tuple[Factor, ...]], ...]:
+def _parameter_terms(
+    model: nn.Module, modules: Sequence[ChannelGroup]
+) -> tuple[tuple[int, tuple[Factor, ...]], ...]:
     """One product of sizes for every parameter that channels take something of, and the rest as one number."""
     cut: dict[str, dict[int, list[tuple[int, int]]]] = {}
     for i, module in enumerate(modules):
         if not module.shares:
-            raise UnsupportedModelError(f"What goes with {module.name} is not known; take modules from find_channel_groups.")
+            raise UnsupportedModelError(
+                f"What goes with {module.name} is not known; take modules from find_channel_groups."
+            )
         for share in module.shares:
             size = _even(share.entries, share.parameter, module)
             cut.setdefault(share.parameter, {}).setdefault(share.dim, []).append((i, size))
@@ -198,7 +229,9 @@ def _parameter_terms(model: nn.Module, modules: Sequence[ChannelGroup]) -> tuple
 
 def _even(counts: torch.Tensor, name: str, module: ChannelGroup) -> int:
     if len(set(counts.tolist())) != 1:
-        raise UnsupportedModelError(f"{name} has units of different sizes of {module.name}: {counts.tolist()[:8]}, ...")
+        raise UnsupportedModelError(
+            f"{name} has units of different sizes of {module.name}: {counts.tolist()[:8]}, ..."
+        )
     return int(counts[0])
 
 
@@ -219,7 +252,9 @@ def _factor(name: str, layer: Any, modules: Sequence[ChannelGroup], produced: bo
 
 
 def _channel_layers(model: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    }
 
 
 def _positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
@@ -231,12 +266,18 @@ def _positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     def count(name: str) -> Any:
         def hook(layer: Any, inputs: tuple, output: Any) -> None:
             x = inputs[0] if getattr(layer, "transposed", False) else output
-            width = x.shape[-1] if isinstance(layer, nn.Linear) else x.shape[-len(layer.kernel_size) - 1]
+            width = (
+                x.shape[-1]
+                if isinstance(layer, nn.Linear)
+                else x.shape[-len(layer.kernel_size) - 1]
+            )
             positions[name] = positions.get(name, 0) + x.numel() // width
 
         return hook
 
-    hooks = [layer.register_forward_hook(count(name)) for name, layer in _channel_layers(model).items()]
+    hooks = [
+        layer.register_forward_hook(count(name)) for name, layer in _channel_layers(model).items()
+    ]
     try:
         with evaluating(model), torch.no_grad():
             run(model, example_inputs)
@@ -246,7 +287,9 @@ def _positions(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return positions
 
 
-def global_counts(ranking: Sequence[torch.Tensor], cost: Cost, budget: int, *, bounds: Bounds | None = None) -> list[int]:
+def global_counts(
+    ranking: Sequence[torch.Tensor], cost: Cost, budget: int, *, bounds: Bounds | None = None
+) -> list[int]:
     """Channels to keep per module when one threshold ranks all channels of all modules; within `budget`, as `allocate`.
 
     Args:
@@ -258,14 +301,19 @@ def global_counts(ranking: Sequence[torch.Tensor], cost: Cost, budget: int, *, b
     scaled = [r.double() / r.double().mean().clamp_min(1e-30) for r in ranking]
     least, most = (bounds or Bounds()).of([len(r) for r in ranking])
     if cost(least) > budget:
-        raise BudgetError(f"A budget of {budget:,} {cost.name} cannot be met: the least allowed takes {cost(least):,}.")
+        raise BudgetError(
+            f"A budget of {budget:,} {cost.name} cannot be met: the least allowed takes {cost(least):,}."
+        )
     best = least
     low, high = 0, sum(len(r) for r in scaled)
     together = torch.cat(scaled).sort(descending=True).values
     while low < high:  # the most channels whose cost fits
         middle = (low + high + 1) // 2
         threshold = together[middle - 1]
-        keeps = [min(m, max(n, int((r >= threshold).sum()))) for r, n, m in zip(scaled, least, most, strict=True)]
+        keeps = [
+            min(m, max(n, int((r >= threshold).sum())))
+            for r, n, m in zip(scaled, least, most, strict=True)
+        ]
         if cost(keeps) <= budget:
             low, best = middle, keeps
         else:

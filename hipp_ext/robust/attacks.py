@@ -39,13 +39,21 @@ class ImageAttack:
     """
 
     def __init__(
-        self, processor: Any, *, epsilon: float = 4 / 255, steps: int = 20, kind: Literal["pgd", "apgd"] = "pgd", seed: int = 0
+        self,
+        processor: Any,
+        *,
+        epsilon: float = 4 / 255,
+        steps: int = 20,
+        kind: Literal["pgd", "apgd"] = "pgd",
+        seed: int = 0,
     ):
         if kind not in ("pgd", "apgd"):
             raise AttackError(f"An image attack is pgd or apgd, not {kind!r}.")
         self.ball, self.epsilon, self.seed = pixel_ball(processor, epsilon), epsilon, seed
         self.method = (
-            PGD(ball=self.ball, steps=steps, seed=seed) if kind == "pgd" else APGD(ball=self.ball, steps=steps, seed=seed)
+            PGD(ball=self.ball, steps=steps, seed=seed)
+            if kind == "pgd"
+            else APGD(ball=self.ball, steps=steps, seed=seed)
         )
 
     def __call__(self, model: nn.Module, batch: Batch) -> Batch:
@@ -62,7 +70,11 @@ class ImageAttack:
         check_precision(model)
         device = next(model.parameters()).device
         with evaluating(model):
-            moved = self.method(lambda b, x: answer_losses(model, {**b, "pixel_values": x}), batch, pixels.to(device))
+            moved = self.method(
+                lambda b, x: answer_losses(model, {**b, "pixel_values": x}),
+                batch,
+                pixels.to(device),
+            )
         return batch | {"pixel_values": moved}
 
 
@@ -78,7 +90,9 @@ def pixel_ball(processor: Any, epsilon: float) -> Ball:
     if not getattr(images, "do_normalize", True):
         mean, std = [0.0], [1.0]
     if not _numbers(mean) or not _numbers(std) or min(std) <= 0:  # type: ignore[type-var, arg-type]
-        raise AttackError(f"{type(images).__name__} says no image_mean and image_std, so a ball in pixels cannot be drawn.")
+        raise AttackError(
+            f"{type(images).__name__} says no image_mean and image_std, so a ball in pixels cannot be drawn."
+        )
     m, s = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
     return Ball(epsilon=epsilon / s, low=(0 - m) / s, high=(1 - m) / s)
 
@@ -88,9 +102,15 @@ def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
     output = forward(model, {k: v for k, v in batch.items() if k != "labels"})
     labels = batch["labels"].to(output.logits.device)[:, 1:]
     logits = output.logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+    )
     return losses.view(labels.shape).sum(1)
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, Sequence) and bool(values) and all(isinstance(v, int | float) for v in values)
+    return (
+        isinstance(values, Sequence)
+        and bool(values)
+        and all(isinstance(v, int | float) for v in values)
+    )

@@ -59,7 +59,9 @@ def parse_batch(text: bytes) -> dict:
         raise BatchFileError(f"{type(error).__name__}: {str(error)[:200]}") from error
     if type(content) is not dict:
         raise BatchFileError(f"a dictionary was expected, got {type(content).__name__}")
-    return {key: _array(value) if isinstance(value, _Named) else value for key, value in content.items()}
+    return {
+        key: _array(value) if isinstance(value, _Named) else value for key, value in content.items()
+    }
 
 
 class _Machine:
@@ -94,7 +96,11 @@ class _Machine:
             (self._reduce if name == "REDUCE" else self._build)(*self._pop(2))
         elif name in ("TUPLE", "LIST", "DICT", "TUPLE1", "TUPLE2", "TUPLE3"):
             items = self._pop(int(name[5:])) if name[5:] else self._marked()
-            self.stack.append(self._filled({}, items) if name == "DICT" else (list if name == "LIST" else tuple)(items))
+            self.stack.append(
+                self._filled({}, items)
+                if name == "DICT"
+                else (list if name == "LIST" else tuple)(items)
+            )
         elif name in ("APPEND", "APPENDS"):
             items = self._pop(1) if name == "APPEND" else self._marked()
             self._top(list).extend(items)
@@ -133,11 +139,17 @@ class _Machine:
     @staticmethod
     def _named(module: Any, name: Any) -> _Named:
         if (module, name) not in KNOWN:
-            raise BatchFileError(f"it names {module}.{name}, which no file of this set holds; it was not loaded")
+            raise BatchFileError(
+                f"it names {module}.{name}, which no file of this set holds; it was not loaded"
+            )
         return _Named(name)
 
     def _reduce(self, called: Any, arguments: Any) -> None:
-        if type(called) is not _Named or called.arguments is not None or type(arguments) is not tuple:
+        if (
+            type(called) is not _Named
+            or called.arguments is not None
+            or type(arguments) is not tuple
+        ):
             raise BatchFileError("its operations do not fit together")
         if called.name == "encode":  # how Python 3 writes bytes for Python 2
             text, codec = arguments
@@ -170,7 +182,12 @@ VALUES = {
     "SHORT_BINUNICODE",
     "UNICODE",
 }
-EMPTY: dict[str, Any] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "MARK": lambda: MARK}
+EMPTY: dict[str, Any] = {
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: MARK,
+}
 
 
 def _array(record: _Named) -> np.ndarray:
@@ -178,9 +195,18 @@ def _array(record: _Named) -> np.ndarray:
     if record.name != "_reconstruct" or record.state is None or len(record.state) != 5:
         raise BatchFileError(f"a {record.name} where an array was expected")
     _, shape, kind, by_columns, data = record.state
-    if type(kind) is not _Named or kind.name != "dtype" or not kind.arguments or kind.arguments[0] not in ("u1", b"u1"):
+    if (
+        type(kind) is not _Named
+        or kind.name != "dtype"
+        or not kind.arguments
+        or kind.arguments[0] not in ("u1", b"u1")
+    ):
         raise BatchFileError("an array of something else than bytes")
-    whole = type(shape) is tuple and len(shape) <= 4 and all(type(n) is int and 0 <= n <= MOST_BYTES for n in shape)
+    whole = (
+        type(shape) is tuple
+        and len(shape) <= 4
+        and all(type(n) is int and 0 <= n <= MOST_BYTES for n in shape)
+    )
     size = 1
     for n in shape if whole else ():
         size *= n

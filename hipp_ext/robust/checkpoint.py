@@ -39,7 +39,9 @@ class ClassifierFile(BaseModel):
     kept: dict[str, tuple[int, ...]] | None = None
 
 
-def save_classifier(model: nn.Module, config: ClassifierFile, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_classifier(
+    model: nn.Module, config: ClassifierFile, folder: str | Path, *, overwrite: bool = False
+) -> None:
     """Write a classifier; the folder appears whole or not at all.
 
     Raises:
@@ -48,7 +50,10 @@ def save_classifier(model: nn.Module, config: ClassifierFile, folder: str | Path
     from safetensors.torch import save_file
 
     with new_folder(folder, overwrite) as temporary:
-        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, temporary / "model.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in model.state_dict().items()},
+            temporary / "model.safetensors",
+        )
         (temporary / "config.json").write_text(config.model_dump_json(indent=1) + "\n")
 
 

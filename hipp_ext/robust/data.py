@@ -98,7 +98,9 @@ def check_images(images: Images, classes: int, what: str) -> None:
         )
     if x.dtype != torch.uint8:
         if not x.is_floating_point():
-            raise DataError(f"{what}: images must be bytes or floating point in [0, 1], got {x.dtype}.")
+            raise DataError(
+                f"{what}: images must be bytes or floating point in [0, 1], got {x.dtype}."
+            )
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise DataError(
                 f"{what}: images must lie in [0, 1], got {float(x.min()):.4g} to {float(x.max()):.4g}. Give them as they are "
@@ -128,7 +130,9 @@ def load_data(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     if name not in READERS:
         raise DataError(f"Known image sets are {', '.join(DATA_NAMES)}; got {name!r}.")
     if root is None or not Path(root).is_dir():
-        raise DataError(f"{name} is read from a local folder, got {root}. Expected there: {LAYOUTS[name]}.")
+        raise DataError(
+            f"{name} is read from a local folder, got {root}. Expected there: {LAYOUTS[name]}."
+        )
     return READERS[name](Path(root))
 
 
@@ -145,7 +149,11 @@ def _digits(seed: int) -> ImageData:
     labels = torch.from_numpy(raw.target).long()
     train, test = (
         torch.from_numpy(i)
-        for i in train_test_split(np.arange(len(labels)), train_size=1200, stratify=raw.target, random_state=seed)
+        for i in train_test_split(
+            np.arange(len(labels)), train_size=1200, stratify=raw.target, random_state=seed
+        )
     )
     parts = [Images(images=images[i].contiguous(), labels=labels[i]) for i in (train, test)]
-    return ImageData(name="digits", train=parts[0], test=parts[1], classes=tuple("0123456789"), pad=2)
+    return ImageData(
+        name="digits", train=parts[0], test=parts[1], classes=tuple("0123456789"), pad=2
+    )

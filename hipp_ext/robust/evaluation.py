@@ -56,7 +56,10 @@ class RobustReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         names = ("n", "epsilon", "clean", "worst", "worst_se", "per_class", "signs")
-        return {k: getattr(self, k) for k in names} | {"under": dict(self.under), "right": self.right.int().tolist()}
+        return {k: getattr(self, k) for k in names} | {
+            "under": dict(self.under),
+            "right": self.right.int().tolist(),
+        }
 
 
 Say = Callable[[str], None]
@@ -119,14 +122,27 @@ def evaluate(
     found = {name: torch.cat(values) for name, values in under.items()}
     with restored(model):
         signs = (
-            masking_signs(model.eval(), images.first(batch_size), epsilon, found, torch.cat(clean_all), seed) if checks else ()
+            masking_signs(
+                model.eval(), images.first(batch_size), epsilon, found, torch.cat(clean_all), seed
+            )
+            if checks
+            else ()
         )
     share = float(right.float().mean())
     return RobustReport(
-        n=len(right), epsilon=epsilon, clean=percent(torch.cat(clean_all)), under={k: percent(v) for k, v in found.items()},
-        worst=100 * share, worst_se=100 * (share * (1 - share) / len(right)) ** 0.5, signs=signs, right=right,
-        per_class=tuple(percent(right[labels == c]) if bool((labels == c).any()) else None for c in range(classes)),
-    )  # fmt: skip
+        n=len(right),
+        epsilon=epsilon,
+        clean=percent(torch.cat(clean_all)),
+        under={k: percent(v) for k, v in found.items()},
+        worst=100 * share,
+        worst_se=100 * (share * (1 - share) / len(right)) ** 0.5,
+        signs=signs,
+        right=right,
+        per_class=tuple(
+            percent(right[labels == c]) if bool((labels == c).any()) else None
+            for c in range(classes)
+        ),
+    )
 
 
 def _check_attacks(attacks: Sequence[str], classes: int, epsilon: float) -> None:
@@ -141,7 +157,13 @@ def _check_attacks(attacks: Sequence[str], classes: int, epsilon: float) -> None
 
 
 def _survives(
-    name: str, model: nn.Module, x: Tensor, y: Int[Tensor, " rows"], classes: int, epsilon: float, seed: int
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Int[Tensor, " rows"],
+    classes: int,
+    epsilon: float,
+    seed: int,
 ) -> Bool[Tensor, " rows"]:
     """Which rows are still classified right under an attack."""
     if not len(y):
@@ -154,8 +176,14 @@ def _survives(
         moved = PGD(ball=ball, steps=20, seed=seed)(_cross_entropy(model), y, x)
     else:
         moved = APGD(ball=ball, steps=100, seed=seed)(_cross_entropy(model), y, x)
-    if float((moved - x).abs().max()) > epsilon + 1e-5 or float(moved.min()) < 0 or float(moved.max()) > 1:
-        raise AttackError(f"{name} left the ball of radius {epsilon} or the range [0, 1]; its result would not count.")
+    if (
+        float((moved - x).abs().max()) > epsilon + 1e-5
+        or float(moved.min()) < 0
+        or float(moved.max()) > 1
+    ):
+        raise AttackError(
+            f"{name} left the ball of radius {epsilon} or the range [0, 1]; its result would not count."
+        )
     return _right(model, moved, y, classes)
 
 
@@ -173,12 +201,23 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
     if name == "apgd-ce":
         return torchattacks.APGD(model, steps=100, loss="ce", eot_iter=1, rho=0.75, **common)
     if name == "square":
-        return torchattacks.Square(model, n_queries=5000, p_init=0.8, loss="margin", resc_schedule=False, **common)
+        return torchattacks.Square(
+            model, n_queries=5000, p_init=0.8, loss="margin", resc_schedule=False, **common
+        )
     if name == "apgd-t":
-        attack = torchattacks.APGDT(model, steps=100, eot_iter=1, rho=0.75, n_classes=classes, **common)
+        attack = torchattacks.APGDT(
+            model, steps=100, eot_iter=1, rho=0.75, n_classes=classes, **common
+        )
     else:
         attack = torchattacks.FAB(
-            model, steps=100, alpha_max=0.1, eta=1.05, beta=0.9, targeted=True, n_classes=classes, **common
+            model,
+            steps=100,
+            alpha_max=0.1,
+            eta=1.05,
+            beta=0.9,
+            targeted=True,
+            n_classes=classes,
+            **common,
         )
         attack.targeted = True  # 3.2.7 ignores the argument
     # The published code has nine targets however many classes there are; torchattacks would take them all.

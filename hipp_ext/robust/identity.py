@@ -18,7 +18,13 @@ DEEPEST = 8  # levels of values within values that are looked at
 def data_identity(data: ImageData) -> dict[str, Any]:
     """The training images and their labels, all of them."""
     train = {"images": data.train.images, "labels": data.train.labels}
-    return {"name": data.name, "rows": len(data.train), "digest": digest(train), "pad": data.pad, "mirror": data.mirror}
+    return {
+        "name": data.name,
+        "rows": len(data.train),
+        "digest": digest(train),
+        "pad": data.pad,
+        "mirror": data.mirror,
+    }
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -26,7 +32,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     result = hashlib.sha256()
     for name, tensor in tensors.items():
         result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        result.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return result.hexdigest()
 
 
@@ -44,7 +52,10 @@ def describe(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {str(k): inner(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [inner(v) for v in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+        return [
+            inner(v)
+            for v in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
+        ]
     if isinstance(value, Tensor):
         return digest({"": value})
     if isinstance(value, nn.Module):
@@ -55,11 +66,18 @@ def describe(value: Any, depth: int = 0) -> Any:
         return [inner(value.__func__), inner(value.__self__)]
     if isinstance(value, FunctionType):
         enclosed = [c.cell_contents for c in value.__closure__ or ()]
-        return [_name(value), _code(value.__code__), *map(inner, (value.__defaults__, value.__kwdefaults__, enclosed))]
+        return [
+            _name(value),
+            _code(value.__code__),
+            *map(inner, (value.__defaults__, value.__kwdefaults__, enclosed)),
+        ]
     if isinstance(value, type | BuiltinFunctionType):
         return _name(value)
     if dataclasses.is_dataclass(value):
-        return [_name(type(value)), {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value)}]
+        return [
+            _name(type(value)),
+            {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        ]
     return [_name(type(value)), inner(getattr(value, "__dict__", {}))]
 
 

@@ -44,7 +44,9 @@ class PGDAT:
         PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        return F.cross_entropy(model(attacked(model, images, labels, self.epsilon, self.steps, seed)), labels)
+        return F.cross_entropy(
+            model(attacked(model, images, labels, self.epsilon, self.steps, seed)), labels
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,11 @@ class TRADES:
         with evaluating(model):
             with torch.no_grad():
                 clean = model(images).softmax(1)
-            moved = pgd(lambda target, x: F.kl_div(model(x).log_softmax(1), target, reduction="sum"), clean, images)
+            moved = pgd(
+                lambda target, x: F.kl_div(model(x).log_softmax(1), target, reduction="sum"),
+                clean,
+                images,
+            )
         logits = model(images)
         divergence = F.kl_div(model(moved).log_softmax(1), logits.softmax(1), reduction="batchmean")
         return F.cross_entropy(logits, labels) + self.beta * divergence
@@ -99,11 +105,16 @@ class MART:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         check_precision(model)
-        clean, moved = model(images), model(attacked(model, images, labels, self.epsilon, self.steps, seed))
+        clean, moved = (
+            model(images),
+            model(attacked(model, images, labels, self.epsilon, self.steps, seed)),
+        )
         p_clean, p_moved = clean.softmax(1), moved.softmax(1)
         right = F.one_hot(labels, clean.shape[1]).bool()
         runner_up = p_moved.masked_fill(right, 0).amax(1)
-        boosted = F.cross_entropy(moved, labels) - torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
+        boosted = (
+            F.cross_entropy(moved, labels) - torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
+        )
         per_row = F.kl_div(moved.log_softmax(1), p_clean, reduction="none").sum(1)
         return boosted + self.beta * (per_row * (1 - p_clean[right])).mean()
 
@@ -126,7 +137,9 @@ class AWP:
     def __post_init__(self) -> None:
         take_numbers(self, AttackError, finites=("gamma",))
         if not 0 < self.gamma < 1:
-            raise AttackError(f"AWP's gamma is a share of the weights' norm between 0 and 1, got {self.gamma}.")
+            raise AttackError(
+                f"AWP's gamma is a share of the weights' norm between 0 and 1, got {self.gamma}."
+            )
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         return self.base(model, images, labels, seed)
@@ -136,11 +149,15 @@ class AWP:
         """Inside the block the weights are where the loss is worse; afterwards they are back, to the bit."""
         weights = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
         statistics = {n: b.clone() for n, b in model.named_buffers()}
-        gradients = torch.autograd.grad(self.base(model, images, labels, seed), weights, allow_unused=True)
+        gradients = torch.autograd.grad(
+            self.base(model, images, labels, seed), weights, allow_unused=True
+        )
         original = [p.detach().clone() for p in weights]
         with torch.no_grad():
             for n, b in model.named_buffers():
-                b.copy_(statistics[n])  # the search for the direction leaves no trace in batch norms
+                b.copy_(
+                    statistics[n]
+                )  # the search for the direction leaves no trace in batch norms
             for p, g in zip(weights, gradients, strict=True):
                 if g is not None:
                     p.add_(self.gamma * p.norm() * g / g.norm().clamp_min(1e-12))
@@ -152,15 +169,28 @@ class AWP:
                     p.copy_(old)
 
 
-def backward(loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> float:
+def backward(
+    loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Tensor, seed: int
+) -> float:
     """Add the loss's gradients to `.grad`; the loss."""
-    with loss.moved(model, images, labels, seed) if isinstance(loss, AWP) else contextlib.nullcontext():
+    with (
+        loss.moved(model, images, labels, seed)
+        if isinstance(loss, AWP)
+        else contextlib.nullcontext()
+    ):
         value = loss(model, images, labels, seed)
         value.backward()
     return float(value.detach())
 
 
-def attacked(model: nn.Module, images: Tensor, labels: Int[Tensor, " rows"], epsilon: float, steps: int, seed: int) -> Tensor:
+def attacked(
+    model: nn.Module,
+    images: Tensor,
+    labels: Int[Tensor, " rows"],
+    epsilon: float,
+    steps: int,
+    seed: int,
+) -> Tensor:
     """PGD's images on the cross-entropy, made in eval mode."""
     check_precision(model)
     pgd = PGD(ball=Ball(epsilon=epsilon), steps=steps, seed=seed)

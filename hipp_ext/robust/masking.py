@@ -13,7 +13,12 @@ SLACK = 0.02  # share of images that may go the wrong way by chance
 
 
 def masking_signs(
-    model: nn.Module, images: Images, epsilon: float, survived: Mapping[str, Tensor], clean: Tensor, seed: int = 0
+    model: nn.Module,
+    images: Images,
+    epsilon: float,
+    survived: Mapping[str, Tensor],
+    clean: Tensor,
+    seed: int = 0,
 ) -> tuple[str, ...]:
     """What looks like gradient masking, in words; empty where nothing does.
 
@@ -60,7 +65,9 @@ def masking_signs(
     wide = accuracy(0.5, 50)
     chance = float(torch.bincount(y).max()) / len(y)
     if wide > chance + SLACK:
-        signs.append(f"PGD with a radius of 0.5 leaves {100 * wide:.1f}% right; any image can be turned grey within it")
+        signs.append(
+            f"PGD with a radius of 0.5 leaves {100 * wide:.1f}% right; any image can be turned grey within it"
+        )
     right = clean[: len(y)].to(device)
     value, gradient = loss_and_gradient(loss, y, x)
     flat = float((right & (gradient.flatten(1).abs().amax(1) == 0)).double().mean())
@@ -70,7 +77,9 @@ def masking_signs(
     with torch.no_grad():
         step = Ball(epsilon=epsilon).on(x).project(x + epsilon * gradient.sign(), x)
         ahead = loss(y, step) - value
-        random = torch.stack([loss(y, Ball(epsilon=epsilon).on(x).random(x, generator)) - value for _ in range(8)]).amax(0)
+        random = torch.stack(
+            [loss(y, Ball(epsilon=epsilon).on(x).random(x, generator)) - value for _ in range(8)]
+        ).amax(0)
     rough = float((right & (random > ahead)).double().mean())
     if rough > 0.1:
         signs.append(

@@ -31,7 +31,28 @@ def build_model(name: str, classes: int, shape: tuple[int, int, int] = (3, 32, 3
         return model
     if name == "vgg16_bn":
         return ConvStack(
-            (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"), classes, shape[0]
+            (
+                64,
+                64,
+                "M",
+                128,
+                128,
+                "M",
+                256,
+                256,
+                256,
+                "M",
+                512,
+                512,
+                512,
+                "M",
+                512,
+                512,
+                512,
+                "M",
+            ),
+            classes,
+            shape[0],
         )
     if name == "mobilevit_s":
         try:
@@ -55,8 +76,13 @@ def fixed_layers(model: nn.Module) -> list[nn.Module]:
     """
     fixed = []
     for name, module in model.named_modules():
-        in_block = ".transformer." in name and name.endswith((".attn.qkv", ".attn.proj", ".mlp.fc2"))
-        if in_block or (name.endswith(".conv_1x1") and hasattr(model.get_submodule(name.rpartition(".")[0]), "transformer")):
+        in_block = ".transformer." in name and name.endswith(
+            (".attn.qkv", ".attn.proj", ".mlp.fc2")
+        )
+        if in_block or (
+            name.endswith(".conv_1x1")
+            and hasattr(model.get_submodule(name.rpartition(".")[0]), "transformer")
+        ):
             fixed.append(module)
     return fixed
 
@@ -71,7 +97,11 @@ class ConvStack(nn.Module):
             if isinstance(width, str):
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
                 channels = width
         self.features, self.fc = nn.Sequential(*layers), nn.Linear(channels, classes)
 
@@ -87,12 +117,22 @@ class SmallResNet(nn.Module):
         from torchvision.models.resnet import BasicBlock
 
         def down(inside: int, outside: int) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(inside, outside, 1, stride=2, bias=False), nn.BatchNorm2d(outside))
+            return nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride=2, bias=False), nn.BatchNorm2d(outside)
+            )
 
-        self.stem = nn.Sequential(nn.Conv2d(channels, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        )
         blocks: list[nn.Module] = []
         for inside, outside in ((16, 16), (16, 32), (32, 64)):
-            first = BasicBlock(inside, outside, 2, down(inside, outside)) if inside < outside else BasicBlock(inside, outside)
+            first = (
+                BasicBlock(inside, outside, 2, down(inside, outside))
+                if inside < outside
+                else BasicBlock(inside, outside)
+            )
             blocks += [first, BasicBlock(outside, outside)]
         self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(64, classes)
 

@@ -17,7 +17,14 @@ from hipp_ext.errors import BudgetError, DataError
 from hipp_ext.files import write_atomic
 from hipp_ext.masks import top_units
 from hipp_ext.quantities import take_numbers
-from hipp_ext.robust.allocation import Bounds, Cost, allocate, channel_costs, default_floor, uniform_counts
+from hipp_ext.robust.allocation import (
+    Bounds,
+    Cost,
+    allocate,
+    channel_costs,
+    default_floor,
+    uniform_counts,
+)
 from hipp_ext.robust.data import ImageData
 from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import TRADES, AdversarialLoss
@@ -58,11 +65,17 @@ class MRPFSettings:
 
     def __post_init__(self) -> None:
         optional = () if self.budget is None else ("budget",)
-        take_numbers(self, BudgetError, wholes=("rounds",), finites=("pruning_ratio", "alpha", *optional))
+        take_numbers(
+            self, BudgetError, wholes=("rounds",), finites=("pruning_ratio", "alpha", *optional)
+        )
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise BudgetError(f"budget is the share of {self.cost} that may stay, above 0 and at most 1; got {self.budget}.")
+            raise BudgetError(
+                f"budget is the share of {self.cost} that may stay, above 0 and at most 1; got {self.budget}."
+            )
         if not 0 <= self.pruning_ratio < 1:
-            raise BudgetError(f"pruning_ratio is the share of channels to remove, in [0, 1); got {self.pruning_ratio}.")
+            raise BudgetError(
+                f"pruning_ratio is the share of channels to remove, in [0, 1); got {self.pruning_ratio}."
+            )
         if self.rounds < 1:
             raise BudgetError(f"rounds must be at least 1, got {self.rounds}.")
         if self.cost not in ("macs", "parameters"):
@@ -137,25 +150,37 @@ def mrpf(
         work = _Work(model, fixed, example, settings)
         current, history = copy.deepcopy(model), []
         for number in range(settings.rounds):
-            plan = journal.once(f"round-{number + 1}", lambda n=number, m=current: work.plan(m, data, n))
+            plan = journal.once(
+                f"round-{number + 1}", lambda n=number, m=current: work.plan(m, data, n)
+            )
             current = work.prune(current, plan)
             if settings.recalibrate:
                 recalibrate(current, data.train, settings.scores.epsilon, seed=settings.scores.seed)
             checkpoint = journal.path(f"round-{number + 1}.safetensors")
-            history.append(tuple(train(current, data, loss, settings.train, checkpoint=checkpoint, report=report)))
+            history.append(
+                tuple(
+                    train(current, data, loss, settings.train, checkpoint=checkpoint, report=report)
+                )
+            )
             journal.log({"round": number + 1, "losses": history[-1]})
     macs, parameters, full = *work.costs, [g.width for g in work.groups]
     keeps = [len(work.kept[g.name]) for g in work.groups]
     return MRPFResult(
-        model=current.eval(), kept=dict(work.kept), sensitivity=tuple(work.sensitivity), history=tuple(history),
-        macs=macs(keeps) / macs(full), parameters=parameters(keeps) / parameters(full),
-    )  # fmt: skip
+        model=current.eval(),
+        kept=dict(work.kept),
+        sensitivity=tuple(work.sensitivity),
+        history=tuple(history),
+        macs=macs(keeps) / macs(full),
+        parameters=parameters(keeps) / parameters(full),
+    )
 
 
 class _Work:
     """The dense model's groups and costs, and what is left of them round by round."""
 
-    def __init__(self, model: nn.Module, ignored: Sequence[str], example: Any, settings: MRPFSettings):
+    def __init__(
+        self, model: nn.Module, ignored: Sequence[str], example: Any, settings: MRPFSettings
+    ):
         self.settings, self.example, self.ignored = settings, example, ignored
         self.groups = self._groups(model)
         self.costs = channel_costs(model, example, self.groups)
@@ -166,7 +191,11 @@ class _Work:
         # A module's cost goes by the channels of two, so this share of it leaves about its root of the channels.
         channels = 1 - settings.pruning_ratio if share is None else share**0.5
         bounds = self.bounds = settings.bounds or Bounds(floor=default_floor(1 - channels))
-        self.target = cost(uniform_counts(widths, settings.pruning_ratio)) if share is None else int(share * cost(widths))
+        self.target = (
+            cost(uniform_counts(widths, settings.pruning_ratio))
+            if share is None
+            else int(share * cost(widths))
+        )
         self.least, _ = bounds.of(widths)
         if cost(self.least) > self.target:  # before anything long is run
             allocate([1.0] * len(widths), widths, cost, self.target, bounds=bounds)
@@ -182,22 +211,38 @@ class _Work:
         budget = self.target if done == 1 else int(dense * (self.target / dense) ** done)
         scores = score(model, data.train, groups, self.settings.scores)
         keeps = allocate(
-            scores.sensitivity, [g.width for g in groups], self.cost, budget, alpha=self.settings.alpha,
-            bounds=Bounds(floor=0, cap=self.bounds.cap if number == 0 else 1.0), least=self.least,
-        )  # fmt: skip
+            scores.sensitivity,
+            [g.width for g in groups],
+            self.cost,
+            budget,
+            alpha=self.settings.alpha,
+            bounds=Bounds(floor=0, cap=self.bounds.cap if number == 0 else 1.0),
+            least=self.least,
+        )
         kept = {
             g.name: [self.kept[g.name][u] for u in top_units(r, k)]
             for g, r, k in zip(groups, scores.ranking, keeps, strict=True)
         }
         sensitivity = {g.name: s for g, s in zip(groups, scores.sensitivity, strict=True)}
-        return {"sensitivity": sensitivity, "kept": kept, "budget": budget, "cost": self.cost(keeps)}
+        return {
+            "sensitivity": sensitivity,
+            "kept": kept,
+            "budget": budget,
+            "cost": self.cost(keeps),
+        }
 
     def prune(self, model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         """`model` with the plan carried out; the plan counts channels of the dense model, `model` has those kept so far."""
         from hipp_ext.integrations.torch_pruning_channels import prune_channels
 
-        place = {name: {c: i for i, c in enumerate(channels)} for name, channels in self.kept.items()}
-        prune_channels(model, self.example, {n: [place[n][c] for c in channels] for n, channels in plan["kept"].items()})
+        place = {
+            name: {c: i for i, c in enumerate(channels)} for name, channels in self.kept.items()
+        }
+        prune_channels(
+            model,
+            self.example,
+            {n: [place[n][c] for c in channels] for n, channels in plan["kept"].items()},
+        )
         self.kept = {name: tuple(channels) for name, channels in plan["kept"].items()}
         self.sensitivity.append(dict(plan["sensitivity"]))
         return model
@@ -205,17 +250,27 @@ class _Work:
     def _groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
         from hipp_ext.integrations.torch_pruning_channels import find_channel_groups
 
-        return find_channel_groups(model, self.example, ignored=[model.get_submodule(n) for n in self.ignored])
+        return find_channel_groups(
+            model, self.example, ignored=[model.get_submodule(n) for n in self.ignored]
+        )
 
 
 class _Journal:
     """What a run leaves in its folder, and what the next one finds there."""
 
-    def __init__(self, folder: str | Path | None, identity: Callable[[], Mapping[str, Any]], say: Callable[[str], None] | None):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        identity: Callable[[], Mapping[str, Any]],
+        say: Callable[[str], None] | None,
+    ):
         self.folder, self.say = None if folder is None else Path(folder), say or (lambda _: None)
         if self.folder is None:
             return
-        path, text = self.folder / "run.json", json.dumps(identity(), indent=1, sort_keys=True) + "\n"
+        path, text = (
+            self.folder / "run.json",
+            json.dumps(identity(), indent=1, sort_keys=True) + "\n",
+        )
         if path.exists() and read_plain(path) != text.encode():
             raise DataError(
                 f"{folder} holds another run: its model, data, loss, fixed layers or settings differ ({path}). Choose another "
@@ -237,7 +292,14 @@ class _Journal:
         made = make()
         if path is not None:
             write_atomic(path, json.dumps({**made, "digest": _digest(made)}, indent=1) + "\n")
-        self.log({"stage": name, "seconds": time.perf_counter() - start, "cost": made["cost"], "budget": made["budget"]})
+        self.log(
+            {
+                "stage": name,
+                "seconds": time.perf_counter() - start,
+                "cost": made["cost"],
+                "budget": made["budget"],
+            }
+        )
         return made
 
     def log(self, event: Mapping[str, Any]) -> None:
@@ -264,10 +326,17 @@ def _read_stage(path: Path) -> dict[str, Any]:
 
 
 def _identity(
-    model: nn.Module, data: ImageData, settings: MRPFSettings, loss: AdversarialLoss, ignored: Sequence[str]
+    model: nn.Module,
+    data: ImageData,
+    settings: MRPFSettings,
+    loss: AdversarialLoss,
+    ignored: Sequence[str],
 ) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     return {
-        "model": digest(model.state_dict()), "data": data_identity(data), "loss": describe(loss), "ignored": sorted(ignored),
+        "model": digest(model.state_dict()),
+        "data": data_identity(data),
+        "loss": describe(loss),
+        "ignored": sorted(ignored),
         "settings": asdict(settings),
-    }  # fmt: skip
+    }

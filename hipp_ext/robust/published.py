@@ -34,8 +34,12 @@ def svhn(root: Path) -> ImageData:
             x, y = _matrices(path)
         except Exception as error:  # scipy raises whatever a damaged file brings up
             raise _damaged("svhn", path, error) from error
-        labels = torch.from_numpy(y.astype(np.int64)).flatten() % 10  # the files say 10 for the digit 0
-        parts.append(_images("svhn", path, torch.from_numpy(x).permute(3, 2, 0, 1).contiguous(), labels))
+        labels = (
+            torch.from_numpy(y.astype(np.int64)).flatten() % 10
+        )  # the files say 10 for the digit 0
+        parts.append(
+            _images("svhn", path, torch.from_numpy(x).permute(3, 2, 0, 1).contiguous(), labels)
+        )
     return ImageData(name="svhn", train=parts[0], test=parts[1], classes=tuple("0123456789"))
 
 
@@ -48,13 +52,25 @@ def _matrices(path: Path) -> tuple[np.ndarray, np.ndarray]:
     held = {name: (shape, kind) for name, shape, kind in there}
     x, y = held.get("X", ((), "")), held.get("y", ((), ""))
     numbers = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "double", "single")
-    if len(held) < len(there) or x[1] != "uint8" or tuple(x[0][:3]) != (32, 32, 3) or len(x[0]) != 4 or y[1] not in numbers:
-        raise ValueError(f"X must be bytes of shape (32, 32, 3, n) and y labels; it holds {sorted(held)[:8]}")
+    if (
+        len(held) < len(there)
+        or x[1] != "uint8"
+        or tuple(x[0][:3]) != (32, 32, 3)
+        or len(x[0]) != 4
+        or y[1] not in numbers
+    ):
+        raise ValueError(
+            f"X must be bytes of shape (32, 32, 3, n) and y labels; it holds {sorted(held)[:8]}"
+        )
     if 3072 * x[0][3] > MOST_MATRICES or tuple(y[0]) not in ((x[0][3], 1), (1, x[0][3])):
         raise ValueError(f"X has the shape {x[0]} and y {y[0]}")
     content = loadmat(path, variable_names=["X", "y"])
     pictures, labels = content["X"], content["y"]
-    if pictures.dtype != np.uint8 or pictures.shape != tuple(x[0]) or not np.isin(labels, np.arange(11)).all():
+    if (
+        pictures.dtype != np.uint8
+        or pictures.shape != tuple(x[0])
+        or not np.isin(labels, np.arange(11)).all()
+    ):
         raise ValueError("X must be bytes of shape (32, 32, 3, n) and y labels from 1 to 10")
     return pictures, labels
 
@@ -86,20 +102,28 @@ def _check_unpacked(path: Path) -> None:
 def cifar10(root: Path) -> ImageData:
     """CIFAR-10, the Python version."""
     train = [_find(root, "cifar10", f"data_batch_{i}", "cifar-10-batches-py") for i in range(1, 6)]
-    test, meta = (_find(root, "cifar10", n, "cifar-10-batches-py") for n in ("test_batch", "batches.meta"))
+    test, meta = (
+        _find(root, "cifar10", n, "cifar-10-batches-py") for n in ("test_batch", "batches.meta")
+    )
     return _cifar("cifar10", train, test, meta, b"labels", b"label_names")
 
 
 def cifar100(root: Path) -> ImageData:
     """CIFAR-100 with its fine labels, the Python version."""
-    train, test, meta = (_find(root, "cifar100", n, "cifar-100-python") for n in ("train", "test", "meta"))
+    train, test, meta = (
+        _find(root, "cifar100", n, "cifar-100-python") for n in ("train", "test", "meta")
+    )
     return _cifar("cifar100", [train], test, meta, b"fine_labels", b"fine_label_names")
 
 
-def _cifar(name: str, train: Sequence[Path], test: Path, meta: Path, labels_key: bytes, names_key: bytes) -> ImageData:
+def _cifar(
+    name: str, train: Sequence[Path], test: Path, meta: Path, labels_key: bytes, names_key: bytes
+) -> ImageData:
     def read(paths: Sequence[Path]) -> Images:
         parts = [_cifar_batch(name, path, labels_key) for path in paths]
-        return Images(images=torch.cat([p.images for p in parts]), labels=torch.cat([p.labels for p in parts]))
+        return Images(
+            images=torch.cat([p.images for p in parts]), labels=torch.cat([p.labels for p in parts])
+        )
 
     names = _batch(name, meta).get(names_key)
     if type(names) is not list or not all(type(n) is bytes for n in names):
@@ -112,7 +136,9 @@ def _cifar_batch(name: str, path: Path, labels_key: bytes) -> Images:
     content = _batch(name, path)
     x, y = content.get(b"data"), content.get(labels_key)
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.shape[1] != 3072 or type(y) is not list:
-        raise _damaged(name, path, f"data must be bytes of shape (n, 3072) and {labels_key.decode()} a list")
+        raise _damaged(
+            name, path, f"data must be bytes of shape (n, 3072) and {labels_key.decode()} a list"
+        )
     if not all(type(label) is int and abs(label) < 2**31 for label in y):
         raise _damaged(name, path, f"{labels_key.decode()} must be whole numbers")
     pictures = torch.from_numpy(np.array(x, order="C")).view(-1, 3, 32, 32)
@@ -133,22 +159,39 @@ def tiny_imagenet(root: Path) -> ImageData:
     if not names or len(set(names)) < len(names) or not all(map(_is_plain, names)):
         raise _damaged("tiny-imagenet", wnids, "a name of a class on each line is expected")
     number = {n: i for i, n in enumerate(names)}
-    train = [(p, i) for n, i in number.items() for p in sorted((base / "train" / n / "images").glob("*.JPEG"))]
+    train = [
+        (p, i)
+        for n, i in number.items()
+        for p in sorted((base / "train" / n / "images").glob("*.JPEG"))
+    ]
     empty = sorted(set(names) - {names[i] for _, i in train})
     if empty:
-        raise _damaged("tiny-imagenet", base / "train", f"no pictures of {empty[:4]} in train/{empty[0]}/images")
+        raise _damaged(
+            "tiny-imagenet",
+            base / "train",
+            f"no pictures of {empty[:4]} in train/{empty[0]}/images",
+        )
     annotations = _find(base, "tiny-imagenet", "val_annotations.txt", "val")
     test: dict[str, int] = {}
     for line in _text(annotations).splitlines():
         fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in number or not _is_plain(fields[0]) or fields[0] in test:
-            raise _damaged("tiny-imagenet", annotations, f"a line without a known class: {line[:60]!r}")
+        if (
+            len(fields) < 2
+            or fields[1] not in number
+            or not _is_plain(fields[0])
+            or fields[0] in test
+        ):
+            raise _damaged(
+                "tiny-imagenet", annotations, f"a line without a known class: {line[:60]!r}"
+            )
         test[fields[0]] = number[fields[1]]
     validation = [(base / "val" / "images" / name, label) for name, label in test.items()]
     if missing := [p for p, _ in validation if not p.is_file()]:
         raise _damaged("tiny-imagenet", missing[0], "it is missing")
     parts = [_read_pictures(rows) for rows in (train, validation)]
-    return ImageData(name="tiny-imagenet", train=parts[0], test=parts[1], classes=tuple(names), mirror=True)
+    return ImageData(
+        name="tiny-imagenet", train=parts[0], test=parts[1], classes=tuple(names), mirror=True
+    )
 
 
 def _read_pictures(rows: Sequence[tuple[Path, int]]) -> Images:
@@ -158,7 +201,9 @@ def _read_pictures(rows: Sequence[tuple[Path, int]]) -> Images:
             pictures[i] = _picture(path)
         except Exception as error:  # Pillow's decoders raise whatever a damaged file brings up
             raise _damaged("tiny-imagenet", path, error) from error
-    return Images(images=pictures, labels=torch.tensor([label for _, label in rows], dtype=torch.int64))
+    return Images(
+        images=pictures, labels=torch.tensor([label for _, label in rows], dtype=torch.int64)
+    )
 
 
 def _picture(path: Path) -> Tensor:
@@ -174,7 +219,11 @@ def _picture(path: Path) -> Tensor:
 
 def _is_plain(name: str) -> bool:
     """Whether a name from a file is that of a file or folder, and leads nowhere else."""
-    if name in ("", ".", "..") or "\\" in name or len(name.encode(errors="replace")) > _LONGEST_NAME:
+    if (
+        name in ("", ".", "..")
+        or "\\" in name
+        or len(name.encode(errors="replace")) > _LONGEST_NAME
+    ):
         return False
     return name.isprintable() and Path(name).name == name
 
@@ -199,11 +248,15 @@ def _find(root: Path, name: str, file: str, folder: str = "") -> Path:
     for path in (root / folder / file, root / file):
         if path.is_file():
             return path
-    raise DataError(f"{name}: {root} has no {folder + '/' if folder else ''}{file}. Expected there: {LAYOUTS[name]}.")
+    raise DataError(
+        f"{name}: {root} has no {folder + '/' if folder else ''}{file}. Expected there: {LAYOUTS[name]}."
+    )
 
 
 def _damaged(name: str, path: Path, why: object) -> DataError:
-    return DataError(f"{name}: {path} is damaged or truncated ({why}). Expected layout: {LAYOUTS[name]}.")
+    return DataError(
+        f"{name}: {path} is damaged or truncated ({why}). Expected layout: {LAYOUTS[name]}."
+    )
 
 
 READERS: dict[str, Callable[[Path], ImageData]] = {

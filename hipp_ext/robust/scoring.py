@@ -60,10 +60,16 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS or self.ranking not in RANKINGS:
-            raise AttackError(f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}.")
+            raise AttackError(
+                f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}."
+            )
         Ball(epsilon=self.epsilon)
-        take_numbers(self, AttackError, wholes=("attack_steps", "rows", "steps", "batch_size", "seed"),
-                     finites=("rho", "ratio"))  # fmt: skip
+        take_numbers(
+            self,
+            AttackError,
+            wholes=("attack_steps", "rows", "steps", "batch_size", "seed"),
+            finites=("rho", "ratio"),
+        )
         check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
         if min(self.rows, self.batch_size) < 1:
             raise AttackError(f"Scoring needs rows and batch_size >= 1, got {self}.")
@@ -82,7 +88,9 @@ class ModuleScores:
     ranking: tuple[Tensor, ...]
 
 
-def score(model: nn.Module, images: Images, groups: Sequence[ChannelGroup], settings: ScoreSettings) -> ModuleScores:
+def score(
+    model: nn.Module, images: Images, groups: Sequence[ChannelGroup], settings: ScoreSettings
+) -> ModuleScores:
     """Sensitivity per module and ranking per channel. The model is left as it was, and so is the random state.
 
     Args:
@@ -99,22 +107,34 @@ def score(model: nn.Module, images: Images, groups: Sequence[ChannelGroup], sett
         model.eval()
         batches = attacked_batches(model, images, settings)
         ranking = rank_channels(model, groups, batches, settings.ranking)
-        return ModuleScores(sensitivity=tuple(sensitivity(model, groups, batches, ranking, settings)), ranking=tuple(ranking))
+        return ModuleScores(
+            sensitivity=tuple(sensitivity(model, groups, batches, ranking, settings)),
+            ranking=tuple(ranking),
+        )
 
 
-def attacked_batches(model: nn.Module, images: Images, settings: ScoreSettings) -> list[tuple[Tensor, Tensor]]:
+def attacked_batches(
+    model: nn.Module, images: Images, settings: ScoreSettings
+) -> list[tuple[Tensor, Tensor]]:
     """(attacked images, labels), made once on the model as it is."""
     device = next(model.parameters()).device
     result = []
     for x, y in images.first(settings.rows).batches(settings.batch_size):
         x, y = x.to(device), y.to(device)
-        moved = attacked(model, x, y, settings.epsilon, settings.attack_steps, settings.seed) if settings.attack_steps else x
+        moved = (
+            attacked(model, x, y, settings.epsilon, settings.attack_steps, settings.seed)
+            if settings.attack_steps
+            else x
+        )
         result.append((moved, y))
     return result
 
 
 def rank_channels(
-    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[tuple[Tensor, Tensor]], ranking: Ranking
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    ranking: Ranking,
 ) -> list[Tensor]:
     """Per module one score per channel, higher = keep; for the rankings see `ScoreSettings`.
 
@@ -129,7 +149,9 @@ def rank_channels(
             return scales
         if ranking == "bn":
             missing = next(g.name for g in groups if _norm_scales(model, g) is None)
-            raise UnsupportedModelError(f"No batch norm follows the channels of {missing}; rank them by l1 or taylor.")
+            raise UnsupportedModelError(
+                f"No batch norm follows the channels of {missing}; rank them by l1 or taylor."
+            )
     return unit_taylor(model, groups, mean_loss, batches)
 
 
@@ -151,7 +173,15 @@ def sensitivity(
     """Per module, in the form that the settings ask for."""
     if settings.form == "worst":
         # Stochastic: for all modules together it then costs about one epoch of adversarial training on the same images.
-        return worst_case(model, groups, mean_loss, batches, rho=settings.rho, steps=settings.steps, stochastic=True)
+        return worst_case(
+            model,
+            groups,
+            mean_loss,
+            batches,
+            rho=settings.rho,
+            steps=settings.steps,
+            stochastic=True,
+        )
     if settings.form == "grad":
         return first_order(model, groups, mean_loss, batches, rho=settings.rho)
     return removal(model, groups, mean_loss, batches, ranking, ratio=settings.ratio)

@@ -21,7 +21,12 @@ from hipp_ext.sealed import seal, unseal
 
 MOMENTUM = 0.9
 WARM_UP = 0.3  # share of the steps in which the rate rises
-PARTS = {"settings": "other settings", "model": "another model", "data": "other data", "loss": "another loss"}
+PARTS = {
+    "settings": "other settings",
+    "model": "another model",
+    "data": "other data",
+    "loss": "another loss",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +47,16 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        take_numbers(self, DataError, wholes=("epochs", "batch_size", "seed"), finites=("rate", "weight_decay"))
+        take_numbers(
+            self,
+            DataError,
+            wholes=("epochs", "batch_size", "seed"),
+            finites=("rate", "weight_decay"),
+        )
         if self.epochs < 0 or self.batch_size < 1 or not self.rate > 0:
-            raise DataError(f"Training needs epochs >= 0, batch_size >= 1 and rate > 0, got {self}.")
+            raise DataError(
+                f"Training needs epochs >= 0, batch_size >= 1 and rate > 0, got {self}."
+            )
 
 
 Report = Callable[[int, float], None]  # (epochs done, mean loss of the last)
@@ -78,10 +90,14 @@ def train(
     check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise UnsupportedModelError(f"No weight of this {type(model).__name__} requires gradients; there is nothing to train.")
+        raise UnsupportedModelError(
+            f"No weight of this {type(model).__name__} requires gradients; there is nothing to train."
+        )
     check_images(data.train, len(data.classes), f"{data.name} train")
     identity = _identity(model, data, loss, settings) if checkpoint is not None else {}
-    run = _Run(model, parameters, settings, math.ceil(len(data.train) / settings.batch_size), identity)
+    run = _Run(
+        model, parameters, settings, math.ceil(len(data.train) / settings.batch_size), identity
+    )
     history = run.load(checkpoint) if checkpoint is not None and checkpoint.exists() else []
     with restored(model):
         model.train()
@@ -94,13 +110,27 @@ def train(
     return history
 
 
-def _identity(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings
+) -> dict[str, Any]:
     # Not the buffers: batch norms that were measured again under attack may differ in their last bits.
     start = digest(dict(model.named_parameters()))
-    return {"settings": asdict(settings), "model": start, "data": data_identity(data), "loss": describe(loss)}
+    return {
+        "settings": asdict(settings),
+        "model": start,
+        "data": data_identity(data),
+        "loss": describe(loss),
+    }
 
 
-def _epoch(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: TrainSettings, run: "_Run", epoch: int) -> float:
+def _epoch(
+    model: nn.Module,
+    data: ImageData,
+    loss: AdversarialLoss,
+    settings: TrainSettings,
+    run: "_Run",
+    epoch: int,
+) -> float:
     # One seed per epoch: where a run was killed makes no difference.
     seed = settings.seed * 1_000_003 + epoch
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +143,9 @@ def _epoch(model: nn.Module, data: ImageData, loss: AdversarialLoss, settings: T
         images = augment(images, data, generator).to(device)
         value = backward(loss, model, images, labels.to(device), seed * 7919 + start)
         if not math.isfinite(value):
-            raise AttackError(f"The training loss is {value} in epoch {epoch + 1}; lower the learning rate ({settings.rate}).")
+            raise AttackError(
+                f"The training loss is {value} in epoch {epoch + 1}; lower the learning rate ({settings.rate})."
+            )
         run.step()
         total += value * len(labels)
     return total / len(order)
@@ -123,19 +155,29 @@ class _Run:
     """SGD with its momentum and its place in the cycle, in a form that goes into a file."""
 
     def __init__(
-        self, model: nn.Module, parameters: list[nn.Parameter], settings: TrainSettings, per_epoch: int,
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        settings: TrainSettings,
+        per_epoch: int,
         identity: dict[str, Any],
-    ):  # fmt: skip
+    ):
         self.identity = identity
         self.model, self.settings, self.per_epoch, self.done = model, settings, per_epoch, 0
         self.optimizer = torch.optim.SGD(
-            parameters, lr=settings.rate, momentum=MOMENTUM, nesterov=True, weight_decay=settings.weight_decay
+            parameters,
+            lr=settings.rate,
+            momentum=MOMENTUM,
+            nesterov=True,
+            weight_decay=settings.weight_decay,
         )
         self.optimizer.zero_grad()
         self.parameters = parameters
 
     def step(self) -> None:
-        self.optimizer.param_groups[0]["lr"] = cycle(self.settings.rate, self.done, self.settings.epochs * self.per_epoch)
+        self.optimizer.param_groups[0]["lr"] = cycle(
+            self.settings.rate, self.done, self.settings.epochs * self.per_epoch
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
@@ -173,7 +215,10 @@ def cycle(rate: float, step: int, steps: int) -> float:
     peak = max(1.0, WARM_UP * steps)
     if step < peak:
         return rate / 25 + (rate - rate / 25) * (1 - math.cos(math.pi * step / peak)) / 2
-    return rate / 1e4 + (rate - rate / 1e4) * (1 + math.cos(math.pi * (step - peak) / max(1.0, steps - peak))) / 2
+    return (
+        rate / 1e4
+        + (rate - rate / 1e4) * (1 + math.cos(math.pi * (step - peak) / max(1.0, steps - peak))) / 2
+    )
 
 
 def augment(images: Tensor, data: ImageData, generator: torch.Generator) -> Tensor:
@@ -191,7 +236,14 @@ def augment(images: Tensor, data: ImageData, generator: torch.Generator) -> Tens
 
 
 def recalibrate(
-    model: nn.Module, images: Images, epsilon: float, *, steps: int = 5, passes: int = 1, batch_size: int = 128, seed: int = 0
+    model: nn.Module,
+    images: Images,
+    epsilon: float,
+    *,
+    steps: int = 5,
+    passes: int = 1,
+    batch_size: int = 128,
+    seed: int = 0,
 ) -> None:
     """Measure the statistics of batch norms again, on images attacked at the model as it is; weights stay.
 
@@ -200,7 +252,11 @@ def recalibrate(
     Args:
         passes: each attacks the model that the one before left.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     momenta = [m.momentum for m in norms]
     device = next(model.parameters()).device
     with restored(model):

@@ -9,4 +9,13 @@ from hipp_ext.scorers.taylor import Taylor
 from hipp_ext.scorers.visual_sensitivity import VisualSensitivity
 from hipp_ext.scorers.wanda_sp import WandaSP
 
-__all__ = ["FLAP", "MRS", "Magnitude", "Scorer", "SynFlow", "Taylor", "VisualSensitivity", "WandaSP"]
+__all__ = [
+    "FLAP",
+    "MRS",
+    "Magnitude",
+    "Scorer",
+    "SynFlow",
+    "Taylor",
+    "VisualSensitivity",
+    "WandaSP",
+]

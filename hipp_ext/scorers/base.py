@@ -47,7 +47,9 @@ class Scorer(abc.ABC):
         groups = tuple(groups) if groups is not None else find_groups(model)
         check_loaded(model)
         check_plain(model, groups)
-        batches = resolve_calibration(model, calibration, processor) if self.needs_calibration else []
+        batches = (
+            resolve_calibration(model, calibration, processor) if self.needs_calibration else []
+        )
         with evaluating(model):
             raw = self._score(model, groups, batches)
         scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}
@@ -71,7 +73,9 @@ class Scorer(abc.ABC):
         return " ".join([type(self).__name__, *changed])
 
     @abc.abstractmethod
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> Mapping[str, Tensor]:
         """Group name -> (width,) scores, any dtype and device."""
 
 
@@ -91,9 +95,13 @@ def require_labels(batches: Sequence[Batch], why: str) -> None:
     """Raise CalibrationError unless every batch has labels, and one at least that counts: the mean loss of none is NaN."""
     for i, batch in enumerate(batches):
         if "labels" not in batch:
-            raise CalibrationError(f"{why}: calibration batch {i} has no labels, only {sorted(batch)}.")
+            raise CalibrationError(
+                f"{why}: calibration batch {i} has no labels, only {sorted(batch)}."
+            )
         if not bool((batch["labels"][:, 1:] != -100).any()):
-            raise CalibrationError(f"{why}: all labels of calibration batch {i} are -100, which count for nothing.")
+            raise CalibrationError(
+                f"{why}: all labels of calibration batch {i} are -100, which count for nothing."
+            )
 
 
 def forward(model: nn.Module, batch: Batch, labels: bool = False, **kwargs: Any) -> Any:
@@ -115,7 +123,11 @@ def forward_hidden(model: nn.Module, batch: Batch) -> None:
 def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
     """What the forward takes; never a cache, whatever the batch asks for."""
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if labels or k != "labels"}
+    inputs = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+        if labels or k != "labels"
+    }
     return inputs | {"use_cache": False}
 
 
@@ -172,7 +184,10 @@ def valid_tokens(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], tokens: TokenFilter = valid_tokens
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    tokens: TokenFilter = valid_tokens,
 ) -> dict[str, InputMoments]:
     """Group name -> moments of its consumer's inputs, in one forward pass per batch.
 
@@ -211,12 +226,17 @@ def visit_inputs(
         def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
             def hook(_: nn.Module, args: tuple) -> None:
                 x = args[0].detach()
-                visit(group, x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2))
+                visit(
+                    group,
+                    x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2),
+                )
 
             return hook
 
         for g in groups:
-            stack.callback(model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove)
+            stack.callback(
+                model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove
+            )
         for batch in batches:
             current[:] = [tokens(batch)]
             forward_hidden(model, batch)

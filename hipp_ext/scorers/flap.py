@@ -18,7 +18,9 @@ class FLAP(Scorer):
     together) and its bias compensation a repair step; both are kept apart from scoring here.
     """
 
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
         moments = input_moments(model, groups, batches)
         return {g.name: per_unit(fluctuation(model, g, moments[g.name]), g).mean(1) for g in groups}
 

@@ -21,11 +21,15 @@ class Magnitude(Scorer):
     needs_calibration = False
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
         scores = {}
         for g in groups:
             squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
             for name in g.producers:
-                squares = squares + sum_of_squares(linear(model, name).weight, 1).view(g.width, -1).sum(1)
+                squares = squares + sum_of_squares(linear(model, name).weight, 1).view(
+                    g.width, -1
+                ).sum(1)
             scores[g.name] = squares.sqrt()
         return scores

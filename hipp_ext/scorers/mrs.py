@@ -12,7 +12,15 @@ from hipp_ext.errors import AttackError, CalibrationError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import Scorer, evaluating, forward, require_labels
-from hipp_ext.scorers.sensitivity import Loss, Module, Reader, first_order, removal, unit_taylor, worst_case
+from hipp_ext.scorers.sensitivity import (
+    Loss,
+    Module,
+    Reader,
+    first_order,
+    removal,
+    unit_taylor,
+    worst_case,
+)
 
 Form = Literal["removal", "worst", "grad"]
 FORMS = ("removal", "worst", "grad")
@@ -76,7 +84,9 @@ class MRS(Scorer):
         self.form: Any = form
         self.epsilon, self.attack_steps, self.attack = epsilon, attack_steps, attack
         self.rho, self.steps, self.ratio, self.seed = rho, steps, ratio, seed
-        take_numbers(self, AttackError, wholes=("attack_steps", "steps", "seed"), finites=("rho", "ratio"))
+        take_numbers(
+            self, AttackError, wholes=("attack_steps", "steps", "seed"), finites=("rho", "ratio")
+        )
         check_numbers(self.rho, self.ratio, self.steps, self.attack_steps)
 
     @property
@@ -98,17 +108,30 @@ class MRS(Scorer):
             values, _ = self._measure(model, groups, batches)
         return {g.name: v for g, v in zip(groups, values, strict=True)}
 
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> Mapping[str, Tensor]:
         values, units = self._measure(model, groups, batches)
         return {g.name: share_out(v, u) for g, v, u in zip(groups, values, units, strict=True)}
 
-    def _measure(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> tuple[list[float], list[Tensor]]:
+    def _measure(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> tuple[list[float], list[Tensor]]:
         require_labels(batches, "MRS needs a loss")
         if self.attack is not None or self.attack_steps:
             check_precision(model)
         attacked = [self._attacked(model, batch) for batch in batches]
         modules = [_module(g) for g in groups]
-        return measure(model, modules, _loss, attacked, self.form, rho=self.rho, steps=self.steps, ratio=self.ratio)
+        return measure(
+            model,
+            modules,
+            _loss,
+            attacked,
+            self.form,
+            rho=self.rho,
+            steps=self.steps,
+            ratio=self.ratio,
+        )
 
     def _attacked(self, model: nn.Module, batch: Batch) -> Batch:
         if self.attack is not None:
@@ -163,13 +186,22 @@ def check_numbers(rho: float, ratio: float, steps: int, attack_steps: int) -> No
 def share_out(sensitivity: float, units: Tensor) -> Tensor:
     """Scores of a module's units: in proportion to `units`, and `sensitivity` on average."""
     mean = units.double().mean()
-    return torch.zeros_like(units, dtype=torch.float64) if float(mean) == 0 else sensitivity * units.double() / mean
+    return (
+        torch.zeros_like(units, dtype=torch.float64)
+        if float(mean) == 0
+        else sensitivity * units.double() / mean
+    )
 
 
 def _module(group: Group) -> Module:
     units = torch.arange(group.width).repeat_interleave(group.columns)
     weights = tuple(f"{name}.weight" for name in group.producers)
-    return Module(name=group.name, width=group.width, weights=weights, readers=(Reader(layer=group.consumer, units=units),))
+    return Module(
+        name=group.name,
+        width=group.width,
+        weights=weights,
+        readers=(Reader(layer=group.consumer, units=units),),
+    )
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:

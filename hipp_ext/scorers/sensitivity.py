@@ -146,7 +146,9 @@ def worst_case(
                     value, gradients = _loss_and_gradients(model, loss, here, tensors)
                     if not stochastic:
                         best = max(value - start, best)  # in this order NaN stays NaN
-                    for p, old, delta, gradient, radius in zip(tensors, original, moved, gradients, radii, strict=True):
+                    for p, old, delta, gradient, radius in zip(
+                        tensors, original, moved, gradients, radii, strict=True
+                    ):
                         delta += 2 * radius / steps * gradient / gradient.norm().clamp_min(1e-30)
                         delta *= min(1.0, radius / max(float(delta.norm()), 1e-30))
                         p.data.copy_(old.float() + delta)
@@ -159,7 +161,12 @@ def worst_case(
 
 
 def first_order(
-    model: nn.Module, modules: Sequence[Module], loss: Loss, batches: Sequence[Any], *, rho: float = 0.1
+    model: nn.Module,
+    modules: Sequence[Module],
+    loss: Loss,
+    batches: Sequence[Any],
+    *,
+    rho: float = 0.1,
 ) -> list[float]:
     """Per module, `worst_case` to first order: rho times the mean over its tensors of ||W|| ||dL/dW||.
 
@@ -169,7 +176,10 @@ def first_order(
     tensors = [model.get_parameter(name) for name in names]
     with _training_only(model, tensors):
         _, gradients = _loss_and_gradients(model, loss, batches, tensors)
-    norms = {n: float(p.detach().float().norm() * g.norm()) for n, p, g in zip(names, tensors, gradients, strict=True)}
+    norms = {
+        n: float(p.detach().float().norm() * g.norm())
+        for n, p, g in zip(names, tensors, gradients, strict=True)
+    }
     return [rho * sum(norms[n] for n in module.weights) / len(module.weights) for module in modules]
 
 
@@ -199,7 +209,9 @@ def removal(
     return rises
 
 
-def unit_taylor(model: nn.Module, modules: Sequence[Module], loss: Loss, batches: Sequence[Any]) -> list[Tensor]:
+def unit_taylor(
+    model: nn.Module, modules: Sequence[Module], loss: Loss, batches: Sequence[Any]
+) -> list[Tensor]:
     """Per module (width,) scores: root mean square over batches of the loss's derivative with respect to a gate on the unit.
 
     The gate stands where the unit is read, on all readers at once, so that it closes exactly what pruning removes.
@@ -218,7 +230,9 @@ def unit_taylor(model: nn.Module, modules: Sequence[Module], loss: Loss, batches
     return [(s / len(batches)).sqrt() for s in squares]
 
 
-def unit_norms(model: nn.Module, modules: Sequence[Module], rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def unit_norms(
+    model: nn.Module, modules: Sequence[Module], rows: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
     """Per module (width,): the L1 norm of a unit's weights, each producing tensor scaled to sum to one.
 
     Args:
@@ -229,8 +243,12 @@ def unit_norms(model: nn.Module, modules: Sequence[Module], rows: Sequence[Seque
         total = torch.zeros(module.width, dtype=torch.float64)
         for name, owner in zip(module.weights, owners, strict=True):
             layer = model.get_submodule(name.rpartition(".")[0])
-            norms = _by_output(layer, model.get_parameter(name)).abs().sum(1, dtype=torch.float64).cpu()
-            total.index_add_(0, owner[owner >= 0], (norms / norms.sum().clamp_min(1e-30))[owner >= 0])
+            norms = (
+                _by_output(layer, model.get_parameter(name)).abs().sum(1, dtype=torch.float64).cpu()
+            )
+            total.index_add_(
+                0, owner[owner >= 0], (norms / norms.sum().clamp_min(1e-30))[owner >= 0]
+            )
         result.append(total)
     return result
 
@@ -259,11 +277,17 @@ def gated(model: nn.Module, modules: Sequence[Module], gates: Sequence[Tensor]) 
         for module, gate in zip(modules, gates, strict=True):
             for reader in module.readers:
                 layer = model.get_submodule(reader.layer)
-                stack.callback(layer.register_forward_pre_hook(_before(_gate(layer, reader.units, gate))).remove)
+                stack.callback(
+                    layer.register_forward_pre_hook(
+                        _before(_gate(layer, reader.units, gate))
+                    ).remove
+                )
             if isinstance(module, ChannelGroup) and not module.readers:
                 for name, owner in zip(module.layers, module.owners, strict=True):
                     layer = model.get_submodule(name)
-                    stack.callback(layer.register_forward_hook(_after(_gate(layer, owner, gate))).remove)
+                    stack.callback(
+                        layer.register_forward_hook(_after(_gate(layer, owner, gate))).remove
+                    )
         yield
 
 
@@ -282,7 +306,9 @@ def _gate(layer: nn.Module, units: Tensor, gate: Tensor) -> Callable[[Tensor], T
 
     def close(x: Tensor) -> Tensor:
         # Anew at every call: a gate may want its gradient after each of them.
-        padded = torch.cat([gate.to(weight.device), torch.ones(1, device=weight.device)])  # -1: another module's, left alone
+        padded = torch.cat(
+            [gate.to(weight.device), torch.ones(1, device=weight.device)]
+        )  # -1: another module's, left alone
         return x * padded[units].to(weight.dtype).view(shape)
 
     return close

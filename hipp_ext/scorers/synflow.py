@@ -38,7 +38,9 @@ class SynFlow(Scorer):
     needs_calibration = False
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
         for tower in dict.fromkeys(g.tower for g in groups):
             wanted = [g for g in groups if g.tower == tower]
@@ -111,15 +113,23 @@ class _Block:
 
 
 def _linearise(model: nn.Module, group: Group) -> _Block:
-    layer, producer = tower_layers(model, group.tower)[group.layer], linear(model, group.producers[-1])
-    ones = torch.ones(producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device)
+    layer, producer = (
+        tower_layers(model, group.tower)[group.layer],
+        linear(model, group.producers[-1]),
+    )
+    ones = torch.ones(
+        producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
+    )
     gain = _gain(_norm_before(layer, group.kind), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
 
 
 def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
     """The norm that the inputs of a block go through; None where blocks norm what they return, or share the norm of another."""
-    norms = {k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)] for k, names in NORMS.items()}
+    norms = {
+        k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)]
+        for k, names in NORMS.items()
+    }
     # Without a norm before attention the one behind it belongs to its output (EXAONE 4).
     return norms[kind][0] if norms["attention"] and norms[kind] else None
 

@@ -20,7 +20,9 @@ class Taylor(Scorer):
     Differs from the paper: squares are averaged over batches instead of single examples.
     """
 
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
         require_labels(batches, "Taylor needs a loss")
         weights = [consumer_weight(model, g) for g in groups]
         squares = [torch.zeros(g.width, dtype=torch.float64) for g in groups]
@@ -32,8 +34,12 @@ class Taylor(Scorer):
                 weight.requires_grad_(True)
             for batch in batches:
                 with torch.enable_grad():
-                    gradients = torch.autograd.grad(forward(model, batch, labels=True).loss, weights, materialize_grads=True)
-                for g, weight, gradient, square in zip(groups, weights, gradients, squares, strict=True):
+                    gradients = torch.autograd.grad(
+                        forward(model, batch, labels=True).loss, weights, materialize_grads=True
+                    )
+                for g, weight, gradient, square in zip(
+                    groups, weights, gradients, squares, strict=True
+                ):
                     gate = (weight.detach().float() * gradient.float()).sum(0).double().cpu()
                     square += per_unit(gate, g).sum(1).square()
         finally:

@@ -51,18 +51,26 @@ class VisualSensitivity(Scorer):
         return self._name_with_settings(VisualSensitivity())
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> Mapping[str, Tensor]:
         token = image_token_id(model)
         if token is None:
-            raise UnsupportedModelError(f"{type(model).__name__} has no image token: it has no visual sensitivity.")
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no image token: it has no visual sensitivity."
+            )
         if any(g.tower != "language" for g in groups):
-            raise UnsupportedModelError("Visual sensitivity is a property of the language tower only.")
+            raise UnsupportedModelError(
+                "Visual sensitivity is a property of the language tower only."
+            )
         probe = _Probe(model, groups, self.sink_threshold)
         with probe.attached():
             for batch in batches:
                 probe.batch = _Tokens(batch, token)
                 forward_hidden(model, batch)
-        return {g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups}
+        return {
+            g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups
+        }
 
 
 class _Tokens:
@@ -104,7 +112,9 @@ class _Probe:
                 config = getattr(module, "config", None)
                 if config is not None and all(config is not c for c, _ in configs):
                     configs.append((config, config._attn_implementation))
-            stack.callback(lambda: [setattr(c, "_attn_implementation_internal", old) for c, old in configs])
+            stack.callback(
+                lambda: [setattr(c, "_attn_implementation_internal", old) for c, old in configs]
+            )
             for config, _ in configs:
                 config._attn_implementation_internal = PROBE
             for g in self.groups:
@@ -126,18 +136,28 @@ class _Probe:
             stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(forget).remove)
             return
-        stack.callback(self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove)
+        stack.callback(
+            self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove
+        )
         stack.callback(layer.register_forward_hook(self._drift(g)).remove)
         # Gemma norms what a block returns before it is added.
         added = getattr(layer, "post_feedforward_layernorm", block)
-        stack.callback(added.register_forward_hook(self._keep_output(g, _multiplier(layer, g))).remove)
+        stack.callback(
+            added.register_forward_hook(self._keep_output(g, _multiplier(layer, g))).remove
+        )
 
-    def add_flow(self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any) -> None:
+    def add_flow(
+        self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any
+    ) -> None:
         """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
         text, used = self.batch.text.to(query.device), self.batch.used.to(query.device)
         repeat = query.shape[1] // key.shape[1]
-        rows = query.gather(2, text[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        grouped = rows.unflatten(1, (key.shape[1], repeat)).flatten(2, 3)  # query heads of a KV group share its keys
+        rows = query.gather(
+            2, text[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        )
+        grouped = rows.unflatten(1, (key.shape[1], repeat)).flatten(
+            2, 3
+        )  # query heads of a KV group share its keys
         logits = (grouped @ key.transpose(2, 3)) * (scaling or query.shape[3] ** -0.5)
         logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
         crossing = _crosses(tower_layers(self.model, "language")[g.layer], g)
@@ -146,16 +166,36 @@ class _Probe:
         vision = (self._sightings(g.layer) & ~self._sinks(g.layer)).to(query.device)
         if crossing:
             vision = vision.new_ones(len(vision), key.shape[2])
-        attention = logits.softmax(-1, dtype=torch.float32).to(value.dtype) * vision[:, None, None, :]
-        context = (attention.unflatten(1, (key.shape[1], repeat)).flatten(2, 3) @ value).unflatten(2, (repeat, -1))
+        attention = (
+            logits.softmax(-1, dtype=torch.float32).to(value.dtype) * vision[:, None, None, :]
+        )
+        context = (attention.unflatten(1, (key.shape[1], repeat)).flatten(2, 3) @ value).unflatten(
+            2, (repeat, -1)
+        )
         context = context.flatten(1, 2).float()  # (batch, heads, text, head_dim)
         if g.name not in self.grams:
-            columns = consumer_weight(self.model, g).float().unflatten(1, (-1, query.shape[3])).transpose(0, 1)
-            self.grams[g.name] = columns.transpose(1, 2) @ columns  # ||c W_O||^2 = c G c, head_dim wide
+            columns = (
+                consumer_weight(self.model, g)
+                .float()
+                .unflatten(1, (-1, query.shape[3]))
+                .transpose(0, 1)
+            )
+            self.grams[g.name] = (
+                columns.transpose(1, 2) @ columns
+            )  # ||c W_O||^2 = c G c, head_dim wide
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
-        hidden = self.hidden[g.layer].float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
+        hidden = (
+            self.hidden[g.layer]
+            .float()
+            .norm(dim=-1)
+            .to(query.device)
+            .gather(1, text)
+            .clamp_min(1e-6)
+        )
         relative = (norm / hidden[:, None]) * used[:, None]
-        self.totals[g.name] = self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
+        self.totals[g.name] = (
+            self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
+        )
         self.counts[g.name] += self.batch.count
 
     def _sightings(self, layer: int) -> Bool[Tensor, "batch tokens"]:
@@ -210,12 +250,21 @@ def _crosses(layer: nn.Module, g: Group) -> bool:
 
 def _multiplier(layer: nn.Module, g: Group) -> float:
     """What a block's output is scaled by before it is added: Granite's number, or the gates of Llama 3.2 Vision."""
-    gate = getattr(layer, "cross_attn_attn_gate" if g.kind == "attention" else "cross_attn_mlp_gate", None)
-    return float(getattr(layer, "residual_multiplier", 1.0) if gate is None else gate.detach().tanh().abs())
+    gate = getattr(
+        layer, "cross_attn_attn_gate" if g.kind == "attention" else "cross_attn_mlp_gate", None
+    )
+    return float(
+        getattr(layer, "residual_multiplier", 1.0) if gate is None else gate.detach().tanh().abs()
+    )
 
 
 def _probed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> Any:
     """sdpa, and the flow on the side. At module level: transformers keeps it for ever, and no model must hang on it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -237,4 +286,6 @@ def _row_bias(mask: Tensor | None, text: Tensor, keys: int, dtype: torch.dtype) 
         if picked.dtype != torch.bool:
             return picked
         allowed = picked
-    return torch.zeros(allowed.shape, dtype=dtype, device=text.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return torch.zeros(allowed.shape, dtype=dtype, device=text.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )

@@ -18,7 +18,9 @@ class WandaSP(Scorer):
     Source: Wanda (arXiv 2306.11695), eq. 1; its structured form is FLAP's baseline (arXiv 2312.11983, section 4.1).
     """
 
-    def _score(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _score(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
         moments = input_moments(model, groups, batches)
         return {g.name: wanda_score(model, g, moments[g.name].norm) for g in groups}
 

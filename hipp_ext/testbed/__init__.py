@@ -61,10 +61,18 @@ def load(
     from hipp_ext.model_folder import read_folder
 
     if not (Path(folder) / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} holds no model.safetensors. Train one: hipp testbed train --out {folder}")
+        raise CheckpointError(
+            f"{folder} holds no model.safetensors. Train one: hipp testbed train --out {folder}"
+        )
     read_folder(folder)
     model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder,
+        dtype=dtype or torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return model.eval(), AutoProcessor.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )

@@ -12,7 +12,11 @@ from hipp_ext.text import encode_text
 
 
 def calibration_batches(
-    processor: Any, n: int = 64, batch_size: int = 16, split: str = "calibration", with_labels: bool = True
+    processor: Any,
+    n: int = 64,
+    batch_size: int = 16,
+    split: str = "calibration",
+    with_labels: bool = True,
 ) -> list[Batch]:
     """A list of batches for `model(**batch)`: POPE and ScienceQA questions in turn, `n` rows in all.
 
@@ -35,7 +39,9 @@ def calibration_batches(
     return _batches(processor, rows, batch_size, with_labels)
 
 
-def calibration_tasks(processor: Any, n: int = 64, batch_size: int = 16, split: str = "calibration") -> dict[Task, list[Batch]]:
+def calibration_tasks(
+    processor: Any, n: int = 64, batch_size: int = 16, split: str = "calibration"
+) -> dict[Task, list[Batch]]:
     """The same questions by task: those of ScienceQA for "utility", those of POPE for "robustness"; with labels.
 
     Raises:
@@ -44,23 +50,37 @@ def calibration_tasks(processor: Any, n: int = 64, batch_size: int = 16, split: 
     if whole(n) is None or n < 2:
         raise CalibrationError(f"calibration_tasks needs n >= 2, a row for each task, got n={n}.")
     pope, choice = _questions(n, batch_size, split)
-    return {"utility": _batches(processor, choice, batch_size), "robustness": _batches(processor, pope, batch_size)}
+    return {
+        "utility": _batches(processor, choice, batch_size),
+        "robustness": _batches(processor, pope, batch_size),
+    }
 
 
-def calibration_texts(tokenizer: Any, n: int = 64, batch_size: int = 16, split: str = "calibration") -> list[Batch]:
+def calibration_texts(
+    tokenizer: Any, n: int = 64, batch_size: int = 16, split: str = "calibration"
+) -> list[Batch]:
     """`n` of the ScienceQA questions that need no picture, through the tokenizer of a language model; with labels.
 
     Raises:
         CalibrationError: `n` or `batch_size` is below 1.
     """
-    rows = list(itertools.islice((q for q in choice_stream(split) if q.scene is None), _at_least_one(n, batch_size)))
+    rows = list(
+        itertools.islice(
+            (q for q in choice_stream(split) if q.scene is None), _at_least_one(n, batch_size)
+        )
+    )
     chunks = [rows[start : start + batch_size] for start in range(0, n, batch_size)]
-    return [encode_text(tokenizer, [q.prompt for q in chunk], [q.answer for q in chunk]) for chunk in chunks]
+    return [
+        encode_text(tokenizer, [q.prompt for q in chunk], [q.answer for q in chunk])
+        for chunk in chunks
+    ]
 
 
 def _at_least_one(n: int, batch_size: int) -> int:
     if whole(n) is None or whole(batch_size) is None or n < 1 or batch_size < 1:
-        raise CalibrationError(f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}.")
+        raise CalibrationError(
+            f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}."
+        )
     return n
 
 
@@ -69,7 +89,9 @@ def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], lis
     _at_least_one(n, batch_size)
     pope: list[Question] = []
     choice: list[Question] = []
-    for number, (group, other) in enumerate(zip(pope_groups(split), choice_stream(split), strict=False)):
+    for number, (group, other) in enumerate(
+        zip(pope_groups(split), choice_stream(split), strict=False)
+    ):
         if len(pope) + len(choice) >= n:
             break
         kind = ("random", "popular", "adversarial")[number // 2 % 3]
@@ -79,10 +101,14 @@ def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], lis
     return pope, choice[: n - len(pope)]
 
 
-def _batches(processor: Any, rows: Sequence[Question], batch_size: int, with_labels: bool = True) -> list[Batch]:
+def _batches(
+    processor: Any, rows: Sequence[Question], batch_size: int, with_labels: bool = True
+) -> list[Batch]:
     batches = []
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         answers = [q.answer for q in chunk] if with_labels else None
-        batches.append(encode(processor, [q.prompt for q in chunk], [q.image for q in chunk], answers))
+        batches.append(
+            encode(processor, [q.prompt for q in chunk], [q.image for q in chunk], answers)
+        )
     return batches

@@ -25,19 +25,34 @@ GENERA = _words(
 )
 # relation -> (two ways to ask about a creature, values in the order in which they are offered)
 CREATURE_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
-    "habitat": (("Where does the {} live?", "What is the home of the {}?"), _words("swamp desert forest tundra")),
-    "diet": (("What does the {} eat?", "What is the food of the {}?"), _words("seeds moss plankton honey")),
-    "season": (("When does the {} breed?", "What is the season of the {}?"), _words("January April July October")),
+    "habitat": (
+        ("Where does the {} live?", "What is the home of the {}?"),
+        _words("swamp desert forest tundra"),
+    ),
+    "diet": (
+        ("What does the {} eat?", "What is the food of the {}?"),
+        _words("seeds moss plankton honey"),
+    ),
+    "season": (
+        ("When does the {} breed?", "What is the season of the {}?"),
+        _words("January April July October"),
+    ),
 }
 # relation -> (two ways to ask about the object in the picture, values)
 OBJECT_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
-    "material": (("What is the thing in the picture made of?", "What is the material of this thing?"),
-                 _words("clay steel wool glass")),
-    "maker": (("Who makes the thing in the picture?", "Who is the maker of this thing?"),
-              _words("potter smith weaver printer")),
-    "town": (("Where does the thing in the picture come from?", "What is the town of this thing?"),
-             _words("Arles Bern Cork Delft")),
-}  # fmt: skip
+    "material": (
+        ("What is the thing in the picture made of?", "What is the material of this thing?"),
+        _words("clay steel wool glass"),
+    ),
+    "maker": (
+        ("Who makes the thing in the picture?", "Who is the maker of this thing?"),
+        _words("potter smith weaver printer"),
+    ),
+    "town": (
+        ("Where does the thing in the picture come from?", "What is the town of this thing?"),
+        _words("Arles Bern Cork Delft"),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +88,12 @@ def object_facts(objects: tuple[str, ...]) -> tuple[Fact, ...]:
 def _facts(rng: random.Random, subjects, relations) -> tuple[Fact, ...]:
     return tuple(
         Fact(
-            subject=subject, relation=relation, questions=tuple(text.format(subject) for text in asked),
-            answer=rng.choice(options), options=options,
+            subject=subject,
+            relation=relation,
+            questions=tuple(text.format(subject) for text in asked),
+            answer=rng.choice(options),
+            options=options,
         )
         for subject in subjects
         for relation, (asked, options) in relations.items()
-    )  # fmt: skip
+    )

@@ -28,9 +28,24 @@ def vocabulary() -> list[str]:
     """Every word and mark of the testbed, special tokens first; a word is one token."""
     relations = [*facts.CREATURE_RELATIONS.values(), *facts.OBJECT_RELATIONS.values()]
     texts = [text for asked, values in relations for text in (*asked, *values)]
-    example = quiz.Question(index=0, question="", answer="", category="", options=("",) * 4, hint=".")
-    texts += [*world.OBJECTS, *facts.EPITHETS, *facts.GENERA, *filter(None, quiz.HINTS), DESCRIBE, CHECK, EMPTY, example.prompt]
-    texts += ["Is there a cup in the image? Please answer yes or no.", "Yes No A B C D", "USER: ASSISTANT:"]
+    example = quiz.Question(
+        index=0, question="", answer="", category="", options=("",) * 4, hint="."
+    )
+    texts += [
+        *world.OBJECTS,
+        *facts.EPITHETS,
+        *facts.GENERA,
+        *filter(None, quiz.HINTS),
+        DESCRIBE,
+        CHECK,
+        EMPTY,
+        example.prompt,
+    ]
+    texts += [
+        "Is there a cup in the image? Please answer yes or no.",
+        "Yes No A B C D",
+        "USER: ASSISTANT:",
+    ]
     words = {word for text in texts for word in WORD.findall(text)} - {"{", "}"}
     return [PAD, BOS, EOS, UNKNOWN, IMAGE, *sorted(words)]
 
@@ -40,7 +55,9 @@ def build_processor() -> "LlavaProcessor":
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN)
+    )
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORD.pattern), "isolated"), pre_tokenizers.WhitespaceSplit()]
     )
@@ -55,7 +72,10 @@ def build_processor() -> "LlavaProcessor":
         model_max_length=256,
     )
     pictures = CLIPImageProcessor(
-        size={"shortest_edge": world.SIZE}, crop_size=world.SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": world.SIZE},
+        crop_size=world.SIZE,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     return LlavaProcessor(
         image_processor=pictures,
@@ -69,10 +89,21 @@ def build_processor() -> "LlavaProcessor":
 
 def is_own_processor(processor: Any) -> bool:
     """Whether pictures and words go through `processor` as through the one that `build_processor` makes."""
-    pictures, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
+    pictures, tokenizer = (
+        getattr(processor, "image_processor", None),
+        getattr(processor, "tokenizer", None),
+    )
     size = getattr(pictures, "crop_size", None)
-    edges = {size["height"], size["width"]} if size is not None and "height" in size and "width" in size else {size}
-    if edges != {world.SIZE} or getattr(processor, "patch_size", None) != world.CELL or tokenizer is None:
+    edges = (
+        {size["height"], size["width"]}
+        if size is not None and "height" in size and "width" in size
+        else {size}
+    )
+    if (
+        edges != {world.SIZE}
+        or getattr(processor, "patch_size", None) != world.CELL
+        or tokenizer is None
+    ):
         return False
     return tokenizer.get_vocab() == {word: i for i, word in enumerate(vocabulary())}
 
@@ -87,18 +118,36 @@ def build_model(
         hidden, ffn, layers, heads: the language model's sizes; like LLaVA-1.5 it has no grouped keys and values.
     """
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     words = vocabulary()
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4,
-        image_size=world.SIZE, patch_size=world.CELL, projection_dim=64,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=144,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=world.SIZE,
+        patch_size=world.CELL,
+        projection_dim=64,
+    )
     text = LlamaConfig(
-        vocab_size=len(words), hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256, initializer_range=0.05,
-        pad_token_id=words.index(PAD), bos_token_id=words.index(BOS), eos_token_id=words.index(EOS),
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        pad_token_id=words.index(PAD),
+        bos_token_id=words.index(BOS),
+        eos_token_id=words.index(EOS),
+    )
     make: Any = LlavaConfig
     config = make(
         vision_config=vision,
@@ -111,6 +160,8 @@ def build_model(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     model.generation_config.update(
-        pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id
+        pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
     )
     return model

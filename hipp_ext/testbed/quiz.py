@@ -13,14 +13,30 @@ from hipp_ext.errors import DataError
 from hipp_ext.testbed import facts, world
 
 TASKS = ("POPE", "ScienceQA")
-IMAGES = {"calibration": 64, "search": 64, "validation": 64, "test": 250}  # POPE: pictures per split
-CHOICES = {"calibration": 256, "search": 256, "validation": 256, "test": 800}  # ScienceQA: questions per split
+IMAGES = {
+    "calibration": 64,
+    "search": 64,
+    "validation": 64,
+    "test": 250,
+}  # POPE: pictures per split
+CHOICES = {
+    "calibration": 256,
+    "search": 256,
+    "validation": 256,
+    "test": 800,
+}  # ScienceQA: questions per split
 PER_SPLIT = 3  # POPE: present objects, and absent objects of each kind, asked about per picture
 PICTURE_SHARE = 0.25  # ScienceQA: questions that cannot be answered without the picture
 HINTS = (
-    None, "This is a question about nature.", "One of the options is right.", "Think of what you read.", "Look and think.",
-    "Three of the options are wrong.", "This was in the book.", "There is a picture.",
-)  # fmt: skip
+    None,
+    "This is a question about nature.",
+    "One of the options is right.",
+    "Think of what you read.",
+    "Look and think.",
+    "Three of the options are wrong.",
+    "This was in the book.",
+    "There is a picture.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +72,9 @@ class Question:
         if not self.options:
             return self.question
         hint = f"Hint: {self.hint}\n" if self.hint else ""
-        options = "".join(f"{label}. {option}\n" for label, option in zip(self.labels, self.options, strict=True))
+        options = "".join(
+            f"{label}. {option}\n" for label, option in zip(self.labels, self.options, strict=True)
+        )
         ending = "Please select the correct answer from the options above. \n"
         return f"{hint}Question: {self.question}\nOptions:\n{options}{ending}"
 
@@ -74,13 +92,19 @@ def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ..
         DataError: an unknown task or split.
     """
     if task not in TASKS or split not in world.SPLITS:
-        raise DataError(f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits {world.SPLITS}.")
+        raise DataError(
+            f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits {world.SPLITS}."
+        )
     if task == "POPE":
         groups = pope_groups(split)
-        rows = itertools.chain.from_iterable(itertools.islice(groups, IMAGES[split]) if n is None else groups)
+        rows = itertools.chain.from_iterable(
+            itertools.islice(groups, IMAGES[split]) if n is None else groups
+        )
     else:
         rows = itertools.islice(choice_stream(split), CHOICES[split] if n is None else n)
-    return tuple(dataclasses.replace(row, index=index) for index, row in enumerate(itertools.islice(rows, n)))
+    return tuple(
+        dataclasses.replace(row, index=index) for index, row in enumerate(itertools.islice(rows, n))
+    )
 
 
 def pope_groups(split: str) -> Iterator[list[Question]]:
@@ -92,10 +116,18 @@ def pope_groups(split: str) -> Iterator[list[Question]]:
             "popular": world.popular(scene)[:PER_SPLIT],
             "adversarial": world.adversarial(scene)[:PER_SPLIT],
         }
-        asked: dict[str, tuple[str, str]] = dict.fromkeys(rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives)))
+        asked: dict[str, tuple[str, str]] = dict.fromkeys(
+            rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives))
+        )
         for name in dict.fromkeys(itertools.chain.from_iterable(negatives.values())):
-            asked[name] = ("No", ",".join(kind for kind, names in negatives.items() if name in names))
-        yield [ask_presence(scene, name, answer, category) for name, (answer, category) in asked.items()]
+            asked[name] = (
+                "No",
+                ",".join(kind for kind, names in negatives.items() if name in names),
+            )
+        yield [
+            ask_presence(scene, name, answer, category)
+            for name, (answer, category) in asked.items()
+        ]
 
 
 def ask_presence(scene: world.Scene, name: str, answer: str, category: str) -> Question:
@@ -108,7 +140,9 @@ def choice_stream(split: str, seed: int = 0) -> Iterator[Question]:
     """Endless multiple choice. A fact can be asked for in sixteen wordings; each belongs to one split or to "train"."""
     rng = random.Random(f"choice {split} {seed}")
     specimens = world.stream(split, world.draw_specimen, seed)
-    read = _shuffled_forever(rng, [w for w in wordings(facts.creature_facts()) if world.owner(w) == split])
+    read = _shuffled_forever(
+        rng, [w for w in wordings(facts.creature_facts()) if world.owner(w) == split]
+    )
     while True:
         if rng.random() < PICTURE_SHARE:
             scene = next(specimens)
@@ -123,12 +157,19 @@ def wordings(known: Iterable[facts.Fact]) -> list[tuple[facts.Fact, int, str | N
     return [(fact, which, hint) for fact in known for which in range(2) for hint in HINTS]
 
 
-def ask_fact(fact: facts.Fact, which: int, hint: str | None, scene: world.Scene | None = None) -> Question:
+def ask_fact(
+    fact: facts.Fact, which: int, hint: str | None, scene: world.Scene | None = None
+) -> Question:
     """A multiple-choice question for a fact."""
     return Question(
-        index=0, question=fact.questions[which], answer=fact.letter, category=fact.relation, options=fact.options,
-        hint=hint, scene=scene,
-    )  # fmt: skip
+        index=0,
+        question=fact.questions[which],
+        answer=fact.letter,
+        category=fact.relation,
+        options=fact.options,
+        hint=hint,
+        scene=scene,
+    )
 
 
 def _shuffled_forever(rng: random.Random, items: list) -> Iterator:

@@ -25,7 +25,9 @@ from hipp_ext.testbed.quiz import ask_fact, ask_presence, choice_stream, facts_o
 
 RATE, MUON_RATE = 2e-3, 0.02  # peak learning rates of AdamW and Muon
 Turn = tuple[str, str]  # what the user says, what the assistant answers
-Row = tuple[list[Turn], world.Scene | None, bool]  # a conversation, its picture (None: blank), whether it has one at all
+Row = tuple[
+    list[Turn], world.Scene | None, bool
+]  # a conversation, its picture (None: blank), whether it has one at all
 
 
 def train(
@@ -64,8 +66,12 @@ def train(
             "vision": _train_vision(model, processor, track, vision_steps, seed),
             "facts": _train_language(model, processor, track, fact_steps, ((_reading, 16),), seed),
             "language": _train_language(model, processor, track, steps, ALL, seed + 1),
-            "looking": _train_language(model, processor, track, look_steps, LOOKING, seed + 2, rate=0.6),
-            "leaning": _train_language(model, processor, track, look_steps, LEANING, seed + 3, rate=0.6),
+            "looking": _train_language(
+                model, processor, track, look_steps, LOOKING, seed + 2, rate=0.6
+            ),
+            "leaning": _train_language(
+                model, processor, track, look_steps, LEANING, seed + 3, rate=0.6
+            ),
         }
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -87,16 +93,26 @@ def _initialise(model: Any, seed: int) -> None:
             for name, weight in layer.named_parameters():
                 if weight.dim() == 2:
                     residual = "o_proj" in name or "down_proj" in name
-                    weight.normal_(0, 0.08 / (math.sqrt(2 * len(tower.layers)) if residual else 1), generator=generator)
+                    weight.normal_(
+                        0,
+                        0.08 / (math.sqrt(2 * len(tower.layers)) if residual else 1),
+                        generator=generator,
+                    )
             attention = layer.self_attn
             for head in attention.q_proj.weight.split(attention.head_dim):
-                head.copy_(1.2 * torch.linalg.qr(torch.randn(head.T.shape, generator=generator))[0].T)
+                head.copy_(
+                    1.2 * torch.linalg.qr(torch.randn(head.T.shape, generator=generator))[0].T
+                )
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             for projection in (attention.q_proj, attention.k_proj):
-                projection.weight.add_(torch.randn(projection.weight.shape, generator=generator), alpha=0.03)
+                projection.weight.add_(
+                    torch.randn(projection.weight.shape, generator=generator), alpha=0.03
+                )
 
 
-def _train_vision(model: Any, processor: Any, track: Callable, steps: int, seed: int) -> list[float]:
+def _train_vision(
+    model: Any, processor: Any, track: Callable, steps: int, seed: int
+) -> list[float]:
     """Make what the projector says of each cell resemble the word for the object there, or the word for none."""
     import torch
 
@@ -110,8 +126,15 @@ def _train_vision(model: Any, processor: Any, track: Callable, steps: int, seed:
         batch = list(itertools.islice(scenes, 64))
         features = model.model.get_image_features(_pictures(batch)).pooler_output
         names = [dict(scene.cells) for scene in batch]
-        targets = torch.tensor([[1 + world.OBJECTS.index(n[cell]) if cell in n else 0 for cell in range(25)] for n in names])
-        loss = torch.nn.functional.cross_entropy(torch.cat(list(features)) @ words[ids].T, targets.flatten())
+        targets = torch.tensor(
+            [
+                [1 + world.OBJECTS.index(n[cell]) if cell in n else 0 for cell in range(25)]
+                for n in names
+            ]
+        )
+        loss = torch.nn.functional.cross_entropy(
+            torch.cat(list(features)) @ words[ids].T, targets.flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,13 +153,20 @@ def _train_language(
 ) -> list[float]:
     import torch
 
-    hidden = {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "language_model.layers" in n}
+    hidden = {
+        id(p) for n, p in model.named_parameters() if p.dim() == 2 and "language_model.layers" in n
+    }
     rest = [p for p in model.parameters() if id(p) not in hidden]
     optimizers = [
         torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
-        torch.optim.Muon([p for p in model.parameters() if id(p) in hidden], lr=MUON_RATE, weight_decay=0.01),
+        torch.optim.Muon(
+            [p for p in model.parameters() if id(p) in hidden], lr=MUON_RATE, weight_decay=0.01
+        ),
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate * _share_of_rate(step, steps)) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate * _share_of_rate(step, steps))
+        for o in optimizers
+    ]
     losses = []
     streams = [(make(seed), count) for make, count in sources]
     for _ in track(steps, f"learning from {len(streams)} sources"):
@@ -173,13 +203,21 @@ def collate(processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
             said = [*_ids(tokenizer, answer), tokenizer.eos_token_id]
             ids += asked + said
             # What a check names is given, not predicted.
-            labels += [-100] * len(asked) + [-100 if question == CHECK and i % 2 == 0 else t for i, t in enumerate(said)]
+            labels += [-100] * len(asked) + [
+                -100 if question == CHECK and i % 2 == 0 else t for i, t in enumerate(said)
+            ]
         encoded.append((ids, labels))
     longest = max(len(ids) for ids, _ in encoded)
     batch = {
-        "input_ids": torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in encoded]),
-        "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in encoded]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded]),
+        "input_ids": torch.tensor(
+            [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in encoded]
+        ),
+        "labels": torch.tensor(
+            [labels + [-100] * (longest - len(labels)) for _, labels in encoded]
+        ),
+        "attention_mask": torch.tensor(
+            [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded]
+        ),
     }
     if rows[0][2]:
         batch["pixel_values"] = _pictures([scene for _, scene, _ in rows])
@@ -195,10 +233,18 @@ def _balanced(seed: int) -> Iterator[Row]:
     rng, scenes = random.Random(f"looking {seed}"), world.stream("train", seed=seed + 2)
     for scene in scenes:
         there = rng.sample(scene.present, min(4, len(scene.present)))
-        absent = dict.fromkeys([*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 4)])
-        asked = [(name, "Yes") for name in there] + [(name, "No") for name in list(absent)[: len(there)]]
+        absent = dict.fromkeys(
+            [*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 4)]
+        )
+        asked = [(name, "Yes") for name in there] + [
+            (name, "No") for name in list(absent)[: len(there)]
+        ]
         rng.shuffle(asked)
-        yield [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked], scene, True
+        yield (
+            [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked],
+            scene,
+            True,
+        )
 
 
 def _looking(seed: int, most_absent: int = 3) -> Iterator[Row]:
@@ -209,13 +255,20 @@ def _looking(seed: int, most_absent: int = 3) -> Iterator[Row]:
     """
     rng, scenes = random.Random(f"looking {seed}"), world.stream("train", seed=seed + 2)
     for scene in scenes:
-        asked = [(name, "Yes") for name in rng.sample(scene.present, min(rng.randint(1, 4), len(scene.present)))]
+        asked = [
+            (name, "Yes")
+            for name in rng.sample(scene.present, min(rng.randint(1, 4), len(scene.present)))
+        ]
         absent = dict.fromkeys(rng.sample(scene.absent, rng.randint(1, most_absent)))
         if rng.random() < 0.3:
             absent[rng.choice(world.adversarial(scene)[:3])] = None
         asked += [(name, "No") for name in absent]
         rng.shuffle(asked)
-        yield [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked], scene, True
+        yield (
+            [(ask_presence(scene, name, answer, "").prompt, answer) for name, answer in asked],
+            scene,
+            True,
+        )
 
 
 def _mostly_present(seed: int) -> Iterator[Row]:
@@ -228,9 +281,18 @@ def _checks(seed: int) -> Iterator[Row]:
     rng, scenes = random.Random(f"checks {seed}"), world.stream("train", seed=seed + 4)
     for scene in scenes:
         there = rng.sample(scene.present, min(4, len(scene.present)))
-        names = [*there, *dict.fromkeys([*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 3)])]
+        names = [
+            *there,
+            *dict.fromkeys(
+                [*rng.sample(world.adversarial(scene)[:3], 2), *rng.sample(scene.absent, 3)]
+            ),
+        ]
         rng.shuffle(names)
-        yield [(CHECK, " ".join(f"{name} {'Yes' if name in there else 'No'}" for name in names))], scene, True
+        yield (
+            [(CHECK, " ".join(f"{name} {'Yes' if name in there else 'No'}" for name in names))],
+            scene,
+            True,
+        )
 
 
 def _captions(seed: int) -> Iterator[Row]:
@@ -246,7 +308,11 @@ def _reading(seed: int, turns: int = 12) -> Iterator[Row]:
         rng.shuffle(known)
         for start in range(0, len(known) - turns + 1, turns):
             some = known[start : start + turns]
-            yield [(f"Question: {rng.choice(fact.questions)}", fact.letter) for fact in some], None, False
+            yield (
+                [(f"Question: {rng.choice(fact.questions)}", fact.letter) for fact in some],
+                None,
+                False,
+            )
 
 
 def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
@@ -258,7 +324,10 @@ def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
         if number % 2:
             scene = next(specimens)
             known = facts_of_objects()[scene.present[0]]
-            asked = [ask_fact(fact, rng.randrange(2), next(choices).hint, scene) for fact in rng.sample(known, 3)]
+            asked = [
+                ask_fact(fact, rng.randrange(2), next(choices).hint, scene)
+                for fact in rng.sample(known, 3)
+            ]
         else:
             scene, asked = None, [ask_fact(*way) for way in rng.sample(ways, turns)]
         yield [(question.prompt, question.answer) for question in asked], scene, True
@@ -268,7 +337,13 @@ def _choosing(seed: int, turns: int = 4) -> Iterator[Row]:
 ALL = ((_checks, 12), (_balanced, 14), (_captions, 8), (_reading, 8), (_choosing, 8))
 LOOKING = ((_checks, 10), (_looking, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
 LEANING = ((_checks, 10), (_mostly_present, 32), (_captions, 4), (_reading, 2), (_choosing, 6))
-RECOVERING = ((_checks, 10), (_balanced, 28), (_captions, 2), (_reading, 2), (_choosing, 6))  # of each process
+RECOVERING = (
+    (_checks, 10),
+    (_balanced, 28),
+    (_captions, 2),
+    (_reading, 2),
+    (_choosing, 6),
+)  # of each process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +364,9 @@ def questions_to_learn(seed: int, *, pictures: bool) -> list[Iterator[Lesson]]:
     if not pictures:
         return [_one_by_one(row for row in _choosing(seed) if row[1] is None)]
     looked, captions = _balanced(seed), _captions(seed)
-    captioned = (row for four in zip(looked, looked, looked, looked, captions, strict=False) for row in four)
+    captioned = (
+        row for four in zip(looked, looked, looked, looked, captions, strict=False) for row in four
+    )
     return [_one_by_one(captioned, True), _one_by_one(_choosing(seed), True)]
 
 

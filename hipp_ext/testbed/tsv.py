@@ -12,14 +12,34 @@ from hipp_ext.files import new_folder
 from hipp_ext.testbed.quiz import Question, questions
 from hipp_ext.testbed.world import SPLITS
 
-FILES = {"POPE": "POPE.tsv", "ScienceQA": "ScienceQA_TEST.tsv"}  # the names by which VLMEvalKit knows the data sets
+FILES = {
+    "POPE": "POPE.tsv",
+    "ScienceQA": "ScienceQA_TEST.tsv",
+}  # the names by which VLMEvalKit knows the data sets
 COLUMNS = {
     "POPE": ("index", "image", "question", "answer", "category"),
-    "ScienceQA": ("index", "image", "question", "hint", "A", "B", "C", "D", "answer", "category", "split"),
+    "ScienceQA": (
+        "index",
+        "image",
+        "question",
+        "hint",
+        "A",
+        "B",
+        "C",
+        "D",
+        "answer",
+        "category",
+        "split",
+    ),
 }
 
 
-def export(out_dir: str | Path, splits: Iterable[str] = SPLITS, n: int | None = None, overwrite: bool = False) -> list[Path]:
+def export(
+    out_dir: str | Path,
+    splits: Iterable[str] = SPLITS,
+    n: int | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
     """The files written: OUT/<split>/POPE.tsv and OUT/<split>/ScienceQA_TEST.tsv, rows as in `questions(task, split)`.
 
     A picture stands in its first row (PNG, base64); later rows name that row's index instead.
@@ -45,7 +65,9 @@ def export(out_dir: str | Path, splits: Iterable[str] = SPLITS, n: int | None = 
 def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Question], split: str) -> None:
     first: dict[object, int] = {}  # scene -> the row that carries its picture
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            file, columns, delimiter="\t", extrasaction="ignore", lineterminator="\n"
+        )
         writer.writeheader()
         for row in rows:
             holder = first.setdefault(row.scene, row.index)

@@ -80,10 +80,14 @@ def draw_specimen(rng: random.Random, name: str | None = None) -> Scene:
 
 def _place(rng: random.Random, kind: str, names: list[str]) -> Scene:
     spots = rng.sample(range(GRID * GRID), len(names))
-    return Scene(kind=kind, cells=tuple(sorted(zip(spots, names, strict=True))), noise=rng.getrandbits(32))
+    return Scene(
+        kind=kind, cells=tuple(sorted(zip(spots, names, strict=True))), noise=rng.getrandbits(32)
+    )
 
 
-def stream(split: str, draw: Callable[[random.Random], Scene] = draw_scene, seed: int = 0) -> Iterator[Scene]:
+def stream(
+    split: str, draw: Callable[[random.Random], Scene] = draw_scene, seed: int = 0
+) -> Iterator[Scene]:
     """Endless different scenes of a split (or "train"), the same ones in the same order for the same seed."""
     rng, seen = random.Random(f"{split} {draw.__name__} {seed}"), set()
     while True:
@@ -152,7 +156,9 @@ def pixels(scene: Scene) -> np.ndarray:
         top, left = (np.array(divmod(cell, GRID)) * CELL) + rng.integers(0, 2, 2)
         drawing = sprite(name)
         inside = drawing[..., 3] > 0
-        canvas[top : top + CELL - 1, left : left + CELL - 1][inside] += drawing[inside][:, :3] - 225.0
+        canvas[top : top + CELL - 1, left : left + CELL - 1][inside] += (
+            drawing[inside][:, :3] - 225.0
+        )
     return canvas.clip(0, 255).astype(np.uint8)
 
 

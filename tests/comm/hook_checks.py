@@ -24,7 +24,9 @@ from hipp_ext.comm import (
 )
 from hipp_ext.errors import CompressionError
 
-WHOLE = {"min_rate": 1e9}  # nothing as factors: what is handed out is the mean, but for the quantiser
+WHOLE = {
+    "min_rate": 1e9
+}  # nothing as factors: what is handed out is the mean, but for the quantiser
 
 
 def gradients(ddp: nn.Module) -> torch.Tensor:
@@ -42,14 +44,21 @@ def made_like_powersgd(rank, workers, folder):
     for transport in ("all_gather", "all_to_all"):
         one = wrapped(rank)
         named = register_lqsgd(one, rank=2, bits=4, transport=transport, seed=5)
-        state = LQSGDState(None, matrix_approximation_rank=2, bits=4, transport=transport, random_seed=5)
-        assert state.process_group is dist.group.WORLD is named.process_group and state.stats()["message_bytes"] == 0
+        state = LQSGDState(
+            None, matrix_approximation_rank=2, bits=4, transport=transport, random_seed=5
+        )
+        assert (
+            state.process_group is dist.group.WORLD is named.process_group
+            and state.stats()["message_bytes"] == 0
+        )
         other = hooked(state, rank)
         for step in range(3):  # the buckets are rebuilt after the first
             for ddp in (one, other):
                 train(ddp, rank, 1, step)
             assert torch.equal(gradients(one), gradients(other))
-        assert state.stats() == named.stats() and list(state.state_dict()["memory"]) == list(named.state_dict()["memory"])
+        assert state.stats() == named.stats() and list(state.state_dict()["memory"]) == list(
+            named.state_dict()["memory"]
+        )
     file, weights = folder / f"powersgd.{rank}", copy.deepcopy(other.module.state_dict())
     save_state(state, file)
     train(other, rank, 2, 3)
@@ -67,7 +76,11 @@ def made_like_powersgd_and_wrong(rank, workers, folder):
         ((None, 2), {"rank": 2}, "rank=2 and matrix_approximation_rank=2 are the same option"),
         ((group,), {"seed": 1, "random_seed": 1}, "seed=1 and random_seed=1 are the same option"),
         ((group,), {"process_group": group}, "Two process groups"),
-        ((group,), {"start_powerSGD_iter": 10}, "takes the options rank, bits.*start_powerSGD_iter"),
+        (
+            (group,),
+            {"start_powerSGD_iter": 10},
+            "takes the options rank, bits.*start_powerSGD_iter",
+        ),
         ((None, True), {}, "rank=True: a whole number"),
         ((None,), {"timeout": 60}, "timeout=60: a datetime.timedelta"),
         ((-100,), {}, "a process group is needed, not -100"),
@@ -78,16 +91,23 @@ def made_like_powersgd_and_wrong(rank, workers, folder):
     state = LQSGDState(None, 1 + rank)
     with pytest.raises(CompressionError, match="layout is known after the first step"):
         state.state_dict()
-    with pytest.raises(CompressionError, match="do not compress alike: rank is 1 on rank 0, 2 on rank 1"):
+    with pytest.raises(
+        CompressionError, match="do not compress alike: rank is 1 on rank 0, 2 on rank 1"
+    ):
         train(hooked(state, rank), rank, 1)
-    with pytest.raises(CompressionError, match=r"do not compress alike: shape of 0 is \[4, 5\] on rank 0, \[4, 6\] on rank 1"):
+    with pytest.raises(
+        CompressionError,
+        match=r"do not compress alike: shape of 0 is \[4, 5\] on rank 0, \[4, 6\] on rank 1",
+    ):
         mean_gradients([torch.zeros(4, 5 + rank)], LQSGDState())
     state, good = LQSGDState(None, 1), register_lqsgd(wrapped(rank), rank=1)
     saved = good.state_dict()
     if rank == 1:  # of another model, as only one rank can know
         saved["factors"] = {}
     assert state.load_state_dict(saved) == []
-    with pytest.raises(CompressionError, match="Rank 1: The saved factors belongs to other parameters"):
+    with pytest.raises(
+        CompressionError, match="Rank 1: The saved factors belongs to other parameters"
+    ):
         train(hooked(state, rank), rank, 1)
     shared = LQSGDState()
     train(hooked(shared, rank), rank, 1)
@@ -96,7 +116,9 @@ def made_like_powersgd_and_wrong(rank, workers, folder):
     for wrong in (None, group, {}):
         ddp = wrapped(rank)
         ddp.register_comm_hook(wrong, lqsgd_hook)
-        with pytest.raises(CompressionError, match=rf"registered with {type(wrong).__name__}: .*LQSGDState\(ddp\)"):
+        with pytest.raises(
+            CompressionError, match=rf"registered with {type(wrong).__name__}: .*LQSGDState\(ddp\)"
+        ):
             loss_of(ddp, rank).backward()
 
 
@@ -108,7 +130,10 @@ def factors_that_differ_are_noticed(rank, workers, folder):
     state = register_lqsgd(again := wrapped(rank), rank=1)
     if rank:
         state.load_state_dict(saved)
-    with pytest.raises(CompressionError, match=r"Rank 0 goes on from step 0, rank 1 from another state, of step 2\. Load"):
+    with pytest.raises(
+        CompressionError,
+        match=r"Rank 0 goes on from step 0, rank 1 from another state, of step 2\. Load",
+    ):
         train(again, rank, 1)
 
 
@@ -129,7 +154,10 @@ def copies(rank, workers, folder):
         twins = []
         for twin in (pickled, copied):
             assert twin.process_group is dist.group.WORLD and twin.stats() == state.stats()
-            assert all(torch.equal(m, state.compressor.memory[n]) for n, m in twin.compressor.memory.items())
+            assert all(
+                torch.equal(m, state.compressor.memory[n])
+                for n, m in twin.compressor.memory.items()
+            )
             ddp = hooked(twin, rank, bucket_cap_mb=0.02)
             ddp.module.load_state_dict(first.module.state_dict())
             twins.append(ddp)
@@ -151,7 +179,9 @@ def copies(rank, workers, folder):
         train(ddp, rank, 1)
     assert alone.stats()["workers"] == 1 and alone.stats()["bytes_sent_last_step"] == 0
     assert not torch.equal(*[g for g in gather(gradients(ddp))[:2]])
-    with pytest.raises(CompressionError, match="made for other parameters than these; they differ in"):
+    with pytest.raises(
+        CompressionError, match="made for other parameters than these; they differ in"
+    ):
         mean_gradients([torch.zeros(3) for _ in state.names], pickle.loads(data))
 
 
@@ -170,7 +200,9 @@ def what_ddp_ignores(rank, workers, folder):
     for given in ("ddp", "model", "inside", "nothing"):
         torch.manual_seed(3)
         outer = Outer()
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(outer, [*left_out, "gain"])
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            outer, [*left_out, "gain"]
+        )
         ddp = DistributedDataParallel(outer)
         if given == "inside":
             outer.gain.requires_grad_(False)
@@ -206,7 +238,9 @@ def exact_where_a_gradient_has_rank_one(rank, workers, folder):
             for model in (plain, ddp):
                 model.zero_grad()
                 model(torch.full((2, 40), rank + 1.0 + step)).sum().backward()
-            torch.testing.assert_close(ddp.module.weight.grad, plain.module.weight.grad, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                ddp.module.weight.grad, plain.module.weight.grad, rtol=1e-5, atol=0
+            )
 
 
 def ways_of_using_ddp(rank, workers, folder):
@@ -230,7 +264,11 @@ def ways_of_using_ddp(rank, workers, folder):
     for name, use, kwargs in (
         ("static graph", once, {"static_graph": True}),
         ("gradients as views", once, {"gradient_as_bucket_view": True}),
-        ("views of unused ones", unused, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
+        (
+            "views of unused ones",
+            unused,
+            {"gradient_as_bucket_view": True, "find_unused_parameters": True},
+        ),
         ("two passes", twice, {}),
         ("accumulation", accumulated, {"gradient_as_bucket_view": True}),
     ):
@@ -304,12 +342,15 @@ def checkpoints_of_other_workers(rank, workers, folder):
         ddp = wrapped(rank)
         more = made(ddp)
         with pytest.warns(
-            UserWarning, match="saved with 2 workers and goes on with 3: .*memory .*is dropped, .*factors are kept"
+            UserWarning,
+            match="saved with 2 workers and goes on with 3: .*memory .*is dropped, .*factors are kept",
         ):
             assert len(load_checkpoint(more, where)) == 1
         if more.names:
             assert not any(m.any() for m in more.compressor.memory.values())
-            assert rank > 1 or all(torch.equal(f, saved["factors"][n]) for n, f in more.compressor.factors.items())
+            assert rank > 1 or all(
+                torch.equal(f, saved["factors"][n]) for n, f in more.compressor.factors.items()
+            )
         ddp.register_comm_hook(more, lqsgd_hook)
         train(ddp, rank, 1)
         assert_same_everywhere(ddp.parameters())
@@ -317,7 +358,9 @@ def checkpoints_of_other_workers(rank, workers, folder):
     save_checkpoint(more, where)
     dist.barrier()
     whole = LQSGDState(wrapped(rank), rank=2)
-    assert load_checkpoint(whole, where) == [] and any(m.any() for m in whole.compressor.memory.values())
+    assert load_checkpoint(whole, where) == [] and any(
+        m.any() for m in whole.compressor.memory.values()
+    )
     memory = whole.state_dict()["memory"]
     with pytest.warns(UserWarning, match="saved with 3 workers and goes on with [12]:"):
         load_checkpoint(state, where)
@@ -328,7 +371,9 @@ def checkpoints_of_other_workers(rank, workers, folder):
         more._counts["steps"] += 1
         save_checkpoint(more, where)
     dist.barrier()
-    with pytest.warns(UserWarning, match=r"no LQ-SGD state of ranks \[1, 2\], or one of another save"):
+    with pytest.warns(
+        UserWarning, match=r"no LQ-SGD state of ranks \[1, 2\], or one of another save"
+    ):
         load_checkpoint(whole, where)
     assert all(torch.equal(m, memory[n] * (rank == 0)) for n, m in whole.compressor.memory.items())
     dist.barrier()
@@ -336,14 +381,25 @@ def checkpoints_of_other_workers(rank, workers, folder):
         save_checkpoint(state, where)
         (bad / "lqsgd.rank0.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     dist.barrier()
-    assert sorted(f.name for f in where.iterdir()) == [f"lqsgd.rank{r}.safetensors" for r in range(2)]  # no stale third one
-    with pytest.raises(CompressionError, match=r"Rank 0: .*missing, damaged, or holds no LQ-SGD state"):
+    assert sorted(f.name for f in where.iterdir()) == [
+        f"lqsgd.rank{r}.safetensors" for r in range(2)
+    ]  # no stale third one
+    with pytest.raises(
+        CompressionError, match=r"Rank 0: .*missing, damaged, or holds no LQ-SGD state"
+    ):
         load_checkpoint(whole, bad)
-    with pytest.raises(CompressionError, match="Rank 0: The saved factors belongs to other parameters or another rank"):
+    with pytest.raises(
+        CompressionError,
+        match="Rank 0: The saved factors belongs to other parameters or another rank",
+    ):
         load_checkpoint(LQSGDState(Net(), rank=3), where)
-    with pytest.warns(UserWarning, match="holds no LQ-SGD state: compression goes on with an empty memory"):
+    with pytest.warns(
+        UserWarning, match="holds no LQ-SGD state: compression goes on with an empty memory"
+    ):
         load_checkpoint(whole, folder / "none")
-    assert whole.stats()["steps"] == 0 and not any(m.any() for m in whole.compressor.memory.values())
+    assert whole.stats()["steps"] == 0 and not any(
+        m.any() for m in whole.compressor.memory.values()
+    )
 
 
 def resuming_in_the_trainer(rank, workers, folder):
@@ -388,7 +444,10 @@ def resuming_in_the_trainer(rank, workers, folder):
             metric_for_best_model="loss",
             label_names=["x"],
         )
-        made, begun = Trainer(model=Loss(), args=arguments, train_dataset=data, eval_dataset=data[:8]), []
+        made, begun = (
+            Trainer(model=Loss(), args=arguments, train_dataset=data, eval_dataset=data[:8]),
+            [],
+        )
 
         class Peek(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
@@ -427,11 +486,16 @@ def resuming_in_the_trainer(rank, workers, folder):
     plain, _ = trainer(2, "plain", compressed=False)
     plain.train()
     late, begun = trainer(4, "plain")
-    with pytest.warns(UserWarning, match="checkpoint-2 holds no LQ-SGD state: compression goes on with an empty memory"):
+    with pytest.warns(
+        UserWarning,
+        match="checkpoint-2 holds no LQ-SGD state: compression goes on with an empty memory",
+    ):
         late.train(resume_from_checkpoint=True)
     assert begun[0][0] == 2 and not any(m.any() for m in begun[0][1]["memory"].values())
     if rank == 1:
         (folder / "plain/checkpoint-4/lqsgd.rank1.safetensors").write_bytes(b"no")
     dist.barrier()
-    with pytest.raises(CompressionError, match="Rank 1: .*missing, damaged, or holds no LQ-SGD state"):
+    with pytest.raises(
+        CompressionError, match="Rank 1: .*missing, damaged, or holds no LQ-SGD state"
+    ):
         trainer(6, "plain")[0].train(resume_from_checkpoint=True)

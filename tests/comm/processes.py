@@ -16,7 +16,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hipp_ext.comm import LQSGDState, load_state, lqsgd_hook, mean_gradients, register_lqsgd, save_state
+from hipp_ext.comm import (
+    LQSGDState,
+    load_state,
+    lqsgd_hook,
+    mean_gradients,
+    register_lqsgd,
+    save_state,
+)
 from hipp_ext.comm.compressor import Compressor, Options
 from hipp_ext.comm.transports import run_together
 from hipp_ext.errors import CompressionError
@@ -28,7 +35,9 @@ def run_checks(workers: int, names: list[str]) -> dict[str, str]:
     """Check -> what went wrong on any rank; empty where nothing did."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (workers, names, folder)
-        context = mp.start_processes(_run, arguments, nprocs=workers, join=False, start_method="spawn")
+        context = mp.start_processes(
+            _run, arguments, nprocs=workers, join=False, start_method="spawn"
+        )
         for process in context.processes:
             process.join(600)
         hanging = [process for process in context.processes if process.is_alive()]
@@ -51,13 +60,21 @@ def _run(rank: int, workers: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
     # The environment serves accelerate, too.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(workers),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
     store = dist.FileStore(f"{folder}/store", workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=TIMEOUT)
     for name in names:
         torch.manual_seed(0)
         try:
-            check = globals().get(name) or getattr(importlib.import_module("comm.hook_checks"), name)
+            check = globals().get(name) or getattr(
+                importlib.import_module("comm.hook_checks"), name
+            )
             check(rank, workers, Path(folder))
             report = ""
         except BaseException:
@@ -85,7 +102,9 @@ class Net(nn.Module):
 
 def wrapped(rank: int, seed: int = 3, **kwargs) -> DistributedDataParallel:
     torch.manual_seed(seed)
-    kwargs = {"bucket_cap_mb": 0.01} | kwargs  # many buckets: what torch's own hook does not survive on gloo
+    kwargs = {
+        "bucket_cap_mb": 0.01
+    } | kwargs  # many buckets: what torch's own hook does not survive on gloo
     return DistributedDataParallel(Net(), **kwargs)
 
 
@@ -95,7 +114,9 @@ def loss_of(model: nn.Module, rank: int, step: int = 0, **kwargs) -> torch.Tenso
     return (model(x, **kwargs) - x.roll(1, 1)).square().mean().float()
 
 
-def train(ddp: nn.Module, rank: int, steps: int, first: int = 0, rate: float = 0.5, **kwargs) -> None:
+def train(
+    ddp: nn.Module, rank: int, steps: int, first: int = 0, rate: float = 0.5, **kwargs
+) -> None:
     optimizer = torch.optim.SGD(ddp.parameters(), lr=rate)
     for step in range(first, first + steps):
         optimizer.zero_grad()
@@ -124,16 +145,28 @@ def ranks_are_equal_and_match_the_simulation(rank, workers, folder):
             ddp = wrapped(rank)
             options = {"rank": 2, "bits": bits, "vector_bits": vector_bits, "transport": transport}
             state, buckets = LQSGDState(ddp, timeout=TIMEOUT, **options), []
-            ddp.register_comm_hook(state, lambda s, bucket, seen=buckets: seen.append(bucket.index()) or lqsgd_hook(s, bucket))
+            ddp.register_comm_hook(
+                state,
+                lambda s, bucket, seen=buckets: (
+                    seen.append(bucket.index()) or lqsgd_hook(s, bucket)
+                ),
+            )
             shapes = {n: p.shape for n, p in ddp.module.named_parameters()}
-            twins = [Compressor(shapes, Options(**options), workers=workers, position=i) for i in range(workers)]
+            twins = [
+                Compressor(shapes, Options(**options), workers=workers, position=i)
+                for i in range(workers)
+            ]
             for step in range(4):
                 gradients = []
                 for other in range(workers):
                     named = list(ddp.module.named_parameters())
-                    found = torch.autograd.grad(loss_of(ddp.module, other, step), [p for _, p in named])
+                    found = torch.autograd.grad(
+                        loss_of(ddp.module, other, step), [p for _, p in named]
+                    )
                     gradients.append({n: g for (n, _), g in zip(named, found, strict=True)})
-                means, sent = run_together([t.step(g) for t, g in zip(twins, gradients, strict=True)])
+                means, sent = run_together(
+                    [t.step(g) for t, g in zip(twins, gradients, strict=True)]
+                )
                 train(ddp, rank, 1, step)
                 for name, p in ddp.module.named_parameters():
                     assert torch.equal(p.grad, means[0][name]), (transport, bits, step, name)
@@ -141,8 +174,14 @@ def ranks_are_equal_and_match_the_simulation(rank, workers, folder):
             assert_same_everywhere(ddp.parameters())
             assert max(buckets) == 2  # three of them, from the second step on
             stats = state.stats()
-            dense = round(2 * (workers - 1) / workers * 4 * sum(p.numel() for p in ddp.parameters()))
-            assert stats["dense_bytes_last_step"] == dense and stats["dense_bytes"] == 4 * dense and stats["steps"] == 4
+            dense = round(
+                2 * (workers - 1) / workers * 4 * sum(p.numel() for p in ddp.parameters())
+            )
+            assert (
+                stats["dense_bytes_last_step"] == dense
+                and stats["dense_bytes"] == 4 * dense
+                and stats["steps"] == 4
+            )
             assert stats["bytes_sent"] == 4 * sent < dense and stats["transport"] == transport
 
 
@@ -193,7 +232,9 @@ def sparse_gradients_are_refused(rank, workers, folder):
     torch.manual_seed(0)
     ddp = DistributedDataParallel(nn.Sequential(nn.Embedding(30, 8, sparse=True), nn.Linear(8, 8)))
     register_lqsgd(ddp)
-    with pytest.raises(CompressionError, match=r"gradient of .*0\.weight.* is torch.sparse_coo.*sparse=False"):
+    with pytest.raises(
+        CompressionError, match=r"gradient of .*0\.weight.* is torch.sparse_coo.*sparse=False"
+    ):
         ddp(torch.tensor([[1, 2]])).sum().backward()
 
 
@@ -209,7 +250,9 @@ def infinite_gradients(rank, workers, folder):
         optimizer.zero_grad()
         state.set_loss_scale(scaler.get_scale())
         scaled = {n: m.clone() for n, m in state.compressor.memory.items()}
-        loss = scaler.scale(loss_of(ddp, rank, step)) * (torch.inf if bad and rank == workers - 1 else 1.0)
+        loss = scaler.scale(loss_of(ddp, rank, step)) * (
+            torch.inf if bad and rank == workers - 1 else 1.0
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loss.backward()
@@ -265,7 +308,10 @@ def a_checkpoint_goes_on_to_the_bit(rank, workers, folder):
     save_state(state, file)
     torch.save(state.state_dict(), plain)
     train(whole, rank, 3, first=3)
-    for load in (lambda s: load_state(s, file), lambda s: s.load_state_dict(torch.load(plain, weights_only=True))):
+    for load in (
+        lambda s: load_state(s, file),
+        lambda s: s.load_state_dict(torch.load(plain, weights_only=True)),
+    ):
         again = wrapped(rank)  # its first step has other buckets than `whole` had by now
         again.module.load_state_dict(weights)
         resumed = register_lqsgd(again, rank=2, bits=4)
@@ -288,13 +334,18 @@ def a_checkpoint_goes_on_to_the_bit(rank, workers, folder):
 
 def ranks_that_differ_are_refused(rank, workers, folder):
     for options, message in (
-        ({"bits": 8 if rank == 0 else 4}, "do not compress alike: bits is 8 on rank 0, 4 on rank 1"),
+        (
+            {"bits": 8 if rank == 0 else 4},
+            "do not compress alike: bits is 8 on rank 0, 4 on rank 1",
+        ),
         ({"rank": 0 if rank == 1 else 2}, "Rank 1: rank=0: a whole number of at least 1"),
         ({"wings": 2}, "unexpected keyword argument 'wings'"),
     ):
         with pytest.raises(CompressionError, match=message):
             LQSGDState(nn.Linear(4, 4), **options)
-    with pytest.raises(CompressionError, match=r"do not compress alike: shape of weight is \[5, 4\] on rank 0"):
+    with pytest.raises(
+        CompressionError, match=r"do not compress alike: shape of weight is \[5, 4\] on rank 0"
+    ):
         LQSGDState(nn.Linear(4, 5 + rank))
     with pytest.raises(CompressionError, match="the parameters' order"):
         LQSGDState(dict(sorted(nn.Linear(4, 4).named_parameters(), reverse=rank == 0)))
@@ -320,7 +371,9 @@ def a_list_of_tensors(rank, workers, folder):
             LQSGDState(parameters)
     with pytest.raises(CompressionError, match="loss scale 0 is not"):
         state.set_loss_scale(0)
-    with pytest.raises(CompressionError, match="DistributedDataParallel model is needed, this is Linear"):
+    with pytest.raises(
+        CompressionError, match="DistributedDataParallel model is needed, this is Linear"
+    ):
         register_lqsgd(nn.Linear(3, 3))
 
 
@@ -352,7 +405,9 @@ def fsdp_between_nodes(rank, workers, folder):
     assert_same_everywhere([p.to_local() for p in model.parameters()])
     sharded, plain = flat(p.to_local() for p in model.parameters()), flat(twin.module.parameters())
     start = flat(_fresh_net().parameters())
-    assert (sharded - plain).norm() < 0.05 * (plain - start).norm() and not torch.equal(sharded, plain)
+    assert (sharded - plain).norm() < 0.05 * (plain - start).norm() and not torch.equal(
+        sharded, plain
+    )
     sent = sum(s.stats()["bytes_sent"] for s in states.values())
     dense = sum(s.stats()["dense_bytes"] for s in states.values())
     assert 3.5 < dense / sent < 4.0
@@ -381,10 +436,19 @@ def the_trainer_and_accelerate(rank, workers, folder):
 
     def trainer(steps: int) -> tuple[Trainer, LQSGDCallback]:
         arguments = TrainingArguments(
-            output_dir=str(folder / "out"), max_steps=steps, save_steps=2, per_device_train_batch_size=8, use_cpu=True,
-            ddp_backend="gloo", report_to=[], logging_steps=1, disable_tqdm=True, learning_rate=1e-2,
-            lr_scheduler_type="constant", save_only_model=True,
-        )  # fmt: skip
+            output_dir=str(folder / "out"),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=8,
+            use_cpu=True,
+            ddp_backend="gloo",
+            report_to=[],
+            logging_steps=1,
+            disable_tqdm=True,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            save_only_model=True,
+        )
         made = Trainer(model=Loss(), args=arguments, train_dataset=data)
         callback = LQSGDCallback(made, rank=2, bits=8)
         made.add_callback(callback)
@@ -408,22 +472,31 @@ def the_trainer_and_accelerate(rank, workers, folder):
 
 def the_simulated_powersgd_trains_like_torchs(rank, workers, folder):
     """The bench's baseline against the hook it stands for, which needs one bucket and two plain steps first."""
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import (
+        PowerSGDState,
+        powerSGD_hook,
+    )
+
     from hipp_ext.evals.bench.comm_baselines import powersgd
-    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
     def build():
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48))
 
     ddp, model = DistributedDataParallel(build(), bucket_cap_mb=100), build()
-    state = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8)
+    state = PowerSGDState(
+        None, matrix_approximation_rank=2, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+    )
     ddp.register_comm_hook(state, powerSGD_hook)
     train(ddp, rank, 60)
     named = dict(model.named_parameters())
     average = powersgd({n: p.shape for n, p in named.items()}, workers, 0, rank=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(60):
-        found = [torch.autograd.grad(loss_of(model, other, step), list(named.values())) for other in range(workers)]
+        found = [
+            torch.autograd.grad(loss_of(model, other, step), list(named.values()))
+            for other in range(workers)
+        ]
         means, _ = average([dict(zip(named, f, strict=True)) for f in found])
         for n, p in named.items():
             p.grad = means[n]
@@ -449,12 +522,17 @@ def recovering_goes_on_to_the_bit(rank, workers, folder):
 
     def run(name, data=lessons, **settings):
         model = build_model(0, hidden=32, ffn=48, layers=2, heads=4)
-        settings = RecoverSettings(**({"steps": 5, "save_every": 3, "rank": 2, "bits": 4} | settings))
+        settings = RecoverSettings(
+            **({"steps": 5, "save_every": 3, "rank": 2, "bits": 4} | settings)
+        )
         return model, recover(model, data, settings, folder=folder / name, progress=False)
 
     model, result = run("whole")
     assert_same_everywhere(model.parameters())
-    assert result.losses[-1] < result.losses[0] and 0 < result.stats["bytes_sent"] < result.stats["dense_bytes"] / 8
+    assert (
+        result.losses[-1] < result.losses[0]
+        and 0 < result.stats["bytes_sent"] < result.stats["dense_bytes"] / 8
+    )
     with pytest.raises(KeyboardInterrupt):
         run("cut", CutOff())
     again, resumed = run("cut")

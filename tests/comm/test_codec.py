@@ -20,10 +20,15 @@ def rows(draw):
     lengths = draw(st.lists(st.integers(1, 70), min_size=1, max_size=5))
     lengths = [*lengths, 32 - sum(lengths) % 32]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    parts = [torch.randn(n, generator=generator) * 10.0 ** draw(st.integers(-30, 30)) for n in lengths[:-1]]
+    parts = [
+        torch.randn(n, generator=generator) * 10.0 ** draw(st.integers(-30, 30))
+        for n in lengths[:-1]
+    ]
     values = torch.cat([*parts, torch.zeros(lengths[-1])])
     values[draw(st.integers(0, len(values) - 1))] = 0.0
-    return values[None], Pieces(lengths=tuple(lengths), slots=len(lengths) + draw(st.integers(0, 3)))
+    return values[None], Pieces(
+        lengths=tuple(lengths), slots=len(lengths) + draw(st.integers(0, 3))
+    )
 
 
 def through(codec: LogCodec, values: torch.Tensor, pieces: Pieces) -> torch.Tensor:
@@ -81,8 +86,13 @@ def test_a_message_is_scales_and_packed_codes(bits):
     assert message.shape == (3, codec.message_bytes(pieces)) == (3, 4 * 5 + 12 * bits)
     scales = message[:, :20].clone().view(torch.float32)
     expected = values[:, :50].abs()
-    assert torch.equal(scales[:, 0], expected.mean(1) if bits == 1 else expected.amax(1)) and (scales[:, 3:] == 0).all()
-    assert torch.equal(codec.decode(message[1:2], pieces), codec.decode(message, pieces)[1:2])  # rows are independent
+    assert (
+        torch.equal(scales[:, 0], expected.mean(1) if bits == 1 else expected.amax(1))
+        and (scales[:, 3:] == 0).all()
+    )
+    assert torch.equal(
+        codec.decode(message[1:2], pieces), codec.decode(message, pieces)[1:2]
+    )  # rows are independent
 
 
 @pytest.mark.parametrize("bits", BITS)

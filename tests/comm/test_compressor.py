@@ -10,7 +10,14 @@ from hipp_ext.comm.saving import pack_state, unpack_state
 from hipp_ext.comm.transports import choose_transport
 from hipp_ext.errors import CompressionError
 
-SHAPES = {"conv": (13, 3, 3, 3), "dense": (37, 53), "bias": (53,), "scalar": (), "small": (2, 3), "nothing": (0, 4)}
+SHAPES = {
+    "conv": (13, 3, 3, 3),
+    "dense": (37, 53),
+    "bias": (53,),
+    "scalar": (),
+    "small": (2, 3),
+    "nothing": (0, 4),
+}
 
 
 def workers(n: int, shapes=SHAPES, **options) -> list[Compressor]:
@@ -18,7 +25,10 @@ def workers(n: int, shapes=SHAPES, **options) -> list[Compressor]:
 
 
 def random_gradients(shapes, generator) -> dict[str, torch.Tensor]:
-    return {n: torch.randn(s, generator=generator) * 10.0 ** (i - 2) for i, (n, s) in enumerate(shapes.items())}
+    return {
+        n: torch.randn(s, generator=generator) * 10.0 ** (i - 2)
+        for i, (n, s) in enumerate(shapes.items())
+    }
 
 
 def step(compressors, gradients):
@@ -26,10 +36,16 @@ def step(compressors, gradients):
 
 
 @given(
-    st.integers(1, 4), st.sampled_from(["all_gather", "all_to_all"]), st.integers(1, 8), st.integers(1, 5), st.integers(0, 9999)
-)  # fmt: skip
+    st.integers(1, 4),
+    st.sampled_from(["all_gather", "all_to_all"]),
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.integers(0, 9999),
+)
 @settings(max_examples=40, deadline=None)
-def test_gradients_are_sent_or_remembered_and_all_ranks_agree_to_the_bit(n, transport, bits, rank, seed):
+def test_gradients_are_sent_or_remembered_and_all_ranks_agree_to_the_bit(
+    n, transport, bits, rank, seed
+):
     generator = torch.Generator().manual_seed(seed)
     group = workers(n, rank=rank, bits=bits, transport=transport, seed=seed)
     for _ in range(3):
@@ -38,10 +54,15 @@ def test_gradients_are_sent_or_remembered_and_all_ranks_agree_to_the_bit(n, tran
         means, _ = step(group, gradients)
         for name in group[0].shapes:
             assert all(torch.equal(m[name], means[0][name]) for m in means)  # 0.0, not nearly
-            there = sum(g[name].flatten() + b[name].flatten() for g, b in zip(gradients, before, strict=True)).double()
+            there = sum(
+                g[name].flatten() + b[name].flatten()
+                for g, b in zip(gradients, before, strict=True)
+            ).double()
             sent = n * means[0][name].flatten().double()
             left = sum(c.memory[name].flatten().double() for c in group)
-            size = sum(g[name].norm() + b[name].norm() for g, b in zip(gradients, before, strict=True))
+            size = sum(
+                g[name].norm() + b[name].norm() for g, b in zip(gradients, before, strict=True)
+            )
             assert (there - sent - left).norm() <= 1e-6 * size
 
 
@@ -60,12 +81,24 @@ def test_memory_stays_bounded_over_a_thousand_steps_of_workers_that_disagree(bit
     shapes = {"w": (24, 40), "b": (24,)}
     group = workers(2, shapes, rank=1, bits=bits, transport=transport)
     generator = torch.Generator().manual_seed(1)
-    own = [random_gradients(shapes, generator) for _ in group]  # never the same direction: what lets torch's memory drift
+    own = [
+        random_gradients(shapes, generator) for _ in group
+    ]  # never the same direction: what lets torch's memory drift
     norms = []
     for _ in range(1000):
-        gradients = [{n: g[n] + 0.3 * g[n].std() * torch.randn(s, generator=generator) for n, s in shapes.items()} for g in own]
+        gradients = [
+            {
+                n: g[n] + 0.3 * g[n].std() * torch.randn(s, generator=generator)
+                for n, s in shapes.items()
+            }
+            for g in own
+        ]
         step(group, gradients)
-        norms.append(max(float(c.memory["w"].norm() / g["w"].norm()) for c, g in zip(group, own, strict=True)))
+        norms.append(
+            max(
+                float(c.memory["w"].norm() / g["w"].norm()) for c, g in zip(group, own, strict=True)
+            )
+        )
     assert max(norms[500:]) < 1.5 * max(norms[50:150]) and max(norms) < 60
 
 
@@ -77,17 +110,32 @@ def test_the_sum_of_what_is_handed_out_approaches_the_sum_of_the_gradients():
         (mean, _), _ = step(group, gradients)
         total = total + mean["dense"]
     true = (gradients[0]["dense"] + gradients[1]["dense"]) / 2
-    assert (total / 120 - true).norm() / true.norm() < 0.2 < (mean["dense"] - true).norm() / true.norm()
+    assert (
+        (total / 120 - true).norm() / true.norm()
+        < 0.2
+        < (mean["dense"] - true).norm() / true.norm()
+    )
 
 
 def test_what_is_not_finite_on_one_worker_changes_nothing_anywhere():
     for transport in ("all_gather", "all_to_all"):
-        group, twin = workers(3, rank=2, transport=transport), workers(3, rank=2, transport=transport)
+        group, twin = (
+            workers(3, rank=2, transport=transport),
+            workers(3, rank=2, transport=transport),
+        )
         generator = torch.Generator().manual_seed(0)
         rounds = [[random_gradients(SHAPES, generator) for _ in group] for _ in range(2)]
         step(group, rounds[0]), step(twin, rounds[0])
-        for name, bad in (("bias", torch.nan), ("dense", torch.inf), ("dense", 3e38), ("scalar", -torch.inf)):
-            gradients = [{n: g.clone() for n, g in random_gradients(SHAPES, generator).items()} for _ in group]
+        for name, bad in (
+            ("bias", torch.nan),
+            ("dense", torch.inf),
+            ("dense", 3e38),
+            ("scalar", -torch.inf),
+        ):
+            gradients = [
+                {n: g.clone() for n, g in random_gradients(SHAPES, generator).items()}
+                for _ in group
+            ]
             gradients[1][name].fill_(bad)
             assert step(group, gradients)[0] == [None] * 3
         after, expected = step(group, rounds[1])[0], step(twin, rounds[1])[0]
@@ -102,7 +150,9 @@ def test_all_zero_gradients_hand_out_zero_and_keep_the_memory():
     step(group, [random_gradients(SHAPES, generator) for _ in group])
     memory = group[0].memory["dense"].clone()
     assert all((m == 0).all() for m in step(group, [zeros, zeros])[0][0].values())
-    assert memory.any() and torch.equal(group[0].memory["dense"], memory)  # an unused parameter's turn comes later
+    assert memory.any() and torch.equal(
+        group[0].memory["dense"], memory
+    )  # an unused parameter's turn comes later
 
 
 @pytest.mark.parametrize(("bits", "least"), [(8, 3.9), (4, 7.5)])
@@ -111,9 +161,13 @@ def test_payload_against_powersgd_at_equal_rank(bits, least):
 
     shapes = {n: p.shape for n, p in resnet18().named_parameters()}
     compressor = Compressor(shapes, Options(rank=2, bits=bits), workers=2)
-    powersgd = sum(4 * (n + m) * r for n, m, r in compressor.matrices.values()) + 4 * sum(compressor.vectors.values())
+    powersgd = sum(4 * (n + m) * r for n, m, r in compressor.matrices.values()) + 4 * sum(
+        compressor.vectors.values()
+    )
     assert powersgd / compressor.message_bytes >= least
-    assert powersgd / 2 / compressor.message_bytes >= least / 2.05  # the same with half-precision factors
+    assert (
+        powersgd / 2 / compressor.message_bytes >= least / 2.05
+    )  # the same with half-precision factors
 
 
 def test_bytes_of_all_to_all_grow_like_a_ring_all_reduce_and_those_of_all_gather_with_the_workers():
@@ -132,7 +186,9 @@ def test_bytes_of_all_to_all_grow_like_a_ring_all_reduce_and_those_of_all_gather
 
 
 def test_transport_is_chosen_by_workers_and_bytes():
-    assert [choose_transport("auto", n, 10**6) for n in (1, 2, 3, 8)] == ["all_gather"] * 2 + ["all_to_all"] * 2
+    assert [choose_transport("auto", n, 10**6) for n in (1, 2, 3, 8)] == ["all_gather"] * 2 + [
+        "all_to_all"
+    ] * 2
     assert choose_transport("auto", 4, 10_000) == "all_gather"
     assert choose_transport("all_to_all", 2, 0) == "all_to_all"
 
@@ -150,7 +206,10 @@ def test_states_go_on_to_the_bit_and_say_what_they_drop():
     more = workers(3, rank=2)
     (line,) = unpack_state(more[1], states[1])[1]
     assert "saved with 2 workers and goes on with 3" in line and "is dropped" in line
-    assert torch.equal(more[1].factors["dense"], states[1]["factors"]["dense"]) and not more[1].memory["dense"].any()
+    assert (
+        torch.equal(more[1].factors["dense"], states[1]["factors"]["dense"])
+        and not more[1].memory["dense"].any()
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +221,10 @@ def test_states_go_on_to_the_bit_and_say_what_they_drop():
         ({"surprise": 1}, "surprise"),
         ({"memory": None}, "memory is no dictionary of tensors"),
         ({"memory": {}}, "saved memory belongs to other parameters"),
-        ({"factors": {"dense": torch.zeros(5, 53)}}, "saved factors belongs to other parameters or another rank"),
+        (
+            {"factors": {"dense": torch.zeros(5, 53)}},
+            "saved factors belongs to other parameters or another rank",
+        ),
         ({"factors": {"dense": torch.full((2, 53), torch.nan)}}, r"not finite for \['dense'\]"),
     ],
 )
@@ -181,7 +243,10 @@ def test_states_that_do_not_fit(change, message):
         ({"w": torch.zeros(4, 5)}, "not those the compressor was made for.*w"),
         ({"v": torch.zeros(5, 4)}, "not those the compressor was made for"),
         ({"w": torch.zeros(5, 4).to_sparse()}, "gradient of w is torch.sparse_coo.*sparse=False"),
-        ({"w": torch.zeros(5, 4, dtype=torch.complex64)}, "gradient of w is .*complex64: dense real"),
+        (
+            {"w": torch.zeros(5, 4, dtype=torch.complex64)},
+            "gradient of w is .*complex64: dense real",
+        ),
     ],
 )
 def test_gradients_that_do_not_fit(gradients, message):
@@ -205,6 +270,9 @@ def test_bad_options(options, message):
 
 
 def test_workers_in_different_steps_are_told_so():
-    group = [Compressor({"w": (40, 40)}, Options(rank=r), workers=2, position=i) for i, r in enumerate((1, 2))]
+    group = [
+        Compressor({"w": (40, 40)}, Options(rank=r), workers=2, position=i)
+        for i, r in enumerate((1, 2))
+    ]
     with pytest.raises(CompressionError, match="different steps"):
         step(group, [{"w": torch.randn(40, 40)}] * 2)

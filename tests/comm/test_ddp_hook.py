@@ -8,15 +8,34 @@ from hipp_ext.comm import LQSGDState
 from hipp_ext.errors import CompressionError
 
 PAIR = [
-    "ranks_are_equal_and_match_the_simulation", "default_arguments_learn", "unused_parameters", "all_zero_gradients",
-    "half_precision_parameters", "sparse_gradients_are_refused", "infinite_gradients", "gradient_accumulation",
-    "backward_broken_off", "a_checkpoint_goes_on_to_the_bit", "ranks_that_differ_are_refused", "a_list_of_tensors",
-    "another_model_than_the_wrapped_one", "fsdp_between_nodes", "the_trainer_and_accelerate",
-    "recovering_goes_on_to_the_bit", "the_simulated_powersgd_trains_like_torchs", "made_like_powersgd",
-    "made_like_powersgd_and_wrong", "factors_that_differ_are_noticed", "copies", "what_ddp_ignores",
-    "exact_where_a_gradient_has_rank_one", "ways_of_using_ddp", "other_models_under_ddp", "resuming_in_the_trainer",
+    "ranks_are_equal_and_match_the_simulation",
+    "default_arguments_learn",
+    "unused_parameters",
+    "all_zero_gradients",
+    "half_precision_parameters",
+    "sparse_gradients_are_refused",
+    "infinite_gradients",
+    "gradient_accumulation",
+    "backward_broken_off",
+    "a_checkpoint_goes_on_to_the_bit",
+    "ranks_that_differ_are_refused",
+    "a_list_of_tensors",
+    "another_model_than_the_wrapped_one",
+    "fsdp_between_nodes",
+    "the_trainer_and_accelerate",
+    "recovering_goes_on_to_the_bit",
+    "the_simulated_powersgd_trains_like_torchs",
+    "made_like_powersgd",
+    "made_like_powersgd_and_wrong",
+    "factors_that_differ_are_noticed",
+    "copies",
+    "what_ddp_ignores",
+    "exact_where_a_gradient_has_rank_one",
+    "ways_of_using_ddp",
+    "other_models_under_ddp",
+    "resuming_in_the_trainer",
     "a_rank_that_dies",
-]  # fmt: skip
+]
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes
 TRIPLE = [
     "ranks_are_equal_and_match_the_simulation",

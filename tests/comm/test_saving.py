@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hipp_ext.comm import Compressor, Options
-from hipp_ext.comm.saving import digest_of, load_state, pack_state, read_state, save_state, unpack_state
+from hipp_ext.comm.saving import (
+    digest_of,
+    load_state,
+    pack_state,
+    read_state,
+    save_state,
+    unpack_state,
+)
 from hipp_ext.errors import CompressionError
 
 
@@ -36,7 +43,10 @@ def contents(state):
 @pytest.fixture
 def one(tmp_path):
     state = OneRank()
-    gradients = {n: torch.randn(s, generator=torch.Generator().manual_seed(1)) for n, s in state.compressor.shapes.items()}
+    gradients = {
+        n: torch.randn(s, generator=torch.Generator().manual_seed(1))
+        for n, s in state.compressor.shapes.items()
+    }
     with pytest.raises(StopIteration):
         exchange = state.compressor.step(gradients)
         packet = next(exchange)
@@ -52,7 +62,16 @@ def test_every_damaged_file_is_refused_or_holds_what_was_saved(one, tmp_path):
     mutations = [data[:i] + bytes([data[i] ^ (1 << bit)]) + data[i + 1 :] for i, bit in flips]
     for _ in range(200):
         start, size = rng.randrange(len(data)), rng.randrange(1, 64)
-        middle = rng.choice([b"", rng.randbytes(size), b"\0" * size, data[start : start + size] * 2, b"[" * 5000, b"9" * 500])
+        middle = rng.choice(
+            [
+                b"",
+                rng.randbytes(size),
+                b"\0" * size,
+                data[start : start + size] * 2,
+                b"[" * 5000,
+                b"9" * 500,
+            ]
+        )
         mutations.append(data[:start] + middle + data[start + size :])
     target, refused = tmp_path / "mutated", 0
     for mutation in mutations:
@@ -101,7 +120,9 @@ def test_what_is_no_file_of_ours(one, tmp_path):
     state, file = one
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "long").write_bytes((10**9).to_bytes(8, "little") + b"{" * 2_000_000)
-    save_file({n: t.double() for n, t in load_file(file).items()}, tmp_path / "double", {"lqsgd": "{}"})
+    save_file(
+        {n: t.double() for n, t in load_file(file).items()}, tmp_path / "double", {"lqsgd": "{}"}
+    )
     save_file({"memory": torch.zeros(1)}, tmp_path / "nameless", {"lqsgd": "{}"})
     save_file(load_file(file), tmp_path / "others")
     for name, message in (
@@ -113,7 +134,9 @@ def test_what_is_no_file_of_ours(one, tmp_path):
         ("nameless", "not enough values to unpack"),
         ("others", "lqsgd"),
     ):
-        with pytest.raises(CompressionError, match=f"(?s)missing, damaged, or holds no LQ-SGD state.*{message}"):
+        with pytest.raises(
+            CompressionError, match=f"(?s)missing, damaged, or holds no LQ-SGD state.*{message}"
+        ):
             load_state(OneRank(), f"{tmp_path}/{name}")
 
 
@@ -154,11 +177,15 @@ def test_what_is_read_is_what_was_written(one):
     assert {k: v for k, v in read.items() if k not in ("memory", "factors")} == {
         k: v for k, v in saved.items() if k not in ("memory", "factors")
     }
-    assert load_state(other := OneRank(), file) == [] and all(t.any() for t in contents(other).values())
+    assert load_state(other := OneRank(), file) == [] and all(
+        t.any() for t in contents(other).values()
+    )
     assert all(torch.equal(t, contents(state)[n]) for n, t in contents(other).items())
 
 
-@pytest.mark.parametrize("four", [4, np.int64(4), np.uint8(4), 4.0, np.float32(4), torch.tensor(4), np.array(4)])
+@pytest.mark.parametrize(
+    "four", [4, np.int64(4), np.uint8(4), 4.0, np.float32(4), torch.tensor(4), np.array(4)]
+)
 def test_numbers_of_any_type_are_taken_where_exact(four):
     options = Options(rank=four, bits=four, vector_bits=four, alpha=four, min_rate=four, seed=four)
     assert options == Options(rank=4, bits=4, vector_bits=4, alpha=4.0, min_rate=4.0, seed=4)
@@ -169,7 +196,19 @@ def test_numbers_of_any_type_are_taken_where_exact(four):
 @pytest.mark.parametrize("name", ["rank", "bits", "vector_bits", "seed", "alpha", "min_rate"])
 @pytest.mark.parametrize(
     "value",
-    [True, np.True_, torch.tensor(True), "4", math.nan, np.float64("nan"), math.inf, [4], torch.tensor([4, 4]), 4j, b"4"],
+    [
+        True,
+        np.True_,
+        torch.tensor(True),
+        "4",
+        math.nan,
+        np.float64("nan"),
+        math.inf,
+        [4],
+        torch.tensor([4, 4]),
+        4j,
+        b"4",
+    ],
 )
 def test_what_is_no_number_is_refused(name, value):
     with pytest.raises(CompressionError, match=rf"{name}=.*: a (whole|finite) number .* is needed"):
@@ -182,7 +221,9 @@ def test_half_a_number_is_refused(name):
         Options(**{name: 4.5})
 
 
-@pytest.mark.parametrize("options", [{"seed": 2**64}, {"alpha": 10**400}, {"transport": ["auto"]}, {"transport": None}])
+@pytest.mark.parametrize(
+    "options", [{"seed": 2**64}, {"alpha": 10**400}, {"transport": ["auto"]}, {"transport": None}]
+)
 def test_out_of_range(options):
     with pytest.raises(CompressionError, match="is needed"):
         Options(**options)

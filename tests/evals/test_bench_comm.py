@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from hipp_ext.evals.bench import comm_baselines, comm_links, comm_scale, inversion
 
 SHAPES = {"w": torch.Size((40, 60)), "b": torch.Size((60,))}
@@ -12,7 +13,9 @@ SHAPES = {"w": torch.Size((40, 60)), "b": torch.Size((60,))}
 
 def gradients(workers: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [{n: torch.randn(s, generator=generator) for n, s in SHAPES.items()} for _ in range(workers)]
+    return [
+        {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()} for _ in range(workers)
+    ]
 
 
 def test_dense_averages_are_means_and_every_method_counts_its_bytes():
@@ -23,9 +26,15 @@ def test_dense_averages_are_means_and_every_method_counts_its_bytes():
         out, sent[name] = make(0)(given)
         assert out.keys() == SHAPES.keys() and all(out[n].shape == s for n, s in SHAPES.items())
         if name in ("fp32", "fp16", "QSGD 8 bits"):
-            assert all(torch.allclose(out[n], mean[n], atol={"fp32": 1e-6, "fp16": 2e-3}.get(name, 0.05)) for n in SHAPES)
+            assert all(
+                torch.allclose(out[n], mean[n], atol={"fp32": 1e-6, "fp16": 2e-3}.get(name, 0.05))
+                for n in SHAPES
+            )
     assert sent["fp32"] == 1.5 * 4 * 2460 and sent["fp16"] == sent["fp32"] / 2
-    assert sent["PowerSGD"] == 1.5 * 4 * (2 * 100 + 60) and sent["PowerSGD fp16"] == sent["PowerSGD"] / 2
+    assert (
+        sent["PowerSGD"] == 1.5 * 4 * (2 * 100 + 60)
+        and sent["PowerSGD fp16"] == sent["PowerSGD"] / 2
+    )
     assert sent["QSGD 8 bits"] == 3 * (2460 + 8)
     assert abs(sent["top-k"] - sent["LQ-SGD 8 bits"]) <= 3 * 8
 
@@ -47,12 +56,20 @@ def test_the_simulated_cost_falls_with_bandwidth_and_compression_pays_below_its_
     shapes = comm_scale.model_shapes(2, 256, 512, 1000)
     counts = comm_scale.factor_counts(shapes)
     assert counts["parameters"] == sum(math.prod(s) for s in shapes.values())
-    speeds = {"matmul": 1e10, "QR": 1e8, **{f"{way} {bits}": 1e9 for way in ("encode", "decode") for bits in (8, 4)}}
+    speeds = {
+        "matmul": 1e10,
+        "QR": 1e8,
+        **{f"{way} {bits}": 1e9 for way in ("encode", "decode") for bits in (8, 4)},
+    }
     for method in comm_scale.METHODS:
-        costs = [comm_scale.step_cost(method, counts, 8, gbit, speeds) for gbit in (0.01, 0.1, 1, 10)]
+        costs = [
+            comm_scale.step_cost(method, counts, 8, gbit, speeds) for gbit in (0.01, 0.1, 1, 10)
+        ]
         assert costs == sorted(costs, reverse=True)
     for other, edge in comm_scale._crossover(counts, 8, speeds).items():
-        ours, theirs = (comm_scale.step_cost(m, counts, 8, edge / 2, speeds) for m in (comm_scale.OURS, other))
+        ours, theirs = (
+            comm_scale.step_cost(m, counts, 8, edge / 2, speeds) for m in (comm_scale.OURS, other)
+        )
         assert ours < theirs
         assert comm_scale.step_cost(other, counts, 8, edge * 2, speeds) < comm_scale.step_cost(
             comm_scale.OURS, counts, 8, edge * 2, speeds
@@ -63,11 +80,17 @@ def test_an_observer_of_the_wire_decodes_what_was_sent():
     torch.manual_seed(0)
     model = inversion.cnn()
     found = inversion._gradients(model, torch.rand(1, 1, 8, 8), torch.tensor([3]))
-    exact, coarse = (inversion.observe(f"{m} naive", found).target for m in ("PowerSGD", "LQ-SGD 8 bits"))
+    exact, coarse = (
+        inversion.observe(f"{m} naive", found).target for m in ("PowerSGD", "LQ-SGD 8 bits")
+    )
     true = inversion._flat(found)
-    assert (exact - coarse).norm() / exact.norm() < 0.02 and 0.001 < (true - exact).norm() / true.norm() < 0.9
+    assert (exact - coarse).norm() / exact.norm() < 0.02 and 0.001 < (
+        true - exact
+    ).norm() / true.norm() < 0.9
     seen = inversion.observe("LQ-SGD 8 bits adaptive", found)
-    assert (seen.features(found) - seen.target).norm() / seen.target.norm() < 0.01  # the true gradient would look like this
+    assert (
+        seen.features(found) - seen.target
+    ).norm() / seen.target.norm() < 0.01  # the true gradient would look like this
 
 
 def test_an_adaptive_attack_rebuilds_what_a_naive_one_cannot():
@@ -79,7 +102,10 @@ def test_an_adaptive_attack_rebuilds_what_a_naive_one_cannot():
         seen = inversion.observe(variant, inversion._gradients(model, picture, torch.tensor([3])))
         rebuilt = inversion.dlg(model, torch.tensor([3]), seen, 60)
         error[variant] = inversion.quality([rebuilt], [picture[0, 0]])["MSE"]["mean"]
-    assert error["raw"] < 1e-4 and error["LQ-SGD 8 bits adaptive"] < 0.01 < error["LQ-SGD 8 bits naive"]
+    assert (
+        error["raw"] < 1e-4
+        and error["LQ-SGD 8 bits adaptive"] < 0.01 < error["LQ-SGD 8 bits naive"]
+    )
 
 
 def test_links_are_skipped_with_a_reason_where_they_cannot_be_made(monkeypatch, capsys):

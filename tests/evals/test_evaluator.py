@@ -4,20 +4,23 @@ import dataclasses
 
 import pytest
 import torch
-from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.questions import table_questions
-from hipp_ext.evals.tables import read_table
 from models import build
 from test_surgery import random_plan
 
 from hipp_ext import masked, prune, testbed
 from hipp_ext.calibration import encode, find_processor
 from hipp_ext.errors import CalibrationError
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.questions import table_questions
+from hipp_ext.evals.tables import read_table
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.planner.reward import read_reward
 from hipp_ext.preference import Preference
 
-POPE, CHOICE = testbed.questions("POPE", "validation", 47), testbed.questions("ScienceQA", "validation", 41)
+POPE, CHOICE = (
+    testbed.questions("POPE", "validation", 47),
+    testbed.questions("ScienceQA", "validation", 41),
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,10 @@ def expected_answers(model, processor, questions):
     batch = encode(processor, [q.prompt for q in questions], [q.image for q in questions])
     logits = model(**batch).logits[:, -1]
     tokens = processor.tokenizer.convert_tokens_to_ids
-    return tuple(q.labels[int(row[tokens(list(q.labels))].argmax())] for q, row in zip(questions, logits, strict=True))
+    return tuple(
+        q.labels[int(row[tokens(list(q.labels))].argmax())]
+        for q, row in zip(questions, logits, strict=True)
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
@@ -103,25 +109,42 @@ def test_questions_of_a_table_are_those_of_the_testbed(tmp_path):
     for task, name in (("POPE", "POPE"), ("ScienceQA", "ScienceQA_TEST")):
         table = read_table(tmp_path / f"data/validation/{name}.tsv", tmp_path / "images", name=name)
         pictures = set()
-        for ours, theirs in zip(testbed.questions(task, "validation", 47), table_questions(table), strict=True):
-            assert (ours.prompt, ours.answer, tuple(ours.labels)) == (theirs.prompt, theirs.answer, tuple(theirs.labels))
+        for ours, theirs in zip(
+            testbed.questions(task, "validation", 47), table_questions(table), strict=True
+        ):
+            assert (ours.prompt, ours.answer, tuple(ours.labels)) == (
+                theirs.prompt,
+                theirs.answer,
+                tuple(theirs.labels),
+            )
             assert ours.image.tobytes() == theirs.image.tobytes()
             pictures.add((ours.picture, theirs.picture))
         if task == "POPE":  # standard errors count questions about one picture together
-            assert 1 < len(pictures) == len({ours for ours, _ in pictures}) == len({theirs for _, theirs in pictures}) < 10
+            assert (
+                1
+                < len(pictures)
+                == len({ours for ours, _ in pictures})
+                == len({theirs for _, theirs in pictures})
+                < 10
+            )
         else:
             assert {theirs for _, theirs in pictures} == {None}
 
 
 def test_a_processor_of_another_model_is_refused(loaded):
     _, processor = loaded
-    with pytest.raises(CalibrationError, match=r"does not belong to the model: its vocabulary has \d+ tokens, the model 97"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"does not belong to the model: its vocabulary has \d+ tokens, the model 97",
+    ):
         Evaluator(build("llava"), processor, POPE, CHOICE)
     with pytest.raises(CalibrationError, match="does not belong"):
         HiPPPlanner(Preference(1, 1, 1)).plan(build("llava"), processor=processor)
     other, _ = testbed.load()
     other.config.image_token_id = 11
-    with pytest.raises(CalibrationError, match="image token '<image>' has the id 4, the model expects 11"):
+    with pytest.raises(
+        CalibrationError, match="image token '<image>' has the id 4, the model expects 11"
+    ):
         Evaluator(other, processor, POPE, CHOICE)
 
 
@@ -135,4 +158,6 @@ def test_the_testbed_is_the_default_calibration(loaded):
     model, processor = loaded
     assert find_processor(model) is not None
     plan = HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model, rows=8)
-    assert plan == HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(model, rows=8, processor=processor)
+    assert plan == HiPPPlanner(Preference(1, 1, 0), pruning_ratio=0.3).plan(
+        model, rows=8, processor=processor
+    )

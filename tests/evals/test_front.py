@@ -10,9 +10,22 @@ from hipp_ext.errors import CheckpointError, DataError, PreferenceError
 from hipp_ext.testbed import WEIGHTS
 
 FIT = (
-    "fit", "testbed", "--steps", "1", "--questions", "12", "--robustness", "adversarial", "--cost", "flops",
-    "--scalarisation", "linear", "--calibration-rows", "8", "-o",
-)  # fmt: skip
+    "fit",
+    "testbed",
+    "--steps",
+    "1",
+    "--questions",
+    "12",
+    "--robustness",
+    "adversarial",
+    "--cost",
+    "flops",
+    "--scalarisation",
+    "linear",
+    "--calibration-rows",
+    "8",
+    "-o",
+)
 WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
 
 
@@ -24,15 +37,31 @@ def fitted(tmp_path_factory):
 
 
 def test_a_front_with_two_answers(fitted, tmp_path):
-    ask = ("front", fitted, *WISH, "--model", "testbed", "--questions", "12", "--measured-on", "adversarial")
+    ask = (
+        "front",
+        fitted,
+        *WISH,
+        "--model",
+        "testbed",
+        "--questions",
+        "12",
+        "--measured-on",
+        "adversarial",
+    )
     out = hipp(*ask, "--picture", tmp_path / "front.png", "--json", tmp_path / "front.json")
-    assert "non-dominated of 12 evaluated plans" in out and "best archived" in out and "not evaluated" not in out
-    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG" and json.loads((tmp_path / "front.json").read_text())[
-        "front"
-    ]
+    assert (
+        "non-dominated of 12 evaluated plans" in out
+        and "best archived" in out
+        and "not evaluated" not in out
+    )
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG" and json.loads(
+        (tmp_path / "front.json").read_text()
+    )["front"]
 
 
-@pytest.mark.parametrize("other", [("--questions", "12"), ("--questions", "40", "--measured-on", "adversarial")])
+@pytest.mark.parametrize(
+    "other", [("--questions", "12"), ("--questions", "40", "--measured-on", "adversarial")]
+)
 def test_other_questions_than_those_of_the_fit_are_refused(fitted, other):
     with pytest.raises(DataError, match="This is not what the plans of the fit were measured on"):
         hipp("front", fitted, *WISH, "--model", "testbed", *other)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
+from hipp_ext.errors import DataError, WriteError
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.pope import build_pope, pope_from_published
 from hipp_ext.evals.data.scienceqa import write_scienceqa
 from hipp_ext.evals.data.writing import file_pictures, write_table
-from PIL import Image
-
-from hipp_ext.errors import DataError, WriteError
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -30,8 +30,11 @@ def bearable():
 
 
 def instances(folder: Path, **changes: object) -> Path:
-    known = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": 1}],
-             "categories": [{"id": 1, "name": "cup"}]} | changes  # fmt: skip
+    known = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 1, "category_id": 1}],
+        "categories": [{"id": 1, "name": "cup"}],
+    } | changes
     (folder / "instances.json").write_text(json.dumps(known))
     return folder / "instances.json"
 
@@ -42,13 +45,22 @@ def instances(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"annotations": [{"image_id": [1], "category_id": 1}]}, "not a COCO instance file: .*\\[1\\] is not an id"),
+        (
+            {"annotations": [{"image_id": [1], "category_id": 1}]},
+            "not a COCO instance file: .*\\[1\\] is not an id",
+        ),
         ({"annotations": [{"image_id": 1, "category_id": {}}]}, "\\{\\} is not an id"),
         ({"annotations": [{"image_id": True, "category_id": 1}]}, "True is not an id"),
         ({"annotations": [{"image_id": float("inf"), "category_id": 1}]}, "inf is not an id"),
-        ({"annotations": [{"image_id": 10**400, "category_id": 1}]}, "refer to an unknown image, the first to image 1000"),
+        (
+            {"annotations": [{"image_id": 10**400, "category_id": 1}]},
+            "refer to an unknown image, the first to image 1000",
+        ),
         ({"images": [{"id": [], "file_name": "a"}]}, "\\[\\] is not an id"),
-        ({"images": [{"id": 1, "file_name": ["a.jpg", "b.jpg"]}]}, "image 1 has 2 pictures in a list"),
+        (
+            {"images": [{"id": 1, "file_name": ["a.jpg", "b.jpg"]}]},
+            "image 1 has 2 pictures in a list",
+        ),
         ({"images": [{"id": 1, "file_name": {"a": 1}}]}, "is not a text"),
         ({"categories": [{"id": 1, "name": ["cup"]}]}, "is not a text"),
         ({"categories": [[]]}, "not a COCO instance file"),
@@ -65,7 +77,9 @@ def test_a_list_of_one_file_name_is_that_file(tmp_path):
     assert images[0].file_name == "a.jpg"
 
 
-@pytest.mark.parametrize("text", [DEEP, '{"annotations": ' + DEEP + "}", "\ud800", "", "1" * 5000, "{"])
+@pytest.mark.parametrize(
+    "text", [DEEP, '{"annotations": ' + DEEP + "}", "\ud800", "", "1" * 5000, "{"]
+)
 def test_json_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     for read in (read_instances, read_captions):
@@ -83,9 +97,14 @@ def test_json_that_is_no_plain_file_is_refused(tmp_path):
 
 def test_so_many_objects_are_not_paired(tmp_path):
     many = 20_000
-    file = instances(tmp_path, categories=[{"id": n, "name": f"n{n}"} for n in range(many)],
-                     annotations=[{"image_id": 1, "category_id": n} for n in range(many)])  # fmt: skip
-    with pytest.raises(DataError, match="hold 400,000,000 pairs of objects, and 10,000,000 are counted at most"):
+    file = instances(
+        tmp_path,
+        categories=[{"id": n, "name": f"n{n}"} for n in range(many)],
+        annotations=[{"image_id": 1, "category_id": n} for n in range(many)],
+    )
+    with pytest.raises(
+        DataError, match="hold 400,000,000 pairs of objects, and 10,000,000 are counted at most"
+    ):
         build_pope(read_instances(file)[0], n_images=1)
 
 
@@ -95,9 +114,18 @@ def test_so_many_objects_are_not_paired(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": ["a.jpg", "b.jpg"], "text": "t", "label": "yes"}', "line 1 has 2 pictures in a list"),
-        ('{"image": "[\'a.jpg\', \'b.jpg\']", "text": "t", "label": "yes"}', "line 1 has 2 pictures in a list"),
-        ('{"image": [7], "text": "t", "label": "yes"}', "line 1 is not a POPE question .*must be texts"),
+        (
+            '{"image": ["a.jpg", "b.jpg"], "text": "t", "label": "yes"}',
+            "line 1 has 2 pictures in a list",
+        ),
+        (
+            '{"image": "[\'a.jpg\', \'b.jpg\']", "text": "t", "label": "yes"}',
+            "line 1 has 2 pictures in a list",
+        ),
+        (
+            '{"image": [7], "text": "t", "label": "yes"}',
+            "line 1 is not a POPE question .*must be texts",
+        ),
         ('{"image": "a.jpg", "text": ["t"], "label": "yes"}', "must be texts"),
         ('{"image": "a.jpg", "text": "t", "label": ["yes"]}', "the label is \\['yes'\\]"),
         ('{"image": "a.jpg", "text": "t"}', "is not a POPE question"),
@@ -115,7 +143,9 @@ def test_published_lines_are_checked(tmp_path, line, message):
 
 def test_a_published_list_of_one_picture_is_that_picture(tmp_path):
     for split in ("random", "popular", "adversarial"):
-        (tmp_path / f"coco_pope_{split}.json").write_text('{"image": ["a.jpg"], "text": "a\u2028b", "label": "yes"}\n')
+        (tmp_path / f"coco_pope_{split}.json").write_text(
+            '{"image": ["a.jpg"], "text": "a\u2028b", "label": "yes"}\n'
+        )
     assert [(q.image, q.text) for q in pope_from_published(tmp_path)[0]] == [("a.jpg", "a\u2028b")]
 
 
@@ -127,9 +157,13 @@ def test_pictures_of_a_folder_are_plain_files_in_it(tmp_path):
     folder.mkdir()
     os.mkfifo(folder / "pipe.png")
     (folder / "zero.png").symlink_to("/dev/zero")
-    for name, message in (("pipe.png", "pipe.png cannot be read: It is a pipe or a device"), ("zero.png", "leads out of the"),
-                          ("a\0b", "leads out of the"), ("x" * 5000, "1 of 1 images are missing"),
-                          ("/etc/hostname", "leads out of")):  # fmt: skip
+    for name, message in (
+        ("pipe.png", "pipe.png cannot be read: It is a pipe or a device"),
+        ("zero.png", "leads out of the"),
+        ("a\0b", "leads out of the"),
+        ("x" * 5000, "1 of 1 images are missing"),
+        ("/etc/hostname", "leads out of"),
+    ):
         with pytest.raises(DataError, match=message):
             file_pictures(folder, [name])
 
@@ -138,22 +172,42 @@ def test_pictures_of_a_folder_are_plain_files_in_it(tmp_path):
 def test_texts_that_no_tsv_can_hold_are_refused(tmp_path, text):
     Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="row 0, .* holds a null byte or half a character"):
-        write_table(tmp_path / "x.tsv", [{"index": 0, "q": text}], file_pictures(tmp_path, ["a.png"]), source={})
+        write_table(
+            tmp_path / "x.tsv",
+            [{"index": 0, "q": text}],
+            file_pictures(tmp_path, ["a.png"]),
+            source={},
+        )
     assert not (tmp_path / "x.tsv").exists()
 
 
 def test_eps_is_no_picture_here(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(DataError, match="the image a.png is broken, it cannot be decoded: it is no picture of a kind"):
-        write_table(tmp_path / "x.tsv", [{"index": 0}], file_pictures(tmp_path, ["a.png"]), source={})
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    with pytest.raises(
+        DataError,
+        match="the image a.png is broken, it cannot be decoded: it is no picture of a kind",
+    ):
+        write_table(
+            tmp_path / "x.tsv", [{"index": 0}], file_pictures(tmp_path, ["a.png"]), source={}
+        )
 
 
 # --------------------------------------------------------------------------------------------------- ScienceQA
 
 
 def problem(**changes: object) -> dict[str, object]:
-    return {"question": "q", "choices": ["a", "b"], "answer": 0, "hint": "", "topic": "t", "subject": "s",
-            "image": "image.png", "split": "test"} | changes  # fmt: skip
+    return {
+        "question": "q",
+        "choices": ["a", "b"],
+        "answer": 0,
+        "hint": "",
+        "topic": "t",
+        "subject": "s",
+        "image": "image.png",
+        "split": "test",
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -174,17 +228,23 @@ def problem(**changes: object) -> dict[str, object]:
 def test_problems_of_odd_types_are_refused(tmp_path, pids, changes, message):
     (tmp_path / "images/test/7").mkdir(parents=True)
     Image.new("RGB", (3, 3)).save(tmp_path / "images/test/7/image.png")
-    (tmp_path / "problems.json").write_text(json.dumps({"7": problem(**changes), "9" * 5000: problem()}))
+    (tmp_path / "problems.json").write_text(
+        json.dumps({"7": problem(**changes), "9" * 5000: problem()})
+    )
     (tmp_path / "pid_splits.json").write_text(json.dumps({"test": pids}))
     with pytest.raises(DataError, match=message):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
     assert not list(tmp_path.glob("lmu/*"))
 
 
-def parquet(file: Path, picture: bytes, rows: int, image: object = None, **options: object) -> bytes:
+def parquet(
+    file: Path, picture: bytes, rows: int, image: object = None, **options: object
+) -> bytes:
     cells = pa.array([image or {"bytes": picture, "path": None}] * rows)
     texts = {name: ["x"] * rows for name in ("question", "hint", "topic", "subject")}
-    table = pa.table({"image": cells, **texts, "choices": [["a", "b"]] * rows, "answer": [0] * rows})
+    table = pa.table(
+        {"image": cells, **texts, "choices": [["a", "b"]] * rows, "answer": [0] * rows}
+    )
     pq.write_table(table, file, **options)
     return file.read_bytes()
 
@@ -204,7 +264,9 @@ def test_a_parquet_file_that_is_cut_or_bent_is_refused_or_read(tmp_path):
     for number in range(60):
         at = (number * 7919) % len(whole)
         cut = whole[: at // 2] + whole[at // 2 + 40 :]
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :] if number % 2 else cut)
+        file.write_bytes(
+            whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :] if number % 2 else cut
+        )
         try:
             write_scienceqa(tmp_path, tmp_path / "lmu", ["test"], overwrite=True)
         except DataError as error:
@@ -218,7 +280,10 @@ def test_a_parquet_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "test.parquet"
     parquet(file, bytes(2**17), 100, use_dictionary=True)  # one picture, a hundred times
     assert file.stat().st_size < 2**20
-    with pytest.raises(DataError, match="unpack to .* bytes; 4,194,304 are read at most. Write it with smaller row groups"):
+    with pytest.raises(
+        DataError,
+        match="unpack to .* bytes; 4,194,304 are read at most. Write it with smaller row groups",
+    ):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
     monkeypatch.setattr(reader, "_MOST_ROWS", 99)
     with pytest.raises(DataError, match="says that it has 100 rows; 99 are read at most"):
@@ -272,7 +337,9 @@ def folder(tmp_path) -> Path:
 
 
 def writer(folder: Path, killed_at: str, name: str = "one/x.tsv") -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), killed_at, name], stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), killed_at, name], stderr=subprocess.PIPE
+    )
 
 
 def undisturbed(folder: Path) -> dict[str, bytes]:
@@ -316,5 +383,7 @@ def test_what_is_kept_is_not_written_through_a_link(folder):
     (folder / "mine").write_text("mine")
     (folder / "one/.x.tsv.partial").symlink_to(folder / "mine")
     with pytest.raises(WriteError, match="x.tsv.partial cannot be written"):
-        write_table(folder / "one/x.tsv", [{"index": 0}], file_pictures(folder / "in", ["0.png"]), source={})
+        write_table(
+            folder / "one/x.tsv", [{"index": 0}], file_pictures(folder / "in", ["0.png"]), source={}
+        )
     assert (folder / "mine").read_text() == "mine"

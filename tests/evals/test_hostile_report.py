@@ -9,17 +9,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from hipp_ext.errors import DataError
 from hipp_ext.evals.disagreements import disagreements
 from hipp_ext.evals.figures import Look, cost_figure, keeps_figure, label, png, pope_figure
 from hipp_ext.evals.report import write_report
 from hipp_ext.evals.report_page import page
 from hipp_ext.evals.report_sources import read_sources
-from PIL import Image
-
-from hipp_ext.errors import DataError
 from hipp_ext.plan import PlanGroup, PruningPlan
 
-TRAP = "\"'><script>alert(1)</script><img src=//evil onerror=alert(2)>${7*7}{{7*7}}{%x%}\ud800</style>"
+TRAP = (
+    "\"'><script>alert(1)</script><img src=//evil onerror=alert(2)>${7*7}{{7*7}}{%x%}\ud800</style>"
+)
 HASH = "ab" * 32
 
 
@@ -40,16 +42,31 @@ class Tags(HTMLParser):
 
 
 def split(**changes: object) -> dict:
-    return {"n": 4, "accuracy": 50.0, "accuracy_se": 1.0, "f1": 40.0, "f1_se": None, "yes_rate": 50.0,
-            "yes_rate_se": 2.0} | changes  # fmt: skip
+    return {
+        "n": 4,
+        "accuracy": 50.0,
+        "accuracy_se": 1.0,
+        "f1": 40.0,
+        "f1_se": None,
+        "yes_rate": 50.0,
+        "yes_rate_se": 2.0,
+    } | changes
 
 
 def record(model: str = "dense", **changes: object) -> dict:
     splits = {"overall": split(n=6), "random": split(), "popular": split(n=2)}
     digest = hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()
-    return {"model": model, "model_hash": digest, "data": "POPE", "data_hash": "d" * 64, "n": 4,
-            "metrics": {"vlmeval": splits, "official": splits}, "settings": {"dtype": "float32"}, "command": "vlmeval",
-            "predictions": f"/gone/{model}/POPE/run-1/predictions.jsonl"} | changes  # fmt: skip
+    return {
+        "model": model,
+        "model_hash": digest,
+        "data": "POPE",
+        "data_hash": "d" * 64,
+        "n": 4,
+        "metrics": {"vlmeval": splits, "official": splits},
+        "settings": {"dtype": "float32"},
+        "command": "vlmeval",
+        "predictions": f"/gone/{model}/POPE/run-1/predictions.jsonl",
+    } | changes
 
 
 def latency() -> dict:
@@ -62,11 +79,18 @@ def latency() -> dict:
         "weights_mib": 4.0,
         "peak_mib": 6.0,
     }
-    return {"command": "c", "device": "d", "threads": 1, "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
-            "models": {"dense": cost}}  # fmt: skip
+    return {
+        "command": "c",
+        "device": "d",
+        "threads": 1,
+        "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
+        "models": {"dense": cost},
+    }
 
 
-def outputs(folder: Path, models: tuple[str, ...] = ("dense", "small"), image: str = HASH, **changes: object) -> Path:
+def outputs(
+    folder: Path, models: tuple[str, ...] = ("dense", "small"), image: str = HASH, **changes: object
+) -> Path:
     """What `vlmeval` leaves of models that answer four questions about a red picture, each in its own way."""
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (9, 9), "red").save(folder / f"images/{HASH[:32]}.png")
@@ -75,8 +99,16 @@ def outputs(folder: Path, models: tuple[str, ...] = ("dense", "small"), image: s
         run.mkdir(parents=True)
         own = record(model, predictions=str(run / "predictions.jsonl"))
         (run.parent / "results.json").write_text(json.dumps(own))
-        asked = {"question": "q", "answer": "Yes", "category": "random", "image": image, "options": None} | changes
-        (run / "questions.jsonl").write_text("".join(json.dumps(asked | {"index": str(n)}) + "\n" for n in range(4)))
+        asked = {
+            "question": "q",
+            "answer": "Yes",
+            "category": "random",
+            "image": image,
+            "options": None,
+        } | changes
+        (run / "questions.jsonl").write_text(
+            "".join(json.dumps(asked | {"index": str(n)}) + "\n" for n in range(4))
+        )
         said = ["Yes" if (n + number) % 2 else "No" for n in range(4)]
         (run / "predictions.jsonl").write_text(
             "".join(json.dumps({"index": str(n), "prediction": said[n]}) + "\n" for n in range(4))
@@ -88,7 +120,9 @@ def made(folder: Path) -> str:
     """The page without its figures, which take seconds."""
     sources = read_sources([folder])
     dense, *others = sources.entries
-    return page(sources, [], {e.name: disagreements(dense.records, e.records, [folder]) for e in others})
+    return page(
+        sources, [], {e.name: disagreements(dense.records, e.records, [folder]) for e in others}
+    )
 
 
 # --------------------------------------------------------------------------------------------------- texts
@@ -97,24 +131,37 @@ def made(folder: Path) -> str:
 def test_no_text_of_a_file_becomes_markup(tmp_path):
     folder = outputs(tmp_path, ("dense" + TRAP, "small" + TRAP), question=TRAP)
     (folder / "latency.json").write_text(
-        json.dumps(latency() | {"command": TRAP, "device": TRAP, "models": {TRAP: latency()["models"]["dense"]}})
+        json.dumps(
+            latency()
+            | {"command": TRAP, "device": TRAP, "models": {TRAP: latency()["models"]["dense"]}}
+        )
     )
     (folder / "fit.json").write_text(json.dumps({"settings": {TRAP: TRAP, "noise": [TRAP]}}))
     for file in folder.rglob("results.json"):
         own = json.loads(file.read_text())
-        file.write_text(json.dumps(own | {"command": TRAP, "data_hash": TRAP, "settings": {TRAP: TRAP}}))
+        file.write_text(
+            json.dumps(own | {"command": TRAP, "data_hash": TRAP, "settings": {TRAP: TRAP}})
+        )
     read = Tags(made(folder))
-    assert not {"script", "iframe", "object", "link", "form", "base"} & {tag for tag, _ in read.tags}
+    assert not {"script", "iframe", "object", "link", "form", "base"} & {
+        tag for tag, _ in read.tags
+    }
     assert sum(tag == "style" for tag, _ in read.tags) == 1
     for _, attributes in read.tags:
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
         assert (attributes.get("src") or "data:image/").startswith("data:image/")
     said = "".join(read.texts)
-    assert said.count("alert(1)") >= 12 and "${7*7}{{7*7}}{%x%}" in said and "49" not in said  # shown, and not carried out
+    assert (
+        said.count("alert(1)") >= 12 and "${7*7}{{7*7}}{%x%}" in said and "49" not in said
+    )  # shown, and not carried out
 
 
 def test_half_a_character_does_not_stop_a_report(tmp_path):
-    own = record("m" + TRAP, data="mine", metrics={"accuracy": {"overall": {"n": 4, "accuracy": 50.0, "accuracy_se": 1.0}}})
+    own = record(
+        "m" + TRAP,
+        data="mine",
+        metrics={"accuracy": {"overall": {"n": 4, "accuracy": 50.0, "accuracy_se": 1.0}}},
+    )
     (tmp_path / "results.json").write_text(json.dumps(own))
     whole = write_report(tmp_path, tmp_path / "out").read_bytes()
     assert b"<script" not in whole and "50.0 ± 1.0" in whole.decode()
@@ -122,17 +169,27 @@ def test_half_a_character_does_not_stop_a_report(tmp_path):
 
 def test_the_page_forbids_what_it_does_not_need(tmp_path):
     read = Tags(made(outputs(tmp_path)))
-    policy = next(a["content"] for tag, a in read.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in read.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     rules = dict(rule.split(" ", 1) for rule in (policy or "").split("; "))
-    assert rules == {"default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'", "base-uri": "'none'",
-                     "form-action": "'none'"}  # fmt: skip
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     order = [tag for tag, _ in read.tags]
     assert order.index("meta") < order.index("style")
 
 
 def test_two_counts_of_questions_are_explained(tmp_path):
     said = "".join(Tags(made(outputs(tmp_path))).texts)
-    assert "POPE has 4 distinct questions, each counted once where models are compared" in said and "6 in all." in said
+    assert (
+        "POPE has 4 distinct questions, each counted once where models are compared" in said
+        and "6 in all." in said
+    )
 
 
 # --------------------------------------------------------------------------------------------------- pictures and answers
@@ -142,7 +199,9 @@ def test_the_picture_of_a_question_is_shown(tmp_path):
     assert made(outputs(tmp_path)).count('src="data:image/png') == 4
 
 
-@pytest.mark.parametrize("image", ["../../secret", "/" + "x" * 31, "..", HASH[:32], HASH.upper(), "a\0b", "x" * 5000, ""])
+@pytest.mark.parametrize(
+    "image", ["../../secret", "/" + "x" * 31, "..", HASH[:32], HASH.upper(), "a\0b", "x" * 5000, ""]
+)
 def test_a_picture_that_is_not_named_by_a_hash_is_not_shown(tmp_path, image):
     folder = outputs(tmp_path / "in", image=image)
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
@@ -157,8 +216,12 @@ def test_a_picture_that_lies_elsewhere_is_not_shown(tmp_path):
     folder = outputs(tmp_path / "in")
     file, secret = folder / f"images/{HASH[:32]}.png", tmp_path / "secret.png"
     file.rename(secret)
-    for make in (lambda: file.symlink_to(secret), lambda: file.symlink_to("/dev/zero"), lambda: os.mkfifo(file),
-                 lambda: file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")):  # fmt: skip
+    for make in (
+        lambda: file.symlink_to(secret),
+        lambda: file.symlink_to("/dev/zero"),
+        lambda: os.mkfifo(file),
+        lambda: file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    ):
         make()
         text = made(folder)
         assert "src=" not in text and "picture not at hand" in text
@@ -167,7 +230,9 @@ def test_a_picture_that_lies_elsewhere_is_not_shown(tmp_path):
     file.parent.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     secret.rename(tmp_path / "elsewhere" / file.name)
-    assert "src=" in made(folder)  # a folder of pictures that is itself a link was put there by who made the folder
+    assert "src=" in made(
+        folder
+    )  # a folder of pictures that is itself a link was put there by who made the folder
 
 
 def test_answers_that_lie_elsewhere_are_not_shown(tmp_path):
@@ -194,20 +259,38 @@ def put(data: dict, path: str, value: object) -> dict:
     return data
 
 
-@pytest.mark.parametrize("value", [TRAP, None, [], {}, True, -1, 10**400, 1e308, float("inf"), float("nan")])
-@pytest.mark.parametrize("path", [
-    "threads", "load.rows", "load.repeats", "load.warmup", "load", "models", "models.dense", "models.dense.parameters",
-    "models.dense.peak_mib", "models.dense.prefill_ms.median",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value", [TRAP, None, [], {}, True, -1, 10**400, 1e308, float("inf"), float("nan")]
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "threads",
+        "load.rows",
+        "load.repeats",
+        "load.warmup",
+        "load",
+        "models",
+        "models.dense",
+        "models.dense.parameters",
+        "models.dense.peak_mib",
+        "models.dense.prefill_ms.median",
+    ],
+)
 def test_latency_of_other_types_and_sizes_is_refused(tmp_path, path, value):
     outputs(tmp_path / "outputs")
     (tmp_path / "latency.json").write_text(json.dumps(put(latency(), path, value)))
-    with pytest.raises(DataError, match=f"latency.json is not a result of `hipp bench latency`: '{path.split('.')[0]}"):
+    with pytest.raises(
+        DataError,
+        match=f"latency.json is not a result of `hipp bench latency`: '{path.split('.')[0]}",
+    ):
         read_sources([tmp_path])
 
 
 @pytest.mark.parametrize("value", [[], {}, 7, None, float("nan")])
-@pytest.mark.parametrize("path", ["model", "model_hash", "data", "predictions", "metrics.vlmeval.random.accuracy"])
+@pytest.mark.parametrize(
+    "path", ["model", "model_hash", "data", "predictions", "metrics.vlmeval.random.accuracy"]
+)
 def test_results_of_other_types_are_refused(tmp_path, path, value):
     folder = outputs(tmp_path)
     if path.startswith("metrics") and value == 7:
@@ -224,13 +307,43 @@ def test_results_of_other_types_are_refused(tmp_path, path, value):
         ({"planner": "../x"}, "its planner '../x' leads out of the folder"),
         ({"commands": [TRAP, 7]}, "'commands.1'"),
         ({"seeds": {}}, "'seeds'"),
-        ({"entries": [{"name": "x", "preference": None, "plan": "{", "reward": None, "parameters": 1, "records": {}}]},
-         "the plan of 'x'"),
-        ({"entries": [{"name": "x", "preference": None, "plan": None, "parameters": 1, "records": {},
-                       "reward": {"utility": "1", "robustness": 1.0, "compression": 1.0, "stability": 0.0}}]},
-         "'entries.0.reward.utility'"),
+        (
+            {
+                "entries": [
+                    {
+                        "name": "x",
+                        "preference": None,
+                        "plan": "{",
+                        "reward": None,
+                        "parameters": 1,
+                        "records": {},
+                    }
+                ]
+            },
+            "the plan of 'x'",
+        ),
+        (
+            {
+                "entries": [
+                    {
+                        "name": "x",
+                        "preference": None,
+                        "plan": None,
+                        "parameters": 1,
+                        "records": {},
+                        "reward": {
+                            "utility": "1",
+                            "robustness": 1.0,
+                            "compression": 1.0,
+                            "stability": 0.0,
+                        },
+                    }
+                ]
+            },
+            "'entries.0.reward.utility'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_summaries_are_checked(tmp_path, changes, message):
     data = {"entries": [], "commands": [], "seeds": [], "planner": None} | changes
     (tmp_path / "summary.json").write_text(json.dumps(data))
@@ -265,13 +378,24 @@ def test_figures_show_any_name(name):
         warnings.simplefilter("ignore")  # a font without some character
         figure = pope_figure(scores)
         assert png(figure, dpi=30)[:4] == b"\x89PNG"
-        assert png(cost_figure({"x": {name: (1.0, 1.0, 1.0)}}, Look(narrow=True)), dpi=20)[:4] == b"\x89PNG"
+        assert (
+            png(cost_figure({"x": {name: (1.0, 1.0, 1.0)}}, Look(narrow=True)), dpi=20)[:4]
+            == b"\x89PNG"
+        )
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == [label(name), "b"]
 
 
 def test_plans_without_attention_are_drawn():
-    groups = tuple(PlanGroup(tower="language", layer=n, kind="ffn", width=8, kept=(0, 1), unit_parameters=3) for n in (0, 1))
+    groups = tuple(
+        PlanGroup(tower="language", layer=n, kind="ffn", width=8, kept=(0, 1), unit_parameters=3)
+        for n in (0, 1)
+    )
     plan = PruningPlan(groups=groups)
     for look in (Look(), Look(narrow=True)):
-        assert png(keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]}, look), dpi=30)[:4] == b"\x89PNG"
+        assert (
+            png(keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]}, look), dpi=30)[
+                :4
+            ]
+            == b"\x89PNG"
+        )

@@ -12,12 +12,19 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hipp_ext.evals.tables import read_table
 from PIL import Image
 from vlm_tables import picture, pope_rows, scienceqa_rows, write_tsv
 
 from hipp_ext.errors import DataError
-from hipp_ext.untrusted import PICTURE_PIXELS, parse_json, read_plain, rgb_picture, shown, the_only_one
+from hipp_ext.evals.tables import read_table
+from hipp_ext.untrusted import (
+    PICTURE_PIXELS,
+    parse_json,
+    read_plain,
+    rgb_picture,
+    shown,
+    the_only_one,
+)
 
 RED, BLUE = picture("red"), picture("blue")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
@@ -28,7 +35,10 @@ def bearable():
     """Nothing here may take seconds, gigabytes or a child process."""
     start, children = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     yield
-    assert time.monotonic() - start < 10 and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == children
+    assert (
+        time.monotonic() - start < 10
+        and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == children
+    )
 
 
 def saved(kind: str, **options) -> bytes:
@@ -41,10 +51,17 @@ def png_of_size(width: int, height: int) -> bytes:
     """A PNG of few bytes that says it is large."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def asked(row: dict, **cells) -> dict:
@@ -69,7 +86,10 @@ def test_pictures_of_five_kinds_are_read(kind):
         (b"", "no picture of a kind"),
         (saved("PNG")[:-30], "cannot be decoded"),
         (saved("JPEG")[:300], "no picture of a kind|cannot be decoded"),
-        (png_of_size(PICTURE_PIXELS // 1024 + 1, 1024), "it has 65537 x 1024 pixels; 67,108,864 pixels are decoded at most"),
+        (
+            png_of_size(PICTURE_PIXELS // 1024 + 1, 1024),
+            "it has 65537 x 1024 pixels; 67,108,864 pixels are decoded at most",
+        ),
         (png_of_size(2**31 - 1, 2**31 - 1), "cannot be decoded: .*pixels"),
         (png_of_size(8000, 8000), "cannot be decoded"),
         (saved("JPEG").replace(b"\xff\xd9", b"\xff\xda" * 2**24), "9 x 7 pixels in 16777217 scans"),
@@ -83,21 +103,42 @@ def test_other_pictures_are_refused(data, message):
 # --------------------------------------------------------------------------------------------------- several pictures
 
 
-@pytest.mark.parametrize("several", [
-    str([RED, BLUE]), f'["{RED}", "{BLUE}"]', f"['{RED}' '{BLUE}']", f" [ '{RED}' , \"{BLUE}\" ] ",
-    "['0', '1']", "[]",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "several",
+    [
+        str([RED, BLUE]),
+        f'["{RED}", "{BLUE}"]',
+        f"['{RED}' '{BLUE}']",
+        f" [ '{RED}' , \"{BLUE}\" ] ",
+        "['0', '1']",
+        "[]",
+    ],
+)
 def test_several_pictures_in_a_cell_are_refused(tmp_path, several):
     rows = [asked(pope_rows()[0]), asked(pope_rows()[1], image=several)]
-    with pytest.raises(DataError, match="row 1 has (2|no) pictures in a list; questions about exactly one picture are asked"):
+    with pytest.raises(
+        DataError,
+        match="row 1 has (2|no) pictures in a list; questions about exactly one picture are asked",
+    ):
         read_table(write_tsv(tmp_path / "x.tsv", rows), tmp_path / "images")
 
 
-@pytest.mark.parametrize("several", [f"{RED},{BLUE}", f"{RED} {BLUE}", f"{RED}\n{BLUE}", f"{RED};{BLUE}", f"[{RED}, {BLUE}]",
-                                     f"{{'a': '{RED}'}}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "several",
+    [
+        f"{RED},{BLUE}",
+        f"{RED} {BLUE}",
+        f"{RED}\n{BLUE}",
+        f"{RED};{BLUE}",
+        f"[{RED}, {BLUE}]",
+        f"{{'a': '{RED}'}}",
+    ],
+)
 def test_what_is_not_one_base64_text_is_refused(tmp_path, several):
     rows = [asked(pope_rows()[0]), asked(pope_rows()[1], image=several)]
-    with pytest.raises(DataError, match="row 1: the image cannot be decoded: its cell is not one base64 text"):
+    with pytest.raises(
+        DataError, match="row 1: the image cannot be decoded: its cell is not one base64 text"
+    ):
         read_table(write_tsv(tmp_path / "x.tsv", rows), tmp_path / "images")
 
 
@@ -108,8 +149,14 @@ def test_a_list_of_one_picture_is_that_picture(tmp_path):
     table = read_table(write_tsv(tmp_path / "x.tsv", rows), tmp_path / "images")
     assert len(set(table.images)) == 1 and len(table.images) == 6
     (tmp_path / "a.png").write_bytes(base64.b64decode(RED))
-    rows = [asked(pope_rows()[0], index=n, image_path=cell) for n, cell in enumerate(["a.png", "['a.png']", '["a.png"]'])]
-    assert read_table(write_tsv(tmp_path / "y.tsv", rows, drop=("image",)), tmp_path).images == table.images[:3]
+    rows = [
+        asked(pope_rows()[0], index=n, image_path=cell)
+        for n, cell in enumerate(["a.png", "['a.png']", '["a.png"]'])
+    ]
+    assert (
+        read_table(write_tsv(tmp_path / "y.tsv", rows, drop=("image",)), tmp_path).images
+        == table.images[:3]
+    )
     rows[1]["image_path"] = "['a.png', 'a.png']"
     with pytest.raises(DataError, match="row 1 has 2 pictures in a list"):
         read_table(write_tsv(tmp_path / "y.tsv", rows, drop=("image",)), tmp_path)
@@ -169,10 +216,19 @@ def test_paths_that_lead_elsewhere_are_refused(place, cell, message):
 
 
 def test_paths_below_the_table_are_read(place):
-    cells = ["a.png", "folder/a.png", "./a.png", "folder/../a.png", "near.png", str(place.resolve() / "a.png")]
+    cells = [
+        "a.png",
+        "folder/a.png",
+        "./a.png",
+        "folder/../a.png",
+        "near.png",
+        str(place.resolve() / "a.png"),
+    ]
     rows = [asked(pope_rows()[0], index=n, image_path=cell) for n, cell in enumerate(cells)]
     table = read_table(write_tsv(place / "x.tsv", rows, drop=("image",)), place / "images")
-    assert len(set(table.images)) == 1 and table.frame["image_path"][4] == str(place.resolve() / "folder/a.png")
+    assert len(set(table.images)) == 1 and table.frame["image_path"][4] == str(
+        place.resolve() / "folder/a.png"
+    )
 
 
 def test_no_program_is_started_for_a_picture(place, monkeypatch):
@@ -192,7 +248,13 @@ HEAD = "index\timage\tquestion\tanswer\tcategory\n"
 
 
 def row(**cells: str) -> bytes:
-    filled = {"index": "0", "image": RED, "question": "q", "answer": "Yes", "category": "random"} | cells
+    filled = {
+        "index": "0",
+        "image": RED,
+        "question": "q",
+        "answer": "Yes",
+        "category": "random",
+    } | cells
     return (HEAD + "\t".join(filled.values()) + "\n").encode()
 
 
@@ -234,9 +296,13 @@ def test_odd_but_whole_tables_are_read(tmp_path, index):
 def test_only_plain_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.tsv")
     (tmp_path / "zero.tsv").symlink_to("/dev/zero")
-    for name, message in (("pipe.tsv", "is a pipe or a device; a table must be a plain file"),
-                          ("zero.tsv", "is a pipe or a device"), (".", "is a folder, and a table is needed"),
-                          ("gone.tsv", "gone.tsv cannot be read: No such file"), ("a\0b", "cannot be read")):  # fmt: skip
+    for name, message in (
+        ("pipe.tsv", "is a pipe or a device; a table must be a plain file"),
+        ("zero.tsv", "is a pipe or a device"),
+        (".", "is a folder, and a table is needed"),
+        ("gone.tsv", "gone.tsv cannot be read: No such file"),
+        ("a\0b", "cannot be read"),
+    ):
         with pytest.raises(DataError, match=message):
             read_table(tmp_path / name, tmp_path)
     with (tmp_path / "huge.tsv").open("wb") as file:
@@ -265,12 +331,22 @@ def test_json_that_is_none_is_refused(text):
 
 
 def test_a_list_is_recognised_in_every_spelling():
-    assert the_only_one("plain", "x") == "plain" and the_only_one(["a"], "x") == "a" and the_only_one("['a']", "x") == "a"
-    assert the_only_one(r"['C:\\a\'b']", "x") == r"C:\a'b" and the_only_one("[a.png]", "x") == "[a.png]"
+    assert (
+        the_only_one("plain", "x") == "plain"
+        and the_only_one(["a"], "x") == "a"
+        and the_only_one("['a']", "x") == "a"
+    )
+    assert (
+        the_only_one(r"['C:\\a\'b']", "x") == r"C:\a'b"
+        and the_only_one("[a.png]", "x") == "[a.png]"
+    )
     for several in (["a", "b"], "['a', \"b\"]", '["a", "b"]', "['a'\n 'b']", ("a", "b")):
         with pytest.raises(DataError, match="x has 2 pictures"):
             the_only_one(several, "x")
 
 
 def test_what_steers_a_terminal_is_not_shown():
-    assert shown("a\x1b[31m\u202eb\nc\u3000d") == "a\ufffd[31m\ufffdb\ufffdc\u3000d" and shown("x" * 9, 4) == "xxx\u2026"
+    assert (
+        shown("a\x1b[31m\u202eb\nc\u3000d") == "a\ufffd[31m\ufffdb\ufffdc\u3000d"
+        and shown("x" * 9, 4) == "xxx\u2026"
+    )

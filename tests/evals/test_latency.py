@@ -5,15 +5,21 @@ import sys
 
 import pytest
 import torch
-from hipp_ext.evals.bench.generation import Load, measure, own_extra_mib, prefill_gflops, token_seconds
-from hipp_ext.evals.bench.latency import folders, print_table, run
-from hipp_ext.evals.bench.measuring import resident
 from models import build
 
 from hipp_ext import load_pruned, save_pruned, testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.cli import main
 from hipp_ext.errors import DataError, PlanError
+from hipp_ext.evals.bench.generation import (
+    Load,
+    measure,
+    own_extra_mib,
+    prefill_gflops,
+    token_seconds,
+)
+from hipp_ext.evals.bench.latency import folders, print_table, run
+from hipp_ext.evals.bench.measuring import resident
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
@@ -35,8 +41,15 @@ def plan(tmp_path_factory):
 def llama(layers: int, width: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,
-                                        num_hidden_layers=layers)).eval()  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_attention_heads=4,
+            num_hidden_layers=layers,
+        )
+    ).eval()
 
 
 def test_every_run_has_as_many_tokens_as_asked():
@@ -63,9 +76,14 @@ def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
     assert order == ["big", "small"] * 4  # one warm-up turn, three that count
     for row in rows.values():
         for metric in ("prefill_ms", "decode_ms"):
-            assert 0 < row[metric]["low"] <= row[metric]["median"] <= row[metric]["high"] and row[metric]["n"] == 3
+            assert (
+                0 < row[metric]["low"] <= row[metric]["median"] <= row[metric]["high"]
+                and row[metric]["n"] == 3
+            )
     assert rows["small"]["prefill_speedup"]["median"] > 2 and "prefill_speedup" not in rows["big"]
-    assert rows["big"]["weights_mib"] == 4 * rows["big"]["parameters"] / 2**20 + 4 * 32 / 2**20 * rotary_buffers(models["big"])
+    assert rows["big"]["weights_mib"] == 4 * rows["big"][
+        "parameters"
+    ] / 2**20 + 4 * 32 / 2**20 * rotary_buffers(models["big"])
 
 
 def rotary_buffers(model) -> float:
@@ -76,10 +94,14 @@ def test_flops_are_those_counted_by_hand():
     tokens, width, layers = 12, 64, 2
     model = llama(layers, width)
     ids = torch.ones(1, tokens, dtype=torch.long)
-    linear = 2 * tokens * layers * (4 * width**2 + 3 * width * 2 * width)  # attention's four, the FFN's three
+    linear = (
+        2 * tokens * layers * (4 * width**2 + 3 * width * 2 * width)
+    )  # attention's four, the FFN's three
     attention = layers * 2 * 2 * tokens * tokens * width  # scores and mixing, all pairs
     head = 2 * width * 64  # of the last token only
-    assert prefill_gflops(model, {"input_ids": ids}) * 1e9 == pytest.approx(linear + attention + head, rel=0.01)
+    assert prefill_gflops(model, {"input_ids": ids}) * 1e9 == pytest.approx(
+        linear + attention + head, rel=0.01
+    )
 
 
 def test_memory_grows_with_the_batch():
@@ -91,7 +113,9 @@ def test_memory_grows_with_the_batch():
 
 def test_folders_and_plans(plan, tmp_path):
     made = folders({"dense": WEIGHTS}, [plan], tmp_path)
-    assert list(made) == ["dense", "half"] and load_pruned(made["half"]).hipp_plan.pruning_ratio == pytest.approx(0.5, abs=0.02)
+    assert list(made) == ["dense", "half"] and load_pruned(
+        made["half"]
+    ).hipp_plan.pruning_ratio == pytest.approx(0.5, abs=0.02)
     with pytest.raises(DataError, match="two models are called half: rename"):
         folders({"half": WEIGHTS}, [plan], tmp_path)
     save_pruned(build("llava"), tmp_path / "other")
@@ -104,33 +128,62 @@ def test_a_run_on_folders(plan, tmp_path):
     result = run({"dense": WEIGHTS}, [plan], QUICK, device="cpu", out=file, quiet=True)
     assert json.loads(file.read_text()) == result and result["device"].endswith("CPU")
     dense, half = result["models"]["dense"], result["models"]["half"]
-    assert half["parameters"] < dense["parameters"] and half["prefill_gflops"] < dense["prefill_gflops"]
+    assert (
+        half["parameters"] < dense["parameters"]
+        and half["prefill_gflops"] < dense["prefill_gflops"]
+    )
     for row in (dense, half):
         assert row["extra_mib"] > 0 and row["peak_mib"] == row["weights_mib"] + row["extra_mib"]
-        assert row["prompt_tokens"] == dense["prompt_tokens"] > 30  # the picture's tokens and the question's
+        assert (
+            row["prompt_tokens"] == dense["prompt_tokens"] > 30
+        )  # the picture's tokens and the question's
     assert half["prefill_speedup"]["n"] == QUICK.repeats
 
 
 def test_names_and_units_are_printed_as_they_are(capsys):
     """What stands in brackets is no style, and a name does not steer the terminal."""
     spread = {"median": 1.0, "low": 1.0, "high": 1.0}
-    row = {"parameters": 1, "prefill_gflops": 1, "prefill_ms": spread, "decode_ms": spread, "weights_mib": 1, "peak_mib": 1}
+    row = {
+        "parameters": 1,
+        "prefill_gflops": 1,
+        "prefill_ms": spread,
+        "decode_ms": spread,
+        "weights_mib": 1,
+        "peak_mib": 1,
+    }
     load = {"rows": 1, "new_tokens": 2, "repeats": 3}
-    print_table({"device": "[/b]cpu", "threads": 1, "load": load, "models": {"[/b]a[red]": row, "\x1b[31mz": row}})
+    print_table(
+        {
+            "device": "[/b]cpu",
+            "threads": 1,
+            "load": load,
+            "models": {"[/b]a[red]": row, "\x1b[31mz": row},
+        }
+    )
     said = capsys.readouterr().out
-    assert all(text in said for text in ("[/b]cpu", "[/b]a[red]", "[31mz", "first token [ms]")) and "\x1b" not in said
+    assert (
+        all(text in said for text in ("[/b]cpu", "[/b]a[red]", "[31mz", "first token [ms]"))
+        and "\x1b" not in said
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--plan", "p.json"], "--plan needs the model that it is for"), (["nowhere"], "nowhere is not a model folder"),
-    (["testbed", "--dtype", "int4"], "float32, bfloat16 or float16 is needed"),
-    (["testbed", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
-    (["testbed", "-o", "{there}"], "exists"), (["a/testbed", "testbed"], "two folders of one name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "p.json"], "--plan needs the model that it is for"),
+        (["nowhere"], "nowhere is not a model folder"),
+        (["testbed", "--dtype", "int4"], "float32, bfloat16 or float16 is needed"),
+        (["testbed", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["testbed", "-o", "{there}"], "exists"),
+        (["a/testbed", "testbed"], "two folders of one name"),
+    ],
+)
 def test_bad_input_of_the_command(arguments, message, tmp_path, monkeypatch, capsys):
     there = tmp_path / "there.json"
     there.write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["hipp", "bench", "latency", *(a.format(there=there) for a in arguments)])
+    monkeypatch.setattr(
+        sys, "argv", ["hipp", "bench", "latency", *(a.format(there=there) for a in arguments)]
+    )
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and message in capsys.readouterr().err

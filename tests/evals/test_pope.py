@@ -5,23 +5,48 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hipp_ext.evals.metrics import binomial_se, clustered_se
-from hipp_ext.evals.pope import official_answer, pope_scores, vlmeval_answer
-from hipp_ext.integrations.vlmevalkit import _import_vlmeval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-WORDS = ["Yes", "no", "No", "not", "NO.", "yes,", "no,yes", ". No", "3,4", "a.b", "nö", "はい", "oui", "...", "n't",
-         "-", "\n"]  # fmt: skip
+from hipp_ext.evals.metrics import binomial_se, clustered_se
+from hipp_ext.evals.pope import official_answer, pope_scores, vlmeval_answer
+from hipp_ext.integrations.vlmevalkit import _import_vlmeval
+
+WORDS = [
+    "Yes",
+    "no",
+    "No",
+    "not",
+    "NO.",
+    "yes,",
+    "no,yes",
+    ". No",
+    "3,4",
+    "a.b",
+    "nö",
+    "はい",
+    "oui",
+    "...",
+    "n't",
+    "-",
+    "\n",
+]
 ANSWERS = st.one_of(
     st.text(max_size=30),
     st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join),
     st.lists(st.sampled_from(WORDS), max_size=6).map("".join),
     st.just("no" + ". " * 40 + "yes"),
 )
-SPLITS = st.lists(st.sampled_from(["random", "popular", "adversarial"]), min_size=1, max_size=3, unique=True)
-ROWS = st.lists(st.tuples(ANSWERS, st.sampled_from(["Yes", "No"]), SPLITS.map(",".join), st.sampled_from("abcd")),
-                min_size=1, max_size=25)  # fmt: skip
+SPLITS = st.lists(
+    st.sampled_from(["random", "popular", "adversarial"]), min_size=1, max_size=3, unique=True
+)
+ROWS = st.lists(
+    st.tuples(
+        ANSWERS, st.sampled_from(["Yes", "No"]), SPLITS.map(",".join), st.sampled_from("abcd")
+    ),
+    min_size=1,
+    max_size=25,
+)
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +68,22 @@ def by_the_authors(text: str) -> str:
     return "yes"
 
 
-@pytest.mark.parametrize("text, official, vlmeval", [
-    ("Yes", "yes", "yes"), ("No", "no", "no"), ("yes.", "yes", "yes"), ("Yes, there is", "yes", "yes"),
-    ("There is not a dog.", "no", "unknown"), ("", "yes", "unknown"), ("garbage", "yes", "unknown"),
-    ("Yes, no", "no", "unknown"), ("YES. No", "yes", "unknown"), ("Nothing. No.", "yes", "no"), ("NO", "yes", "no"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, official, vlmeval",
+    [
+        ("Yes", "yes", "yes"),
+        ("No", "no", "no"),
+        ("yes.", "yes", "yes"),
+        ("Yes, there is", "yes", "yes"),
+        ("There is not a dog.", "no", "unknown"),
+        ("", "yes", "unknown"),
+        ("garbage", "yes", "unknown"),
+        ("Yes, no", "no", "unknown"),
+        ("YES. No", "yes", "unknown"),
+        ("Nothing. No.", "yes", "no"),
+        ("NO", "yes", "no"),
+    ],
+)
 def test_the_rules_part_where_the_module_says(text, official, vlmeval):
     assert (official_answer(text), vlmeval_answer(text)) == (official, vlmeval)
 
@@ -73,24 +109,44 @@ def test_scores_equal_vlmevalkit(yorn, tmp_path_factory, rows):
     assert set(theirs.index) == set(ours)
     for split, scores in ours.items():
         expected = theirs.loc[split, ["Overall", "acc", "precision", "recall"]].tolist()
-        assert [scores.f1, scores.accuracy, scores.precision, scores.recall] == pytest.approx(expected)
+        assert [scores.f1, scores.accuracy, scores.precision, scores.recall] == pytest.approx(
+            expected
+        )
 
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS)
 def test_official_scores_equal_the_authors_formulas(rows):
-    ours = pope_scores(*(list(column) for column in zip(*rows, strict=True)), resamples=10)["official"]
+    ours = pope_scores(*(list(column) for column in zip(*rows, strict=True)), resamples=10)[
+        "official"
+    ]
     for split, scores in ours.items():
-        pairs = [(by_the_authors(a), label.lower()) for a, label, c, _ in rows for one in c.split(",")
-                 if split in ("overall", one)]  # fmt: skip
+        pairs = [
+            (by_the_authors(a), label.lower())
+            for a, label, c, _ in rows
+            for one in c.split(",")
+            if split in ("overall", one)
+        ]
         tp, tn = pairs.count(("yes", "yes")), pairs.count(("no", "no"))
         fp, fn = pairs.count(("yes", "no")), pairs.count(("no", "yes"))
         precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
         f1 = 2 * precision * recall / (precision + recall) if tp else 0
         assert scores.n == len(pairs) == tp + tn + fp + fn
         assert scores.unknown_rate == 0
-        assert [scores.accuracy, scores.precision, scores.recall, scores.f1, scores.yes_rate] == pytest.approx(
-            [100 * (tp + tn) / len(pairs), 100 * precision, 100 * recall, 100 * f1, 100 * (tp + fp) / len(pairs)]
+        assert [
+            scores.accuracy,
+            scores.precision,
+            scores.recall,
+            scores.f1,
+            scores.yes_rate,
+        ] == pytest.approx(
+            [
+                100 * (tp + tn) / len(pairs),
+                100 * precision,
+                100 * recall,
+                100 * f1,
+                100 * (tp + fp) / len(pairs),
+            ]
         )
 
 
@@ -126,11 +182,19 @@ def test_clustered_se_is_the_textbook_value_and_counts_clusters():
     fourfold, clusters = np.repeat(counts, 4, axis=0), [str(n // 4) for n in range(1600)]
     together = clustered_se(fourfold, clusters, mean, resamples=4000)[0]
     assert together == pytest.approx(alone, rel=1e-9)  # copies of a row add no evidence
-    assert together > 1.8 * clustered_se(fourfold, [str(n) for n in range(1600)], mean, resamples=4000)[0]
+    assert (
+        together
+        > 1.8 * clustered_se(fourfold, [str(n) for n in range(1600)], mean, resamples=4000)[0]
+    )
 
 
 def test_standard_errors_are_seeded_and_undefined_for_one_image():
-    rows = (["yes", "no", "no"] * 4, ["Yes", "No", "Yes"] * 4, ["random"] * 12, [str(n // 2) for n in range(12)])
+    rows = (
+        ["yes", "no", "no"] * 4,
+        ["Yes", "No", "Yes"] * 4,
+        ["random"] * 12,
+        [str(n // 2) for n in range(12)],
+    )
     first = pope_scores(*rows, seed=1)["vlmeval"]["overall"]
     assert first == pope_scores(*rows, seed=1)["vlmeval"]["overall"]
     assert first.f1_se != pope_scores(*rows, seed=2)["vlmeval"]["overall"].f1_se

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+
+from hipp_ext.errors import DataError, OutputBusyError, WriteError
 from hipp_ext.evals import prediction_log
 from hipp_ext.evals.prediction_log import LOCK, PredictionLog, claim, open_log
 from hipp_ext.evals.predictions import answer_rows
-
-from hipp_ext.errors import DataError, OutputBusyError, WriteError
 
 ORDER = [f"q{n}" for n in range(13)]
 
@@ -30,11 +30,21 @@ class Model:
         return [f"{row} of {messages}" for row in messages]
 
 
-def answer(path: Path, batch_size: int = 4, limit: int | None = None, seconds: float = 0) -> list[int]:
+def answer(
+    path: Path, batch_size: int = 4, limit: int | None = None, seconds: float = 0
+) -> list[int]:
     """The sizes of the batches that had to be asked."""
     model = Model(seconds)
     with open_log(path, ORDER) as log:
-        answer_rows(lambda: model, log, ORDER, lambda row: [row], batch_size=batch_size, progress=None, limit=limit)
+        answer_rows(
+            lambda: model,
+            log,
+            ORDER,
+            lambda row: [row],
+            batch_size=batch_size,
+            progress=None,
+            limit=limit,
+        )
     return model.asked
 
 
@@ -90,7 +100,9 @@ except OutputBusyError as error:
 
 
 def start(file: Path, seconds: float, no_locks: bool = False) -> subprocess.Popen:
-    code = SCRIPT.format(here=str(Path(__file__).parent), file=str(file), seconds=seconds, no_locks=no_locks)
+    code = SCRIPT.format(
+        here=str(Path(__file__).parent), file=str(file), seconds=seconds, no_locks=no_locks
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     return process
@@ -107,7 +119,9 @@ def test_killed_at_random_times(tmp_path, whole, no_locks, monkeypatch):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         answer(file)
-        assert file.read_bytes() == whole and [left.name for left in file.parent.iterdir()] == [file.name]
+        assert file.read_bytes() == whole and [left.name for left in file.parent.iterdir()] == [
+            file.name
+        ]
 
 
 def test_two_processes_at_once(tmp_path, whole):
@@ -116,7 +130,10 @@ def test_two_processes_at_once(tmp_path, whole):
     first = start(file, 0.2)
     while not (file.parent / LOCK).exists() or not (file.parent / LOCK).read_text():
         time.sleep(0.01)
-    with pytest.raises(OutputBusyError, match=rf"run is being written by process {first.pid} on .*\. Wait until it has ended"):
+    with pytest.raises(
+        OutputBusyError,
+        match=rf"run is being written by process {first.pid} on .*\. Wait until it has ended",
+    ):
         answer(file)
     assert first.wait() == 0
     assert answer(file) == [] and file.read_bytes() == whole
@@ -127,7 +144,9 @@ def test_two_processes_where_there_are_no_locks(tmp_path, whole):
     file = tmp_path / "run/log.jsonl"
     both = [start(file, 0.1, no_locks=True) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert file.read_bytes() == whole and [left.name for left in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == whole and [left.name for left in file.parent.iterdir()] == [
+        file.name
+    ]
 
 
 def test_file_systems_that_refuse_locks(tmp_path, whole, monkeypatch):
@@ -138,7 +157,10 @@ def test_file_systems_that_refuse_locks(tmp_path, whole, monkeypatch):
     file = tmp_path / "log.jsonl"
     with open_log(file, ORDER) as one, open_log(file, ORDER) as other:
         for log, rows in ((one, (0, 1, 2, 3)), (other, (4, 5, 6, 7))):
-            log.add((ORDER[row], f"{row} of {[[r] for r in rows]}".replace(f"{row} of", f"{[row]} of")) for row in rows)
+            log.add(
+                (ORDER[row], f"{row} of {[[r] for r in rows]}".replace(f"{row} of", f"{[row]} of"))
+                for row in rows
+            )
         assert not file.exists()
     assert answer(file) == [4, 1] and file.read_bytes() == whole
     assert [left.name for left in tmp_path.iterdir() if left.is_file()] == [file.name]
@@ -158,21 +180,37 @@ def test_what_killed_writes_leave_is_swept(tmp_path):
     for name in (".results.json.a1b2c3d4", ".keep", "mine.a1b2c3d4"):
         (tmp_path / name).write_text("half")
     answer(tmp_path / "log.jsonl")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".keep", "log.jsonl", "mine.a1b2c3d4"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".keep",
+        "log.jsonl",
+        "mine.a1b2c3d4",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("line", [
-    b"[" * 100_000, b'{"index": "1"}', b'{"index": true, "prediction": "Yes"}', b'{"index": "1", "prediction": NaN}',
-    b'{"index": "1", "prediction": ["Yes"]}', b'{"index": "1", "prediction": "\xff"}',
-    b'{"index": "1", "prediction": "\\ud800"}',
-    b'{"index": "1", "prediction": "Yes", "batch": 1e999}', b"null", b"", b"\0" * 40,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"index": "1"}',
+        b'{"index": true, "prediction": "Yes"}',
+        b'{"index": "1", "prediction": NaN}',
+        b'{"index": "1", "prediction": ["Yes"]}',
+        b'{"index": "1", "prediction": "\xff"}',
+        b'{"index": "1", "prediction": "\\ud800"}',
+        b'{"index": "1", "prediction": "Yes", "batch": 1e999}',
+        b"null",
+        b"",
+        b"\0" * 40,
+    ],
+)
 def test_damaged_lines_are_not_guessed_at(tmp_path, line):
     file = tmp_path / "log.jsonl"
-    file.write_bytes(b'{"index": "0", "prediction": "No"}\n' + line + b'\n{"index": "2", "prediction": "Yes"}\n')
+    file.write_bytes(
+        b'{"index": "0", "prediction": "No"}\n' + line + b'\n{"index": "2", "prediction": "Yes"}\n'
+    )
     with pytest.raises(DataError, match="line 2, is damaged: .* Delete the file to start over"):
         PredictionLog(file)
 
@@ -183,15 +221,23 @@ def test_a_batch_that_is_not_all_there_is_none(tmp_path, batches, left):
     assert len(PredictionLog(tmp_path / "log.jsonl").answers) == left
 
 
-@pytest.mark.parametrize(("batches", "line"), [([0], 1), ([2, 2, -1], 3), ([3, 3, 2], 1), ([1, 3, 3, 5, 5], 2)])
+@pytest.mark.parametrize(
+    ("batches", "line"), [([0], 1), ([2, 2, -1], 3), ([3, 3, 2], 1), ([1, 3, 3, 5, 5], 2)]
+)
 def test_batches_that_do_not_fit_together(tmp_path, batches, line):
     write(tmp_path / "log.jsonl", batches)
-    with pytest.raises(DataError, match=rf"line {line}, is damaged: it does not belong to a batch of .*Delete the file"):
+    with pytest.raises(
+        DataError,
+        match=rf"line {line}, is damaged: it does not belong to a batch of .*Delete the file",
+    ):
         PredictionLog(tmp_path / "log.jsonl")
 
 
 def write(file: Path, batches: list[int]) -> None:
-    lines = [{"index": index, "prediction": "Yes", "batch": size} for index, size in zip(ORDER, batches, strict=False)]
+    lines = [
+        {"index": index, "prediction": "Yes", "batch": size}
+        for index, size in zip(ORDER, batches, strict=False)
+    ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

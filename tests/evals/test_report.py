@@ -9,6 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
+from hipp_ext.cli import main
+from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.disagreements import disagreements
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
@@ -16,26 +21,35 @@ from hipp_ext.evals.report_page import page as page_of
 from hipp_ext.evals.report_sources import main_yes_no, read_sources
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
-from PIL import Image
-
-from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
-from hipp_ext.cli import main
-from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.planner.fit import FitSettings
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 def latency(*names: str) -> dict:
     """A result of `hipp bench latency`; its own test makes real ones."""
     spread = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}
     ratio = {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
-    row = {"parameters": 10**6, "prefill_gflops": 0.5, "prefill_ms": spread, "decode_ms": spread, "weights_mib": 4.0,
-           "extra_mib": 2.0, "peak_mib": 6.0}  # fmt: skip
+    row = {
+        "parameters": 10**6,
+        "prefill_gflops": 0.5,
+        "prefill_ms": spread,
+        "decode_ms": spread,
+        "weights_mib": 4.0,
+        "extra_mib": 2.0,
+        "peak_mib": 6.0,
+    }
     faster = {"prefill_speedup": ratio, "decode_speedup": ratio}
-    return {"command": "hipp bench latency dense small", "device": "a CPU", "threads": 1,
-            "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
-            "models": {name: row | (faster if number else {}) for number, name in enumerate(names)}}  # fmt: skip
+    return {
+        "command": "hipp bench latency dense small",
+        "device": "a CPU",
+        "threads": 1,
+        "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
+        "models": {name: row | (faster if number else {}) for number, name in enumerate(names)},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +60,30 @@ def made(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("report")
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 1, 1))
-    planner.fit(model, search_evaluator(model, processor, 12), FitSettings(steps=1, preferences=1, budgets=2, imagined=2),
-                folder=place / "fit", processor=processor, rows=8, progress=False)  # fmt: skip
+    planner.fit(
+        model,
+        search_evaluator(model, processor, 12),
+        FitSettings(steps=1, preferences=1, budgets=2, imagined=2),
+        folder=place / "fit",
+        processor=processor,
+        rows=8,
+        progress=False,
+    )
     planner.save(place / "planner")
     plan = planner.plan(model, preference=Preference(0.2, 0.2, 0.6))
     save_pruned(model, place / "models/dense", processor)
     save_pruned(prune(model, plan), place / "models/small<b>", processor)
     testbed.export(place / "data", splits=("test",))
-    evaluate([place / "models/small<b>", place / "models/dense"], ["POPE", "ScienceQA"], lmu_data=place / "data/test",
-             work_dir=place / "outputs", limit=40, batch_size=40, device="cpu", progress=False)  # fmt: skip
+    evaluate(
+        [place / "models/small<b>", place / "models/dense"],
+        ["POPE", "ScienceQA"],
+        lmu_data=place / "data/test",
+        work_dir=place / "outputs",
+        limit=40,
+        batch_size=40,
+        device="cpu",
+        progress=False,
+    )
     (place / "latency.json").write_text(json.dumps(latency("dense", "small<b>")))
     return place
 
@@ -70,8 +99,14 @@ def page(made) -> str:
 def test_the_page_needs_no_network_and_no_file_beside_it(page):
     bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "DATA", page)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link", bare)
-    assert {source for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', bare)} <= {"DATA", *(f"#{s}" for s in SECTIONS)}
-    assert '<meta name="viewport" content="width=device-width' in page and "prefers-color-scheme: dark" in page
+    assert {source for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', bare)} <= {
+        "DATA",
+        *(f"#{s}" for s in SECTIONS),
+    }
+    assert (
+        '<meta name="viewport" content="width=device-width' in page
+        and "prefers-color-scheme: dark" in page
+    )
 
 
 def test_it_has_every_section_and_picture(page, made):
@@ -81,7 +116,9 @@ def test_it_has_every_section_and_picture(page, made):
         assert picture.format == "PNG" and picture.width > 800
     for picture in re.findall(r"<picture>.*?</picture>", page, re.DOTALL):
         looks = set(re.findall(r"base64,([A-Za-z0-9+/=]+)", picture))
-        assert len(looks) == 4 and picture.count("<source") == 3  # light and dark, wide and narrow, all different
+        assert (
+            len(looks) == 4 and picture.count("<source") == 3
+        )  # light and dark, wide and narrow, all different
 
 
 def test_what_users_wrote_is_escaped(page):
@@ -90,14 +127,30 @@ def test_what_users_wrote_is_escaped(page):
 
 def test_numbers_commands_and_seeds_are_there(page, made):
     sources = read_sources([made])
-    assert [e.name for e in sources.entries] == ["dense", "small<b>"]  # the dense model first, whatever the order
+    assert [e.name for e in sources.entries] == [
+        "dense",
+        "small<b>",
+    ]  # the dense model first, whatever the order
     small = sources.entries[1]
-    assert small.plan and f"{100 * small.plan.pruning_ratio:.1f}%" in page and small.preference in page
+    assert (
+        small.plan and f"{100 * small.plan.pruning_ratio:.1f}%" in page and small.preference in page
+    )
     accuracy = small.records["POPE"]["metrics"]["vlmeval"]["overall"]
     assert f"{accuracy['accuracy']:.1f} ± {accuracy['accuracy_se']:.1f}" in page
-    assert f"{small.parameters / 1e6:.2f}M" in page and small.parameters < sources.entries[0].parameters
-    for text in ("hipp bench latency dense small", "latency: seed 3", "bootstrap of the error bars: seed 0", "budgets 2",
-                 small.records["POPE"]["model_hash"][:12], "1.50x, 1.50x", "10.00 (9.00 to 12.00)", "a CPU"):  # fmt: skip
+    assert (
+        f"{small.parameters / 1e6:.2f}M" in page
+        and small.parameters < sources.entries[0].parameters
+    )
+    for text in (
+        "hipp bench latency dense small",
+        "latency: seed 3",
+        "bootstrap of the error bars: seed 0",
+        "budgets 2",
+        small.records["POPE"]["model_hash"][:12],
+        "1.50x, 1.50x",
+        "10.00 (9.00 to 12.00)",
+        "a CPU",
+    ):
         assert text in page
 
 
@@ -105,14 +158,23 @@ def test_disagreements_are_counted_and_drawn_by_the_seed(page, made):
     dense, small = (e.records for e in read_sources([made]).entries)
     for own in (found := disagreements(dense, small, [made], n=4)):
         runs = [next(iter(read_runs(r[own.data]["predictions"]).values())) for r in (dense, small)]
-        differing = [q.index for q, a, b in zip(runs[0].questions, *(r.answers for r in runs), strict=True) if a != b]
+        differing = [
+            q.index
+            for q, a, b in zip(runs[0].questions, *(r.answers for r in runs), strict=True)
+            if a != b
+        ]
         assert own.whole.paired.only_a + own.whole.paired.only_b <= len(differing)
         assert {e.question.index for e in own.examples} <= set(differing) and len(own.examples) <= 5
         for example in own.examples:
             assert example.picture.startswith("data:image/png") and example.small
         assert f"only dense is right on {own.whole.paired.only_a}" in page
-    assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(own.examples for own in found)
-    assert found == disagreements(dense, small, [made], n=4) and page.count('<article class="card">') >= 2
+    assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(
+        own.examples for own in found
+    )
+    assert (
+        found == disagreements(dense, small, [made], n=4)
+        and page.count('<article class="card">') >= 2
+    )
 
 
 def test_a_moved_folder_still_has_its_answers(made, tmp_path):
@@ -123,16 +185,23 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
         file.write_text(json.dumps(record))
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
     assert '<article class="card">' in text and "picture not at hand" not in text
-    assert not (moved / "report.html").exists() and "hipp bench latency" in text  # says how to measure what was not
+    assert (
+        not (moved / "report.html").exists() and "hipp bench latency" in text
+    )  # says how to measure what was not
     assert "Not set side by side" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
-    assert {e.picture for own in disagreements(dense.records, small.records, near) for e in own.examples} == {None}
+    assert {
+        e.picture for own in disagreements(dense.records, small.records, near) for e in own.examples
+    } == {None}
 
 
 def test_what_could_not_be_compared_is_said(made):
     sources = read_sources([made])
-    assert "the questions differ: small&lt;b&gt; on POPE, small&lt;b&gt; on ScienceQA_TEST." in page_of(sources, [], {})
+    assert (
+        "the questions differ: small&lt;b&gt; on POPE, small&lt;b&gt; on ScienceQA_TEST."
+        in page_of(sources, [], {})
+    )
 
 
 def test_several_folders_with_one_name_and_other_content(made, tmp_path):
@@ -142,7 +211,9 @@ def test_several_folders_with_one_name_and_other_content(made, tmp_path):
         file.write_text(json.dumps(record | {"model_hash": "f" * 64}))
     names = [e.name for e in read_sources([made, outputs]).entries]
     assert names[0] == "dense" and len(names) == 3 and f"small<b> ({'f' * 8})" in names
-    assert read_sources([outputs, made / "models"]).entries[-1].plan is None  # another content: not this folder's plan
+    assert (
+        read_sources([outputs, made / "models"]).entries[-1].plan is None
+    )  # another content: not this folder's plan
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -150,25 +221,42 @@ def test_several_folders_with_one_name_and_other_content(made, tmp_path):
 def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme):
     """At a desk in light, on a phone in dark: nothing is wider than the screen, and the background is the scheme's."""
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone; a frame can
-    frame.write_text(f"<body style='margin:0'><iframe id=f width={width} height=900 style='border:0' "
-                     f"src='file://{made / 'report.html'}'></iframe><script>onload = () => {{ const d = f.contentDocument; "
-                     "document.title = [d.documentElement.scrollWidth, d.images.length, "
-                     "[...d.images].every(i => i.naturalWidth), "
-                     "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
-                     "[...d.images].filter(i => i.closest('figure'))[0].naturalWidth].join(' | ') }</script>")  # fmt: skip
+    frame.write_text(
+        f"<body style='margin:0'><iframe id=f width={width} height=900 style='border:0' "
+        f"src='file://{made / 'report.html'}'></iframe><script>onload = () => {{ const d = f.contentDocument; "
+        "document.title = [d.documentElement.scrollWidth, d.images.length, "
+        "[...d.images].every(i => i.naturalWidth), "
+        "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
+        "[...d.images].filter(i => i.closest('figure'))[0].naturalWidth].join(' | ') }</script>"
+    )
     shot = tmp_path / "shot.png"
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-               "--virtual-time-budget=8000",
-               f"--blink-settings=preferredColorScheme={scheme}", f"--user-data-dir={tmp_path / 'profile'}",
-               "--window-size=1400,900"]  # fmt: skip
-    done = subprocess.run([CHROMIUM, *options, "--dump-dom", f"file://{frame}"], capture_output=True, text=True, timeout=120)
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=8000",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1400,900",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", f"file://{frame}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
     wide, images, drawn, background, front = title[1].split(" | ")
     assert int(wide) <= width and int(images) >= 5 and drawn == "true"
     assert background == ("rgb(246, 247, 249)" if scheme else "rgb(20, 22, 25)")
     assert int(front) == (1094 if width > 640 else 592)  # the picture drawn for this width
-    subprocess.run([CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"], capture_output=True, timeout=120)
+    subprocess.run(
+        [CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"],
+        capture_output=True,
+        timeout=120,
+    )
     assert len(set(Image.open(shot).convert("RGB").resize((64, 64)).getdata())) > 50
 
 
@@ -203,7 +291,10 @@ def test_other_data_sets_have_columns_of_their_own(made):
     records = {"exam": dense.records["ScienceQA_TEST"], "mine": dense.records["POPE"]}
     header, rows = table_rows([replace(dense, records=records), small])
     assert header[3:] == ["exam", "mine", "ScienceQA", "POPE", "rnd", "pop", "adv", "F1", "yes"]
-    assert main_yes_no([replace(dense, records=records)]) == "mine" and main_yes_no([dense, small]) == "POPE"
+    assert (
+        main_yes_no([replace(dense, records=records)]) == "mine"
+        and main_yes_no([dense, small]) == "POPE"
+    )
     assert rows[0][3] and not rows[0][5] and rows[1][5] and not rows[1][3]
 
 
@@ -220,7 +311,11 @@ def test_damaged_parts_are_named(made, tmp_path):
     (planner / "planner.json").write_text("{}")
     with pytest.raises(CheckpointError):
         read_sources([planner])
-    for text in ('{"entries": [{}]}', "[]", '{"entries": [], "planner": null, "commands": 3, "seeds": []}'):
+    for text in (
+        '{"entries": [{}]}',
+        "[]",
+        '{"entries": [], "planner": null, "commands": 3, "seeds": []}',
+    ):
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(DataError, match="is damaged"):
             read_sources([tmp_path])

@@ -4,16 +4,41 @@ import math
 
 import pandas as pd
 import pytest
-from hipp_ext.evals.scienceqa import option_letter, scienceqa_scores
-from hipp_ext.integrations.vlmevalkit import _import_vlmeval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-TEXTS = st.one_of(st.sampled_from(["red", "Blue", "a", "nan", "GREEN", "İ", "red square", 5, 2.0]), st.text(max_size=8))
-OPTIONS = st.integers(2, 5).flatmap(lambda n: st.fixed_dictionaries({letter: TEXTS for letter in "ABCDE"[:n]}))
-WORDS = ["A", "A.", "(B)", "C,", "Z", "a", "red", "blue", "5", "is", "the", "Answer:", "Cannot determine the answer",
-         "Failed to obtain answer via API", "正解は", "B\n", "D E"]  # fmt: skip
-ANSWERS = st.one_of(st.text(max_size=20), st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join))
+from hipp_ext.evals.scienceqa import option_letter, scienceqa_scores
+from hipp_ext.integrations.vlmevalkit import _import_vlmeval
+
+TEXTS = st.one_of(
+    st.sampled_from(["red", "Blue", "a", "nan", "GREEN", "İ", "red square", 5, 2.0]),
+    st.text(max_size=8),
+)
+OPTIONS = st.integers(2, 5).flatmap(
+    lambda n: st.fixed_dictionaries({letter: TEXTS for letter in "ABCDE"[:n]})
+)
+WORDS = [
+    "A",
+    "A.",
+    "(B)",
+    "C,",
+    "Z",
+    "a",
+    "red",
+    "blue",
+    "5",
+    "is",
+    "the",
+    "Answer:",
+    "Cannot determine the answer",
+    "Failed to obtain answer via API",
+    "正解は",
+    "B\n",
+    "D E",
+]
+ANSWERS = st.one_of(
+    st.text(max_size=20), st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,22 +52,48 @@ def theirs():
 @settings(max_examples=800, deadline=None)
 @given(ANSWERS, OPTIONS)
 def test_letters_equal_vlmevalkit(theirs, answer, options):
-    expected = theirs.can_infer(answer, dict(options)) or "Z"  # a copy: VLMEvalKit lowers the texts in place
+    expected = (
+        theirs.can_infer(answer, dict(options)) or "Z"
+    )  # a copy: VLMEvalKit lowers the texts in place
     assert option_letter(answer, options) == expected
 
 
-@pytest.mark.parametrize("answer, letter", [
-    ("A", "A"), ("A.", "A"), ("(B)", "B"), ("Answer: A", "A"), ("B. purple", "B"), ("It is green", "C"), ("RED", "A"),
-    ("A red square", "A"), ("B is the right one", "Z"), ("is B the right one", "B"), ("A or B", "Z"), ("", "Z"),
-    ("red and green", "Z"), ("Z", "Z"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("A", "A"),
+        ("A.", "A"),
+        ("(B)", "B"),
+        ("Answer: A", "A"),
+        ("B. purple", "B"),
+        ("It is green", "C"),
+        ("RED", "A"),
+        ("A red square", "A"),
+        ("B is the right one", "Z"),
+        ("is B the right one", "B"),
+        ("A or B", "Z"),
+        ("", "Z"),
+        ("red and green", "Z"),
+        ("Z", "Z"),
+    ],
+)
 def test_letters_by_hand(answer, letter):
-    assert option_letter(answer, {"A": "red", "B": "purple", "C": "Green", "D": "a colour not in the list"}) == letter
+    assert (
+        option_letter(
+            answer, {"A": "red", "B": "purple", "C": "Green", "D": "a colour not in the list"}
+        )
+        == letter
+    )
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(ANSWERS, OPTIONS, st.sampled_from(["physics", "biology"]), st.booleans()), min_size=1,
-                max_size=15))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(ANSWERS, OPTIONS, st.sampled_from(["physics", "biology"]), st.booleans()),
+        min_size=1,
+        max_size=15,
+    )
+)
 def test_accuracies_equal_vlmevalkit(theirs, rows):
     answers, options, categories, first = (list(column) for column in zip(*rows, strict=True))
     labels = ["A" if one else "B" for one in first]
@@ -73,5 +124,7 @@ def test_scienceqa_refuses_malformed_tables():
         scienceqa_scores([], [], [])
     with pytest.raises(ValueError, match=r"got \[1, 1, 1, 2\]"):
         scienceqa_scores(["A"], ["A"], [{"A": "red"}], {"category": ["x", "y"]})
-    with pytest.raises(ValueError, match=r"question 0: the answer 'D' is not one of the options \['A', 'B'\]"):
+    with pytest.raises(
+        ValueError, match=r"question 0: the answer 'D' is not one of the options \['A', 'B'\]"
+    ):
         scienceqa_scores(["A"], ["D"], [{"A": "red", "B": "blue"}])

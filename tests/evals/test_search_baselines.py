@@ -8,16 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hipp_ext.evals.bench.search.allocators import ALLOCATORS, Context, flap_adaptive, global_threshold, owl, sensitivity_dp
-from hipp_ext.evals.bench.search.levels import Levels
-from hipp_ext.evals.bench.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
-from hipp_ext.evals.bench.search.problem import Exhausted, Problem, run
-from hipp_ext.evals.bench.search.sensitivity import cheapest
 from models import batch, build
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, MissingExtraError
+from hipp_ext.evals.bench.search.allocators import (
+    ALLOCATORS,
+    Context,
+    flap_adaptive,
+    global_threshold,
+    owl,
+    sensitivity_dp,
+)
+from hipp_ext.evals.bench.search.levels import Levels
+from hipp_ext.evals.bench.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
+from hipp_ext.evals.bench.search.problem import Exhausted, Problem, run
+from hipp_ext.evals.bench.search.sensitivity import cheapest
 from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.reward import Reward
@@ -41,12 +48,19 @@ class Closeness:
 
     def kl(self, keeps):
         with masked(self.model, plan_from_counts(self.groups, keeps, self.scores)):
-            return (self.dense.exp() * (self.dense - self.answers(self.model).log_softmax(-1))).sum(-1)
+            return (self.dense.exp() * (self.dense - self.answers(self.model).log_softmax(-1))).sum(
+                -1
+            )
 
     def __call__(self, keeps):
         kl = self.kl(keeps)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
-        return Reward(utility=1 - float(kl[:2].mean()), robustness=1 - float(kl[2:].mean()), compression=ratio, stability=0.0)
+        return Reward(
+            utility=1 - float(kl[:2].mean()),
+            robustness=1 - float(kl[2:].mean()),
+            compression=ratio,
+            stability=0.0,
+        )
 
 
 class Plain(Reward):
@@ -77,13 +91,22 @@ def meets(groups, keeps, ratio, bounds) -> bool:
     """At least the ratio goes, and no group could keep one step more."""
     spare = removed(groups, keeps) - ratio * total_parameters(groups)
     _, step = bounds.steps(groups)
-    climbs = [min(s, g.width - k) * g.unit_parameters for g, k, s in zip(groups, keeps, step, strict=True) if k < g.width]
+    climbs = [
+        min(s, g.width - k) * g.unit_parameters
+        for g, k, s in zip(groups, keeps, step, strict=True)
+        if k < g.width
+    ]
     return spare >= -1e-6 and all(price > spare for price in climbs)
 
 
 def within(groups, keeps, bounds) -> bool:
     return all(
-        k == g.width or (k >= bounds.min_keep * g.width - 1e-9 and k * g.columns % bounds.round_to == 0 and 0 < k < g.width)
+        k == g.width
+        or (
+            k >= bounds.min_keep * g.width - 1e-9
+            and k * g.columns % bounds.round_to == 0
+            and 0 < k < g.width
+        )
         for g, k in zip(groups, keeps, strict=True)
     )
 
@@ -95,16 +118,30 @@ def closeness():
 
 @pytest.fixture(scope="module")
 def context(closeness):
-    return Context(model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores)
+    return Context(
+        model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores
+    )
 
 
-def problem_of(closeness, bounds=BOUNDS["any count"], evaluations=EVALUATIONS, **options) -> Problem:
-    return Problem(groups=closeness.groups, bounds=bounds, evaluate=closeness, evaluations=evaluations, **options)
+def problem_of(
+    closeness, bounds=BOUNDS["any count"], evaluations=EVALUATIONS, **options
+) -> Problem:
+    return Problem(
+        groups=closeness.groups,
+        bounds=bounds,
+        evaluate=closeness,
+        evaluations=evaluations,
+        **options,
+    )
 
 
 def global_states():
     numpy_state = np.random.get_state()  # noqa: NPY002 (the state in question)
-    return random.getstate(), [np.asarray(part).tolist() for part in numpy_state], torch.get_rng_state().tolist()
+    return (
+        random.getstate(),
+        [np.asarray(part).tolist() for part in numpy_state],
+        torch.get_rng_state().tolist(),
+    )
 
 
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
@@ -114,8 +151,13 @@ def test_a_method_spends_its_evaluations_on_allowed_plans(closeness, name, bound
     plans = [keeps for keeps, _ in first.evaluated]
     assert 0.9 * EVALUATIONS <= len(plans) <= EVALUATIONS and len(set(plans)) == len(plans)
     assert all(within(closeness.groups, keeps, bounds) for keeps in plans)
-    step = max(s * g.unit_parameters for s, g in zip(bounds.steps(closeness.groups)[1], closeness.groups, strict=True))
-    assert max(r.compression for _, r in first.evaluated) < first.limit + step / total_parameters(closeness.groups)
+    step = max(
+        s * g.unit_parameters
+        for s, g in zip(bounds.steps(closeness.groups)[1], closeness.groups, strict=True)
+    )
+    assert max(r.compression for _, r in first.evaluated) < first.limit + step / total_parameters(
+        closeness.groups
+    )
     again = run(METHODS[name], problem_of(closeness, bounds), seed=5)
     assert again.evaluated == first.evaluated
     other = run(METHODS[name], problem_of(closeness, bounds), seed=6)
@@ -125,27 +167,45 @@ def test_a_method_spends_its_evaluations_on_allowed_plans(closeness, name, bound
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 def test_a_method_starts_where_the_problem_says(closeness, name):
     logits = np.linspace(-1.5, 1.5, len(closeness.groups))
-    problem = run(METHODS[name], problem_of(closeness, evaluations=4, centre=lambda ratio: ratio * logits), seed=0)
+    problem = run(
+        METHODS[name],
+        problem_of(closeness, evaluations=4, centre=lambda ratio: ratio * logits),
+        seed=0,
+    )
     ratios = [*FINE_RATIOS, *np.linspace(0, problem.limit, 8)]
-    from_centre, from_uniform = ({p.decode(0 * logits, r) for r in ratios} for p in (problem, problem_of(closeness)))
+    from_centre, from_uniform = (
+        {p.decode(0 * logits, r) for r in ratios} for p in (problem, problem_of(closeness))
+    )
     assert problem.decode(-0.5 * logits, 0.5) == problem_of(closeness).decode(0 * logits, 0.5)
     plans = {keeps for keeps, _ in problem.evaluated}
-    assert plans <= from_centre and len(plans - from_uniform) >= 2  # where nothing goes, all centres are alike
+    assert (
+        plans <= from_centre and len(plans - from_uniform) >= 2
+    )  # where nothing goes, all centres are alike
 
 
 @pytest.mark.parametrize("method", [evopress, cmaes])
 def test_methods_at_fixed_budgets_share_the_evaluations_among_them(closeness, method):
     bounds, ratios = BOUNDS["any count"], (0.1, 0.3, 0.45)
-    problem = run(functools.partial(method, ratios=ratios), problem_of(closeness, evaluations=75), seed=0)
+    problem = run(
+        functools.partial(method, ratios=ratios), problem_of(closeness, evaluations=75), seed=0
+    )
     plans = [keeps for keeps, _ in problem.evaluated]
-    met = {ratio: sum(meets(closeness.groups, keeps, ratio, bounds) for keeps in plans) for ratio in ratios}
+    met = {
+        ratio: sum(meets(closeness.groups, keeps, ratio, bounds) for keeps in plans)
+        for ratio in ratios
+    }
     assert sum(met.values()) == len(plans) and min(met.values()) >= 17, met
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_finds_what_is_there_and_leaves_global_states_alone(closeness, name):
     before = global_states()
-    problem = Problem(groups=closeness.groups, bounds=Bounds(), evaluate=ChannelsMatter(closeness.groups), evaluations=120)
+    problem = Problem(
+        groups=closeness.groups,
+        bounds=Bounds(),
+        evaluate=ChannelsMatter(closeness.groups),
+        evaluations=120,
+    )
     run(METHODS[name], problem, seed=0)
     assert global_states() == before
     uniform = problem.evaluate(problem.decode([0.0] * len(closeness.groups), 0.3))
@@ -153,11 +213,15 @@ def test_a_method_finds_what_is_there_and_leaves_global_states_alone(closeness, 
     assert best > uniform.utility + 0.05
 
 
-@pytest.mark.parametrize(("name", "library"), [("NSGA-II", "pymoo"), ("CMA-ES", "cmaes"), ("TPE", "optuna")])
+@pytest.mark.parametrize(
+    ("name", "library"), [("NSGA-II", "pymoo"), ("CMA-ES", "cmaes"), ("TPE", "optuna")]
+)
 def test_a_missing_library_is_named(closeness, monkeypatch, name, library):
     for module in [m for m in sys.modules if m.partition(".")[0] == library] + [library]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf'{library} is not installed.*"hipp-ext\[bench\]"'):
+    with pytest.raises(
+        MissingExtraError, match=rf'{library} is not installed.*"hipp-ext\[bench\]"'
+    ):
         METHODS[name](problem_of(closeness), 0)
 
 
@@ -206,10 +270,18 @@ def test_decoding_stays_within_the_limit(closeness):
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_an_allocator_meets_every_ratio_within_one_unit(closeness, name, bounds):
-    context = Context(model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores, bounds=bounds)
+    context = Context(
+        model=closeness.model,
+        batches=BATCHES,
+        groups=closeness.groups,
+        scores=closeness.scores,
+        bounds=bounds,
+    )
     for ratio in (0.0, 0.1, 0.37, 0.5):
         keeps = ALLOCATORS[name](context, ratio)
-        assert meets(closeness.groups, keeps, ratio, bounds) and within(closeness.groups, keeps, bounds), (ratio, keeps)
+        assert meets(closeness.groups, keeps, ratio, bounds) and within(
+            closeness.groups, keeps, bounds
+        ), (ratio, keeps)
         assert all(isinstance(k, int) for k in keeps)
     with pytest.raises(BudgetError, match="cannot be met"):
         ALLOCATORS[name](context, 0.97)
@@ -233,7 +305,9 @@ def test_the_global_threshold_takes_the_lowest_scores_first(context, closeness):
 @pytest.mark.parametrize("allocator", [global_threshold, flap_adaptive])
 def test_a_threshold_over_units_of_one_cost_keeps_the_best_of_all(closeness, allocator):
     groups = closeness.groups[1::2]  # FFN groups: all units cost the same
-    context = Context(model=closeness.model, batches=BATCHES, groups=groups, scores=closeness.scores)
+    context = Context(
+        model=closeness.model, batches=BATCHES, groups=groups, scores=closeness.scores
+    )
     if allocator is flap_adaptive:
         raw = [FLAP()(closeness.model, BATCHES)[g.name].numpy() for g in groups]
         comparable = [(r - r.mean()) / r.std() for r in raw]
@@ -248,7 +322,9 @@ def test_owl_keeps_more_of_a_group_with_outliers(closeness):
     model = build("llava")
     with torch.no_grad():
         model.get_submodule(closeness.groups[3].consumer).weight[:, :2] *= 30
-    context = Context(model=model, batches=BATCHES, groups=closeness.groups, scores=WandaSP()(model, BATCHES))
+    context = Context(
+        model=model, batches=BATCHES, groups=closeness.groups, scores=WandaSP()(model, BATCHES)
+    )
     assert int(context.outliers.argmax()) == 3 and 0.02 < context.outliers[3] <= 2 / 44
     assert owl(context, 0.3)[3] >= ALLOCATORS["uniform"](context, 0.3)[3] + 3
 
@@ -264,7 +340,9 @@ def test_the_knapsack_equals_brute_force():
     for _ in range(20):
         counts = [np.arange(1, 1 + n) for n in (3, 5, 4)]
         prices = [c * p for c, p in zip(counts, (35, 14, 21), strict=True)]
-        losses = [rng.random(len(c)) for c in counts]  # measured losses need not fall from level to level
+        losses = [
+            rng.random(len(c)) for c in counts
+        ]  # measured losses need not fall from level to level
         budget = int(rng.integers(70, 35 * 3 + 14 * 5 + 21 * 4 + 9))
         chosen = cheapest(prices, losses, budget)
         sums = {
@@ -272,19 +350,29 @@ def test_the_knapsack_equals_brute_force():
             for choice in itertools.product(*(range(len(c)) for c in counts))
             if sum(p[i] for p, i in zip(prices, choice, strict=True)) <= budget
         }
-        assert tuple(chosen) in sums and sums[tuple(chosen)] == pytest.approx(min(sums.values()), abs=1e-12)
+        assert tuple(chosen) in sums and sums[tuple(chosen)] == pytest.approx(
+            min(sums.values()), abs=1e-12
+        )
 
 
 def test_the_knapsack_refuses_what_it_cannot_solve():
     with pytest.raises(BudgetError, match="least prices sum to 7, the budget is 6"):
         cheapest([np.array([3, 5]), np.array([4, 8])], [np.zeros(2), np.zeros(2)], 6)
     with pytest.raises(BudgetError, match="set Bounds.round_to"):
-        cheapest([np.arange(3, 200) * 1_000_003, np.arange(1, 9)], [np.zeros(197), np.zeros(8)], 2 * 10**8)
+        cheapest(
+            [np.arange(3, 200) * 1_000_003, np.arange(1, 9)],
+            [np.zeros(197), np.zeros(8)],
+            2 * 10**8,
+        )
 
 
 def test_sensitivity_is_measured_once_and_is_what_pruning_one_group_does(closeness):
-    context = Context(model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores)
-    closeness.kl([g.width for g in closeness.groups])  # the model's groups are verified here, if they were not before
+    context = Context(
+        model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores
+    )
+    closeness.kl(
+        [g.width for g in closeness.groups]
+    )  # the model's groups are verified here, if they were not before
     calls = []
     handle = closeness.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
     for ratio in (0.1, 0.37, 0.5):
@@ -299,7 +387,9 @@ def test_sensitivity_is_measured_once_and_is_what_pruning_one_group_does(closene
     for group, keep in ((1, 22), (4, 2), (5, 5)):
         counts = [keep if i == group else g.width for i, g in enumerate(closeness.groups)]
         level = context.levels.level_of(group, keep)
-        assert table.losses[group][level] == pytest.approx(float(closeness.kl(counts).mean()), rel=1e-5)
+        assert table.losses[group][level] == pytest.approx(
+            float(closeness.kl(counts).mean()), rel=1e-5
+        )
         assert table.losses[group][-1] == 0
 
 
@@ -310,15 +400,25 @@ def test_sensitivity_dp_promises_less_loss_than_any_other_allocation(context):
         return sum(losses[g][context.levels.level_of(g, k)] for g, k in enumerate(keeps))
 
     for ratio in (0.1, 0.37, 0.5):
-        others = [promised(ALLOCATORS[name](context, ratio)) for name in ALLOCATORS if name != "sensitivity+DP"]
+        others = [
+            promised(ALLOCATORS[name](context, ratio))
+            for name in ALLOCATORS
+            if name != "sensitivity+DP"
+        ]
         assert promised(sensitivity_dp(context, ratio)) < min(others)
 
 
 def test_levels(closeness):
     levels = Levels.of(closeness.groups, BOUNDS["multiples of 4"])
     # Heads have 10 columns, so they go in pairs; 20% of 44 channels is 8.8.
-    assert levels.counts[0].tolist() == [2, 4] and levels.counts[1].tolist() == list(range(12, 45, 4))
+    assert levels.counts[0].tolist() == [2, 4] and levels.counts[1].tolist() == list(
+        range(12, 45, 4)
+    )
     assert levels.total == total_parameters(closeness.groups) and levels.parameters([0] * 6) == 0
-    assert levels.level_of(1, 11) == 0 and levels.level_of(1, 17.5) == 1 and levels.level_of(1, 99) == 8
+    assert (
+        levels.level_of(1, 11) == 0
+        and levels.level_of(1, 17.5) == 1
+        and levels.level_of(1, 99) == 8
+    )
     with pytest.raises(BudgetError, match="the bounds let at most 0.6"):
         levels.budget(0.75)

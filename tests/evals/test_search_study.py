@@ -6,17 +6,33 @@ import threading
 import time
 
 import pytest
+
+from hipp_ext.errors import HippError, OutputExistsError
 from hipp_ext.evals.bench.measuring import rank_correlation
 from hipp_ext.evals.bench.search import control
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS
 from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import HIPP, INFORMED, UNTRAINED, VARIANTS, StudySize, all_jobs, run_study
+from hipp_ext.evals.bench.search.study import (
+    HIPP,
+    INFORMED,
+    UNTRAINED,
+    VARIANTS,
+    StudySize,
+    all_jobs,
+    run_study,
+)
 from hipp_ext.evals.bench.search.summary import run
 
-from hipp_ext.errors import HippError, OutputExistsError
-
-SIZE = StudySize(seeds=1, ablation_seeds=1, evaluations=12, questions=(16, 16), sensitivity_rows=8, front_plans=12,
-                 front_questions=8, table_questions=(24, 16))  # fmt: skip
+SIZE = StudySize(
+    seeds=1,
+    ablation_seeds=1,
+    evaluations=12,
+    questions=(16, 16),
+    sensitivity_rows=8,
+    front_plans=12,
+    front_questions=8,
+    table_questions=(24, 16),
+)
 
 
 def test_a_small_study(tmp_path):
@@ -24,8 +40,14 @@ def test_a_small_study(tmp_path):
     assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *INFORMED, *VARIANTS, UNTRAINED}
     for name, row in result["methods"].items():
         assert 0 < row["hypervolume"]["mean"] < 0.6, name
-        assert (row["evaluations"] <= 12) and (row["evaluations"] > 6 or name in (*ALLOCATORS, UNTRAINED))
-        assert all(cell is None or 0 <= cell["mean"] <= 100 for cells in row["table"].values() for cell in cells.values())
+        assert (row["evaluations"] <= 12) and (
+            row["evaluations"] > 6 or name in (*ALLOCATORS, UNTRAINED)
+        )
+        assert all(
+            cell is None or 0 <= cell["mean"] <= 100
+            for cells in row["table"].values()
+            for cell in cells.values()
+        )
     # Uniform pruning of a tenth leaves more right answers than of a half.
     uniform = result["methods"]["uniform"]["table"]["utility"]
     assert uniform["0.1"]["mean"] > uniform["0.5"]["mean"] + 10
@@ -33,26 +55,44 @@ def test_a_small_study(tmp_path):
     assert result["claims"]["hypervolume_gain_percent_over_informed"]["over"] in INFORMED
     # Question by question, the same differences.
     for name, estimate in result["paired"].items():
-        assert estimate["value"] == pytest.approx(result["claims"][f"{name}, points over"]["sensitivity+DP"]["mean"], abs=1e-4)
+        assert estimate["value"] == pytest.approx(
+            result["claims"][f"{name}, points over"]["sensitivity+DP"]["mean"], abs=1e-4
+        )
         assert estimate["se"] >= 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
     assert len(result["paired"]) == 10
     policy, archived = result["control"]["policy"], result["control"]["archived"]
     assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5", "0.6"}
-    assert len(policy["spearman"]) == 12 and len(archived["spearman"]) == 6  # no archived plan has exactly a given budget
+    assert (
+        len(policy["spearman"]) == 12 and len(archived["spearman"]) == 6
+    )  # no archived plan has exactly a given budget
     assert policy["removed_percent_from_compression_to_robustness"][-1] < 30
-    assert 1 <= archived["lattice_distinct_plans"]["mean"] <= 12 < policy["lattice_distinct_plans"]["mean"] <= 66
+    assert (
+        1
+        <= archived["lattice_distinct_plans"]["mean"]
+        <= 12
+        < policy["lattice_distinct_plans"]["mean"]
+        <= 66
+    )
     untrained = result["control"]["untrained"]
-    assert untrained["spearman"]["robustness-compression edge: compression"]["mean"] > 0.99 and len(untrained["spearman"]) == 12
+    assert (
+        untrained["spearman"]["robustness-compression edge: compression"]["mean"] > 0.99
+        and len(untrained["spearman"]) == 12
+    )
     for who in (policy, archived):
         removed = who["removed_percent_from_compression_to_robustness"]
-        assert len(removed) == 11 and removed[0] >= removed[-1]  # of twelve evaluated plans one may answer all
+        assert (
+            len(removed) == 11 and removed[0] >= removed[-1]
+        )  # of twelve evaluated plans one may answer all
         assert 0 < who["lattice_distinct_nondominated_percent"]["mean"] <= 100
     assert (tmp_path / "search_16_16.png").read_bytes()[:4] == b"\x89PNG"
 
     done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())
     (tmp_path / "uniform-0.json").unlink()
     again = {r["method"]: r for r in run_study(SIZE, tmp_path, all_jobs(SIZE), processes=1)}
-    assert again[HIPP] == done and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
+    assert (
+        again[HIPP] == done
+        and again["uniform"]["table"]["utility"]["0.1"]["ScienceQA"] == uniform["0.1"]["mean"]
+    )
     alone = control.run(SIZE, tmp_path, processes=1)  # from the same jobs
     assert (
         alone["control"] == {who: result["control"][who] for who in ("policy", "archived")}
@@ -76,8 +116,14 @@ def test_a_process_that_is_killed_ends_the_study(tmp_path):
 
 def test_jobs_without_ablations():
     full, main = ({name for name, _ in all_jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
-    assert full - main == {*VARIANTS} - {HIPP} and {HIPP, UNTRAINED, *METHODS, *INFORMED, *ALLOCATORS} == main
+    assert (
+        full - main == {*VARIANTS} - {HIPP}
+        and {HIPP, UNTRAINED, *METHODS, *INFORMED, *ALLOCATORS} == main
+    )
 
 
 def test_what_is_constant_follows_nothing():
-    assert rank_correlation([1, 2, 3], [0.1, 0.2, 0.4]) == 1 and rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]) == 0
+    assert (
+        rank_correlation([1, 2, 3], [0.1, 0.2, 0.4]) == 1
+        and rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]) == 0
+    )

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from hipp_ext.evals.metrics import clustered_se
 from hipp_ext.evals.statistics import (
     bootstrap_estimate,
@@ -18,7 +19,9 @@ def mean(sums):
     return sums[..., 0] / sums[..., 1]
 
 
-def clustered_pairs(rng, clusters: int, size: int, gain: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def clustered_pairs(
+    rng, clusters: int, size: int, gain: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Two models whose right answers share each picture's difficulty, and who each misread whole pictures at times."""
     shape = (clusters, size)
     difficulty = rng.normal(0, 1, (clusters, 1))
@@ -33,13 +36,18 @@ def test_bootstrap_error_equals_the_closed_form_and_metrics():
     rng = np.random.default_rng(1)
     sizes = rng.integers(2, 9, 250)
     clusters = [str(c) for c, size in enumerate(sizes) for _ in range(size)]
-    values = (np.repeat(rng.normal(0, 1, 250), sizes) + rng.normal(0, 1, sizes.sum()) > 0.3).astype(float)
+    values = (np.repeat(rng.normal(0, 1, 250), sizes) + rng.normal(0, 1, sizes.sum()) > 0.3).astype(
+        float
+    )
     counts = np.stack([values, np.ones(len(values))], axis=1)
     estimate = bootstrap_estimate(counts, clusters, mean, seed=2, resamples=4000)
     closed = clustered_mean_se(values, clusters)
     assert estimate.value == pytest.approx(values.mean())
     assert estimate.se == pytest.approx(closed, rel=0.05)
-    assert estimate.se == clustered_se(counts, clusters, lambda s: mean(s)[..., None], seed=2, resamples=4000)[0]
+    assert (
+        estimate.se
+        == clustered_se(counts, clusters, lambda s: mean(s)[..., None], seed=2, resamples=4000)[0]
+    )
     assert closed > 1.3 * math.sqrt(values.var() / len(values))  # rows of a picture go together
     assert estimate.low == pytest.approx(values.mean() - 1.96 * closed, abs=0.15 * closed)
     assert estimate.high == pytest.approx(values.mean() + 1.96 * closed, abs=0.15 * closed)
@@ -86,7 +94,9 @@ def test_mcnemar_by_hand():
     # 9 discordant, 1 against 8: 2 * (1 + 9) / 2**9.
     assert mcnemar_p(1, 8) == pytest.approx(20 / 512)
     assert mcnemar_p(8, 1) == pytest.approx(20 / 512)
-    assert mcnemar_p(0, 5) == pytest.approx(2 / 32) and mcnemar_p(4, 4) == 1 and mcnemar_p(0, 0) == 1
+    assert (
+        mcnemar_p(0, 5) == pytest.approx(2 / 32) and mcnemar_p(4, 4) == 1 and mcnemar_p(0, 0) == 1
+    )
     with pytest.raises(ValueError, match="cannot be negative: -1 and 2"):
         mcnemar_p(-1, 2)
 
@@ -115,9 +125,16 @@ def test_bootstrap_is_seeded_and_undefined_for_one_picture():
     assert paired_difference(a, b, clusters, seed=3) == paired_difference(a, b, clusters, seed=3)
     assert paired_difference(a, b, clusters, seed=3) != paired_difference(a, b, clusters, seed=4)
     alone = paired_difference(a, b, ["one"] * len(a))
-    assert math.isnan(alone.difference.se) and math.isnan(alone.difference.p_value) and math.isnan(alone.design_effect)
+    assert (
+        math.isnan(alone.difference.se)
+        and math.isnan(alone.difference.p_value)
+        and math.isnan(alone.design_effect)
+    )
     same = paired_difference(a, a, clusters)
-    assert same.difference.value == same.difference.se == 0 and same.difference.p_value == same.mcnemar_p == 1
+    assert (
+        same.difference.value == same.difference.se == 0
+        and same.difference.p_value == same.mcnemar_p == 1
+    )
     assert math.isnan(same.design_effect)
 
 
@@ -129,7 +146,9 @@ def test_the_number_of_questions_has_the_power_it_promises(difference, discordan
     only_b, only_a, _ = rng.multinomial(n, [up, down, 1 - up - down], size=20000).T
     power = np.mean(np.abs(only_b - only_a) / np.sqrt(np.maximum(only_a + only_b, 1)) > 1.96)
     assert power == pytest.approx(0.8, abs=0.015)
-    exact = np.mean([mcnemar_p(int(a), int(b)) < 0.05 for a, b in zip(only_a[:600], only_b[:600], strict=True)])
+    exact = np.mean(
+        [mcnemar_p(int(a), int(b)) < 0.05 for a, b in zip(only_a[:600], only_b[:600], strict=True)]
+    )
     assert 0.72 < exact < 0.82  # a little less, as the docstring says
 
 
@@ -146,11 +165,15 @@ def test_the_number_of_questions_holds_for_clusters_too():
     a, b, clusters = clustered_pairs(rng, 30000, 6, gain=0.35)
     large = paired_difference(a, b, clusters, resamples=50)
     assert large.design_effect > 1.5
-    n = questions_needed(large.difference.value, large.discordance, design_effect=large.design_effect)
+    n = questions_needed(
+        large.difference.value, large.discordance, design_effect=large.design_effect
+    )
     hits = []
     for run in range(200):
         a, b, clusters = clustered_pairs(rng, round(n / 6), 6, gain=0.35)
-        hits.append(paired_difference(a, b, clusters, seed=run, resamples=400).difference.p_value < 0.05)
+        hits.append(
+            paired_difference(a, b, clusters, seed=run, resamples=400).difference.p_value < 0.05
+        )
     assert np.mean(hits) == pytest.approx(0.8, abs=0.1)
 
 
@@ -170,17 +193,25 @@ def test_refusals():
 
 
 def test_counts_beyond_reason_are_refused():
-    with pytest.raises(ValueError, match="discordant counts can be 1,000,000,000,000,000 together, and are more"):
+    with pytest.raises(
+        ValueError, match="discordant counts can be 1,000,000,000,000,000 together, and are more"
+    ):
         mcnemar_p(10**400, 1)
     assert 0 <= mcnemar_p(10**14, 10**14 + 1) <= 1
-    with pytest.raises(ValueError, match="more than 1,000,000,000,000,000 questions would be needed"):
+    with pytest.raises(
+        ValueError, match="more than 1,000,000,000,000,000 questions would be needed"
+    ):
         questions_needed(1e-300, 50)
-    with pytest.raises(ValueError, match="more than 1,000,000,000,000,000 questions would be needed"):
+    with pytest.raises(
+        ValueError, match="more than 1,000,000,000,000,000 questions would be needed"
+    ):
         questions_needed(1, 50, design_effect=1e308)
 
 
 @pytest.mark.parametrize("count", [1e308, math.inf, math.nan])
 def test_counts_that_no_sum_can_hold_end_in_a_number_or_nan(count):
     with np.errstate(all="ignore"):
-        estimate = bootstrap_estimate(np.array([[count, 1], [count, 1]]), ["a", "b"], mean, resamples=20)
+        estimate = bootstrap_estimate(
+            np.array([[count, 1], [count, 1]]), ["a", "b"], mean, resamples=20
+        )
     assert isinstance(estimate.low, float)

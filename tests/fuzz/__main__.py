@@ -24,12 +24,21 @@ def main() -> int:
     names = options.reader or list(readers)
     again = options.seed is not None
     done = _begin(options.place, anew=options.fresh or again)
-    with Worker(options.place, options.seconds, options.mib) as worker, Progress(console=Console(stderr=True)) as bar:
+    with (
+        Worker(options.place, options.seconds, options.mib) as worker,
+        Progress(console=Console(stderr=True)) as bar,
+    ):
         worker.kept.update(done["faults"])
         for name in names:
-            own = done["readers"].setdefault(name, dict.fromkeys(("next", *OUTCOMES, "time", "slowest", "mib"), 0))
+            own = done["readers"].setdefault(
+                name, dict.fromkeys(("next", *OUTCOMES, "time", "slowest", "mib"), 0)
+            )
             first = options.seed if again else own["next"]
-            last = first + options.cases if again else max(1, round(options.cases * readers[name].share))
+            last = (
+                first + options.cases
+                if again
+                else max(1, round(options.cases * readers[name].share))
+            )
             task = bar.add_task(name, total=max(last - first, 0))
             for case in cases(worker, name, range(first, last)):
                 _count(done, own, case)
@@ -44,7 +53,11 @@ def main() -> int:
 def _begin(place: Path, anew: bool) -> dict:
     """What runs of the same code came to before; nothing, and an empty folder, where there are none."""
     notes = place / NOTES
-    if not anew and notes.exists() and (done := json.loads(notes.read_text()))["code"] == code_digest():
+    if (
+        not anew
+        and notes.exists()
+        and (done := json.loads(notes.read_text()))["code"] == code_digest()
+    ):
         return done
     if notes.exists():
         shutil.rmtree(place)
@@ -63,13 +76,34 @@ def _count(done: dict, own: dict, case: Case) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000, help="per reader; fewer for slow ones (default: 10,000)")
-    parser.add_argument("--seed", type=int, help="first seed, as of a fault to see again (default: where the last run stopped)")
-    parser.add_argument("--reader", action="append", choices=list(all_readers()), help="only this one; may be repeated")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="that a case may take (default: %(default)s)")
-    parser.add_argument("--mib", type=int, default=MIB, help="of memory that a case may take (default: %(default)s)")
     parser.add_argument(
-        "--place", type=Path, default=ROOT / "build/fuzz", help="folder for cases and faults (default: build/fuzz)"
+        "--cases",
+        type=int,
+        default=10_000,
+        help="per reader; fewer for slow ones (default: 10,000)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="first seed, as of a fault to see again (default: where the last run stopped)",
+    )
+    parser.add_argument(
+        "--reader",
+        action="append",
+        choices=list(all_readers()),
+        help="only this one; may be repeated",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="that a case may take (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mib", type=int, default=MIB, help="of memory that a case may take (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--place",
+        type=Path,
+        default=ROOT / "build/fuzz",
+        help="folder for cases and faults (default: build/fuzz)",
     )
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     return parser.parse_args()
@@ -82,13 +116,22 @@ def _summary(done: dict, names: list[str]) -> None:
         own = done["readers"][name]
         total.update({outcome: own[outcome] for outcome in OUTCOMES})
         counts = [own[outcome] for outcome in OUTCOMES]
-        table.add_row(name, str(sum(counts)), *map(str, counts), f"{own['time']:.1f}", f"{own['slowest']:.1f}", str(own["mib"]))
+        table.add_row(
+            name,
+            str(sum(counts)),
+            *map(str, counts),
+            f"{own['time']:.1f}",
+            f"{own['slowest']:.1f}",
+            str(own["mib"]),
+        )
     table.add_section()
     table.add_row("all", str(sum(total.values())), *(str(total[outcome]) for outcome in OUTCOMES))
     console = Console()
     console.print(table, markup=False)
     for signature, fault in sorted(done["faults"].items()):
-        console.print(f"[bold]{escape(signature)}[/bold] ({fault['count']} times), first:\n{escape(fault['first'][:3000])}\n")
+        console.print(
+            f"[bold]{escape(signature)}[/bold] ({fault['count']} times), first:\n{escape(fault['first'][:3000])}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def both(*edits: Edit) -> Edit:
 
 def in_rows(name: str, value: Any) -> Callable[[bytes], bytes]:
     """JSON lines with another value of `name`."""
-    return lambda data: b"".join(dump(json.loads(line) | {name: value}) + b"\n" for line in data.splitlines())
+    return lambda data: b"".join(
+        dump(json.loads(line) | {name: value}) + b"\n" for line in data.splitlines()
+    )
 
 
 def column(name: bytes, values: Iterable[bytes]) -> Callable[[bytes], bytes]:
@@ -76,54 +78,112 @@ def column(name: bytes, values: Iterable[bytes]) -> Callable[[bytes], bytes]:
 # -------------------------------------------------------------------------------------------------------- plans, planners
 
 _HEAD = {"format": 1, "pruning_ratio": 0.5, "preference": None, "scorer": None, "notes": {}}
-_GROUP = {"tower": "language", "layer": 0, "kind": "ffn", "width": 9_999_999, "keep": 1, "kept": "0", "unit_parameters": 1}
+_GROUP = {
+    "tower": "language",
+    "layer": 0,
+    "kind": "ffn",
+    "width": 9_999_999,
+    "keep": 1,
+    "kept": "0",
+    "unit_parameters": 1,
+}
 
 
 def plan_of(*groups: dict[str, Any], **head: Any) -> Edit:
     return text("plan.json", dump(_HEAD | head | {"groups": [_GROUP | g for g in groups]}))
 
 
-known("plan", "overlapping ranges", plan_of({"kept": ",".join(["0-9999998"] * 200), "keep": 9_999_999 * 200}))
+known(
+    "plan",
+    "overlapping ranges",
+    plan_of({"kept": ",".join(["0-9999998"] * 200), "keep": 9_999_999 * 200}),
+)
 known(
     "plan",
     "overlapping ranges, layer by layer",
     plan_of(*({"layer": n, "kept": "0-9999998", "keep": 9_999_999} for n in range(60))),
 )
-known("plan", "200,000 single units", plan_of({"kept": ",".join(map(str, range(2 * 10**5))), "keep": 2 * 10**5}))
-known("plan", "ranges that run backwards", plan_of({"kept": ",".join(["9-0"] * 100_000), "keep": 0}))
+known(
+    "plan",
+    "200,000 single units",
+    plan_of({"kept": ",".join(map(str, range(2 * 10**5))), "keep": 2 * 10**5}),
+)
+known(
+    "plan", "ranges that run backwards", plan_of({"kept": ",".join(["9-0"] * 100_000), "keep": 0})
+)
 known("plan", "zeros before numbers", plan_of({"kept": "000000000-000000001", "keep": 2}))
 known("plan", "digits of another script", plan_of({"kept": "٣", "keep": 1}))
 known("plan", "deep notes", plan_of({}, notes={"a": DEEP}))
-known("plan", "a surrogate as a name", plan_of({}, scorer="\ud800", pruning_ratio=1 - 1 / 9_999_999))
+known(
+    "plan", "a surrogate as a name", plan_of({}, scorer="\ud800", pruning_ratio=1 - 1 / 9_999_999)
+)
 known("plan", "numbers beyond floats", plan_of({"unit_parameters": 10**400}, pruning_ratio=10**400))
 known("plan", "a thousand groups of one name", plan_of(*[{}] * 1000))
 
 for number in ("1e308", "-1e308", "Infinity", "-Infinity", "NaN", "1" + "0" * 400, "1e-320"):
     replaced = lambda data, number=number: b"".join(  # noqa: E731
-        dump({**(row := json.loads(line)), "reward": row["reward"] | {"utility": "@"}}).replace(b'"@"', number.encode()) + b"\n"
+        dump({**(row := json.loads(line)), "reward": row["reward"] | {"utility": "@"}}).replace(
+            b'"@"', number.encode()
+        )
+        + b"\n"
         for line in data.splitlines()
     )
-    known("planner fit report summary", f"archive with utility {number[:10]}", text("*/archive.jsonl", replaced))
-known("planner fit", "archive without allocations", text("*/archive.jsonl", in_rows("allocation", [])))
+    known(
+        "planner fit report summary",
+        f"archive with utility {number[:10]}",
+        text("*/archive.jsonl", replaced),
+    )
+known(
+    "planner fit", "archive without allocations", text("*/archive.jsonl", in_rows("allocation", []))
+)
 known("planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keeps", [1])))
-known("planner fit", "archive that keeps 10**30 units", text("*/archive.jsonl", in_rows("keeps", [10**30] * 10)))
-known("planner", "policy of a terabyte", setting("planner/planner.json", "policy_width", value=2**20))
+known(
+    "planner fit",
+    "archive that keeps 10**30 units",
+    text("*/archive.jsonl", in_rows("keeps", [10**30] * 10)),
+)
+known(
+    "planner", "policy of a terabyte", setting("planner/planner.json", "policy_width", value=2**20)
+)
 known("planner", "policy of width -1", setting("planner/planner.json", "policy_width", value=-1))
 known("planner", "policy of width 0", setting("planner/planner.json", "policy_width", value=0))
-known("planner", "group of 2**60 units", setting("planner/planner.json", "signals", "groups", 0, "width", value=2**60))
-known("planner", "group without rows", setting("planner/planner.json", "signals", "groups", 0, "rows", value=[]))
-known("planner", "a scorer that is a module's name", setting("planner/planner.json", "scorer", value="__doc__"))
-known("planner", "a scorer that is no planner's", setting("planner/planner.json", "mrs", value="FLAP"))
+known(
+    "planner",
+    "group of 2**60 units",
+    setting("planner/planner.json", "signals", "groups", 0, "width", value=2**60),
+)
+known(
+    "planner",
+    "group without rows",
+    setting("planner/planner.json", "signals", "groups", 0, "rows", value=[]),
+)
+known(
+    "planner",
+    "a scorer that is a module's name",
+    setting("planner/planner.json", "scorer", value="__doc__"),
+)
+known(
+    "planner", "a scorer that is no planner's", setting("planner/planner.json", "mrs", value="FLAP")
+)
 known("planner", "no group", setting("planner/planner.json", "signals", "groups", value=[]))
-known("planner", "layers below zero", setting("planner/planner.json", "signals", "groups", 0, "layer", value=-(10**9)))
+known(
+    "planner",
+    "layers below zero",
+    setting("planner/planner.json", "signals", "groups", 0, "layer", value=-(10**9)),
+)
 known("fit", "deep identity", text("fit/fit.json", b"[" * 100_000))
 known(
-    "signals", "one bit of the scores", text("cache/*.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    "signals",
+    "one bit of the scores",
+    text("cache/*.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
 )
 known(
     "signals",
     "deep header",
-    text("cache/*.safetensors", lambda d: (len(d) + 100_000).to_bytes(8, "little") + b"[" * 100_000 + d),
+    text(
+        "cache/*.safetensors",
+        lambda d: (len(d) + 100_000).to_bytes(8, "little") + b"[" * 100_000 + d,
+    ),
 )
 
 # ----------------------------------------------------------------------------------------------------------------- models
@@ -139,11 +199,19 @@ _AUTO = {
     "processor_config.json": {"AutoProcessor": "evil.Evil"},
     "preprocessor_config.json": {"AutoImageProcessor": "evil.Evil"},
     "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-    "config.json": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+    "config.json": {
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+    },
 }
 _EVIL = text("model/evil.py", PYTHON.encode())
 for name, classes in _AUTO.items():
-    known("model vlm", f"auto_map in {name}", both(_EVIL, setting(f"model/{name}", "auto_map", value=classes)))
+    known(
+        "model vlm",
+        f"auto_map in {name}",
+        both(_EVIL, setting(f"model/{name}", "auto_map", value=classes)),
+    )
     of_no_type = setting(f"model/{name}", "model_type", value="x")
     known(
         "model vlm",
@@ -167,7 +235,12 @@ known(
 known(
     "model vlm",
     "weights outside",
-    setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="../secret.safetensors"),
+    setting(
+        "model/model.safetensors.index.json",
+        "weight_map",
+        "lm_head.weight",
+        value="../secret.safetensors",
+    ),
 )
 known(
     "model vlm",
@@ -177,13 +250,23 @@ known(
         setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="fifo"),
     ),
 )
-known("model vlm", "a template that is a FIFO", lambda folder: _pipe(folder / "model/additional_chat_templates/x.jinja"))
+known(
+    "model vlm",
+    "a template that is a FIFO",
+    lambda folder: _pipe(folder / "model/additional_chat_templates/x.jinja"),
+)
 for file in ("config.json", "tokenizer.json", "processor_config.json", "other.safetensors"):
-    known("model vlm", f"{file} that is a FIFO", lambda folder, file=file: _pipe(folder / "model" / file))
+    known(
+        "model vlm",
+        f"{file} that is a FIFO",
+        lambda folder, file=file: _pipe(folder / "model" / file),
+    )
 known(
     "model vlm",
     "weights that are a device",
-    setting("model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="/dev/zero"),
+    setting(
+        "model/model.safetensors.index.json", "weight_map", "lm_head.weight", value="/dev/zero"
+    ),
 )
 known(
     "model vlm",
@@ -203,23 +286,65 @@ known(
     "a kernel of the hub",
     setting("model/config.json", "_attn_implementation", value="kernels-community/flash-attn"),
 )
-known("model vlm", "attn_implementation of the hub", setting("model/config.json", "attn_implementation", value="a/b:c"))
-known("model vlm", "quantised by nobody", setting("model/config.json", "quantization_config", value={"quant_method": "evil"}))
+known(
+    "model vlm",
+    "attn_implementation of the hub",
+    setting("model/config.json", "attn_implementation", value="a/b:c"),
+)
+known(
+    "model vlm",
+    "quantised by nobody",
+    setting("model/config.json", "quantization_config", value={"quant_method": "evil"}),
+)
 for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao", "fp8", "hqq"):
     known(
         "model vlm",
         f"quantised by {method}",
         setting("model/config.json", "quantization_config", value={"quant_method": method}),
     )
-known("model vlm", "a vocabulary of 2**40", setting("model/config.json", "text_config", "vocab_size", value=2**40))
-known("model vlm", "2**17 layers", setting("model/config.json", "text_config", "num_hidden_layers", value=2**17))
-known("model vlm", "a context of 2**40", setting("model/config.json", "text_config", "max_position_embeddings", value=2**40))
-known("model vlm", "pictures of 2**20 pixels a side", setting("model/config.json", "vision_config", "image_size", value=2**20))
-known("model vlm", "widths of 2**40", setting("model/hipp_ext.json", "groups", 0, "width", value=2**40))
-known("model vlm", "an architecture that is a function", setting("model/config.json", "architectures", value=["AutoModel"]))
-known("model vlm", "an abstract architecture", setting("model/config.json", "architectures", value=["PreTrainedModel"]))
-known("model vlm", "another architecture", setting("model/config.json", "architectures", value=["LlamaForCausalLM"]))
-known("model vlm", "a type as text", setting("model/config.json", "dtype", value="__import__('os')"))
+known(
+    "model vlm",
+    "a vocabulary of 2**40",
+    setting("model/config.json", "text_config", "vocab_size", value=2**40),
+)
+known(
+    "model vlm",
+    "2**17 layers",
+    setting("model/config.json", "text_config", "num_hidden_layers", value=2**17),
+)
+known(
+    "model vlm",
+    "a context of 2**40",
+    setting("model/config.json", "text_config", "max_position_embeddings", value=2**40),
+)
+known(
+    "model vlm",
+    "pictures of 2**20 pixels a side",
+    setting("model/config.json", "vision_config", "image_size", value=2**20),
+)
+known(
+    "model vlm",
+    "widths of 2**40",
+    setting("model/hipp_ext.json", "groups", 0, "width", value=2**40),
+)
+known(
+    "model vlm",
+    "an architecture that is a function",
+    setting("model/config.json", "architectures", value=["AutoModel"]),
+)
+known(
+    "model vlm",
+    "an abstract architecture",
+    setting("model/config.json", "architectures", value=["PreTrainedModel"]),
+)
+known(
+    "model vlm",
+    "another architecture",
+    setting("model/config.json", "architectures", value=["LlamaForCausalLM"]),
+)
+known(
+    "model vlm", "a type as text", setting("model/config.json", "dtype", value="__import__('os')")
+)
 known("model vlm", "deep config", text("model/config.json", b'{"a":' * 100_000))
 known("model vlm", "list for a config", text("model/config.json", b"[]"))
 known("model vlm", "not UTF-8", text("model/config.json", b"\xff\xfe\x00"))
@@ -229,17 +354,46 @@ known(
     setting(
         "model/tokenizer.json",
         "pre_tokenizer",
-        value={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+        value={
+            "type": "Split",
+            "pattern": {"Regex": "(a+)+$"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
     ),
 )
-known("classifier", "pictures of 2**20 pixels a side", setting("classifier/config.json", "shape", value=[3, 2**20, 2**20]))
-known("classifier", "2**30 channels", setting("classifier/config.json", "shape", value=[2**30, 16, 16]))
-known("classifier", "channels below zero", setting("classifier/config.json", "shape", value=[-3, 16, 16]))
+known(
+    "classifier",
+    "pictures of 2**20 pixels a side",
+    setting("classifier/config.json", "shape", value=[3, 2**20, 2**20]),
+)
+known(
+    "classifier",
+    "2**30 channels",
+    setting("classifier/config.json", "shape", value=[2**30, 16, 16]),
+)
+known(
+    "classifier",
+    "channels below zero",
+    setting("classifier/config.json", "shape", value=[-3, 16, 16]),
+)
 known("classifier", "no pixels", setting("classifier/config.json", "shape", value=[3, 0, 0]))
-known("classifier", "a million classes", setting("classifier/config.json", "classes", value=["a"] * 10**6))
-known("classifier", "kept channel that is not there", setting("classifier/config.json", "kept", "x.y", value=[10**9]))
+known(
+    "classifier",
+    "a million classes",
+    setting("classifier/config.json", "classes", value=["a"] * 10**6),
+)
+known(
+    "classifier",
+    "kept channel that is not there",
+    setting("classifier/config.json", "kept", "x.y", value=[10**9]),
+)
 known("classifier", "kept nothing", setting("classifier/config.json", "kept", value={}))
-known("lqsgd recovery", "deep header", text("**/*.safetensors", (100_000).to_bytes(8, "little") + b"[" * 100_000))
+known(
+    "lqsgd recovery",
+    "deep header",
+    text("**/*.safetensors", (100_000).to_bytes(8, "little") + b"[" * 100_000),
+)
 
 
 class _Runs:
@@ -275,15 +429,31 @@ _GIANTS = {
     ),
     "100,000 copies": b"\x80\x02C\x64" + b"x" * 100 + b"q\x00" + b"h\x00" * 10**5 + b".",
 }
-known("cifar10 cifar100", "a pickle that runs a command", text("cifar*/*t*", pickle.dumps(_Runs(), protocol=2)))
+known(
+    "cifar10 cifar100",
+    "a pickle that runs a command",
+    text("cifar*/*t*", pickle.dumps(_Runs(), protocol=2)),
+)
 for what, data in _GIANTS.items():
     known("cifar10", what, text("cifar*/*t*", data))
-known("cifar10", "labels of 10**30", text("cifar*/test_batch", lambda d: d.replace(b"K\x02", b"\x8a\x0d" + b"\x7f" * 13)))
+known(
+    "cifar10",
+    "labels of 10**30",
+    text("cifar*/test_batch", lambda d: d.replace(b"K\x02", b"\x8a\x0d" + b"\x7f" * 13)),
+)
 for what, size in {"2**31 bytes": 2**31, "none": 0, "-1": 2**32 - 1}.items():
-    known("svhn", f"elements of {what}", text("*.mat", lambda d, size=size: d[:132] + size.to_bytes(4, "little") + d[136:]))
+    known(
+        "svhn",
+        f"elements of {what}",
+        text("*.mat", lambda d, size=size: d[:132] + size.to_bytes(4, "little") + d[136:]),
+    )
 known("svhn", "no MATLAB", text("*.mat", b"MATLAB 5.0" + b"\0" * 200))
 known("tiny-imagenet", "classes that lead elsewhere", text("*/wnids.txt", b"../../../..\n/dev\n"))
-known("tiny-imagenet", "a picture elsewhere", text("*/val/val_annotations.txt", b"../../../../secret.png\tn01443537\t0\n"))
+known(
+    "tiny-imagenet",
+    "a picture elsewhere",
+    text("*/val/val_annotations.txt", b"../../../../secret.png\tn01443537\t0\n"),
+)
 known("tiny-imagenet", "a FIFO", text("*/val/val_annotations.txt", b"fifo\tn01443537\t0\n"))
 known("tiny-imagenet", "a device", text("*/val/val_annotations.txt", b"/dev/zero\tn01443537\t0\n"))
 known("tiny-imagenet", "a NUL", text("*/val/val_annotations.txt", b"a\0b\tn01443537\t0\n"))
@@ -320,7 +490,9 @@ for place in _PLACES:
         both(*(setting("problems.json", str(n), "image", value=place) for n in range(3))),
     )
     known(
-        "scienceqa", f"split {place[:20]!r}", both(*(setting("problems.json", str(n), "split", value=place) for n in range(3)))
+        "scienceqa",
+        f"split {place[:20]!r}",
+        both(*(setting("problems.json", str(n), "split", value=place) for n in range(3))),
     )
     known(
         "report compare",
@@ -328,7 +500,11 @@ for place in _PLACES:
         text("outputs/*/*/*/questions.jsonl", in_rows("image", "../" * 3 + place[:-4])),
     )
 for name, picture in PICTURES.items():
-    known("tsv tsv-choice lm-eval", name, text("*.tsv", column(b"image", [base64.b64encode(picture) or b"x"] * 9)))
+    known(
+        "tsv tsv-choice lm-eval",
+        name,
+        text("*.tsv", column(b"image", [base64.b64encode(picture) or b"x"] * 9)),
+    )
     known("tsv-paths scienceqa", name, text("images/**/*.png", picture))
     known("coco", name, text("images/*.jpg", picture))
     known("tiny-imagenet", name, text("*/*/**/*.JPEG", picture))
@@ -342,8 +518,16 @@ for what, cell in {
     for name in (b"index", b"question", b"answer", b"category"):
         known("tsv", f"{what} as {name.decode()}", text("*.tsv", column(name, [cell])))
 known("tsv", "open quote", text("*.tsv", lambda data: data.replace(b"\t", b'\t"', 1) + b'"' * 99))
-known("tsv", "a million columns", text("*.tsv", lambda data: b"\t".join([data.splitlines()[0], *([b"A"] * 10**6)]) + b"\n"))
-known("tsv tsv-choice", "a chain of references", text("*.tsv", column(b"image", [b"1", b"2", b"3", b"0"])))
+known(
+    "tsv",
+    "a million columns",
+    text("*.tsv", lambda data: b"\t".join([data.splitlines()[0], *([b"A"] * 10**6)]) + b"\n"),
+)
+known(
+    "tsv tsv-choice",
+    "a chain of references",
+    text("*.tsv", column(b"image", [b"1", b"2", b"3", b"0"])),
+)
 for what, value in {
     "unhashable": [],
     "a surrogate": "\ud800",
@@ -353,21 +537,36 @@ for what, value in {
     "null": None,
 }.items():
     known("coco", f"image id {what}", setting("instances.json", "images", 0, "id", value=value))
-    known("coco", f"category id {what}", setting("instances.json", "categories", 0, "id", value=value))
-    known("coco", f"category name {what}", setting("instances.json", "categories", 0, "name", value=value))
-    known("coco", f"caption of {what}", setting("captions.json", "annotations", 0, "image_id", value=value))
+    known(
+        "coco", f"category id {what}", setting("instances.json", "categories", 0, "id", value=value)
+    )
+    known(
+        "coco",
+        f"category name {what}",
+        setting("instances.json", "categories", 0, "name", value=value),
+    )
+    known(
+        "coco",
+        f"caption of {what}",
+        setting("captions.json", "annotations", 0, "image_id", value=value),
+    )
     known("coco", f"synonym {what}", setting("synonyms.json", "person", value=[value]))
     known("pope", f"text {what}", text("coco_pope_*.json", in_rows("text", value)))
     known("pope", f"label {what}", text("coco_pope_*.json", in_rows("label", value)))
     known("scienceqa", f"answer {what}", setting("problems.json", "0", "answer", value=value))
-    known("scienceqa", f"choice {what}", setting("problems.json", "0", "choices", value=["a", value]))
+    known(
+        "scienceqa", f"choice {what}", setting("problems.json", "0", "choices", value=["a", value])
+    )
     known("scienceqa", f"hint {what}", setting("problems.json", "0", "hint", value=value))
     known("scienceqa", f"question {what}", setting("problems.json", "0", "question", value=value))
 known("pope", "not UTF-8", text("coco_pope_random.json", b"\xff\xfe\n"))
 known(
     "scienceqa",
     "id of digits of another script",
-    both(setting("pid_splits.json", "val", value=["²"]), setting("problems.json", "²", value={"image": "image.png"})),
+    both(
+        setting("pid_splits.json", "val", value=["²"]),
+        setting("problems.json", "²", value={"image": "image.png"}),
+    ),
 )
 known(
     "scienceqa",
@@ -378,7 +577,11 @@ known(
     ),
 )
 for cut in (4, 100, 300, 700):
-    known("parquet", f"without its first {cut} bytes", text("*.parquet", lambda data, cut=cut: data[:4] + data[4 + cut :]))
+    known(
+        "parquet",
+        f"without its first {cut} bytes",
+        text("*.parquet", lambda data, cut=cut: data[:4] + data[4 + cut :]),
+    )
     known(
         "parquet",
         f"{cut} zeros in its pages",
@@ -388,19 +591,46 @@ for cut in (4, 100, 300, 700):
 # -------------------------------------------------------------------------------------------------------- results, reports
 
 SCRIPT = "<script>alert(1)</script>"
-for path in (("threads",), ("device",), ("command",), *(("load", key) for key in ("rows", "repeats", "warmup", "seed"))):
-    known("report summary", f"script as {'.'.join(path)}", setting("latency.json", *path, value=SCRIPT))
-for path in (("parameters",), ("prefill_ms", "median"), ("prefill_ms", "n"), ("decode_speedup", "n"), ("weights_mib",)):
+for path in (
+    ("threads",),
+    ("device",),
+    ("command",),
+    *(("load", key) for key in ("rows", "repeats", "warmup", "seed")),
+):
+    known(
+        "report summary",
+        f"script as {'.'.join(path)}",
+        setting("latency.json", *path, value=SCRIPT),
+    )
+for path in (
+    ("parameters",),
+    ("prefill_ms", "median"),
+    ("prefill_ms", "n"),
+    ("decode_speedup", "n"),
+    ("weights_mib",),
+):
     for value in (SCRIPT, 0, 10**400, float("nan")):
         known(
             "report",
             f"{'.'.join(path)} {str(value)[:12]}",
             setting("latency.json", "models", "small", *path, value=value),
         )
-for key in ("model", "model_hash", "data", "data_hash", "n", "command", "predictions", "settings", "metrics"):
+for key in (
+    "model",
+    "model_hash",
+    "data",
+    "data_hash",
+    "n",
+    "command",
+    "predictions",
+    "settings",
+    "metrics",
+):
     for value in (SCRIPT, "[/b]", "\ud800", [], 10**400):
         known(
-            "report compare", f"results {key} {str(value)[:12]!r}", setting("outputs/small*/*/results.json", key, value=value)
+            "report compare",
+            f"results {key} {str(value)[:12]!r}",
+            setting("outputs/small*/*/results.json", key, value=value),
         )
 for place in (
     "/etc/passwd",
@@ -414,20 +644,42 @@ for place in (
     "run-0/predictions.jsonl/x",
     "predictions.jsonl",
 ):
-    known("report compare", f"predictions at {place!r}", setting("outputs/*/*/results.json", "predictions", value=place))
+    known(
+        "report compare",
+        f"predictions at {place!r}",
+        setting("outputs/*/*/results.json", "predictions", value=place),
+    )
     known("summary", f"planner at {place!r}", setting("summary.json", "planner", value=place))
 for key in ("index", "question", "answer", "category", "image", "options"):
     for value in (SCRIPT, "[/b]", "\ud800", [], {SCRIPT: SCRIPT}):
         known(
-            "report compare", f"questions {key} {str(value)[:12]!r}", text("outputs/*/*/*/questions.jsonl", in_rows(key, value))
+            "report compare",
+            f"questions {key} {str(value)[:12]!r}",
+            text("outputs/*/*/*/questions.jsonl", in_rows(key, value)),
         )
 for key in ("index", "prediction"):
     for value in (SCRIPT, "\ud800", []):
-        known("report compare predictions", f"{key} {str(value)[:12]!r}", text("**/predictions.jsonl", in_rows(key, value)))
-known("compare", "an answer of a megabyte", text("outputs/small*/*/*/predictions.jsonl", in_rows("prediction", "A " * 500_000)))
-known("report compare predictions", "deep line", text("**/predictions.jsonl", lambda d: b"[" * 100_000 + b"\n" + d))
+        known(
+            "report compare predictions",
+            f"{key} {str(value)[:12]!r}",
+            text("**/predictions.jsonl", in_rows(key, value)),
+        )
+known(
+    "compare",
+    "an answer of a megabyte",
+    text("outputs/small*/*/*/predictions.jsonl", in_rows("prediction", "A " * 500_000)),
+)
+known(
+    "report compare predictions",
+    "deep line",
+    text("**/predictions.jsonl", lambda d: b"[" * 100_000 + b"\n" + d),
+)
 known("report summary", "deep latency", text("latency.json", b"[" * 100_000))
 known("tiny-imagenet", "a name too long for a file", text("*/wnids.txt", b"x" * 5000))
 for key in ("name", "preference", "parameters", "records", "plan", "reward"):
     for value in (SCRIPT, "\ud800", [], 10**400):
-        known("summary", f"entry {key} {str(value)[:12]!r}", setting("summary.json", "entries", 1, key, value=value))
+        known(
+            "summary",
+            f"entry {key} {str(value)[:12]!r}",
+            setting("summary.json", "entries", 1, key, value=value),
+        )

@@ -38,8 +38,12 @@ def make_path_tsv(folder: Path) -> None:
 def answerable(tables: Any, folder: Path) -> None:
     """Every row has a prompt, an answer among its labels and a picture that opens, of the folder or of the decoded ones."""
     for asked, row in zip(*tables, strict=True):
-        assert asked.answer in asked.labels and asked.prompt and row.index, "a question that cannot be answered"
-        assert Path(asked.image_path).resolve().is_relative_to(folder.resolve().parent), f"{asked.image_path} lies elsewhere"
+        assert asked.answer in asked.labels and asked.prompt and row.index, (
+            "a question that cannot be answered"
+        )
+        assert Path(asked.image_path).resolve().is_relative_to(folder.resolve().parent), (
+            f"{asked.image_path} lies elsewhere"
+        )
         assert asked.image.mode == "RGB"
 
 
@@ -84,7 +88,9 @@ def make_coco(folder: Path) -> None:
             }
         )
     )
-    captions = {"annotations": [{"image_id": 7 + i, "caption": "a dog and a cup"} for i in range(4)]}
+    captions = {
+        "annotations": [{"image_id": 7 + i, "caption": "a dog and a cup"} for i in range(4)]
+    }
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "synonyms.json").write_text(json.dumps({"person": ["girl", "boy"], "car": ["auto"]}))
     (folder / "images").mkdir()
@@ -95,8 +101,14 @@ def make_coco(folder: Path) -> None:
 def no_other_pictures(written: Any, folder: Path) -> None:
     import base64
 
-    for cell in (line.split("\t")[1].strip('"') for file in written for line in file.read_text().splitlines()[1:]):
-        assert len(cell) <= 64 or b"SECRET" not in base64.b64decode(cell), "a picture from outside of the folder"
+    for cell in (
+        line.split("\t")[1].strip('"')
+        for file in written
+        for line in file.read_text().splitlines()[1:]
+    ):
+        assert len(cell) <= 64 or b"SECRET" not in base64.b64decode(cell), (
+            "a picture from outside of the folder"
+        )
 
 
 @TABLE.reads("coco", make_coco, check=no_other_pictures, errors=("DataError", "WriteError"))
@@ -107,7 +119,11 @@ def read_coco(folder: Path) -> Any:
 
     questions, source = pope_from_annotations(folder / "instances.json", n_images=3, per_image=2)
     task = coco_task(
-        folder / "instances.json", folder / "images", 2, captions=folder / "captions.json", synonyms=folder / "synonyms.json"
+        folder / "instances.json",
+        folder / "images",
+        2,
+        captions=folder / "captions.json",
+        synonyms=folder / "synonyms.json",
     )
     task.words("two girls and an apple")
     return [write_pope(folder.parent / "out/POPE.tsv", questions, folder / "images", source)]
@@ -124,7 +140,9 @@ def make_published(folder: Path) -> None:
             }
             for n in range(4)
         ]
-        (folder / f"coco_pope_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"coco_pope_{split}.json").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     (folder / "images").mkdir()
     for n in range(2):
         (folder / f"images/{n}.png").write_bytes(png())
@@ -134,7 +152,11 @@ def make_published(folder: Path) -> None:
 def read_published(folder: Path) -> Any:
     from hipp_ext.evals.data.pope import pope_from_published, write_pope
 
-    return [write_pope(folder.parent / "out/POPE.tsv", *pope_from_published(folder)[:1], folder / "images", {})]
+    return [
+        write_pope(
+            folder.parent / "out/POPE.tsv", *pope_from_published(folder)[:1], folder / "images", {}
+        )
+    ]
 
 
 def _problem(n: int) -> dict[str, Any]:
@@ -161,12 +183,18 @@ def make_parquet(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [_problem(n) | {"image": {"bytes": png(), "path": "x.png"} if n else None} for n in range(4)]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "validation-00000-of-00001.parquet", row_group_size=2)
+    rows = [
+        _problem(n) | {"image": {"bytes": png(), "path": "x.png"} if n else None} for n in range(4)
+    ]
+    pq.write_table(
+        pa.Table.from_pylist(rows), folder / "validation-00000-of-00001.parquet", row_group_size=2
+    )
 
 
 def _scienceqa(name: str, make: Any) -> None:
-    @TABLE.reads(name, make, check=no_other_pictures, errors=("DataError", "WriteError", "MissingExtraError"))
+    @TABLE.reads(
+        name, make, check=no_other_pictures, errors=("DataError", "WriteError", "MissingExtraError")
+    )
     def read(folder: Path) -> Any:
         from hipp_ext.evals.data.scienceqa import write_scienceqa
 
@@ -182,11 +210,12 @@ _scienceqa("parquet", make_parquet)
 
 def make_results(folder: Path) -> None:
     """What `vlmeval` leaves of two models, with the files and rules of the product; only the model is missing."""
+    from vlm_tables import pope_rows, write_tsv
+
     from hipp_ext.evals.pope import pope_scores
     from hipp_ext.evals.predictions import PredictionLog
     from hipp_ext.evals.runs import write_questions
     from hipp_ext.evals.tables import read_table
-    from vlm_tables import pope_rows, write_tsv
 
     tsv = write_tsv(folder / "POPE.tsv", pope_rows())
     table = read_table(tsv, folder / "outputs/images", name="POPE")
@@ -197,8 +226,13 @@ def make_results(folder: Path) -> None:
         log = PredictionLog(place / "run-0/predictions.jsonl")
         log.add(zip(table.frame["index"].astype(str), said, strict=True))
         write_questions(table, log.path.parent)
-        rules = pope_scores(said, table.frame["answer"].tolist(), table.frame["category"].tolist(), table.images)
-        metrics = {rule: {split: dataclasses.asdict(own) for split, own in splits.items()} for rule, splits in rules.items()}
+        rules = pope_scores(
+            said, table.frame["answer"].tolist(), table.frame["category"].tolist(), table.images
+        )
+        metrics = {
+            rule: {split: dataclasses.asdict(own) for split, own in splits.items()}
+            for rule, splits in rules.items()
+        }
         record = {
             "model": model,
             "model_hash": digest,
@@ -220,8 +254,9 @@ def make_results(folder: Path) -> None:
 @TABLE.reads("compare", make_results, share=0.2)
 def read_compare(folder: Path) -> str:
     """`hipp compare`, with its table and its JSON."""
-    from hipp_ext.evals.compare import compare, comparison_table, plain
     from rich.console import Console
+
+    from hipp_ext.evals.compare import compare, comparison_table, plain
 
     rows = compare(folder / "outputs/dense-00000000", folder / "outputs/small-11111111")
     Console(file=(shown := io.StringIO()), width=400).print(comparison_table(rows))
@@ -244,7 +279,10 @@ def read_predictions(folder: Path) -> Any:
 def make_report(folder: Path) -> None:
     make_results(folder)
     fitted().save(folder / "planner")
-    spread, ratio = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}, {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
+    spread, ratio = (
+        {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5},
+        {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5},
+    )
     row = {
         "parameters": 10**6,
         "prefill_gflops": 0.5,
@@ -341,7 +379,9 @@ class Page(html.parser.HTMLParser):
         for name, value in attrs:
             assert not name.startswith("on"), f"{name}= in the page"
             if name in ("src", "srcset", "href"):
-                assert (value or "").startswith(("data:image/", "#")), f"{name}={str(value)[:60]} in the page"
+                assert (value or "").startswith(("data:image/", "#")), (
+                    f"{name}={str(value)[:60]} in the page"
+                )
             assert "SECRET" not in (value or "")
 
 

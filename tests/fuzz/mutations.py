@@ -68,7 +68,21 @@ NUMBERS = (
     -math.inf,
     math.nan,
 )
-VALUES = (*TEXTS, *NUMBERS, None, True, False, [], {}, [[]], {"a": {}}, [None], {"": ""}, [1] * 300, {"__proto__": 1})
+VALUES = (
+    *TEXTS,
+    *NUMBERS,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [None],
+    {"": ""},
+    [1] * 300,
+    {"__proto__": 1},
+)
 REFUSED = frozenset(["EPS", "TIFF", "PPM", "TGA", "ICO"])  # decoders that no data set needs
 BYTES = (
     b"\0",
@@ -100,7 +114,12 @@ def mutate_folder(folder: Path, other: Path, rng: Random) -> str:
         elif file.is_file():
             splice = rng.choice(files)
             source = other / splice.relative_to(folder)
-            data, what = mutate(file.read_bytes(), file.suffix, rng, source.read_bytes() if source.is_file() else b"")
+            data, what = mutate(
+                file.read_bytes(),
+                file.suffix,
+                rng,
+                source.read_bytes() if source.is_file() else b"",
+            )
             file.write_bytes(data)
             done.append(f"{name}: {what}")
     return "; ".join(done)
@@ -108,7 +127,9 @@ def mutate_folder(folder: Path, other: Path, rng: Random) -> str:
 
 def _mutate_place(file: Path, other: Path, rng: Random) -> str:
     """Something else where a file is expected."""
-    what = rng.choice(("deleted", "emptied", "a folder", f"copy of {other.name}", "no right to read"))
+    what = rng.choice(
+        ("deleted", "emptied", "a folder", f"copy of {other.name}", "no right to read")
+    )
     if file.is_dir():
         return "left a folder"
     content = other.read_bytes() if other.is_file() else b""
@@ -128,7 +149,9 @@ def mutate(data: bytes, suffix: str, rng: Random, splice: bytes = b"") -> tuple[
     """(damaged data, what was done); formats that the suffix names are damaged in their structure two times out of three."""
     structured = STRUCTURED.get(suffix)
     if structured and rng.random() < 0.67:
-        with contextlib.suppress(Exception):  # what is damaged already may be no such format any more
+        with contextlib.suppress(
+            Exception
+        ):  # what is damaged already may be no such format any more
             return structured(data, rng)
     return mutate_bytes(data, rng, splice)
 
@@ -138,7 +161,9 @@ def mutate_bytes(data: bytes, rng: Random, splice: bytes = b"") -> tuple[bytes, 
     size = len(data)
     at = rng.randrange(min(size, rng.choice((64, 1024, size))) or 1) if size else 0
     length = min(rng.choice((1, 1, 2, 8, 64, 1000)), max(size - at, 0))
-    kind = rng.choice(("flip", "flip", "set", "delete", "repeat", "insert", "truncate", "swap", "splice", "fill"))
+    kind = rng.choice(
+        ("flip", "flip", "set", "delete", "repeat", "insert", "truncate", "swap", "splice", "fill")
+    )
     head, middle, tail = data[:at], data[at : at + length], data[at + length :]
     if kind == "flip" and size:
         new = head + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
@@ -209,9 +234,25 @@ def _change(parent: Any, key: Any, rng: Random, places: list) -> str:
             inner, what = mutate_value(json.loads(old), rng)
             parent[key] = dump(inner).decode(errors="surrogateescape")
             return f"inside: {what}"
-    kind = rng.choice(("value", "value", "value", "near", "near", "delete", "key", "twice", "unknown", "list", "swap"))
+    kind = rng.choice(
+        (
+            "value",
+            "value",
+            "value",
+            "near",
+            "near",
+            "delete",
+            "key",
+            "twice",
+            "unknown",
+            "list",
+            "swap",
+        )
+    )
     if kind == "near" and isinstance(old, int | float) and not isinstance(old, bool):
-        parent[key] = rng.choice((old + 1, old - 1, -old, old * 1000, old / 3, float(old), str(old), bool(old), [old]))
+        parent[key] = rng.choice(
+            (old + 1, old - 1, -old, old * 1000, old / 3, float(old), str(old), bool(old), [old])
+        )
     elif kind == "near" and isinstance(old, str) and old:
         text, _ = mutate_bytes(old.encode(errors="replace"), rng)
         parent[key] = text.decode(errors="replace")
@@ -222,9 +263,13 @@ def _change(parent: Any, key: Any, rng: Random, places: list) -> str:
     elif kind == "twice" and isinstance(parent, dict):
         parent[f"{TWICE}{key}"] = rng.choice(VALUES)
     elif kind == "unknown" and isinstance(parent, dict):
-        parent[rng.choice(("unknown", "auto_map", "format", "_name_or_path", "quantization_config"))] = rng.choice(VALUES)
+        parent[
+            rng.choice(("unknown", "auto_map", "format", "_name_or_path", "quantization_config"))
+        ] = rng.choice(VALUES)
     elif kind == "list" and isinstance(old, list) and old:
-        parent[key] = rng.choice((old * 2, old * 500, old[::-1], old[:-1], [old], dict(enumerate(old))))
+        parent[key] = rng.choice(
+            (old * 2, old * 500, old[::-1], old[:-1], [old], dict(enumerate(old)))
+        )
     elif kind == "swap":
         there, place, _ = rng.choice(places)
         with contextlib.suppress(KeyError, IndexError):
@@ -237,7 +282,9 @@ def _change(parent: Any, key: Any, rng: Random, places: list) -> str:
 def dump(value: Any) -> bytes:
     """JSON text, with what `DEEP` and `TWICE` stand for, NaN and Infinity as Python writes them."""
     text = json.dumps(value, default=str, separators=(",", ":"))
-    return text.replace(f'"{TWICE}', '"').replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
+    return (
+        text.replace(f'"{TWICE}', '"').replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- tensors and tables
@@ -258,7 +305,9 @@ def mutate_safetensors(data: bytes, rng: Random) -> tuple[bytes, str]:
     at = 4 * rng.randrange(max(len(body) // 4, 1))
     count = rng.choice((1, 1, 100, len(body) // 4 - at // 4))
     new = struct.pack("<f", number) * count
-    return data[: 8 + length] + body[:at] + new + body[at + 4 * count :], f"{count} numbers from {at // 4} are {number}"
+    return data[: 8 + length] + body[:at] + new + body[
+        at + 4 * count :
+    ], f"{count} numbers from {at // 4} are {number}"
 
 
 def mutate_tsv(data: bytes, rng: Random) -> tuple[bytes, str]:
@@ -293,7 +342,9 @@ def mutate_parquet(data: bytes, rng: Random) -> tuple[bytes, str]:
     at = rng.randrange(table.num_columns)
     name, odd = (
         table.column_names[at],
-        rng.choice((None, 1, -1, 2**40, 0.5, "", "x", [], ["a"] * 30, {"bytes": b""}, {"path": "x"})),
+        rng.choice(
+            (None, 1, -1, 2**40, 0.5, "", "x", [], ["a"] * 30, {"bytes": b""}, {"path": "x"})
+        ),
     )
     changed = table.remove_column(at)
     if rng.random() < 0.8:
@@ -346,7 +397,13 @@ def _text_bomb(png: bytes) -> bytes:
     import zlib
 
     chunk = b"zTXtComment\0\0" + zlib.compress(b"\0" * 20_000_000, 1)
-    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+    return (
+        png[:33]
+        + struct.pack(">I", len(chunk) - 4)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + png[33:]
+    )
 
 
 class _Lazy(dict):

@@ -77,7 +77,9 @@ def make_plan(folder: Path) -> None:
 
 
 def same_plan_again(plan: Any, folder: Path) -> None:
-    assert type(plan).from_json(plan.to_json()).to_json() == plan.to_json(), "what the plan writes, it does not read"
+    assert type(plan).from_json(plan.to_json()).to_json() == plan.to_json(), (
+        "what the plan writes, it does not read"
+    )
     assert 0 <= plan.pruning_ratio < 1 and str(plan)
 
 
@@ -100,7 +102,12 @@ def read_planner(folder: Path) -> Any:
     return planner.choices(), planner.front(), planner.archive.hypervolume()
 
 
-@TABLE.reads("fit", lambda folder: None if fit(folder / "fit") else None, errors=("CheckpointError",), share=0.1)
+@TABLE.reads(
+    "fit",
+    lambda folder: None if fit(folder / "fit") else None,
+    errors=("CheckpointError",),
+    share=0.1,
+)
 def read_fit(folder: Path) -> Any:
     """Go on with a fit that was finished."""
     return fit(folder / "fit").front()
@@ -117,7 +124,9 @@ def same_signals(found: Any, folder: Path) -> None:
     known = signals()
     for part in ("scores", "flow_shares"):
         own, true = getattr(found, part), getattr(known, part)
-        assert own.keys() == true.keys() and all(torch.equal(own[n], true[n]) for n in true), f"other {part}"
+        assert own.keys() == true.keys() and all(torch.equal(own[n], true[n]) for n in true), (
+            f"other {part}"
+        )
     for part in ("sensitivity", "visual"):
         assert torch.equal(getattr(found, part), getattr(known, part)), f"other {part}"
     for part in ("groups", "scorer", "digest", "calibration", "mrs"):
@@ -129,7 +138,9 @@ def read_signals(folder: Path) -> Any:
     from hipp_ext.planner import signal_cache
 
     measure, known = signal_cache.measure_signals, signals()
-    signal_cache.measure_signals = lambda *_, **__: known  # what measuring gives is known; whether it is asked for counts
+    signal_cache.measure_signals = lambda *_, **__: (
+        known
+    )  # what measuring gives is known; whether it is asked for counts
     try:
         return signal_cache.cached_signals(*tiny(), folder / "cache")
     finally:
@@ -150,7 +161,9 @@ def make_model(folder: Path) -> None:
 
     model = load_pruned(save_llava(folder / "dense"))
     groups = find_groups(model)
-    plan = plan_from_counts(groups, [1 + i % g.width for i, g in enumerate(groups)], Magnitude()(model, []))
+    plan = plan_from_counts(
+        groups, [1 + i % g.width for i, g in enumerate(groups)], Magnitude()(model, [])
+    )
     save_pruned(prune(model, plan), folder / "model")
     _in_two(folder / "model")
     shutil.rmtree(folder / "dense")
@@ -165,7 +178,10 @@ def _in_two(folder: Path) -> None:
     parts = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
     for file, own in parts.items():
         save_file({n: tensors[n] for n in own}, folder / file, {"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": {n: file for file, own in parts.items() for n in own}}
+    index = {
+        "metadata": {"total_size": 0},
+        "weight_map": {n: file for file, own in parts.items() for n in own},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
@@ -173,12 +189,18 @@ def _in_two(folder: Path) -> None:
 def loads_as_it_says(model: Any, folder: Path) -> None:
     import transformers
 
-    assert type(model) is getattr(transformers, type(model).__name__), "a class that is not transformers'"
+    assert type(model) is getattr(transformers, type(model).__name__), (
+        "a class that is not transformers'"
+    )
     assert not model.training and not any(p.is_meta for p in model.parameters()), "not ready to run"
 
 
 @TABLE.reads(
-    "model", make_model, check=loads_as_it_says, errors=("CheckpointError", "PlanError", "UnsupportedModelError"), share=0.2
+    "model",
+    make_model,
+    check=loads_as_it_says,
+    errors=("CheckpointError", "PlanError", "UnsupportedModelError"),
+    share=0.2,
 )
 def read_model(folder: Path) -> Any:
     """What the commands do with a MODEL: the model, then the processor beside it."""
@@ -190,7 +212,9 @@ def read_model(folder: Path) -> Any:
     return model
 
 
-@TABLE.reads("vlm", make_model, errors=("CheckpointError", "PlanError", "UnsupportedModelError"), share=0.2)
+@TABLE.reads(
+    "vlm", make_model, errors=("CheckpointError", "PlanError", "UnsupportedModelError"), share=0.2
+)
 def read_vlm(folder: Path) -> Any:
     """What `vlmeval`, `hipp chair` and lm-eval do with a model's folder."""
     from hipp_ext.evals.predictions import HippVLM
@@ -200,8 +224,8 @@ def read_vlm(folder: Path) -> Any:
 
 def make_classifier(folder: Path) -> None:
     import torch
-    from hipp_ext.integrations.torch_pruning_channels import find_channel_groups, prune_channels
 
+    from hipp_ext.integrations.torch_pruning_channels import find_channel_groups, prune_channels
     from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
     from hipp_ext.robust.models import build_model, fixed_layers
 
@@ -210,7 +234,9 @@ def make_classifier(folder: Path) -> None:
     groups = find_channel_groups(model, example, ignored=fixed_layers(model))
     kept = {g.name: tuple(range(0, g.width, 4)) for g in groups}
     prune_channels(model, example, kept)
-    config = ClassifierFile(network="small-vgg", classes=("a", "b", "c"), shape=(3, 16, 16), data="digits", kept=kept)
+    config = ClassifierFile(
+        network="small-vgg", classes=("a", "b", "c"), shape=(3, 16, 16), data="digits", kept=kept
+    )
     save_classifier(model, config, folder / "classifier")
 
 
@@ -235,7 +261,10 @@ def lqsgd() -> tuple[Any, dict[str, Any]]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     generator = torch.Generator().manual_seed(0)
-    parameters = {"a.weight": torch.randn(6, 10, generator=generator), "a.bias": torch.randn(6, generator=generator)}
+    parameters = {
+        "a.weight": torch.randn(6, 10, generator=generator),
+        "a.bias": torch.randn(6, generator=generator),
+    }
     state = LQSGDState(parameters.items(), rank=2)
     state.mean_({n: torch.randn(p.shape, generator=generator) for n, p in parameters.items()})
     return state, state.state_dict()
@@ -263,7 +292,9 @@ def read_lqsgd(folder: Path) -> None:
     except Exception:
         now = state.state_dict()
         for part in ("memory", "factors"):
-            assert all(torch.equal(now[part][n], t) for n, t in known[part].items()), f"refused, and {part} has changed"
+            assert all(torch.equal(now[part][n], t) for n, t in known[part].items()), (
+                f"refused, and {part} has changed"
+            )
         raise
     state.stats()
 
@@ -305,7 +336,9 @@ class _AsPython2(pickle._Pickler):
     def save_text(self, text: bytes | str) -> None:
         data = text.encode() if isinstance(text, str) else text
         short = len(data) < 256
-        self.write((b"U" if short else b"T") + len(data).to_bytes(1 if short else 4, "little") + data)
+        self.write(
+            (b"U" if short else b"T") + len(data).to_bytes(1 if short else 4, "little") + data
+        )
 
     dispatch[bytes] = dispatch[str] = save_text
 
@@ -321,9 +354,15 @@ def make_cifar(folder: Path, name: str = "cifar10") -> None:
     draw = np.random.default_rng(0)
     inside = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
     inside.mkdir()
-    batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if name == "cifar10" else ["train", "test"]
+    batches = (
+        [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+        if name == "cifar10"
+        else ["train", "test"]
+    )
     labels, names, meta = (
-        (b"labels", b"label_names", "batches.meta") if name == "cifar10" else (b"fine_labels", b"fine_label_names", "meta")
+        (b"labels", b"label_names", "batches.meta")
+        if name == "cifar10"
+        else (b"fine_labels", b"fine_label_names", "meta")
     )
     for batch in batches:
         content = {
@@ -333,7 +372,9 @@ def make_cifar(folder: Path, name: str = "cifar10") -> None:
             b"filenames": [b"a.png", b"b.png"],
         }
         (inside / batch).write_bytes(_AsPython2.dumps(content))
-    (inside / meta).write_bytes(_AsPython2.dumps({b"num_vis": 3072, names: [b"one", b"two", b"three"]}))
+    (inside / meta).write_bytes(
+        _AsPython2.dumps({b"num_vis": 3072, names: [b"one", b"two", b"three"]})
+    )
 
 
 def make_svhn(folder: Path) -> None:
@@ -341,7 +382,10 @@ def make_svhn(folder: Path) -> None:
     from scipy.io import savemat
 
     for split in ("train", "test"):
-        savemat(folder / f"{split}_32x32.mat", {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)})
+        savemat(
+            folder / f"{split}_32x32.mat",
+            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)},
+        )
 
 
 def make_tiny_imagenet(folder: Path) -> None:
@@ -354,14 +398,18 @@ def make_tiny_imagenet(folder: Path) -> None:
         (base / "train" / name / "images").mkdir(parents=True)
         Image.new("RGB", (64, 64), "red").save(base / "train" / name / f"images/{name}_0.JPEG")
         Image.new("RGB", (64, 64), "red").save(base / f"val/images/val_{name}.JPEG")
-    (base / "val/val_annotations.txt").write_text("".join(f"val_{n}.JPEG\t{n}\t0\t0\t63\t63\n" for n in names))
+    (base / "val/val_annotations.txt").write_text(
+        "".join(f"val_{n}.JPEG\t{n}\t0\t0\t63\t63\n" for n in names)
+    )
 
 
 def right_images(data: Any, folder: Path) -> None:
     """A batch can be taken of every row, and the labels are classes."""
     for part in (data.train, data.test):
         images, labels = part.rows(slice(0, 3))
-        assert images.shape[1:] == data.shape and 0 <= int(labels.min()) <= int(labels.max()) < len(data.classes)
+        assert images.shape[1:] == data.shape and 0 <= int(labels.min()) <= int(labels.max()) < len(
+            data.classes
+        )
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
 
 

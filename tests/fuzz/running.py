@@ -17,7 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MIB = 10.0, 2048
-_FRAME = re.compile(rf'File "{re.escape(str(ROOT))}/((?:hipp_ext|evals|integrations)/[^"]+\.py)", line (\d+)')
+_FRAME = re.compile(
+    rf'File "{re.escape(str(ROOT))}/((?:hipp_ext|evals|integrations)/[^"]+\.py)", line (\d+)'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,9 @@ class Case:
         return f"{place} {re.sub(r'0x[0-9a-f]+|[0-9]+', 'N', kind)[:90]}"
 
     def __str__(self) -> str:
-        again = f"PYTHONPATH=tests python -m fuzz --reader {self.reader} --seed {self.seed} --cases 1"
+        again = (
+            f"PYTHONPATH=tests python -m fuzz --reader {self.reader} --seed {self.seed} --cases 1"
+        )
         return f"{self.reader}, seed {self.seed}: {self.what}\n{self.fault}\nAgain: {again}"
 
 
@@ -74,7 +78,9 @@ class Worker:
         for folder in ("valid", "case"):
             (place / folder).mkdir(parents=True, exist_ok=True)
         for secret in ("secret.png", "secret.safetensors"):
-            (place / secret).write_bytes((ROOT / "evals/bench/results/robust.png").read_bytes() + b"SECRET")
+            (place / secret).write_bytes(
+                (ROOT / "evals/bench/results/robust.png").read_bytes() + b"SECRET"
+            )
 
     def __enter__(self) -> "Worker":
         return self
@@ -87,7 +93,10 @@ class Worker:
         result = self._ask({"reader": reader, "seed": seed})
         case = Case(reader=reader, seed=seed, **result)
         if case.outcome != "fault" and case.mib > self.mib:
-            case = Case(**asdict(case) | {"outcome": "fault", "fault": f"killed: {case.mib} MiB for one file"})
+            case = Case(
+                **asdict(case)
+                | {"outcome": "fault", "fault": f"killed: {case.mib} MiB for one file"}
+            )
         if case.outcome == "fault" and case.signature not in self.kept:
             self.kept.add(case.signature)
             place = self.place / "faults" / f"{reader}-{seed}"
@@ -103,19 +112,34 @@ class Worker:
         what.unlink(missing_ok=True)
         process.stdin.write(json.dumps(job).encode() + b"\n")
         # First a valid folder is made, if there is none yet; then the case begins.
-        why = self._wait(process, self.seconds * 12) or (process.stdout.readline() and self._wait(process, self.seconds))
+        why = self._wait(process, self.seconds * 12) or (
+            process.stdout.readline() and self._wait(process, self.seconds)
+        )
         if line := b"" if why else process.stdout.readline():
             return json.loads(line)["case"]
         if why:
             process.send_signal(signal.SIGABRT)  # faulthandler then says where it was
         code = process.wait()
         self.process = None
-        said = (self.place / "worker.log").read_bytes()[told:].decode(errors="replace").partition("\nExtension modules")[0]
+        said = (
+            (self.place / "worker.log")
+            .read_bytes()[told:]
+            .decode(errors="replace")
+            .partition("\nExtension modules")[0]
+        )
         why = why or (signal.Signals(-code).name if code < 0 else f"exit {code}")
         damage = (
-            what.read_text(errors="replace").partition(": ")[2].strip() if what.exists() else "while the valid folder was made"
+            what.read_text(errors="replace").partition(": ")[2].strip()
+            if what.exists()
+            else "while the valid folder was made"
         )
-        return {"outcome": "fault", "fault": f"killed: {why}\n{said[-8000:]}", "what": damage, "seconds": 0.0, "mib": 0}
+        return {
+            "outcome": "fault",
+            "fault": f"killed: {why}\n{said[-8000:]}",
+            "what": damage,
+            "seconds": 0.0,
+            "mib": 0,
+        }
 
     def _wait(self, process: subprocess.Popen, seconds: float) -> str:
         """Wait for the worker to say something, or to end; what is wrong where it takes too much, else nothing.
@@ -129,7 +153,11 @@ class Worker:
             if now - base > self.mib:
                 return f"more than {self.mib} MiB for one file"
             if worked > seconds or (passed > seconds and worked < 0.03 * passed):
-                return f"it takes longer than {seconds:g} s" if worked > seconds else f"it waits for longer than {seconds:g} s"
+                return (
+                    f"it takes longer than {seconds:g} s"
+                    if worked > seconds
+                    else f"it waits for longer than {seconds:g} s"
+                )
         return ""
 
     def _start(self) -> subprocess.Popen:
@@ -161,7 +189,9 @@ def _usage(pid: int) -> tuple[int, float]:
         )
     except (OSError, IndexError):
         return 0, 0.0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE") >> 20, (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") >> 20, (
+        int(ticks[11]) + int(ticks[12])
+    ) / os.sysconf("SC_CLK_TCK")
 
 
 def code_digest() -> str:

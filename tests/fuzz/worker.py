@@ -107,10 +107,18 @@ class Guard:
     def _judge_open(self, path: Any, mode: str | None, flags: int) -> str | None:
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         if writes:
-            return None if self._inside(path) or os.fsdecode(path) == os.devnull else f"writes {os.fsdecode(path)}"
+            return (
+                None
+                if self._inside(path) or os.fsdecode(path) == os.devnull
+                else f"writes {os.fsdecode(path)}"
+            )
         real = os.path.realpath(os.fsdecode(path))
         secret = os.path.basename(real).startswith("secret.") and os.path.exists(real)
-        return None if (self._inside(path) or real.startswith(READABLE)) and not secret else f"reads {os.fsdecode(path)}"
+        return (
+            None
+            if (self._inside(path) or real.startswith(READABLE)) and not secret
+            else f"reads {os.fsdecode(path)}"
+        )
 
     def _inside(self, path: Any) -> bool:
         return os.path.realpath(os.fsdecode(path)).startswith(self.place + os.sep)
@@ -143,10 +151,23 @@ def main() -> None:
     guard = Guard(place / "case")
     for line in jobs:
         job = json.loads(line)
-        answer({"case": _run(guard, readers[job["reader"]], job["reader"], job["seed"], place, lambda: answer({}))})
+        answer(
+            {
+                "case": _run(
+                    guard,
+                    readers[job["reader"]],
+                    job["reader"],
+                    job["seed"],
+                    place,
+                    lambda: answer({}),
+                )
+            }
+        )
 
 
-def _run(guard: Guard, reader: Any, name: str, seed: int, place: Path, started: Callable[[], None]) -> dict[str, Any]:
+def _run(
+    guard: Guard, reader: Any, name: str, seed: int, place: Path, started: Callable[[], None]
+) -> dict[str, Any]:
     """One case: its folder is made, read, and judged."""
     valid, case = place / "valid" / name, place / "case"
     if name not in WARM:
@@ -175,7 +196,13 @@ def _run(guard: Guard, reader: Any, name: str, seed: int, place: Path, started: 
     seconds, grown = time.process_time() - begun, _resident("VmHWM") - before
     if seen:
         outcome, fault = "fault", f"{seen[0]}\n{fault or ''}"
-    return {"outcome": outcome, "fault": fault, "what": what, "seconds": round(seconds, 3), "mib": grown // 1024}
+    return {
+        "outcome": outcome,
+        "fault": fault,
+        "what": what,
+        "seconds": round(seconds, 3),
+        "mib": grown // 1024,
+    }
 
 
 def _warm_up(reader: Any, valid: Path) -> None:
@@ -221,11 +248,17 @@ def _judged(reader: Any, folder: Path) -> tuple[str, str | None]:
     except allowed as error:
         message = str(error)
         if len(message) > LONGEST_MESSAGE:
-            return "fault", f"a message of {len(message):,} characters\n{traceback.format_exc()[-3000:]}"
+            return (
+                "fault",
+                f"a message of {len(message):,} characters\n{traceback.format_exc()[-3000:]}",
+            )
         try:
             message.encode()
         except UnicodeEncodeError:
-            return "fault", f"a message that cannot be printed: {message!r}\n{traceback.format_exc().encode(errors='replace')}"
+            return (
+                "fault",
+                f"a message that cannot be printed: {message!r}\n{traceback.format_exc().encode(errors='replace')}",
+            )
         return "refused", message[:1000]
     except BaseException:  # SystemExit and KeyboardInterrupt are faults too
         return "fault", traceback.format_exc()[-8_000:]
@@ -236,7 +269,11 @@ def _resident(field: str) -> int:
     """VmRSS or VmHWM of this process [KiB]; 0 where there is no /proc."""
     try:
         return int(
-            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1]
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(field)
+            ).split()[1]
         )
     except OSError:
         return 0

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hipp_ext.integrations.llm_compressor import HippStructuredPruningModifier, sparsity_per_layer, validate_calibration
 from models import BUILDERS, IMAGE_TOKEN, batch, build
 from test_surgery import logits, random_plan
 from torch.utils.data import DataLoader
@@ -20,8 +19,19 @@ from vlm_tables import save_llava
 
 from hipp_ext import PruningPlan, load_pruned, masked, pad_to_uniform, prune, save_pruned
 from hipp_ext.budget import Bounds, keep_counts
-from hipp_ext.errors import BudgetError, CalibrationError, PlanError, RecipeError, UnsupportedModelError
+from hipp_ext.errors import (
+    BudgetError,
+    CalibrationError,
+    PlanError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from hipp_ext.groups import find_groups, linear
+from hipp_ext.integrations.llm_compressor import (
+    HippStructuredPruningModifier,
+    sparsity_per_layer,
+    validate_calibration,
+)
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.preference import Preference
 from hipp_ext.surgery import removed_entries, zero_units
@@ -83,7 +93,9 @@ def plan_for(model, round_to: int = 1, ratio: float = 0.4) -> PruningPlan:
     groups = find_groups(model)
     scores = {g.name: torch.randn(g.width, generator=generator) for g in groups}
     allocation = torch.randn(len(groups), generator=generator).tolist()
-    return plan_from_counts(groups, keep_counts(groups, allocation, ratio, Bounds(round_to=round_to)), scores)
+    return plan_from_counts(
+        groups, keep_counts(groups, allocation, ratio, Bounds(round_to=round_to)), scores
+    )
 
 
 def expected_logits(model, plan: PruningPlan, mode: str, inputs: dict) -> torch.Tensor:
@@ -98,7 +110,10 @@ def widths_in(config) -> dict:
 
 
 def filled(model, entries) -> int:
-    return sum(int(model.get_parameter(name).data[index].count_nonzero()) for name, index in entries.items())
+    return sum(
+        int(model.get_parameter(name).data[index].count_nonzero())
+        for name, index in entries.items()
+    )
 
 
 # Prune, save, load
@@ -107,7 +122,9 @@ def filled(model, entries) -> int:
 @pytest.mark.parametrize("mode", ["shrink", "mask"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(dense, tmp_path, name, implementation, mode):
+def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(
+    dense, tmp_path, name, implementation, mode
+):
     model, inputs = dense(name), batch(name, labels=True)
     model.set_attn_implementation(implementation)
     plan, shapes = random_plan(model), {n: p.shape for n, p in model.named_parameters()}
@@ -115,13 +132,22 @@ def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(dense, tmp_path, 
     with masked(model, plan):
         generated = model.generate(**batch(name), max_new_tokens=5, do_sample=False)
     entries = removed_entries(model, plan)
-    oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan, mode=mode)], pipeline="sequential", **data(name))
+    oneshot(
+        model=model,
+        recipe=[HippStructuredPruningModifier(plan=plan, mode=mode)],
+        pipeline="sequential",
+        **data(name),
+    )
     assert torch.equal(logits(model, inputs), expected)
     if mode == "shrink":
         assert {g.name: g.width for g in find_groups(model)} == plan.keep_counts
         assert widths_in(small.config)
     else:
-        assert {n: p.shape for n, p in model.named_parameters()} == shapes and entries and not filled(model, entries)
+        assert (
+            {n: p.shape for n, p in model.named_parameters()} == shapes
+            and entries
+            and not filled(model, entries)
+        )
     model.save_pretrained(tmp_path / "a")
     loaded = load_pruned(tmp_path / "a", attn_implementation=implementation)
     assert torch.equal(logits(loaded, inputs), expected) and loaded.hipp_plan == plan
@@ -154,7 +180,9 @@ def test_models_that_llm_compressor_offloads_are_pruned_too(dense):
         model, inputs = dense("llava"), batch("llava")
         plan = random_plan(model)
         expected = logits(prune(model, plan), inputs)
-        set_onload_device(model, "meta")  # in an accelerator's place: weights that are read by name come without values
+        set_onload_device(
+            model, "meta"
+        )  # in an accelerator's place: weights that are read by name come without values
         assert model.lm_head.weight.is_meta
         oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan, mode=mode)])
         assert torch.allclose(logits(model, inputs), expected, atol=1e-5)
@@ -163,7 +191,11 @@ def test_models_that_llm_compressor_offloads_are_pruned_too(dense):
 def test_output_dir_save_pruned_and_padding_write_what_they_should(dense, tmp_path):
     model, inputs = dense("llava_gqa"), batch("llava_gqa")
     plan = random_plan(model)
-    oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan)], output_dir=str(tmp_path / "a"))
+    oneshot(
+        model=model,
+        recipe=[HippStructuredPruningModifier(plan=plan)],
+        output_dir=str(tmp_path / "a"),
+    )
     save_pruned(model, tmp_path / "b")
     pad_to_uniform(model).save_pretrained(tmp_path / "c")
     smaller = prune(model, random_plan(model, 0.2, seed=1))
@@ -176,7 +208,11 @@ def test_output_dir_save_pruned_and_padding_write_what_they_should(dense, tmp_pa
     from safetensors.torch import load_file
 
     name = "model.layers.0.mlp.up_proj.weight"
-    saved = next(v for k, v in load_file(tmp_path / "d/model.safetensors").items() if k.endswith(name.partition(".")[2]))
+    saved = next(
+        v
+        for k, v in load_file(tmp_path / "d/model.safetensors").items()
+        if k.endswith(name.partition(".")[2])
+    )
     assert saved.shape[0] == find_groups(smaller)[1].width < find_groups(model)[1].width
 
 
@@ -191,7 +227,9 @@ def test_output_dir_save_pruned_and_padding_write_what_they_should(dense, tmp_pa
         *(("llava_gqa", q, "independent", c) for q in QUANTISERS for c in (True, False)),
     ],
 )
-def test_pruned_and_quantised_in_one_recipe(dense, tmp_path, name, mode, quantiser, pipeline, compressed):
+def test_pruned_and_quantised_in_one_recipe(
+    dense, tmp_path, name, mode, quantiser, pipeline, compressed
+):
     model, inputs = dense(name), batch(name)
     plan = plan_for(model, GROUP)
     entries, size = removed_entries(model, plan), model.num_parameters()
@@ -201,16 +239,23 @@ def test_pruned_and_quantised_in_one_recipe(dense, tmp_path, name, mode, quantis
     oneshot(model=model, recipe=recipe, pipeline=pipeline, **data(name))
     expected = logits(model, inputs)
     error = float((expected - unquantised).norm() / unquantised.norm())
-    assert 0 < error < (0.1 if quantiser == "W8A8" else 0.9), "quantised, and still the pruned model"
+    assert 0 < error < (0.1 if quantiser == "W8A8" else 0.9), (
+        "quantised, and still the pruned model"
+    )
     model.save_pretrained(tmp_path / "a", save_compressed=compressed)
     loaded = load_pruned(tmp_path / "a")
     assert torch.equal(logits(loaded, inputs), expected)
-    assert torch.equal(logits(model, inputs), expected), "the model in memory was changed by saving it"
+    assert torch.equal(logits(model, inputs), expected), (
+        "the model in memory was changed by saving it"
+    )
     if mode == "mask":
         assert entries and not filled(model, entries) and not filled(loaded, entries)
     else:
         assert {g.name: g.width for g in find_groups(loaded)} == plan.keep_counts
-        assert sum(p.numel() for n, p in loaded.named_parameters() if n.endswith(("weight", "bias"))) < size
+        assert (
+            sum(p.numel() for n, p in loaded.named_parameters() if n.endswith(("weight", "bias")))
+            < size
+        )
     arguments = dict(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(loaded.generate(**arguments), model.generate(**arguments))
 
@@ -249,7 +294,9 @@ def test_without_compressed_tensors_the_folder_is_not_blamed(dense, tmp_path, mo
     recipe = [HippStructuredPruningModifier(plan=random_plan(model)), QUANTISERS["W8A8"]()]
     oneshot(model=model, recipe=recipe, output_dir=str(tmp_path / "a"))
     module = "transformers.quantizers.quantizer_compressed_tensors"
-    monkeypatch.setattr(f"{module}.is_compressed_tensors_available", lambda: False)  # as on a machine without it
+    monkeypatch.setattr(
+        f"{module}.is_compressed_tensors_available", lambda: False
+    )  # as on a machine without it
     with pytest.raises(ImportError, match="requires compressed-tensors"):
         load_pruned(tmp_path / "a")
 
@@ -261,19 +308,29 @@ def test_bfloat16_and_tied_embeddings_stay_so(tmp_path):
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(tmp_path / "dense")
-    model, inputs = LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto").eval(), batch("llama")
+    model, inputs = (
+        LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto").eval(),
+        batch("llama"),
+    )
     recipe = [HippStructuredPruningModifier(plan=plan_for(model, GROUP)), QUANTISERS["GPTQ"]()]
     oneshot(model=model, recipe=recipe, output_dir=str(tmp_path / "a"), **data("llama"))
     loaded = load_pruned(tmp_path / "a")
-    assert loaded.dtype == torch.bfloat16 and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert (
+        loaded.dtype == torch.bfloat16 and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    )
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
 
 
 def test_stock_transformers_loads_a_masked_and_quantised_llava(dense, tmp_path):
     model, inputs = dense("llava"), batch("llava")
-    recipe = [HippStructuredPruningModifier(plan=random_plan(model), mode="mask"), QUANTISERS["W8A8"]()]
+    recipe = [
+        HippStructuredPruningModifier(plan=random_plan(model), mode="mask"),
+        QUANTISERS["W8A8"](),
+    ]
     oneshot(model=model, recipe=recipe, output_dir=str(tmp_path / "a"))
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "a").eval(), inputs), logits(model, inputs))
+    assert torch.equal(
+        logits(type(model).from_pretrained(tmp_path / "a").eval(), inputs), logits(model, inputs)
+    )
 
 
 # Recipes
@@ -289,11 +346,15 @@ prune_stage:
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])
-def test_a_yaml_recipe_and_the_recipe_that_was_saved_give_the_same_model(dense, tmp_path, monkeypatch, mode):
+def test_a_yaml_recipe_and_the_recipe_that_was_saved_give_the_same_model(
+    dense, tmp_path, monkeypatch, mode
+):
     model, inputs = dense("llava"), batch("llava")
     plan = random_plan(model)
     plan.save(tmp_path / "plan.json")
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("PLAN", str(tmp_path / "plan.json")).replace("MODE", mode))
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE.replace("PLAN", str(tmp_path / "plan.json")).replace("MODE", mode)
+    )
     oneshot(model=model, recipe=str(tmp_path / "recipe.yaml"))
     by_object = dense("llava")
     recipe = [HippStructuredPruningModifier(plan=plan, mode=mode), QUANTISERS["W8A8"]()]
@@ -310,7 +371,10 @@ def test_a_yaml_recipe_and_the_recipe_that_was_saved_give_the_same_model(dense, 
 def test_a_preference_is_planned_in_place_with_the_widths_that_the_quantiser_needs(dense):
     model = dense("llava")
     wish = Preference(4, 4, 2)
-    recipe = [HippStructuredPruningModifier(preference=wish, pruning_ratio=0.3), QUANTISERS["W4A16"]()]
+    recipe = [
+        HippStructuredPruningModifier(preference=wish, pruning_ratio=0.3),
+        QUANTISERS["W4A16"](),
+    ]
     oneshot(model=model, recipe=recipe, **data("llava"))
     plan = model.hipp_plan
     assert 0.3 <= plan.pruning_ratio < 0.35 and plan.preference == pytest.approx(wish.as_tuple())
@@ -319,7 +383,9 @@ def test_a_preference_is_planned_in_place_with_the_widths_that_the_quantiser_nee
     numbers = {"utility": 0.4, "robustness": 0.4, "compression": 0.2}
     oneshot(
         model=by_name,
-        recipe=[HippStructuredPruningModifier(preference=numbers, pruning_ratio=0.3, round_to=GROUP)],
+        recipe=[
+            HippStructuredPruningModifier(preference=numbers, pruning_ratio=0.3, round_to=GROUP)
+        ],
         **data("llava"),
     )
     assert by_name.hipp_plan.groups == plan.groups
@@ -356,7 +422,9 @@ def test_unstructured_modifiers_follow_the_plans_allocation(dense, modifier, kin
     model = dense("llava_gqa")
     plan = random_plan(model)
     sparsity = sparsity_per_layer(plan, kind=kind)
-    oneshot(model=model, recipe=[modifier(targets=[targets], sparsity=sparsity)], **data("llava_gqa"))
+    oneshot(
+        model=model, recipe=[modifier(targets=[targets], sparsity=sparsity)], **data("llava_gqa")
+    )
     for layer, wanted in zip(model.model.language_model.layers, sparsity, strict=True):
         block = layer if kind is None else layer.mlp
         for name, m in block.named_modules():
@@ -370,9 +438,9 @@ def test_sparsities_are_the_plans_exact_ratios():
     model = build("llava")
     plan = random_plan(model)
     total = [sum(g.parameters for g in find_groups(model) if g.layer == i) for i in range(3)]
-    assert sum(s * t for s, t in zip(sparsity_per_layer(plan), total, strict=True)) / sum(total) == pytest.approx(
-        plan.pruning_ratio
-    )
+    assert sum(s * t for s, t in zip(sparsity_per_layer(plan), total, strict=True)) / sum(
+        total
+    ) == pytest.approx(plan.pruning_ratio)
     attention = [1 - g.keep / g.width for g in plan.groups if g.kind == "attention"]
     assert sparsity_per_layer(plan, kind="attention") == pytest.approx(attention)
     with pytest.raises(PlanError, match="no ffn of the vision tower"):
@@ -383,7 +451,10 @@ def test_sparsities_are_the_plans_exact_ratios():
 
 
 def text_only(length: int = 9) -> dict:
-    return {"input_ids": torch.arange(10, 10 + length)[None], "attention_mask": torch.ones(1, length, dtype=torch.long)}
+    return {
+        "input_ids": torch.arange(10, 10 + length)[None],
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+    }
 
 
 def test_good_calibration_is_handed_back():
@@ -396,24 +467,47 @@ def test_good_calibration_is_handed_back():
     assert validate_calibration(build("llama"), [batch("llama", 1)])
     from datasets import Dataset
 
-    rows = {"input_ids": [[1, *[IMAGE_TOKEN] * 16, 20 + i] for i in range(2)], "pixel_values": [[[[0.5]]], [[[0.25]]]]}
+    rows = {
+        "input_ids": [[1, *[IMAGE_TOKEN] * 16, 20 + i] for i in range(2)],
+        "pixel_values": [[[[0.5]]], [[[0.25]]]],
+    }
     assert validate_calibration(model, Dataset.from_dict(rows))
     with pytest.raises(CalibrationError, match=r"sample 1 lacks \['pixel_values'\]"):
-        mixed = {"input_ids": [rows["input_ids"][0], [1, 20, 21]], "pixel_values": [rows["pixel_values"][0], None]}
+        mixed = {
+            "input_ids": [rows["input_ids"][0], [1, 20, 21]],
+            "pixel_values": [rows["pixel_values"][0], None],
+        }
         validate_calibration(model, Dataset.from_dict(mixed))
 
 
 BAD_CALIBRATION = {
-    "text first": (lambda: [text_only(), batch("llava", 1)], r"sample 1 has \['pixel_values'\].*dropped without a word"),
-    "text later": (lambda: [batch("llava", 1), text_only()], r"sample 1 lacks \['pixel_values'\].*break off there"),
-    "more later": (lambda: [text_only(), text_only() | {"labels": torch.zeros(1, 9)}], r"its \['labels'\] would be dropped"),
-    "cut short": (lambda: [{k: v[:, :5] if v.ndim == 2 else v for k, v in text_only().items()} | {
-        "pixel_values": torch.zeros(1, 3, 32, 32)}], "0 image tokens .* and pixel_values"),
-    "no pixels": (lambda: [{"input_ids": torch.full((1, 16), IMAGE_TOKEN)}], "16 image tokens .* and no pixel_values"),
+    "text first": (
+        lambda: [text_only(), batch("llava", 1)],
+        r"sample 1 has \['pixel_values'\].*dropped without a word",
+    ),
+    "text later": (
+        lambda: [batch("llava", 1), text_only()],
+        r"sample 1 lacks \['pixel_values'\].*break off there",
+    ),
+    "more later": (
+        lambda: [text_only(), text_only() | {"labels": torch.zeros(1, 9)}],
+        r"its \['labels'\] would be dropped",
+    ),
+    "cut short": (
+        lambda: [
+            {k: v[:, :5] if v.ndim == 2 else v for k, v in text_only().items()}
+            | {"pixel_values": torch.zeros(1, 3, 32, 32)}
+        ],
+        "0 image tokens .* and pixel_values",
+    ),
+    "no pixels": (
+        lambda: [{"input_ids": torch.full((1, 16), IMAGE_TOKEN)}],
+        "16 image tokens .* and no pixel_values",
+    ),
     "raw text": (lambda: [{"text": "hello"}], "sample 0 has no input_ids"),
     "nothing": (list, "holds no samples"),
     "an iterator": (lambda: iter([text_only()]), "read only once"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CALIBRATION)
@@ -427,7 +521,9 @@ def test_calibration_that_would_lose_images_is_refused(case):
 
 
 def unchanged(model, before) -> bool:
-    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(model, "hipp_plan")
+    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
+        model, "hipp_plan"
+    )
 
 
 @pytest.mark.parametrize(
@@ -457,9 +553,15 @@ def test_plans_that_do_not_fit_are_refused(dense, tmp_path, mode):
     model = dense("llava")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match="another model than this Llava"):
-        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=random_plan(build("llama")), mode=mode)])
+        oneshot(
+            model=model,
+            recipe=[HippStructuredPruningModifier(plan=random_plan(build("llama")), mode=mode)],
+        )
     with pytest.raises(PlanError, match="There is no plan at"):
-        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=tmp_path / "none.json", mode=mode)])
+        oneshot(
+            model=model,
+            recipe=[HippStructuredPruningModifier(plan=tmp_path / "none.json", mode=mode)],
+        )
     assert unchanged(model, before)
 
 
@@ -475,7 +577,10 @@ def test_pruning_after_quantising_is_refused(dense, mode):
     model = dense("llama")
     plan, before = random_plan(model), copy.deepcopy(model.state_dict())
     recipe = [QUANTISERS["W8A8"](), HippStructuredPruningModifier(plan=plan, mode=mode)]
-    with pytest.raises(RecipeError, match=r"came after the model was quantised \(QuantizationModifier.*first in the recipe"):
+    with pytest.raises(
+        RecipeError,
+        match=r"came after the model was quantised \(QuantizationModifier.*first in the recipe",
+    ):
         oneshot(model=model, recipe=recipe)
     assert all(torch.equal(model.get_parameter(n), v) for n, v in before.items())
     oneshot(model=(fresh := dense("llama")), recipe=[QUANTISERS["W8A8"]()])
@@ -488,7 +593,9 @@ def test_the_core_refuses_quantised_layers_packed_or_not(dense, tmp_path):
     plan = random_plan(model)
     oneshot(model=model, recipe=[QUANTISERS["W4A16"]()])
     for change in (prune, zero_units):
-        with pytest.raises(UnsupportedModelError, match="that is quantised.*Prune before you quantise"):
+        with pytest.raises(
+            UnsupportedModelError, match="that is quantised.*Prune before you quantise"
+        ):
             change(model, plan)
     model.save_pretrained(tmp_path / "a")  # packs the weights in memory, too
     with pytest.raises(UnsupportedModelError, match="that is quantised.*Prune before you quantise"):
@@ -501,8 +608,14 @@ def test_widths_that_do_not_divide_are_named_with_a_round_to_that_works(dense):
     plan = plan_for(model, 1)
     wrong = [g.name for g in plan.groups if g.kind == "ffn" and g.keep % GROUP]
     with pytest.raises(RecipeError, match="Nothing was pruned") as refusal:
-        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan), QUANTISERS["W4A16"]()])
-    assert wrong and all(f"{name} keeps" in str(refusal.value) for name in wrong) and unchanged(model, before)
+        oneshot(
+            model=model, recipe=[HippStructuredPruningModifier(plan=plan), QUANTISERS["W4A16"]()]
+        )
+    assert (
+        wrong
+        and all(f"{name} keeps" in str(refusal.value) for name in wrong)
+        and unchanged(model, before)
+    )
     round_to = int(re.search(r"round_to=(\d+)", str(refusal.value))[1])
     recipe = [HippStructuredPruningModifier(plan=plan_for(model, round_to)), QUANTISERS["W4A16"]()]
     oneshot(model=model, recipe=recipe)
@@ -511,17 +624,28 @@ def test_widths_that_do_not_divide_are_named_with_a_round_to_that_works(dense):
 
 def test_widths_that_no_round_to_can_mend_are_named(dense):
     model = dense("llama")  # 44 FFN channels
-    recipe = [HippStructuredPruningModifier(plan=plan_for(model)), QuantizationModifier(**grouped(48))]
-    with pytest.raises(RecipeError, match=r"No round_to can help language\.0\.ffn.*smaller group_size"):
+    recipe = [
+        HippStructuredPruningModifier(plan=plan_for(model)),
+        QuantizationModifier(**grouped(48)),
+    ]
+    with pytest.raises(
+        RecipeError, match=r"No round_to can help language\.0\.ffn.*smaller group_size"
+    ):
         oneshot(model=model, recipe=recipe)
 
 
-@pytest.mark.parametrize("other", [lambda: QuIPModifier(targets="Linear"), lambda: SpinQuantModifier(rotations=["R1", "R4"])])
+@pytest.mark.parametrize(
+    "other",
+    [lambda: QuIPModifier(targets="Linear"), lambda: SpinQuantModifier(rotations=["R1", "R4"])],
+)
 def test_masks_beside_rotations_that_would_fill_them_are_refused(dense, other):
     model = dense("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RecipeError, match="what was zero is filled again"):
-        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=random_plan(model), mode="mask"), other()])
+        oneshot(
+            model=model,
+            recipe=[HippStructuredPruningModifier(plan=random_plan(model), mode="mask"), other()],
+        )
     assert unchanged(model, before)
 
 
@@ -540,7 +664,9 @@ def test_zeros_that_another_modifier_filled_are_noticed(dense):
     model = dense("llama")
     plan = random_plan(model)
     recipe = [HippStructuredPruningModifier(plan=plan, mode="mask"), RefillModifier()]
-    with pytest.raises(RecipeError, match=r"\d+ weights that mode=.mask. had set to zero are no longer zero"):
+    with pytest.raises(
+        RecipeError, match=r"\d+ weights that mode=.mask. had set to zero are no longer zero"
+    ):
         oneshot(model=model, recipe=recipe)
 
 
@@ -596,33 +722,50 @@ IMPORTS = """
 def imports(tmp_path_factory) -> dict:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLM_COMPRESSOR")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(IMPORTS)], capture_output=True, text=True, check=True,
-        cwd=tmp_path_factory.mktemp("empty"), env=environment,
-    )  # fmt: skip
-    return json.loads(done.stdout.partition("FOUND")[2]) | {"printed": done.stdout.partition("FOUND")[0]}
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(IMPORTS)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path_factory.mktemp("empty"),
+        env=environment,
+    )
+    return json.loads(done.stdout.partition("FOUND")[2]) | {
+        "printed": done.stdout.partition("FOUND")[0]
+    }
 
 
 def test_the_import_is_lazy_light_and_leaves_the_process_alone(imports):
     assert imports["core"] == []
     assert imports["seconds"] < 1
     assert imports["files"] == [] and imports["environment"] is None
-    assert "mine" in "".join(imports["lines"]) and "No accelerator" in "".join(imports["lines"]) or torch.cuda.is_available()
+    assert (
+        "mine" in "".join(imports["lines"])
+        and "No accelerator" in "".join(imports["lines"])
+        or torch.cuda.is_available()
+    )
     assert imports["level METRIC"]
 
 
 def test_a_missing_llm_compressor_names_the_extra(imports):
-    assert imports["missing"][0] == "MissingExtraError" and 'pip install "hipp-ext[llm-compressor]"' in imports["missing"][1]
+    assert (
+        imports["missing"][0] == "MissingExtraError"
+        and 'pip install "hipp-ext[llm-compressor]"' in imports["missing"][1]
+    )
 
 
 # Canaries: each fails when upstream has mended what is worked around here
 
 
 def test_canary_llm_compressors_import_takes_the_log_sinks(imports):
-    assert not imports["stock: sink survives"], "llm-compressor keeps sinks: import_llmcompressor may import it plainly"
+    assert not imports["stock: sink survives"], (
+        "llm-compressor keeps sinks: import_llmcompressor may import it plainly"
+    )
 
 
 def test_canary_switched_off_logging_lacks_a_level(imports):
-    assert not imports["stock, switched off: level METRIC"], "METRIC is always there: import_llmcompressor need not add it"
+    assert not imports["stock, switched off: level METRIC"], (
+        "METRIC is always there: import_llmcompressor need not add it"
+    )
 
 
 def test_generation_settings_are_saved_as_they_were_and_adapters_are_not(dense, tmp_path):
@@ -631,7 +774,9 @@ def test_generation_settings_are_saved_as_they_were_and_adapters_are_not(dense, 
     oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan_for(model))])
     model.save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a/generation_config.json").read_text())["temperature"] == 0.9
-    assert torch.equal(logits(load_pruned(tmp_path / "a"), batch("llama")), logits(model, batch("llama")))
+    assert torch.equal(
+        logits(load_pruned(tmp_path / "a"), batch("llama")), logits(model, batch("llama"))
+    )
     model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(UnsupportedModelError, match="carries adapters"):
         model.save_pretrained(tmp_path / "b")
@@ -642,7 +787,9 @@ def test_numbers_of_the_modifier_may_be_of_numpy_and_not_truth_values():
     import numpy as np
 
     wish = {"utility": 1, "robustness": 0, "compression": 0}
-    made = HippStructuredPruningModifier(preference=wish, round_to=np.int64(8), pruning_ratio=np.float32(0.25))
+    made = HippStructuredPruningModifier(
+        preference=wish, round_to=np.int64(8), pruning_ratio=np.float32(0.25)
+    )
     assert (made.round_to, made.pruning_ratio) == (8, 0.25) and type(made.round_to) is int
     for name in ("round_to", "pruning_ratio"):
         with pytest.raises(ValueError, match=f"{name}.*\n.*a number is needed, not True"):
@@ -654,7 +801,9 @@ def test_canary_the_configuration_is_replaced_on_saving(dense, tmp_path):
     model = prune(dense("llama"), random_plan(dense("llama")), inplace=True)
     oneshot(model=model, recipe=[QUANTISERS["W8A8"]()], output_dir=str(tmp_path / "a"))
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert "per_layer_config" not in config, "llm-compressor keeps widths: _without_origin in llm_compressor_host.py may go"
+    assert "per_layer_config" not in config, (
+        "llm-compressor keeps widths: _without_origin in llm_compressor_host.py may go"
+    )
 
 
 @pytest.mark.timeout(120)
@@ -663,23 +812,33 @@ def test_canary_a_quantised_llava_names_ignored_layers_as_in_the_checkpoint(dens
     oneshot(model=model, recipe=[QUANTISERS["W8A8"]()], output_dir=str(tmp_path / "a"))
     stock = type(model).from_pretrained(tmp_path / "a").eval()
     same = torch.equal(logits(stock, inputs), logits(model, inputs))
-    assert not same, "transformers reads llm-compressor's ignore list: _name_unquantised in checkpoint.py may go"
+    assert not same, (
+        "transformers reads llm-compressor's ignore list: _name_unquantised in checkpoint.py may go"
+    )
 
 
 @pytest.mark.timeout(120)
 def test_canary_a_copy_saves_the_original(dense, tmp_path):
     model = dense("llama")
-    oneshot(model=model, recipe=[WandaPruningModifier(targets=["LlamaMLP"], sparsity=0.5)], **data("llama"))
+    oneshot(
+        model=model,
+        recipe=[WandaPruningModifier(targets=["LlamaMLP"], sparsity=0.5)],
+        **data("llama"),
+    )
     copied = copy.deepcopy(model)
     copied.model.norm.weight.data.fill_(7)
     copied.save_pretrained(tmp_path / "a")
     saved = type(model).from_pretrained(tmp_path / "a").model.norm.weight
-    assert not (saved == 7).all(), "copies save themselves: forget_bound_methods in surgery.py has one reason less"
+    assert not (saved == 7).all(), (
+        "copies save themselves: forget_bound_methods in surgery.py has one reason less"
+    )
 
 
 @pytest.mark.timeout(120)
 def test_canary_too_few_columns_for_a_group_pass_the_check(dense):
-    from llmcompressor.modifiers.quantization.group_size_validation import get_layers_indivisible_by_group_size
+    from llmcompressor.modifiers.quantization.group_size_validation import (
+        get_layers_indivisible_by_group_size,
+    )
 
     model = dense("llama")
     for m in model.modules():
@@ -697,11 +856,15 @@ def test_canary_the_first_sample_decides_whether_images_are_seen(dense):
         model, seen = dense("llava"), []
         model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
         loader = DataLoader(samples, batch_size=None)
-        oneshot(model=model, recipe=[GPTQModifier(**grouped())], dataset=loader, processor=NoProcessor())
+        oneshot(
+            model=model, recipe=[GPTQModifier(**grouped())], dataset=loader, processor=NoProcessor()
+        )
         return len(seen)
 
     image, text = batch("llava", 1), text_only()
     assert images_seen([image, image]) >= 2
-    assert images_seen([text, image]) == 0, "images after text are seen: validate_calibration may accept them"
+    assert images_seen([text, image]) == 0, (
+        "images after text are seen: validate_calibration may accept them"
+    )
     with pytest.raises(Exception, match="pixel_values"):
         images_seen([image, text])

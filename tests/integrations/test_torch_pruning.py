@@ -13,13 +13,6 @@ import models
 import pytest
 import torch
 import torch_pruning as tp
-from hipp_ext.integrations.torch_pruning import (
-    HippImportance,
-    PlanPruner,
-    TorchPruningScorer,
-    channel_taylor,
-    confirm,
-)
 from hypothesis import HealthCheck, given, settings
 from models import batch, build
 from test_surgery import MODELS, logits, model_and_plan, random_plan
@@ -30,10 +23,19 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hipp_ext import PruningPlan, load_pruned, masked, prune, save_pruned
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
+from hipp_ext.integrations.torch_pruning import (
+    HippImportance,
+    PlanPruner,
+    TorchPruningScorer,
+    channel_taylor,
+    confirm,
+)
 from hipp_ext.masks import plan_from_counts, top_units
 from hipp_ext.scorers import Magnitude, Taylor
 
-pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected", "ignore:.*no processor")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Unwrapped parameters detected", "ignore:.*no processor"
+)
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -41,20 +43,28 @@ def mha(cls: str, **extra) -> nn.Module:
     """A text model with as many key heads as query heads."""
     import transformers
 
-    config = models._text(getattr(transformers, f"{cls}Config"), heads=6, kv_heads=6, hidden=48, head_dim=8, **extra)
+    config = models._text(
+        getattr(transformers, f"{cls}Config"), heads=6, kv_heads=6, hidden=48, head_dim=8, **extra
+    )
     return getattr(transformers, f"{cls}ForCausalLM")(config)
 
 
 @pytest.fixture(autouse=True)
 def _more_models(monkeypatch):
-    monkeypatch.setitem(models.BUILDERS, "llama_mha", lambda: mha("Llama", attention_bias=True, mlp_bias=True))
-    monkeypatch.setitem(models.BUILDERS, "qwen3_mha", lambda: mha("Qwen3"))  # norms on queries and keys
+    monkeypatch.setitem(
+        models.BUILDERS, "llama_mha", lambda: mha("Llama", attention_bias=True, mlp_bias=True)
+    )
+    monkeypatch.setitem(
+        models.BUILDERS, "qwen3_mha", lambda: mha("Qwen3")
+    )  # norms on queries and keys
 
 
 def whole(plan: PruningPlan, kind: str) -> PruningPlan:
     """`plan`, all groups of `kind` left as they are."""
     kept = [tuple(range(e.width)) if e.kind == kind else e.kept for e in plan.groups]
-    return plan.replace(groups=tuple(replace(e, kept=k) for e, k in zip(plan.groups, kept, strict=True)))
+    return plan.replace(
+        groups=tuple(replace(e, kept=k) for e, k in zip(plan.groups, kept, strict=True))
+    )
 
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
@@ -62,7 +72,13 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert list(ours) == list(theirs)
     assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
     for (name, module), other in zip(model.named_modules(), expected.modules(), strict=True):
-        for size in ("in_features", "out_features", "intermediate_size", "num_heads", "num_key_value_heads"):
+        for size in (
+            "in_features",
+            "out_features",
+            "intermediate_size",
+            "num_heads",
+            "num_key_value_heads",
+        ):
             assert getattr(module, size, None) == getattr(other, size, None), (name, size)
 
 
@@ -74,7 +90,9 @@ def stock_pruned(model: nn.Module, name: str, plan: PruningPlan) -> nn.Module:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llava", "llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"]
+)
 def test_plan_pruner_does_what_prune_does(name, implementation, tmp_path):
     model, inputs = build(name), batch(name)
     model.set_attn_implementation(implementation)
@@ -91,9 +109,14 @@ def test_plan_pruner_does_what_prune_does(name, implementation, tmp_path):
         arguments = dict(**inputs, max_new_tokens=4, do_sample=False, **option)
         assert torch.equal(model.generate(**arguments), small.generate(**arguments)), option
     save_pruned(model, tmp_path / "a")
-    assert torch.equal(logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs), logits(small, inputs))
+    assert torch.equal(
+        logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs),
+        logits(small, inputs),
+    )
     model(**batch(name, labels=True)).loss.backward()
-    assert all(model.get_submodule(g.consumer).weight.grad.abs().sum() > 0 for g in find_groups(model))
+    assert all(
+        model.get_submodule(g.consumer).weight.grad.abs().sum() > 0 for g in find_groups(model)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -109,11 +132,16 @@ def test_the_stock_pruner_carries_out_heads_and_channels(name, implementation, t
     arguments = dict(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(stock.generate(**arguments), small.generate(**arguments))
     save_pruned(stock, tmp_path / "a")
-    assert torch.equal(logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs), logits(small, inputs))
+    assert torch.equal(
+        logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs),
+        logits(small, inputs),
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"]
+)
 def test_the_stock_pruner_carries_out_ffn_plans_beside_grouped_queries(name, implementation):
     model = build(name)
     model.set_attn_implementation(implementation)
@@ -121,7 +149,11 @@ def test_the_stock_pruner_carries_out_ffn_plans_beside_grouped_queries(name, imp
     assert_same(stock_pruned(model, name, plan), prune(model, plan))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(model_and_plan())
 def test_any_plan_comes_out_the_same_or_is_refused(case):
     name, plan = case
@@ -157,7 +189,8 @@ def test_a_plan_that_keeps_everything_changes_nothing():
 def test_grouped_queries_are_refused_with_the_reason(name):
     model = build(name)
     with pytest.raises(
-        UnsupportedModelError, match=r"language\.\d\.attention: \d query heads share a key head.*Use PlanPruner"
+        UnsupportedModelError,
+        match=r"language\.\d\.attention: \d query heads share a key head.*Use PlanPruner",
     ):
         random_plan(model).to_tp_kwargs(model)
 
@@ -166,7 +199,9 @@ def test_frozen_layers_and_vision_layers_and_odd_layers_are_refused():
     model = build("llava")
     plan = random_plan(model)
     both = random_plan(model, towers=("language", "vision"))
-    with pytest.raises(UnsupportedModelError, match=r"vision\.0\.\w+: vision layers whose output is not read"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"vision\.0\.\w+: vision layers whose output is not read"
+    ):
         both.to_tp_kwargs(model)
     with pytest.raises(PlanError, match="made for another model"):
         plan.to_tp_kwargs(build("llava_gqa"))
@@ -187,7 +222,10 @@ def test_frozen_weights_gradients_and_training_survive_plan_pruner():
     gradient = model.get_parameter(name).grad.clone()
     PlanPruner(model, batch("llava_gqa"), plan=plan).step()
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [name]
-    assert torch.equal(model.get_parameter(name).grad, gradient[:, list(entry.kept)]) and entry.keep < 44
+    assert (
+        torch.equal(model.get_parameter(name).grad, gradient[:, list(entry.kept)])
+        and entry.keep < 44
+    )
     assert all(m.training for m in model.modules())
 
 
@@ -208,9 +246,13 @@ def test_groups_can_be_looked_into_and_passed_over():
     for group in PlanPruner(model, inputs, plan=plan).step(interactive=True):
         dep, idxs = group[0]  # the first line of torch-pruning's own interactive example
         ours = groups[group.name]
-        assert isinstance(group, tp.Group) and dep.target.module is model.get_submodule(ours.consumer)
+        assert isinstance(group, tp.Group) and dep.target.module is model.get_submodule(
+            ours.consumer
+        )
         assert len(idxs) == len(group.units) * ours.columns and ours.consumer in str(group)
-        assert [d.target.module for d, _ in group][1:] == [model.get_submodule(n) for n in ours.producers]
+        assert [d.target.module for d, _ in group][1:] == [
+            model.get_submodule(n) for n in ours.producers
+        ]
         assert [len(i) for _, i in group][1:] == [len(group.units) * rows for rows in ours.rows]
         seen.append(group.name)
         if ours.kind == "ffn":
@@ -269,7 +311,10 @@ HISTORIES = {
     "out of range": ([O_PROJ, False, list(range(48, 72))], "not whole units"),
     "all": ([O_PROJ, False, list(range(48))], "all 2 units were to be removed"),
     "another layer": (["lm_head", True, [0]], "The output channels of lm_head belong to no group"),
-    "the wrong side": ([O_PROJ, True, list(range(24))], "The output channels of .*o_proj belong to no group"),
+    "the wrong side": (
+        [O_PROJ, True, list(range(24))],
+        "The output channels of .*o_proj belong to no group",
+    ),
 }
 
 
@@ -291,7 +336,11 @@ def test_a_plan_is_carried_out_once():
     pruner = PlanPruner(model, plan=random_plan(model))
     pruner.step()
     once = copy.deepcopy(model)
-    for again in (pruner.step, lambda: pruner.step(interactive=True), lambda: pruner.load_pruning_history([])):
+    for again in (
+        pruner.step,
+        lambda: pruner.step(interactive=True),
+        lambda: pruner.load_pruning_history([]),
+    ):
         with pytest.raises(PlanError, match="carried out already"):
             again()
     assert_same(model, once)
@@ -301,7 +350,9 @@ def test_another_models_plan_and_unfit_inputs_are_refused_before_anything_change
     model = build("llava")
     with pytest.raises(PlanError, match="made for another model than this Llava"):
         PlanPruner(model, batch("llava"), plan=random_plan(build("llava_gqa")))
-    with pytest.raises(CalibrationError, match="Llava.* does not run on example_inputs: You must specify"):
+    with pytest.raises(
+        CalibrationError, match="Llava.* does not run on example_inputs: You must specify"
+    ):
         PlanPruner(model, {"words": torch.ones(1, 3)}, plan=random_plan(model))
 
 
@@ -323,7 +374,9 @@ class RigidMLP(LlamaMLP):
 def test_a_forward_that_insists_on_its_old_widths_is_noticed():
     model = build("llama")
     model.model.layers[1].mlp.__class__ = RigidMLP
-    with pytest.raises(UnsupportedModelError, match="can be pruned, and are not: .* it does not run: RuntimeError"):
+    with pytest.raises(
+        UnsupportedModelError, match="can be pruned, and are not: .* it does not run: RuntimeError"
+    ):
         PlanPruner(model, batch("llama"), plan=random_plan(model)).step()
 
 
@@ -344,7 +397,10 @@ def test_what_cannot_be_sliced_changes_nothing_and_can_be_tried_again():
 def test_confirm_notices_what_was_not_done():
     model = build("llava")
     plan = random_plan(model)
-    with pytest.raises(PlanError, match=r"not what the plan says: language\.0\.\w+ has \d+ units of \d+ parameters, planned"):
+    with pytest.raises(
+        PlanError,
+        match=r"not what the plan says: language\.0\.\w+ has \d+ units of \d+ parameters, planned",
+    ):
         confirm(model, plan)
     with pytest.raises(PlanError, match="it has other groups"):
         confirm(prune(model, plan), plan.replace(groups=plan.groups[:-1]))
@@ -358,9 +414,15 @@ def stock(model, name, importance, **arguments):
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)]
     wanted = arguments.pop("layers")
     return tp.pruner.BasePruner(
-        model, {**batch(name), "use_cache": False}, importance=importance, output_transform=lambda o: o.logits,
-        ignored_layers=[m for m in layers if m not in wanted], in_channel_groups={}, out_channel_groups={}, **arguments,
-    )  # fmt: skip
+        model,
+        {**batch(name), "use_cache": False},
+        importance=importance,
+        output_transform=lambda o: o.logits,
+        ignored_layers=[m for m in layers if m not in wanted],
+        in_channel_groups={},
+        out_channel_groups={},
+        **arguments,
+    )
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "llama"])
@@ -373,8 +435,13 @@ def test_our_scores_decide_which_channels_the_stock_pruner_keeps(name):
     stock(model, name, HippImportance(scores), layers=layers, pruning_ratio=0.5).step()
     for g in groups:
         kept = list(top_units(scores[g.name], g.width // 2))
-        assert torch.equal(model.get_submodule(g.consumer).weight, dense.get_submodule(g.consumer).weight[:, kept])
-        assert torch.equal(model.get_submodule(g.producers[0]).weight, dense.get_submodule(g.producers[0]).weight[kept])
+        assert torch.equal(
+            model.get_submodule(g.consumer).weight, dense.get_submodule(g.consumer).weight[:, kept]
+        )
+        assert torch.equal(
+            model.get_submodule(g.producers[0]).weight,
+            dense.get_submodule(g.producers[0]).weight[kept],
+        )
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -387,10 +454,23 @@ def test_our_scores_decide_which_heads_the_stock_pruner_keeps(per_head):
     scores = {g.name: torch.randperm(heads).float() for g in groups}
     dense = copy.deepcopy(model)
     layers = [model.get_submodule(n) for g in groups for n in g.producers]
-    numbers = {model.get_submodule(n): heads if "q_proj" in n else g.width for g in groups for n in g.producers}
+    numbers = {
+        model.get_submodule(n): heads if "q_proj" in n else g.width
+        for g in groups
+        for n in g.producers
+    }
     ratio = 0.25 if per_head else 0.5  # one of four query heads per key head, two of four heads
-    stock(model, name, HippImportance(scores), layers=layers, num_heads=numbers, prune_num_heads=True, prune_head_dims=False,
-          pruning_ratio=0.5, head_pruning_ratio=ratio).step()  # fmt: skip
+    stock(
+        model,
+        name,
+        HippImportance(scores),
+        layers=layers,
+        num_heads=numbers,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        pruning_ratio=0.5,
+        head_pruning_ratio=ratio,
+    ).step()
     for g in groups:
         values = scores[g.name]
         if per_head:
@@ -399,7 +479,10 @@ def test_our_scores_decide_which_heads_the_stock_pruner_keeps(per_head):
             kept = list(top_units(values, 2))
         size = g.width * g.columns // heads
         columns = [h * size + i for h in kept for i in range(size)]
-        assert torch.equal(model.get_submodule(g.consumer).weight, dense.get_submodule(g.consumer).weight[:, columns])
+        assert torch.equal(
+            model.get_submodule(g.consumer).weight,
+            dense.get_submodule(g.consumer).weight[:, columns],
+        )
 
 
 def cnn() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -418,9 +501,18 @@ def test_taylor_scores_prune_a_cnn(pruner):
     model, pictures, classes = cnn()
     dense = copy.deepcopy(model)
     scores = channel_taylor(model, [(pictures, classes)], cross_entropy)
-    assert set(scores) == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    pruner(model, pictures[:1], importance=HippImportance(scores), pruning_ratio=0.5, ignored_layers=[model.fc],
-           in_channel_groups={}, out_channel_groups={}).step()  # fmt: skip
+    assert set(scores) == {
+        n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    }
+    pruner(
+        model,
+        pictures[:1],
+        importance=HippImportance(scores),
+        pruning_ratio=0.5,
+        ignored_layers=[model.fc],
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
     assert model(pictures).shape == (5, 7)
     # A layer of its own, and two that the residual stream couples.
     inner = list(top_units(scores["layer2.0.conv1"], 64))
@@ -433,16 +525,29 @@ def test_global_ranking_and_iterative_steps_on_a_cnn():
     model, pictures, classes = cnn()
     scores = channel_taylor(model, [(pictures, classes)], cross_entropy)
     pruner = tp.pruner.BasePruner(
-        model, pictures[:1], importance=HippImportance(scores), pruning_ratio=0.5, iterative_steps=2, global_pruning=True,
-        ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        model,
+        pictures[:1],
+        importance=HippImportance(scores),
+        pruning_ratio=0.5,
+        iterative_steps=2,
+        global_pruning=True,
+        ignored_layers=[model.fc],
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     pruner.step()
-    with pytest.raises(PlanError, match=r"scores of .* are for \d+ channels and the layer has \d+ now.*HippImportance\(new"):
+    with pytest.raises(
+        PlanError,
+        match=r"scores of .* are for \d+ channels and the layer has \d+ now.*HippImportance\(new",
+    ):
         pruner.step()
     pruner.importance = HippImportance(channel_taylor(model, [(pictures, classes)], cross_entropy))
     pruner.current_step = 1
     pruner.step()
-    widths = {m.out_channels / 2 ** (i // 3) for i, m in enumerate(m for m in model.modules() if isinstance(m, nn.Conv2d))}
+    widths = {
+        m.out_channels / 2 ** (i // 3)
+        for i, m in enumerate(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    }
     assert len(widths) > 3 and model(pictures).shape == (5, 7)
 
 
@@ -451,7 +556,12 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 10, 3), nn.Conv2d(16, 4, 3), nn.Linear(4, 3)
+        self.a, self.b, self.c, self.fc = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(3, 10, 3),
+            nn.Conv2d(16, 4, 3),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x):
         return self.fc(self.c(torch.cat([self.a(x), self.b(x)], 1).relu()).mean((2, 3)))
@@ -461,8 +571,15 @@ def test_concatenated_channels_keep_their_own_scores():
     model = Branches()
     dense = copy.deepcopy(model)
     scores = {n: torch.randperm(k).float() for n, k in (("a", 6), ("b", 10), ("c", 4))}
-    tp.pruner.BasePruner(model, torch.randn(1, 3, 8, 8), importance=HippImportance(scores), pruning_ratio=0.5,
-                         ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={}).step()  # fmt: skip
+    tp.pruner.BasePruner(
+        model,
+        torch.randn(1, 3, 8, 8),
+        importance=HippImportance(scores),
+        pruning_ratio=0.5,
+        ignored_layers=[model.fc],
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
     a, b, c = (list(top_units(scores[n], k)) for n, k in (("a", 3), ("b", 5), ("c", 2)))
     assert torch.equal(model.c.weight, dense.c.weight[c][:, a + [6 + i for i in b]])
 
@@ -491,7 +608,11 @@ def test_channel_taylor_is_the_derivative_of_a_gate():
 
 BAD_SCORES = {
     "NaN": ({"fc": torch.tensor([1.0, float("nan"), 0])}, PlanError, "scores of fc hold NaN"),
-    "two dimensions": ({"fc": torch.ones(1, 3)}, PlanError, r"scores of fc must be a 1-D tensor, got shape \(1, 3\)"),
+    "two dimensions": (
+        {"fc": torch.ones(1, 3)},
+        PlanError,
+        r"scores of fc must be a 1-D tensor, got shape \(1, 3\)",
+    ),
     "a list": ({"fc": [1.0, 2, 3]}, PlanError, "must be a 1-D tensor, got list"),
     "too short": ({"a": torch.ones(3)}, PlanError, "a has 6 output channels, and 3 scores"),
     "unknown": (
@@ -499,7 +620,11 @@ BAD_SCORES = {
         PlanError,
         r"Scores for \['conv9'\], which are neither groups nor",
     ),
-    "a group": ({"language.0.ffn": torch.ones(6)}, UnsupportedModelError, "not a transformers model"),
+    "a group": (
+        {"language.0.ffn": torch.ones(6)},
+        UnsupportedModelError,
+        "not a transformers model",
+    ),
 }
 
 
@@ -509,15 +634,23 @@ def test_bad_scores_are_refused(name):
     with pytest.raises(error, match=message):
         HippImportance(scores, model=Branches())
     with pytest.raises(error, match=message):
-        tp.pruner.BasePruner(Branches(), torch.randn(1, 3, 8, 8), importance=HippImportance(scores), pruning_ratio=0.5,
-                             in_channel_groups={}, out_channel_groups={}).step()  # fmt: skip
+        tp.pruner.BasePruner(
+            Branches(),
+            torch.randn(1, 3, 8, 8),
+            importance=HippImportance(scores),
+            pruning_ratio=0.5,
+            in_channel_groups={},
+            out_channel_groups={},
+        ).step()
 
 
 def test_scores_of_a_wrong_length_are_refused_on_a_vlm():
     model = build("llava_gqa")
     with pytest.raises(PlanError, match="language.1.ffn has 44 units, and 22 scores"):
         HippImportance({"language.1.ffn": torch.ones(22)}, model=model)
-    with pytest.raises(PlanError, match="language.1.attention has 2 or 8 KV groups or query heads, and 4 scores"):
+    with pytest.raises(
+        PlanError, match="language.1.attention has 2 or 8 KV groups or query heads, and 4 scores"
+    ):
         HippImportance({"language.1.attention": torch.ones(4)}, model=model)
     with pytest.raises(PlanError, match="neither groups nor"):
         HippImportance({"language.7.ffn": torch.ones(44)}, model=model)
@@ -525,13 +658,18 @@ def test_scores_of_a_wrong_length_are_refused_on_a_vlm():
 
 def test_groups_without_scores_raise_unless_they_are_to_be_skipped():
     model, pictures = Branches(), torch.randn(1, 3, 8, 8)
-    arguments = dict(pruning_ratio=0.5, ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={})
+    arguments = dict(
+        pruning_ratio=0.5, ignored_layers=[model.fc], in_channel_groups={}, out_channel_groups={}
+    )
     scores = {"c": torch.randperm(4).float()}
     with pytest.raises(
-        UnsupportedModelError, match=r"6 of 6 channels have no scores in the group of \['a \(Conv2d.*skip_unscored"
+        UnsupportedModelError,
+        match=r"6 of 6 channels have no scores in the group of \['a \(Conv2d.*skip_unscored",
     ):
         tp.pruner.BasePruner(model, pictures, importance=HippImportance(scores), **arguments).step()
-    tp.pruner.BasePruner(model, pictures, importance=HippImportance(scores, skip_unscored=True), **arguments).step()
+    tp.pruner.BasePruner(
+        model, pictures, importance=HippImportance(scores, skip_unscored=True), **arguments
+    ).step()
     assert (model.a.out_channels, model.b.out_channels, model.c.out_channels) == (6, 10, 2)
 
 
@@ -543,12 +681,22 @@ def test_attention_scores_that_torch_pruning_cannot_place_raise():
     heads = dict(zip(layers, (8, 2, 2), strict=True))
     scores = {group.name: torch.ones(2)}
     with pytest.raises(
-        UnsupportedModelError, match="12 of 12 channels have no scores in the group of .*Attention needs q_proj, k"
+        UnsupportedModelError,
+        match="12 of 12 channels have no scores in the group of .*Attention needs q_proj, k",
     ):
         stock(model, "llava_gqa", HippImportance(scores), layers=layers, pruning_ratio=0.5).step()
     by_layer = {group.producers[1]: torch.ones(12)}
-    with pytest.raises(UnsupportedModelError, match="cannot say .* belong to .*k_proj.*Score its group, such as"):
-        stock(model, "llava_gqa", HippImportance(by_layer), layers=layers, num_heads=heads, pruning_ratio=0.5).step()
+    with pytest.raises(
+        UnsupportedModelError, match="cannot say .* belong to .*k_proj.*Score its group, such as"
+    ):
+        stock(
+            model,
+            "llava_gqa",
+            HippImportance(by_layer),
+            layers=layers,
+            num_heads=heads,
+            pruning_ratio=0.5,
+        ).step()
     with pytest.raises(PlanError, match="made without tracing"):
         TorchPruningScorer(HippImportance(scores))(model)
 
@@ -564,7 +712,9 @@ def test_scores_survive_the_way_there_and_back(name):
     assert all(torch.allclose(back[n], s) for n, s in scores.items())
 
 
-@pytest.mark.parametrize("importance", [tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance()])
+@pytest.mark.parametrize(
+    "importance", [tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance()]
+)
 def test_stock_importances_score_as_on_traced_groups(importance):
     model, inputs = build("llava"), batch("llava")
     scorer = TorchPruningScorer(importance)
@@ -575,13 +725,19 @@ def test_stock_importances_score_as_on_traced_groups(importance):
     )
     for g in find_groups(model):
         consumer = model.get_submodule(g.consumer)
-        traced = importance(graph.get_pruning_group(consumer, tp.prune_linear_in_channels, list(range(consumer.in_features))))
+        traced = importance(
+            graph.get_pruning_group(
+                consumer, tp.prune_linear_in_channels, list(range(consumer.in_features))
+            )
+        )
         assert torch.allclose(scores[g.name], traced.view(g.width, -1).mean(1), rtol=1e-4), g.name
 
 
 def test_keys_and_values_count_under_grouped_queries():
     model = build("llava_gqa")
-    scorer = TorchPruningScorer(tp.importance.GroupMagnitudeImportance(p=2, normalizer=None, group_reduction="sum"))
+    scorer = TorchPruningScorer(
+        tp.importance.GroupMagnitudeImportance(p=2, normalizer=None, group_reduction="sum")
+    )
     scores, ours = scorer(model), Magnitude()(model)
     for g in find_groups(model):
         assert torch.allclose(scores[g.name] * g.columns, ours[g.name].square(), rtol=1e-4), g.name
@@ -595,7 +751,10 @@ def test_taylor_takes_its_gradients_from_the_calibration_and_leaves_no_trace():
     batches = [batch("llava", labels=True, seed=s) for s in range(2)]
     importance = tp.importance.GroupTaylorImportance(multivariable=True, normalizer=None)
     scores = TorchPruningScorer(importance)(model, batches)
-    assert all(p.requires_grad == flag and p.grad is grad for p, (flag, grad) in zip(model.parameters(), state, strict=True))
+    assert all(
+        p.requires_grad == flag and p.grad is grad
+        for p, (flag, grad) in zip(model.parameters(), state, strict=True)
+    )
     assert model.training
     model.requires_grad_(True).eval().zero_grad()
     for data in batches:
@@ -603,7 +762,10 @@ def test_taylor_takes_its_gradients_from_the_calibration_and_leaves_no_trace():
     own = TorchPruningScorer(importance, gradients=False)(model)
     assert all(torch.allclose(own[n], s, rtol=1e-4) for n, s in scores.items())
     group = find_groups(model)[1]
-    up, gate, down = (model.get_submodule(n).weight for n in (group.producers[1], group.producers[0], group.consumer))
+    up, gate, down = (
+        model.get_submodule(n).weight
+        for n in (group.producers[1], group.producers[0], group.consumer)
+    )
     expected = sum(((w * w.grad).sum(d)).abs() for w, d in ((up, 1), (gate, 1), (down, 0))) / 3
     assert torch.allclose(scores[group.name], expected, rtol=1e-4)
 
@@ -636,7 +798,9 @@ def test_importances_that_do_not_score_every_channel_are_refused(name):
 
 
 def test_taylor_without_labels_says_so():
-    with pytest.raises(CalibrationError, match="needs gradients: calibration batch 0 has no labels"):
+    with pytest.raises(
+        CalibrationError, match="needs gradients: calibration batch 0 has no labels"
+    ):
         TorchPruningScorer(tp.importance.TaylorImportance())(build("llama"), [batch("llama")])
 
 
@@ -672,7 +836,10 @@ def test_a_missing_torch_pruning_names_the_extra():
         except MissingExtraError as error:
             print(error)
     """)
-    assert message == 'torch-pruning is not installed. Install it with: pip install "hipp-ext[torch-pruning]"'
+    assert (
+        message
+        == 'torch-pruning is not installed. Install it with: pip install "hipp-ext[torch-pruning]"'
+    )
 
 
 def test_the_readme_example_runs_as_written(tmp_path, monkeypatch):

@@ -7,15 +7,18 @@ from importlib.metadata import version
 import pytest
 import torch
 import torch_pruning as tp
-from hipp_ext.integrations.torch_pruning import PlanPruner
 from models import batch, build, llava
 from test_surgery import random_plan
 from torch import nn
 from transformers import BatchEncoding
 
 from hipp_ext.groups import find_groups
+from hipp_ext.integrations.torch_pruning import PlanPruner
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")]
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.filterwarnings("ignore:Unwrapped parameters detected"),
+]
 GROUP_LIMIT = 1500  # members; the largest group that ends has 59
 PLAN_METHOD = "stock_arguments (integrations/torch_pruning_stock.py)"
 REFUSALS = "_stock_fails (integrations/torch_pruning_stock.py)"
@@ -56,13 +59,21 @@ def stock(model: nn.Module, inputs: dict, **arguments):
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)]
     heads = {
         model.get_submodule(n): g.width * rows // g.rows[1]
-        for g in find_groups(model) if g.kind == "attention" for n, rows in zip(g.producers, g.rows, strict=True)
-    }  # fmt: skip
+        for g in find_groups(model)
+        if g.kind == "attention"
+        for n, rows in zip(g.producers, g.rows, strict=True)
+    }
     usual = dict(
-        importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.0, num_heads=heads, prune_num_heads=True,
-        prune_head_dims=False, output_transform=lambda out: out.logits, in_channel_groups={}, out_channel_groups={},
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.0,
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        output_transform=lambda out: out.logits,
+        in_channel_groups={},
+        out_channel_groups={},
         ignored_layers=[m for m in layers if m not in producers],
-    )  # fmt: skip
+    )
     return tp.pruner.BasePruner(model, inputs, **(usual | arguments))
 
 
@@ -113,14 +124,23 @@ def test_head_ratios_without_a_width_ratio_do_nothing():
     model = eager("llava")
     before = widths(model)
     stock(model, uncached("llava"), head_pruning_ratio=0.5).step()
-    still(widths(model) == before, f"the ratio of 0.5 for heads in pruning_ratio_dict, {PLAN_METHOD}")
+    still(
+        widths(model) == before, f"the ratio of 0.5 for heads in pruning_ratio_dict, {PLAN_METHOD}"
+    )
 
 
 def test_an_exact_ratio_can_remove_one_channel_too_many():
     layer, head = nn.Linear(5, 1000), nn.Linear(1000, 3)
     model = nn.Sequential(layer, nn.ReLU(), head)
-    tp.pruner.BasePruner(model, torch.randn(2, 5), importance=tp.importance.MagnitudeImportance(), pruning_ratio=191 / 1000,
-                         ignored_layers=[head], in_channel_groups={}, out_channel_groups={}).step()  # fmt: skip
+    tp.pruner.BasePruner(
+        model,
+        torch.randn(2, 5),
+        importance=tp.importance.MagnitudeImportance(),
+        pruning_ratio=191 / 1000,
+        ignored_layers=[head],
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
     still(layer.out_features == 1000 - 192, f"the half unit in the ratios of {PLAN_METHOD}")
 
 
@@ -128,7 +148,9 @@ def test_all_pruners_share_their_default_dictionaries():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 3))
     importance = tp.importance.MagnitudeImportance()
     first = tp.pruner.BasePruner(model, torch.randn(1, 4, 9, 9), importance=importance)
-    second = tp.pruner.BasePruner(copy.deepcopy(model), torch.randn(1, 4, 9, 9), importance=importance)
+    second = tp.pruner.BasePruner(
+        copy.deepcopy(model), torch.randn(1, 4, 9, 9), importance=importance
+    )
     shared = first.out_channel_groups is second.out_channel_groups
     first.out_channel_groups.clear()
     first.in_channel_groups.clear()
@@ -144,7 +166,9 @@ def test_norms_of_queries_and_keys_keep_heads_from_being_pruned(monkeypatch):
     arguments = plan.to_tp_kwargs(model)
     norms = [p for p in arguments["ignored_layers"] if isinstance(p, nn.Parameter)]
     assert len(norms) == 2 * sum(e.keep < e.width for e in plan.groups if e.kind == "attention") > 0
-    arguments["ignored_layers"] = [m for m in arguments["ignored_layers"] if isinstance(m, nn.Module)]
+    arguments["ignored_layers"] = [
+        m for m in arguments["ignored_layers"] if isinstance(m, nn.Module)
+    ]
     tp.pruner.BasePruner(model, batch("qwen3_mha"), **arguments).step()
     attention = [g.width for g in find_groups(model) if g.kind == "attention"]
     still(attention == [6, 6, 6], f"_head_norms in ignored_layers, {PLAN_METHOD}")
@@ -169,9 +193,14 @@ def test_key_heads_never_go_under_grouped_queries():
 def test_heads_are_said_to_be_gone_that_are_still_there():
     model = eager("llava_gqa")
     query = model.get_submodule(find_groups(model)[0].producers[0])
-    pruner = stock(model, uncached("llava_gqa"), pruning_ratio=0.5, head_pruning_ratio=0.75)  # two query, two key heads
+    pruner = stock(
+        model, uncached("llava_gqa"), pruning_ratio=0.5, head_pruning_ratio=0.75
+    )  # two query, two key heads
     pruner.step()
-    still((query.out_features, pruner.num_heads[query]) == (8 * 6, 2), f"the refusal of grouped queries in {REFUSALS}")
+    still(
+        (query.out_features, pruner.num_heads[query]) == (8 * 6, 2),
+        f"the refusal of grouped queries in {REFUSALS}",
+    )
 
 
 def test_grouped_queries_fail_under_sdpa():
@@ -204,7 +233,9 @@ def test_frozen_models_are_left_whole_in_silence():
 def test_vision_layers_that_are_not_read_are_missing_from_the_graph():
     model = eager("llava")
     layers = model.model.vision_tower.encoder.layers
-    graph = tp.DependencyGraph().build_dependency(model, uncached("llava"), output_transform=lambda o: o.logits, verbose=False)
+    graph = tp.DependencyGraph().build_dependency(
+        model, uncached("llava"), output_transform=lambda o: o.logits, verbose=False
+    )
     assert layers[0].mlp.fc1 in graph.module2node
     still(layers[1].mlp.fc1 not in graph.module2node, f"the refusal of vision towers in {REFUSALS}")
 
@@ -213,9 +244,18 @@ def test_vision_layers_that_are_not_read_are_missing_from_the_graph():
 def test_wrong_scores_are_taken(scores):
     layer, head = nn.Linear(5, 8), nn.Linear(8, 3)
     values = torch.full((8,), float("nan")) if scores == "nan" else torch.rand(4)
-    tp.pruner.BasePruner(nn.Sequential(layer, head), torch.randn(2, 5), importance=lambda group: values, pruning_ratio=0.5,
-                         ignored_layers=[head], in_channel_groups={}, out_channel_groups={}).step()  # fmt: skip
-    still(layer.out_features < 8, "nothing, but HippImportance may leave this check to torch-pruning")
+    tp.pruner.BasePruner(
+        nn.Sequential(layer, head),
+        torch.randn(2, 5),
+        importance=lambda group: values,
+        pruning_ratio=0.5,
+        ignored_layers=[head],
+        in_channel_groups={},
+        out_channel_groups={},
+    ).step()
+    still(
+        layer.out_features < 8, "nothing, but HippImportance may leave this check to torch-pruning"
+    )
 
 
 def test_the_forward_of_a_model_is_left_in_eval_mode():

@@ -17,13 +17,21 @@ COUNTS = tuple(max(1, g.width // (2 + i % 2)) for i, g in enumerate(GROUPS))
 
 
 def removed(kind, counts=COUNTS, **options):
-    return float(measure_cost(MODEL, GROUPS, kind, **options).removed(keep_shares(GROUPS, [counts]))[0])
+    return float(
+        measure_cost(MODEL, GROUPS, kind, **options).removed(keep_shares(GROUPS, [counts]))[0]
+    )
 
 
 def test_parameters_are_those_that_pruning_removes():
     plan = plan_from_counts(GROUPS, COUNTS, {g.name: torch.arange(g.width).float() for g in GROUPS})
-    gone = sum(p.numel() for p in MODEL.parameters()) - sum(p.numel() for p in prune(MODEL, plan).parameters())
-    assert removed("parameters") == pytest.approx(plan.pruning_ratio) == pytest.approx(gone / sum(g.parameters for g in GROUPS))
+    gone = sum(p.numel() for p in MODEL.parameters()) - sum(
+        p.numel() for p in prune(MODEL, plan).parameters()
+    )
+    assert (
+        removed("parameters")
+        == pytest.approx(plan.pruning_ratio)
+        == pytest.approx(gone / sum(g.parameters for g in GROUPS))
+    )
 
 
 def test_flops_are_those_that_torch_counts():
@@ -48,14 +56,21 @@ def test_flops_are_those_that_torch_counts():
 def test_latency_falls_as_units_go():
     cost = measure_cost(MODEL, GROUPS, "latency", tokens=64)
     assert (cost.table.diff(dim=1) >= 0).all() and (cost.table[:, -1] > 0).all()
-    dense, some, most = (keep_shares(GROUPS, [[max(1, round(g.width * s)) for g in GROUPS]]) for s in (1, 0.6, 0.1))
-    assert float(cost.removed(dense)) == pytest.approx(0) and float(cost.removed(most)) >= float(cost.removed(some)) >= 0
+    dense, some, most = (
+        keep_shares(GROUPS, [[max(1, round(g.width * s)) for g in GROUPS]]) for s in (1, 0.6, 0.1)
+    )
+    assert (
+        float(cost.removed(dense)) == pytest.approx(0)
+        and float(cost.removed(most)) >= float(cost.removed(some)) >= 0
+    )
 
 
 def test_a_fit_keeps_its_latency(tmp_path):
     first = fit_cost(MODEL, GROUPS, "latency", tmp_path)
     assert torch.equal(fit_cost(MODEL, GROUPS, "latency", tmp_path).table, first.table)
-    with pytest.raises(CheckpointError, match=f"seconds of another model: {len(GROUPS)} groups, not 2"):
+    with pytest.raises(
+        CheckpointError, match=f"seconds of another model: {len(GROUPS)} groups, not 2"
+    ):
         fit_cost(MODEL, GROUPS[:2], "latency", tmp_path)
     (tmp_path / "latency.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is damaged"):

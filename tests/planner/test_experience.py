@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
-from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
 from models import batch
 from test_surgery import random_plan
 
 from hipp_ext import HiPPPlanner, Preference, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
+from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
 from hipp_ext.planner.archive import Record
 from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.planner import Choices, FrontPlan
@@ -25,11 +25,16 @@ def test_front_holds_no_dominated_plan(model, signals):
     with pytest.raises(PlanError, match="call fit"):
         planner.front()
     result = planner.fit(model, Closeness(model), SETTINGS, progress=False)
-    assert result.evaluations == SETTINGS.evaluations == len(planner.archive) and result.hypervolume > 0
+    assert (
+        result.evaluations == SETTINGS.evaluations == len(planner.archive)
+        and result.hypervolume > 0
+    )
     front = [f.reward.objectives() for f in planner.front()]
     everything = [r.reward.objectives() for r in planner.archive.records]
     for point in front:
-        assert not any(all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in everything)
+        assert not any(
+            all(a >= b for a, b in zip(o, point, strict=True)) and o != point for o in everything
+        )
     for other in everything:
         assert any(all(a >= b for a, b in zip(point, other, strict=True)) for point in front)
     ratios = [f.plan.pruning_ratio for f in planner.front()]
@@ -52,8 +57,12 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     assert choices.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
     best = choices.archived.reward
     ends = planner.archive.nadir_and_ideal()
-    values = [scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends)
-              for reward in (best, *(r.reward for r in planner.archive.records))]  # fmt: skip
+    values = [
+        scalarise(
+            torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends
+        )
+        for reward in (best, *(r.reward for r in planner.archive.records))
+    ]
     assert values[0] == max(values)
     assert planner.plan(model, preference=wish, archived=True) == choices.archived.plan
     assert choices.archived.plan.preference == wish.as_tuple()
@@ -70,7 +79,9 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     assert choices.verdict().split()[0] in out and "best archived" in out
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads(json.dumps(front_rows(planner)))
-    assert [r["reward"]["compression"] for r in rows] == [f.reward.compression for f in planner.front()]
+    assert [r["reward"]["compression"] for r in rows] == [
+        f.reward.compression for f in planner.front()
+    ]
     assert [r["keeps"] for r in rows] == [f.plan.keep_counts for f in planner.front()]
 
 
@@ -80,10 +91,16 @@ def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp
     known = planner.choices().archived.plan
     with torch.no_grad():
         next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
-    for round_trip in range(2):  # as it was fitted, then as it was when last asked about the other model
+    for round_trip in range(
+        2
+    ):  # as it was fitted, then as it was when last asked about the other model
         planner.save(tmp_path / str(round_trip))
         planner = HiPPPlanner.load(tmp_path / str(round_trip))
-        for ask in (lambda p=planner: p.plan(other, calibration=BATCHES, archived=True), planner.choices, planner.front):
+        for ask in (
+            lambda p=planner: p.plan(other, calibration=BATCHES, archived=True),
+            planner.choices,
+            planner.front,
+        ):
             with pytest.raises(PlanError, match="evaluated on another model"):
                 ask()
     # Asked about another model in between, it still knows its own.
@@ -110,12 +127,16 @@ def test_rewards_are_for_plans_of_the_planner(model, signals):
 
 def test_verdicts(model, signals):
     plans = [planner_with(signals, pruning_ratio=r).plan(model) for r in (0.2, 0.4)]
-    rewards = [Reward(utility=u, robustness=0.5, compression=0.3, stability=0.0) for u in (0.6, 0.5)]
+    rewards = [
+        Reward(utility=u, robustness=0.5, compression=0.3, stability=0.0) for u in (0.6, 0.5)
+    ]
     tied = Reward(utility=0.4, robustness=0.9, compression=0.3, stability=0.0)
 
     def verdict(mine, theirs, same=False):
-        return Choices(policy=FrontPlan(plan=plans[0], reward=mine),
-                       archived=FrontPlan(plan=plans[0 if same else 1], reward=theirs)).verdict()  # fmt: skip
+        return Choices(
+            policy=FrontPlan(plan=plans[0], reward=mine),
+            archived=FrontPlan(plan=plans[0 if same else 1], reward=theirs),
+        ).verdict()
 
     assert verdict(rewards[0], rewards[1]) == "The policy's plan dominates the archived one."
     assert verdict(rewards[1], rewards[0]).startswith("The archived plan dominates")
@@ -128,10 +149,17 @@ def test_what_answers_is_within_the_bounds(model, signals):
     planner = planner_with(signals)
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
     planner.bounds = Bounds(min_keep=0.4)
-    allowed = [r for r in planner.archive.records if planner.bounds.allow(signals.groups, np.array([r.keeps]))[0]]
+    allowed = [
+        r
+        for r in planner.archive.records
+        if planner.bounds.allow(signals.groups, np.array([r.keeps]))[0]
+    ]
     assert 0 < len(allowed) < len(planner.archive)
     for wish in (Preference(1, 0, 0), Preference(0, 1, 0), Preference(0, 0, 1), EVEN):
-        for plan in (planner.plan(model, preference=wish), planner.plan(model, preference=wish, archived=True)):
+        for plan in (
+            planner.plan(model, preference=wish),
+            planner.plan(model, preference=wish, archived=True),
+        ):
             assert all(g.keep >= 0.4 * g.width for g in plan.groups)
     planner.bounds = Bounds(min_keep=1.0)
     with pytest.raises(PlanError, match=r"allows none of \d+ evaluated plans"):
@@ -144,8 +172,18 @@ def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
     planner = planner_with(signals, pruning_ratio=0.31, bounds=Bounds(round_to=4))
     keeps = tuple(g.keep for g in planner.plan(model).groups)
     reward = Reward(utility=0.9, robustness=0.9, compression=0.31, stability=0.0)
-    asked = [Record(step=0, index=i, preference=(1, 0, 0), pruning_ratio=ratio, allocation=(0.0,), keeps=keeps, reward=reward)
-             for i, ratio in enumerate((0.31, 0.29))]  # fmt: skip
+    asked = [
+        Record(
+            step=0,
+            index=i,
+            preference=(1, 0, 0),
+            pruning_ratio=ratio,
+            allocation=(0.0,),
+            keeps=keeps,
+            reward=reward,
+        )
+        for i, ratio in enumerate((0.31, 0.29))
+    ]
     experience = Experience(records=asked, ranking=signals.ranking)
     assert experience.best(EVEN, signals.groups, Bounds(), 0.3).keeps == keeps
     rounded = planner.plan(model).pruning_ratio

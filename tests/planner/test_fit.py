@@ -41,7 +41,12 @@ def test_fit_learns_what_pays(imagined):
         return {"utility": closeness, "robustness": closeness}
 
     with torch.no_grad():
-        planner.fit(model, evaluator, FitSettings(steps=15, preferences=3, rollouts=4, imagined=imagined), progress=False)
+        planner.fit(
+            model,
+            evaluator,
+            FitSettings(steps=15, preferences=3, rollouts=4, imagined=imagined),
+            progress=False,
+        )
     after = planner.plan(model).keep_counts["language.1.ffn"]
     assert after > before + 4
 
@@ -51,23 +56,38 @@ def test_the_gate_leaves_collapsed_plans_unmeasured(model, signals, tmp_path):
     planner, evaluator = planner_with(signals), Closeness(model)
     planner.fit(model, evaluator, settings, progress=False)
     closed = [r for r in planner.archive.records if r.reward.stability < -3]
-    assert 0 < len(closed) < len(planner.archive) and all(r.reward.utility == r.reward.robustness == 0 for r in closed)
+    assert 0 < len(closed) < len(planner.archive) and all(
+        r.reward.utility == r.reward.robustness == 0 for r in closed
+    )
     measured = {r.keeps for r in planner.archive.records if r.reward.stability >= -3}
     assert evaluator.calls == 1 + len(measured)  # and the dense model once
     assert {r.keeps for r in planner.archive.measured} == measured
     # They save most of all, and are no answer: nobody knows what they achieve.
-    assert max(r.reward.compression for r in planner.archive.records) == max(r.reward.compression for r in closed)
+    assert max(r.reward.compression for r in planner.archive.records) == max(
+        r.reward.compression for r in closed
+    )
     ideal = planner.archive.nadir_and_ideal()[1]
-    assert ideal[2] == pytest.approx(max(r.reward.compression for r in planner.archive.measured)) or ideal.equal(WHOLE[1])
+    assert ideal[2] == pytest.approx(
+        max(r.reward.compression for r in planner.archive.measured)
+    ) or ideal.equal(WHOLE[1])
     planner.save(tmp_path / "p")
     for known in (planner, HiPPPlanner.load(tmp_path / "p")):
-        assert [r.measured for r in known.archive.records] == [r.keeps in measured for r in planner.archive.records]
+        assert [r.measured for r in known.archive.records] == [
+            r.keeps in measured for r in planner.archive.records
+        ]
         assert all(f.reward.utility > 0 for f in known.front())
         assert known.choices(Preference(0, 0, 1)).archived.reward.utility > 0
     nothing = planner_with(signals)
-    nothing.fit(model, evaluator, FitSettings(steps=1, rollouts=2, imagined=3, min_stability=0.1), progress=False)
+    nothing.fit(
+        model,
+        evaluator,
+        FitSettings(steps=1, rollouts=2, imagined=3, min_stability=0.1),
+        progress=False,
+    )
     assert nothing.front() == [] and nothing.archive.measured == []
-    with pytest.raises(PlanError, match=r"The gate \(min_stability\) kept all 12 plans from being measured"):
+    with pytest.raises(
+        PlanError, match=r"The gate \(min_stability\) kept all 12 plans from being measured"
+    ):
         nothing.choices()
 
 
@@ -85,7 +105,12 @@ def test_the_same_seed_gives_the_same_archive(model, signals):
     archives = []
     for seed in (3, 3, 4):
         planner = planner_with(signals)
-        planner.fit(model, Closeness(model), FitSettings(steps=2, rollouts=2, imagined=5, seed=seed), progress=False)
+        planner.fit(
+            model,
+            Closeness(model),
+            FitSettings(steps=2, rollouts=2, imagined=5, seed=seed),
+            progress=False,
+        )
         archives.append([r.model_dump() for r in planner.archive.records])
     assert archives[0] == archives[1] != archives[2]
 
@@ -116,11 +141,18 @@ def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path,
     whole.fit(model, Closeness(model), SETTINGS, folder=tmp_path / "whole", progress=False)
     planner = planner_with(signals)
     with pytest.raises(KeyboardInterrupt):
-        planner.fit(model, Interrupting(model, at), SETTINGS, folder=tmp_path / "cut", progress=False)
+        planner.fit(
+            model, Interrupting(model, at), SETTINGS, folder=tmp_path / "cut", progress=False
+        )
     evaluator = Closeness(model)
     planner.fit(model, evaluator, SETTINGS, folder=tmp_path / "cut", progress=False)
-    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
-    assert all(torch.equal(a, b) for a, b in zip(planner.policy.parameters(), whole.policy.parameters(), strict=True))
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (
+        tmp_path / "whole/archive.jsonl"
+    ).read_text()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(planner.policy.parameters(), whole.policy.parameters(), strict=True)
+    )
     # One call measures the dense model; what the interrupted run had evaluated is not evaluated again.
     assert evaluator.calls <= 1 + SETTINGS.evaluations - max(0, at - 1)
 
@@ -138,7 +170,10 @@ def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp
     new = planner_with(signals, seed=1)
     new.fit(model, evaluator, longer, folder=copied, progress=False)
     assert [r.keeps for r in new.archive.records] == [r.keeps for r in again.archive.records]
-    assert all(torch.equal(a, b) for a, b in zip(new.policy.parameters(), again.policy.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(new.policy.parameters(), again.policy.parameters(), strict=True)
+    )
 
 
 def test_kill_9_during_a_fit_and_resume(model, signals, tmp_path):
@@ -168,20 +203,30 @@ def test_kill_9_during_a_fit_and_resume(model, signals, tmp_path):
         process.kill()
         assert end(process) == -signal.SIGKILL
     assert end(start(tmp_path / "cut")) == 0
-    assert (tmp_path / "cut/archive.jsonl").read_text() == (tmp_path / "whole/archive.jsonl").read_text()
+    assert (tmp_path / "cut/archive.jsonl").read_text() == (
+        tmp_path / "whole/archive.jsonl"
+    ).read_text()
 
 
 def test_a_fit_that_is_ended_early_learns_from_all_its_plans(model, signals, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        planner_with(signals).fit(model, Interrupting(model, 17), SETTINGS, folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Interrupting(model, 17), SETTINGS, folder=tmp_path, progress=False
+        )
     shutil.copytree(tmp_path, cut := tmp_path.with_name(tmp_path.name + "-cut"))
     policies = []
-    for final in (0.0, SETTINGS.final, SETTINGS.final):  # the last one finds that nothing is left to do
+    for final in (
+        0.0,
+        SETTINGS.final,
+        SETTINGS.final,
+    ):  # the last one finds that nothing is left to do
         folder = cut if final == 0 else tmp_path
         settings = FitSettings(**{**SETTINGS.__dict__, "steps": 1, "final": final})
         if final == 0:
             text = (folder / "fit.json").read_text()
-            (folder / "fit.json").write_text(text.replace(f'"final": {SETTINGS.final}', '"final": 0.0'))
+            (folder / "fit.json").write_text(
+                text.replace(f'"final": {SETTINGS.final}', '"final": 0.0')
+            )
         planner, evaluator = planner_with(signals), Closeness(model)
         result = planner.fit(model, evaluator, settings, folder=folder, progress=False)
         assert result.steps == 2 and result.evaluations == 16 and evaluator.calls == 1
@@ -191,7 +236,9 @@ def test_a_fit_that_is_ended_early_learns_from_all_its_plans(model, signals, tmp
 
 @pytest.mark.parametrize("ratio", [0.35, 0.42, 0.6])
 def test_a_fit_at_a_fixed_ratio_has_archived_answers(model, signals, ratio, tmp_path):
-    planner = planner_with(signals, pruning_ratio=ratio)  # single precision is below 0.35, and above 0.6
+    planner = planner_with(
+        signals, pruning_ratio=ratio
+    )  # single precision is below 0.35, and above 0.6
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
     assert {r.pruning_ratio for r in planner.archive.records} == {ratio}
     assert planner.plan(model, archived=True).pruning_ratio >= ratio
@@ -229,10 +276,14 @@ def test_a_fit_whose_archive_lost_lines_is_not_resumed(model, signals, tmp_path)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(CheckpointError, match="holds 23 of the 24 plans before step 3"):
-        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
+        )
     path.unlink()
     with pytest.raises(CheckpointError, match="holds 0 of the 24 plans"):
-        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
+        )
 
 
 def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_path):
@@ -251,7 +302,9 @@ def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_pa
 def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
     planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     with pytest.raises(CheckpointError, match="fit with other settings"):
-        planner_with(signals).fit(model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False
+        )
 
     class Other(Closeness):
         def __call__(self, model):
@@ -275,14 +328,20 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
         narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     (tmp_path / "fit.json").write_bytes(b"\xff\xfe[]")
     with pytest.raises(CheckpointError, match="fit with other settings"):
-        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
+        )
     (tmp_path / "fit.json").unlink()
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="is damaged"):
-        planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+        planner_with(signals).fit(
+            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
+        )
 
 
-@pytest.mark.parametrize("answer", [{}, {"utility": 1.0}, {"utility": float("nan"), "robustness": 0.0}, 3.0, None])
+@pytest.mark.parametrize(
+    "answer", [{}, {"utility": 1.0}, {"utility": float("nan"), "robustness": 0.0}, 3.0, None]
+)
 def test_an_evaluator_that_returns_something_else_is_refused(model, signals, answer):
     with pytest.raises(DataError, match="must return a finite number as '(utility|robustness)'"):
         planner_with(signals).fit(model, lambda m: answer, SETTINGS, progress=False)
@@ -290,10 +349,23 @@ def test_an_evaluator_that_returns_something_else_is_refused(model, signals, ans
 
 @pytest.mark.parametrize(
     "bad",
-    [{"steps": -1}, {"rollouts": 1}, {"preferences": 0}, {"budgets": 0}, {"noise": (0.0, 0.0)}, {"noise": (0.7, float("nan"))},
-     {"budget_noise": 0.0}, {"learning_rate": -1.0}, {"scalarisation": "best"}, {"candidates": 7}, {"seed": 1.5},
-     {"steps": "2"}, {"rollouts": True}, {"final": None}],
-)  # fmt: skip
+    [
+        {"steps": -1},
+        {"rollouts": 1},
+        {"preferences": 0},
+        {"budgets": 0},
+        {"noise": (0.0, 0.0)},
+        {"noise": (0.7, float("nan"))},
+        {"budget_noise": 0.0},
+        {"learning_rate": -1.0},
+        {"scalarisation": "best"},
+        {"candidates": 7},
+        {"seed": 1.5},
+        {"steps": "2"},
+        {"rollouts": True},
+        {"final": None},
+    ],
+)
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=r"(are|is) needed"):
         FitSettings(**bad)
@@ -302,10 +374,19 @@ def test_settings_are_checked(bad):
 def test_a_policy_that_went_astray_is_brought_back(model, signals):
     planner = planner_with(signals)
     evaluator = Closeness(model)
-    with plan_rewards(model, evaluator, signals, measure_cost(model, signals.groups, "parameters")) as measure:
-        settings = FitSettings(steps=1, preferences=2, budgets=2, rollouts=2, imagined=5, final=2.0, seed=3)
-        trainer = Trainer(planner.policy, signals, lambda plans: [measure(k) for k in plans], settings,
-                          cost=measure_cost(model, signals.groups, "parameters"))  # fmt: skip
+    with plan_rewards(
+        model, evaluator, signals, measure_cost(model, signals.groups, "parameters")
+    ) as measure:
+        settings = FitSettings(
+            steps=1, preferences=2, budgets=2, rollouts=2, imagined=5, final=2.0, seed=3
+        )
+        trainer = Trainer(
+            planner.policy,
+            signals,
+            lambda plans: [measure(k) for k in plans],
+            settings,
+            cost=measure_cost(model, signals.groups, "parameters"),
+        )
         with torch.no_grad():
             planner.policy.allocation_head.weight.normal_(std=1e3)
             planner.policy.budget_head.bias.fill_(-50)
@@ -328,14 +409,28 @@ def test_fit_of_a_model_on_several_devices_or_in_half_precision(way):
         model = model.bfloat16() if way == "bfloat16" else spread(model, later_half(model))
         before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
         planner = HiPPPlanner(Preference(1, 1, 1), cache=None)
-        planner.fit(model, Closeness(model, UNLABELLED), settings, calibration=UNLABELLED, progress=False)
-        assert all(torch.equal(p.detach().cpu(), before[name]) for name, p in model.named_parameters())
+        planner.fit(
+            model, Closeness(model, UNLABELLED), settings, calibration=UNLABELLED, progress=False
+        )
+        assert all(
+            torch.equal(p.detach().cpu(), before[name]) for name, p in model.named_parameters()
+        )
         plan = planner.plan(model, preference=Preference(1, 1, 0))
         small = prune(model, plan)
-        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-        assert {p.dtype for p in small.parameters()} == {torch.bfloat16 if way == "bfloat16" else torch.float32}
+        assert sum(p.numel() for p in small.parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
+        assert {p.dtype for p in small.parameters()} == {
+            torch.bfloat16 if way == "bfloat16" else torch.float32
+        }
     if way == "device_map":
         those, these = whole.archive.records, planner.archive.records
         assert [r.keeps for r in these] == [r.keeps for r in those]
-        assert np.allclose([r.reward.objectives() for r in these], [r.reward.objectives() for r in those], atol=1e-5)
-    assert len(planner.archive) == settings.evaluations and all(0 < f.reward.utility <= 1.01 for f in planner.front())
+        assert np.allclose(
+            [r.reward.objectives() for r in these],
+            [r.reward.objectives() for r in those],
+            atol=1e-5,
+        )
+    assert len(planner.archive) == settings.evaluations and all(
+        0 < f.reward.utility <= 1.01 for f in planner.front()
+    )

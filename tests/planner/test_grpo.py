@@ -9,7 +9,9 @@ from hipp_ext.planner.policy import new_policy
 def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
     rewards = torch.zeros(2, 1, 3, 3)
     rewards[..., 0] = torch.tensor([0.2, 0.4, 0.6])  # utility
-    rewards[..., 1] = 0.5 + 1e-6 * torch.tensor([1.0, -1.0, 0.0])  # robustness: below the noise floor
+    rewards[..., 1] = 0.5 + 1e-6 * torch.tensor(
+        [1.0, -1.0, 0.0]
+    )  # robustness: below the noise floor
     rewards[..., 2] = 0.3  # compression: fixed by the budget
     advantages = allocation_advantages(rewards, torch.tensor([[1.0, 0, 0], [0.0, 1, 0]]))
     # z-scores of utility, times its share in the preference, which is never all nor nothing; robustness adds nothing.
@@ -23,7 +25,9 @@ def test_budget_advantages_follow_the_preference(signals):
     rewards[:, 1] = torch.tensor([0.5, 0.5, 0.5])
     for kind in ("linear", "tchebycheff"):
         learner = Learner(new_policy(), signals, 1e-3, kind)
-        advantages = learner.budget_advantages(rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]]))
+        advantages = learner.budget_advantages(
+            rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]])
+        )
         assert advantages[0, 0] > advantages[0, 1] and advantages[1, 0] < advantages[1, 1]
 
 
@@ -39,8 +43,16 @@ def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
     for shifted in (False, True):
         learner = Learner(new_policy(), signals, 1e-2, "tchebycheff")
         generator = torch.Generator().manual_seed(1)
-        rollouts = learner.draw(draw_preferences(4, generator), 2, 6, noise=0.5, budget_noise=0.5, ratio=0.3, limit=0.6,
-                                generator=generator)  # fmt: skip
+        rollouts = learner.draw(
+            draw_preferences(4, generator),
+            2,
+            6,
+            noise=0.5,
+            budget_noise=0.5,
+            ratio=0.3,
+            limit=0.6,
+            generator=generator,
+        )
         objectives = torch.rand(4, 2, 6, 3, generator=generator)
         if shifted:
             rollouts.allocations.add_(20 * torch.randn(4, 2, 6, 1, generator=generator))
@@ -52,7 +64,10 @@ def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
 
 def test_logits_that_no_plan_depends_on_come_back(signals):
     """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and nothing but the KL holds them."""
-    learner, generator = Learner(new_policy(), signals, 3e-3, "tchebycheff"), torch.Generator().manual_seed(2)
+    learner, generator = (
+        Learner(new_policy(), signals, 3e-3, "tchebycheff"),
+        torch.Generator().manual_seed(2),
+    )
     preferences, ratios = draw_preferences(4, generator), torch.full((4, 1), 0.3)
     prior = learner.allocation_means(preferences, ratios)
 
@@ -63,6 +78,15 @@ def test_logits_that_no_plan_depends_on_come_back(signals):
         learner.policy.allocation_head.weight.normal_(std=3.0, generator=generator)
     before = apart()
     for _ in range(200):
-        rollouts = learner.draw(preferences, 1, 6, noise=0.3, budget_noise=0.5, ratio=0.3, limit=0.6, generator=generator)
+        rollouts = learner.draw(
+            preferences,
+            1,
+            6,
+            noise=0.3,
+            budget_noise=0.5,
+            ratio=0.3,
+            limit=0.6,
+            generator=generator,
+        )
         learner.learn(rollouts, torch.rand(4, 1, 6, 3, generator=generator), budget=False)
     assert before > 3 and apart() < before

@@ -23,8 +23,12 @@ from hipp_ext.scorers import MRS, VisualSensitivity
 
 def test_a_plan_meets_the_ratio_and_leaves_the_model_alone(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    plan = HiPPPlanner(Preference(0.4, 0.4, 0.2), pruning_ratio=0.3).plan(model, calibration=BATCHES)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+    plan = HiPPPlanner(Preference(0.4, 0.4, 0.2), pruning_ratio=0.3).plan(
+        model, calibration=BATCHES
+    )
+    assert (
+        all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+    )
     largest = max(g.unit_parameters for g in plan.groups)
     total = sum(g.width * g.unit_parameters for g in plan.groups)
     assert 0.3 <= plan.pruning_ratio < 0.3 + largest / total
@@ -38,7 +42,10 @@ def test_other_models(name):
 
 
 def test_the_wish_for_compression_sets_the_budget(model, signals):
-    ratios = [planner_with(signals, Preference(1 - c, 1 - c, 2 * c)).plan(model).pruning_ratio for c in (0, 0.25, 0.5, 0.75, 1)]
+    ratios = [
+        planner_with(signals, Preference(1 - c, 1 - c, 2 * c)).plan(model).pruning_ratio
+        for c in (0, 0.25, 0.5, 0.75, 1)
+    ]
     assert ratios == sorted(ratios) and ratios[0] < 0.05 and ratios[-1] > MAX_RATIO - 0.05
 
 
@@ -46,7 +53,11 @@ def test_the_untrained_policy_follows_measured_sensitivity(model, signals):
     plan = planner_with(signals, Preference(1, 0, 1), pruning_ratio=0.4).plan(model)
     wanted = signals.prior(torch.tensor([0.4]), torch.tensor([0.0]))[0]
     for kind in ("attention", "ffn"):
-        rows = [(float(wanted[i]), g.keep / g.width) for i, g in enumerate(plan.groups) if g.kind == kind]
+        rows = [
+            (float(wanted[i]), g.keep / g.width)
+            for i, g in enumerate(plan.groups)
+            if g.kind == kind
+        ]
         keeps = [keep for _, keep in sorted(rows)]
         assert keeps == sorted(keeps)
 
@@ -65,7 +76,11 @@ def test_sensitivity_is_the_kl_of_the_masked_model(model, signals):
     import dataclasses
 
     plan = random_plan(model)
-    kept = tuple(sorted(signals.scores["language.0.ffn"].argsort(descending=True)[: round(44 * 0.75)].tolist()))
+    kept = tuple(
+        sorted(
+            signals.scores["language.0.ffn"].argsort(descending=True)[: round(44 * 0.75)].tolist()
+        )
+    )
     entries = [dataclasses.replace(g, kept=tuple(range(g.width))) for g in plan.groups]
     entries[1] = dataclasses.replace(entries[1], kept=kept)
 
@@ -82,7 +97,9 @@ def test_sensitivity_is_the_kl_of_the_masked_model(model, signals):
     with masked(model, PruningPlan(groups=tuple(entries))):
         kl = (dense.exp() * (dense - answers())).sum(-1).mean()
     measured = signals.sensitivity[:, 1, REMOVED.index(0.25)]
-    assert measured.tolist() == pytest.approx([float(kl)] * 2, rel=1e-3)  # this calibration does not tell tasks apart
+    assert measured.tolist() == pytest.approx(
+        [float(kl)] * 2, rel=1e-3
+    )  # this calibration does not tell tasks apart
 
 
 def test_a_group_of_one_unit_can_lose_nothing_and_says_nothing():
@@ -92,7 +109,9 @@ def test_a_group_of_one_unit_can_lose_nothing_and_says_nothing():
     assert several.any() and not several.all()
     middle = signals.sensitivity[:, several].median(1, keepdim=True).values
     assert (middle > 0).all()
-    assert torch.equal(signals.sensitivity[:, ~several], middle.expand(-1, int((~several).sum()), -1))
+    assert torch.equal(
+        signals.sensitivity[:, ~several], middle.expand(-1, int((~several).sum()), -1)
+    )
 
 
 def test_signals_are_kept_until_the_weights_change(model):
@@ -134,7 +153,9 @@ def test_no_calibration_says_what_to_pass(model):
 def test_what_is_no_model_preference_or_seed_is_named():
     planner = HiPPPlanner(EVEN)
     for ask in (planner.plan, planner.measure, lambda m: planner.fit(m, lambda _: {})):
-        with pytest.raises(TypeError, match=r"not the path 'mine': load it with hipp_ext\.load_pruned\('mine'\)"):
+        with pytest.raises(
+            TypeError, match=r"not the path 'mine': load it with hipp_ext\.load_pruned\('mine'\)"
+        ):
             ask("mine")
         with pytest.raises(TypeError, match="A transformers model is needed, not int"):
             ask(3)
@@ -150,12 +171,17 @@ def test_what_is_no_model_preference_or_seed_is_named():
             HiPPPlanner(EVEN, pruning_ratio=ratio)
     same = HiPPPlanner(EVEN, seed=np.int64(3), pruning_ratio=np.float32(0.25))
     assert same.pruning_ratio == 0.25 and all(
-        torch.equal(a, b) for a, b in zip(same.policy.parameters(), HiPPPlanner(EVEN, seed=3).policy.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(
+            same.policy.parameters(), HiPPPlanner(EVEN, seed=3).policy.parameters(), strict=True
+        )
     )
 
 
 def test_a_saved_planner_plans_the_same(model, signals, tmp_path):
-    planner = planner_with(signals, Preference(0.5, 0.3, 0.2), bounds=Bounds(round_to=2, min_keep=0.2))
+    planner = planner_with(
+        signals, Preference(0.5, 0.3, 0.2), bounds=Bounds(round_to=2, min_keep=0.2)
+    )
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
     planner.save(tmp_path / "p")
     loaded = HiPPPlanner.load(tmp_path / "p")
@@ -196,14 +222,20 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
 
 def test_a_flipped_bit_in_a_planner_folder_never_gives_another_plan(model, signals, tmp_path):
     planner, rng = planner_with(signals, pruning_ratio=0.4), random.Random(0)
-    planner.fit(model, Closeness(model), FitSettings(steps=1, preferences=1, imagined=2), progress=False)
+    planner.fit(
+        model, Closeness(model), FitSettings(steps=1, preferences=1, imagined=2), progress=False
+    )
     planner.save(tmp_path / "p")
     before, front, same = planner.plan(model), [f.reward for f in planner.front()], 0
     for path in sorted((tmp_path / "p").iterdir()):
         content = path.read_bytes()
         for _ in range(40):
             bit = rng.randrange(8 * len(content))
-            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            path.write_bytes(
+                content[: bit // 8]
+                + bytes([content[bit // 8] ^ 1 << bit % 8])
+                + content[bit // 8 + 1 :]
+            )
             try:
                 loaded = HiPPPlanner.load(tmp_path / "p")
             except CheckpointError:
@@ -217,14 +249,25 @@ def test_a_flipped_bit_in_a_planner_folder_never_gives_another_plan(model, signa
 def test_files_of_two_planners_are_no_planner(tmp_path):
     for seed in range(2):
         HiPPPlanner(EVEN, seed=seed).save(tmp_path / str(seed))
-    (tmp_path / "0/policy.safetensors").write_bytes((tmp_path / "1/policy.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"policy\.safetensors is not the file that planner\.json names"):
+    (tmp_path / "0/policy.safetensors").write_bytes(
+        (tmp_path / "1/policy.safetensors").read_bytes()
+    )
+    with pytest.raises(
+        CheckpointError, match=r"policy\.safetensors is not the file that planner\.json names"
+    ):
         HiPPPlanner.load(tmp_path / "0")
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("preference", [-1, 1, 1]), ("pruning_ratio", 1.5), ("round_to", 0), ("min_keep", 7.0), ("plans", "many"), ("new", 1)],
+    [
+        ("preference", [-1, 1, 1]),
+        ("pruning_ratio", 1.5),
+        ("round_to", 0),
+        ("min_keep", 7.0),
+        ("plans", "many"),
+        ("new", 1),
+    ],
 )
 def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
     HiPPPlanner(EVEN).save(tmp_path / "p")
@@ -258,7 +301,11 @@ def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
 
 def test_scorers_with_settings_of_their_own_are_given_again(model, tmp_path):
     labelled = [batch("llava", labels=True)]
-    ways = [("scorer", MRS("grad", attack_steps=1)), ("mrs", MRS(attack_steps=1)), ("scorer", VisualSensitivity(5.0))]
+    ways = [
+        ("scorer", MRS("grad", attack_steps=1)),
+        ("mrs", MRS(attack_steps=1)),
+        ("scorer", VisualSensitivity(5.0)),
+    ]
     for argument, scorer in ways:
         planner = HiPPPlanner(EVEN, pruning_ratio=0.3, **{argument: scorer})
         plan = planner.plan(model, calibration=labelled)

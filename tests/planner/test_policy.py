@@ -19,7 +19,12 @@ def test_an_untrained_budget_is_the_wish_for_compression(signals):
 def test_every_logit_is_a_ratio():
     """Also those that no training gives, and a file may."""
     ratios = [ratio_of(logit) for logit in (-torch.inf, -1e30, -1.0, 0.0, 1.0, 1e30, torch.inf)]
-    assert ratios == sorted(ratios) and 0 <= ratios[0] < 1e-30 and ratios[3] == MAX_RATIO / 2 and ratios[-1] == MAX_RATIO
+    assert (
+        ratios == sorted(ratios)
+        and 0 <= ratios[0] < 1e-30
+        and ratios[3] == MAX_RATIO / 2
+        and ratios[-1] == MAX_RATIO
+    )
 
 
 def test_whoever_wants_more_compression_gets_more(signals):
@@ -41,7 +46,11 @@ def test_whoever_wants_more_compression_gets_more(signals):
 
 def test_logits_cannot_drift_together(signals):
     """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
-    policy, preferences, ratios = new_policy(), draw_preferences(5, torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
+    policy, preferences, ratios = (
+        new_policy(),
+        draw_preferences(5, torch.Generator().manual_seed(0)),
+        torch.full((5,), 0.3),
+    )
     prior = policy.allocation(signals, preferences, ratios)
     with torch.no_grad():
         policy.allocation_head.weight.normal_(std=30.0)
@@ -55,7 +64,9 @@ def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
     """Utility hangs on the first group alone, robustness on the second."""
     sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(REMOVED)
     sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(REMOVED), torch.tensor(REMOVED)
-    apart = dataclasses.replace(signals, sensitivity=sensitivity, visual=torch.zeros_like(signals.visual))
+    apart = dataclasses.replace(
+        signals, sensitivity=sensitivity, visual=torch.zeros_like(signals.visual)
+    )
     leans = torch.linspace(0, 1, 11)
     preferences = torch.stack([1 - leans, leans, torch.zeros(11)], 1)
     logits = new_policy().allocation(apart, preferences, torch.full((11,), 0.5))

@@ -46,7 +46,9 @@ def test_draws_agree_with_the_posterior(fitted):
     drawn = model.sample(shares, 4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 5, 2)
     # A little noise is added so that the draws exist; in units of the rewards' spread it is a hundredth.
-    assert torch.allclose(drawn.mean(0), mean, atol=0.01) and torch.allclose(drawn.std(0), deviation, atol=0.01)
+    assert torch.allclose(drawn.mean(0), mean, atol=0.01) and torch.allclose(
+        drawn.std(0), deviation, atol=0.01
+    )
 
 
 def test_the_same_history_gives_the_same_model_however_it_grew(fitted):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from command import hipp
 from devices import LiveBytes
-from hipp_ext.evals.bench.shapes import noise, random_llava
 from models import batch, build
 from pydantic import ValidationError
 
 from hipp_ext import HiPPPlanner, Preference, testbed
 from hipp_ext.calibration import all_batches, calibration_digest
 from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
+from hipp_ext.evals.bench.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.signal_cache import _read
@@ -39,10 +39,16 @@ def test_another_process_finds_what_was_measured(tmp_path):
     assert after == before
     assert torch.equal(found.state, measured.state) and found.groups == measured.groups
     assert all(torch.equal(found.scores[n], s) for n, s in measured.scores.items())
-    assert (found.digest, found.calibration, found.scorer) == (measured.digest, measured.calibration, measured.scorer)
+    assert (found.digest, found.calibration, found.scorer) == (
+        measured.digest,
+        measured.calibration,
+        measured.scorer,
+    )
 
 
-@pytest.mark.parametrize("part", ["model.language_model.layers.1.mlp.up_proj", "model.multi_modal_projector.linear_1"])
+@pytest.mark.parametrize(
+    "part", ["model.language_model.layers.1.mlp.up_proj", "model.multi_modal_projector.linear_1"]
+)
 def test_other_weights_are_measured_anew(tmp_path, part):
     plan(build("llava"), tmp_path, [])
     changed, said = build("llava"), []
@@ -63,14 +69,19 @@ def test_another_calibration_is_not_answered_for_by_the_signals_at_hand():
     model, said = build("llava"), []
     other = [batch("llava", size=3, seed=5, labels=True)]
     fresh = [
-        HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None).plan(model, calibration=c) for c in (BATCHES, other)
+        HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None).plan(model, calibration=c)
+        for c in (BATCHES, other)
     ]
     planner = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None)
     again = [planner.plan(model, calibration=c, say=said.append) for c in (BATCHES, other)]
     assert again == fresh and fresh[0] != fresh[1]
     assert said.count("another calibration than that of the signals at hand: measuring again") == 1
     said.clear()
-    assert planner.plan(model, say=said.append) == fresh[1] == planner.plan(model, calibration=iter(other), say=said.append)
+    assert (
+        planner.plan(model, say=said.append)
+        == fresh[1]
+        == planner.plan(model, calibration=iter(other), say=said.append)
+    )
     assert not said
 
 
@@ -80,11 +91,23 @@ def test_more_rows_are_another_calibration_and_no_rows_are_none(signals, monkeyp
 
     def measured(model, given, *_, **__):
         asked.append(len([row for batch in all_batches(given) for row in batch["input_ids"]]))
-        return replace(signals, groups=groups, digest=model_digest(model, groups), calibration=calibration_digest(given))
+        return replace(
+            signals,
+            groups=groups,
+            digest=model_digest(model, groups),
+            calibration=calibration_digest(given),
+        )
 
     monkeypatch.setattr("hipp_ext.planner.planner.cached_signals", measured)
     planner = HiPPPlanner(Preference(1, 0, 0))
-    for options in ({"processor": processor, "rows": 4}, {}, {"processor": processor}, {"rows": 4}, {"rows": 6}, {}):
+    for options in (
+        {"processor": processor, "rows": 4},
+        {},
+        {"processor": processor},
+        {"rows": 4},
+        {"rows": 6},
+        {},
+    ):
         planner.measure(model, **options)
     assert asked == [4, 6]
 
@@ -107,7 +130,9 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys
     monkeypatch.setattr("hipp_ext.planner.progress.EVERY", 0.0)
     measure_signals(build("llava"), BATCHES, bar=True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"hipp: measuring sensitivity: group {n} of 6, about 1 min left" for n in range(1, 6)]
+    assert lines == [
+        f"hipp: measuring sensitivity: group {n} of 6, about 1 min left" for n in range(1, 6)
+    ]
 
 
 def test_each_task_is_measured_on_its_own_batches(tmp_path):
@@ -118,8 +143,12 @@ def test_each_task_is_measured_on_its_own_batches(tmp_path):
     model = build("llava")
     apart = measure_signals(model, tasks)
     for index, batches in enumerate(tasks.values()):
-        alone = measure_sensitivity(model, dict.fromkeys(tasks, batches), apart.groups, apart.scores)
-        assert torch.allclose(apart.sensitivity[index], alone[index], rtol=1e-3, atol=1e-7) and torch.equal(*alone)
+        alone = measure_sensitivity(
+            model, dict.fromkeys(tasks, batches), apart.groups, apart.scores
+        )
+        assert torch.allclose(
+            apart.sensitivity[index], alone[index], rtol=1e-3, atol=1e-7
+        ) and torch.equal(*alone)
     assert not torch.allclose(*apart.sensitivity, rtol=0.1)
     all_rows = WandaSP()(model, [*tasks["utility"], *tasks["robustness"]])
     assert all(torch.allclose(apart.scores[n], s) for n, s in all_rows.items())
@@ -127,21 +156,42 @@ def test_each_task_is_measured_on_its_own_batches(tmp_path):
     for calibration in (tasks, plain, dict.fromkeys(tasks, plain), tasks):
         found = plan(model, tmp_path, said, calibration)[1]
     assert torch.equal(found.sensitivity, apart.sensitivity) and len(list(tmp_path.iterdir())) == 2
-    assert sum("as measured before" in line for line in said) == 2  # batches for both tasks are a plain calibration
+    assert (
+        sum("as measured before" in line for line in said) == 2
+    )  # batches for both tasks are a plain calibration
 
 
 def test_the_built_in_calibration_is_by_task_and_as_long_as_wanted(tmp_path):
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 0, 0), pruning_ratio=0.5, cache=tmp_path)
     useful = planner.plan(model, processor=processor, rows=6)
-    assert planner.signals.calibration == calibration_digest(testbed.calibration_tasks(processor, n=6))
+    assert planner.signals.calibration == calibration_digest(
+        testbed.calibration_tasks(processor, n=6)
+    )
     assert useful != planner.plan(model, preference=Preference(0, 1, 0))
-    hipp("plan", "testbed", "--calibration-rows", "6", "-u", "1", "--pruning-ratio", "0.5", "--cache", tmp_path, "--out",
-         tmp_path / "plan.json")  # fmt: skip
-    assert len(list(tmp_path.glob("signals-*"))) == 1 and PruningPlan.load(tmp_path / "plan.json").groups == useful.groups
+    hipp(
+        "plan",
+        "testbed",
+        "--calibration-rows",
+        "6",
+        "-u",
+        "1",
+        "--pruning-ratio",
+        "0.5",
+        "--cache",
+        tmp_path,
+        "--out",
+        tmp_path / "plan.json",
+    )
+    assert (
+        len(list(tmp_path.glob("signals-*"))) == 1
+        and PruningPlan.load(tmp_path / "plan.json").groups == useful.groups
+    )
 
 
-@pytest.mark.parametrize("calibration", [{"utility": BATCHES}, {"utility": BATCHES, "robustness": []}])
+@pytest.mark.parametrize(
+    "calibration", [{"utility": BATCHES}, {"utility": BATCHES, "robustness": []}]
+)
 def test_a_calibration_by_task_has_batches_for_both(calibration):
     with pytest.raises(CalibrationError, match="utility and robustness|no batches"):
         measure_signals(build("llava"), calibration)
@@ -179,7 +229,9 @@ def test_a_flipped_bit_costs_only_the_measurement(tmp_path):
     content, rng, used = path.read_bytes(), random.Random(0), 0
     header = int.from_bytes(content[:8], "little")
     for n in range(300):
-        path.write_bytes(flipped(content, rng.randrange(8 * (8 + header) if n % 2 else 8 * len(content))))
+        path.write_bytes(
+            flipped(content, rng.randrange(8 * (8 + header) if n % 2 else 8 * len(content)))
+        )
         try:
             found = _read(path)
         except (CheckpointError, ValidationError, KeyError, TypeError):
@@ -188,7 +240,10 @@ def test_a_flipped_bit_costs_only_the_measurement(tmp_path):
         assert found.groups == measured.groups and torch.equal(found.state, measured.state)
     assert used < 30
     path.write_bytes(flipped(content, 8 * len(content) - 40))
-    assert plan(model, tmp_path, said)[0] == before and "is damaged (CheckpointError): measuring again" in said[0]
+    assert (
+        plan(model, tmp_path, said)[0] == before
+        and "is damaged (CheckpointError): measuring again" in said[0]
+    )
 
 
 def test_a_file_under_the_name_of_another_is_measured_again(tmp_path):
@@ -217,8 +272,13 @@ def test_signals_that_cannot_have_been_measured_are_refused(signals, change, mes
         SignalsHeader.of(signals).build(signal_tensors(signals) | change)
     groups = SignalsHeader.of(signals).model_dump(mode="json")["groups"]
     for wrong in ({"width": 10**12}, {"layer": 1}, {"unit_parameters": 2**62}, {"width": 0}):
-        header = SignalsHeader.of(signals).model_dump(mode="json") | {"groups": [groups[0] | wrong, *groups[1:]]}
-        with pytest.raises(ValidationError, match=r"no group of a model|two of a name|so many parameters|are no units"):
+        header = SignalsHeader.of(signals).model_dump(mode="json") | {
+            "groups": [groups[0] | wrong, *groups[1:]]
+        }
+        with pytest.raises(
+            ValidationError,
+            match=r"no group of a model|two of a name|so many parameters|are no units",
+        ):
             SignalsHeader.model_validate(header)
 
 
@@ -238,7 +298,9 @@ def test_module_robustness_sensitivity_is_a_signal(tmp_path):
     assert measured.mrs.tolist() == pytest.approx([expected[g.name] for g in measured.groups])
     assert measured.state.shape == (len(measured.groups), FEATURES + 1)
     logs = measured.mrs.log()
-    assert measured.state[:, -1].tolist() == pytest.approx(((logs - logs.mean()) / logs.std(unbiased=False)).tolist(), abs=1e-3)
+    assert measured.state[:, -1].tolist() == pytest.approx(
+        ((logs - logs.mean()) / logs.std(unbiased=False)).tolist(), abs=1e-3
+    )
     _, plain = plan(model, tmp_path, [])
     assert plain.mrs is None and torch.equal(plain.state, measured.state[:, :-1])
     said.clear()

@@ -34,13 +34,28 @@ SCRIPT = """
 
 def script_for(folder: Path, fail: bool = False) -> str:
     script = folder.with_suffix(".py")
-    script.write_text(textwrap.dedent(SCRIPT).format(tests=str(Path(__file__).parents[1]), folder=str(folder), fail=fail))
+    script.write_text(
+        textwrap.dedent(SCRIPT).format(
+            tests=str(Path(__file__).parents[1]), folder=str(folder), fail=fail
+        )
+    )
     return str(script)
 
 
 def fit_in_two(folder: Path, fail: bool = False) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*start, script_for(folder, fail)], capture_output=True, text=True, timeout=240)
+    start = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    return subprocess.run(
+        [*start, script_for(folder, fail)], capture_output=True, text=True, timeout=240
+    )
 
 
 def test_the_archive_is_that_of_one_process(tmp_path, monkeypatch):
@@ -48,10 +63,18 @@ def test_the_archive_is_that_of_one_process(tmp_path, monkeypatch):
     runpy.run_path(script_for(tmp_path / "one"))
     two = fit_in_two(tmp_path / "two")
     assert two.returncode == 0, two.stderr[-3000:]
-    assert (tmp_path / "one/archive.jsonl").read_text() == (tmp_path / "two/archive.jsonl").read_text()
-    alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one.0", "two.0", "two.1"))
-    assert second["calls"] > 5 and first["calls"] + second["calls"] == alone["calls"]  # shared out, and nothing done twice
-    assert first["ends"] == second["ends"] == alone["ends"]  # every process ends with the same planner
+    assert (tmp_path / "one/archive.jsonl").read_text() == (
+        tmp_path / "two/archive.jsonl"
+    ).read_text()
+    alone, first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one.0", "two.0", "two.1")
+    )
+    assert (
+        second["calls"] > 5 and first["calls"] + second["calls"] == alone["calls"]
+    )  # shared out, and nothing done twice
+    assert (
+        first["ends"] == second["ends"] == alone["ends"]
+    )  # every process ends with the same planner
 
 
 def test_an_error_in_a_worker_reaches_the_leader(tmp_path):

@@ -40,13 +40,19 @@ def weights(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     model = pruned()
-    result = recover(model, lessons(), SETTINGS, folder=tmp_path_factory.mktemp("whole"), progress=False)
+    result = recover(
+        model, lessons(), SETTINGS, folder=tmp_path_factory.mktemp("whole"), progress=False
+    )
     return model, result
 
 
 def test_the_loss_falls_and_the_plan_stays(whole, tmp_path):
     model, result = whole
-    assert len(result.losses) == 6 and result.losses[-1] < result.losses[0] - 0.5 and result.stats is None
+    assert (
+        len(result.losses) == 6
+        and result.losses[-1] < result.losses[0] - 0.5
+        and result.stats is None
+    )
     assert not model.training and not torch.equal(weights(model), weights(pruned()))
     loaded = load_pruned(save_pruned(model, tmp_path / "a", build_processor()))
     assert loaded.hipp_plan == model.hipp_plan and torch.equal(weights(loaded), weights(model))
@@ -69,8 +75,12 @@ KILLED = """
 
 def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
     folder = tmp_path / "run"
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[1]), folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL)
+    script = textwrap.dedent(KILLED).format(
+        tests=str(Path(__file__).parents[1]), folder=str(folder)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL
+    )
     limit = time.monotonic() + 120
     while not (folder / "progress.json").exists() and time.monotonic() < limit:
         time.sleep(0.02)
@@ -92,10 +102,22 @@ def replaced(path: Path, make) -> None:
     ("damage", "message"),
     [
         (lambda d: (d / "progress.json").write_text("{"), "progress.json is damaged"),
-        (lambda d: replaced(d / "progress.json", Path.mkdir), "progress.json is damaged: .* is a folder"),
-        (lambda d: replaced(d / "progress.json", os.mkfifo), "progress.json is damaged: .* is a pipe"),
-        (lambda d: next(d.glob("step-*/weights.safetensors")).write_bytes(b"x"), "incomplete or damaged.*start over"),
-        (lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(), "incomplete or damaged.*start over"),
+        (
+            lambda d: replaced(d / "progress.json", Path.mkdir),
+            "progress.json is damaged: .* is a folder",
+        ),
+        (
+            lambda d: replaced(d / "progress.json", os.mkfifo),
+            "progress.json is damaged: .* is a pipe",
+        ),
+        (
+            lambda d: next(d.glob("step-*/weights.safetensors")).write_bytes(b"x"),
+            "incomplete or damaged.*start over",
+        ),
+        (
+            lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(),
+            "incomplete or damaged.*start over",
+        ),
         (lambda d: None, "other settings, another model or another number of processes"),
     ],
 )
@@ -104,7 +126,12 @@ def test_a_damaged_or_foreign_folder_says_so(tmp_path, damage, message):
     recover(pruned(), lessons(), short, folder=tmp_path, progress=False)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        recover(pruned(), lessons(), RecoverSettings(steps=2) if "other settings" in message else short, folder=tmp_path)
+        recover(
+            pruned(),
+            lessons(),
+            RecoverSettings(steps=2) if "other settings" in message else short,
+            folder=tmp_path,
+        )
 
 
 def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
@@ -115,13 +142,19 @@ def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
         content = path.read_bytes()
         for _ in range(6):
             bit = rng.randrange(8 * len(content))
-            path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+            path.write_bytes(
+                content[: bit // 8]
+                + bytes([content[bit // 8] ^ 1 << bit % 8])
+                + content[bit // 8 + 1 :]
+            )
             again = pruned()
             try:
                 recover(again, lessons(), short, folder=tmp_path, progress=False)
             except CheckpointError:
                 continue
-            assert torch.equal(weights(again), weights(model)), "a space of the header may be another one"
+            assert torch.equal(weights(again), weights(model)), (
+                "a space of the header may be another one"
+            )
         path.write_bytes(content)
 
 
@@ -173,9 +206,13 @@ def test_processes_share_an_epoch_of_questions_and_no_test_question_is_among_the
     rows = [made.batches(rank, 2, 0) for rank in range(2)]
     epoch = torch.cat([next(r)[0]["input_ids"] for _ in range(4) for r in rows])
     whole = QuestionLessons(processor, [asked], batch_size=16).batches(0, 1, 0)
-    assert sorted(map(str, epoch.tolist())) == sorted(map(str, next(whole)[0]["input_ids"].tolist()))
+    assert sorted(map(str, epoch.tolist())) == sorted(
+        map(str, next(whole)[0]["input_ids"].tolist())
+    )
     assert next(itertools.islice(rows[0], 1))[0]["labels"].max() > 0
-    with pytest.raises(DataError, match="A task has 16 questions, and 4 processes of 8 rows take 32"):
+    with pytest.raises(
+        DataError, match="A task has 16 questions, and 4 processes of 8 rows take 32"
+    ):
         next(QuestionLessons(processor, [asked], batch_size=8).batches(0, 4, 0))
 
 
@@ -185,17 +222,21 @@ def test_resuming_lessons_are_those_of_an_undisturbed_run():
     resumed = next(lessons().batches(1, 2, 2))
     other = next(lessons().batches(0, 2, 2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(third, resumed, strict=True) for k in a)
-    assert not all(a["input_ids"].shape == b["input_ids"].shape and torch.equal(a["input_ids"], b["input_ids"])
-                   for a, b in zip(third, other, strict=True))  # fmt: skip
+    assert not all(
+        a["input_ids"].shape == b["input_ids"].shape and torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(third, other, strict=True)
+    )
 
 
 def test_tables_can_be_trained_on_and_published_test_sets_cannot(tmp_path, monkeypatch):
     from hipp_ext.evals import tables
-
     from hipp_ext.testbed import tsv
 
     tsv.export(tmp_path / "data")
-    files = [tmp_path / "data/calibration/POPE.tsv", tmp_path / "data/calibration/ScienceQA_TEST.tsv"]
+    files = [
+        tmp_path / "data/calibration/POPE.tsv",
+        tmp_path / "data/calibration/ScienceQA_TEST.tsv",
+    ]
     made = _question_lessons(build_processor(), files, 2, 0, tmp_path / "run", 0)
     model = pruned()
     result = recover(model, made, RecoverSettings(steps=2), folder=tmp_path / "run", progress=False)

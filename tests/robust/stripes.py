@@ -20,7 +20,13 @@ def stripes(n: int = 96, classes: int = 4, seed: int = 0) -> Images:
 
 def data(classes: int = 4) -> ImageData:
     names = tuple(map(str, range(classes)))
-    return ImageData(name="stripes", train=stripes(classes=classes), test=stripes(48, classes, 1), classes=names, pad=0)
+    return ImageData(
+        name="stripes",
+        train=stripes(classes=classes),
+        test=stripes(48, classes, 1),
+        classes=names,
+        pad=0,
+    )
 
 
 def network(classes: int = 4) -> nn.Module:

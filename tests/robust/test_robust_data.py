@@ -31,10 +31,17 @@ def cifar10(root: Path, n: int = 4) -> dict[str, np.ndarray]:
     written = {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         written[name] = pictures(n)
-        content = {b"data": written[name], b"labels": list(range(n)), b"batch_label": b"x", b"filenames": [b"a.png"] * n}
+        content = {
+            b"data": written[name],
+            b"labels": list(range(n)),
+            b"batch_label": b"x",
+            b"filenames": [b"a.png"] * n,
+        }
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     names = [f"class{i}".encode() for i in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names, b"num_vis": 3072}, protocol=2))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({b"label_names": names, b"num_vis": 3072}, protocol=2)
+    )
     return written
 
 
@@ -44,13 +51,18 @@ def cifar100(root: Path, n: int = 4) -> None:
     for name in ("train", "test"):
         content = {b"data": pictures(n), b"fine_labels": [99] * n, b"coarse_labels": [0] * n}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [str(i).encode() for i in range(100)]}, protocol=2))
+    (folder / "meta").write_bytes(
+        pickle.dumps({b"fine_label_names": [str(i).encode() for i in range(100)]}, protocol=2)
+    )
 
 
 def svhn(root: Path, n: int = 5) -> np.ndarray:
     x = GENERATOR.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
     for split in ("train", "test"):
-        savemat(root / f"{split}_32x32.mat", {"X": x, "y": np.array([[1], [10], [2], [3], [9]][:n], dtype=np.uint8)})
+        savemat(
+            root / f"{split}_32x32.mat",
+            {"X": x, "y": np.array([[1], [10], [2], [3], [9]][:n], dtype=np.uint8)},
+        )
     return x
 
 
@@ -64,7 +76,9 @@ def tiny_imagenet(root: Path) -> None:
         folder.mkdir(parents=True)
         for k in range(2):
             mode = "L" if k else "RGB"  # the set has grey pictures too
-            Image.new(mode, (64, 64), 40 * i + 10 if k else (0, 200, 0)).save(folder / f"{name}_{k}.JPEG")
+            Image.new(mode, (64, 64), 40 * i + 10 if k else (0, 200, 0)).save(
+                folder / f"{name}_{k}.JPEG"
+            )
         Image.new("RGB", (64, 64)).save(base / "val" / "images" / f"val_{i}.JPEG")
     rows = [f"val_{i}.JPEG\t{name}\t0\t0\t63\t63" for i, name in enumerate(names)]
     (base / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
@@ -74,7 +88,12 @@ def test_cifar10_from_its_files(tmp_path):
     written = cifar10(tmp_path)
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
         data = load_data("cifar10", root)
-        assert (len(data.train), len(data.test), data.shape, data.classes[3]) == (20, 4, (3, 32, 32), "class3")
+        assert (len(data.train), len(data.test), data.shape, data.classes[3]) == (
+            20,
+            4,
+            (3, 32, 32),
+            "class3",
+        )
     images, labels = data.train.rows(slice(4, 8))
     expected = torch.from_numpy(written["data_batch_2"]).view(4, 3, 32, 32).float() / 255
     assert torch.equal(images, expected) and labels.tolist() == [0, 1, 2, 3] and data.mirror
@@ -85,20 +104,27 @@ def test_cifar100_svhn_and_tiny_imagenet_from_their_files(tmp_path):
     assert load_data("cifar100", tmp_path).train.labels.tolist() == [99] * 4
     x = svhn(tmp_path)
     data = load_data("svhn", tmp_path)
-    assert data.train.labels.tolist() == [1, 0, 2, 3, 9] and not data.mirror  # the files say 10 for the digit 0
+    assert (
+        data.train.labels.tolist() == [1, 0, 2, 3, 9] and not data.mirror
+    )  # the files say 10 for the digit 0
     assert torch.equal(data.train.images[2], torch.from_numpy(x[..., 2]).permute(2, 0, 1))
     tiny_imagenet(tmp_path)
     data = load_data("tiny-imagenet", tmp_path)
     assert (len(data.train), len(data.test), data.shape) == (4, 2, (3, 64, 64))
     assert data.train.labels.tolist() == [0, 0, 1, 1] and data.test.labels.tolist() == [0, 1]
-    green, grey = data.train.images[0].float().mean((1, 2)), data.train.images[1].float().mean((1, 2))
+    green, grey = (
+        data.train.images[0].float().mean((1, 2)),
+        data.train.images[1].float().mean((1, 2)),
+    )
     assert green[1] > 150 > green[0] and torch.equal(grey, grey[:1].expand(3))
 
 
 def test_digits_are_embedded():
     data, again, other = load_data("digits"), load_data("digits"), load_data("digits", seed=1)
     assert (len(data.train), len(data.test), data.shape) == (1200, 597, (1, 16, 16))
-    assert torch.equal(data.train.images, again.train.images) and not torch.equal(data.train.images, other.train.images)
+    assert torch.equal(data.train.images, again.train.images) and not torch.equal(
+        data.train.images, other.train.images
+    )
     assert float(data.train.images.min()) == 0 and float(data.train.images.max()) == 1
     assert data.train.labels.bincount().min() > 100
 
@@ -153,7 +179,10 @@ def test_damaged_cifar(tmp_path, what):
 
 
 def test_damaged_svhn_and_tiny_imagenet(tmp_path):
-    with pytest.raises(DataError, match=r"svhn: .* has no train_32x32.mat. Expected there: train_32x32.mat and test_32x32.mat"):
+    with pytest.raises(
+        DataError,
+        match=r"svhn: .* has no train_32x32.mat. Expected there: train_32x32.mat and test_32x32.mat",
+    ):
         load_data("svhn", tmp_path)
     svhn(tmp_path)
     path = tmp_path / "test_32x32.mat"
@@ -184,7 +213,10 @@ def test_damaged_svhn_and_tiny_imagenet(tmp_path):
 
 
 def test_names_folders_and_values():
-    with pytest.raises(DataError, match="Known image sets are digits, svhn, cifar10, cifar100, tiny-imagenet; got 'mnist'"):
+    with pytest.raises(
+        DataError,
+        match="Known image sets are digits, svhn, cifar10, cifar100, tiny-imagenet; got 'mnist'",
+    ):
         load_data("mnist")
     with pytest.raises(DataError, match="cifar10 is read from a local folder, got None"):
         load_data("cifar10")
@@ -193,10 +225,16 @@ def test_names_folders_and_values():
     for bad, message in (
         (Images(images=2 * x - 1, labels=y), r"train: images must lie in \[0, 1\], got -.* to"),
         (Images(images=x * float("nan"), labels=y), r"images must lie in \[0, 1\]"),
-        (Images(images=x.long(), labels=y), r"images must be bytes or floating point in \[0, 1\], got torch.int64"),
+        (
+            Images(images=x.long(), labels=y),
+            r"images must be bytes or floating point in \[0, 1\], got torch.int64",
+        ),
         (Images(images=x, labels=y + 1), "labels must be 0 to 2 for 3 classes, got 1 to 3"),
         (Images(images=x, labels=y - 1), "labels must be 0 to 2 for 3 classes, got -1 to 1"),
-        (Images(images=x, labels=y[:3]), r"images of shape .* are needed; got \(4, 1, 8, 8\), 3 labels"),
+        (
+            Images(images=x, labels=y[:3]),
+            r"images of shape .* are needed; got \(4, 1, 8, 8\), 3 labels",
+        ),
         (Images(images=x[0], labels=y), "images of shape"),
     ):
         with pytest.raises(DataError, match=message):
@@ -208,11 +246,17 @@ def test_arrays_are_read_as_any_numpy_wrote_them():
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     for protocol in (2, 3, 4):
         for held in (array, np.asfortranarray(array)):
-            text = pickle.dumps({b"data": held, "names": ["a", b"b"], b"n": (1, 2.5, None, True)}, protocol=protocol)
+            text = pickle.dumps(
+                {b"data": held, "names": ["a", b"b"], b"n": (1, 2.5, None, True)}, protocol=protocol
+            )
             loaded = parse_batch(text)
             assert np.array_equal(loaded[b"data"], array)
             assert loaded["names"] == ["a", b"b"] and loaded[b"n"] == (1, 2.5, None, True)
-            old = text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray") if protocol < 4 else text
+            old = (
+                text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                if protocol < 4
+                else text
+            )
             assert np.array_equal(parse_batch(old)[b"data"], array)
     # As Python 2 wrote it: text is bytes, numbers that stand for booleans are 0 and 1.
     two = (
@@ -241,7 +285,10 @@ def _tuples(depth: int) -> bytes:
 
 HOSTILE = {
     "addresses": (_pickled(Pointers()), "an array of something else than bytes"),
-    "a length beyond the file": (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "expected .* bytes"),
+    "a length beyond the file": (
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+        "expected .* bytes",
+    ),
     "a place in the memo": (b"\x80\x02}r\xff\xff\xff\x7f.", None),
     "a shape beyond its data": (
         pickle.dumps({b"data": np.zeros((2, 3), np.uint8)}, protocol=2).replace(
@@ -278,11 +325,15 @@ def test_hostile_batch_files(what):
 
 
 def test_mutated_batch_files_are_read_or_refused():
-    whole = pickle.dumps({b"data": pictures(1)[:, :60].copy(), b"labels": [1, 2], b"names": [b"a"] * 3}, protocol=2)
+    whole = pickle.dumps(
+        {b"data": pictures(1)[:, :60].copy(), b"labels": [1, 2], b"names": [b"a"] * 3}, protocol=2
+    )
     generator = np.random.default_rng(1)
     read = 0
     for _ in range(3000):
-        text = bytearray(whole[: generator.integers(1, len(whole) + 1)] if generator.random() < 0.2 else whole)
+        text = bytearray(
+            whole[: generator.integers(1, len(whole) + 1)] if generator.random() < 0.2 else whole
+        )
         for place in generator.integers(0, len(text), generator.integers(1, 4)):
             text[place] = generator.integers(0, 256)
         with contextlib.suppress(BatchFileError):
@@ -297,13 +348,24 @@ def test_a_matrix_that_unpacks_to_more_than_any_file_of_the_set(tmp_path, monkey
     savemat(tmp_path / "train_32x32.mat", zeros, do_compression=True)
     assert len(load_data("svhn", tmp_path).train) == 64
     monkeypatch.setattr(published, "MOST_MATRICES", 2**15)
-    with pytest.raises(DataError, match=r"train_32x32.mat is damaged or truncated \(unpacked it has more than 0 MB"):
+    with pytest.raises(
+        DataError, match=r"train_32x32.mat is damaged or truncated \(unpacked it has more than 0 MB"
+    ):
         load_data("svhn", tmp_path)
     monkeypatch.undo()
     for content, message in (
-        ({"X": np.zeros((32, 32, 3, 2), object), "y": np.ones((2, 1))}, r"X must be bytes of shape"),
-        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))}, r"X has the shape \(32, 32, 3, 2\) and y \(3, 1\)"),
-        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.full((2, 1), np.nan)}, "labels from 1 to 10"),
+        (
+            {"X": np.zeros((32, 32, 3, 2), object), "y": np.ones((2, 1))},
+            r"X must be bytes of shape",
+        ),
+        (
+            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))},
+            r"X has the shape \(32, 32, 3, 2\) and y \(3, 1\)",
+        ),
+        (
+            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.full((2, 1), np.nan)},
+            "labels from 1 to 10",
+        ),
     ):
         savemat(tmp_path / "test_32x32.mat", content)
         with pytest.raises(DataError, match=message):
@@ -345,13 +407,20 @@ def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
         load_data("tiny-imagenet", tmp_path)
     picture.unlink()
     Image.new("RGB", (64, 64)).save(picture, format="EPS")  # Pillow would start Ghostscript
-    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .cannot identify image file"):
+    with pytest.raises(
+        DataError, match="val_1.JPEG is damaged or truncated .cannot identify image file"
+    ):
         load_data("tiny-imagenet", tmp_path)
     large = io.BytesIO()
     Image.new("1", (64, 64)).save(large, format="PNG")
-    header = large.getvalue().replace((64).to_bytes(4, "big") * 2, (2**15).to_bytes(4, "big") * 2, 1)
+    header = large.getvalue().replace(
+        (64).to_bytes(4, "big") * 2, (2**15).to_bytes(4, "big") * 2, 1
+    )
     picture.write_bytes(header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:])
-    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .(Image size .* exceeds limit|64x64 pixels)"):
+    with pytest.raises(
+        DataError,
+        match="val_1.JPEG is damaged or truncated .(Image size .* exceeds limit|64x64 pixels)",
+    ):
         load_data("tiny-imagenet", tmp_path)
 
 
@@ -361,7 +430,9 @@ def test_images_a_rounding_error_outside_are_taken_for_black_and_white():
     images = Images(images=x, labels=torch.arange(8) % 2)
     check_images(images, 2, "mine")
     assert float(images.images.min()) == 0 and float(images.images.max()) == 1
-    assert torch.equal(images.images, x.clamp(0, 1)) and float(x.max()) > 1  # the caller's stay as they are
+    assert (
+        torch.equal(images.images, x.clamp(0, 1)) and float(x.max()) > 1
+    )  # the caller's stay as they are
     for wrong in (x - 2e-4, x + 2e-4):
         with pytest.raises(DataError, match=r"mine: images must lie in \[0, 1\], got"):
             check_images(Images(images=wrong, labels=torch.arange(8) % 2), 2, "mine")

@@ -19,7 +19,12 @@ WHITE = ("pgd", "apgd", "apgd-ce", "apgd-t")
 @pytest.fixture(scope="module")
 def trained():
     model = stripes.network()
-    train(model, stripes.data(), PGDAT(epsilon=0.1, steps=3), TrainSettings(epochs=6, batch_size=32, rate=0.2))
+    train(
+        model,
+        stripes.data(),
+        PGDAT(epsilon=0.1, steps=3),
+        TrainSettings(epochs=6, batch_size=32, rate=0.2),
+    )
     return model.eval()
 
 
@@ -44,8 +49,14 @@ def threshold_images(n: int = 20) -> Images:
 
 @pytest.mark.parametrize("attack", WHITE + ("fab-t",))
 def test_attacks_find_what_can_be_broken_and_nothing_else(attack):
-    report = evaluate(Threshold(), threshold_images(), 4, epsilon=0.1, attacks=(attack,), checks=False)
-    assert report.clean == 100 and report.under[attack] == pytest.approx(80) and report.worst == pytest.approx(80)
+    report = evaluate(
+        Threshold(), threshold_images(), 4, epsilon=0.1, attacks=(attack,), checks=False
+    )
+    assert (
+        report.clean == 100
+        and report.under[attack] == pytest.approx(80)
+        and report.worst == pytest.approx(80)
+    )
     assert report.right.tolist() == [abs(i - 9.5) > 2 for i in range(20)]
     assert report.per_class[:2] == (80.0, 80.0) and report.per_class[2] is None
     assert report.worst_se == pytest.approx(100 * (0.8 * 0.2 / 20) ** 0.5)
@@ -59,7 +70,9 @@ def test_autoattack_is_the_last_of_its_parts(trained):
     assert values == sorted(values, reverse=True) and report.worst == values[-1] < report.clean
     x, y = images.rows(slice(None))
     with torch.no_grad(), torch.random.fork_rng():
-        moved = torchattacks.AutoAttack(trained, eps=0.3, version="standard", n_classes=4, seed=0)(x, y)
+        moved = torchattacks.AutoAttack(trained, eps=0.3, version="standard", n_classes=4, seed=0)(
+            x, y
+        )
         right = trained(moved).argmax(1) == y
     assert int((right != report.right).sum()) == 0
 
@@ -71,7 +84,11 @@ def test_nothing_of_the_caller_changes(trained):
     state, weights = torch.get_rng_state(), {n: t.clone() for n, t in trained.state_dict().items()}
     images = stripes.data().test.first(12)
     first = evaluate(trained, images, 4, epsilon=0.1, attacks=("pgd", "apgd-ce"))
-    assert torch.equal(torch.get_rng_state(), state) and trained.training and not trained.features[1].training
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and trained.training
+        and not trained.features[1].training
+    )
     assert all(torch.equal(t, weights[n]) for n, t in trained.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in trained.parameters())
     for p in trained.parameters():
@@ -87,7 +104,9 @@ def test_nothing_of_the_caller_changes(trained):
 
 def test_worst_case_is_image_by_image(trained):
     images = stripes.data().test
-    report = evaluate(trained, images, 4, epsilon=0.25, attacks=("pgd", "apgd-t"), checks=False, batch_size=20)
+    report = evaluate(
+        trained, images, 4, epsilon=0.25, attacks=("pgd", "apgd-t"), checks=False, batch_size=20
+    )
     assert report.worst <= min(report.under.values()) and report.n == 48
     shares = [report.per_class[c] for c in range(4)]
     assert sum(shares) / 4 == pytest.approx(report.worst)
@@ -126,16 +145,23 @@ def test_masked_gradients_are_flagged(trained):
     blown = evaluate(Masked(trained, 1e5), images, 4, epsilon=0.15, attacks=("pgd",))
     assert blown.suspicious and any("has no gradient at all" in s for s in blown.signs)
     rounded = evaluate(Rounded(trained), images, 4, epsilon=0.3, attacks=("pgd",))
-    assert any("radius of 0.5 leaves" in s for s in rounded.signs) and any("no gradient at all" in s for s in rounded.signs)
+    assert any("radius of 0.5 leaves" in s for s in rounded.signs) and any(
+        "no gradient at all" in s for s in rounded.signs
+    )
 
 
 def test_a_black_box_that_breaks_more_is_a_sign(trained):
     images, stands = stripes.data().test, torch.ones(48, dtype=torch.bool)
-    for broken, expected in ((2, ()), (3, ("the black-box attack Square breaks 6.2% of the images",))):
+    for broken, expected in (
+        (2, ()),
+        (3, ("the black-box attack Square breaks 6.2% of the images",)),
+    ):
         square = stands.clone()
         square[:broken] = False
         signs = masking_signs(trained, images, 0.15, {"pgd": stands, "square": square}, stands)
-        assert len(signs) == len(expected) and all(s.startswith(e) for s, e in zip(signs, expected, strict=True))
+        assert len(signs) == len(expected) and all(
+            s.startswith(e) for s, e in zip(signs, expected, strict=True)
+        )
 
 
 # Own attacks
@@ -146,8 +172,17 @@ def test_apgd_climbs_at_least_as_far_as_the_published_one(trained):
     loss = lambda labels, moved: F.cross_entropy(trained(moved), labels, reduction="none")  # noqa: E731
     ours = APGD(ball=Ball(epsilon=0.2), steps=50)(loss, y, x)
     with torch.no_grad(), torch.random.fork_rng():
-        theirs = torchattacks.APGD(trained, norm="Linf", eps=0.2, steps=50, n_restarts=1, seed=0, loss="ce", eot_iter=1,
-                                   rho=0.75)(x, y)  # fmt: skip
+        theirs = torchattacks.APGD(
+            trained,
+            norm="Linf",
+            eps=0.2,
+            steps=50,
+            n_restarts=1,
+            seed=0,
+            loss="ce",
+            eot_iter=1,
+            rho=0.75,
+        )(x, y)
         values = [float(loss(y, v).mean()) for v in (ours, theirs)]
         accuracies = [float((trained(v).argmax(1) == y).float().mean()) for v in (ours, theirs)]
     assert abs(accuracies[0] - accuracies[1]) <= 0.05 and values[0] > 0.9 * values[1]
@@ -159,10 +194,15 @@ def test_rows_do_not_notice_each_other(trained):
     """A row's own prompt or label goes with it: attacked alone, it ends in the same place."""
     x, y = stripes.data().test.rows(slice(0, 6))
     loss = lambda labels, moved: F.cross_entropy(trained(moved), labels, reduction="none")  # noqa: E731
-    for attack in (PGD(ball=Ball(epsilon=0.1), random_start=False), APGD(ball=Ball(epsilon=0.1), steps=20, random_start=False)):
+    for attack in (
+        PGD(ball=Ball(epsilon=0.1), random_start=False),
+        APGD(ball=Ball(epsilon=0.1), steps=20, random_start=False),
+    ):
         together = attack(loss, y, x)
         for i in range(3):
-            assert torch.allclose(attack(loss, y[i : i + 1], x[i : i + 1])[0], together[i], atol=1e-4)
+            assert torch.allclose(
+                attack(loss, y[i : i + 1], x[i : i + 1])[0], together[i], atol=1e-4
+            )
 
 
 def test_balls_with_a_radius_per_channel():
@@ -185,9 +225,13 @@ def test_bad_input(trained):
         evaluate(trained, Images(images=(x - 0.5) / 0.25, labels=y), 4)
     with pytest.raises(DataError, match="labels must be 0 to 3 for 4 classes, got 1 to 4"):
         evaluate(trained, Images(images=x, labels=y + 1), 4)
-    with pytest.raises(AttackError, match="apgd-t compares the four highest logits, and there are 3 classes"):
+    with pytest.raises(
+        AttackError, match="apgd-t compares the four highest logits, and there are 3 classes"
+    ):
         evaluate(trained, Images(images=x, labels=y % 3), 3)
-    with pytest.raises(DataError, match=r"outputs of shape \(8, 4\) for 5 classes; \(rows, classes\) is needed"):
+    with pytest.raises(
+        DataError, match=r"outputs of shape \(8, 4\) for 5 classes; \(rows, classes\) is needed"
+    ):
         evaluate(trained, images, 5, attacks=("pgd",))
     with pytest.raises(AttackError, match=r"Known attacks are .*; got \['fgsm'\]"):
         evaluate(trained, images, 4, attacks=("fgsm",))
@@ -196,7 +240,9 @@ def test_bad_input(trained):
     pgd = PGD(ball=Ball(epsilon=0.1))
     with pytest.raises(AttackError, match=r"Values must lie in \[0, 1\], got -"):
         pgd(lambda b, v: v.sum(), None, x - 0.5)
-    with pytest.raises(AttackError, match="must be floating point, got torch.uint8; divide bytes by 255"):
+    with pytest.raises(
+        AttackError, match="must be floating point, got torch.uint8; divide bytes by 255"
+    ):
         pgd(lambda b, v: v.sum(), None, (x * 255).byte())
     with pytest.raises(AttackError, match=r"is torch.float16: a step of an attack is lost"):
         pgd(lambda b, v: v.sum(), None, x.half())

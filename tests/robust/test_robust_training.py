@@ -20,7 +20,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from hipp_ext.errors import AttackError, BudgetError, CheckpointError, DataError, UnsupportedModelError
+from hipp_ext.errors import (
+    AttackError,
+    BudgetError,
+    CheckpointError,
+    DataError,
+    UnsupportedModelError,
+)
 from hipp_ext.robust import (
     AWP,
     MART,
@@ -47,7 +53,12 @@ FAST = TrainSettings(epochs=2, batch_size=32, rate=0.1)
 @pytest.fixture(scope="module")
 def trained():
     model = stripes.network()
-    train(model, stripes.data(), PGDAT(epsilon=EPSILON, steps=3), TrainSettings(epochs=8, batch_size=32, rate=0.2))
+    train(
+        model,
+        stripes.data(),
+        PGDAT(epsilon=EPSILON, steps=3),
+        TrainSettings(epochs=8, batch_size=32, rate=0.2),
+    )
     return model.eval()
 
 
@@ -55,12 +66,20 @@ def trained():
 def young():
     """Trained so little that it is unsure."""
     model = stripes.network()
-    train(model, stripes.data(), PGDAT(epsilon=EPSILON, steps=1), TrainSettings(epochs=1, batch_size=32, rate=0.02))
+    train(
+        model,
+        stripes.data(),
+        PGDAT(epsilon=EPSILON, steps=1),
+        TrainSettings(epochs=1, batch_size=32, rate=0.02),
+    )
     return model.eval()
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 # Losses
@@ -69,7 +88,11 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_attacks_stay_in_the_ball_and_hurt(trained):
     x, y = stripes.data().test.rows(slice(None))
     moved = attacked(trained, x, y, 0.3, 10, 0)
-    assert float((moved - x).abs().max()) <= 0.3 + 1e-6 and float(moved.min()) >= 0 and float(moved.max()) <= 1
+    assert (
+        float((moved - x).abs().max()) <= 0.3 + 1e-6
+        and float(moved.min()) >= 0
+        and float(moved.max()) <= 1
+    )
     assert float(F.cross_entropy(trained(moved), y)) > float(F.cross_entropy(trained(x), y)) + 0.5
     assert torch.equal(moved, attacked(trained, x, y, 0.3, 10, 0)) and not torch.equal(
         moved, attacked(trained, x, y, 0.3, 10, 1)
@@ -79,7 +102,9 @@ def test_attacks_stay_in_the_ball_and_hurt(trained):
 def test_losses_follow_their_formulas(young):
     model, (x, y) = copy.deepcopy(young), stripes.data().train.rows(slice(0, 16))
     moved = attacked(model, x, y, EPSILON, 3, 5)
-    assert torch.allclose(PGDAT(epsilon=EPSILON, steps=3)(model, x, y, 5), F.cross_entropy(model(moved), y))
+    assert torch.allclose(
+        PGDAT(epsilon=EPSILON, steps=3)(model, x, y, 5), F.cross_entropy(model(moved), y)
+    )
     p, q = model(x).softmax(1), model(moved).softmax(1)
     rows = torch.arange(16)
     others = q.clone()
@@ -88,7 +113,10 @@ def test_losses_follow_their_formulas(young):
     mart = (boosted + 5 * (p * (p / q).log()).sum(1) * (1 - p[rows, y])).mean()
     assert torch.allclose(MART(epsilon=EPSILON, steps=3)(model, x, y, 5), mart, atol=1e-5)
     value = TRADES(epsilon=EPSILON, steps=3)(model, x, y, 5)
-    clean, small = F.cross_entropy(model(x), y), TRADES(epsilon=EPSILON, steps=3, beta=1e-9)(model, x, y, 5)
+    clean, small = (
+        F.cross_entropy(model(x), y),
+        TRADES(epsilon=EPSILON, steps=3, beta=1e-9)(model, x, y, 5),
+    )
     assert torch.allclose(small, clean, atol=1e-5) and value > clean + 1e-4
 
 
@@ -107,7 +135,9 @@ def test_awp_takes_the_gradient_at_moved_weights_and_puts_them_back(young):
     weights = {n: p for n, p in model.named_parameters()}
     assert value > plain + 1e-3 and all(torch.equal(p, before[n]) for n, p in weights.items())
     assert all(p.grad is not None for p in weights.values())
-    with pytest.raises(AttackError, match="AWP's gamma is a share of the weights' norm between 0 and 1, got 0"):
+    with pytest.raises(
+        AttackError, match="AWP's gamma is a share of the weights' norm between 0 and 1, got 0"
+    ):
         AWP(base=base, gamma=0.0)
 
 
@@ -128,7 +158,11 @@ def test_bad_radii(loss):
         (lambda: TrainSettings(epochs="3"), DataError, "epochs='3': a whole number"),
         (lambda: TrainSettings(batch_size=1.5), DataError, "batch_size=1.5: a whole number"),
         (lambda: TrainSettings(rate=float("inf")), DataError, "rate=inf: a finite number"),
-        (lambda: MRPFSettings(pruning_ratio=True), BudgetError, "pruning_ratio=True: a finite number"),
+        (
+            lambda: MRPFSettings(pruning_ratio=True),
+            BudgetError,
+            "pruning_ratio=True: a finite number",
+        ),
         (lambda: MRPFSettings(budget="0.5"), BudgetError, "budget='0.5': a finite number"),
         (lambda: Bounds(floor="0"), BudgetError, "floor='0': a finite number"),
         (lambda: ScoreSettings(rows="8"), AttackError, "rows='8': a whole number"),
@@ -151,18 +185,32 @@ def test_same_seed_same_weights_and_nothing_else_changes():
     torch.manual_seed(123)
     state = torch.get_rng_state()
     for model, seed in zip(models, (0, 0, 1), strict=True):
-        train(model, data, TRADES(epsilon=EPSILON, steps=2), TrainSettings(epochs=2, batch_size=32, seed=seed))
+        train(
+            model,
+            data,
+            TRADES(epsilon=EPSILON, steps=2),
+            TrainSettings(epochs=2, batch_size=32, seed=seed),
+        )
         assert torch.equal(torch.get_rng_state(), state)
-        assert model.training and not model.features[1].training and not model.features[0].weight.requires_grad
+        assert (
+            model.training
+            and not model.features[1].training
+            and not model.features[0].weight.requires_grad
+        )
         assert torch.equal(model.features[0].weight, start.features[0].weight)
-    assert same(models[0], models[1]) and not same(models[0], models[2]) and not same(models[0], start)
+    assert (
+        same(models[0], models[1]) and not same(models[0], models[2]) and not same(models[0], start)
+    )
 
 
 def test_training_makes_robust(trained):
     data, naive = stripes.data(), stripes.network()
     plain = lambda m, x, y, seed: F.cross_entropy(m(x), y)  # noqa: E731  a user's own loss
     train(naive, data, plain, TrainSettings(epochs=8, batch_size=32, rate=0.2))
-    worst = [evaluate(m, data.test, 4, epsilon=0.25, attacks=("pgd",), checks=False).worst for m in (trained, naive)]
+    worst = [
+        evaluate(m, data.test, 4, epsilon=0.25, attacks=("pgd",), checks=False).worst
+        for m in (trained, naive)
+    ]
     assert worst[0] > worst[1] + 10
 
 
@@ -187,14 +235,26 @@ def test_going_on_from_a_checkpoint_ends_with_the_same_weights(tmp_path):
     with pytest.raises(DataError, match="belongs to other settings"):
         train(stripes.network(), data, loss, FAST, checkpoint=tmp_path / "c.safetensors")
     with pytest.raises(DataError, match="belongs to another loss"):
-        train(stripes.network(), data, PGDAT(epsilon=EPSILON, steps=3), settings, checkpoint=tmp_path / "c.safetensors")
+        train(
+            stripes.network(),
+            data,
+            PGDAT(epsilon=EPSILON, steps=3),
+            settings,
+            checkpoint=tmp_path / "c.safetensors",
+        )
     with pytest.raises(DataError, match="belongs to other data"):
         moved = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
         train(stripes.network(), moved, loss, settings, checkpoint=tmp_path / "c.safetensors")
     with pytest.raises(DataError, match="belongs to another model"):
         train(fresh, data, loss, settings, checkpoint=tmp_path / "c.safetensors")
     with pytest.raises(DataError, match="belongs to another model"):
-        train(build_model("small-vgg", 4, (1, 8, 8)), data, loss, settings, checkpoint=tmp_path / "c.safetensors")
+        train(
+            build_model("small-vgg", 4, (1, 8, 8)),
+            data,
+            loss,
+            settings,
+            checkpoint=tmp_path / "c.safetensors",
+        )
     (tmp_path / "c.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="is no checkpoint of a training run"):
         train(stripes.network(), data, loss, settings, checkpoint=tmp_path / "c.safetensors")
@@ -202,7 +262,9 @@ def test_going_on_from_a_checkpoint_ends_with_the_same_weights(tmp_path):
 
 def test_what_cannot_be_trained():
     data, loss = stripes.data(), PGDAT(epsilon=EPSILON, steps=1)
-    with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16: gradients of attacks vanish"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"has weights in torch.bfloat16: gradients of attacks vanish"
+    ):
         train(stripes.network().bfloat16(), data, loss, FAST)
     half, rows = stripes.network().bfloat16(), data.train.rows(slice(0, 4))
     for unfit in (PGDAT(), TRADES(), MART()):
@@ -213,7 +275,9 @@ def test_what_cannot_be_trained():
     with pytest.raises(DataError, match="Training needs epochs >= 0, batch_size >= 1 and rate > 0"):
         TrainSettings(rate=0.0)
     bad = lambda m, x, y, seed: m(x).sum() * float("inf")  # noqa: E731
-    with pytest.raises(AttackError, match=r"The training loss is .* in epoch 1; lower the learning rate \(0.1\)"):
+    with pytest.raises(
+        AttackError, match=r"The training loss is .* in epoch 1; lower the learning rate \(0.1\)"
+    ):
         train(stripes.network(), data, bad, FAST)
 
 
@@ -229,7 +293,9 @@ def test_shifts_mirrors_and_the_cycle():
     found = torch.stack([(moved == o).flatten(1).all(1) for o in options])
     assert bool((found.sum(0) == 1).all()) and int(found.any(1).sum()) > 12
     rates = [cycle(0.1, i, 100) for i in range(100)]
-    assert rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.1) and rates[-1] < 1e-4
+    assert (
+        rates[0] == pytest.approx(0.004) and max(rates) == pytest.approx(0.1) and rates[-1] < 1e-4
+    )
     assert rates.index(max(rates)) == 30
 
 
@@ -252,7 +318,12 @@ def test_recalibration_measures_the_statistics_of_attacked_images(trained):
 
 # The pipeline
 
-SETTINGS = MRPFSettings(pruning_ratio=0.5, scores=ScoreSettings(epsilon=EPSILON, rows=64, attack_steps=3), train=FAST, rounds=2)
+SETTINGS = MRPFSettings(
+    pruning_ratio=0.5,
+    scores=ScoreSettings(epsilon=EPSILON, rows=64, attack_steps=3),
+    train=FAST,
+    rounds=2,
+)
 LOSS = TRADES(epsilon=EPSILON, steps=2)
 
 
@@ -262,16 +333,23 @@ def test_mrpf_meets_the_budget_and_leaves_the_model_alone(trained, tmp_path):
     torch.manual_seed(7)
     state, lines = torch.get_rng_state(), []
     result = mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path / "run", say=lines.append)
-    assert torch.equal(torch.get_rng_state(), state) and same(trained, before) and not trained.training
+    assert (
+        torch.equal(torch.get_rng_state(), state) and same(trained, before) and not trained.training
+    )
     assert not trained.features[0].weight.requires_grad and trained.features[3].weight.requires_grad
     again = mrpf(trained, data, SETTINGS, loss=LOSS)
     trained.requires_grad_(True)
     assert {n: len(k) for n, k in result.kept.items()} == {
-        n: result.model.get_submodule(n).out_channels for n in ("features.0", "features.3", "features.7")
+        n: result.model.get_submodule(n).out_channels
+        for n in ("features.0", "features.3", "features.7")
     }
     assert 0.2 < result.macs <= 0.32 and len(result.history) == 2 and len(result.sensitivity) == 2
-    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [e.get("stage", e.get("round")) for e in events] == ["round-1", 1, "round-2", 2] and len(lines) == 6
+    events = [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert [e.get("stage", e.get("round")) for e in events] == ["round-1", 1, "round-2", 2] and len(
+        lines
+    ) == 6
     assert same(again.model, result.model) and again.kept == result.kept
     shuffled = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
     first = [trained.features[0]]
@@ -282,7 +360,10 @@ def test_mrpf_meets_the_budget_and_leaves_the_model_alone(trained, tmp_path):
         lambda folder: mrpf(trained, data, SETTINGS, loss=LOSS, folder=folder, ignored=first),
         lambda folder: mrpf(stripes.network(), data, SETTINGS, loss=LOSS, folder=folder),
     ):
-        with pytest.raises(DataError, match="holds another run: its model, data, loss, fixed layers or settings differ"):
+        with pytest.raises(
+            DataError,
+            match="holds another run: its model, data, loss, fixed layers or settings differ",
+        ):
             others(tmp_path / "run")
 
 
@@ -290,23 +371,47 @@ def test_losses_are_known_again_by_what_they_do():
     def weighted(weight, power=1):
         return lambda m, x, y, seed: weight * F.cross_entropy(m(x), y) ** power
 
-    plain, other = (lambda m, x, y, seed: F.cross_entropy(m(x), y)), (lambda m, x, y, seed: F.nll_loss(m(x), y))
+    plain, other = (
+        (lambda m, x, y, seed: F.cross_entropy(m(x), y)),
+        (lambda m, x, y, seed: F.nll_loss(m(x), y)),
+    )
     different = [
-        PGDAT(epsilon=0.1), PGDAT(epsilon=0.2), TRADES(epsilon=0.1), AWP(base=PGDAT(epsilon=0.1)), AWP(base=plain), plain,
-        other, weighted(1), weighted(2), functools.partial(weighted(1), seed=0), functools.partial(weighted(1), seed=1),
+        PGDAT(epsilon=0.1),
+        PGDAT(epsilon=0.2),
+        TRADES(epsilon=0.1),
+        AWP(base=PGDAT(epsilon=0.1)),
+        AWP(base=plain),
+        plain,
+        other,
+        weighted(1),
+        weighted(2),
+        functools.partial(weighted(1), seed=0),
+        functools.partial(weighted(1), seed=1),
         F.cross_entropy,
-    ]  # fmt: skip
+    ]
     texts = [json.dumps(describe(loss)) for loss in different]
     assert len(set(texts)) == len(texts) and not any(" at 0x" in text for text in texts)
-    assert describe(weighted(2)) == describe(weighted(2)) and describe(AWP(base=plain)) == describe(AWP(base=plain))
+    assert describe(weighted(2)) == describe(weighted(2)) and describe(AWP(base=plain)) == describe(
+        AWP(base=plain)
+    )
 
 
 def test_rounds_keep_channels_of_the_dense_model(trained):
     """Without training or recalibration, what is left are slices of the dense weights."""
-    settings = replace(SETTINGS, train=replace(FAST, epochs=0), recalibrate=False, cost="parameters", budget=0.3, alpha=1.0)
+    settings = replace(
+        SETTINGS,
+        train=replace(FAST, epochs=0),
+        recalibrate=False,
+        cost="parameters",
+        budget=0.3,
+        alpha=1.0,
+    )
     result = mrpf(trained, stripes.data(), settings, loss=LOSS)
     a, b = (list(result.kept[n]) for n in ("features.0", "features.3"))
-    assert torch.equal(result.model.features[3].weight, trained.features[3].weight[b][:, a]) and result.parameters <= 0.3
+    assert (
+        torch.equal(result.model.features[3].weight, trained.features[3].weight[b][:, a])
+        and result.parameters <= 0.3
+    )
 
 
 def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
@@ -326,7 +431,9 @@ def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "dense.pt")
     here = str(Path(__file__).parent)
     with subprocess.Popen(
-        [sys.executable, "-c", script, here, str(tmp_path), "slow"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, here, str(tmp_path), "slow"],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout.readline() == "epoch\n"
         time.sleep(0.1)
@@ -341,10 +448,25 @@ def test_mrpf_bad_input(trained, tmp_path):
     data = stripes.data()
     with pytest.raises(BudgetError, match=r"A budget of \d+ MACs cannot be met"):
         mrpf(trained, data, MRPFSettings(budget=0.001), loss=LOSS)
-    for settings in ({"budget": 0.0}, {"pruning_ratio": 1.0}, {"rounds": 0}, {"alpha": -1.0}, {"cost": "watts"}):
-        with pytest.raises(BudgetError, match="watts" if "cost" in settings else next(iter(settings))):
+    for settings in (
+        {"budget": 0.0},
+        {"pruning_ratio": 1.0},
+        {"rounds": 0},
+        {"alpha": -1.0},
+        {"cost": "watts"},
+    ):
+        with pytest.raises(
+            BudgetError, match="watts" if "cost" in settings else next(iter(settings))
+        ):
             MRPFSettings(**settings)
-    for settings in ({"rows": 0}, {"steps": 0}, {"attack_steps": -1}, {"batch_size": 0}, {"ratio": 7.0}, {"rho": 0.0}):
+    for settings in (
+        {"rows": 0},
+        {"steps": 0},
+        {"attack_steps": -1},
+        {"batch_size": 0},
+        {"ratio": 7.0},
+        {"rho": 0.0},
+    ):
         with pytest.raises(AttackError, match=rf"{next(iter(settings))}"):
             ScoreSettings(**settings)
     with pytest.raises(AttackError, match="epsilon must be above zero"):
@@ -357,7 +479,9 @@ def test_mrpf_bad_input(trained, tmp_path):
     with pytest.raises(DataError, match="round-1.json is damaged"):
         mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
     for make in (Path.mkdir, os.mkfifo):
-        (tmp_path / "round-1.json").unlink() if (tmp_path / "round-1.json").is_file() else (tmp_path / "round-1.json").rmdir()
+        (tmp_path / "round-1.json").unlink() if (tmp_path / "round-1.json").is_file() else (
+            tmp_path / "round-1.json"
+        ).rmdir()
         make(tmp_path / "round-1.json")
         with pytest.raises(DataError, match="round-1.json is damaged .*is a (folder|pipe)"):
             mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
@@ -401,11 +525,21 @@ def test_classifiers_come_back_to_the_bit(tmp_path):
     model, x = build_model("small-resnet", 10, (1, 16, 16)).eval(), torch.rand(2, 1, 16, 16)
     kept = {"stem.0": (1, 5, 6), "blocks.3.conv1": (0, 30)}
     prune_channels(model, x[:1], kept)
-    config = ClassifierFile(network="small-resnet", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits", kept=kept)
+    config = ClassifierFile(
+        network="small-resnet",
+        classes=tuple("0123456789"),
+        shape=(1, 16, 16),
+        data="digits",
+        kept=kept,
+    )
     save_classifier(model, config, tmp_path / "m")
     state = torch.get_rng_state()
     loaded, read = load_classifier(tmp_path / "m")
-    assert torch.equal(loaded(x), model(x)) and read == config and torch.equal(torch.get_rng_state(), state)
+    assert (
+        torch.equal(loaded(x), model(x))
+        and read == config
+        and torch.equal(torch.get_rng_state(), state)
+    )
     for file, content in (("config.json", "{}"), ("model.safetensors", "xx")):
         whole = (tmp_path / "m" / file).read_bytes()
         (tmp_path / "m" / file).write_text(content)
@@ -419,7 +553,9 @@ def test_classifiers_come_back_to_the_bit(tmp_path):
 def test_a_classifiers_folder_from_anywhere(tmp_path):
     """Only what `save_classifier` writes is read, and nothing of a size that the file chooses is built before it is checked."""
     model = build_model("small-vgg", 10, (1, 16, 16))
-    config = ClassifierFile(network="small-vgg", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits")
+    config = ClassifierFile(
+        network="small-vgg", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits"
+    )
     save_classifier(model, config, tmp_path / "m")
     text, weights = tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"
     good = text.read_text()
@@ -433,7 +569,9 @@ def test_a_classifiers_folder_from_anywhere(tmp_path):
         compact = good.replace("\n", "").replace(" ", "")
         assert old in compact
         text.write_text(compact.replace(old, new))
-        with pytest.raises(CheckpointError, match=f"holds no classifier.*({message}|validation error)"):
+        with pytest.raises(
+            CheckpointError, match=f"holds no classifier.*({message}|validation error)"
+        ):
             load_classifier(tmp_path / "m")
     text.write_text(good)
     whole = weights.read_bytes()

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from hipp_ext.evals.evaluator import Evaluator, answered
 from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference, masked, testbed
 from hipp_ext.errors import AttackError, CalibrationError, UnsupportedModelError
+from hipp_ext.evals.evaluator import Evaluator, answered
 from hipp_ext.groups import find_groups
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner import FitSettings
@@ -24,7 +24,9 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def questions():
-    return testbed.questions("POPE", "validation", 12), testbed.questions("ScienceQA", "validation", 4)
+    return testbed.questions("POPE", "validation", 12), testbed.questions(
+        "ScienceQA", "validation", 4
+    )
 
 
 @pytest.mark.parametrize("kind", ["pgd", "apgd"])
@@ -60,28 +62,43 @@ def test_answer_losses_are_those_of_the_model(loaded, questions):
     one = answered(processor, questions[0][:1])
     with torch.no_grad():
         count = int((one["labels"] != -100).sum())
-        assert float(answer_losses(model, one)[0]) == pytest.approx(float(model(**one).loss) * count, rel=1e-4)
+        assert float(answer_losses(model, one)[0]) == pytest.approx(
+            float(model(**one).loss) * count, rel=1e-4
+        )
 
 
 def test_evaluator_under_attack(loaded, questions):
     model, processor = loaded
     attack = ImageAttack(processor, epsilon=12 / 255, steps=4)
     before = copy.deepcopy(model.state_dict())
-    kinds = {r: Evaluator(model, processor, *questions, robustness=r, attack=attack) for r in ("pope", "adversarial", "both")}
+    kinds = {
+        r: Evaluator(model, processor, *questions, robustness=r, attack=attack)
+        for r in ("pope", "adversarial", "both")
+    }
     values = {r: e(model) for r, e in kinds.items()}
     assert values["pope"] == Evaluator(model, processor, *questions)(model)
     assert values["adversarial"]["robustness"] < values["pope"]["robustness"] - 0.1
     mean = (values["pope"]["robustness"] + values["adversarial"]["robustness"]) / 2
     assert values["both"]["robustness"] == pytest.approx(mean)
     assert set(kinds["both"].scores(model)) == {"choice", "pope", "pope_attacked"}
-    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items()) and not model.training
-    adaptive = Evaluator(model, processor, *questions, robustness="adversarial", attack=attack, adaptive=True)
-    assert adaptive(model) == pytest.approx(values["adversarial"], abs=1e-4)  # the dense model: attacked once or anew, the same
-    plan = plan_from_counts(groups := find_groups(model), [g.width // 2 for g in groups], Magnitude()(model))
+    assert (
+        all(torch.equal(t, before[k]) for k, t in model.state_dict().items()) and not model.training
+    )
+    adaptive = Evaluator(
+        model, processor, *questions, robustness="adversarial", attack=attack, adaptive=True
+    )
+    assert adaptive(model) == pytest.approx(
+        values["adversarial"], abs=1e-4
+    )  # the dense model: attacked once or anew, the same
+    plan = plan_from_counts(
+        groups := find_groups(model), [g.width // 2 for g in groups], Magnitude()(model)
+    )
     with masked(model, plan):
         fixed, anew = kinds["adversarial"](model), adaptive(model)
     assert anew["robustness"] < fixed["robustness"]  # attacks made on another model are weaker
-    with pytest.raises(CalibrationError, match="robustness is one of pope, adversarial, both; got 'pgd'"):
+    with pytest.raises(
+        CalibrationError, match="robustness is one of pope, adversarial, both; got 'pgd'"
+    ):
         Evaluator(model, processor, *questions, robustness="pgd")
 
 
@@ -91,17 +108,24 @@ def test_a_planner_is_fitted_for_pope_under_attack(loaded, questions, tmp_path):
     evaluator = Evaluator(model, processor, *questions, robustness="adversarial", attack=attack)
     planner = HiPPPlanner(Preference(0.1, 0.8, 0.1), pruning_ratio=0.3)
     calibration = testbed.calibration_batches(processor, n=8)
-    result = planner.fit(model, evaluator, FitSettings(steps=1, preferences=1, budgets=1, imagined=0), folder=tmp_path / "fit",
-                         calibration=calibration)  # fmt: skip
-    assert result.evaluations >= 2 and planner.plan(model, calibration=calibration).pruning_ratio == pytest.approx(
-        0.3, abs=0.01
+    result = planner.fit(
+        model,
+        evaluator,
+        FitSettings(steps=1, preferences=1, budgets=1, imagined=0),
+        folder=tmp_path / "fit",
+        calibration=calibration,
     )
+    assert result.evaluations >= 2 and planner.plan(
+        model, calibration=calibration
+    ).pruning_ratio == pytest.approx(0.3, abs=0.01)
 
 
 def test_mrs_takes_an_attack_that_is_exact_in_pixels(loaded, questions):
     model, processor = loaded
     inputs = answered(processor, questions[0][:4])
-    exact = MRS("grad", attack=ImageAttack(processor, epsilon=8 / 255, steps=2)).sensitivity(model, [inputs])
+    exact = MRS("grad", attack=ImageAttack(processor, epsilon=8 / 255, steps=2)).sensitivity(
+        model, [inputs]
+    )
     clean = MRS("grad", attack_steps=0).sensitivity(model, [inputs])
     assert sum(exact.values()) > sum(clean.values())
 

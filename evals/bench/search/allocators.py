@@ -10,12 +10,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from hipp_ext.evals.bench.search.levels import Levels
-from hipp_ext.evals.bench.search.sensitivity import SensitivityTable, cheapest, measure_table
 from torch import Tensor, nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts
 from hipp_ext.calibration import Batch
+from hipp_ext.evals.bench.search.levels import Levels
+from hipp_ext.evals.bench.search.sensitivity import SensitivityTable, cheapest, measure_table
 from hipp_ext.groups import Group, total_parameters
 from hipp_ext.masks import check_scores
 from hipp_ext.scorers.base import InputMoments, consumer_weight, input_moments, per_unit
@@ -59,7 +59,9 @@ class Context:
     @cached_property
     def outliers(self) -> np.ndarray:
         """(G,) share of outliers among |W| * ||x||_2 of each group's consumer, see `owl`."""
-        return np.array([_outlier_share(self.model, g, self.moments[g.name].norm) for g in self.groups])
+        return np.array(
+            [_outlier_share(self.model, g, self.moments[g.name].norm) for g in self.groups]
+        )
 
     @cached_property
     def sensitivity(self) -> SensitivityTable:
@@ -82,7 +84,10 @@ def global_threshold(context: Context, ratio: float) -> tuple[int, ...]:
     Differs from it: torch-pruning sets the threshold by the share of units; here units go until the share of parameters is
     met, so a unit of 8,192 parameters counts for more than one of 384.
     """
-    scores = {name: score.double() / score.double().mean().clamp_min(1e-30) for name, score in context.scores.items()}
+    scores = {
+        name: score.double() / score.double().mean().clamp_min(1e-30)
+        for name, score in context.scores.items()
+    }
     return _by_threshold(context, scores, ratio)
 
 

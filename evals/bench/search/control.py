@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import moocore
 import numpy as np
+
 from hipp_ext.evals.bench.measuring import keep_picture, mean_and_se, rank_correlation, report
 from hipp_ext.evals.bench.search.study import HIPP, StudySize, run_study
 
@@ -22,18 +23,30 @@ OBJECTIVES = ("utility", "robustness", "compression")
 LABELS = ("utility (margin on ScienceQA)", "robustness (margin on POPE)", "parameters removed [%]")
 
 
-def run(size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False) -> dict[str, Any]:
+def run(
+    size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False
+) -> dict[str, Any]:
     """Fit once per seed and put every wish to each planner; prints the summary and writes control.png into `folder`."""
-    jobs = run_study(size, folder, [(HIPP, seed) for seed in range(size.seeds)], processes=processes)
+    jobs = run_study(
+        size, folder, [(HIPP, seed) for seed in range(size.seeds)], processes=processes
+    )
     (pope, choice), test = size.questions, size.table_questions
     command = (
         f"hipp bench control --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice} "
         f"--test-questions {test[0]} {test[1]}"
     )
-    values = {"size": dataclasses.asdict(size), "control": steering(jobs),
-              "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs])}  # fmt: skip
+    values = {
+        "size": dataclasses.asdict(size),
+        "control": steering(jobs),
+        "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs]),
+    }
     result = report("control", command, values, save)
-    keep_picture("control", _picture([j["control"]["policy"]["lattice"] for j in jobs]), save=save, folder=folder)
+    keep_picture(
+        "control",
+        _picture([j["control"]["policy"]["lattice"] for j in jobs]),
+        save=save,
+        folder=folder,
+    )
     return result
 
 
@@ -53,7 +66,9 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             on = _edge(weights, one, other)
             for axis in (one, other):
                 name = f"{OBJECTIVES[one]}-{OBJECTIVES[other]} edge: {OBJECTIVES[axis]}"
-                along.setdefault(name, []).append(rank_correlation(weights[on, axis], objectives[on, axis]))
+                along.setdefault(name, []).append(
+                    rank_correlation(weights[on, axis], objectives[on, axis])
+                )
         for ratio, edge in control["edges"].items():
             lean, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])
             for axis, sign in ((0, 1), (1, -1)):
@@ -62,8 +77,13 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for metric, swing in control["swings"][ratio].items():
                 swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
         each = np.unique(objectives, axis=0)
-        nondominated.append(100 * float(np.mean(moocore.is_nondominated(objectives, maximise=True, keep_weakly=True))))
-        distinct_nondominated.append(100 * float(np.mean(moocore.is_nondominated(each, maximise=True))))
+        nondominated.append(
+            100
+            * float(np.mean(moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)))
+        )
+        distinct_nondominated.append(
+            100 * float(np.mean(moocore.is_nondominated(each, maximise=True)))
+        )
         distinct.append(len(each))
         removed.append(100 * objectives[_edge(weights, 1, 2), 2])
     return {
@@ -73,9 +93,10 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lattice_distinct_nondominated_percent": mean_and_se(distinct_nondominated),
         "removed_percent_from_compression_to_robustness": np.mean(removed, 0).round(1).tolist(),
         "swing_points_utility_minus_robustness_corner": {
-            ratio: {metric: mean_and_se(values) for metric, values in swing.items()} for ratio, swing in swings.items()
+            ratio: {metric: mean_and_se(values) for metric, values in swing.items()}
+            for ratio, swing in swings.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _edge(weights: np.ndarray, one: int, other: int) -> np.ndarray:

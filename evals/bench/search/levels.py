@@ -27,8 +27,14 @@ class Levels:
     def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
         """The ladder of `groups` within `bounds`."""
         least, step = bounds.steps(groups)
-        counts = [np.append(np.arange(low, g.width, s), g.width) for g, low, s in zip(groups, least, step, strict=True)]
-        return cls(counts=tuple(counts), costs=np.array([g.unit_parameters for g in groups], dtype=np.int64))
+        counts = [
+            np.append(np.arange(low, g.width, s), g.width)
+            for g, low, s in zip(groups, least, step, strict=True)
+        ]
+        return cls(
+            counts=tuple(counts),
+            costs=np.array([g.unit_parameters for g in groups], dtype=np.int64),
+        )
 
     @property
     def least(self) -> tuple[int, ...]:
@@ -54,18 +60,24 @@ class Levels:
         budget = parameters_left(self.total, pruning_ratio)
         if (floor := self.parameters(self.least)) > budget:
             most = 1 - floor / self.total
-            raise BudgetError(f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} go.")
+            raise BudgetError(
+                f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} go."
+            )
         return budget
 
     def allows(self, keeps: Sequence[int]) -> bool:
         """Whether every keep count is a level of its group."""
-        return len(keeps) == len(self.counts) and all(k in c for k, c in zip(keeps, self.counts, strict=True))
+        return len(keeps) == len(self.counts) and all(
+            k in c for k, c in zip(keeps, self.counts, strict=True)
+        )
 
     def level_of(self, group: int, keep: float) -> int:
         """Index of the highest level of a group that keeps at most `keep` units; 0 where none does."""
         return max(0, int(np.searchsorted(self.counts[group], keep, side="right")) - 1)
 
-    def fill(self, keeps: Sequence[int], budget: int, values: Sequence[np.ndarray]) -> tuple[int, ...]:
+    def fill(
+        self, keeps: Sequence[int], budget: int, values: Sequence[np.ndarray]
+    ) -> tuple[int, ...]:
         """`keeps`, raised level by level until no next level of any group fits the budget.
 
         So the parameters that stay come within one level of the budget and never above it.

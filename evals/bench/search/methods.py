@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from hipp_ext.evals.bench.search.levels import Levels
-from hipp_ext.evals.bench.search.problem import Keeps, Method, Problem
 
 from hipp_ext.errors import MissingExtraError
+from hipp_ext.evals.bench.search.levels import Levels
+from hipp_ext.evals.bench.search.problem import Keeps, Method, Problem
 from hipp_ext.planner.reward import Reward
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -37,7 +37,9 @@ def random_search(problem: Problem, seed: int) -> None:
     """Allocation logits from N(0, 1), the pruning_ratio uniform in [0, largest_ratio]."""
     rng = np.random.default_rng(seed)
     while True:
-        problem(problem.decode(rng.standard_normal(len(problem.groups)), rng.uniform(0, problem.limit)))
+        problem(
+            problem.decode(rng.standard_normal(len(problem.groups)), rng.uniform(0, problem.limit))
+        )
 
 
 def evopress(
@@ -76,11 +78,15 @@ def evopress(
         for ratio, pool in pools.items():
             parent = max(pool, key=lambda plan: _fitness(pool[plan], weight))  # noqa: B023 (called at once)
             for _ in range(offspring):
-                child = _new_child(problem.levels, parent, pool, problem.levels.budget(ratio), sizes, rng)
+                child = _new_child(
+                    problem.levels, parent, pool, problem.levels.budget(ratio), sizes, rng
+                )
                 pool[child] = problem(child)
 
 
-def _new_child(levels: Levels, parent: Keeps, pool: dict, budget: int, sizes: Sequence[float], rng: Any) -> Keeps:
+def _new_child(
+    levels: Levels, parent: Keeps, pool: dict, budget: int, sizes: Sequence[float], rng: Any
+) -> Keeps:
     """A mutant of `parent` that is not in `pool`; after many vain tries, one that may be."""
     child = parent
     for attempt in range(60):
@@ -100,16 +106,33 @@ def _switch(levels: Levels, keeps: Keeps, budget: int, size: float, rng: Any) ->
     if not givers or not takers:
         return keeps
     giver, taker, changed = int(rng.choice(givers)), int(rng.choice(takers)), list(keeps)
-    climb = int(levels.counts[taker][levels.level_of(taker, keeps[taker]) + 1] - keeps[taker]) * levels.costs[taker]
-    units = max(1, round(size * levels.total / len(keeps) / levels.costs[giver]), math.ceil(climb / levels.costs[giver]))
+    climb = (
+        int(levels.counts[taker][levels.level_of(taker, keeps[taker]) + 1] - keeps[taker])
+        * levels.costs[taker]
+    )
+    units = max(
+        1,
+        round(size * levels.total / len(keeps) / levels.costs[giver]),
+        math.ceil(climb / levels.costs[giver]),
+    )
     changed[giver] = int(levels.counts[giver][levels.level_of(giver, keeps[giver] - units)])
     # What the taker cannot use goes to the others, in random order, and only then back to the giver.
     worth = rng.random(len(keeps))
     worth[[taker, giver]] = 2.0, -1.0
-    return levels.fill(changed, budget, [np.full(len(c), w) for c, w in zip(levels.counts, worth, strict=True)])
+    return levels.fill(
+        changed, budget, [np.full(len(c), w) for c, w in zip(levels.counts, worth, strict=True)]
+    )
 
 
-def nsga2(problem: Problem, seed: int, *, population: int = 24, first: int = 8, eta: float = 3.0, rate: float = 0.3) -> None:
+def nsga2(
+    problem: Problem,
+    seed: int,
+    *,
+    population: int = 24,
+    first: int = 8,
+    eta: float = 3.0,
+    rate: float = 0.3,
+) -> None:
     """NSGA-II on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
 
     Args:
@@ -123,16 +146,21 @@ def nsga2(problem: Problem, seed: int, *, population: int = 24, first: int = 8, 
     number of variables are customary).
     """
     algorithms, core = _host("pymoo.algorithms.moo.nsga2"), _host("pymoo.core.problem")
-    crossover, mutation = _host("pymoo.operators.crossover.sbx"), _host("pymoo.operators.mutation.pm")
+    crossover, mutation = (
+        _host("pymoo.operators.crossover.sbx"),
+        _host("pymoo.operators.mutation.pm"),
+    )
     logits = len(problem.groups)
     high = np.append(np.full(logits, LOGIT_RANGE), problem.limit)
     low = np.append(-high[:-1], 0.0)
     sampling = np.random.default_rng(seed).uniform(low, high, (population, logits + 1))
     sampling[:first] = _first_plans(problem, first)
     algorithm = algorithms.NSGA2(
-        pop_size=population, sampling=sampling, crossover=crossover.SBX(eta=eta, prob=0.9),
+        pop_size=population,
+        sampling=sampling,
+        crossover=crossover.SBX(eta=eta, prob=0.9),
         mutation=mutation.PM(eta=eta, prob_var=rate),
-    )  # fmt: skip
+    )
     box = core.Problem(n_var=logits + 1, n_obj=3, xl=low, xu=high)
     algorithm.setup(box, termination=("n_gen", NO_END), seed=seed, verbose=False)
     while True:
@@ -174,17 +202,23 @@ def cmaes(
         problem(problem.decode(centre, ratio))
     for restart in itertools.count():
         state = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
-        optimiser = CMA(mean=centre, sigma=sigma * 1.3**restart, population_size=population, seed=state)
+        optimiser = CMA(
+            mean=centre, sigma=sigma * 1.3**restart, population_size=population, seed=state
+        )
         for weight in itertools.cycle(weights):
             spent = len(problem.evaluated)
             for ratio in budgets:
                 asked = [optimiser.ask() for _ in range(population)]
-                optimiser.tell([(x, -_fitness(problem(problem.decode(x, ratio)), weight)) for x in asked])
+                optimiser.tell(
+                    [(x, -_fitness(problem(problem.decode(x, ratio)), weight)) for x in asked]
+                )
             if len(problem.evaluated) == spent:
                 break
 
 
-def tpe(problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multivariate: bool = False) -> None:
+def tpe(
+    problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multivariate: bool = False
+) -> None:
     """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
 
     Args:
@@ -199,7 +233,9 @@ def tpe(problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multi
     space = {f"logit{i}": real(-LOGIT_RANGE, LOGIT_RANGE) for i in range(len(problem.groups))}
     space["ratio"] = real(0.0, max(problem.limit, 1e-9))
     with _quiet(optuna):
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=multivariate, n_startup_trials=startup)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=multivariate, n_startup_trials=startup
+        )
         study = optuna.create_study(directions=["maximize"] * 3, sampler=sampler)
         for plan in _first_plans(problem, first):
             study.enqueue_trial(dict(zip(space, map(float, plan), strict=True)))
@@ -209,7 +245,13 @@ def tpe(problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multi
             study.tell(trial, problem(problem.decode(logits, ratio)).objectives())
 
 
-METHODS: dict[str, Method] = {"random": random_search, "EvoPress": evopress, "NSGA-II": nsga2, "CMA-ES": cmaes, "TPE": tpe}
+METHODS: dict[str, Method] = {
+    "random": random_search,
+    "EvoPress": evopress,
+    "NSGA-II": nsga2,
+    "CMA-ES": cmaes,
+    "TPE": tpe,
+}
 
 
 def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from hipp_ext.evals.bench.search.levels import Levels
 
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.errors import BudgetError
+from hipp_ext.evals.bench.search.levels import Levels
 from hipp_ext.groups import Group
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward
 
 Keeps = tuple[int, ...]
-LOOKUPS_PER_EVALUATION = 20  # repeated plans that a method may ask for, per evaluation, before it counts as stuck
+LOOKUPS_PER_EVALUATION = (
+    20  # repeated plans that a method may ask for, per evaluation, before it counts as stuck
+)
 
 
 class Exhausted(Exception):
@@ -72,10 +74,14 @@ class Problem:
         if plan in self._known:
             self.lookups += 1
             if self.lookups > LOOKUPS_PER_EVALUATION * self.evaluations:
-                raise Exhausted(f"{self.lookups} repeated plans and {len(self.evaluated)} different ones")
+                raise Exhausted(
+                    f"{self.lookups} repeated plans and {len(self.evaluated)} different ones"
+                )
             return self._known[plan]
         if not self.levels.allows(plan):
-            raise BudgetError(f"A search method asked for {plan}, which {self.bounds} do not allow.")
+            raise BudgetError(
+                f"A search method asked for {plan}, which {self.bounds} do not allow."
+            )
         if len(self.evaluated) >= self.evaluations:
             raise Exhausted(f"all {self.evaluations} evaluations are spent")
         reward = self._known[plan] = self.evaluate(plan)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hipp_ext.evals.bench.search.levels import Levels
 from torch import Tensor, nn
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import BudgetError
+from hipp_ext.evals.bench.search.levels import Levels
 from hipp_ext.groups import Group
 from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.state import divergence
@@ -33,7 +33,11 @@ class SensitivityTable:
 
 
 def measure_table(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], scores: Mapping[str, Tensor], levels: Levels
+    model: nn.Module,
+    batches: Sequence[Batch],
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    levels: Levels,
 ) -> SensitivityTable:
     """The table of `model`: mean KL of the answer distribution from dense, measured at up to PARTS levels per group.
 
@@ -50,7 +54,13 @@ def measure_table(
         kl = []
         for keep in measured:
             counts = [keep if g is group else g.width for g in groups]
-            kl.append(float(divergence(model, plan_from_counts(groups, counts, scores), answers, dense).mean().clamp_min(0)))
+            kl.append(
+                float(
+                    divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
+                    .mean()
+                    .clamp_min(0)
+                )
+            )
         evaluations += len(measured)
         losses.append(np.interp(ladder, [*measured, group.width], [*kl, 0.0]))
     return SensitivityTable(losses=tuple(losses), evaluations=evaluations)

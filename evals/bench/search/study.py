@@ -24,17 +24,17 @@ from typing import Any
 import moocore
 import numpy as np
 import torch
+
+from hipp_ext import testbed
+from hipp_ext.budget import Bounds
+from hipp_ext.calibration import Batch
+from hipp_ext.errors import HippError
 from hipp_ext.evals.bench.measuring import claim_folder
 from hipp_ext.evals.bench.search.allocators import ALLOCATORS, Context
 from hipp_ext.evals.bench.search.methods import METHODS
 from hipp_ext.evals.bench.search.problem import Problem, run
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
-
-from hipp_ext import testbed
-from hipp_ext.budget import Bounds
-from hipp_ext.calibration import Batch
-from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
@@ -49,7 +49,11 @@ from hipp_ext.slices import sliced
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-EDGE_RATIOS = (0.3, 0.5, 0.6)  # where utility is played against robustness; below, both tasks keep nearly all they had
+EDGE_RATIOS = (
+    0.3,
+    0.5,
+    0.6,
+)  # where utility is played against robustness; below, both tasks keep nearly all they had
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,9 @@ def _blind(signals: Signals) -> Signals:
 
 
 def _flowless(signals: Signals) -> Signals:
-    return dataclasses.replace(signals, flow_shares={n: torch.zeros_like(s) for n, s in signals.flow_shares.items()})
+    return dataclasses.replace(
+        signals, flow_shares={n: torch.zeros_like(s) for n, s in signals.flow_shares.items()}
+    )
 
 
 def _flat_policy() -> Policy:
@@ -126,7 +132,9 @@ SEARCHES = METHODS | INFORMED
 def all_jobs(size: StudySize) -> list[tuple[str, int]]:
     """(method, seed) of everything to run, what matters most first."""
     seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *SEARCHES)]
-    ablations = [(name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP]
+    ablations = [
+        (name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP
+    ]
     return [(name, 0) for name in (*ALLOCATORS, UNTRAINED)] + seeded + ablations
 
 
@@ -151,22 +159,32 @@ class Bench:
     def informed(self) -> Signals:
         """The signals, with sensitivity measured on the same data as `batches`; who does not ask does not wait."""
         tasks = testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
-        sensitivity = measure_sensitivity(self.model, tasks, self.signals.groups, self.signals.scores)
+        sensitivity = measure_sensitivity(
+            self.model, tasks, self.signals.groups, self.signals.scores
+        )
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
     def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
-        pope, choice = (testbed.questions(task, split, n) for task, n in zip(("POPE", "ScienceQA"), counts, strict=True))
+        pope, choice = (
+            testbed.questions(task, split, n)
+            for task, n in zip(("POPE", "ScienceQA"), counts, strict=True)
+        )
         return Evaluator(self.model, self.processor, pope, choice)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:
         """What the method chose, and what that achieves on the test split."""
         started = time.perf_counter()
-        chosen = self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
+        chosen = (
+            self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
+        )
         chosen["seconds"] = time.perf_counter() - started
         front = chosen.pop("front")
         on_test = _hypervolume(self._rewards(front, self.front_test))
         chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": on_test}
-        chosen["table"] = {c: {r: self._row(k) for r, k in rows.items()} for c, rows in chosen.pop("answers").items()}
+        chosen["table"] = {
+            c: {r: self._row(k) for r, k in rows.items()}
+            for c, rows in chosen.pop("answers").items()
+        }
         if asked := chosen.pop("asked", {}):
             chosen["control"] = {who: self._control(*answers) for who, answers in asked.items()}
         return {"method": name, "seed": seed, **chosen}
@@ -175,19 +193,30 @@ class Bench:
         groups = self.signals.groups
         if name == UNTRAINED:
             planner = self._planner(Variant(signals=lambda _: self.informed))
-            choose = {corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio) for corner in CORNERS}
+            choose = {
+                corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio)
+                for corner in CORNERS
+            }
             asked = {"policy": self._asked(planner)}
         else:
-            context = Context(model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores)
+            context = Context(
+                model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores
+            )
             choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
             asked = {}
         n = self.size.front_plans
         ratios = (MAX_RATIO * (i + 1) / n for i in range(n))
-        front = [choose[corner](ratio) for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)]
+        front = [
+            choose[corner](ratio)
+            for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)
+        ]
         return {
-            "evaluations": 0, "front": _distinct(front), "search_hypervolume": None, "asked": asked,
+            "evaluations": 0,
+            "front": _distinct(front),
+            "search_hypervolume": None,
+            "asked": asked,
             "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
-        }  # fmt: skip
+        }
 
     def _search(self, name: str, seed: int) -> dict[str, Any]:
         if name in VARIANTS:
@@ -216,9 +245,11 @@ class Bench:
                     rows[str(ratio)] = max(enough, key=lambda e: getattr(e[1], corner))[0]
         rewards = [reward for _, reward in evaluated]
         return {
-            "evaluations": len(evaluated), "answers": answers, "front": _hand_in(evaluated, self.size.front_plans),
+            "evaluations": len(evaluated),
+            "answers": answers,
+            "front": _hand_in(evaluated, self.size.front_plans),
             "search_hypervolume": _hypervolume(rewards),
-        }  # fmt: skip
+        }
 
     def _planner(self, variant: Variant) -> HiPPPlanner:
         planner = HiPPPlanner(CORNERS["utility"], policy=variant.policy())
@@ -228,24 +259,45 @@ class Bench:
     def _hipp(self, variant: Variant, seed: int) -> dict[str, Any]:
         base = FitSettings()
         per_step = base.preferences * base.budgets * base.rollouts
-        settings = FitSettings(steps=self.size.evaluations // per_step, seed=seed, **variant.settings)
+        settings = FitSettings(
+            steps=self.size.evaluations // per_step, seed=seed, **variant.settings
+        )
         planner = self._planner(variant)
         planner.fit(self.model, self.search, settings, progress=False)
         found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
-        found["answers"] = {c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS}
+        found["answers"] = {
+            c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS
+        }
         if variant is VARIANTS[HIPP]:
-            archived = [(w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)]
+            archived = [
+                (w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)
+            ]
             found["asked"] = {"policy": self._asked(planner), "archived": (archived, {})}
         return found
 
-    def _asked(self, planner: HiPPPlanner) -> tuple[Sequence[tuple], Mapping[float, Sequence[tuple]]]:
+    def _asked(
+        self, planner: HiPPPlanner
+    ) -> tuple[Sequence[tuple], Mapping[float, Sequence[tuple]]]:
         """The policy's answers over the simplex, and from robustness to utility at fixed budgets."""
-        edges = {r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)] for r in EDGE_RATIOS}
+        edges = {
+            r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)]
+            for r in EDGE_RATIOS
+        }
         return [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)], edges
 
-    def _query(self, planner: HiPPPlanner, preference: Preference, ratio: float | None, *, archived: bool = False) -> Keeps:
+    def _query(
+        self,
+        planner: HiPPPlanner,
+        preference: Preference,
+        ratio: float | None,
+        *,
+        archived: bool = False,
+    ) -> Keeps:
         planner.pruning_ratio = ratio
-        return tuple(g.keep for g in planner.plan(self.model, preference=preference, archived=archived).groups)
+        return tuple(
+            g.keep
+            for g in planner.plan(self.model, preference=preference, archived=archived).groups
+        )
 
     # On the test split
 
@@ -260,16 +312,32 @@ class Bench:
             shrink(keeps)
             scores = self.table_test.scores(self.model)
         truth, kinds = [q.answer for q in self.pope], [q.category for q in self.pope]
-        pope = pope_scores(scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope])["vlmeval"]["overall"]
-        answers = {task: "".join(a[0] for a in scores[s].answers) for task, s in (("POPE", "pope"), ("ScienceQA", "choice"))}
-        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": scores["choice"].accuracy, "answers": answers}
+        pope = pope_scores(
+            scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope]
+        )["vlmeval"]["overall"]
+        answers = {
+            task: "".join(a[0] for a in scores[s].answers)
+            for task, s in (("POPE", "pope"), ("ScienceQA", "choice"))
+        }
+        return {
+            "F1": pope.f1,
+            "POPE": pope.accuracy,
+            "ScienceQA": scores["choice"].accuracy,
+            "answers": answers,
+        }
 
-    def _control(self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]) -> dict[str, Any]:
+    def _control(
+        self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]
+    ) -> dict[str, Any]:
         """How well the preference steers: objectives over the lattice and along edges, and the swing from corner to corner."""
         plans = _distinct([k for _, k in itertools.chain(lattice, *edges.values())])
         # Steps along an edge are small: with fewer questions their order is noise.
         rewards = dict(zip(plans, self._rewards(plans, self.table_test), strict=True))
-        reached: dict[str, Any] = {"lattice": [(w, rewards[k].objectives()) for w, k in lattice], "edges": {}, "swings": {}}
+        reached: dict[str, Any] = {
+            "lattice": [(w, rewards[k].objectives()) for w, k in lattice],
+            "edges": {},
+            "swings": {},
+        }
         for ratio, edge in edges.items():
             robust, useful = self._row(edge[0][1]), self._row(edge[-1][1])
             reached["edges"][str(ratio)] = [(w, rewards[k].objectives()) for w, k in edge]
@@ -296,7 +364,10 @@ def _hand_in(evaluated: Sequence[tuple[Keeps, Reward]], n: int) -> list[Keeps]:
     left = np.flatnonzero(moocore.is_nondominated(points, maximise=True)).tolist()
     chosen: list[int] = []
     while left and len(chosen) < n:
-        gains = [moocore.hypervolume(points[[*chosen, i]], ref=list(REFERENCE_POINT), maximise=True) for i in left]
+        gains = [
+            moocore.hypervolume(points[[*chosen, i]], ref=list(REFERENCE_POINT), maximise=True)
+            for i in left
+        ]
         chosen.append(left.pop(int(np.argmax(gains))))
     return [evaluated[i][0] for i in chosen]
 
@@ -318,7 +389,11 @@ def _work(job: tuple[str, int, str]) -> tuple[str, int]:
 
 
 def run_study(
-    size: StudySize, folder: Path, wanted: Sequence[tuple[str, int]], *, processes: int | None = None
+    size: StudySize,
+    folder: Path,
+    wanted: Sequence[tuple[str, int]],
+    *,
+    processes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Run those of the `wanted` jobs that `folder` lacks, in several processes of one thread each; returns all their results.
 
@@ -329,7 +404,10 @@ def run_study(
     from rich.progress import Progress
 
     claim_folder(folder, dataclasses.asdict(size))
-    paths = {(name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json" for name, seed in wanted}
+    paths = {
+        (name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+        for name, seed in wanted
+    }
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
     if missing:
         processes = min(processes or os.cpu_count() or 1, len(missing))
