@@ -24,7 +24,7 @@ from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
 from hipp_ext.files import content_hash, write_atomic
-from hipp_ext.untrusted import rgb_picture
+from hipp_ext.files.untrusted import rgb_picture
 
 _KEY = (
     2  # counts changes of how captions are asked for: those kept from before are not those of now
@@ -150,7 +150,7 @@ def measure_chair(
         OutputBusyError: another process is making the same captions in this `work_dir`.
         WriteError: the disk is full, or `work_dir` cannot be written.
     """
-    from hipp_ext.checkpoint import resolve_device
+    from hipp_ext.surgery.checkpoint import resolve_device
 
     folder = check_model_folder(model_dir)
     device = resolve_device(device)

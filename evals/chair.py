@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.metrics import clustered_se
-from hipp_ext.untrusted import read_plain
+from hipp_ext.files.untrusted import read_plain
 
 _LARGEST = 1 << 24  # bytes of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")

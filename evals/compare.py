@@ -26,7 +26,7 @@ from hipp_ext.evals.statistics import (
     questions_needed,
 )
 from hipp_ext.evals.tables import YES_NO
-from hipp_ext.untrusted import shown
+from hipp_ext.files.untrusted import shown
 
 __all__ = [
     "Comparison",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.statistics import Estimate
-from hipp_ext.untrusted import shown
+from hipp_ext.files.untrusted import shown
 
 if TYPE_CHECKING:
     from rich.table import Table

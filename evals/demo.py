@@ -8,19 +8,19 @@ from typing import Any
 from torch import nn
 
 from hipp_ext import testbed
-from hipp_ext.checkpoint import load_pruned, read_plan, save_pruned
 from hipp_ext.errors import HippError
-from hipp_ext.evals.bench.generation import Load
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
+from hipp_ext.evals.studies.generation import Load
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.planner import Say
 from hipp_ext.preference import Preference
-from hipp_ext.surgery import prune
+from hipp_ext.surgery.checkpoint import load_pruned, read_plan, save_pruned
+from hipp_ext.surgery.prune import prune
 
 PREFERENCES = {
     "utility": Preference(utility=0.7, robustness=0.1, compression=0.2),
@@ -165,7 +165,7 @@ def _evaluate(
 
 def _measure(models: dict[str, Path], load: Load, folder: Path) -> None:
     """Measure what the models cost, unless it was: these models, on this machine's CPU."""
-    from hipp_ext.evals.bench.latency import run
+    from hipp_ext.evals.studies.latency import run
 
     file = folder / LATENCY
     sizes = {name: path.stat().st_mtime_ns for name, path in models.items()}

@@ -14,7 +14,7 @@ from hipp_ext.evals.compare import Comparison, compare_runs
 from hipp_ext.evals.pope import vlmeval_answer
 from hipp_ext.evals.runs import PREDICTIONS, AskedQuestion, Run, read_runs
 from hipp_ext.evals.scienceqa import option_letter
-from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
+from hipp_ext.files.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
 
 SIDE = 320  # longest side of a picture in a report [px]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hipp_ext.files.untrusted import shown
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.reward import Reward
-from hipp_ext.untrusted import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

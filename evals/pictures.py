@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 
 from hipp_ext.errors import DataError
 from hipp_ext.files import write_atomic
-from hipp_ext.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture, shown, the_only_one
+from hipp_ext.files.untrusted import (
+    PICTURE_BYTES,
+    is_below,
+    read_plain,
+    rgb_picture,
+    shown,
+    the_only_one,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,7 +21,7 @@ from typing import IO, Any, TypeVar
 
 from hipp_ext.errors import DataError, OutputBusyError, WriteError
 from hipp_ext.files import write_atomic
-from hipp_ext.untrusted import read_plain
+from hipp_ext.files.untrusted import read_plain
 
 try:
     import fcntl

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.evals.prediction_log import PredictionLog
-from hipp_ext.model_folder import check_files, read_json
-from hipp_ext.untrusted import read_picture, rgb_picture
+from hipp_ext.files.untrusted import read_picture, rgb_picture
+from hipp_ext.surgery.model_folder import check_files, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -133,7 +133,7 @@ class HippVLM:
         import torch
         from transformers import AutoProcessor
 
-        from hipp_ext.checkpoint import load_pruned, resolve_device
+        from hipp_ext.surgery.checkpoint import load_pruned, resolve_device
 
         folder = check_model_folder(model_path)
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hipp_ext.evals.tables import YES_NO, Table, row_options
-from hipp_ext.untrusted import read_picture
+from hipp_ext.files.untrusted import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image

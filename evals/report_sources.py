@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.checkpoint import read_plan
 from hipp_ext.errors import DataError, PlanError
 from hipp_ext.evals.figures import KINDS
 from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
+from hipp_ext.files.untrusted import is_below, read_json
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.fit_folder import IDENTITY
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
-from hipp_ext.untrusted import is_below, read_json
+from hipp_ext.surgery.checkpoint import read_plan
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
 _MARKS = ("results.json", "planner.json", "config.json")

@@ -19,7 +19,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.prediction_log import read_lines
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from hipp_ext.files import write_atomic
-from hipp_ext.untrusted import read_plain
+from hipp_ext.files.untrusted import read_plain
 
 PREDICTIONS, QUESTIONS = "predictions.jsonl", "questions.jsonl"
 _LONGEST_NAME = 255 - len("-12345678")  # bytes, in most file systems

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.pictures import picture_column, store_pictures
-from hipp_ext.untrusted import TABLE_BYTES, open_plain, shown
+from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hipp_ext.checkpoint import load_pruned, pad_to_uniform, save_pruned
     from hipp_ext.plan import PruningPlan
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.preference import Preference
-    from hipp_ext.surgery import masked, prune
+    from hipp_ext.surgery.checkpoint import load_pruned, pad_to_uniform, save_pruned
+    from hipp_ext.surgery.prune import masked, prune
 
 __all__ = [
     "HiPPPlanner",
@@ -31,11 +31,11 @@ _HOMES = {
     "HiPPPlanner": "planner",
     "Preference": "preference",
     "PruningPlan": "plan",
-    "load_pruned": "checkpoint",
-    "masked": "surgery",
-    "pad_to_uniform": "checkpoint",
-    "prune": "surgery",
-    "save_pruned": "checkpoint",
+    "load_pruned": "surgery.checkpoint",
+    "masked": "surgery.prune",
+    "pad_to_uniform": "surgery.checkpoint",
+    "prune": "surgery.prune",
+    "save_pruned": "surgery.checkpoint",
 }
 
 

@@ -26,7 +26,6 @@ from pydantic import (
 from torch import nn
 
 from hipp_ext.budget import Bounds
-from hipp_ext.checkpoint import PLAN
 from hipp_ext.errors import RecipeError
 from hipp_ext.groups import find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
@@ -42,7 +41,8 @@ from hipp_ext.integrations.llm_compressor_host import (
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.preference import Preference
-from hipp_ext.surgery import match, prune, removed_entries, zero_units
+from hipp_ext.surgery.checkpoint import PLAN
+from hipp_ext.surgery.prune import match, prune, removed_entries, zero_units
 
 import_llmcompressor()
 from compressed_tensors.offload import disable_onloading  # noqa: E402

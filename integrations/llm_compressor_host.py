@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from hipp_ext.checkpoint import check_saveable, complete_folder, settings_as_they_are
 from hipp_ext.errors import MissingExtraError, RecipeError
 from hipp_ext.groups import Group
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.checkpoint import check_saveable, complete_folder, settings_as_they_are
 
 LOG_SWITCH = "LLM_COMPRESSOR_LOG_DISABLED"
 

@@ -17,7 +17,7 @@ from hipp_ext.evals.questions import table_questions
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.scienceqa import UNREADABLE, option_letter
 from hipp_ext.evals.tables import Table, locate, read_table
-from hipp_ext.untrusted import read_picture
+from hipp_ext.files.untrusted import read_picture
 
 SPLITS = ("random", "popular", "adversarial")
 

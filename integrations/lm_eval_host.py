@@ -13,10 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 
 from hipp_ext.calibration import tokenise
-from hipp_ext.checkpoint import load_pruned
 from hipp_ext.errors import CheckpointError
 from hipp_ext.evals.predictions import check_model_folder, plain_greedy
 from hipp_ext.files import content_hash
+from hipp_ext.surgery.checkpoint import load_pruned
 
 # Ways to load a model that the widths of a pruned folder do not survive, or that run code from a checkpoint.
 _NOT_TAKEN = (

@@ -8,9 +8,8 @@ from torch import nn
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
 from hipp_ext.integrations.torch_pruning_importance import HippImportance
-from hipp_ext.masks import keep_masks
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery import (
+from hipp_ext.surgery.prune import (
     PLAN_ATTRIBUTE,
     match,
     plain_linear,
@@ -18,6 +17,7 @@ from hipp_ext.surgery import (
     sync_sizes,
     write_per_layer_config,
 )
+from hipp_ext.units import keep_masks
 
 
 def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def prepare(
     command: str | None = None,
 ) -> Job:
     """The arguments of `evaluate`, checked; reads the data, but imports neither VLMEvalKit nor a model."""
-    from hipp_ext.checkpoint import resolve_device
+    from hipp_ext.surgery.checkpoint import resolve_device
 
     if importlib.util.find_spec("vlmeval") is None:
         raise MissingExtraError("vlmeval", "vlmeval")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes at the tensor boundaries are checked in tests only.
-TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.masks", "hipp_ext.scorers", "hipp_ext.comm.codec"]
+TENSOR_MODULES = ["hipp_ext.answers", "hipp_ext.units", "hipp_ext.scorers", "hipp_ext.comm.codec"]
 TENSOR_MODULES += [f"hipp_ext.planner.{name}" for name in ("state", "policy", "reward", "grpo")]
 with install_import_hook(TENSOR_MODULES, "beartype.beartype"):
     for module in TENSOR_MODULES:

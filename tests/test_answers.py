@@ -12,7 +12,7 @@ from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import encode
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import find_groups
-from hipp_ext.slices import sliced
+from hipp_ext.surgery.slices import sliced
 
 CLIP = dict(
     hidden_size=36,

@@ -30,8 +30,8 @@ from hipp_ext.errors import (
 )
 from hipp_ext.files import content_hash
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.testbed import WEIGHTS
+from hipp_ext.units import plan_from_counts
 
 
 @pytest.mark.parametrize("name", BUILDERS)

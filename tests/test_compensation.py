@@ -8,11 +8,11 @@ from test_surgery import logits, random_plan
 from torch import nn
 
 from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
-from hipp_ext.compensation import RIDGE, _Products, _repair, compensated_weights
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
-from hipp_ext.masks import plan_from_counts
-from hipp_ext.surgery import match
+from hipp_ext.surgery.prune import match
+from hipp_ext.surgery.reconstruct import RIDGE, _Products, _repair, compensated_weights
+from hipp_ext.units import plan_from_counts
 
 
 def dropping(model: nn.Module, dropped: dict[str, set[int]]) -> PruningPlan:
@@ -173,7 +173,7 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
         match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32",
     ):
         assert max(beside_slicing(short)) < 1.05
-    monkeypatch.setattr("hipp_ext.compensation.LEAST_ROWS", 99)
+    monkeypatch.setattr("hipp_ext.surgery.reconstruct.LEAST_ROWS", 99)
     with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
         assert max(beside_slicing(short)) > 1.3
 
@@ -196,7 +196,7 @@ def test_a_repair_that_fails_on_held_out_rows_is_not_kept(same):
 def test_with_calibration_enough_every_layer_is_repaired(caplog):
     model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
     small = prune(model, plan)
-    with caplog.at_level("INFO", "hipp_ext.compensation"):
+    with caplog.at_level("INFO", "hipp_ext.surgery.reconstruct"):
         fixed = prune(
             model,
             plan,

@@ -15,8 +15,8 @@ from hipp_ext.answers import AnswerLogits
 from hipp_ext.cli.console import load_model
 from hipp_ext.errors import CheckpointError, HippError, UnsupportedModelError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.state import measure_signals
+from hipp_ext.units import plan_from_counts
 
 NAMES = ("FLAP", "MRS", "Magnitude", "SynFlow", "Taylor", "VisualSensitivity", "WandaSP")
 SCORERS = [getattr(scorers, name) for name in NAMES]

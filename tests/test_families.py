@@ -9,8 +9,8 @@ from torch import nn
 from hipp_ext import HiPPPlanner, Preference, masked, prune
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
+from hipp_ext.units import plan_from_counts
 
 MAMBA = {
     "mamba_d_ssm": 32,

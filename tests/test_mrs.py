@@ -20,7 +20,6 @@ from hipp_ext.integrations.torch_pruning import (
     find_channel_groups,
     prune_channels,
 )
-from hipp_ext.masks import plan_from_counts, top_units
 from hipp_ext.robust import ScoreSettings
 from hipp_ext.scorers import MRS, Taylor
 from hipp_ext.scorers.sensitivity import (
@@ -30,6 +29,7 @@ from hipp_ext.scorers.sensitivity import (
     unit_taylor,
     worst_case,
 )
+from hipp_ext.units import plan_from_counts, top_units
 
 FORMS = ("removal", "worst", "grad")
 

@@ -16,8 +16,8 @@ from test_budget import group
 
 from hipp_ext import PruningPlan
 from hipp_ext.errors import OutputExistsError, PlanError
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PlanGroup
+from hipp_ext.units import plan_from_counts
 
 
 @st.composite

@@ -9,8 +9,8 @@ from models import BUILDERS, batch, build
 from hipp_ext import prune
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
-from hipp_ext.slices import sliced
+from hipp_ext.surgery.slices import sliced
+from hipp_ext.units import plan_from_counts
 
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
 

@@ -13,8 +13,8 @@ from hipp_ext import PruningPlan, masked, prune
 from hipp_ext.budget import keep_counts
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import keep_masks, plan_from_counts, top_units
 from hipp_ext.plan import PlanGroup
+from hipp_ext.units import keep_masks, plan_from_counts, top_units
 
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
-from hipp_ext.untrusted import read_json, shown, the_only_one
+from hipp_ext.files.untrusted import read_json, shown, the_only_one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, MissingExtraError
-from hipp_ext.untrusted import TABLE_BYTES, open_plain, shown, the_only_one
+from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown, the_only_one
 
 _MOST_ROWS = 10**6  # a file can say in a few bytes that it has billions; ScienceQA has 21,208
 _MOST_BYTES = 512 << 20  # of the texts of a file, and of the pictures of one row group, unpacked

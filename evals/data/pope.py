@@ -21,7 +21,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
 from hipp_ext.evals.data.writing import file_pictures, write_table
 from hipp_ext.files import content_hash
-from hipp_ext.untrusted import parse_json, read_plain, shown, the_only_one
+from hipp_ext.files.untrusted import parse_json, read_plain, shown, the_only_one
 
 SPLITS = ("random", "popular", "adversarial")
 ENDING = "Please answer yes or no."

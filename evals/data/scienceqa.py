@@ -16,7 +16,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.data.parquet import ParquetProblems
 from hipp_ext.evals.data.writing import Picture, file_pictures, write_table
 from hipp_ext.files import content_hash
-from hipp_ext.untrusted import read_json, shown, the_only_one
+from hipp_ext.files.untrusted import read_json, shown, the_only_one
 
 TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
 _TEXTS = ("question", "choices", "answer", "hint", "topic", "subject")

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from hipp_ext.errors import DataError, WriteError
 from hipp_ext.files import content_hash, new_file, require_new, write_atomic
-from hipp_ext.untrusted import (
+from hipp_ext.files.untrusted import (
     PICTURE_BYTES,
     is_below,
     parse_json,

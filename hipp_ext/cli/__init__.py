@@ -17,7 +17,7 @@ from hipp_ext.cli.recover import recover_app
 from hipp_ext.cli.robust import robust_app
 from hipp_ext.cli.testbed import testbed_app
 from hipp_ext.errors import HippError
-from hipp_ext.temporaries import FULL, system_error
+from hipp_ext.files.temporaries import FULL, system_error
 
 app = typer.Typer(
     name="hipp",

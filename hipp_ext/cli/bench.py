@@ -37,7 +37,7 @@ def bench_hosts(repeats: Annotated[int, typer.Option(min=1)] = 3, save: Save = F
 
     The 1B shape needs about 10 GB of memory.
     """
-    from hipp_ext.evals.bench.hosts import run
+    from hipp_ext.evals.studies.hosts import run
 
     run(repeats, save)
 
@@ -80,8 +80,8 @@ def bench_latency(
     import shlex
     import sys
 
-    from hipp_ext.evals.bench.generation import Load
-    from hipp_ext.evals.bench.latency import run
+    from hipp_ext.evals.studies.generation import Load
+    from hipp_ext.evals.studies.latency import run
     from hipp_ext.testbed import WEIGHTS
 
     if plan and not models:
@@ -111,7 +111,7 @@ def bench_latency(
 @bench_app.command("testbed", rich_help_panel=PRUNED)
 def bench_testbed(save: Save = False) -> None:
     """Accuracy of the testbed's model, dense and uniformly pruned, on its test split."""
-    from hipp_ext.evals.bench.testbed_table import run
+    from hipp_ext.evals.studies.testbed_table import run
 
     run(save)
 
@@ -119,7 +119,7 @@ def bench_testbed(save: Save = False) -> None:
 @bench_app.command("compensation", rich_help_panel=PRUNED)
 def bench_compensation(save: Save = False) -> None:
     """Accuracy of uniformly pruned testbed models, sliced and compensated, on the test split."""
-    from hipp_ext.evals.bench.compensation import run
+    from hipp_ext.evals.studies.compensation import run
 
     run(save)
 
@@ -127,7 +127,7 @@ def bench_compensation(save: Save = False) -> None:
 @bench_app.command("vlmeval", rich_help_panel=PRUNED)
 def bench_vlmeval(repeats: Annotated[int, typer.Option(min=2)] = 5, save: Save = False) -> None:
     """What importing our integration adds to VLMEvalKit's own import, and the time of 200 POPE questions on the testbed."""
-    from hipp_ext.evals.bench.vlmeval_cost import run
+    from hipp_ext.evals.studies.vlmeval_cost import run
 
     run(repeats, save)
 
@@ -158,8 +158,8 @@ def bench_search(
 
     `hipp bench search --seeds 2 --evaluations 60 --questions 64 32 --out quick`
     """
-    from hipp_ext.evals.bench.search.study import StudySize
-    from hipp_ext.evals.bench.search.summary import run
+    from hipp_ext.evals.studies.search.study import StudySize
+    from hipp_ext.evals.studies.search.summary import run
 
     reduced = min(seeds, 2) if ablations else 0
     size = StudySize(
@@ -195,8 +195,8 @@ def bench_control(
 
     `hipp bench control --seeds 1 --evaluations 60 --questions 64 32 --test-questions 300 200 --out quick`
     """
-    from hipp_ext.evals.bench.search.control import run
-    from hipp_ext.evals.bench.search.study import StudySize
+    from hipp_ext.evals.studies.search.control import run
+    from hipp_ext.evals.studies.search.study import StudySize
 
     size = StudySize(
         seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions
@@ -231,7 +231,7 @@ def bench_fit(
     import shlex
     import sys
 
-    from hipp_ext.evals.bench.fit_cost import FitCostSize, run
+    from hipp_ext.evals.studies.fit_cost import FitCostSize, run
     from hipp_ext.planner import FitSettings
 
     check_dtype(dtype)
@@ -257,7 +257,7 @@ def bench_fit(
 @bench_app.command("query", rich_help_panel=PLANNER)
 def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = False) -> None:
     """Time of one policy call for 32 layers, and of the whole of plan() on the testbed."""
-    from hipp_ext.evals.bench.query import run
+    from hipp_ext.evals.studies.query import run
 
     run(repeats, save)
 
@@ -265,7 +265,7 @@ def bench_query(repeats: Annotated[int, typer.Option(min=1)] = 50, save: Save = 
 @bench_app.command("evaluation", rich_help_panel=PLANNER)
 def bench_evaluation(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
     """Time of switching between plans and of evaluating one, against really pruned models."""
-    from hipp_ext.evals.bench.evaluation_cost import run
+    from hipp_ext.evals.studies.evaluation_cost import run
 
     run(repeats, save)
 
@@ -281,7 +281,7 @@ def bench_kill(
     save: Save = False,
 ) -> None:
     """Commands killed at random moments and given again, against undisturbed ones, byte for byte."""
-    from hipp_ext.evals.bench.kill import COMMANDS, run
+    from hipp_ext.evals.studies.kill import COMMANDS, run
 
     run(kills, seed, tuple(commands or COMMANDS), save)
 
@@ -289,7 +289,7 @@ def bench_kill(
 @bench_app.command("visual", rich_help_panel=PLANNER)
 def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = False) -> None:
     """Time of a VisualSensitivity pass against a plain sdpa forward on the same batch."""
-    from hipp_ext.evals.bench.visual_cost import run
+    from hipp_ext.evals.studies.visual_cost import run
 
     run(repeats, save=save)
 
@@ -297,7 +297,7 @@ def bench_visual(repeats: Annotated[int, typer.Option(min=1)] = 7, save: Save = 
 @bench_app.command("knockout", rich_help_panel=PLANNER)
 def bench_knockout(save: Save = False) -> None:
     """Visual sensitivity against cutting text-to-picture attention, layer by layer."""
-    from hipp_ext.evals.bench.knockout import run
+    from hipp_ext.evals.studies.knockout import run
 
     run(save)
 
@@ -307,7 +307,7 @@ def bench_synflow(
     plans: Annotated[int, typer.Option(min=2, help="Per ratio.")] = 60, save: Save = False
 ) -> None:
     """Whether the synaptic-flow proxy foretells collapse at equal budget."""
-    from hipp_ext.evals.bench.synflow import run
+    from hipp_ext.evals.studies.synflow import run
 
     run(plans, save)
 
@@ -352,7 +352,7 @@ def bench_robust(
     An arm takes some 15 seconds on one core for digits; the whole study a day. `hipp bench robust --data cifar10 --root DIR`
     is for machines with a GPU.
     """
-    from hipp_ext.evals.bench.robust import ARMS, ATTACKS, WHOLE_AUTOATTACK, Setting, run
+    from hipp_ext.evals.studies.robust import ARMS, ATTACKS, WHOLE_AUTOATTACK, Setting, run
 
     digits = data == "digits"
     chosen = networks or ("small-resnet,small-vgg" if digits else "resnet18,vgg16_bn")
@@ -382,7 +382,7 @@ def bench_robust(
 @bench_app.command("mrs", rich_help_panel=ROBUST)
 def bench_mrs(save: Save = False) -> None:
     """Cost of MRS on a ResNet-18, form by form, in epochs of adversarial training on the same images."""
-    from hipp_ext.evals.bench.mrs_cost import run
+    from hipp_ext.evals.studies.mrs_cost import run
 
     run(save)
 
@@ -390,7 +390,7 @@ def bench_mrs(save: Save = False) -> None:
 @bench_app.command("autoattack", rich_help_panel=ROBUST)
 def bench_autoattack(images: Annotated[int, typer.Option(min=1)] = 150, save: Save = False) -> None:
     """AutoAttack as `hipp robust evaluate` runs it against its authors' code, to be put on PYTHONPATH."""
-    from hipp_ext.evals.bench.autoattack import run
+    from hipp_ext.evals.studies.autoattack import run
 
     run(images, save=save)
 
@@ -414,7 +414,7 @@ def bench_attacked(
     save: Save = False,
 ) -> None:
     """Planners fitted for POPE as it is and for POPE under attack, at equal sparsity, attacked anew on the test split."""
-    from hipp_ext.evals.bench.attacked import run
+    from hipp_ext.evals.studies.attacked import run
 
     run(
         out,
@@ -442,7 +442,7 @@ def bench_comm(
     save: Save = False,
 ) -> None:
     """Bytes and accuracy of LQ-SGD against fp32, fp16, PowerSGD, QSGD and top-k, workers with like and unlike data."""
-    from hipp_ext.evals.bench import comm_accuracy, comm_testbed
+    from hipp_ext.evals.studies import comm_accuracy, comm_testbed
 
     if testbed:
         comm_testbed.run(seeds, steps or 60, save)
@@ -453,7 +453,7 @@ def bench_comm(
 @bench_app.command("links", rich_help_panel=COMM)
 def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = False) -> None:
     """Time per step over emulated links of 100 and 10 Mbit/s: LQ-SGD against torch's own hooks. Needs root."""
-    from hipp_ext.evals.bench.comm_links import run
+    from hipp_ext.evals.studies.comm_links import run
 
     run(steps=steps, save=save)
 
@@ -461,7 +461,7 @@ def bench_links(steps: Annotated[int, typer.Option(min=2)] = 12, save: Save = Fa
 @bench_app.command("codec", rich_help_panel=COMM)
 def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = False) -> None:
     """Time to encode and decode a million values, against torch's fp16 cast."""
-    from hipp_ext.evals.bench.comm_scale import run_codec
+    from hipp_ext.evals.studies.comm_scale import run_codec
 
     run_codec(repeats, save)
 
@@ -469,7 +469,7 @@ def bench_codec(repeats: Annotated[int, typer.Option(min=3)] = 50, save: Save = 
 @bench_app.command("scale", rich_help_panel=COMM)
 def bench_scale(save: Save = False) -> None:
     """Simulated cost of a step for up to 1,024 workers and 7B parameters, and the bandwidth where compression stops paying."""
-    from hipp_ext.evals.bench.comm_scale import run_scale
+    from hipp_ext.evals.studies.comm_scale import run_scale
 
     run_scale(save)
 
@@ -484,7 +484,7 @@ def bench_inversion(
     save: Save = False,
 ) -> None:
     """Rebuilding pictures from raw and compressed gradients: naive and adaptive attacks beside the mean image."""
-    from hipp_ext.evals.bench.inversion import NETWORKS, run
+    from hipp_ext.evals.studies.inversion import NETWORKS, run
 
     if network not in NETWORKS:
         raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")
@@ -499,6 +499,6 @@ def bench_recovery(
     save: Save = False,
 ) -> None:
     """Plan, prune 40%, recover on two processes with LQ-SGD and without, evaluate on the test and validation splits."""
-    from hipp_ext.evals.bench.recovery import run
+    from hipp_ext.evals.studies.recovery import run
 
     run(out, save=save)

@@ -68,8 +68,8 @@ def load_model(
     import torch
 
     from hipp_ext.calibration import find_processor
-    from hipp_ext.checkpoint import load_pruned, resolve_device
     from hipp_ext.groups import check_loaded
+    from hipp_ext.surgery.checkpoint import load_pruned, resolve_device
 
     check_dtype(dtype)
     place: Any = (

@@ -390,9 +390,9 @@ def prune(
 
     `hipp prune ./llava-1.5-7b-hf plan.json -o ./compensated --compensate`
     """
-    from hipp_ext.checkpoint import save_pruned
     from hipp_ext.plan import PruningPlan
-    from hipp_ext.surgery import prune as cut
+    from hipp_ext.surgery.checkpoint import save_pruned
+    from hipp_ext.surgery.prune import prune as cut
     from hipp_ext.testbed import is_testbed
 
     require_model(model)
@@ -424,7 +424,7 @@ def require_model(model: str) -> None:
 @contextlib.contextmanager
 def _repairs_told() -> Iterator[None]:
     """What compensation logs is told to the user: how many layers it repaired, and what it warns of."""
-    log, teller = logging.getLogger("hipp_ext.compensation"), logging.Handler(logging.INFO)
+    log, teller = logging.getLogger("hipp_ext.surgery.reconstruct"), logging.Handler(logging.INFO)
     teller.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
     level = log.level
     log.addHandler(teller)

@@ -69,9 +69,9 @@ def recover_command(
 
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv --scienceqa SQA_train.tsv -o ./recovered`
     """
-    from hipp_ext.checkpoint import save_pruned
     from hipp_ext.recover import RecoverSettings, TestbedLessons, recover
     from hipp_ext.recover.training import join_processes
+    from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.testbed.model import is_own_processor
 
     position, workers = join_processes()

@@ -80,11 +80,11 @@ def robust_train(
     """
     import torch
 
-    from hipp_ext.checkpoint import resolve_device
     from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
     from hipp_ext.robust.data import load_data
     from hipp_ext.robust.models import build_model
     from hipp_ext.robust.training import TrainSettings, train
+    from hipp_ext.surgery.checkpoint import resolve_device
 
     require_new(out, overwrite)
     images, wanted = load_data(data, root, seed=seed), _loss(loss, awp, epsilon, steps)
@@ -310,8 +310,8 @@ def robust_evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from hipp_ext.files.untrusted import shown
     from hipp_ext.robust.evaluation import evaluate
-    from hipp_ext.untrusted import shown
 
     network, config, images = _load(model, root, device)
     test = images.test.first(n or len(images.test))
@@ -345,9 +345,9 @@ def robust_evaluate(
 
 def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any, Any]:
     """(model, its config, the image set it was trained on, split as it was then: no test image was trained on)."""
-    from hipp_ext.checkpoint import resolve_device
     from hipp_ext.robust.checkpoint import load_classifier
     from hipp_ext.robust.data import load_data
+    from hipp_ext.surgery.checkpoint import resolve_device
 
     model, config = load_classifier(folder)
     images = load_data(config.data, root, seed=config.split)

@@ -45,7 +45,7 @@ def testbed_export(
     Example: `hipp testbed export -o data --model dense` then `vlmeval --data POPE --model dense --lmu-data data/test`
     """
     from hipp_ext import testbed
-    from hipp_ext.checkpoint import save_pruned
+    from hipp_ext.surgery.checkpoint import save_pruned
 
     if model is not None:
         require_new(model, overwrite)

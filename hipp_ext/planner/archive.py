@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hipp_ext.errors import CheckpointError, WriteError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import text_digest
 from hipp_ext.groups import Group
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.reward import WHOLE, Reward
-from hipp_ext.sealed import text_digest
 
 REFERENCE_POINT = (0.0, 0.0, 0.0)  # of the hypervolume: guessing on both tasks, nothing removed
 MOST_COMPRESSED = 0.1  # share of the plans that the nadir of a task is read from

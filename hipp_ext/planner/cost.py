@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, CheckpointError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.groups import Group, block_of, linear
-from hipp_ext.sealed import seal, unseal
 
 CostKind = Literal["parameters", "flops", "latency"]
 KNOTS = 9  # shares of a group at which latency is measured: 0, 1/8, ..., 1

@@ -9,12 +9,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.reward import Evaluator, Reward, read_reward
 from hipp_ext.planner.state import Signals, keep_shares
 from hipp_ext.scorers.synflow import stability
-from hipp_ext.slices import sliced
+from hipp_ext.surgery.slices import sliced
+from hipp_ext.units import plan_from_counts
 
 PATIENCE = datetime.timedelta(
     days=1

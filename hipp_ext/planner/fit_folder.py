@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.planner.reward import scores_agree
-from hipp_ext.sealed import seal, unseal
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
 MOST = 1 << 20  # bytes of the last

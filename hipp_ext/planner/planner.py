@@ -14,7 +14,6 @@ from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.cost import CostKind, check_cost, fit_cost, measure_cost
@@ -29,6 +28,7 @@ from hipp_ext.planner.storage import Saved, read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.quantities import whole
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.units import plan_from_counts
 
 Say = Callable[[str], None]
 TOY = (

@@ -12,11 +12,11 @@ from torch import nn
 from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS
-from hipp_ext.sealed import seal, unseal
 
 FORMAT = 5  # part of every file's name: counts up when signals come to mean something else
 

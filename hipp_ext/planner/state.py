@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hipp_ext.allocators.cheapest_path import CheapestPath
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import (
     ROWS,
@@ -26,12 +27,11 @@ from hipp_ext.calibration import (
 )
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
-from hipp_ext.masks import check_scores, plan_from_counts
 from hipp_ext.plan import PruningPlan
-from hipp_ext.planner.cheapest_path import CheapestPath
-from hipp_ext.planner.progress import Tick, counting
+from hipp_ext.progress import Tick, counting
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
-from hipp_ext.surgery import masked
+from hipp_ext.surgery.prune import masked
+from hipp_ext.units import check_scores, plan_from_counts
 
 REMOVED = (
     0.125,

@@ -14,6 +14,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.calibration import TASKS
 from hipp_ext.errors import BudgetError, CheckpointError, PlanError, PreferenceError
 from hipp_ext.files import content_hash, new_folder, write_atomic
+from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.groups import Group
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.archive import Archive, fit_groups
@@ -24,7 +25,6 @@ from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.state import FEATURES, REMOVED, Signals
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
-from hipp_ext.sealed import seal, text_digest, unseal
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
 MAX_HEADER = 16 << 20  # bytes

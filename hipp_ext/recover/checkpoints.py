@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hipp_ext.comm import LQSGDState, load_state, save_state
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.files import new_file, write_atomic
-from hipp_ext.sealed import seal, text_digest, unseal
-from hipp_ext.untrusted import read_plain
+from hipp_ext.files.sealed import seal, text_digest, unseal
+from hipp_ext.files.untrusted import read_plain
 
 PROGRESS, WEIGHTS, OPTIMIZER = "progress.json", "weights.safetensors", "optimizer.safetensors"
 

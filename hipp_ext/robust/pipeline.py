@@ -15,7 +15,7 @@ from torch import nn
 from hipp_ext.attacks import check_precision
 from hipp_ext.errors import BudgetError, DataError
 from hipp_ext.files import write_atomic
-from hipp_ext.masks import top_units
+from hipp_ext.files.untrusted import read_json, read_plain
 from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.allocation import (
     Bounds,
@@ -32,7 +32,7 @@ from hipp_ext.robust.models import fixed_layers
 from hipp_ext.robust.scoring import ScoreSettings, score
 from hipp_ext.robust.training import Report, TrainSettings, recalibrate, restored, train
 from hipp_ext.scorers.sensitivity import ChannelGroup
-from hipp_ext.untrusted import read_json, read_plain
+from hipp_ext.units import top_units
 
 Kept = dict[str, tuple[int, ...]]  # group -> the channels of the dense model that stay
 

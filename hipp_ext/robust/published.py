@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hipp_ext.errors import DataError
+from hipp_ext.files.untrusted import FORMATS
 from hipp_ext.robust.batch_files import BatchFileError, read_batch_file
 from hipp_ext.robust.data import LAYOUTS, ImageData, Images
-from hipp_ext.untrusted import FORMATS
 
 MOST_TEXT = 16 * 2**20  # bytes of a list of names
 MOST_MATRICES = 512 * 2**20  # bytes of an SVHN file when unpacked; the larger one has 225 MB

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from hipp_ext.attacks import check_precision
 from hipp_ext.errors import AttackError, CheckpointError, DataError, UnsupportedModelError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import ImageData, Images, check_images
 from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import AdversarialLoss, attacked, backward
-from hipp_ext.sealed import seal, unseal
 
 MOMENTUM = 0.9
 WARM_UP = 0.3  # share of the steps in which the rate rises

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
-from hipp_ext.masks import unit_order
+from hipp_ext.units import unit_order
 
 Loss = Callable[[nn.Module, Any], Float[Tensor, ""]]  # (model, batch) -> mean loss
 REMOVAL_FLOOR = 0.01  # of a measured rise: below it noise decides

@@ -477,7 +477,7 @@ def the_simulated_powersgd_trains_like_torchs(rank, workers, folder):
         powerSGD_hook,
     )
 
-    from hipp_ext.evals.bench.comm_baselines import powersgd
+    from hipp_ext.evals.studies.comm_baselines import powersgd
 
     def build():
         torch.manual_seed(3)

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from hipp_ext.evals.bench import comm_baselines, comm_links, comm_scale, inversion
+from hipp_ext.evals.studies import comm_baselines, comm_links, comm_scale, inversion
 
 SHAPES = {"w": torch.Size((40, 60)), "b": torch.Size((60,))}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hipp_ext.errors import HippError
-from hipp_ext.evals.bench import fit_cost, kill, knockout, mrs_cost, query, synflow
+from hipp_ext.evals.studies import fit_cost, kill, knockout, mrs_cost, query, synflow
 from hipp_ext.planner import FitSettings
 
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from hipp_ext import PruningPlan, load_pruned
-from hipp_ext.evals.bench.generation import Load
 from hipp_ext.evals.demo import PREFERENCES, DemoSize, run_demo
 from hipp_ext.evals.report_page import SECTIONS
+from hipp_ext.evals.studies.generation import Load
 from hipp_ext.planner.fit import FitSettings
 
 SIZE = DemoSize(

@@ -17,7 +17,7 @@ from vlm_tables import picture, pope_rows, scienceqa_rows, write_tsv
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.tables import read_table
-from hipp_ext.untrusted import (
+from hipp_ext.files.untrusted import (
     PICTURE_PIXELS,
     parse_json,
     read_plain,

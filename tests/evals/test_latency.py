@@ -11,19 +11,19 @@ from hipp_ext import load_pruned, save_pruned, testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.cli import main
 from hipp_ext.errors import DataError, PlanError
-from hipp_ext.evals.bench.generation import (
+from hipp_ext.evals.studies.generation import (
     Load,
     measure,
     own_extra_mib,
     prefill_gflops,
     token_seconds,
 )
-from hipp_ext.evals.bench.latency import folders, print_table, run
-from hipp_ext.evals.bench.measuring import resident
+from hipp_ext.evals.studies.latency import folders, print_table, run
+from hipp_ext.evals.studies.measuring import resident
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
 from hipp_ext.testbed import WEIGHTS
+from hipp_ext.units import plan_from_counts
 
 QUICK = Load(tokens=16, new_tokens=4, repeats=3, warmup=1)
 
@@ -63,7 +63,7 @@ def test_every_run_has_as_many_tokens_as_asked():
 
 
 def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
-    from hipp_ext.evals.bench import generation
+    from hipp_ext.evals.studies import generation
 
     models, order = {"big": llama(4, 256), "small": llama(1, 64)}, []
 

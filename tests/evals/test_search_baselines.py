@@ -13,7 +13,7 @@ from models import batch, build
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, MissingExtraError
-from hipp_ext.evals.bench.search.allocators import (
+from hipp_ext.evals.studies.search.allocators import (
     ALLOCATORS,
     Context,
     flap_adaptive,
@@ -21,15 +21,15 @@ from hipp_ext.evals.bench.search.allocators import (
     owl,
     sensitivity_dp,
 )
-from hipp_ext.evals.bench.search.levels import Levels
-from hipp_ext.evals.bench.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
-from hipp_ext.evals.bench.search.problem import Exhausted, Problem, run
-from hipp_ext.evals.bench.search.sensitivity import cheapest
+from hipp_ext.evals.studies.search.levels import Levels
+from hipp_ext.evals.studies.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
+from hipp_ext.evals.studies.search.problem import Exhausted, Problem, run
+from hipp_ext.evals.studies.search.sensitivity import cheapest
 from hipp_ext.groups import find_groups, total_parameters
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.reward import Reward
 from hipp_ext.scorers import FLAP, WandaSP
-from hipp_ext.surgery import masked
+from hipp_ext.surgery.prune import masked
+from hipp_ext.units import plan_from_counts
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 BOUNDS = {"any count": Bounds(), "multiples of 4": Bounds(round_to=4, min_keep=0.2)}

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from hipp_ext.errors import HippError, OutputExistsError
-from hipp_ext.evals.bench.measuring import rank_correlation
-from hipp_ext.evals.bench.search import control
-from hipp_ext.evals.bench.search.allocators import ALLOCATORS
-from hipp_ext.evals.bench.search.methods import METHODS
-from hipp_ext.evals.bench.search.study import (
+from hipp_ext.evals.studies.measuring import rank_correlation
+from hipp_ext.evals.studies.search import control
+from hipp_ext.evals.studies.search.allocators import ALLOCATORS
+from hipp_ext.evals.studies.search.methods import METHODS
+from hipp_ext.evals.studies.search.study import (
     HIPP,
     INFORMED,
     UNTRAINED,
@@ -21,7 +21,7 @@ from hipp_ext.evals.bench.search.study import (
     all_jobs,
     run_study,
 )
-from hipp_ext.evals.bench.search.summary import run
+from hipp_ext.evals.studies.search.summary import run
 
 SIZE = StudySize(
     seeds=1,

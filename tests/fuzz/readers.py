@@ -156,8 +156,8 @@ def make_model(folder: Path) -> None:
 
     from hipp_ext import load_pruned, prune, save_pruned
     from hipp_ext.groups import find_groups
-    from hipp_ext.masks import plan_from_counts
     from hipp_ext.scorers import Magnitude
+    from hipp_ext.units import plan_from_counts
 
     model = load_pruned(save_llava(folder / "dense"))
     groups = find_groups(model)

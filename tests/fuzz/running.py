@@ -79,7 +79,7 @@ class Worker:
             (place / folder).mkdir(parents=True, exist_ok=True)
         for secret in ("secret.png", "secret.safetensors"):
             (place / secret).write_bytes(
-                (ROOT / "evals/bench/results/robust.png").read_bytes() + b"SECRET"
+                (ROOT / "evals/studies/results/robust.png").read_bytes() + b"SECRET"
             )
 
     def __enter__(self) -> "Worker":

@@ -32,9 +32,9 @@ from hipp_ext.integrations.llm_compressor import (
     sparsity_per_layer,
     validate_calibration,
 )
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.preference import Preference
-from hipp_ext.surgery import removed_entries, zero_units
+from hipp_ext.surgery.prune import removed_entries, zero_units
+from hipp_ext.units import plan_from_counts
 
 # The integration comes first: it keeps llm-compressor's import in bounds.
 from llmcompressor import oneshot  # isort: skip

@@ -18,8 +18,8 @@ from hipp_ext.evals.pope import pope_scores, split_rates
 from hipp_ext.evals.tables import read_table
 from hipp_ext.groups import find_groups
 from hipp_ext.integrations.lm_eval import TASKS, _with_tasks, main, register, tasks_path
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
+from hipp_ext.units import plan_from_counts
 
 N = 32
 
@@ -433,7 +433,7 @@ def test_our_tasks_are_added_to_runs_only():
 
 
 def test_without_lm_eval_the_extra_is_named():
-    code = "import sys; sys.modules['lm_eval'] = None; from hipp_ext.lm_eval import main; sys.exit(main(['--tasks', 'x']))"
+    code = "import sys; sys.modules['lm_eval'] = None; from hipp_ext.integrations.lm_eval import main; sys.exit(main(['--tasks', 'x']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (
         done.returncode == 2 and 'Install it with: pip install "hipp-ext[lm-eval]"' in done.stderr

@@ -30,8 +30,8 @@ from hipp_ext.integrations.torch_pruning import (
     channel_taylor,
     confirm,
 )
-from hipp_ext.masks import plan_from_counts, top_units
 from hipp_ext.scorers import Magnitude, Taylor
+from hipp_ext.units import plan_from_counts, top_units
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unwrapped parameters detected", "ignore:.*no processor"

@@ -22,8 +22,8 @@ from hipp_ext.evals.predictions import HippVLM, PredictionLog, check_model_folde
 from hipp_ext.evals.tables import read_table
 from hipp_ext.groups import find_groups
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.scorers import Magnitude
+from hipp_ext.units import plan_from_counts
 
 torch.set_num_threads(1)
 QUIET = {"device": "cpu", "progress": False}
@@ -429,7 +429,7 @@ def test_help_has_examples_and_exit_code_0(capsys):
 FRESH = """
 import logging, pathlib, ssl, sys
 context, handlers = ssl._create_default_https_context, list(logging.getLogger().handlers)
-from hipp_ext.vlmeval import main
+from hipp_ext.integrations.vlmevalkit import main
 assert "vlmeval" not in sys.modules, "imported too early"
 code = main(sys.argv[1:])
 assert "vlmeval" in sys.modules
@@ -468,7 +468,7 @@ def test_a_fresh_process_is_left_as_it_was(llava, lmu, tmp_path):
 
 def test_without_vlmevalkit_the_extra_is_named():
     code = (
-        "import sys; sys.modules['vlmeval'] = None; from hipp_ext.vlmeval import main; "
+        "import sys; sys.modules['vlmeval'] = None; from hipp_ext.integrations.vlmevalkit import main; "
         "sys.exit(main(['--data', 'POPE', '--model', '.']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

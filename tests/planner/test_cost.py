@@ -7,9 +7,9 @@ from models import build
 from hipp_ext import prune
 from hipp_ext.errors import BudgetError, CheckpointError
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner.cost import fit_cost, measure_cost
 from hipp_ext.planner.state import keep_shares
+from hipp_ext.units import plan_from_counts
 
 MODEL = build("llava_gqa")
 GROUPS = find_groups(MODEL)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hipp_ext import HiPPPlanner, Preference, testbed
 from hipp_ext.calibration import all_batches, calibration_digest
 from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
-from hipp_ext.evals.bench.shapes import noise, random_llava
+from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.signal_cache import _read
@@ -126,8 +126,8 @@ def test_python_keeps_signals_where_the_commands_do_unless_told_not_to(tmp_path,
 def test_lines_tell_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
     measure_signals(build("llava"), BATCHES, bar=True)
     assert capsys.readouterr().err == "", "what takes seconds needs no lines"
-    monkeypatch.setattr("hipp_ext.planner.progress.FIRST", 0.0)
-    monkeypatch.setattr("hipp_ext.planner.progress.EVERY", 0.0)
+    monkeypatch.setattr("hipp_ext.progress.FIRST", 0.0)
+    monkeypatch.setattr("hipp_ext.progress.EVERY", 0.0)
     measure_signals(build("llava"), BATCHES, bar=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [

@@ -3,7 +3,7 @@
 import pytest
 
 from hipp_ext.errors import OutputExistsError
-from hipp_ext.evals.bench.attacked import run
+from hipp_ext.evals.studies.attacked import run
 
 SETTING = {"seeds": 1, "steps": 1, "questions": 8, "tested": 16, "ratios": (0.4,), "save": False}
 

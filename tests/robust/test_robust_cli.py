@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hipp_ext.errors import AttackError, BudgetError, CheckpointError, DataError, OutputExistsError
-from hipp_ext.evals.bench.robust import (
+from hipp_ext.evals.studies.robust import (
     Job,
     Setting,
     _plan,

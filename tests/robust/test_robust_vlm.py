@@ -10,11 +10,11 @@ from hipp_ext import HiPPPlanner, Preference, masked, testbed
 from hipp_ext.errors import AttackError, CalibrationError, UnsupportedModelError
 from hipp_ext.evals.evaluator import Evaluator, answered
 from hipp_ext.groups import find_groups
-from hipp_ext.masks import plan_from_counts
 from hipp_ext.planner import FitSettings
 from hipp_ext.robust import ImageAttack
 from hipp_ext.robust.attacks import answer_losses, pixel_ball
 from hipp_ext.scorers import MRS, Magnitude
+from hipp_ext.units import plan_from_counts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,127 @@
+"""`hipp bench comm`: bytes on the wire and accuracy of LQ-SGD and its alternatives, workers with like and with unlike data.
+
+Digits: scikit-learn's 8 x 8 digits, 897 to train and 900 to test, an MLP 64-256-256-10, global batch 64, SGD with momentum 0.9,
+rate 0.05 falling to 0. Unlike data: examples sorted by digit, so each worker sees a few digits only. Workers are simulated,
+see comm_baselines.py. Differences are paired by seed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hipp_ext.evals.studies.comm_baselines import Averager, methods
+from hipp_ext.evals.studies.measuring import mean_and_se, report
+
+REFERENCE = "PowerSGD"
+RANK = 1  # where compression hurts most
+
+
+def run(seeds: int = 5, steps: int = 300, save: bool = False) -> dict[str, Any]:
+    """Measure every method; returns and prints the result. Accuracies in percent, bytes per worker and step."""
+    torch.set_num_threads(1)
+    train, test = _digits()
+    table: dict[str, Any] = {}
+    for workers in (2, 4):
+        for split in ("iid", "non-iid"):
+            shapes = {n: p.shape for n, p in _mlp(0).named_parameters()}
+            runs = {
+                name: [
+                    _train(make(seed), workers, split, seed, steps, train, test)
+                    for seed in range(seeds)
+                ]
+                for name, make in methods(shapes, workers, RANK).items()
+            }
+            table[f"{workers} workers, {split}"] = rows = summary(runs)
+            print_rows(f"{workers} workers, {split}", rows)
+    values = {"task": "digits", "rank": RANK, "seeds": seeds, "steps": steps, "table": table}
+    return report("comm", f"hipp bench comm --seeds {seeds} --steps {steps}", values, save)
+
+
+def summary(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[str, Any]:
+    """Method -> accuracy, paired difference to PowerSGD, loss, bytes; from (accuracy, loss, bytes) per seed."""
+    rows = {}
+    for name, measured in runs.items():
+        accuracy, loss, sent = zip(*measured, strict=True)
+        reference = [m[0] for m in runs[REFERENCE]]
+        rows[name] = {
+            "accuracy": mean_and_se(accuracy),
+            "minus PowerSGD": mean_and_se(
+                [a - r for a, r in zip(accuracy, reference, strict=True)]
+            ),
+            "loss": mean_and_se(loss),
+            "bytes": sent[0],
+            "bytes of PowerSGD / bytes": runs[REFERENCE][0][2] / sent[0],
+        }
+    return rows
+
+
+def print_rows(title: str, rows: Mapping[str, Any]) -> None:
+    """A table for the eye."""
+    print(title)
+    for name, row in rows.items():
+        a, d = row["accuracy"], row["minus PowerSGD"]
+        print(
+            f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± {d['se']:.2f}  loss {row['loss']['mean']:.4f}  "
+            f"{row['bytes']:10.0f} bytes",
+            flush=True,
+        )
+
+
+def _train(
+    average: Averager,
+    workers: int,
+    split: str,
+    seed: int,
+    steps: int,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+) -> tuple[float, float, float]:
+    """(test accuracy [%], training loss over all examples, bytes per step)."""
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = train
+    order = torch.randperm(len(labels), generator=generator)
+    if split == "non-iid":
+        order = order[labels[order].argsort(stable=True)]
+    shares = order.chunk(workers)
+    model = _mlp(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    named = dict(model.named_parameters())
+    sent = 0.0
+    for step in range(steps):
+        gradients = []
+        for share in shares:
+            rows = share[torch.randint(len(share), (64 // workers,), generator=generator)]
+            loss = functional.cross_entropy(model(images[rows]), labels[rows])
+            gradients.append(
+                dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+            )
+        means, sent = average(gradients)
+        for name, p in named.items():
+            p.grad = means[name]
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        optimizer.step()
+    with torch.no_grad():
+        accuracy = 100 * float((model(test[0]).argmax(1) == test[1]).float().mean())
+        return accuracy, float(functional.cross_entropy(model(images), labels)), sent
+
+
+def _mlp(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from sklearn.datasets import load_digits
+
+    data: Any = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images, labels = (
+        torch.tensor(data.data, dtype=torch.float32)[order] / 16,
+        torch.tensor(data.target)[order],
+    )
+    return (images[:897], labels[:897]), (images[897:], labels[897:])

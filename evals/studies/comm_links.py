@@ -1,0 +1,250 @@
+"""`hipp bench links`: time per step over slow links, two workers in network namespaces of their own, joined by a bridge.
+
+Model: an MLP 784-2048-1536-10 (4.77M parameters), batch 4 per worker, torch's own hooks with one bucket (with more they abort
+on gloo). The links are virtual cables shaped by tc's token bucket in both directions; no delay, no loss. Needs root and
+iproute2; the namespaces' names carry this process's number, and only they are touched.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.evals.studies.measuring import report
+
+# name -> (kind, rank, bits)
+CONFIGURATIONS: dict[str, tuple[str, int, int]] = {
+    "fp32 all-reduce": ("fp32", 0, 32),
+    "fp16 hook": ("fp16", 0, 16),
+    "PowerSGD r32": ("powersgd", 32, 32),
+    "PowerSGD r32 fp16": ("powersgd16", 32, 16),
+    "LQ-SGD r32, 8 bits": ("lqsgd", 32, 8),
+    "LQ-SGD r32, 4 bits": ("lqsgd", 32, 4),
+    "PowerSGD r4": ("powersgd", 4, 32),
+    "LQ-SGD r4, 8 bits": ("lqsgd", 4, 8),
+    "LQ-SGD r4, 4 bits": ("lqsgd", 4, 4),
+}
+DENSE = ("fp32 all-reduce", "fp16 hook")
+WARM_UP = 3
+ADDRESS = "10.77.0.{}"  # inside the namespaces
+
+
+def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -> dict[str, Any]:
+    """Time every configuration at every rate [Mbit/s]; returns and prints the result. Times in seconds."""
+    if problem := _missing():
+        print(f"Skipped: {problem}")
+        return {}
+    table: dict[str, dict[str, Any]] = {}
+    for rate in rates:
+        # fp32 would take 16 s a step at 10 Mbit/s.
+        names = [n for n in CONFIGURATIONS if rate >= 100 or (n not in DENSE and "r32" in n)]
+        with _Network(2, rate) as network:
+            table[f"{rate} Mbit/s"] = rows = {
+                name: _measure(network, name, steps) for name in names
+            }
+        for name, row in rows.items():
+            times = f"{1e3 * row['median']:8.1f} ms, least {1e3 * row['least']:.1f}"
+            print(f"{rate} Mbit/s  {name:20} {times}, {row['bytes']:,} bytes")
+    values = {"parameters": 4_770_314, "workers": 2, "steps": steps, "batch": 4, "table": table}
+    values["times faster (medians)"] = {link: _ratios(rows) for link, rows in table.items()}
+    return report("links", f"hipp bench links --steps {steps}", values, save)
+
+
+def _ratios(rows: dict[str, Any]) -> dict[str, float]:
+    pairs = [
+        ("fp32 all-reduce", n) for n in rows if "fp32 all-reduce" in rows and n.startswith("LQ")
+    ]
+    pairs += [("PowerSGD r32", n) for n in rows if n.startswith("LQ-SGD r32")]
+    pairs += [("PowerSGD r32 fp16", n) for n in rows if n.startswith("LQ-SGD r32")]
+    pairs += [("PowerSGD r4", n) for n in rows if n.startswith("LQ-SGD r4")]
+    return {
+        f"{fast} over {slow}": rows[slow]["median"] / rows[fast]["median"] for slow, fast in pairs
+    }
+
+
+def _missing() -> str | None:
+    if os.name != "posix" or not shutil.which("ip") or not shutil.which("tc"):
+        return "emulated links need Linux with iproute2 (the commands ip and tc)."
+    if os.geteuid() != 0:
+        return "emulated links need root: they are made of network namespaces."
+    probe = f"hipp{os.getpid()}probe"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    if made.returncode:
+        return f"this system does not permit network namespaces: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", probe], check=False)
+    return None
+
+
+class _Network:
+    """`workers` namespaces, each with a cable to a bridge in one more, shaped to `rate` Mbit/s."""
+
+    def __init__(self, workers: int, rate: int):
+        self.prefix, self.workers, self.rate = f"hipp{os.getpid()}n", workers, rate
+        self.made: list[str] = []
+
+    def __enter__(self) -> "_Network":
+        try:
+            hub = self._namespace("hub")
+            _ip(f"-n {hub} link add br0 type bridge")
+            _ip(f"-n {hub} link set br0 up")
+            for i in range(self.workers):
+                own = self._namespace(str(i))
+                _ip(f"-n {own} link set lo up")
+                _ip(f"-n {own} link add e0 type veth peer name p{i} netns {hub}")
+                _ip(f"-n {own} addr add {ADDRESS.format(i + 1)}/24 dev e0")
+                _ip(f"-n {own} link set e0 up")
+                _ip(f"-n {hub} link set p{i} master br0 up")
+                for space, device in ((own, "e0"), (hub, f"p{i}")):
+                    shape = f"tc qdisc add dev {device} root tbf rate {self.rate}mbit burst 32kb latency 100ms"
+                    _ip(f"netns exec {space} {shape}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.made:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+    def _namespace(self, name: str) -> str:
+        full = f"{self.prefix}{name}"
+        _ip(f"netns add {full}")
+        self.made.append(full)
+        return full
+
+    def start(self, worker: int, arguments: list[str]) -> subprocess.Popen:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "e0",
+            "MASTER_ADDR": ADDRESS.format(1),
+            "MASTER_PORT": "29400",
+            "RANK": str(worker),
+            "WORLD_SIZE": str(self.workers),
+        }
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            f"{self.prefix}{worker}",
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            __name__,
+            *arguments,
+        ]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def _ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
+
+
+def _measure(network: _Network, name: str, steps: int) -> dict[str, Any]:
+    processes = [network.start(i, [name, str(steps)]) for i in range(network.workers)]
+    outputs = [p.communicate(timeout=600)[0] for p in processes]
+    if any(p.returncode for p in processes):
+        raise RuntimeError(f"{name}: a worker ended with {[p.returncode for p in processes]}.")
+    return json.loads(outputs[0].strip().splitlines()[-1])
+
+
+def worker(name: str, steps: int) -> None:
+    """One rank: train, and print the times as JSON."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo")
+    layers = [
+        nn.Linear(784, 2048),
+        nn.ReLU(),
+        nn.Linear(2048, 1536),
+        nn.ReLU(),
+        nn.Linear(1536, 10),
+    ]
+    ddp = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=100)
+    _register(ddp, *CONFIGURATIONS[name])
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    images, labels = (
+        torch.randn(4, 784, generator=generator),
+        torch.randint(10, (4,), generator=generator),
+    )
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ddp(images), labels).backward()
+        optimizer.step()
+
+    for _ in range(WARM_UP):
+        step()
+    times, start_bytes = [], _bytes_out()
+    for _ in range(steps):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    sent = (_bytes_out() - start_bytes) / steps
+    with ddp.no_sync():
+        alone = [_timed(step) for _ in range(steps)]
+    row = {
+        "median": statistics.median(times),
+        "least": min(times),
+        "most": max(times),
+        "n": steps,
+        "bytes": round(sent),
+    }
+    print(json.dumps(row | {"compute alone": statistics.median(alone)}))
+    dist.destroy_process_group()
+
+
+def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    from hipp_ext.comm import register_lqsgd
+
+    power: Any = powerSGD_hook
+
+    if kind == "lqsgd":
+        register_lqsgd(ddp, rank=rank, bits=bits)
+    elif kind == "fp16":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif kind.startswith("powersgd"):
+        state = power.PowerSGDState(
+            None,
+            matrix_approximation_rank=rank,
+            start_powerSGD_iter=2,
+            orthogonalization_epsilon=1e-8,
+        )
+        hook = power.powerSGD_hook
+        ddp.register_comm_hook(
+            state, default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook
+        )
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _bytes_out() -> int:
+    line = next(
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("e0:")
+    )
+    return int(line.split(":")[1].split()[8])
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], int(sys.argv[2]))

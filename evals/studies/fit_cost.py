@@ -1,0 +1,147 @@
+"""`hipp bench fit`: what a fit costs on random weights of LLaVA-1.5's shape: seconds, memory, and hours in all.
+
+Pictures and questions are noise with as many tokens as LLaVA-1.5's: six questions about one picture, as POPE asks them, and as
+many with a picture each, as in ScienceQA. What they say changes no time but the policy's, which learns by what plans earn: it
+is timed in a whole fit whose evaluator reads the reward off the plan.
+"""
+
+import statistics
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hipp_ext.answers import AnswerLogits
+from hipp_ext.budget import keep_counts
+from hipp_ext.evals.studies.measuring import describe, show, spending
+from hipp_ext.evals.studies.shapes import noise, random_llava
+from hipp_ext.groups import Group, find_groups, linear
+from hipp_ext.planner import FitSettings, HiPPPlanner
+from hipp_ext.planner.state import measure_signals
+from hipp_ext.preference import Preference
+from hipp_ext.surgery.checkpoint import resolve_device
+from hipp_ext.surgery.prune import prune
+from hipp_ext.surgery.slices import sliced
+from hipp_ext.units import plan_from_counts
+
+SHARED = 6  # questions about one picture, of POPE
+CALIBRATION_AT_ONCE = 16  # rows of one forward pass, as in `hipp fit`
+RATIOS = (0.15, 0.3, 0.45)  # of the plans that are timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitCostSize:
+    """What is measured.
+
+    Attributes:
+        hidden, layers: of the language tower; 4096 and 32 make the 7B model.
+        questions: per task.
+        calibration: rows that the signals are measured on.
+        fit: the fit whose cost is asked for.
+    """
+
+    hidden: int = 512
+    layers: int = 4
+    questions: int = 24
+    calibration: int = 64
+    fit: FitSettings = FitSettings()
+
+
+def run(
+    size: FitCostSize | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    command: str = "hipp bench fit",
+    save: bool = False,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure signals, evaluations, learning and surgery, one after another; returns and prints the result.
+
+    Args:
+        size: of the model and of the fit.
+        device, dtype: None: the GPU if there is one; float32.
+        command: what to say it was made with.
+        save: write it into the package's results.
+        out: also write it to this file.
+    """
+    size, place = size or FitCostSize(), resolve_device(device)
+    meter = partial(spending, place)
+    kind = getattr(torch, dtype or "float32")
+    model, building = meter(
+        lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind)
+    )
+    groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_AT_ONCE)
+    signals, spent_signals = meter(lambda: measure_signals(model, calibration))
+    asked = [*noise(size.questions, shared=SHARED, seed=1), *noise(size.questions, seed=2)]
+    answers, spent_inputs = meter(lambda: AnswerLogits(model, asked))
+    answers(model)  # warm-up
+    _, spent_dense = meter(lambda: answers(model))
+    with FlopCounterMode(display=False) as counter:
+        answers(model)
+    teraflops = counter.get_total_flops() / 1e12
+    spent_plans = []
+    with sliced(model, groups, signals.scores) as shrink:
+
+        def evaluate(ratio: float) -> None:
+            shrink(keep_counts(groups, None, ratio))
+            answers(model)
+
+        for ratio in RATIOS:
+            evaluate(ratio)  # kernels are chosen by shape
+            spent_plans.append(meter(lambda r=ratio: evaluate(r))[1])
+    planner = HiPPPlanner(Preference(1, 1, 1))
+    planner.signals = signals
+    _, spent_learning = meter(
+        lambda: planner.fit(model, _RewardOfShape(groups), size.fit, progress=False)
+    )
+    plan = plan_from_counts(groups, keep_counts(groups, None, 0.3), signals.scores)
+    small, spent_surgery = meter(lambda: prune(model, plan, inplace=True))
+    plan_seconds = statistics.fmean(spent["seconds"] for spent in spent_plans)
+    once = spent_signals["seconds"] + spent_inputs["seconds"] + spent_learning["seconds"]
+    rows_bytes = (
+        sum(int(b["attention_mask"].sum()) for b in asked)
+        * size.hidden
+        * next(small.parameters()).element_size()
+    )
+    values = {
+        "size": asdict(size) | {"fit": {"evaluations": size.fit.evaluations}},
+        "dtype": dtype or "float32",
+        "parameters": sum(g.parameters for g in groups),
+        "building": building,
+        "signals": spent_signals,
+        "inputs of the language tower": spent_inputs,
+        "activations_mib": rows_bytes / 2**20,
+        "evaluation, dense": spent_dense
+        | {"teraflops": teraflops, "teraflops_per_second": teraflops / spent_dense["seconds"]},
+        "evaluation, pruned": {
+            str(ratio): spent for ratio, spent in zip(RATIOS, spent_plans, strict=True)
+        },
+        "learning": spent_learning,
+        "surgery": spent_surgery,
+        "hours of a fit": (once + size.fit.evaluations * plan_seconds) / 3600,
+    }
+    result = describe(command, values, place)
+    show("fit_cost", result, save=save, out=out)
+    return result
+
+
+class _RewardOfShape:
+    """An evaluator that takes no time: rewards fall with the square of what each layer has lost."""
+
+    def __init__(self, groups: tuple[Group, ...]):
+        self.groups = groups
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        lost = [
+            1 - linear(model, g.consumer).in_features / (g.width * g.columns) for g in self.groups
+        ]
+        early, late = lost[: len(lost) // 2], lost[len(lost) // 2 :]
+        return {
+            "utility": 1 - statistics.fmean(x * x for x in early),
+            "robustness": 1 - statistics.fmean(x * x for x in late),
+        }

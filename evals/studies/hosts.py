@@ -1,0 +1,153 @@
+"""`hipp bench hosts`: time and extra memory of pruning a Llama with torch-pruning's own pruner and with hipp_ext.prune.
+
+Both remove the same share of FFN channels and KV groups in every layer, ranked by weight magnitude. For torch-pruning
+this is its LLM recipe made to work: eager attention, no cache, one head ratio per layer. Both work in place. Every run has a
+process of its own, the sides taking turns, and starts from a fresh model made outside the clock. hipp's time includes finding
+groups, scoring, planning and slicing. Extra memory is the peak above what the dense model's process held; Linux only.
+"""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hipp_ext.budget import Bounds, keep_counts
+from hipp_ext.errors import MissingExtraError
+from hipp_ext.evals.studies.measuring import ratio, report, resident
+from hipp_ext.groups import find_groups, tower_layers
+from hipp_ext.scorers import Magnitude
+from hipp_ext.surgery.prune import prune
+from hipp_ext.units import plan_from_counts
+
+RATIO = 0.25
+TOKENS = 16
+SHAPES: dict[str, dict[str, int]] = {
+    "100M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    },
+}
+
+
+def llama(shape: str) -> Any:
+    """A random Llama with 16,000 words and no grouped queries (stock torch-pruning cannot remove their heads), float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SHAPES[shape]
+    config: Any = LlamaConfig(
+        vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes
+    )  # type: ignore[arg-type]
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def with_hipp(model: Any) -> Any:
+    """Groups, magnitude scores, a uniform plan, surgery in place."""
+    groups = find_groups(model)
+    counts = keep_counts(groups, None, RATIO, Bounds(min_keep=0))
+    return prune(model, plan_from_counts(groups, counts, Magnitude()(model)), inplace=True)
+
+
+def with_torch_pruning(model: Any) -> Any:
+    """The stock pruner: trace, group, score, prune."""
+    try:
+        import torch_pruning as tp
+    except ModuleNotFoundError:
+        raise MissingExtraError("torch-pruning", "bench") from None
+    warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+    layers: list[Any] = list(tower_layers(model, "language"))
+    attentions: list[Any] = [layer.self_attn for layer in layers]
+    heads = model.config.num_attention_heads
+    make: Any = tp.pruner.BasePruner
+    pruner = make(
+        model,
+        {"input_ids": torch.ones(1, TOKENS, dtype=torch.long), "use_cache": False},
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={
+            m: RATIO
+            for layer, a in zip(layers, attentions, strict=True)
+            for m in (layer.mlp.gate_proj, a)
+        },
+        head_pruning_ratio_dict=dict.fromkeys(attentions, RATIO),
+        num_heads={p: heads for a in attentions for p in (a.q_proj, a.k_proj, a.v_proj)},
+        prune_num_heads=True,
+        prune_head_dims=False,
+        ignored_layers=[model.lm_head, model.model.embed_tokens],
+        output_transform=lambda out: out.logits,
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    pruner.step()
+    return model
+
+
+SIDES: dict[str, Callable[[Any], Any]] = {"hipp": with_hipp, "torch-pruning": with_torch_pruning}
+
+
+def measure(side: str, shape: str) -> dict[str, float]:
+    """One run in this process: seconds, extra memory [MiB], parameters before and after."""
+    if side == "torch-pruning":
+        import torch_pruning  # noqa: F401 (its import is not what is timed)
+    with_hipp(llama("100M")) if shape != "100M" else None  # both sides meet a warm torch
+    model = llama(shape)
+    dense = sum(p.numel() for p in model.parameters())
+    before = resident("VmRSS", reset=True)
+    start = time.perf_counter()
+    small = SIDES[side](model)
+    seconds = time.perf_counter() - start
+    extra = resident("VmHWM") - before
+    return {
+        "seconds": seconds,
+        "extra_mib": extra,
+        "dense": dense,
+        "left": sum(p.numel() for p in small.parameters()),
+    }
+
+
+def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:
+    """Measure both sides at both shapes; returns and prints the result."""
+    rows: dict[str, Any] = {}
+    for shape in SHAPES:
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for _ in range(repeats):
+            for side in SIDES:
+                runs[side].append(_in_own_process(side, shape))
+        times = {side: [r["seconds"] for r in runs[side]] for side in SIDES}
+        memory = {side: [r["extra_mib"] for r in runs[side]] for side in SIDES}
+        rows[shape] = {
+            "parameters": {
+                "dense": runs["hipp"][0]["dense"],
+                **{side: runs[side][0]["left"] for side in SIDES},
+            },
+            "time, torch-pruning / hipp": ratio(times, "torch-pruning", "hipp"),
+            "extra memory, hipp / torch-pruning": ratio(memory, "hipp", "torch-pruning"),
+            "seconds": times,
+            "extra_mib": memory,
+        }
+    values = {"shapes": rows, "target": {"time": 8, "extra memory": 0.5}}
+    return report("hosts", f"hipp bench hosts --repeats {repeats}", values, save)
+
+
+def _in_own_process(side: str, shape: str) -> dict[str, float]:
+    code = f"import json; from {__name__} import measure; print(json.dumps(measure({side!r}, {shape!r})))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{side} failed on the {shape} shape:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,126 @@
+"""`hipp bench recovery`: plan, prune 40%, recover on two processes, evaluate on the test and the validation split.
+
+The plan is the planner's for a preference. Recovery is the command a user would type, torchrun -m hipp_ext recover, on the
+testbed's training data: with LQ-SGD, and with DDP's own all-reduce to compare. The recipe was not chosen on the validation
+split. Finished parts in the folder are kept, so that an interrupted bench goes on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.pope import pope_scores
+from hipp_ext.evals.studies.measuring import report
+
+RATIO = 0.4
+COMPRESSIONS, STEPS = ("lqsgd", "none"), 150
+SPLITS = ("test", "validation")
+WISH = (0.4, 0.4, 0.2)
+
+
+def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[str, Any]:
+    """Make, recover and measure the models in `folder`; returns and prints the result. Percent, standard errors in points."""
+    torch.set_num_threads(1)
+    model, processor = testbed.load()
+    asked = {
+        split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")]
+        for split in SPLITS
+    }
+    evaluators = {split: Evaluator(model, processor, *tasks) for split, tasks in asked.items()}
+
+    def measure(name: str, model: Any, **more: Any) -> dict[str, Any]:
+        row = {
+            split: _accuracies(evaluators[split].scores(model), asked[split][0]) for split in SPLITS
+        } | more
+        print(name, row, flush=True)
+        return row
+
+    before = folder / "pruned"
+    if not before.exists():
+        save_pruned(prune(model, pruning_plan(model, processor)), before, processor)
+    pruned = load_pruned(before)
+    ratio = pruned.hipp_plan.pruning_ratio
+    rows = {
+        "dense": measure("dense", model),
+        "pruned": measure("pruned", pruned, pruning_ratio=ratio),
+    }
+    for compression in COMPRESSIONS:
+        after = folder / compression
+        if not after.exists():
+            _recover(before, after, compression, rank, bits)
+        more = (
+            {"bytes": _bytes(folder / f"{compression}.recover")} if compression == "lqsgd" else {}
+        )
+        rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
+    values = {
+        "rows": rows,
+        "processes": 2,
+        "rank": rank,
+        "bits": bits,
+        "seed": 0,
+        "preference": WISH,
+    }
+    values["questions"] = {
+        s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()
+    }
+    return report("recovery", "hipp bench recovery", values, save)
+
+
+def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
+    pictures = [str(q.scene) for q in pope]
+    truth, kinds = [q.answer for q in pope], [q.category for q in pope]
+    overall = pope_scores(scores["pope"].answers, truth, kinds, pictures)["vlmeval"]["overall"]
+    return {
+        "POPE": [overall.accuracy, overall.accuracy_se],
+        "POPE yes_rate": overall.yes_rate,
+        "ScienceQA": [scores["choice"].accuracy, scores["choice"].accuracy_se],
+    }
+
+
+def pruning_plan(model: Any, processor: Any) -> PruningPlan:
+    """The planner's for the wish."""
+    return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
+
+
+def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) -> None:
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hipp_ext",
+        "recover",
+    ]
+    options = [
+        "-o",
+        after,
+        "--steps",
+        STEPS,
+        "--compression",
+        compression,
+        "--rank",
+        rank,
+        "--bits",
+        bits,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *map(str, [before, *options])], check=True, env=environment)
+
+
+def _bytes(checkpoints: Path) -> dict[str, int]:
+    """What rank 0 sent, and what fp32 all-reduce would have sent."""
+    file = next(checkpoints.glob("step-*/lqsgd.rank0.safetensors"))
+    with safe_open(file, "pt") as stored:
+        counts = json.loads(stored.metadata()["lqsgd"])["counts"]
+    return {"sent": counts["bytes_sent"], "fp32": counts["dense_bytes"]}

@@ -1,0 +1,415 @@
+"""`hipp bench robust`: does knowing where robustness lives help to prune? Equal MACs, equal fine-tuning, many seeds, controls.
+
+Every job (network, ratio, loss, seed) trains one dense network by PGD-AT, prunes it in every arm to the MACs of the uniform
+plan, measures batch norms again under attack, fine-tunes, and evaluates on the first test images. Jobs are files; a stopped
+study goes on.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.measuring import (
+    claim_folder,
+    keep_picture,
+    mean_and_se,
+    report,
+    resident,
+)
+from hipp_ext.files import write_atomic
+from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
+from hipp_ext.robust.allocation import (
+    Bounds,
+    Cost,
+    allocate,
+    channel_costs,
+    default_floor,
+    global_counts,
+    uniform_counts,
+)
+from hipp_ext.robust.data import ImageData, load_data
+from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
+from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
+from hipp_ext.robust.models import MODEL_NAMES, build_model
+from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
+from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
+from hipp_ext.robust.training import TrainSettings, recalibrate, train
+from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.units import top_units
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
+ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
+ARMS = (
+    *MAIN,
+    "global-l1",
+    "bn",
+    "taylor",
+    "robust-taylor",
+    "uniform-bn",
+    "mrs-bn",
+    "clean-bn",
+    "shuffled-bn",
+    "mrs-worst",
+    "mrs-grad",
+    "mrs-taylor",
+    "mrs-rounds",
+    "random",
+)
+AGAINST = (
+    "uniform",
+    "global-l1",
+    "shuffled",
+    "clean-removal",
+    "bn",
+    "uniform-bn",
+    "clean-bn",
+    "shuffled-bn",
+)  # what every arm is compared with, seed by seed
+LOSSES: dict[str, Any] = {"trades": TRADES, "pgd-at": PGDAT}
+ATTACKS = ("pgd", "apgd-ce", "apgd-t")
+WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # three times as long, for the last images if any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a study runs.
+
+    Attributes:
+        data: name of the image set; root: its folder.
+        epsilon: L-inf radius.
+        steps: of the inner attack.
+        dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
+        attacks: see `hipp_ext.robust.evaluate`.
+        test: how many test images are attacked, the first ones; rows: how many training images are scored on.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    epsilon: float = 0.1
+    steps: int = 5
+    dense: int = 25
+    tune: int = 15
+    attacks: tuple[str, ...] = ATTACKS
+    test: int = 300
+    rows: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One dense network and one way to fine-tune what is pruned from it."""
+
+    network: str
+    ratio: float
+    loss: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.network}-{round(100 * self.ratio)}-{self.loss}-{self.seed}"
+
+
+def run_job(
+    job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Callable[[str], None]
+) -> None:
+    """Fill `out`/<job>/<arm>.json; arms that are there already are left alone."""
+    wanted = [a for a in arms if not (out / job.name / f"{a}.json").exists()]
+    if not wanted:
+        return
+    data = load_data(setting.data, setting.root, seed=job.seed)
+    dense = dense_network(
+        job.network, job.seed, setting, data, out / f"dense-{job.network}-{job.seed}.safetensors"
+    )
+    example = data.train.rows(slice(0, 1))[0]
+    groups = find_channel_groups(dense, example)
+    macs, parameters = channel_costs(dense, example, groups)
+    uniform = uniform_counts([g.width for g in groups], job.ratio)
+    for arm in wanted:
+        start, memory, scoring = time.process_time(), resident("VmHWM", reset=True), None
+        loss, settings = (
+            _loss(job.loss, setting),
+            TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed),
+        )
+        if arm == "mrs-rounds":
+            model, kept = _in_rounds(job, setting, dense, data, loss, settings)
+        else:
+            counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
+            scoring = {
+                "seconds": time.process_time() - start,
+                "peak_mb": resident("VmHWM") - memory,
+            }
+            kept = {
+                g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)
+            }
+            model = copy.deepcopy(dense)
+            prune_channels(model, example, kept)
+            recalibrate(model, data.train, setting.epsilon, seed=job.seed)
+            train(model, data, loss, settings)
+        keeps = [len(kept[g.name]) for g in groups]
+        found = evaluate(
+            model,
+            data.test.first(setting.test),
+            len(data.classes),
+            epsilon=setting.epsilon,
+            attacks=setting.attacks,
+            checks=False,
+            batch_size=600,
+            seed=job.seed,
+        )
+        values = {
+            **asdict(job),
+            "arm": arm,
+            "clean": found.clean,
+            **found.under,
+            "worst": found.worst,
+            "keeps": keeps,
+            "macs": macs(keeps) / macs([g.width for g in groups]),
+            "scoring": scoring,
+            "parameters": parameters(keeps) / parameters([g.width for g in groups]),
+        }
+        write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
+        say(
+            f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}"
+        )
+
+
+def _scores(job: Job, setting: Setting) -> ScoreSettings:
+    """How an arm scores, where its name says nothing else; weight norms, so that arms differ in one thing."""
+    return ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
+
+
+def _in_rounds(
+    job: Job,
+    setting: Setting,
+    dense: nn.Module,
+    data: ImageData,
+    loss: AdversarialLoss,
+    settings: TrainSettings,
+) -> tuple[nn.Module, Kept]:
+    """(network, channels kept) of MRPF in rounds."""
+    chosen = MRPFSettings(
+        pruning_ratio=job.ratio,
+        rounds=ROUNDS,
+        scores=_scores(job, setting),
+        bounds=Bounds(floor=default_floor(job.ratio)),
+        train=replace(settings, epochs=setting.tune // ROUNDS),
+    )
+    result = mrpf(dense, data, chosen, loss=loss)
+    return result.model, result.kept
+
+
+def dense_network(
+    network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None
+) -> nn.Module:
+    """The dense network of a seed, in eval mode; with a checkpoint it is trained once for all ratios and losses."""
+    torch.manual_seed(seed)
+    model = build_model(network, len(data.classes), data.shape)
+    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
+    train(
+        model,
+        data,
+        PGDAT(epsilon=setting.epsilon, steps=setting.steps),
+        settings,
+        checkpoint=checkpoint,
+    )
+    return model.eval()
+
+
+def _loss(name: str, setting: Setting) -> AdversarialLoss:
+    return LOSSES[name](epsilon=setting.epsilon, steps=setting.steps)
+
+
+def _plan(
+    arm: str,
+    job: Job,
+    setting: Setting,
+    dense: nn.Module,
+    data: ImageData,
+    groups: Sequence[ChannelGroup],
+    macs: Cost,
+    uniform: Sequence[int],
+) -> tuple[list[int], Sequence[torch.Tensor]]:
+    """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
+    budget, bounds, widths = (
+        macs(uniform),
+        Bounds(floor=default_floor(job.ratio)),
+        [g.width for g in groups],
+    )
+    settings = _scores(job, setting)
+    clean = replace(settings, attack_steps=0)
+    generator = torch.Generator().manual_seed(job.seed)
+    rankings = {"bn": "bn", "uniform-bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}
+    if arm in ("uniform", "global-l1", *rankings, "random"):
+        batches = attacked_batches(dense, data.train, settings if arm == "robust-taylor" else clean)
+        kind: Any = rankings.get(arm, "l1")
+        ranking = rank_channels(dense, groups, batches, kind)
+        if arm in ("global-l1", "bn"):
+            return global_counts(ranking, macs, budget, bounds=bounds), ranking
+        if arm == "random":
+            drawn = torch.randn(len(groups), generator=generator).exp().tolist()
+            return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
+        return list(uniform), ranking
+    forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
+    chosen = (
+        clean
+        if arm in ("clean-removal", "clean-bn")
+        else replace(settings, form=forms.get(arm, "removal"))
+    )
+    if arm.endswith(("-taylor", "-bn")):
+        chosen = replace(chosen, ranking="taylor" if arm.endswith("-taylor") else "bn")
+    scores = score(dense, data.train, groups, chosen)
+    values = list(scores.sensitivity)
+    if arm in ("shuffled", "shuffled-bn"):
+        values = [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
+    return allocate(values, widths, macs, budget, bounds=bounds), scores.ranking
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """All finished arms of all jobs."""
+    return [json.loads(p.read_text()) for p in sorted(out.glob("*/*.json"))]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Network, ratio and loss -> arm -> means, and paired differences over seeds."""
+    found: dict[str, Any] = {}
+    keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
+    for network, ratio, loss in keys:
+        mine = [r for r in rows if (r["network"], r["ratio"], r["loss"]) == (network, ratio, loss)]
+        by = {
+            a: {r["seed"]: r for r in mine if r["arm"] == a}
+            for a in dict.fromkeys(r["arm"] for r in mine)
+        }
+        entry = {}
+        for arm, runs in by.items():
+            means = {
+                k: mean_and_se([r[k] for r in runs.values()])
+                for k in ("clean", "pgd", "worst", "macs", "parameters")
+            }
+            if scored := [r["scoring"] for r in runs.values() if r["scoring"]]:
+                means["scoring_seconds"] = mean_and_se([s["seconds"] for s in scored])
+                means["scoring_peak_mb"] = {"most": max(s["peak_mb"] for s in scored)}
+            against = {b: _paired(runs, by[b]) for b in AGAINST if b in by and b != arm}
+            entry[arm] = means | {"difference": against}
+        found[f"{network} {ratio} {loss}"] = entry
+    return found
+
+
+def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any]:
+    """Differences a - b over the seeds that both have, in points."""
+    seeds = sorted(set(a) & set(b))
+    return {
+        k: mean_and_se([a[s][k] - b[s][k] for s in seeds]) if seeds else None
+        for k in ("clean", "worst")
+    }
+
+
+def power(
+    spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416
+) -> int:
+    """Seeds that show a paired `difference` [points] with probability 0.8 at the 5% level, given the differences' spread."""
+    return max(2, math.ceil(((level + power_level) * spread / difference) ** 2))
+
+
+def jobs(
+    networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int
+) -> Iterator[Job]:
+    """Seed by seed, so that a stopped study has all cells alike."""
+    for seed in range(seeds):
+        for network in networks:
+            for ratio in ratios:
+                for loss in losses:
+                    yield Job(network=network, ratio=ratio, loss=loss, seed=seed)
+
+
+def run(
+    out: Path,
+    setting: Setting,
+    networks: Sequence[str],
+    ratios: Sequence[float],
+    losses: Sequence[str],
+    seeds: int,
+    arms: Sequence[str],
+    save: bool,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run what is missing in `out`, then report all of it.
+
+    Raises:
+        DataError: an unknown arm, network or loss, or a ratio outside (0, 1).
+        OutputExistsError: `out` holds a study with another setting.
+    """
+    for what, given, known in (
+        ("arms", arms, ARMS),
+        ("losses", losses, LOSSES),
+        ("networks", networks, MODEL_NAMES),
+    ):
+        if unknown := [x for x in given if x not in known]:
+            raise DataError(f"Known {what} are {', '.join(known)}; got {unknown}.")
+    if outside := [r for r in ratios if not 0 < r < 1]:
+        raise DataError(f"Ratios are shares of the channels, above 0 and below 1; got {outside}.")
+    claim_folder(out, asdict(setting))
+    torch.set_num_threads(1)
+    for job in jobs(networks, ratios, losses, seeds):
+        run_job(job, setting, arms, out, say)
+    return conclude(out, setting, save)
+
+
+def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
+    """The report on what is finished in `out`, and a picture in `out`; with `save` also in results."""
+    cells = table(results(out))
+    values = {"setting": asdict(setting), "seeds_needed": needed(cells), "cells": cells}
+    whole = setting.attacks == WHOLE_AUTOATTACK
+    name = "robust_autoattack" if whole else "robust"
+    keep_picture(name, _picture(cells), save=save, folder=out)
+    return report(name, "hipp bench robust" + (" --autoattack" if whole else ""), values, save)
+
+
+def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Before the study, by the spread of a trial on the same data (3.1 points); then by the spread found, per cell."""
+    found: dict[str, Any] = {"planned, spread 3.1": power(3.1)}
+    for name, arms in cells.items():
+        difference = arms.get("mrs-removal", {}).get("difference", {}).get("uniform")
+        if difference and difference["worst"]["se"] is not None:
+            spread = difference["worst"]["se"] * difference["worst"]["n"] ** 0.5
+            found[f"{name}, spread {spread:.1f}"] = power(spread)
+    return found
+
+
+def _picture(cells: Mapping[str, Any]) -> "Figure":
+    """Accuracy under attack less that of the uniform plan, arm by arm, with standard errors over seeds."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, max(len(cells), 1))
+    lines = max(math.ceil(len(cells) / columns), 1)
+    figure = Figure(figsize=(3.4 * columns, 3.4 * lines), layout="constrained")
+    for i, (name, arms) in enumerate(cells.items()):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        rows = [
+            (a, v["difference"]["uniform"]["worst"])
+            for a, v in arms.items()
+            if v["difference"].get("uniform")
+        ]
+        rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
+        axes.errorbar(
+            [r[1]["mean"] for r in rows],
+            [f"{r[0]} (n={r[1]['n']})" for r in rows],
+            xerr=[r[1]["se"] or 0 for r in rows],
+            fmt="o",
+            capsize=3,
+        )
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("points above uniform")
+    return figure

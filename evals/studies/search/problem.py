@@ -1,0 +1,107 @@
+"""What every search method is given: an expensive function of plans, and so many evaluations of it."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from hipp_ext.budget import Bounds, keep_counts, largest_ratio
+from hipp_ext.errors import BudgetError
+from hipp_ext.evals.studies.search.levels import Levels
+from hipp_ext.groups import Group
+from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.reward import Reward
+
+Keeps = tuple[int, ...]
+LOOKUPS_PER_EVALUATION = (
+    20  # repeated plans that a method may ask for, per evaluation, before it counts as stuck
+)
+
+
+class Exhausted(Exception):
+    """The evaluations are spent, or the method asks for nothing but plans that it knows."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Problem:
+    """`problem(keeps)` -> Reward, at most `evaluations` different plans; a plan asked for again costs nothing.
+
+    Attributes:
+        groups: what is pruned.
+        bounds: of the keep counts.
+        evaluate: keep counts -> what they achieve; utility, robustness and compression are maximised.
+        evaluations: how many different plans may be evaluated.
+        largest_ratio: upper end of the pruning_ratio that is searched.
+        centre: pruning_ratio -> allocation logits of the plan that methods start from there and search around; None: uniform
+            plans.
+        evaluated: every evaluated plan with its reward, in order; no plan twice.
+        lookups: how often a plan was asked for again.
+    """
+
+    groups: tuple[Group, ...]
+    bounds: Bounds
+    evaluate: Callable[[Keeps], Reward]
+    evaluations: int
+    largest_ratio: float = MAX_RATIO
+    centre: Callable[[float], np.ndarray] | None = None
+    evaluated: list[tuple[Keeps, Reward]] = field(default_factory=list)
+    lookups: int = 0
+    _known: dict[Keeps, Reward] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._known.update(self.evaluated)
+
+    @cached_property
+    def levels(self) -> Levels:
+        """The allowed keep counts."""
+        return Levels.of(self.groups, self.bounds)
+
+    @cached_property
+    def limit(self) -> float:
+        """The largest pruning_ratio of the search that the bounds allow."""
+        return min(self.largest_ratio, largest_ratio(self.groups, self.bounds))
+
+    def __call__(self, keeps: Sequence[int]) -> Reward:
+        """The reward of a plan.
+
+        Raises:
+            Exhausted: the plan is new and no evaluation is left, or repeated plans were asked for too often.
+            BudgetError: a keep count is not allowed by the bounds.
+        """
+        plan = tuple(int(k) for k in keeps)
+        if plan in self._known:
+            self.lookups += 1
+            if self.lookups > LOOKUPS_PER_EVALUATION * self.evaluations:
+                raise Exhausted(
+                    f"{self.lookups} repeated plans and {len(self.evaluated)} different ones"
+                )
+            return self._known[plan]
+        if not self.levels.allows(plan):
+            raise BudgetError(
+                f"A search method asked for {plan}, which {self.bounds} do not allow."
+            )
+        if len(self.evaluated) >= self.evaluations:
+            raise Exhausted(f"all {self.evaluations} evaluations are spent")
+        reward = self._known[plan] = self.evaluate(plan)
+        self.evaluated.append((plan, reward))
+        return reward
+
+    def decode(self, allocation_logits: Sequence[float] | np.ndarray, ratio: float) -> Keeps:
+        """Keep counts for a pruning_ratio, which is clipped to [0, limit], and one logit per group beyond the centre's."""
+        ratio = float(np.clip(ratio, 0.0, self.limit))
+        logits = np.asarray(allocation_logits, dtype=np.float64)
+        if self.centre is not None:
+            logits = logits + self.centre(ratio)
+        return keep_counts(self.groups, logits.tolist(), ratio, self.bounds)
+
+
+Method = Callable[[Problem, int], None]
+
+
+def run(method: Method, problem: Problem, seed: int) -> Problem:
+    """`problem` after `method` has spent its evaluations."""
+    with contextlib.suppress(Exhausted):
+        method(problem, seed)
+    return problem

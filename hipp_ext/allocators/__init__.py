@@ -1,0 +1,1 @@
+"""How many units of every group stay."""

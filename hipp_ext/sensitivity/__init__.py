@@ -1,0 +1,1 @@
+"""What removing units of a group does to what the model puts out."""

@@ -1,0 +1,400 @@
+"""Save and load pruned models whose layers differ in width; pad them for loaders that cannot.
+
+A saved folder is a transformers folder (config.json with `per_layer_config`, safetensors, processor) plus
+`hipp_ext.json`, which holds the widths of every group, and `hipp_plan.json`, the plan. Models that llm-compressor quantised
+are saved and loaded likewise, with compressed weights.
+"""
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.files import new_folder, require_new, write_atomic
+from hipp_ext.groups import Group, Tower, block_of, find_groups, linear
+from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.model_folder import (
+    MANIFEST,
+    GroupWidth,
+    Manifest,
+    ModelFolder,
+    check_sizes,
+    damaged,
+    model_class,
+    read_folder,
+    shapes_in,
+)
+from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
+from hipp_ext.surgery.prune import PLAN_ATTRIBUTE, allot_caches_late, quiet_width_warnings
+
+__all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
+
+PLAN = "hipp_plan.json"
+# What is decided here, not by whoever calls: where the weights come from, and that no code comes with them.
+_DECIDED = {
+    "config",
+    "state_dict",
+    "subfolder",
+    "gguf_file",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "local_files_only",
+    "output_loading_info",
+    "adapter_name",
+    "adapter_kwargs",
+}
+
+
+def save_pruned(
+    model: nn.Module, path: str | Path, processor: Any = None, *, overwrite: bool = False
+) -> Path:
+    """Write `model`, its plan and its processor to the folder `path`, whole or not at all.
+
+    Args:
+        model: from `prune` (a model that was never pruned is saved just as well).
+        path: a folder that does not exist or is empty.
+        processor: what belongs beside the weights (a processor, or a tokenizer for a language model). None: the one
+            beside the weights that `model` was loaded from; where there is none, a warning says so.
+        overwrite: replace what is at `path`; the old folder stays until the new one is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputExistsError: `path` exists, and `overwrite` is False.
+        CalibrationError: the processor does not belong to the model.
+        UnsupportedModelError: the model carries adapters, or its groups cannot be described. Nothing was written.
+        WriteError: `path` cannot be written, or the disk is full.
+    """
+    from hipp_ext.calibration import check_processor, find_processor
+
+    # What cannot be saved is refused before anything is written.
+    check_saveable(model)
+    require_new(path, overwrite)
+    processor = processor or find_processor(model)
+    if processor is None:
+        warnings.warn(
+            f"{path}: no processor was given and none lies beside the weights the model was loaded from; the folder "
+            "cannot be evaluated until one is saved into it (save_pruned(..., processor=...)).",
+            stacklevel=2,
+        )
+    else:
+        check_processor(model, processor)
+    with new_folder(path, overwrite) as folder:
+        with settings_as_they_are(model):
+            model.save_pretrained(folder)  # type: ignore[operator]
+        if processor is not None:
+            processor.save_pretrained(folder)
+        complete_folder(model, folder)
+    return Path(path)
+
+
+def complete_folder(model: nn.Module, folder: Path) -> None:
+    """Add to the folder that `model.save_pretrained` wrote what `load_pruned` needs: plan, widths, and, where the model was
+    quantised, the names of the layers that were not."""
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    if plan is not None:
+        write_atomic(folder / PLAN, plan.to_json())
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(
+            f"save_pretrained of {type(model).__name__} wrote no config.json or no safetensors weights."
+        )
+    groups = find_groups(model, known_towers(model))
+    manifest = Manifest(
+        architecture=type(model).__name__,
+        groups=[
+            GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups
+        ],
+    )
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
+    _name_unquantised(model, folder / "config.json")
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where `model.save_pretrained` would not write the model itself.
+
+    Of a model with adapters it writes the adapters alone.
+    """
+    adapters = [
+        name or "the model"
+        for name, m in model.named_modules()
+        if type(m).__module__.partition(".")[0] == "peft"
+    ]
+    if adapters or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"The model carries adapters ({', '.join(adapters[-3:]) or 'added by add_adapter'}), and would be saved without "
+            "its own weights. Merge them first (model = model.merge_and_unload() of a PeftModel), or remove them. Nothing was "
+            "written."
+        )
+    find_groups(model)
+
+
+@contextlib.contextmanager
+def settings_as_they_are(model: Any) -> Iterator[None]:
+    """Inside the block `model.save_pretrained` writes the generation settings without judging them.
+
+    transformers loads settings such as a temperature without sampling (Vicuna's), and refuses to save them again.
+    """
+    from transformers import GenerationConfig
+
+    class Unjudged(GenerationConfig):
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            self.to_json_file(
+                Path(save_directory) / "generation_config.json", keys_to_pop=["compile_config"]
+            )
+
+    settings = getattr(model, "generation_config", None)
+    if type(settings) is not GenerationConfig:
+        yield
+        return
+    unjudged = copy.copy(settings)
+    unjudged.__class__ = Unjudged
+    model.generation_config = unjudged
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
+def _name_unquantised(model: nn.Module, file: Path) -> None:
+    """Add to the `ignore` of compressed-tensors in `file` every layer it leaves out, by its name in `model`.
+
+    compressed-tensors lists them by their names in the checkpoint. Where transformers renames on loading, as for LLaVA, the
+    list would match nothing, and layers without scales (the vision tower, the head) would be taken for quantised ones.
+    """
+    schemes = {name: getattr(m, "quantization_scheme", None) for name, m in model.named_modules()}
+    kinds = tuple(
+        {type(model.get_submodule(name)) for name, scheme in schemes.items() if scheme is not None}
+    )
+    if not kinds:
+        return
+    config = json.loads(file.read_text())
+    quantisation = config["quantization_config"]
+    left_out = [
+        name for name, m in model.named_modules() if isinstance(m, kinds) and schemes[name] is None
+    ]
+    quantisation["ignore"] = list(dict.fromkeys([*(quantisation.get("ignore") or []), *left_out]))
+    write_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_pruned(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The model in the folder `path` in eval mode, its layers as wide as they were saved, logits the same to the bit.
+
+    Also loads ordinary folders that were never pruned, and pruned models that something else saved (transformers' Trainer,
+    `save_pretrained`): widths are those of the weights. Never runs code from the folder, and reads no pickled weights.
+
+    Args:
+        path: a folder written by `save_pruned`, or any transformers model folder.
+        device: where to put it; None: the CPU, or what `device_map` says.
+        dtype: of the parameters, or its name ("bfloat16"); None or "auto": as they were saved. `torch_dtype` is the same.
+        kwargs: for transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder or a file of it is missing, damaged, or of another format; or an option that cannot be
+            honoured.
+        MissingExtraError: the model was quantised by llm-compressor, and compressed-tensors is not installed.
+        TypeError: an option that transformers does not know.
+    """
+    dtype = _resolve_dtype(dtype, kwargs.pop("torch_dtype", None))
+    if refused := sorted(_DECIDED & set(kwargs)):
+        raise CheckpointError(
+            f"load_pruned does not take {', '.join(refused)}: it reads the safetensors of a folder, and no code."
+        )
+    if device is not None:
+        if kwargs.get("device_map") is not None:
+            raise CheckpointError("device and device_map say the same thing: give one of them.")
+        resolve_device(str(device))
+    quiet_width_warnings()
+    folder = read_folder(path, kwargs.get("variant"))
+    stored = model_class(folder)
+    plan = read_plan(path)
+    model = _from_pretrained(folder, _resizing(stored, folder, kwargs), dtype, kwargs)
+    model.__class__ = stored
+    if getattr(model.config.get_text_config(), "is_heterogeneous", False):
+        allot_caches_late(model)
+    if plan is not None and _belongs(plan, model, folder):
+        setattr(model, PLAN_ATTRIBUTE, plan)
+    return (model if device is None else model.to(device)).eval()
+
+
+def _from_pretrained(
+    folder: ModelFolder, builder: Any, dtype: torch.dtype | None, kwargs: dict[str, Any]
+) -> Any:
+    try:
+        model, found = builder.from_pretrained(
+            folder.path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise  # too small a device: nothing is wrong with the folder
+    except ImportError as error:
+        if "compressed-tensors" in str(error) or "compressed_tensors" in str(error):
+            raise MissingExtraError(
+                f"{folder.path} requires compressed-tensors, which", "llm-compressor"
+            ) from error
+        raise CheckpointError(
+            f"{folder.path} needs a library that is not installed: {error}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # safetensors, json and transformers raise half a dozen kinds for damaged files
+        if isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in kwargs):
+            raise  # an argument that no model takes
+        raise damaged(folder.path, error) from error
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{folder.path} is incomplete: no weights for {sorted(found['missing_keys'])[:4]}."
+        )
+    return model
+
+
+def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
+    """A subclass of `stored` whose instances have the folder's widths from the moment they are built."""
+
+    def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
+        stored.__init__(self, config, *args, **options)
+        shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        named = _named_widths(folder, self)
+        for g in _groups(self, folder):
+            width = (
+                _width_in(shapes, self, g)
+                or named.get(g.name)
+                or _configured_width(config, self, g)
+            )
+            if width and width != g.width:
+                resize(self, g, width, _empty)
+        exact = (
+            not folder.quantised
+            and not kwargs.get("ignore_mismatched_sizes")
+            and not kwargs.get("quantization_config")
+        )
+        check_sizes(self, folder, shapes, exact)
+
+    # The same name, so that transformers takes it for the class that config.json names.
+    return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
+
+
+def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
+    """Those that can be mapped. An ordinary folder may hold a model that has none."""
+    towers: tuple[Tower, ...] = ("language", "vision")
+    groups: tuple[Group, ...] = ()
+    required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
+    for tower in towers:
+        try:
+            groups += find_groups(model, (tower,))
+        except UnsupportedModelError:
+            if tower in required:
+                raise
+    return groups
+
+
+def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
+    """Group name -> width in hipp_ext.json."""
+    if folder.manifest is None:
+        return {}
+    widths = {f"{g.tower}.{g.layer}.{g.kind}": g.width for g in folder.manifest.groups}
+    towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
+    if {g.name for g in find_groups(model, towers)} != set(widths):
+        raise PlanError(f"{MANIFEST} lists other groups than the model has.")
+    return widths
+
+
+def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
+    """Units of `group` in the weights; None where they are packed, or do not fit."""
+    shape = shapes.get(f"{group.consumer}.weight", ())
+    if (
+        len(shape) != 2
+        or shape[0] != linear(model, group.consumer).out_features
+        or shape[1] % group.columns
+    ):
+        return None
+    return shape[1] // group.columns
+
+
+def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None:
+    """Units of `group` by the configuration's `per_layer_config`."""
+    text = config.get_text_config()
+    if group.tower != "language" or not getattr(text, "is_heterogeneous", False):
+        return None
+    own = text.per_layer_config[group.layer]
+    if group.kind == "ffn":
+        return own.intermediate_size
+    return own.num_attention_heads * block_of(model, group).head_dim // group.columns
+
+
+def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
+    """Whether `plan` may be the one that `model` was pruned by; something else may have saved another model over it."""
+    widths = {g.name: g.width for g in _groups(model, folder)}
+    if all(
+        widths.get(e.name) in (e.keep, e.width) for e in plan.groups
+    ):  # e.width: units set to zero, none removed
+        return True
+    warnings.warn(
+        f"{folder.path / PLAN} is not the plan of the weights beside it, and is passed over.",
+        stacklevel=3,
+    )
+    return False
+
+
+def _empty(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=old.dtype, device=old.device)
+
+
+def read_plan(path: str | Path) -> PruningPlan | None:
+    """The plan saved in a model folder, or None where there is none."""
+    file = Path(path) / PLAN
+    return PruningPlan.load(file) if file.is_file() else None
+
+
+def _resolve_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise CheckpointError(
+            f"dtype={dtype} and torch_dtype={torch_dtype} say different things: give one of them."
+        )
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or wanted == "auto":
+        return None
+    found = (
+        getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+    )
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(
+            f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as 'bfloat16'."
+        )
+    return found
+
+
+def resolve_device(device: str | None) -> str:
+    """`device`, or the best there is for None.
+
+    Raises:
+        CheckpointError: no such device here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"device {device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+    return device
