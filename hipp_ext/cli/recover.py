@@ -15,9 +15,10 @@ from hipp_ext.cli.console import (
     model_folder,
     own_device,
     require_apart,
+    require_model,
     say,
+    warn,
 )
-from hipp_ext.cli.planning import require_model, warn
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
 
