@@ -108,7 +108,7 @@ class MRS(Scorer):
             values, _ = self._measure(model, groups, batches)
         return {g.name: v for g, v in zip(groups, values, strict=True)}
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> Mapping[str, Tensor]:
         values, units = self._measure(model, groups, batches)
