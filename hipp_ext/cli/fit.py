@@ -5,6 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.cli.calibration import (
+    CalibrationFiles,
+    CalibrationRows,
+    ImageFolder,
+    SequenceLength,
+    read_calibration,
+)
 from hipp_ext.cli.console import (
     Devices,
     Dtype,
@@ -83,6 +90,10 @@ def fit(
     scienceqa: ScienceQA = None,
     questions: Questions = 192,
     robustness_on: RobustnessOn = "pope",
+    calibration: CalibrationFiles = None,
+    image_folder: ImageFolder = None,
+    calibration_rows: CalibrationRows = None,
+    sequence_length: SequenceLength = None,
     device: Devices = None,
     dtype: Dtype = None,
 ) -> None:
@@ -123,6 +134,10 @@ def fit(
         folder=running,
         cost=chosen,
         processor=processor,
+        calibration=read_calibration(
+            calibration, processor, image_folder, calibration_rows, sequence_length
+        ),
+        rows=calibration_rows,
         say=typer.echo if workers.leads else None,
     )
     if workers.leads:

@@ -7,6 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.cli.calibration import (
+    CalibrationFiles,
+    CalibrationRows,
+    ImageFolder,
+    SequenceLength,
+    read_calibration,
+)
 from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
 from hipp_ext.cli.options import (
     ALLOCATORS,
@@ -77,6 +84,10 @@ def plan(
             rich_help_panel=METHOD,
         ),
     ] = "planner",
+    calibration: CalibrationFiles = None,
+    image_folder: ImageFolder = None,
+    calibration_rows: CalibrationRows = None,
+    sequence_length: SequenceLength = None,
     device: Devices = None,
     dtype: Dtype = None,
 ) -> None:
@@ -88,7 +99,7 @@ def plan(
     Examples:
 
     - `hipp plan ./llava-1.5-7b-hf -u 0.4 -r 0.4 -c 0.2 --round-to 64 -o plan.json`
-    - `hipp plan testbed --pruning-ratio 0.3 --allocator owl --scorer flap`
+    - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     """
     from hipp_ext.budget import check_ratio
@@ -123,7 +134,12 @@ def plan(
         maker = _allocator(allocator, pruning_ratio, ranking, bounds)
         options = {}
     loaded, processor = load_model(model, device, dtype, spread=True)
-    made = maker.plan(loaded, processor=processor, progress=True, **options)
+    data = read_calibration(
+        calibration, loaded, processor, image_folder, calibration_rows, sequence_length
+    )
+    made = maker.plan(
+        loaded, processor=processor, calibration=data, rows=calibration_rows, progress=True, **options
+    )
     made.save(out, overwrite)
     for line in _notes(maker, weights, pruning_ratio, preference):
         typer.echo(line)

@@ -8,6 +8,13 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.cli.calibration import (
+    CalibrationFiles,
+    CalibrationRows,
+    ImageFolder,
+    SequenceLength,
+    read_calibration,
+)
 from hipp_ext.cli.console import (
     HARDWARE,
     ModelArgument,
@@ -16,8 +23,8 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
-    warn,
 )
+from hipp_ext.errors import CalibrationError
 from hipp_ext.files import require_new
 
 prune_app = typer.Typer()
@@ -38,6 +45,11 @@ def prune(
             "training. Default: only remove.",
         ),
     ] = False,
+    overwrite: Overwrite = False,
+    calibration: CalibrationFiles = None,
+    image_folder: ImageFolder = None,
+    calibration_rows: CalibrationRows = None,
+    sequence_length: SequenceLength = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -47,32 +59,38 @@ def prune(
             rich_help_panel=HARDWARE,
         ),
     ] = None,
-    overwrite: Overwrite = False,
 ) -> None:
     """Prune a model by a plan and save it with its processor.
 
     Examples:
 
     - `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned`
-    - `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned --reconstruct`
+    - `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned --reconstruct --calibration chats.jsonl`
     - `vlmeval --data POPE --model ./pruned`
     """
     from hipp_ext.plan import PruningPlan
     from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.surgery.prune import prune as prune_model
-    from hipp_ext.testbed import is_testbed
 
+    if calibration and not reconstruct:
+        raise CalibrationError("--calibration is for --reconstruct: give both, or neither.")
     require_model(model)
     plan = PruningPlan.load(plan_file)
     require_new(out, overwrite)
     require_apart(out, Path(model_folder(model)), plan_file)
     loaded, processor = load_model(model, device if reconstruct or device else "cpu", spread=True)
-    if reconstruct and not is_testbed(loaded):
-        warn("the remaining weights are fitted to the built-in questions about a toy world.")
+    data = read_calibration(
+        calibration, processor, image_folder, calibration_rows, sequence_length
+    )
     before = sum(p.numel() for p in loaded.parameters())
     with _reconstruction_log():
         pruned = prune_model(
-            loaded, plan, inplace=True, compensate=reconstruct, processor=processor
+            loaded,
+            plan,
+            inplace=True,
+            reconstruct=reconstruct,
+            calibration=data,
+            processor=processor,
         )
     save_pruned(pruned, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in pruned.parameters())
