@@ -47,8 +47,9 @@ Overwrite = Annotated[
 
 
 def warn(line: str) -> None:
-    """Print a warning to stderr. The command goes on."""
-    typer.secho(f"hipp: warning: {line}", fg="yellow", err=True)
+    """Print a warning to stderr; under torchrun only in the first process. The command goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.secho(f"hipp: warning: {line}", fg="yellow", err=True)
 
 
 @contextlib.contextmanager

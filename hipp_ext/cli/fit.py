@@ -121,9 +121,7 @@ def fit(
     if workers.count > 1 and device is None:
         device = own_device()
     loaded, processor = load_model(model, device, dtype, spread=True)
-    evaluator = make_evaluator(
-        loaded, processor, pope, scienceqa, questions, out, robustness_on, warns=workers.leads
-    )
+    evaluator = make_evaluator(loaded, processor, pope, scienceqa, questions, out, robustness_on)
     planner = _new_planner(pruning_ratio, mrs, round_to, drop, cache)
     running = out.with_name(out.name + ".fit")
     chosen: Any = cost
@@ -135,9 +133,8 @@ def fit(
         cost=chosen,
         processor=processor,
         calibration=read_calibration(
-            calibration, processor, image_folder, calibration_rows, sequence_length
+            loaded, processor, calibration, image_folder, calibration_rows, sequence_length
         ),
-        rows=calibration_rows,
         say=typer.echo if workers.leads else None,
     )
     if workers.leads:
@@ -156,8 +153,6 @@ def make_evaluator(
     n: int,
     out: Path,
     robustness: RobustnessTest,
-    *,
-    warns: bool = False,
 ) -> Any:
     """The evaluator of plans: on two files, or on the testbed's questions.
 
@@ -169,7 +164,6 @@ def make_evaluator(
         n: questions per task.
         out: the planner's folder; pictures of the TSVs are unpacked beside it.
         robustness: what robustness is measured on.
-        warns: whether to warn that the testbed's questions suit no other model.
     """
     from hipp_ext.evals.demo import search_evaluator
     from hipp_ext.evals.evaluator import Evaluator
@@ -179,7 +173,7 @@ def make_evaluator(
 
     check_questions(pope, scienceqa)
     if pope is None or scienceqa is None:
-        if warns and not is_testbed(model):
+        if not is_testbed(model):
             warn(
                 "plans are evaluated on the built-in questions about a toy world. Pass your own "
                 "by --pope and --scienceqa."

@@ -135,11 +135,9 @@ def plan(
         options = {}
     loaded, processor = load_model(model, device, dtype, spread=True)
     data = read_calibration(
-        calibration, loaded, processor, image_folder, calibration_rows, sequence_length
+        loaded, processor, calibration, image_folder, calibration_rows, sequence_length
     )
-    made = maker.plan(
-        loaded, processor=processor, calibration=data, rows=calibration_rows, progress=True, **options
-    )
+    made = maker.plan(loaded, processor=processor, calibration=data, progress=True, **options)
     made.save(out, overwrite)
     for line in _notes(maker, weights, pruning_ratio, preference):
         typer.echo(line)

@@ -80,7 +80,7 @@ def prune(
     require_apart(out, Path(model_folder(model)), plan_file)
     loaded, processor = load_model(model, device if reconstruct or device else "cpu", spread=True)
     data = read_calibration(
-        calibration, processor, image_folder, calibration_rows, sequence_length
+        loaded, processor, calibration, image_folder, calibration_rows, sequence_length
     )
     before = sum(p.numel() for p in loaded.parameters())
     with _reconstruction_log():
