@@ -199,7 +199,7 @@ class TorchPruningScorer(Scorer):
             f"torch-pruning {getattr(self.importance, '__name__', type(self.importance).__name__)}"
         )
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         with (

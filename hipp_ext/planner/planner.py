@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
 from hipp_ext.errors import CalibrationError, PlanError
@@ -36,16 +37,6 @@ TOY = (
     "keeps what that data needs: from Python, plan(model, calibration=batches)."
 )
 UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
-
-
-def check_model(model: Any) -> None:
-    """Raise TypeError unless `model` is one."""
-    if isinstance(model, str | Path):
-        raise TypeError(
-            f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r})."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")
 
 
 def _mind_the_toy(model: nn.Module, say: Say | None) -> None:

@@ -1,6 +1,7 @@
 """Taylor: how much the loss would change, to first order, if a unit were removed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,19 @@ from hipp_ext.groups import Group
 from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit, require_labels
 
 
+@dataclass(frozen=True, kw_only=True)
 class Taylor(Scorer):
-    """Root mean square over batches of the loss's derivative with respect to a gate on the unit's output. Higher = keep.
+    """Root mean square over batches of the loss's derivative by a unit's gate. Higher = keep.
 
-    The gate derivative equals the sum of W * dL/dW over the unit's columns of the consumer's weight W, so only those
-    gradients are kept. The calibration needs `labels`; small batches give a finer average.
+    The gate multiplies the unit's output. Its derivative equals the sum of W * dL/dW over the
+    unit's columns of the consumer's weight W, so only those gradients are kept. The calibration
+    needs `labels`; small batches give a finer average.
 
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8, gates placed after the layer.
     Differs from the paper: squares are averaged over batches instead of single examples.
     """
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         require_labels(batches, "Taylor needs a loss")

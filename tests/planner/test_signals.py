@@ -17,10 +17,11 @@ from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.signal_cache import _read
-from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals, model_digest
+from hipp_ext.planner.state import FEATURES, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
+from hipp_ext.sensitivity.measured import measure_sensitivity
 
 BATCHES = [batch("llava", size=2, labels=True)]
 

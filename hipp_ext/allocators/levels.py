@@ -1,4 +1,4 @@
-"""The keep counts that the bounds allow, as a ladder of levels per group; every baseline climbs the same ladder."""
+"""The keep counts that the bounds allow, as levels of each group."""
 
 import heapq
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from hipp_ext.groups import Group
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Levels:
-    """Allowed keep counts and what they cost.
+    """Allowed keep counts and their cost.
 
     Attributes:
-        counts: for every group its allowed keep counts, ascending: floor, floor + step, ..., full width.
-        costs: (G,) parameters of one unit.
+        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., full width.
+        costs: (groups,) parameters of one unit.
     """
 
     counts: tuple[np.ndarray, ...]
@@ -25,7 +25,7 @@ class Levels:
 
     @classmethod
     def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
-        """The ladder of `groups` within `bounds`."""
+        """The levels of `groups` within `bounds`."""
         least, step = bounds.steps(groups)
         counts = [
             np.append(np.arange(low, g.width, s), g.width)
@@ -46,29 +46,30 @@ class Levels:
         """Prunable parameters."""
         return int(sum(cost * int(c[-1]) for cost, c in zip(self.costs, self.counts, strict=True)))
 
-    def parameters(self, keeps: Sequence[int]) -> int:
+    def parameters(self, keep_counts: Sequence[int]) -> int:
         """Prunable parameters that stay."""
-        return int(self.costs @ np.asarray(keeps, dtype=np.int64))
+        return int(self.costs @ np.asarray(keep_counts, dtype=np.int64))
 
     def budget(self, pruning_ratio: float) -> int:
-        """Parameters that may stay when `pruning_ratio` of them go, rounded as `keep_counts` does.
+        """Number of parameters that may stay at a pruning_ratio, rounded as `keep_counts` does.
 
         Raises:
-            BudgetError: the ratio is outside [0, 1), or the floors alone cost more.
+            BudgetError: the ratio is outside [0, 1), or the floors alone have more parameters.
         """
         check_ratio(pruning_ratio)
         budget = parameters_left(self.total, pruning_ratio)
         if (floor := self.parameters(self.least)) > budget:
             most = 1 - floor / self.total
             raise BudgetError(
-                f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} go."
+                f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} "
+                "go."
             )
         return budget
 
-    def allows(self, keeps: Sequence[int]) -> bool:
+    def allows(self, keep_counts: Sequence[int]) -> bool:
         """Whether every keep count is a level of its group."""
-        return len(keeps) == len(self.counts) and all(
-            k in c for k, c in zip(keeps, self.counts, strict=True)
+        return len(keep_counts) == len(self.counts) and all(
+            k in c for k, c in zip(keep_counts, self.counts, strict=True)
         )
 
     def level_of(self, group: int, keep: float) -> int:
@@ -76,20 +77,20 @@ class Levels:
         return max(0, int(np.searchsorted(self.counts[group], keep, side="right")) - 1)
 
     def fill(
-        self, keeps: Sequence[int], budget: int, values: Sequence[np.ndarray]
+        self, keep_counts: Sequence[int], budget: int, values: Sequence[np.ndarray]
     ) -> tuple[int, ...]:
-        """`keeps`, raised level by level until no next level of any group fits the budget.
+        """The counts, raised level by level until no next level of any group fits the budget.
 
-        So the parameters that stay come within one level of the budget and never above it.
+        The parameters that stay are within one level of the budget and never above it.
 
         Args:
-            keeps: allowed counts within the budget, where to start.
-            budget: parameters that may stay.
-            values: per group, what each climb is worth (entry i: from level i to i + 1); the next climb with the highest
-                value is made first, if it fits.
+            keep_counts: allowed counts within the budget to start from.
+            budget: number of parameters that may stay.
+            values: for each group, the value of each step (entry i: from level i to i + 1). The
+                step with the highest value is taken first, if it fits.
         """
-        level = [self.level_of(g, k) for g, k in enumerate(keeps)]
-        left = budget - self.parameters(keeps)
+        level = [self.level_of(g, k) for g, k in enumerate(keep_counts)]
+        left = budget - self.parameters(keep_counts)
         heap: list[tuple[float, int]] = []
 
         def offer(group: int) -> None:
@@ -99,7 +100,7 @@ class Levels:
         for group in range(len(level)):
             offer(group)
         while heap:
-            # What does not fit now never will: what is left only shrinks. So its group is closed.
+            # A step that does not fit now never will, because the rest of the budget only shrinks.
             _, group = heapq.heappop(heap)
             now, then = self.counts[group][level[group] : level[group] + 2]
             price = int((then - now) * self.costs[group])
