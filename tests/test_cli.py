@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from command import hipp as in_process
+from plans import random_plan
 from safetensors import SafetensorError
-from test_surgery import random_plan
 from typer.main import get_command
 
 import hipp_ext
