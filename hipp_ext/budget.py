@@ -1,9 +1,10 @@
 """Allocation + budget -> exact integer keep counts.
 
-An allocation says how strongly each group should be kept (one logit per group; only differences count). The budget
-says how much may stay in all. Between the two lies one function, so that every allocator meets every budget exactly.
-"""
+An allocation says how strongly each group should be kept (one logit per group; only differences
+count). The budget says how much may stay in all. Every allocator meets every budget exactly,
+because one function turns allocations into keep counts."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,59 +20,186 @@ MIN_KEEP = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a keep count of one group may be.
+    """Which keep counts a group may have.
 
     Attributes:
-        round_to: the columns that stay are a multiple of this (kernels and quantisation groups like 64 or 128). A group
-            that stays whole is always allowed. 1: no constraint.
-        min_keep: least share of the units of a group that stays, in [0, 1]; at least one unit always does. A mapping
-            from group name to share sets it for single groups, the default serves the others.
+        round_to: the input columns that stay are a multiple of this (kernels and quantisation
+            groups prefer 64 or 128). A group that stays whole is always allowed. 1: no constraint.
+        min_keep: least fraction of the units of a group that stays, in [0, 1]; at least one unit
+            always stays. A mapping from group name to fraction sets it for single groups; the
+            default applies to the others.
+        max_keep: largest fraction of the units of a group that stays, in [min_keep, 1].
     """
 
     round_to: int = 1
     min_keep: float | Mapping[str, float] = MIN_KEEP
+    max_keep: float = 1.0
 
     def __post_init__(self) -> None:
         multiple = whole(self.round_to)
         if multiple is None or not 1 <= multiple < 2**31:  # numpy counts in 64 bits
             raise BudgetError(f"round_to={self.round_to!r}: a whole number of 1 or more is needed.")
+        # Plain numbers, because numpy's cannot be written as JSON.
         object.__setattr__(self, "round_to", multiple)
-        shares = self.min_keep if isinstance(self.min_keep, Mapping) else {"": self.min_keep}
-        plain = {}  # numpy's numbers are no JSON
-        for name, given in shares.items():
-            share = finite(given)
-            if share is None or not 0 <= share <= 1:
-                raise BudgetError(f"min_keep={given!r}: a share between 0 and 1 is needed.")
-            plain[name] = share
-        object.__setattr__(
-            self, "min_keep", plain if isinstance(self.min_keep, Mapping) else plain[""]
-        )
+        object.__setattr__(self, "max_keep", _fraction("max_keep", self.max_keep))
+        if isinstance(self.min_keep, Mapping):
+            fractions = {n: _fraction("min_keep", f) for n, f in self.min_keep.items()}
+            object.__setattr__(self, "min_keep", fractions)
+            largest = max(fractions.values(), default=0.0)
+        else:
+            largest = _fraction("min_keep", self.min_keep)
+            object.__setattr__(self, "min_keep", largest)
+        if largest > self.max_keep:
+            raise BudgetError(f"min_keep={self.min_keep} is larger than max_keep={self.max_keep}.")
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """(least allowed keep count, units per step) of every group; the full width is allowed on top."""
+        """(least allowed keep count, units per step) of every group; see also `most`."""
         if isinstance(self.min_keep, Mapping) and (
             unknown := set(self.min_keep) - {g.name for g in groups}
         ):
             raise BudgetError(f"min_keep names groups that are not there: {sorted(unknown)}.")
-        widths = np.array([g.width for g in groups], dtype=np.int64)
         step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
-        floor = np.maximum(1, np.ceil([self._share(g) * g.width - 1e-9 for g in groups])).astype(
-            np.int64
-        )
-        return np.minimum(-(-floor // step) * step, widths), step
+        fractions = [self._min_keep(g.name) for g in groups]
+        return _least(fractions, [g.width for g in groups], step), step
+
+    def most(self, groups: Sequence[Group]) -> np.ndarray:
+        """Largest allowed keep count of every group."""
+        least, step = self.steps(groups)
+        return _most(self.max_keep, [g.width for g in groups], least, step)
+
+    def of_widths(self, widths: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(least, most) keep counts of groups of these widths, whose units are single channels.
+
+        Raises:
+            BudgetError: `min_keep` is a mapping, and widths have no names.
+        """
+        if isinstance(self.min_keep, Mapping):
+            raise BudgetError(
+                f"min_keep={self.min_keep!r}: one number for all groups is needed here."
+            )
+        step = np.full(len(widths), self.round_to, dtype=np.int64)
+        least = _least([self.min_keep] * len(widths), widths, step)
+        return least.tolist(), _most(self.max_keep, widths, least, step).tolist()
 
     def allow(self, groups: Sequence[Group], counts: np.ndarray) -> np.ndarray:
-        """Whether all keep counts of a plan are allowed; counts (plans, groups) -> (plans,) of bool."""
-        least, step = self.steps(groups)
-        whole = counts == np.array([g.width for g in groups])
-        return (whole | ((counts >= least) & ((counts - least) % step == 0))).all(1)
+        """Whether the keep counts of plans are allowed: (plans, groups) -> (plans,) bool."""
+        (least, step), most = self.steps(groups), self.most(groups)
+        inside = (counts >= least) & (counts <= most)
+        return (inside & ((counts == most) | ((counts - least) % step == 0))).all(1)
 
-    def _share(self, group: Group) -> float:
-        return (
-            self.min_keep.get(group.name, MIN_KEEP)
-            if isinstance(self.min_keep, Mapping)
-            else self.min_keep
+    def _min_keep(self, name: str) -> float:
+        if isinstance(self.min_keep, Mapping):
+            return self.min_keep.get(name, MIN_KEEP)
+        return self.min_keep
+
+
+def _fraction(name: str, value: object) -> float:
+    number = finite(value)
+    if number is None or not 0 <= number <= 1:
+        raise BudgetError(f"{name}={value!r}: a fraction between 0 and 1 is needed.")
+    return number
+
+
+def _least(fractions: Sequence[float], widths: Sequence[int], step: np.ndarray) -> np.ndarray:
+    exact = np.array(fractions) * np.array(widths) - 1e-9
+    floor = np.maximum(1, np.ceil(exact)).astype(np.int64)
+    return np.minimum(-(-floor // step) * step, widths)
+
+
+def _most(
+    fraction: float, widths: Sequence[int], least: np.ndarray, step: np.ndarray
+) -> np.ndarray:
+    if fraction == 1:
+        return np.array(widths, dtype=np.int64)
+    whole_units = np.floor(fraction * np.array(widths) + 1e-9).astype(np.int64)
+    return np.maximum(least, whole_units // step * step)
+
+
+Factor = tuple[int, tuple[tuple[int, int], ...]]  # constant, and (group, size of one unit) pairs
+Term = tuple[int, tuple[Factor, ...]]  # coefficient and factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A cost as an exact function of keep counts: a sum of products.
+
+    A term is `coefficient * factor * factor * ...`; a factor is a constant plus, for every group
+    that it depends on, the group's keep count times the size of one unit. So the weight of a
+    convolution is one term whose two factors are its output and its input channels.
+
+    Attributes:
+        name: what is counted, such as "parameters" or "MACs".
+        terms: coefficient and factors of every product; none of the numbers is negative.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def parameters(cls, groups: Sequence[Group]) -> "Cost":
+        """The parameters of `groups`, whose units own their parameters alone."""
+        return cls(
+            name="parameters",
+            terms=tuple((g.unit_parameters, ((0, ((i, 1),)),)) for i, g in enumerate(groups)),
         )
+
+    def __call__(self, keep_counts: Sequence[int]) -> int:
+        """The cost of a plan that keeps `keep_counts[i]` units of group i."""
+        return int(self.many(np.asarray(keep_counts, dtype=np.int64)))
+
+    def many(self, keep_counts: np.ndarray) -> np.ndarray:
+        """The costs of many plans: keep counts (..., groups) -> (...), both int64."""
+        constant, linear, products = self._parts
+        total = constant + keep_counts[..., : len(linear)] @ linear
+        return total + self._products(keep_counts) if products else total
+
+    def increases(self, keep_counts: np.ndarray, more: np.ndarray) -> np.ndarray:
+        """(groups,) what each group alone adds if it keeps `more[i]` further units."""
+        _, linear, products = self._parts
+        increases = np.zeros_like(more)
+        increases[: len(linear)] = linear * more[: len(linear)]
+        if products:
+            raised = self._products(keep_counts + np.diag(more))
+            increases += raised - self._products(keep_counts)
+        return increases
+
+    def _products(self, keep_counts: np.ndarray) -> np.ndarray:
+        total = np.zeros(keep_counts.shape[:-1], dtype=np.int64)
+        for coefficients, factors in self._parts[2]:
+            value = coefficients
+            for constants, sizes in factors:
+                value = value * (constants + keep_counts[..., : len(sizes)] @ sizes)
+            total = total + value.sum(-1)
+        return total
+
+    @functools.cached_property
+    def _parts(self) -> tuple[int, np.ndarray, list[tuple[np.ndarray, list]]]:
+        """(constant, linear part, products by number of factors), as arrays for speed."""
+        groups = 1 + max((i for _, f in self.terms for _, s in f for i, _ in s), default=-1)
+        constant, linear = 0, np.zeros(groups, dtype=np.int64)
+        by_length: dict[int, list[Term]] = {}
+        for coefficient, factors in self.terms:
+            if len(factors) > 1:
+                by_length.setdefault(len(factors), []).append((coefficient, factors))
+                continue
+            fixed, sizes = factors[0] if factors else (1, ())
+            constant += coefficient * fixed
+            for i, size in sizes:
+                linear[i] += coefficient * size
+        products = [_stacked(terms, groups) for terms in by_length.values()]
+        return constant, linear, products
+
+
+def _stacked(terms: Sequence[Term], groups: int) -> tuple[np.ndarray, list]:
+    """(coefficients (terms,), per factor its constants (terms,) and sizes (groups, terms))."""
+    factors = []
+    for column in zip(*(f for _, f in terms), strict=True):
+        sizes = np.zeros((groups, len(terms)), dtype=np.int64)
+        for t, (_, pairs) in enumerate(column):
+            for i, size in pairs:
+                sizes[i, t] += size
+        factors.append((np.array([fixed for fixed, _ in column], dtype=np.int64), sizes))
+    return np.array([c for c, _ in terms], dtype=np.int64), factors
 
 
 def keep_counts(
@@ -79,24 +207,29 @@ def keep_counts(
     allocation: Sequence[float] | None,
     pruning_ratio: float,
     bounds: Bounds | None = None,
+    cost: Cost | None = None,
 ) -> tuple[int, ...]:
-    """Keep counts, one per group, that remove at least `pruning_ratio` of the parameters and not one step more.
+    """Keep counts, one per group, that remove at least `pruning_ratio` and not one step more.
 
-    Every group keeps the share sigmoid(allocation + shift) of its units; the shift common to all is bisected, the
-    shares are rounded to allowed counts, and what is left of the budget is spent on the groups that rounding hurt most
-    until no further step of any group fits. So the parameters kept are within one step (one unit, or
-    `round_to` columns) of the budget, never above it, and a higher allocation never yields a lower count than an equal
-    group with a lower one, up to that last step.
+    Every group keeps the fraction sigmoid(allocation + shift) of its units. The common shift is
+    found by bisection, the fractions are rounded to allowed counts, and what is left of the budget
+    is spent on the groups that rounding hurt most until no further step of any group fits. So the
+    cost of what stays is within one step (one unit, or `round_to` columns) of the budget and never
+    above it, unless every group keeps as much as the bounds allow. A higher allocation never yields
+    a lower count than an equal group with a lower one, up to that last step.
 
     Args:
         groups: from `find_groups`.
-        allocation: one finite logit per group, higher = keep more; only differences count. None: all alike.
-        pruning_ratio: parameters removed / prunable parameters, in [0, 1).
-        bounds: rounding and floors.
+        allocation: one finite logit per group, higher = keep more; only differences count. None:
+            all groups are treated alike.
+        pruning_ratio: removed cost / cost of all groups, in [0, 1).
+        bounds: which keep counts are allowed.
+        cost: what the ratio counts; None: parameters.
 
     Raises:
-        BudgetError: the ratio is outside [0, 1) or cannot be reached within the bounds (the message says which
-            bounds, and the largest ratio that can), or the allocation does not fit the groups.
+        BudgetError: the ratio is outside [0, 1) or cannot be reached within the bounds (the message
+            gives the bounds, and the largest ratio that can be reached), or the allocation does not
+            fit the groups.
     """
     bounds = bounds or Bounds()
     logits = (
@@ -107,12 +240,12 @@ def keep_counts(
             f"The allocation needs {len(groups)} finite numbers, one per group; got {allocation!r}."
         )
     check_ratio(pruning_ratio)
-    decoder = _Decoder(groups, bounds)
+    decoder = _Decoder(groups, bounds, cost)
     target = parameters_left(decoder.total, pruning_ratio)
-    if int(decoder.cost @ decoder.least) > target:
+    if decoder.cost(decoder.least) > target:
         raise BudgetError(_unreachable(decoder, pruning_ratio, bounds))
-    counts, wanted = decoder.counts(logits[None], np.array([target]))
-    return _spend_rest(counts[0], wanted[0], decoder, target)
+    counts, exact = decoder.counts(logits[None], np.array([target]))
+    return _spend_rest(counts[0], exact[0], decoder, target)
 
 
 def many_keep_counts(
@@ -121,9 +254,10 @@ def many_keep_counts(
     pruning_ratios: np.ndarray,
     bounds: Bounds | None = None,
 ) -> np.ndarray:
-    """(plans, groups) keep counts for many plans at once: those of `keep_counts` before what rounding left is spent.
+    """(plans, groups) keep counts of many plans: those of `keep_counts` before the rest is spent.
 
-    Never above the budget. A ratio that the bounds do not allow gives the least counts. For plans that are only imagined.
+    They never exceed the budget in parameters. A ratio that the bounds do not allow gives the least
+    counts. This is for plans that a surrogate judges, and that are not carried out.
 
     Args:
         allocations: (plans, groups) logits.
@@ -135,40 +269,39 @@ def many_keep_counts(
 
 
 class _Decoder:
-    """Allocations -> keep counts, a row per plan."""
+    """Allocations -> keep counts, one row per plan."""
 
-    def __init__(self, groups: Sequence[Group], bounds: Bounds):
-        self.groups = groups
-        self.cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
+    def __init__(self, groups: Sequence[Group], bounds: Bounds, cost: Cost | None = None):
+        self.groups, self.cost = groups, cost or Cost.parameters(groups)
         self.widths = np.array([g.width for g in groups], dtype=np.int64)
-        self.least, self.step = bounds.steps(groups)
-        self.total = int(self.cost @ self.widths)
+        (self.least, self.step), self.most = bounds.steps(groups), bounds.most(groups)
+        self.total = self.cost(self.widths)
 
     def counts(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(counts, wished-for counts before rounding): the largest common shift whose counts fit each plan's target."""
+        """(counts, counts before rounding) at the largest shift whose counts fit each target."""
         low, high = -41 - logits.max(1), 41 - logits.min(1)
         for _ in range(48):
             middle = (low + high) / 2
-            fits = self._nearest(self._wanted(logits, middle)) @ self.cost <= targets
+            fits = self.cost.many(self._nearest(self._exact(logits, middle))) <= targets
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-        wanted = self._wanted(logits, low)
-        return self._nearest(wanted), wanted
+        exact = self._exact(logits, low)
+        return self._nearest(exact), exact
 
-    def _wanted(self, logits: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    def _exact(self, logits: np.ndarray, shift: np.ndarray) -> np.ndarray:
         return self.widths / (1 + np.exp(-np.clip(logits + shift[:, None], -40, 40)))
 
-    def _nearest(self, wanted: np.ndarray) -> np.ndarray:
-        # To the nearest, not down: of eight heads, a wish for 7.6 must not become 7 in every layer at once.
+    def _nearest(self, exact: np.ndarray) -> np.ndarray:
+        # To the nearest, not down: 7.6 of eight heads must not become 7 in every layer at once.
         counts = (
             self.least
-            + np.maximum(np.floor((wanted - self.least) / self.step + 0.5), 0).astype(np.int64)
+            + np.maximum(np.floor((exact - self.least) / self.step + 0.5), 0).astype(np.int64)
             * self.step
         )
-        return np.minimum(counts, self.widths)
+        return np.minimum(counts, self.most)
 
 
 def parameters_left(total: int, pruning_ratio: float) -> int:
-    """How many of `total` parameters may stay; what rounding adds to a ratio costs no parameter."""
+    """How many of `total` may stay; the rounding error of a ratio costs no parameter."""
     return math.floor((1 - pruning_ratio) * total + 1e-6)
 
 
@@ -177,46 +310,44 @@ def check_ratio(pruning_ratio: float) -> None:
     number = finite(pruning_ratio)
     if number is None or not 0 <= number < 1:
         raise BudgetError(
-            f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (the share that is removed)."
+            f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (fraction removed)."
         )
 
 
 def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
-    """The largest pruning_ratio that `bounds` allow."""
-    cost = np.array([g.unit_parameters for g in groups], dtype=np.int64)
+    """The largest pruning_ratio, in parameters, that `bounds` allow."""
+    cost = Cost.parameters(groups)
     least, _ = (bounds or Bounds()).steps(groups)
-    return 1 - int(cost @ least) / int(cost @ np.array([g.width for g in groups]))
+    return 1 - cost(least) / cost([g.width for g in groups])
 
 
 def largest_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
-    """The largest pruning_ratio that may be asked for: `max_ratio` less a margin for rounding, at least 0."""
+    """The largest pruning_ratio that can be requested: `max_ratio` less a margin for rounding."""
     return max(0.0, max_ratio(groups, bounds) - 1e-6)
 
 
 def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str:
     groups, least = decoder.groups, decoder.least
-    tight = ", ".join(
+    floors = ", ".join(
         f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False)
     )
+    reached = 1 - decoder.cost(least) / decoder.total
     return (
-        f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and round_to {bounds.round_to}: "
-        f"at most {1 - int(decoder.cost @ least) / decoder.total:.4f} can go. "
-        f"Floors: {tight}{', ...' if len(groups) > 6 else ''}."
+        f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and "
+        f"round_to {bounds.round_to}: at most {reached:.4f} can go. "
+        f"Least keep counts: {floors}{', ...' if len(groups) > 6 else ''}."
     )
 
 
 def _spend_rest(
-    counts: np.ndarray, wanted: np.ndarray, decoder: _Decoder, target: int
+    counts: np.ndarray, exact: np.ndarray, decoder: _Decoder, target: int
 ) -> tuple[int, ...]:
-    """Raise counts step by step, the largest shortfall (as a share of the width) first, while any step fits."""
-    cost, widths, step = decoder.cost, decoder.widths, decoder.step
-    grow = np.minimum(counts + step, widths) - counts
-    left = target - int(cost @ counts)
+    """Raise counts step by step while any step fits, largest rounding loss first."""
+    cost, widths, step, most = decoder.cost, decoder.widths, decoder.step, decoder.most
     while True:
-        fitting = (grow > 0) & (cost * grow <= left)
+        grow = np.minimum(counts + step, most) - counts
+        fitting = (grow > 0) & (cost.increases(counts, grow) <= target - cost(counts))
         if not fitting.any():
             return tuple(int(k) for k in counts)
-        i = int(np.argmax(np.where(fitting, (wanted - counts) / widths, -np.inf)))
-        left -= int(cost[i] * grow[i])
+        i = int(np.argmax(np.where(fitting, (exact - counts) / widths, -np.inf)))
         counts[i] += grow[i]
-        grow[i] = min(step[i], widths[i] - counts[i])

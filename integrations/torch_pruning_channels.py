@@ -16,8 +16,8 @@ from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
 from hipp_ext.integrations.torch_pruning_probe import misrouted
 from hipp_ext.scorers.base import evaluating
+from hipp_ext.scorers.group_loss import ChannelGroup, Loss, Reader, require_removable
 from hipp_ext.scorers.mrs import Form, measure, share_out
-from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader, require_removable
 
 __all__ = ["ChannelGroup", "Reader", "channel_mrs", "find_channel_groups", "prune_channels", "run"]
 

@@ -21,7 +21,7 @@ from hipp_ext.integrations.torch_pruning_importance import (
     tp,
 )
 from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.sensitivity import ChannelGroup, Reader, Share
+from hipp_ext.scorers.group_loss import ChannelGroup, Reader, Share
 
 OPTYPE: Any = tp.ops.OPTYPE  # type: ignore[reportAttributeAccessIssue]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.group_loss import ChannelGroup
 
 PROBES = 6  # a channel that is read elsewhere goes unnoticed once in (4/3)^6, and channels hardly ever go astray alone
 

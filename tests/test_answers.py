@@ -5,7 +5,7 @@ import torch
 import transformers
 from devices import LiveBytes
 from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
-from test_slices import scores_of
+from plans import random_scores
 
 from hipp_ext import testbed
 from hipp_ext.answers import AnswerLogits
@@ -32,7 +32,7 @@ def together(first, second):
 @pytest.mark.parametrize("padded", ["left", "right", "not"])
 def test_shared_equals_replayed(name, padded):
     model = build(name)
-    groups, scores = find_groups(model), scores_of(model)
+    groups, scores = find_groups(model), random_scores(find_groups(model))
     # Two rows with the same pictures and the same start, two with others.
     rows = together(batch(name), batch(name))
     rows["input_ids"][2:, -1] = rows["input_ids"][2:, -1].flip(0)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipp_ext.budget import Bounds, keep_counts, max_ratio
+from hipp_ext.budget import Bounds, Cost, keep_counts, max_ratio
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group, total_parameters
+from hipp_ext.groups import Group, Slice, total_parameters
 
 
 def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int = 1) -> Group:
@@ -19,10 +19,7 @@ def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int 
         layer=layer,
         kind=kind,
         width=width,
-        producers=(),
-        rows=(),
-        consumer="",
-        columns=columns,
+        owns=(Slice(parameter="layer.weight", dim=1, size=columns),),
         unit_parameters=unit_parameters,
         unit_flops=2 * unit_parameters,
     )
@@ -125,6 +122,10 @@ def test_an_allocation_that_does_not_fit_is_refused(logits):
         ({"min_keep": "all"}, "min_keep='all'"),
         ({"min_keep": True}, "min_keep=True"),
         ({"min_keep": {"language.0.ffn": "1"}}, "min_keep='1'"),
+        ({"max_keep": 1.5}, "max_keep=1.5"),
+        ({"max_keep": "all"}, "max_keep='all'"),
+        ({"min_keep": 0.9, "max_keep": 0.5}, r"min_keep=0\.9 is larger than max_keep=0\.5"),
+        ({"min_keep": {"a": 0.9}, "max_keep": 0.5}, r"is larger than max_keep=0\.5"),
     ],
 )
 def test_bounds_are_checked(bounds, message):
@@ -148,3 +149,53 @@ def test_numbers_of_other_types_are_taken_for_what_they_are():
         == (75,)
     )
     assert keep_counts(groups, None, np.int64(0)) == (100,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups_strategy, st.data())
+def test_no_group_keeps_more_than_the_bounds_allow(groups, data):
+    bounds = Bounds(
+        round_to=data.draw(st.sampled_from([1, 2, 16])),
+        min_keep=0.1,
+        max_keep=data.draw(st.sampled_from([0.1, 0.5, 0.9])),
+    )
+    ratio = data.draw(st.floats(0, 1)) * max_ratio(groups, bounds) * 0.999999
+    counts = np.array(keep_counts(groups, None, ratio, bounds))
+    assert bounds.allow(groups, counts[None]).all()
+    least, step = bounds.steps(groups)
+    most, widths = bounds.most(groups), np.array([g.width for g in groups])
+    assert (counts <= most).all() and (most <= np.maximum(least, bounds.max_keep * widths)).all()
+    assert ((most + step > bounds.max_keep * widths) | (most == widths)).all()
+    assert not bounds.allow(groups, (most + 1)[None]).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_cost_of_products_is_met_to_one_step(data):
+    widths = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=6))
+    number = st.integers(0, 9)
+    factor = st.tuples(
+        number, st.lists(st.tuples(st.integers(0, len(widths) - 1), number), max_size=3).map(tuple)
+    )
+    terms = st.tuples(number, st.lists(factor, max_size=3).map(tuple))
+    drawn = data.draw(st.lists(terms, max_size=5))
+    every = tuple((1, ((1, ((i, 1),)), (0, ((i, 2),)))) for i in range(len(widths)))
+    cost = Cost(name="entries", terms=(*drawn, *every))
+
+    def by_hand(counts):
+        total = 0
+        for coefficient, factors in cost.terms:
+            for fixed, sizes in factors:
+                coefficient *= fixed + sum(counts[i] * size for i, size in sizes)
+            total += coefficient
+        return total
+
+    groups = tuple(group(i, "ffn", w, 1) for i, w in enumerate(widths))
+    least, _ = Bounds().steps(groups)
+    ratio = data.draw(st.floats(0, 1)) * (1 - by_hand(least.tolist()) / by_hand(widths)) * 0.999999
+    counts = list(keep_counts(groups, None, ratio, cost=cost))
+    target = math.floor((1 - ratio) * by_hand(widths) + 1e-6)
+    assert cost(counts) == by_hand(counts) <= target
+    for i, width in enumerate(widths):
+        raised = [k + (i == j) for j, k in enumerate(counts)]
+        assert counts[i] == width or by_hand(raised) > target

@@ -22,7 +22,7 @@ from hipp_ext.integrations.torch_pruning import (
 )
 from hipp_ext.robust import ScoreSettings
 from hipp_ext.scorers import MRS, Taylor
-from hipp_ext.scorers.sensitivity import (
+from hipp_ext.scorers.group_loss import (
     first_order,
     removal_mask,
     unit_norms,

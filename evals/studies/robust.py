@@ -43,7 +43,7 @@ from hipp_ext.robust.models import MODEL_NAMES, build_model
 from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.group_loss import ChannelGroup
 from hipp_ext.units import top_units
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from hipp_ext.errors import BudgetError, UnsupportedModelError
 from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.sensitivity import ChannelGroup, require_removable
+from hipp_ext.scorers.group_loss import ChannelGroup, require_removable
 
 Factor = tuple[
     int, tuple[tuple[int, int], ...]

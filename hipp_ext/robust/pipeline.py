@@ -31,7 +31,7 @@ from hipp_ext.robust.losses import TRADES, AdversarialLoss
 from hipp_ext.robust.models import fixed_layers
 from hipp_ext.robust.scoring import ScoreSettings, score
 from hipp_ext.robust.training import Report, TrainSettings, recalibrate, restored, train
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.group_loss import ChannelGroup
 from hipp_ext.units import top_units
 
 Kept = dict[str, tuple[int, ...]]  # group -> the channels of the dense model that stay

@@ -14,8 +14,7 @@ from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import Images
 from hipp_ext.robust.losses import attacked
 from hipp_ext.robust.training import restored
-from hipp_ext.scorers.mrs import FORMS, Form, check_numbers
-from hipp_ext.scorers.sensitivity import (
+from hipp_ext.scorers.group_loss import (
     ChannelGroup,
     first_order,
     removal,
@@ -24,6 +23,7 @@ from hipp_ext.scorers.sensitivity import (
     unit_taylor,
     worst_case,
 )
+from hipp_ext.scorers.mrs import FORMS, Form, check_numbers
 
 Ranking = Literal["auto", "bn", "taylor", "l1"]
 RANKINGS = ("auto", "bn", "taylor", "l1")

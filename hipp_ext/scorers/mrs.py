@@ -12,7 +12,7 @@ from hipp_ext.errors import AttackError, CalibrationError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import Scorer, evaluating, forward, require_labels
-from hipp_ext.scorers.sensitivity import (
+from hipp_ext.scorers.group_loss import (
     Loss,
     Module,
     Reader,

@@ -11,7 +11,7 @@ from hipp_ext.calibration import TASKS, Batch, Task, all_batches
 from hipp_ext.groups import Group
 from hipp_ext.plan import PruningPlan
 from hipp_ext.progress import Tick
-from hipp_ext.surgery.prune import masked
+from hipp_ext.surgery.masks import masked
 from hipp_ext.units import check_scores, plan_from_counts
 
 PRUNE_LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # removed fractions of a group's units

@@ -18,7 +18,7 @@ from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import FLAP, SCORERS, Magnitude, WandaSP
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS
-from hipp_ext.surgery.prune import masked
+from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]

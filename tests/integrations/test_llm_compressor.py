@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from models import BUILDERS, IMAGE_TOKEN, batch, build
-from test_surgery import logits, random_plan
+from plans import logits, random_plan
 from torch.utils.data import DataLoader
 from vlm_tables import save_llava
 
@@ -33,7 +33,7 @@ from hipp_ext.integrations.llm_compressor import (
     validate_calibration,
 )
 from hipp_ext.preference import Preference
-from hipp_ext.surgery.prune import removed_entries, zero_units
+from hipp_ext.surgery.masks import removed_entries, zero_units
 from hipp_ext.units import plan_from_counts
 
 # The integration comes first: it keeps llm-compressor's import in bounds.

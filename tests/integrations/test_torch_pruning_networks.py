@@ -19,7 +19,7 @@ from hipp_ext.integrations.torch_pruning import (
 )
 from hipp_ext.robust.allocation import channel_costs
 from hipp_ext.robust.scoring import rank_channels
-from hipp_ext.scorers.sensitivity import gated
+from hipp_ext.scorers.group_loss import gated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 SHAPE = (1, 3, 12, 12)

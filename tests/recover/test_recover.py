@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import load_pruned, prune, save_pruned, testbed
 from hipp_ext.cli.recover import _question_lessons
