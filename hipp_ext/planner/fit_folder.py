@@ -1,4 +1,4 @@
-"""The folder of a fit: which fit it is, how far it has come, and the plans that it measured."""
+"""The folder of a fit: its identity, its checkpoint, and the plans that it measured."""
 
 import json
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.planner.reward import scores_agree
 
 CHECKPOINT, ARCHIVE, IDENTITY = "checkpoint.safetensors", "archive.jsonl", "fit.json"
-MOST = 1 << 20  # bytes of the last
+MAX_IDENTITY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """How far a fit has come.
+    """The state of a fit after a step.
 
     Attributes:
-        step: rounds that are done.
-        finished: whether the final learning that follows the last of them is done too.
-        tensors: of the learner.
+        step: number of finished rounds.
+        finished: whether the final updates are done too.
+        tensors: tensors of the learner.
     """
 
     step: int
@@ -33,28 +33,29 @@ class Checkpoint:
 
 
 class FitFolder:
-    """`path` of a fit, or None: then nothing is kept, and nothing was."""
+    """The files of a fit in `path`; None: nothing is kept."""
 
     def __init__(self, path: Path | None):
         self.path = path
         self.archive = None if path is None else path / ARCHIVE
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Take the folder for the fit of this identity, which holds what the evaluator says of the dense model as "dense".
+        """Use the folder for the fit with this identity.
+
+        Args:
+            identity: what must be the same to resume, as JSON. "dense", the evaluator's scores of
+                the dense model, may differ a little, as they do on other hardware.
 
         Raises:
-            CheckpointError: it is another fit's.
+            CheckpointError: the folder holds another fit.
         """
         if self.path is None:
             return
-        path, now = (
-            self.path / IDENTITY,
-            json.loads(json.dumps(identity)),
-        )  # as JSON gives it back: without tuples
+        path, now = self.path / IDENTITY, json.loads(json.dumps(identity))  # without tuples
         if not path.exists():
             write_atomic(path, json.dumps(now) + "\n")
             return
-        if not path.is_file() or path.stat().st_size > MOST:
+        if not path.is_file() or path.stat().st_size > MAX_IDENTITY_BYTES:
             raise self.damaged(f"{IDENTITY} is no file of a fit.")
         try:
             there = json.loads(text := path.read_text(errors="replace"))
@@ -65,18 +66,19 @@ class FitFolder:
             there, same = text.strip(), False
         if not same:
             raise CheckpointError(
-                f"{self.path} holds a fit with other settings, of another model, with another evaluator or on other "
-                f"calibration. Choose another folder, or remove it.\n there: {str(there)[:2000]}\n now:   {now}"
+                f"{self.path} holds a fit with other settings, of another model, with another "
+                "evaluator or on other calibration. Choose another folder, or remove it.\n"
+                f" there: {str(there)[:2000]}\n now:   {now}"
             )
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint` in place of the last one."""
+        """Write `checkpoint` in place of the previous one."""
         if self.path is not None:
             progress = {"step": checkpoint.step, "finished": checkpoint.finished}
             write_atomic(self.path / CHECKPOINT, seal(checkpoint.tensors, progress))
 
     def load(self) -> Checkpoint | None:
-        """The last checkpoint; None: there is none.
+        """The last checkpoint, or None if there is none.
 
         Raises:
             CheckpointError: it is damaged.
@@ -92,5 +94,5 @@ class FitFolder:
             raise self.damaged(f"{CHECKPOINT} is damaged: {error}") from None
 
     def damaged(self, what: str) -> CheckpointError:
-        """The error to raise when `what` keeps the fit from going on."""
+        """The error for a folder that a fit cannot resume from."""
         return CheckpointError(f"{self.path}: {what} Remove the folder to start again.")

@@ -331,12 +331,7 @@ def test_results_of_other_types_are_refused(tmp_path, path, value):
                         "plan": None,
                         "parameters": 1,
                         "records": {},
-                        "reward": {
-                            "utility": "1",
-                            "robustness": 1.0,
-                            "compression": 1.0,
-                            "stability": 0.0,
-                        },
+                        "reward": {"utility": "1", "robustness": 1.0, "compression": 1.0},
                     }
                 ]
             },

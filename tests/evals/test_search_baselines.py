@@ -45,10 +45,7 @@ class Closeness:
         kl = self.kl(keeps)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
         return Reward(
-            utility=1 - float(kl[:2].mean()),
-            robustness=1 - float(kl[2:].mean()),
-            compression=ratio,
-            stability=0.0,
+            utility=1 - float(kl[:2].mean()), robustness=1 - float(kl[2:].mean()), compression=ratio
         )
 
 
@@ -69,7 +66,7 @@ class ChannelsMatter:
         channels = [k / g.width for g, k in zip(self.groups, keeps, strict=True) if g.kind == "ffn"]
         kept = sum(channels) / len(channels)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
-        return Plain(utility=kept, robustness=kept, compression=ratio, stability=0.0)
+        return Plain(utility=kept, robustness=kept, compression=ratio)
 
 
 def removed(groups, keeps) -> int:

@@ -136,7 +136,9 @@ for number in ("1e308", "-1e308", "Infinity", "-Infinity", "NaN", "1" + "0" * 40
 known(
     "planner fit", "archive without allocations", text("*/archive.jsonl", in_rows("allocation", []))
 )
-known("planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keeps", [1])))
+known(
+    "planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keep_counts", [1]))
+)
 known(
     "planner fit",
     "archive that keeps 10**30 units",
