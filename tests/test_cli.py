@@ -1,6 +1,7 @@
 """The command line as a user types it; calls that need no process of their own run in this one."""
 
 import functools
+import json
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ import torch
 from command import hipp as in_process
 from plans import random_plan
 from safetensors import SafetensorError
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 
 import hipp_ext
@@ -103,6 +105,12 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         (("plan", "testbed", "--allocator", "uniform"), "uniform needs --pruning-ratio"),
         (("plan", "testbed", "-u", "1", "--allocator", "owl"), "owl and a preference exclude"),
         (("plan", "testbed", "--planner", "x", "--allocator", "owl"), "owl and --planner exclude"),
+        (("plan", "testbed", "--image-folder", "."), "give a file as well"),
+        (
+            ("plan", "testbed", "--calibration", "utility=a.tsv"),
+            "Give --calibration once, or twice as --calibration utility=FILE",
+        ),
+        (("prune", "testbed", "x.json", "-o", "x", "--calibration", "a.tsv"), "for --reconstruct"),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
         (
@@ -192,9 +200,47 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
         assert end.value.code == 2 and capsys.readouterr().err.strip() == line
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    """Folder of a tiny Llama with a tokenizer, a chat template, and chats beside it."""
+    place = tmp_path_factory.mktemp("text")
+    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, vocab_size=300)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(place / "llama")
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(place / "llama")
+    asked = [{"role": "user", "content": f"what is {n}"} for n in range(8)]
+    chats = [{"messages": [q, {"role": "assistant", "content": "a number"}]} for q in asked]
+    lines = map(json.dumps, [*chats, {"something": "else"}])
+    (place / "chats.jsonl").write_text("\n".join(lines))
+    return place
+
+
+def test_a_language_model_is_calibrated_on_the_users_file(language_model, monkeypatch):
+    monkeypatch.chdir(language_model)
+    by_task = ("--calibration", "utility=chats.jsonl", "--calibration", "robustness=chats.jsonl")
+    plan = ("plan", "llama", "--device", "cpu", "-o", "plan.json", "--overwrite")
+    for given in (("--calibration", "chats.jsonl"), by_task):
+        told = in_process(*plan, *given, "--sequence-length", "64")
+        assert "toy world" not in told and told.count("1 of 9 rows") == 1, told
+    owl = ("--allocator", "owl", "--pruning-ratio", "0.2", "--calibration", "chats.jsonl")
+    assert "removes 2" in in_process(*plan, *owl)
+    prune = ("prune", "llama", "plan.json", "-o", "small", "--device", "cpu", "--overwrite")
+    told = in_process(*prune, "--reconstruct", "--calibration", "chats.jsonl")
+    assert "toy world" not in told and "removed in total" in told
+
+
+def test_the_built_in_questions_are_warned_of_once(language_model, monkeypatch):
+    monkeypatch.chdir(language_model)
+    plan = ("plan", "llama", "--device", "cpu", "-o", "built-in.json", "--overwrite", *ROWS)
+    for more in ((), ("--allocator", "owl", "--pruning-ratio", "0.2")):
+        told = in_process(*plan, *more)
+        assert told.count("hipp: warning: The calibration is on the built-in questions") == 1
+        assert "--calibration FILE" in told
+
+
 def test_version_and_short_help():
     assert in_process("--version") == f"hipp-ext {hipp_ext.__version__}\n"
-    for command in ((), ("plan",), ("bench", "latency")):
+    for command in ((), ("plan",), ("latency",)):
         assert in_process(*command, "-h") == in_process(*command, "--help")
 
 

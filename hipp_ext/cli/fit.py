@@ -135,7 +135,7 @@ def fit(
         calibration=read_calibration(
             loaded, processor, calibration, image_folder, calibration_rows, sequence_length
         ),
-        say=typer.echo if workers.leads else None,
+        log=typer.echo if workers.leads else None,
     )
     if workers.leads:
         planner.save(out, overwrite=overwrite)

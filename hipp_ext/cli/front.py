@@ -82,7 +82,7 @@ def front(
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         fitted.pruning_ratio = pruning_ratio
-    choices, preference = None, read_preference(utility, robustness, compression)
+    answers, preference = None, read_preference(utility, robustness, compression)
     if preference is None and (model or pruning_ratio is not None):
         raise PreferenceError("--model and --pruning-ratio need a preference: give -u, -r or -c.")
     if preference is not None:
@@ -92,9 +92,9 @@ def front(
             evaluator = make_evaluator(
                 loaded, processor, pope, scienceqa, questions, planner, robustness_on
             )
-        choices = answer(fitted, preference, loaded, evaluator)
-    print_front(fitted, choices)
+        answers = answer(fitted, preference, loaded, evaluator)
+    print_front(fitted, answers)
     if picture:
-        write_picture(fitted, choices, picture)
+        write_picture(fitted, answers, picture)
     if json_file:
         write_json(json_file, {"front": front_rows(fitted)})

@@ -119,7 +119,7 @@ def plan(
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
             )
-        options = {"preference": preference, "archived": best_evaluated, "say": typer.echo}
+        options = {"preference": preference, "best_evaluated": best_evaluated, "log": typer.echo}
     else:
         for name, given in {
             "a preference": preference,
