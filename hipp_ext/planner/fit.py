@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from hipp_ext.budget import Bounds, keep_counts
+from hipp_ext.budget import Bounds, Cost, keep_counts
 from hipp_ext.planner.archive import Archive, Record, fit_groups
-from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import KeepCounts, MeasureMany
 from hipp_ext.planner.fit_folder import Checkpoint, FitFolder
 from hipp_ext.planner.grpo import Rollouts
@@ -74,7 +73,7 @@ class Trainer:
                 "settings": same,
                 "pruning_ratio": pruning_ratio,
                 "bounds": dataclasses.asdict(self.bounds),
-                "cost": cost.kind,
+                "cost": cost.name,
                 "mrs": mrs,
                 "scorer": signals.scorer,
                 "model": signals.digest,

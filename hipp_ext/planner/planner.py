@@ -225,7 +225,8 @@ class HiPPPlanner:
             and model_digest(model, self.signals.groups) == self.signals.digest
         )
         asked = rows or self._rows
-        # Signals of whatever calibration serve who names none; who names rows or a processor may mean others.
+        # Signals of whatever calibration serve who names none; who names rows or a processor may
+        # mean others.
         if (
             there
             and calibration is None
@@ -410,7 +411,7 @@ class HiPPPlanner:
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
+        """Write the planner to the folder `path`, whole or not at all."""
         write_planner(path, self, overwrite)
 
     @classmethod

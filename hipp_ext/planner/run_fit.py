@@ -1,4 +1,4 @@
-"""A fit in one process or several: measure plans, train the policy, and hand everyone the result."""
+"""A fit in one process or several, all of which get the result."""
 
 import copy
 from pathlib import Path

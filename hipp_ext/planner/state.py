@@ -185,7 +185,7 @@ def measure_signals(
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of all weights, by which signals know their model."""
+    """Hex digest of the groups and of a sample of all weights; signals belong to one of them."""
     digest = hashlib.sha256(repr(groups).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -1,4 +1,6 @@
-"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick of the fit, or not at all."""
+"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick
+of the fit, or not at all.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
+"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it
+is asked for.
+"""
 
 import random
 from dataclasses import replace
@@ -326,7 +328,9 @@ def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
 
 
 def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
-    """On top of a forward pass: what enters the language tower, once, and for its answers the keys and values of one batch."""
+    """On top of a forward pass: what enters the language tower, once, and for its answers the keys
+    and values of one batch.
+    """
     layers, batches = 2, noise(4, at_once=1)
     model = random_llava(256, layers, whole=True)
     token = model.get_input_embeddings().weight[0].nbytes
