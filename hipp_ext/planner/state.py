@@ -4,7 +4,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -14,17 +13,7 @@ from torch import Tensor, nn
 
 from hipp_ext.allocators.cheapest_path import CheapestPath
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import (
-    ROWS,
-    TASKS,
-    Batch,
-    Calibration,
-    Task,
-    all_batches,
-    calibration_by_task,
-    calibration_digest,
-    image_token_id,
-)
+from hipp_ext.calibration import TASKS, Calibration, CalibrationLike, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
@@ -177,10 +166,8 @@ def keep_shares(
 
 def measure_signals(
     model: nn.Module,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
@@ -191,10 +178,7 @@ def measure_signals(
 
     Args:
         model: to be planned for.
-        calibration: batches, by task where it is known which questions are asked for what; None: the testbed's through
-            `processor`.
-        processor: of a vision-language model; None: the one beside its weights.
-        rows: of the testbed's calibration.
+        calibration: a Calibration, batches, or batches by task; None: the testbed's.
         scorer: ranks the units of a group; None: WandaSP.
         mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
@@ -206,24 +190,23 @@ def measure_signals(
         raise UnsupportedModelError(
             "Signals are measured for the language tower; prune the vision tower by a plan of your own."
         )
-    tasks = calibration_by_task(model, calibration, processor, rows)
-    batches = all_batches(tasks)
+    given = Calibration.of(model, calibration)
     scorer, say = scorer or WandaSP(), progress or (lambda _: None)
     say(f"scoring units ({scorer.name})")
-    scores = scorer(model, batches, groups=groups)
+    scores = scorer(model, given, groups=groups)
     say("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     if image_token_id(model) is not None:
-        by_unit = VisualSensitivity()(model, batches, groups=groups)
+        by_unit = VisualSensitivity()(model, given, groups=groups)
         visual = torch.stack([by_unit[g.name].sum() for g in groups])
     say("measuring synaptic flow")
     flow_shares = SynFlow()(model, groups=groups)
     if mrs is not None:
         say("measuring the sensitivity of every group under attack")
-        under_attack = mrs.sensitivity(model, batches, groups=groups)
+        under_attack = mrs.sensitivity(model, given, groups=groups)
     say("measuring the sensitivity of every group")
     with counting(bar, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
     return Signals(
         groups=groups,
         scores=scores,
@@ -232,14 +215,14 @@ def measure_signals(
         flow_shares=flow_shares,
         sensitivity=sensitivity,
         digest=model_digest(model, groups),
-        calibration=calibration_digest(tasks),
+        calibration=given.digest,
         mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )
 
 
 def measure_sensitivity(
     model: nn.Module,
-    tasks: Mapping[Task, Sequence[Batch]],
+    calibration: CalibrationLike,
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
     tick: Tick = lambda done, total: None,
@@ -249,10 +232,10 @@ def measure_sensitivity(
     A group of one unit can lose nothing; it gets the median of the others, which says nothing. `tick` is called after each.
     """
     check_scores(groups, scores)
-    batches = all_batches(tasks)
-    answers = AnswerLogits(model, batches)
+    given = Calibration.of(model, calibration)
+    answers = AnswerLogits(model, given.batches)
     dense = answers(model).log_softmax(-1)
-    rows = _rows_of_tasks(tasks, batches)
+    rows = _rows_of_tasks(given)
     result = torch.zeros(len(TASKS), len(groups), len(REMOVED))
     several = [i for i, g in enumerate(groups) if g.width > 1]
     for number, i in enumerate(several, 1):
@@ -274,11 +257,12 @@ def measure_sensitivity(
     return result
 
 
-def _rows_of_tasks(tasks: Mapping[Task, Sequence[Batch]], batches: Sequence[Batch]) -> list[Tensor]:
-    """For each task, which rows of `batches` are its own."""
-    owners = [{id(batch) for batch in tasks[task]} for task in TASKS]
+def _rows_of_tasks(calibration: Calibration) -> list[Tensor]:
+    """For each task, a mask of the rows of `calibration.batches` that are its own."""
+    owners = [{id(batch) for batch in calibration.by_task[task]} for task in TASKS]
     return [
-        torch.tensor([id(b) in owner for b in batches for _ in b["input_ids"]]) for owner in owners
+        torch.tensor([id(b) in owner for b in calibration.batches for _ in b["input_ids"]])
+        for owner in owners
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Batch, Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 
@@ -27,7 +27,7 @@ class Scorer(abc.ABC):
     def __call__(
         self,
         model: nn.Module,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
         groups: Sequence[Group] | None = None,
@@ -36,7 +36,7 @@ class Scorer(abc.ABC):
 
         Args:
             model: left as it was found: weights, gradients, requires_grad, train/eval.
-            calibration: batches of the forward's tensors; None: the testbed's, through `processor`.
+            calibration: a Calibration, or batches; None: the testbed's, through `processor`.
             groups: which groups to score; None: those of the language tower.
 
         Raises:
@@ -47,9 +47,9 @@ class Scorer(abc.ABC):
         groups = tuple(groups) if groups is not None else find_groups(model)
         check_loaded(model)
         check_plain(model, groups)
-        batches = (
-            resolve_calibration(model, calibration, processor) if self.needs_calibration else []
-        )
+        batches: Sequence[Batch] = ()
+        if self.needs_calibration:
+            batches = Calibration.of(model, calibration, processor).batches
         with evaluating(model):
             raw = self._score(model, groups, batches)
         scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}

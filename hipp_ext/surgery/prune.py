@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import (
     Group,
@@ -42,7 +42,7 @@ def prune(
     *,
     inplace: bool = False,
     compensate: bool = False,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     processor: Any = None,
 ) -> Model:
     """A physically smaller model: the units that `plan` does not keep are sliced out of their linear layers.
@@ -60,7 +60,7 @@ def prune(
             come as close to the dense ones as the units that stay allow; no training. Logits then differ from those under
             `masked`. Gradients of those weights are dropped, they belong to other values; requires_grad stays. What it costs:
             see `hipp_ext.surgery.reconstruct.compensated_weights`.
-        calibration: batches to compensate on; None: the testbed's, through `processor`. Not read otherwise.
+        calibration: a Calibration or batches to compensate on; None: the testbed's, through `processor`. Not read otherwise.
         processor: None: the one beside the weights that `model` was loaded from.
 
     Raises:
@@ -73,7 +73,9 @@ def prune(
     plan = _loaded(plan)
     groups = match(model, plan)
     parts = _parts(model, groups, plan)
-    batches = resolve_calibration(model, calibration, processor, rows=ROWS) if compensate else []
+    batches: Sequence[Batch] = ()
+    if compensate:
+        batches = Calibration.of(model, calibration, processor, rows=ROWS).batches
     repaired = compensated_weights(model, groups, plan, batches) if compensate else {}
 
     def successor(part: _Part) -> nn.Parameter:
