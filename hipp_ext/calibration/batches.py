@@ -35,14 +35,15 @@ def check_batch(model: nn.Module, batch: Batch, index: int) -> None:
     ids = batch.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
         raise CalibrationError(
-            f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has {sorted(batch)}."
+            f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has "
+            f"{sorted(batch)}."
         )
     _check_lengths(batch, index)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if int(ids.max()) >= rows or int(ids.min()) < 0:
         raise CalibrationError(
-            f"Calibration batch {index} holds token ids from {int(ids.min())} to {int(ids.max())}; the model has {rows}: "
-            "a processor of another model?"
+            f"Calibration batch {index} holds token ids from {int(ids.min())} to "
+            f"{int(ids.max())}; the model has {rows}: a processor of another model?"
         )
     token = image_token_id(model)
     # Video-LLaVA calls its pictures pixel_values_images; videos have tokens of their own.
@@ -52,25 +53,28 @@ def check_batch(model: nn.Module, batch: Batch, index: int) -> None:
     )
     if token is not None and bool((ids == token).any()) != has_pixels:
         raise CalibrationError(
-            f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) and "
-            f"{'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another model?"
+            f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) "
+            f"and {'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another "
+            "model?"
         )
     if has_pixels and token is None:
         raise CalibrationError(
-            f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image token."
+            f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image "
+            "token."
         )
     labels = batch.get("labels")
     if labels is not None and (
         int(labels.max()) >= rows or int(torch.where(labels == -100, 0, labels).min()) < 0
     ):
         raise CalibrationError(
-            f"Calibration batch {index} has labels from {int(labels.min())} to {int(labels.max())}; they are token ids below "
-            f"{rows}, or -100 where nothing is to be answered."
+            f"Calibration batch {index} has labels from {int(labels.min())} to "
+            f"{int(labels.max())}; they are token ids below {rows}, or -100 where nothing is to be "
+            "answered."
         )
 
 
 def _check_lengths(batch: Batch, index: int) -> None:
-    """Raise CalibrationError where what comes one for each token does not: other lengths would be read at wrong places."""
+    """Raise CalibrationError unless input_ids, attention_mask and labels have the same shape."""
     shape = tuple(batch["input_ids"].shape)
     for name in ("input_ids", "attention_mask", "labels"):
         value: Any = batch.get(name)
@@ -83,7 +87,8 @@ def _check_lengths(batch: Batch, index: int) -> None:
         )
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
             raise CalibrationError(
-                f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got {got}."
+                f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got "
+                f"{got}."
             )
         if name != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
             raise CalibrationError(
@@ -91,5 +96,6 @@ def _check_lengths(batch: Batch, index: int) -> None:
             )
         if name == "attention_mask" and not bool(value.bool().any(1).all()):
             raise CalibrationError(
-                f"Calibration batch {index} has a row whose attention_mask leaves no token; leave it out."
+                f"Calibration batch {index} has a row whose attention_mask leaves no token; leave "
+                "it out."
             )

@@ -5,6 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -83,6 +84,63 @@ class Calibration:
         return cls(by_task={task: collected[id(given[task])] for task in TASKS})
 
     @classmethod
+    def from_file(
+        cls,
+        path: str | Path | Mapping[Task, str | Path],
+        processor: Any,
+        *,
+        image_folder: str | Path | None = None,
+        rows: int | None = None,
+        sequence_length: int | None = None,
+        batch_size: int = 8,
+    ) -> "Calibration":
+        """A calibration on the rows of the user's file, through the model's own chat template.
+
+        Which files are read:
+
+        - VLMEvalKit tables (.tsv): question, answer, options, hint, image (base64) or image_path;
+        - chats (.jsonl, .json): {"messages": [{"role", "content"}]} with text and image parts, as
+          OpenAI writes them, or {"conversations": [{"from", "value"}], "image": ...} as LLaVA does;
+        - texts: .txt in chunks of `sequence_length` tokens, .jsonl and .json with {"text": ...};
+        - a folder that `datasets` saved to disk, with rows of these shapes.
+
+        A chat ends with the last answer that begins within `sequence_length` tokens, and that
+        answer is its `labels`. The labels of a text are its second half. Batches hold rows of
+        similar length, padded on the left.
+
+        Args:
+            path: the file; or {"utility": path, "robustness": path}, a file for each task.
+            processor: processor of the model; of a language model, its tokenizer.
+            image_folder: folder that paths of pictures start from, and must not lead out of; None:
+                the folder of the file. Pictures at http addresses are not fetched.
+            rows: number of rows, evenly spaced over the file; None: 128, as Wanda and SparseGPT
+                take. Rows that do not fit are not replaced.
+            sequence_length: tokens after which a row is cut; None: 2048, or what the tokenizer
+                allows, if that is less.
+            batch_size: rows of a batch.
+
+        Warns:
+            UserWarning: rows were left out, how many and why (a picture that cannot be read, no
+                text, pictures or the answer beyond `sequence_length`, ...); `skipped` names all.
+
+        Raises:
+            CalibrationError: the file is of no kind that is read, or none of its rows can be used.
+            DataError: the file cannot be read, or is damaged.
+        """
+        from hipp_ext.calibration.reading import read_files
+
+        paths = path if isinstance(path, Mapping) else dict.fromkeys(TASKS, path)
+        if set(paths) != set(TASKS):
+            raise CalibrationError(
+                f"A calibration by task has files for {' and '.join(TASKS)}; "
+                f"got {sorted(map(str, paths))}."
+            )
+        by_task, skipped = read_files(
+            paths, processor, image_folder, rows, sequence_length, batch_size
+        )
+        return cls(by_task=by_task, skipped=skipped)
+
+    @classmethod
     def testbed(cls, model: nn.Module, processor: Any = None, rows: int = ROWS) -> "Calibration":
         """A calibration on the testbed's pictures and questions, by task; for a language model, on
         those of its questions that need no picture.
@@ -97,11 +155,12 @@ class Calibration:
         """
         processor = processor or find_processor(model)
         if processor is None:
+            folder = getattr(getattr(model, "config", None), "_name_or_path", "")
             raise CalibrationError(
                 f"No calibration data: pass calibration= (batches of {type(model).__name__}"
                 ".forward's tensors, or Calibration.from_file(...)), or processor= to calibrate on "
                 "the built-in pictures. None lies beside the model's weights"
-                f" ({getattr(getattr(model, 'config', None), '_name_or_path', '') or 'it was not loaded from a folder'})."
+                f" ({folder or 'it was not loaded from a folder'})."
             )
         check_processor(model, processor)
         from hipp_ext.testbed import calibration_tasks, calibration_texts

@@ -7,6 +7,9 @@ import torch
 
 from hipp_ext.calibration.batches import Batch
 
+Message = dict[str, Any]  # {"role": ..., "content": [{"type": "text", "text": ...}, ...]}
+Rendered = tuple[str, bool]  # a chat as text; whether the tokenizer has to add its beginning
+
 
 def encode(
     processor: Any,
@@ -14,30 +17,100 @@ def encode(
     images: Sequence[Any],
     answers: Sequence[str] | None = None,
 ) -> Batch:
-    """One left-padded batch: each prompt, with its image where there is one, through the processor's chat template.
+    """One left-padded batch: each prompt, with its image if any, through the chat template.
 
     Args:
-        processor: of a vision-language model with a chat template.
+        processor: processor of a vision-language model, with a chat template.
         prompts: user turns.
         images: a PIL image or None for each prompt.
-        answers: appended after the prompt; then `labels` holds the answers' tokens and -100 elsewhere.
+        answers: texts appended to the prompts; `labels` then holds the tokens of the answers, and
+            -100 elsewhere.
 
     Returns:
-        input_ids, attention_mask, pixel_values, ... as the model's forward takes them, and labels with answers.
+        input_ids, attention_mask, pixel_values, ... as the model's forward takes them; with
+        answers also labels.
     """
-    texts = []
-    for prompt, image in zip(prompts, images, strict=True):
-        content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}]
-        message = {"role": "user", "content": content}
-        texts.append(
-            processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        )
-    pictures = [[i] for i in images if i is not None]
-    full = (
-        texts
-        if answers is None
-        else [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
-    )
+    chats = [
+        user_turn(prompt, pictures=int(image is not None))
+        for prompt, image in zip(prompts, images, strict=True)
+    ]
+    pictures = [[] if image is None else [image] for image in images]
+    return encode_rendered(processor, [render(processor, c) for c in chats], pictures, answers)
+
+
+def encode_text(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str] | None = None
+) -> Batch:
+    """One left-padded batch: each prompt through the tokenizer's chat template, if it has one.
+
+    Args:
+        tokenizer: tokenizer of a language model. Without a padding token, its end-of-text token is
+            the padding, under the mask.
+        prompts: user turns.
+        answers: texts appended to the prompts; `labels` then holds the tokens of the answers, and
+            -100 elsewhere.
+
+    Returns:
+        input_ids and attention_mask [batch, tokens] int64; with answers also labels.
+    """
+    rendered = [render(tokenizer, user_turn(prompt)) for prompt in prompts]
+    return encode_rendered(tokenizer, rendered, [[]] * len(rendered), answers)
+
+
+def is_tokenizer(processor: Any) -> bool:
+    """Whether `processor` takes text alone."""
+    return getattr(processor, "image_processor", None) is None
+
+
+def user_turn(prompt: str, pictures: int = 0) -> list[Message]:
+    """A chat of one user turn, its pictures first."""
+    content = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def text_of(message: Message) -> str:
+    """The text of a message, without its pictures."""
+    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def render(processor: Any, messages: Sequence[Message]) -> Rendered:
+    """The chat as a text that ends where the assistant's next turn begins.
+
+    A tokenizer without a chat template gets a single user turn with "Answer:" below it, and a
+    longer chat as lines of "role: text".
+    """
+    if not is_tokenizer(processor):
+        return processor.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        ), False
+    plain = [{"role": m["role"], "content": text_of(m)} for m in messages]
+    # Templates of vision-language models take parts, most others take strings.
+    for shape in (plain, list(messages)) if getattr(processor, "chat_template", None) else ():
+        try:
+            text = processor.apply_chat_template(shape, add_generation_prompt=True, tokenize=False)
+        except (TypeError, ValueError):
+            continue
+        if plain[-1]["content"].strip() in text:
+            return text, False
+    if len(plain) == 1:
+        return f"{plain[0]['content'].rstrip()}\nAnswer:", True
+    lines = [f"{m['role']}: {m['content'].strip()}" for m in plain]
+    return "\n".join([*lines, "assistant:"]), True
+
+
+def encode_rendered(
+    processor: Any,
+    rendered: Sequence[Rendered],
+    images: Sequence[Sequence[Any]],
+    answers: Sequence[str] | None = None,
+) -> Batch:
+    """The batch of rendered chats with their pictures; see `encode` and `encode_text`."""
+    if is_tokenizer(processor):
+        return _encode_tokens(processor, rendered, answers)
+    texts, pictures = [text for text, _ in rendered], [list(own) for own in images if own]
+    full = texts
+    if answers is not None:
+        full = [join_answer(t, a) for t, a in zip(texts, answers, strict=True)]
     batch = tokenise(processor, full, pictures)
     if answers is not None:
         prompt_lengths = tokenise(processor, texts, pictures)["attention_mask"].sum(1)
@@ -48,18 +121,56 @@ def encode(
     return batch
 
 
+def _encode_tokens(
+    tokenizer: Any, rendered: Sequence[Rendered], answers: Sequence[str] | None
+) -> Batch:
+    rows, labels = [], []
+    for number, (text, special) in enumerate(rendered):
+        asked = whole = tokenizer(text, add_special_tokens=special)["input_ids"]
+        if answers is not None:
+            full = join_answer(text, answers[number])
+            whole = tokenizer(full, add_special_tokens=special)["input_ids"]
+        # A tokenizer may merge the end of the prompt with the answer: the answer starts where the
+        # two first differ.
+        start = next(
+            (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
+            min(len(asked), len(whole)),
+        )
+        rows.append(whole)
+        labels.append([-100] * start + whole[start:])
+    return padded(tokenizer, rows, None if answers is None else labels)
+
+
+def padded(
+    tokenizer: Any, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None
+) -> Batch:
+    """The batch of token ids, padded on the left, with labels of the same lengths."""
+    longest = max(map(len, rows))
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+    def left(fill: int, values: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([[fill] * (longest - len(own)) + list(own) for own in values])
+
+    batch = {
+        "input_ids": left(pad, rows),
+        "attention_mask": left(0, [[1] * len(ids) for ids in rows]),
+    }
+    return batch if labels is None else batch | {"labels": left(-100, labels)}
+
+
 def tokenise(
     processor: Any, texts: Sequence[str], images: Sequence[Any] | None = None, **kwargs: Any
 ) -> Batch:
-    """One left-padded batch of chats that a template has rendered, each with one beginning-of-text token.
+    """One left-padded batch of rendered chats, each with one beginning-of-text token.
 
-    Many templates write that token themselves, and the tokenizer would add a second one; transformers'
-    `processor.apply_chat_template(tokenize=True)` avoids it in the same way.
+    Many templates write that token themselves, and the tokenizer would add a second one;
+    transformers' `processor.apply_chat_template(tokenize=True)` avoids it in the same way.
 
     Args:
         processor: a processor, or the tokenizer of a language model.
-        texts: rendered by the processor's chat template.
-        images: the pictures of each text that has any, as the processor takes them; None or empty: none.
+        texts: chats as the processor's chat template renders them.
+        images: the pictures of each text that has any, as the processor takes them; None or empty:
+            no pictures.
         kwargs: further options of the processor.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -78,81 +189,13 @@ def tokenise(
 
 
 def _begins_twice(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer puts before a text the token that it begins with; not every such token is called bos_token."""
+    """Whether the tokenizer repeats the token that a text begins with; not every such token is
+    called bos_token."""
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     return bool(plain) and tokenizer(text)["input_ids"][:2] == [plain[0]] * 2 != plain[:2]
 
 
 def join_answer(text: str, answer: str) -> str:
-    """Templates end in a line break or in "ASSISTANT:"; after the latter the answer follows a space."""
+    """The prompt with its answer. Templates end in a line break, or in "ASSISTANT:"; after the
+    latter the answer follows a space."""
     return text + answer if text[-1:].isspace() else f"{text} {answer}"
-
-
-def is_tokenizer(processor: Any) -> bool:
-    """Whether `processor` takes text alone."""
-    return getattr(processor, "image_processor", None) is None
-
-
-def encode_text(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str] | None = None
-) -> Batch:
-    """One left-padded batch: each prompt through the tokenizer's chat template, or as it is where there is none.
-
-    Args:
-        tokenizer: of a language model; one without a padding token is padded with its end of text, under the mask.
-        prompts: user turns.
-        answers: appended after the prompt; then `labels` holds the answers' tokens and -100 elsewhere.
-
-    Returns:
-        input_ids and attention_mask [batch, tokens] int64, and labels with answers.
-    """
-    rows, labels = [], []
-    for number, prompt in enumerate(prompts):
-        text, special = _ask(tokenizer, prompt)
-        asked = tokenizer(text, add_special_tokens=special)["input_ids"]
-        whole = (
-            asked
-            if answers is None
-            else tokenizer(join_answer(text, answers[number]), add_special_tokens=special)[
-                "input_ids"
-            ]
-        )
-        # A tokenizer may merge the end of the prompt with the answer: the answer starts where the two first differ.
-        start = next(
-            (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
-            min(len(asked), len(whole)),
-        )
-        rows.append(whole)
-        labels.append([-100] * start + whole[start:])
-    longest = max(map(len, rows))
-    padding = next(
-        (t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0
-    )
-    batch = {
-        "input_ids": torch.tensor([[padding] * (longest - len(ids)) + ids for ids in rows]),
-        "attention_mask": torch.tensor(
-            [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]
-        ),
-    }
-    if answers is not None:
-        batch["labels"] = torch.tensor([[-100] * (longest - len(ids)) + ids for ids in labels])
-    return batch
-
-
-def _ask(tokenizer: Any, prompt: str) -> tuple[str, bool]:
-    """The text that asks `prompt`, and whether the tokenizer has to add its own beginning."""
-    if not getattr(tokenizer, "chat_template", None):
-        return f"{prompt.rstrip()}\nAnswer:", True
-    for content in (
-        prompt,
-        [{"type": "text", "text": prompt}],
-    ):  # templates of vision-language models want parts
-        try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-        except (TypeError, ValueError):
-            continue
-        if prompt.strip() in text:
-            return text, False
-    return f"{prompt.rstrip()}\nAnswer:", True
