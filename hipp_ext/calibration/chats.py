@@ -180,9 +180,14 @@ def choice_prompt(question: str, options: Mapping[str, object], hint: str = "") 
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    if not isinstance(row["text"], str) or not row["text"].strip():
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
         raise DataError("its text is empty, or no text")
-    return row["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("its text holds half a character (a lone surrogate)") from None
+    return text
 
 
 _SHAPES: dict[str, Callable[[Mapping[str, Any]], Chat | str]] = {

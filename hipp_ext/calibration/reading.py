@@ -20,7 +20,7 @@ from hipp_ext.calibration.encoding import (
 )
 from hipp_ext.calibration.records import Record, read_passages, read_records
 from hipp_ext.errors import CalibrationError, DataError
-from hipp_ext.files.untrusted import shown
+from hipp_ext.files.untrusted import PICTURE_PIXELS, shown
 from hipp_ext.quantities import whole
 
 ROWS = 128  # number of rows that are taken from a file
@@ -157,19 +157,33 @@ class Reader:
             if i and m["role"] == "assistant" and text_of(m).strip()
         ]
         pictures = self._pictures(chat.sources)
-        why = None
-        for end in reversed(answers or [len(messages)]):
-            asked = messages[:end]
+        ends = answers or [len(messages)]
+        # Later answers begin later: the last one that fits is found by bisection, the very last
+        # one being tried first.
+        low, high, middle = 0, len(ends), len(ends) - 1
+        fitting: ChatRow | DataError = DataError("it is empty")
+        while low < high:
+            asked = messages[: ends[middle]]
             own = sum(part["type"] == "image" for m in asked for part in m["content"])
-            answer = text_of(messages[end]) if answers else None
+            answer = text_of(messages[ends[middle]]) if answers else None
             try:
-                return self._measured(asked, answer, chat.sources[:own], pictures[:own])
+                fitting = self._measured(asked, answer, chat.sources[:own], pictures[:own])
+                low = middle + 1
             except _TooLong as error:
-                why = error
-        raise why or DataError("it is empty")
+                fitting = fitting if isinstance(fitting, ChatRow) else error
+                high = middle
+            middle = (low + high) // 2
+        if isinstance(fitting, DataError):
+            raise fitting
+        return fitting
 
     def _pictures(self, sources: Sequence[Any]) -> list[Any]:
-        return [read_source(source, self.folder) for source in sources]
+        pictures = []
+        for source in sources:
+            pictures.append(read_source(source, self.folder))
+            if sum(p.width * p.height for p in pictures) > PICTURE_PIXELS:
+                raise DataError(f"its pictures have more than {PICTURE_PIXELS:,} pixels in all")
+        return pictures
 
     def _measured(
         self,

@@ -43,7 +43,7 @@ SequenceLength = Annotated[
     typer.Option(
         "--sequence-length",
         min=2,
-        help="Tokens after which a row of FILE is cut; default: 2048, or what the tokenizer allows.",
+        help="Tokens after which a row of FILE is cut; default: 2048, or the tokenizer's limit.",
     ),
 ]
 
