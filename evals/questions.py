@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hipp_ext.calibration.chats import choice_prompt
 from hipp_ext.evals.tables import YES_NO, Table, row_options
 from hipp_ext.files.untrusted import read_picture
 
@@ -57,10 +58,3 @@ def table_questions(table: Table) -> list[TableQuestion]:
         )
         for (p, c), i, a in rows
     ]
-
-
-def choice_prompt(question: str, options: dict[str, object], hint: str = "") -> str:
-    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, and the request to choose."""
-    lines = [f"Hint: {hint}"] * bool(hint) + [f"Question: {question}", "Options:"]
-    lines += [f"{letter}. {text}" for letter, text in options.items()]
-    return "\n".join(lines) + "\nPlease select the correct answer from the options above. \n"

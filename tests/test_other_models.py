@@ -18,11 +18,10 @@ from transformers import (
 )
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, testbed
-from hipp_ext.calibration import find_processor
+from hipp_ext.calibration import encode_text, find_processor
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError
 from hipp_ext.recover import QuestionLessons, TestbedLessons
 from hipp_ext.testbed.model import is_own_processor
-from hipp_ext.text import encode_text
 
 TEXT = LlamaConfig(
     vocab_size=200,
@@ -73,8 +72,7 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
     )
     made = PruningPlan.load(plan)
     assert (
-        "warning: The signals are measured on the built-in questions, which are about a toy world"
-        in out
+        "warning: The calibration is on the built-in questions, which are about a toy world" in out
     )
     total = sum(p.numel() for p in load_pruned(llama).parameters())
     prunable = sum(g.width * g.unit_parameters for g in made.groups)
@@ -195,7 +193,10 @@ def test_the_model_is_looked_for_before_the_output(llama, tmp_path):
 
 def test_a_toy_is_called_one_from_python_too(llama):
     model = load_pruned(llama)
-    with pytest.warns(UserWarning, match="about a toy world.*calibration=batches"):
+    with pytest.warns(
+        UserWarning,
+        match=r"toy world.*Calibration\.from_file.*calibration=batches.*--calibration FILE",
+    ):
         HiPPPlanner(Preference(1, 1, 1), cache=None).plan(model, rows=4)
     with pytest.raises(CalibrationError, match="rows=1: a whole number of 2 or more"):
         HiPPPlanner(Preference(1, 1, 1), cache=None).plan(model, rows=1)

@@ -36,7 +36,7 @@ def run(save: bool = False) -> dict[str, Any]:
             plan = plan_from_counts(groups, keep_counts(groups, None, ratio), scores)
             answers = {}
             for side in SIDES:
-                small = prune(model, plan, compensate=side == "compensated", processor=processor)
+                small = prune(model, plan, reconstruct=side == "compensated", processor=processor)
                 answers[side] = evaluator.scores(small)
             rows[f"{scorer.name} {100 * ratio:.0f}%"] = {
                 "pruning_ratio": plan.pruning_ratio,

@@ -4,7 +4,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -13,14 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.allocators.sensitivity import cheapest_logits
-from hipp_ext.calibration import (
-    ROWS,
-    Calibration,
-    all_batches,
-    calibration_by_task,
-    calibration_digest,
-    image_token_id,
-)
+from hipp_ext.calibration import Calibration, CalibrationLike, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.progress import counting
@@ -139,10 +131,8 @@ def keep_shares(
 
 def measure_signals(
     model: nn.Module,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
@@ -153,10 +143,7 @@ def measure_signals(
 
     Args:
         model: to be planned for.
-        calibration: batches, by task where it is known which questions are asked for what; None: the testbed's through
-            `processor`.
-        processor: of a vision-language model; None: the one beside its weights.
-        rows: of the testbed's calibration.
+        calibration: a Calibration, batches, or batches by task; None: the testbed's.
         scorer: ranks the units of a group; None: WandaSP.
         mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
@@ -168,24 +155,23 @@ def measure_signals(
         raise UnsupportedModelError(
             "Signals are measured for the language tower; prune the vision tower by a plan of your own."
         )
-    tasks = calibration_by_task(model, calibration, processor, rows)
-    batches = all_batches(tasks)
+    given = Calibration.of(model, calibration)
     scorer, say = scorer or WandaSP(), progress or (lambda _: None)
     say(f"scoring units ({scorer.name})")
-    scores = scorer(model, batches, groups=groups)
+    scores = scorer(model, given, groups=groups)
     say("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     if image_token_id(model) is not None:
-        by_unit = VisualSensitivity()(model, batches, groups=groups)
+        by_unit = VisualSensitivity()(model, given, groups=groups)
         visual = torch.stack([by_unit[g.name].sum() for g in groups])
     say("measuring synaptic flow")
     flow_shares = SynFlow()(model, groups=groups)
     if mrs is not None:
         say("measuring the sensitivity of every group under attack")
-        under_attack = mrs.sensitivity(model, batches, groups=groups)
+        under_attack = mrs.sensitivity(model, given, groups=groups)
     say("measuring the sensitivity of every group")
     with counting(bar, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
     return Signals(
         groups=groups,
         scores=scores,
@@ -194,7 +180,7 @@ def measure_signals(
         flow_shares=flow_shares,
         sensitivity=sensitivity,
         digest=model_digest(model, groups),
-        calibration=calibration_digest(tasks),
+        calibration=given.digest,
         mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )
 

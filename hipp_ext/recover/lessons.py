@@ -5,9 +5,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from hipp_ext.calibration import Batch, encode
+from hipp_ext.calibration import Batch, encode, encode_text, is_tokenizer
 from hipp_ext.errors import CalibrationError, DataError
-from hipp_ext.text import encode_text, is_tokenizer
 
 
 class Lessons(Protocol):
