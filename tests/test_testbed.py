@@ -16,7 +16,7 @@ from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.testbed import world
 from hipp_ext.testbed.model import vocabulary
 from hipp_ext.testbed.quiz import ask_presence
-from hipp_ext.testbed.training import collate
+from hipp_ext.testbed.conversations import collate
 
 KINDS = ("random", "popular", "adversarial")
 

@@ -36,7 +36,7 @@ def register_lqsgd_fsdp(model: nn.Module, between: Any, **options: Any) -> dict[
     sharded = {n: m for n, m in model.named_modules() if isinstance(m, FSDPModule)}
     if not sharded:
         raise CompressionError(
-            f"fully_shard was applied to no module of this {type(model).__name__}."
+            f"{type(model).__name__} has no module that fully_shard was applied to."
         )
     states = {}
     taken: set[int] = set()

@@ -328,7 +328,7 @@ def other_models_under_ddp(rank, workers, folder):
 
 
 def checkpoints_of_other_workers(rank, workers, folder):
-    """Saved by two, read by three and by fewer; files missing, stale or damaged. All ranks agree."""
+    """Saved by two, read by three and by fewer; files missing, stale or damaged."""
     group = [dist.new_group(ranks) for ranks in ([0, 1], [2])][rank == 2]
     where, bad = folder / "two", folder / "bad"
     ddp = wrapped(rank, process_group=group)
