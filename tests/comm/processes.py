@@ -34,8 +34,6 @@ TIMEOUT = datetime.timedelta(seconds=60)
 # Imported once, by the server that all processes are forked from.
 PRELOADED = [
     "accelerate",
-    "comm.hook_checks",
-    "comm.processes",
     "hipp_ext.comm.trainer",
     "hipp_ext.evals.studies.comm_baselines",
     "hipp_ext.recover",
