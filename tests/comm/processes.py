@@ -1,6 +1,7 @@
 """Checks on real gloo processes; every rank calls each function, all in one set of processes."""
 
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
@@ -72,6 +73,7 @@ def run_checks(workers: int, names: list[str]) -> dict[str, str]:
 
 def _run(rank: int, workers: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # states without parameters search all objects for their DDP: not those of imports
     warnings.simplefilter("ignore", FutureWarning)
     # The environment serves accelerate, too.
     os.environ.update(
