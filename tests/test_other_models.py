@@ -20,7 +20,7 @@ from transformers import (
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, testbed
 from hipp_ext.calibration import encode_text, find_processor
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError
-from hipp_ext.recover import QuestionLessons, TestbedLessons
+from hipp_ext.recover import QuestionData, TestbedData
 from hipp_ext.testbed.model import is_own_processor
 
 TEXT = LlamaConfig(
@@ -129,13 +129,13 @@ def test_any_vision_language_model_is_recovered_with_its_own_processor(llava, tm
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
 
-def test_lessons_go_through_the_models_processor_and_resume(llava):
+def test_training_questions_go_through_the_models_processor_and_resume(llava):
     processor = find_processor(load_pruned(llava))
     assert not is_own_processor(processor) and is_own_processor(testbed.load()[1])
-    stream = TestbedLessons(processor, batch_size=3).batches(0, 2, 0)
+    stream = TestbedData(processor, batch_size=3).batches(0, 2, 0)
     _, second = next(stream), next(stream)
-    resumed = next(TestbedLessons(processor, batch_size=3).batches(0, 2, 1))
-    other = next(TestbedLessons(processor, batch_size=3).batches(1, 2, 1))
+    resumed = next(TestbedData(processor, batch_size=3).batches(0, 2, 1))
+    other = next(TestbedData(processor, batch_size=3).batches(1, 2, 1))
     assert [tuple(b["pixel_values"].shape) for b in second] == [(3, 3, 56, 56)] * 2
     assert all(torch.equal(a[k], b[k]) for a, b in zip(second, resumed, strict=True) for k in a)
     assert not torch.equal(second[0]["pixel_values"], other[0]["pixel_values"])
@@ -149,16 +149,14 @@ def test_lessons_go_through_the_models_processor_and_resume(llava):
 
 def test_what_has_no_processor_or_pictures_says_so(llama):
     with pytest.raises(CalibrationError, match="No processor was given"):
-        TestbedLessons(None)
+        TestbedData(None)
     tokenizer = find_processor(load_pruned(llama))
-    lessons = QuestionLessons(
-        tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2
-    )
+    data = QuestionData(tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2)
     with pytest.raises(
         DataError,
         match="questions have pictures, and TokenizersBackend takes none: leave out --pope",
     ):
-        next(lessons.batches(0, 1, 0))
+        next(data.batches(0, 1, 0))
 
 
 @pytest.mark.parametrize("template", ["parts", "strings", None])
