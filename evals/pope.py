@@ -20,6 +20,7 @@ import numpy as np
 
 from hipp_ext.evals.metrics import clustered_se, f1_percent
 
+SPLITS = ("random", "popular", "adversarial")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.disagreements import Disagreement, disagreements
-from hipp_ext.evals.figures import Look, cost_figure, front_figure, keeps_figure, png, pope_figure
+from hipp_ext.evals.figures import cost_figure, front_figure, keeps_figure, png, pope_figure, svg
 from hipp_ext.evals.report_page import Picture, page
 from hipp_ext.evals.report_sources import Fit, Sources, main_yes_no, read_sources
 from hipp_ext.evals.report_table import table_rows
@@ -20,19 +20,13 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 MOST_GROUPS = 4000  # of a plan that is drawn, each with a bar of its own
-LOOKS = {
-    "": Look(),
-    "dark": Look(dark=True),
-    "narrow": Look(narrow=True),
-    "narrow dark": Look(narrow=True, dark=True),
-}
 
 
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Make report.html, and its pictures as PNG files, out of what lies in some folders; returns the page.
+    """Make report.html, and its figures as PNG files, out of what lies in some folders; returns the page.
 
-    The page needs nothing beside it and no network: every picture is inside, drawn for a desk and for a phone, on light and
-    on dark paper.
+    The page needs no other file and no network. Its figures are SVG elements, which take the colours of the page, light or
+    dark, and scale to the width of the screen.
 
     Args:
         folders: see `report_sources`; the models of all of them stand in one report.
@@ -45,12 +39,15 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
         Path(f).expanduser() for f in ([folders] if isinstance(folders, str | Path) else folders)
     ]
     sources = read_sources(given)
-    drawn = [_draw(plan) for plan in _pictures(sources)]
     place = Path(out) if out is not None else given[0] if given[0].is_dir() else given[0].parent
-    for picture in drawn:
-        write_atomic(place / f"{picture.name}.png", picture.looks[""])
-    differing = _differing(sources, given)
-    write_atomic(place / PAGE, page(sources, drawn, differing))
+    pictures = []
+    for plan in _pictures(sources):
+        figure = plan.draw()
+        write_atomic(place / f"{plan.name}.png", png(figure))
+        pictures.append(
+            Picture(name=plan.name, section=plan.section, caption=plan.caption, svg=svg(figure))
+        )
+    write_atomic(place / PAGE, page(sources, pictures, _differing(sources, given)))
     return place / PAGE
 
 
@@ -59,15 +56,7 @@ class _Drawing:
     name: str
     section: str
     caption: str
-    figure: Callable[[Look], "Figure"]
-
-
-def _draw(drawing: _Drawing) -> Picture:
-    looks = {
-        name: png(drawing.figure(look), dpi=144 if not look.narrow else 160)
-        for name, look in LOOKS.items()
-    }
-    return Picture(name=drawing.name, section=drawing.section, caption=drawing.caption, looks=looks)
+    draw: Callable[[], "Figure"]
 
 
 def _pictures(sources: Sources) -> list[_Drawing]:
@@ -99,7 +88,7 @@ def _pictures(sources: Sources) -> list[_Drawing]:
         )
         found.append(
             _Drawing(
-                name="pope", section="pope", caption=caption, figure=partial(pope_figure, scores)
+                name="pope", section="pope", caption=caption, draw=partial(pope_figure, scores)
             )
         )
     for number, result in enumerate(sources.latency):
@@ -109,7 +98,7 @@ def _pictures(sources: Sources) -> list[_Drawing]:
             "generation, weights included."
         )
         draw = partial(cost_figure, _shares(result["models"]))
-        found.append(_Drawing(name=name, section="cost", caption=caption, figure=draw))
+        found.append(_Drawing(name=name, section="cost", caption=caption, draw=draw))
     return found
 
 
@@ -127,7 +116,7 @@ def _front(fit: Fit, chosen: Mapping[str, Any], name: str, *, several: bool) -> 
         name=name,
         section="front",
         caption=caption,
-        figure=partial(front_figure, evaluated, front, chosen),
+        draw=partial(front_figure, evaluated, front, chosen),
     )
 
 
@@ -142,7 +131,7 @@ def _keeps(plans: Mapping[str, Any], visual: dict[str, list[float]] | None) -> _
         name="keep_counts",
         section="kept",
         caption=caption,
-        figure=partial(keeps_figure, plans, visual),
+        draw=partial(keeps_figure, plans, visual),
     )
 
 

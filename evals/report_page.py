@@ -1,6 +1,5 @@
 """A report's page: one HTML file with everything inside, filled into report.html.jinja, which escapes every value."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ SECTIONS = {
     "made": "How it was made",
 }
 TEMPLATE = "report.html.jinja"
-_SMALL, _DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
-_LOOKS = (("narrow dark", f"{_SMALL} and {_DARK}"), ("narrow", _SMALL), ("dark", _DARK))
 _TITLES = {
     "rnd": "POPE random",
     "pop": "POPE popular",
@@ -45,23 +42,19 @@ _COST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of a report.
+    """A figure of a report.
 
     Attributes:
-        name: of its PNG file, and its description for those who do not see it.
+        name: name of its PNG file, and its description for screen readers.
         section: a key of `SECTIONS`.
-        caption: below the picture.
-        looks: PNG bytes for "" (light, wide), "dark", "narrow" and "narrow dark".
+        caption: text below the figure.
+        svg: the figure as an SVG element, which is put into the page as it is.
     """
 
     name: str
     section: str
     caption: str
-    looks: Mapping[str, bytes]
-
-    def uri(self, look: str) -> str:
-        """One of the looks, as an address that holds it."""
-        return f"data:image/png;base64,{base64.b64encode(self.looks[look]).decode()}"
+    svg: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +85,6 @@ def page(
     text = templates.get_template(TEMPLATE).render(
         sections=SECTIONS,
         pictures=pictures,
-        looks=_LOOKS,
         meaning=_meaning,
         dense=entries[0].name,
         others=[e.name for e in entries[1:]],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hipp_ext.evals.figures import SPLITS
+from hipp_ext.evals.pope import SPLITS
 from hipp_ext.evals.report_sources import Entry, main_yes_no
 
 

@@ -12,14 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.pope import RULES, split_rates
+from hipp_ext.evals.pope import RULES, SPLITS, split_rates
 from hipp_ext.evals.questions import table_questions
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.scienceqa import UNREADABLE, option_letter
 from hipp_ext.evals.tables import Table, locate, read_table
 from hipp_ext.files.untrusted import read_picture
-
-SPLITS = ("random", "popular", "adversarial")
 
 # ------------------------------------------------------------------------------------------------------ TSV -> documents
 

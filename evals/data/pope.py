@@ -20,10 +20,10 @@ from pathlib import Path
 from hipp_ext.errors import DataError
 from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
 from hipp_ext.evals.data.writing import file_pictures, write_table
+from hipp_ext.evals.pope import SPLITS
 from hipp_ext.files import content_hash
 from hipp_ext.files.untrusted import parse_json, read_plain, shown, the_only_one
 
-SPLITS = ("random", "popular", "adversarial")
 ENDING = "Please answer yes or no."
 _MOST_PAIRS = 10**7  # of objects seen together, in all pictures; 500 of COCO's have about 10,000
 

@@ -15,6 +15,7 @@ from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.disagreements import disagreements
+from hipp_ext.evals.figures import FAINT, INK, PAPER
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
 from hipp_ext.evals.report_page import page as page_of
@@ -97,12 +98,11 @@ def page(made) -> str:
 
 
 def test_the_page_needs_no_network_and_no_file_beside_it(page):
-    bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "DATA", page)
-    assert not re.search(r"https?:|//|@import|url\(|<script|<link", bare)
-    assert {source for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', bare)} <= {
-        "DATA",
-        *(f"#{s}" for s in SECTIONS),
-    }
+    bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\n]+", "DATA", page)
+    assert not re.search(r"https?:|//|@import|url\((?!#)|<script|<link", bare)
+    sources = set(re.findall(r'(?:src|srcset|href)="([^"]*)"', bare))
+    assert {f"#{s}" for s in SECTIONS} <= sources
+    assert sources <= {"DATA", *(f"#{name}" for name in re.findall(r' id="([^"]*)"', bare))}
     assert (
         '<meta name="viewport" content="width=device-width' in page
         and "prefers-color-scheme: dark" in page
@@ -114,11 +114,12 @@ def test_it_has_every_section_and_picture(page, made):
     for name in ("front", "keep_counts", "pope", "cost"):
         picture = Image.open(made / f"{name}.png")
         assert picture.format == "PNG" and picture.width > 800
-    for picture in re.findall(r"<picture>.*?</picture>", page, re.DOTALL):
-        looks = set(re.findall(r"base64,([A-Za-z0-9+/=]+)", picture))
-        assert (
-            len(looks) == 4 and picture.count("<source") == 3
-        )  # light and dark, wide and narrow, all different
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 4 == page.count("<svg")
+    for figure in figures:  # drawn once, in the colours of the page
+        assert "fill: currentColor" in figure and "var(--card)" in figure
+        assert not {INK, FAINT, PAPER} & set(re.findall(r"#\w{6}", figure))
+        assert "<style" not in figure and '<g id="' not in figure
 
 
 def test_what_users_wrote_is_escaped(page):
@@ -227,7 +228,8 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
         "document.title = [d.documentElement.scrollWidth, d.images.length, "
         "[...d.images].every(i => i.naturalWidth), "
         "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
-        "[...d.images].filter(i => i.closest('figure'))[0].naturalWidth].join(' | ') }</script>"
+        "f.contentWindow.getComputedStyle(d.querySelector('figure text')).fill, "
+        "d.querySelector('figure svg').getBoundingClientRect().width].join(' | ') }</script>"
     )
     shot = tmp_path / "shot.png"
     options = [
@@ -248,10 +250,11 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    wide, images, drawn, background, front = title[1].split(" | ")
-    assert int(wide) <= width and int(images) >= 5 and drawn == "true"
+    wide, images, drawn, background, ink, front = title[1].split(" | ")
+    assert int(wide) <= width and int(images) >= 1 and drawn == "true"
     assert background == ("rgb(246, 247, 249)" if scheme else "rgb(20, 22, 25)")
-    assert int(front) == (1094 if width > 640 else 592)  # the picture drawn for this width
+    assert ink == ("rgb(34, 38, 43)" if scheme else "rgb(228, 230, 234)")  # of a figure's text
+    assert float(front) == 680 if width > 640 else 300 < float(front) < width
     subprocess.run(
         [CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"],
         capture_output=True,
