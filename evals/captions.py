@@ -19,10 +19,10 @@ from hipp_ext.evals.chair import (
 )
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
-from hipp_ext.evals.metrics import without_nan
 from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
+from hipp_ext.evals.statistics import without_nan
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import rgb_picture
 

@@ -24,8 +24,7 @@ from hipp_ext.calibration import (
     join_answer,
 )
 from hipp_ext.errors import CalibrationError
-from hipp_ext.evals.metrics import binomial_se
-from hipp_ext.evals.statistics import clustered_mean_se
+from hipp_ext.evals.statistics import binomial_se, clustered_mean_se
 
 YES_BIAS_WEIGHT = 0.5
 ROBUSTNESS = ("pope", "adversarial", "both")

@@ -224,7 +224,7 @@ def test_a_picture_that_lies_elsewhere_is_not_shown(tmp_path):
     ):
         make()
         text = made(folder)
-        assert "src=" not in text and "picture not at hand" in text
+        assert "src=" not in text and "image not found" in text
         file.unlink()
     file.parent.rmdir()
     file.parent.symlink_to(tmp_path / "elsewhere")

@@ -168,7 +168,7 @@ def test_disagreements_are_counted_and_drawn_by_the_seed(page, made):
         assert {e.question.index for e in own.examples} <= set(differing) and len(own.examples) <= 5
         for example in own.examples:
             assert example.picture.startswith("data:image/png") and example.small
-        assert f"only dense is right on {own.whole.paired.only_a}" in page
+        assert f"only dense is correct on {own.whole.paired.only_a}" in page
     assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(
         own.examples for own in found
     )
@@ -185,11 +185,11 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
         record["predictions"] = record["predictions"].replace(str(made), "/gone")
         file.write_text(json.dumps(record))
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
-    assert '<article class="card">' in text and "picture not at hand" not in text
+    assert '<article class="card">' in text and "image not found" not in text
     assert (
         not (moved / "report.html").exists() and "hipp bench latency" in text
     )  # says how to measure what was not
-    assert "Not set side by side" not in text
+    assert "Not compared" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
     assert {

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hipp_ext import testbed
-from hipp_ext.evals.metrics import f1_percent
-from hipp_ext.evals.statistics import bootstrap_estimate
+from hipp_ext.evals.statistics import bootstrap_estimate, f1_percent
 from hipp_ext.evals.studies.measuring import keep_picture, mean_and_se, report
 from hipp_ext.evals.studies.search.allocators import ALLOCATORS
 from hipp_ext.evals.studies.search.control import steering
