@@ -186,7 +186,7 @@ def test_refusals():
             questions_needed(1, 10, **wrong)
     with pytest.raises(ValueError, match="clusters must have one length, above 0; got 2, 1 and 2"):
         paired_difference([1, 0], [1])
-    with pytest.raises(ValueError, match="one length, above 0, is needed; got 0, 0 and 0"):
+    with pytest.raises(ValueError, match="one length, above 0; got 0, 0 and 0"):
         paired_difference([], [])
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), not 1"):
         paired_difference([1, 0], [0, 1], level=1)
