@@ -9,7 +9,7 @@ from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.errors import HippError
-from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
 from hipp_ext.evals.studies.generation import Load
@@ -119,14 +119,6 @@ def run_demo(
     _print_table(entries)
     say(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
     return page
-
-
-def search_evaluator(
-    model: nn.Module, processor: Any, n: int, split: str = "search", robustness: str = "pope"
-) -> Evaluator:
-    """The testbed's evaluator: `n` POPE and `n` ScienceQA questions of a split."""
-    pope, choice = testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n)
-    return Evaluator(model, processor, pope, choice, robustness=robustness)
 
 
 def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path: Path) -> Path:

@@ -334,9 +334,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     if only_a < 0 or only_b < 0:
         raise ValueError(f"discordant counts cannot be negative: {only_a} and {only_b}")
     if only_a + only_b > MAX_QUESTIONS:
-        raise ValueError(
-            f"discordant counts can add up to {MAX_QUESTIONS:,}, and these are more"
-        )
+        raise ValueError(f"discordant counts can add up to {MAX_QUESTIONS:,}, and these are more")
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 

@@ -15,6 +15,7 @@ from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.disagreements import disagreements
+from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.figures import FAINT, INK, PAPER
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
@@ -56,8 +57,6 @@ def latency(*names: str) -> dict:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """models/, outputs/ and planner/ of a tiny run on the testbed."""
-    from hipp_ext.evals.demo import search_evaluator
-
     place = tmp_path_factory.mktemp("report")
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 1, 1))
