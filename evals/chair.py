@@ -1,14 +1,17 @@
-"""CHAIR: which objects does a caption name that are not in the picture? Captions in, percentages with error bars out.
+"""CHAIR: which objects does a caption name that are not in the picture? Captions in, percentages
+with error bars out.
 
-POPE asks about objects one by one; CHAIR evaluates the objects that a model names by itself. A model that names nothing
-hallucinates nothing, so recall and mentions per caption are reported too: low CHAIR with low recall means silence.
+POPE asks about objects one by one; CHAIR evaluates the objects that a model names by itself. A
+model that names nothing hallucinates nothing, so recall and mentions per caption are reported too:
+low CHAIR with low recall means silence.
 
-Source: arXiv 1809.02156, section 2.1, and utils/chair.py of the authors' repository (LisaAnne/Hallucination). An object
-counts each time it is named.
+Source: arXiv 1809.02156, section 2.1, and utils/chair.py of the authors' repository
+(LisaAnne/Hallucination). An object counts each time it is named.
 
-Differs from the paper: words are found with a list of names, synonyms and plurals, the longest first ("hot dog" is not a
-dog). The authors reduce every word to its singular and join a fixed list of word pairs; "baby bird" is a person and a
-bird here, unless the list of synonyms contains it. Recall is not in the paper.
+Differs from the paper: words are found with a list of names, synonyms and plurals, the longest
+first ("hot dog" is not a dog). The authors reduce every word to its singular and join a fixed list
+of word pairs; "baby bird" is a person and a bird here, unless the list of synonyms contains it.
+Recall is not in the paper.
 """
 
 import re
@@ -55,7 +58,9 @@ _ES_AFTER_O = ("potato", "tomato", "mango", "hero")
 
 
 def plurals(name: str) -> tuple[str, ...]:
-    """The English plurals of an object's name. In several words the last one changes, as in "hot dogs"."""
+    """The English plurals of an object's name. In several words the last one changes, as in "hot
+    dogs".
+    """
     before, _, last = name.rpartition(" ")
     if last in _IRREGULAR:
         forms = _IRREGULAR[last]
@@ -74,7 +79,8 @@ def default_synonyms(names: Collection[str]) -> dict[str, list[str]]:
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """The other names of each object, from JSON ({"person": ["girl", "boy"]}) or lines ("person, girl, boy").
+    """The other names of each object, from JSON ({"person": ["girl", "boy"]}) or lines ("person,
+    girl, boy").
 
     The lines are the format of the authors' synonyms.txt.
 
@@ -110,7 +116,8 @@ class ObjectWords:
     """Finds the objects that a text names.
 
     Args:
-        synonyms: other names of each object. The object's own name and all plurals are found as well.
+        synonyms: other names of each object. The object's own name and all plurals are found as
+            well.
 
     Raises:
         DataError: there is no object, a name has no letter, or one word names two objects.
@@ -125,7 +132,8 @@ class ObjectWords:
         for word, name in given:
             if self._objects.setdefault(_words(word), name) != name:
                 raise DataError(
-                    f"the word {word!r} names two objects, {self._objects[_words(word)]!r} and {name!r}"
+                    f"the word {word!r} names two objects, {self._objects[_words(word)]!r} and "
+                    f"{name!r}"
                 )
         if () in self._objects:
             raise DataError(f"the object {self._objects[()]!r} has a name without a letter")
@@ -156,14 +164,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChairScores:
-    """CHAIR of one model. Rates and their standard errors (`_se`, over images) are percentages, [0, 100].
+    """CHAIR of one model. Rates and their standard errors (`_se`, over images) are percentages, [0,
+    100].
 
     Attributes:
         n: number of captions.
         images: number of distinct images.
-        chair_i: share of mentions whose object is not in the image. Lower is better; 0 without mentions.
+        chair_i: share of mentions whose object is not in the image. Lower is better; 0 without
+            mentions.
         chair_s: share of captions with such a mention. Lower is better.
-        recall: share of the objects in the images that their captions name. Higher is better; 0 without objects.
+        recall: share of the objects in the images that their captions name. Higher is better; 0
+            without objects.
         silent: share of captions that name no object.
         mentions: number of objects named per caption (not a percentage).
     """
@@ -205,8 +216,8 @@ def chair_scores(
         resamples: number of bootstrap resamples.
 
     Raises:
-        DataError: the sequences differ in length or are empty, or `words` does not know an object, so that no caption
-            could name it.
+        DataError: the sequences differ in length or are empty, or `words` does not know an object,
+            so that no caption could name it.
     """
     if not len(captions) == len(objects) == len(images) > 0:
         lengths = [len(captions), len(objects), len(images)]
@@ -239,7 +250,9 @@ def chair_scores(
 
 
 def _rates(sums: np.ndarray) -> np.ndarray:
-    """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`, shape (..., 5)."""
+    """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`,
+    shape (..., 5).
+    """
     n, mentions, wrong, with_wrong, found, there, silent = np.moveaxis(
         np.asarray(sums, dtype=float), -1, 0
     )

@@ -1,6 +1,8 @@
-"""Compares the answers of two models to the same questions: accuracies, their difference and its error bar.
+"""Compares the answers of two models to the same questions: accuracies, their difference and its
+error bar.
 
-POPE asks several questions about one image, so its bootstrap draws images; for multiple choice it draws questions.
+POPE asks several questions about one image, so its bootstrap draws images; for multiple choice it
+draws questions.
 """
 
 import dataclasses
@@ -52,8 +54,8 @@ class Comparison:
         paired: the accuracies and their difference, B - A.
         f1: difference of the F1 of yes [percentage points], B - A; None for multiple choice.
         yes_a, yes_b: share of the answers yes [%]; None for multiple choice.
-        questions_for_a_point: number of questions needed to show a difference of one point (power 80%, level 5%),
-            for the discordance and the design effect measured here.
+        questions_for_a_point: number of questions needed to show a difference of one point (power
+            80%, level 5%), for the discordance and the design effect measured here.
     """
 
     data: str
@@ -83,7 +85,8 @@ def compare(
         seed: random seed of the bootstrap.
 
     Raises:
-        DataError: the models have no data set in common, or their questions differ; the message says where.
+        DataError: the models have no data set in common, or their questions differ; the message
+            says where.
     """
     runs_a, runs_b = read_runs(a, tsv), read_runs(b, tsv)
     # The names of single files do not matter: the questions show whether they belong together.
@@ -93,7 +96,8 @@ def compare(
         pairs = [(run, runs_b[name]) for name, run in runs_a.items() if name in runs_b]
     if not pairs:
         raise DataError(
-            f"no data set in common: A has {shown(', '.join(runs_a))}, B has {shown(', '.join(runs_b))}"
+            f"no data set in common: A has {shown(', '.join(runs_a))}, B has "
+            f"{shown(', '.join(runs_b))}"
         )
     return [row for pair in pairs for row in compare_runs(*pair, level=level, seed=seed)]
 
@@ -115,8 +119,8 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
         len(question.options or ()) > MAX_OPTIONS for question in asked
     ):
         raise DataError(
-            f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MAX_SPLITS - 1} that can be compared, or a question with more "
-            f"than {MAX_OPTIONS} options"
+            f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MAX_SPLITS - 1} that can be "
+            f"compared, or a question with more than {MAX_OPTIONS} options"
         )
     for rule in RULES if yes_no else ("letter",):
         read = [
@@ -133,14 +137,17 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
 
 
 def check_same_questions(a: Run, b: Run) -> None:
-    """Raise DataError, which names the first difference, unless both runs answer the same questions."""
+    """Raise DataError, which names the first difference, unless both runs answer the same
+    questions.
+    """
     where = f"A ({shown(a.model)} on {shown(a.data)}) and B ({shown(b.model)} on {shown(b.data)}) cannot be compared"
     by_index = {question.index: question for question in b.questions}
     if a.questions == b.questions:
         return
     if len(a.questions) != len(b.questions):
         raise DataError(
-            f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both the same"
+            f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both "
+            "the same"
         )
     for question in a.questions:
         other = by_index.get(question.index)
@@ -151,8 +158,8 @@ def check_same_questions(a: Run, b: Run) -> None:
             if own != theirs:
                 cells = [shown(repr(value), 200) for value in (own, theirs)]
                 raise DataError(
-                    f"{where}: the {field} of index {shown(question.index)} is {cells[0]} in A and {cells[1]} in B. "
-                    "They were asked different data"
+                    f"{where}: the {field} of index {shown(question.index)} is {cells[0]} in A "
+                    f"and {cells[1]} in B. They were asked different data"
                 )
     raise DataError(f"{where}: the questions are in another order. They were asked different data")
 
@@ -218,7 +225,9 @@ def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def counts_sentence(rows: Sequence[Comparison]) -> str:
-    """Explains why `vlmeval` prints another number of questions for a yes/no data set; empty if it does not."""
+    """Explains why `vlmeval` prints another number of questions for a yes/no data set; empty if it
+    does not.
+    """
     sentences = []
     for data in dict.fromkeys(row.data for row in rows):
         sizes = {
@@ -232,11 +241,14 @@ def counts_sentence(rows: Sequence[Comparison]) -> str:
 def split_counts(data: str, questions: int, rows: int) -> str:
     """One sentence on a data set's number of distinct questions and the sum over its splits."""
     return (
-        f"{shown(data)} has {questions:,} distinct questions, each counted once where models are compared; VLMEvalKit and the "
-        f"authors count one again in every split that asks it, {rows:,} in all."
+        f"{shown(data)} has {questions:,} distinct questions, each counted once where models are "
+        "compared; VLMEvalKit and the authors count one again in every split that asks it, "
+        f"{rows:,} in all."
     )
 
 
 def comparison_table(rows: Sequence[Comparison], level: float = 0.95) -> Any:
-    """A table for rich: one line per data set, rule and split, or short tables if the terminal is narrow."""
+    """A table for rich: one line per data set, rule and split, or short tables if the terminal is
+    narrow.
+    """
     return ComparisonTable(rows, level, counts_sentence(rows))

@@ -62,7 +62,9 @@ class ComparisonTable:
         return table
 
     def _blocks(self) -> Iterator[Any]:
-        """For each data set and rule: its name, a table of accuracies, and a table of the other columns."""
+        """For each data set and rule: its name, a table of accuracies, and a table of the other
+        columns.
+        """
         from rich.text import Text
 
         for data, rule in dict.fromkeys(names[:2] for names, *_ in self._rows):
@@ -133,7 +135,9 @@ def _rest(row: Any) -> list[str]:
 
 
 def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Rows with the names of their rules; one row for "both" if POPE's two rules agree on every answer."""
+    """Rows with the names of their rules; one row for "both" if POPE's two rules agree on every
+    answer.
+    """
     by_rule = {(row.data, row.split, row.rule): row for row in rows}
     kept = []
     for row in rows:

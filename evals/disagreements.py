@@ -1,4 +1,6 @@
-"""The questions that exactly one of two models answers correctly, and a random sample of them to look at."""
+"""The questions that exactly one of two models answers correctly, and a random sample of them to
+look at.
+"""
 
 import base64
 import io
@@ -44,7 +46,8 @@ class Disagreement:
     Attributes:
         data: name of the data set.
         whole: comparison on all questions, by VLMEvalKit's rule.
-        examples: random sample of the questions that one model answers correctly, in proportion to their numbers.
+        examples: random sample of the questions that one model answers correctly, in proportion to
+            their numbers.
     """
 
     data: str
@@ -64,8 +67,9 @@ def disagreements(
 
     Args:
         a, b: records of `vlmeval` of each model, by data set.
-        near: folders that hold the predictions. The paths in records may be those of another machine, or lead anywhere.
-            Images are read from the same outputs only, each under its own hash.
+        near: folders that hold the predictions. The paths in records may be those of another
+            machine, or lead anywhere. Images are read from the same outputs only, each under its
+            own hash.
         n: number of examples per data set.
         seed: random seed of their draw.
     """
@@ -91,7 +95,9 @@ def disagreements(
 
 
 def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None:
-    """The predictions file of a record if it is in a folder of `near`, else the file of the same relative path there."""
+    """The predictions file of a record if it is in a folder of `near`, else the file of the same
+    relative path there.
+    """
     written = Path(record["predictions"])
     inside = Path(*written.parts[-4:])  # MODEL-HASH/DATA/run-KEY/predictions.jsonl
     places = [written, *(top / inside for folder in near for top in (folder, folder / "outputs"))]

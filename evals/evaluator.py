@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ YES_BIAS_WEIGHT = 0.5
 ROBUSTNESS = ("pope", "adversarial", "both")
 
 
+@runtime_checkable
 class Question(Protocol):
     """The fields of a question that the evaluator reads; the testbed's questions have them."""
 

@@ -2,14 +2,15 @@
 
 Two rules turn a free answer into yes or no. They differ on the answers of a broken model:
 
-- The authors' rule reads every answer without a "no" as a yes. An empty or garbled answer is a yes, and a model that
-  answers nothing at all scores F1 66.7.
-- VLMEvalKit's rule needs exactly one of the words "yes" and "no". Any other answer is unknown: wrong in the accuracy,
-  and a no in the F1. The same model scores 0.
+- The authors' rule reads every answer without a "no" as a yes. An empty or garbled answer is a yes,
+  and a model that answers nothing at all scores F1 66.7.
+- VLMEvalKit's rule needs exactly one of the words "yes" and "no". Any other answer is unknown:
+  wrong in the accuracy, and a no in the F1. The same model scores 0.
 
 Both are always reported side by side, with the share of yes and of unknown answers.
 
-Source: arXiv 2305.10355, section 5 (the metrics), and evaluate.py of the authors' repository (the rule).
+Source: arXiv 2305.10355, section 5 (the metrics), and evaluate.py of the authors' repository (the
+rule).
 """
 
 import re
@@ -29,13 +30,17 @@ _MAX_REMOVED_PERIODS = 32
 
 
 def official_answer(text: str) -> str:
-    """ "yes" or "no" by the POPE authors' rule: no if the first sentence has the word No, not or no, else yes."""
+    """ "yes" or "no" by the POPE authors' rule: no if the first sentence has the word No, not or
+    no, else yes.
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def vlmeval_answer(text: str) -> str:
-    """ "yes" or "no" if exactly one of the two is a word of the answer, else "unknown": VLMEvalKit's rule."""
+    """ "yes" or "no" if exactly one of the two is a word of the answer, else "unknown":
+    VLMEvalKit's rule.
+    """
     text = text.lower()
     stripped = text
     for mark in _PUNCTUATION:
@@ -52,17 +57,21 @@ RULES = {"vlmeval": vlmeval_answer, "official": official_answer}
 
 @dataclass(frozen=True, kw_only=True)
 class POPEScores:
-    """Scores of one split by one rule. Rates and their standard errors (`_se`) are percentages, [0, 100].
+    """Scores of one split by one rule. Rates and their standard errors (`_se`) are percentages, [0,
+    100].
 
     Attributes:
-        n: number of questions. In "overall" a question that belongs to several splits counts once for each, as in
-            VLMEvalKit.
-        images: number of distinct images, over which the standard errors are computed. They are NaN for one image.
-        accuracy: share of correct answers; an unknown answer is wrong. Higher is better, as for precision, recall and f1.
+        n: number of questions. In "overall" a question that belongs to several splits counts once
+            for each, as in VLMEvalKit.
+        images: number of distinct images, over which the standard errors are computed. They are NaN
+            for one image.
+        accuracy: share of correct answers; an unknown answer is wrong. Higher is better, as for
+            precision, recall and f1.
         precision: share of the answers yes that are correct; 0 if there is none.
         recall: share of the questions with the label yes that are answered yes; 0 if there is none.
         f1: harmonic mean of precision and recall; 0 if both are 0.
-        yes_rate: share of the answers yes. It is near 50 for a model that uses the image, since the labels are balanced.
+        yes_rate: share of the answers yes. It is near 50 for a model that uses the image, since the
+            labels are balanced.
         unknown_rate: share of answers that the rule cannot read; always 0 by the authors' rule.
     """
 
@@ -105,12 +114,14 @@ def pope_scores(
         resamples: number of bootstrap resamples.
 
     Raises:
-        ValueError: the sequences differ in length, are empty, or hold a label that is not Yes or No.
+        ValueError: the sequences differ in length, are empty, or hold a label that is not Yes or
+            No.
     """
     if not len(answers) == len(labels) == len(categories) == len(images) > 0:
         lengths = [len(answers), len(labels), len(categories), len(images)]
         raise ValueError(
-            f"POPE needs answers, labels, categories and images of one length, above 0; got {lengths}"
+            "POPE needs answers, labels, categories and images of one length, above 0; got "
+            f"{lengths}"
         )
     if wrong := set(labels) - {"Yes", "No"}:
         raise ValueError(f"POPE labels are Yes or No, not {sorted(map(str, wrong))[:3]}")
@@ -137,7 +148,8 @@ def split_rates(
     errors: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The rates of one split in percent, named as in `POPEScores`, for answers that a rule has already read.
+    """The rates of one split in percent, named as in `POPEScores`, for answers that a rule has
+    already read.
 
     Args:
         predictions: "yes", "no" or "unknown" for each question.
@@ -168,7 +180,9 @@ def _counts(predictions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
 
 
 def _rates(sums: np.ndarray) -> np.ndarray:
-    """Sums of `_counts`, shape (..., 7), to the six rates in the order of `_RATES`, shape (..., 6), in percent."""
+    """Sums of `_counts`, shape (..., 7), to the six rates in the order of `_RATES`, shape (..., 6),
+    in percent.
+    """
     n, tp, fp, fn, correct, yes, unknown = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
 
     shares = ((correct, n), (tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn))

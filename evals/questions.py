@@ -1,4 +1,4 @@
-"""A checked TSV -> questions for the in-process evaluator, asked in the words that VLMEvalKit asks them in."""
+"""Questions of a checked TSV for the in-process evaluator, with VLMEvalKit's prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TableQuestion:
-    """One row of a table; of the shape that `Evaluator` reads.
+    """A row of a table, with the fields that `Evaluator` reads.
 
-    `picture` is the same for all yes/no questions about one picture. Multiple choice has None: many may share a blank picture
-    without having anything else in common.
+    `picture` is the same for all yes/no questions about one image. It is None for multiple choice,
+    where many questions may share a blank image and have nothing else in common.
     """
 
     prompt: str
@@ -27,7 +27,7 @@ class TableQuestion:
 
     @property
     def image(self) -> "Image.Image":
-        """The picture, RGB."""
+        """The image, RGB."""
         return read_picture(self.image_path)
 
 
@@ -60,7 +60,9 @@ def table_questions(table: Table) -> list[TableQuestion]:
 
 
 def choice_prompt(question: str, options: dict[str, object], hint: str = "") -> str:
-    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, and the request to choose."""
+    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, and the request to
+    choose.
+    """
     lines = [f"Hint: {hint}"] * bool(hint) + [f"Question: {question}", "Options:"]
     lines += [f"{letter}. {text}" for letter, text in options.items()]
     return "\n".join(lines) + "\nPlease select the correct answer from the options above. \n"

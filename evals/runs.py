@@ -1,7 +1,7 @@
 """Reads the results of `vlmeval`: which questions were asked, and what a model answered.
 
-<work-dir>/<model>-<hash>/<data>/run-<key>/ holds predictions.jsonl and questions.jsonl; <data>/results.json names the
-last run and its number of questions.
+<work-dir>/<model>-<hash>/<data>/run-<key>/ holds predictions.jsonl and questions.jsonl;
+<data>/results.json names the last run and its number of questions.
 """
 
 import json
@@ -60,8 +60,8 @@ class AskedQuestion:
     def cluster(self) -> str:
         """A key of the questions that are not independent of this one.
 
-        Yes/no questions about one image form a cluster. A multiple-choice question stands alone, because many of them share
-        a blank image and have nothing else in common.
+        Yes/no questions about one image form a cluster. A multiple-choice question stands alone,
+        because many of them share a blank image and have nothing else in common.
         """
         return self.image if self.kind == YES_NO else self.index
 
@@ -84,7 +84,9 @@ class AskedQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The answers of one model to the questions of one data set, in order; unanswered questions are left out."""
+    """The answers of one model to the questions of one data set, in order; unanswered questions are
+    left out.
+    """
 
     model: str
     data: str
@@ -107,7 +109,9 @@ class _Results:
 
 
 def shown_name(folder: Path) -> str:
-    """The name of a model's folder as it was typed, without characters that a file system or terminal cannot show."""
+    """The name of a model's folder as it was typed, without characters that a file system or
+    terminal cannot show.
+    """
     name = unicodedata.normalize("NFC", folder.name)
     name = (
         "".join(c if c.isprintable() else "-" for c in name)
@@ -118,7 +122,9 @@ def shown_name(folder: Path) -> str:
 
 
 def result_folder(work_dir: Path, model: Path, model_hash: str) -> Path:
-    """Folder of the results of a model: its name, as it was typed, and the first 8 digits of its hash."""
+    """Folder of the results of a model: its name, as it was typed, and the first 8 digits of its
+    hash.
+    """
     return work_dir / f"{shown_name(model)}-{model_hash[:8]}"
 
 
@@ -156,10 +162,12 @@ def write_questions(table: Table, folder: Path) -> None:
 
 
 def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]:
-    """The runs of a predictions file or of the folder of a run, a data set or a model, by the name of the data set.
+    """The runs of a predictions file or of the folder of a run, a data set or a model, by the name
+    of the data set.
 
     Args:
-        path: the file or folder. A model's folder holds one run per data set, and its hash may be left out.
+        path: the file or folder. A model's folder holds one run per data set, and its hash may be
+            left out.
         tsv: the questions, needed if there is no questions.jsonl beside the predictions.
 
     Raises:
@@ -207,7 +215,8 @@ def _with_hash(path: Path) -> Path:
     ]
     if len(found) > 1:
         raise DataError(
-            f"{path}: several models of this name were evaluated. Name one of {', '.join(p.name for p in found)}"
+            f"{path}: several models of this name were evaluated. Name one of "
+            f"{', '.join(p.name for p in found)}"
         )
     return found[0] if found else path
 
@@ -242,7 +251,8 @@ def _results(folder: Path) -> tuple[Path, int | None]:
 def _asked(predictions: Path) -> int | None:
     """The number of questions that the results count, if results.json names these predictions.
 
-    There may be more answers: batches are asked whole, and a run over all questions may have come before.
+    There may be more answers: batches are asked whole, and a run over all questions may have come
+    before.
     """
     try:
         file, n = _results(Path(os.path.realpath(predictions)).parent.parent)
@@ -279,8 +289,8 @@ def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
             return table_rows(read_table(tsv, folder))
     if not file.is_file():
         raise DataError(
-            f"{file} is missing, so the questions are unknown. Pass the TSV with --data, or run the same "
-            "`vlmeval` command again: it keeps the answers and writes this file"
+            f"{file} is missing, so the questions are unknown. Pass the TSV with --data, or run "
+            "the same `vlmeval` command again: it keeps the answers and writes this file"
         )
     lines = read_lines(file, AskedQuestion, "index, question, answer, category, image, options")
     for number, (question, _) in enumerate(lines, start=1):

@@ -1,8 +1,9 @@
 """ScienceQA: multiple choice about a picture. Answers in, accuracy with an error bar out.
 
-The rule is VLMEvalKit's exact matching, which needs no judge model and is not random. An answer that it cannot read
-becomes "Z", which is no option, so it is wrong. The share of such answers is reported, because a model that no longer
-follows the format needs another repair than one that no longer knows the answer.
+The rule is VLMEvalKit's exact matching, which needs no judge model and is not random. An answer
+that it cannot read becomes "Z", which is no option, so it is wrong. The share of such answers is
+reported, because a model that no longer follows the format needs another repair than one that no
+longer knows the answer.
 
 Source: arXiv 2209.09513 (the benchmark); VLMEvalKit's utils/matching_util.py (the rule).
 """
@@ -27,8 +28,9 @@ _REFUSALS = (
 def option_letter(answer: str, options: Mapping[str, object]) -> str:
     """The option that an answer means, or "Z" when it cannot be read: VLMEvalKit's exact matching.
 
-    This is the only option letter that occurs as a word, if it is near the end. Otherwise it is the only option whose
-    text occurs in the answer, in upper or lower case, unless the answer is more than twice as long as all options.
+    This is the only option letter that occurs as a word, if it is near the end. Otherwise it is the
+    only option whose text occurs in the answer, in upper or lower case, unless the answer is more
+    than twice as long as all options.
 
     Args:
         answer: answer of the model.
@@ -61,11 +63,13 @@ def _by_text(answer: str, options: Mapping[str, object]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """Scores of one group of questions. Rates and their standard errors (`_se`, binomial) are percentages, [0, 100].
+    """Scores of one group of questions. Rates and their standard errors (`_se`, binomial) are
+    percentages, [0, 100].
 
     Attributes:
         n: number of questions.
-        accuracy: share of correct answers; an answer that cannot be read is wrong. Higher is better.
+        accuracy: share of correct answers; an answer that cannot be read is wrong. Higher is
+            better.
         unknown_rate: share of answers that cannot be read as an option.
     """
 
@@ -91,13 +95,15 @@ def scienceqa_scores(
         groups: value of each question by column name, such as "category".
 
     Raises:
-        ValueError: the sequences differ in length or are empty, or a label is not one of its question's options.
+        ValueError: the sequences differ in length or are empty, or a label is not one of its
+            question's options.
     """
     groups = groups or {}
     lengths = [len(answers), len(labels), len(options), *map(len, groups.values())]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(
-            f"ScienceQA needs answers, labels, options and groups of one length, above 0; got {lengths}"
+            "ScienceQA needs answers, labels, options and groups of one length, above 0; got "
+            f"{lengths}"
         )
     for row, (label, choice) in enumerate(zip(labels, options, strict=True)):
         if label not in choice:
