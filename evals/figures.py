@@ -1,7 +1,8 @@
-"""Figures for reports: the front, keep counts per layer, POPE by split, cost. matplotlib, no global state.
+"""Figures for reports: the front, keep counts per layer, POPE by split, cost. matplotlib, no global
+state.
 
-A figure is drawn once, as wide as a phone can show it, with its panels below each other. As an SVG element it takes the
-colours of the page that holds it, so it fits light and dark pages.
+A figure is drawn once, as wide as a phone can show it, with its panels below each other. As an SVG
+element it takes the colours of the page that holds it, so it fits light and dark pages.
 """
 
 import contextlib
@@ -23,20 +24,20 @@ COLOURS = ("#5b7fc7", "#dd8452", "#55a868", "#c9545a", "#8d7cc0", "#a3826b")
 KINDS = ("attention", "ffn")
 INK, FAINT, PAPER = "#22262b", "#cfd4da", "#ffffff"  # text and axes; grids and frames; background
 _PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)", PAPER: "var(--card)"}
-_WIDTH = 5.0  # [inches]; at 340 pixels, a phone's width, 9 point letters are 8.5 pixels high
+_WIDTH = 5.0  # [inches]; on a phone, 340 pixels wide, a letter of 9 points has 8.5 pixels
 _LONGEST_NAME = 40  # name in a figure [characters]
 
 
 def front_figure(
     evaluated: Sequence[Reward], front: Sequence[Reward], chosen: Mapping[str, Reward]
 ) -> "Figure":
-    """Utility against robustness of every evaluated plan, coloured by what was removed; the front ringed, with
-    standard errors where there are some; choices named.
+    """Utility against robustness of every evaluated plan, coloured by the share of parameters
+    removed.
 
     Args:
-        evaluated: all plans of a fit.
-        front: the non-dominated ones among them.
-        chosen: name -> reward of the plans that were taken.
+        evaluated: rewards of all plans of a fit.
+        front: rewards of the non-dominated ones, which get a ring and their standard errors.
+        chosen: rewards of chosen plans by name, which get a star.
     """
     with _drawing(4.4) as figure:
         axes = figure.add_subplot()
@@ -89,13 +90,13 @@ def front_figure(
 def keeps_figure(
     plans: Mapping[str, PruningPlan], visual: Mapping[str, Sequence[float]] | None = None
 ) -> "Figure":
-    """Share of units kept per layer, one row per plan, the counts in the cells; below, each layer's visual sensitivity.
+    """Share of units kept per layer, one row per plan, with the visual sensitivity of each layer
+    below.
 
     Args:
-        plans: name -> plan.
-        visual: "attention" and "ffn" -> visual sensitivity of each layer; None: not drawn.
-
-    A kind of which the plans have no group in the language model is left out; one at least must be there.
+        plans: plans by name; at least one must have a group in the language model. A kind without
+            groups is left out.
+        visual: visual sensitivity of each layer for "attention" and "ffn"; None to leave it out.
     """
     kinds = [kind for kind in KINDS if any(_language(plan, kind) for plan in plans.values())]
     height = max(0.42 * len(plans), 0.6)
@@ -154,10 +155,10 @@ def _bars_below(axes: Any, values: Sequence[float], kind: str) -> None:
 
 
 def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Figure":
-    """POPE accuracy by split with standard errors, and the yes-rate; one colour per model.
+    """POPE accuracy by split with standard errors, and the share of the answers yes.
 
     Args:
-        scores: model name -> split -> fields of `POPEScores` (accuracy, accuracy_se, yes_rate, ...), in percent.
+        scores: fields of `POPEScores` in percent, by model name and split.
     """
     panels = (("accuracy", "accuracy [%]"), ("yes_rate", 'answers "yes" [%]'))
     with _drawing(5.2) as figure:
@@ -187,10 +188,10 @@ def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Fig
 
 
 def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> "Figure":
-    """What each model costs, in percent of the first one; measured quantities with quartiles.
+    """Costs of each model in percent of the first one, with the quartiles of measured quantities.
 
     Args:
-        shares: quantity -> model name -> (value, lower, upper) in percent.
+        shares: (value, lower quartile, upper quartile) in percent, by quantity and model name.
     """
     models = list(next(iter(shares.values())))
     quantities = list(shares)[::-1]
@@ -223,7 +224,9 @@ def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) 
 
 
 def label(name: str) -> str:
-    """A name as a figure can show it: short, never read as a formula, and never hidden, as matplotlib hides a leading _."""
+    """A short name for a figure. Matplotlib would read $ as mathematics and hide names that start
+    with _.
+    """
     text = shown(name, _LONGEST_NAME).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -238,8 +241,8 @@ def png(figure: "Figure", dpi: int = 200) -> bytes:
 def svg(figure: "Figure") -> str:
     """The figure as an SVG element for an HTML page.
 
-    Its text takes the page's font and colour; frames and background take the CSS variables `--line` and `--card`.
-    Matplotlib escapes every text in it.
+    Its text takes the page's font and colour; frames and background take the CSS variables `--line`
+    and `--card`. Matplotlib escapes every text in it.
     """
     import matplotlib as mpl
 
