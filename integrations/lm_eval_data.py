@@ -1,6 +1,7 @@
 """POPE and ScienceQA for lm-eval: the functions that the task files name.
 
-The TSVs, prompts and rules are those of `vlmeval`. Rates are fractions, [0, 1], as everywhere in lm-eval.
+The TSVs, prompts and rules are those of `vlmeval`. Rates are fractions, [0, 1], as everywhere in
+lm-eval.
 """
 
 import json
@@ -24,7 +25,8 @@ def load(
 ) -> dict[str, Any]:
     """The questions of a benchmark as {"test": datasets.Dataset}.
 
-    A document has the fields index, prompt, answer, category, options (JSON), image (SHA-256), image_path and data.
+    A document has the fields index, prompt, answer, category, options (JSON), image (SHA-256),
+    image_path and data.
 
     Args:
         benchmark: name of the benchmark: POPE, ScienceQA_VAL or ScienceQA_TEST.
@@ -68,7 +70,8 @@ def doc_to_image(doc: dict) -> list[Any]:
 
 
 def pope_results(doc: dict, results: Sequence[str]) -> dict[str, Any]:
-    """What the question adds to each metric: [label, prediction, times counted, image]; None outside its splits.
+    """What the question adds to each metric: [label, prediction, times counted, image]; None
+    outside its splits.
 
     "overall" counts a question once for each of its splits, as VLMEvalKit does.
     """
