@@ -140,7 +140,8 @@ def check_same_questions(a: Run, b: Run) -> None:
     """Raise DataError, which names the first difference, unless both runs answer the same
     questions.
     """
-    where = f"A ({shown(a.model)} on {shown(a.data)}) and B ({shown(b.model)} on {shown(b.data)}) cannot be compared"
+    names = [f"{shown(run.model)} on {shown(run.data)}" for run in (a, b)]
+    where = f"A ({names[0]}) and B ({names[1]}) cannot be compared"
     by_index = {question.index: question for question in b.questions}
     if a.questions == b.questions:
         return

@@ -183,7 +183,7 @@ class Evaluator:
         }
 
     def scores(self, model: nn.Module) -> dict[str, TaskScores]:
-        """The scores of each task that is asked ("choice", "pope", "pope_attacked"), for reports."""
+        """The scores of each task that is asked: "choice", "pope", "pope_attacked"."""
         return {
             name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()
         }
@@ -302,7 +302,7 @@ def _default_attack(processor: Any) -> Callable[[nn.Module, Batch], Batch]:
 
 
 def _first_tokens(processor: Any, question: Question, candidates: Sequence[str]) -> dict[str, int]:
-    """Id of the first token of each candidate, if the model answers with it after the prompt."""
+    """Id of the first token of each candidate, if the model answers with it."""
     message = {"role": "user", "content": [{"type": "text", "text": question.prompt}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     tokenizer = getattr(processor, "tokenizer", processor)

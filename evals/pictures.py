@@ -143,7 +143,7 @@ def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
 
 
 def _png(where: str, data: bytes) -> bytes:
-    """The image as the model receives it: a lossless PNG, 8-bit RGB, compressed lightly for speed."""
+    """The image as the model receives it: lossless PNG, 8-bit RGB, compressed lightly."""
     buffer = io.BytesIO()
     try:
         rgb_picture(data).save(buffer, "PNG", compress_level=1)

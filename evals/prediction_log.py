@@ -249,7 +249,7 @@ def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> lis
 
 
 def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
-    """The complete batches of a log and the offset of their end; none if the file does not exist."""
+    """The complete batches of a log and the offset of their end; none without a file."""
     try:
         lines = read_lines(file, _Answer, "index, prediction", f". {_START_OVER}")
     except DataError:

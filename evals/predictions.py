@@ -172,7 +172,7 @@ class HippVLM:
         self.max_new_tokens = max_new_tokens
 
     def set_dump_image(self, dump_image: Callable) -> None:
-        """Called by VLMEvalKit with its function that writes images; messages name files already."""
+        """VLMEvalKit passes its function that writes images; messages name files already."""
 
     def generate(self, message: list[dict], dataset: str | None = None) -> str:
         """The answer to one VLMEvalKit message: a list of {"type": "image" | "text", "value": path

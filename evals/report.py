@@ -1,4 +1,4 @@
-"""`hipp report`: one self-contained HTML page about evaluated models, and its figures as PNG files."""
+"""`hipp report`: one self-contained HTML page about evaluated models, and PNG figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

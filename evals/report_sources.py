@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A fitted planner: its archive, and the visual sensitivity per layer of "attention" and "ffn"."""
+    """A fitted planner: its archive, and the visual sensitivity per layer of each kind."""
 
     name: str
     archive: Archive
@@ -79,7 +79,7 @@ class Sources:
 
 
 def main_yes_no(entries: Sequence[Entry]) -> str | None:
-    """The yes/no data set that a report shows by split: POPE, else the first one; None without one."""
+    """The yes/no data set that a report shows by split: POPE, else the first one."""
     found = [
         data
         for e in entries

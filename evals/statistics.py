@@ -53,7 +53,7 @@ def without_nan(value: Any) -> Any:
 
 
 def cluster_sums(counts: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
-    """Column sums of each cluster, shape (clusters, k), clusters in the order of their first rows."""
+    """Column sums of each cluster in the order of first rows, shape (clusters, k)."""
     counts = np.asarray(counts, dtype=float)
     ids = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
     sums = np.zeros((len(ids), counts.shape[1]))

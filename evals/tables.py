@@ -75,7 +75,7 @@ class Table:
 
 
 def data_root(lmu_data: str | Path | None = None) -> Path:
-    """The folder `lmu_data`, else $LMUData, else ~/LMUData, as in VLMEvalKit. It is never created."""
+    """The folder `lmu_data`, else $LMUData, else ~/LMUData, as in VLMEvalKit."""
     return Path(lmu_data or os.environ.get(_ROOT_VARIABLE) or Path.home() / "LMUData").expanduser()
 
 

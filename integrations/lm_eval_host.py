@@ -69,7 +69,7 @@ class _FromFolder:
             ) from error
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results; "model_sha" is the hash of the folder's contents."""
+        """What lm-eval writes beside the results; model_sha is the hash of the folder."""
         folder = self.pretrained if isinstance(self.pretrained, str) else self._model.name_or_path
         return {
             "model_num_parameters": sum(p.numel() for p in self._model.parameters()),

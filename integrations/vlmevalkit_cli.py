@@ -25,9 +25,10 @@ examples:
   vlmeval --data POPE ScienceQA_TEST --model ./dense ./pruned --batch-size 16
   vlmeval --data mine=questions.tsv --model ./pruned --limit 100 --device cpu
 
-The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. Your own TSV (NAME=PATH) is scored as multiple choice if it has
-option columns A, B, ..., and as POPE otherwise. Answers are kept: run a stopped command again to continue.
-Results are in <work-dir>/<name of the model's folder>-<hash>; `hipp compare` finds them without the hash.
+The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. Your own TSV (NAME=PATH) is scored as
+multiple choice if it has option columns A, B, ..., and as POPE otherwise. Answers are kept: run a
+stopped command again to continue. Results are in <work-dir>/<name of the model's folder>-<hash>;
+`hipp compare` finds them without the hash.
 """
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     # `hipp` uses, needs the option again for each value.
     parser = argparse.ArgumentParser(
         prog="vlmeval",
-        description="Evaluate model folders on POPE and ScienceQA with VLMEvalKit's prompts and metrics, offline.",
+        description="Evaluate model folders on POPE and ScienceQA with VLMEvalKit's prompts and "
+        "metrics, offline.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -183,7 +185,7 @@ def _go_offline() -> None:
 
 
 def _quiet() -> None:
-    """Turn off the progress bars and messages of transformers; the bar that counts questions stays."""
+    """Turn off the progress bars and messages of transformers, but not the bar of questions."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -65,7 +65,7 @@ def import_vlmeval() -> ModuleType:
 
 @functools.cache
 def _dataset_classes() -> dict[str, type]:
-    """VLMEvalKit's POPE and ScienceQA classes by name, which read a checked local TSV with any MD5."""
+    """VLMEvalKit's POPE and ScienceQA classes by name, for a checked local TSV with any MD5."""
     dataset = import_vlmeval().dataset
 
     class LocalTable:

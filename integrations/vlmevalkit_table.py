@@ -1,4 +1,4 @@
-"""The output of the command `vlmeval`: one table if it fits, else one for each model and data set."""
+"""The output of `vlmeval`: one table if it fits, else one for each model and data set."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -82,7 +82,7 @@ class ParquetProblems:
         return rows
 
     def _batches(self, columns: list[str], groups: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-        """Rows, a few at a time, so that a highly compressed file is refused before it is unpacked."""
+        """Rows, a few at a time, so that a file is refused before its whole size is unpacked."""
         size = 0
         with self._whole():
             for group in groups:

@@ -180,7 +180,7 @@ def _write(
 
 @contextlib.contextmanager
 def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
-    """Open and lock the partial file for reading and appending; waits for a process that holds it."""
+    """Open and lock the partial file; waits for another process that holds the lock."""
     while True:
         try:
             handle = os.open(
@@ -234,7 +234,7 @@ def _record(path: Path) -> Path:
 
 
 def _is_done(path: Path, key: str) -> bool:
-    """Whether `path` is the complete file for this key; its record alone may be from a killed run."""
+    """Whether `path` is complete for this key; a record alone may be from a killed run."""
     if not path.is_file() or not _record(path).is_file():
         return False
     with contextlib.suppress(DataError, OSError):

@@ -116,7 +116,7 @@ def chair(
     annotations: Annotated[
         Path | None,
         typer.Option(
-            help="COCO instance file, such as instances_val2014.json. Default: scenes of the testbed."
+            help="COCO instance file, such as instances_val2014.json. Default: testbed scenes."
         ),
     ] = None,
     images: Annotated[
@@ -129,7 +129,7 @@ def chair(
     synonyms: Annotated[
         Path | None,
         typer.Option(
-            help="Other names of the objects: JSON, or lines `person, girl, boy`. Default: plurals only."
+            help="Other names of objects: JSON, or lines `person, girl, boy`. Default: none."
         ),
     ] = None,
     prompt: Annotated[
@@ -240,7 +240,7 @@ def data_pope(
     published: Annotated[
         Path | None,
         typer.Option(
-            help="Convert the authors' questions from a folder with coco_pope_random.json and so on."
+            help="Folder of the authors' questions (coco_pope_random.json, ...) to convert."
         ),
     ] = None,
     n: Annotated[
@@ -310,7 +310,7 @@ def data_scienceqa(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder with problems.json, pid_splits.json and images, or with the hub's parquet files."
+            help="Folder of problems.json, pid_splits.json and images, or of the parquet files."
         ),
     ],
     out: Annotated[
