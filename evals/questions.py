@@ -1,4 +1,4 @@
-"""A checked TSV -> questions for the in-process evaluator, asked in the words that VLMEvalKit asks them in."""
+"""Questions of a checked TSV for the in-process evaluator, with VLMEvalKit's prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TableQuestion:
-    """One row of a table; of the shape that `Evaluator` reads.
+    """A row of a table, with the fields that `Evaluator` reads.
 
-    `picture` is the same for all yes/no questions about one picture. Multiple choice has None: many may share a blank picture
-    without having anything else in common.
+    `picture` is the same for all yes/no questions about one image. It is None for multiple choice,
+    where many questions may share a blank image and have nothing else in common.
     """
 
     prompt: str
@@ -28,7 +28,7 @@ class TableQuestion:
 
     @property
     def image(self) -> "Image.Image":
-        """The picture, RGB."""
+        """The image, RGB."""
         return read_picture(self.image_path)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.metrics import clustered_se
+from hipp_ext.evals.statistics import clustered_se
 from hipp_ext.evals.studies.measuring import report
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import FLAP, WandaSP
