@@ -13,7 +13,7 @@ from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
-from hipp_ext.planner.fit_folder import ARCHIVE
+from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.signal_file import read_signals, sealed_signals

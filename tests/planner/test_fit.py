@@ -189,8 +189,8 @@ def test_a_fit_that_is_ended_early_learns_from_all_its_plans(model, signals, tmp
         folder = cut if final == 0 else tmp_path
         settings = FitSettings(**{**SETTINGS.__dict__, "steps": 1, "final_update_fraction": final})
         if final == 0:
-            text = (folder / "fit.json").read_text()
-            (folder / "fit.json").write_text(
+            text = (folder / "run.json").read_text()
+            (folder / "run.json").write_text(
                 text.replace(
                     f'"final_update_fraction": {SETTINGS.final_update_fraction}',
                     '"final_update_fraction": 0.0',
@@ -270,7 +270,7 @@ def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_pa
 
 def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
     planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
-    with pytest.raises(CheckpointError, match="fit with other settings"):
+    with pytest.raises(CheckpointError, match=r"holds another run: settings\.\w+ is"):
         planner_with(signals).fit(
             model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False
         )
@@ -279,7 +279,7 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
         def __call__(self, model):
             return {name: value / 2 for name, value in super().__call__(model).items()}
 
-    with pytest.raises(CheckpointError, match="with another evaluator"):
+    with pytest.raises(CheckpointError, match="holds another run: dense"):
         planner_with(signals).fit(model, Other(model), SETTINGS, folder=tmp_path, progress=False)
 
     class Elsewhere(Closeness):  # the same on other hardware
@@ -289,18 +289,18 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
     planner_with(signals).fit(model, Elsewhere(model), SETTINGS, folder=tmp_path, progress=False)
     asks = Closeness(model)
     asks.digest = "other questions, the same scores"
-    with pytest.raises(CheckpointError, match="with another evaluator"):
+    with pytest.raises(CheckpointError, match="holds another run: evaluator"):
         planner_with(signals).fit(model, asks, SETTINGS, folder=tmp_path, progress=False)
     narrow = planner_with(signals)
     narrow.policy = new_policy(width=32)
     with pytest.raises(CheckpointError, match="of another policy"):
         narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
-    (tmp_path / "fit.json").write_bytes(b"\xff\xfe[]")
-    with pytest.raises(CheckpointError, match="fit with other settings"):
+    (tmp_path / "run.json").write_bytes(b"\xff\xfe[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
         planner_with(signals).fit(
             model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
         )
-    (tmp_path / "fit.json").unlink()
+    (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="is damaged"):
         planner_with(signals).fit(
