@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts
-from hipp_ext.calibration import Batch, Calibration, Task, all_batches, calibration_by_task
+from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.plan import PruningPlan
@@ -50,7 +50,7 @@ class Allocator(abc.ABC):
         model: nn.Module,
         *,
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         progress: bool = False,
     ) -> PruningPlan:
         """The plan for `model`, which is never changed.
@@ -58,8 +58,8 @@ class Allocator(abc.ABC):
         Args:
             model: transformers model.
             processor: processor of a vision-language model; None: the one beside its weights.
-            calibration: batches of the tensors that the model's forward takes, for all tasks or by
-                task; None: the testbed's, through `processor`.
+            calibration: a Calibration, or batches of the tensors that the model's forward takes,
+                for all tasks or by task; None: the testbed's, through `processor`.
             progress: show on stderr how many groups are measured.
 
         Raises:
@@ -71,9 +71,9 @@ class Allocator(abc.ABC):
         groups, scorer = find_groups(model), self.scorer or WandaSP()
         keep_counts(groups, None, self.pruning_ratio, self.bounds)  # raises before measuring
         needed = self.needs_calibration or scorer.needs_calibration
-        tasks = calibration_by_task(model, calibration, processor) if needed else {}
-        scores = scorer(model, all_batches(tasks) if tasks else None, groups=groups)
-        measured = self.measure(model, groups, scores, tasks, progress=progress)
+        given = Calibration.of(model, calibration, processor) if needed else None
+        scores = scorer(model, given, groups=groups)
+        measured = self.measure(model, groups, scores, given, progress=progress)
         counts = self.keep_counts(groups, scores, measured)
         return plan_from_counts(groups, counts, scores, scorer=scorer.name)
 
@@ -82,7 +82,7 @@ class Allocator(abc.ABC):
         model: nn.Module,
         groups: Sequence[Group],
         scores: Mapping[str, Tensor],
-        tasks: Mapping[Task, Sequence[Batch]],
+        calibration: Calibration | None,
         *,
         progress: bool = False,
     ) -> Any:
@@ -92,7 +92,7 @@ class Allocator(abc.ABC):
             model: left as it was found.
             groups: groups to be pruned.
             scores: group name -> score per unit, higher = keep.
-            tasks: checked batches of each task; empty where `needs_calibration` is False.
+            calibration: checked batches; None where neither this nor the scorer needs any.
             progress: show on stderr how many groups are measured.
         """
         return None

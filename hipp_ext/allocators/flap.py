@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.global_threshold import counts_by_threshold
-from hipp_ext.calibration import Batch, Task, all_batches
+from hipp_ext.calibration import Calibration
 from hipp_ext.groups import Group
 from hipp_ext.scorers.base import input_moments, per_unit
 from hipp_ext.scorers.flap import fluctuation
@@ -35,12 +35,13 @@ class FLAPAdaptive(Allocator):
         model: nn.Module,
         groups: Sequence[Group],
         scores: Mapping[str, Tensor],
-        tasks: Mapping[Task, Sequence[Batch]],
+        calibration: Calibration | None,
         *,
         progress: bool = False,
     ) -> dict[str, Tensor]:
         """Group name -> (width,) standardised fluctuation."""
-        moments, result = input_moments(model, groups, all_batches(tasks)), {}
+        assert calibration is not None
+        moments, result = input_moments(model, groups, calibration.batches), {}
         for group in groups:
             channels = fluctuation(model, group, moments[group.name])
             deviation = channels.std(unbiased=False).clamp_min(1e-30)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hipp_ext import budget
 from hipp_ext.allocators.base import Allocator
-from hipp_ext.calibration import Batch, Task, all_batches
+from hipp_ext.calibration import Calibration
 from hipp_ext.groups import Group, total_parameters
 from hipp_ext.scorers.base import consumer_weight, input_moments
 
@@ -41,12 +41,13 @@ class OWL(Allocator):
         model: nn.Module,
         groups: Sequence[Group],
         scores: Mapping[str, Tensor],
-        tasks: Mapping[Task, Sequence[Batch]],
+        calibration: Calibration | None,
         *,
         progress: bool = False,
     ) -> np.ndarray:
         """(groups,) fraction of outliers in each consumer."""
-        moments = input_moments(model, groups, all_batches(tasks))
+        assert calibration is not None
+        moments = input_moments(model, groups, calibration.batches)
         return np.array([self._outliers(model, g, moments[g.name].norm) for g in groups])
 
     def keep_counts(

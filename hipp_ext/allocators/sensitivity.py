@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hipp_ext import budget
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.cheapest_path import CheapestPath
-from hipp_ext.calibration import Batch, Task
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 from hipp_ext.progress import counting
@@ -53,13 +53,14 @@ class Sensitivity(Allocator):
         model: nn.Module,
         groups: Sequence[Group],
         scores: Mapping[str, Tensor],
-        tasks: Mapping[Task, Sequence[Batch]],
+        calibration: Calibration | None,
         *,
         progress: bool = False,
     ) -> Float[Tensor, "tasks groups levels"]:
         """The measured sensitivity of each task [nats]."""
+        assert calibration is not None
         with counting(progress, "measuring sensitivity") as tick:
-            return measure_sensitivity(model, tasks, groups, scores, tick)
+            return measure_sensitivity(model, calibration, groups, scores, tick)
 
     def keep_counts(
         self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any

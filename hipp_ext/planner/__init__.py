@@ -1,4 +1,4 @@
-"""The learned allocator: a preference and measured signals -> a plan, by a policy that `fit` trains."""
+"""The learned allocator: a preference and measured signals -> a plan, by a trained policy."""
 
 from hipp_ext.planner.answers import Answers, ParetoPlan
 from hipp_ext.planner.planner import HiPPPlanner

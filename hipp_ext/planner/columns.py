@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Batch, image_token_id
+from hipp_ext.calibration import Calibration, image_token_id
 from hipp_ext.groups import Group
 from hipp_ext.scorers import MRS, SynFlow, VisualSensitivity
 
@@ -19,7 +19,7 @@ Column = Float[Tensor, " groups"]
 
 def measure_columns(
     model: nn.Module,
-    batches: Sequence[Batch],
+    calibration: Calibration,
     groups: Sequence[Group],
     mrs: MRS | None,
     log: Callable[[str], None],
@@ -28,7 +28,7 @@ def measure_columns(
 
     Args:
         model: left as it was found.
-        batches: checked calibration batches.
+        calibration: checked batches.
         groups: groups of the model.
         mrs: also measures "mrs", module robustness sensitivity [nats]; needs labels.
         log: called with a line before each measurement.
@@ -36,12 +36,12 @@ def measure_columns(
     log("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     if image_token_id(model) is not None:
-        visual = _sums(VisualSensitivity()(model, batches, groups=groups), groups)
+        visual = _sums(VisualSensitivity()(model, calibration, groups=groups), groups)
     log("measuring synaptic flow")
     columns = {"visual": visual, "synflow": _sums(SynFlow()(model, groups=groups), groups)}
     if mrs is not None:
         log("measuring the sensitivity of every group under attack")
-        values = mrs.sensitivity(model, batches, groups=groups)
+        values = mrs.sensitivity(model, calibration, groups=groups)
         columns["mrs"] = torch.tensor([values[g.name] for g in groups])
     return columns
 

@@ -1,36 +1,18 @@
-"""What "compression" counts: parameters or FLOPs."""
+"""What the objective "compression" counts: parameters or FLOPs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hipp_ext.budget import Cost
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 
 CostKind = Literal["parameters", "flops"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Cost:
-    """Cost of the groups; `removed` is the objective "compression".
-
-    The budget `pruning_ratio` always counts parameters, exactly; this is what the search rewards.
-
-    Attributes:
-        kind: what is counted.
-        dense: (groups,) parameters, or FLOPs per token, of each whole group.
-    """
-
-    kind: CostKind
-    dense: Float[Tensor, " groups"]
-
-    def removed(self, fractions: Float[Tensor, "plans groups"]) -> Float[Tensor, " plans"]:
-        """Fraction of the dense cost that plans with these keep fractions save; more = smaller."""
-        return 1 - (fractions.double().clamp(0, 1) * self.dense).sum(1) / self.dense.sum()
 
 
 def check_cost(kind: str) -> None:
@@ -39,8 +21,8 @@ def check_cost(kind: str) -> None:
         raise BudgetError(f"cost={kind!r}: one of {', '.join(get_args(CostKind))} is needed.")
 
 
-def cost_of(groups: Sequence[Group], kind: CostKind, *, tokens: int = 640) -> Cost:
-    """The cost of `groups`.
+def cost_of(groups: Sequence[Group], kind: str, *, tokens: int = 640) -> Cost:
+    """The cost of `groups`, named after its kind.
 
     Args:
         groups: groups of a model.
@@ -52,9 +34,15 @@ def cost_of(groups: Sequence[Group], kind: CostKind, *, tokens: int = 640) -> Co
         BudgetError: the kind is unknown.
     """
     check_cost(kind)
-    unit = [
-        g.unit_parameters if kind == "parameters" else g.unit_flops + g.context_flops(tokens)
-        for g in groups
-    ]
-    dense = [float(g.width * u) for g, u in zip(groups, unit, strict=True)]
-    return Cost(kind=kind, dense=torch.tensor(dense, dtype=torch.float64))
+    if kind == "parameters":
+        return Cost.parameters(groups)
+    units = [g.unit_flops + g.context_flops(tokens) for g in groups]
+    return Cost(name=kind, terms=tuple((u, ((0, ((i, 1),)),)) for i, u in enumerate(units)))
+
+
+def compression(
+    cost: Cost, groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray
+) -> Float[Tensor, " plans"]:
+    """Fraction of the dense cost that each plan saves, float64; more = smaller."""
+    counts = np.asarray(plans, dtype=np.int64).reshape(-1, len(groups))
+    return torch.from_numpy(1 - cost.many(counts) / cost([g.width for g in groups]))

@@ -9,9 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from hipp_ext.planner.cost import Cost
+from hipp_ext.budget import Cost
+from hipp_ext.planner.cost import compression
 from hipp_ext.planner.reward import Evaluator, Reward, read_reward
-from hipp_ext.planner.state import Signals, keep_fractions
+from hipp_ext.planner.state import Signals
 from hipp_ext.surgery.slices import sliced
 
 TIMEOUT = datetime.timedelta(days=1)  # an evaluation may be slow; torchrun ends all if one dies
@@ -24,13 +25,13 @@ MeasureMany = Callable[[Sequence[KeepCounts]], list[Reward]]
 def plan_rewards(
     model: nn.Module, evaluator: Evaluator, signals: Signals, cost: Cost
 ) -> Iterator[MeasureOne]:
-    """Inside the block, `measure(keep_counts)` evaluates the model sliced to those; see `sliced`."""
+    """Inside the block, `measure(keep_counts)` evaluates a slice of the model, see `sliced`."""
     with sliced(model, signals.groups, signals.scores) as shrink:
 
         def measure(keep_counts: KeepCounts) -> Reward:
             shrink(keep_counts)
-            fractions = keep_fractions(signals.groups, [keep_counts])
-            return read_reward(evaluator(model), float(cost.removed(fractions)[0]))
+            saved = float(compression(cost, signals.groups, [keep_counts])[0])
+            return read_reward(evaluator(model), saved)
 
         yield measure
 
@@ -71,7 +72,7 @@ class Workers:
 
     @contextlib.contextmanager
     def leading(self, measure: MeasureOne) -> Iterator[MeasureMany]:
-        """For the leader: inside the block, all processes measure plans, `count` at a time at most."""
+        """For the leader: inside the block, all processes measure plans, each one at a time."""
 
         def measure_many(plans: Sequence[KeepCounts]) -> list[Reward]:
             assert len(plans) <= self.count

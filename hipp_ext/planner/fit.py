@@ -1,24 +1,26 @@
 """The fit: propose plans, measure them, learn from them; resumable after every plan."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from hipp_ext.budget import Bounds, keep_counts
+from hipp_ext.budget import Bounds, Cost, keep_counts
+from hipp_ext.errors import CheckpointError
+from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.planner.archive import Archive, Record, fit_groups
-from hipp_ext.planner.cost import Cost
 from hipp_ext.planner.evaluation import KeepCounts, MeasureMany
-from hipp_ext.planner.fit_folder import Checkpoint, FitFolder
 from hipp_ext.planner.grpo import Rollouts
 from hipp_ext.planner.policy import Policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.planner.search import PolicySearch
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.state import Signals
+from hipp_ext.runs import RunFolder
+
+ARCHIVE, CHECKPOINT = "archive.jsonl", "checkpoint.safetensors"
 
 
 class Trainer:
@@ -32,15 +34,11 @@ class Trainer:
         cost: what compression counts.
         pruning_ratio: fixes the budget; None: the policy decides.
         bounds: bounds of the keep counts.
-        folder: folder of checkpoint and archive, from which the fit is resumed; None: none.
-        dense: the evaluator's scores of the dense model; they stand for the questions of an
-            evaluator without a digest.
-        evaluator: digest of the evaluator; None: it has none.
-        mrs: name of the MRS scorer among the signals; None: there is none.
+        run: folder of checkpoint and archive, from which the fit is resumed; None: none.
         at_once: number of plans that are measured at the same time.
 
     Raises:
-        CheckpointError: `folder` holds another fit, or is damaged.
+        CheckpointError: the folder is damaged.
     """
 
     def __init__(
@@ -53,10 +51,7 @@ class Trainer:
         cost: Cost,
         pruning_ratio: float | None = None,
         bounds: Bounds | None = None,
-        folder: Path | None = None,
-        dense: Mapping[str, float] | None = None,
-        evaluator: str | None = None,
-        mrs: str | None = None,
+        run: RunFolder | None = None,
         at_once: int = 1,
     ):
         self.signals, self.measure, self.settings = signals, measure, settings
@@ -64,25 +59,11 @@ class Trainer:
         self.search = PolicySearch(
             policy, signals, settings, cost=cost, pruning_ratio=pruning_ratio, bounds=self.bounds
         )
-        self.files = FitFolder(folder)
-        self.archive = Archive(self.files.archive)
+        self.folder = run
+        self.archive = Archive(run / ARCHIVE if run else None)
         self.step, self.finished = 0, False
-        # More steps may be asked for later; everything else must be the same to resume.
-        same = {k: v for k, v in dataclasses.asdict(settings).items() if k != "steps"}
-        self._resume(
-            {
-                "settings": same,
-                "pruning_ratio": pruning_ratio,
-                "bounds": dataclasses.asdict(self.bounds),
-                "cost": cost.kind,
-                "mrs": mrs,
-                "scorer": signals.scorer,
-                "model": signals.digest,
-                "calibration": signals.calibration,
-                "evaluator": evaluator,
-                "dense": dict(dense or {}),
-            }
-        )
+        if run:
+            self._resume(run)
         # What was evaluated after the last checkpoint is not evaluated again, only replayed.
         later = self.archive.keep_steps_before(self.step)
         self._known: dict[KeepCounts, Reward] = {
@@ -123,7 +104,7 @@ class Trainer:
             evaluations=len(self.archive.measured),
             hypervolume=self.archive.hypervolume(),
             history=tuple(history),
-            folder=self.files.path,
+            folder=self.folder.path if self.folder else None,
         )
 
     def run_step(self, tick: Callable[[], None] = lambda: None) -> None:
@@ -200,24 +181,29 @@ class Trainer:
             self._known.update(zip(batch, self.measure(batch), strict=True))
 
     def _save(self) -> None:
-        tensors = self.search.learner.tensors()
-        self.files.save(Checkpoint(step=self.step, finished=self.finished, tensors=tensors))
+        if self.folder:
+            progress = {"step": self.step, "finished": self.finished}
+            content = seal(self.search.learner.tensors(), progress)
+            write_atomic(self.folder / CHECKPOINT, content)
 
-    def _resume(self, identity: Mapping[str, Any]) -> None:
+    def _resume(self, run: RunFolder) -> None:
         """Continue where the folder's fit stopped."""
-        self.files.claim(identity)
         if not fit_groups(self.archive.records, self.signals.groups):
-            raise self.files.damaged("The archive holds plans of another model.")
-        if (checkpoint := self.files.load()) is None:
+            raise run.damaged("the archive holds plans of another model")
+        if not (run / CHECKPOINT).exists():
             return
-        self.step, self.finished = checkpoint.step, checkpoint.finished
         try:
-            self.search.learner.restore(checkpoint.tensors)
+            tensors, progress = unseal(run / CHECKPOINT)
+            self.step, self.finished = int(progress["step"]), bool(progress["finished"])
+        except (CheckpointError, KeyError, ValueError, TypeError) as error:
+            raise run.damaged(error) from None
+        try:
+            self.search.learner.restore(tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise self.files.damaged(f"The checkpoint is of another policy: {error!r}.") from None
+            raise run.damaged(f"the checkpoint is of another policy: {error!r}") from None
         expected = self.step * self._per_step
         there = sum(r.step < self.step for r in self.archive.records)
         if there != expected:
-            raise self.files.damaged(
-                f"The archive holds {there} of the {expected} plans before step {self.step}."
+            raise run.damaged(
+                f"the archive holds {there} of the {expected} plans before step {self.step}"
             )

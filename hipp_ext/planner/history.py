@@ -21,7 +21,7 @@ class FitHistory:
         archive: all of them, in the order of their evaluation.
         ranking: digest of the unit ranking that they were evaluated with, see `Signals.ranking`;
             None before any fit.
-        cost: what their compression counts; None before any fit.
+        cost: kind of cost that their compression counts; None before any fit.
         dense: the evaluator's "utility" and "robustness" of the dense model; None: unknown.
         evaluator: digest of the evaluator; None: it has none.
     """

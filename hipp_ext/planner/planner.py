@@ -1,6 +1,5 @@
 """HiPPPlanner: a preference in, a per-layer pruning plan out, in one policy call."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 
 from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
-from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
+from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
@@ -32,25 +31,9 @@ from hipp_ext.scorers import MRS, Scorer
 from hipp_ext.units import plan_from_counts
 
 Log = Callable[[str], None]
-TOY = (
-    "The signals are measured on the built-in questions, which are about a toy world. Measured on data of your own kind a plan "
-    "keeps what that data needs: from Python, plan(model, calibration=batches)."
-)
 NOT_FITTED_MESSAGE = (
     "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
 )
-
-
-def _mind_the_toy(model: nn.Module, log: Log | None) -> None:
-    """Say what the built-in questions are worth, unless the model was made for them."""
-    from hipp_ext.testbed import is_testbed
-
-    if is_testbed(model):
-        return
-    if log:
-        log(f"warning: {TOY}")
-    else:
-        warnings.warn(TOY, stacklevel=4)
 
 
 class HiPPPlanner:
@@ -133,7 +116,7 @@ class HiPPPlanner:
         model: nn.Module,
         *,
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         preference: Preference | None = None,
         best_evaluated: bool = False,
@@ -145,12 +128,11 @@ class HiPPPlanner:
         Args:
             model: transformers model.
             processor: processor of a vision-language model; None: the one beside its weights.
-            calibration: batches of the forward's tensors, for all tasks or by task,
-                {"utility": batches, "robustness": batches}: with batches by task, a preference for
-                one task keeps what that task's answers depend on. None: the signals measured
-                before, if they are of this model; else the testbed's questions, by task, which are
-                about a toy world. On another calibration than that of the signals measured before,
-                everything is measured again.
+            calibration: a Calibration, batches, or {"utility": batches, "robustness": batches}: with
+                batches by task, a preference for one task keeps what that task's answers depend on.
+                None: the signals measured before, if they are of this model; else the testbed's
+                questions, by task, which are about a toy world. On another calibration than that of
+                the signals measured before, everything is measured again.
             rows: number of the testbed's questions; None: as for the signals measured before,
                 else 64. 256 give a better sensitivity.
             preference: weights of the objectives; None: the planner's own.
@@ -206,7 +188,7 @@ class HiPPPlanner:
         model: nn.Module,
         *,
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         log: Log | None = None,
         progress: bool = False,
@@ -220,25 +202,17 @@ class HiPPPlanner:
             raise CalibrationError(
                 f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
             )
-        there = (
-            self.signals is not None
-            and model_digest(model, self.signals.groups) == self.signals.digest
-        )
-        asked = rows or self._rows
-        # Signals of whatever calibration serve who names none; who names rows or a processor may mean others.
-        if (
-            there
-            and calibration is None
-            and (rows is None and (processor is None or asked is None))
-        ):
-            return self.signals  # type: ignore[return-value]
-        given = calibration_by_task(model, calibration, processor, int(asked or ROWS))
-        if there and calibration_digest(given) == self.signals.calibration:  # type: ignore[union-attr]
-            return self.signals  # type: ignore[return-value]
-        if there and log:
-            log("another calibration than that of the signals at hand: measuring again")
-        if calibration is None:
-            _mind_the_toy(model, log)
+        before, asked = self._signals_of(model), rows or self._rows
+        # Without a calibration, any signals of the model will do, unless rows or a processor ask
+        # for certain built-in questions.
+        any_will_do = calibration is None and rows is None and (processor is None or asked is None)
+        if before and any_will_do:
+            return before
+        given = Calibration.of(model, calibration, processor, int(asked or ROWS), log)
+        if before and given.digest == before.calibration:
+            return before
+        if before and log:
+            log("another calibration than that of the known signals: measuring again")
         options: Any = {"mrs": self.mrs, "log": log, "progress": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **options)
@@ -246,6 +220,12 @@ class HiPPPlanner:
             self.signals = measure_signals(model, given, scorer=self.scorer, **options)
         self._rows = int(asked or ROWS) if calibration is None else None
         return self.signals
+
+    def _signals_of(self, model: nn.Module) -> Signals | None:
+        """The signals that were measured before, if they are of `model` as it is."""
+        known = self.signals
+        same = known is not None and model_digest(model, known.groups) == known.digest
+        return known if same else None
 
     @torch.inference_mode(False)
     def fit(
@@ -257,7 +237,7 @@ class HiPPPlanner:
         folder: str | Path | None = None,
         cost: CostKind = "parameters",
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         progress: bool = True,
         log: Log | None = None,
@@ -381,12 +361,11 @@ class HiPPPlanner:
                 with the highest scores.
             DataError: the evaluator returns something else than finite numbers.
         """
-        if self.signals is None or model_digest(model, self.signals.groups) != self.signals.digest:
+        if (signals := self._signals_of(model)) is None:
             raise PlanError(
                 "The planner has no signals of this model; call plan(model) or "
                 "fit(model, evaluator) first."
             )
-        signals = self.signals
         counts = [tuple(plan.keep_counts.get(g.name, 0) for g in signals.groups) for plan in plans]
         for plan, kept in zip(plans, counts, strict=True):
             if plan.groups != self._plan(signals, kept, None).groups:
@@ -410,7 +389,7 @@ class HiPPPlanner:
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write preference, policy, signals and archive to the folder `path`, whole or not at all."""
+        """Write the planner to the folder `path`, whole or not at all."""
         write_planner(path, self, overwrite)
 
     @classmethod

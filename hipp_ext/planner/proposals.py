@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.budget import Bounds, many_keep_counts
+from hipp_ext.budget import Bounds, Cost, many_keep_counts
 from hipp_ext.groups import Group
 from hipp_ext.planner.archive import Archive, hypervolume_gains
-from hipp_ext.planner.cost import Cost
+from hipp_ext.planner.cost import compression
 from hipp_ext.planner.grpo import Learner, Rollouts, centred
 from hipp_ext.planner.state import keep_fractions
 from hipp_ext.planner.surrogate import Surrogate
@@ -61,12 +61,8 @@ class Proposer:
         chosen = torch.empty(*ratios.shape, n, drawn.allocations.shape[-1])
         front = np.array([r.reward.objectives() for r in archive.front()]).reshape(-1, 3)
         logits = torch.tensor([r.allocation for r in archive.records])
-        known = set(
-            map(
-                tuple,
-                self._counts(logits, np.array([r.pruning_ratio for r in archive.records])).tolist(),
-            )
-        )
+        asked = np.array([r.pruning_ratio for r in archive.records])
+        known = set(map(tuple, self.counts(logits, asked).tolist()))
         measured = torch.unique(logits, dim=0)
         for p, preference in enumerate(drawn.preferences):
             for m, ratio in enumerate(ratios[p].tolist()):
@@ -76,20 +72,14 @@ class Proposer:
                 pool = torch.cat([pool, drawn.allocations[p, m, : self.candidates // 4]])
                 chosen[p, m] = self._pick(pool, n, ratio, merit, known, surrogate, generator)
             # The policy's own plan is measured too, or the policy would drift to unknown regions.
-            chosen[p, 0, 0] = learner.allocation_means(preference[None], ratios[p : p + 1, :1])[
-                0, 0
-            ].detach()
+            own = learner.allocation_means(preference[None], ratios[p : p + 1, :1])
+            chosen[p, 0, 0] = own[0, 0].detach()
         return dataclasses.replace(drawn, ratios=ratios, allocations=chosen)
 
-    def fractions(
-        self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"]
-    ) -> Float[Tensor, "C G"]:
-        """Keep fractions of plans, before rounding's rest of the budget is spent."""
-        return keep_fractions(self.groups, self._counts(allocations, ratios))
-
-    def _counts(
+    def counts(
         self, allocations: Float[Tensor, "C G"], ratios: float | Float[Tensor, " C"] | np.ndarray
     ) -> np.ndarray:
+        """Keep counts of plans, before the rest of the budget that rounding leaves is spent."""
         each = np.broadcast_to(np.asarray(ratios, dtype=np.float64), len(allocations))
         return many_keep_counts(self.groups, allocations.double().numpy(), each, self.bounds)
 
@@ -114,24 +104,19 @@ class Proposer:
     ) -> Float[Tensor, "C G"]:
         """Rounds of selecting the most promising candidates and changing some of their logits."""
         for scale in REFINE_NOISE:
-            fractions = self.fractions(pool, ratio)
-            value = merit(torch.cat([surrogate.mean(fractions), self._compression(fractions)], 1))
+            counts = self.counts(pool, ratio)
+            mean = surrogate.mean(keep_fractions(self.groups, counts))
+            value = merit(torch.cat([mean, self._compression(counts)], 1))
             best = pool[value.topk(min(len(pool), self.candidates // 8)).indices]
             parents = best[torch.randint(len(best), (self.candidates,), generator=generator)]
-            changed = torch.rand(parents.shape, generator=generator) < max(
-                0.2, 2 / parents.shape[1]
-            )
-            pool = torch.cat(
-                [
-                    best,
-                    parents
-                    + changed * scale * noise * torch.randn(parents.shape, generator=generator),
-                ]
-            )
+            rate = max(0.2, 2 / parents.shape[1])
+            changed = torch.rand(parents.shape, generator=generator) < rate
+            moves = scale * noise * torch.randn(parents.shape, generator=generator)
+            pool = torch.cat([best, parents + changed * moves])
         return pool
 
-    def _compression(self, fractions: Float[Tensor, "C G"]) -> Float[Tensor, "C 1"]:
-        return self.cost.removed(fractions)[:, None].float()
+    def _compression(self, counts: np.ndarray) -> Float[Tensor, "C 1"]:
+        return compression(self.cost, self.groups, counts)[:, None].float()
 
     def _pick(
         self,
@@ -144,7 +129,7 @@ class Proposer:
         generator: torch.Generator,
     ) -> Float[Tensor, "N G"]:
         """`n` different plans, each the best under its own draw from the surrogate."""
-        counts = self._counts(pool, ratio)
+        counts = self.counts(pool, ratio)
         fresh = {
             tuple(counted): i
             for i, counted in reversed(list(enumerate(counts.tolist())))
@@ -152,11 +137,10 @@ class Proposer:
         }
         usable = sorted(fresh.values())  # known plans and duplicates teach nothing
         usable += [i for i in range(len(pool)) if i not in set(usable)][: max(0, n - len(usable))]
-        pool, fractions = pool[usable], keep_fractions(self.groups, counts[usable])
-        compression = self._compression(fractions)
-        taken: list[int] = []
-        for drawn in surrogate.sample(fractions, n, generator):
-            objectives = torch.cat([drawn, compression], 1)
+        pool, counts = pool[usable], counts[usable]
+        saved, taken = self._compression(counts), list[int]()
+        for drawn in surrogate.sample(keep_fractions(self.groups, counts), n, generator):
+            objectives = torch.cat([drawn, saved], 1)
             value = merit(objectives)
             value[taken] = -torch.inf
             taken.append(int(value.argmax()))

@@ -26,7 +26,7 @@ class Reward:
     Attributes:
         utility: score from the evaluator; ours is 1 for certain and right, 0 for guessing.
         robustness: the same on POPE.
-        compression: fraction of the cost that the plan saves, see `Cost`; of parameters it is the
+        compression: fraction of the cost that the plan saves; of parameters it is the
             plan's pruning_ratio.
         utility_se: standard error of utility over the evaluator's questions; 0 if it gives none.
         robustness_se: standard error of robustness.

@@ -1,6 +1,8 @@
-"""A fit in one process or several: measure plans, train the policy, and hand everyone the result."""
+"""A fit in one process or several, all of which get the result."""
 
+import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from hipp_ext.planner.evaluation import Workers, plan_rewards
 from hipp_ext.planner.fit import Trainer
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy
-from hipp_ext.planner.reward import Evaluator
+from hipp_ext.planner.reward import Evaluator, scores_agree
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.state import Signals
+from hipp_ext.runs import RunFolder
 
 
 def run_fit(
@@ -42,21 +45,32 @@ def run_fit(
             with workers.leading(measure_one) as measure_many:
                 whole = measure_many([tuple(g.width for g in signals.groups)])[0]
                 dense = {"utility": whole.utility, "robustness": whole.robustness}
-                trainer = Trainer(
-                    policy,
-                    signals,
-                    measure_many,
-                    settings,
-                    cost=price,
-                    pruning_ratio=pruning_ratio,
-                    bounds=bounds,
-                    folder=folder,
-                    dense=dense,
-                    evaluator=digest,
-                    mrs=mrs,
-                    at_once=workers.count,
-                )
-                result = trainer.run(progress)
+                identity = {
+                    # More steps may be asked for later.
+                    "settings": dataclasses.asdict(dataclasses.replace(settings, steps=0)),
+                    "pruning_ratio": pruning_ratio,
+                    "bounds": dataclasses.asdict(bounds),
+                    "cost": cost,
+                    "mrs": mrs,
+                    "scorer": signals.scorer,
+                    "model": signals.digest,
+                    "calibration": signals.calibration,
+                    "evaluator": digest,
+                    "dense": dense,  # stands for the questions of an evaluator without a digest
+                }
+                with _run_folder(folder, identity) as run:
+                    trainer = Trainer(
+                        policy,
+                        signals,
+                        measure_many,
+                        settings,
+                        cost=price,
+                        pruning_ratio=pruning_ratio,
+                        bounds=bounds,
+                        run=run,
+                        at_once=workers.count,
+                    )
+                    result = trainer.run(progress)
                 learned = (policy.state_dict(), trainer.archive.records, dense, result)
     shared: Any = workers.share(learned)
     state, records, dense, result = shared
@@ -65,3 +79,12 @@ def run_fit(
         records=records, ranking=signals.ranking, cost=cost, dense=dense, evaluator=digest
     )
     return policy, history, result
+
+
+def _run_folder(
+    folder: Path | None, identity: dict[str, Any]
+) -> contextlib.AbstractContextManager[RunFolder | None]:
+    """The folder of the fit, locked until it ends; None: nothing is kept."""
+    if folder is None:
+        return contextlib.nullcontext()
+    return RunFolder(folder, identity, same={"dense": scores_agree})

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.budget import Bounds, largest_ratio
+from hipp_ext.budget import Bounds, Cost, largest_ratio
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import Cost
+from hipp_ext.planner.cost import compression
 from hipp_ext.planner.grpo import Learner, Rollouts, draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, Policy
 from hipp_ext.planner.proposals import Proposer
@@ -130,13 +130,16 @@ class PolicySearch:
         shape = rollouts.allocations.shape
         ratios = rollouts.ratios[:, :, None].expand(shape[:3]).flatten()
         allocations = rollouts.allocations.reshape(-1, shape[3])
-        return self._objectives(self.proposer.fractions(allocations, ratios)).view(*shape[:3], 3)
+        return self._objectives(allocations, ratios).view(*shape[:3], 3)
 
-    def _objectives(self, fractions: Float[Tensor, "C G"]) -> Float[Tensor, "C 3"]:
+    def _objectives(
+        self, allocations: Float[Tensor, "C G"], ratios: Float[Tensor, " C"]
+    ) -> Float[Tensor, "C 3"]:
         """Lower confidence bounds: a policy would find the plans that the surrogate overrates."""
-        mean, deviation = self.surrogate.predict(fractions)
-        compression = self.cost.removed(fractions)[:, None].float()
-        return torch.cat([mean - LCB_BETA * deviation, compression], 1)
+        groups, plans = self.signals.groups, self.proposer.counts(allocations, ratios)
+        mean, deviation = self.surrogate.predict(keep_fractions(groups, plans))
+        saved = compression(self.cost, groups, plans)[:, None].float()
+        return torch.cat([mean - LCB_BETA * deviation, saved], 1)
 
     def _learn_budgets(self, preferences: Tensor) -> None:
         """The best of a grid of ratios, each with the allocation that the policy chooses there."""
@@ -144,6 +147,5 @@ class PolicySearch:
         ratios = grid.expand(len(preferences), -1)
         with torch.no_grad():
             means = self.learner.allocation_means(preferences, ratios)
-        fractions = self.proposer.fractions(means.flatten(0, 1), ratios.flatten())
-        objectives = self._objectives(fractions).view(*ratios.shape, 3)
-        self.learner.learn_budgets(preferences, ratios, objectives)
+        objectives = self._objectives(means.flatten(0, 1), ratios.flatten())
+        self.learner.learn_budgets(preferences, ratios, objectives.view(*ratios.shape, 3))

@@ -4,12 +4,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
+from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
@@ -27,11 +26,9 @@ def default_cache() -> Path:
 
 def cached_signals(
     model: nn.Module,
-    calibration: Calibration | None,
+    calibration: CalibrationLike | None,
     folder: Path,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     mrs: MRS | None = None,
     log: Callable[[str], None] | None = None,
     progress: bool = False,
@@ -44,8 +41,8 @@ def cached_signals(
     the signals are not kept. Arguments as for `measure_signals`.
     """
     log = log or (lambda _: None)
-    groups, tasks = find_groups(model), calibration_by_task(model, calibration, processor, rows)
-    expected = model_digest(model, groups), calibration_digest(tasks)
+    groups, given = find_groups(model), Calibration.of(model, calibration)
+    expected = model_digest(model, groups), given.digest
     key = f"{FORMAT} {expected[0]} {expected[1]} {mrs and mrs.name}"
     path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
@@ -59,7 +56,7 @@ def cached_signals(
         else:
             log(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, tasks, mrs=mrs, groups=groups, log=log, progress=progress)
+    signals = measure_signals(model, given, mrs=mrs, groups=groups, log=log, progress=progress)
     try:
         write_atomic(path, sealed_signals(signals))
     except OSError as error:

@@ -54,7 +54,7 @@ class SignalsHeader(BaseModel):
                 values that cannot have been measured.
         """
         n = len(self.groups)
-        shapes = {f"scores.{g.name}": (g.width,) for g in self.groups}
+        shapes: dict[str, tuple[int, ...]] = {f"scores.{g.name}": (g.width,) for g in self.groups}
         shapes |= {k: (n,) for name in TRANSFORMS if (k := f"columns.{name}") in tensors}
         shapes["sensitivity"] = (len(TASKS), n, len(PRUNE_LEVELS))
         for name, shape in shapes.items():

@@ -4,7 +4,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -13,13 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.allocators.sensitivity import cheapest_logits
-from hipp_ext.calibration import (
-    ROWS,
-    Calibration,
-    all_batches,
-    calibration_by_task,
-    calibration_digest,
-)
+from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.planner.columns import (
@@ -136,10 +129,8 @@ def keep_fractions(
 
 def measure_signals(
     model: nn.Module,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
@@ -150,9 +141,7 @@ def measure_signals(
 
     Args:
         model: model to be planned for.
-        calibration: batches, for all tasks or by task; None: the testbed's, through `processor`.
-        processor: processor of a vision-language model; None: the one beside its weights.
-        rows: number of the testbed's questions.
+        calibration: a Calibration, batches, or batches by task; None: the testbed's.
         scorer: scorer that ranks the units of a group; None: WandaSP.
         mrs: also measures module robustness sensitivity; needs labels in the batches.
         groups: groups to be pruned; None: those of the language tower.
@@ -164,15 +153,14 @@ def measure_signals(
         raise UnsupportedModelError(
             "Signals are measured for the language tower; give the vision tower a plan of its own."
         )
-    tasks = calibration_by_task(model, calibration, processor, rows)
-    batches = all_batches(tasks)
+    given = Calibration.of(model, calibration)
     scorer, log = scorer or WandaSP(), log or (lambda _: None)
     log(f"scoring units ({scorer.name})")
-    scores = scorer(model, batches, groups=groups)
-    columns = measure_columns(model, batches, groups, mrs, log)
+    scores = scorer(model, given, groups=groups)
+    columns = measure_columns(model, given, groups, mrs, log)
     log("measuring the sensitivity of every group")
     with counting(progress, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
     return Signals(
         groups=groups,
         scores=scores,
@@ -180,12 +168,12 @@ def measure_signals(
         columns=columns,
         sensitivity=sensitivity,
         digest=model_digest(model, groups),
-        calibration=calibration_digest(tasks),
+        calibration=given.digest,
     )
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of all weights, by which signals know their model."""
+    """Hex digest of the groups and of a sample of all weights; signals belong to one of them."""
     digest = hashlib.sha256(repr(groups).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -1,7 +1,6 @@
-"""A planner as a folder: JSON for its settings, safetensors for policy and signals, JSONL for plans."""
+"""A planner as a folder: JSON for settings, safetensors for tensors, JSONL for plans."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
-from hipp_ext.planner.fit_folder import ARCHIVE
+from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.signal_file import read_signals, sealed_signals
@@ -50,8 +49,7 @@ class Header(BaseModel):
     format: Literal[1] = 1
     preference: tuple[float, float, float]
     pruning_ratio: Annotated[float, Field(ge=0, lt=1)] | None
-    round_to: int
-    min_keep: float | Mapping[str, float]
+    bounds: Bounds
     policy_width: Annotated[int, Field(ge=1, le=4096)]
     scorer: str | None
     mrs: str | None
@@ -76,8 +74,7 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
     header = Header(
         preference=planner.preference.as_tuple(),
         pruning_ratio=planner.pruning_ratio,
-        round_to=planner.bounds.round_to,
-        min_keep=planner.bounds.min_keep,
+        bounds=planner.bounds,
         policy_width=planner.policy.width,
         scorer=planner.scorer.name if planner.scorer else None,
         mrs=planner.mrs.name if planner.mrs else None,
@@ -121,7 +118,6 @@ def read_planner(
         if SIGNALS in header.files:
             signals = read_signals(_same(folder, SIGNALS, header))
         preference = Preference(*header.preference)
-        bounds = Bounds(round_to=header.round_to, min_keep=header.min_keep)
     except DAMAGE as error:
         raise CheckpointError(
             f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}"
@@ -145,7 +141,7 @@ def read_planner(
     )
     options = {
         "pruning_ratio": header.pruning_ratio,
-        "bounds": bounds,
+        "bounds": header.bounds,
         "scorer": scorer,
         "mrs": mrs,
         "policy": policy,

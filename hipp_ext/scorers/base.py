@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Batch, Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 
@@ -28,7 +28,7 @@ class Scorer(abc.ABC):
     def __call__(
         self,
         model: nn.Module,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
         groups: Sequence[Group] | None = None,
@@ -37,8 +37,8 @@ class Scorer(abc.ABC):
 
         Args:
             model: left as it was found: weights, gradients, requires_grad, train/eval.
-            calibration: batches of the tensors that the model's forward takes; None: the
-                testbed's, through `processor`.
+            calibration: a Calibration, or batches of the tensors that the model's forward takes;
+                None: the testbed's, through `processor`.
             processor: processor of a vision-language model; None: the one beside its weights.
             groups: groups to score; None: those of the language tower.
 
@@ -50,9 +50,9 @@ class Scorer(abc.ABC):
         groups = tuple(groups) if groups is not None else find_groups(model)
         check_loaded(model)
         check_plain(model, groups)
-        batches = (
-            resolve_calibration(model, calibration, processor) if self.needs_calibration else []
-        )
+        batches: Sequence[Batch] = ()
+        if self.needs_calibration:
+            batches = Calibration.of(model, calibration, processor).batches
         with evaluating(model):
             raw = self.score(model, groups, batches)
         scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}

@@ -12,7 +12,7 @@ from hipp_ext.allocators import ALLOCATORS, OWL, FLAPAdaptive, GlobalThreshold, 
 from hipp_ext.allocators.levels import Levels
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
-from hipp_ext.calibration import TASKS
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError, CalibrationError
 from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
@@ -22,9 +22,10 @@ from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
-TASK_BATCHES = dict.fromkeys(TASKS, BATCHES)
+
 BOUNDS = {"any count": Bounds(), "multiples of 4": Bounds(round_to=4, min_keep=0.2)}
 MODEL = build("llava")
+CALIBRATION = Calibration.of(MODEL, BATCHES)
 GROUPS = find_groups(MODEL)
 SCORES = WandaSP()(MODEL, BATCHES)
 
@@ -61,7 +62,7 @@ def within(groups, counts, bounds) -> bool:
 def measured():
     """What each allocator measures of the model, once."""
     return {
-        kind: kind(pruning_ratio=0.0).measure(MODEL, GROUPS, SCORES, TASK_BATCHES)
+        kind: kind(pruning_ratio=0.0).measure(MODEL, GROUPS, SCORES, CALIBRATION)
         for kind in ALLOCATORS.values()
     }
 
@@ -163,7 +164,7 @@ def test_the_global_threshold_takes_the_lowest_scores_first():
 @pytest.mark.parametrize("kind", [GlobalThreshold, FLAPAdaptive])
 def test_a_threshold_over_units_of_one_cost_keeps_the_best_of_all(kind):
     groups = GROUPS[1::2]  # FFN groups: all units cost the same
-    found = kind(pruning_ratio=0.0).measure(MODEL, groups, SCORES, TASK_BATCHES)
+    found = kind(pruning_ratio=0.0).measure(MODEL, groups, SCORES, CALIBRATION)
     if kind is FLAPAdaptive:
         raw = [FLAP()(MODEL, BATCHES)[g.name].numpy() for g in groups]
         comparable = [(r - r.mean()) / r.std() for r in raw]
@@ -180,7 +181,7 @@ def test_owl_keeps_more_of_a_group_with_outliers():
     with torch.no_grad():
         model.get_submodule(GROUPS[3].consumer).weight[:, :2] *= 30
     allocator, scores = OWL(pruning_ratio=0.3), WandaSP()(model, BATCHES)
-    outliers = allocator.measure(model, GROUPS, scores, TASK_BATCHES)
+    outliers = allocator.measure(model, GROUPS, scores, CALIBRATION)
     assert int(outliers.argmax()) == 3 and 0.02 < outliers[3] <= 2 / 44
     uniform = Uniform(pruning_ratio=0.3).keep_counts(GROUPS, scores, None)
     assert allocator.keep_counts(GROUPS, scores, outliers)[3] >= uniform[3] + 3
@@ -203,7 +204,7 @@ def divergence(keep_counts) -> float:
 def test_sensitivity_is_what_pruning_one_group_does(measured):
     calls = []
     handle = MODEL.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    table = Sensitivity(pruning_ratio=0.3).measure(MODEL, GROUPS, SCORES, TASK_BATCHES)
+    table = Sensitivity(pruning_ratio=0.3).measure(MODEL, GROUPS, SCORES, CALIBRATION)
     handle.remove()
     assert torch.equal(table, measured[Sensitivity])
     # Once dense; four heads have three levels below full width, the channels seven. Batches enter

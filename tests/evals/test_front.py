@@ -1,4 +1,6 @@
-"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick of the fit, or not at all."""
+"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick
+of the fit, or not at all.
+"""
 
 import json
 
@@ -80,5 +82,5 @@ def test_compression_counts_what_the_fit_rewarded(fitted):
 
 
 def test_another_fit_in_the_same_place_is_refused(fitted):
-    with pytest.raises(CheckpointError, match="holds a fit with other settings"):
+    with pytest.raises(CheckpointError, match="holds another run: mrs is"):
         hipp(*FIT, fitted, "--mrs", "--overwrite")

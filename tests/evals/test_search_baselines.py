@@ -26,7 +26,9 @@ EVALUATIONS = 30
 
 
 class Closeness:
-    """Keep counts -> reward of a random model: how close its answers stay to the dense ones, on two halves of the rows."""
+    """Keep counts -> reward of a random model: how close its answers stay to the dense ones, on two
+    halves of the rows.
+    """
 
     def __init__(self):
         self.model = build("llava")
@@ -50,14 +52,18 @@ class Closeness:
 
 
 class Plain(Reward):
-    """beartype, which is on in tests only, draws from the global generator when it checks the list that a Reward returns."""
+    """beartype, which is on in tests only, draws from the global generator when it checks the list
+    that a Reward returns.
+    """
 
     def objectives(self):
         return [self.utility, self.robustness, self.compression]
 
 
 class ChannelsMatter:
-    """All depends on the FFN groups: the best plans remove heads before channels. Draws no random numbers."""
+    """All depends on the FFN groups: the best plans remove heads before channels. Draws no random
+    numbers.
+    """
 
     def __init__(self, groups):
         self.groups = groups

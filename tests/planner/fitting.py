@@ -12,7 +12,9 @@ SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, updates=5,
 
 
 class Closeness:
-    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves of the batches."""
+    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves
+    of the batches.
+    """
 
     def __init__(self, model, batches=BATCHES):
         self.answers = AnswerLogits(model, batches)

@@ -43,7 +43,9 @@ def test_the_scalarisation_reaches_concave_parts_of_the_front():
 
 
 def test_weights_count_in_units_of_what_is_at_stake(signals):
-    """Half of the weight on robustness brings it half way, though it falls by 0.06 in all and compression rises by 0.6."""
+    """Half of the weight on robustness brings it half way, though it falls by 0.06 in all and
+    compression rises by 0.6.
+    """
     learner, even = (
         Learner(new_policy(), signals, 1e-3),
         torch.tensor([0.0, 0.5, 0.5]).expand(7, 3),

@@ -7,8 +7,7 @@ from models import build
 from hipp_ext import prune
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import find_groups
-from hipp_ext.planner.cost import cost_of
-from hipp_ext.planner.state import keep_fractions
+from hipp_ext.planner.cost import compression, cost_of
 from hipp_ext.units import plan_from_counts
 
 MODEL = build("llava_gqa")
@@ -17,7 +16,7 @@ COUNTS = tuple(max(1, g.width // (2 + i % 2)) for i, g in enumerate(GROUPS))
 
 
 def removed(kind, counts=COUNTS, **options):
-    return float(cost_of(GROUPS, kind, **options).removed(keep_fractions(GROUPS, [counts]))[0])
+    return float(compression(cost_of(GROUPS, kind, **options), GROUPS, [counts])[0])
 
 
 def test_parameters_are_those_that_pruning_removes():

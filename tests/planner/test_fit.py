@@ -17,11 +17,11 @@ from hipp_ext import HiPPPlanner, Preference, prune
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CheckpointError, DataError
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import cost_of
+from hipp_ext.planner.cost import compression, cost_of
 from hipp_ext.planner.evaluation import plan_rewards
 from hipp_ext.planner.fit import FitSettings, Trainer
 from hipp_ext.planner.policy import new_policy
-from hipp_ext.planner.state import keep_fractions, measure_signals
+from hipp_ext.planner.state import measure_signals
 
 
 def test_fit_learns_what_pays():
@@ -54,7 +54,7 @@ def test_compression_counts_what_was_asked(model, signals):
     planner.fit(model, Closeness(model), SETTINGS, cost="flops", progress=False)
     cost = cost_of(signals.groups, "flops")
     for record in planner.archive.records:
-        expected = float(cost.removed(keep_fractions(signals.groups, [record.keep_counts]))[0])
+        expected = float(compression(cost, signals.groups, [record.keep_counts])[0])
         assert record.reward.compression == pytest.approx(expected)
 
 
@@ -110,7 +110,8 @@ def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path,
         torch.equal(a, b)
         for a, b in zip(planner.policy.parameters(), whole.policy.parameters(), strict=True)
     )
-    # One call measures the dense model; what the interrupted run had evaluated is not evaluated again.
+    # One call measures the dense model; what the interrupted run had evaluated is not evaluated
+    # again.
     assert evaluator.calls <= 1 + SETTINGS.evaluations - max(0, at - 1)
 
 
@@ -123,7 +124,8 @@ def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp
     longer = FitSettings(**{**SETTINGS.__dict__, "steps": 4})
     shutil.copytree(tmp_path, copied := tmp_path.with_name(tmp_path.name + "-copy"))
     assert again.fit(model, evaluator, longer, folder=tmp_path, progress=False).steps == 4
-    # By a planner that has learned already, or by a new one with another seed: what the fit began with lies in its folder.
+    # By a planner that has learned already, or by a new one with another seed: what the fit began
+    # with lies in its folder.
     new = planner_with(signals, seed=1)
     new.fit(model, evaluator, longer, folder=copied, progress=False)
     assert [r.keep_counts for r in new.archive.records] == [
@@ -136,7 +138,9 @@ def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp
 
 
 def test_kill_9_during_a_fit_and_resume(model, signals, tmp_path):
-    """Forked processes, so that none of them imports anything; what one learned reaches the next by the folder alone."""
+    """Forked processes, so that none of them imports anything; what one learned reaches the next by
+    the folder alone.
+    """
     fork = multiprocessing.get_context("fork")
     settings = FitSettings(steps=12, preferences=2, budgets=2, rollouts=2, updates=3, seed=3)
 
@@ -185,8 +189,8 @@ def test_a_fit_that_is_ended_early_learns_from_all_its_plans(model, signals, tmp
         folder = cut if final == 0 else tmp_path
         settings = FitSettings(**{**SETTINGS.__dict__, "steps": 1, "final_update_fraction": final})
         if final == 0:
-            text = (folder / "fit.json").read_text()
-            (folder / "fit.json").write_text(
+            text = (folder / "run.json").read_text()
+            (folder / "run.json").write_text(
                 text.replace(
                     f'"final_update_fraction": {SETTINGS.final_update_fraction}',
                     '"final_update_fraction": 0.0',
@@ -266,7 +270,7 @@ def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_pa
 
 def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
     planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
-    with pytest.raises(CheckpointError, match="fit with other settings"):
+    with pytest.raises(CheckpointError, match=r"holds another run: settings\.\w+ is"):
         planner_with(signals).fit(
             model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False
         )
@@ -275,7 +279,7 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
         def __call__(self, model):
             return {name: value / 2 for name, value in super().__call__(model).items()}
 
-    with pytest.raises(CheckpointError, match="with another evaluator"):
+    with pytest.raises(CheckpointError, match="holds another run: dense"):
         planner_with(signals).fit(model, Other(model), SETTINGS, folder=tmp_path, progress=False)
 
     class Elsewhere(Closeness):  # the same on other hardware
@@ -285,18 +289,18 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
     planner_with(signals).fit(model, Elsewhere(model), SETTINGS, folder=tmp_path, progress=False)
     asks = Closeness(model)
     asks.digest = "other questions, the same scores"
-    with pytest.raises(CheckpointError, match="with another evaluator"):
+    with pytest.raises(CheckpointError, match="holds another run: evaluator"):
         planner_with(signals).fit(model, asks, SETTINGS, folder=tmp_path, progress=False)
     narrow = planner_with(signals)
     narrow.policy = new_policy(width=32)
     with pytest.raises(CheckpointError, match="of another policy"):
         narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
-    (tmp_path / "fit.json").write_bytes(b"\xff\xfe[]")
-    with pytest.raises(CheckpointError, match="fit with other settings"):
+    (tmp_path / "run.json").write_bytes(b"\xff\xfe[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
         planner_with(signals).fit(
             model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
         )
-    (tmp_path / "fit.json").unlink()
+    (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="is damaged"):
         planner_with(signals).fit(
@@ -369,7 +373,9 @@ UNLABELLED = [{k: v for k, v in b.items() if k != "labels"} for b in BATCHES]
 
 @pytest.mark.parametrize("way", ["device_map", "bfloat16"])
 def test_fit_of_a_model_on_several_devices_or_in_half_precision(way):
-    """Plans of the first step do not depend on what they earn, so on two devices they are those of the whole model."""
+    """Plans of the first step do not depend on what they earn, so on two devices they are those of
+    the whole model.
+    """
     settings = FitSettings(steps=1, preferences=2, budgets=2, rollouts=2, updates=3, seed=3)
     whole = planner_with(measure_signals(build("llava"), UNLABELLED))
     whole.fit(build("llava"), Closeness(build("llava"), UNLABELLED), settings, progress=False)

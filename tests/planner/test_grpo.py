@@ -14,7 +14,8 @@ def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
     )  # robustness: below the noise floor
     rewards[..., 2] = 0.3  # compression: fixed by the budget
     advantages = allocation_advantages(rewards, torch.tensor([[1.0, 0, 0], [0.0, 1, 0]]))
-    # z-scores of utility, times its share in the preference, which is never all nor nothing; robustness adds nothing.
+    # z-scores of utility, times its share in the preference, which is never all nor nothing;
+    # robustness adds nothing.
     scores = torch.tensor([-1.2247, 0, 1.2247])
     assert torch.allclose(advantages[:, 0], scores * torch.tensor([[1.2], [0.2]]) / 1.4, atol=1e-3)
 
@@ -51,7 +52,9 @@ def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
 
 
 def test_logits_that_no_plan_depends_on_come_back(signals):
-    """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and nothing but the KL holds them."""
+    """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and
+    nothing but the KL holds them.
+    """
     learner, generator = (Learner(new_policy(), signals, 3e-3), torch.Generator().manual_seed(2))
     preferences, ratios = draw_preferences(4, generator), torch.full((4, 1), 0.3)
     prior = learner.allocation_means(preferences, ratios)

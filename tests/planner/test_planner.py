@@ -264,8 +264,8 @@ def test_files_of_two_planners_are_no_planner(tmp_path):
     [
         ("preference", [-1, 1, 1]),
         ("pruning_ratio", 1.5),
-        ("round_to", 0),
-        ("min_keep", 7.0),
+        ("bounds", {"round_to": 0}),
+        ("bounds", {"min_keep": 7.0}),
         ("plans", "many"),
         ("new", 1),
     ],

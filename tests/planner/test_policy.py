@@ -45,7 +45,9 @@ def test_whoever_wants_more_compression_gets_more(signals):
 
 
 def test_logits_cannot_drift_together(signals):
-    """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
+    """No plan changes when all logits move by the same, so nothing but the policy itself can hold
+    them.
+    """
     policy, preferences, ratios = (
         new_policy(),
         draw_preferences(5, torch.Generator().manual_seed(0)),

@@ -1,4 +1,6 @@
-"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
+"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it
+is asked for.
+"""
 
 import random
 from dataclasses import replace
@@ -11,7 +13,7 @@ from models import batch, build
 from pydantic import ValidationError
 
 from hipp_ext import HiPPPlanner, Preference, testbed
-from hipp_ext.calibration import all_batches, calibration_digest
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
 from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
@@ -75,7 +77,7 @@ def test_another_calibration_is_not_answered_for_by_the_signals_at_hand():
     planner = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None)
     again = [planner.plan(model, calibration=c, log=said.append) for c in (BATCHES, other)]
     assert again == fresh and fresh[0] != fresh[1]
-    assert said.count("another calibration than that of the signals at hand: measuring again") == 1
+    assert said.count("another calibration than that of the known signals: measuring again") == 1
     said.clear()
     assert (
         planner.plan(model, log=said.append)
@@ -90,12 +92,9 @@ def test_more_rows_are_another_calibration_and_no_rows_are_none(signals, monkeyp
     groups, asked = find_groups(model), []
 
     def measured(model, given, *_, **__):
-        asked.append(len([row for batch in all_batches(given) for row in batch["input_ids"]]))
+        asked.append(len([row for batch in given.batches for row in batch["input_ids"]]))
         return replace(
-            signals,
-            groups=groups,
-            digest=model_digest(model, groups),
-            calibration=calibration_digest(given),
+            signals, groups=groups, digest=model_digest(model, groups), calibration=given.digest
         )
 
     monkeypatch.setattr("hipp_ext.planner.planner.cached_signals", measured)
@@ -165,8 +164,9 @@ def test_the_built_in_calibration_is_by_task_and_as_long_as_wanted(tmp_path):
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 0, 0), pruning_ratio=0.5, cache=tmp_path)
     useful = planner.plan(model, processor=processor, rows=6)
-    assert planner.signals.calibration == calibration_digest(
-        testbed.calibration_tasks(processor, n=6)
+    assert (
+        planner.signals.calibration
+        == Calibration.from_batches(testbed.calibration_tasks(processor, n=6)).digest
     )
     assert useful != planner.plan(model, preference=Preference(0, 1, 0))
     hipp(
@@ -326,7 +326,9 @@ def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
 
 
 def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
-    """On top of a forward pass: what enters the language tower, once, and for its answers the keys and values of one batch."""
+    """On top of a forward pass: what enters the language tower, once, and for its answers the keys
+    and values of one batch.
+    """
     layers, batches = 2, noise(4, at_once=1)
     model = random_llava(256, layers, whole=True)
     token = model.get_input_embeddings().weight[0].nbytes

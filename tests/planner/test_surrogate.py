@@ -1,4 +1,6 @@
-"""The surrogate: agrees with what was measured, knows what it does not know, and learns which groups matter."""
+"""The surrogate: agrees with what was measured, knows what it does not know, and learns which
+groups matter.
+"""
 
 import pytest
 import torch
@@ -45,7 +47,8 @@ def test_draws_agree_with_the_posterior(fitted):
     mean, deviation = model.predict(shares)
     drawn = model.sample(shares, 4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 5, 2)
-    # A little noise is added so that the draws exist; in units of the rewards' spread it is a hundredth.
+    # A little noise is added so that the draws exist; in units of the rewards' spread it is a
+    # hundredth.
     assert torch.allclose(drawn.mean(0), mean, atol=0.01) and torch.allclose(
         drawn.std(0), deviation, atol=0.01
     )

@@ -10,8 +10,7 @@ import numpy as np
 
 from hipp_ext import testbed
 from hipp_ext.allocators import ALLOCATORS
-from hipp_ext.evals.metrics import f1_percent
-from hipp_ext.evals.statistics import bootstrap_estimate
+from hipp_ext.evals.statistics import bootstrap_estimate, f1_percent
 from hipp_ext.evals.studies.measuring import keep_picture, mean_and_se, report
 from hipp_ext.evals.studies.search.control import steering
 from hipp_ext.evals.studies.search.methods import METHODS
