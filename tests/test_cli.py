@@ -110,12 +110,15 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
             ("plan", "testbed", "--calibration", "utility=a.tsv"),
             "Give --calibration once, or twice as --calibration utility=FILE",
         ),
-        (("prune", "testbed", "x.json", "-o", "x", "--calibration", "a.tsv"), "for --reconstruct"),
+        (
+            ("prune", "testbed", "x.json", "-o", "x", "--calibration", "a.tsv"),
+            "are for --reconstruct",
+        ),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
         (
             ("recover", "testbed", "-o", "y", "--optimizer", "sgd"),
-            "optimizer='sgd', one of muon, adamw",
+            "optimizer='sgd': one of muon, adamw",
         ),
         (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),

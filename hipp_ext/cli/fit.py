@@ -7,10 +7,10 @@ import typer
 
 from hipp_ext.cli.calibration import (
     CalibrationFiles,
+    CalibrationOptions,
     CalibrationRows,
     ImageFolder,
     SequenceLength,
-    read_calibration,
 )
 from hipp_ext.cli.console import (
     Devices,
@@ -112,6 +112,7 @@ def fit(
     from hipp_ext.planner.cost import check_cost
     from hipp_ext.planner.evaluation import Workers
 
+    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
     check_cost(cost)
     settings = FitSettings(steps=steps, seed=seed)
     workers = Workers.join()
@@ -132,9 +133,7 @@ def fit(
         folder=running,
         cost=chosen,
         processor=processor,
-        calibration=read_calibration(
-            loaded, processor, calibration, image_folder, calibration_rows, sequence_length
-        ),
+        calibration=data.read(loaded, processor),
         log=typer.echo if workers.leads else None,
     )
     if workers.leads:
@@ -165,8 +164,7 @@ def make_evaluator(
         out: the planner's folder; pictures of the TSVs are unpacked beside it.
         robustness: what robustness is measured on.
     """
-    from hipp_ext.evals.demo import search_evaluator
-    from hipp_ext.evals.evaluator import Evaluator
+    from hipp_ext.evals.evaluator import Evaluator, search_evaluator
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import read_table
     from hipp_ext.testbed import is_testbed

@@ -9,10 +9,10 @@ import typer
 
 from hipp_ext.cli.calibration import (
     CalibrationFiles,
+    CalibrationOptions,
     CalibrationRows,
     ImageFolder,
     SequenceLength,
-    read_calibration,
 )
 from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
 from hipp_ext.cli.options import (
@@ -104,6 +104,7 @@ def plan(
     """
     from hipp_ext.budget import check_ratio
 
+    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
     weights = (utility, robustness, compression)
     preference = read_preference(*weights)
     require_model(model)
@@ -134,10 +135,8 @@ def plan(
         maker = _allocator(allocator, pruning_ratio, ranking, bounds)
         options = {}
     loaded, processor = load_model(model, device, dtype, spread=True)
-    data = read_calibration(
-        loaded, processor, calibration, image_folder, calibration_rows, sequence_length
-    )
-    made = maker.plan(loaded, processor=processor, calibration=data, progress=True, **options)
+    options["calibration"] = data.read(loaded, processor)
+    made = maker.plan(loaded, processor=processor, progress=True, **options)
     made.save(out, overwrite)
     for line in _notes(maker, weights, pruning_ratio, preference):
         typer.echo(line)

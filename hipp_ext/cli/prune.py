@@ -10,10 +10,10 @@ import typer
 
 from hipp_ext.cli.calibration import (
     CalibrationFiles,
+    CalibrationOptions,
     CalibrationRows,
     ImageFolder,
     SequenceLength,
-    read_calibration,
 )
 from hipp_ext.cli.console import (
     HARDWARE,
@@ -72,16 +72,14 @@ def prune(
     from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.surgery.prune import prune as prune_model
 
-    if calibration and not reconstruct:
-        raise CalibrationError("--calibration is for --reconstruct: give both, or neither.")
+    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
+    if not reconstruct and (calibration or calibration_rows):
+        raise CalibrationError("Calibration options are for --reconstruct: give it as well.")
     require_model(model)
     plan = PruningPlan.load(plan_file)
     require_new(out, overwrite)
     require_apart(out, Path(model_folder(model)), plan_file)
     loaded, processor = load_model(model, device if reconstruct or device else "cpu", spread=True)
-    data = read_calibration(
-        loaded, processor, calibration, image_folder, calibration_rows, sequence_length
-    )
     before = sum(p.numel() for p in loaded.parameters())
     with _reconstruction_log():
         pruned = prune_model(
@@ -89,7 +87,7 @@ def prune(
             plan,
             inplace=True,
             reconstruct=reconstruct,
-            calibration=data,
+            calibration=data.read(loaded, processor),
             processor=processor,
         )
     save_pruned(pruned, out, processor, overwrite=overwrite)
