@@ -8,9 +8,10 @@ from plans import random_plan
 from hipp_ext import masked
 from hipp_ext.calibration import TASKS
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
+from hipp_ext.families import norm_before
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
-from hipp_ext.scorers.synflow import _gain, _norm_before, stability
+from hipp_ext.scorers.synflow import _gain, stability
 
 SCORERS = [
     Magnitude(),
@@ -346,9 +347,9 @@ def test_the_gain_of_a_norm_is_what_it_scales_by():
 def test_a_norm_behind_attention_is_not_taken_for_the_one_before_the_ffn():
     layer = torch.nn.Module()
     layer.post_attention_layernorm = torch.nn.LayerNorm(8)
-    assert _norm_before(layer, "ffn") is None
+    assert norm_before(layer, "ffn") is None
     layer.input_layernorm = torch.nn.LayerNorm(8)
-    assert _norm_before(layer, "ffn") is layer.post_attention_layernorm
+    assert norm_before(layer, "ffn") is layer.post_attention_layernorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

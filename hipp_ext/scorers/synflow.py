@@ -8,20 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
+from hipp_ext.families import norm_before
 from hipp_ext.groups import Group, linear, tower_layers
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
-
-NORMS = {
-    "attention": ("input_layernorm", "attention_layernorm", "layer_norm1"),
-    "ffn": (
-        "pre_feedforward_layernorm",
-        "pre_ff_layernorm",
-        "feedforward_layernorm",
-        "post_attention_layernorm",
-        "layer_norm2",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +114,8 @@ def _linearise(model: nn.Module, group: Group) -> _Block:
     ones = torch.ones(
         producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
     )
-    gain = _gain(_norm_before(layer, group.kind), ones)
+    gain = _gain(norm_before(layer, group.kind), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
-
-
-def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
-    """The norm before a block; None where blocks norm their output or share another's norm."""
-    norms = {
-        k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)]
-        for k, names in NORMS.items()
-    }
-    # Without a norm before attention the one behind it belongs to its output (EXAONE 4).
-    return norms[kind][0] if norms["attention"] and norms[kind] else None
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
