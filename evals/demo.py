@@ -17,7 +17,7 @@ from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.planner.fit import FitSettings
-from hipp_ext.planner.planner import Say
+from hipp_ext.planner.planner import Log
 from hipp_ext.preference import Preference
 from hipp_ext.surgery.checkpoint import load_pruned, read_plan, save_pruned
 from hipp_ext.surgery.prune import prune
@@ -48,7 +48,7 @@ class DemoSize:
 
 
 def run_demo(
-    folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True
+    folder: str | Path, size: DemoSize | None = None, *, say: Log = print, progress: bool = True
 ) -> Path:
     """Run the demo in `folder`, without the steps that an earlier run finished; returns the
     report's page.

@@ -19,9 +19,10 @@ from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import is_below, read_json
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.fit_folder import IDENTITY
+from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
+from hipp_ext.runs import IDENTITY
 from hipp_ext.surgery.checkpoint import read_plan
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
@@ -181,7 +182,7 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
         latency=latency,
         commands=tuple(dict.fromkeys(commands)),
         seeds=(
-            *(_fit_seed(folder) for folder in found[IDENTITY]),
+            *(_fit_seed(folder) for folder in found[IDENTITY] if (folder / ARCHIVE).exists()),
             *(s for one in latency for s in _latency_seeds(one)),
         ),
     ), {folder.resolve().name: folder for folder in found["config.json"]}
@@ -332,7 +333,8 @@ def _latency(file: Path) -> dict[str, Any]:
 
 
 def _fit_seed(folder: Path) -> str:
-    settings = _json(folder / IDENTITY).get("settings")
+    identity = _json(folder / IDENTITY).get("identity")
+    settings = identity.get("settings") if isinstance(identity, dict) else None
     given = settings if isinstance(settings, dict) else {}
     known = {
         name: value

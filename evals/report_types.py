@@ -110,7 +110,6 @@ class _Reward(_Strict):
     utility: _Finite
     robustness: _Finite
     compression: _Finite
-    stability: Annotated[float, Field(allow_inf_nan=False)]
     utility_se: _Finite = 0.0
     robustness_se: _Finite = 0.0
 

@@ -1,4 +1,4 @@
-"""What the user wants: a point on the simplex."""
+"""The user's preference: a point on the simplex."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,16 @@ from hipp_ext.quantities import finite
 
 @dataclass(frozen=True, init=False)
 class Preference:
-    """How much utility, hallucination robustness and compression matter to each other; the three sum to one.
+    """Weights of utility, hallucination robustness and compression, which sum to one.
 
     Args:
         utility: weight of task accuracy (ScienceQA on the testbed).
         robustness: weight of not hallucinating objects (POPE).
         compression: weight of removing parameters.
 
-    Only proportions count: (4, 4, 2) is (0.4, 0.4, 0.2). For a fitted planner a component counts in units of what there is to
-    choose from: from what strong compression leaves of the objective to its best, be that 50 points of accuracy or 5.
+    Only proportions count: (4, 4, 2) is (0.4, 0.4, 0.2). For a fitted planner, objectives are
+    normalised to [nadir, ideal], so that a weight of 0.5 reaches about half of an objective's
+    range, whether that is 50 points of accuracy or 5.
 
     Raises:
         PreferenceError: a component is negative, not finite or not a number, or all are zero.
@@ -43,7 +44,7 @@ class Preference:
             raise PreferenceError(
                 "Preference(0, 0, 0) wants nothing: at least one component must be above 0."
             )
-        # Scaled by the largest first, so that neither huge nor denormal components leave the simplex.
+        # Scaled by the largest first, because the sum of huge or denormal weights is not exact.
         total = sum(v / largest for v in weights.values())
         for name, number in weights.items():
             object.__setattr__(self, name, number / largest / total)
@@ -53,4 +54,5 @@ class Preference:
         return self.utility, self.robustness, self.compression
 
     def __str__(self) -> str:
-        return f"utility {self.utility:.2f}, robustness {self.robustness:.2f}, compression {self.compression:.2f}"
+        weights = zip(("utility", "robustness", "compression"), self.as_tuple(), strict=True)
+        return ", ".join(f"{name} {weight:.2f}" for name, weight in weights)

@@ -1,4 +1,4 @@
-"""How far a measurement of minutes has come: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long measurements: a bar on a terminal, a line every half minute elsewhere."""
 
 import contextlib
 import sys
@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 
 Tick = Callable[[int, int], None]
-FIRST, EVERY = (
-    15.0,
-    30.0,
-)  # seconds until the first line where there is no terminal, and between lines
+FIRST, EVERY = 15.0, 30.0  # seconds until the first line without a terminal, and between lines
 
 
 @contextlib.contextmanager
 def counting(show: bool, what: str) -> Iterator[Tick]:
-    """Yield `tick(done, total)`, to be called after every group; nothing is shown unless `show`. All of it goes to stderr."""
+    """Yield `tick(done, total)`, to be called after every group; it reports on stderr.
+
+    Args:
+        show: False: nothing is shown.
+        what: name of the measurement.
+    """
     if not show:
         yield lambda done, total: None
     elif sys.stderr.isatty():

@@ -8,7 +8,7 @@ import numpy as np
 
 from hipp_ext.budget import Bounds, check_ratio, parameters_left
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, total_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -16,13 +16,15 @@ class Levels:
     """Allowed keep counts and their cost.
 
     Attributes:
-        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., full width;
+        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., largest;
             before them 0 where blocks may be dropped.
         costs: (groups,) parameters of one unit.
+        total: prunable parameters.
     """
 
     counts: tuple[np.ndarray, ...]
     costs: np.ndarray
+    total: int
 
     @classmethod
     def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
@@ -36,26 +38,22 @@ class Levels:
                 "drop='layers' needs an allocator that gives every group a fraction (Uniform, OWL, "
                 "Sensitivity, HiPPPlanner); one threshold over all units can drop blocks alone."
             )
-        least, step = bounds.steps(groups)
+        (least, step), most = bounds.steps(groups), bounds.most(groups)
         counts = [
-            np.concatenate([[0] * (bounds.drop == "blocks"), np.arange(low, g.width, s), [g.width]])
-            for g, low, s in zip(groups, least, step, strict=True)
+            np.concatenate([[0] * (bounds.drop == "blocks"), np.arange(low, high, s), [high]])
+            for low, high, s in zip(least, most, step, strict=True)
         ]
         counts = [c.astype(np.int64) for c in counts]
         return cls(
             counts=tuple(counts),
             costs=np.array([g.unit_parameters for g in groups], dtype=np.int64),
+            total=total_parameters(groups),
         )
 
     @property
     def least(self) -> tuple[int, ...]:
         """The smallest plan."""
         return tuple(int(c[0]) for c in self.counts)
-
-    @property
-    def total(self) -> int:
-        """Prunable parameters."""
-        return int(sum(cost * int(c[-1]) for cost, c in zip(self.costs, self.counts, strict=True)))
 
     def parameters(self, keep_counts: Sequence[int]) -> int:
         """Prunable parameters that stay."""
@@ -87,7 +85,7 @@ class Levels:
         )
 
     def level_of(self, group: int, keep: float) -> int:
-        """Index of the highest level of a group that keeps at most `keep` units; 0 where none does."""
+        """Index of the highest level of a group that keeps at most `keep` units; at least 0."""
         return max(0, int(np.searchsorted(self.counts[group], keep, side="right")) - 1)
 
     def fill(

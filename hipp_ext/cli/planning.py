@@ -128,7 +128,7 @@ def plan(
     """
     from hipp_ext.budget import Bounds, check_ratio
     from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.planner.planner import UNFITTED
+    from hipp_ext.planner.planner import NOT_FITTED_MESSAGE
     from hipp_ext.planner.signal_cache import default_cache
 
     require_model(model)
@@ -139,7 +139,7 @@ def plan(
         check_ratio(pruning_ratio)
         maker.pruning_ratio = pruning_ratio
     if archived and not len(maker.archive):
-        raise PlanError(UNFITTED)
+        raise PlanError(NOT_FITTED_MESSAGE)
     maker.cache = cache or default_cache()
     if round_to is not None:
         maker.bounds = Bounds(round_to=round_to, min_keep=maker.bounds.min_keep)
@@ -149,8 +149,8 @@ def plan(
         processor=processor,
         rows=rows,
         preference=wanted,
-        archived=archived,
-        say=say,
+        best_evaluated=archived,
+        log=say,
         progress=True,
     )
     made.save(out, overwrite)
@@ -205,20 +205,8 @@ def fit(
         ),
     ] = False,
     cost: Annotated[
-        str, typer.Option(help="What compression is rewarded for: parameters, flops or latency.")
+        str, typer.Option(help="What compression is rewarded for: parameters or flops.")
     ] = "parameters",
-    scalarisation: Annotated[
-        str,
-        typer.Option(
-            help="How objectives become one number: tchebycheff reaches every part of the front; or linear."
-        ),
-    ] = "tchebycheff",
-    min_stability: Annotated[
-        float | None,
-        typer.Option(
-            help="Do not measure plans that keep less synaptic flow [log]; default: measure all."
-        ),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Of preferences and noise.")] = 0,
     rows: Rows = None,
     cache: Cache = None,
@@ -247,8 +235,7 @@ def fit(
     from hipp_ext.testbed import is_testbed
 
     check_cost(cost)
-    ways: Any = {"scalarisation": scalarisation, "min_stability": min_stability}
-    settings = FitSettings(steps=steps, seed=seed, **ways)
+    settings = FitSettings(steps=steps, seed=seed)
     workers = Workers.join()
     require_model(model)
     require_new(out, overwrite)
@@ -279,7 +266,7 @@ def fit(
         cost=chosen,
         processor=processor,
         rows=rows,
-        say=tell,
+        log=tell,
     )
     if workers.leads:
         maker.save(out, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Every plan that was ever evaluated, one JSON line each; the front is read from it."""
+"""Every evaluated plan, one JSON line each, and the Pareto front of them."""
 
 import math
 import os
@@ -18,15 +18,15 @@ from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import text_digest
 from hipp_ext.groups import Group
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
-from hipp_ext.planner.reward import WHOLE, Reward
+from hipp_ext.planner.reward import DEFAULT_ENDS, Reward
 
 REFERENCE_POINT = (0.0, 0.0, 0.0)  # of the hypervolume: guessing on both tasks, nothing removed
-MOST_COMPRESSED = 0.1  # share of the plans that the nadir of a task is read from
-LEAST_RANGE = 0.02  # an objective that varies less is left on its whole scale
-MAX_BYTES = 256 << 20  # of a file: two million plans of ten groups, ten thousand of a thousand
+NADIR_FRACTION = 0.1  # of the plans: those that save most give the nadir of a task
+MIN_OBJECTIVE_RANGE = 0.02  # an objective that varies less keeps its default ends
+MAX_BYTES = 256 << 20  # of a file: some two million plans of ten groups
 SEAL = ',"sha256":"'  # before the digest of a line
 Count = Annotated[int, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Logit = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -34,43 +34,45 @@ class Record(BaseModel):
     """One evaluated plan.
 
     Attributes:
-        step, index: which rollout of the fit it was.
-        preference: the preference it was drawn for.
-        pruning_ratio: the budget that was asked for; the reward's compression is what came out.
-        allocation: logit per group.
-        keeps: keep count per group.
-        reward: what was measured.
-        measured: False where the gate of `FitSettings.min_stability` kept the plan from being measured; its reward is that of
-            guessing, and it is no answer to anything.
+        step: round of the fit.
+        index: number of the rollout within its round.
+        preference: preference that it was drawn for.
+        pruning_ratio: budget that was asked for; the reward's compression is what came out.
+        allocation: logit of each group.
+        keep_counts: keep count of each group.
+        reward: measured reward.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     step: Count
     index: Count
-    preference: tuple[Share, Share, Share]
-    pruning_ratio: Share
+    preference: tuple[Fraction, Fraction, Fraction]
+    pruning_ratio: Fraction
     allocation: Annotated[tuple[Logit, ...], Field(max_length=MAX_GROUPS)]
-    keeps: Annotated[
+    keep_counts: Annotated[
         tuple[Annotated[int, Field(ge=0, le=MAX_UNITS)], ...], Field(max_length=MAX_GROUPS)
     ]
     reward: Reward
-    measured: bool = True
 
     @model_validator(mode="after")
     def _bounded(self) -> "Record":
-        """The hypervolume's library ends the process where it meets infinity."""
+        """Infinity would end the process inside the hypervolume's library."""
         if not self.reward.bounded:
             raise ValueError(f"no plan has such a reward: {self.reward}")
         return self
 
     def to_line(self) -> str:
-        """The record as a line of an archive, its digest at the end."""
+        """The record as a line of an archive, with its digest at the end."""
         text = self.model_dump_json()
         return f'{text[:-1]}{SEAL}{text_digest(text)[:16]}"}}\n'
 
     @classmethod
     def from_line(cls, line: str) -> "Record":
-        """What `to_line` wrote; ValueError: it did not."""
+        """The record of a line from `to_line`.
+
+        Raises:
+            ValueError: the line was changed, or is no record.
+        """
         head, seal, digest = line.rpartition(SEAL)
         if not seal or digest != f'{text_digest(head + "}")[:16]}"}}':
             raise ValueError("it is not as it was written")
@@ -78,13 +80,17 @@ class Record(BaseModel):
 
 
 class Archive:
-    """Records in the order of their evaluation, in memory and, with a path, in a JSONL file that survives kill -9."""
+    """Records in the order of their evaluation; with a path, also in a JSONL file.
+
+    The file survives kill -9: half a last line is dropped when it is read.
+    """
 
     def __init__(self, path: str | Path | None = None):
-        """Read what is at `path`; half a last line, left by a killed process, is dropped.
+        """Read the archive at `path`, if there is one.
 
         Raises:
-            CheckpointError: a line other than the last is not a record as it was written, or the file is none or too large.
+            CheckpointError: a line other than the last is not a record as it was written, or the
+                path is no file, or the file is too large.
         """
         self.path = Path(path) if path is not None else None
         self.records: list[Record] = []
@@ -120,11 +126,12 @@ class Archive:
                     os.fsync(file.fileno())  # before the checkpoint that counts on them
             except OSError as error:
                 raise WriteError(
-                    f"{self.path} could not be written: {error.strerror}. What was finished is kept."
+                    f"{self.path} could not be written: {error.strerror}. What was finished is "
+                    "kept."
                 ) from error
 
     def keep_steps_before(self, step: int) -> list[Record]:
-        """Remove the records of `step` and later, and return them; half a line goes too."""
+        """Remove and return the records of `step` and later; half a last line goes too."""
         later = [r for r in self.records if r.step >= step]
         self.records = [r for r in self.records if r.step < step]
         if self.path is not None and self.path.exists():
@@ -136,11 +143,11 @@ class Archive:
 
     @property
     def measured(self) -> list[Record]:
-        """The plans that were measured, each once; the gate kept the others from it."""
-        return list({r.keeps: r for r in self.records if r.measured}.values())
+        """The evaluated plans, each once."""
+        return list({r.keep_counts: r for r in self.records}.values())
 
     def front(self) -> list[Record]:
-        """The measured records that no other dominates in utility, robustness and compression, by compression; no two alike."""
+        """The records that no other dominates, by compression; no two are alike."""
         measured = self.measured
         if not measured:
             return []
@@ -161,32 +168,33 @@ class Archive:
         )
 
     def nadir_and_ideal(self) -> Float[Tensor, "2 3"]:
-        """What is at stake in each objective: what strong compression costs at least, and the best of everything.
+        """(nadir, ideal) point, by which the objectives are normalised.
 
-        Ideal: the best that was measured of each objective. Nadir: of a task, the best among the plans that save most; of
-        compression, nothing saved. So half of an objective's weight buys about half of what there is to choose from, be it 50
-        points of accuracy or 5.
+        The ideal is the best measured value of each objective. The nadir of a task is the best
+        among the plans that save most; of compression it is zero. So a weight of 0.5 reaches about
+        half of an objective's range, whether that is 50 points of accuracy or 5.
 
-        Source: normalisation by nadir and ideal point, Miettinen, Nonlinear Multiobjective Optimization (1999), section 2.4.
-        Differs from it: the nadir leaves out that one task can be given away for the other.
+        Source: normalisation by nadir and ideal point, Miettinen, Nonlinear Multiobjective
+        Optimization (1999), section 2.4.
+        Differs from it: the nadir does not count that one task can be given away for the other.
         """
-        measured = torch.tensor(
-            [r.reward.objectives() for r in self.records if r.measured]
-        ).reshape(-1, 3)
-        if not len(measured) or measured[:, 2].max() - measured[:, 2].min() < LEAST_RANGE:
-            return WHOLE  # at a fixed budget nothing is paid for compression
-        most = measured[measured[:, 2].topk(math.ceil(MOST_COMPRESSED * len(measured))).indices]
+        measured = torch.tensor([r.reward.objectives() for r in self.records]).reshape(-1, 3)
+        if not len(measured) or measured[:, 2].max() - measured[:, 2].min() < MIN_OBJECTIVE_RANGE:
+            return DEFAULT_ENDS  # at a fixed budget, compression costs nothing
+        most = measured[measured[:, 2].topk(math.ceil(NADIR_FRACTION * len(measured))).indices]
         nadir, ideal = most.amax(0), measured.amax(0)
         nadir[2] = 0.0
-        return torch.where(ideal - nadir >= LEAST_RANGE, torch.stack([nadir, ideal]), WHOLE)
+        return torch.where(
+            ideal - nadir >= MIN_OBJECTIVE_RANGE, torch.stack([nadir, ideal]), DEFAULT_ENDS
+        )
 
 
 def fit_groups(records: Sequence[Record], groups: Sequence[Group]) -> bool:
     """Whether the records can be plans for these groups."""
     widths = [g.width for g in groups]
     return all(
-        len(r.allocation) == len(r.keeps) == len(widths)
-        and all(1 <= k <= w for k, w in zip(r.keeps, widths, strict=True))
+        len(r.allocation) == len(r.keep_counts) == len(widths)
+        and all(0 <= k <= w for k, w in zip(r.keep_counts, widths, strict=True))
         for r in records
     )
 
@@ -194,7 +202,7 @@ def fit_groups(records: Sequence[Record], groups: Sequence[Group]) -> bool:
 def hypervolume_gains(
     points: Float[Tensor, "points 3"], front: np.ndarray
 ) -> Float[Tensor, " points"]:
-    """How much each point alone would add to the hypervolume of `front` (rows of objectives, maximised; may be empty)."""
+    """How much each point alone would add to the hypervolume of `front` (points, 3), maximised."""
     assert bool(points.isfinite().all()) and bool(np.isfinite(front).all()), (
         "moocore ends the process at infinity"
     )

@@ -1,4 +1,4 @@
-"""Keep counts -> reward: the evaluator run on slices of one model, by one process or by several."""
+"""Keep counts -> reward: the evaluator runs on slices of one model, in one process or several."""
 
 import contextlib
 import datetime
@@ -9,51 +9,35 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from hipp_ext.planner.cost import Cost
+from hipp_ext.budget import Cost
+from hipp_ext.planner.cost import compression
 from hipp_ext.planner.reward import Evaluator, Reward, read_reward
-from hipp_ext.planner.state import Signals, keep_shares
-from hipp_ext.scorers.synflow import stability
+from hipp_ext.planner.state import Signals
 from hipp_ext.surgery.slices import sliced
-from hipp_ext.units import plan_from_counts
 
-PATIENCE = datetime.timedelta(
-    days=1
-)  # processes wait for the slowest evaluation; torchrun ends them all if one dies
-Keeps = tuple[int, ...]
-MeasureOne = Callable[[Keeps], Reward]
-MeasureMany = Callable[[Sequence[Keeps]], list[Reward]]
+TIMEOUT = datetime.timedelta(days=1)  # an evaluation may be slow; torchrun ends all if one dies
+KeepCounts = tuple[int, ...]
+MeasureOne = Callable[[KeepCounts], Reward]
+MeasureMany = Callable[[Sequence[KeepCounts]], list[Reward]]
 
 
 @contextlib.contextmanager
 def plan_rewards(
     model: nn.Module, evaluator: Evaluator, signals: Signals, cost: Cost
 ) -> Iterator[MeasureOne]:
-    """Inside the block, `measure(keeps)` evaluates `model` shrunk to those keep counts; see `sliced`."""
+    """Inside the block, `measure(keep_counts)` evaluates a slice of the model, see `sliced`."""
     with sliced(model, signals.groups, signals.scores) as shrink:
 
-        def measure(keeps: Keeps) -> Reward:
-            shrink(keeps)
-            return read_reward(
-                evaluator(model),
-                plan_compression(signals, cost, keeps),
-                plan_stability(signals, keeps),
-            )
+        def measure(keep_counts: KeepCounts) -> Reward:
+            shrink(keep_counts)
+            saved = float(compression(cost, signals.groups, [keep_counts])[0])
+            return read_reward(evaluator(model), saved)
 
         yield measure
 
 
-def plan_compression(signals: Signals, cost: Cost, keeps: Keeps) -> float:
-    """Share of the cost that a plan saves; the objective "compression"."""
-    return float(cost.removed(keep_shares(signals.groups, [keeps]))[0])
-
-
-def plan_stability(signals: Signals, keeps: Keeps) -> float:
-    """Log of the synaptic flow that a plan retains; 0 for the dense model."""
-    return stability(plan_from_counts(signals.groups, keeps, signals.scores), signals.flow_shares)
-
-
 class Workers:
-    """The processes that `torchrun` started: the first one leads and decides, the others evaluate what it hands out.
+    """The processes of `torchrun`: the first one leads, and all of them evaluate plans.
 
     With one process, or without torch.distributed, everything happens in the leader.
     """
@@ -64,13 +48,13 @@ class Workers:
 
     @classmethod
     def join(cls) -> "Workers":
-        """The processes of `torchrun`, brought together over gloo; without it, this process alone."""
+        """The processes of `torchrun`, connected by gloo; without torchrun, this process alone."""
         if (
             int(os.environ.get("WORLD_SIZE", "1")) > 1
             and dist.is_available()
             and not dist.is_initialized()
         ):
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         return cls()
 
     @property
@@ -88,9 +72,9 @@ class Workers:
 
     @contextlib.contextmanager
     def leading(self, measure: MeasureOne) -> Iterator[MeasureMany]:
-        """For the leader: inside the block, plans are measured by all processes, at most `count` of them at a time."""
+        """For the leader: inside the block, all processes measure plans, each one at a time."""
 
-        def measure_many(plans: Sequence[Keeps]) -> list[Reward]:
+        def measure_many(plans: Sequence[KeepCounts]) -> list[Reward]:
             assert len(plans) <= self.count
             self.share(list(plans))
             return self._gather(_attempt(measure, plans[0]))[: len(plans)]
@@ -101,7 +85,7 @@ class Workers:
             self.share(None)
 
     def serve(self, measure: MeasureOne) -> None:
-        """For the others: measure what the leader hands out until it is done."""
+        """For the others: measure the leader's plans until it is done."""
         while (plans := self.share(None)) is not None:
             self._gather(_attempt(measure, plans[self.rank]) if self.rank < len(plans) else None)
 
@@ -117,9 +101,9 @@ class Workers:
         return everything or []
 
 
-def _attempt(measure: MeasureOne, keeps: Keeps) -> Reward | BaseException:
-    """The reward, or the error in its place: the leader must hear of it, whoever it befell."""
+def _attempt(measure: MeasureOne, keep_counts: KeepCounts) -> Reward | BaseException:
+    """The reward, or the exception, so that the leader can raise it again."""
     try:
-        return measure(keeps)
+        return measure(keep_counts)
     except BaseException as error:
         return error

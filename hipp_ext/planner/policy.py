@@ -10,31 +10,38 @@ from torch import Tensor, nn
 from hipp_ext.planner.state import FEATURES, Signals
 from hipp_ext.preference import Preference
 
-MAX_RATIO = 0.6  # the most that a policy removes of its own accord, for compression alone; and the most that fits look at
+MAX_RATIO = 0.6  # largest pruning_ratio that a policy chooses and that a fit searches
 PRIOR_SHARPNESS = 0.5  # of the soft prior
 VISUAL_WEIGHT = 0.25
-LEAST_WISH = 0.03  # compression is taken to be wanted at least this much: logits to the corner itself have no end
-PIECES = 8  # of the wish for compression, each with a slope of its own
-UNSTRETCHED = math.log(math.e - 1)  # softplus of it is 1
+MIN_COMPRESSION_WEIGHT = 0.03  # the logit diverges at 0
+N_SEGMENTS = 8  # of the compression weight, each with a slope of its own
+SOFTPLUS_INV_1 = math.log(math.e - 1)  # softplus of it is 1
 
 
 class Policy(nn.Module):
-    """Permutation-equivariant over groups, conditioned on the preference; untrained it equals its prior.
+    """State tokens and a preference -> a budget and an allocation; untrained it equals its prior.
 
-    Hierarchical: the budget head decides how much goes; the allocation head, told the budget, decides where. Both change a
-    prior by a zero-initialised residual. Prior of the budget: MAX_RATIO times the preference for compression, a little off
-    both ends; the head shifts it and stretches it piece by piece, so that whoever wants more compression, with the rest
-    divided between the tasks as before, never gets less. Prior of the allocation: the one whose measured losses sum to the
-    least at the budget, losses on the two tasks weighted as the preference divides between them. A policy that learns leaves
-    from a softer one, log-linear in the sensitivity of both: from the sharp one, which jumps from budget to budget, fits
-    told preferences apart worse. Either keeps groups of high visual sensitivity a little more, the more robustness is wanted.
+    It is permutation-equivariant over groups, and hierarchical: the budget head decides how much is
+    removed, and the allocation head, which sees the budget, decides where. Both add a
+    zero-initialised residual to a prior.
+
+    Prior of the budget: MAX_RATIO times the compression weight. The head shifts it and stretches it
+    with a positive slope on each of N_SEGMENTS intervals, so that the budget is monotone in the
+    compression weight at a fixed utility : robustness ratio.
+
+    Prior of the allocation: the allocator `Sensitivity` at the budget, with the losses of the two
+    tasks weighted as the preference divides between them. A policy in training starts from a softer
+    prior, log-linear in the sensitivity: from the sharp one, which jumps from budget to budget,
+    fitted policies separated preferences less well. Both priors keep a little more of groups with
+    high visual sensitivity, in proportion to the weight of robustness.
 
     Args:
-        width: of the hidden layers.
-        features: of a state token, see `Signals.state`.
+        width: width of the hidden layers.
+        features: number of features of a state token, see `Signals.state`.
 
-    Source: HiPP-Prune (arXiv 2603.06270, abstract): global budget, then layer-wise allocation, preference conditioning.
-    Differs from the paper: architecture and prior are ours, the paper's are not public.
+    Source: HiPP-Prune (arXiv 2603.06270, abstract): global budget, then layer-wise allocation,
+    preference conditioning.
+    Differs from the paper: architecture and prior are ours; the paper's are not public.
     """
 
     learns: Tensor
@@ -49,26 +56,26 @@ class Policy(nn.Module):
             nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
             for _ in range(2)
         )
-        self.budget_head = nn.Linear(width + 2, 1 + PIECES)
+        self.budget_head = nn.Linear(width + 2, 1 + N_SEGMENTS)
         self.allocation_head = nn.Linear(width, 1)
         for head in (self.budget_head, self.allocation_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
     def start_learning(self) -> None:
-        """Leave from the soft prior from now on."""
+        """Use the soft prior from now on."""
         self.learns.fill_(True)
 
     def budget(
         self, signals: Signals, preferences: Float[Tensor, "batch 3"]
     ) -> Float[Tensor, " batch"]:
-        """Mean logit of pruning_ratio / MAX_RATIO for each preference; at the same lean it rises with the wish to compress."""
+        """Mean logit of pruning_ratio / MAX_RATIO for each preference."""
         tasks = _tasks(preferences)
         pooled = self._tokens(signals, tasks, torch.zeros(len(tasks))).mean(1)
-        shift, stretch = self.budget_head(torch.cat([pooled, tasks], 1)).split([1, PIECES], 1)
-        knots = torch.linspace(LEAST_WISH, 1 - LEAST_WISH, PIECES + 1)
+        shift, stretch = self.budget_head(torch.cat([pooled, tasks], 1)).split([1, N_SEGMENTS], 1)
+        knots = torch.linspace(MIN_COMPRESSION_WEIGHT, 1 - MIN_COMPRESSION_WEIGHT, N_SEGMENTS + 1)
         reached = torch.logit(preferences[:, 2:].clamp(knots[:-1], knots[1:]))
-        climbed = nn.functional.softplus(stretch + UNSTRETCHED) * (
+        climbed = nn.functional.softplus(stretch + SOFTPLUS_INV_1) * (
             reached - torch.logit(knots[:-1])
         )
         return torch.logit(knots[0]) + shift[:, 0] + climbed.sum(1)
@@ -81,19 +88,18 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "batch groups"]:
         """Mean logit per group for each preference and pruning_ratio.
 
-        A plan does not change when all its logits move together, so the residual's mean is taken out: nothing would hold it.
+        A plan does not change when all its logits move together, so the residual has zero mean:
+        otherwise its mean would drift.
         """
-        tasks = _tasks(
-            preferences
-        )  # and no more of the preference: how much compression counts is said by the ratio
+        tasks = _tasks(preferences)  # the ratio stands for the weight of compression
         tokens = self._tokens(signals, tasks, ratios)
-        leans = tasks[:, 1]
+        robustness = tasks[:, 1]
         sensitivity = (
             PRIOR_SHARPNESS * signals.soft_prior
             if bool(self.learns)
-            else signals.prior(ratios, leans)
+            else signals.prior(ratios, robustness)
         )
-        prior = sensitivity + VISUAL_WEIGHT * leans[:, None] * signals.visual_rank
+        prior = sensitivity + VISUAL_WEIGHT * robustness[:, None] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
         return prior + residual - residual.mean(1, keepdim=True)
 
@@ -122,39 +128,39 @@ class Policy(nn.Module):
         """(pruning_ratio, allocation logits) for one preference: the policy call that makes a plan.
 
         Args:
+            signals: signals of the model.
+            preference: weights of the objectives.
             pruning_ratio: fixes the budget; None: the budget head decides.
-            limit: largest ratio that can be met; the budget head's wish is cut to it.
+            limit: largest ratio that can be met; the budget head's ratio is cut to it.
         """
-        wanted = torch.tensor([preference.as_tuple()])
+        preferences = torch.tensor([preference.as_tuple()])
         if pruning_ratio is None:
-            pruning_ratio = min(ratio_of(float(self.budget(signals, wanted))), limit)
-        return pruning_ratio, self.allocation(signals, wanted, torch.tensor([pruning_ratio]))[
-            0
-        ].tolist()
+            pruning_ratio = min(ratio_of(float(self.budget(signals, preferences))), limit)
+        logits = self.allocation(signals, preferences, torch.tensor([pruning_ratio]))
+        return pruning_ratio, logits[0].tolist()
 
 
-def lean(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
-    """How the wish is divided between the tasks: 0 is all utility, 1 all robustness, 1/2 where neither counts."""
+def robustness_weight(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
+    """Weight of robustness among the two tasks, in [0, 1]; 1/2 where neither counts."""
     utility, robustness, _ = preferences.unbind(-1)
     both = utility + robustness
     return torch.where(both > 0, robustness / both, 0.5)
 
 
 def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
-    """How much each task counts beside the other."""
-    wanted = lean(preferences)
-    return torch.stack([1 - wanted, wanted], 1)
+    """(utility, robustness) weights, which sum to one."""
+    robustness = robustness_weight(preferences)
+    return torch.stack([1 - robustness, robustness], 1)
 
 
 def ratio_of(budget: float) -> float:
     """Budget logit -> pruning_ratio in (0, MAX_RATIO)."""
-    return MAX_RATIO / (
-        1 + math.exp(-max(budget, -700.0))
-    )  # below, exp is beyond a float; NaN stays NaN
+    # Below -700, exp would overflow; NaN stays NaN.
+    return MAX_RATIO / (1 + math.exp(-max(budget, -700.0)))
 
 
 def new_policy(seed: int = 0, **options: Any) -> Policy:
-    """An untrained policy, the same for the same seed; the caller's random state is left alone."""
+    """An untrained policy, the same for the same seed; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Policy(**options)

@@ -1,8 +1,8 @@
-"""Signals on disk: what was measured of a model once is not measured again, by whichever process."""
+"""Signals on disk: what one process has measured of a model, no process measures again."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,17 +11,17 @@ from torch import nn
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
-from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.groups import find_groups
+from hipp_ext.planner.signal_file import read_signals, sealed_signals
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
-from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
-FORMAT = 5  # part of every file's name: counts up when signals come to mean something else
+FORMAT = 1  # part of every file's name: increases when the meaning of signals changes
 
 
 def default_cache() -> Path:
-    """Where the commands keep signals: hipp-ext under XDG_CACHE_HOME, or under ~/.cache."""
+    """Folder where the commands keep signals: hipp-ext under XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hipp-ext"
 
 
@@ -31,42 +31,38 @@ def cached_signals(
     folder: Path,
     *,
     mrs: MRS | None = None,
-    progress: Callable[[str], None] | None = None,
-    bar: bool = False,
+    levels: Sequence[float] = PRUNE_LEVELS,
+    log: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Signals:
-    """The signals of this model on this calibration from `folder`, or measured now (by WandaSP) and put there.
+    """The signals of this model on this calibration, from `folder` or measured (by WandaSP).
 
-    A file's name is a digest of the model's groups, of a sample of all its weights, of the calibration's tensors and of how MRS
-    is measured. A file that is not as it was written, by a bit, is measured again, and so is one whose signals are of something
-    else than its name says; a folder that cannot be written costs only the measurement. Arguments as for `measure_signals`.
+    The name of a file is a digest of the model's groups, of a sample of all its weights, of the
+    calibration's tensors, of how MRS is measured and of the levels. Signals are measured again where a file is not
+    as it was written, or holds other signals than its name says. If the folder cannot be written,
+    the signals are not kept. Arguments as for `measure_signals`.
     """
-    say = progress or (lambda _: None)
+    log = log or (lambda _: None)
     groups, given = find_groups(model), Calibration.of(model, calibration)
-    wanted = model_digest(model, groups), given.digest
-    key = f"{FORMAT} {wanted[0]} {wanted[1]} {mrs and mrs.name}"
+    expected = model_digest(model, groups), given.digest
+    key = f"{FORMAT} {expected[0]} {expected[1]} {mrs and mrs.name} {len(levels)}"
     path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
-            signals = _read(path)
-            if (signals.digest, signals.calibration, signals.mrs is None) != (
-                *wanted,
-                mrs is None,
-            ) or signals.groups != groups:
+            signals = read_signals(path)
+            found = signals.digest, signals.calibration, "mrs" in signals.columns, signals.levels
+            if found != (*expected, mrs is not None, len(levels)) or signals.groups != groups:
                 raise CheckpointError("it holds other signals than its name says")
         except (CheckpointError, ValidationError, KeyError, TypeError) as error:
-            say(f"{path} is damaged ({type(error).__name__}): measuring again")
+            log(f"{path} is damaged ({type(error).__name__}): measuring again")
         else:
-            say(f"signals as measured before: {path}")
+            log(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, given, mrs=mrs, groups=groups, progress=progress, bar=bar)
+    signals = measure_signals(
+        model, given, mrs=mrs, groups=groups, levels=levels, log=log, progress=progress
+    )
     try:
-        header = {"signals": SignalsHeader.of(signals).model_dump(mode="json")}
-        write_atomic(path, seal(signal_tensors(signals), header))
+        write_atomic(path, sealed_signals(signals))
     except OSError as error:
-        say(f"signals are not kept: {error}")
+        log(f"signals are not kept: {error}")
     return signals
-
-
-def _read(path: Path) -> Signals:
-    tensors, about = unseal(path)
-    return SignalsHeader.model_validate(about["signals"]).build(tensors)

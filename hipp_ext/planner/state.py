@@ -1,4 +1,4 @@
-"""Scores and measurements -> what the policy sees: one state token per group, comparable across models."""
+"""Scores and measurements -> the policy's state: one token per group, comparable across models."""
 
 import functools
 import hashlib
@@ -12,16 +12,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.allocators.sensitivity import cheapest_logits
-from hipp_ext.calibration import Calibration, CalibrationLike, image_token_id
+from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
+from hipp_ext.planner.columns import (
+    KINDS,
+    OPTIONAL,
+    TRANSFORMS,
+    by_kind,
+    column_features,
+    measure_columns,
+    standardise,
+)
 from hipp_ext.progress import counting
-from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
+from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
 
 FEATURE_LEVELS = (1, 3)  # of PRUNE_LEVELS: those that a state token and the curvature are read from
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
-FEATURES = 2 + 3 + len(QUANTILES) + len(FEATURE_LEVELS) + 2
+# of a state token, without the optional columns
+FEATURES = 2 + 3 + len(QUANTILES) + len(FEATURE_LEVELS) + len(TRANSFORMS) - len(OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,31 +39,45 @@ class Signals:
     """What was measured of a model, once; any number of plans can be made from it.
 
     Attributes:
-        groups: the groups, in order (G of them).
+        groups: the groups, in order.
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (TASKS, G, PRUNE_LEVELS) KL divergence [nats] of the answers when one group loses its lowest units,
-            on the calibration of each task.
-        visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
-        flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
-        digest: of the groups and the weights they were measured on.
-        calibration: digest of the batches.
-        mrs: (G,) module robustness sensitivity [nats], see `MRS`; None: not measured, and no part of the state.
+        sensitivity: (tasks, groups, levels) KL divergence [nats] of the answers from dense when one
+            group loses its lowest units, see `measure_sensitivity`.
+        columns: name -> (groups,) further signals, see `measure_columns`.
+        digest: digest of the groups and the weights that they were measured on.
+        calibration: digest of the calibration.
     """
 
     groups: tuple[Group, ...]
     scores: Mapping[str, Tensor]
     scorer: str
     sensitivity: Float[Tensor, "tasks groups levels"]
-    visual: Float[Tensor, " groups"]
-    flow_shares: Mapping[str, Tensor]
+    columns: Mapping[str, Float[Tensor, " groups"]]
     digest: str
     calibration: str
-    mrs: Float[Tensor, " groups"] | None = None
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of the sensitivity; the last of DROP_LEVELS drops a block."""
+        return self.sensitivity.shape[2]
+
+    @property
+    def visual(self) -> Float[Tensor, " groups"]:
+        """Visual flow (attention) or drift (FFN), see `VisualSensitivity`; 0 without pictures."""
+        return self.columns["visual"]
+
+    @functools.cached_property
+    def visual_rank(self) -> Float[Tensor, " groups"]:
+        """The visual signal as the policy sees it."""
+        return by_kind(self.visual, self.groups)
 
     @functools.cached_property
     def ranking(self) -> str:
-        """Digest of the model and of how its units are ranked: with it, equal keep counts mean the same units."""
+        """Digest of the model and of its scores.
+
+        With the same ranking, equal keep counts mean the same units.
+        """
         scores = safetensors.torch.save(
             {name: score.contiguous() for name, score in self.scores.items()}
         )
@@ -61,39 +85,19 @@ class Signals:
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
-        """One token per group: kind, position, size, importance curve, sensitivity, visual signal, stability; MRS if any."""
+        """One token per group: kind, depth, size, importance curve, sensitivity and columns."""
         groups = self.groups
-        depth = max(max(g.layer for g in groups), 1)
-        total = total_parameters(groups)
-        columns = [torch.tensor([float(g.kind == k) for g in groups]) for k in ("attention", "ffn")]
-        columns.append(torch.tensor([g.layer / depth for g in groups]))
-        columns.append(_standard(torch.tensor([g.parameters / total for g in groups]).log()))
-        columns.append(_standard(torch.tensor([float(g.width) for g in groups]).log()))
-        columns += [
-            torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES
-        ]
-        columns += [
-            _standard((self.sensitivity.mean(0)[:, i] + 1e-6).log()) for i in FEATURE_LEVELS
-        ]
-        columns += [
-            self.visual_rank,
-            _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float()),
-        ]
-        if self.mrs is not None:
-            columns.append(_standard((self.mrs + 1e-6).log()))
-        return torch.stack([c.float() for c in columns], 1)
-
-    @functools.cached_property
-    def visual_rank(self) -> Float[Tensor, " groups"]:
-        """Log of the visual signal, standardised within each kind (flow and drift are different quantities)."""
-        result = torch.zeros(len(self.groups))
-        for kind in ("attention", "ffn"):
-            rows = torch.tensor(
-                [i for i, g in enumerate(self.groups) if g.kind == kind], dtype=torch.long
-            )
-            if len(rows) and float(self.visual[rows].max()) > 0:
-                result[rows] = _standard((self.visual[rows] + 1e-9).log())
-        return result
+        depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
+        features = [torch.tensor([float(g.kind == k) for g in groups]) for k in KINDS]
+        features.append(torch.tensor([g.layer / depth for g in groups]))
+        features.append(standardise(torch.tensor([g.parameters / total for g in groups]).log()))
+        features.append(standardise(torch.tensor([float(g.width) for g in groups]).log()))
+        for q in QUANTILES:
+            features.append(torch.tensor([_curve(self.scores[g.name], q) for g in groups]))
+        for level in FEATURE_LEVELS:
+            features.append(standardise((self.sensitivity.mean(0)[:, level] + 1e-6).log()))
+        features += column_features(groups, self.columns)
+        return torch.stack([f.float() for f in features], 1)
 
     def prior(
         self, ratios: Float[Tensor, " batch"], robustness_weights: Float[Tensor, " batch"]
@@ -104,10 +108,10 @@ class Signals:
 
     @functools.cached_property
     def soft_prior(self) -> Float[Tensor, " groups"]:
-        """The same for all budgets and leans, and not followed to the end: log of KL per removed share squared, per parameter.
+        """Allocation logits for all budgets and preferences: log of curvature per parameter.
 
-        With KL growing as the square of the removed share, the loss at a given number of parameters is least where the
-        removed share is proportional to parameters / curvature.
+        With KL growing as the square of the removed fraction, the loss at a given number of
+        parameters is least where the removed fraction is proportional to parameters / curvature.
         """
         cost = torch.tensor([float(g.parameters) for g in self.groups])
         logits = (self.curvature / cost).log()
@@ -115,18 +119,17 @@ class Signals:
 
     @functools.cached_property
     def curvature(self) -> Float[Tensor, " groups"]:
-        """KL divergence [nats] per squared share removed, mean over tasks and the FEATURE_LEVELS; above zero."""
-        removed = torch.tensor(PRUNE_LEVELS)
-        return (self.sensitivity.mean(0) / removed.square())[:, FEATURE_LEVELS].mean(1) + 1e-6
+        """KL [nats] per squared fraction removed, mean over tasks and FEATURE_LEVELS; above 0."""
+        removed = torch.tensor([PRUNE_LEVELS[i] for i in FEATURE_LEVELS])
+        return (self.sensitivity.mean(0)[:, FEATURE_LEVELS] / removed.square()).mean(1) + 1e-6
 
 
-def keep_shares(
+def keep_fractions(
     groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray
 ) -> Float[Tensor, "plans groups"]:
-    """Keep counts of plans as shares of the groups' widths, float64."""
-    return torch.from_numpy(
-        np.asarray(plans, dtype=np.float64) / np.array([g.width for g in groups])
-    )
+    """Keep counts of plans as fractions of the groups' widths, float64."""
+    widths = np.array([g.width for g in groups])
+    return torch.from_numpy(np.asarray(plans, dtype=np.float64) / widths)
 
 
 def measure_signals(
@@ -136,57 +139,48 @@ def measure_signals(
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
-    progress: Callable[[str], None] | None = None,
-    bar: bool = False,
+    levels: Sequence[float] = PRUNE_LEVELS,
+    log: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Signals:
     """Measure everything the policy's state needs; the model is left as it was.
 
     Args:
-        model: to be planned for.
+        model: model to be planned for.
         calibration: a Calibration, batches, or batches by task; None: the testbed's.
-        scorer: ranks the units of a group; None: WandaSP.
-        mrs: measures module robustness sensitivity too; needs labels in the batches.
-        groups: None: those of the language tower.
-        progress: called with a line at the start of every measurement.
-        bar: show how many groups are done; sensitivity takes minutes on a large model.
+        scorer: scorer that ranks the units of a group; None: WandaSP.
+        mrs: also measures module robustness sensitivity; needs labels in the batches.
+        groups: groups to be pruned; None: those of the language tower.
+        levels: levels of the sensitivity, see `measure_sensitivity`.
+        log: called with a line before each measurement.
+        progress: show on stderr how many groups are measured, which takes minutes on a large model.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
     if any(g.tower != "language" for g in groups):
         raise UnsupportedModelError(
-            "Signals are measured for the language tower; prune the vision tower by a plan of your own."
+            "Signals are measured for the language tower; give the vision tower a plan of its own."
         )
     given = Calibration.of(model, calibration)
-    scorer, say = scorer or WandaSP(), progress or (lambda _: None)
-    say(f"scoring units ({scorer.name})")
+    scorer, log = scorer or WandaSP(), log or (lambda _: None)
+    log(f"scoring units ({scorer.name})")
     scores = scorer(model, given, groups=groups)
-    say("measuring visual sensitivity")
-    visual = torch.zeros(len(groups))
-    if image_token_id(model) is not None:
-        by_unit = VisualSensitivity()(model, given, groups=groups)
-        visual = torch.stack([by_unit[g.name].sum() for g in groups])
-    say("measuring synaptic flow")
-    flow_shares = SynFlow()(model, groups=groups)
-    if mrs is not None:
-        say("measuring the sensitivity of every group under attack")
-        under_attack = mrs.sensitivity(model, given, groups=groups)
-    say("measuring the sensitivity of every group")
-    with counting(bar, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
+    columns = measure_columns(model, given, groups, mrs, log)
+    log("measuring the sensitivity of every group")
+    with counting(progress, "measuring sensitivity") as tick:
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick, levels=levels)
     return Signals(
         groups=groups,
         scores=scores,
         scorer=scorer.name,
-        visual=visual,
-        flow_shares=flow_shares,
+        columns=columns,
         sensitivity=sensitivity,
         digest=model_digest(model, groups),
         calibration=given.digest,
-        mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of all weights, so that signals meet their own model only."""
+    """Hex digest of the groups and of a sample of all weights; signals belong to one of them."""
     digest = hashlib.sha256(repr(groups).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -199,17 +193,8 @@ def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
     return digest.hexdigest()
 
 
-def _standard(x: Tensor) -> Tensor:
-    x = x.float()
-    return (
-        (x - x.mean()) / x.std(unbiased=False).clamp_min(1e-6)
-        if float(x.std(unbiased=False)) > 1e-6
-        else x * 0
-    )
-
-
-def _curve(scores: Tensor, share: float) -> float:
-    """Share of the group's total score in its top `share` of units, above what equal scores would give."""
+def _curve(scores: Tensor, fraction: float) -> float:
+    """Fraction of the total score in the top units, less what equal scores would give."""
     positive = scores.double() - min(float(scores.min()), 0.0)
-    top = positive.sort(descending=True).values[: max(1, round(share * len(scores)))]
-    return float(top.sum() / positive.sum().clamp_min(1e-30)) - share
+    top = positive.sort(descending=True).values[: max(1, round(fraction * len(scores)))]
+    return float(top.sum() / positive.sum().clamp_min(1e-30)) - fraction

@@ -1,7 +1,6 @@
 """SynFlow: the synaptic flow from input to output through a unit. It needs no data."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.families import norm_before
 from hipp_ext.groups import Group, linear, tower_layers
-from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
 
 
@@ -18,7 +16,8 @@ from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
 class SynFlow(Scorer):
     """Fraction of the flow at a block's depth that passes the unit, in [0, 1). Higher = keep.
 
-    The fractions of a group sum to less than one: the rest takes the residual path.
+    The fractions of a group sum to less than one: the rest takes the residual path. Their sum is a
+    signal of the planner's policy.
 
     Source: SynFlow (arXiv 2006.05467), eq. 2; HiPP-Prune (arXiv 2603.06270, abstract) uses a
     stability proxy in its spirit.
@@ -52,26 +51,6 @@ class SynFlow(Scorer):
                 scores[group.name] = (per_unit(through, group).sum(1) / total).double()
                 leaving = _unit_norm(leaving + block.back_into(block.back_out(leaving)))
         return scores
-
-
-def stability(plan: PruningPlan, flow_shares: Mapping[str, Tensor]) -> float:
-    """Sum over groups of the log of the flow that a plan retains; 0 = dense, lower = less stable.
-
-    It is of first order: each group's loss of flow is computed in the otherwise dense model.
-
-    Args:
-        plan: whose groups `flow_shares` covers.
-        flow_shares: from `SynFlow()(model)`.
-
-    Source: the stability proxy of HiPP-Prune (arXiv 2603.06270, abstract), whose formula is not
-    public; ours.
-    """
-    total = 0.0
-    for g in plan.groups:
-        share = flow_shares[g.name].double()
-        removed = float(share.sum() - share[list(g.kept)].sum())
-        total += math.log1p(-min(max(removed, 0.0), 1 - 1e-12))
-    return total
 
 
 @dataclass

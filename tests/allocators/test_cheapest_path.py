@@ -56,7 +56,9 @@ def test_shares_never_rise_with_the_ratio(parameters, random):
 
 
 def test_a_dent_in_a_curve_is_bridged():
-    """The second group is worth nothing until it is nearly gone: it goes first, and whole steps of it."""
+    """The second group is worth nothing until it is nearly gone: it goes first, and whole steps of
+    it.
+    """
     path = CheapestPath([100, 100], LEVELS, torch.tensor([[0.1, 0.3, 1.0], [0.0, 0.0, 0.02]]))
     assert path.keep_fractions(torch.tensor([0.25, 0.45, 0.5])).tolist() == [
         pytest.approx([1.0, 0.5]),

@@ -52,7 +52,7 @@ def test_what_cannot_be_killed_is_named():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_fit_costs(dtype, tmp_path):
     size = fit_cost.FitCostSize(
-        hidden=256, layers=2, questions=3, calibration=2, fit=FitSettings(steps=1, imagined=2)
+        hidden=256, layers=2, questions=3, calibration=2, fit=FitSettings(steps=1, updates=2)
     )
     found = fit_cost.run(size, device="cpu", dtype=dtype, out=tmp_path / "cost.json")
     assert json.loads((tmp_path / "cost.json").read_text()) == found

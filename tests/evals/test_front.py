@@ -1,4 +1,6 @@
-"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick of the fit, or not at all."""
+"""`hipp front` on a planner that `hipp fit` wrote: the policy's plan is measured by the yardstick
+of the fit, or not at all.
+"""
 
 import json
 
@@ -20,8 +22,6 @@ FIT = (
     "adversarial",
     "--cost",
     "flops",
-    "--scalarisation",
-    "linear",
     "--calibration-rows",
     "8",
     "-o",
@@ -51,7 +51,7 @@ def test_a_front_with_two_answers(fitted, tmp_path):
     out = hipp(*ask, "--picture", tmp_path / "front.png", "--json", tmp_path / "front.json")
     assert (
         "non-dominated of 12 evaluated plans" in out
-        and "best archived" in out
+        and "best evaluated" in out
         and "not evaluated" not in out
     )
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG" and json.loads(
@@ -75,12 +75,12 @@ def test_what_is_for_a_preference_needs_one(fitted):
 
 def test_compression_counts_what_the_fit_rewarded(fitted):
     planner, model = HiPPPlanner.load(fitted), load_pruned(WEIGHTS)
-    known = planner.choices(Preference(0.3, 0.4, 0.3)).archived
+    known = planner.answers(Preference(0.3, 0.4, 0.3)).best_evaluated
     now = planner.rewards(model, [known.plan], lambda _: {"utility": 0.0, "robustness": 0.0})[0]
     assert now.compression == pytest.approx(known.reward.compression)
     assert abs(now.compression - known.plan.pruning_ratio) > 0.005  # FLOPs, not parameters
 
 
 def test_another_fit_in_the_same_place_is_refused(fitted):
-    with pytest.raises(CheckpointError, match="holds a fit with other settings"):
+    with pytest.raises(CheckpointError, match="holds another run: mrs is"):
         hipp(*FIT, fitted, "--mrs", "--overwrite")

@@ -136,7 +136,9 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
             | {"command": TRAP, "device": TRAP, "models": {TRAP: latency()["models"]["dense"]}}
         )
     )
-    (folder / "fit.json").write_text(json.dumps({"settings": {TRAP: TRAP, "noise": [TRAP]}}))
+    settings = {TRAP: TRAP, "noise": [TRAP]}
+    (folder / "run.json").write_text(json.dumps({"identity": {"settings": settings}}))
+    (folder / "archive.jsonl").touch()
     for file in folder.rglob("results.json"):
         own = json.loads(file.read_text())
         file.write_text(
@@ -330,12 +332,7 @@ def test_results_of_other_types_are_refused(tmp_path, path, value):
                         "plan": None,
                         "parameters": 1,
                         "records": {},
-                        "reward": {
-                            "utility": "1",
-                            "robustness": 1.0,
-                            "compression": 1.0,
-                            "stability": 0.0,
-                        },
+                        "reward": {"utility": "1", "robustness": 1.0, "compression": 1.0},
                     }
                 ]
             },

@@ -63,7 +63,7 @@ def made(tmp_path_factory) -> Path:
     planner.fit(
         model,
         search_evaluator(model, processor, 12),
-        FitSettings(steps=1, preferences=1, budgets=2, imagined=2),
+        FitSettings(steps=1, preferences=1, budgets=2, updates=2),
         folder=place / "fit",
         processor=processor,
         rows=8,

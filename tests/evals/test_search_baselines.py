@@ -26,7 +26,9 @@ EVALUATIONS = 30
 
 
 class Closeness:
-    """Keep counts -> reward of a random model: how close its answers stay to the dense ones, on two halves of the rows."""
+    """Keep counts -> reward of a random model: how close its answers stay to the dense ones, on two
+    halves of the rows.
+    """
 
     def __init__(self):
         self.model = build("llava")
@@ -45,22 +47,23 @@ class Closeness:
         kl = self.kl(keeps)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
         return Reward(
-            utility=1 - float(kl[:2].mean()),
-            robustness=1 - float(kl[2:].mean()),
-            compression=ratio,
-            stability=0.0,
+            utility=1 - float(kl[:2].mean()), robustness=1 - float(kl[2:].mean()), compression=ratio
         )
 
 
 class Plain(Reward):
-    """beartype, which is on in tests only, draws from the global generator when it checks the list that a Reward returns."""
+    """beartype, which is on in tests only, draws from the global generator when it checks the list
+    that a Reward returns.
+    """
 
     def objectives(self):
         return [self.utility, self.robustness, self.compression]
 
 
 class ChannelsMatter:
-    """All depends on the FFN groups: the best plans remove heads before channels. Draws no random numbers."""
+    """All depends on the FFN groups: the best plans remove heads before channels. Draws no random
+    numbers.
+    """
 
     def __init__(self, groups):
         self.groups = groups
@@ -69,7 +72,7 @@ class ChannelsMatter:
         channels = [k / g.width for g, k in zip(self.groups, keeps, strict=True) if g.kind == "ffn"]
         kept = sum(channels) / len(channels)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
-        return Plain(utility=kept, robustness=kept, compression=ratio, stability=0.0)
+        return Plain(utility=kept, robustness=kept, compression=ratio)
 
 
 def removed(groups, keeps) -> int:

@@ -136,7 +136,9 @@ for number in ("1e308", "-1e308", "Infinity", "-Infinity", "NaN", "1" + "0" * 40
 known(
     "planner fit", "archive without allocations", text("*/archive.jsonl", in_rows("allocation", []))
 )
-known("planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keeps", [1])))
+known(
+    "planner fit", "archive of other groups", text("*/archive.jsonl", in_rows("keep_counts", [1]))
+)
 known(
     "planner fit",
     "archive that keeps 10**30 units",
@@ -171,7 +173,7 @@ known(
     "layers below zero",
     setting("planner/planner.json", "signals", "groups", 0, "layer", value=-(10**9)),
 )
-known("fit", "deep identity", text("fit/fit.json", b"[" * 100_000))
+known("fit", "deep identity", text("fit/run.json", b"[" * 100_000))
 known(
     "signals",
     "one bit of the scores",

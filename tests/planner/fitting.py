@@ -8,11 +8,13 @@ from hipp_ext.planner.fit import FitSettings
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
-SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, imagined=5, seed=3)
+SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, updates=5, seed=3)
 
 
 class Closeness:
-    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves of the batches."""
+    """A real evaluator of a random model: how close answers stay to the dense ones, on two halves
+    of the batches.
+    """
 
     def __init__(self, model, batches=BATCHES):
         self.answers = AnswerLogits(model, batches)

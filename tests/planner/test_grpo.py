@@ -14,21 +14,10 @@ def test_advantages_ignore_what_is_constant_and_weigh_the_rest():
     )  # robustness: below the noise floor
     rewards[..., 2] = 0.3  # compression: fixed by the budget
     advantages = allocation_advantages(rewards, torch.tensor([[1.0, 0, 0], [0.0, 1, 0]]))
-    # z-scores of utility, times its share in the preference, which is never all nor nothing; robustness adds nothing.
+    # z-scores of utility, times its share in the preference, which is never all nor nothing;
+    # robustness adds nothing.
     scores = torch.tensor([-1.2247, 0, 1.2247])
     assert torch.allclose(advantages[:, 0], scores * torch.tensor([[1.2], [0.2]]) / 1.4, atol=1e-3)
-
-
-def test_budget_advantages_follow_the_preference(signals):
-    rewards = torch.zeros(2, 2, 2, 3)
-    rewards[:, 0] = torch.tensor([0.9, 0.9, 0.1])
-    rewards[:, 1] = torch.tensor([0.5, 0.5, 0.5])
-    for kind in ("linear", "tchebycheff"):
-        learner = Learner(new_policy(), signals, 1e-3, kind)
-        advantages = learner.budget_advantages(
-            rewards, torch.tensor([[0.5, 0.5, 0.0], [0.05, 0.05, 0.9]])
-        )
-        assert advantages[0, 0] > advantages[0, 1] and advantages[1, 0] < advantages[1, 1]
 
 
 def test_preferences_cover_the_simplex():
@@ -41,7 +30,7 @@ def test_preferences_cover_the_simplex():
 def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
     learned = []
     for shifted in (False, True):
-        learner = Learner(new_policy(), signals, 1e-2, "tchebycheff")
+        learner = Learner(new_policy(), signals, 1e-2)
         generator = torch.Generator().manual_seed(1)
         rollouts = learner.draw(
             draw_preferences(4, generator),
@@ -56,18 +45,17 @@ def test_what_is_common_to_a_rollouts_logits_teaches_nothing(signals):
         objectives = torch.rand(4, 2, 6, 3, generator=generator)
         if shifted:
             rollouts.allocations.add_(20 * torch.randn(4, 2, 6, 1, generator=generator))
-        learner.learn(rollouts, objectives, budget=False)
+        learner.learn(rollouts, objectives)
         learned.append(learner.policy.allocation_head.weight.detach().clone())
     assert learned[0].abs().max() > 1e-3
     assert torch.allclose(*learned, rtol=1e-2, atol=1e-5)
 
 
 def test_logits_that_no_plan_depends_on_come_back(signals):
-    """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and nothing but the KL holds them."""
-    learner, generator = (
-        Learner(new_policy(), signals, 3e-3, "tchebycheff"),
-        torch.Generator().manual_seed(2),
-    )
+    """Logits so far apart that rollouts differ by noise alone: nothing is learned there, and
+    nothing but the KL holds them.
+    """
+    learner, generator = (Learner(new_policy(), signals, 3e-3), torch.Generator().manual_seed(2))
     preferences, ratios = draw_preferences(4, generator), torch.full((4, 1), 0.3)
     prior = learner.allocation_means(preferences, ratios)
 
@@ -88,5 +76,5 @@ def test_logits_that_no_plan_depends_on_come_back(signals):
             limit=0.6,
             generator=generator,
         )
-        learner.learn(rollouts, torch.rand(4, 1, 6, 3, generator=generator), budget=False)
+        learner.learn(rollouts, torch.rand(4, 1, 6, 3, generator=generator))
     assert before > 3 and apart() < before

@@ -42,7 +42,7 @@ def test_other_models(name):
     assert plan.pruning_ratio >= 0.4 and len(plan.groups) == 6
 
 
-def test_the_wish_for_compression_sets_the_budget(model, signals):
+def test_the_weight_of_compression_sets_the_budget(model, signals):
     ratios = [
         planner_with(signals, Preference(1 - c, 1 - c, 2 * c)).plan(model).pruning_ratio
         for c in (0, 0.25, 0.5, 0.75, 1)
@@ -224,7 +224,7 @@ def test_a_damaged_planner_folder_is_refused(model, signals, tmp_path, file):
 def test_a_flipped_bit_in_a_planner_folder_never_gives_another_plan(model, signals, tmp_path):
     planner, rng = planner_with(signals, pruning_ratio=0.4), random.Random(0)
     planner.fit(
-        model, Closeness(model), FitSettings(steps=1, preferences=1, imagined=2), progress=False
+        model, Closeness(model), FitSettings(steps=1, preferences=1, updates=2), progress=False
     )
     planner.save(tmp_path / "p")
     before, front, same = planner.plan(model), [f.reward for f in planner.front()], 0
@@ -264,8 +264,8 @@ def test_files_of_two_planners_are_no_planner(tmp_path):
     [
         ("preference", [-1, 1, 1]),
         ("pruning_ratio", 1.5),
-        ("round_to", 0),
-        ("min_keep", 7.0),
+        ("bounds", {"round_to": 0}),
+        ("bounds", {"min_keep": 7.0}),
         ("plans", "many"),
         ("new", 1),
     ],
@@ -281,7 +281,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, field, value):
 def test_a_folder_of_another_version_is_refused(tmp_path):
     HiPPPlanner(EVEN).save(tmp_path / "p")
     header = tmp_path / "p" / "planner.json"
-    header.write_text(header.read_text().replace('"format": 5', '"format": 1'))
+    header.write_text(header.read_text().replace('"format": 1', '"format": 5'))
     with pytest.raises(CheckpointError, match="planner folder of this version"):
         HiPPPlanner.load(tmp_path / "p")
 

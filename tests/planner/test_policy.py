@@ -5,12 +5,12 @@ import dataclasses
 import torch
 
 from hipp_ext.planner.grpo import draw_preferences
-from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy, ratio_of
+from hipp_ext.planner.policy import MAX_RATIO, MIN_COMPRESSION_WEIGHT, new_policy, ratio_of
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
-    wishes = torch.linspace(LEAST_WISH, 1 - LEAST_WISH, 23)
+    wishes = torch.linspace(MIN_COMPRESSION_WEIGHT, 1 - MIN_COMPRESSION_WEIGHT, 23)
     preferences = torch.stack([(1 - wishes) * 0.3, (1 - wishes) * 0.7, wishes], 1)
     ratios = MAX_RATIO * new_policy().budget(signals, preferences).sigmoid()
     assert torch.allclose(ratios, MAX_RATIO * wishes, atol=1e-5)
@@ -39,13 +39,15 @@ def test_whoever_wants_more_compression_gets_more(signals):
             policy.budget_head.weight.normal_(std=0.3, generator=generator)
             policy.budget_head.bias.normal_(generator=generator)
         after = policy.budget(signals, preferences)
-        inside = (wishes > LEAST_WISH) & (wishes < 1 - LEAST_WISH)
+        inside = (wishes > MIN_COMPRESSION_WEIGHT) & (wishes < 1 - MIN_COMPRESSION_WEIGHT)
         assert (after - before).std() > 0.3
         assert (after.diff() > -1e-4).all() and (after[inside].diff() > 0).all()
 
 
 def test_logits_cannot_drift_together(signals):
-    """No plan changes when all logits move by the same, so nothing but the policy itself can hold them."""
+    """No plan changes when all logits move by the same, so nothing but the policy itself can hold
+    them.
+    """
     policy, preferences, ratios = (
         new_policy(),
         draw_preferences(5, torch.Generator().manual_seed(0)),
@@ -64,9 +66,8 @@ def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
     """Utility hangs on the first group alone, robustness on the second."""
     sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(PRUNE_LEVELS)
     sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(PRUNE_LEVELS), torch.tensor(PRUNE_LEVELS)
-    apart = dataclasses.replace(
-        signals, sensitivity=sensitivity, visual=torch.zeros_like(signals.visual)
-    )
+    columns = {**signals.columns, "visual": torch.zeros_like(signals.visual)}
+    apart = dataclasses.replace(signals, sensitivity=sensitivity, columns=columns)
     leans = torch.linspace(0, 1, 11)
     preferences = torch.stack([1 - leans, leans, torch.zeros(11)], 1)
     logits = new_policy().allocation(apart, preferences, torch.full((11,), 0.5))

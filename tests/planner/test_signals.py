@@ -1,4 +1,6 @@
-"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it is asked for."""
+"""Signals: found on disk by the same model and calibration and by no other; MRS among them where it
+is asked for.
+"""
 
 import random
 from dataclasses import replace
@@ -16,9 +18,8 @@ from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
 from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
-from hipp_ext.planner.signal_cache import _read
+from hipp_ext.planner.signal_file import SignalsHeader, read_signals, signal_tensors
 from hipp_ext.planner.state import FEATURES, measure_signals, model_digest
-from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
 from hipp_ext.sensitivity.measured import measure_sensitivity
@@ -28,7 +29,7 @@ BATCHES = [batch("llava", size=2, labels=True)]
 
 def plan(model, folder, said, calibration=BATCHES, **options):
     made = HiPPPlanner(Preference(1, 1, 1), cache=folder, **options)
-    return made.plan(model, calibration=calibration, say=said.append), made.signals
+    return made.plan(model, calibration=calibration, log=said.append), made.signals
 
 
 def test_another_process_finds_what_was_measured(tmp_path):
@@ -74,14 +75,14 @@ def test_another_calibration_is_not_answered_for_by_the_signals_at_hand():
         for c in (BATCHES, other)
     ]
     planner = HiPPPlanner(Preference(1, 1, 1), pruning_ratio=0.4, cache=None)
-    again = [planner.plan(model, calibration=c, say=said.append) for c in (BATCHES, other)]
+    again = [planner.plan(model, calibration=c, log=said.append) for c in (BATCHES, other)]
     assert again == fresh and fresh[0] != fresh[1]
-    assert said.count("another calibration than that of the signals at hand: measuring again") == 1
+    assert said.count("another calibration than that of the known signals: measuring again") == 1
     said.clear()
     assert (
-        planner.plan(model, say=said.append)
+        planner.plan(model, log=said.append)
         == fresh[1]
-        == planner.plan(model, calibration=iter(other), say=said.append)
+        == planner.plan(model, calibration=iter(other), log=said.append)
     )
     assert not said
 
@@ -117,16 +118,16 @@ def test_python_keeps_signals_where_the_commands_do_unless_told_not_to(tmp_path,
         assert not list(tmp_path.iterdir())
     said = []
     for _ in range(2):
-        HiPPPlanner(Preference(1, 1, 1)).plan(build("llava"), calibration=BATCHES, say=said.append)
+        HiPPPlanner(Preference(1, 1, 1)).plan(build("llava"), calibration=BATCHES, log=said.append)
     assert len(list((tmp_path / "hipp-ext").iterdir())) == 1 and "as measured before" in said[-1]
 
 
 def test_lines_tell_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
-    measure_signals(build("llava"), BATCHES, bar=True)
+    measure_signals(build("llava"), BATCHES, progress=True)
     assert capsys.readouterr().err == "", "what takes seconds needs no lines"
     monkeypatch.setattr("hipp_ext.progress.FIRST", 0.0)
     monkeypatch.setattr("hipp_ext.progress.EVERY", 0.0)
-    measure_signals(build("llava"), BATCHES, bar=True)
+    measure_signals(build("llava"), BATCHES, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"hipp: measuring sensitivity: group {n} of 6, about 1 min left" for n in range(1, 6)
@@ -214,6 +215,10 @@ def test_a_damaged_file_costs_only_the_measurement(tmp_path, damage):
     assert "as measured before" in said[0]
 
 
+def header_of(signals):
+    return SignalsHeader(**{name: getattr(signals, name) for name in SignalsHeader.model_fields})
+
+
 def flipped(content: bytes, bit: int) -> bytes:
     changed = bytearray(content)
     changed[bit // 8] ^= 1 << bit % 8
@@ -232,7 +237,7 @@ def test_a_flipped_bit_costs_only_the_measurement(tmp_path):
             flipped(content, rng.randrange(8 * (8 + header) if n % 2 else 8 * len(content)))
         )
         try:
-            found = _read(path)
+            found = read_signals(path)
         except (CheckpointError, ValidationError, KeyError, TypeError):
             continue
         used += 1  # a name of the file's padding, say
@@ -261,17 +266,17 @@ def test_a_file_under_the_name_of_another_is_measured_again(tmp_path):
         ({"sensitivity": torch.full((2, 6, 7), torch.nan)}, "sensitivity is no signal"),
         ({"sensitivity": torch.full((2, 6, 7), -1.0)}, "sensitivity is below zero"),
         ({"sensitivity": torch.ones(2, 6, 6)}, "sensitivity is no signal"),
-        ({"visual": torch.ones(6, dtype=torch.float64)}, "visual is no signal"),
+        ({"columns.visual": torch.ones(6, dtype=torch.float64)}, "visual is no signal"),
         ({"scores.language.1.ffn": torch.ones(43)}, r"scores\.language\.1\.ffn is no signal"),
     ],
 )
 def test_signals_that_cannot_have_been_measured_are_refused(signals, change, message):
     """Also with a digest that is right: whoever can write the file can count one."""
     with pytest.raises(CheckpointError, match=message):
-        SignalsHeader.of(signals).build(signal_tensors(signals) | change)
-    groups = SignalsHeader.of(signals).model_dump(mode="json")["groups"]
+        header_of(signals).build(signal_tensors(signals) | change)
+    groups = header_of(signals).model_dump(mode="json")["groups"]
     for wrong in ({"width": 10**12}, {"layer": 1}, {"unit_parameters": 2**62}, {"width": 0}):
-        header = SignalsHeader.of(signals).model_dump(mode="json") | {
+        header = header_of(signals).model_dump(mode="json") | {
             "groups": [groups[0] | wrong, *groups[1:]]
         }
         with pytest.raises(
@@ -294,14 +299,16 @@ def test_module_robustness_sensitivity_is_a_signal(tmp_path):
     _, measured = plan(model, tmp_path, said, mrs=mrs)
     assert any("under attack" in line for line in said)
     expected = mrs.sensitivity(model, BATCHES)
-    assert measured.mrs.tolist() == pytest.approx([expected[g.name] for g in measured.groups])
+    assert measured.columns["mrs"].tolist() == pytest.approx(
+        [expected[g.name] for g in measured.groups]
+    )
     assert measured.state.shape == (len(measured.groups), FEATURES + 1)
-    logs = measured.mrs.log()
+    logs = measured.columns["mrs"].log()
     assert measured.state[:, -1].tolist() == pytest.approx(
         ((logs - logs.mean()) / logs.std(unbiased=False)).tolist(), abs=1e-3
     )
     _, plain = plan(model, tmp_path, [])
-    assert plain.mrs is None and torch.equal(plain.state, measured.state[:, :-1])
+    assert "mrs" not in plain.columns and torch.equal(plain.state, measured.state[:, :-1])
     said.clear()
     assert torch.equal(plan(model, tmp_path, said, mrs=mrs)[1].state, measured.state)
     assert len(said) == 1 and "as measured before" in said[0]
@@ -319,7 +326,9 @@ def test_a_planner_with_mrs_is_saved_and_loaded(tmp_path):
 
 
 def test_memory_stays_within_one_extra_copy_of_the_calibrations_activations():
-    """On top of a forward pass: what enters the language tower, once, and for its answers the keys and values of one batch."""
+    """On top of a forward pass: what enters the language tower, once, and for its answers the keys
+    and values of one batch.
+    """
     layers, batches = 2, noise(4, at_once=1)
     model = random_llava(256, layers, whole=True)
     token = model.get_input_embeddings().weight[0].nbytes

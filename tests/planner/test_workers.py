@@ -25,10 +25,13 @@ SCRIPT = """
     model = build("llava")
     planner = HiPPPlanner(EVEN)
     evaluator = Evaluator(model)
-    result = planner.fit(model, evaluator, SETTINGS, folder={folder!r}, calibration=BATCHES, progress=False)
+    result = planner.fit(
+        model, evaluator, SETTINGS, folder={folder!r}, calibration=BATCHES, progress=False
+    )
     plan = planner.plan(model)
-    with open({folder!r} + f".{{workers.rank}}.json", "w") as file:  # what two processes print may get mixed
-        json.dump({{"calls": evaluator.calls, "ends": [len(planner.archive), result.evaluations, plan.keep_counts]}}, file)
+    ends = [len(planner.archive), result.evaluations, plan.keep_counts]
+    with open({folder!r} + f".{{workers.rank}}.json", "w") as file:  # printed lines may get mixed
+        json.dump({{"calls": evaluator.calls, "ends": ends}}, file)
 """
 
 

@@ -111,7 +111,7 @@ def test_a_planner_is_fitted_for_pope_under_attack(loaded, questions, tmp_path):
     result = planner.fit(
         model,
         evaluator,
-        FitSettings(steps=1, preferences=1, budgets=1, imagined=0),
+        FitSettings(steps=1, preferences=1, budgets=1, updates=0),
         folder=tmp_path / "fit",
         calibration=calibration,
     )

@@ -38,8 +38,8 @@ from hipp_ext.evals.studies.search.problem import Problem, run
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
-from hipp_ext.planner.cost import measure_cost
-from hipp_ext.planner.evaluation import Keeps, plan_rewards
+from hipp_ext.planner.cost import cost_of
+from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
 from hipp_ext.planner.policy import MAX_RATIO, Policy, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
@@ -98,14 +98,9 @@ class Variant:
     policy: Callable[[], Policy] = new_policy
 
 
-def _blind(signals: Signals) -> Signals:
-    return dataclasses.replace(signals, visual=torch.zeros_like(signals.visual))
-
-
-def _flowless(signals: Signals) -> Signals:
-    return dataclasses.replace(
-        signals, flow_shares={n: torch.zeros_like(s) for n, s in signals.flow_shares.items()}
-    )
+def _without(column: str, signals: Signals) -> Signals:
+    columns = {**signals.columns, column: torch.zeros_like(signals.columns[column])}
+    return dataclasses.replace(signals, columns=columns)
 
 
 def _flat_policy() -> Policy:
@@ -117,10 +112,8 @@ def _flat_policy() -> Policy:
 HIPP = "hipp"
 VARIANTS: dict[str, Variant] = {
     HIPP: Variant(),
-    "hipp, linear scalarisation": Variant(settings={"scalarisation": "linear"}),
-    "hipp, no reward model": Variant(settings={"imagined": 0}),
-    "hipp, no visual sensitivity": Variant(signals=_blind),
-    "hipp, no SynFlow": Variant(signals=_flowless),
+    "hipp, no visual sensitivity": Variant(signals=functools.partial(_without, "visual")),
+    "hipp, no SynFlow": Variant(signals=functools.partial(_without, "synflow")),
     "hipp, no hierarchy": Variant(policy=_flat_policy),
 }
 UNTRAINED = "hipp, untrained"
@@ -224,7 +217,7 @@ class Bench:
     def _search(self, name: str, seed: int) -> dict[str, Any]:
         if name in VARIANTS:
             return self._hipp(VARIANTS[name], seed)
-        cost = measure_cost(self.model, self.signals.groups, "parameters")
+        cost = cost_of(self.signals.groups, "parameters")
         with plan_rewards(self.model, self.search, self.signals, cost) as measure:
             problem = Problem(
                 groups=self.signals.groups,
@@ -239,8 +232,8 @@ class Bench:
     def _sensitivity_says(self, ratio: float) -> np.ndarray:
         return self.informed.prior(torch.tensor([ratio]), torch.tensor([0.5]))[0].double().numpy()
 
-    def _searched(self, evaluated: Sequence[tuple[Keeps, Reward]]) -> dict[str, Any]:
-        answers: dict[str, dict[str, Keeps]] = {corner: {} for corner in CORNERS}
+    def _searched(self, evaluated: Sequence[tuple[KeepCounts, Reward]]) -> dict[str, Any]:
+        answers: dict[str, dict[str, KeepCounts]] = {corner: {} for corner in CORNERS}
         for corner, rows in answers.items():
             for ratio in RATIOS:
                 enough = [(k, r) for k, r in evaluated if r.compression >= ratio - TOLERANCE]
@@ -267,13 +260,16 @@ class Bench:
         )
         planner = self._planner(variant)
         planner.fit(self.model, self.search, settings, progress=False)
-        found = self._searched(list({r.keeps: r.reward for r in planner.archive.records}.items()))
+        found = self._searched(
+            list({r.keep_counts: r.reward for r in planner.archive.records}.items())
+        )
         found["answers"] = {
             c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS
         }
         if variant is VARIANTS[HIPP]:
             archived = [
-                (w, self._query(planner, Preference(*w), None, archived=True)) for w in _lattice(10)
+                (w, self._query(planner, Preference(*w), None, best_evaluated=True))
+                for w in _lattice(10)
             ]
             found["asked"] = {"policy": self._asked(planner), "archived": (archived, {})}
         return found
@@ -294,22 +290,24 @@ class Bench:
         preference: Preference,
         ratio: float | None,
         *,
-        archived: bool = False,
-    ) -> Keeps:
+        best_evaluated: bool = False,
+    ) -> KeepCounts:
         planner.pruning_ratio = ratio
         return tuple(
             g.keep
-            for g in planner.plan(self.model, preference=preference, archived=archived).groups
+            for g in planner.plan(
+                self.model, preference=preference, best_evaluated=best_evaluated
+            ).groups
         )
 
     # On the test split
 
-    def _rewards(self, plans: Sequence[Keeps], evaluator: Evaluator) -> list[Reward]:
-        cost = measure_cost(self.model, self.signals.groups, "parameters")
+    def _rewards(self, plans: Sequence[KeepCounts], evaluator: Evaluator) -> list[Reward]:
+        cost = cost_of(self.signals.groups, "parameters")
         with plan_rewards(self.model, evaluator, self.signals, cost) as measure:
             return [measure(keeps) for keeps in plans]
 
-    def _row(self, keeps: Keeps) -> dict[str, Any]:
+    def _row(self, keeps: KeepCounts) -> dict[str, Any]:
         """POPE F1 and ScienceQA accuracy [%] of a plan, and its answers to either, a letter each."""
         with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
             shrink(keeps)
@@ -352,7 +350,7 @@ def _lattice(n: int) -> list[tuple[float, float, float]]:
     return [(i / n, j / n, (n - i - j) / n) for i in range(n + 1) for j in range(n + 1 - i)]
 
 
-def _distinct(plans: Sequence[Keeps]) -> list[Keeps]:
+def _distinct(plans: Sequence[KeepCounts]) -> list[KeepCounts]:
     return list(dict.fromkeys(plans))
 
 
@@ -361,7 +359,7 @@ def _hypervolume(rewards: Sequence[Reward]) -> float:
     return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
 
 
-def _hand_in(evaluated: Sequence[tuple[Keeps, Reward]], n: int) -> list[Keeps]:
+def _hand_in(evaluated: Sequence[tuple[KeepCounts, Reward]], n: int) -> list[KeepCounts]:
     """The `n` plans that together have the largest hypervolume on the search split, chosen greedily."""
     points = np.array([r.objectives() for _, r in evaluated])
     left = np.flatnonzero(moocore.is_nondominated(points, maximise=True)).tolist()

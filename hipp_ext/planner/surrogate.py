@@ -1,7 +1,7 @@
-"""The reward model: what a plan would score, learned from the plans that were evaluated.
+"""The surrogate: the scores of a plan, predicted from the evaluated plans.
 
-A Gaussian process over the shares that the groups keep, one per objective. It says how sure it is, costs microseconds a plan
-where an evaluation costs seconds, and turns every evaluated plan into knowledge about every preference and budget.
+It is a Gaussian process per objective over the fractions that the groups keep. A prediction takes
+microseconds where an evaluation takes seconds, and comes with its uncertainty.
 """
 
 import math
@@ -10,67 +10,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SCHEDULE = (
-    1,
-    24,
-    36,
-    54,
-    81,
-    120,
-    180,
-    270,
-    400,
-    600,
-)  # hyperparameters are fitted when this many plans are known
-MOST = 800  # plans that a prediction rests on, the latest ones: exact inference is cubic in their number
+# Hyperparameters are fitted when this many plans are known.
+SCHEDULE = (1, 24, 36, 54, 81, 120, 180, 270, 400, 600)
+MAX_TRAIN_PLANS = 800  # the latest ones: exact inference is cubic in their number
 ITERATIONS = 30
-LEAST = 0.02  # share of a group below which nothing is told apart
+MIN_FRACTION = 0.02  # of a group: smaller fractions are not distinguished
 PRIOR_DEVIATION = 0.7  # of the log length scales around those that measured sensitivity suggests
 
 
-class RewardModel:
-    """`predict(shares)` -> mean and standard deviation of each objective; `sample` draws from the joint posterior.
+class Surrogate:
+    """Mean and standard deviation of each objective: `predict(fractions)`; `sample` draws jointly.
 
-    It sees -log(share) of every group: taking a group's last units hurts more than taking its first. The kernel is a polynomial
-    of degree two plus a Matern 5/2, both with one length scale per group. Length scales have a log-normal prior around what
-    measured sensitivity suggests: the more a group hurts, the shorter.
+    Its inputs are -log(fraction) of every group, because removing a group's last units hurts more
+    than removing its first. The kernel is a polynomial of degree two plus a Matern 5/2, both with
+    one length scale per group. Length scales have a log-normal prior around those that measured
+    sensitivity suggests: the more sensitive the group, the shorter.
 
     Args:
-        curvature: (groups,) KL divergence [nats] per squared share removed, see `Signals.curvature`.
+        curvature: (groups,) KL [nats] per squared fraction removed, see `Signals.curvature`.
 
-    Source: Gaussian process regression with ARD, Rasmussen and Williams (2006), ch. 2 and 5. Learning from imagined
-    rollouts between measured ones follows Dyna (Sutton 1991).
+    Source: Gaussian process regression with ARD, Rasmussen and Williams (2006), ch. 2 and 5.
+    Learning from predicted rollouts between measured ones follows Dyna (Sutton 1991).
     """
 
     def __init__(self, curvature: Float[Tensor, " groups"]):
         root = curvature.double().clamp_min(1e-9).sqrt()
-        # Root of the curvature, half-way (in logs) to all alike: KL is a hint about these objectives, not a measurement.
+        # The root, half-way to equal scales in logs: KL only hints at these objectives.
         self._prior = -0.5 * (root / root.median()).log() + math.log(0.7)
         self._hyper: dict[int, Tensor] = {}
         self._fitted_on = 0
 
     @property
     def fitted(self) -> bool:
-        """Whether it has seen a plan."""
+        """Whether it was fitted to any plan."""
         return self._fitted_on > 0
 
     def fit(
-        self, shares: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]
+        self, fractions: Float[Tensor, "plans groups"], rewards: Float[Tensor, "plans objectives"]
     ) -> None:
-        """Learn from all plans evaluated so far, in the order of their evaluation: the same history, the same model."""
-        shares, rewards = shares.double(), rewards.double()
-        at = max(n for n in SCHEDULE if n <= max(len(shares), 1))
+        """Fit it to all evaluated plans, in the order of their evaluation."""
+        fractions, rewards = fractions.double(), rewards.double()
+        at = max(n for n in SCHEDULE if n <= max(len(fractions), 1))
         if at != self._fitted_on:
             seen = slice(0, max(at, 2))
             self._hyper = {
-                k: self._maximise(_removed(shares[seen]), _standardised(rewards[seen, k])[0])
+                k: self._maximise(_removed(fractions[seen]), _standardised(rewards[seen, k])[0])
                 for k in range(rewards.shape[1])
             }
             self._fitted_on = at
-        self._removed = _removed(shares[-MOST:])
+        self._removed = _removed(fractions[-MAX_TRAIN_PLANS:])
         self._solved = []
         for k, hyper in self._hyper.items():
-            y, mean, deviation = _standardised(rewards[-MOST:, k])
+            y, mean, deviation = _standardised(rewards[-MAX_TRAIN_PLANS:, k])
             noise, *kernel = _split(hyper)
             root = _cholesky(_kernel(self._removed, self._removed, *kernel), noise)
             self._solved.append(
@@ -78,12 +69,12 @@ class RewardModel:
             )
 
     def predict(
-        self, shares: Float[Tensor, "plans groups"]
+        self, fractions: Float[Tensor, "plans groups"]
     ) -> tuple[Float[Tensor, "plans objectives"], Float[Tensor, "plans objectives"]]:
         """Posterior mean and standard deviation of each objective, float32."""
         means, deviations = [], []
         for weights, root, kernel, mean, deviation in self._solved:
-            removed = _removed(shares)
+            removed = _removed(fractions)
             cross = _kernel(removed, self._removed, *kernel)
             spread = _diagonal(removed, *kernel) - torch.linalg.solve_triangular(
                 root, cross.T, upper=False
@@ -92,9 +83,9 @@ class RewardModel:
             deviations.append(deviation * spread.clamp_min(1e-12).sqrt())
         return torch.stack(means, 1).float(), torch.stack(deviations, 1).float()
 
-    def mean(self, shares: Float[Tensor, "plans groups"]) -> Float[Tensor, "plans objectives"]:
+    def mean(self, fractions: Float[Tensor, "plans groups"]) -> Float[Tensor, "plans objectives"]:
         """Posterior mean of each objective, float32; cheaper than `predict`."""
-        removed = _removed(shares)
+        removed = _removed(fractions)
         means = [
             m + d * (_kernel(removed, self._removed, *kernel) @ weights)[:, 0]
             for weights, _, kernel, m, d in self._solved
@@ -102,23 +93,23 @@ class RewardModel:
         return torch.stack(means, 1).float()
 
     def sample(
-        self, shares: Float[Tensor, "plans groups"], draws: int, generator: torch.Generator
+        self, fractions: Float[Tensor, "plans groups"], draws: int, generator: torch.Generator
     ) -> Float[Tensor, "draws plans objectives"]:
-        """Joint draws from the posterior: functions that agree with what was measured and differ where nothing was."""
+        """Joint draws from the posterior."""
         drawn = []
         for weights, root, kernel, mean, deviation in self._solved:
-            removed = _removed(shares)
+            removed = _removed(fractions)
             cross = _kernel(removed, self._removed, *kernel)
             half = torch.linalg.solve_triangular(root, cross.T, upper=False)
             posterior = _cholesky(
                 _kernel(removed, removed, *kernel) - half.T @ half, torch.tensor(1e-4)
             )
-            noise = torch.randn(len(shares), draws, generator=generator, dtype=torch.float64)
+            noise = torch.randn(len(fractions), draws, generator=generator, dtype=torch.float64)
             drawn.append((mean + deviation * (cross @ weights + posterior @ noise)).T)
         return torch.stack(drawn, 2).float()
 
     def _maximise(self, removed: Tensor, y: Tensor) -> Tensor:
-        """Hyperparameters (log noise, log scales of the two kernels, log length scales) of the highest posterior."""
+        """The most probable log hyperparameters: noise, scale of each kernel, length scales."""
         start = torch.cat([torch.tensor([-3.0, 0.0, -0.7], dtype=torch.float64), self._prior])
         if len(y) < SCHEDULE[1]:
             return start
@@ -143,9 +134,9 @@ class RewardModel:
         return hyper.detach() if bool(hyper.detach().isfinite().all()) else start
 
 
-def _removed(shares: Tensor) -> Tensor:
-    """What the kernel sees: 0 for a whole group, growing as it shrinks; below LEAST all shares are alike."""
-    return -shares.double().clamp_min(LEAST).log()
+def _removed(fractions: Tensor) -> Tensor:
+    """The kernel's inputs: 0 for a whole group, growing as it shrinks."""
+    return -fractions.double().clamp_min(MIN_FRACTION).log()
 
 
 def _split(hyper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,9 +148,8 @@ def _kernel(a: Tensor, b: Tensor, polynomial: Tensor, matern: Tensor, lengths: T
     inner = a @ b.T
     squared = (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * inner).clamp_min(1e-12)
     distance = (5 * squared).sqrt()
-    scale = (
-        1 + lengths.shape[0] / 4
-    )  # keeps the polynomial part near one for typical plans, however many groups
+    # It keeps the polynomial part near one for typical plans of any number of groups.
+    scale = 1 + lengths.shape[0] / 4
     return (
         polynomial * ((1 + inner) / scale).square()
         + matern * (1 + distance + distance.square() / 3) * (-distance).exp()

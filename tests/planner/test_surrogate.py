@@ -1,9 +1,11 @@
-"""The reward model: agrees with what was measured, knows what it does not know, and learns which groups matter."""
+"""The surrogate: agrees with what was measured, knows what it does not know, and learns which
+groups matter.
+"""
 
 import pytest
 import torch
 
-from hipp_ext.planner.reward_model import RewardModel
+from hipp_ext.planner.surrogate import Surrogate
 
 
 def history(n, groups=6, seed=0):
@@ -16,7 +18,7 @@ def history(n, groups=6, seed=0):
 
 @pytest.fixture(scope="module")
 def fitted():
-    model = RewardModel(torch.ones(6))
+    model = Surrogate(torch.ones(6))
     shares, rewards = history(120)
     model.fit(shares, rewards)
     return model, shares, rewards
@@ -45,7 +47,8 @@ def test_draws_agree_with_the_posterior(fitted):
     mean, deviation = model.predict(shares)
     drawn = model.sample(shares, 4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 5, 2)
-    # A little noise is added so that the draws exist; in units of the rewards' spread it is a hundredth.
+    # A little noise is added so that the draws exist; in units of the rewards' spread it is a
+    # hundredth.
     assert torch.allclose(drawn.mean(0), mean, atol=0.01) and torch.allclose(
         drawn.std(0), deviation, atol=0.01
     )
@@ -53,7 +56,7 @@ def test_draws_agree_with_the_posterior(fitted):
 
 def test_the_same_history_gives_the_same_model_however_it_grew(fitted):
     _, shares, rewards = fitted
-    other = RewardModel(torch.ones(6))
+    other = Surrogate(torch.ones(6))
     for n in (3, 30, 90, 120):
         other.fit(shares[:n], rewards[:n])
     query, _ = history(7, seed=3)
@@ -62,7 +65,7 @@ def test_the_same_history_gives_the_same_model_however_it_grew(fitted):
 
 @pytest.mark.parametrize("rewards", [torch.zeros(3, 2), torch.tensor([[0.1, 0.2]])])
 def test_constant_and_single_rewards_are_no_trouble(rewards):
-    model = RewardModel(torch.tensor([0.0, 1.0]))
+    model = Surrogate(torch.tensor([0.0, 1.0]))
     model.fit(torch.rand(len(rewards), 2), rewards)
     mean, deviation = model.predict(torch.rand(4, 2))
     assert mean.isfinite().all() and deviation.isfinite().all()

@@ -14,9 +14,9 @@ from hipp_ext import HiPPPlanner, Preference, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
 from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+from hipp_ext.planner import Answers, ParetoPlan
 from hipp_ext.planner.archive import Record
-from hipp_ext.planner.experience import Experience
-from hipp_ext.planner.planner import Choices, FrontPlan
+from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.reward import Reward, scalarise
 
 
@@ -43,52 +43,50 @@ def test_front_holds_no_dominated_plan(model, signals):
 
 def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     planner, evaluator = planner_with(signals, Preference(0.2, 0.6, 0.2)), Closeness(model)
-    for ask in (planner.choices, lambda: planner.plan(model, archived=True)):
+    for ask in (planner.answers, lambda: planner.plan(model, best_evaluated=True)):
         with pytest.raises(PlanError, match="no evaluated plan"):
             ask()
     with pytest.raises(PlanError, match="no signals of this model"):
         HiPPPlanner(EVEN).rewards(model, [], evaluator)
     planner.fit(model, evaluator, SETTINGS, progress=False)
     wish = Preference(0.3, 0.3, 0.4)
-    choices = answer(planner, wish, model, evaluator)
-    assert choices.policy.plan == planner.plan(model, preference=wish)
-    with masked(model, choices.policy.plan):
+    answers = answer(planner, wish, model, evaluator)
+    assert answers.policy.plan == planner.plan(model, preference=wish)
+    with masked(model, answers.policy.plan):
         expected = evaluator(model)
-    assert choices.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
-    best = choices.archived.reward
+    assert answers.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
+    best = answers.best_evaluated.reward
     ends = planner.archive.nadir_and_ideal()
     values = [
-        scalarise(
-            torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), "tchebycheff", ends
-        )
+        scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), ends)
         for reward in (best, *(r.reward for r in planner.archive.records))
     ]
     assert values[0] == max(values)
-    assert planner.plan(model, preference=wish, archived=True) == choices.archived.plan
-    assert choices.archived.plan.preference == wish.as_tuple()
+    assert planner.plan(model, preference=wish, best_evaluated=True) == answers.best_evaluated.plan
+    assert answers.best_evaluated.plan.preference == wish.as_tuple()
     planner.pruning_ratio = 0.5
-    at_half = planner.choices(wish)
-    for plan in (at_half.policy.plan, at_half.archived.plan):
+    at_half = planner.answers(wish)
+    for plan in (at_half.policy.plan, at_half.best_evaluated.plan):
         assert plan.pruning_ratio >= 0.5 - 1e-6
     planner.pruning_ratio = 0.8
     with pytest.raises(PlanError, match="removes 0.8 or more"):
-        planner.choices(wish)
-    print_front(planner, choices)
-    write_picture(planner, choices, tmp_path / "front.png")
+        planner.answers(wish)
+    print_front(planner, answers)
+    write_picture(planner, answers, tmp_path / "front.png")
     out = capsys.readouterr().out
-    assert choices.verdict().split()[0] in out and "best archived" in out
+    assert answers.verdict().split()[0] in out and "best evaluated" in out
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads(json.dumps(front_rows(planner)))
     assert [r["reward"]["compression"] for r in rows] == [
         f.reward.compression for f in planner.front()
     ]
-    assert [r["keeps"] for r in rows] == [f.plan.keep_counts for f in planner.front()]
+    assert [r["keep_counts"] for r in rows] == [f.plan.keep_counts for f in planner.front()]
 
 
 def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp_path):
     planner, other = planner_with(signals), copy.deepcopy(model)
     planner.fit(model, Closeness(model), SETTINGS, progress=False)
-    known = planner.choices().archived.plan
+    known = planner.answers().best_evaluated.plan
     with torch.no_grad():
         next(other.model.language_model.layers[0].mlp.parameters()).mul_(1.1)
     for round_trip in range(
@@ -97,14 +95,14 @@ def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp
         planner.save(tmp_path / str(round_trip))
         planner = HiPPPlanner.load(tmp_path / str(round_trip))
         for ask in (
-            lambda p=planner: p.plan(other, calibration=BATCHES, archived=True),
-            planner.choices,
+            lambda p=planner: p.plan(other, calibration=BATCHES, best_evaluated=True),
+            planner.answers,
             planner.front,
         ):
             with pytest.raises(PlanError, match="evaluated on another model"):
                 ask()
     # Asked about another model in between, it still knows its own.
-    assert planner.plan(model, calibration=BATCHES, archived=True) == known
+    assert planner.plan(model, calibration=BATCHES, best_evaluated=True) == known
 
 
 def test_an_archive_belongs_to_the_units_it_was_evaluated_with(model, signals):
@@ -114,7 +112,7 @@ def test_an_archive_belongs_to_the_units_it_was_evaluated_with(model, signals):
     planner.signals = None
     other = planner.measure(model, calibration=[batch("llava", size=4, seed=7, labels=True)])
     assert other.digest == signals.digest and other.ranking != signals.ranking
-    for ask in (planner.choices, planner.front, lambda: planner.plan(model, archived=True)):
+    for ask in (planner.answers, planner.front, lambda: planner.plan(model, best_evaluated=True)):
         with pytest.raises(PlanError, match="units ranked by other scores"):
             ask()
 
@@ -127,19 +125,17 @@ def test_rewards_are_for_plans_of_the_planner(model, signals):
 
 def test_verdicts(model, signals):
     plans = [planner_with(signals, pruning_ratio=r).plan(model) for r in (0.2, 0.4)]
-    rewards = [
-        Reward(utility=u, robustness=0.5, compression=0.3, stability=0.0) for u in (0.6, 0.5)
-    ]
-    tied = Reward(utility=0.4, robustness=0.9, compression=0.3, stability=0.0)
+    rewards = [Reward(utility=u, robustness=0.5, compression=0.3) for u in (0.6, 0.5)]
+    tied = Reward(utility=0.4, robustness=0.9, compression=0.3)
 
     def verdict(mine, theirs, same=False):
-        return Choices(
-            policy=FrontPlan(plan=plans[0], reward=mine),
-            archived=FrontPlan(plan=plans[0 if same else 1], reward=theirs),
+        return Answers(
+            policy=ParetoPlan(plan=plans[0], reward=mine),
+            best_evaluated=ParetoPlan(plan=plans[0 if same else 1], reward=theirs),
         ).verdict()
 
-    assert verdict(rewards[0], rewards[1]) == "The policy's plan dominates the archived one."
-    assert verdict(rewards[1], rewards[0]).startswith("The archived plan dominates")
+    assert verdict(rewards[0], rewards[1]) == "The policy's plan dominates the best evaluated one."
+    assert verdict(rewards[1], rewards[0]).startswith("The best evaluated plan dominates")
     assert verdict(rewards[0], tied) == "Neither dominates the other."
     assert verdict(rewards[0], rewards[0], same=True) == "They are the same plan."
     assert "was not evaluated" in verdict(None, tied)
@@ -152,18 +148,18 @@ def test_what_answers_is_within_the_bounds(model, signals):
     allowed = [
         r
         for r in planner.archive.records
-        if planner.bounds.allow(signals.groups, np.array([r.keeps]))[0]
+        if planner.bounds.allow(signals.groups, np.array([r.keep_counts]))[0]
     ]
     assert 0 < len(allowed) < len(planner.archive)
     for wish in (Preference(1, 0, 0), Preference(0, 1, 0), Preference(0, 0, 1), EVEN):
         for plan in (
             planner.plan(model, preference=wish),
-            planner.plan(model, preference=wish, archived=True),
+            planner.plan(model, preference=wish, best_evaluated=True),
         ):
             assert all(g.keep >= 0.4 * g.width for g in plan.groups)
     planner.bounds = Bounds(min_keep=1.0)
     with pytest.raises(PlanError, match=r"allows none of \d+ evaluated plans"):
-        planner.choices()
+        planner.answers()
     assert planner.plan(model).pruning_ratio == 0
 
 
@@ -171,7 +167,7 @@ def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
     """What was asked for last, 0.29, does not take away what it did at 0.31."""
     planner = planner_with(signals, pruning_ratio=0.31, bounds=Bounds(round_to=4))
     keeps = tuple(g.keep for g in planner.plan(model).groups)
-    reward = Reward(utility=0.9, robustness=0.9, compression=0.31, stability=0.0)
+    reward = Reward(utility=0.9, robustness=0.9, compression=0.31)
     asked = [
         Record(
             step=0,
@@ -179,16 +175,17 @@ def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
             preference=(1, 0, 0),
             pruning_ratio=ratio,
             allocation=(0.0,),
-            keeps=keeps,
+            keep_counts=keeps,
             reward=reward,
         )
         for i, ratio in enumerate((0.31, 0.29))
     ]
-    experience = Experience(records=asked, ranking=signals.ranking)
-    assert experience.best(EVEN, signals.groups, Bounds(), 0.3).keeps == keeps
+    history = FitHistory(records=asked, ranking=signals.ranking)
+    assert history.best(EVEN, signals.groups, Bounds(), 0.3).keep_counts == keeps
     rounded = planner.plan(model).pruning_ratio
     assert (
-        rounded > 0.3103 and experience.best(EVEN, signals.groups, Bounds(), 0.3103).keeps == keeps
+        rounded > 0.3103
+        and history.best(EVEN, signals.groups, Bounds(), 0.3103).keep_counts == keeps
     )  # it removes more than asked
     with pytest.raises(PlanError, match=r"removes 0\.32 or more"):
-        experience.best(EVEN, signals.groups, Bounds(), 0.32)
+        history.best(EVEN, signals.groups, Bounds(), 0.32)
