@@ -1,7 +1,7 @@
 """Folders -> what a report shows: models with their scores, plans and costs, fits with their fronts, and who made it all.
 
 A folder is known by what lies in it: summary.json (`hipp demo`), results.json (`vlmeval`), planner.json (`hipp fit`),
-config.json and weights (a model), or a JSON file of `hipp bench latency`.
+config.json and weights (a model), or a JSON file of `hipp latency`.
 """
 
 import json
@@ -65,7 +65,7 @@ class Sources:
     Attributes:
         entries: the first is the one that the others are compared with.
         fits: planners.
-        latency: results of `hipp bench latency`.
+        latency: results of `hipp latency`.
         commands: how it was made, in order.
         seeds: what was random, as text.
     """
@@ -318,7 +318,7 @@ def _fit(folder: Path) -> Fit:
 
 
 def _latency(file: Path) -> dict[str, Any]:
-    return checked(Latency, _json(file), f"{file} is not a result of `hipp bench latency`")
+    return checked(Latency, _json(file), f"{file} is not a result of `hipp latency`")
 
 
 def _fit_seed(folder: Path) -> str:

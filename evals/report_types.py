@@ -96,7 +96,7 @@ class _Load(_Strict):
 
 
 class Latency(_Strict):
-    """A result of `hipp bench latency`."""
+    """A result of `hipp latency`."""
 
     command: str
     device: str

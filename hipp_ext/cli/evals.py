@@ -33,7 +33,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp bench latency` wrote; models.",
+            help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp latency` wrote; models.",
         ),
     ],
     out: Annotated[

@@ -281,8 +281,7 @@ def test_latency_of_other_types_and_sizes_is_refused(tmp_path, path, value):
     outputs(tmp_path / "outputs")
     (tmp_path / "latency.json").write_text(json.dumps(put(latency(), path, value)))
     with pytest.raises(
-        DataError,
-        match=f"latency.json is not a result of `hipp bench latency`: '{path.split('.')[0]}",
+        DataError, match=f"latency.json is not a result of `hipp latency`: '{path.split('.')[0]}"
     ):
         read_sources([tmp_path])
 

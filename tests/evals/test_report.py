@@ -30,7 +30,7 @@ CHROMIUM = next(
 
 
 def latency(*names: str) -> dict:
-    """A result of `hipp bench latency`; its own test makes real ones."""
+    """A result of `hipp latency`; its own test makes real ones."""
     spread = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}
     ratio = {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
     row = {
@@ -44,7 +44,7 @@ def latency(*names: str) -> dict:
     }
     faster = {"prefill_speedup": ratio, "decode_speedup": ratio}
     return {
-        "command": "hipp bench latency dense small",
+        "command": "hipp latency dense small",
         "device": "a CPU",
         "threads": 1,
         "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
@@ -142,7 +142,7 @@ def test_numbers_commands_and_seeds_are_there(page, made):
         and small.parameters < sources.entries[0].parameters
     )
     for text in (
-        "hipp bench latency dense small",
+        "hipp latency dense small",
         "latency: seed 3",
         "bootstrap of the error bars: seed 0",
         "budgets 2",
@@ -186,7 +186,7 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
     assert '<article class="card">' in text and "picture not at hand" not in text
     assert (
-        not (moved / "report.html").exists() and "hipp bench latency" in text
+        not (moved / "report.html").exists() and "hipp latency" in text
     )  # says how to measure what was not
     assert "Not set side by side" not in text
     shutil.rmtree(moved / "images")
@@ -272,7 +272,7 @@ def test_what_cannot_be_reported_is_refused(made, tmp_path):
         read_sources([made / "models", made / "planner"])
     wrong = tmp_path / "latency.json"
     for text, message in (
-        ("{}", "is not a result of `hipp bench latency`"),
+        ("{}", "is not a result of `hipp latency`"),
         ("[]", "an object is needed"),
         ("{", "is damaged"),
     ):

@@ -296,7 +296,7 @@ def make_report(folder: Path) -> None:
     (folder / "latency.json").write_text(
         json.dumps(
             {
-                "command": "hipp bench latency dense small",
+                "command": "hipp latency dense small",
                 "device": "a CPU",
                 "threads": 1,
                 "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
