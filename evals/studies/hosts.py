@@ -52,10 +52,10 @@ def llama(shape: str) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = SHAPES[shape]
+    sizes: dict[str, Any] = SHAPES[shape]
     config: Any = LlamaConfig(
         vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes
-    )  # type: ignore[arg-type]
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()

@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from models import build
+from safetensors.torch import save_file
 
 from hipp_ext import load_pruned, save_pruned, testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.cli import main
 from hipp_ext.errors import DataError, PlanError
-from hipp_ext.evals.generation import Workload, measure, prefill_gflops, token_seconds
+from hipp_ext.evals.generation import Workload, measure, prefill_gflops, prompts, token_seconds
 from hipp_ext.evals.generation_memory import own_extra_mib
 from hipp_ext.evals.latency import folders, print_table, run
 from hipp_ext.evals.measuring import resident
@@ -118,9 +119,17 @@ def test_folders_and_plans(plan, tmp_path):
         folders({"other": tmp_path / "other"}, [plan], tmp_path / "x")
 
 
+def test_a_prompt_holds_the_tokens_of_picture_and_question():
+    rows, tokens = prompts(testbed.load()[0], Workload(rows=2))["input_ids"].shape
+    assert rows == 2 and tokens > 30
+
+
 def test_a_run_on_folders(plan, tmp_path):
-    file = tmp_path / "latency.json"
-    result = run({"dense": WEIGHTS}, [plan], QUICK, device="cpu", out=file, quiet=True)
+    file, inputs = tmp_path / "latency.json", tmp_path / "inputs.safetensors"
+    ids = torch.full((1, 7), 5)
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, inputs)
+    given = {"inputs": inputs, "device": "cpu", "out": file, "quiet": True}
+    result = run({"dense": WEIGHTS}, [plan], QUICK, **given)
     assert json.loads(file.read_text()) == result and result["device"].endswith("CPU")
     dense, half = result["models"]["dense"], result["models"]["half"]
     assert (
@@ -129,9 +138,7 @@ def test_a_run_on_folders(plan, tmp_path):
     )
     for row in (dense, half):
         assert row["extra_mib"] > 0 and row["peak_mib"] == row["weights_mib"] + row["extra_mib"]
-        assert (
-            row["prompt_tokens"] == dense["prompt_tokens"] > 30
-        )  # the picture's tokens and the question's
+        assert row["prompt_tokens"] == 7
     assert half["prefill_speedup"]["n"] == QUICK.repeats
 
 
