@@ -198,7 +198,7 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
 
 def test_version_and_short_help():
     assert in_process("--version") == f"hipp-ext {hipp_ext.__version__}\n"
-    for command in ((), ("plan",), ("bench", "latency")):
+    for command in ((), ("plan",), ("latency",)):
         assert in_process(*command, "-h") == in_process(*command, "--help")
 
 
@@ -269,9 +269,7 @@ def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path, comma
         ("demo",),
         ("testbed", "export"),
         ("front",),
-        ("bench", "hosts"),
-        ("bench", "search"),
-        ("bench", "latency"),
+        ("latency",),
         ("report",),
     ],
 )

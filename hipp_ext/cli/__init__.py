@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from hipp_ext import __version__
-from hipp_ext.cli.bench import bench_app
 from hipp_ext.cli.evals import evals_app
+from hipp_ext.cli.latency import latency_app
 from hipp_ext.cli.planning import planning_app
 from hipp_ext.cli.recover import recover_app
 from hipp_ext.cli.robust import robust_app
@@ -30,7 +30,7 @@ app = typer.Typer(
 app.add_typer(planning_app)
 app.add_typer(recover_app)
 app.add_typer(evals_app)
-app.add_typer(bench_app, name="bench")
+app.add_typer(latency_app)
 app.add_typer(robust_app, name="robust")
 app.add_typer(testbed_app, name="testbed")
 

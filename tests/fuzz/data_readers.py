@@ -296,7 +296,7 @@ def make_report(folder: Path) -> None:
     (folder / "latency.json").write_text(
         json.dumps(
             {
-                "command": "hipp bench latency dense small",
+                "command": "hipp latency dense small",
                 "device": "a CPU",
                 "threads": 1,
                 "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
@@ -372,7 +372,7 @@ class Page(html.parser.HTMLParser):
         ]
     )
 
-    DRAWN = frozenset("svg defs g path use clippath rect text image".split())
+    DRAWN = frozenset(["svg", "defs", "g", "path", "use", "clippath", "rect", "text", "image"])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in self.ALLOWED | self.DRAWN, f"<{tag}> in the page"
