@@ -10,9 +10,9 @@ from torch import nn
 from hipp_ext import testbed
 from hipp_ext.errors import HippError
 from hipp_ext.evals.evaluator import search_evaluator
+from hipp_ext.evals.generation import Workload
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
-from hipp_ext.evals.studies.generation import Load
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
@@ -44,7 +44,7 @@ class DemoSize:
     settings: FitSettings = FitSettings(steps=20, preferences=2, budgets=2, rollouts=3)
     search: int = 192
     limit: int | None = None
-    load: Load = Load(repeats=15)
+    load: Workload = Workload(repeats=15)
 
 
 def run_demo(
@@ -157,16 +157,16 @@ def _evaluate(
     return result
 
 
-def _measure(models: dict[str, Path], load: Load, folder: Path) -> None:
+def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
     """Measure the costs of the models on this machine's CPU, unless that was done."""
-    from hipp_ext.evals.studies.latency import run
+    from hipp_ext.evals.latency import run
 
     file = folder / LATENCY
     sizes = {name: path.stat().st_mtime_ns for name, path in models.items()}
     if file.exists() and file.stat().st_mtime_ns > max(sizes.values()):
         return
-    command = f"hipp bench latency {' '.join(map(str, models.values()))} --device cpu --repeats {load.repeats} -o {file}"
-    run(models, load=load, device="cpu", command=command, out=file, quiet=True)
+    command = f"hipp latency {' '.join(map(str, models.values()))} --device cpu --repeats {load.repeats} -o {file}"
+    run(models, workload=load, device="cpu", command=command, out=file, quiet=True)
 
 
 def _print_table(entries: list[Entry]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.errors import CheckpointError
 from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.files.untrusted import read_picture, rgb_picture
-from hipp_ext.surgery.model_folder import check_files, read_json
+from hipp_ext.model_folder import check_files, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

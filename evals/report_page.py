@@ -134,7 +134,7 @@ def _meaning(text: str, options: Mapping[str, str] | None) -> str:
 
 
 def _cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    from hipp_ext.evals.studies.latency import speedup_text, spread_text
+    from hipp_ext.evals.latency import speedup_text, spread_text
 
     return [
         [

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import LOGIT_CAPS
 from hipp_ext.groups import decoder
 from hipp_ext.scorers.base import forward
 
-CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names in configurations
 # logits above this share of the cap are saturated and not used to measure the scale
 MAX_CAP_SHARE = 0.9
 # Difference of float32 logits due to another order of summation, relative to the largest logit.
@@ -137,5 +137,7 @@ def _scale(projected: Tensor, logits: Tensor, cap: float | None) -> float:
 def _caps(model: nn.Module) -> list[float]:
     """The soft caps in the configurations of the model and of its language tower."""
     config: Any = model.config
-    found = [getattr(c, name, None) for c in (config, config.get_text_config()) for name in CAPS]
+    found = [
+        getattr(c, name, None) for c in (config, config.get_text_config()) for name in LOGIT_CAPS
+    ]
     return list(dict.fromkeys(float(cap) for cap in found if cap))

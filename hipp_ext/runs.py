@@ -58,10 +58,15 @@ class RunFolder:
             with write_errors(path, Path(folder.anchor)):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-        if os.path.lexists(file):
-            self._compare(self._read(file), asked, same or {})
-        elif owner:
-            write_atomic(file, json.dumps({"format": FORMAT, "identity": asked}, indent=1) + "\n")
+        try:
+            if os.path.lexists(file):
+                self._compare(self._read(file), asked, same or {})
+            elif owner:
+                content = {"format": FORMAT, "identity": asked}
+                write_atomic(file, json.dumps(content, indent=1) + "\n")
+        except BaseException:
+            self.close()
+            raise
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -318,11 +318,11 @@ def test_rows_that_do_not_fit_are_counted_and_named(processor, tmp_path):
 
 
 def test_a_chat_of_many_answers_is_read_in_few_attempts(tokenizer, tmp_path, monkeypatch):
-    from hipp_ext.calibration import reading
+    from hipp_ext.calibration import fitting
 
     attempts = []
-    encode = reading.encode_rendered
-    monkeypatch.setattr(reading, "encode_rendered", lambda *a: attempts.append(1) or encode(*a))
+    encode = fitting.encode_rendered
+    monkeypatch.setattr(fitting, "encode_rendered", lambda *a: attempts.append(1) or encode(*a))
     row = {"messages": [*turns_of("cup", "Yes"), *turns_of("dog", "No")] * 50}
     path = lines(tmp_path / "a.jsonl", [row])
     (batch,) = Calibration.from_file(path, tokenizer, sequence_length=40).batches
@@ -332,7 +332,7 @@ def test_a_chat_of_many_answers_is_read_in_few_attempts(tokenizer, tmp_path, mon
 
 
 def test_pictures_of_a_row_have_a_limit_together(asked, pictures, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("hipp_ext.calibration.reading.PICTURE_PIXELS", 2000)
+    monkeypatch.setattr("hipp_ext.calibration.fitting.PICTURE_PIXELS", 2000)
     two = marked("cup", image=["below/0.png", "below/1.png"])
     path = lines(tmp_path / "a.jsonl", [two, marked("cup", image="below/0.png")])
     with pytest.warns(UserWarning, match="row 1: its pictures have more than 2,000 pixels in all"):

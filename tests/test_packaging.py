@@ -1,5 +1,6 @@
-"""What is installed is what is here; importing the core brings in no host."""
+"""The wheel holds the product and no study; importing the core brings in no host."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +11,35 @@ import tomllib
 import hipp_ext
 
 ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "evals/studies"
+PRODUCT = [
+    path
+    for top in ("hipp_ext", "integrations", "evals")
+    for path in sorted((ROOT / top).rglob("*.py"))
+    if not path.is_relative_to(STUDIES)
+]
 
 
-def test_every_folder_with_code_is_listed():
-    listed = set(
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    )
-    found = {
-        ".".join(part for part in (*prefix, *path.parent.relative_to(ROOT).parts))
-        for top, prefix in (
-            ("hipp_ext", ()),
-            ("integrations", ("hipp_ext",)),
-            ("evals", ("hipp_ext",)),
-        )
-        for path in (ROOT / top).rglob("__init__.py")
-    }
-    assert listed == found
-    assert all(
-        (path.parent / "__init__.py").exists()
-        for top in ("hipp_ext", "integrations", "evals")
-        for path in (ROOT / top).rglob("*.py")
-    )
+def test_every_folder_of_the_product_is_listed_and_no_study():
+    """An unlisted folder imports from a clone, but is missing from the wheel: right for studies."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for path in PRODUCT:
+        top, *rest = path.parent.relative_to(ROOT).parts
+        found.add(".".join((top, *rest) if top == "hipp_ext" else ("hipp_ext", top, *rest)))
+        assert (path.parent / "__init__.py").exists(), path
+    assert set(setuptools["packages"]) == found
+    assert not any("studies" in str(entry) for entry in setuptools["package-data"].items())
+
+
+def test_the_product_imports_no_study():
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+            else:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith("hipp_ext.evals.studies") for name in names), path
 
 
 def test_the_core_imports_no_host_and_no_heavy_extra():

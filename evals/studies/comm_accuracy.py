@@ -1,26 +1,37 @@
-"""`hipp bench comm`: bytes on the wire and accuracy of LQ-SGD and its alternatives, workers with like and with unlike data.
+"""Bytes on the wire and accuracy of LQ-SGD and its alternatives, with iid and non-iid workers.
 
-Digits: scikit-learn's 8 x 8 digits, 897 to train and 900 to test, an MLP 64-256-256-10, global batch 64, SGD with momentum 0.9,
-rate 0.05 falling to 0. Unlike data: examples sorted by digit, so each worker sees a few digits only. Workers are simulated,
-see comm_baselines.py. Differences are paired by seed.
+Data: scikit-learn's 8 x 8 digits, 897 to train and 900 to test. Model: an MLP 64-256-256-10, global
+batch 64, SGD with momentum 0.9 and a learning rate that falls from 0.05 to 0. Non-iid: examples are
+sorted by digit, so each worker sees a few digits only. Workers are simulated, see
+comm_baselines.py. Differences are paired by seed.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.evals.studies.comm_baselines import Averager, methods
-from hipp_ext.evals.studies.measuring import mean_and_se, report
+from hipp_ext.evals.studies.measuring import Save, mean_and_se, report, run_command
 
 REFERENCE = "PowerSGD"
 RANK = 1  # where compression hurts most
 
 
-def run(seeds: int = 5, steps: int = 300, save: bool = False) -> dict[str, Any]:
-    """Measure every method; returns and prints the result. Accuracies in percent, bytes per worker and step."""
+def run(
+    seeds: Annotated[int, typer.Option(min=2, help="Runs of each method.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a run.")] = 300,
+    save: Save = False,
+) -> dict[str, Any]:
+    """Compare LQ-SGD with fp32, fp16, PowerSGD, QSGD and top-k on digits.
+
+    Accuracies are in percent, bytes are per worker and step.
+
+    Example: `python -m hipp_ext.evals.studies.comm_accuracy --seeds 10`
+    """
     torch.set_num_threads(1)
     train, test = _digits()
     table: dict[str, Any] = {}
@@ -37,11 +48,15 @@ def run(seeds: int = 5, steps: int = 300, save: bool = False) -> dict[str, Any]:
             table[f"{workers} workers, {split}"] = rows = summary(runs)
             print_rows(f"{workers} workers, {split}", rows)
     values = {"task": "digits", "rank": RANK, "seeds": seeds, "steps": steps, "table": table}
-    return report("comm", f"hipp bench comm --seeds {seeds} --steps {steps}", values, save)
+    return report("comm", values, save)
 
 
 def summary(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[str, Any]:
-    """Method -> accuracy, paired difference to PowerSGD, loss, bytes; from (accuracy, loss, bytes) per seed."""
+    """Method -> accuracy, paired difference to PowerSGD, loss, bytes.
+
+    Args:
+        runs: method -> (accuracy, loss, bytes) of every seed.
+    """
     rows = {}
     for name, measured in runs.items():
         accuracy, loss, sent = zip(*measured, strict=True)
@@ -59,13 +74,13 @@ def summary(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[st
 
 
 def print_rows(title: str, rows: Mapping[str, Any]) -> None:
-    """A table for the eye."""
+    """Print one line per method."""
     print(title)
     for name, row in rows.items():
         a, d = row["accuracy"], row["minus PowerSGD"]
         print(
-            f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± {d['se']:.2f}  loss {row['loss']['mean']:.4f}  "
-            f"{row['bytes']:10.0f} bytes",
+            f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± {d['se']:.2f}  "
+            f"loss {row['loss']['mean']:.4f}  {row['bytes']:10.0f} bytes",
             flush=True,
         )
 
@@ -125,3 +140,7 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         torch.tensor(data.target)[order],
     )
     return (images[:897], labels[:897]), (images[897:], labels[897:])
+
+
+if __name__ == "__main__":
+    run_command(run)

@@ -1,7 +1,8 @@
-"""Ways to average gradients over simulated workers: LQ-SGD and what it is compared with. All in one process, bytes counted.
+"""Ways to average gradients over simulated workers in one process: LQ-SGD and its alternatives.
 
-A real ring all-reduce sends 2 (w - 1) / w copies per worker, a gather w - 1 copies. That simulated LQ-SGD is bit-identical to
-the hook under DDP is a test (tests/comm/processes.py).
+Bytes are counted as on a network: a ring all-reduce sends 2 (w - 1) / w copies per worker, a gather
+w - 1 copies. A test shows that simulated LQ-SGD equals the hook under DDP to the bit
+(tests/comm/processes.py).
 """
 
 import math
@@ -15,14 +16,13 @@ from hipp_ext.comm import Compressor, Options, run_together
 from hipp_ext.comm.compressor import orthonormal
 
 Gradients = Sequence[Mapping[str, Tensor]]
-Averager = Callable[
-    [Gradients], tuple[dict[str, Tensor], float]
-]  # -> mean gradients, bytes sent by one worker
+# Gradients of all workers -> mean gradients, bytes sent by one worker.
+Averager = Callable[[Gradients], tuple[dict[str, Tensor], float]]
 Shapes = Mapping[str, torch.Size]
 
 
 def lqsgd(shapes: Shapes, workers: int, seed: int, **options: Any) -> Averager:
-    """LQ-SGD as the library does it."""
+    """LQ-SGD, by the library's compressor."""
     group = [
         Compressor(shapes, Options(seed=seed, **options), workers=workers, position=i)
         for i in range(workers)
@@ -37,7 +37,7 @@ def lqsgd(shapes: Shapes, workers: int, seed: int, **options: Any) -> Averager:
 
 
 def dense(shapes: Shapes, workers: int, seed: int, dtype: torch.dtype = torch.float32) -> Averager:
-    """All-reduce; half precision: as torch's fp16_compress_hook, divided before the sum."""
+    """All-reduce; with float16 as in torch's fp16_compress_hook: gradients are divided first."""
     sent = (
         _ring(workers)
         * sum(math.prod(s) for s in shapes.values())
@@ -54,9 +54,10 @@ def dense(shapes: Shapes, workers: int, seed: int, dtype: torch.dtype = torch.fl
 def powersgd(
     shapes: Shapes, workers: int, seed: int, rank: int = 1, dtype: torch.dtype = torch.float32
 ) -> Averager:
-    """PowerSGD as torch's hook does it (memory: input less averaged output; warm start), from the first step on.
+    """PowerSGD as in torch's hook, from the first step on: error feedback and warm start.
 
-    dtype float16: as under torch's fp16_compress_wrapper, which hands the hook half-precision gradients.
+    With dtype float16 it acts as under torch's fp16_compress_wrapper, which gives the hook
+    half-precision gradients.
     """
     matrices = Compressor(shapes, Options(rank=rank)).matrices
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +98,7 @@ def powersgd(
 
 
 def qsgd(shapes: Shapes, workers: int, seed: int, levels: int = 127) -> Averager:
-    """QSGD-like: every value rounded at random, without bias, to one of 2 x 127 levels of its tensor's largest; gathered.
+    """QSGD: unbiased random rounding to 2 x 127 levels of the tensor's largest value; gathered.
 
     Source: QSGD (arXiv 1610.02132), with the largest value as the norm.
     """
@@ -117,7 +118,7 @@ def qsgd(shapes: Shapes, workers: int, seed: int, levels: int = 127) -> Averager
 
 
 def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
-    """The largest values of the whole gradient and their places (4 + 4 bytes), `payload` bytes a worker; error feedback."""
+    """Top-k with error feedback: values and indices (4 + 4 bytes), `payload` bytes per worker."""
     sizes = [math.prod(s) for s in shapes.values()]
     errors = [torch.zeros(sum(sizes)) for _ in range(workers)]
     k = max(1, payload // 8)
@@ -126,9 +127,9 @@ def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
         total = torch.zeros(sum(sizes))
         for error, g in zip(errors, gradients, strict=True):
             error += torch.cat([g[n].flatten() for n in shapes])
-            places = error.abs().topk(k).indices
-            total[places] += error[places] / workers
-            error[places] = 0.0
+            indices = error.abs().topk(k).indices
+            total[indices] += error[indices] / workers
+            error[indices] = 0.0
         return {
             n: t.view(s) for (n, s), t in zip(shapes.items(), total.split(sizes), strict=True)
         }, (workers - 1) * 8.0 * k
@@ -137,7 +138,7 @@ def top_k(shapes: Shapes, workers: int, seed: int, payload: int) -> Averager:
 
 
 def methods(shapes: Shapes, workers: int, rank: int) -> dict[str, Callable[[int], Averager]]:
-    """Name -> how to make it for a seed; top-k gets as many bytes as LQ-SGD at 8 bits."""
+    """Name -> its averager, given a seed; top-k sends as many bytes as LQ-SGD at 8 bits."""
     payload = Compressor(shapes, Options(rank=rank), workers=workers).message_bytes
     return {
         "fp32": lambda seed: dense(shapes, workers, seed),

@@ -1,8 +1,9 @@
-"""`hipp bench links`: time per step over slow links, two workers in network namespaces of their own, joined by a bridge.
+"""Time per step over emulated slow links: two workers in network namespaces, joined by a bridge.
 
-Model: an MLP 784-2048-1536-10 (4.77M parameters), batch 4 per worker, torch's own hooks with one bucket (with more they abort
-on gloo). The links are virtual cables shaped by tc's token bucket in both directions; no delay, no loss. Needs root and
-iproute2; the namespaces' names carry this process's number, and only they are touched.
+Model: an MLP 784-2048-1536-10 (4.77M parameters), batch 4 per worker, torch's own hooks with one
+bucket (with more they abort on gloo). The links are virtual cables, shaped by tc's token bucket in
+both directions, without delay or loss. The study needs root and iproute2. The namespaces' names
+contain this process's id, and no others are touched.
 """
 
 import json
@@ -14,11 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hipp_ext.evals.studies.measuring import report
+import typer
 
-# name -> (kind, rank, bits)
+from hipp_ext.evals.studies.measuring import Save, report, run_command
+
+MODULE = "hipp_ext.evals.studies.comm_links"
+# Name -> (kind, rank, bits).
 CONFIGURATIONS: dict[str, tuple[str, int, int]] = {
     "fp32 all-reduce": ("fp32", 0, 32),
     "fp16 hook": ("fp16", 0, 16),
@@ -35,8 +39,24 @@ WARM_UP = 3
 ADDRESS = "10.77.0.{}"  # inside the namespaces
 
 
+def main(
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps per configuration.")] = 12,
+    save: Save = False,
+    worker: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Time LQ-SGD and torch's own hooks over emulated links of 100 and 10 Mbit/s. Needs root.
+
+    Example: `python -m hipp_ext.evals.studies.comm_links`
+    """
+    _train(worker, steps) if worker else run(steps=steps, save=save)
+
+
 def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -> dict[str, Any]:
-    """Time every configuration at every rate [Mbit/s]; returns and prints the result. Times in seconds."""
+    """Time every configuration at every rate [Mbit/s]; also prints the result. Times in seconds.
+
+    Returns:
+        The result; empty where links cannot be emulated.
+    """
     if problem := _missing():
         print(f"Skipped: {problem}")
         return {}
@@ -53,7 +73,7 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
             print(f"{rate} Mbit/s  {name:20} {times}, {row['bytes']:,} bytes")
     values = {"parameters": 4_770_314, "workers": 2, "steps": steps, "batch": 4, "table": table}
     values["times faster (medians)"] = {link: _ratios(rows) for link, rows in table.items()}
-    return report("links", f"hipp bench links --steps {steps}", values, save)
+    return report("links", values, save)
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, float]:
@@ -72,7 +92,7 @@ def _missing() -> str | None:
     if os.name != "posix" or not shutil.which("ip") or not shutil.which("tc"):
         return "emulated links need Linux with iproute2 (the commands ip and tc)."
     if os.geteuid() != 0:
-        return "emulated links need root: they are made of network namespaces."
+        return "emulated links need root, because they use network namespaces."
     probe = f"hipp{os.getpid()}probe"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     if made.returncode:
@@ -82,7 +102,7 @@ def _missing() -> str | None:
 
 
 class _Network:
-    """`workers` namespaces, each with a cable to a bridge in one more, shaped to `rate` Mbit/s."""
+    """`workers` namespaces, each linked at `rate` Mbit/s to a bridge in one more namespace."""
 
     def __init__(self, workers: int, rate: int):
         self.prefix, self.workers, self.rate = f"hipp{os.getpid()}n", workers, rate
@@ -101,8 +121,8 @@ class _Network:
                 _ip(f"-n {own} link set e0 up")
                 _ip(f"-n {hub} link set p{i} master br0 up")
                 for space, device in ((own, "e0"), (hub, f"p{i}")):
-                    shape = f"tc qdisc add dev {device} root tbf rate {self.rate}mbit burst 32kb latency 100ms"
-                    _ip(f"netns exec {space} {shape}")
+                    shape = f"tbf rate {self.rate}mbit burst 32kb latency 100ms"
+                    _ip(f"netns exec {space} tc qdisc add dev {device} root {shape}")
         except BaseException:
             self.__exit__()
             raise
@@ -136,7 +156,7 @@ class _Network:
             "-W",
             "ignore",
             "-m",
-            __name__,
+            MODULE,
             *arguments,
         ]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -147,15 +167,17 @@ def _ip(arguments: str) -> None:
 
 
 def _measure(network: _Network, name: str, steps: int) -> dict[str, Any]:
-    processes = [network.start(i, [name, str(steps)]) for i in range(network.workers)]
+    processes = [
+        network.start(i, ["--worker", name, "--steps", str(steps)]) for i in range(network.workers)
+    ]
     outputs = [p.communicate(timeout=600)[0] for p in processes]
     if any(p.returncode for p in processes):
         raise RuntimeError(f"{name}: a worker ended with {[p.returncode for p in processes]}.")
     return json.loads(outputs[0].strip().splitlines()[-1])
 
 
-def worker(name: str, steps: int) -> None:
-    """One rank: train, and print the times as JSON."""
+def _train(name: str, steps: int) -> None:
+    """Train as one rank, and print the times as JSON."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -247,4 +269,4 @@ def _bytes_out() -> int:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]))
+    run_command(main)

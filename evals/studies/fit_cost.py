@@ -1,23 +1,28 @@
-"""`hipp bench fit`: what a fit costs on random weights of LLaVA-1.5's shape: seconds, memory, and hours in all.
+"""What a fit costs on random weights of LLaVA-1.5's shape: seconds, memory, and hours in all.
 
-Pictures and questions are noise with as many tokens as LLaVA-1.5's: six questions about one picture, as POPE asks them, and as
-many with a picture each, as in ScienceQA. What they say changes no time but the policy's, which learns by what plans earn: it
-is timed in a whole fit whose evaluator reads the reward off the plan.
+Pictures and questions are noise with as many tokens as LLaVA-1.5's: six questions about one
+picture, as in POPE, and as many with a picture each, as in ScienceQA. Their content changes no time
+except the policy's, which learns from rewards: it is timed in a whole fit whose evaluator reads the
+reward off the plan.
 """
 
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import keep_counts
-from hipp_ext.evals.studies.measuring import describe, show, spending
+from hipp_ext.cli.console import check_dtype
+from hipp_ext.errors import DataError
+from hipp_ext.evals.measuring import timed
+from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import Group, find_groups, linear
 from hipp_ext.planner import FitSettings, HiPPPlanner
@@ -28,9 +33,9 @@ from hipp_ext.surgery.prune import prune
 from hipp_ext.surgery.slices import sliced
 from hipp_ext.units import plan_from_counts
 
-SHARED = 6  # questions about one picture, of POPE
-CALIBRATION_AT_ONCE = 16  # rows of one forward pass, as in `hipp fit`
-RATIOS = (0.15, 0.3, 0.45)  # of the plans that are timed
+ROWS_PER_PICTURE = 6  # POPE's questions about one picture
+CALIBRATION_BATCH = 16  # rows of one forward pass, as in `hipp fit`
+RATIOS = (0.15, 0.3, 0.45)  # pruning ratios of the plans that are timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,11 @@ class FitCostSize:
     """What is measured.
 
     Attributes:
-        hidden, layers: of the language tower; 4096 and 32 make the 7B model.
-        questions: per task.
-        calibration: rows that the signals are measured on.
-        fit: the fit whose cost is asked for.
+        hidden: width of the language tower; 4096 makes the 7B model.
+        layers: number of layers of the language tower; 32 make the 7B model.
+        questions: number of questions per task.
+        calibration: number of calibration rows.
+        fit: settings of the fit whose cost is estimated.
     """
 
     hidden: int = 512
@@ -56,28 +62,30 @@ def run(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    command: str = "hipp bench fit",
     save: bool = False,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure signals, evaluations, learning and surgery, one after another; returns and prints the result.
+    """Measure signals, evaluations, learning and surgery one after another; also prints the result.
 
     Args:
-        size: of the model and of the fit.
-        device, dtype: None: the GPU if there is one; float32.
-        command: what to say it was made with.
-        save: write it into the package's results.
-        out: also write it to this file.
+        size: size of the model and of the fit.
+        device: torch device; None: the GPU if there is one.
+        dtype: name of a torch dtype; None: float32.
+        save: write the result to results/fit_cost.json.
+        out: also write the result to this file.
     """
     size, place = size or FitCostSize(), resolve_device(device)
-    meter = partial(spending, place)
+    meter = partial(timed, place)
     kind = getattr(torch, dtype or "float32")
     model, building = meter(
         lambda: random_llava(size.hidden, size.layers, whole=True, device=place, dtype=kind)
     )
-    groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_AT_ONCE)
+    groups, calibration = find_groups(model), noise(size.calibration, at_once=CALIBRATION_BATCH)
     signals, spent_signals = meter(lambda: measure_signals(model, calibration))
-    asked = [*noise(size.questions, shared=SHARED, seed=1), *noise(size.questions, seed=2)]
+    asked = [
+        *noise(size.questions, shared=ROWS_PER_PICTURE, seed=1),
+        *noise(size.questions, seed=2),
+    ]
     answers, spent_inputs = meter(lambda: AnswerLogits(model, asked))
     answers(model)  # warm-up
     _, spent_dense = meter(lambda: answers(model))
@@ -125,13 +133,46 @@ def run(
         "surgery": spent_surgery,
         "hours of a fit": (once + size.fit.evaluations * plan_seconds) / 3600,
     }
-    result = describe(command, values, place)
-    show("fit_cost", result, save=save, out=out)
-    return result
+    return report("fit_cost", values, save, device=place, out=out)
+
+
+def main(
+    hidden: Annotated[
+        int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")
+    ] = 512,
+    layers: Annotated[int, typer.Option(min=2, help="Layers of the language tower.")] = 4,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the fit, 12 plans each.")] = 20,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")
+    ] = None,
+    save: Save = False,
+) -> None:
+    """Estimate what a fit costs: signals, evaluations, learning, surgery, memory, and hours in all.
+
+    Examples:
+
+    `python -m hipp_ext.evals.studies.fit_cost`
+
+    `python -m hipp_ext.evals.studies.fit_cost --hidden 4096 --layers 32 --questions 192
+    --dtype bfloat16` is LLaVA-1.5-7B, for a GPU
+    """
+    check_dtype(dtype)
+    if hidden % 256:
+        raise DataError(
+            f"--hidden {hidden}: a multiple of 256 is needed "
+            "(heads are 128 wide, those of the vision tower 64)."
+        )
+    size = FitCostSize(
+        hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps)
+    )
+    run(size, device=device, dtype=dtype, save=save, out=out)
 
 
 class _RewardOfShape:
-    """An evaluator that takes no time: rewards fall with the square of what each layer has lost."""
+    """An evaluator that takes no time: rewards fall with the square of each layer's loss."""
 
     def __init__(self, groups: tuple[Group, ...]):
         self.groups = groups
@@ -145,3 +186,7 @@ class _RewardOfShape:
             "utility": 1 - statistics.fmean(x * x for x in early),
             "robustness": 1 - statistics.fmean(x * x for x in late),
         }
+
+
+if __name__ == "__main__":
+    run_command(main)

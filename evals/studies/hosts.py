@@ -1,9 +1,10 @@
-"""`hipp bench hosts`: time and extra memory of pruning a Llama with torch-pruning's own pruner and with hipp_ext.prune.
+"""Time and extra memory of pruning a Llama: hipp_ext.prune against torch-pruning's own pruner.
 
-Both remove the same share of FFN channels and KV groups in every layer, ranked by weight magnitude. For torch-pruning
-this is its LLM recipe made to work: eager attention, no cache, one head ratio per layer. Both work in place. Every run has a
-process of its own, the sides taking turns, and starts from a fresh model made outside the clock. hipp's time includes finding
-groups, scoring, planning and slicing. Extra memory is the peak above what the dense model's process held; Linux only.
+Both remove the same fraction of FFN channels and KV groups in every layer, ranked by weight
+magnitude, in place. For torch-pruning this is its LLM recipe made to work: eager attention, no
+cache, one head ratio per layer. Every run has a process of its own, the sides take turns, and the
+model is built before the clock starts. hipp's time includes finding groups, scoring, planning and
+slicing. Extra memory is the peak above the memory of the dense model's process (Linux only).
 """
 
 import json
@@ -12,13 +13,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from hipp_ext.budget import Bounds, keep_counts
 from hipp_ext.errors import MissingExtraError
-from hipp_ext.evals.studies.measuring import ratio, report, resident
+from hipp_ext.evals.measuring import ratio, resident
+from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import Magnitude
 from hipp_ext.surgery.prune import prune
@@ -43,13 +46,16 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def llama(shape: str) -> Any:
-    """A random Llama with 16,000 words and no grouped queries (stock torch-pruning cannot remove their heads), float32."""
+    """A random float32 Llama with 16,000 words.
+
+    It has no grouped queries, because the stock torch-pruning cannot remove their heads.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = SHAPES[shape]
+    sizes: dict[str, Any] = SHAPES[shape]
     config: Any = LlamaConfig(
         vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes
-    )  # type: ignore[arg-type]
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
@@ -67,7 +73,7 @@ def with_torch_pruning(model: Any) -> Any:
     try:
         import torch_pruning as tp
     except ModuleNotFoundError:
-        raise MissingExtraError("torch-pruning", "bench") from None
+        raise MissingExtraError("torch-pruning", "studies") from None
     warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
     layers: list[Any] = list(tower_layers(model, "language"))
     attentions: list[Any] = [layer.self_attn for layer in layers]
@@ -102,8 +108,8 @@ SIDES: dict[str, Callable[[Any], Any]] = {"hipp": with_hipp, "torch-pruning": wi
 def measure(side: str, shape: str) -> dict[str, float]:
     """One run in this process: seconds, extra memory [MiB], parameters before and after."""
     if side == "torch-pruning":
-        import torch_pruning  # noqa: F401 (its import is not what is timed)
-    with_hipp(llama("100M")) if shape != "100M" else None  # both sides meet a warm torch
+        import torch_pruning  # noqa: F401 (the import is not timed)
+    with_hipp(llama("100M")) if shape != "100M" else None  # warms torch up for both sides
     model = llama(shape)
     dense = sum(p.numel() for p in model.parameters())
     before = resident("VmRSS", reset=True)
@@ -119,8 +125,16 @@ def measure(side: str, shape: str) -> dict[str, float]:
     }
 
 
-def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:
-    """Measure both sides at both shapes; returns and prints the result."""
+def run(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each side and shape.")] = 3,
+    save: Save = False,
+) -> dict[str, Any]:
+    """Prune a 100M and a 1B Llama by hipp_ext.prune and by torch-pruning's own pruner.
+
+    The 1B shape needs about 10 GB of memory.
+
+    Example: `python -m hipp_ext.evals.studies.hosts --repeats 5`
+    """
     rows: dict[str, Any] = {}
     for shape in SHAPES:
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -140,14 +154,21 @@ def run(repeats: int = 3, save: bool = False) -> dict[str, Any]:
             "extra_mib": memory,
         }
     values = {"shapes": rows, "target": {"time": 8, "extra memory": 0.5}}
-    return report("hosts", f"hipp bench hosts --repeats {repeats}", values, save)
+    return report("hosts", values, save)
 
 
 def _in_own_process(side: str, shape: str) -> dict[str, float]:
-    code = f"import json; from {__name__} import measure; print(json.dumps(measure({side!r}, {shape!r})))"
+    code = (
+        "import json; from hipp_ext.evals.studies.hosts import measure; "
+        f"print(json.dumps(measure({side!r}, {shape!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{side} failed on the {shape} shape:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run_command(run)

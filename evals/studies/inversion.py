@@ -1,26 +1,29 @@
-"""`hipp bench inversion`: how well a picture can be rebuilt from what a worker sends, by attackers who do and do not adapt.
+"""How well a picture can be rebuilt from a worker's messages, by naive and adaptive attackers.
 
-One picture per gradient (scikit-learn's 8 x 8 digits in 0..1), its label known, an untrained network of its own for each,
-rank 1: the easiest case for an attacker. The observer sees one worker's messages and knows model, codec and first factors.
-"naive" matches the dummy gradient to the decoded low-rank gradient; "adaptive" pushes the dummy gradient through the public
-maps and matches the transmitted factors. The mean image is what anyone could answer without seeing anything.
+One picture per gradient (scikit-learn's 8 x 8 digits in 0..1), a known label, an untrained network
+for each picture, rank 1: the easiest case for an attacker. The attacker sees one worker's messages
+and knows the model, the codec and the first factors. The naive attack matches the dummy gradient to
+the decoded low-rank gradient; the adaptive attack maps the dummy gradient through the public
+projections and matches the transmitted factors. The mean image is the answer without any message.
 
-Source: DLG (arXiv 1906.08935) for LeNet: squared distance, L-BFGS. Geiping et al. (arXiv 2003.14053) for the CNN: cosine
-distance, total variation, Adam, signs left out.
+Source: DLG (arXiv 1906.08935) for LeNet: squared distance, L-BFGS. Geiping et al. (arXiv
+2003.14053) for the CNN: cosine distance, total variation, Adam, without their signed gradients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.comm import Compressor, Options
 from hipp_ext.comm.compressor import orthonormal
-from hipp_ext.evals.studies.measuring import mean_and_se, report
+from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.measuring import Save, mean_and_se, report, run_command
 
 EF_STEPS = 10
 VARIANTS = (
@@ -39,17 +42,30 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What was seen, and how a gradient would show: `features(gradients)` should come out as `target` (flat)."""
+    """What the attacker matches: `features(gradients)` of the dummy against `target`, both flat."""
 
     features: Callable[[Mapping[str, Tensor]], Tensor]
     target: Tensor
 
 
 def run(
-    images: int = 64, iterations: int = 100, network: str = "lenet", save: bool = False
+    images: Annotated[int, typer.Option(min=2, help="Pictures to attack.")] = 64,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each attack.")] = 100,
+    network: Annotated[
+        str, typer.Option(help="lenet (squared distance, L-BFGS) or cnn (cosine distance, Adam).")
+    ] = "lenet",
+    save: Save = False,
 ) -> dict[str, Any]:
-    """Attack every picture in every way; returns and prints the result: MSE, PSNR [dB] and SSIM, means over pictures."""
+    """Rebuild pictures from raw and compressed gradients by naive and adaptive attacks.
+
+    Prints MSE, PSNR [dB] and SSIM, means over pictures.
+
+    Example: `python -m hipp_ext.evals.studies.inversion --network cnn`
+    """
     from sklearn.datasets import load_digits
+
+    if network not in NETWORKS:
+        raise DataError(f"--network {network}: one of {', '.join(NETWORKS)} is needed.")
 
     torch.set_num_threads(1)
     data: Any = load_digits()
@@ -70,9 +86,6 @@ def run(
         table[name][variant] = quality(rebuilt, list(truth))
         _print_row(name, variant, table[name][variant])
     _print_row(name, "mean image", table[name]["mean image"])
-    command = (
-        f"hipp bench inversion --network {network} --images {images} --iterations {iterations}"
-    )
     values = {
         "images": images,
         "iterations": iterations,
@@ -81,11 +94,11 @@ def run(
         "batch": 1,
         "table": table,
     }
-    return report(f"inversion_{network}", command, values, save)
+    return report(f"inversion_{network}", values, save)
 
 
 def lenet() -> nn.Module:
-    """DLG's LeNet, narrowed to 8 x 8 pictures: sigmoids, parameters uniform in -0.5..0.5."""
+    """DLG's LeNet for 8 x 8 pictures: sigmoids, parameters uniform in -0.5..0.5."""
     model = nn.Sequential(
         nn.Conv2d(1, 12, 5, stride=2, padding=2),
         nn.Sigmoid(),
@@ -114,7 +127,7 @@ def cnn() -> nn.Module:
 
 
 def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
-    """What the attacker of this variant works with, for one worker's gradients."""
+    """What the attacker of this variant observes of one worker's gradients."""
     if variant == "raw":
         return Observed(features=_flat, target=_flat(gradients))
     bits = None if variant.startswith("PowerSGD") else int(variant.split()[1])
@@ -147,9 +160,9 @@ def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
 def _send(
     compressor: Compressor, gradients: Mapping[str, Tensor], bits: int | None
 ) -> tuple[dict[str, Tensor], ...]:
-    """One step of one worker; what its messages decode to: first factors, second factors, vectors, and the gradient they make.
+    """What one worker's messages decode to: first and second factors, vectors, and the gradient.
 
-    bits None: no quantisation, as PowerSGD sends them.
+    With bits None nothing is quantized, as in PowerSGD.
     """
     if bits is None:
         work = {
@@ -187,7 +200,7 @@ def _send(
 
 
 def dlg(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> Tensor:
-    """The picture whose gradient is nearest in squared distance, by L-BFGS from noise."""
+    """The picture whose gradient is nearest in squared distance, found by L-BFGS from noise."""
     picture = torch.rand(1, 1, 8, 8, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [picture],
@@ -213,7 +226,7 @@ def dlg(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> Ten
 
 
 def cosine(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> Tensor:
-    """The picture whose gradient points in the same direction, smooth by total variation, by Adam from noise."""
+    """The smooth picture whose gradient is nearest in cosine distance, found by Adam from noise."""
     picture = torch.rand(1, 1, 8, 8, requires_grad=True)
     optimizer = torch.optim.Adam([picture], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -232,7 +245,7 @@ def cosine(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> 
 
 
 def quality(rebuilt: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any]:
-    """MSE, PSNR [dB] (MSE of at least 1e-12) and scikit-image's SSIM, each with its standard error over pictures."""
+    """MSE (at least 1e-12), PSNR [dB] and scikit-image's SSIM: means, standard errors, n."""
     from skimage import metrics
 
     structural_similarity: Any = metrics.structural_similarity
@@ -273,5 +286,9 @@ def _cut(values: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ten
 
 
 def _print_row(network: str, variant: str, row: Mapping[str, Any]) -> None:
-    said = "  ".join(f"{k} {v['mean']:.4f} ± {v['se'] or 0:.4f}" for k, v in row.items())
-    print(f"{network:12} {variant:40} {said}", flush=True)
+    figures = "  ".join(f"{k} {v['mean']:.4f} ± {v['se'] or 0:.4f}" for k, v in row.items())
+    print(f"{network:12} {variant:40} {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(run)

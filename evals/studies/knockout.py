@@ -1,8 +1,9 @@
-"""`hipp bench knockout`: does visual sensitivity rank layers as cutting their view of the picture does?
+"""Does visual sensitivity rank layers as cutting their view of the picture does?
 
-The gold standard is causal: in one layer, text tokens may no longer attend to picture tokens (attention knockout,
-arXiv 2411.18620), and the KL divergence of the answers from the dense model's is measured. Visual sensitivity needs one pass
-for all layers and no intervention; their rank correlation over layers says how well it stands in.
+The reference is causal: in one layer, text tokens may no longer attend to picture tokens
+(attention knockout, arXiv 2411.18620), and the KL divergence of the answers from the dense model's
+is measured. Visual sensitivity needs one pass for all layers and no intervention; the rank
+correlation over layers shows how well it approximates the reference.
 """
 
 import contextlib
@@ -15,7 +16,13 @@ from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.calibration import Batch, image_token_id
-from hipp_ext.evals.studies.measuring import mean_and_se, rank_correlation, report
+from hipp_ext.evals.studies.measuring import (
+    Save,
+    mean_and_se,
+    rank_correlation,
+    report,
+    run_command,
+)
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import valid_tokens
@@ -25,7 +32,7 @@ BATCHES, ROWS = 6, 32
 
 @contextlib.contextmanager
 def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
-    """Inside the block, text tokens of `layer` do not see picture tokens. Needs sdpa attention."""
+    """Context in which text tokens of `layer` do not see picture tokens; needs sdpa attention."""
     picture, valid = batch["input_ids"] == image_token_id(model), valid_tokens(batch)
     length = picture.shape[1]
     seen = (
@@ -33,9 +40,8 @@ def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
         & valid[:, None, :]
     )
     seen = seen & ~(picture[:, None, :] & ~picture[:, :, None])
-    seen = seen | torch.eye(
-        length, dtype=torch.bool, device=picture.device
-    )  # padding sees itself: softmax needs something
+    # Padding sees itself: softmax needs one unmasked token per row.
+    seen = seen | torch.eye(length, dtype=torch.bool, device=picture.device)
     module: Any = tower_layers(model, "language")[layer].self_attn
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -50,7 +56,7 @@ def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
 
 @torch.no_grad()
 def knockout(model: nn.Module, batches: Sequence[Batch]) -> np.ndarray:
-    """(batches, layers) KL [nats] of the answers from dense when one layer's view of the picture is cut."""
+    """(batches, layers) KL of the answers from dense [nats] when one layer's view is cut."""
     layers = range(len(tower_layers(model, "language")))
     result = np.zeros((len(batches), len(layers)))
     for b, batch in enumerate(batches):
@@ -65,8 +71,11 @@ def knockout(model: nn.Module, batches: Sequence[Batch]) -> np.ndarray:
     return result
 
 
-def run(save: bool = False) -> dict[str, Any]:
-    """Measure on the testbed; returns and prints the result."""
+def run(save: Save = False) -> dict[str, Any]:
+    """Compare visual sensitivity with attention knockout, layer by layer, on the testbed.
+
+    Example: `python -m hipp_ext.evals.studies.knockout`
+    """
     model, processor = testbed.load()
     groups = find_groups(model)
     assert model.config.get_text_config()._attn_implementation == "sdpa"
@@ -92,4 +101,8 @@ def run(save: bool = False) -> dict[str, Any]:
         "spearman_per_batch": mean_and_se(per_batch),
         "spearman_of_wanda_sp": rank_correlation(plain, effect.mean(0)),
     }
-    return report("knockout", "hipp bench knockout", values, save)
+    return report("knockout", values, save)
+
+
+if __name__ == "__main__":
+    run_command(run)

@@ -1,8 +1,9 @@
-"""`hipp bench recovery`: plan, prune 40%, recover on two processes, evaluate on the test and the validation split.
+"""Plan, prune 40%, recover on two processes, evaluate on the test and the validation split.
 
-The plan is the planner's for a preference. Recovery is the command a user would type, torchrun -m hipp_ext recover, on the
-testbed's training data: with LQ-SGD, and with DDP's own all-reduce to compare. The recipe was not chosen on the validation
-split. Finished parts in the folder are kept, so that an interrupted bench goes on.
+The planner makes the plan for a preference. Recovery is the command that a user would type,
+torchrun -m hipp_ext recover, on the testbed's training data: with LQ-SGD, and with DDP's own
+all-reduce for comparison. The recipe was not chosen on the validation split. Finished parts in the
+folder are kept, so an interrupted study continues.
 """
 
 import json
@@ -10,24 +11,37 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from safetensors import safe_open
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.studies.measuring import report
+from hipp_ext.evals.studies.measuring import Save, report, run_command
 
 RATIO = 0.4
 COMPRESSIONS, STEPS = ("lqsgd", "none"), 150
 SPLITS = ("test", "validation")
-WISH = (0.4, 0.4, 0.2)
+PREFERENCE = (0.4, 0.4, 0.2)
 
 
-def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[str, Any]:
-    """Make, recover and measure the models in `folder`; returns and prints the result. Percent, standard errors in points."""
+def run(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the models; finished parts are kept.")
+    ] = Path("recovery"),
+    rank: Annotated[int, typer.Option(min=1, help="Largest rank of LQ-SGD's factors.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits per value that LQ-SGD sends.")] = 8,
+    save: Save = False,
+) -> dict[str, Any]:
+    """Prune 40% of the testbed's model and recover it on two processes, with LQ-SGD and without.
+
+    Accuracies are in percent, standard errors in percentage points.
+
+    Example: `python -m hipp_ext.evals.studies.recovery --out recovery`
+    """
     torch.set_num_threads(1)
     model, processor = testbed.load()
     asked = {
@@ -43,7 +57,7 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
         print(name, row, flush=True)
         return row
 
-    before = folder / "pruned"
+    before = out / "pruned"
     if not before.exists():
         save_pruned(prune(model, pruning_plan(model, processor)), before, processor)
     pruned = load_pruned(before)
@@ -53,12 +67,10 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
         "pruned": measure("pruned", pruned, pruning_ratio=ratio),
     }
     for compression in COMPRESSIONS:
-        after = folder / compression
+        after = out / compression
         if not after.exists():
             _recover(before, after, compression, rank, bits)
-        more = (
-            {"bytes": _bytes(folder / f"{compression}.recover")} if compression == "lqsgd" else {}
-        )
+        more = {"bytes": _bytes(out / f"{compression}.recover")} if compression == "lqsgd" else {}
         rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
     values = {
         "rows": rows,
@@ -66,12 +78,12 @@ def run(folder: Path, rank: int = 4, bits: int = 8, save: bool = False) -> dict[
         "rank": rank,
         "bits": bits,
         "seed": 0,
-        "preference": WISH,
+        "preference": PREFERENCE,
     }
     values["questions"] = {
         s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()
     }
-    return report("recovery", "hipp bench recovery", values, save)
+    return report("recovery", values, save)
 
 
 def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
@@ -86,8 +98,9 @@ def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
 
 
 def pruning_plan(model: Any, processor: Any) -> PruningPlan:
-    """The planner's for the wish."""
-    return HiPPPlanner(Preference(*WISH), pruning_ratio=RATIO).plan(model, processor=processor)
+    """The untrained planner's plan for PREFERENCE."""
+    planner = HiPPPlanner(Preference(*PREFERENCE), pruning_ratio=RATIO)
+    return planner.plan(model, processor=processor)
 
 
 def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) -> None:
@@ -119,8 +132,12 @@ def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) 
 
 
 def _bytes(checkpoints: Path) -> dict[str, int]:
-    """What rank 0 sent, and what fp32 all-reduce would have sent."""
+    """Bytes that rank 0 sent, and that fp32 all-reduce would have sent."""
     file = next(checkpoints.glob("step-*/lqsgd.rank0.safetensors"))
     with safe_open(file, "pt") as stored:
         counts = json.loads(stored.metadata()["lqsgd"])["counts"]
     return {"sent": counts["bytes_sent"], "fp32": counts["dense_bytes"]}
+
+
+if __name__ == "__main__":
+    run_command(run)

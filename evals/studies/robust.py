@@ -1,8 +1,8 @@
-"""`hipp bench robust`: does knowing where robustness lives help to prune? Equal MACs, equal fine-tuning, many seeds, controls.
+"""Does robustness sensitivity (MRS) help to prune? Equal MACs, equal fine-tuning, seeds, controls.
 
-Every job (network, ratio, loss, seed) trains one dense network by PGD-AT, prunes it in every arm to the MACs of the uniform
-plan, measures batch norms again under attack, fine-tunes, and evaluates on the first test images. Jobs are files; a stopped
-study goes on.
+Every job (network, ratio, loss, seed) trains one dense network by PGD-AT, prunes it in every arm to
+the MACs of the uniform plan, recomputes batch norms under attack, fine-tunes, and evaluates on the
+first test images. Jobs are files, so an interrupted study continues.
 """
 
 import copy
@@ -12,18 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import typer
 from torch import nn
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.measuring import resident
 from hipp_ext.evals.studies.measuring import (
+    Save,
     claim_folder,
     keep_picture,
     mean_and_se,
     report,
-    resident,
+    run_command,
 )
 from hipp_ext.files import write_atomic
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
@@ -40,7 +43,6 @@ from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import MODEL_NAMES, build_model
-from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
 from hipp_ext.scorers.group_loss import ChannelGroup
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
-ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
 ARMS = (
     *MAIN,
     "global-l1",
@@ -61,12 +62,10 @@ ARMS = (
     "mrs-bn",
     "clean-bn",
     "shuffled-bn",
-    "mrs-worst",
-    "mrs-grad",
     "mrs-taylor",
-    "mrs-rounds",
     "random",
 )
+# Every arm is compared with these, seed by seed.
 AGAINST = (
     "uniform",
     "global-l1",
@@ -76,23 +75,26 @@ AGAINST = (
     "uniform-bn",
     "clean-bn",
     "shuffled-bn",
-)  # what every arm is compared with, seed by seed
+)
 LOSSES: dict[str, Any] = {"trades": TRADES, "pgd-at": PGDAT}
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
-WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # three times as long, for the last images if any
+WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # takes three times as long, and hardly breaks more images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a study runs.
+    """Setting of a study.
 
     Attributes:
-        data: name of the image set; root: its folder.
-        epsilon: L-inf radius.
-        steps: of the inner attack.
-        dense, tune: epochs of PGD-AT before and of fine-tuning after pruning.
-        attacks: see `hipp_ext.robust.evaluate`.
-        test: how many test images are attacked, the first ones; rows: how many training images are scored on.
+        data: name of the image set.
+        root: folder of the image set; None where it needs none.
+        epsilon: L-inf radius of the attacks.
+        steps: number of steps of the inner attack.
+        dense: epochs of PGD-AT before pruning.
+        tune: epochs of fine-tuning after pruning.
+        attacks: names of attacks, see `hipp_ext.robust.evaluate`.
+        test: number of test images that are attacked.
+        rows: number of training images for scoring.
     """
 
     data: str = "digits"
@@ -108,7 +110,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One dense network and one way to fine-tune what is pruned from it."""
+    """One dense network, and one pruning ratio and fine-tuning loss."""
 
     network: str
     ratio: float
@@ -117,16 +119,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the job's folder."""
         return f"{self.network}-{round(100 * self.ratio)}-{self.loss}-{self.seed}"
 
 
 def run_job(
-    job: Job, setting: Setting, arms: Sequence[str], out: Path, say: Callable[[str], None]
+    job: Job, setting: Setting, arms: Sequence[str], out: Path, log: Callable[[str], None]
 ) -> None:
-    """Fill `out`/<job>/<arm>.json; arms that are there already are left alone."""
-    wanted = [a for a in arms if not (out / job.name / f"{a}.json").exists()]
-    if not wanted:
+    """Write `out`/<job>/<arm>.json for every arm that has none yet."""
+    missing = [a for a in arms if not (out / job.name / f"{a}.json").exists()]
+    if not missing:
         return
     data = load_data(setting.data, setting.root, seed=job.seed)
     dense = dense_network(
@@ -136,27 +138,19 @@ def run_job(
     groups = find_channel_groups(dense, example)
     macs, parameters = channel_costs(dense, example, groups)
     uniform = uniform_counts([g.width for g in groups], job.ratio)
-    for arm in wanted:
-        start, memory, scoring = time.process_time(), resident("VmHWM", reset=True), None
+    for arm in missing:
+        start, memory = time.process_time(), resident("VmHWM", reset=True)
         loss, settings = (
             _loss(job.loss, setting),
             TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed),
         )
-        if arm == "mrs-rounds":
-            model, kept = _in_rounds(job, setting, dense, data, loss, settings)
-        else:
-            counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
-            scoring = {
-                "seconds": time.process_time() - start,
-                "peak_mb": resident("VmHWM") - memory,
-            }
-            kept = {
-                g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)
-            }
-            model = copy.deepcopy(dense)
-            prune_channels(model, example, kept)
-            recalibrate(model, data.train, setting.epsilon, seed=job.seed)
-            train(model, data, loss, settings)
+        counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
+        scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
+        kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
+        model = copy.deepcopy(dense)
+        prune_channels(model, example, kept)
+        recalibrate(model, data.train, setting.epsilon, seed=job.seed)
+        train(model, data, loss, settings)
         keeps = [len(kept[g.name]) for g in groups]
         found = evaluate(
             model,
@@ -180,40 +174,24 @@ def run_job(
             "parameters": parameters(keeps) / parameters([g.width for g in groups]),
         }
         write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
-        say(
-            f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, worst {found.worst:.1f}"
+        log(
+            f"{job.name} {arm}: clean {found.clean:.1f}, pgd {found.under['pgd']:.1f}, "
+            f"worst {found.worst:.1f}"
         )
 
 
 def _scores(job: Job, setting: Setting) -> ScoreSettings:
-    """How an arm scores, where its name says nothing else; weight norms, so that arms differ in one thing."""
+    """Default scoring of an arm, with weight norms, so that arms differ in one thing only."""
     return ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
-
-
-def _in_rounds(
-    job: Job,
-    setting: Setting,
-    dense: nn.Module,
-    data: ImageData,
-    loss: AdversarialLoss,
-    settings: TrainSettings,
-) -> tuple[nn.Module, Kept]:
-    """(network, channels kept) of MRPF in rounds."""
-    chosen = MRPFSettings(
-        pruning_ratio=job.ratio,
-        rounds=ROUNDS,
-        scores=_scores(job, setting),
-        bounds=Bounds(floor=default_floor(job.ratio)),
-        train=replace(settings, epochs=setting.tune // ROUNDS),
-    )
-    result = mrpf(dense, data, chosen, loss=loss)
-    return result.model, result.kept
 
 
 def dense_network(
     network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None
 ) -> nn.Module:
-    """The dense network of a seed, in eval mode; with a checkpoint it is trained once for all ratios and losses."""
+    """The dense network of a seed, in eval mode.
+
+    With a checkpoint it is trained once for all ratios and losses.
+    """
     torch.manual_seed(seed)
     model = build_model(network, len(data.classes), data.shape)
     settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
@@ -241,7 +219,10 @@ def _plan(
     macs: Cost,
     uniform: Sequence[int],
 ) -> tuple[list[int], Sequence[torch.Tensor]]:
-    """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
+    """(channels kept per module, ranking of the channels) of an arm.
+
+    The MACs are at most those of the uniform plan.
+    """
     budget, bounds, widths = (
         macs(uniform),
         Bounds(floor=default_floor(job.ratio)),
@@ -261,12 +242,7 @@ def _plan(
             drawn = torch.randn(len(groups), generator=generator).exp().tolist()
             return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
         return list(uniform), ranking
-    forms: Any = {"mrs-worst": "worst", "mrs-grad": "grad"}
-    chosen = (
-        clean
-        if arm in ("clean-removal", "clean-bn")
-        else replace(settings, form=forms.get(arm, "removal"))
-    )
+    chosen = clean if arm in ("clean-removal", "clean-bn") else settings
     if arm.endswith(("-taylor", "-bn")):
         chosen = replace(chosen, ranking="taylor" if arm.endswith("-taylor") else "bn")
     scores = score(dense, data.train, groups, chosen)
@@ -307,7 +283,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any]:
-    """Differences a - b over the seeds that both have, in points."""
+    """Differences a - b over the seeds that both have [percentage points]."""
     seeds = sorted(set(a) & set(b))
     return {
         k: mean_and_se([a[s][k] - b[s][k] for s in seeds]) if seeds else None
@@ -318,14 +294,21 @@ def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any
 def power(
     spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416
 ) -> int:
-    """Seeds that show a paired `difference` [points] with probability 0.8 at the 5% level, given the differences' spread."""
+    """Number of seeds that show a paired difference with probability 0.8 at the 5% level.
+
+    Args:
+        spread: standard deviation of the paired differences [points].
+        difference: difference to show [points].
+        level: two-sided normal quantile of the test's level.
+        power_level: normal quantile of its power.
+    """
     return max(2, math.ceil(((level + power_level) * spread / difference) ** 2))
 
 
 def jobs(
     networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int
 ) -> Iterator[Job]:
-    """Seed by seed, so that a stopped study has all cells alike."""
+    """All jobs, seed by seed, so that an interrupted study has as many seeds in every cell."""
     for seed in range(seeds):
         for network in networks:
             for ratio in ratios:
@@ -342,9 +325,9 @@ def run(
     seeds: int,
     arms: Sequence[str],
     save: bool,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run what is missing in `out`, then report all of it.
+    """Run the jobs that are missing in `out`, then report all of them.
 
     Raises:
         DataError: an unknown arm, network or loss, or a ratio outside (0, 1).
@@ -358,27 +341,29 @@ def run(
         if unknown := [x for x in given if x not in known]:
             raise DataError(f"Known {what} are {', '.join(known)}; got {unknown}.")
     if outside := [r for r in ratios if not 0 < r < 1]:
-        raise DataError(f"Ratios are shares of the channels, above 0 and below 1; got {outside}.")
+        raise DataError(
+            f"Ratios are fractions of the channels, above 0 and below 1; got {outside}."
+        )
     claim_folder(out, asdict(setting))
     torch.set_num_threads(1)
     for job in jobs(networks, ratios, losses, seeds):
-        run_job(job, setting, arms, out, say)
+        run_job(job, setting, arms, out, log)
     return conclude(out, setting, save)
 
 
 def conclude(out: Path, setting: Setting, save: bool) -> dict[str, Any]:
-    """The report on what is finished in `out`, and a picture in `out`; with `save` also in results."""
+    """Report the finished jobs in `out`, and draw a picture there; with `save` also in results."""
     cells = table(results(out))
     values = {"setting": asdict(setting), "seeds_needed": needed(cells), "cells": cells}
     whole = setting.attacks == WHOLE_AUTOATTACK
     name = "robust_autoattack" if whole else "robust"
     keep_picture(name, _picture(cells), save=save, folder=out)
-    return report(name, "hipp bench robust" + (" --autoattack" if whole else ""), values, save)
+    return report(name, values, save)
 
 
 def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """Before the study, by the spread of a trial on the same data (3.1 points); then by the spread found, per cell."""
-    found: dict[str, Any] = {"planned, spread 3.1": power(3.1)}
+    """Number of seeds that a difference of two points needs, by the spread found in each cell."""
+    found: dict[str, Any] = {"planned, spread 3.1": power(3.1)}  # the spread of a trial run
     for name, arms in cells.items():
         difference = arms.get("mrs-removal", {}).get("difference", {}).get("uniform")
         if difference and difference["worst"]["se"] is not None:
@@ -388,7 +373,7 @@ def needed(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _picture(cells: Mapping[str, Any]) -> "Figure":
-    """Accuracy under attack less that of the uniform plan, arm by arm, with standard errors over seeds."""
+    """Accuracy under attack minus the uniform plan's, per arm, with standard errors over seeds."""
     from matplotlib.figure import Figure
 
     columns = min(4, max(len(cells), 1))
@@ -413,3 +398,72 @@ def _picture(cells: Mapping[str, Any]) -> "Figure":
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("points above uniform")
     return figure
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of finished jobs.")] = Path("robust"),
+    data: Annotated[
+        str, typer.Option(help="digits, svhn, cifar10, cifar100 or tiny-imagenet.")
+    ] = "digits",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the image set's files; digits needs none.")
+    ] = None,
+    networks: Annotated[
+        str,
+        typer.Option(help="Default: small-resnet,small-vgg for digits, else resnet18,vgg16_bn."),
+    ] = "",
+    ratios: Annotated[
+        str, typer.Option(help="Fractions of channels that the uniform plan removes.")
+    ] = "0.5,0.75,0.9",
+    losses: Annotated[
+        str, typer.Option(help="Losses of the fine-tuning: trades, pgd-at.")
+    ] = "trades,pgd-at",
+    arms: Annotated[str, typer.Option(help=f"Default: {', '.join(ARMS)}.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 20,
+    dense: Annotated[
+        int, typer.Option(min=0, help="Epochs of adversarial training before pruning.")
+    ] = 25,
+    tune: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning.")] = 15,
+    test: Annotated[int, typer.Option(min=1, help="Test images that are attacked.")] = 300,
+    autoattack: Annotated[
+        bool, typer.Option("--autoattack", help="Run all four parts of AutoAttack, not two.")
+    ] = False,
+    save: Save = False,
+) -> None:
+    """Compare MRS with uniform ratios, global L1, BN scale, Taylor and controls.
+
+    All arms have equal MACs and equal fine-tuning. An arm takes some 15 seconds on one core for
+    digits; the whole study takes a day. An interrupted study continues. Other image sets need a
+    GPU.
+
+    Examples:
+
+    `python -m hipp_ext.evals.studies.robust --out robust`
+
+    `python -m hipp_ext.evals.studies.robust --data cifar10 --root DIR --out robust-cifar10`
+    """
+    digits = data == "digits"
+    setting = Setting(
+        data=data,
+        root=str(root) if root else None,
+        epsilon=0.1 if digits else 8 / 255,
+        steps=5 if digits else 10,
+        dense=dense,
+        tune=tune,
+        test=test,
+        attacks=WHOLE_AUTOATTACK if autoattack else ATTACKS,
+    )
+    run(
+        out,
+        setting,
+        (networks or ("small-resnet,small-vgg" if digits else "resnet18,vgg16_bn")).split(","),
+        [float(r) for r in ratios.split(",")],
+        losses.split(","),
+        seeds,
+        arms.split(",") if arms else ARMS,
+        save,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,4 +1,4 @@
-"""Random models in LLaVA-1.5's proportions, and noise with as many tokens as its pictures and questions."""
+"""Random models in LLaVA-1.5's proportions, and noise inputs with LLaVA-1.5's token counts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from hipp_ext.calibration import Batch
 
-PICTURE, TEXT = 576, 60  # tokens of a picture and of a question
+PICTURE_TOKENS, QUESTION_TOKENS = 576, 60
 IMAGE_TOKEN = 999
 
 
@@ -18,12 +18,14 @@ def random_llava(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A LLaVA in eval mode; 4096 and 32 are the language tower of the 7B model.
+    """A LLaVA in eval mode; hidden 4096 and 32 layers make the language tower of the 7B model.
 
     Args:
-        hidden, layers: of the language tower.
-        whole: with a vision tower in proportion and LLaVA-1.5's vocabulary; both are next to nothing otherwise.
-        device, dtype: of the weights.
+        hidden: width of the language tower.
+        layers: number of layers of the language tower.
+        whole: use a vision tower in proportion and LLaVA-1.5's vocabulary. Otherwise both are tiny.
+        device: device of the weights.
+        dtype: dtype of the weights.
     """
     from transformers import (
         CLIPVisionConfig,
@@ -39,12 +41,11 @@ def random_llava(
         intermediate_size=hidden * 43 // 16,
         num_attention_heads=hidden // 128,
     )
-    seeing = (
+    width, ffn, depth, heads = (
         (hidden // 4, hidden, max(2, layers * 3 // 4), max(1, hidden // 256))
         if whole
         else (64, 128, 2, 4)
     )
-    width, ffn, depth, heads = seeing
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=ffn,
@@ -61,15 +62,22 @@ def random_llava(
 
 
 def noise(rows: int, *, shared: int = 1, at_once: int = 64, seed: int = 0) -> list[Batch]:
-    """Batches of `rows` rows in all, `shared` of them about one picture, `at_once` to a batch."""
+    """Batches of random pictures and questions.
+
+    Args:
+        rows: number of rows of all batches together.
+        shared: number of rows that ask about the same picture.
+        at_once: number of rows of a batch.
+        seed: random seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(-(-rows // shared), 3, 336, 336, generator=generator)
     batches = []
     for some in torch.arange(rows).split(at_once):
-        words = torch.randint(3, IMAGE_TOKEN, (len(some), TEXT), generator=generator)
+        words = torch.randint(3, IMAGE_TOKEN, (len(some), QUESTION_TOKENS), generator=generator)
         first, picture = (
             torch.ones(len(some), 1, dtype=torch.long),
-            torch.full((len(some), PICTURE), IMAGE_TOKEN),
+            torch.full((len(some), PICTURE_TOKENS), IMAGE_TOKEN),
         )
         ids = torch.cat([first, picture, words], 1)
         batches.append(

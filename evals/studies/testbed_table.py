@@ -1,7 +1,8 @@
-"""`hipp bench testbed`: what the testbed's model knows, and what uniform pruning takes from it, on the test split.
+"""What the testbed's model knows, and what uniform pruning takes from it, on the test split.
 
-Units are ranked by WandaSP and removed without recovery. "Uniform" gives every group the same share, with the budget met
-exactly in parameters; in the other rows one kind of group loses the share and the other stays whole.
+Units are ranked by WandaSP and removed without recovery. "Uniform" removes the same fraction of
+every group, with the budget met exactly in parameters; in the other rows one kind of group loses
+that fraction and the other kind stays whole.
 """
 
 from typing import Any
@@ -10,15 +11,14 @@ from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.studies.measuring import report
+from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import WandaSP
 from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
-ROWS: dict[
-    str, tuple[float, str | None]
-] = {  # name -> (share removed, the only kind that loses anything)
+# Name -> (fraction removed, the only kind of group that is pruned).
+ROWS: dict[str, tuple[float, str | None]] = {
     "dense": (0.0, None),
     "uniform 10%": (0.1, None),
     "uniform 20%": (0.2, None),
@@ -28,20 +28,25 @@ ROWS: dict[
 }
 
 
-def run(save: bool = False) -> dict[str, Any]:
-    """Measure every row; returns and prints the result. Accuracies in percent, standard errors in points."""
+def run(save: Save = False) -> dict[str, Any]:
+    """Measure the testbed's model, dense and uniformly pruned, on its test split.
+
+    Accuracies are in percent, standard errors in percentage points.
+
+    Example: `python -m hipp_ext.evals.studies.testbed_table`
+    """
     model, processor = testbed.load()
     pope, choice = testbed.questions("POPE", "test"), testbed.questions("ScienceQA", "test")
     evaluator = Evaluator(model, processor, pope, choice)
     groups = find_groups(model)
     scores = WandaSP()(model, testbed.calibration_batches(processor))
     rows = {}
-    for name, (share, only) in ROWS.items():
+    for name, (fraction, only) in ROWS.items():
         if only is None:
-            counts = keep_counts(groups, None, share)
+            counts = keep_counts(groups, None, fraction)
         else:
             counts = tuple(
-                g.width - round(share * g.width) if g.kind == only else g.width for g in groups
+                g.width - round(fraction * g.width) if g.kind == only else g.width for g in groups
             )
         plan = plan_from_counts(groups, counts, scores)
         with masked(model, plan):
@@ -57,4 +62,8 @@ def run(save: bool = False) -> dict[str, Any]:
             "POPE yes_rate": by_split["overall"].yes_rate,
         }
     values = {"rows": rows, "questions": {"POPE": len(pope), "ScienceQA": len(choice)}}
-    return report("testbed", "hipp bench testbed", values, save)
+    return report("testbed", values, save)
+
+
+if __name__ == "__main__":
+    run_command(run)

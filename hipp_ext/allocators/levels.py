@@ -16,7 +16,8 @@ class Levels:
     """Allowed keep counts and their cost.
 
     Attributes:
-        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., largest.
+        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., largest;
+            before them 0 where blocks may be dropped.
         costs: (groups,) parameters of one unit.
         total: prunable parameters.
     """
@@ -27,12 +28,22 @@ class Levels:
 
     @classmethod
     def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
-        """The levels of `groups` within `bounds`."""
+        """The levels of `groups` within `bounds`.
+
+        Raises:
+            BudgetError: the bounds let layers be dropped, whose blocks have no levels of their own.
+        """
+        if bounds.drop == "layers":
+            raise BudgetError(
+                "drop='layers' needs an allocator that gives every group a fraction (Uniform, OWL, "
+                "Sensitivity, HiPPPlanner); one threshold over all units can drop blocks alone."
+            )
         (least, step), most = bounds.steps(groups), bounds.most(groups)
         counts = [
-            np.append(np.arange(low, high, s), high)
+            np.concatenate([[0] * (bounds.drop == "blocks"), np.arange(low, high, s), [high]])
             for low, high, s in zip(least, most, step, strict=True)
         ]
+        counts = [c.astype(np.int64) for c in counts]
         return cls(
             counts=tuple(counts),
             costs=np.array([g.unit_parameters for g in groups], dtype=np.int64),
@@ -56,7 +67,10 @@ class Levels:
         """
         check_ratio(pruning_ratio)
         budget = parameters_left(self.total, pruning_ratio)
-        if (floor := self.parameters(self.least)) > budget:
+        floor = self.parameters(self.least)
+        if not floor:  # one block at least must stay
+            floor = min(int(c[1] * cost) for c, cost in zip(self.counts, self.costs, strict=True))
+        if floor > budget:
             most = 1 - floor / self.total
             raise BudgetError(
                 f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} "

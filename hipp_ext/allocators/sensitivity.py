@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from hipp_ext import budget
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.cheapest_path import CheapestPath
+from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
+from hipp_ext.sensitivity.measured import DROP_LEVELS, levels_for, measure_sensitivity
 
 MAX_LOGIT_FRACTION = 0.95  # the logit of a whole group would be infinite
+DROPPED_FRACTION = 1e-4  # stays of a group that goes whole, for the same reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ class Sensitivity(Allocator):
         """The measured sensitivity of each task [nats]."""
         assert calibration is not None
         with counting(progress, "measuring sensitivity") as tick:
-            return measure_sensitivity(model, calibration, groups, scores, tick)
+            levels = levels_for(self.bounds or Bounds())
+            return measure_sensitivity(model, calibration, groups, scores, tick, levels=levels)
 
     def keep_counts(
         self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
@@ -78,6 +81,8 @@ def cheapest_logits(
     """Allocation logits of the keep fractions whose measured losses sum to the minimum."""
     utility, robustness = sensitivity
     losses = torch.lerp(utility, robustness, robustness_weight)
-    path = CheapestPath([g.parameters for g in groups], PRUNE_LEVELS, losses)
+    levels = DROP_LEVELS[: losses.shape[1]]
+    path = CheapestPath([g.parameters for g in groups], levels, losses)
     fractions = path.keep_fractions(torch.tensor([pruning_ratio]))[0]
-    return torch.logit(fractions.clamp(1 - MAX_LOGIT_FRACTION, MAX_LOGIT_FRACTION))
+    least = DROPPED_FRACTION if 1 in levels else 1 - MAX_LOGIT_FRACTION
+    return torch.logit(fractions.clamp(least, MAX_LOGIT_FRACTION))

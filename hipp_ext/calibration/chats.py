@@ -1,31 +1,14 @@
-"""A row of a user's file -> a chat: messages, and where its pictures are.
+"""A row of a user's file -> a chat: messages, and where its pictures are."""
 
-Rows may be anybody's. A picture is read from the row itself or from a file below the image folder;
-nothing is fetched.
-"""
-
-import base64
-import binascii
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hipp_ext.calibration.encoding import Message
 from hipp_ext.errors import DataError
-from hipp_ext.files.untrusted import (
-    PICTURE_BYTES,
-    is_below,
-    read_picture,
-    rgb_picture,
-    shown,
-    the_only_one,
-)
-
-if TYPE_CHECKING:
-    from PIL import Image
+from hipp_ext.files.untrusted import shown, the_only_one
 
 MOST_PICTURES = 64  # of one chat
 MOST_CHARACTERS = 1 << 20  # of one chat
@@ -38,7 +21,6 @@ ROLES = {
     "gpt": "assistant",
 }
 MARK = re.compile(r"\s*<image>\s*")
-DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +111,11 @@ def _part(part: Any, sources: list[Any], pool: Iterator[Any]) -> Message:
 
 def _conversations(row: Mapping[str, Any]) -> Chat:
     images = _images(row)
-    turns = [(role, turn.get("value")) for turn, role in _turns(row["conversations"], "from")]
-    if not all(isinstance(text, str) for _, text in turns):
-        raise DataError("it has a turn whose value is no text")
+    turns: list[tuple[str, str]] = []
+    for turn, role in _turns(row["conversations"], "from"):
+        if not isinstance(text := turn.get("value"), str):
+            raise DataError("it has a turn whose value is no text")
+        turns.append((role, text))
     marks = sum(text.count("<image>") for _, text in turns)
     if not marks and images:  # the pictures go before the first question
         first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
@@ -221,52 +205,3 @@ def _chat(messages: list[Message], sources: Sequence[Any], unused: Iterator[Any]
         if message["role"] == "assistant" and {"type": "image"} in message["content"]:
             raise DataError("it has a picture in a turn of the assistant")
     return Chat(messages=tuple(messages), sources=tuple(sources))
-
-
-# --------------------------------------------------------------------------------------- pictures
-
-
-def read_source(source: Any, folder: Path) -> "Image.Image":
-    """The picture that a source names, RGB.
-
-    Args:
-        source: a path below `folder`, a data: URL, {"url": either}, {"base64": text}, or
-            {"bytes": ..., "path": ...} as `datasets` stores pictures.
-        folder: where pictures are.
-
-    Raises:
-        DataError: there is no such picture, it is elsewhere, or it cannot be decoded.
-    """
-    if isinstance(source, Mapping):
-        if isinstance(source.get("bytes"), bytes):
-            return rgb_picture(source["bytes"])
-        if isinstance(source.get("base64"), str):
-            return _decoded(the_only_one(source["base64"], "it"))
-        source = source.get("url") or source.get("path")
-    if not isinstance(source, str):
-        raise DataError(f"its picture is a {type(source).__name__}, and a path is needed")
-    if beginning := DATA_URL.match(source):
-        return _decoded(source[beginning.end() :])
-    if re.match(r"[a-z][a-z0-9+.-]+:", source, re.IGNORECASE):
-        raise DataError(
-            f"its picture is at {shown(source, 80)}, and nothing is fetched: download it, and give "
-            "its path below the image folder"
-        )
-    if not is_below(folder / source, folder):
-        raise DataError(f"its picture {shown(source, 80)} is not below the image folder")
-    return read_picture(folder / source)
-
-
-def _decoded(text: Any) -> "Image.Image":
-    if not isinstance(text, str):
-        raise DataError("its picture is no base64 text")
-    if 3 * len(text) // 4 > PICTURE_BYTES:
-        raise DataError(f"its picture has more than {PICTURE_BYTES:,} bytes")
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError("its picture is no base64 text") from None
-    try:
-        return rgb_picture(data)
-    except DataError as error:
-        raise DataError(f"its picture cannot be read: {error}") from None

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hipp_ext.errors import CalibrationError
+from hipp_ext.families import IMAGE_TOKENS
 
 
 def find_processor(model: nn.Module) -> Any | None:
@@ -58,7 +59,7 @@ def check_processor(model: nn.Module, processor: Any) -> None:
 def image_token_id(model: nn.Module) -> int | None:
     """Id of the token that stands for image features in `input_ids`, or None."""
     config = getattr(model, "config", None)
-    for name in ("image_token_id", "image_token_index"):
+    for name in IMAGE_TOKENS:
         value = getattr(config, name, None)
         if isinstance(value, int):
             return value

@@ -9,79 +9,26 @@ from typing import Any
 import torch
 
 from hipp_ext.calibration.batches import Batch, Task
-from hipp_ext.calibration.chats import Chat, parse_row, read_source
-from hipp_ext.calibration.encoding import (
-    Rendered,
-    encode_rendered,
-    is_tokenizer,
-    padded,
-    render,
-    text_of,
-)
-from hipp_ext.calibration.records import Record, read_passages, read_records
+from hipp_ext.calibration.encoding import encode_rendered, padded
+from hipp_ext.calibration.fitting import CHARACTERS, ChatRow, Fitter, TextRow
+from hipp_ext.calibration.records import Record, read_passages, read_records, spaced
 from hipp_ext.errors import CalibrationError, DataError
-from hipp_ext.files.untrusted import PICTURE_PIXELS, shown
+from hipp_ext.files.untrusted import shown
 from hipp_ext.quantities import whole
 
 ROWS = 128  # number of rows that are taken from a file
 LENGTH = 2048  # longest row [tokens], where the tokenizer allows it
-CHARACTERS = 16  # of a text for each token of sequence_length; most tokens are shorter
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRow:
-    """A chat that fits, as a text for the processor.
-
-    Attributes:
-        tokens: number of its tokens, after the cut to the sequence length.
-        rendered: the chat up to the answer.
-        answer: the assistant's turn that follows, or None.
-        sources: its pictures.
-    """
-
-    tokens: int
-    rendered: Rendered
-    answer: str | None
-    sources: tuple[Any, ...]
-
-    @property
-    def key(self) -> tuple[bool, bool, bool, int]:
-        """Rows of one batch have the same key but for the number of tokens, which is similar."""
-        return False, bool(self.sources), self.answer is not None, self.tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
-    """Token ids of a plain text."""
-
-    ids: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[bool, bool, bool, int]:
-        """As for `ChatRow`."""
-        return True, False, True, len(self.ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
+class Reader(Fitter):
     """Reads files for one processor.
 
     Attributes:
-        processor: processor, or tokenizer, of the model.
-        folder: where pictures are.
-        length: most tokens of a row.
         batch_size: rows of a batch.
     """
 
-    processor: Any
-    folder: Path
-    length: int
     batch_size: int
-
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's part for text."""
-        return getattr(self.processor, "tokenizer", self.processor)
 
     def read(self, path: Path, rows: int) -> tuple[list[Batch], list[str]]:
         """The batches of a file, and a line for each row that was left out.
@@ -98,7 +45,7 @@ class Reader:
         skipped = []
         for number, record in records:
             try:
-                fitting.append(self._fit(record))
+                fitting.append(self.fit(record))
             except DataError as error:
                 skipped.append(f"row {number}: {shown(error, 300)}")
         if not fitting:
@@ -116,9 +63,7 @@ class Reader:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             count = 1 if apart else max(1, len(ids) // size)
             chunks += [tuple(ids[i * size : (i + 1) * size]) for i in range(count)]
-        picks = range(len(chunks))
-        if rows < len(chunks):
-            picks = [i * len(chunks) // rows for i in range(rows)]
+        picks = spaced(len(chunks), rows)
         return [(i + 1, (*self._beginning, *chunks[i])) for i in picks]
 
     @property
@@ -127,98 +72,6 @@ class Reader:
         tokenizer = self.tokenizer
         bos = getattr(tokenizer, "bos_token_id", None)
         return (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()
-
-    def _fit(self, record: Any) -> ChatRow | TextRow:
-        """Raises DataError for what does not fit."""
-        parsed = record if isinstance(record, tuple) else parse_row(record)
-        if isinstance(parsed, Chat):
-            return self._fit_chat(parsed)
-        if isinstance(parsed, str):
-            text = parsed[: self.length * CHARACTERS]
-            parsed = tuple(self.tokenizer(text, verbose=False)["input_ids"][: self.length])
-        if len(parsed) < 2:
-            raise DataError("its text has fewer than two tokens")
-        if self._image_token in parsed:
-            raise DataError("its text holds the token that stands for pictures")
-        return TextRow(ids=parsed)
-
-    @property
-    def _image_token(self) -> int | None:
-        return getattr(self.processor, "image_token_id", None)
-
-    def _fit_chat(self, chat: Chat) -> ChatRow:
-        """The chat up to its last answer that begins within the sequence length."""
-        if chat.sources and is_tokenizer(self.processor):
-            raise DataError(f"it has a picture, and {type(self.processor).__name__} takes none")
-        messages = chat.messages
-        answers = [
-            i
-            for i, m in enumerate(messages)
-            if i and m["role"] == "assistant" and text_of(m).strip()
-        ]
-        pictures = self._pictures(chat.sources)
-        ends = answers or [len(messages)]
-        # Later answers begin later: the last one that fits is found by bisection, the very last
-        # one being tried first.
-        low, high, middle = 0, len(ends), len(ends) - 1
-        fitting: ChatRow | DataError = DataError("it is empty")
-        while low < high:
-            asked = messages[: ends[middle]]
-            own = sum(part["type"] == "image" for m in asked for part in m["content"])
-            answer = text_of(messages[ends[middle]]) if answers else None
-            try:
-                fitting = self._measured(asked, answer, chat.sources[:own], pictures[:own])
-                low = middle + 1
-            except _TooLong as error:
-                fitting = fitting if isinstance(fitting, ChatRow) else error
-                high = middle
-            middle = (low + high) // 2
-        if isinstance(fitting, DataError):
-            raise fitting
-        return fitting
-
-    def _pictures(self, sources: Sequence[Any]) -> list[Any]:
-        pictures = []
-        for source in sources:
-            pictures.append(read_source(source, self.folder))
-            if sum(p.width * p.height for p in pictures) > PICTURE_PIXELS:
-                raise DataError(f"its pictures have more than {PICTURE_PIXELS:,} pixels in all")
-        return pictures
-
-    def _measured(
-        self,
-        asked: Sequence[Any],
-        answer: str | None,
-        sources: tuple[Any, ...],
-        pictures: list[Any],
-    ) -> ChatRow:
-        answers = None if answer is None else [answer]
-        try:
-            rendered = render(self.processor, asked)
-            batch = encode_rendered(self.processor, [rendered], [pictures], answers)
-        except Exception as error:  # templates and processors raise anything
-            name = type(self.processor).__name__
-            raise DataError(f"{name} does not take it: {shown(error, 200)}") from None
-        ids = batch["input_ids"][0]
-        places = torch.nonzero(
-            ids == self._image_token if self._image_token is not None else ids < 0
-        )
-        if self._image_token is not None and bool(pictures) != bool(len(places)):
-            raise DataError(
-                "its text holds the token that stands for pictures"
-                if len(places)
-                else "the chat template leaves its picture out"
-            )
-        if pictures and (len(ids) if not len(places) else int(places[-1]) + 1) > self.length:
-            raise _TooLong(f"its pictures do not fit into {self.length} tokens")
-        if answer is not None:
-            labelled = torch.nonzero(batch["labels"][0] != -100)
-            if not len(labelled):
-                raise DataError("its answer has no token")
-            if int(labelled[0]) >= self.length:
-                raise _TooLong(f"its answer begins after {self.length} tokens")
-        tokens = min(len(ids), self.length)
-        return ChatRow(tokens=tokens, rendered=rendered, answer=answer, sources=sources)
 
     def _batches(self, rows: Sequence[ChatRow | TextRow]) -> list[Batch]:
         """Batches of rows of similar length; texts, chats, pictures and answers apart."""
@@ -237,7 +90,7 @@ class Reader:
             return padded(self.tokenizer, texts, labels)
         chats = [row for row in rows if isinstance(row, ChatRow)]
         answers = [row.answer for row in chats if row.answer is not None] or None
-        pictures = [self._pictures(row.sources) for row in chats]
+        pictures = [self.pictures(row.sources) for row in chats]
         rendered = [row.rendered for row in chats]
         return cut(encode_rendered(self.processor, rendered, pictures, answers), self.length)
 
@@ -286,10 +139,6 @@ def _at_least(least: int, name: str, value: Any) -> int:
     if number is None or number < least:
         raise CalibrationError(f"{name}={value!r}: a whole number of {least} or more is needed.")
     return number
-
-
-class _TooLong(DataError):
-    """A chat that would fit if it were shorter."""
 
 
 def cut(batch: Batch, length: int) -> Batch:

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from hipp_ext import __version__
-from hipp_ext.cli.bench import bench_app
 from hipp_ext.cli.console import plain_warnings
 from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.evals import evals_app
 from hipp_ext.cli.fit import fit_app
 from hipp_ext.cli.front import front_app
+from hipp_ext.cli.latency import latency_app
 from hipp_ext.cli.plan import plan_app
 from hipp_ext.cli.prune import prune_app
 from hipp_ext.cli.recover import recover_app
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 for commands in (demo_app, plan_app, fit_app, front_app, prune_app, recover_app, evals_app):
     app.add_typer(commands)
-app.add_typer(bench_app, name="bench")
+app.add_typer(latency_app)
 app.add_typer(robust_app, name="robust")
 app.add_typer(testbed_app, name="testbed")
 

@@ -105,7 +105,7 @@ class LogCodec:
             inverse = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
             torch.mul(part, inverse, out=relative[:, span].unflatten(1, (-1, length)))
         table = _code_table(self.bits, self.alpha, values.device)
-        codes = table[relative.view(torch.uint16).int()]
+        codes = table.index_select(0, relative.view(torch.uint16).int().flatten()).view_as(values)
         if self.bits == 4:
             codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
         return torch.cat([scales.view(torch.uint8), codes], 1)
@@ -118,7 +118,7 @@ class LogCodec:
         scales = messages[:, : 4 * blocks.n_scales].clone().view(torch.float32)
         codes = messages[:, 4 * blocks.n_scales :].int().flatten()
         table = _value_table(self.bits, self.alpha, messages.device)
-        values = table.index_select(0, codes).view(len(messages), blocks.size)
+        values = table.index_select(0, codes).view(torch.float32).view(len(messages), blocks.size)
         for span, block, length in blocks.segments:
             values[:, span].unflatten(1, (-1, length)).mul_(scales[:, block, None])
         return values
@@ -151,10 +151,11 @@ def _code_table(bits: int, alpha: float, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _value_table(bits: int, alpha: float, device: torch.device) -> Tensor:
-    """The values at scale 1 of the codes in every byte: (256, codes per byte)."""
+    """The values at scale 1 of the codes in every byte; two values make one complex number."""
     levels = 2 ** (bits - 1) - 1
     t = (torch.arange(2**bits).double() - (levels + 1)).clamp_min(-levels) / levels
     values = (t.sign() * torch.expm1(t.abs() * math.log1p(alpha)) / alpha).float()
-    byte = torch.arange(256)
-    codes = [(byte >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.stack([values[code] for code in codes], 1).to(device)
+    if bits == 4:  # one lookup of a complex number takes a quarter of the time of two floats
+        byte = torch.arange(256)
+        values = torch.complex(values[byte & 15], values[byte >> 4])
+    return values.to(device)

@@ -33,7 +33,8 @@ def register_lqsgd_fsdp(model: nn.Module, between: Any, **options: Any) -> dict[
     """
     from torch.distributed.fsdp import FSDPModule
 
-    sharded = {n: m for n, m in model.named_modules() if isinstance(m, FSDPModule)}
+    modules = dict(model.named_modules())
+    sharded: dict[str, Any] = {n: m for n, m in modules.items() if isinstance(m, FSDPModule)}
     if not sharded:
         raise CompressionError(
             f"{type(model).__name__} has no module that fully_shard was applied to."

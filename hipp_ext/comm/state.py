@@ -1,4 +1,4 @@
-"""One rank's side of the compression: compressor, counts, and the group that carries the bytes."""
+"""LQSGDState: one rank's compressor with its layout and the group that carries the bytes."""
 
 import datetime
 import warnings
@@ -15,20 +15,12 @@ from hipp_ext.comm.exchange import run_in_group
 from hipp_ext.comm.group import OwnGroup, agree, compare_factors
 from hipp_ext.comm.naming import Parameters, name_parameters, rename_as
 from hipp_ext.comm.options import Options, make_options
-from hipp_ext.comm.saving import (
-    Counts,
-    SavedState,
-    move_state,
-    pack_state,
-    parse_state,
-    put_state,
-    unpack_state,
-)
+from hipp_ext.comm.resumable import Resumable
+from hipp_ext.comm.saving import move_state, parse_state, put_state
 from hipp_ext.errors import CompressionError
-from hipp_ext.quantities import finite_option
 
 
-class LQSGDState:
+class LQSGDState(Resumable):
     """One rank's compressor, residual and counts; every rank makes its own.
 
     `LQSGDState(ddp, rank=4)` is a collective: the ranks compare layout and options immediately.
@@ -83,12 +75,9 @@ class LQSGDState:
             process_group = parameters.process_group
         if matrix_approximation_rank is not None:
             options["matrix_approximation_rank"] = matrix_approximation_rank
-        self.counts = Counts()
+        super().__init__()
         self._last = {"bytes_sent": 0, "dense_bytes": 0}
         self._bind(OwnGroup(process_group, timeout))
-        self._compressor: Compressor | None = None
-        self._pending: SavedState | None = None  # loaded before the layout is known
-        self._shapes: dict[str, list[int]] = {}
         self._gradient_bytes = 0
         if parameters is None:
             self._options: Mapping[str, Any] = make_options(options).plain()
@@ -113,19 +102,6 @@ class LQSGDState:
     def group(self) -> Any:
         """The process group that carries the bytes; making it is a collective."""
         return self._ranks.own
-
-    @property
-    def compressor(self) -> Compressor:
-        """The compressor.
-
-        Raises:
-            CompressionError: the state was made without parameters, and no step has been taken.
-        """
-        if self._compressor is None:
-            raise CompressionError(
-                "This state was made without parameters: its layout is known after the first step."
-            )
-        return self._compressor
 
     @property
     def names(self) -> list[str]:
@@ -196,7 +172,9 @@ class LQSGDState:
         if not self.is_laid_out:
             self.lay_out(gradients or CompressionError("No gradients were given."))
         if not self._compared:
-            self._compare()
+            problem = self.take_pending()
+            compare_factors(self.group, self.compressor, self.counts.steps, problem)
+            self._compared = True
         means, sent = run_in_group(self.compressor.step(gradients), self.group)
         workers = self.compressor.workers
         dense = round(2 * (workers - 1) / workers * self._gradient_bytes)
@@ -234,71 +212,6 @@ class LQSGDState:
             "transport": c.transport if c else self._options["transport"],
             "workers": c.workers if c else dist.get_world_size(self.process_group),
         }
-
-    def set_loss_scale(self, scale: float) -> None:
-        """Set the factor of the loss (GradScaler.get_scale()), and rescale the residual with it.
-
-        Without this call a change of the scale gives the residual a wrong weight for one step.
-        """
-        try:
-            scale = finite_option("scale", scale, CompressionError)
-        except CompressionError:
-            message = f"The loss scale {scale!r} is not a finite number above 0."
-            raise CompressionError(message) from None
-        for residual in self._compressor.residual.values() if self._compressor else ():
-            residual.mul_(scale / self.counts.loss_scale)
-        self.counts.loss_scale = scale
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's residual, factors and counts: tensors by parameter name, and plain types.
-
-        Each rank saves its own.
-
-        Raises:
-            CompressionError: the state was made without parameters, and no step has been taken.
-        """
-        return pack_state(self.compressor, self.counts)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Go on, bit-identically, from what `state_dict` returned on this rank.
-
-        If it was saved with another number of workers, the shared factors are kept and this rank's
-        residual is set to zero. A state made without parameters takes it at the first step; what
-        does not fit is then an error of all ranks.
-
-        Returns:
-            Lines on what had to be dropped, also given as warnings; empty if nothing was.
-
-        Raises:
-            CompressionError: the state is malformed, of another rank, or of other parameters.
-        """
-        saved, dropped = parse_state(state), []
-        if self._compressor is None:
-            self._pending = saved
-        else:
-            dropped = unpack_state(self._compressor, saved)
-            self.counts = saved.plain.counts.model_copy()
-        self._compared = False
-        for line in dropped:
-            warnings.warn(line, stacklevel=2)
-        return dropped
-
-    def take_saved(self, saved: SavedState) -> None:
-        """Go on from a state of this rank that fits; at the first step if the layout is unknown."""
-        if self._compressor is None:
-            self._pending = saved
-        else:
-            put_state(self._compressor, saved)
-            self.counts = saved.plain.counts.model_copy()
-        self._compared = False
-
-    def start_over(self) -> None:
-        """Reset residual, factors and counts. All ranks call this, or none."""
-        self._pending, self._compared, self.counts = None, False, Counts()
-        if (c := self._compressor) is not None:
-            self._compressor = Compressor(
-                self._shapes, c.options, workers=c.workers, position=c.position, device=c.device
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the process group and what is bound to this process."""
@@ -343,17 +256,3 @@ class LQSGDState:
         self._parameters: list[Tensor] = []
         self.queue: list[tuple[Any, Any, list[Tensor], list[Tensor]]] = []
         self._compared = False
-
-    def _compare(self) -> None:
-        """Take what was loaded before the layout was known, and compare the factors."""
-        problem = None
-        if self._pending is not None:
-            saved, self._pending = self._pending, None
-            try:
-                for line in unpack_state(self.compressor, saved):
-                    warnings.warn(line, stacklevel=2)
-                self.counts = saved.plain.counts.model_copy()
-            except CompressionError as error:
-                problem = str(error)
-        compare_factors(self.group, self.compressor, self.counts.steps, problem)
-        self._compared = True

@@ -194,7 +194,7 @@ def fit_groups(records: Sequence[Record], groups: Sequence[Group]) -> bool:
     widths = [g.width for g in groups]
     return all(
         len(r.allocation) == len(r.keep_counts) == len(widths)
-        and all(1 <= k <= w for k, w in zip(r.keep_counts, widths, strict=True))
+        and all(0 <= k <= w for k, w in zip(r.keep_counts, widths, strict=True))
         for r in records
     )
 

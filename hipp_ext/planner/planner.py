@@ -28,6 +28,7 @@ from hipp_ext.planner.storage import read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.quantities import whole
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.sensitivity.measured import levels_for
 from hipp_ext.units import plan_from_counts
 
 Log = Callable[[str], None]
@@ -202,7 +203,10 @@ class HiPPPlanner:
             raise CalibrationError(
                 f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
             )
+        levels = levels_for(self.bounds)
         before, asked = self._signals_of(model), rows or self._rows
+        if before and before.levels < len(levels):
+            before = None
         # Without a calibration, any signals of the model will do, unless rows or a processor ask
         # for certain built-in questions.
         any_will_do = calibration is None and rows is None and (processor is None or asked is None)
@@ -213,7 +217,7 @@ class HiPPPlanner:
             return before
         if before and log:
             log("another calibration than that of the known signals: measuring again")
-        options: Any = {"mrs": self.mrs, "log": log, "progress": progress}
+        options: Any = {"mrs": self.mrs, "levels": levels, "log": log, "progress": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **options)
         else:

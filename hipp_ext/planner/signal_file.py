@@ -15,7 +15,7 @@ from hipp_ext.groups import Group
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.columns import TRANSFORMS
 from hipp_ext.planner.state import Signals
-from hipp_ext.sensitivity.measured import PRUNE_LEVELS
+from hipp_ext.sensitivity.measured import DROP_LEVELS, PRUNE_LEVELS
 
 
 def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -56,7 +56,8 @@ class SignalsHeader(BaseModel):
         n = len(self.groups)
         shapes: dict[str, tuple[int, ...]] = {f"scores.{g.name}": (g.width,) for g in self.groups}
         shapes |= {k: (n,) for name in TRANSFORMS if (k := f"columns.{name}") in tensors}
-        shapes["sensitivity"] = (len(TASKS), n, len(PRUNE_LEVELS))
+        drops = tensors["sensitivity"].shape[-1:] == (len(DROP_LEVELS),)
+        shapes["sensitivity"] = (len(TASKS), n, len(DROP_LEVELS if drops else PRUNE_LEVELS))
         for name, shape in shapes.items():
             values = tensors[name]
             if (

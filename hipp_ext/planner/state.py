@@ -58,6 +58,11 @@ class Signals:
     calibration: str
 
     @property
+    def levels(self) -> int:
+        """Number of levels of the sensitivity; the last of DROP_LEVELS drops a block."""
+        return self.sensitivity.shape[2]
+
+    @property
     def visual(self) -> Float[Tensor, " groups"]:
         """Visual flow (attention) or drift (FFN), see `VisualSensitivity`; 0 without pictures."""
         return self.columns["visual"]
@@ -115,8 +120,8 @@ class Signals:
     @functools.cached_property
     def curvature(self) -> Float[Tensor, " groups"]:
         """KL [nats] per squared fraction removed, mean over tasks and FEATURE_LEVELS; above 0."""
-        removed = torch.tensor(PRUNE_LEVELS)
-        return (self.sensitivity.mean(0) / removed.square())[:, FEATURE_LEVELS].mean(1) + 1e-6
+        removed = torch.tensor([PRUNE_LEVELS[i] for i in FEATURE_LEVELS])
+        return (self.sensitivity.mean(0)[:, FEATURE_LEVELS] / removed.square()).mean(1) + 1e-6
 
 
 def keep_fractions(
@@ -134,6 +139,7 @@ def measure_signals(
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
+    levels: Sequence[float] = PRUNE_LEVELS,
     log: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Signals:
@@ -145,6 +151,7 @@ def measure_signals(
         scorer: scorer that ranks the units of a group; None: WandaSP.
         mrs: also measures module robustness sensitivity; needs labels in the batches.
         groups: groups to be pruned; None: those of the language tower.
+        levels: levels of the sensitivity, see `measure_sensitivity`.
         log: called with a line before each measurement.
         progress: show on stderr how many groups are measured, which takes minutes on a large model.
     """
@@ -160,7 +167,7 @@ def measure_signals(
     columns = measure_columns(model, given, groups, mrs, log)
     log("measuring the sensitivity of every group")
     with counting(progress, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick, levels=levels)
     return Signals(
         groups=groups,
         scores=scores,

@@ -58,6 +58,7 @@ class TestbedData:
 
         # The streams of a seed use the next three numbers, too.
         seed = 1000 + 10 * (self.seed * workers + rank)
+        streams: list[tuple[Iterator[Any], int]]
         if is_own_processor(self.processor):
             streams = [(make(seed), max(1, round(self.share * rows))) for make, rows in RECOVERY]
             encode_rows = collate

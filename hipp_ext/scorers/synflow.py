@@ -1,34 +1,23 @@
 """SynFlow: the synaptic flow from input to output through a unit. It needs no data."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
+from hipp_ext.families import norm_before
 from hipp_ext.groups import Group, linear, tower_layers
-from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
-
-NORMS = {
-    "attention": ("input_layernorm", "attention_layernorm", "layer_norm1"),
-    "ffn": (
-        "pre_feedforward_layernorm",
-        "pre_ff_layernorm",
-        "feedforward_layernorm",
-        "post_attention_layernorm",
-        "layer_norm2",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynFlow(Scorer):
     """Fraction of the flow at a block's depth that passes the unit, in [0, 1). Higher = keep.
 
-    The fractions of a group sum to less than one: the rest takes the residual path.
+    The fractions of a group sum to less than one: the rest takes the residual path. Their sum is a
+    signal of the planner's policy.
 
     Source: SynFlow (arXiv 2006.05467), eq. 2; HiPP-Prune (arXiv 2603.06270, abstract) uses a
     stability proxy in its spirit.
@@ -62,26 +51,6 @@ class SynFlow(Scorer):
                 scores[group.name] = (per_unit(through, group).sum(1) / total).double()
                 leaving = _unit_norm(leaving + block.back_into(block.back_out(leaving)))
         return scores
-
-
-def stability(plan: PruningPlan, flow_shares: Mapping[str, Tensor]) -> float:
-    """Sum over groups of the log of the flow that a plan retains; 0 = dense, lower = less stable.
-
-    It is of first order: each group's loss of flow is computed in the otherwise dense model.
-
-    Args:
-        plan: whose groups `flow_shares` covers.
-        flow_shares: from `SynFlow()(model)`.
-
-    Source: the stability proxy of HiPP-Prune (arXiv 2603.06270, abstract), whose formula is not
-    public; ours.
-    """
-    total = 0.0
-    for g in plan.groups:
-        share = flow_shares[g.name].double()
-        removed = float(share.sum() - share[list(g.kept)].sum())
-        total += math.log1p(-min(max(removed, 0.0), 1 - 1e-12))
-    return total
 
 
 @dataclass
@@ -124,18 +93,8 @@ def _linearise(model: nn.Module, group: Group) -> _Block:
     ones = torch.ones(
         producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
     )
-    gain = _gain(_norm_before(layer, group.kind), ones)
+    gain = _gain(norm_before(layer, group.kind), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
-
-
-def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
-    """The norm before a block; None where blocks norm their output or share another's norm."""
-    norms = {
-        k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)]
-        for k, names in NORMS.items()
-    }
-    # Without a norm before attention the one behind it belongs to its output (EXAONE 4).
-    return norms[kind][0] if norms["attention"] and norms[kind] else None
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import crosses, residual_scale
 from hipp_ext.groups import Group, block_of, decoder, tower_layers
 from hipp_ext.scorers.base import Scorer, consumer_weight, forward_hidden, per_unit, valid_tokens
 
@@ -149,7 +150,7 @@ class _Probe:
         # Gemma norms what a block returns before it is added.
         added = getattr(layer, "post_feedforward_layernorm", block)
         stack.callback(
-            added.register_forward_hook(self._keep_output(g, _multiplier(layer, g))).remove
+            added.register_forward_hook(self._keep_output(g, residual_scale(layer, g.kind))).remove
         )
 
     def add_flow(
@@ -166,7 +167,7 @@ class _Probe:
         )  # query heads of a KV group share its keys
         logits = (grouped @ key.transpose(2, 3)) * (scaling or query.shape[3] ** -0.5)
         logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
-        crossing = _crosses(tower_layers(self.model, "language")[g.layer], g)
+        crossing = crosses(tower_layers(self.model, "language")[g.layer])
         if mask is not None or not crossing:
             logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
         vision = (self._sightings(g.layer) & ~self._sinks(g.layer)).to(query.device)
@@ -238,7 +239,7 @@ class _Probe:
     def flow(self, g: Group) -> Float[Tensor, " width"]:
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        multiplier = _multiplier(tower_layers(self.model, "language")[g.layer], g)
+        multiplier = residual_scale(tower_layers(self.model, "language")[g.layer], g.kind)
         return multiplier * self.totals[g.name] / self.counts[g.name]
 
     def drift_share(self, g: Group) -> Float[Tensor, " width"]:
@@ -247,21 +248,6 @@ class _Probe:
         weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
         share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
         return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
-
-
-def _crosses(layer: nn.Module, g: Group) -> bool:
-    """Whether an attention group reads the image's features, and no tokens of the text."""
-    return g.kind == "attention" and hasattr(layer, "cross_attn")
-
-
-def _multiplier(layer: nn.Module, g: Group) -> float:
-    """The scale of a block's output before it is added (Granite, Llama 3.2 Vision)."""
-    gate = getattr(
-        layer, "cross_attn_attn_gate" if g.kind == "attention" else "cross_attn_mlp_gate", None
-    )
-    return float(
-        getattr(layer, "residual_multiplier", 1.0) if gate is None else gate.detach().tanh().abs()
-    )
 
 
 def _probed_attention(

@@ -20,11 +20,7 @@ from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, Unsup
 from hipp_ext.files import new_folder, require_new, write_atomic
 from hipp_ext.groups import Group, Tower, block_of, find_groups, find_skips, linear, tower_layers
 from hipp_ext.kinds import KINDS
-from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
-from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.surgery.model_folder import (
+from hipp_ext.model_folder import (
     MANIFEST,
     GroupWidth,
     Manifest,
@@ -35,6 +31,10 @@ from hipp_ext.surgery.model_folder import (
     read_folder,
     shapes_in,
 )
+from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
+from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
 
 __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]

@@ -58,7 +58,7 @@ def load(
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from hipp_ext.surgery.model_folder import read_folder
+    from hipp_ext.model_folder import read_folder
 
     if not (Path(folder) / "model.safetensors").is_file():
         raise CheckpointError(

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from hipp_ext.calibration import Batch, Task, encode, encode_text
+from hipp_ext.calibration.batches import Batch, Task
+from hipp_ext.calibration.encoding import encode, encode_text
 from hipp_ext.errors import CalibrationError
 from hipp_ext.quantities import whole
 from hipp_ext.testbed.quiz import Question, choice_stream, pope_groups

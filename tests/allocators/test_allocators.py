@@ -132,12 +132,15 @@ def test_an_untrained_planner_allocates_by_sensitivity(robustness):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"bounds": 3}, "budget.Bounds are needed"), ({"robustness_weight": 1.5}, r"in \[0, 1\]")],
+    ("kind", "options", "message"),
+    [
+        (Uniform, {"bounds": 3}, "budget.Bounds are needed"),
+        (Sensitivity, {"robustness_weight": 1.5}, r"in \[0, 1\]"),
+    ],
 )
-def test_wrong_settings_are_refused(options, message):
+def test_wrong_settings_are_refused(kind, options, message):
     with pytest.raises(BudgetError, match=message):
-        Sensitivity(pruning_ratio=0.3, **options)
+        kind(pruning_ratio=0.3, **options)
 
 
 @pytest.mark.parametrize(("model", "message"), [("folder", "not the path"), (3, "not int")])
@@ -241,3 +244,33 @@ def test_levels():
     assert [levels.level_of(1, keep) for keep in (11, 17.5, 99)] == [0, 1, 8]
     with pytest.raises(BudgetError, match="the bounds let at most 0.6"):
         levels.budget(0.75)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_an_allocator_may_drop_blocks(name):
+    bounds = Bounds(drop="blocks", min_keep=0.3)
+    for ratio in (0.3, 0.85):
+        plan = ALLOCATORS[name](pruning_ratio=ratio, bounds=bounds).plan(
+            MODEL, calibration=CALIBRATION
+        )
+        assert plan.pruning_ratio >= ratio
+        assert bounds.allow(GROUPS, np.array([list(plan.keep_counts.values())])).all()
+    assert 0 in plan.keep_counts.values()  # with floors of 0.3, 0.85 cannot be met otherwise
+
+
+def test_sensitivity_drops_what_the_answers_do_not_need():
+    model = build("llava")
+    with torch.no_grad():
+        model.get_submodule(GROUPS[1].consumer).weight *= 1e-3
+        model.get_submodule(GROUPS[2].consumer).weight *= 1e-3
+    for drop in ("blocks", "layers"):
+        bounds = Bounds(drop=drop)
+        plan = Sensitivity(pruning_ratio=0.4, bounds=bounds).plan(model, calibration=BATCHES)
+        gone = [name for name, keep in plan.keep_counts.items() if not keep]
+        assert gone == (["language.0.ffn", "language.1.attention"] if drop == "blocks" else [])
+
+
+def test_one_threshold_cannot_drop_layers():
+    bounds = Bounds(drop="layers")
+    with pytest.raises(BudgetError, match="needs an allocator that gives every group a fraction"):
+        GlobalThreshold(pruning_ratio=0.3, bounds=bounds).plan(MODEL, calibration=CALIBRATION)

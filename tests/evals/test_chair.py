@@ -33,7 +33,8 @@ WORDS = ObjectWords(
 )
 
 
-# --------------------------------------------------------------------------------------------------- words
+# --------------------------------------------------------------------------------------------------
+# - words
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,8 @@ def test_words_refuse_what_is_ambiguous(tmp_path):
         read_synonyms(tmp_path / "a.txt")
 
 
-# --------------------------------------------------------------------------------------------------- scores
+# --------------------------------------------------------------------------------------------------
+# - scores
 
 
 def test_chair_by_hand():
@@ -118,7 +120,8 @@ def test_chair_by_hand():
     ]
     objects = [{"person", "dog", "knife"}, {"bus"}, {"mouse"}, {"cup", "bus"}]
     own = chair_scores(captions, objects, list("pqrs"), WORDS)
-    # Named: person dog CUP dog | bus | mouse BEAR | -: 2 of 7 are not there, in 2 of 4 captions; found 2 of 3, 1, 1, 0 of 2.
+    # Named: person dog CUP dog | bus | mouse BEAR | -: 2 of 7 are not there, in 2 of 4 captions;
+    # found 2 of 3, 1, 1, 0 of 2.
     assert own.chair_i == pytest.approx(200 / 7) and own.chair_s == 50
     assert (
         own.recall == pytest.approx(400 / 7)
@@ -156,13 +159,15 @@ def test_scores_refuse_what_does_not_fit():
         chair_scores(["a cup"], [{"zebra", "cup"}], ["p"], WORDS)
 
 
-# --------------------------------------------------------------------------------------------------- real captions
+# --------------------------------------------------------------------------------------------------
+# - real captions
 
 
 def test_the_dense_testbed_mostly_says_what_is_there(tmp_path):
     task = scenes_task(60)
     own, file = measure_chair(WEIGHTS, task, work_dir=tmp_path, batch_size=30, device="cpu")
-    # Measured on 200 scenes: CHAIR_i 6.4 +- 0.8, CHAIR_s 24.5 +- 3.0, recall 93.6 +- 0.7; four standard errors of 60.
+    # Measured on 200 scenes: CHAIR_i 6.4 +- 0.8, CHAIR_s 24.5 +- 3.0, recall 93.6 +- 0.7; four
+    # standard errors of 60.
     assert own.chair_i < 13 and own.chair_s < 47 and own.recall > 88 and own.silent == 0
     said = [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
     assert len(set(said)) > 40 and all(
@@ -184,7 +189,9 @@ def llava(tmp_path_factory) -> Path:
 
 
 def coco(folder: Path) -> Path:
-    """3 pictures with objects and one without, in COCO's formats; the tiny model's words are among the objects."""
+    """3 pictures with objects and one without, in COCO's formats; the tiny model's words are among
+    the objects.
+    """
     names = ["red", "square", "green"]
     files = [f"{n}.jpg" for n in range(4)]
     (folder / "pictures").mkdir(parents=True)
@@ -247,7 +254,7 @@ def test_coco_pictures_are_sampled_described_and_kept(tmp_path, llava, monkeypat
 def test_coco_tasks_are_checked(tmp_path, llava):
     folder = coco(tmp_path / "coco")
     with pytest.raises(
-        DataError, match="4 images with objects are wanted, and there are 3. Lower --n"
+        DataError, match="4 images with objects are needed, and there are 3. Lower --n"
     ):
         coco_task(folder / "instances.json", folder / "pictures", 4)
     (folder / "pictures/1.jpg").write_bytes(b"no picture")
@@ -302,7 +309,7 @@ def test_command_on_the_testbed_and_on_coco(tmp_path, llava, capsys, monkeypatch
         ),
         (
             ("testbed", "--prompt", "What?"),
-            "--captions, --synonyms and --prompt go with --annotations",
+            "--captions, --synonyms and --prompt need --annotations",
         ),
         (("nowhere",), "nowhere is not a folder"),
         (("testbed", "--dtype", "int8"), "--dtype int8: float32, bfloat16 or float16 is needed"),

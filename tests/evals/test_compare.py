@@ -66,7 +66,8 @@ def run(answers: list[str], **changes) -> Run:
     return Run(model="m", data="POPE", questions=questions, answers=tuple(answers))
 
 
-# --------------------------------------------------------------------------------------------------- the numbers
+# --------------------------------------------------------------------------------------------------
+# - the numbers
 
 
 def test_by_hand():
@@ -250,7 +251,8 @@ def test_a_line_that_is_being_written_is_left_alone(scored, tmp_path):
     assert len(own.answers) == 11 and growing.read_bytes() == file.read_bytes()[:-5]
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# - refusals
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,8 @@ def test_damaged_files_are_named(scored, tmp_path):
         read_runs(place)
 
 
-# --------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------
+# - the command
 
 
 def hipp(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:

@@ -1,4 +1,6 @@
-"""Benchmark files from annotations, published questions and ScienceQA's own formats: right, whole, and resumable."""
+"""Benchmark files from annotations, published questions and ScienceQA's own formats: right, whole,
+and resumable.
+"""
 
 import base64
 import io
@@ -45,7 +47,9 @@ def scene(number: int) -> list[str]:
 
 
 def coco(folder: Path, n: int = 20) -> tuple[Path, Path]:
-    """An instance file of n pictures, each object annotated twice, and two pictures with too little; and the image folder."""
+    """An instance file of n pictures, each object annotated twice, and two pictures with too
+    little; and the image folder.
+    """
     ids = {name: 3 * number + 1 for number, name in enumerate(KINDS)}
     images = [{"id": 900 - i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in range(n + 2)]
     annotations = [
@@ -65,7 +69,9 @@ def coco(folder: Path, n: int = 20) -> tuple[Path, Path]:
 
 
 def by_the_authors(sample: list[AnnotatedImage], strategy: str) -> dict[str, list[str]]:
-    """Image to the absent objects that POPE's rules pick, spelled out; an empty string where they pick at random."""
+    """Image to the absent objects that POPE's rules pick, spelled out; an empty string where they
+    pick at random.
+    """
     frequency, order = Counter(), []
     for image in sample:
         for name in image.objects:
@@ -94,7 +100,8 @@ def by_the_authors(sample: list[AnnotatedImage], strategy: str) -> dict[str, lis
     return picked
 
 
-# --------------------------------------------------------------------------------------------------- POPE
+# --------------------------------------------------------------------------------------------------
+# - POPE
 
 
 def test_built_pope_obeys_the_authors_rules(tmp_path):
@@ -299,7 +306,8 @@ def test_published_files_must_be_there_and_readable(tmp_path):
         pope_from_published(tmp_path)
 
 
-# ------------------------------------------------------------------------------------- annotations that are wrong
+# ------------------------------------------------------------------------------------- annotations
+# that are wrong
 
 
 @pytest.mark.parametrize(
@@ -366,7 +374,8 @@ def test_too_few_objects_are_refused(tmp_path):
         build_pope(images, n_images=0)
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------
+# - pictures
 
 
 def test_missing_and_escaping_pictures_are_named(tmp_path):
@@ -407,7 +416,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def counted(
     folder: Path, names: list[str], calls: list[str], stop_at: int | None = None
 ) -> list[Picture]:
-    """The pictures of a folder, which note that they are read, and stop the run at one of them as ctrl-C does."""
+    """The pictures of a folder, which note that they are read, and stop the run at one of them as
+    ctrl-C does.
+    """
 
     def read(picture: Picture) -> bytes:
         if len(calls) == stop_at:
@@ -482,11 +493,14 @@ def test_another_file_is_kept_unless_asked(tmp_path):
         write_table(tmp_path / "none.tsv", [], [], source={})
 
 
-# --------------------------------------------------------------------------------------------------- ScienceQA
+# --------------------------------------------------------------------------------------------------
+# - ScienceQA
 
 
 def problems() -> dict[str, dict]:
-    """Problems of every shape: 2 to 4 choices, with and without picture and hint, an option that pandas would drop."""
+    """Problems of every shape: 2 to 4 choices, with and without picture and hint, an option that
+    pandas would drop.
+    """
     choices = [
         ["red", "blue"],
         ["east", "west", "north", "south"],
@@ -732,11 +746,14 @@ def test_broken_picture_in_parquet_is_named(tmp_path):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
 
 
-# --------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------
+# - commands
 
 
 def hipp(capsys, monkeypatch, cwd: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command, run in this process: a process of its own takes seconds to import."""
+    """Exit code, stdout and stderr of the command, run in this process: a process of its own takes
+    seconds to import.
+    """
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["hipp", *arguments])
     with pytest.raises(SystemExit) as stop:
@@ -760,9 +777,7 @@ def test_commands_build_the_files(tmp_path, capsys, monkeypatch):
         "lmu/POPE.tsv",
     )
     code, said, _ = hipp(capsys, monkeypatch, tmp_path, *made)
-    assert (
-        code == 0 and "questions about 10 pictures (random 60, popular 60, adversarial 60)" in said
-    )
+    assert code == 0 and "questions about 10 images (random 60, popular 60, adversarial 60)" in said
     assert hipp(capsys, monkeypatch, tmp_path, *made)[0] == 0  # there already
     code, _, wrong = hipp(capsys, monkeypatch, tmp_path, *made, "--seed", "1")
     assert code == 2 and "lmu/POPE.tsv exists" in wrong

@@ -7,15 +7,15 @@ import pytest
 
 from hipp_ext import PruningPlan, load_pruned
 from hipp_ext.evals.demo import PREFERENCES, DemoSize, run_demo
+from hipp_ext.evals.generation import Workload
 from hipp_ext.evals.report_page import SECTIONS
-from hipp_ext.evals.studies.generation import Load
 from hipp_ext.planner.fit import FitSettings
 
 SIZE = DemoSize(
     settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2),
     search=12,
     limit=12,
-    load=Load(new_tokens=3, repeats=2, warmup=0),
+    load=Workload(new_tokens=3, repeats=2, warmup=0),
 )
 
 

@@ -1,4 +1,6 @@
-"""The in-process evaluator: agrees with full forward passes, reuses them under masks and pruning, refuses what does not fit."""
+"""The in-process evaluator: agrees with full forward passes, reuses them under masks and pruning,
+refuses what does not fit.
+"""
 
 import dataclasses
 

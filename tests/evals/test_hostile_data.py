@@ -1,4 +1,6 @@
-"""Annotations, published questions and ScienceQA's files from strangers; and one output that several processes write."""
+"""Annotations, published questions and ScienceQA's files from strangers; and one output that
+several processes write.
+"""
 
 import json
 import os
@@ -39,7 +41,8 @@ def instances(folder: Path, **changes: object) -> Path:
     return folder / "instances.json"
 
 
-# --------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------------
+# - JSON
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,8 @@ def test_so_many_objects_are_not_paired(tmp_path):
         build_pope(read_instances(file)[0], n_images=1)
 
 
-# --------------------------------------------------------------------------------------------------- POPE's own files
+# --------------------------------------------------------------------------------------------------
+# - POPE's own files
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,8 @@ def test_a_published_list_of_one_picture_is_that_picture(tmp_path):
     assert [(q.image, q.text) for q in pope_from_published(tmp_path)[0]] == [("a.jpg", "a\u2028b")]
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------
+# - pictures
 
 
 def test_pictures_of_a_folder_are_plain_files_in_it(tmp_path):
@@ -194,7 +199,8 @@ def test_eps_is_no_picture_here(tmp_path):
         )
 
 
-# --------------------------------------------------------------------------------------------------- ScienceQA
+# --------------------------------------------------------------------------------------------------
+# - ScienceQA
 
 
 def problem(**changes: object) -> dict[str, object]:
@@ -276,17 +282,17 @@ def test_a_parquet_file_that_is_cut_or_bent_is_refused_or_read(tmp_path):
 def test_a_parquet_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     from hipp_ext.evals.data import parquet as reader
 
-    monkeypatch.setattr(reader, "_MOST_BYTES", 2**22)
+    monkeypatch.setattr(reader, "_MAX_BYTES", 2**22)
     file = tmp_path / "test.parquet"
     parquet(file, bytes(2**17), 100, use_dictionary=True)  # one picture, a hundred times
     assert file.stat().st_size < 2**20
     with pytest.raises(
         DataError,
-        match="unpack to .* bytes; 4,194,304 are read at most. Write it with smaller row groups",
+        match="unpack to .* bytes; at most 4,194,304 are read. Write it with smaller row groups",
     ):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
-    monkeypatch.setattr(reader, "_MOST_ROWS", 99)
-    with pytest.raises(DataError, match="says that it has 100 rows; 99 are read at most"):
+    monkeypatch.setattr(reader, "_MAX_ROWS", 99)
+    with pytest.raises(DataError, match="claims to have 100 rows; at most 99 are read"):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
 
 
@@ -302,7 +308,8 @@ def test_parquet_of_several_pictures_and_of_no_plain_file(tmp_path):
         write_scienceqa(tmp_path, tmp_path / "lmu", ["test"])
 
 
-# ------------------------------------------------------------------------------- one output, several processes, kills
+# ------------------------------------------------------------------------------- one output,
+# several processes, kills
 
 WRITER = """
 import os, signal, sys, time
@@ -323,8 +330,10 @@ def read(picture):
 if killed_at == "end":  # the table is there, and what was kept for it is still to be removed
     Path.unlink = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 names = [f"{n}.png" for n in range(8)]
-found = [Picture(name=p.name, stamp=p.stamp, read=lambda p=p: read(p)) for p in file_pictures(folder / "in", names)]
-write_table(folder / sys.argv[3], [{"index": n, "question": f"q{n}"} for n in range(8)], found, source={"a": 1})
+files = file_pictures(folder / "in", names)
+found = [Picture(name=p.name, stamp=p.stamp, read=lambda p=p: read(p)) for p in files]
+rows = [{"index": n, "question": f"q{n}"} for n in range(8)]
+write_table(folder / sys.argv[3], rows, found, source={"a": 1})
 """
 
 

@@ -1,4 +1,6 @@
-"""`hipp report` on files from strangers: no text becomes markup, no number breaks a figure, no picture is from elsewhere."""
+"""`hipp report` on files from strangers: no text becomes markup, no number breaks a figure, no
+picture is from elsewhere.
+"""
 
 import copy
 import hashlib
@@ -91,7 +93,9 @@ def latency() -> dict:
 def outputs(
     folder: Path, models: tuple[str, ...] = ("dense", "small"), image: str = HASH, **changes: object
 ) -> Path:
-    """What `vlmeval` leaves of models that answer four questions about a red picture, each in its own way."""
+    """What `vlmeval` leaves of models that answer four questions about a red picture, each in its
+    own way.
+    """
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (9, 9), "red").save(folder / f"images/{HASH[:32]}.png")
     for number, model in enumerate(models):
@@ -125,7 +129,8 @@ def made(folder: Path) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------- texts
+# --------------------------------------------------------------------------------------------------
+# - texts
 
 
 def test_no_text_of_a_file_becomes_markup(tmp_path):
@@ -194,7 +199,8 @@ def test_two_counts_of_questions_are_explained(tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------------- pictures and answers
+# --------------------------------------------------------------------------------------------------
+# - pictures and answers
 
 
 def test_the_picture_of_a_question_is_shown(tmp_path):
@@ -248,7 +254,8 @@ def test_answers_that_lie_elsewhere_are_not_shown(tmp_path):
     assert "a secret question" not in made(mine) and "a secret question" in made(theirs)
 
 
-# --------------------------------------------------------------------------------------------------- numbers and types
+# --------------------------------------------------------------------------------------------------
+# - numbers and types
 
 
 def put(data: dict, path: str, value: object) -> dict:
@@ -364,7 +371,8 @@ def test_a_report_has_a_largest_size(tmp_path):
         read_sources([outputs(tmp_path, tuple(f"m{n}" for n in range(65)))])
 
 
-# --------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------
+# - figures
 
 
 @pytest.mark.parametrize("name", [r"$\frac{1$", "_hidden", "a\nb" * 99, TRAP])

@@ -1,4 +1,6 @@
-"""Tables and pictures from strangers: read, or refused in a sentence; in little time and memory, by no other program."""
+"""Tables and pictures from strangers: read, or refused in a sentence; in little time and memory, by
+no other program.
+"""
 
 import base64
 import io
@@ -68,7 +70,8 @@ def asked(row: dict, **cells) -> dict:
     return {**row, **cells}
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------
+# - pictures
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
@@ -100,7 +103,8 @@ def test_other_pictures_are_refused(data, message):
         rgb_picture(data)
 
 
-# --------------------------------------------------------------------------------------------------- several pictures
+# --------------------------------------------------------------------------------------------------
+# - several pictures
 
 
 @pytest.mark.parametrize(
@@ -164,12 +168,13 @@ def test_a_list_of_one_picture_is_that_picture(tmp_path):
         read_table(write_tsv(tmp_path / "z.tsv", [asked(pope_rows()[0], image="[7]")]), tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- where pictures lie
+# --------------------------------------------------------------------------------------------------
+# - where pictures lie
 
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """A folder "in" for a table, with things in it that are not pictures, and a picture beside it."""
+    """A folder "in" for a table, with files that are not images, and an image beside it."""
     inside = tmp_path / "in"
     (inside / "folder").mkdir(parents=True)
     for where in (tmp_path, inside, inside / "folder"):
@@ -241,7 +246,8 @@ def test_no_program_is_started_for_a_picture(place, monkeypatch):
     assert not (place / "images").exists()
 
 
-# --------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------
+# - tables
 
 
 HEAD = "index\timage\tquestion\tanswer\tcategory\n"
@@ -271,7 +277,10 @@ def row(**cells: str) -> bytes:
         (HEAD.encode() + b"\n" + b"\t" * 10**6 + b"\n", "a row has more than 1,000 cells"),
         (HEAD.encode() + b'"a\n"\t' * 10**6 + b"\n", "a row has more than 1,000 cells"),
         (row() + b"\t" * 10**6 + b"\n", "cannot be read as tab-separated"),
-        (row(category=",".join(map(str, range(10**5)))), "names 100,000 splits; 100 can be scored"),
+        (
+            row(category=",".join(map(str, range(10**5)))),
+            "names 100,000 splits; at most 100 can be scored",
+        ),
         (row(image="A" * 10**6), "the image cannot be decoded"),
         (row(image="A" * (10**6 + 1)), "the image is not valid base64"),
         (row(image="[" * 10**5 + "]" * 10**5), "the image cannot be decoded"),
@@ -321,7 +330,8 @@ def test_cells_of_choices_are_bounded_too(tmp_path):
         read_table(write_tsv(tmp_path / "x.tsv", rows), tmp_path / "images")
 
 
-# --------------------------------------------------------------------------------------------------- small parts
+# --------------------------------------------------------------------------------------------------
+# - small parts
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "{" * 9, "", "1" * 5000, b"\xff", "nul"])

@@ -1,4 +1,4 @@
-"""`hipp bench latency`: fixed numbers of tokens, taken in turns; FLOPs by hand; memory that grows with what is asked."""
+"""`hipp latency`: fixed numbers of tokens, taken in turns; FLOPs by hand; memory that grows with what is asked."""
 
 import json
 import sys
@@ -6,26 +6,22 @@ import sys
 import pytest
 import torch
 from models import build
+from safetensors.torch import save_file
 
 from hipp_ext import load_pruned, save_pruned, testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.cli import main
 from hipp_ext.errors import DataError, PlanError
-from hipp_ext.evals.studies.generation import (
-    Load,
-    measure,
-    own_extra_mib,
-    prefill_gflops,
-    token_seconds,
-)
-from hipp_ext.evals.studies.latency import folders, print_table, run
-from hipp_ext.evals.studies.measuring import resident
+from hipp_ext.evals.generation import Workload, measure, prefill_gflops, prompts, token_seconds
+from hipp_ext.evals.generation_memory import own_extra_mib
+from hipp_ext.evals.latency import folders, print_table, run
+from hipp_ext.evals.measuring import resident
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import Magnitude
 from hipp_ext.testbed import WEIGHTS
 from hipp_ext.units import plan_from_counts
 
-QUICK = Load(tokens=16, new_tokens=4, repeats=3, warmup=1)
+QUICK = Workload(tokens=16, new_tokens=4, repeats=3, warmup=1)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +59,7 @@ def test_every_run_has_as_many_tokens_as_asked():
 
 
 def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
-    from hipp_ext.evals.studies import generation
+    from hipp_ext.evals import generation
 
     models, order = {"big": llama(4, 256), "small": llama(1, 64)}, []
 
@@ -72,7 +68,7 @@ def test_models_take_turns_and_more_work_takes_longer(monkeypatch):
         return token_seconds(model, *arguments)
 
     monkeypatch.setattr(generation, "token_seconds", noted)
-    rows = measure(models, Load(tokens=256, new_tokens=4, repeats=3, warmup=1))
+    rows = measure(models, Workload(tokens=256, new_tokens=4, repeats=3, warmup=1))
     assert order == ["big", "small"] * 4  # one warm-up turn, three that count
     for row in rows.values():
         for metric in ("prefill_ms", "decode_ms"):
@@ -107,7 +103,7 @@ def test_flops_are_those_counted_by_hand():
 def test_memory_grows_with_the_batch():
     if resident("VmRSS") != resident("VmRSS"):
         pytest.skip("no /proc here")
-    few, many = (own_extra_mib(WEIGHTS, Load(rows=rows, new_tokens=2)) for rows in (1, 256))
+    few, many = (own_extra_mib(WEIGHTS, Workload(rows=rows, new_tokens=2)) for rows in (1, 256))
     assert many > few + 20 and few >= 0
 
 
@@ -123,9 +119,17 @@ def test_folders_and_plans(plan, tmp_path):
         folders({"other": tmp_path / "other"}, [plan], tmp_path / "x")
 
 
+def test_a_prompt_holds_the_tokens_of_picture_and_question():
+    rows, tokens = prompts(testbed.load()[0], Workload(rows=2))["input_ids"].shape
+    assert rows == 2 and tokens > 30
+
+
 def test_a_run_on_folders(plan, tmp_path):
-    file = tmp_path / "latency.json"
-    result = run({"dense": WEIGHTS}, [plan], QUICK, device="cpu", out=file, quiet=True)
+    file, inputs = tmp_path / "latency.json", tmp_path / "inputs.safetensors"
+    ids = torch.full((1, 7), 5)
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, inputs)
+    given = {"inputs": inputs, "device": "cpu", "out": file, "quiet": True}
+    result = run({"dense": WEIGHTS}, [plan], QUICK, **given)
     assert json.loads(file.read_text()) == result and result["device"].endswith("CPU")
     dense, half = result["models"]["dense"], result["models"]["half"]
     assert (
@@ -134,9 +138,7 @@ def test_a_run_on_folders(plan, tmp_path):
     )
     for row in (dense, half):
         assert row["extra_mib"] > 0 and row["peak_mib"] == row["weights_mib"] + row["extra_mib"]
-        assert (
-            row["prompt_tokens"] == dense["prompt_tokens"] > 30
-        )  # the picture's tokens and the question's
+        assert row["prompt_tokens"] == 7
     assert half["prefill_speedup"]["n"] == QUICK.repeats
 
 
@@ -170,7 +172,7 @@ def test_names_and_units_are_printed_as_they_are(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "p.json"], "--plan needs the model that it is for"),
+        (["--plan", "p.json"], "Missing argument 'MODEL...'"),
         (["nowhere"], "nowhere is not a model folder"),
         (["testbed", "--dtype", "int4"], "float32, bfloat16 or float16 is needed"),
         (["testbed", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
@@ -182,7 +184,7 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, monkeypatch, cap
     there = tmp_path / "there.json"
     there.write_text("{}")
     monkeypatch.setattr(
-        sys, "argv", ["hipp", "bench", "latency", *(a.format(there=there) for a in arguments)]
+        sys, "argv", ["hipp", "latency", *(a.format(there=there) for a in arguments)]
     )
     with pytest.raises(SystemExit) as stop:
         main()

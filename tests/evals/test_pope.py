@@ -1,4 +1,6 @@
-"""POPE: our numbers are VLMEvalKit's for its rule, and the authors' for theirs; and the error bars are honest."""
+"""POPE: our numbers are VLMEvalKit's for its rule, and the authors' for theirs; and the error bars
+are honest.
+"""
 
 import math
 

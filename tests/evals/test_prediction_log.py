@@ -1,4 +1,6 @@
-"""The log of answers: killed at any point, written by several processes, on file systems without locks, and damaged."""
+"""The log of answers: killed at any point, written by several processes, on file systems without
+locks, and damaged.
+"""
 
 import json
 import random
@@ -56,7 +58,8 @@ def whole(tmp_path) -> bytes:
     return (tmp_path / "whole/log.jsonl").read_bytes()
 
 
-# ------------------------------------------------------------------------------------- the same answers, whatever happens
+# ------------------------------------------------------------------------------------- the same
+# answers, whatever happens
 
 
 def test_a_file_cut_off_anywhere_is_completed_to_the_same_bytes(tmp_path, whole):
@@ -187,7 +190,8 @@ def test_what_killed_writes_leave_is_swept(tmp_path):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# --------- refusals
 
 
 @pytest.mark.parametrize(

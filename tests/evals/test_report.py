@@ -1,4 +1,6 @@
-"""`hipp report`: one page that needs nothing else, made of what `vlmeval`, `hipp fit` and others left; drawn by Chromium."""
+"""`hipp report`: one page that needs nothing else, made of what `vlmeval`, `hipp fit` and others
+left; drawn by Chromium.
+"""
 
 import json
 import re
@@ -93,7 +95,8 @@ def page(made) -> str:
     return write_report(made).read_text()
 
 
-# --------------------------------------------------------------------------------------------------- the page itself
+# --------------------------------------------------------------------------------------------------
+# - the page itself
 
 
 def test_the_page_needs_no_network_and_no_file_beside_it(page):
@@ -219,15 +222,17 @@ def test_several_folders_with_one_name_and_other_content(made, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (375, 0)])
 def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme):
-    """At a desk in light, on a phone in dark: nothing is wider than the screen, and the background is the scheme's."""
+    """At a desk in light, on a phone in dark: nothing is wider than the screen, and the background
+    is the scheme's.
+    """
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone; a frame can
     frame.write_text(
         f"<body style='margin:0'><iframe id=f width={width} height=900 style='border:0' "
-        f"src='file://{made / 'report.html'}'></iframe><script>onload = () => {{ const d = f.contentDocument; "
+        f"src='file://{made / 'report.html'}'></iframe><script>onload = () => "
+        "{ const d = f.contentDocument, style = f.contentWindow.getComputedStyle; "
         "document.title = [d.documentElement.scrollWidth, d.images.length, "
-        "[...d.images].every(i => i.naturalWidth), "
-        "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
-        "f.contentWindow.getComputedStyle(d.querySelector('figure text')).fill, "
+        "[...d.images].every(i => i.naturalWidth), style(d.body).backgroundColor, "
+        "style(d.querySelector('figure text')).fill, "
         "d.querySelector('figure svg').getBoundingClientRect().width].join(' | ') }</script>"
     )
     shot = tmp_path / "shot.png"
@@ -262,7 +267,8 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
     assert len(set(Image.open(shot).convert("RGB").resize((64, 64)).getdata())) > 50
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# ----------- refusals
 
 
 def test_what_cannot_be_reported_is_refused(made, tmp_path):

@@ -205,7 +205,7 @@ def test_a_missing_library_is_named(closeness, monkeypatch, name, library):
     for module in [m for m in sys.modules if m.partition(".")[0] == library] + [library]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        MissingExtraError, match=rf'{library} is not installed.*"hipp-ext\[bench\]"'
+        MissingExtraError, match=rf'{library} is not installed.*"hipp-ext\[studies\]"'
     ):
         METHODS[name](problem_of(closeness), 0)
 

@@ -10,13 +10,12 @@ import pytest
 from hipp_ext.allocators import ALLOCATORS
 from hipp_ext.errors import HippError, OutputExistsError
 from hipp_ext.evals.studies.measuring import rank_correlation
-from hipp_ext.evals.studies.search import control
+from hipp_ext.evals.studies.search import control, study
 from hipp_ext.evals.studies.search.methods import METHODS
 from hipp_ext.evals.studies.search.study import (
     HIPP,
     INFORMED,
     UNTRAINED,
-    VARIANTS,
     StudySize,
     all_jobs,
     run_study,
@@ -25,19 +24,28 @@ from hipp_ext.evals.studies.search.summary import run
 
 SIZE = StudySize(
     seeds=1,
-    ablation_seeds=1,
     evaluations=12,
-    questions=(16, 16),
+    questions=(12, 12),
     sensitivity_rows=8,
-    front_plans=12,
-    front_questions=8,
-    table_questions=(24, 16),
+    front_plans=8,
+    front_questions=6,
+    table_questions=(16, 16),
 )
 
 
-def test_a_small_study(tmp_path):
+@pytest.fixture
+def few_answers(few_rows, monkeypatch):
+    """Fewer preferences, and only those searches that can start from sensitivity, and random."""
+    monkeypatch.setattr(study, "LATTICE_STEPS", 4)
+    monkeypatch.setattr(study, "EDGE_RATIOS", (0.3, 0.5))
+    for name in ("EvoPress", "NSGA-II"):
+        monkeypatch.delitem(METHODS, name)
+        monkeypatch.delitem(study.SEARCHES, name)
+
+
+def test_a_small_study(tmp_path, few_answers):
     result = run(SIZE, tmp_path, processes=1)
-    assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *INFORMED, *VARIANTS, UNTRAINED}
+    assert set(result["methods"]) == {*ALLOCATORS, *METHODS, *INFORMED, HIPP, UNTRAINED}
     for name, row in result["methods"].items():
         assert 0 < row["hypervolume"]["mean"] < 0.6, name
         assert (row["evaluations"] <= 12) and (
@@ -61,9 +69,9 @@ def test_a_small_study(tmp_path):
         assert estimate["se"] >= 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
     assert len(result["paired"]) == 10
     policy, archived = result["control"]["policy"], result["control"]["archived"]
-    assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5", "0.6"}
+    assert set(policy["swing_points_utility_minus_robustness_corner"]) == {"0.3", "0.5"}
     assert (
-        len(policy["spearman"]) == 12 and len(archived["spearman"]) == 6
+        len(policy["spearman"]) == 10 and len(archived["spearman"]) == 6
     )  # no archived plan has exactly a given budget
     assert policy["removed_percent_from_compression_to_robustness"][-1] < 30
     assert (
@@ -71,20 +79,20 @@ def test_a_small_study(tmp_path):
         <= archived["lattice_distinct_plans"]["mean"]
         <= 12
         < policy["lattice_distinct_plans"]["mean"]
-        <= 66
+        <= 15
     )
     untrained = result["control"]["untrained"]
     assert (
         untrained["spearman"]["robustness-compression edge: compression"]["mean"] > 0.99
-        and len(untrained["spearman"]) == 12
+        and len(untrained["spearman"]) == 10
     )
     for who in (policy, archived):
         removed = who["removed_percent_from_compression_to_robustness"]
         assert (
-            len(removed) == 11 and removed[0] >= removed[-1]
+            len(removed) == 5 and removed[0] >= removed[-1]
         )  # of twelve evaluated plans one may answer all
         assert 0 < who["lattice_distinct_nondominated_percent"]["mean"] <= 100
-    assert (tmp_path / "search_16_16.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "search_12_12.png").read_bytes()[:4] == b"\x89PNG"
 
     done = json.loads((tmp_path / f"{HIPP}-0.json").read_text())
     (tmp_path / "uniform-0.json").unlink()
@@ -105,21 +113,14 @@ def test_a_small_study(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_study(tmp_path):
     def kill():
-        while not multiprocessing.active_children():
+        while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.05)
-        multiprocessing.active_children()[0].kill()
+        for child in children:  # one that is left would finish its start first
+            child.kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(HippError, match="the same command goes on from there"):
-        run_study(SIZE, tmp_path, [("uniform", 0), ("random", 0)], processes=1)
-
-
-def test_jobs_without_ablations():
-    full, main = ({name for name, _ in all_jobs(StudySize(ablation_seeds=n))} for n in (2, 0))
-    assert (
-        full - main == {*VARIANTS} - {HIPP}
-        and {HIPP, UNTRAINED, *METHODS, *INFORMED, *ALLOCATORS} == main
-    )
+    with pytest.raises(HippError, match="the same command continues from there"):
+        run_study(SIZE, tmp_path, [("uniform", 0), ("random", 0)], processes=2)
 
 
 def test_what_is_constant_follows_nothing():

@@ -22,7 +22,9 @@ def mean(sums):
 def clustered_pairs(
     rng, clusters: int, size: int, gain: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Two models whose right answers share each picture's difficulty, and who each misread whole pictures at times."""
+    """Two models whose right answers share each picture's difficulty, and who each misread whole
+    pictures at times.
+    """
     shape = (clusters, size)
     difficulty = rng.normal(0, 1, (clusters, 1))
     sides = []
@@ -54,7 +56,8 @@ def test_bootstrap_error_equals_the_closed_form_and_metrics():
 
 
 def test_closed_form_by_hand():
-    # Means 1 and 1/3 in clusters of 1 and 3: overall 1/2; residuals 1 - 1/2 and 1 - 3/2; sqrt(2 * (1/4 + 1/4)) / 4.
+    # Means 1 and 1/3 in clusters of 1 and 3: overall 1/2; residuals 1 - 1/2 and 1 - 3/2; sqrt(2 *
+    # (1/4 + 1/4)) / 4.
     assert clustered_mean_se(np.array([1, 1, 0, 0]), ["a", "b", "b", "b"]) == pytest.approx(0.25)
     assert math.isnan(clustered_mean_se(np.array([1, 0]), ["a", "a"]))
 
@@ -107,7 +110,8 @@ def test_paired_difference_by_hand():
     assert (own.n, own.clusters, own.only_a, own.only_b) == (8, 4, 3, 1)
     assert (own.a, own.b, own.difference.value) == (62.5, 37.5, -25)
     assert own.discordance == 50 and own.mcnemar_p == pytest.approx(2 * (1 + 4) / 16)
-    # Gains by picture -1, 0, 0, -1, less -1/4 for each of 2 rows: residuals -1/2, 1/2, 1/2, -1/2; variance 4/3 / 64.
+    # Gains by picture -1, 0, 0, -1, less -1/4 for each of 2 rows: residuals -1/2, 1/2, 1/2, -1/2;
+    # variance 4/3 / 64.
     assert own.design_effect == pytest.approx((4 / 3 / 64) / ((4 / 8 - 1 / 16) / 8))
 
 
@@ -153,7 +157,8 @@ def test_the_number_of_questions_has_the_power_it_promises(difference, discordan
 
 
 def test_the_number_of_questions_by_hand_and_its_directions():
-    # psi = .1, delta = .05, 80%: (1.959964 * sqrt(.1) + .841621 * sqrt(.1 - .0025))**2 / .0025 = 311.8
+    # psi = .1, delta = .05, 80%: (1.959964 * sqrt(.1) + .841621 * sqrt(.1 - .0025))**2 / .0025 =
+    # 311.8
     assert questions_needed(5, 10) == questions_needed(-5, 10) == 312
     assert questions_needed(1, 10) > 24 * 312 / 1.1 and questions_needed(5, 20) > 600
     assert questions_needed(5, 10, power=0.9) > 400 and questions_needed(5, 10, alpha=0.01) > 400

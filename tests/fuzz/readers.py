@@ -315,13 +315,15 @@ def make_recovery(folder: Path) -> None:
     checkpoints, model, optimizers = recovery(folder)
     model(torch.ones(1, 3)).sum().backward()
     optimizers[0].step()
-    checkpoints.save(1, [0.5], model, optimizers, None)
+    with checkpoints.run:
+        checkpoints.save(1, [0.5], model, optimizers, None)
 
 
 @TABLE.reads("recovery", make_recovery, errors=("CheckpointError",))
 def read_recovery(folder: Path) -> Any:
     checkpoints, model, optimizers = recovery(folder)
-    return checkpoints.load(model, optimizers, None)
+    with checkpoints.run:
+        return checkpoints.load(model, optimizers, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- image sets

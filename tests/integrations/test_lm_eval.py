@@ -1,4 +1,6 @@
-"""lm-eval for real: our tasks and model through its command line, equal to the `vlmeval` path answer by answer."""
+"""lm-eval for real: our tasks and model through its command line, equal to the `vlmeval` path
+answer by answer.
+"""
 
 import json
 import shutil
@@ -26,7 +28,7 @@ N = 32
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """data/ with the first questions of the testbed's test split, and pruned/, of unequal widths."""
+    """data/ with the first questions of the testbed's test split, and the model pruned/."""
     folder = tmp_path_factory.mktemp("lm_eval")
     testbed.export(folder / "all", splits=("test",))
     (folder / "data").mkdir()
@@ -124,7 +126,8 @@ def evaluated(
     )
 
 
-# --------------------------------------------------------------------------------------------------- the same numbers
+# --------------------------------------------------------------------------------------------------
+# - the same numbers
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,8 @@ def test_a_split_that_is_not_asked_is_nan(place, tmp_path):
     assert found["official_yes_rate_random,none"] == found["official_yes_rate_overall,none"]
 
 
-# -------------------------------------------------------------------------------------------------------- language models
+# --------------------------------------------------------------------------------------------------
+# ------ language models
 
 
 def test_a_pruned_language_model_scores_text_tasks(tmp_path):
@@ -255,7 +259,8 @@ def test_a_pruned_language_model_scores_text_tasks(tmp_path):
         assert value == pytest.approx(float(logs.gather(1, ids[0, -n:, None]).sum()), abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# --------- refusals
 
 
 @pytest.mark.parametrize(
@@ -307,7 +312,9 @@ def test_no_code_of_a_folder_is_run_and_nobody_is_asked(place, tmp_path, monkeyp
 
 
 def test_chats_begin_once_and_decoding_is_plain(place, tmp_path):
-    """A template that writes the beginning-of-text token, a tokenizer that adds it, and settings that change logits."""
+    """A template that writes the beginning-of-text token, a tokenizer that adds it, and settings
+    that change logits.
+    """
     from PIL import Image
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoProcessor

@@ -68,7 +68,8 @@ def answers(record) -> dict:
     return {entry["index"]: entry["prediction"] for entry in map(json.loads, lines)}
 
 
-# ------------------------------------------------------------------------------------------------- the numbers
+# -------------------------------------------------------------------------------------------------
+# the numbers
 
 
 def test_numbers_equal_vlmevalkits_own_loop(records, llava, lmu, tmp_path, monkeypatch):
@@ -201,7 +202,8 @@ def test_questions_without_a_picture_can_be_asked(llava):
     )
 
 
-# ---------------------------------------------------------------------------------------- nothing twice, nothing stale
+# ---------------------------------------------------------------------------------------- nothing
+# twice, nothing stale
 
 
 def test_interrupted_run_goes_on(records, llava, lmu, tmp_path, monkeypatch, capsys, asked):
@@ -228,7 +230,7 @@ def test_interrupted_run_goes_on(records, llava, lmu, tmp_path, monkeypatch, cap
     ]
     monkeypatch.setattr(HippVLM, "generate_batch", interrupted)
     assert main(command) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert asked == [3, 3]
     monkeypatch.setattr(HippVLM, "generate_batch", counted)
     (log,) = tmp_path.rglob("predictions.jsonl")
@@ -245,7 +247,9 @@ def test_interrupted_run_goes_on(records, llava, lmu, tmp_path, monkeypatch, cap
 def test_a_full_disk_costs_only_what_did_not_fit(
     records, llava, lmu, tmp_path, monkeypatch, capsys, asked
 ):
-    """The system refuses the rest of a write, as it does when the disk is full, in the middle of a line."""
+    """The system refuses the rest of a write, as it does when the disk is full, in the middle of a
+    line.
+    """
     command = [
         "--data",
         "POPE",
@@ -277,7 +281,7 @@ def test_a_full_disk_costs_only_what_did_not_fit(
     said = capsys.readouterr().err
     assert (
         "answers could not be written" in said
-        and "make room, and the same command goes on from there" in said
+        and "free some space and run the same command again to continue" in said
     )
     assert not list(tmp_path.rglob("results.json"))
     (log,) = tmp_path.rglob("predictions.jsonl")
@@ -333,7 +337,8 @@ def test_local_tables_of_both_kinds(records, llava, lmu, tmp_path):
     assert mcq.metrics == records[1].metrics and (mcq.data, yes_no.data) == ("exam", "MME_mine")
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------
+# ------ the command
 
 
 def test_several_models_and_data_in_one_command(llava, lmu, tmp_path, capsys, monkeypatch):
@@ -468,8 +473,8 @@ def test_a_fresh_process_is_left_as_it_was(llava, lmu, tmp_path):
 
 def test_without_vlmevalkit_the_extra_is_named():
     code = (
-        "import sys; sys.modules['vlmeval'] = None; from hipp_ext.integrations.vlmevalkit import main; "
-        "sys.exit(main(['--data', 'POPE', '--model', '.']))"
+        "import sys; sys.modules['vlmeval'] = None; from hipp_ext.integrations.vlmevalkit import "
+        "main; sys.exit(main(['--data', 'POPE', '--model', '.']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
@@ -490,7 +495,8 @@ def test_registering_twice_is_harmless_and_imports_leave_no_trace():
     assert ssl._create_default_https_context is not ssl._create_unverified_context
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# ------- bad input
 
 
 def spoil(rows: list[dict], row: int, **cells) -> list[dict]:
@@ -504,9 +510,9 @@ def spoil(rows: list[dict], row: int, **cells) -> list[dict]:
         (
             pope_rows(),
             ("category", "image"),
-            r"missing column category, image \(or image_path\); a yes/no table has it",
+            r"missing column category, image \(or image_path\); a yes/no table needs it",
         ),
-        (scienceqa_rows(), ("B",), "missing column B; a multiple choice table has it"),
+        (scienceqa_rows(), ("B",), "missing column B; a multiple choice table needs it"),
         (spoil(pope_rows(), 3, index=1), (), "index 1 occurs more than once"),
         (spoil(pope_rows(), 3, image="!!!" * 30), (), "row 3: the image cannot be decoded"),
         (spoil(pope_rows(), 3, image="A" * 101), (), "row 3: the image is not valid base64"),
@@ -540,7 +546,7 @@ def spoil(rows: list[dict], row: int, **cells) -> list[dict]:
             "row 14 has the answer 'C'; its options are A, B .*None",
         ),
         (spoil(scienceqa_rows(), 2, category=""), (), "row 12 has no category"),
-        ([{**row, "image": ""} for row in scienceqa_rows()], (), "no row has a picture"),
+        ([{**row, "image": ""} for row in scienceqa_rows()], (), "no row has an image"),
         (
             [{**row, "image_path": "gone.png"} for row in pope_rows()],
             ("image",),
@@ -673,7 +679,9 @@ def test_nothing_waits_for_a_pipe_in_a_model_folder(llava, tmp_path, place):
 
 
 def test_half_written_pruned_folders(lmu, tmp_path, capsys):
-    """What a copy that was cut off leaves is refused before a question is asked, and named; the weights tell widths."""
+    """What a copy that was cut off leaves is refused before a question is asked, and named; the
+    weights tell widths.
+    """
     model, processor = testbed.load()
     groups = find_groups(model)
     plan = plan_from_counts(
@@ -733,10 +741,10 @@ def test_200_questions_on_the_testbed_take_less_than_a_minute(tmp_path):
         ({"batch_size": 0}, "must be 1 or more"),
         ({"dtype": "int4"}, "dtype 'int4' is not one of float32"),
         ({"data": []}, "nothing to evaluate"),
-        ({"data": ["../x=POPE.tsv"]}, "a data set's name"),
+        ({"data": ["../x=POPE.tsv"]}, "the name of a data set consists of"),
         ({"data": ["x=nowhere.tsv"]}, "there is no file 'nowhere.tsv'"),
         ({"data": ["POPE", "POPE={lmu}/ScienceQA_TEST.tsv"]}, "two files for one name"),
-        ({"work_dir": "{llava}/outputs"}, "lies in the model folder"),
+        ({"work_dir": "{llava}/outputs"}, "is in the model folder"),
     ],
 )
 def test_arguments_are_checked(llava, lmu, tmp_path, change, message):

@@ -1,4 +1,6 @@
-"""`vlmeval` as people use it: stopped, started twice, under any name, in a narrow terminal, on folders of strangers."""
+"""`vlmeval` as people use it: stopped, started twice, under any name, in a narrow terminal, on
+folders of strangers.
+"""
 
 import builtins
 import io
@@ -66,12 +68,15 @@ def files(work: Path) -> dict[str, bytes]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ stopped and started
+# ------------------------------------------------------------------------------------------------
+# stopped and started
 
 
 @pytest.fixture
 def telling(monkeypatch) -> None:
-    """Models whose answers tell which questions were asked together, as the last bits of logits do now and then."""
+    """Models whose answers tell which questions were asked together, as the last bits of logits do
+    now and then.
+    """
 
     def answers(self, messages):
         return [f"Yes {' | '.join(other[-1]['value'] for other in messages)}" for _ in messages]
@@ -160,8 +165,9 @@ def test_ctrl_c_while_it_starts(llava, lmu, tmp_path, seconds):
 
 def test_the_entry_point_imports_next_to_nothing():
     code = (
-        "import sys; from hipp_ext.integrations.vlmevalkit import main; from hipp_ext.integrations import vlmevalkit_cli;"
-        "print(sorted({'torch', 'numpy', 'pandas', 'pydantic', 'rich', 'transformers', 'vlmeval'} & set(sys.modules)))"
+        "import sys; from hipp_ext.integrations.vlmevalkit import main; from "
+        "hipp_ext.integrations import vlmevalkit_cli;print(sorted({'torch', 'numpy', 'pandas', "
+        "'pydantic', 'rich', 'transformers', 'vlmeval'} & set(sys.modules)))"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
@@ -169,7 +175,8 @@ def test_the_entry_point_imports_next_to_nothing():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- names
+# --------------------------------------------------------------------------------------------------
+# ----------- names
 
 
 def test_results_are_found_under_the_names_that_were_typed(
@@ -242,12 +249,13 @@ def test_two_models_of_one_name(telling, llava, lmu, tmp_path, capsys):
     assert len(folders) == 2 and all(f"│ {folder} │" in out for folder in folders)
     with pytest.raises(
         Exception,
-        match=f"several models of this name were evaluated, name one: {folders[0]}, {folders[1]}",
+        match=f"several models of this name were evaluated. Name one of {folders[0]}, {folders[1]}",
     ):
         read_runs(tmp_path / "out/m")
 
 
-# ------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------
+# ----------- table
 
 
 def printed(records, width: int) -> str:
@@ -291,8 +299,8 @@ def test_what_n_counts_is_said_where_it_is_not_the_questions(telling, llava, lmu
     assert main(command(llava, lmu, tmp_path, "--limit", "4")) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        "POPE: 4 questions were asked; n is 6 because, as in VLMEvalKit, a question counts once for each split"
-        in out
+        "POPE: 4 questions were asked; n is 6 because, as in VLMEvalKit, a question counts once "
+        "for each split" in out
     )
     rows = [row | {"category": "random"} for row in pope_rows()]
     assert (
@@ -308,7 +316,8 @@ def test_what_n_counts_is_said_where_it_is_not_the_questions(telling, llava, lmu
     assert "questions were asked" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------- what is asked, and how it is answered
+# ------------------------------------------------------------------------------- what is asked, and
+# how it is answered
 
 
 @pytest.fixture(scope="module")

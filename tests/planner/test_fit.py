@@ -239,6 +239,22 @@ def test_budgets_keep_within_tight_bounds(model, signals):
     assert max(ratios) < 0.3 and sum(r > 0.29 for r in ratios) < len(ratios) / 3
 
 
+@pytest.mark.parametrize("drop", ["blocks", "layers"])
+def test_a_fit_may_drop_blocks(model, tmp_path, drop):
+    planner = HiPPPlanner(Preference(0, 0, 1), bounds=Bounds(drop=drop, min_keep=0.6), cache=None)
+    planner.fit(model, Closeness(model), SETTINGS, calibration=BATCHES, progress=False)
+    counts = [r.keep_counts for r in planner.archive.records]
+    assert (
+        planner.signals.levels == 8
+        and planner.bounds.allow(planner.signals.groups, np.array(counts)).all()
+    )
+    assert any(0 in plan for plan in counts)  # with floors of 0.6, large ratios need it
+    planner.save(tmp_path / "p")
+    loaded = HiPPPlanner.load(tmp_path / "p")
+    assert loaded.bounds == planner.bounds and loaded.plan(model) == planner.plan(model)
+    assert [f.plan for f in loaded.front()] == [f.plan for f in planner.front()]
+
+
 def test_a_fit_whose_archive_lost_lines_is_not_resumed(model, signals, tmp_path):
     planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     path = tmp_path / "archive.jsonl"

@@ -1,19 +1,28 @@
-"""`hipp bench control`: does the preference steer?
+"""Does the preference steer?
 
-Neighbouring wishes get plans that differ by thousandths. So plans are judged here by more questions than where methods are
-compared, in the fit and on the test split; `hipp bench search` reads the same figures with its own.
+Similar preferences get plans that differ by thousandths. Therefore this study asks more questions
+than the comparison of methods, in the fit and on the test split. The search study reports the same
+figures with its own number of questions.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import moocore
 import numpy as np
+import typer
 
-from hipp_ext.evals.studies.measuring import keep_picture, mean_and_se, rank_correlation, report
+from hipp_ext.evals.studies.measuring import (
+    Save,
+    keep_picture,
+    mean_and_se,
+    rank_correlation,
+    report,
+    run_command,
+)
 from hipp_ext.evals.studies.search.study import HIPP, StudySize, run_study
 
 if TYPE_CHECKING:
@@ -26,21 +35,16 @@ LABELS = ("utility (margin on ScienceQA)", "robustness (margin on POPE)", "param
 def run(
     size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False
 ) -> dict[str, Any]:
-    """Fit once per seed and put every wish to each planner; prints the summary and writes control.png into `folder`."""
+    """Fit once per seed and query each planner with 66 preferences; also draws control.png."""
     jobs = run_study(
         size, folder, [(HIPP, seed) for seed in range(size.seeds)], processes=processes
-    )
-    (pope, choice), test = size.questions, size.table_questions
-    command = (
-        f"hipp bench control --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice} "
-        f"--test-questions {test[0]} {test[1]}"
     )
     values = {
         "size": dataclasses.asdict(size),
         "control": steering(jobs),
         "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs]),
     }
-    result = report("control", command, values, save)
+    result = report("control", values, save)
     keep_picture(
         "control",
         _picture([j["control"]["policy"]["lattice"] for j in jobs]),
@@ -51,7 +55,7 @@ def run(
 
 
 def steering(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the preference steers, over fits: the policy's answers, and the best of the evaluated plans."""
+    """How well preferences steer the policy's answers, and the best evaluated plans, over fits."""
     return {who: _steering([j["control"][who] for j in jobs]) for who in jobs[0]["control"]}
 
 
@@ -70,10 +74,10 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     rank_correlation(weights[on, axis], objectives[on, axis])
                 )
         for ratio, edge in control["edges"].items():
-            lean, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])
+            weight, reached = np.array([w for w, _ in edge]), np.array([o for _, o in edge])
             for axis, sign in ((0, 1), (1, -1)):
                 name = f"utility-robustness edge at {ratio}: {OBJECTIVES[axis]}"
-                along.setdefault(name, []).append(rank_correlation(sign * lean, reached[:, axis]))
+                along.setdefault(name, []).append(rank_correlation(sign * weight, reached[:, axis]))
             for metric, swing in control["swings"][ratio].items():
                 swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
         each = np.unique(objectives, axis=0)
@@ -100,13 +104,13 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _edge(weights: np.ndarray, one: int, other: int) -> np.ndarray:
-    """Which wishes are divided between two objectives alone, from all for `other` to all for `one`."""
+    """Indices of preferences with weight on two objectives only, from all `other` to all `one`."""
     on = np.flatnonzero(weights[:, 3 - one - other] == 0)
     return on[np.argsort(weights[on, one])]
 
 
 def _picture(lattices: Sequence[Sequence[Any]]) -> "Figure":
-    """What the wishes along each edge of the simplex reached, a line per fit."""
+    """Objectives reached along each edge of the simplex, one line per fit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.2), layout="constrained", facecolor="white")
@@ -120,6 +124,44 @@ def _picture(lattices: Sequence[Sequence[Any]]) -> "Figure":
             dots = axes.scatter(x, y, c=weights[on, one], cmap="viridis", s=18, zorder=2)
         axes.set_xlabel(LABELS[other])
         axes.set_ylabel(LABELS[one])
-        axes.set_title(f"wishes for {OBJECTIVES[one]} and {OBJECTIVES[other]} alone", fontsize=10)
+        axes.set_title(
+            f"preferences for {OBJECTIVES[one]} and {OBJECTIVES[other]} only", fontsize=10
+        )
     figure.colorbar(dots, ax=panels, label="weight of the objective on the vertical axis")
     return figure
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of finished fits.")] = Path("control"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of fits.")] = 5,
+    evaluations: Annotated[int, typer.Option(min=12, help="Plans each fit may evaluate.")] = 300,
+    questions: Annotated[
+        tuple[int, int],
+        typer.Option(min=8, metavar="N N", help="POPE and ScienceQA questions, search split."),
+    ] = (4096, 1024),
+    test_questions: Annotated[
+        tuple[int, int],
+        typer.Option(min=8, metavar="N N", help="POPE and ScienceQA questions, test split."),
+    ] = (4800, 1600),
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    save: Save = False,
+) -> None:
+    """Measure how well preferences steer: fits, 66 preferences each, and their plans' figures.
+
+    The study takes some 90 minutes on two cores; an interrupted study continues.
+
+    Examples:
+
+    `python -m hipp_ext.evals.studies.search.control --out control`
+
+    `python -m hipp_ext.evals.studies.search.control --seeds 1 --evaluations 60 --questions 64 32
+    --test-questions 300 200 --out quick`
+    """
+    size = StudySize(
+        seeds=seeds, evaluations=evaluations, questions=questions, table_questions=test_questions
+    )
+    run(size, out, processes=processes, save=save)
+
+
+if __name__ == "__main__":
+    run_command(main)

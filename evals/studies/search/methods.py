@@ -1,14 +1,15 @@
-"""Search methods to compare with: each takes a `Problem` and a seed, and spends the problem's evaluations.
+"""Search methods: each takes a `Problem` and a seed, and spends the problem's evaluations.
 
-All meet budgets by the same code, all but random search start from the problem's centre (uniform plans, unless it says
-otherwise), and all draw from generators of their own: a seed gives the same plans, and the global random states stay as
-they are.
+All meet budgets by the same code. All but random search start from the problem's centre (uniform
+plans by default). All draw from generators of their own: a seed gives the same plans, and the
+global random states do not change.
 
-The defaults are the best settings found for 300 evaluations of the testbed's 12 groups. Candidates were screened with a
-regression on about a thousand evaluated plans, and the best of each method run for real once (48 questions per task of the
-search split, seed 0). Hypervolume there, customary setting -> default: EvoPress 0.400 -> 0.408 (budgets up to 0.6, larger
-switches), NSGA-II 0.392 -> 0.404, CMA-ES 0.410 -> 0.458 (12 budgets instead of 5), TPE 0.430 -> 0.434 (one variable at a time,
-wider box); random search 0.361. One seed each: differences of 0.01 mean little.
+The defaults are the best settings found for 300 evaluations of the testbed's 12 groups. Candidates
+were screened with a regression on about a thousand evaluated plans, and the best of each method was
+run once (48 questions per task of the search split, seed 0). Hypervolume there, customary setting
+-> default: EvoPress 0.400 -> 0.408 (budgets up to 0.6, larger switches), NSGA-II 0.392 -> 0.404,
+CMA-ES 0.410 -> 0.458 (12 budgets instead of 5), TPE 0.430 -> 0.434 (one variable at a time, wider
+box); random search 0.361. One seed each: differences of 0.01 mean little.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ from hipp_ext.planner.reward import Reward
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 FINE_RATIOS = tuple(round(0.05 * i, 2) for i in range(1, 13))
-WEIGHTS = (0.5, 0.8, 0.2)  # of utility; robustness gets the rest
-LOGIT_RANGE = 4.0  # of NSGA-II and TPE, which need a box; around the centre; sigmoid(-4) is below the usual floors
-NO_END = 10**9
+WEIGHTS = (0.5, 0.8, 0.2)  # weights of utility; robustness gets the rest
+# Half-width of the box that NSGA-II and TPE need; sigmoid(-4) is below the usual floors.
+LOGIT_RANGE = 4.0
+UNLIMITED = 10**9
 
 
 def random_search(problem: Problem, seed: int) -> None:
@@ -53,20 +55,22 @@ def evopress(
 ) -> None:
     """(1 + lambda) evolution by level switches at fixed budgets, from the problem's centre.
 
-    The budgets take turns, a generation each; from round to round the fitness changes over `weights`, and the parent is the
-    best plan of its budget so far for the weight of the round.
+    The budgets take turns, a generation each. The fitness changes over `weights` from round to
+    round; the parent is the best plan of its budget so far for the weight of the round.
 
     Args:
-        offspring: lambda.
-        ratios: the budgets.
-        weights: of utility in the fitness; robustness gets the rest.
-        sizes: how much one switch moves, in parameters of an average group; drawn evenly.
+        problem: the problem.
+        seed: random seed.
+        offspring: number of offspring per generation (lambda).
+        ratios: budgets, as pruning ratios.
+        weights: weights of utility in the fitness; robustness gets the rest.
+        sizes: sizes of a switch, in parameters of an average group; drawn evenly.
 
     Source: EvoPress (arXiv 2410.14649), algorithm 1.
-    Differs from the paper: one budget there, several here, which share the evaluations. Fitness is the weighted reward, not
-    the KL to dense. Every offspring is evaluated in full: a plan costs the same for all methods, so there is no
-    multi-stage selection. A level is a keep count, so a switch moves as many parameters as fit instead of one level for
-    another.
+    Differs from the paper: several budgets share the evaluations. Fitness is the weighted reward,
+    not the KL to dense. Every offspring is evaluated in full, without multi-stage selection,
+    because a plan costs the same for all methods. A level is a keep count, so a switch moves as
+    many parameters as fit instead of one level for another.
     """
     rng = np.random.default_rng(seed)
     budgets = _within(problem, ratios)
@@ -87,11 +91,11 @@ def evopress(
 def _new_child(
     levels: Levels, parent: Keeps, pool: dict, budget: int, sizes: Sequence[float], rng: Any
 ) -> Keeps:
-    """A mutant of `parent` that is not in `pool`; after many vain tries, one that may be."""
+    """A mutant of `parent`, not in `pool` unless many attempts found none."""
     child = parent
     for attempt in range(60):
         child = parent
-        # The less of two draws: mostly one switch. Where plans are nearly used up, more and more of them.
+        # The smaller of two draws: mostly one switch; more where few new plans are left.
         for _ in range(min(rng.integers(1, 4, 2)) + attempt // 10):
             child = _switch(levels, child, budget, float(rng.choice(sizes)), rng)
         if child not in pool:
@@ -100,7 +104,7 @@ def _new_child(
 
 
 def _switch(levels: Levels, keeps: Keeps, budget: int, size: float, rng: Any) -> Keeps:
-    """`keeps` after one group has given parameters to another, the budget met as before."""
+    """`keeps` after one group has given parameters to another; the budget is still met."""
     givers = [g for g, k in enumerate(keeps) if k > levels.counts[g][0]]
     takers = [g for g, k in enumerate(keeps) if k < levels.counts[g][-1]]
     if not givers or not takers:
@@ -116,7 +120,7 @@ def _switch(levels: Levels, keeps: Keeps, budget: int, size: float, rng: Any) ->
         math.ceil(climb / levels.costs[giver]),
     )
     changed[giver] = int(levels.counts[giver][levels.level_of(giver, keeps[giver] - units)])
-    # What the taker cannot use goes to the others, in random order, and only then back to the giver.
+    # Parameters that the taker cannot use go to the others, in random order, then to the giver.
     worth = rng.random(len(keeps))
     worth[[taker, giver]] = 2.0, -1.0
     return levels.fill(
@@ -133,17 +137,20 @@ def nsga2(
     eta: float = 3.0,
     rate: float = 0.3,
 ) -> None:
-    """NSGA-II on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
+    """NSGA-II on allocation logits and pruning_ratio, all three objectives at once.
 
     Args:
-        population: individuals, and offspring per generation.
-        first: how many of the first generation are the centre at a spread of ratios; the others are drawn evenly.
-        eta: distribution index of crossover and mutation, higher = children nearer to their parents.
+        problem: the problem.
+        seed: random seed.
+        population: number of individuals, and of offspring per generation.
+        first: how many individuals of the first generation are the centre at a spread of ratios;
+            the others are drawn evenly.
+        eta: distribution index of crossover and mutation, higher = children nearer to parents.
         rate: probability of mutating a variable.
 
     Source: NSGA-II (Deb et al., IEEE TEC 6(2), 2002), by the library pymoo.
-    Differs from it: a dozen generations instead of hundreds, so children go further (eta 15 to 20 and a rate of one over the
-    number of variables are customary).
+    Differs from the paper: a dozen generations instead of hundreds, therefore larger steps
+    (customary are eta 15 to 20 and a rate of one over the number of variables).
     """
     algorithms, core = _host("pymoo.algorithms.moo.nsga2"), _host("pymoo.core.problem")
     crossover, mutation = (
@@ -162,7 +169,7 @@ def nsga2(
         mutation=mutation.PM(eta=eta, prob_var=rate),
     )
     box = core.Problem(n_var=logits + 1, n_obj=3, xl=low, xu=high)
-    algorithm.setup(box, termination=("n_gen", NO_END), seed=seed, verbose=False)
+    algorithm.setup(box, termination=("n_gen", UNLIMITED), seed=seed, verbose=False)
     while True:
         asked = algorithm.ask()
         found = [problem(problem.decode(x[:-1], x[-1])).objectives() for x in asked.get("X")]
@@ -181,19 +188,21 @@ def cmaes(
 ) -> None:
     """CMA-ES on allocation logits at fixed budgets, from the problem's centre.
 
-    One search distribution, whose generations take the budgets in turn; from round to round the fitness changes over
-    `weights`. CMA-ES compares within a generation only, so budgets need not be comparable, and what is learned of the groups
-    at one budget serves the others. When a round brings no new plan, it starts again with a larger step.
+    One search distribution serves all budgets, whose generations take turns. The fitness changes
+    over `weights` from round to round. CMA-ES compares within a generation only, so budgets need
+    not be comparable. When a round brings no new plan, the search restarts with a larger step.
 
     Args:
-        ratios: the budgets.
-        weights: of utility in the fitness; robustness gets the rest.
-        population: plans per generation.
+        problem: the problem.
+        seed: random seed.
+        ratios: budgets, as pruning ratios.
+        weights: weights of utility in the fitness; robustness gets the rest.
+        population: number of plans per generation.
         sigma: first step size, in logits.
 
     Source: CMA-ES (Hansen, arXiv 1604.00772), by the library cmaes.
-    Differs from it: the objective changes from generation to generation, see above. A distribution for each budget is the
-    textbook way; with 25 evaluations each they stay where they began.
+    Differs from the paper: the objective changes from generation to generation. One distribution
+    per budget is the textbook way; with 25 evaluations each they do not leave their start.
     """
     CMA = _host("cmaes").CMA
     budgets = _within(problem, ratios)
@@ -219,14 +228,17 @@ def cmaes(
 def tpe(
     problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multivariate: bool = False
 ) -> None:
-    """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once, from the problem's centre.
+    """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once.
 
     Args:
-        startup: trials before the model of good plans takes over, the first plans among them.
-        first: how many plans, the centre at a spread of ratios, come first.
+        problem: the problem.
+        seed: random seed.
+        startup: number of trials before TPE's model is used, the first plans included.
+        first: number of first plans: the centre at a spread of ratios.
         multivariate: model the variables jointly.
 
-    Source: MOTPE (Ozaki et al., GECCO 2020), by the library optuna; OptSpa (arXiv 2507.20613) prunes LLaVA with TPE.
+    Source: MOTPE (Ozaki et al., GECCO 2020), by the library optuna. OptSpa (arXiv 2507.20613)
+    prunes LLaVA with TPE.
     """
     optuna = _host("optuna")
     real = optuna.distributions.FloatDistribution
@@ -255,7 +267,7 @@ METHODS: dict[str, Method] = {
 
 
 def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:
-    """`ratios`, those beyond the problem's limit brought to it; no two alike."""
+    """`ratios` clipped to the problem's limit, without repetitions."""
     return sorted({min(ratio, problem.limit) for ratio in ratios})
 
 
@@ -273,12 +285,12 @@ def _host(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtraError(module.partition(".")[0], "bench") from None
+        raise MissingExtraError(module.partition(".")[0], "studies") from None
 
 
 @contextlib.contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """optuna reports every trial, and that multivariate TPE is experimental; here neither, and afterwards as before."""
+    """Context without optuna's log of trials and its warning about multivariate TPE."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

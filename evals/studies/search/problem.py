@@ -1,4 +1,4 @@
-"""What every search method is given: an expensive function of plans, and so many evaluations of it."""
+"""What every search method gets: an expensive function of plans, and a number of evaluations."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -15,29 +15,28 @@ from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward
 
 Keeps = tuple[int, ...]
-LOOKUPS_PER_EVALUATION = (
-    20  # repeated plans that a method may ask for, per evaluation, before it counts as stuck
-)
+# Repeated plans per evaluation that a method may ask for before it counts as stuck.
+LOOKUPS_PER_EVALUATION = 20
 
 
 class Exhausted(Exception):
-    """The evaluations are spent, or the method asks for nothing but plans that it knows."""
+    """The evaluations are spent, or the method only asks for plans that it knows."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Problem:
-    """`problem(keeps)` -> Reward, at most `evaluations` different plans; a plan asked for again costs nothing.
+    """`problem(keep_counts)` -> Reward; a plan that is asked for again costs nothing.
 
     Attributes:
-        groups: what is pruned.
-        bounds: of the keep counts.
-        evaluate: keep counts -> what they achieve; utility, robustness and compression are maximised.
-        evaluations: how many different plans may be evaluated.
+        groups: groups of the model.
+        bounds: bounds of the keep counts.
+        evaluate: keep counts -> reward; utility, robustness and compression are maximized.
+        evaluations: number of different plans that may be evaluated.
         largest_ratio: upper end of the pruning_ratio that is searched.
-        centre: pruning_ratio -> allocation logits of the plan that methods start from there and search around; None: uniform
-            plans.
-        evaluated: every evaluated plan with its reward, in order; no plan twice.
-        lookups: how often a plan was asked for again.
+        centre: pruning_ratio -> allocation logits of the plan that methods start from and search
+            around; None: uniform plans.
+        evaluated: every evaluated plan with its reward, in order, without repetitions.
+        lookups: number of repeated requests.
     """
 
     groups: tuple[Group, ...]
@@ -67,7 +66,8 @@ class Problem:
         """The reward of a plan.
 
         Raises:
-            Exhausted: the plan is new and no evaluation is left, or repeated plans were asked for too often.
+            Exhausted: the plan is new and no evaluation is left, or the method repeated too many
+                plans.
             BudgetError: a keep count is not allowed by the bounds.
         """
         plan = tuple(int(k) for k in keeps)
@@ -89,7 +89,10 @@ class Problem:
         return reward
 
     def decode(self, allocation_logits: Sequence[float] | np.ndarray, ratio: float) -> Keeps:
-        """Keep counts for a pruning_ratio, which is clipped to [0, limit], and one logit per group beyond the centre's."""
+        """Keep counts for one logit per group, added to the centre's, and a pruning_ratio.
+
+        The ratio is clipped to [0, limit].
+        """
         ratio = float(np.clip(ratio, 0.0, self.limit))
         logits = np.asarray(allocation_logits, dtype=np.float64)
         if self.centre is not None:

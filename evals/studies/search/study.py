@@ -1,10 +1,11 @@
-"""`hipp bench search`: which way of choosing plans is best, at equal evaluations, on the testbed's test split.
+"""The jobs of the search study: one method with one seed chooses plans, the test split judges them.
 
-Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same evaluator (the search split) and
-the same number of evaluations; what it chose is then measured on the test split. Beside that hipp knows the model's signals,
-measured once on calibration data; informed searches know the sensitivity among them, of more rows and of both tasks together,
-and search around what it says. Allocators see calibration data alone. A job is one method with one seed; finished jobs are kept
-in the working folder, so an interrupted study goes on.
+Every search, hipp among them, gets the same model, the same unit scores (WandaSP), the same
+evaluator (the search split) and the same number of evaluations. hipp also knows the model's
+signals, measured once on calibration data. Informed searches know the sensitivity among them, on
+more rows and for both tasks together, and search around the plans that it suggests. Allocators see
+calibration data alone. Finished jobs are kept in the working folder, so an interrupted study
+continues.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import REFERENCE_POINT
 from hipp_ext.planner.cost import cost_of
 from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
-from hipp_ext.planner.policy import MAX_RATIO, Policy, new_policy
+from hipp_ext.planner.policy import MAX_RATIO, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 from hipp_ext.sensitivity.measured import measure_sensitivity
@@ -49,11 +50,9 @@ from hipp_ext.surgery.slices import sliced
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 CORNERS = {"utility": Preference(1, 0, 0), "robustness": Preference(0, 1, 0)}
 TOLERANCE = 0.003  # a searched plan may miss a table's ratio by this much
-EDGE_RATIOS = (
-    0.3,
-    0.5,
-    0.6,
-)  # where utility is played against robustness; below, both tasks keep nearly all they had
+# Budgets of the utility-robustness edge; below 0.3 both tasks keep nearly all of their accuracy.
+EDGE_RATIOS = (0.3, 0.5, 0.6)
+LATTICE_STEPS = 10  # preferences are queried on a lattice over the simplex with this many steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +60,20 @@ class StudySize:
     """How much is measured.
 
     Attributes:
-        seeds: of every search and of hipp.
-        ablation_seeds: of hipp without its parts.
-        evaluations: plans that a method may evaluate.
-        questions: of POPE and of ScienceQA, of the search split. POPE asks some ten questions about one picture.
-        front_plans: that a method may hand in for the test split's hypervolume; allocators, who answer any ratio, at as many.
-        front_questions: per task, of the test split, for hypervolumes.
-        sensitivity_rows: of calibration data, for allocators, informed searches and hipp untrained. Fits have the default.
-        table_questions: of POPE and of ScienceQA, of the test split, for the tables and for how well preferences steer.
+        seeds: number of runs of every search and of hipp.
+        evaluations: number of plans that a method may evaluate.
+        questions: numbers of POPE and ScienceQA questions of the search split. POPE asks some ten
+            questions about one picture.
+        front_plans: number of plans that a method may submit for its hypervolume. Allocators answer
+            any ratio, and are asked at as many ratios.
+        front_questions: number of questions per task of the test split, for hypervolumes.
+        sensitivity_rows: number of calibration rows of allocators, informed searches and the
+            untrained planner. Fits use the default.
+        table_questions: numbers of POPE and ScienceQA questions of the test split, for the tables
+            and for how well preferences steer.
     """
 
     seeds: int = 5
-    ablation_seeds: int = 0
     evaluations: int = 300
     questions: tuple[int, int] = (1024, 512)
     sensitivity_rows: int = 256
@@ -81,58 +82,21 @@ class StudySize:
     table_questions: tuple[int, int] = (1200, 800)
 
 
-class FlatPolicy(Policy):
-    """Without hierarchy: the allocation head is not told the budget."""
-
-    def allocation(self, signals: Signals, preferences: Any, ratios: Any) -> Any:
-        """One allocation for all budgets."""
-        return super().allocation(signals, preferences, torch.zeros_like(ratios))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way of running hipp: what differs from the default."""
-
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    signals: Callable[[Signals], Signals] = lambda signals: signals
-    policy: Callable[[], Policy] = new_policy
-
-
-def _without(column: str, signals: Signals) -> Signals:
-    columns = {**signals.columns, column: torch.zeros_like(signals.columns[column])}
-    return dataclasses.replace(signals, columns=columns)
-
-
-def _flat_policy() -> Policy:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return FlatPolicy()
-
-
 HIPP = "hipp"
-VARIANTS: dict[str, Variant] = {
-    HIPP: Variant(),
-    "hipp, no visual sensitivity": Variant(signals=functools.partial(_without, "visual")),
-    "hipp, no SynFlow": Variant(signals=functools.partial(_without, "synflow")),
-    "hipp, no hierarchy": Variant(policy=_flat_policy),
-}
 UNTRAINED = "hipp, untrained"
-# Searches that start where the untrained planner is, instead of at uniform plans.
+# Searches that start from the untrained planner's plans instead of uniform plans.
 INFORMED = {f"{name}, from sensitivity": METHODS[name] for name in ("CMA-ES", "TPE")}
 SEARCHES = METHODS | INFORMED
 
 
 def all_jobs(size: StudySize) -> list[tuple[str, int]]:
-    """(method, seed) of everything to run, what matters most first."""
+    """(method, seed) of all jobs."""
     seeded = [(name, seed) for seed in range(size.seeds) for name in (HIPP, *SEARCHES)]
-    ablations = [
-        (name, seed) for seed in range(size.ablation_seeds) for name in VARIANTS if name != HIPP
-    ]
-    return [(name, 0) for name in (*ALLOCATORS, UNTRAINED)] + seeded + ablations
+    return [(name, 0) for name in (*ALLOCATORS, UNTRAINED)] + seeded
 
 
-class Bench:
-    """One process's model, questions and signals; `job` runs one method with one seed."""
+class Contest:
+    """The model, questions and signals of one process; `job` runs one method with one seed."""
 
     def __init__(self, size: StudySize):
         self.size = size
@@ -164,7 +128,7 @@ class Bench:
         return Evaluator(self.model, self.processor, pope, choice)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:
-        """What the method chose, and what that achieves on the test split."""
+        """The plans that the method chose, and their figures on the test split."""
         started = time.perf_counter()
         chosen = (
             self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
@@ -173,9 +137,11 @@ class Bench:
         front = chosen.pop("front")
         on_test = _hypervolume(self._rewards(front, self.front_test))
         chosen["hypervolume"] = {"search": chosen.pop("search_hypervolume"), "test": on_test}
+        answers = chosen.pop("answers")
+        plans = _distinct([k for column in answers.values() for k in column.values()])
+        rows = dict(zip(plans, map(self._row, plans), strict=True))
         chosen["table"] = {
-            c: {r: self._row(k) for r, k in rows.items()}
-            for c, rows in chosen.pop("answers").items()
+            c: {r: rows[k] for r, k in column.items()} for c, column in answers.items()
         }
         if asked := chosen.pop("asked", {}):
             chosen["control"] = {who: self._control(*answers) for who, answers in asked.items()}
@@ -184,7 +150,7 @@ class Bench:
     def _allocator(self, name: str) -> dict[str, Any]:
         groups = self.signals.groups
         if name == UNTRAINED:
-            planner = self._planner(Variant(signals=lambda _: self.informed))
+            planner = self._planner(self.informed)
             choose = {
                 corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio)
                 for corner in CORNERS
@@ -215,8 +181,8 @@ class Bench:
         }
 
     def _search(self, name: str, seed: int) -> dict[str, Any]:
-        if name in VARIANTS:
-            return self._hipp(VARIANTS[name], seed)
+        if name == HIPP:
+            return self._hipp(seed)
         cost = cost_of(self.signals.groups, "parameters")
         with plan_rewards(self.model, self.search, self.signals, cost) as measure:
             problem = Problem(
@@ -224,12 +190,12 @@ class Bench:
                 bounds=Bounds(),
                 evaluate=measure,
                 evaluations=self.size.evaluations,
-                centre=self._sensitivity_says if name in INFORMED else None,
+                centre=self._prior if name in INFORMED else None,
             )
             run(SEARCHES[name], problem, seed)
         return self._searched(problem.evaluated)
 
-    def _sensitivity_says(self, ratio: float) -> np.ndarray:
+    def _prior(self, ratio: float) -> np.ndarray:
         return self.informed.prior(torch.tensor([ratio]), torch.tensor([0.5]))[0].double().numpy()
 
     def _searched(self, evaluated: Sequence[tuple[KeepCounts, Reward]]) -> dict[str, Any]:
@@ -243,22 +209,20 @@ class Bench:
         return {
             "evaluations": len(evaluated),
             "answers": answers,
-            "front": _hand_in(evaluated, self.size.front_plans),
+            "front": _best_front(evaluated, self.size.front_plans),
             "search_hypervolume": _hypervolume(rewards),
         }
 
-    def _planner(self, variant: Variant) -> HiPPPlanner:
-        planner = HiPPPlanner(CORNERS["utility"], policy=variant.policy())
-        planner.signals = variant.signals(self.signals)
+    def _planner(self, signals: Signals) -> HiPPPlanner:
+        planner = HiPPPlanner(CORNERS["utility"], policy=new_policy())
+        planner.signals = signals
         return planner
 
-    def _hipp(self, variant: Variant, seed: int) -> dict[str, Any]:
+    def _hipp(self, seed: int) -> dict[str, Any]:
         base = FitSettings()
         per_step = base.preferences * base.budgets * base.rollouts
-        settings = FitSettings(
-            steps=self.size.evaluations // per_step, seed=seed, **variant.settings
-        )
-        planner = self._planner(variant)
+        settings = FitSettings(steps=self.size.evaluations // per_step, seed=seed)
+        planner = self._planner(self.signals)
         planner.fit(self.model, self.search, settings, progress=False)
         found = self._searched(
             list({r.keep_counts: r.reward for r in planner.archive.records}.items())
@@ -266,23 +230,22 @@ class Bench:
         found["answers"] = {
             c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS
         }
-        if variant is VARIANTS[HIPP]:
-            archived = [
-                (w, self._query(planner, Preference(*w), None, best_evaluated=True))
-                for w in _lattice(10)
-            ]
-            found["asked"] = {"policy": self._asked(planner), "archived": (archived, {})}
+        archived = [
+            (w, self._query(planner, Preference(*w), None, best_evaluated=True)) for w in _lattice()
+        ]
+        found["asked"] = {"policy": self._asked(planner), "archived": (archived, {})}
         return found
 
     def _asked(
         self, planner: HiPPPlanner
     ) -> tuple[Sequence[tuple], Mapping[float, Sequence[tuple]]]:
-        """The policy's answers over the simplex, and from robustness to utility at fixed budgets."""
+        """The policy's answers over the simplex, and along the utility edge at fixed budgets."""
+        n = LATTICE_STEPS
         edges = {
-            r: [(i / 10, self._query(planner, Preference(i, 10 - i, 0), r)) for i in range(11)]
+            r: [(i / n, self._query(planner, Preference(i, n - i, 0), r)) for i in range(n + 1)]
             for r in EDGE_RATIOS
         }
-        return [(w, self._query(planner, Preference(*w), None)) for w in _lattice(10)], edges
+        return [(w, self._query(planner, Preference(*w), None)) for w in _lattice()], edges
 
     def _query(
         self,
@@ -308,7 +271,7 @@ class Bench:
             return [measure(keeps) for keeps in plans]
 
     def _row(self, keeps: KeepCounts) -> dict[str, Any]:
-        """POPE F1 and ScienceQA accuracy [%] of a plan, and its answers to either, a letter each."""
+        """POPE F1 and ScienceQA accuracy of a plan [%], and its answers, one letter each."""
         with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
             shrink(keeps)
             scores = self.table_test.scores(self.model)
@@ -330,7 +293,7 @@ class Bench:
     def _control(
         self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]
     ) -> dict[str, Any]:
-        """How well the preference steers: objectives over the lattice and along edges, and the swing from corner to corner."""
+        """Objectives over the lattice and along edges, and the difference between the corners."""
         plans = _distinct([k for _, k in itertools.chain(lattice, *edges.values())])
         # Steps along an edge are small: with fewer questions their order is noise.
         rewards = dict(zip(plans, self._rewards(plans, self.table_test), strict=True))
@@ -346,7 +309,8 @@ class Bench:
         return reached
 
 
-def _lattice(n: int) -> list[tuple[float, float, float]]:
+def _lattice() -> list[tuple[float, float, float]]:
+    n = LATTICE_STEPS
     return [(i / n, j / n, (n - i - j) / n) for i in range(n + 1) for j in range(n + 1 - i)]
 
 
@@ -359,8 +323,8 @@ def _hypervolume(rewards: Sequence[Reward]) -> float:
     return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
 
 
-def _hand_in(evaluated: Sequence[tuple[KeepCounts, Reward]], n: int) -> list[KeepCounts]:
-    """The `n` plans that together have the largest hypervolume on the search split, chosen greedily."""
+def _best_front(evaluated: Sequence[tuple[KeepCounts, Reward]], n: int) -> list[KeepCounts]:
+    """The `n` plans with the largest joint hypervolume on the search split, chosen greedily."""
     points = np.array([r.objectives() for _, r in evaluated])
     left = np.flatnonzero(moocore.is_nondominated(points, maximise=True)).tolist()
     chosen: list[int] = []
@@ -373,57 +337,67 @@ def _hand_in(evaluated: Sequence[tuple[KeepCounts, Reward]], n: int) -> list[Kee
     return [evaluated[i][0] for i in chosen]
 
 
-_bench: Bench | None = None
+_contest: Contest | None = None
 
 
 def _start(size: StudySize) -> None:
-    global _bench
+    global _contest
     torch.set_num_threads(1)
-    _bench = Bench(size)
+    if _contest is None or _contest.size != size:
+        _contest = Contest(size)
 
 
 def _work(job: tuple[str, int, str]) -> tuple[str, int]:
     name, seed, path = job
-    assert _bench is not None
-    write_atomic(Path(path), json.dumps(_bench.job(name, seed)))
+    assert _contest is not None
+    write_atomic(Path(path), json.dumps(_contest.job(name, seed)))
     return name, seed
 
 
 def run_study(
-    size: StudySize,
-    folder: Path,
-    wanted: Sequence[tuple[str, int]],
-    *,
-    processes: int | None = None,
+    size: StudySize, folder: Path, jobs: Sequence[tuple[str, int]], *, processes: int | None = None
 ) -> list[dict[str, Any]]:
-    """Run those of the `wanted` jobs that `folder` lacks, in several processes of one thread each; returns all their results.
+    """The results of `jobs`; those that `folder` lacks are run in processes of one thread each.
+
+    A single process is this one.
 
     Raises:
         OutputExistsError: the folder holds a study of another size.
-        HippError: a process died; what was finished is kept.
+        HippError: a process died; finished jobs are kept.
     """
     from rich.progress import Progress
 
     claim_folder(folder, dataclasses.asdict(size))
     paths = {
         (name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
-        for name, seed in wanted
+        for name, seed in jobs
     }
     missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
-    if missing:
-        processes = min(processes or os.cpu_count() or 1, len(missing))
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (size,))
-        try:
-            with Progress() as bar:
-                task = bar.add_task("jobs", total=len(missing))
-                for done in as_completed([pool.submit(_work, job) for job in missing]):
-                    name, seed = done.result()
-                    bar.update(task, advance=1, description=f"{name}, seed {seed}")
-        except BrokenProcessPool as error:
-            raise HippError(
-                f"A process of the study died, killed for its memory perhaps. Finished jobs are kept in {folder}: "
-                "the same command goes on from there."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    processes = min(processes or os.cpu_count() or 1, len(missing))
+    with Progress() as bar:
+        task = bar.add_task("jobs", total=len(missing))
+        for name, seed in _finished(size, missing, processes, folder):
+            bar.update(task, advance=1, description=f"{name}, seed {seed}")
     return [json.loads(path.read_text()) for path in paths.values()]
+
+
+def _finished(
+    size: StudySize, jobs: Sequence[tuple[str, int, str]], processes: int, folder: Path
+) -> Iterator[tuple[str, int]]:
+    """(method, seed) of each of the `jobs`, as soon as it is finished."""
+    if processes <= 1:
+        for job in jobs:
+            _start(size)
+            yield _work(job)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (size,))
+    try:
+        for done in as_completed([pool.submit(_work, job) for job in jobs]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise HippError(
+            "A process of the study died, perhaps for lack of memory. Finished jobs are kept "
+            f"in {folder}: the same command continues from there."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

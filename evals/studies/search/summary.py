@@ -1,4 +1,7 @@
-"""All jobs of a study -> one table, the claims that rest on it, and a picture."""
+"""Which way of choosing plans is best, at equal evaluations, on the testbed's test split?
+
+All jobs of a study -> one table, the differences that the claims are about, and a picture.
+"""
 
 import dataclasses
 import statistics
@@ -28,14 +31,14 @@ from hipp_ext.evals.studies.search.study import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # what each corner is judged by
+METRIC = {"robustness": "F1", "utility": "ScienceQA"}  # the metric of each corner
 Jobs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def run(
     size: StudySize, folder: Path, *, processes: int | None = None, save: bool = False
 ) -> dict[str, Any]:
-    """Run what is missing of the study in `folder`, and summarise it; prints a table and draws a picture beside it."""
+    """Run the missing jobs of the study in `folder`, summarize all, and draw a picture there."""
     results = run_study(size, folder, all_jobs(size), processes=processes)
     jobs: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -50,9 +53,8 @@ def run(
     }
     print_table(methods)
     pope, choice = size.questions
-    command = f"hipp bench search --seeds {size.seeds} --evaluations {size.evaluations} --questions {pope} {choice}"
     name = "search" if size.questions == StudySize.questions else f"search_{pope}_{choice}"
-    result = report(name, command + (" --ablations" if size.ablation_seeds else ""), values, save)
+    result = report(name, values, save)
     keep_picture(name, _picture(methods), save=save, folder=folder)
     return result
 
@@ -103,9 +105,11 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
 
 
 def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
-    """hipp less Sensitivity on the same questions of the test split [points]; means over fits.
+    """hipp minus Sensitivity on the same questions of the test split [points], over fits.
 
-    The error bar is that of the questions, drawn picture by picture; the claims' is that of the fits.
+    Returns:
+        One `Estimate` per metric and ratio. Its standard error is that of the questions, resampled
+        by picture; the claims' standard error is that of the fits.
     """
     found = {}
     for (corner, metric), task, n in zip(
@@ -116,20 +120,20 @@ def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
             np.array([q.answer[0] for q in questions]),
             [q.picture or str(i) for i, q in enumerate(questions)],
         )
-        # A question counts in every split of POPE that it belongs to, as in VLMEvalKit's overall F1.
+        # VLMEvalKit's overall F1 counts a question once for every split that it belongs to.
         splits = np.array([len(q.category.split(",")) for q in questions])
         for ratio in map(str, RATIOS):
             cells = [j["table"][corner][ratio] for j in (*jobs[HIPP], *jobs["sensitivity"])]
-            said = np.array([list(cell["answers"][task]) for cell in cells])
+            given = np.array([list(cell["answers"][task]) for cell in cells])
             if metric == "F1":
                 counts, statistic = (
-                    splits * np.concatenate([(said == "Y") & (truth == "Y"), said != truth]),
+                    splits * np.concatenate([(given == "Y") & (truth == "Y"), given != truth]),
                     _f1,
                 )
             else:
-                counts, statistic = np.concatenate([said == truth, np.ones((1, n))]), _accuracy
+                counts, statistic = np.concatenate([given == truth, np.ones((1, n))]), _accuracy
             estimate = bootstrap_estimate(
-                counts.T, clusters, lambda s, f=statistic: _ours_less_last(f(s))
+                counts.T, clusters, lambda s, f=statistic: _difference_to_last(f(s))
             )
             found[f"{metric} at {ratio}, {corner} corner"] = dataclasses.asdict(estimate)
     return found
@@ -143,7 +147,7 @@ def _accuracy(sums: np.ndarray) -> np.ndarray:
     return 100 * sums[..., :-1] / sums[..., -1:]
 
 
-def _ours_less_last(values: np.ndarray) -> np.ndarray:
+def _difference_to_last(values: np.ndarray) -> np.ndarray:
     return values[..., :-1].mean(-1) - values[..., -1]
 
 
@@ -209,7 +213,7 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
         "flap",
         "uniform",
     ]
-    others = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # red is hipp's
+    others = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # without red, which is hipp's
     lines = dict(zip(shown, ("#c44e52", *others), strict=True))
     for axes, (corner, metric) in zip(panels, METRIC.items(), strict=True):
         for name in (n for n in shown if n in methods):
@@ -232,9 +236,8 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
             if n in (HIPP, *SEARCHES) and n in methods
             for r in RATIOS
         ]
-        axes.set_ylim(
-            bottom=min(c["mean"] for c in cells if c) - 3
-        )  # what falls further leaves the picture
+        # Curves that fall further leave the picture.
+        axes.set_ylim(bottom=min(c["mean"] for c in cells if c) - 3)
         axes.set_xlabel("pruning_ratio")
         axes.set_ylabel(f"{'POPE F1' if metric == 'F1' else metric} [%], {corner} corner")
     panels[0].legend(fontsize=7)

@@ -1,12 +1,11 @@
-"""The benches of comm measure what they say: small runs, effects asserted."""
+"""The studies of gradient compression measure what they claim: small runs, effects asserted."""
 
-import math
 import os
 
 import pytest
 import torch
 
-from hipp_ext.evals.studies import comm_baselines, comm_links, comm_scale, inversion
+from hipp_ext.evals.studies import comm_baselines, comm_links, inversion
 
 SHAPES = {"w": torch.Size((40, 60)), "b": torch.Size((60,))}
 
@@ -50,30 +49,6 @@ def test_methods_with_error_feedback_send_everything_in_the_end(name):
         total += average(given)[0]["w"]
         errors.append(float((total / step - true).norm() / true.norm()))
     assert errors[-1] < 0.35 < errors[0]
-
-
-def test_the_simulated_cost_falls_with_bandwidth_and_compression_pays_below_its_crossover():
-    shapes = comm_scale.model_shapes(2, 256, 512, 1000)
-    counts = comm_scale.factor_counts(shapes)
-    assert counts["parameters"] == sum(math.prod(s) for s in shapes.values())
-    speeds = {
-        "matmul": 1e10,
-        "QR": 1e8,
-        **{f"{way} {bits}": 1e9 for way in ("encode", "decode") for bits in (8, 4)},
-    }
-    for method in comm_scale.METHODS:
-        costs = [
-            comm_scale.step_cost(method, counts, 8, gbit, speeds) for gbit in (0.01, 0.1, 1, 10)
-        ]
-        assert costs == sorted(costs, reverse=True)
-    for other, edge in comm_scale._crossover(counts, 8, speeds).items():
-        ours, theirs = (
-            comm_scale.step_cost(m, counts, 8, edge / 2, speeds) for m in (comm_scale.OURS, other)
-        )
-        assert ours < theirs
-        assert comm_scale.step_cost(other, counts, 8, edge * 2, speeds) < comm_scale.step_cost(
-            comm_scale.OURS, counts, 8, edge * 2, speeds
-        )
 
 
 def test_an_observer_of_the_wire_decodes_what_was_sent():

@@ -1,0 +1,140 @@
+"""`hipp latency`: what a generation costs a model and its pruned versions; see generation.py."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hipp_ext.errors import DataError
+from hipp_ext.evals.generation import Workload, measure
+from hipp_ext.evals.generation_memory import extra_mib_on_cpu
+from hipp_ext.evals.measuring import describe
+from hipp_ext.files import write_atomic
+from hipp_ext.files.untrusted import short_name
+from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.checkpoint import load_pruned, resolve_device, save_pruned
+from hipp_ext.surgery.prune import prune
+
+
+def folders(
+    models: Mapping[str, str | Path], plans: Sequence[str | Path], into: Path
+) -> dict[str, Path]:
+    """Name -> folder of the models, and of the first model pruned by each plan.
+
+    A pruned model is saved below `into` and takes the name of its plan's file.
+
+    Raises:
+        CheckpointError, PlanError: a folder is not a model, or a plan is not the first model's.
+        DataError: a plan's name is taken.
+    """
+    made = {name: Path(folder) for name, folder in models.items()}
+    dense = next(iter(made.values()))
+    for file in map(Path, plans):
+        if file.stem in made:
+            raise DataError(f"two models are called {file.stem}: rename {file}")
+        small = prune(load_pruned(dense), PruningPlan.load(file), inplace=True)
+        made[file.stem] = save_pruned(small, into / file.stem)
+    return made
+
+
+def run(
+    models: Mapping[str, str | Path],
+    plans: Sequence[str | Path] = (),
+    workload: Workload | None = None,
+    *,
+    inputs: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    command: str = "hipp latency",
+    out: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure model folders, the first against the others; returns the result.
+
+    Args:
+        models: name to model folder; the others are compared with the first.
+        plans: plan files; each adds the first model pruned by it.
+        workload: what every model generates.
+        inputs: safetensors file with the inputs of all models; None: see `prompts`.
+        device: torch device; None: the GPU if there is one.
+        dtype: name of a torch dtype; None: as stored.
+        command: the command line that is recorded in the result.
+        out: also write the result to this file.
+        quiet: do not print the table.
+    """
+    workload, device = workload or Workload(), resolve_device(device)
+    stored_as = getattr(torch, dtype) if dtype else None
+    with tempfile.TemporaryDirectory() as temporary:
+        made = folders(models, plans, Path(temporary))
+        loaded = {n: load_pruned(f, device=device, dtype=stored_as) for n, f in made.items()}
+        rows = measure(loaded, workload, load_file(inputs) if inputs else None)
+        loaded.clear()
+        if device.startswith("cpu"):
+            extra = extra_mib_on_cpu(list(made.values()), workload, dtype, inputs)
+            for row, mib in zip(rows.values(), extra, strict=True):
+                row["extra_mib"] = mib
+    for row in rows.values():
+        row["peak_mib"] = row["weights_mib"] + row["extra_mib"]
+    result = describe(command, {"load": asdict(workload), "models": rows}, device)
+    if not quiet:
+        print_table(result)
+    if out:
+        write_atomic(out, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """One line per model."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    workload = result["load"]
+    table = Table(
+        title=f"{result['device']}, {result['threads']} threads, batch {workload['rows']}, "
+        f"{workload['new_tokens']} tokens; median (quartiles) of {workload['repeats']} runs",
+        box=SIMPLE_HEAD,
+    )
+    for column in (
+        "model",
+        "parameters",
+        "GFLOPs",
+        "first token [ms]",
+        "per token [ms]",
+        "faster (first, further)",
+        "weights [MiB]",
+        "peak [MiB]",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for name, row in result["models"].items():
+        table.add_row(
+            short_name(name),
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['prefill_gflops']:.2f}",
+            spread_text(row["prefill_ms"]),
+            spread_text(row["decode_ms"]),
+            speedup_text(row),
+            f"{row['weights_mib']:.1f}",
+            f"{row['peak_mib']:.1f}",
+        )
+    console = Console(markup=False)  # folder names and [ms] are not markup
+    (console if console.is_terminal else Console(width=160, markup=False)).print(table)
+
+
+def spread_text(spread: Mapping[str, float]) -> str:
+    """Median and quartiles in one cell."""
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
+def speedup_text(row: Mapping[str, Any]) -> str:
+    """How many times faster than the first model; empty for the first model."""
+    return (
+        f"{row['prefill_speedup']['median']:.2f}x, {row['decode_speedup']['median']:.2f}x"
+        if "prefill_speedup" in row
+        else ""
+    )

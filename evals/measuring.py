@@ -1,0 +1,78 @@
+"""Measured times, memory, and the machine that they belong to."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+    """How many times longer `slow` takes than `fast`: the paired ratios' median, least, most, n."""
+    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    return {
+        "median": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "n": len(ratios),
+    }
+
+
+def timed(device: str | torch.device, work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The return value of `work`, and its cost: seconds, and on CUDA extra_mib.
+
+    extra_mib is the peak of allocated memory above what was allocated before the call.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    result = work()
+    if cuda:
+        torch.cuda.synchronize(device)
+    cost = {"seconds": time.perf_counter() - start}
+    if cuda:
+        cost["extra_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return result, cost
+
+
+def resident(field: str, reset: bool = False) -> float:
+    """A field of this process's /proc/self/status [MiB]; NaN where there is no /proc.
+
+    Args:
+        field: "VmRSS" (memory now) or "VmHWM" (its peak).
+        reset: also restart the peak from now.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def describe(command: str, values: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
+    """`values` with the command, the device, the number of threads and the versions.
+
+    Args:
+        command: the command line that produced the values.
+        values: what was measured.
+        device: the device that was measured; None: the GPU if there is one.
+    """
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
+    return {
+        "command": command,
+        **values,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("torch", "transformers")},
+    }

@@ -1,0 +1,117 @@
+"""Data flows down: a part of the library imports only from the parts that stand above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Every part may import from those above it, inside functions too. CONTRIBUTING.md says what each is.
+ORDER = (
+    "errors",
+    "quantities",
+    "files",
+    "progress",
+    "families",
+    "kinds",
+    "groups",
+    "model_folder",
+    "modes",
+    "verification",
+    "plan",
+    "units",
+    "budget",
+    "calibration.processors",
+    "calibration.batches",
+    "calibration.encoding",
+    "training",
+    "testbed",
+    "calibration",
+    "attacks",
+    "scorers",
+    "output_head",
+    "answers",
+    "sensitivity",
+    "allocators",
+    "preference",
+    "surgery",
+    "runs",
+    "planner",
+    "comm",
+    "recover",
+    "robust",
+    "evals",
+    "integrations",
+    "evals.demo",
+    "cli",
+    "__main__",
+)
+
+
+def modules() -> dict[str, Path]:
+    """Module name without "hipp_ext." -> file; studies and the top-level lazy names left out."""
+    found = {}
+    for folder, prefix in (
+        ("hipp_ext", ""),
+        ("evals", "evals."),
+        ("integrations", "integrations."),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = prefix + ".".join(p for p in parts if p != "__init__")
+            found[name.rstrip(".")] = path
+    return {n: p for n, p in found.items() if n and not n.startswith("evals.studies")}
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """The library's modules that a module imports, at the top or inside functions."""
+    wanted = set()
+    tree = ast.parse(MODULES[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    inside = {w.removeprefix("hipp_ext.") for w in wanted if w.startswith("hipp_ext.")}
+    return {w for w in inside if w in MODULES and w != name}
+
+
+def part(name: str) -> str:
+    """The longest entry of ORDER that a module belongs to."""
+    fits = [p for p in ORDER if name == p or name.startswith(p + ".")]
+    assert fits, f"{name} has no place in ORDER"
+    return max(fits, key=len)
+
+
+def test_every_part_exists_and_every_module_has_a_part():
+    assert {part(name) for name in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_from_above(name):
+    place = ORDER.index(part(name))
+    below = sorted(m for m in imports(name) if ORDER.index(part(m)) > place)
+    assert not below, f"{name} imports {below}, which stand below it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    state: dict[str, str] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", " -> ".join((*path, name))
+        if name not in state:
+            state[name] = "open"
+            for other in sorted(imports(name)):
+                # A package's own file imports from its modules to export their names.
+                if not (name.startswith(other + ".") and MODULES[other].name == "__init__.py"):
+                    visit(other, (*path, name))
+            state[name] = "done"
+
+    for name in sorted(MODULES):
+        visit(name, ())
