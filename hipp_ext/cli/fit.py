@@ -35,6 +35,7 @@ from hipp_ext.cli.options import (
     RoundTo,
     ScienceQA,
     check_questions,
+    read_bounds,
 )
 from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
@@ -123,7 +124,7 @@ def fit(
         device = own_device()
     loaded, processor = load_model(model, device, dtype, spread=True)
     evaluator = make_evaluator(loaded, processor, pope, scienceqa, questions, out, robustness_on)
-    planner = _new_planner(pruning_ratio, mrs, round_to, drop, cache)
+    planner = _new_planner(pruning_ratio, mrs, read_bounds(round_to, drop), cache)
     running = out.with_name(out.name + ".fit")
     chosen: Any = cost
     result = planner.fit(
@@ -183,7 +184,7 @@ def make_evaluator(
 
 
 def _new_planner(
-    pruning_ratio: float | None, mrs: bool, round_to: int | None, drop: Any, cache: Path | None
+    pruning_ratio: float | None, mrs: bool, bounds: dict[str, Any], cache: Path | None
 ) -> Any:
     from hipp_ext.budget import Bounds
     from hipp_ext.planner import HiPPPlanner
@@ -193,6 +194,6 @@ def _new_planner(
         Preference(1, 1, 1),
         pruning_ratio=pruning_ratio,
         mrs=MRS() if mrs else None,
-        bounds=Bounds(round_to=round_to or 1),
+        bounds=Bounds(**bounds),
         cache=cache or True,
     )

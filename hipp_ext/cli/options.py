@@ -135,6 +135,11 @@ def read_preference(
     return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
 
 
+def read_bounds(round_to: int | None, drop: Drop | None) -> dict[str, Any]:
+    """The arguments of Bounds that were given."""
+    return {k: v for k, v in {"round_to": round_to, "drop": drop}.items() if v is not None}
+
+
 def check_questions(pope: Path | None, scienceqa: Path | None) -> None:
     """Raise DataError if only one of the two files is given."""
     if (pope is None) != (scienceqa is None):

@@ -27,6 +27,7 @@ from hipp_ext.cli.options import (
     Robustness,
     RoundTo,
     Utility,
+    read_bounds,
     read_preference,
     registered,
 )
@@ -111,7 +112,7 @@ def plan(
     require_new_file(out, overwrite)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
-    bounds = {k: v for k, v in {"round_to": round_to, "drop": drop}.items() if v is not None}
+    bounds = read_bounds(round_to, drop)
     ranking = registered("scorer", scorer)() if scorer else None
     if allocator == "planner":
         preference = preference or DEFAULT_PREFERENCE
