@@ -169,6 +169,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     import json
 
     write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-
-say = typer.echo

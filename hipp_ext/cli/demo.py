@@ -38,4 +38,4 @@ def demo(
     from hipp_ext.evals.demo import DemoSize, run_demo
     from hipp_ext.planner.fit import FitSettings
 
-    run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), say=typer.echo)
+    run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), log=typer.echo)

@@ -16,7 +16,6 @@ from hipp_ext.cli.console import (
     own_device,
     require_apart,
     require_model,
-    say,
     warn,
 )
 from hipp_ext.errors import DataError
@@ -106,7 +105,7 @@ def recover_command(
         if result.stats:
             stats = result.stats
             sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
-        say(
+        typer.echo(
             f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps"
             f"{sent}; progress: {running}"
         )
