@@ -29,7 +29,7 @@ import torch
 from hipp_ext import testbed
 from hipp_ext.allocators import ALLOCATORS
 from hipp_ext.budget import Bounds
-from hipp_ext.calibration import Batch, Task
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import HippError
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
@@ -108,15 +108,15 @@ class Contest:
         self.pope = testbed.questions("POPE", "test", size.table_questions[0])
 
     @functools.cached_property
-    def tasks(self) -> dict[Task, list[Batch]]:
+    def calibration(self) -> Calibration:
         """Calibration data of the allocators."""
-        return testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
+        return Calibration.testbed(self.model, self.processor, rows=self.size.sensitivity_rows)
 
     @functools.cached_property
     def informed(self) -> Signals:
         """The signals, with sensitivity measured on the same data as the allocators'."""
         sensitivity = measure_sensitivity(
-            self.model, self.tasks, self.signals.groups, self.signals.scores
+            self.model, self.calibration, self.signals.groups, self.signals.scores
         )
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
@@ -158,7 +158,7 @@ class Contest:
             asked = {"policy": self._asked(planner)}
         else:
             kind, scores = ALLOCATORS[name], self.signals.scores
-            measured = kind(pruning_ratio=0.0).measure(self.model, groups, scores, self.tasks)
+            measured = kind(pruning_ratio=0.0).measure(self.model, groups, scores, self.calibration)
             choose = {
                 corner: lambda ratio: kind(pruning_ratio=ratio).keep_counts(
                     groups, scores, measured
