@@ -13,7 +13,7 @@ UNCHECKED = {
     "hipp_ext.attacks",
     "hipp_ext.robust.evaluation",
     "hipp_ext.robust.losses",
-    "hipp_ext.planner.reward",
+    "hipp_ext.groups",
 }
 
 
