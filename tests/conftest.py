@@ -8,7 +8,13 @@ import torch
 from jaxtyping import install_import_hook
 
 # These refuse arguments of a wrong type themselves, with messages that are tested.
-UNCHECKED = {"hipp_ext.attacks", "hipp_ext.robust.evaluation", "hipp_ext.robust.losses"}
+UNCHECKED = {
+    "hipp_ext.attacks",
+    "hipp_ext.planner.cost",
+    "hipp_ext.planner.fit",
+    "hipp_ext.robust.evaluation",
+    "hipp_ext.robust.losses",
+}
 
 
 def annotated_modules() -> list[str]:
