@@ -372,7 +372,7 @@ class Page(html.parser.HTMLParser):
         ]
     )
 
-    DRAWN = frozenset("svg defs g path use clippath rect text image".split())
+    DRAWN = frozenset(["svg", "defs", "g", "path", "use", "clippath", "rect", "text", "image"])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in self.ALLOWED | self.DRAWN, f"<{tag}> in the page"
