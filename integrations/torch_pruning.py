@@ -1,7 +1,7 @@
 """torch-pruning on transformers models: plans carried out where the stock pruner hangs, corrupts, or does nothing.
 
     pruner = PlanPruner(model, example_inputs, plan=plan)                         # any model that hipp_ext.prune takes
-    pruner = tp.pruner.BasePruner(model, example_inputs, **plan.to_tp_kwargs(model))  # the stock pruner where it is right
+    pruner = tp.pruner.BasePruner(model, example_inputs, **to_tp_kwargs(plan, model))  # the stock pruner where it is right
     pruner.step()
 
 Both, and `hipp_ext.prune(model, plan)`, leave the same weights.
@@ -29,9 +29,9 @@ from hipp_ext.integrations.torch_pruning_importance import (
     tp,
     traceless_group,
 )
-from hipp_ext.integrations.torch_pruning_stock import confirm, stock_arguments
+from hipp_ext.integrations.torch_pruning_stock import confirm, to_tp_kwargs
+from hipp_ext.modes import call, evaluating
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.scorers.base import evaluating
 from hipp_ext.surgery.prune import PLAN_ATTRIBUTE, match, prune
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "confirm",
     "find_channel_groups",
     "prune_channels",
-    "stock_arguments",
+    "to_tp_kwargs",
 ]
 
 
@@ -78,7 +78,7 @@ class PlanPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     ):
         self.model, self.example_inputs, self.plan = model, example_inputs, plan
-        self.forward_fn = forward_fn or _unpacked
+        self.forward_fn = forward_fn or call
         match(model, plan)
         self._kept = {
             e.name: tuple(range(e.width)) for e in plan.groups
@@ -261,9 +261,3 @@ def _owner(groups: Sequence[Group], name: str, is_out: bool) -> tuple[Group, int
     raise PlanError(
         f"The {side} channels of {name} belong to no group of the plan, whose groups are {[g.name for g in groups][:6]}."
     )
-
-
-def _unpacked(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)

@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
-from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
+from hipp_ext.integrations.torch_pruning_graph import read_groups, traced, undone_on_error
 from hipp_ext.integrations.torch_pruning_probe import misrouted
-from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.mrs import Form, measure, share_out
-from hipp_ext.scorers.sensitivity import ChannelGroup, Loss, Reader, require_removable
+from hipp_ext.modes import call, evaluating
+from hipp_ext.scorers.channels import ChannelGroup, require_removable
+from hipp_ext.scorers.gates import Loss
+from hipp_ext.scorers.mrs import Form, measure, unit_shares
 
-__all__ = ["ChannelGroup", "Reader", "channel_mrs", "find_channel_groups", "prune_channels", "run"]
+__all__ = ["ChannelGroup", "channel_mrs", "find_channel_groups", "prune_channels"]
 
 
 def find_channel_groups(
@@ -49,7 +50,7 @@ def find_channel_groups(
     for group in found:
         if isinstance(group, UnsupportedModelError):
             raise group
-        if group.readers or outputs:
+        if group.consumers or outputs:
             groups.append(group)
     if not groups:
         raise UnsupportedModelError(
@@ -97,7 +98,7 @@ def prune_channels(
                 )
         try:
             with evaluating(model), torch.no_grad():
-                (forward_fn or run)(model, example_inputs)
+                (forward_fn or call)(model, example_inputs)
         except Exception as error:
             raise UnsupportedModelError(
                 f"This {type(model).__name__} ran before its channels were removed and does not now ({error}): its forward "
@@ -113,9 +114,9 @@ def _routed(
     forward_fn: Callable | None,
 ) -> list[ChannelGroup | UnsupportedModelError]:
     """`found`, with an error in the place of groups whose channels do not arrive where they should."""
-    groups = [g for g in found if isinstance(g, ChannelGroup) and g.readers]
+    groups = [g for g in found if isinstance(g, ChannelGroup) and g.consumers]
     errors = misrouted(
-        graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups
+        graph.model, lambda: (forward_fn or call)(graph.model, example_inputs), groups
     )
     return [errors.get(g.name, g) if isinstance(g, ChannelGroup) else g for g in found]
 
@@ -126,7 +127,7 @@ def _chosen(
     kept: Mapping[str, Sequence[int]],
 ) -> list[ChannelGroup]:
     """The groups that lose channels."""
-    groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.readers}
+    groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.consumers}
     unknown = [g for g in found if isinstance(g, UnsupportedModelError)]
     for name, channels in kept.items():
         if name not in groups:
@@ -205,16 +206,16 @@ def _sizes_after(
     for group in groups:
         gone = torch.ones(group.width, dtype=torch.bool)
         gone[list(kept[group.name])] = False
-        for share in group.shares:
-            sizes[share.parameter][share.dim] -= int(share.entries[gone].sum())
-        for reader in group.readers:
-            layer = model.get_submodule(reader.layer)
+        for part in group.slices:
+            sizes[part.parameter][part.dim] -= int(part.sizes[gone].sum())
+        for consumer in group.consumers:
+            layer = model.get_submodule(consumer.layer)
             if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (
                 1,
                 layer.in_channels,
             ):
-                sizes[f"{reader.layer}.weight"][1] -= (
-                    int(gone[reader.units[reader.units >= 0]].sum()) // layer.groups
+                sizes[f"{consumer.layer}.weight"][1] -= (
+                    int(gone[consumer.units[consumer.units >= 0]].sum()) // layer.groups
                 )
     return {name: tuple(size) for name, size in sizes.items()}
 
@@ -286,12 +287,12 @@ def channel_mrs(
         )
     scores: dict[str, Tensor] = {}
     for group, value, unit in zip(groups, values, units, strict=True):
-        shared = share_out(value, unit).float()
+        shared = unit_shares(value, unit).float()
         if not torch.isfinite(shared).all():
             raise UnsupportedModelError(
                 f"MRS gave NaN or infinity for {group.name}: weights or activations are not finite."
             )
-        for layer, owner in zip(group.layers, group.owners, strict=True):
+        for layer, owner in zip(group.producers, group.producer_units, strict=True):
             before = scores.get(layer, torch.zeros(len(owner)))
             scores[layer] = torch.where(owner >= 0, shared[owner.clamp_min(0)], before)
     return scores

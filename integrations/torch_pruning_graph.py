@@ -20,8 +20,9 @@ from hipp_ext.integrations.torch_pruning_importance import (
     output_channels,
     tp,
 )
-from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.sensitivity import ChannelGroup, Reader, Share
+from hipp_ext.modes import call, evaluating
+from hipp_ext.scorers.channels import ChannelGroup, ChannelSlice
+from hipp_ext.scorers.gates import Consumer
 
 OPTYPE: Any = tp.ops.OPTYPE  # type: ignore[reportAttributeAccessIssue]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
@@ -92,32 +93,22 @@ def traced(
     Raises:
         UnsupportedModelError: the model cannot be traced, or does not run on `example_inputs`.
     """
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
     with undone_on_error(model), evaluating(model), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", "Unwrapped parameters detected")
+        # A frozen layer would leave no trace in autograd, and would silently stay whole.
+        model.requires_grad_(True)
         try:
-            # A frozen layer leaves no trace in autograd, and would be left whole without a word.
-            model.requires_grad_(True)
-            try:
-                host: Any = _Graph()  # its annotations know no None
-                # Given none, it first tries the rows of a tensor as arguments, and takes layers for called twice.
-                graph = host.build_dependency(model, example_inputs, forward_fn or run)
-            except Exception as error:  # whatever a forward or the tracer raises
-                raise UnsupportedModelError(
-                    f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: {error}. Outputs must be "
-                    "tensors that depend on the weights through autograd; say forward_fn where the call is not model(inputs)."
-                ) from error
-            yield graph
-        finally:
-            for name, p in model.named_parameters():
-                p.requires_grad_(flags.get(name, True))
-
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """`model` on inputs given as a mapping, a sequence or a tensor."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+            host: Any = _Graph()  # its annotations do not allow None
+            # Without forward_fn, it first tries the rows of a tensor as arguments, and then takes
+            # layers for called twice.
+            graph = host.build_dependency(model, example_inputs, forward_fn or call)
+        except Exception as error:  # whatever a forward or the tracer raises
+            raise UnsupportedModelError(
+                f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: "
+                f"{error}. Outputs must be tensors that depend on the weights through autograd; "
+                "pass forward_fn where the call is not model(inputs)."
+            ) from error
+        yield graph
 
 
 def read_groups(
@@ -162,9 +153,9 @@ class _GroupReader:
         self.root = graph._module2name[found[0].dep.target.module]
         self.width = 0
         self.producers: dict[str, Tensor] = {}
-        self.readers: dict[str, Tensor] = {}
-        self.followers: dict[str, int] = {}
-        self.shares: dict[tuple[str, int], Tensor] = {}
+        self.consumers: dict[str, Tensor] = {}
+        self.norms: dict[str, int] = {}
+        self.slices: dict[tuple[str, int], Tensor] = {}
         self.obstacles: list[str] = []
 
     def read(self) -> ChannelGroup | UnsupportedModelError:
@@ -178,15 +169,17 @@ class _GroupReader:
         return ChannelGroup(
             name=next(n for n in names if torch.equal(self.producers[n], units)),
             width=self.width,
-            weights=tuple(f"{n}.weight" for n in names),
-            owners=tuple(self.producers[n] for n in names),
-            readers=tuple(
-                Reader(layer=n, units=self.readers[n])
-                for n in sorted(self.readers, key=self.places.__getitem__)
+            producers=tuple(names),
+            producer_units=tuple(self.producers[n] for n in names),
+            consumers=tuple(
+                Consumer(layer=n, units=self.consumers[n])
+                for n in sorted(self.consumers, key=self.places.__getitem__)
             ),
-            followers=tuple(self.followers.items()),
+            norms=tuple(self.norms.items()),
             obstacle="; ".join(dict.fromkeys(self.obstacles)),
-            shares=tuple(Share(parameter=n, dim=d, entries=e) for (n, d), e in self.shares.items()),
+            slices=tuple(
+                ChannelSlice(parameter=n, dim=d, sizes=e) for (n, d), e in self.slices.items()
+            ),
         )
 
     def _name(self, target: Any) -> str:
@@ -233,7 +226,7 @@ class _GroupReader:
         )
         if isinstance(target, CHANNEL_LAYERS) and dep.handler in (*OUT_HANDLERS, *IN_HANDLERS):
             self._read_layer(name, target, dep.handler, places)
-        self._read_shares(name, target, dep, places)
+        self._read_slices(name, target, dep, places)
 
     def _read_layer(self, name: str, layer: Any, handler: Any, places: Tensor) -> None:
         out = handler in OUT_HANDLERS
@@ -243,10 +236,12 @@ class _GroupReader:
                 f"torch-pruning counts {int(places[0].max()) + 1} channels of {self.root} where {name} has {size}: something "
                 f"between them, such as a PixelShuffle, rearranges channels. List {self.root} in ignored."
             )
-        owner = (self.producers if out else self.readers).setdefault(name, torch.full((size,), -1))
+        owner = (self.producers if out else self.consumers).setdefault(
+            name, torch.full((size,), -1)
+        )
         owner[places[0]] = places[1]
 
-    def _read_shares(self, name: str, target: Any, dep: Any, places: Tensor) -> None:
+    def _read_slices(self, name: str, target: Any, dep: Any, places: Tensor) -> None:
         """How much of each tensor goes with a unit, and what stands against it."""
         before = {"": target} if isinstance(target, nn.Parameter) else dict(_tensors(target))
         if obstacle := _obstacle(self.graph.model, name, target) or self._tie(name, target):
@@ -259,14 +254,14 @@ class _GroupReader:
         counts = torch.bincount(places[1], minlength=self.width)
         for (tensor, dim), number in taken.items():
             key = (f"{name}.{tensor}" if tensor else name, dim)
-            self.shares[key] = self.shares.get(key, 0) + number * counts
+            self.slices[key] = self.slices.get(key, 0) + number * counts
         if isinstance(target, NORMS):
             sizes = {
                 f"{name}.{n}": int(counts[0])
                 for (n, d) in taken
                 if d == 0 and n in dict(target.named_parameters())
             }
-            self.followers |= sizes
+            self.norms |= sizes
 
     def _tie(self, name: str, target: Any) -> str:
         """With which layers `target` shares a parameter, in words; empty where with none."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, MissingExtraError, PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
-from hipp_ext.scorers.base import Scorer, evaluating, forward, per_unit, require_labels
+from hipp_ext.modes import evaluating, training_only
+from hipp_ext.scorers.base import Scorer, forward, per_unit, require_labels
+from hipp_ext.scorers.gates import GatedGroup, Loss, unit_taylor
 
 try:
     import torch_pruning as tp
@@ -199,7 +201,7 @@ class TorchPruningScorer(Scorer):
             f"torch-pruning {getattr(self.importance, '__name__', type(self.importance).__name__)}"
         )
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         with (
@@ -225,15 +227,15 @@ class TorchPruningScorer(Scorer):
 
 
 def channel_taylor(
-    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Float[Tensor, ""]]
+    model: nn.Module, batches: Iterable[Any], loss: Loss
 ) -> dict[str, Float[Tensor, " channels"]]:
-    """Name of every conv and linear layer -> one score per output channel, higher = keep; for any model, a CNN for example.
+    """Name of every conv and linear layer -> one score per output channel, higher = keep.
 
-    Root mean square over batches of the loss's derivative with respect to a gate on the channel. Weights, gradients and
-    train/eval stay as they were.
+    Root mean square over batches of the loss's derivative with respect to a gate on the channel.
+    Weights, gradients and train/eval modes stay as they were.
 
     Args:
-        model: any model; layers of it that the loss does not depend on score 0.
+        model: any model, a CNN for example; layers that the loss does not depend on score 0.
         batches: whatever `loss` takes.
         loss: (model, batch) -> scalar.
 
@@ -241,33 +243,28 @@ def channel_taylor(
         CalibrationError: there are no batches.
 
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8.
-    Differs from the paper: gates stand right after the layer, before a batch norm; squares are averaged over batches.
+    Differs from the paper: gates stand right after the layer, before a batch norm; squares are
+    averaged over batches.
     """
-    layers = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
-    }
-    gates = {
-        n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype)
-        for n, m in layers.items()
-    }
-    squares = {n: torch.zeros(len(gate), dtype=torch.float64) for n, gate in gates.items()}
-    count = 0
-    with contextlib.ExitStack() as stack, evaluating(model), torch.enable_grad():
-        for name, layer in layers.items():
-            gate = gates[name].requires_grad_()
-            shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * len(layer.kernel_size))
-            hook = lambda _, args, out, g=gate, s=shape: out * g.view(s)  # noqa: E731
-            stack.callback(layer.register_forward_hook(hook).remove)
-        for batch in batches:
-            count += 1
-            gradients = torch.autograd.grad(
-                loss(model, batch), list(gates.values()), materialize_grads=True
-            )
-            for square, gradient in zip(squares.values(), gradients, strict=True):
-                square += gradient.double().square().cpu()
-    if not count:
+    batches = list(batches)
+    if not batches:
         raise CalibrationError("channel_taylor needs at least one batch.")
-    return {n: (s / count).sqrt().float() for n, s in squares.items()}
+    groups = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CHANNEL_LAYERS):
+            units = torch.arange(output_channels(layer))
+            groups.append(
+                GatedGroup(
+                    name=name,
+                    width=len(units),
+                    producers=(name,),
+                    producer_units=(units,),
+                    consumers=(),
+                )
+            )
+    with evaluating(model):
+        scores = unit_taylor(model, groups, loss, batches)
+    return {g.name: s.float() for g, s in zip(groups, scores, strict=True)}
 
 
 def traceless_group(
@@ -345,19 +342,18 @@ def _gradients(
 ) -> Iterator[None]:
     """Inside the block the layers of `groups`, and no others, hold the loss's gradients, summed over `batches`."""
     require_labels(batches, "This importance needs gradients")
-    wanted = {
+    chosen = [
         p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()
-    }
-    before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    ]
+    before = [(p, p.grad) for p in model.parameters()]
     try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(parameter in wanted)
+        for parameter, _ in before:
             parameter.grad = None
-        with torch.enable_grad():
-            for batch in batches:
-                forward(model, batch, labels=True).loss.backward()
-        yield
+        with training_only(model, chosen):
+            with torch.enable_grad():
+                for batch in batches:
+                    forward(model, batch, labels=True).loss.backward()
+            yield
     finally:
-        for parameter, gradient, flag in before:
+        for parameter, gradient in before:
             parameter.grad = gradient
-            parameter.requires_grad_(flag)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.channels import ChannelGroup
 
 PROBES = 6  # a channel that is read elsewhere goes unnoticed once in (4/3)^6, and channels hardly ever go astray alone
 
@@ -61,16 +61,16 @@ def _probe(
     handles, here = [], {}
     made: dict[str, Tensor] = {}
     for place, group in enumerate(groups):
-        for name, owner in zip(group.layers, group.owners, strict=True):
+        for name, owner in zip(group.producers, group.producer_units, strict=True):
             marks = (owner >= 0) & marked[place][owner.clamp_min(0)]
             made[name] = made[name] | marks if name in made else marks
     for name, marks in made.items():
         handles.append(model.get_submodule(name).register_forward_hook(_mark(marks)))
-    readers: dict[str, list[int]] = {}
+    consumers: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
-        for reader in group.readers:
-            readers.setdefault(reader.layer, []).append(place)
-    for name, places in readers.items():
+        for consumer in group.consumers:
+            consumers.setdefault(consumer.layer, []).append(place)
+    for name, places in consumers.items():
         handles.append(
             model.get_submodule(name).register_forward_pre_hook(_look(name, places, here))
         )

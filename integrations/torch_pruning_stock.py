@@ -20,7 +20,7 @@ from hipp_ext.surgery.prune import (
 from hipp_ext.units import keep_masks
 
 
-def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
+def to_tp_kwargs(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
     """What `plan.to_tp_kwargs(model)` returns: keyword arguments with which the stock pruner removes exactly the planned units.
 
     `tp.pruner.BasePruner(model, example_inputs, **arguments).step()`, `example_inputs` a mapping of the forward's tensors.

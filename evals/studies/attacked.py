@@ -12,8 +12,8 @@ from hipp_ext import HiPPPlanner, Preference, prune, testbed
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.studies.measuring import claim_folder, mean_and_se, report
 from hipp_ext.files import write_atomic
+from hipp_ext.image_attacks import ImageAttack
 from hipp_ext.planner import FitSettings
-from hipp_ext.robust.attacks import ImageAttack
 
 OBJECTIVES = ("pope", "adversarial", "adaptive")
 KEYS = {

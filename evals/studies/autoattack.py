@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.measuring import report
 from hipp_ext.evals.studies.robust import Setting, dense_network
+from hipp_ext.modes import restored
 from hipp_ext.robust.data import Images, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate, percent
-from hipp_ext.robust.training import restored
 
 NETWORKS = ("small-resnet", "small-vgg")
 
@@ -49,7 +49,7 @@ def run(
                 checks=False,
                 seed=seed,
             )
-            ours, middle = found.right, time.process_time()
+            ours, middle = found.robust_mask, time.process_time()
             theirs = _published(AutoAttack, model, test, epsilon, seed)
             rows.append(
                 {
@@ -77,7 +77,11 @@ def run(
 
 def _published(attack: Any, model: nn.Module, images: Images, epsilon: float, seed: int) -> Tensor:
     """Which images are still classified right after the published standard version."""
-    with restored(model), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+    with (
+        restored(model, random_state=True),
+        open(os.devnull, "w") as null,
+        contextlib.redirect_stdout(null),
+    ):
         model.eval()
         made = attack(
             model,

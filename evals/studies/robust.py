@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hipp_ext.budget import Bounds, Cost
 from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.measuring import (
     claim_folder,
@@ -27,30 +28,21 @@ from hipp_ext.evals.studies.measuring import (
 )
 from hipp_ext.files import write_atomic
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
-from hipp_ext.robust.allocation import (
-    Bounds,
-    Cost,
-    allocate,
-    channel_costs,
-    default_floor,
-    global_counts,
-    uniform_counts,
-)
+from hipp_ext.robust.allocation import allocate, default_min_keep, global_counts, uniform_counts
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import MODEL_NAMES, build_model
-from hipp_ext.robust.pipeline import Kept, MRPFSettings, mrpf
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
-from hipp_ext.scorers.sensitivity import ChannelGroup
+from hipp_ext.scorers.channels import ChannelGroup
 from hipp_ext.units import top_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
-ROUNDS = 2  # of the arm mrs-rounds, which scores anew half-way; the epochs of fine-tuning are shared out among them
 ARMS = (
     *MAIN,
     "global-l1",
@@ -64,7 +56,6 @@ ARMS = (
     "mrs-worst",
     "mrs-grad",
     "mrs-taylor",
-    "mrs-rounds",
     "random",
 )
 AGAINST = (
@@ -137,26 +128,18 @@ def run_job(
     macs, parameters = channel_costs(dense, example, groups)
     uniform = uniform_counts([g.width for g in groups], job.ratio)
     for arm in wanted:
-        start, memory, scoring = time.process_time(), resident("VmHWM", reset=True), None
+        start, memory = time.process_time(), resident("VmHWM", reset=True)
         loss, settings = (
             _loss(job.loss, setting),
-            TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed),
+            TrainSettings(epochs=setting.tune, lr=0.05, seed=job.seed),
         )
-        if arm == "mrs-rounds":
-            model, kept = _in_rounds(job, setting, dense, data, loss, settings)
-        else:
-            counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
-            scoring = {
-                "seconds": time.process_time() - start,
-                "peak_mb": resident("VmHWM") - memory,
-            }
-            kept = {
-                g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)
-            }
-            model = copy.deepcopy(dense)
-            prune_channels(model, example, kept)
-            recalibrate(model, data.train, setting.epsilon, seed=job.seed)
-            train(model, data, loss, settings)
+        counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
+        scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
+        kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
+        model = copy.deepcopy(dense)
+        prune_channels(model, example, kept)
+        recalibrate(model, data.train, setting.epsilon, seed=job.seed)
+        train(model, data, loss, settings)
         keeps = [len(kept[g.name]) for g in groups]
         found = evaluate(
             model,
@@ -190,33 +173,13 @@ def _scores(job: Job, setting: Setting) -> ScoreSettings:
     return ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
 
 
-def _in_rounds(
-    job: Job,
-    setting: Setting,
-    dense: nn.Module,
-    data: ImageData,
-    loss: AdversarialLoss,
-    settings: TrainSettings,
-) -> tuple[nn.Module, Kept]:
-    """(network, channels kept) of MRPF in rounds."""
-    chosen = MRPFSettings(
-        pruning_ratio=job.ratio,
-        rounds=ROUNDS,
-        scores=_scores(job, setting),
-        bounds=Bounds(floor=default_floor(job.ratio)),
-        train=replace(settings, epochs=setting.tune // ROUNDS),
-    )
-    result = mrpf(dense, data, chosen, loss=loss)
-    return result.model, result.kept
-
-
 def dense_network(
     network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None
 ) -> nn.Module:
     """The dense network of a seed, in eval mode; with a checkpoint it is trained once for all ratios and losses."""
     torch.manual_seed(seed)
     model = build_model(network, len(data.classes), data.shape)
-    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
+    settings = TrainSettings(epochs=setting.dense, lr=0.1, seed=seed)
     train(
         model,
         data,
@@ -244,7 +207,7 @@ def _plan(
     """(channels kept per module, ranking of the channels) of an arm; MACs at most those of the uniform plan."""
     budget, bounds, widths = (
         macs(uniform),
-        Bounds(floor=default_floor(job.ratio)),
+        Bounds(min_keep=default_min_keep(job.ratio)),
         [g.width for g in groups],
     )
     settings = _scores(job, setting)

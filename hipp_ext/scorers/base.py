@@ -2,7 +2,8 @@
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, Calibration, resolve_calibration
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
+from hipp_ext.modes import evaluating
 
 
 class Scorer(abc.ABC):
     """Ranks the units of every group: `scorer(model, calibration)`.
 
     A scorer says which units of a group go first; how many go is the allocation's business. Scores of different
-    groups need not be comparable. Subclasses implement `_score` and nothing else.
+    groups need not be comparable. Subclasses implement `score` and nothing else.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -51,7 +53,7 @@ class Scorer(abc.ABC):
             resolve_calibration(model, calibration, processor) if self.needs_calibration else []
         )
         with evaluating(model):
-            raw = self._score(model, groups, batches)
+            raw = self.score(model, groups, batches)
         scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}
         for g in groups:
             assert scores[g.name].shape == (g.width,), (g.name, scores[g.name].shape)
@@ -64,8 +66,12 @@ class Scorer(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Name written into plans and planners."""
-        return type(self).__name__
+        """The class and those settings that are not defaults, as written into plans."""
+        settings = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        changed = [
+            f"{f.name}={value}" for f in settings if (value := getattr(self, f.name)) != f.default
+        ]
+        return " ".join([type(self).__name__, *changed])
 
     def _name_with_settings(self, default: "Scorer") -> str:
         """The name, with what differs from `default`: in a planner's folder a bare name stands for the default."""
@@ -73,22 +79,10 @@ class Scorer(abc.ABC):
         return " ".join([type(self).__name__, *changed])
 
     @abc.abstractmethod
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> Mapping[str, Tensor]:
         """Group name -> (width,) scores, any dtype and device."""
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode again after it."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def require_labels(batches: Sequence[Batch], why: str) -> None:

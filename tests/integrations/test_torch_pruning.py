@@ -29,6 +29,7 @@ from hipp_ext.integrations.torch_pruning import (
     TorchPruningScorer,
     channel_taylor,
     confirm,
+    to_tp_kwargs,
 )
 from hipp_ext.scorers import Magnitude, Taylor
 from hipp_ext.units import plan_from_counts, top_units
@@ -84,7 +85,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 
 def stock_pruned(model: nn.Module, name: str, plan: PruningPlan) -> nn.Module:
     model = copy.deepcopy(model)
-    tp.pruner.BasePruner(model, batch(name), **plan.to_tp_kwargs(model)).step()
+    tp.pruner.BasePruner(model, batch(name), **to_tp_kwargs(plan, model)).step()
     confirm(model, plan)
     return model
 
@@ -192,7 +193,7 @@ def test_grouped_queries_are_refused_with_the_reason(name):
         UnsupportedModelError,
         match=r"language\.\d\.attention: \d query heads share a key head.*Use PlanPruner",
     ):
-        random_plan(model).to_tp_kwargs(model)
+        to_tp_kwargs(random_plan(model), model)
 
 
 def test_frozen_layers_and_vision_layers_and_odd_layers_are_refused():
@@ -202,14 +203,14 @@ def test_frozen_layers_and_vision_layers_and_odd_layers_are_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"vision\.0\.\w+: vision layers whose output is not read"
     ):
-        both.to_tp_kwargs(model)
+        to_tp_kwargs(both, model)
     with pytest.raises(PlanError, match="made for another model"):
-        plan.to_tp_kwargs(build("llava_gqa"))
+        to_tp_kwargs(plan, build("llava_gqa"))
     with pytest.raises(UnsupportedModelError, match=r"language\.0\.\w+: its weights are frozen"):
-        plan.to_tp_kwargs(copy.deepcopy(model).requires_grad_(False))
+        to_tp_kwargs(plan, copy.deepcopy(model).requires_grad_(False))
     model.model.language_model.layers[1].mlp.up_proj.__class__ = type("Quantised", (nn.Linear,), {})
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj is a Quantised"):
-        plan.to_tp_kwargs(model)
+        to_tp_kwargs(plan, model)
 
 
 def test_frozen_weights_gradients_and_training_survive_plan_pruner():
@@ -293,7 +294,7 @@ def test_the_history_is_plain_json_and_can_be_done_again():
 def test_a_history_of_the_stock_pruner_can_be_done_again():
     model, inputs = build("llava"), batch("llava")
     plan, again = random_plan(model), copy.deepcopy(model)
-    stock = tp.pruner.BasePruner(model, inputs, **plan.to_tp_kwargs(model))
+    stock = tp.pruner.BasePruner(model, inputs, **to_tp_kwargs(plan, model))
     stock.step()
     confirm(model, plan)
     assert {is_out for _, is_out, _ in stock.pruning_history()} == {True, False}
