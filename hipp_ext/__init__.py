@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.preference import Preference
     from hipp_ext.surgery.checkpoint import load_pruned, pad_to_uniform, save_pruned
-    from hipp_ext.surgery.prune import masked, prune
+    from hipp_ext.surgery.masks import masked
+    from hipp_ext.surgery.prune import prune
 
 __all__ = [
     "HiPPPlanner",
@@ -32,7 +33,7 @@ _HOMES = {
     "Preference": "preference",
     "PruningPlan": "plan",
     "load_pruned": "surgery.checkpoint",
-    "masked": "surgery.prune",
+    "masked": "surgery.masks",
     "pad_to_uniform": "surgery.checkpoint",
     "prune": "surgery.prune",
     "save_pruned": "surgery.checkpoint",

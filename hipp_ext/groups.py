@@ -1,23 +1,28 @@
 """A transformers model -> its groups: what can go, what must go together, and what one unit costs.
 
-A decoder layer has two groups. In the attention group a unit is a whole KV group: one key head, one value head and
-every query head that shares them (one of each under multi-head attention). In the FFN group a unit is a channel.
-Groups are found by structure (which linear layers a block holds), not by a list of class names.
+A decoder layer has two groups. In the attention group a unit is a whole KV group: one key head, one
+value head and every query head that shares them (one of each under multi-head attention). In the
+FFN group a unit is a channel. Groups are found by structure (which linear layers a block holds),
+not by a list of class names.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import VISION_TOWERS
+from hipp_ext.kinds import KINDS, BlockKind, Skip, Slice
 
 Tower = Literal["language", "vision"]
 Kind = Literal["attention", "ffn"]
-CONSUMERS = {"attention": ("o_proj", "out_proj"), "ffn": ("down_proj", "fc2")}
-PRODUCERS = {"attention": ("q_proj", "k_proj", "v_proj"), "ffn": ("gate_proj", "up_proj", "fc1")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +34,18 @@ class Group:
         layer: index of the layer in its tower, from 0.
         kind: "attention" (unit: a KV group) or "ffn" (unit: a channel).
         width: number of units.
-        producers: names of the linear layers whose output rows belong to the units.
-        rows: rows of each producer that one unit owns, in the order of `producers`.
-        consumer: name of the linear layer that reads the units.
-        columns: input columns of the consumer that one unit owns.
+        owns: what one unit owns: the rows that compute it, then the columns that read it.
         unit_parameters: parameters that leave with one unit, biases included.
-        unit_flops: floating-point operations per token that leave with one unit (two per multiply-accumulate of
-            its weights); attention over the context comes on top, see `context_flops`.
+        unit_flops: floating-point operations per token that leave with one unit (two per
+            multiply-accumulate of its weights); attention over the context comes on top, see
+            `context_flops`.
     """
 
     tower: Tower
     layer: int
     kind: Kind
     width: int
-    producers: tuple[str, ...]
-    rows: tuple[int, ...]
-    consumer: str
-    columns: int
+    owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
 
@@ -54,14 +54,39 @@ class Group:
         """Key of this group in scores, plans and masks, such as "language.3.ffn"."""
         return f"{self.tower}.{self.layer}.{self.kind}"
 
+    @functools.cached_property
+    def producers(self) -> tuple[str, ...]:
+        """Names of the linear layers whose output rows belong to the units."""
+        return tuple(dict.fromkeys(part.layer for part in self.owns[:-1]))
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each producer that one unit owns, in the order of `producers`."""
+        return tuple(p.size for p in self.owns[:-1] if p.parameter.endswith(".weight"))
+
+    @property
+    def consumer(self) -> str:
+        """Name of the linear layer that reads the units."""
+        return self.owns[-1].layer
+
+    @property
+    def columns(self) -> int:
+        """Input columns of the consumer that one unit owns."""
+        return self.owns[-1].size
+
+    @property
+    def block(self) -> str:
+        """Name of the attention or FFN module that holds the layers."""
+        return self.consumer.rpartition(".")[0]
+
     @property
     def parameters(self) -> int:
         """Parameters of all units together."""
         return self.width * self.unit_parameters
 
     def context_flops(self, context: int) -> int:
-        """FLOPs per token and unit for scores and weighted sum over `context` keys; 0 for an FFN group."""
-        return 4 * self.columns * context if self.kind == "attention" else 0
+        """FLOPs per token and unit over `context` keys; 0 for an FFN group."""
+        return KINDS[self.kind].context_flops(self.columns, context)
 
     def multiple(self, round_to: int) -> int:
         """Smallest number of units whose columns together are a multiple of `round_to`."""
@@ -69,41 +94,49 @@ class Group:
 
 
 def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[Group, ...]:
-    """The groups of `model`, layer by layer, attention before FFN.
+    """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
 
     Args:
-        model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3, LLaVA, LLaVA-NeXT,
-            Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
-        towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone unless asked for.
+        model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3,
+            LLaVA, LLaVA-NeXT, Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
+        towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone by default.
 
     Raises:
-        UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be mapped. Nothing is
-            ever skipped in silence; the message lists the modules in question.
+        UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be
+            mapped. Nothing is ever skipped in silence; the message lists the modules in question.
     """
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
     for tower in towers:
         for index, layer in enumerate(tower_layers(model, tower)):
-            for kind in ("attention", "ffn"):
-                groups.append(
-                    _map_block(names, tower, index, kind, _find_block(layer, kind, names))
-                )
+            for kind in KINDS.values():
+                block = _find_block(layer, kind, names)
+                if not isinstance(block, Skip):
+                    groups.append(_map_block(tower, index, kind, block, names[block]))
     return tuple(groups)
+
+
+def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
+    """(layer, kind) of every block of a tower that was dropped."""
+    return [
+        (index, child.kind)  # type: ignore[misc]
+        for index, layer in enumerate(tower_layers(model, tower))
+        for child in layer.children()
+        if isinstance(child, Skip)
+    ]
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     """The layers of a tower, in order."""
     root = decoder(model) if tower == "language" else _vision_tower(model)
-    lists = [
-        m
-        for m in root.modules()
-        if isinstance(m, nn.ModuleList) and len(m) and _has_attention(m[0])
-    ]
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
     if len(lists) != 1:
+        names = KINDS["attention"].names
         raise UnsupportedModelError(
-            f"{_adapters(root)}Looked for the layers of the {tower} tower of {type(model).__name__} and found {len(lists)} "
-            f"lists of blocks with {PRODUCERS['attention']} and one of {CONSUMERS['attention']}. Modules of the tower: "
-            f"{_listing(root)}"
+            f"{_adapters(root)}Looked for the layers of the {tower} tower of "
+            f"{type(model).__name__} "
+            f"and found {len(lists)} lists of blocks with {names.producers[0]} and one of "
+            f"{names.consumers}. Modules of the tower: {_listing(root)}"
         )
     return lists[0]
 
@@ -119,7 +152,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:
-    for path in ("vision_tower", "vision_model", "visual"):
+    for path in VISION_TOWERS:
         for root in (model, getattr(model, "model", None)):
             if isinstance(getattr(root, path, None), nn.Module):
                 return getattr(root, path)
@@ -129,127 +162,69 @@ def _vision_tower(model: nn.Module) -> nn.Module:
 
 
 def _adapters(root: nn.Module) -> str:
-    """A sentence on adapters, which stand in front of the linear layers that are looked for; empty where there are none."""
+    """A sentence on adapters, which stand in front of the linear layers; empty without any."""
     adapted = [
         name
         for name, module in root.named_modules()
         if type(module).__module__.partition(".")[0] == "peft"
     ]
+    if not adapted:
+        return ""
     return (
-        f"The model carries adapters ({adapted[0]}, ...): merge them first, model.merge_and_unload(). "
-        if adapted
-        else ""
+        f"The model carries adapters ({adapted[0]}, ...): merge them first, "
+        "model.merge_and_unload(). "
     )
 
 
-def _has_attention(layer: nn.Module) -> bool:
-    return any(_match(block, "attention") for block in layer.children())
+def _is_tower(layers: nn.ModuleList) -> bool:
+    """Whether the first layer has an attention block, or had one."""
+    first = list(layers[0].children()) if len(layers) else []
+    return any(isinstance(b, Skip) or KINDS["attention"].match(b) for b in first)
 
 
-def _match(block: nn.Module, kind: Kind) -> tuple[list[str], str] | None:
-    """(producers, consumer) as child names when `block` has the shape of an attention or FFN block."""
-    children = dict(block.named_children())
-    linear = {n for n, m in children.items() if isinstance(m, nn.Linear)}
-    producers = [n for n in PRODUCERS[kind] if n in linear]
-    consumers = [n for n in CONSUMERS[kind] if n in linear]
-    complete = (
-        len(producers) == 3
-        if kind == "attention"
-        else producers in (["gate_proj", "up_proj"], ["up_proj"], ["fc1"])
-    )
-    return (producers, consumers[0]) if complete and len(consumers) == 1 else None
-
-
-def _find_block(layer: nn.Module, kind: Kind, names: dict[nn.Module, str]) -> nn.Module:
-    found = [child for child in layer.children() if _match(child, kind)]
+def _find_block(layer: nn.Module, kind: BlockKind, names: dict[nn.Module, str]) -> nn.Module:
+    found = [
+        child
+        for child in layer.children()
+        if (child.kind == kind.name if isinstance(child, Skip) else kind.match(child))
+    ]
     if len(found) != 1:
+        known = dict.fromkeys(name for names in kind.names.producers for name in names)
         raise UnsupportedModelError(
-            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(found)} {kind} blocks that can be "
-            f"mapped; one with linear layers {' + '.join(PRODUCERS[kind])} -> {' or '.join(CONSUMERS[kind])} is needed "
-            f"(mixtures of experts and fused projections are not supported). Its modules: {_listing(layer)}"
+            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(found)} "
+            f"{kind.name} blocks that can be mapped; one with linear layers {' + '.join(known)} -> "
+            f"{' or '.join(kind.names.consumers)} is needed (mixtures of experts and fused "
+            f"projections are not supported). Its modules: {_listing(layer)}"
         )
     return found[0]
 
 
-def _map_block(
-    names: dict[nn.Module, str], tower: Tower, index: int, kind: Kind, block: nn.Module
-) -> Group:
-    matched = _match(block, kind)
-    assert matched is not None
-    producers = [getattr(block, n) for n in matched[0]]
-    consumer = getattr(block, matched[1])
-    columns, width = (
-        _attention_units(block, names) if kind == "attention" else (1, consumer.in_features)
-    )
-    rows = tuple(p.out_features // width for p in producers)
-    if consumer.in_features != width * columns or any(
-        p.out_features != width * r for p, r in zip(producers, rows, strict=True)
-    ):
-        raise UnsupportedModelError(
-            f"{names[block]}: {width} units do not divide its linear layers: "
-            + ", ".join(
-                f"{names[m]} {m.in_features}->{m.out_features}" for m in (*producers, consumer)
-            )
-        )
-    _check_rest(block, kind, width, names)
-    weights = (
-        sum(p.in_features * r for p, r in zip(producers, rows, strict=True))
-        + consumer.out_features * columns
-    )
-    biases = sum(r for p, r in zip(producers, rows, strict=True) if p.bias is not None)
+def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name: str) -> Group:
+    width = kind.width(block, name)
+    owns = kind.owns(block, name, width)
+    kind.check_rest(block, name, width)
+    weights = biases = 0
+    for part in owns:
+        layer: Any = block.get_submodule(part.layer.removeprefix(f"{name}."))
+        if part.parameter.endswith(".bias"):
+            biases += part.size
+        else:
+            weights += part.size * (layer.in_features, layer.out_features)[part.dim]
     return Group(
         tower=tower,
         layer=index,
-        kind=kind,
+        kind=kind.name,  # type: ignore[arg-type]
         width=width,
-        producers=tuple(names[p] for p in producers),
-        rows=rows,
-        consumer=names[consumer],
-        columns=columns,
+        owns=owns,
         unit_parameters=weights + biases,
         unit_flops=2 * weights,
     )
 
 
-def _attention_units(block: Any, names: dict[nn.Module, str]) -> tuple[int, int]:
-    """(columns of one KV group, number of KV groups) of an attention block."""
-    head_dim = getattr(block, "head_dim", None)
-    if not isinstance(head_dim, int) or block.k_proj.out_features % head_dim:
-        raise UnsupportedModelError(
-            f"{names[block]} ({type(block).__name__}) has no head_dim that divides its k_proj."
-        )
-    kv_groups = block.k_proj.out_features // head_dim
-    return block.q_proj.out_features // kv_groups, kv_groups
-
-
-def _check_rest(block: Any, kind: Kind, width: int, names: dict[nn.Module, str]) -> None:
-    """Raise UnsupportedModelError where a block has parameters beside its projections that may belong to single units.
-
-    In attention a norm of the heads may stay, one that they share: a child of the block whose parameters are head_dim long. One
-    in a list of norms is another matter, and so is a parameter of the block itself (a sink for every head).
-    """
-    projections = set(PRODUCERS[kind] + CONSUMERS[kind])
-    for name, parameter in block.named_parameters():
-        owner, *rest = name.split(".")
-        if owner in projections:
-            continue
-        if kind == "attention" and (len(rest) != 1 or parameter.shape != (block.head_dim,)):
-            raise UnsupportedModelError(
-                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: only the parameters of a norm that all heads "
-                f"share, of shape ({block.head_dim},), can stay when heads go."
-            )
-        if kind == "ffn" and width in parameter.shape:
-            raise UnsupportedModelError(
-                f"{names[block]}.{name} has shape {tuple(parameter.shape)}: a parameter with entries for the {width} channels "
-                "would have to go along with them, which is not supported."
-            )
-
-
 def _listing(module: nn.Module, limit: int = 30) -> str:
     names = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n]
-    return ", ".join(names[:limit]) + (
-        f", and {len(names) - limit} more" if len(names) > limit else ""
-    )
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -259,19 +234,72 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def block_of(model: nn.Module, group: Group) -> Any:
+    """The attention or FFN module that holds the layers of `group`."""
+    return model.get_submodule(group.block)
+
+
+def total_parameters(groups: Iterable[Group]) -> int:
+    """Prunable parameters: those of all units of all groups."""
+    return sum(g.parameters for g in groups)
+
+
+def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
+    """Bring the size attributes of the linear layers and block of `group` in line with `width`."""
+    KINDS[group.kind].resize(block_of(model, group), group.owns, width)
+
+
+@contextlib.contextmanager
+def gated(model: nn.Module, keep_masks: Mapping[Group, Bool[Tensor, " width"]]) -> Iterator[None]:
+    """Inside the block, units whose mask is False add nothing to what the model computes.
+
+    The inputs of every consumer are multiplied by the mask; where no unit is kept, the consumer's
+    output is zero, its bias included.
+    """
+    handles = []
+    try:
+        for group, mask in keep_masks.items():
+            if bool(mask.all()):
+                continue
+            consumer = linear(model, group.consumer)
+            check_loaded(model, group.consumer)
+            if not mask.any():
+                handles.append(
+                    consumer.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+                )
+                continue
+            columns = mask.to(consumer.weight.device, consumer.weight.dtype)
+            columns = columns.repeat_interleave(group.columns)
+            handles.append(
+                consumer.register_forward_pre_hook(
+                    lambda _, args, m=columns: (args[0] * m, *args[1:])
+                )
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
-    """Raise UnsupportedModelError where a layer of `groups` is quantised, adapted or otherwise no plain linear layer."""
+    """Raise UnsupportedModelError where a layer of `groups` is no plain floating-point linear
+    layer.
+
+    Layers that are quantised, adapted or parametrised are not.
+    """
     for group in groups:
         for name in (*group.producers, group.consumer):
             if reason := not_plain(module := model.get_submodule(name)):
                 raise UnsupportedModelError(
-                    f"{name} is a {type(module).__name__} {reason}. Score, plan and prune the floating-point model, before it "
-                    "is quantised or given adapters."
+                    f"{name} is a {type(module).__name__} {reason}. Score, plan and prune the "
+                    "floating-point model, before it is quantised or given adapters."
                 )
 
 
 def not_plain(module: nn.Module) -> str:
-    """Why the entries of a layer's weight are not the numbers it computes with, in words; empty for a plain linear layer."""
+    """Why the entries of a layer's weight are not the numbers it computes with; empty if they
+    are.
+    """
     weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
     if hasattr(module, "quantization_scheme"):  # its scales would stay behind
         return "that is quantised"
@@ -280,36 +308,33 @@ def not_plain(module: nn.Module) -> str:
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
 
 
-def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
-    """Bring the size attributes of the linear layers and blocks of `group` in line with `width` units."""
-    for name, rows in zip(group.producers, group.rows, strict=True):
-        linear(model, name).out_features = width * rows
-    linear(model, group.consumer).in_features = width * group.columns
-    block = block_of(model, group)
-    if group.kind == "ffn":
-        sizes = {"intermediate_size": width}
-    else:
-        sizes = {"num_heads": width * group.columns // block.head_dim, "num_key_value_heads": width}
-    for attribute, size in sizes.items():
-        if isinstance(getattr(block, attribute, None), int):
-            setattr(block, attribute, size)
-
-
 def check_loaded(model: nn.Module, name: str = "") -> None:
-    """Raise UnsupportedModelError where weights of `model`, or of its module called `name`, are not in memory."""
+    """Raise UnsupportedModelError where weights of `model`, or of its module `name`, are not in
+    memory.
+    """
     for parameter, weight in model.get_submodule(name).named_parameters(prefix=name):
         if weight.is_meta:
             raise UnsupportedModelError(
-                f"{parameter} is not in memory (offloaded, or on the meta device). Load the model whole; several GPUs may "
-                'share it (device_map="auto").'
+                f"{parameter} is not in memory (offloaded, or on the meta device). Load the model "
+                'whole; several GPUs may share it (device_map="auto").'
             )
 
 
-def block_of(model: nn.Module, group: Group) -> Any:
-    """The attention or FFN module that holds the layers of `group`."""
-    return model.get_submodule(group.consumer.rpartition(".")[0])
-
-
-def total_parameters(groups: Iterable[Group]) -> int:
-    """Prunable parameters: those of all units of all groups."""
-    return sum(g.parameters for g in groups)
+__all__ = [
+    "Group",
+    "Kind",
+    "Slice",
+    "Tower",
+    "block_of",
+    "check_loaded",
+    "check_plain",
+    "decoder",
+    "find_groups",
+    "find_skips",
+    "gated",
+    "linear",
+    "not_plain",
+    "sync_sizes",
+    "total_parameters",
+    "tower_layers",
+]

@@ -1,6 +1,8 @@
-"""What to keep where. A plan is data: it can be made on one machine, mailed, read, edited, diffed, applied on another.
+"""What to keep where. A plan is data: it can be made on one machine, mailed, read, edited, diffed,
+applied on another.
 
-JSON, one group a line; the kept units are written as ranges ("0-5,8"), which stay short and diff well.
+JSON, one group a line; the kept units are written as ranges ("0-5,8"), which stay short and diff
+well.
 """
 
 import itertools
@@ -20,13 +22,17 @@ from hipp_ext.groups import Kind, Tower
 from hipp_ext.quantities import whole
 
 FORMAT = 1
-# Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7 million units in all.
+# Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7
+# million units in all.
 MAX_BYTES, MAX_GROUPS, MAX_UNITS, MAX_FIELDS = 32 << 20, 20_000, 10_000_000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanGroup:
-    """One group of a plan: `keep` of `width` units stay, namely those in `kept` (sorted indices)."""
+    """One group of a plan: `keep` of `width` units stay, namely those in `kept` (sorted indices).
+
+    Where none stays, the block is dropped.
+    """
 
     tower: Tower
     layer: int
@@ -44,17 +50,16 @@ class PlanGroup:
         if set(map(type, kept)) - {int}:
             kept = tuple(_whole(unit, "kept") for unit in kept)
         object.__setattr__(self, "kept", kept)
-        if not 1 <= len(kept) <= self.width:
-            raise PlanError(
-                f"{self.name} keeps {len(kept)} of {self.width} units: 1 to {self.width} must stay."
-            )
-        if (
-            any(b <= a for a, b in zip(kept, kept[1:], strict=False))
-            or kept[0] < 0
-            or kept[-1] >= self.width
+        if not self.width >= 1:
+            raise PlanError(f"{self.name} has {self.width} units; a group has one or more.")
+        if kept and not (
+            kept[0] >= 0
+            and kept[-1] < self.width
+            and all(a < b for a, b in itertools.pairwise(kept))
         ):
             raise PlanError(
-                f"{self.name}: kept units must be distinct, sorted and below {self.width}: {_short(kept[:100])}"
+                f"{self.name}: kept units must be distinct, sorted and below {self.width}: "
+                f"{_short(kept[:100])}"
             )
 
     @property
@@ -70,7 +75,8 @@ class PlanGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPlan:
-    """Which units of every group stay. Frozen; `apply` it with `hipp_ext.prune` or `hipp_ext.masked`.
+    """Which units of every group stay. Frozen; `apply` it with `hipp_ext.prune` or
+    `hipp_ext.masked`.
 
     Attributes:
         groups: one entry per group of the towers that were planned, also where everything stays.
@@ -89,13 +95,17 @@ class PruningPlan:
         if not names:
             raise PlanError("A plan needs at least one group.")
         if len(set(names)) != len(names):
-            raise PlanError(
-                f"A plan names a group twice: {_short(sorted(n for n, c in Counter(names).items() if c > 1))}"
-            )
+            twice = sorted(n for n, c in Counter(names).items() if c > 1)
+            raise PlanError(f"A plan names a group twice: {_short(twice)}")
+        for tower in self.towers:
+            if not any(g.keep for g in self.groups if g.tower == tower):
+                raise PlanError(f"A plan must keep a unit of the {tower} tower; this keeps none.")
 
     @property
     def pruning_ratio(self) -> float:
-        """Removed parameters / prunable parameters, in [0, 1). Exact: counted from the units, biases included."""
+        """Removed parameters / prunable parameters, in [0, 1). Exact: counted from the units,
+        biases included.
+        """
         return 1 - self.kept_parameters / sum(g.width * g.unit_parameters for g in self.groups)
 
     @property
@@ -152,9 +162,10 @@ class PruningPlan:
         """The plan in `text`.
 
         Raises:
-            PlanError: the text is not JSON, has missing, unknown or wrongly typed fields, or contradicts itself
-                (a keep count that is not the number of kept units, a ratio that is not the groups'), or it is larger than any
-                model's: above MAX_BYTES, MAX_GROUPS or MAX_UNITS.
+            PlanError: the text is not JSON, has missing, unknown or wrongly typed fields, or
+                contradicts itself (a keep count that is not the number of kept units, a ratio that
+                is not the groups'), or it is larger than any model's: above MAX_BYTES, MAX_GROUPS
+                or MAX_UNITS.
         """
         data = _read(text)
         plan = cls(
@@ -167,7 +178,8 @@ class PruningPlan:
         )
         if not abs(plan.pruning_ratio - data.pruning_ratio) <= 1e-9:  # NaN too
             raise PlanError(
-                f"The plan says pruning_ratio {data.pruning_ratio}, its groups say {plan.pruning_ratio}. After editing "
+                f"The plan says pruning_ratio {data.pruning_ratio}, its groups say "
+                f"{plan.pruning_ratio}. After editing "
                 "groups by hand, set pruning_ratio to the second figure."
             )
         return plan
@@ -212,7 +224,7 @@ class _GroupFile(_Strict):
     kind: Kind
     width: int = Field(ge=1, le=MAX_UNITS)
     keep: int
-    kept: str = Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+    kept: str = Field(pattern=r"^(\d+(-\d+)?(,\d+(-\d+)?)*)?$")  # empty: the block is dropped
     unit_parameters: int = Field(ge=1, lt=2**63)
 
     def build(self) -> PlanGroup:
@@ -231,9 +243,11 @@ class _GroupFile(_Strict):
         )
 
     def _spans(self) -> list[tuple[int, int]]:
-        """First and last unit of every range, checked before any is expanded: "0-999999999999" must not fill the memory."""
+        """First and last unit of every range, checked before any is expanded: "0-999999999999" must
+        not fill the memory.
+        """
         name, spans, end = f"{self.tower}.{self.layer}.{self.kind}", [], -1
-        for part in self.kept.split(","):
+        for part in self.kept.split(",") if self.kept else []:
             first, _, last = part.partition("-")
             if len(first) > 9 or len(last) > 9 or int(last or first) >= self.width:
                 raise PlanError(
@@ -243,7 +257,8 @@ class _GroupFile(_Strict):
             end = int(last or first)
             if not before < begin <= end:
                 raise PlanError(
-                    f"{name}: kept units must be distinct, sorted and below {self.width}: {part} follows {before}."
+                    f"{name}: kept units must be distinct, sorted and below {self.width}: {part} "
+                    f"follows {before}."
                 )
             spans.append((begin, end))
         return spans
@@ -259,7 +274,9 @@ class _PlanFile(_Strict):
 
 
 def _read(text: str | bytes) -> _PlanFile:
-    """The fields of a plan file. What could be too much is counted first: every wrong field costs an error of its own."""
+    """The fields of a plan file. What could be too much is counted first: every wrong field costs
+    an error of its own.
+    """
     if len(text) > MAX_BYTES:
         raise PlanError(f"Not a pruning plan: it has more than {MAX_BYTES} bytes.")
     try:

@@ -34,7 +34,8 @@ def unit_entries(units: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entrie
 def take_units(values: Tensor, units: Int[Tensor, " kept"], size: int, dim: int) -> Tensor:
     """The rows (dim 0) or columns (dim 1) that `units` own, in their order; a copy.
 
-    As blocks of whole units: copying a head at once is several times faster than copying its columns.
+    As blocks of whole units: copying a head at once is several times faster than copying its
+        columns.
     """
     blocks = values.unflatten(dim, (-1, size))
     return blocks.index_select(dim, units.to(values.device)).flatten(dim, dim + 1)
@@ -49,11 +50,13 @@ def plan_from_counts(
     scorer: str | None = None,
     notes: Mapping[str, object] | None = None,
 ) -> PruningPlan:
-    """The plan that keeps, in every group, as many units as `counts` says: those with the highest scores.
+    """The plan that keeps, in every group, as many units as `counts` says: those with the highest
+    scores.
 
     Raises:
-        PlanError: there is no count for a group, or one that is not a whole number from 1 to its width; scores are missing for
-            a group, have another length than its width, or are not finite.
+        PlanError: there is no count for a group, or one that is not a whole number from 0 (the
+            block is dropped) to its width; scores are missing for a group, have another length than
+            its width, or are not finite.
     """
     check_scores(groups, scores)
     keep_counts = _checked_counts(groups, counts)
@@ -83,9 +86,10 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
     for g, given in zip(groups, counts, strict=True):
         keep = whole(given)
         # A slice would take what is out of range for all units, or for all but a few.
-        if keep is None or not 1 <= keep <= g.width:
+        if keep is None or not 0 <= keep <= g.width:
             raise PlanError(
-                f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 1 to {g.width} is needed."
+                f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 0 to "
+                f"{g.width} is needed."
             )
         checked.append(keep)
     return checked

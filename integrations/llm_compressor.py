@@ -1,4 +1,5 @@
-"""hipp-ext in llm-compressor recipes: prune a model by a plan, and quantise it, in one `oneshot` call.
+"""hipp-ext in llm-compressor recipes: prune a model by a plan, and quantise it, in one `oneshot`
+call.
 
 Importing this module registers `HippStructuredPruningModifier` for YAML recipes:
 
@@ -6,7 +7,8 @@ Importing this module registers `HippStructuredPruningModifier` for YAML recipes
       pruning_modifiers:
         HippStructuredPruningModifier: {plan: plan.json}
       quantization_modifiers:
-        QuantizationModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head", "re:.*vision_tower.*"]}
+        QuantizationModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head",
+            "re:.*vision_tower.*"]}
 """
 
 import itertools
@@ -42,7 +44,8 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.preference import Preference
 from hipp_ext.surgery.checkpoint import PLAN
-from hipp_ext.surgery.prune import match, prune, removed_entries, zero_units
+from hipp_ext.surgery.masks import match, removed_entries, zero_units
+from hipp_ext.surgery.prune import prune
 
 import_llmcompressor()
 from compressed_tensors.offload import disable_onloading  # noqa: E402
@@ -55,31 +58,38 @@ PLANNING_BATCHES = 32  # of the calibration; a plan needs fewer samples than a q
 
 
 class HippStructuredPruningModifier(Modifier):
-    """Prunes whole KV groups and FFN channels, as `hipp_ext.prune` does, at the start of an llm-compressor recipe.
+    """Prunes whole KV groups and FFN channels, as `hipp_ext.prune` does, at the start of an
+    llm-compressor recipe.
 
-        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan), QuantizationModifier(...)])
+        oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan),
+        QuantizationModifier(...)])
 
-    Everything happens on initialisation, before any calibration, so that every other modifier calibrates the pruned model,
-    in whichever pipeline (independent, sequential, basic, datafree). It must stand before those that quantise.
-    Afterwards `model.hipp_plan` is the plan, and `model.save_pretrained`, `output_dir=` and `hipp_ext.save_pruned` all write
-    folders that `hipp_ext.load_pruned` restores to the bit, compressed or not.
+    Everything happens on initialisation, before any calibration, so that every other modifier
+    calibrates the pruned model, in whichever pipeline (independent, sequential, basic, datafree).
+    It must stand before those that quantise. Afterwards `model.hipp_plan` is the plan, and
+    `model.save_pretrained`, `output_dir=` and `hipp_ext.save_pruned` all write folders that
+    `hipp_ext.load_pruned` restores to the bit, compressed or not.
 
     Args:
-        plan: a PruningPlan, or the path of a plan file. A plan given as an object stands in the saved recipe.yaml as
-            the file hipp_plan.json, which lies beside it.
-        preference: instead of a plan: a Preference, or its three numbers by name. The plan is then made in place, from the
-            first 32 batches of the calibration, or, without any, from hipp-ext's own pictures and questions.
-        mode: "shrink": units are sliced out, the model gets smaller. "mask": units are set to zero, all shapes stay, any
-            server can load the result; nothing gets smaller or faster.
-        round_to: with a preference: the columns that stay are a multiple of this. None: what the recipe's quantisers need.
-        pruning_ratio: with a preference: parameters removed / prunable parameters, in [0, 1); None: the policy decides.
+        plan: a PruningPlan, or the path of a plan file. A plan given as an object stands in the
+            saved recipe.yaml as the file hipp_plan.json, which lies beside it.
+        preference: instead of a plan: a Preference, or its three numbers by name. The plan is then
+            made in place, from the first 32 batches of the calibration, or, without any, from
+            hipp-ext's own pictures and questions.
+        mode: "shrink": units are sliced out, the model gets smaller. "mask": units are set to zero,
+            all shapes stay, any server can load the result; nothing gets smaller or faster.
+        round_to: with a preference: the columns that stay are a multiple of this. None: what the
+            recipe's quantisers need.
+        pruning_ratio: with a preference: parameters removed / prunable parameters, in [0, 1); None:
+            the policy decides.
 
     Raises:
         PlanError: the plan does not fit the model, or is no plan.
-        RecipeError: the model is quantised already; a layer's columns do not divide into quantisation groups (the
-            message names the groups and a round_to that works); another modifier would fill or did fill zeros again.
-        BudgetError, CalibrationError, UnsupportedModelError: as `HiPPPlanner.plan` and `prune`. Before any of these, nothing
-            was pruned.
+        RecipeError: the model is quantised already; a layer's columns do not divide into
+            quantisation groups (the message names the groups and a round_to that works); another
+            modifier would fill or did fill zeros again.
+        BudgetError, CalibrationError, UnsupportedModelError: as `HiPPPlanner.plan` and `prune`.
+            Before any of these, nothing was pruned.
     """
 
     plan: str | InstanceOf[PruningPlan] | None = None
@@ -154,8 +164,10 @@ class HippStructuredPruningModifier(Modifier):
                 )
             if filled:
                 raise RecipeError(
-                    f'{filled} weights that mode="mask" had set to zero are no longer zero: another modifier of the recipe '
-                    'filled them again, and the model is not the pruned one. Use mode="shrink", or leave that modifier out.'
+                    f'{filled} weights that mode="mask" had set to zero are no longer zero: '
+                    "another modifier of the recipe "
+                    'filled them again, and the model is not the pruned one. Use mode="shrink", or '
+                    "leave that modifier out."
                 )
         return True
 

@@ -1,4 +1,6 @@
-"""The parts of llm-compressor that hipp-ext touches, each behind a guard against what comes with it."""
+"""The parts of llm-compressor that hipp-ext touches, each behind a guard against what comes with
+it.
+"""
 
 import contextlib
 import functools
@@ -22,10 +24,11 @@ LOG_SWITCH = "LLM_COMPRESSOR_LOG_DISABLED"
 
 
 def import_llmcompressor() -> ModuleType:
-    """The module llmcompressor, imported without taking away the log sinks that the process has set up.
+    """The module llmcompressor, imported without taking away the log sinks that the process has set
+    up.
 
-    It would remove all sinks of loguru, those of other libraries and of the user included, and print to stdout. Here it gets
-    its own sink only where nobody has set up another.
+    It would remove all sinks of loguru, those of other libraries and of the user included, and
+    print to stdout. Here it gets its own sink only where nobody has set up another.
 
     Raises:
         MissingExtraError: llmcompressor, or something that it needs, is not installed.
@@ -66,31 +69,41 @@ def other_modifiers(modifier: Any) -> list[Any]:
 
 
 def check_order(model: nn.Module, modifier: Any) -> None:
-    """Raise RecipeError where `model` is quantised already, by a modifier further up in the recipe or earlier."""
+    """Raise RecipeError where `model` is quantised already, by a modifier further up in the recipe
+    or earlier.
+    """
     quantised = [name for name, m in model.named_modules() if hasattr(m, "quantization_scheme")]
     if quantised:
         above = [type(m).__name__ for m in other_modifiers(modifier) if m.initialized]
         raise RecipeError(
-            f"{type(modifier).__name__} came after the model was quantised ({', '.join(above) or 'in an earlier call'}; "
-            f"{len(quantised)} layers, such as {quantised[0]}): the scales would be those of units that are gone. Put "
+            f"{type(modifier).__name__} came after the model was quantised "
+            f"({', '.join(above) or 'in an earlier call'}; "
+            f"{len(quantised)} layers, such as {quantised[0]}): the scales would be those of units "
+            "that are gone. Put "
             f"{type(modifier).__name__} first in the recipe. Nothing was pruned."
         )
 
 
 def check_mixing(modifier: Any) -> None:
-    """Raise RecipeError where another modifier of the recipe mixes units, so that zeros would not stay zeros."""
+    """Raise RecipeError where another modifier of the recipe mixes units, so that zeros would not
+    stay zeros.
+    """
     for other in other_modifiers(modifier):
         name = type(other).__name__
         # SpinQuant's other rotations stay within a head or within the residual stream.
         if name == "QuIPModifier" or (name == "SpinQuantModifier" and "R4" in other.rotations):
             raise RecipeError(
-                f'{type(modifier).__name__} with mode="mask" and {name} in one recipe: {name} rotates units into each other, '
-                'and what was zero is filled again. Use mode="shrink", or leave one of them out. Nothing was pruned.'
+                f'{type(modifier).__name__} with mode="mask" and {name} in one recipe: {name} '
+                "rotates units into each other, "
+                'and what was zero is filled again. Use mode="shrink", or leave one of them out. '
+                "Nothing was pruned."
             )
 
 
 def group_sizes(model: nn.Module, modifier: Any) -> dict[str, int]:
-    """Name of each linear layer whose weights the recipe will quantise in groups of columns -> columns per group."""
+    """Name of each linear layer whose weights the recipe will quantise in groups of columns ->
+    columns per group.
+    """
     from compressed_tensors.utils import match_named_modules
     from compressed_tensors.utils.match import match_targets
     from llmcompressor.modifiers.quantization import QuantizationMixin
@@ -115,9 +128,11 @@ def group_sizes(model: nn.Module, modifier: Any) -> dict[str, int]:
 
 
 def check_group_sizes(groups: Sequence[Group], plan: PruningPlan, sizes: Mapping[str, int]) -> None:
-    """Raise RecipeError where the columns that stay in a layer do not divide into the recipe's quantisation groups.
+    """Raise RecipeError where the columns that stay in a layer do not divide into the recipe's
+    quantisation groups.
 
-    llm-compressor checks this itself, but not for layers with fewer columns than a group, and only once they are sliced.
+    llm-compressor checks this itself, but not for layers with fewer columns than a group, and only
+    once they are sliced.
     """
     wrong, dense = [], []
     for group, entry in zip(groups, plan.groups, strict=True):
@@ -129,25 +144,35 @@ def check_group_sizes(groups: Sequence[Group], plan: PruningPlan, sizes: Mapping
     if not wrong:
         return
     needed = round_to_for(groups, sizes)
-    cure = f"Make the plan with round_to={needed} (Bounds(round_to={needed}), or `hipp plan --round-to {needed}`)"
+    cure = (
+        f"Make the plan with round_to={needed} (Bounds(round_to={needed}), or "
+        f"`hipp plan --round-to {needed}`)"
+    )
     if dense:
-        cure = f"No round_to can help {', '.join(dense[:3])}: unpruned they do not divide either. Choose a smaller group_size"
+        cure = (
+            f"No round_to can help {', '.join(dense[:3])}: unpruned they do not divide either. "
+            "Choose a smaller group_size"
+        )
     raise RecipeError(
-        f"These layers cannot be quantised in groups: {'; '.join(wrong[:6])}{'; ...' if len(wrong) > 6 else ''}. {cure}, or "
+        "These layers cannot be quantised in groups: "
+        f"{'; '.join(wrong[:6])}{'; ...' if len(wrong) > 6 else ''}. {cure}, or "
         "quantise by channel. Nothing was pruned."
     )
 
 
 def round_to_for(groups: Sequence[Group], sizes: Mapping[str, int]) -> int:
-    """The least round_to with which the columns of every group divide into the recipe's quantisation groups."""
+    """The least round_to with which the columns of every group divide into the recipe's
+    quantisation groups.
+    """
     return math.lcm(*(sizes.get(g.consumer, 1) for g in groups))
 
 
 def complete_saves(model: Any) -> None:
-    """From now on `model.save_pretrained` writes folders that `hipp_ext.load_pruned` reads to the bit.
+    """From now on `model.save_pretrained` writes folders that `hipp_ext.load_pruned` reads to the
+    bit.
 
-    Inside, `config._name_or_path` is empty: llm-compressor would else replace the configuration by the file that the dense
-    model came from, and lose the widths.
+    Inside, `config._name_or_path` is empty: llm-compressor would else replace the configuration by
+    the file that the dense model came from, and lose the widths.
     """
     save = model.save_pretrained
     if getattr(save, "completes", False):

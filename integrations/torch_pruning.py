@@ -32,7 +32,8 @@ from hipp_ext.integrations.torch_pruning_importance import (
 from hipp_ext.integrations.torch_pruning_stock import confirm, to_tp_kwargs
 from hipp_ext.modes import call, evaluating
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.surgery.prune import PLAN_ATTRIBUTE, match, prune
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, match
+from hipp_ext.surgery.prune import prune
 
 __all__ = [
     "ChannelGroup",

@@ -6,17 +6,11 @@ from typing import Any
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.groups import Group, block_of, find_groups, linear, sync_sizes
 from hipp_ext.integrations.torch_pruning_importance import HippImportance
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery.prune import (
-    PLAN_ATTRIBUTE,
-    match,
-    plain_linear,
-    shared_parameters,
-    sync_sizes,
-    write_per_layer_config,
-)
+from hipp_ext.surgery.layer_config import write_layer_config
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, check_sliceable, match
 from hipp_ext.units import keep_masks
 
 
@@ -33,14 +27,11 @@ def to_tp_kwargs(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
         UnsupportedModelError: the stock pruner would hang, or leave the plan undone without saying so; the message says
             which group and why. PlanPruner carries the same plan out.
     """
-    pairs = [
-        (g, e) for g, e in zip(match(model, plan), plan.groups, strict=True) if e.keep < e.width
-    ]
-    shared = shared_parameters(model)
-    for group, _ in pairs:
-        for name in (*group.producers, group.consumer):
-            plain_linear(model, name, shared)
-        if reason := _stock_fails(model, group):
+    groups = match(model, plan)
+    check_sliceable(model, groups, plan)
+    pairs = [(g, e) for g, e in zip(groups, plan.groups, strict=True) if e.keep < e.width]
+    for group, entry in pairs:
+        if reason := _stock_fails(model, group, entry.keep):
             raise UnsupportedModelError(
                 f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use PlanPruner."
             )
@@ -78,8 +69,10 @@ def to_tp_kwargs(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _stock_fails(model: nn.Module, group: Group) -> str | None:
+def _stock_fails(model: nn.Module, group: Group, keep: int) -> str | None:
     """Why the stock pruner cannot prune `group`; None where it can."""
+    if not keep:
+        return "it drops no block whole."
     if group.tower == "vision":
         return "vision layers whose output is not read are missing from its graph, and it leaves them whole without a word."
     layers = [linear(model, n) for n in (*group.producers, group.consumer)]
@@ -132,5 +125,5 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
         )
     for group in groups.values():
         sync_sizes(model, group, group.width)
-    write_per_layer_config(model)
+    write_layer_config(model)
     setattr(model, PLAN_ATTRIBUTE, plan)

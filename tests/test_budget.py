@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hipp_ext.budget import Bounds, Cost, keep_counts, max_ratio
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group, total_parameters
+from hipp_ext.groups import Group, Slice, total_parameters
 
 
 def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int = 1) -> Group:
@@ -19,10 +19,7 @@ def group(layer: int, kind: str, width: int, unit_parameters: int, columns: int 
         layer=layer,
         kind=kind,
         width=width,
-        producers=(),
-        rows=(),
-        consumer="",
-        columns=columns,
+        owns=(Slice(parameter="layer.weight", dim=1, size=columns),),
         unit_parameters=unit_parameters,
         unit_flops=2 * unit_parameters,
     )

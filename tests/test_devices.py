@@ -51,7 +51,7 @@ def answers_when_pruned(model, plan, batches):
         hidden = model(**batches[0]).logits
     small, compensated = (
         prune(model, plan),
-        prune(model, plan, compensate=True, calibration=batches),
+        prune(model, plan, reconstruct=True, calibration=batches),
     )
     return [hidden, small(**batches[0]).logits, compensated(**batches[0]).logits]
 

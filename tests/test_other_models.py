@@ -85,7 +85,10 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
     ) in out
     assert "only proportions count: to fix the size use --pruning-ratio 0.3." in out
     out = hipp("prune", llama, plan, "-o", tmp_path / "small", "--compensate", "--device", "cpu")
-    assert re.search(r"\d of \d layers were repaired", out) and "which are about a toy world" in out
+    assert (
+        re.search(r"\d of \d layers were reconstructed", out)
+        and "which are about a toy world" in out
+    )
     out = hipp(
         "recover",
         tmp_path / "small",

@@ -232,12 +232,12 @@ def test_units_are_whole_numbers_of_whatever_type():
 
 
 @pytest.mark.parametrize(
-    "counts", [(2.5, 4), (True, 4), ("2", 4), (0, 4), (-1, 4), (9, 4), (4,), (math.nan, 4)]
+    "counts", [(2.5, 4), (True, 4), ("2", 4), (-1, 4), (9, 4), (4,), (math.nan, 4)]
 )
 def test_keep_counts_that_no_group_can_have_are_refused(counts):
     groups = tuple(group(i, "ffn", 7, 10) for i in range(2))
     scores = {g.name: torch.arange(7.0) for g in groups}
-    with pytest.raises(PlanError, match=r"a whole number from 1 to 7|2 groups and 1 keep counts"):
+    with pytest.raises(PlanError, match=r"a whole number from 0 to 7|2 groups and 1 keep counts"):
         plan_from_counts(groups, counts, scores)
     assert plan_from_counts(groups, (2.0, np.int64(3)), scores).keep_counts == {
         "language.0.ffn": 2,

@@ -16,7 +16,8 @@ from hipp_ext.evals.demo import search_evaluator
 from hipp_ext.evals.studies.measuring import paired_times, ratio, report
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import WandaSP
-from hipp_ext.surgery.prune import masked, prune
+from hipp_ext.surgery.masks import masked
+from hipp_ext.surgery.prune import prune
 from hipp_ext.surgery.slices import sliced
 from hipp_ext.units import plan_from_counts
 

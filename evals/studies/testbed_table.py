@@ -13,7 +13,7 @@ from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.studies.measuring import report
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import WandaSP
-from hipp_ext.surgery.prune import masked
+from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
 ROWS: dict[

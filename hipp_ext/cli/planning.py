@@ -403,11 +403,11 @@ def prune(
     if compensate and not is_testbed(loaded):
         warn(
             "what stays is fitted to the built-in questions, which are about a toy world; from Python, "
-            "prune(model, plan, compensate=True, calibration=batches) takes your own data."
+            "prune(model, plan, reconstruct=True, calibration=batches) takes your own data."
         )
     before = sum(p.numel() for p in loaded.parameters())
     with _repairs_told():
-        small = cut(loaded, made, inplace=True, compensate=compensate, processor=processor)
+        small = cut(loaded, made, inplace=True, reconstruct=compensate, processor=processor)
     save_pruned(small, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in small.parameters())
     say(

@@ -30,7 +30,7 @@ from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
 from hipp_ext.progress import Tick, counting
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
-from hipp_ext.surgery.prune import masked
+from hipp_ext.surgery.masks import masked
 from hipp_ext.units import check_scores, plan_from_counts
 
 REMOVED = (

@@ -20,7 +20,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.quantities import finite, whole
 from hipp_ext.recover.checkpoints import Checkpoints
 from hipp_ext.recover.lessons import Lessons
-from hipp_ext.surgery.prune import PLAN_ATTRIBUTE
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 
 
 @dataclass(frozen=True, kw_only=True)

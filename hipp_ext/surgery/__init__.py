@@ -1,1 +1,3 @@
-"""A plan and a model -> a smaller model: masked, pruned, sliced, reconstructed, saved and loaded."""
+"""A plan and a model -> a smaller model: masked, pruned, sliced, reconstructed, saved and
+loaded.
+"""

@@ -1,8 +1,8 @@
 """Save and load pruned models whose layers differ in width; pad them for loaders that cannot.
 
-A saved folder is a transformers folder (config.json with `per_layer_config`, safetensors, processor) plus
-`hipp_ext.json`, which holds the widths of every group, and `hipp_plan.json`, the plan. Models that llm-compressor quantised
-are saved and loaded likewise, with compressed weights.
+A saved folder is a transformers folder (config.json with `per_layer_config`, safetensors,
+processor) plus `hipp_ext.json`, which holds the widths of every group, and `hipp_plan.json`, the
+plan. Models that llm-compressor quantised are saved and loaded likewise, with compressed weights.
 """
 
 import contextlib
@@ -18,8 +18,12 @@ from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, require_new, write_atomic
-from hipp_ext.groups import Group, Tower, block_of, find_groups, linear
-from hipp_ext.plan import PruningPlan
+from hipp_ext.groups import Group, Tower, block_of, find_groups, find_skips, linear, tower_layers
+from hipp_ext.kinds import KINDS
+from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
+from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.model_folder import (
     MANIFEST,
     GroupWidth,
@@ -32,12 +36,12 @@ from hipp_ext.surgery.model_folder import (
     shapes_in,
 )
 from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
-from hipp_ext.surgery.prune import PLAN_ATTRIBUTE, allot_caches_late, quiet_width_warnings
 
 __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
 PLAN = "hipp_plan.json"
-# What is decided here, not by whoever calls: where the weights come from, and that no code comes with them.
+# What is decided here, not by whoever calls: where the weights come from, and that no code comes
+# with them.
 _DECIDED = {
     "config",
     "state_dict",
@@ -61,8 +65,9 @@ def save_pruned(
     Args:
         model: from `prune` (a model that was never pruned is saved just as well).
         path: a folder that does not exist or is empty.
-        processor: what belongs beside the weights (a processor, or a tokenizer for a language model). None: the one
-            beside the weights that `model` was loaded from; where there is none, a warning says so.
+        processor: what belongs beside the weights (a processor, or a tokenizer for a language
+            model). None: the one beside the weights that `model` was loaded from; where there is
+            none, a warning says so.
         overwrite: replace what is at `path`; the old folder stays until the new one is complete.
 
     Returns:
@@ -71,7 +76,8 @@ def save_pruned(
     Raises:
         OutputExistsError: `path` exists, and `overwrite` is False.
         CalibrationError: the processor does not belong to the model.
-        UnsupportedModelError: the model carries adapters, or its groups cannot be described. Nothing was written.
+        UnsupportedModelError: the model carries adapters, or its groups cannot be described.
+            Nothing was written.
         WriteError: `path` cannot be written, or the disk is full.
     """
     from hipp_ext.calibration import check_processor, find_processor
@@ -82,7 +88,8 @@ def save_pruned(
     processor = processor or find_processor(model)
     if processor is None:
         warnings.warn(
-            f"{path}: no processor was given and none lies beside the weights the model was loaded from; the folder "
+            f"{path}: no processor was given and none lies beside the weights the model was loaded "
+            "from; the folder "
             "cannot be evaluated until one is saved into it (save_pruned(..., processor=...)).",
             stacklevel=2,
         )
@@ -98,24 +105,34 @@ def save_pruned(
 
 
 def complete_folder(model: nn.Module, folder: Path) -> None:
-    """Add to the folder that `model.save_pretrained` wrote what `load_pruned` needs: plan, widths, and, where the model was
-    quantised, the names of the layers that were not."""
+    """Add to the folder that `model.save_pretrained` wrote what `load_pruned` needs: plan, widths,
+    and, where the model was quantised, the names of the layers that were not."""
     plan = getattr(model, PLAN_ATTRIBUTE, None)
     if plan is not None:
         write_atomic(folder / PLAN, plan.to_json())
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(
-            f"save_pretrained of {type(model).__name__} wrote no config.json or no safetensors weights."
+            f"save_pretrained of {type(model).__name__} wrote no config.json or no safetensors "
+            "weights."
         )
-    groups = find_groups(model, known_towers(model))
-    manifest = Manifest(
-        architecture=type(model).__name__,
-        groups=[
-            GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups
-        ],
-    )
+    manifest = Manifest(architecture=type(model).__name__, groups=_widths(model))
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1))
     _name_unquantised(model, folder / "config.json")
+
+
+def _widths(model: nn.Module) -> list[GroupWidth]:
+    """The width of every group, 0 for dropped blocks."""
+    towers = known_towers(model)
+    widths = [
+        GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width)
+        for g in find_groups(model, towers)
+    ]
+    for tower in towers:
+        widths += [
+            GroupWidth(tower=tower, layer=layer, kind=kind, width=0)
+            for layer, kind in find_skips(model, tower)
+        ]
+    return widths
 
 
 def check_saveable(model: nn.Module) -> None:
@@ -130,8 +147,10 @@ def check_saveable(model: nn.Module) -> None:
     ]
     if adapters or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
-            f"The model carries adapters ({', '.join(adapters[-3:]) or 'added by add_adapter'}), and would be saved without "
-            "its own weights. Merge them first (model = model.merge_and_unload() of a PeftModel), or remove them. Nothing was "
+            f"The model carries adapters ({', '.join(adapters[-3:]) or 'added by add_adapter'}), "
+            "and would be saved without "
+            "its own weights. Merge them first (model = model.merge_and_unload() of a PeftModel), "
+            "or remove them. Nothing was "
             "written."
         )
     find_groups(model)
@@ -141,7 +160,8 @@ def check_saveable(model: nn.Module) -> None:
 def settings_as_they_are(model: Any) -> Iterator[None]:
     """Inside the block `model.save_pretrained` writes the generation settings without judging them.
 
-    transformers loads settings such as a temperature without sampling (Vicuna's), and refuses to save them again.
+    transformers loads settings such as a temperature without sampling (Vicuna's), and refuses to
+    save them again.
     """
     from transformers import GenerationConfig
 
@@ -165,10 +185,12 @@ def settings_as_they_are(model: Any) -> Iterator[None]:
 
 
 def _name_unquantised(model: nn.Module, file: Path) -> None:
-    """Add to the `ignore` of compressed-tensors in `file` every layer it leaves out, by its name in `model`.
+    """Add to the `ignore` of compressed-tensors in `file` every layer it leaves out, by its name in
+    `model`.
 
-    compressed-tensors lists them by their names in the checkpoint. Where transformers renames on loading, as for LLaVA, the
-    list would match nothing, and layers without scales (the vision tower, the head) would be taken for quantised ones.
+    compressed-tensors lists them by their names in the checkpoint. Where transformers renames on
+    loading, as for LLaVA, the list would match nothing, and layers without scales (the vision
+    tower, the head) would be taken for quantised ones.
     """
     schemes = {name: getattr(m, "quantization_scheme", None) for name, m in model.named_modules()}
     kinds = tuple(
@@ -192,27 +214,32 @@ def load_pruned(
     dtype: torch.dtype | str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The model in the folder `path` in eval mode, its layers as wide as they were saved, logits the same to the bit.
+    """The model in the folder `path` in eval mode, its layers as wide as they were saved, logits
+    the same to the bit.
 
-    Also loads ordinary folders that were never pruned, and pruned models that something else saved (transformers' Trainer,
-    `save_pretrained`): widths are those of the weights. Never runs code from the folder, and reads no pickled weights.
+    Also loads ordinary folders that were never pruned, and pruned models that something else saved
+    (transformers' Trainer, `save_pretrained`): widths are those of the weights. Never runs code
+    from the folder, and reads no pickled weights.
 
     Args:
         path: a folder written by `save_pruned`, or any transformers model folder.
         device: where to put it; None: the CPU, or what `device_map` says.
-        dtype: of the parameters, or its name ("bfloat16"); None or "auto": as they were saved. `torch_dtype` is the same.
+        dtype: of the parameters, or its name ("bfloat16"); None or "auto": as they were saved.
+            `torch_dtype` is the same.
         kwargs: for transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: the folder or a file of it is missing, damaged, or of another format; or an option that cannot be
-            honoured.
-        MissingExtraError: the model was quantised by llm-compressor, and compressed-tensors is not installed.
+        CheckpointError: the folder or a file of it is missing, damaged, or of another format; or an
+            option that cannot be honoured.
+        MissingExtraError: the model was quantised by llm-compressor, and compressed-tensors is not
+            installed.
         TypeError: an option that transformers does not know.
     """
     dtype = _resolve_dtype(dtype, kwargs.pop("torch_dtype", None))
     if refused := sorted(_DECIDED & set(kwargs)):
         raise CheckpointError(
-            f"load_pruned does not take {', '.join(refused)}: it reads the safetensors of a folder, and no code."
+            f"load_pruned does not take {', '.join(refused)}: it reads the safetensors of a "
+            "folder, and no code."
         )
     if device is not None:
         if kwargs.get("device_map") is not None:
@@ -268,10 +295,13 @@ def _from_pretrained(
 
 
 def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
-    """A subclass of `stored` whose instances have the folder's widths from the moment they are built."""
+    """A subclass of `stored` whose instances have the folder's widths from the moment they are
+    built.
+    """
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
+        replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
         for g in _groups(self, folder):
@@ -307,11 +337,19 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return groups
 
 
+def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
+    """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
+    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    if folder.manifest is not None:
+        named |= {g.name for g in folder.manifest.groups if not g.width}
+    return [g for g in _groups(model, folder) if g.name in named] if named else []
+
+
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
     """Group name -> width in hipp_ext.json."""
     if folder.manifest is None:
         return {}
-    widths = {f"{g.tower}.{g.layer}.{g.kind}": g.width for g in folder.manifest.groups}
+    widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
     if {g.name for g in find_groups(model, towers)} != set(widths):
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
@@ -336,17 +374,23 @@ def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None
     if group.tower != "language" or not getattr(text, "is_heterogeneous", False):
         return None
     own = text.per_layer_config[group.layer]
-    if group.kind == "ffn":
-        return own.intermediate_size
-    return own.num_attention_heads * block_of(model, group).head_dim // group.columns
+    return KINDS[group.kind].configured_width(own, block_of(model, group), group.columns)
 
 
 def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
-    """Whether `plan` may be the one that `model` was pruned by; something else may have saved another model over it."""
-    widths = {g.name: g.width for g in _groups(model, folder)}
-    if all(
-        widths.get(e.name) in (e.keep, e.width) for e in plan.groups
-    ):  # e.width: units set to zero, none removed
+    """Whether `plan` may be the one that `model` was pruned by; something else may have saved
+    another model over it.
+    """
+    groups = {(g.tower, g.layer, g.kind): g.width for g in _groups(model, folder)}
+    numbers = layer_numbers(plan, len(tower_layers(model, "language")))
+
+    def width(entry: PlanGroup) -> int:
+        """Units in the model; none where the block, or its layer, is gone."""
+        layer = numbers.get(entry.layer, -1) if entry.tower == "language" else entry.layer
+        return groups.get((entry.tower, layer, entry.kind), 0)
+
+    # All units are there where a plan only set them to zero.
+    if all(width(e) in (e.keep, e.width) for e in plan.groups):
         return True
     warnings.warn(
         f"{folder.path / PLAN} is not the plan of the weights beside it, and is passed over.",
@@ -378,7 +422,8 @@ def _resolve_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
     )
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(
-            f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as 'bfloat16'."
+            f"dtype={wanted!r}: a floating-point torch.dtype or its name is needed, such as "
+            "'bfloat16'."
         )
     return found
 

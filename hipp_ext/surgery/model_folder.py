@@ -1,7 +1,8 @@
-"""Reading a model folder that may come from anybody: what it holds is checked before a model is built of it.
+"""Reading a model folder that may come from anybody: what it holds is checked before a model is
+built of it.
 
-Configuration and weights must agree before memory is taken, weights are safetensors and lie in the folder, and no code of
-the folder is run.
+Configuration and weights must agree before memory is taken, weights are safetensors and lie in the
+folder, and no code of the folder is run.
 """
 
 import json
@@ -43,7 +44,12 @@ class GroupWidth(BaseModel):
     tower: Tower
     layer: int = Field(ge=0)
     kind: Kind
-    width: int = Field(ge=1, lt=_LARGEST_NUMBER)
+    width: int = Field(ge=0, lt=_LARGEST_NUMBER)  # 0: the block was dropped
+
+    @property
+    def name(self) -> str:
+        """Key of the group, as `Group.name`."""
+        return f"{self.tower}.{self.layer}.{self.kind}"
 
 
 class Manifest(BaseModel):
@@ -85,8 +91,9 @@ def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
     """The model folder at `path`, no weights read yet.
 
     Raises:
-        CheckpointError: it is no model folder; a file of it is damaged, or no regular file; its configuration asks for what
-            its weights do not have; it holds adapters, pickled weights, or a model that needs code of its own.
+        CheckpointError: it is no model folder; a file of it is damaged, or no regular file; its
+            configuration asks for what its weights do not have; it holds adapters, pickled weights,
+            or a model that needs code of its own.
     """
     folder = Path(path)
     if not (folder / _CONFIG).is_file():
@@ -126,8 +133,10 @@ def model_class(folder: ModelFolder) -> Any:
         return found
     if "auto_map" in folder.config:
         raise CheckpointError(
-            f"{file} names the architecture {name!r}, which needs Python code that lies in the folder (auto_map). hipp-ext "
-            "runs no code from model folders; only architectures that transformers has itself are supported."
+            f"{file} names the architecture {name!r}, which needs Python code that lies in the "
+            "folder (auto_map). hipp-ext "
+            "runs no code from model folders; only architectures that transformers has itself are "
+            "supported."
         )
     raise CheckpointError(
         f"{file} names the architecture {name!r}, which transformers does not have."
@@ -167,7 +176,8 @@ def shapes_in(
 def check_sizes(
     model: nn.Module, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]], exact: bool
 ) -> None:
-    """Raise CheckpointError where `model`, built but without memory yet, is not the one whose weights the folder holds.
+    """Raise CheckpointError where `model`, built but without memory yet, is not the one whose
+    weights the folder holds.
 
     Args:
         shapes: from `shapes_in`.
@@ -179,8 +189,10 @@ def check_sizes(
             if name in shapes and shapes[name] != tuple(parameter.shape):
                 raise damaged(
                     folder.path,
-                    f"{name} has the shape {shapes[name]} in the weights and {tuple(parameter.shape)} by config.json. "
-                    f"If another program wrote the folder, does its config.json belong to these weights?",
+                    f"{name} has the shape {shapes[name]} in the weights and "
+                    f"{tuple(parameter.shape)} by config.json. "
+                    "If another program wrote the folder, does its config.json belong to these "
+                    "weights?",
                 )
     stored = sum(map(_numel, folder.shapes.values()))
     loose = sum(p.numel() for name, p in parameters.items() if name not in shapes) + sum(
@@ -189,7 +201,8 @@ def check_sizes(
     if loose > 16 * stored + _SLACK:
         raise damaged(
             folder.path,
-            f"config.json asks for {loose:,} numbers that the weights, {stored:,} numbers, do not have.",
+            f"config.json asks for {loose:,} numbers that the weights, {stored:,} numbers, do not "
+            "have.",
         )
 
 
@@ -214,16 +227,19 @@ def _no_folder(folder: Path) -> str:
     name = str(folder)
     if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         message += (
-            f" If it is a model of the Hugging Face hub, download it first: hf download {name} --local-dir "
+            f" If it is a model of the Hugging Face hub, download it first: hf download {name} "
+            "--local-dir "
             f"{name.rpartition('/')[2]}; then pass that folder."
         )
     return message
 
 
 def check_files(folder: Path) -> None:
-    """Raise CheckpointError where a model folder holds a pipe, a device, or adapters. No file is opened.
+    """Raise CheckpointError where a model folder holds a pipe, a device, or adapters. No file is
+    opened.
 
-    Links are followed, the hub's cache is made of them; what would hang a reader, or has no end, is not.
+    Links are followed, the hub's cache is made of them; what would hang a reader, or has no end, is
+    not.
     """
     templates = folder / _TEMPLATES
     for entry in [*os.scandir(folder), *(os.scandir(templates) if templates.is_dir() else ())]:
@@ -235,7 +251,8 @@ def check_files(folder: Path) -> None:
             raise CheckpointError(f"{entry.path} is not a regular file.")
     if (folder / _ADAPTERS).exists():
         raise CheckpointError(
-            f"{folder} holds adapters ({_ADAPTERS}). Load the model they belong to, merge them into it (merge_and_unload of "
+            f"{folder} holds adapters ({_ADAPTERS}). Load the model they belong to, merge them "
+            "into it (merge_and_unload of "
             "peft), and save the result."
         )
 
@@ -282,7 +299,10 @@ def _weight_files(folder: Path, variant: str | None) -> list[str]:
         )
         why = f"it has no {single}"
         if pickled:
-            why += f". {pickled[0]} is pickled, which can run code when it is read: convert it to safetensors first"
+            why += (
+                f". {pickled[0]} is pickled, which can run code when it is read: convert it to "
+                "safetensors first"
+            )
         raise damaged(folder, f"{why}.")
     content = read_json(folder / index)
     files = content.get("weight_map") if isinstance(content, dict) else None
@@ -307,7 +327,9 @@ def _weight_files(folder: Path, variant: str | None) -> list[str]:
 def _check_config(
     folder: Path, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse what would take memory, run code or read other files as soon as a configuration is made of it."""
+    """Refuse what would take memory, run code or read other files as soon as a configuration is
+    made of it.
+    """
     largest_index = max(
         (
             int(part)
@@ -343,7 +365,8 @@ def _check_config(
             if isinstance(value, int) and abs(value) > most:
                 raise damaged(
                     folder,
-                    f"config.json says {key} {value if abs(value) < 1 << 64 else 'beyond all bounds'}.",
+                    f"config.json says {key} "
+                    f"{value if abs(value) < 1 << 64 else 'beyond all bounds'}.",
                 )
     if config.get("transformers_weights") is not None:
         raise CheckpointError(

@@ -1,4 +1,6 @@
-"""Layers made wider or narrower after the fact: to load what was pruned, and to pad it for loaders that know one width."""
+"""Layers made wider or narrower: to load what was pruned, and to pad it for loaders of one
+width.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -8,23 +10,39 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Kind, Tower, block_of, find_groups, linear, sync_sizes
-from hipp_ext.surgery.prune import OWN_KEYS, PLAN_ATTRIBUTE, forget_bound_methods, per_layer_values
+from hipp_ext.groups import (
+    Group,
+    Kind,
+    Tower,
+    block_of,
+    find_groups,
+    find_skips,
+    sync_sizes,
+    tower_layers,
+)
+from hipp_ext.kinds import Skip
+from hipp_ext.surgery.layer_config import built_shapes, other_layer_values
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
+from hipp_ext.surgery.prune import forget_bound_methods
 
 Make = Callable[[nn.Parameter, tuple[int, ...]], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
 def pad_to_uniform(model: nn.Module) -> nn.Module:
-    """A copy of `model` with zero units added until all layers are equally wide, for loaders that know one width only.
+    """A copy of `model` with zero units added until all layers are equally wide.
 
-    Same logits (the added units contribute nothing); stock `from_pretrained` loads what its `save_pretrained` writes.
-    The memory that heterogeneous widths save over uniform ones is given back. Where other modules are built from the same
-    entry of the configuration (SigLIP's pooling head, Idefics2's connector), those layers are padded to their dense width.
+    For loaders that know one width only: stock `from_pretrained` loads what its `save_pretrained`
+    writes. Same logits, because the added units contribute nothing. The memory that heterogeneous
+    widths save over uniform ones is given back, and so is that of single dropped blocks (a layer
+    dropped whole stays out). Where other modules are built from the same entry of the configuration
+    (SigLIP's pooling head, Idefics2's connector), those layers are padded to their dense width.
 
     Raises:
-        UnsupportedModelError: even with dense widths stock transformers would build other shapes than the model has.
+        UnsupportedModelError: even with dense widths stock transformers would build other shapes
+            than the model has.
     """
+    model = _with_all_blocks(model)
     parts = _parts(model)
     dense = {part: _dense_width(model, part) for part in parts}
     widths = {part: _narrow_width(model, part, groups) for part, groups in parts.items()}
@@ -35,11 +53,9 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             widths = widths if _misfits(model, parts, trial) else trial
         if wrong := _misfits(model, parts, widths):
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be padded: stock transformers would build other shapes for {wrong[:4]}."
+                f"{type(model).__name__} cannot be padded: stock transformers would build other "
+                f"shapes for {wrong[:4]}."
             )
-    model = copy.deepcopy(model)
-    model.__dict__.pop(PLAN_ATTRIBUTE, None)
-    forget_bound_methods(model)
     _write_widths(model.config, parts, widths)
     for part, groups in parts.items():
         for g in groups:
@@ -48,7 +64,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 
 
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
-    """The towers whose widths can be told, whatever was pruned."""
+    """The towers whose widths can be found, whatever was pruned."""
     try:
         find_groups(model, ("vision",))
     except UnsupportedModelError:
@@ -57,27 +73,50 @@ def known_towers(model: nn.Module) -> tuple[Tower, ...]:
 
 
 def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
-    """Give the layers of `group` `width` units; `make` turns an old parameter into one of a given shape."""
-    for name, size in zip(group.producers, group.rows, strict=True):
-        producer = linear(model, name)
-        _replace(producer, "weight", (width * size, producer.weight.shape[1]), make)
-        if producer.bias is not None:
-            _replace(producer, "bias", (width * size,), make)
-    consumer = linear(model, group.consumer)
-    _replace(consumer, "weight", (consumer.weight.shape[0], width * group.columns), make)
+    """Give the layers of `group` `width` units; `make` turns an old parameter into a new shape."""
+    for part in group.owns:
+        owner, _, name = part.parameter.rpartition(".")
+        old = model.get_parameter(part.parameter)
+        shape = list(old.shape)
+        shape[part.dim] = width * part.size
+        if list(old.shape) != shape:
+            new = nn.Parameter(make(old, tuple(shape)), requires_grad=old.requires_grad)
+            setattr(model.get_submodule(owner), name, new)
     sync_sizes(model, group, width)
-
-
-def _replace(layer: nn.Linear, part: str, shape: tuple[int, ...], make: Make) -> None:
-    old = getattr(layer, part)
-    if old.shape != shape:
-        setattr(layer, part, nn.Parameter(make(old, shape), requires_grad=old.requires_grad))
 
 
 def _padded(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
     new = old.new_zeros(shape)
     new[tuple(slice(s) for s in old.shape)] = old.data
     return new
+
+
+def _with_all_blocks(model: Any) -> Any:
+    """A copy of `model` in which blocks of zeros, which add nothing, stand where some were
+    dropped.
+    """
+    model = copy.deepcopy(model)
+    model.__dict__.pop(PLAN_ATTRIBUTE, None)
+    forget_bound_methods(model)
+    towers = [tower for tower in known_towers(model) if find_skips(model, tower)]
+    if not towers:
+        return model
+    config = copy.deepcopy(model.config)
+    _write_widths(config, [], {})
+    like = next(model.parameters())
+    with torch.device("meta"):
+        whole = type(model)._from_config(config, dtype=like.dtype)
+    for tower in towers:
+        pairs = zip(tower_layers(model, tower), tower_layers(whole, tower), strict=True)
+        for layer, stock in pairs:
+            for name, child in list(layer.named_children()):
+                if isinstance(child, Skip | nn.Identity):
+                    device = next(layer.parameters(), like).device
+                    block = getattr(stock, name).to_empty(device=device)
+                    for parameter in block.parameters():
+                        parameter.data.zero_()
+                    setattr(layer, name, block.train(layer.training))
+    return model
 
 
 def _parts(model: nn.Module) -> dict[Part, list[Group]]:
@@ -94,19 +133,15 @@ def _part_config(config: Any, part: Part) -> Any:
 def _dense_width(model: Any, part: Part) -> int:
     """The width that the configuration names for all layers, which pruning leaves there."""
     config = _part_config(model.config, part)
-    names = (
-        ["intermediate_size"]
-        if part[1] == "ffn"
-        else ["num_key_value_heads", "num_attention_heads"][part[0] == "vision" :]
-    )
-    width = next(
-        (value for name in names if isinstance(value := getattr(config, name, None), int)), None
-    )
-    if width is None:
+    names = ["num_key_value_heads", "num_attention_heads"][part[0] == "vision" :]
+    names = ["intermediate_size"] if part[1] == "ffn" else names
+    sizes = [value for n in names if isinstance(value := getattr(config, n, None), int)]
+    if not sizes:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no {' or '.join(names)}."
+            f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no "
+            f"{' or '.join(names)}."
         )
-    return width
+    return sizes[0]
 
 
 def _narrow_width(model: Any, part: Part, groups: Iterable[Group]) -> int:
@@ -114,27 +149,17 @@ def _narrow_width(model: Any, part: Part, groups: Iterable[Group]) -> int:
     width, dense = max(g.width for g in groups), _dense_width(model, part)
     if part == ("vision", "attention"):
         return dense  # the head dimension is derived from the number of heads
-    return (
-        width
-        if part[1] == "ffn"
-        else _loadable_kv_groups(
-            _part_config(model.config, part), width, dense, _repeat(model, groups)
-        )
-    )
-
-
-def _repeat(model: nn.Module, groups: Iterable[Group]) -> int:
-    """Query heads of a KV group."""
+    if part[1] == "ffn":
+        return width
     first = next(iter(groups))
-    return first.columns // block_of(model, first).head_dim
+    repeat = first.columns // block_of(model, first).head_dim  # query heads of a KV group
+    return _loadable_kv_groups(_part_config(model.config, part), width, dense, repeat)
 
 
 def _loadable_kv_groups(config: Any, needed: int, dense: int, repeat: int) -> int:
-    """The least number of KV groups that is at least `needed` and that the config's own checks accept."""
-    if (
-        getattr(config, "head_dim", None) is None
-    ):  # derived from the number of heads, which then cannot change
-        return dense
+    """The least number of KV groups from `needed` on that the config's own checks accept."""
+    if getattr(config, "head_dim", None) is None:
+        return dense  # derived from the number of heads, which then cannot change
     divides = (w for w in range(needed, dense) if config.hidden_size % (w * repeat) == 0)
     return next(divides, dense)
 
@@ -142,12 +167,7 @@ def _loadable_kv_groups(config: Any, needed: int, dense: int, repeat: int) -> in
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
     """Bring `config` in line; per layer it keeps what the model has of its own."""
     text = config.get_text_config()
-    own = per_layer_values(text)
-    own = {
-        i: rest
-        for i, values in own.items()
-        if (rest := {k: v for k, v in values.items() if k not in OWN_KEYS})
-    }
+    own = other_layer_values(text)
     text.per_layer_config = own or None
     text.allow_global_per_layer_attribute_access = bool(own)
     for part in parts:
@@ -155,45 +175,26 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
         if part[1] == "ffn":
             inner.intermediate_size = widths[part]
         elif part[0] == "language":
-            repeat = inner.num_attention_heads // (
-                getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
-            )
-            inner.num_key_value_heads, inner.num_attention_heads = (
-                widths[part],
-                widths[part] * repeat,
-            )
+            kv_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
+            repeat = inner.num_attention_heads // kv_heads
+            inner.num_key_value_heads = widths[part]
+            inner.num_attention_heads = widths[part] * repeat
 
 
 def _misfits(
     model: Any, parts: Mapping[Part, Iterable[Group]], widths: Mapping[Part, int]
 ) -> list[str]:
-    """Names whose shapes in the padded model differ from what stock transformers builds of its configuration."""
+    """Names whose shapes in the padded model differ from those that stock transformers builds."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for part, groups in parts.items():
-        for g in groups:
-            for name, size, dim in _units(model, g):
-                shape = list(wanted[name])
-                shape[dim] = widths[part] * size
-                wanted[name] = tuple(shape)
+        for owned in (owned for g in groups for owned in g.owns):
+            shape = list(wanted[owned.parameter])
+            shape[owned.dim] = widths[part] * owned.size
+            wanted[owned.parameter] = tuple(shape)
     config = copy.deepcopy(model.config)
     try:
         _write_widths(config, parts, widths)
-        with torch.device("meta"):
-            built = {
-                name: tuple(t.shape)
-                for name, t in type(model)._from_config(config).state_dict().items()
-            }
     except (ValueError, RuntimeError, ArithmeticError) as error:  # the class refuses such sizes
         return [f"{type(error).__name__}: {error}"]
-    return sorted(
-        name for name in wanted.keys() | built.keys() if wanted.get(name) != built.get(name)
-    )
-
-
-def _units(model: nn.Module, group: Group) -> Iterable[tuple[str, int, int]]:
-    """(name, size, dim) of the parameters that units of `group` own parts of."""
-    for name, rows in zip(group.producers, group.rows, strict=True):
-        yield f"{name}.weight", rows, 0
-        if linear(model, name).bias is not None:
-            yield f"{name}.bias", rows, 0
-    yield f"{group.consumer}.weight", group.columns, 1
+    built = built_shapes(model, config)
+    return sorted(n for n in wanted.keys() | built.keys() if wanted.get(n) != built.get(n))

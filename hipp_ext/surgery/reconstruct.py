@@ -1,4 +1,4 @@
-"""Repair without training: a consumer that lost inputs learns, by ridge regression, to give its old outputs without them."""
+"""Least squares instead of training: a consumer that lost inputs is fitted to its dense outputs."""
 
 import logging
 import warnings
@@ -17,16 +17,18 @@ from hipp_ext.scorers.base import valid_tokens, visit_inputs
 from hipp_ext.units import unit_entries
 
 RIDGE = 1e-2
-ROWS = 256  # of built-in calibration: with a scorer's 64, the testbed's repaired models knew fewer facts than the sliced ones
-HELD_OUT = 4  # one row of so many is held out, to see whether a repair carries over
-LEAST_ROWS = 8  # with fewer, what is held out says nothing: a row or so of a hundred tokens that resemble each other
+ROWS = (
+    256  # of built-in calibration: with 64, the testbed's models knew fewer facts than sliced ones
+)
+HELD_OUT = 4  # one row of so many is held out, to see whether a fit carries over
+MIN_ROWS = 8  # with fewer, what is held out tells nothing: about a hundred tokens, much alike
 PULLS = (1.0, 10.0, 100.0)  # times the ridge, of which held-out rows choose one
-MEMORY_LIMIT = 2 * 2**30  # bytes
+MEMORY_LIMIT = 2 * 2**30  # [bytes]
 _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def compensated_weights(
+def reconstructed_weights(
     model: nn.Module,
     groups: Sequence[Group],
     plan: PruningPlan,
@@ -35,75 +37,84 @@ def compensated_weights(
     ridge: float = RIDGE,
     memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Tensor]:
-    """Consumer name -> its weight for the units that `plan` keeps, (out, kept columns), dtype and device of the old one.
+    """Consumer name -> its weight (out, kept columns), dtype and device as before.
 
-    For a consumer (o_proj, down_proj) with weight W and dense inputs X (tokens x columns, padding excluded), S the kept
-    columns: W' = argmin ||X W^T - X_S W'^T||^2 + lambda ||W' - W_S||^2, lambda = `ridge` times the mean square sum of a
-    column of X. W' is kept where it carries over: a first solution without every HELD_OUT-th row of the calibration must bring
-    the outputs on these rows nearer to the dense ones than plain slicing does; that with the least error among PULLS times the
-    ridge says which of them is taken for all rows. Of fewer than LEAST_ROWS rows none is held out. On the whole calibration the
-    outputs are never further away than after slicing either: a solution that is (rounded to a narrow dtype, say, or not finite)
-    gives way to W_S. How many layers were repaired is logged. Biases stay as they are. Groups that keep everything are left
-    out. The model is left as it was.
+    For a consumer (o_proj, down_proj) with weight W and dense inputs X (tokens x columns, padding
+    excluded), and S the kept columns:
 
-    Cost: one forward pass over the calibration for every chunk of groups whose Gram matrices (two of 4 * columns^2 bytes each,
-    on the layer's device) fit into `memory_limit`, one group at least; and some 50 * columns^2 bytes while a group is solved in
-    float64. By that, LLaVA-1.5-7B needs 34 GB of Gram matrices, so twenty passes at 2 GiB, and 6 GB for a down_proj.
+        W' = argmin ||X W^T - X_S W'^T||^2 + lambda ||W' - W_S||^2,
+
+    lambda = `ridge` times the mean square sum of a column of X. W' is used where it carries over: a
+    first solution without every HELD_OUT-th row of the calibration must bring the outputs on these
+    rows nearer to the dense ones than plain slicing does. Of PULLS times the ridge, the one with
+    the least error there is used for all rows. With fewer than MIN_ROWS rows none is held out. On
+    the
+    whole calibration the outputs are never further away than after slicing: where they would be
+    (after rounding to a narrow dtype, or a solution that is not finite), W_S is used. The number of
+    fitted layers is logged. Biases stay as they are. Groups that keep everything, or nothing, are
+    left out. The model is left as it was.
+
+    Cost: one forward pass over the calibration for every chunk of groups whose Gram matrices (two
+        of
+    4 * columns^2 bytes each, on the layer's device) fit into `memory_limit`, one group at least;
+    and some 50 * columns^2 bytes while a group is solved in float64. LLaVA-1.5-7B needs 34 GB of
+    Gram matrices, so twenty passes at 2 GiB, and 6 GB for a down_proj.
 
     Args:
         model: the dense model.
-        groups: those of `plan`, in its order, as `hipp_ext.surgery.prune.match` returns them.
-        plan: whoever made it.
-        batches: calibration; only what it shows is repaired, so it should be of the user's own kind, and much of it.
-        ridge: pull towards the sliced weight; 0 trusts the calibration alone.
-        memory_limit: for the Gram matrices [bytes].
+        groups: the groups of `plan`, in its order, as `hipp_ext.surgery.masks.match` returns them.
+        plan: any plan for the model.
+        batches: calibration. Only what it shows is reconstructed, so it should be like the data
+            that the model will see, and there should be much of it.
+        ridge: pull towards the sliced weight; 0 relies on the calibration alone.
+        memory_limit: limit for the Gram matrices [bytes].
 
     Warns:
-        UserWarning: layers have more kept columns than the calibration has tokens, or it has fewer than LEAST_ROWS rows.
+        UserWarning: layers have more kept columns than the calibration has tokens, or the
+            calibration has fewer than MIN_ROWS rows.
 
     Raises:
         UnsupportedModelError: activations are NaN or infinite on this calibration.
 
     Source: the layer-wise reconstruction objective of OSSCAR (arXiv 2403.12983).
-    Differs from the paper: the plan chooses the units, beforehand; rows are held out. The ridge pulls towards the sliced
-    weight, which is safer in directions that the calibration does not show. All groups are solved on the dense model's inputs.
-    Inputs from repaired earlier layers, and FLAP's bias (arXiv 2312.11983), were tried: see evals/LOG.md.
+    Differs from the paper: the plan chooses the units, beforehand; rows are held out. The ridge
+        pulls
+    towards the sliced weight, which is safer in directions that the calibration does not show. All
+    groups are solved on the dense model's inputs. Inputs from earlier fitted layers, and FLAP's
+    bias (arXiv 2312.11983), were tried: see evals/studies/LOG.md.
     """
     shrunken = {
         g: torch.tensor(e.kept)
         for g, e in zip(groups, plan.groups, strict=True)
-        if e.keep < e.width
+        if 0 < e.keep < e.width
     }
-    if shrunken and (rows := sum(len(b["input_ids"]) for b in batches)) < LEAST_ROWS:
+    if shrunken and (rows := sum(len(b["input_ids"]) for b in batches)) < MIN_ROWS:
         warnings.warn(
-            f"A calibration of {rows} rows is too little to hold any out and see whether the repair carries over: "
-            f"give {LEAST_ROWS} or more.",
+            f"A calibration of {rows} rows is too little to hold any out and see whether the "
+            f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
     weights: dict[str, Tensor] = {}
-    repaired, few = 0, {}
+    fitted, few = 0, {}
     for chunk in _chunks(list(shrunken), memory_limit):
         grams = _grams(model, chunk, batches)
         for g in chunk:
             kept, products = unit_entries(shrunken[g], g.columns), grams.pop(g.name)
             if products.tokens < len(kept):
                 few[g.consumer] = f"{products.tokens} tokens for {len(kept)} columns"
-            weights[g.consumer], better = _repair(
+            weights[g.consumer], better = _fit(
                 g, linear(model, g.consumer).weight, products, kept, ridge
             )
-            repaired += better
+            fitted += better
     if few:
         name, counts = next(iter(few.items()))
         warnings.warn(
-            f"{len(few)} of {len(shrunken)} layers are fitted to fewer tokens than they have columns ({counts} in {name}): "
-            "give more calibration, or expect little of the repair.",
+            f"{len(few)} of {len(shrunken)} layers are fitted to fewer tokens than they have "
+            "columns "
+            f"({counts} in {name}): give more calibration, or expect little of the reconstruction.",
             stacklevel=2,
         )
-    _log.info(
-        "%d of %d layers were repaired; the others did no better on held-out rows",
-        repaired,
-        len(shrunken),
-    )
+    _log.info("%d of %d layers were reconstructed", fitted, len(shrunken))
     return weights
 
 
@@ -124,7 +135,10 @@ def _chunks(groups: Sequence[Group], memory_limit: int) -> Iterator[list[Group]]
 
 @dataclass
 class _Products:
-    """X^T X of a consumer's inputs X, float32, where the layer is: of the rows to fit on, and of those held out."""
+    """X^T X of a consumer's inputs X, float32, on the layer's device.
+
+    One of the rows to fit on, one of the rows held out.
+    """
 
     fitted: Float[Tensor, "columns columns"]
     held_out: Float[Tensor, "columns columns"]
@@ -141,9 +155,7 @@ def _grams(
         empty = torch.zeros(columns, columns, device=linear(model, g.consumer).weight.device)
         grams[g.name] = _Products(fitted=empty, held_out=empty.clone())
     rows, done = sum(len(b["input_ids"]) for b in batches), 0
-    current: list[
-        tuple[Tensor, int]
-    ] = []  # which tokens of the batch count, and how many rows came before it
+    current: list[tuple[Tensor, int]] = []  # tokens of the batch that count, rows before it
 
     def tokens(batch: Batch) -> Tensor:
         nonlocal done
@@ -157,7 +169,7 @@ def _grams(
             row = counted.nonzero()[:, 0].to(x.device)
         else:  # patches, those of a picture side by side
             row = torch.arange(len(x), device=x.device) * len(counted) // len(x)
-        held = (row + before) % HELD_OUT == HELD_OUT - 1 if rows >= LEAST_ROWS else row < 0
+        held = (row + before) % HELD_OUT == HELD_OUT - 1 if rows >= MIN_ROWS else row < 0
         products.tokens += len(x)
         for gram, part in ((products.fitted, x[~held]), (products.held_out, x[held])):
             gram.addmm_(part.T, part)
@@ -166,17 +178,16 @@ def _grams(
     return grams
 
 
-def _repair(
+def _fit(
     group: Group, weight: Tensor, products: _Products, kept: Tensor, ridge: float
 ) -> tuple[Tensor, bool]:
     """The new weight, and whether it is another than the slice."""
     gram = products.fitted + products.held_out
-    if not torch.isfinite(
-        gram.diagonal()
-    ).all():  # an entry of a Gram matrix is never larger than those on its diagonal
+    # An entry of a Gram matrix is never larger than those on its diagonal.
+    if not torch.isfinite(gram.diagonal()).all():
         raise UnsupportedModelError(
-            f"The inputs of {group.consumer} are NaN or infinite on this calibration, so that it cannot be compensated "
-            "(fp16 overflow? try bfloat16). Nothing was changed."
+            f"The inputs of {group.consumer} are NaN or infinite on this calibration, so that it "
+            "cannot be reconstructed (fp16 overflow? try bfloat16). Nothing was changed."
         )
     kept = kept.to(weight.device)
     pull = ridge
@@ -189,13 +200,13 @@ def _repair(
             if after < before:  # not if it is NaN, as where a factorisation failed
                 unseen[pull] = after
         if not unseen:
-            _log.debug("%s: no repair carries over to held-out rows", group.consumer)
+            _log.debug("%s: no solution carries over to held-out rows", group.consumer)
             return weight.index_select(1, kept), False
         pull = min(unseen, key=lambda p: unseen[p])
     new = _solve(weight, gram, kept, pull)
     before, after = _errors(weight, gram, kept, new)
     _log.debug(
-        "%s: squared output error %.4g sliced, %.4g compensated, ridge %g",
+        "%s: squared output error %.4g sliced, %.4g reconstructed, ridge %g",
         group.consumer,
         before,
         after,

@@ -1,8 +1,11 @@
-"""Are the groups of a model what pruning takes them for? Asked once of every model, on a few random tokens.
+"""Are the groups of a model what pruning takes them for? Asked once of every model, on a few random
+tokens.
 
-Groups are found by the names and shapes of layers, and a shape can mislead: heads that are subtracted from one another, a norm
-for every head, sizes that a forward takes from elsewhere. So one unit of every group is taken out in two ways, by masking what
-it puts out and by slicing its weights, and both must give the same logits.
+Groups are found by the names and shapes of layers, and a shape can mislead: heads that are
+    subtracted from one another, a norm
+for every head, sizes that a forward takes from elsewhere. So one unit of every group is taken out
+in two ways, by masking what it puts out and by slicing its weights, and both must give the same
+logits.
 """
 
 import warnings
@@ -25,11 +28,13 @@ _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Raise UnsupportedModelError if removing a unit of every group gives other logits than masking it.
+    """Raise UnsupportedModelError if removing a unit of every group gives other logits than masking
+    it.
 
-    Cost: three forward passes over four tokens, the first time that a model is seen; no weight is copied or changed. Groups of
-    the vision tower are left out, and so are models that could not be pruned anyway (quantised, adapted, offloaded, with shared
-    weights).
+    Cost: three forward passes over four tokens, the first time that a model is seen; no weight is
+        copied or changed. Groups of
+    the vision tower are left out, and so are models that could not be pruned anyway (quantised,
+    adapted, offloaded, with shared weights).
     """
     several = [g for g in groups if g.tower == "language" and g.width > 1]
     if model in _verified or not several or not _sliceable(model, several):
@@ -38,7 +43,8 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
         dense = _logits(model)
     except Exception as error:  # whatever the forward of a model raises that wants more than tokens
         warnings.warn(
-            f"{type(model).__name__} does not run on tokens alone ({type(error).__name__}: {error}): whether its layers are "
+            f"{type(model).__name__} does not run on tokens alone ({type(error).__name__}: "
+            f"{error}): whether its layers are "
             "what pruning takes them for was not checked.",
             stacklevel=2,
         )
@@ -57,7 +63,8 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     difference = float((masked - sliced).abs().max())
     if not difference <= allowed:
         raise UnsupportedModelError(
-            f"{_refusal(model)} its logits differ by {difference:.3g} from those with the unit masked (the logits go up to "
+            f"{_refusal(model)} its logits differ by {difference:.3g} from those with the unit "
+            "masked (the logits go up to "
             f"{float(dense.abs().max()):.3g})."
         )
     _verified.add(model)
@@ -65,7 +72,8 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
 
 def _refusal(model: nn.Module) -> str:
     return (
-        f"The layers of {type(model).__name__} look like those of a model that can be pruned, and are not: with a unit of "
+        f"The layers of {type(model).__name__} look like those of a model that can be pruned, and "
+        "are not: with a unit of "
         "every group sliced out,"
     )
 
@@ -112,19 +120,15 @@ def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 
 def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The logits with the first unit of every group sliced out; for so long, parameters are views of what stays."""
+    """The logits with the first unit of every group sliced out; parameters are views meanwhile."""
     whole: list[tuple[Tensor, Tensor]] = []
-
-    def show(parameter: Tensor, start: int, dim: int) -> None:
-        whole.append((parameter, parameter.data))
-        parameter.data = parameter.data.narrow(dim, start, parameter.shape[dim] - start)
-
     try:
         for g in groups:
-            for name, rows in zip(g.producers, g.rows, strict=True):
-                for parameter in linear(model, name).parameters():
-                    show(parameter, rows, 0)
-            show(linear(model, g.consumer).weight, g.columns, 1)
+            for part in g.owns:
+                parameter = model.get_parameter(part.parameter)
+                whole.append((parameter, parameter.data))
+                length = parameter.shape[part.dim] - part.size
+                parameter.data = parameter.data.narrow(part.dim, part.size, length)
             sync_sizes(model, g, g.width - 1)
         return _logits(model)
     finally:

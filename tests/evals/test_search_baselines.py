@@ -28,7 +28,7 @@ from hipp_ext.evals.studies.search.sensitivity import cheapest
 from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.planner.reward import Reward
 from hipp_ext.scorers import FLAP, WandaSP
-from hipp_ext.surgery.prune import masked
+from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]

@@ -33,7 +33,7 @@ from hipp_ext.integrations.llm_compressor import (
     validate_calibration,
 )
 from hipp_ext.preference import Preference
-from hipp_ext.surgery.prune import removed_entries, zero_units
+from hipp_ext.surgery.masks import removed_entries, zero_units
 from hipp_ext.units import plan_from_counts
 
 # The integration comes first: it keeps llm-compressor's import in bounds.

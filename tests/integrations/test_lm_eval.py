@@ -433,7 +433,10 @@ def test_our_tasks_are_added_to_runs_only():
 
 
 def test_without_lm_eval_the_extra_is_named():
-    code = "import sys; sys.modules['lm_eval'] = None; from hipp_ext.integrations.lm_eval import main; sys.exit(main(['--tasks', 'x']))"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None; "
+        "from hipp_ext.integrations.lm_eval import main; sys.exit(main(['--tasks', 'x']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (
         done.returncode == 2 and 'Install it with: pip install "hipp-ext[lm-eval]"' in done.stderr

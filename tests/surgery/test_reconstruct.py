@@ -10,8 +10,8 @@ from torch import nn
 from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
-from hipp_ext.surgery.prune import match
-from hipp_ext.surgery.reconstruct import RIDGE, _Products, _repair, compensated_weights
+from hipp_ext.surgery.masks import match
+from hipp_ext.surgery.reconstruct import RIDGE, _Products, _fit, reconstructed_weights
 from hipp_ext.units import plan_from_counts
 
 
@@ -43,7 +43,7 @@ def output_error(model: nn.Module, small: nn.Module, group, entry, inputs: dict)
 def test_weights_solve_the_ridge_problem(name):
     model, inputs = build(name), batch(name, size=3, length=19)
     plan = random_plan(model)
-    small = prune(model, plan, compensate=True, calibration=[inputs])
+    small = prune(model, plan, reconstruct=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
         x, dense = (
             consumer_inputs(model, g, inputs),
@@ -66,7 +66,7 @@ def test_weights_solve_the_ridge_problem(name):
 def test_outputs_on_the_calibration_are_nearer_to_the_dense_ones(name, dtype):
     model, inputs = build(name).to(dtype), batch(name, size=3, length=19)
     plan = random_plan(model)
-    sliced, fixed = prune(model, plan), prune(model, plan, compensate=True, calibration=[inputs])
+    sliced, fixed = prune(model, plan), prune(model, plan, reconstruct=True, calibration=[inputs])
     assert {p.dtype for p in fixed.parameters()} == {dtype}
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
         if entry.keep < entry.width:
@@ -82,7 +82,7 @@ def test_a_solution_that_rounding_makes_worse_is_not_taken():
             layer.mlp.down_proj.weight[:, 1] *= 0.003
     model.to(torch.bfloat16)
     plan = dropping(model, {f"language.{i}.ffn": {1} for i in range(3)})
-    sliced, fixed = prune(model, plan), prune(model, plan, compensate=True, calibration=[inputs])
+    sliced, fixed = prune(model, plan), prune(model, plan, reconstruct=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
         assert output_error(model, fixed, g, entry, inputs) <= output_error(
             model, sliced, g, entry, inputs
@@ -110,14 +110,16 @@ def test_a_duplicate_can_go_without_a_trace(name):
     slicing = (logits(prune(model, plan), inputs) - dense).abs().max()
     groups = match(model, plan)
     small = prune(model, plan)
-    for consumer, weight in compensated_weights(model, groups, plan, [inputs], ridge=1e-7).items():
+    for consumer, weight in reconstructed_weights(
+        model, groups, plan, [inputs], ridge=1e-7
+    ).items():
         small.get_submodule(consumer).weight.data = weight
     assert slicing > 0.1 and torch.allclose(logits(small, inputs), dense, atol=1e-4, rtol=1e-4)
 
 
 def test_a_plan_that_keeps_everything_changes_nothing():
     model, inputs = build("llava_gqa"), batch("llava_gqa")
-    small = prune(model, dropping(model, {}), compensate=True, calibration=[inputs])
+    small = prune(model, dropping(model, {}), reconstruct=True, calibration=[inputs])
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in small.state_dict().items())
 
 
@@ -126,7 +128,7 @@ def test_only_consumers_that_shrink_change():
     plan = dropping(model, {"language.2.ffn": {3, 11}})
     sliced, fixed = (
         prune(model, plan).state_dict(),
-        prune(model, plan, compensate=True, calibration=[inputs]).state_dict(),
+        prune(model, plan, reconstruct=True, calibration=[inputs]).state_dict(),
     )
     changed = [k for k in sliced if not torch.equal(sliced[k], fixed[k])]
     assert changed == ["model.language_model.layers.2.mlp.down_proj.weight"]
@@ -138,9 +140,9 @@ def test_chunks_give_what_one_pass_gives():
     match(model, plan)  # verified here, by passes of its own
     passes = []
     model.model.language_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    whole = compensated_weights(model, match(model, plan), plan, batches)
+    whole = reconstructed_weights(model, match(model, plan), plan, batches)
     assert len(passes) == 2
-    parts = compensated_weights(
+    parts = reconstructed_weights(
         model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1
     )
     assert len(passes) > 2 + 2 * 2
@@ -161,7 +163,7 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
     def beside_slicing(calibration) -> list[float]:
         sliced, small = (
             prune(model, plan),
-            prune(model, plan, compensate=True, calibration=calibration),
+            prune(model, plan, reconstruct=True, calibration=calibration),
         )
         return [
             output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh)
@@ -173,7 +175,7 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
         match=r"2 of 5 layers are fitted to fewer tokens than they have columns \(24 tokens for 32",
     ):
         assert max(beside_slicing(short)) < 1.05
-    monkeypatch.setattr("hipp_ext.surgery.reconstruct.LEAST_ROWS", 99)
+    monkeypatch.setattr("hipp_ext.surgery.reconstruct.MIN_ROWS", 99)
     with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
         assert max(beside_slicing(short)) > 1.3
 
@@ -187,7 +189,7 @@ def test_a_repair_that_fails_on_held_out_rows_is_not_kept(same):
     fitted, held_out = x.clone(), x.clone()
     fitted[:, 0], held_out[:, 0] = 2 * x[:, 1], (2 if same else -2) * x[:, 1]
     products = _Products(fitted=fitted.T @ fitted, held_out=held_out.T @ held_out)
-    new, repaired = _repair(ffn, weight, products, kept, RIDGE)
+    new, repaired = _fit(ffn, weight, products, kept, RIDGE)
     assert repaired == same and torch.equal(new, weight[:, 1:]) != same
     if same:
         assert torch.allclose(new[:, 0], weight[:, 1] + 2 * weight[:, 0], atol=0.05)
@@ -200,7 +202,7 @@ def test_with_calibration_enough_every_layer_is_repaired(caplog):
         fixed = prune(
             model,
             plan,
-            compensate=True,
+            reconstruct=True,
             calibration=[batch("llava_gqa", size=9, length=30, seed=s) for s in range(4)],
         )
     shrunken = sum(e.keep < e.width for e in plan.groups)
@@ -210,13 +212,13 @@ def test_with_calibration_enough_every_layer_is_repaired(caplog):
         for g, e in zip(match(model, plan), plan.groups, strict=True)
         if e.keep < e.width
     ]
-    assert f"{shrunken} of {shrunken} layers were repaired" in caplog.text and all(better)
+    assert f"{shrunken} of {shrunken} layers were reconstructed" in caplog.text and all(better)
 
 
 def test_padding_does_not_count():
     model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
-    plain = compensated_weights(model, match(model, plan), plan, [batch("llava_gqa")])
-    padded = compensated_weights(model, match(model, plan), plan, [left_padded("llava_gqa")])
+    plain = reconstructed_weights(model, match(model, plan), plan, [batch("llava_gqa")])
+    padded = reconstructed_weights(model, match(model, plan), plan, [left_padded("llava_gqa")])
     for name in plain:
         assert torch.allclose(plain[name], padded[name], rtol=1e-3, atol=1e-4)
 
@@ -226,7 +228,7 @@ def test_the_vision_tower_is_compensated_too():
     plan = random_plan(model, towers=("language", "vision"))
     dense, sliced = logits(model, inputs), logits(prune(model, plan), inputs)
     name = "model.vision_tower.encoder.layers.0.mlp.fc2"
-    fixed = prune(model, plan, compensate=True, calibration=[inputs])
+    fixed = prune(model, plan, reconstruct=True, calibration=[inputs])
     assert (logits(fixed, inputs) - dense).norm() < (sliced - dense).norm()
     assert torch.equal(fixed.get_submodule(name).bias, model.get_submodule(name).bias)
 
@@ -240,14 +242,14 @@ def test_the_dense_model_is_left_as_it_was_and_in_place_agrees():
     model.get_parameter(weight).requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plan = random_plan(model)
-    copied = prune(model, plan, compensate=True, calibration=[inputs])
+    copied = prune(model, plan, reconstruct=True, calibration=[inputs])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
         model, "hipp_plan"
     )
     assert all(m.training for m in (*model.modules(), *copied.modules()))
     assert not any(m._forward_pre_hooks for m in (*model.modules(), *copied.modules()))
     assert (
-        prune(model, plan, inplace=True, compensate=True, calibration=[inputs]) is model
+        prune(model, plan, inplace=True, reconstruct=True, calibration=[inputs]) is model
         and model.hipp_plan == plan
     )
     assert all(torch.equal(v, copied.state_dict()[k]) for k, v in model.state_dict().items())
@@ -261,7 +263,7 @@ def test_the_dense_model_is_left_as_it_was_and_in_place_agrees():
 
 def test_it_loads_to_the_bit(tmp_path):
     model, inputs = build("llava_gqa"), batch("llava_gqa")
-    small = prune(model, random_plan(model), compensate=True, calibration=[inputs])
+    small = prune(model, random_plan(model), reconstruct=True, calibration=[inputs])
     loaded = load_pruned(save_pruned(small, tmp_path / "small"))
     assert (
         torch.equal(logits(loaded, inputs), logits(small, inputs))
@@ -273,11 +275,11 @@ def test_without_calibration_nothing_is_changed():
     model = build("llava")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(CalibrationError, match="No calibration data: pass calibration="):
-        prune(model, random_plan(model), inplace=True, compensate=True)
+        prune(model, random_plan(model), inplace=True, reconstruct=True)
     with pytest.raises(CalibrationError, match="holds no batches"):
-        prune(model, random_plan(model), inplace=True, compensate=True, calibration=[])
+        prune(model, random_plan(model), inplace=True, reconstruct=True, calibration=[])
     with pytest.raises(PlanError, match="made for another model"):
-        prune(model, random_plan(build("llama")), inplace=True, compensate=True)
+        prune(model, random_plan(build("llama")), inplace=True, reconstruct=True)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
         model, "hipp_plan"
     )
@@ -292,7 +294,7 @@ def test_activations_that_are_not_finite_change_nothing():
         UnsupportedModelError,
         match=r"layers\.1\.mlp\.down_proj are NaN or infinite.*Nothing was changed",
     ):
-        prune(model, random_plan(model), inplace=True, compensate=True, calibration=[inputs])
+        prune(model, random_plan(model), inplace=True, reconstruct=True, calibration=[inputs])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not hasattr(
         model, "hipp_plan"
     )
@@ -303,7 +305,7 @@ def test_inputs_that_are_all_zero_leave_the_slices():
     with torch.no_grad():
         tower_layers(model, "language")[0].mlp.up_proj.weight.zero_()
     plan = dropping(model, {"language.0.ffn": {5}})
-    fixed = prune(model, plan, compensate=True, calibration=[inputs])
+    fixed = prune(model, plan, reconstruct=True, calibration=[inputs])
     assert all(
         torch.equal(v, fixed.state_dict()[k]) for k, v in prune(model, plan).state_dict().items()
     )

@@ -91,7 +91,7 @@ def test_bad_counts_and_layers_are_refused():
     model = build("llama")
     groups, scores = find_groups(model), scores_of(model)
     with sliced(model, groups, scores) as shrink:
-        for counts in ([1] * (len(groups) - 1), [0] * len(groups), [g.width + 1 for g in groups]):
+        for counts in ([1] * (len(groups) - 1), [-1] * len(groups), [g.width + 1 for g in groups]):
             with pytest.raises(PlanError, match="do not fit groups of"):
                 shrink(counts)
     with pytest.raises(PlanError, match="No scores for"), sliced(model, groups, {}):

@@ -1,0 +1,142 @@
+"""What transformers calls the parts of its models, and how its blocks norm, gate and scale what
+they add.
+
+This is the only table of such facts. A model family that needs another name or another rule gets it
+here; everything else in the library finds its way by structure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockNames:
+    """Names of the parts that one kind of block has in transformers.
+
+    Attributes:
+        producers: sets of linear layers whose outputs belong to units; a block has one of the sets.
+        consumers: the linear layer that reads the units; a block has one of them.
+        norms_before: norms of a block's input, most specific name first.
+        norms_after: norms of a block's output, before it is added to the residual stream.
+        gate: parameter whose tanh scales what the block adds (Llama 3.2 Vision).
+        skip: what `per_layer_config[i].skip` calls the block.
+    """
+
+    producers: tuple[tuple[str, ...], ...]
+    consumers: tuple[str, ...]
+    norms_before: tuple[str, ...]
+    norms_after: tuple[str, ...]
+    gate: str
+    skip: str
+
+
+BLOCKS = {
+    "attention": BlockNames(
+        producers=(("q_proj", "k_proj", "v_proj"),),
+        consumers=("o_proj", "out_proj"),
+        norms_before=("input_layernorm", "attention_layernorm", "layer_norm1"),
+        norms_after=("post_attention_layernorm",),
+        gate="cross_attn_attn_gate",
+        skip="attention",
+    ),
+    "ffn": BlockNames(
+        producers=(("gate_proj", "up_proj"), ("up_proj",), ("fc1",)),
+        consumers=("down_proj", "fc2"),
+        norms_before=(
+            "pre_feedforward_layernorm",
+            "pre_ff_layernorm",
+            "feedforward_layernorm",
+            "post_attention_layernorm",
+            "layer_norm2",
+        ),
+        norms_after=("post_feedforward_layernorm",),
+        gate="cross_attn_mlp_gate",
+        skip="mlp",
+    ),
+}
+
+
+def norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
+    """The norm of a block's input; None where blocks norm their outputs or share another's norm."""
+    found = _norm_names(layer, kind)
+    # Without a norm before attention, the norm behind it belongs to its output (EXAONE 4, OLMo 2).
+    return getattr(layer, found[0]) if found and _norm_names(layer, "attention") else None
+
+
+def own_norms(layer: nn.Module, kind: str) -> list[str]:
+    """Names of the norms of `layer` that serve its block of this kind alone, before or after it.
+
+    They can leave with the block. A norm that several parts of a layer read stays: attention and
+    FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
+    """
+    before, ffn_input = norm_before(layer, kind), norm_before(layer, "ffn")
+    after = [n for n in BLOCKS[kind].norms_after if _is_norm(layer, n)]
+    names = [n for n in after if getattr(layer, n) is not ffn_input]
+    if before is not None and ffn_input is not None and not other_parts(layer):
+        names += [n for n, child in layer.named_children() if child is before]
+    return names
+
+
+def other_parts(layer: nn.Module) -> list[str]:
+    """Names of the weights of a layer that belong neither to its blocks nor to their norms."""
+    norms = {n for names in BLOCKS.values() for n in (*names.norms_before, *names.norms_after)}
+    consumers = {name for names in BLOCKS.values() for name in names.consumers}
+    known = norms | {
+        n for n, c in layer.named_children() if consumers & set(dict(c.named_children()))
+    }
+    return [n for n, _ in layer.named_parameters() if n.partition(".")[0] not in known]
+
+
+def residual_scale(layer: nn.Module, kind: str) -> float:
+    """What a block's output is multiplied by before it is added to the residual stream.
+
+    Granite has a number for it, and the cross-attention layers of Llama 3.2 Vision have gates.
+    """
+    gate = getattr(layer, BLOCKS[kind].gate, None)
+    if gate is not None:
+        return float(gate.detach().tanh().abs())
+    return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def crosses(layer: nn.Module) -> bool:
+    """Whether the layer's attention reads the image's features instead of the text (Llama 3.2
+    Vision).
+    """
+    return hasattr(layer, "cross_attn")
+
+
+def first_removable_layer(config: Any) -> int:
+    """Layers below this one cannot leave a language tower: features are added by their number.
+
+    Qwen3-VL adds what its vision tower computed at several depths after its first layers.
+    """
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def drop_layers(config: Any, removed: Sequence[int]) -> None:
+    """Take the layers `removed` out of everything that a text configuration says layer by layer."""
+    count = config.num_hidden_layers
+    kept = [i for i in range(count) if i not in set(removed)]
+    for name, value in list(vars(config).items()):
+        if name in LAYER_NUMBERS and value:
+            setattr(config, name, [kept.index(i) for i in value if i in kept])
+        elif isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _norm_names(layer: nn.Module, kind: str) -> list[str]:
+    return [name for name in BLOCKS[kind].norms_before if _is_norm(layer, name)]
+
+
+def _is_norm(layer: nn.Module, name: str) -> bool:
+    return isinstance(getattr(layer, name, None), nn.Module)

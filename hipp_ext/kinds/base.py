@@ -1,0 +1,186 @@
+"""What a kind of block has to say about itself, and what is the same for all of them."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import BLOCKS, BlockNames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """What every unit of a group owns of one parameter.
+
+    Unit u owns the entries u * size to (u + 1) * size - 1 along `dim`.
+
+    Attributes:
+        parameter: name of the parameter in the model.
+        dim: 0 for rows (what computes the unit), 1 for columns (what reads it).
+        size: rows or columns of one unit.
+    """
+
+    parameter: str
+    dim: int
+    size: int
+
+    @property
+    def layer(self) -> str:
+        """Name of the linear layer that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+class BlockKind(abc.ABC):
+    """One prunable kind of block: a kind answers these questions, and nothing else asks what it is.
+
+    A kind's units are read by one linear layer of the block, its consumer; a unit is masked by
+    zeroing the consumer's inputs.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def names(self) -> BlockNames:
+        """What transformers calls the parts of such a block."""
+        return BLOCKS[self.name]
+
+    def match(self, block: nn.Module) -> tuple[list[str], str] | None:
+        """(producers, consumer) as child names where `block` has this kind's shape, else None."""
+        linear = {n for n, child in block.named_children() if isinstance(child, nn.Linear)}
+        known = {name for names in self.names.producers for name in names}
+        producers = tuple(n for n, _ in block.named_children() if n in linear & known)
+        consumers = [n for n in self.names.consumers if n in linear]
+        for names in self.names.producers:
+            if set(names) == set(producers) and len(consumers) == 1:
+                return list(names), consumers[0]
+        return None
+
+    def owns(self, block: nn.Module, name: str, width: int) -> tuple[Slice, ...]:
+        """What one of `width` units owns; the consumer's columns come last.
+
+        Raises:
+            UnsupportedModelError: the units do not divide the block's linear layers.
+        """
+        matched = self.match(block)
+        assert matched is not None
+        producers, consumer = matched
+        sizes = [(p, getattr(block, p).out_features) for p in producers]
+        sizes.append((consumer, getattr(block, consumer).in_features))
+        if any(size % width for _, size in sizes) or not self.passes_on(block):
+            listed = ", ".join(
+                f"{name}.{n} {getattr(block, n).in_features}->{getattr(block, n).out_features}"
+                for n in (*producers, consumer)
+            )
+            raise UnsupportedModelError(
+                f"{name}: {width} units do not divide its linear layers: {listed}"
+            )
+        rows = [
+            Slice(parameter=f"{name}.{p}.{part}", dim=0, size=size // width)
+            for p, size in sizes[:-1]
+            for part in ("weight", "bias")
+            if part == "weight" or getattr(block, p).bias is not None
+        ]
+        columns = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=sizes[-1][1] // width)
+        return (*rows, columns)
+
+    def passes_on(self, block: Any) -> bool:
+        """Whether the consumer reads as many numbers as the producers make of the units."""
+        return True
+
+    @abc.abstractmethod
+    def width(self, block: Any, name: str) -> int:
+        """Number of units of a block. Raises UnsupportedModelError where it cannot be told."""
+
+    @abc.abstractmethod
+    def check_rest(self, block: Any, name: str, width: int) -> None:
+        """Raise UnsupportedModelError where other parameters of the block may belong to units."""
+
+    @abc.abstractmethod
+    def context_flops(self, columns: int, context: int) -> int:
+        """FLOPs per token and unit that grow with the number of keys; `columns`: of one unit."""
+
+    @abc.abstractmethod
+    def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
+        """Size attributes of the block when it has `width` units of `columns` columns each."""
+
+    @abc.abstractmethod
+    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+        """What the configuration of a layer says of a block with `width` units."""
+
+    @abc.abstractmethod
+    def configured_width(self, config: Any, block: Any, columns: int) -> int:
+        """Number of units that a layer's configuration asks for; the reverse of `config`."""
+
+    @abc.abstractmethod
+    def skip(self, block: Any) -> "Skip":
+        """What stands in a dropped block's place."""
+
+    def resize(self, block: Any, owns: tuple[Slice, ...], width: int) -> None:
+        """Bring the size attributes of a block and its linear layers in line with `width` units."""
+        for part in owns:
+            layer = getattr(block, part.layer.rpartition(".")[2])
+            setattr(layer, ("out_features", "in_features")[part.dim], width * part.size)
+        for attribute, size in self.attributes(block, owns[-1].size, width).items():
+            if isinstance(getattr(block, attribute, None), int):
+                setattr(block, attribute, size)
+
+
+class Skip(nn.Module):
+    """A dropped block: adds nothing to the residual stream, computes nothing, has no parameters.
+
+    Args:
+        block: the block that is dropped. Its plain attributes (layer_idx, is_sliding, ...) are
+            kept, because some decoder layers read them.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        plain = (bool, int, float, str, type(None))
+        self.__dict__.update(
+            {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
+        )
+        self.training = block.training
+
+    def nothing(self, hidden_states: Tensor) -> Tensor:
+        """A zero for every entry of `hidden_states`, without memory of its own."""
+        return hidden_states.new_zeros(()).expand_as(hidden_states)
+
+
+class SkipFFN(Skip):
+    """A dropped FFN block."""
+
+    kind = "ffn"
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros of the shape of `hidden_states`."""
+        return self.nothing(hidden_states)
+
+
+class SkipAttention(Skip):
+    """A dropped attention block.
+
+    A cache counts its tokens layer by layer, so this one is told how many there are: it gets one
+    zero per token, because an empty entry would count as no token at all.
+    """
+
+    kind = "attention"
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """(zeros of the shape of `hidden_states`, no attention weights)."""
+        if past_key_values is not None:
+            tokens = torch.zeros(
+                *hidden_states.shape[:2],
+                1,
+                1,
+                dtype=hidden_states.dtype,
+                device=hidden_states.device,
+            ).transpose(1, 2)
+            past_key_values.update(tokens, tokens, self.layer_idx)
+        return self.nothing(hidden_states), None

@@ -1,0 +1,50 @@
+"""FFN: a unit is a channel, gated or not."""
+
+from typing import Any
+
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.kinds.base import BlockKind, Skip, SkipFFN
+
+
+class FFN(BlockKind):
+    """Feed-forward blocks of two or three linear layers."""
+
+    name = "ffn"
+
+    def width(self, block: Any, name: str) -> int:
+        """Number of channels."""
+        matched = self.match(block)
+        assert matched is not None
+        return getattr(block, matched[1]).in_features
+
+    def check_rest(self, block: Any, name: str, width: int) -> None:
+        """No other parameter may have an entry for every channel."""
+        known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
+        for part, parameter in block.named_parameters():
+            if part.partition(".")[0] not in known and width in parameter.shape:
+                raise UnsupportedModelError(
+                    f"{name}.{part} has shape {tuple(parameter.shape)}: a parameter with entries "
+                    "for "
+                    f"the {width} channels would have to go along with them, which is not "
+                    "supported."
+                )
+
+    def context_flops(self, columns: int, context: int) -> int:
+        """None: channels do not look at other tokens."""
+        return 0
+
+    def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
+        """Number of channels."""
+        return {"intermediate_size": width}
+
+    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+        """Number of channels."""
+        return {"intermediate_size": width}
+
+    def configured_width(self, config: Any, block: Any, columns: int) -> int:
+        """The configured number of channels."""
+        return config.intermediate_size
+
+    def skip(self, block: Any) -> Skip:
+        """A module that returns nothing."""
+        return SkipFFN(block)

@@ -1,0 +1,75 @@
+"""Blocks and layers that leave whole, because a plan keeps none of their units."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from hipp_ext.families import drop_layers, first_removable_layer, other_parts, own_norms
+from hipp_ext.groups import Group, tower_layers
+from hipp_ext.kinds import KINDS
+from hipp_ext.plan import PruningPlan
+
+
+def skip_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
+    """Module name -> what stands in its place when the blocks of `groups` are dropped.
+
+    A block becomes a `Skip`, and the norms that serve it alone become identities.
+    """
+    modules: dict[str, nn.Module] = {}
+    for group in groups:
+        layer_name, _, _ = group.block.rpartition(".")
+        modules[group.block] = KINDS[group.kind].skip(model.get_submodule(group.block))
+        for norm in own_norms(model.get_submodule(layer_name), group.kind):
+            modules[f"{layer_name}.{norm}"] = nn.Identity()
+    return modules
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put `modules` in their places; returns what stood there."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, module)
+    return before
+
+
+def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
+    """Numbers of the language layers of which `plan` keeps nothing, and which hold nothing else.
+
+    Layers with other parts (a state-space mixer, gates) stay, with both blocks skipped, and so do
+    those that the model adds image features after by their number.
+    """
+    kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
+    gone = {e.layer for e in plan.groups if e.tower == "language"} - kept
+    if not gone:
+        return []
+    layers = tower_layers(model, "language")
+    first = first_removable_layer(model.config)
+    return [i for i in sorted(gone) if i >= first and not other_parts(layers[i])]
+
+
+def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:
+    """Take layers out of the language tower, and renumber the others in modules and
+    configuration.
+    """
+    if not numbers:
+        return
+    layers = tower_layers(model, "language")
+    for number in sorted(numbers, reverse=True):
+        del layers[number]
+    for number, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = number  # type: ignore[assignment]
+    drop_layers(model.config.get_text_config(), numbers)  # type: ignore[union-attr]
+
+
+def layer_numbers(plan: PruningPlan, layers: int) -> dict[int, int]:
+    """Layer number of the dense language tower -> number in a pruned one that has `layers`
+    layers.
+    """
+    numbers = sorted({e.layer for e in plan.groups if e.tower == "language"})
+    kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
+    gone = [n for n in numbers if n not in kept]
+    left = gone[: max(0, layers - len(kept))]  # those that could not be removed are the first ones
+    return {old: new for new, old in enumerate(sorted(kept.union(left)))}

@@ -1,0 +1,131 @@
+"""A model's widths and dropped blocks in its configuration, and back."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hipp_ext.groups import Kind, block_of, find_groups, find_skips
+from hipp_ext.kinds import KINDS
+
+# What pruning writes into per_layer_config.
+OWN_KEYS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "skip")
+
+
+def write_layer_config(model: nn.Module) -> None:
+    """Put the language tower's widths and dropped blocks into its config; other entries there stay.
+
+    Where layers differ, they are written as transformers' `per_layer_config`, which transformers
+    reads and writes (5.15 and newer) but does not build most models from yet; `load_pruned` does.
+    The flag beside it keeps the configuration loadable by `AutoConfig`. Where all layers are alike,
+    the configuration says so in its ordinary fields, and stock `from_pretrained` loads the model.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    layers = _layers(model)
+    rest = other_layer_values(config)
+    if not rest and _write_alike(model, config, layers):
+        return
+    quiet_width_warnings()
+    merged = {i: rest.get(i, {}) | layers.get(i, {}) for i in sorted({*rest, *layers})}
+    _set_layers(config, merged)
+    allot_caches_late(model)
+
+
+def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """Layer -> what its configuration has to say of its blocks."""
+    layers: dict[int, dict[str, Any]] = {}
+    for g in find_groups(model):
+        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width)
+        layers.setdefault(g.layer, {}).update(sizes)
+    for layer, kind in find_skips(model):
+        layers.setdefault(layer, {}).setdefault("skip", []).append(KINDS[kind].names.skip)
+    return layers
+
+
+def _write_alike(model: Any, config: Any, layers: Mapping[int, dict[str, Any]]) -> bool:
+    """Write one set of sizes for all layers, if all have it and transformers builds the model
+    so.
+    """
+    first, *others = layers.values()
+    if "skip" in first or any(values != first for values in others):
+        return False
+    before = {key: getattr(config, key) for key in first if hasattr(config, key)}
+    if before == first and not getattr(config, "is_heterogeneous", False):
+        return True
+    trial = copy.deepcopy(model.config)
+    _set_alike(trial.get_text_config(), first)
+    if built_shapes(model, trial) != {n: tuple(t.shape) for n, t in model.state_dict().items()}:
+        return False
+    _set_alike(config, first)
+    return True
+
+
+def _set_alike(config: Any, sizes: Mapping[str, Any]) -> None:
+    _set_layers(config, {})
+    for key, value in sizes.items():
+        setattr(config, key, value)
+
+
+def _set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
+    config.per_layer_config = layers or None
+    config.allow_global_per_layer_attribute_access = bool(layers)
+
+
+def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of the model that stock transformers builds of `config`; empty if
+    none.
+    """
+    try:
+        with torch.device("meta"):
+            built = type(model)._from_config(config)
+    except (ValueError, RuntimeError, ArithmeticError):  # the class refuses such sizes
+        return {}
+    return {name: tuple(t.shape) for name, t in built.state_dict().items()}
+
+
+def other_layer_values(config: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> what `config` says of it alone, apart from what pruning writes."""
+    own = config.to_dict().get("per_layer_config") or {}
+    rest = {
+        int(i): {k: v for k, v in values.items() if k not in OWN_KEYS} for i, values in own.items()
+    }
+    return {i: values for i, values in rest.items() if values}
+
+
+def configured_skips(config: Any) -> list[tuple[int, Kind]]:
+    """(layer, kind) of the language tower's blocks that `config` says were dropped."""
+    text = config.get_text_config()
+    if not getattr(text, "is_heterogeneous", False):
+        return []
+    return [
+        (layer, kind.name)  # type: ignore[misc]
+        for layer, own in enumerate(text.per_layer_config)
+        for kind in KINDS.values()
+        if kind.names.skip in own.skip
+    ]
+
+
+def allot_caches_late(model: Any) -> None:
+    """Have `generate` allot a static cache layer by layer, at the first token.
+
+    It does so where layers are on several GPUs. For prefill in chunks transformers (5.17) allots it
+    ahead, with one number of heads for all layers.
+    """
+    model._get_static_cache_init_shape = _no_common_shape
+
+
+def _no_common_shape() -> None:
+    """A function of the module: what a copy of the model holds must not lead to the original."""
+
+
+def quiet_width_warnings() -> None:
+    """Keep transformers from warning of every width that it reads from a heterogeneous config."""
+    name = "transformers.integrations.heterogeneity.configuration_utils"
+    logging.getLogger(name).addFilter(_is_not_about_global_widths)
+
+
+def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
+    return "Reading global config value for per-layer attribute" not in record.getMessage()

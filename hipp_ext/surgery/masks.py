@@ -1,0 +1,153 @@
+"""A plan as masks: the model computes as if pruned, and keeps all its weights."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from hipp_ext.errors import PlanError, UnsupportedModelError
+from hipp_ext.groups import Group, check_loaded, find_groups, gated, linear, not_plain
+from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.verification import verify_groups
+from hipp_ext.units import keep_masks, unit_entries
+
+Model = TypeVar("Model", bound=nn.Module)
+PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan
+
+
+@contextlib.contextmanager
+def masked(model: Model, plan: PruningPlan | str | Path) -> Iterator[Model]:
+    """Inside the block `model` computes as if pruned by `plan`; it is as before afterwards.
+
+    The inputs of every consumer (o_proj, down_proj) are multiplied by the keep mask; a block that
+    keeps no unit adds nothing. Same outputs as `prune(model, plan)` up to rounding, at the dense
+    model's cost.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    plan = loaded_plan(plan)
+    masks = zip(match(model, plan), keep_masks(plan).values(), strict=True)
+    with gated(model, dict(masks)):
+        yield model
+
+
+def zero_units(model: nn.Module, plan: PruningPlan | str | Path) -> None:
+    """Set the weights and biases of the units that `plan` does not keep to zero; all shapes stay.
+
+    Producers and consumers both: a removed unit is zero on its way in, so nothing that is
+        calibrated
+    afterwards (GPTQ's error compensation, for one) has a reason to fill its columns again. Same
+    outputs as `masked(model, plan)`.
+
+    Raises:
+        PlanError, UnsupportedModelError: as `prune`; nothing was changed.
+    """
+    plan = loaded_plan(plan)
+    for name, index in removed_entries(model, plan).items():
+        model.get_parameter(name).data[index] = 0
+    setattr(model, PLAN_ATTRIBUTE, plan)
+
+
+def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+    """Parameter name -> index of its entries that belong to units `plan` does not keep.
+
+    Raises:
+        PlanError, UnsupportedModelError: as `prune`.
+    """
+    groups = match(model, plan)
+    check_sliceable(model, groups, plan)
+    entries: dict[str, Any] = {}
+    for group, mask in zip(groups, keep_masks(plan).values(), strict=True):
+        removed = (~mask).nonzero()[:, 0]
+        if not len(removed):
+            continue
+        for part in group.owns:
+            index = unit_entries(removed.to(model.get_parameter(part.parameter).device), part.size)
+            entries[part.parameter] = index if part.dim == 0 else (slice(None), index)
+        if not mask.any() and linear(model, group.consumer).bias is not None:
+            entries[f"{group.consumer}.bias"] = slice(None)
+    return entries
+
+
+def loaded_plan(plan: PruningPlan | str | Path) -> PruningPlan:
+    """The plan, read from its file where a path is given."""
+    if isinstance(plan, PruningPlan):
+        return plan
+    if isinstance(plan, str | Path):
+        return PruningPlan.load(plan)
+    raise PlanError(
+        f"A PruningPlan, or the path of a plan file, is needed, not a {type(plan).__name__}."
+    )
+
+
+def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
+    """The model's groups in the order of the plan's entries.
+
+    Raises:
+        PlanError: a group of the plan is not in the model or has another width or unit size, or a
+            group of a tower that the plan covers is missing from the plan.
+        UnsupportedModelError: see `verify_groups`.
+    """
+    found = {g.name: g for g in find_groups(model, plan.towers)}
+    missing = sorted(set(found) - set(plan.keep_counts))
+    unknown = sorted(set(plan.keep_counts) - set(found))
+    problems = [f"only in the model: {missing[:4]}"] * bool(missing)
+    problems += [f"only in the plan: {unknown[:4]}"] * bool(unknown)
+    wrong = [
+        f"{e.name}: plan {e.width} units of {e.unit_parameters} parameters, model "
+        f"{found[e.name].width} units of {found[e.name].unit_parameters}"
+        for e in plan.groups
+        if e.name in found
+        and (e.width, e.unit_parameters) != (found[e.name].width, found[e.name].unit_parameters)
+    ]
+    if problems or wrong:
+        raise PlanError(
+            f"The plan was made for another model than this {type(model).__name__}; nothing was "
+            "changed. " + "; ".join(problems + wrong[:4])
+        )
+    groups = tuple(found[e.name] for e in plan.groups)
+    verify_groups(model, groups)
+    return groups
+
+
+def check_sliceable(
+    model: nn.Module, groups: Sequence[Group], plan: PruningPlan | None = None
+) -> None:
+    """Raise UnsupportedModelError where a layer that loses units cannot be sliced.
+
+    Such a layer is quantised, adapted, parametrised, offloaded, or shares its weight.
+
+    Args:
+        groups: in the order of the plan's entries.
+        plan: None: all groups may lose units.
+    """
+    shared = _shared_parameters(model)
+    entries = plan.groups if plan else [None] * len(groups)
+    for group, entry in zip(groups, entries, strict=True):
+        if entry is not None and entry.keep == entry.width:
+            continue
+        for name in (*group.producers, group.consumer):
+            module = model.get_submodule(name)
+            if reason := not_plain(module):
+                raise UnsupportedModelError(
+                    f"{name} is a {type(module).__name__} {reason}; only plain floating-point "
+                    "nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
+                    "Nothing was changed."
+                )
+            check_loaded(model, name)
+            if id(module.weight) in shared:
+                raise UnsupportedModelError(
+                    f"{name} shares its weight with another module and cannot be sliced alone."
+                )
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
