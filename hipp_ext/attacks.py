@@ -1,4 +1,4 @@
-"""Attacks on one tensor of a batch; the rest of the batch (prompts, masks, labels) stays with its row.
+"""Attacks on one tensor of a batch; prompts, masks and labels stay with their rows.
 
 Libraries of attacks take `model(images) -> logits` and select rows of the images, so they cannot
 handle prompts that differ between rows, yes/no answers, or losses over generated tokens. Here the
@@ -50,7 +50,8 @@ class Ball:
         )
         if not bool((torch.isfinite(epsilon) & (epsilon > 0)).all()):
             raise AttackError(
-                f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs, run "
+                f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs, "
+                "run "
                 "no attack."
             )
         if not bool((low < high).all()):
@@ -68,14 +69,15 @@ class Ball:
         return Ball(epsilon=epsilon, low=low, high=high)
 
     def check(self, x: Tensor) -> None:
-        """Raise AttackError unless `x` is floating point, finite and within the range (up to rounding)."""
+        """Raise AttackError unless `x` is floating point, finite and within the range."""
         if not x.is_floating_point():
             raise AttackError(
                 f"The perturbed tensor must be floating point, got {x.dtype}; divide bytes by 255."
             )
         if x.dtype in (torch.float16, torch.bfloat16):
             raise AttackError(
-                f"The perturbed tensor is {x.dtype}: steps of an attack are lost in its rounding, and "
+                f"The perturbed tensor is {x.dtype}: steps of an attack are lost in its rounding, "
+                "and "
                 "the result would look robust. Attack in float32: model.float()."
             )
         ball = self.on(x)
@@ -102,14 +104,15 @@ class Ball:
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Projected gradient ascent by the gradient's sign: `pgd(loss_fn, batch, x)` -> perturbed tensor of x's shape.
+    """Projected gradient ascent by the gradient's sign: `pgd(loss_fn, batch, x)` -> perturbed x.
 
     Attributes:
         ball: ball around `x` that holds the result.
         steps: number of gradient steps.
         step_size: size of a step, in multiples of epsilon; None: 2.5 / steps.
         random_start: start at a random point of the ball instead of at `x`.
-        seed: random seed of the starting point; the global random state is neither read nor changed.
+        seed: random seed of the starting point; the global random state is neither read nor
+            changed.
 
     Raises:
         AttackError: see `Ball`; `steps` is below one; or the loss is not finite.
@@ -142,7 +145,7 @@ class PGD:
 
 @dataclass(frozen=True, kw_only=True)
 class APGD:
-    """Auto-PGD: PGD with momentum, and with step sizes that are halved per row where progress stalls.
+    """Auto-PGD: PGD with momentum, and with step sizes that are halved where progress stalls.
 
     It returns the best point of each row; `loss_fn` must give one loss per row.
 
@@ -254,7 +257,8 @@ def loss_and_gradient(loss_fn: LossFn, batch: Any, x: Tensor) -> tuple[Tensor, T
         )
     if gradient is None:
         raise AttackError(
-            "The loss does not depend on the perturbed tensor; it may be detached, or computed without "
+            "The loss does not depend on the perturbed tensor; it may be detached, or computed "
+            "without "
             "gradients."
         )
     return loss.detach(), gradient
@@ -282,12 +286,13 @@ def _span(value: float | Tensor) -> str:
 
 
 def check_precision(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model in half precision: attacks are lost in its rounding."""
+    """Raise UnsupportedModelError for a model in half precision, whose rounding hides attacks."""
     half = sorted(
         {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     )
     if half:
         raise UnsupportedModelError(
-            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks vanish "
+            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks "
+            "vanish "
             "in its rounding, and it would look robust. Use model.float()."
         )

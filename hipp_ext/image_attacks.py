@@ -1,4 +1,4 @@
-"""Image attacks on vision-language models, within a ball of pixels; prompts stay with their rows."""
+"""Image attacks on vision-language models, within a ball of pixels around each image."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -96,7 +96,8 @@ def pixel_ball(processor: Any, epsilon: float) -> Ball:
         mean, std = [0.0], [1.0]
     if not _numbers(mean) or not _numbers(std) or min(std) <= 0:  # type: ignore[type-var, arg-type]
         raise AttackError(
-            f"{type(images).__name__} has no image_mean and image_std, so epsilon cannot be converted "
+            f"{type(images).__name__} has no image_mean and image_std, so epsilon cannot be "
+            "converted "
             "from pixel units."
         )
     m, s = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))

@@ -1,6 +1,6 @@
-"""torch-pruning's dependency graph of a model, read out: which channels go together, and what of each parameter.
+"""torch-pruning's dependency graph of a model as groups of channels, with what each channel owns.
 
-Its own pruning functions say how much they would take, asked on copies without data.
+How much a channel owns is found by torch-pruning's own pruning functions, on copies without data.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ USUAL = ("weight", "bias")  # what torch-pruning slices of a convolution, a line
 
 
 class _Graph(tp.DependencyGraph):
-    """torch-pruning's, which takes the parts of a split in the order in which it meets them, with the parts in their order."""
+    """torch-pruning's graph, which does not keep the order of the parts of a split, corrected."""
 
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
@@ -52,7 +52,7 @@ class _Graph(tp.DependencyGraph):
 
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Where the block raises, every module holds the very parameters, buffers, hooks and attributes that it held before."""
+    """If the block raises, every module's parameters, buffers, hooks and attributes are restored."""
     held, values = [], [(t, t.detach().clone()) for t in model.buffers()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for module in model.modules():
@@ -88,7 +88,7 @@ def traced(
     ignored: Sequence[nn.Module] = (),
     forward_fn: Callable | None = None,
 ) -> Iterator[Any]:
-    """torch-pruning's dependency graph of `model`; train/eval and requires_grad are as before afterwards.
+    """torch-pruning's dependency graph of `model`, whose modes are restored afterwards.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, or does not run on `example_inputs`.
@@ -127,7 +127,8 @@ def read_groups(
         )
     except Exception as error:  # it raises whatever its index mappings bring up
         raise UnsupportedModelError(
-            f"torch-pruning cannot group the channels of this {type(graph.model).__name__}: {type(error).__name__}: {error}. "
+            f"torch-pruning cannot group the channels of this {type(graph.model).__name__}: "
+            f"{type(error).__name__}: {error}. "
             "Operations that rearrange channels are often the reason."
         ) from error
     places = {name: i for i, (name, _) in enumerate(graph.model.named_modules())}
@@ -140,7 +141,7 @@ def read_groups(
 
 
 class _GroupReader:
-    """Ours for one of torch-pruning's groups, named after the first layer whose output channels are its units."""
+    """One of torch-pruning's groups as a ChannelGroup."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class _GroupReader:
         )[target]
 
     def _units(self) -> Tensor:
-        """The unit of each channel of the root: channels that end in one and the same channel elsewhere are one unit."""
+        """The unit of each channel of the root; channels that end in one channel are one unit."""
         first = list(range(len(self.found[0].idxs)))
 
         def find(i: int) -> int:
@@ -233,8 +234,10 @@ class _GroupReader:
         size = output_channels(layer) if out else input_channels(layer)
         if int(places[0].max()) >= size:
             raise UnsupportedModelError(
-                f"torch-pruning counts {int(places[0].max()) + 1} channels of {self.root} where {name} has {size}: something "
-                f"between them, such as a PixelShuffle, rearranges channels. List {self.root} in ignored."
+                f"torch-pruning counts {int(places[0].max()) + 1} channels of {self.root} where "
+                f"{name} has {size}: something "
+                f"between them, such as a PixelShuffle, rearranges channels. List {self.root} in "
+                "ignored."
             )
         owner = (self.producers if out else self.consumers).setdefault(
             name, torch.full((size,), -1)
@@ -349,7 +352,10 @@ def _obstacle(model: nn.Module, name: str, target: Any) -> str:
         isinstance(getattr(owner, "weight", None), Tensor)
         and owner._parameters.get("weight") is not owner.weight
     ):
-        return f"the weight of {name} is computed from other tensors (weight_norm, spectral_norm, a mask); make it plain first"
+        return (
+            f"the weight of {name} is computed from other tensors (weight_norm, spectral_norm, a "
+            "mask); make it plain first"
+        )
     elif _groups(owner) > 1 and not _depthwise(owner) and owner.transposed:
         return f"{name} is a transposed convolution with {owner.groups} groups"
     elif (
@@ -357,7 +363,10 @@ def _obstacle(model: nn.Module, name: str, target: Any) -> str:
         and not _depthwise(owner)
         and owner.groups in (owner.in_channels, owner.out_channels)
     ):
-        return f"{name} has {owner.in_channels} input and {owner.out_channels} output channels in {owner.groups} groups"
+        return (
+            f"{name} has {owner.in_channels} input and {owner.out_channels} output channels in "
+            f"{owner.groups} groups"
+        )
     return ""
 
 

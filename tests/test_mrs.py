@@ -344,7 +344,7 @@ def test_models_and_channels_that_cannot_be_removed(cnn):
         UnsupportedModelError, match="ran before its channels were removed and does not now"
     ):
         prune_channels(Stiff(), x, {"a": [0, 1]})
-    with pytest.raises(PlanError, match="layer9 is no group of channels"):
+    with pytest.raises(PlanError, match="'layer9' is not a channel group of this ResNet"):
         prune_channels(copy.deepcopy(model), pictures[:1], {"layer9": [0]})
     with pytest.raises(
         PlanError, match=r"conv1 has channels 0 to 63, of which one at least must stay; got \[64\]"

@@ -117,7 +117,7 @@ def robust_score(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Show the robustness sensitivity of every group of channels: the rise of the loss under attack.
+    """Show how far the loss under attack rises for every group of channels (MRS).
 
     Example: `hipp robust score dense --epsilon 0.1`
     """
@@ -173,7 +173,7 @@ def robust_prune(
         typer.Option(
             min=0,
             max=1,
-            help="Least fraction of a group's channels to keep; default: 0.125, less above ratio 0.75.",
+            help="Least fraction of a group's channels to keep; default: 0.125, or less.",
         ),
     ] = None,
     loss: Loss = "trades",
@@ -353,7 +353,8 @@ def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any
     images = load_data(config.data, root, seed=config.split)
     if images.classes != config.classes or images.shape != config.shape:
         raise AttackError(
-            f"{folder} was trained on images of other classes or another shape than {config.data} in "
+            f"{folder} was trained on images of other classes or another shape than {config.data} "
+            "in "
             f"{root} has."
         )
     return model.to(resolve_device(device)), config, images

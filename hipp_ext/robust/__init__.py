@@ -1,6 +1,7 @@
-"""Robust pruning (MRPF): adversarial losses, attacks, models, data, the pipeline, and its evaluation.
+"""Robust pruning (MRPF) of image classifiers, from data to evaluation.
 
-result = mrpf(model, load_data("digits"), MRPFSettings(pruning_ratio=0.75), loss=TRADES(epsilon=0.1))
+data = load_data("digits")
+result = mrpf(model, data, MRPFSettings(pruning_ratio=0.75), loss=TRADES(epsilon=0.1))
 evaluate(result.model, data.test, 10, epsilon=0.1).worst
 """
 

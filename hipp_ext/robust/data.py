@@ -1,4 +1,4 @@
-"""Image sets for robust pruning: scikit-learn's digits, and SVHN, CIFAR-10/100 and Tiny-ImageNet from local folders.
+"""Image sets: scikit-learn's digits, and CIFAR, SVHN and Tiny-ImageNet from local folders.
 
 Nothing is downloaded.
 """
@@ -18,7 +18,8 @@ from hipp_ext.errors import DataError, MissingExtraError
 LAYOUTS = {
     "svhn": "train_32x32.mat and test_32x32.mat (format 2, unchanged, "
     "http://ufldl.stanford.edu/housenumbers)",
-    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta "
+    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and "
+    "batches.meta "
     "(the Python version, unchanged)",
     "cifar100": "cifar-100-python/ with train, test and meta (the Python version, unchanged)",
     "tiny-imagenet": "tiny-imagenet-200/ with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
@@ -33,8 +34,8 @@ class Images:
     """Images with their classes.
 
     Attributes:
-        images: (rows, channels, height, width), bytes, or float32 in [0, 1]. Values that lie outside
-            by a rounding error, as after a normalisation was undone, are clamped.
+        images: (rows, channels, height, width), bytes, or float32 in [0, 1]. Values that lie
+            outside by a rounding error, as after a normalisation was undone, are clamped.
         labels: (rows,) int64.
     """
 

@@ -82,10 +82,10 @@ def evaluate(
         images: images to attack.
         classes: number of classes.
         epsilon: L-inf radius, in units of images in [0, 1].
-        attacks: names from ATTACKS. "pgd" is PGD-20 and "apgd" Auto-PGD with 100 steps, both of this
-            package. "apgd-ce", "apgd-t", "fab-t" and "square" together are AutoAttack's standard
-            version, through torchattacks with all settings given: 100 steps, 5,000 queries, one
-            restart, nine target classes.
+        attacks: names from ATTACKS. "pgd" is PGD-20 and "apgd" Auto-PGD with 100 steps, both of
+            this package. "apgd-ce", "apgd-t", "fab-t" and "square" together are AutoAttack's
+            standard version, through torchattacks with all settings given: 100 steps, 5,000
+            queries, one restart, nine target classes.
         checks: look for gradient masking; this costs about three runs of PGD-20.
         batch_size: images per batch.
         seed: random seed of the attacks.
@@ -99,7 +99,8 @@ def evaluate(
         UnsupportedModelError: the model is in half precision.
         MissingExtraError: torchattacks is not installed.
 
-    Source: AutoAttack, Croce & Hein (arXiv 2003.01690), section 5; the settings of its published code (`standard`).
+    Source: AutoAttack, Croce & Hein (arXiv 2003.01690), section 5; the settings of its published
+    code (`standard`).
     """
     check_images(images, classes, "images")
     check_precision(model)
@@ -198,7 +199,8 @@ def _withstood(
         or float(moved.max()) > 1
     ):
         raise AttackError(
-            f"{name} left the ball of radius {epsilon} or the range [0, 1], so its result is invalid."
+            f"{name} left the ball of radius {epsilon} or the range [0, 1], so its result is "
+            "invalid."
         )
     return _correct(model, moved, y, classes)
 
@@ -239,7 +241,8 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
             **common,
         )
         attack.targeted = True  # 3.2.7 ignores the argument
-    # The published code has nine targets for any number of classes; torchattacks would use all classes.
+    # The published code has nine targets for any number of classes; torchattacks would use all
+    # classes.
     attack.n_target_classes = min(MAX_TARGETS, classes - 1)
     return attack
 
@@ -261,7 +264,8 @@ def _correct(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> Tensor:
         logits = model(x)
     if logits.dim() != 2 or logits.shape[1] != classes:
         raise DataError(
-            f"The model's output has shape {tuple(logits.shape)} for {classes} classes; (rows, classes) "
+            f"The model's output has shape {tuple(logits.shape)} for {classes} classes; (rows, "
+            "classes) "
             "is needed."
         )
     return logits.argmax(1) == y

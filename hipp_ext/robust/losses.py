@@ -1,4 +1,4 @@
-"""Adversarial training losses: `loss(model, images, labels, seed)` attacks, then returns a mean loss.
+"""Adversarial training losses: `loss(model, images, labels, seed)` -> mean loss under attack.
 
 Any function of this signature is a loss for `hipp_ext.robust`. The inner attack runs in eval mode,
 the outer passes run in the model's own mode.
@@ -130,7 +130,8 @@ class AWP:
         gamma: how far a weight tensor moves, as a fraction of its norm. Biases and norms stay.
 
     Source: Wu et al. (arXiv 2004.05884), section 4.
-    Differs from the paper: the direction is the gradient normalised per tensor, one step, without a proxy optimizer.
+    Differs from the paper: the direction is the gradient normalised per tensor, one step, without a
+    proxy optimizer.
     """
 
     base: AdversarialLoss

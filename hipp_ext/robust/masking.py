@@ -26,7 +26,8 @@ def masking_signs(
     - Five times as many steps of PGD leave more images correct.
     - PGD with a radius of 0.5, which can turn any image grey, leaves more correct than chance.
     - The loss is flat: some images have no gradient.
-    - The loss is rough: random points of the ball have a higher loss than a step along the gradient.
+    - The loss is rough: random points of the ball have a higher loss than a step along the
+      gradient.
 
     Args:
         model: classifier, in eval mode.
@@ -37,7 +38,8 @@ def masking_signs(
         clean: which images are correct without an attack.
         seed: random seed of PGD.
 
-    Source: Carlini et al. (arXiv 1902.06705), section 3; Athalye et al. (arXiv 1802.00420), section 3.1.
+    Source: Carlini et al. (arXiv 1902.06705), section 3; Athalye et al. (arXiv 1802.00420), section
+    3.1.
     """
     signs = []
     white = [v for k, v in robust_masks.items() if k != "square"]
@@ -63,7 +65,8 @@ def masking_signs(
     few, many = accuracy(epsilon, 10), accuracy(epsilon, 50)
     if many > few + TOLERANCE:
         signs.append(
-            f"50 steps of PGD leave {100 * many:.1f}% correct and 10 steps {100 * few:.1f}%, but more "
+            f"50 steps of PGD leave {100 * many:.1f}% correct and 10 steps {100 * few:.1f}%, but "
+            "more "
             "steps must not help the model"
         )
     wide = accuracy(0.5, 50)
@@ -88,7 +91,8 @@ def masking_signs(
     rough = float((correct & (random > ahead)).double().mean())
     if rough > 0.1:
         signs.append(
-            f"on {100 * rough:.1f}% of the images a random point has a higher loss than a step along "
+            f"on {100 * rough:.1f}% of the images a random point has a higher loss than a step "
+            "along "
             "the gradient, so the loss is rough"
         )
     return tuple(signs)

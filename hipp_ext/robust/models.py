@@ -1,4 +1,4 @@
-"""Image classifiers that can be pruned by channel; they take images in [0, 1], without normalisation."""
+"""Image classifiers that can be pruned by channel; they take images in [0, 1]."""
 
 from collections.abc import Sequence
 
@@ -58,8 +58,8 @@ def build_model(name: str, classes: int, shape: tuple[int, int, int] = (3, 32, 3
 def fixed_layers(model: nn.Module) -> list[nn.Module]:
     """Layers whose output channels must stay because the forward hard-wires their number.
 
-    For MobileViT, these are the residual streams of its transformer blocks and the projections whose
-    reshape hard-wires the head size.
+    For MobileViT, these are the residual streams of its transformer blocks and the projections
+    whose reshape hard-wires the head size.
     """
     fixed = []
     for name, module in model.named_modules():
@@ -75,7 +75,7 @@ def fixed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class ConvStack(nn.Module):
-    """3x3 convolutions with batch norm, poolings ("M") between them, a global average, one linear layer."""
+    """3x3 convolutions with batch norm, poolings ("M"), a global average, one linear layer."""
 
     def __init__(self, widths: Sequence[int | str], classes: int, channels: int = 3):
         super().__init__()

@@ -1,4 +1,4 @@
-"""MRPF: score -> allocate -> prune -> recalibrate -> adversarial fine-tuning, in one resumable call."""
+"""MRPF: score, allocate, prune, recalibrate and fine-tune, in one resumable call."""
 
 import copy
 import json
@@ -120,9 +120,9 @@ def mrpf(
         settings: None: the defaults.
         loss: loss of the fine-tuning; None: TRADES at the scores' epsilon. Any function (model,
             images, labels, seed) -> mean loss.
-        folder: folder for scores, checkpoints and a log (JSON lines). The same call on the folder of
-            an interrupted run resumes it and ends with the weights of an uninterrupted run. A loss
-            is recognised by its repr. None: nothing is written.
+        folder: folder for scores, checkpoints and a log (JSON lines). The same call on the folder
+            of an interrupted run resumes it and ends with the weights of an uninterrupted run. A
+            loss is recognised by its repr. None: nothing is written.
         ignored: layers whose output channels stay; None: those that
             `hipp_ext.robust.models.fixed_layers` knows.
         log: called with one line of progress per stage.

@@ -1,8 +1,8 @@
 """CIFAR-10/100, SVHN and Tiny-ImageNet from local folders, through torchvision.datasets.
 
 The files of CIFAR are pickles, and those of SVHN are read by scipy. torchvision opens them only if
-their MD5 digests are those of the published files, so a file that is anything else is refused before
-it is read. The pictures of Tiny-ImageNet may be any, and are decoded as untrusted ones.
+their MD5 digests are those of the published files, so a file that is anything else is refused
+before it is read. The pictures of Tiny-ImageNet may be any, and are decoded as untrusted ones.
 """
 
 from collections.abc import Callable, Sequence

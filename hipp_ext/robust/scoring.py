@@ -31,8 +31,8 @@ class ScoreSettings:
         form: form of MRS, see `hipp_ext.scorers.MRS`.
         ranking: how the channels of a group are ranked: "bn" (scale of the batch norm behind the
             channel), "taylor" (derivative of the loss with respect to a gate), "l1" (weight norms),
-            or "auto": "bn" where every channel has a batch norm, else "taylor". It matters more than
-            the allocation: see evals/LOG.md.
+            or "auto": "bn" where every channel has a batch norm, else "taylor". It matters more
+            than the allocation: see evals/LOG.md.
         epsilon: L-inf radius of the attack on the scored images.
         attack_steps: gradient steps of PGD; 0 scores clean images, which is the counterpart that a
             claim about robustness has to beat.
@@ -152,7 +152,7 @@ def rank_channels(
 
 
 def unit_norms(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """(width,) L1 norms of the units' weights; the weights of every producer are scaled to sum to 1."""
+    """(width,) L1 norms of the units' weights; those of every producer are scaled to sum to 1."""
     total = torch.zeros(group.width, dtype=torch.float64)
     for name, units in zip(group.producers, group.producer_units, strict=True):
         layer = model.get_submodule(name)
@@ -172,7 +172,7 @@ def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _norm_scales(model: nn.Module, group: ChannelGroup) -> Tensor | None:
-    """(width,) sums of the absolute scales of the batch norms behind each channel, if there are any."""
+    """(width,) sums of absolute scales of the batch norms behind each channel, or None."""
     names = [n for n, size in group.norms if n.endswith(".weight") and size == 1]
     weights = [model.get_parameter(n).detach().abs().double().cpu() for n in names]
     weights = [w for w in weights if len(w) == group.width]

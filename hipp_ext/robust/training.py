@@ -40,7 +40,8 @@ class TrainSettings:
     Attributes:
         epochs: number of epochs.
         batch_size: images per step.
-        lr: largest learning rate; it rises from lr / 25 over 30% of the steps and falls to almost 0.
+        lr: largest learning rate; it rises from lr / 25 over 30% of the steps and falls to
+            almost 0.
         weight_decay: of SGD.
         seed: random seed of the order, the shifts, the attacks and dropout.
     """
@@ -80,16 +81,17 @@ def train(
         data: its training images are used, not its test images.
         loss: see `hipp_ext.robust.losses`; called in train mode.
         settings: see `TrainSettings`.
-        checkpoint: file that is written after every epoch (safetensors). An interrupted call resumes
-            from it, and ends with the weights of an uninterrupted one. It belongs to these settings,
-            weights and images, and to this loss (as its repr gives it), and no other call takes it.
+        checkpoint: file that is written after every epoch (safetensors). An interrupted call
+            resumes from it, and ends with the weights of an uninterrupted one. It belongs to these
+            settings, weights and images, and to this loss (as its repr gives it), and no other call
+            takes it.
         on_epoch: called after every epoch.
 
     Raises:
         UnsupportedModelError: the model is in half precision, or nothing of it requires gradients.
         AttackError: the loss became NaN or infinite.
-        DataError: `checkpoint` belongs to other settings, another model, other data or another loss,
-            or is damaged.
+        DataError: `checkpoint` belongs to other settings, another model, other data or another
+            loss, or is damaged.
     """
     check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -226,7 +228,7 @@ def data_identity(data: ImageData) -> dict[str, Any]:
 
 
 def loss_identity(loss: AdversarialLoss) -> str:
-    """The repr of a loss, without addresses: its class and settings, or the name of its function."""
+    """The repr of a loss without addresses: class and settings, or the function's name."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(loss))
 
 
@@ -250,9 +252,7 @@ def cycle(lr: float, step: int, steps: int) -> float:
 
 
 def augment(images: Tensor, data: ImageData, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to `data.pad` pixels over a black border; with `data.mirror` half of them
-    are mirrored.
-    """
+    """Images shifted at random by up to `data.pad` pixels, and mirrored where `data.mirror`."""
     rows, _, height, width = images.shape
     padded = nn.functional.pad(images, (data.pad,) * 4)
     shift = torch.randint(0, 2 * data.pad + 1, (rows, 2), generator=generator)

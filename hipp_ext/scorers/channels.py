@@ -1,4 +1,4 @@
-"""The channels of a classifier as groups: which channels go together, and what each of them owns."""
+"""The channels of a classifier as groups: what goes together, and what each channel owns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class ChannelGroup(GatedGroup):
     obstacle: str = ""
 
     def units_of(self, layer: str, produced: bool) -> Tensor | None:
-        """The unit of each output (`produced`) or input channel of `layer`; None where it has none."""
+        """The unit of each output (`produced`) or input channel of `layer`, or None."""
         if produced:
             return dict(zip(self.producers, self.producer_units, strict=True)).get(layer)
         return {c.layer: c.units for c in self.consumers}.get(layer)

@@ -1,4 +1,4 @@
-"""Gates on the units of groups: a factor on every unit, wherever it is read. Any model, any loss."""
+"""Gates on the units of groups: a factor on every unit, wherever it is read."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +38,8 @@ class GatedGroup:
         width: number of units.
         producers: names of the layers whose weights produce the units.
         consumers: all layers that read the units. A unit is removed from the inputs of all of them.
-        producer_units: per producer, for each of its output channels the unit that it belongs to, or
-            -1. They may be empty where the group has consumers.
+        producer_units: per producer, for each of its output channels the unit that it belongs to,
+            or -1. They may be empty where the group has consumers.
     """
 
     name: str

@@ -33,8 +33,8 @@ def worst_case(
     """Per group, the rise of the loss when its weights move by at most `rho` of their norm.
 
     Gradient ascent, normalised per tensor, in steps of 2 rho ||W|| / `steps`, projected on the ball
-    of every tensor; the largest rise counts. It is divided by the number of tensors, because several
-    that climb together climb further.
+    of every tensor; the largest rise counts. It is divided by the number of tensors, because
+    several that climb together climb further.
 
     Args:
         model: its weights are moved, and restored afterwards.
@@ -91,7 +91,7 @@ def first_order(
     *,
     rho: float = 0.1,
 ) -> list[float]:
-    """Per group, `worst_case` to first order: rho times the mean of ||W|| ||dL/dW|| over its tensors.
+    """Per group, `worst_case` to first order: rho times the mean of ||W|| ||dL/dW||.
 
     Cost: one forward and backward pass over `batches` for all groups together.
     """
@@ -115,9 +115,9 @@ def removal(
     *,
     ratio: float = 0.5,
 ) -> list[float]:
-    """Per group, the rise of the loss when its lowest-ranked units are removed, at least REMOVAL_FLOOR.
+    """Per group, the rise of the loss when its lowest-ranked units are removed.
 
-    The other groups stay whole. Cost: one forward pass over `batches` per group.
+    It is at least REMOVAL_FLOOR; the other groups stay whole. Cost: one forward pass over `batches` per group.
 
     Args:
         model: left as it was.

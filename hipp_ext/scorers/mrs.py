@@ -1,4 +1,4 @@
-"""MRS: module robustness sensitivity, how much the loss under attack depends on a group of units."""
+"""MRS: module robustness sensitivity, how much the loss under attack depends on a group."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,9 +45,10 @@ class MRS(Scorer):
 
     Attributes:
         form: how the sensitivity is measured.
-        epsilon: L-inf radius, as a fraction of the range of the batch's pixel_values, or of the root
-            mean square of its embeddings.
-        attack_steps: gradient steps of PGD; 0 scores the inputs as they are (the clean counterpart).
+        epsilon: L-inf radius, as a fraction of the range of the batch's pixel_values, or of the
+            root mean square of its embeddings.
+        attack_steps: gradient steps of PGD; 0 scores the inputs as they are (the clean
+            counterpart).
         attack: (model, batch) -> attacked batch, instead of PGD. `hipp_ext.robust.ImageAttack` uses
             a ball that is exact in pixels.
         rho: radius of "worst", as a fraction of a weight's norm; it also scales "grad".
