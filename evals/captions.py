@@ -1,4 +1,4 @@
-"""Pictures in, CHAIR out: what `hipp chair` does. Captions come from real generation and are kept, so a killed run goes on."""
+"""CHAIR of a model folder, for `hipp chair`. Captions are logged, so a killed run can continue."""
 
 import hashlib
 import io
@@ -19,31 +19,30 @@ from hipp_ext.evals.chair import (
 )
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import file_pictures
-from hipp_ext.evals.metrics import without_nan
 from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
+from hipp_ext.evals.statistics import without_nan
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import rgb_picture
 
-_KEY = (
-    2  # counts changes of how captions are asked for: those kept from before are not those of now
-)
-PROMPT = "Provide a brief description of the given image."  # POPE's second caption instruction (arXiv 2305.10355, 3.1)
+_KEY = 2  # version of how captions are made; earlier ones are not used again
+# POPE's second caption instruction (arXiv 2305.10355, section 3.1).
+PROMPT = "Provide a brief description of the given image."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTask:
-    """Pictures to describe.
+    """Images to describe.
 
     Attributes:
-        name: of the data, fit for a folder.
-        names: of the pictures, distinct.
-        pictures: each gives the bytes of a picture file.
-        objects: what is in each picture.
+        name: name of the data, which can be the name of a folder.
+        names: distinct names of the images.
+        pictures: functions that return the bytes of each image file.
+        objects: objects in each image.
         words: finds objects in captions.
-        prompt: what the model is asked.
-        max_new_tokens: longest caption [tokens].
+        prompt: prompt of the model.
+        max_new_tokens: maximum length of a caption [tokens].
     """
 
     name: str
@@ -56,7 +55,9 @@ class CaptionTask:
 
 
 def scenes_task(n: int = 200, *, split: str = "test") -> CaptionTask:
-    """`n` scenes of a split of the testbed, with the prompt that its model was trained on."""
+    """The task of describing `n` scenes of the testbed, with the prompt that its model was trained
+    on.
+    """
     from hipp_ext.testbed import world
     from hipp_ext.testbed.model import DESCRIBE
 
@@ -88,20 +89,23 @@ def coco_task(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> CaptionTask:
-    """`n` random pictures with at least one object of a COCO instance file.
+    """The task of describing `n` random images with at least one object of a COCO instance file.
 
     Args:
         annotations: instance file, such as instances_val2014.json.
-        images: folder of the pictures.
-        n: how many.
-        captions: reference captions, such as captions_val2014.json; what they name counts as being there, as in the
-            paper. Without them, objects that nobody annotated count as hallucinated.
-        synonyms: see `read_synonyms`; None finds names and plurals only, and so fewer mentions.
-        prompt, max_new_tokens: what is asked, and the longest answer.
-        seed: of the sample.
+        images: folder of the images.
+        n: number of images.
+        captions: reference captions, such as captions_val2014.json. The objects that they name
+            count as present, as in the paper. Without them, objects without an annotation count as
+            hallucinated.
+        synonyms: file for `read_synonyms`. Default: only names and plurals are found, and so fewer
+            mentions.
+        prompt: prompt of the model.
+        max_new_tokens: maximum length of a caption [tokens].
+        seed: random seed of the sample.
 
     Raises:
-        DataError: a file is missing or malformed, or there are fewer pictures.
+        DataError: a file is missing or malformed, or there are fewer images.
     """
     annotated, names = read_instances(annotations)
     given = read_synonyms(synonyms) if synonyms else {}
@@ -109,7 +113,8 @@ def coco_task(
     known = [image for image in annotated if image.objects]
     if len(known) < n:
         raise DataError(
-            f"{annotations}: {n} images with objects are wanted, and there are {len(known)}. Lower --n"
+            f"{annotations}: {n} images with objects are needed, and there are {len(known)}. "
+            "Lower --n"
         )
     sample = random.Random(f"chair {seed}").sample(known, n)
     reference = read_captions(captions) if captions else {}
@@ -141,12 +146,13 @@ def measure_chair(
 ) -> tuple[ChairScores, Path]:
     """CHAIR of a model folder, and the file of its captions.
 
-    The file is <work_dir>/<model>-<hash>/CHAIR-<task>/run-<key>/predictions.jsonl; scores.json is written beside it.
-    Decoding is greedy. Captions that are there already, of the same model, pictures and settings, are not made again.
+    The file is <work_dir>/<model>-<hash>/CHAIR-<task>/run-<key>/predictions.jsonl; scores.json is
+    written beside it. Decoding is greedy. Existing captions of the same model, images and settings
+    are used again.
 
     Raises:
-        CheckpointError: the folder is not a whole model, or there is no such device.
-        DataError: a picture is broken.
+        CheckpointError: the folder is not a complete model, or the device does not exist.
+        DataError: an image is broken.
         OutputBusyError: another process is making the same captions in this `work_dir`.
         WriteError: the disk is full, or `work_dir` cannot be written.
     """
@@ -205,12 +211,12 @@ def _checked(name: str, read: Callable[[], bytes]) -> bytes:
 
 
 def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
-    """A rich table: one line per model."""
+    """A rich table with one line per model."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title="percent, ± standard error over pictures; lower CHAIR is better, higher recall is better"
+        title="percent, ± standard error over images; lower CHAIR and higher recall are better"
     )
     for name in (
         "model",
@@ -227,5 +233,5 @@ def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
             f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
             for f in ("chair_i", "chair_s", "recall", "silent", "mentions")
         ]
-        table.add_row(Text(model), str(own.n), *cells)  # a name may look like markup
+        table.add_row(Text(model), str(own.n), *cells)  # names are not read as markup
     return table

@@ -1,14 +1,17 @@
-"""CHAIR: which objects does a caption name that are not in the picture? Captions in, percentages with error bars out.
+"""CHAIR: which objects does a caption name that are not in the picture? Captions in, percentages
+with error bars out.
 
-POPE asks about objects one by one; CHAIR looks at what a model says unasked. A model that names nothing hallucinates
-nothing, so recall and mentions per caption stand beside: low CHAIR with low recall is silence, not sight.
+POPE asks about objects one by one; CHAIR evaluates the objects that a model names by itself. A
+model that names nothing hallucinates nothing, so recall and mentions per caption are reported too:
+low CHAIR with low recall means silence.
 
-Source: arXiv 1809.02156, section 2.1, and utils/chair.py of the authors' repository (LisaAnne/Hallucination): an object
-counts each time it is named.
+Source: arXiv 1809.02156, section 2.1, and utils/chair.py of the authors' repository
+(LisaAnne/Hallucination). An object counts each time it is named.
 
-Differs from the paper: words are found by a list of names, synonyms and plurals, the longest first ("hot dog" is no
-dog), where the authors singularise every word and join a fixed list of word pairs ("baby bird" is a person and a bird here,
-unless the list of synonyms names it). Recall is not in the paper.
+Differs from the paper: words are found with a list of names, synonyms and plurals, the longest
+first ("hot dog" is not a dog). The authors reduce every word to its singular and join a fixed list
+of word pairs; "baby bird" is a person and a bird here, unless the list of synonyms contains it.
+Recall is not in the paper.
 """
 
 import re
@@ -20,10 +23,10 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.metrics import clustered_se
+from hipp_ext.evals.statistics import rates_with_errors, ratio
 from hipp_ext.files.untrusted import read_plain
 
-_LARGEST = 1 << 24  # bytes of a list of synonyms
+_MAX_BYTES = 1 << 24  # size of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")
 _IRREGULAR = {
     "person": ("people", "persons"),
@@ -55,7 +58,9 @@ _ES_AFTER_O = ("potato", "tomato", "mango", "hero")
 
 
 def plurals(name: str) -> tuple[str, ...]:
-    """The English plurals of an object's name; of several words the last one changes, as in "hot dogs"."""
+    """The English plurals of an object's name. In several words the last one changes, as in "hot
+    dogs".
+    """
     before, _, last = name.rpartition(" ")
     if last in _IRREGULAR:
         forms = _IRREGULAR[last]
@@ -69,19 +74,20 @@ def plurals(name: str) -> tuple[str, ...]:
 
 
 def default_synonyms(names: Collection[str]) -> dict[str, list[str]]:
-    """Every object with no other name than its own: what CHAIR uses where no list of synonyms is given."""
+    """Every object with its own name only: what CHAIR uses if no list of synonyms is given."""
     return {name: [] for name in names}
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """Object to its other names, from JSON ({"person": ["girl", "boy"]}) or from lines ("person, girl, boy").
+    """The other names of each object, from JSON ({"person": ["girl", "boy"]}) or lines ("person,
+    girl, boy").
 
     The lines are the format of the authors' synonyms.txt.
 
     Raises:
-        DataError: no such file, not this format, or nothing in it.
+        DataError: the file does not exist, is empty, or has another format.
     """
-    data = read_plain(path, _LARGEST)
+    data = read_plain(path, _MAX_BYTES)
     try:
         if Path(path).suffix == ".json":
             found = TypeAdapter(dict[str, list[str]]).validate_json(data, strict=True)
@@ -110,10 +116,11 @@ class ObjectWords:
     """Finds the objects that a text names.
 
     Args:
-        synonyms: object to its other names. The object's own name, and the plurals of all, are found as well.
+        synonyms: other names of each object. The object's own name and all plurals are found as
+            well.
 
     Raises:
-        DataError: no object, an object without a letter, or a word that stands for two objects.
+        DataError: there is no object, a name has no letter, or one word names two objects.
     """
 
     def __init__(self, synonyms: Mapping[str, Collection[str]]):
@@ -125,19 +132,19 @@ class ObjectWords:
         for word, name in given:
             if self._objects.setdefault(_words(word), name) != name:
                 raise DataError(
-                    f"the word {word!r} stands for two objects, {self._objects[_words(word)]!r} and {name!r}"
+                    f"the word {word!r} names two objects, {self._objects[_words(word)]!r} and "
+                    f"{name!r}"
                 )
         if () in self._objects:
             raise DataError(f"the object {self._objects[()]!r} has a name without a letter")
         for word, name in given:
             for form in plurals(word.lower()):
-                self._objects.setdefault(
-                    _words(form), name
-                )  # what was given goes before what was guessed
+                # Given names have priority over plurals.
+                self._objects.setdefault(_words(form), name)
         self._longest = max(map(len, self._objects))
 
     def __call__(self, text: str) -> list[str]:
-        """The objects in the order of the text, one that is named twice twice."""
+        """The objects that are named, in the order of the text, each once per mention."""
         words, found, place = _words(text), [], 0
         while place < len(words):
             for length in range(min(self._longest, len(words) - place), 0, -1):
@@ -157,16 +164,19 @@ def _words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChairScores:
-    """CHAIR of one model. Rates and their standard errors (`_se`, over pictures) are percentages, [0, 100].
+    """CHAIR of one model. Rates and their standard errors (`_se`, over images) are percentages, [0,
+    100].
 
     Attributes:
-        n: captions.
-        images: distinct pictures.
-        chair_i: mentions of objects that are not in the picture, among all mentions; lower is better. 0 without mentions.
-        chair_s: captions with such a mention; lower is better.
-        recall: objects in the pictures that their captions name; higher is better. 0 without objects.
-        silent: captions that name no object at all.
-        mentions: objects named per caption (not a percentage).
+        n: number of captions.
+        images: number of distinct images.
+        chair_i: share of mentions whose object is not in the image. Lower is better; 0 without
+            mentions.
+        chair_s: share of captions with such a mention. Lower is better.
+        recall: share of the objects in the images that their captions name. Higher is better; 0
+            without objects.
+        silent: share of captions that name no object.
+        mentions: number of objects named per caption (not a percentage).
     """
 
     n: int
@@ -198,15 +208,16 @@ def chair_scores(
     """Scores of captions.
 
     Args:
-        captions: what the model said.
-        objects: the objects in the picture of each caption, by the names that `words` gives.
-        images: the picture of each caption: any text that names it.
-        words: finds objects in text.
-        seed, resamples: of the bootstrap over pictures behind the standard errors.
+        captions: captions by the model.
+        objects: objects in the image of each caption, by the names that `words` returns.
+        images: any text that identifies the image of each caption.
+        words: finds the objects that a text names.
+        seed: random seed of the bootstrap over images, which gives the standard errors.
+        resamples: number of bootstrap resamples.
 
     Raises:
-        DataError: the sequences differ in length or are empty, or an object is not among those that `words` knows, so
-            that a caption could never name it.
+        DataError: the sequences differ in length or are empty, or `words` does not know an object,
+            so that no caption could name it.
     """
     if not len(captions) == len(objects) == len(images) > 0:
         lengths = [len(captions), len(objects), len(images)]
@@ -215,7 +226,8 @@ def chair_scores(
         )
     if unknown := sorted(set().union(*objects) - set(words.names)):
         raise DataError(
-            f"the pictures hold objects that the list of names lacks: {', '.join(unknown[:5])}"
+            f"the images contain objects that the list of names does not have: "
+            f"{', '.join(unknown[:5])}"
         )
     rows = []
     for caption, there in zip(captions, objects, strict=True):
@@ -233,21 +245,17 @@ def chair_scores(
             )
         )
     counts = np.asarray(rows, dtype=float)
-    rates = _rates(counts.sum(axis=0))
-    errors = clustered_se(counts, images, _rates, seed=seed, resamples=resamples)
-    fields = {name: float(rate) for name, rate in zip(_RATES, rates, strict=True)}
-    fields |= {f"{name}_se": float(error) for name, error in zip(_RATES, errors, strict=True)}
-    return ChairScores(n=len(captions), images=len(set(images)), **fields)
+    rates = rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=resamples)
+    return ChairScores(n=len(captions), images=len(set(images)), **rates)
 
 
 def _rates(sums: np.ndarray) -> np.ndarray:
-    """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`, shape (..., 5)."""
+    """Sums of the rows of `chair_scores`, shape (..., 7), to the rates in the order of `_RATES`,
+    shape (..., 5).
+    """
     n, mentions, wrong, with_wrong, found, there, silent = np.moveaxis(
         np.asarray(sums, dtype=float), -1, 0
     )
-
-    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-
-    percent = [share(wrong, mentions), share(with_wrong, n), share(found, there), share(silent, n)]
-    return np.stack([*(100 * one for one in percent), share(mentions, n)], axis=-1)
+    shares = ((wrong, mentions), (with_wrong, n), (found, there), (silent, n))
+    percent = [100 * ratio(part, whole) for part, whole in shares]
+    return np.stack([*percent, ratio(mentions, n)], axis=-1)

@@ -1,6 +1,8 @@
-"""Two models' answers to the same questions -> accuracies, their difference with error bar, and what else could be seen.
+"""Compares the answers of two models to the same questions: accuracies, their difference and its
+error bar.
 
-POPE asks several questions about one picture, so its bootstrap draws pictures; multiple choice draws questions.
+POPE asks several questions about one image, so its bootstrap draws images; for multiple choice it
+draws questions.
 """
 
 import dataclasses
@@ -14,16 +16,16 @@ import numpy as np
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.compare_table import ComparisonTable
-from hipp_ext.evals.metrics import f1_percent, without_nan
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
-from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.statistics import (
     Estimate,
     PairedDifference,
     bootstrap_estimate,
+    f1_percent,
     paired_difference,
     questions_needed,
+    without_nan,
 )
 from hipp_ext.evals.tables import YES_NO
 from hipp_ext.files.untrusted import shown
@@ -37,23 +39,23 @@ __all__ = [
     "plain",
 ]
 
-MOST_SPLITS, MOST_OPTIONS = 101, 26  # each split takes a bootstrap; options have letters
-POINT = 1.0  # the difference [points] whose price in questions is given
+MAX_SPLITS, MAX_OPTIONS = 101, 26  # each split needs a bootstrap; options have letters
+POINT = 1.0  # difference [percentage points] for which the needed number of questions is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One data set, one rule for reading answers, one split.
+    """The comparison on one split of one data set, by one rule for reading answers.
 
     Attributes:
         data: name of the data set.
         rule: "vlmeval" or "official" (POPE; see `evals.pope`), or "letter" (multiple choice).
         split: "all" (every question once) or one of POPE's splits.
         paired: the accuracies and their difference, B - A.
-        f1: difference of the F1 of yes [points], B - A; None for multiple choice.
-        yes_a, yes_b: answers yes [%]; None for multiple choice.
-        questions_for_a_point: questions that would show a difference of one point (power 80%, level 5%), given the
-            discordance and the design effect seen here.
+        f1: difference of the F1 of yes [percentage points], B - A; None for multiple choice.
+        yes_a, yes_b: share of the answers yes [%]; None for multiple choice.
+        questions_for_a_point: number of questions needed to show a difference of one point (power
+            80%, level 5%), for the discordance and the design effect measured here.
     """
 
     data: str
@@ -74,33 +76,34 @@ def compare(
     level: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compare what `vlmeval` left for two models, on every data set that both were asked.
+    """The comparisons of two models on every data set for which `vlmeval` evaluated both.
 
     Args:
-        a, b: see `runs.read_runs`.
+        a, b: files or folders of the results; see `runs.read_runs`.
         tsv: the questions, for predictions without questions.jsonl.
-        level: of the intervals.
-        seed: of the bootstrap.
+        level: confidence level of the intervals.
+        seed: random seed of the bootstrap.
 
     Raises:
-        DataError: no data set in common, or different questions; the message says what differs.
+        DataError: the models have no data set in common, or their questions differ; the message
+            says where.
     """
     runs_a, runs_b = read_runs(a, tsv), read_runs(b, tsv)
-    if (
-        len(runs_a) == len(runs_b) == 1
-    ):  # files may lie anywhere; the questions say whether they belong together
+    # The names of single files do not matter: the questions show whether they belong together.
+    if len(runs_a) == len(runs_b) == 1:
         pairs = [(*runs_a.values(), *runs_b.values())]
     else:
         pairs = [(run, runs_b[name]) for name, run in runs_a.items() if name in runs_b]
     if not pairs:
         raise DataError(
-            f"no data set in common: A has {shown(', '.join(runs_a))}, B has {shown(', '.join(runs_b))}"
+            f"no data set in common: A has {shown(', '.join(runs_a))}, B has "
+            f"{shown(', '.join(runs_b))}"
         )
     return [row for pair in pairs for row in compare_runs(*pair, level=level, seed=seed)]
 
 
 def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[Comparison]:
-    """The comparison by each rule and, for yes/no, on each split; all questions first.
+    """The comparisons by each rule and, for yes/no, on each split, after that on all questions.
 
     Raises:
         DataError: the questions differ, or there are more splits or options than a benchmark has.
@@ -112,34 +115,40 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
     for row, question in enumerate(asked):
         for split in dict.fromkeys(question.category.split(",")) if yes_no else ():
             splits.setdefault(split, []).append(row)
-    if len(splits) > MOST_SPLITS or any(
-        len(question.options or ()) > MOST_OPTIONS for question in asked
+    if len(splits) > MAX_SPLITS or any(
+        len(question.options or ()) > MAX_OPTIONS for question in asked
     ):
         raise DataError(
-            f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MOST_SPLITS - 1} that can be compared, or a question with more "
-            f"than {MOST_OPTIONS} options"
+            f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MAX_SPLITS - 1} that can be "
+            f"compared, or a question with more than {MAX_OPTIONS} options"
         )
     for rule in RULES if yes_no else ("letter",):
-        said_a, said_b = (_read(rule, asked, run.answers) for run in (a, b))
+        read = [
+            [q.prediction(answer, rule) for q, answer in zip(asked, run.answers, strict=True)]
+            for run in (a, b)
+        ]
         for split, own in splits.items():
-            picked = (
-                [asked[row] for row in own],
-                [said_a[row] for row in own],
-                [said_b[row] for row in own],
+            picked = [[predictions[row] for row in own] for predictions in read]
+            questions = [asked[row] for row in own]
+            rows.append(
+                _compare_split(a.data, rule, split, questions, picked, level=level, seed=seed)
             )
-            rows.append(_compare_split(a.data, rule, split, *picked, level=level, seed=seed))
     return rows
 
 
 def check_same_questions(a: Run, b: Run) -> None:
-    """Raise DataError, with the first difference, unless both runs answer the very same questions."""
-    where = f"A ({shown(a.model)} on {shown(a.data)}) and B ({shown(b.model)} on {shown(b.data)}) cannot be compared"
+    """Raise DataError, which names the first difference, unless both runs answer the same
+    questions.
+    """
+    names = [f"{shown(run.model)} on {shown(run.data)}" for run in (a, b)]
+    where = f"A ({names[0]}) and B ({names[1]}) cannot be compared"
     by_index = {question.index: question for question in b.questions}
     if a.questions == b.questions:
         return
     if len(a.questions) != len(b.questions):
         raise DataError(
-            f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both the same"
+            f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both "
+            "the same"
         )
     for question in a.questions:
         other = by_index.get(question.index)
@@ -148,53 +157,43 @@ def check_same_questions(a: Run, b: Run) -> None:
         for field in ("question", "options", "image", "answer", "category"):
             own, theirs = getattr(question, field), getattr(other, field)
             if own != theirs:
-                said = [shown(repr(value), 200) for value in (own, theirs)]
+                cells = [shown(repr(value), 200) for value in (own, theirs)]
                 raise DataError(
-                    f"{where}: the {field} of index {shown(question.index)} is {said[0]} in A and {said[1]} in B. "
-                    "They were asked different data"
+                    f"{where}: the {field} of index {shown(question.index)} is {cells[0]} in A "
+                    f"and {cells[1]} in B. They were asked different data"
                 )
     raise DataError(f"{where}: the questions are in another order. They were asked different data")
-
-
-def _read(rule: str, asked: Sequence[AskedQuestion], answers: Sequence[str]) -> list[str]:
-    """Each answer as "yes", "no" or "unknown"; or as a letter."""
-    if rule in RULES:
-        return [RULES[rule](answer) for answer in answers]
-    return [
-        option_letter(answer, question.options or {})
-        for question, answer in zip(asked, answers, strict=True)
-    ]
 
 
 def _compare_split(
     data: str,
     rule: str,
     split: str,
-    asked: Sequence[AskedQuestion],
-    said_a: Sequence[str],
-    said_b: Sequence[str],
+    questions: Sequence[AskedQuestion],
+    predictions: Sequence[Sequence[str]],
     *,
     level: float,
     seed: int,
 ) -> Comparison:
+    """The comparison on some questions; `predictions` are those of A and of B, by `rule`."""
     yes_no = rule in RULES
-    labels = [question.answer.lower() if yes_no else question.answer for question in asked]
-    right_a, right_b = (
-        [said == label for said, label in zip(own, labels, strict=True)] for own in (said_a, said_b)
-    )
-    # Multiple choice: many questions may share a blank picture without having anything else in common.
-    images = [question.image if yes_no else question.index for question in asked]
-    paired = paired_difference(right_a, right_b, images, level=level, seed=seed)
+    labels = [question.label for question in questions]
+    clusters = [question.cluster for question in questions]
+    correct = [[p == label for p, label in zip(own, labels, strict=True)] for own in predictions]
+    paired = paired_difference(*correct, clusters, level=level, seed=seed)
     effect = 1.0 if math.isnan(paired.design_effect) else max(1.0, paired.design_effect)
+    yes = np.asarray([[prediction == "yes" for prediction in own] for own in predictions])
+    positive = np.asarray([label == "yes" for label in labels])
+    yes_a, yes_b = map(float, 100 * yes.mean(axis=1)) if yes_no else (None, None)
     return Comparison(
         data=data,
         rule=rule,
         split=split,
         paired=paired,
-        f1=_f1_difference(said_a, said_b, labels, images, level, seed) if yes_no else None,
-        yes_a=100 * sum(said == "yes" for said in said_a) / len(asked) if yes_no else None,
-        yes_b=100 * sum(said == "yes" for said in said_b) / len(asked) if yes_no else None,
-        # Models that differ on fewer questions than a point would differ on a point's worth at least.
+        f1=_f1_difference(*yes, positive, clusters, level, seed) if yes_no else None,
+        yes_a=yes_a,
+        yes_b=yes_b,
+        # If the models differ on fewer questions than one point, one point is assumed.
         questions_for_a_point=questions_needed(
             POINT, max(POINT, paired.discordance), design_effect=effect
         ),
@@ -202,30 +201,24 @@ def _compare_split(
 
 
 def _f1_difference(
-    said_a: Sequence[str],
-    said_b: Sequence[str],
-    labels: Sequence[str],
-    images: Sequence[str],
+    yes_a: np.ndarray,
+    yes_b: np.ndarray,
+    positive: np.ndarray,
+    clusters: Sequence[str],
     level: float,
     seed: int,
 ) -> Estimate:
-    positive = np.asarray(labels) == "yes"
-    columns = []
-    for said in (said_a, said_b):
-        yes = np.asarray(said) == "yes"
-        columns += [yes & positive, yes ^ positive]
-
     def difference(sums: np.ndarray) -> np.ndarray:
         hit_a, miss_a, hit_b, miss_b = np.moveaxis(sums, -1, 0)
         return f1_percent(hit_b, miss_b) - f1_percent(hit_a, miss_a)
 
-    return bootstrap_estimate(
-        np.stack(columns, axis=1).astype(float), images, difference, level=level, seed=seed
-    )
+    columns = [column for yes in (yes_a, yes_b) for column in (yes & positive, yes ^ positive)]
+    counts = np.stack(columns, axis=1).astype(float)
+    return bootstrap_estimate(counts, clusters, difference, level=level, seed=seed)
 
 
 def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """As data that JSON can hold, with the discordance [%]."""
+    """The comparisons as data for JSON, with the discordance [%]."""
     return [
         without_nan(dataclasses.asdict(row) | {"discordance": row.paired.discordance})
         for row in rows
@@ -233,26 +226,30 @@ def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def counts_sentence(rows: Sequence[Comparison]) -> str:
-    """Why the questions of a yes/no data set have two numbers, here and in what `vlmeval` prints; empty where they do not."""
-    told = []
+    """Explains why `vlmeval` prints another number of questions for a yes/no data set; empty if it
+    does not.
+    """
+    sentences = []
     for data in dict.fromkeys(row.data for row in rows):
         sizes = {
             row.split: row.paired.n for row in rows if row.data == data and row.yes_a is not None
         }
         if (once := sizes.pop("all", 0)) < (asked := sum(sizes.values())):
-            told.append(split_counts(data, once, asked))
-    return " ".join(told)
+            sentences.append(split_counts(data, once, asked))
+    return " ".join(sentences)
 
 
 def split_counts(data: str, questions: int, rows: int) -> str:
-    """The two numbers of a data set in one sentence: distinct questions, and questions of all splits together."""
+    """One sentence on a data set's number of distinct questions and the sum over its splits."""
     return (
-        f"{shown(data)} has {questions:,} distinct questions, each counted once where models are compared; VLMEvalKit and the "
-        f"authors count one again in every split that asks it, {rows:,} in all."
+        f"{shown(data)} has {questions:,} distinct questions, each counted once where models are "
+        "compared; VLMEvalKit and the authors count one again in every split that asks it, "
+        f"{rows:,} in all."
     )
 
 
 def comparison_table(rows: Sequence[Comparison], level: float = 0.95) -> Any:
-    """For rich to print: one line per data set, rule and split; where the terminal is too narrow for it, two short tables of
-    each data set and rule."""
+    """A table for rich: one line per data set, rule and split, or short tables if the terminal is
+    narrow.
+    """
     return ComparisonTable(rows, level, counts_sentence(rows))

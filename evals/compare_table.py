@@ -1,4 +1,4 @@
-"""Comparisons as a table for the terminal: a wide one, or short ones below each other."""
+"""Comparisons as tables for the terminal: a wide one, or short ones below each other."""
 
 import dataclasses
 import math
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 _NAMES = ("data", "rule", "split")
 _SCORES = ("n", "A", "B", "B - A", "p (bootstrap)", "p (McNemar)")
-_REST = ("only A/B right", "F1 B - A", "yes A/B", "n for 1 point")
-_LONGEST = 20  # name of a split or a data set [characters]
+_REST = ("only A/B correct", "F1 B - A", "yes A/B", "n for 1 point")
+_MAX_NAME = 20  # length of the name of a split or a data set [characters]
 
 
 class ComparisonTable:
-    """What rich prints of comparisons; no name in it is read as markup.
+    """A table of comparisons for rich; names in it are never read as markup.
 
     Args:
-        rows: `Comparison`s; that file imports this one.
-        level: of their intervals.
-        note: a sentence below the table; empty for none.
+        rows: `Comparison`s.
+        level: confidence level of their intervals.
+        note: sentence below the table; empty for none.
     """
 
     def __init__(self, rows: Sequence[Any], level: float, note: str):
@@ -36,7 +36,7 @@ class ComparisonTable:
         self._note = note
 
     def __rich_measure__(self, console: Any, options: Any) -> Any:
-        """As wide as the wide table, or as the terminal, whichever is less."""
+        """The smaller of the widths of the wide table and the terminal."""
         from rich.measure import Measurement
 
         widest = Measurement.get(console, options.update(width=1000), self._wide()).maximum
@@ -62,7 +62,9 @@ class ComparisonTable:
         return table
 
     def _blocks(self) -> Iterator[Any]:
-        """Of each data set and rule: its name, the accuracies, and the rest."""
+        """For each data set and rule: its name, a table of accuracies, and a table of the other
+        columns.
+        """
         from rich.text import Text
 
         for data, rule in dict.fromkeys(names[:2] for names, *_ in self._rows):
@@ -93,13 +95,13 @@ def _table(
     if short:
         table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     for number, name in enumerate(columns):
-        head = name.replace("p (", "p\n(").replace(" right", "\nright") if short else name
-        # Where it is narrow a split's name may break into lines, and numbers never do.
-        may_break = short and number < left
+        head = name.replace("p (", "p\n(").replace(" correct", "\ncorrect") if short else name
+        # In a narrow terminal a split's name may wrap; numbers never do.
+        may_wrap = short and number < left
         table.add_column(
             head,
             justify="left" if number < left else "right",
-            no_wrap=not may_break,
+            no_wrap=not may_wrap,
             overflow="fold",
         )
     return table
@@ -108,7 +110,7 @@ def _table(
 def _plain(names: Sequence[str]) -> list[Any]:
     from rich.text import Text
 
-    return [Text(shown(name, _LONGEST)) for name in names]
+    return [Text(shown(name, _MAX_NAME)) for name in names]
 
 
 def _scores(row: Any) -> list[str]:
@@ -133,7 +135,9 @@ def _rest(row: Any) -> list[str]:
 
 
 def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Rows with the name of their rule; where POPE's two rules read every answer alike, one row for "both"."""
+    """Rows with the names of their rules; one row for "both" if POPE's two rules agree on every
+    answer.
+    """
     by_rule = {(row.data, row.split, row.rule): row for row in rows}
     kept = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The whole way once, on the testbed: fit a planner, take three preferences, prune, evaluate with VLMEvalKit, report."""
+"""All steps on the testbed: fit a planner, plan for three preferences, prune, evaluate, report."""
 
 import time
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 from hipp_ext import testbed
 from hipp_ext.errors import HippError
-from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
 from hipp_ext.evals.studies.generation import Load
@@ -32,12 +32,12 @@ DATA = ("POPE", "ScienceQA_TEST")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much the demo does.
+    """The size of the demo.
 
     Attributes:
-        settings: of the fit.
-        search: questions per task that a plan is evaluated on while searching.
-        limit: questions per data set in the final evaluation; None: all.
+        settings: settings of the fit.
+        search: number of questions per task that evaluate a plan during the fit.
+        limit: number of questions per data set in the final evaluation; None for all.
         load: what the models generate while their latency and memory are measured.
     """
 
@@ -50,7 +50,8 @@ class DemoSize:
 def run_demo(
     folder: str | Path, size: DemoSize | None = None, *, say: Say = print, progress: bool = True
 ) -> Path:
-    """Run the demo in `folder`; what an earlier run finished there is not done again. Returns the report's page.
+    """Run the demo in `folder`, without the steps that an earlier run finished; returns the
+    report's page.
 
     Raises:
         MissingExtraError: VLMEvalKit is not installed.
@@ -83,9 +84,11 @@ def run_demo(
         write_atomic(folder / f"plans/{name}.json", plan.to_json())
         models[name] = _keep_model(model, processor, plan, folder / f"models/{name}")
         say(
-            f"     {name}: {PREFERENCES[name]} -> {100 * plan.pruning_ratio:.1f}% of prunable parameters removed"
+            f"     {name}: {PREFERENCES[name]} -> "
+            f"{100 * plan.pruning_ratio:.1f}% of prunable parameters removed"
         )
-    command = f"vlmeval --data {' '.join(DATA)} --model {' '.join(map(str, models.values()))} --lmu-data {data / 'test'}"
+    folders = " ".join(map(str, models.values()))
+    command = f"vlmeval --data {' '.join(DATA)} --model {folders} --lmu-data {data / 'test'}"
     say(f"4/6  {command}")
     records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
     say("5/6  latency and memory")
@@ -98,11 +101,10 @@ def run_demo(
         plan = plans.get(name)
         reward = rewards.get(name)
         removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups) if plan else 0
-        wish = f"{PREFERENCES[name]}" if name in PREFERENCES else None
         entries.append(
             Entry(
                 name=name,
-                preference=wish,
+                preference=str(PREFERENCES[name]) if name in PREFERENCES else None,
                 plan=plan,
                 reward=reward,
                 parameters=dense - removed,
@@ -121,14 +123,6 @@ def run_demo(
     return page
 
 
-def search_evaluator(
-    model: nn.Module, processor: Any, n: int, split: str = "search", robustness: str = "pope"
-) -> Evaluator:
-    """The testbed's evaluator: `n` POPE and `n` ScienceQA questions of a split."""
-    pope, choice = testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n)
-    return Evaluator(model, processor, pope, choice, robustness=robustness)
-
-
 def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path: Path) -> Path:
     """Save the model pruned by `plan` to `path`, unless it is already there."""
     if path.exists():
@@ -136,7 +130,7 @@ def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path
             if read_plan(path) == plan and load_pruned(path) is not None:
                 return path
         except HippError:
-            pass  # half a folder of something else: replaced below
+            pass  # an incomplete folder is replaced below
     save_pruned(prune(model, plan) if plan else model, path, processor, overwrite=True)
     return path
 
@@ -164,7 +158,7 @@ def _evaluate(
 
 
 def _measure(models: dict[str, Path], load: Load, folder: Path) -> None:
-    """Measure what the models cost, unless it was: these models, on this machine's CPU."""
+    """Measure the costs of the models on this machine's CPU, unless that was done."""
     from hipp_ext.evals.studies.latency import run
 
     file = folder / LATENCY

@@ -1,4 +1,6 @@
-"""Two models' runs -> the questions on which exactly one of them is right, and a fair sample of them to look at."""
+"""The questions that exactly one of two models answers correctly, and a random sample of them to
+look at.
+"""
 
 import base64
 import io
@@ -11,42 +13,41 @@ from typing import Any
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.compare import Comparison, compare_runs
-from hipp_ext.evals.pope import vlmeval_answer
 from hipp_ext.evals.runs import PREDICTIONS, AskedQuestion, Run, read_runs
-from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.files.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
 
-SIDE = 320  # longest side of a picture in a report [px]
+MAX_SIDE = 320  # longest side of an image in a report [px]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question that one model answers right and the other wrong.
+    """A question that one model answers correctly and the other does not.
 
     Attributes:
-        question: as it was asked.
-        said_a, said_b: the models' answers.
-        a_is_right: else B is.
-        picture: a data URI; None where the picture is no longer at hand.
-        small: whether the picture has few pixels, so that it is to be enlarged without smoothing.
+        question: the question as it was asked.
+        answer_a, answer_b: answers of the models.
+        a_is_correct: whether A answers correctly; otherwise B does.
+        picture: the image as a data URI; None if it is no longer there.
+        small: whether the image has few pixels and should be enlarged without smoothing.
     """
 
     question: AskedQuestion
-    said_a: str
-    said_b: str
-    a_is_right: bool
+    answer_a: str
+    answer_b: str
+    a_is_correct: bool
     picture: str | None
     small: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """All that is to be said of two models on one data set.
+    """How two models differ on one data set.
 
     Attributes:
         data: name of the data set.
-        whole: the comparison over all questions, by VLMEvalKit's rule or by letter.
-        examples: drawn at random, not chosen, from either side in proportion.
+        whole: comparison on all questions, by VLMEvalKit's rule.
+        examples: random sample of the questions that one model answers correctly, in proportion to
+            their numbers.
     """
 
     data: str
@@ -62,14 +63,15 @@ def disagreements(
     n: int = 6,
     seed: int = 0,
 ) -> list[Disagreement]:
-    """Where two models disagree, on every data set that both were asked the same questions of.
+    """The disagreements of two models on every data set with the same questions for both.
 
     Args:
-        a, b: data set -> record of `vlmeval`, of each model.
-        near: folders in which the predictions lie; records may hold the paths of another machine, or lead anywhere. Pictures
-            are those of the same outputs, each under its own hash, and no others.
-        n: examples per data set.
-        seed: of their draw.
+        a, b: records of `vlmeval` of each model, by data set.
+        near: folders that hold the predictions. The paths in records may be those of another
+            machine, or lead anywhere. Images are read from the same outputs only, each under its
+            own hash.
+        n: number of examples per data set.
+        seed: random seed of their draw.
     """
     found = []
     for data in a:
@@ -81,9 +83,7 @@ def disagreements(
         try:
             run_a, run_b = (next(iter(read_runs(file).values())) for file in (file_a, file_b))
             whole = compare_runs(run_a, run_b)[0]
-        except (
-            DataError
-        ):  # another number of questions, or without questions.jsonl: nothing to set side by side
+        except DataError:  # different questions, or no questions.jsonl: they cannot be compared
             continue
         pictures = file_a.parents[3] / "images"
         found.append(
@@ -95,8 +95,9 @@ def disagreements(
 
 
 def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None:
-    """The predictions of a record: where it says, if that is in one of `near`, else at the same place below one of them or
-    its folder outputs."""
+    """The predictions file of a record if it is in a folder of `near`, else the file of the same
+    relative path there.
+    """
     written = Path(record["predictions"])
     inside = Path(*written.parts[-4:])  # MODEL-HASH/DATA/run-KEY/predictions.jsonl
     places = [written, *(top / inside for folder in near for top in (folder, folder / "outputs"))]
@@ -119,42 +120,32 @@ def _is_file(place: Path) -> bool:
 
 
 def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Example, ...]:
-    rows = list(zip(a.questions, a.answers, b.answers, strict=True))
-    split: dict[bool, list[tuple[AskedQuestion, str, str]]] = {True: [], False: []}
-    for question, said_a, said_b in rows:
-        right = [_right(question, said) for said in (said_a, said_b)]
-        if right[0] != right[1]:
-            split[right[0]].append((question, said_a, said_b))
-    total = sum(map(len, split.values()))
-    taken = {
-        side: min(len(own), round(n * len(own) / total)) if total else 0
-        for side, own in split.items()
-    }
-    draw = random.Random(seed)
-    drawn = [
-        (side, *row) for side in (True, False) for row in draw.sample(split[side], taken[side])
-    ]
-    return tuple(
-        Example(
-            question=q,
-            said_a=said_a,
-            said_b=said_b,
-            a_is_right=side,
-            picture=(p := _picture(pictures, q))[0],
-            small=p[1],
-        )
-        for side, q, said_a, said_b in drawn
-    )
-
-
-def _right(question: AskedQuestion, said: str) -> bool:
-    if question.options is None:
-        return vlmeval_answer(said) == question.answer.lower()
-    return option_letter(said, question.options) == question.answer
+    sides: dict[bool, list[tuple[AskedQuestion, str, str]]] = {True: [], False: []}
+    for question, *answers in zip(a.questions, a.answers, b.answers, strict=True):
+        correct_a, correct_b = (question.prediction(text) == question.label for text in answers)
+        if correct_a != correct_b:
+            sides[correct_a].append((question, *answers))
+    total = sum(map(len, sides.values()))
+    draw, examples = random.Random(seed), []
+    for side, own in sides.items():
+        size = min(len(own), round(n * len(own) / total)) if total else 0
+        for question, answer_a, answer_b in draw.sample(own, size):
+            picture, small = _picture(pictures, question)
+            examples.append(
+                Example(
+                    question=question,
+                    answer_a=answer_a,
+                    answer_b=answer_b,
+                    a_is_correct=side,
+                    picture=picture,
+                    small=small,
+                )
+            )
+    return tuple(examples)
 
 
 def _picture(folder: Path, question: AskedQuestion) -> tuple[str | None, bool]:
-    """The question's picture as a data URI, and whether it is tiny."""
+    """The question's image as a data URI, and whether it is small."""
     file = folder / f"{question.image[:32]}.png"
     if not re.fullmatch("[0-9a-f]{64}", question.image) or not is_below(file, folder):
         return None, False
@@ -164,7 +155,7 @@ def _picture(folder: Path, question: AskedQuestion) -> tuple[str | None, bool]:
         return None, False
     small = max(picture.size) <= 96
     buffer = io.BytesIO()
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     picture.save(buffer, *(["PNG"] if small else ["JPEG"]), **({} if small else {"quality": 82}))
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small

@@ -1,12 +1,18 @@
-"""Pictures for reports and README: the front, keep counts per layer, POPE by split, cost. matplotlib, no global state."""
+"""Figures for reports: the front, keep counts per layer, POPE by split, cost. matplotlib, no global
+state.
+
+A figure is drawn once, as wide as a phone can show it, with its panels below each other. As an SVG
+element it takes the colours of the page that holds it, so it fits light and dark pages.
+"""
 
 import contextlib
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hipp_ext.evals.pope import SPLITS
 from hipp_ext.files.untrusted import shown
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.reward import Reward
@@ -15,58 +21,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#5b7fc7", "#dd8452", "#55a868", "#c9545a", "#8d7cc0", "#a3826b")
-SPLITS = ("random", "popular", "adversarial")
 KINDS = ("attention", "ffn")
-_LONGEST = 40  # name in a figure [characters]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a picture is drawn.
-
-    Attributes:
-        dark: light ink on dark paper.
-        narrow: for a phone: panels below each other.
-    """
-
-    dark: bool = False
-    narrow: bool = False
-
-    @property
-    def ink(self) -> str:
-        """Colour of text and axes."""
-        return "#e4e6ea" if self.dark else "#22262b"
-
-    @property
-    def faint(self) -> str:
-        """Colour of grids and frames."""
-        return "#4a5058" if self.dark else "#cfd4da"
-
-    @property
-    def paper(self) -> str:
-        """Colour of the background."""
-        return "#1d2024" if self.dark else "#ffffff"
-
-
-LIGHT = Look()
+INK, FAINT, PAPER = "#22262b", "#cfd4da", "#ffffff"  # text and axes; grids and frames; background
+_PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)", PAPER: "var(--card)"}
+_WIDTH = 5.0  # [inches]; on a phone, 340 pixels wide, a letter of 9 points has 8.5 pixels
+_LONGEST_NAME = 40  # name in a figure [characters]
 
 
 def front_figure(
-    evaluated: Sequence[Reward],
-    front: Sequence[Reward],
-    chosen: Mapping[str, Reward],
-    look: Look = LIGHT,
+    evaluated: Sequence[Reward], front: Sequence[Reward], chosen: Mapping[str, Reward]
 ) -> "Figure":
-    """Utility against robustness of every evaluated plan, coloured by what was removed; the front ringed, with
-    standard errors where there are some; choices named.
+    """Utility against robustness of every evaluated plan, coloured by the share of parameters
+    removed.
 
     Args:
-        evaluated: all plans of a fit.
-        front: the non-dominated ones among them.
-        chosen: name -> reward of the plans that were taken.
-        look: how to draw it.
+        evaluated: rewards of all plans of a fit.
+        front: rewards of the non-dominated ones, which get a ring and their standard errors.
+        chosen: rewards of chosen plans by name, which get a star.
     """
-    with _drawing(look, (7.6, 4.6), (3.7, 4.3)) as figure:
+    with _drawing(4.4) as figure:
         axes = figure.add_subplot()
         points = axes.scatter(
             [r.utility for r in evaluated],
@@ -84,7 +57,7 @@ def front_figure(
             xerr=[r.utility_se for r in front],
             yerr=[r.robustness_se for r in front],
             fmt="none",
-            ecolor=look.ink,
+            ecolor=INK,
             elinewidth=0.6,
             alpha=0.45,
         )
@@ -93,7 +66,7 @@ def front_figure(
             [r.robustness for r in front],
             s=48,
             facecolors="none",
-            edgecolors=look.ink,
+            edgecolors=INK,
             linewidths=0.8,
             label="front ± SE",
         )
@@ -104,13 +77,10 @@ def front_figure(
                 marker="*",
                 s=210,
                 color=colour,
-                edgecolors=look.paper,
+                edgecolors=PAPER,
                 label=label(name),
             )
-        bar = figure.colorbar(
-            points, label="parameters removed [%]", **(_below() if look.narrow else {})
-        )
-        bar.outline.set_visible(False)
+        _colorbar(figure, points, "parameters removed [%]")
         axes.set_xlabel("utility (ScienceQA margin over guessing)")
         axes.set_ylabel("robustness (POPE margin over guessing)")
         _legend(figure, axes)
@@ -118,43 +88,28 @@ def front_figure(
 
 
 def keeps_figure(
-    plans: Mapping[str, PruningPlan],
-    visual: Mapping[str, Sequence[float]] | None = None,
-    look: Look = LIGHT,
+    plans: Mapping[str, PruningPlan], visual: Mapping[str, Sequence[float]] | None = None
 ) -> "Figure":
-    """Share of units kept per layer, one row per plan, the counts in the cells; below, each layer's visual sensitivity.
+    """Share of units kept per layer, one row per plan, with the visual sensitivity of each layer
+    below.
 
     Args:
-        plans: name -> plan.
-        visual: "attention" and "ffn" -> visual sensitivity of each layer; None: not drawn.
-        look: how to draw it.
-
-    A kind of which the plans have no group in the language model is left out; one at least must be there.
+        plans: plans by name; at least one must have a group in the language model. A kind without
+            groups is left out.
+        visual: visual sensitivity of each layer for "attention" and "ffn"; None to leave it out.
     """
     kinds = [kind for kind in KINDS if any(_language(plan, kind) for plan in plans.values())]
-    rows = 0.42 * len(plans)
-    tall = (0.9 + rows + (1.4 if visual else 0)) * (len(kinds) if look.narrow else 1)
-    with _drawing(look, (8.4, tall), (3.7, tall)) as figure:
-        blocks = 2 if visual else 1
-        across = 1 if look.narrow else len(kinds)
-        heights = [max(rows, 0.6), 1.0][:blocks] * (len(kinds) if look.narrow else 1)
-        grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
+    height = max(0.42 * len(plans), 0.6)
+    heights = [height, 1.0] if visual else [height]
+    with _drawing((0.9 + sum(heights)) * len(kinds)) as figure:
+        grid = figure.add_gridspec(len(heights) * len(kinds), 1, height_ratios=heights * len(kinds))
         for place, kind in enumerate(kinds):
-            top, column = (blocks * place, 0) if look.narrow else (0, place)
-            axes = figure.add_subplot(grid[top, column])
-            image = _heatmap(axes, plans, kind, named=look.narrow or column == 0)
+            top = len(heights) * place
+            axes = figure.add_subplot(grid[top])
+            image = _heatmap(axes, plans, kind)
             if visual:
-                _bars_below(
-                    figure.add_subplot(grid[top + 1, column], sharex=axes), visual[kind], kind, look
-                )
-        bar = figure.colorbar(
-            image,
-            ax=figure.axes,
-            label="share kept",
-            fraction=0.03,
-            **(_below() if look.narrow else {}),
-        )
-        bar.outline.set_visible(False)
+                _bars_below(figure.add_subplot(grid[top + 1], sharex=axes), visual[kind], kind)
+        _colorbar(figure, image, "share kept", ax=figure.axes)
     return figure
 
 
@@ -162,7 +117,7 @@ def _language(plan: PruningPlan, kind: str) -> list[Any]:
     return [g for g in plan.groups if g.kind == kind and g.tower == "language"]
 
 
-def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str, *, named: bool) -> Any:
+def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str) -> Any:
     rows = [_language(plan, kind) for plan in plans.values()]
     image = axes.imshow(
         [[g.keep / g.width for g in row] for row in rows],
@@ -179,43 +134,36 @@ def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str, *, named: b
                 str(g.keep),
                 ha="center",
                 va="center",
-                fontsize=8,
-                color="white" if g.keep / g.width > 0.6 else "#222222",
+                fontsize=8 if len(row) <= 8 else 6,
+                color="#fafafa" if g.keep / g.width > 0.6 else "#222222",
             )
     axes.set_title(
         f"{kind}, of {rows[0][0].width} {'KV groups' if kind == 'attention' else 'channels'}",
         fontsize=10,
     )
     axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 12)))
-    axes.set_yticks(range(len(plans)), [label(name) if named else "" for name in plans])
+    axes.set_yticks(range(len(plans)), [label(name) for name in plans])
     axes.grid(False)
     return image
 
 
-def _bars_below(axes: Any, values: Sequence[float], kind: str, look: Look) -> None:
+def _bars_below(axes: Any, values: Sequence[float], kind: str) -> None:
     axes.bar(range(len(values)), values, width=0.82, color=COLOURS[1])
     axes.set_ylabel("visual flow" if kind == "attention" else "visual drift", fontsize=8)
     axes.set_xlabel("layer")
     axes.tick_params(axis="y", labelsize=7)
 
 
-def pope_figure(
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]], look: Look = LIGHT
-) -> "Figure":
-    """POPE accuracy by split with standard errors, and the yes-rate; one colour per model.
+def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Figure":
+    """POPE accuracy by split with standard errors, and the share of the answers yes.
 
     Args:
-        scores: model name -> split -> fields of `POPEScores` (accuracy, accuracy_se, yes_rate, ...), in percent.
-        look: how to draw it.
+        scores: fields of `POPEScores` in percent, by model name and split.
     """
     panels = (("accuracy", "accuracy [%]"), ("yes_rate", 'answers "yes" [%]'))
-    with _drawing(look, (8.4, 3.6), (3.7, 5.4)) as figure:
+    with _drawing(5.2) as figure:
         for number, (metric, title) in enumerate(panels):
-            axes = (
-                figure.add_subplot(2, 1, number + 1)
-                if look.narrow
-                else figure.add_subplot(1, 2, number + 1)
-            )
+            axes = figure.add_subplot(2, 1, number + 1)
             width = 0.8 / max(len(scores), 1)
             for i, (name, splits) in enumerate(scores.items()):
                 asked = [(s, splits[split]) for s, split in enumerate(SPLITS) if split in splits]
@@ -228,9 +176,9 @@ def pope_figure(
                     label=label(name),
                     yerr=[own[f"{metric}_se"] or 0 for _, own in asked],
                     capsize=2,
-                    error_kw={"lw": 0.9, "ecolor": look.ink},
+                    error_kw={"lw": 0.9, "ecolor": INK},
                 )
-            axes.axhline(50, color=look.ink, lw=0.8, ls=":")
+            axes.axhline(50, color=INK, lw=0.8, ls=":")
             axes.set_xticks(range(len(SPLITS)), SPLITS)
             axes.set_ylabel(title)
             axes.set_ylim(0, 105)
@@ -239,22 +187,15 @@ def pope_figure(
     return figure
 
 
-def cost_figure(
-    shares: Mapping[str, Mapping[str, tuple[float, float, float]]], look: Look = LIGHT
-) -> "Figure":
-    """What each model costs, in percent of the first one; measured quantities with quartiles.
+def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> "Figure":
+    """Costs of each model in percent of the first one, with the quartiles of measured quantities.
 
     Args:
-        shares: quantity -> model name -> (value, lower, upper) in percent.
-        look: how to draw it.
+        shares: (value, lower quartile, upper quartile) in percent, by quantity and model name.
     """
     models = list(next(iter(shares.values())))
     quantities = list(shares)[::-1]
-    with _drawing(
-        look,
-        (7.6, 0.9 + 0.22 * len(models) * len(shares)),
-        (3.7, 1.0 + 0.24 * len(models) * len(shares)),
-    ) as figure:
+    with _drawing(1.0 + 0.22 * len(models) * len(shares)) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(models)
         for i, name in enumerate(models):
@@ -271,10 +212,10 @@ def cost_figure(
                 xerr=errors,
                 color=COLOURS[i % len(COLOURS)],
                 label=label(name),
-                error_kw={"lw": 0.9, "ecolor": look.ink},
+                error_kw={"lw": 0.9, "ecolor": INK},
                 capsize=2,
             )
-        axes.axvline(100, color=look.ink, lw=0.8, ls=":")
+        axes.axvline(100, color=INK, lw=0.8, ls=":")
         axes.set_yticks(range(len(quantities)), quantities)
         axes.set_xlabel(f"percent of {label(models[0])}")
         axes.grid(axis="y", visible=False)
@@ -283,55 +224,68 @@ def cost_figure(
 
 
 def label(name: str) -> str:
-    """A name as a figure can show it: short, never read as a formula, and never hidden, as matplotlib hides a leading _."""
-    text = shown(name, _LONGEST).replace("$", r"\$")
+    """A short name for a figure. Matplotlib would read $ as mathematics and hide names that start
+    with _.
+    """
+    text = shown(name, _LONGEST_NAME).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
-def png(figure: "Figure", dpi: int = 144) -> bytes:
-    """The figure as a PNG file's bytes."""
+def png(figure: "Figure", dpi: int = 200) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
+def svg(figure: "Figure") -> str:
+    """The figure as an SVG element for an HTML page.
+
+    Its text takes the page's font and colour; frames and background take the CSS variables `--line`
+    and `--card`. Matplotlib escapes every text in it.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    absent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hipp-ext"}):
+        figure.savefig(buffer, format="svg", dpi=200, metadata=absent)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # A page has one namespace of ids and one of styles, for all of its figures.
+    text = re.sub(
+        r' xmlns(:xlink)?="[^"]*"|<defs>\s*<style.*?</style>\s*</defs>', "", text, flags=re.S
+    )
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    for colour, page_colour in _PAGE_COLOURS.items():
+        text = re.sub(f"(fill|stroke): {colour}", rf"\1: {page_colour}", text)
+    return text
+
+
 def _legend(figure: "Figure", axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
-    columns = 3 if figure.get_figwidth() < 6 else 5
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=columns, fontsize=8, frameon=False
+    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+
+
+def _colorbar(figure: "Figure", image: Any, title: str, **options: Any) -> None:
+    bar = figure.colorbar(
+        image, label=title, location="bottom", pad=0.02, aspect=40, fraction=0.03, **options
     )
-
-
-def _below() -> dict[str, Any]:
-    return {"location": "bottom", "pad": 0.02, "aspect": 40}
+    bar.outline.set_visible(False)
 
 
 @contextlib.contextmanager
-def _drawing(
-    look: Look, wide: tuple[float, float], narrow: tuple[float, float]
-) -> Iterator["Figure"]:
-    """A figure in the look's colours; what is drawn in the block takes them."""
+def _drawing(height: float) -> Iterator["Figure"]:
+    """A figure of `height` [inches]; what is drawn in the block takes its style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), look.ink
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
-    style |= {
-        "axes.edgecolor": look.faint,
-        "grid.color": look.faint,
-        "grid.alpha": 0.5,
-        "axes.facecolor": look.paper,
-    }
-    style |= {
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    style |= {"axes.edgecolor": FAINT, "grid.color": FAINT, "grid.alpha": 0.5}
+    style |= {"axes.facecolor": PAPER, "axes.grid": True, "axes.axisbelow": True}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
     style |= {"font.size": 9, "xtick.major.size": 0, "ytick.major.size": 0, "grid.linewidth": 0.6}
     with mpl.rc_context(style):
-        yield Figure(
-            figsize=narrow if look.narrow else wide, layout="constrained", facecolor=look.paper
-        )
+        yield Figure(figsize=(_WIDTH, height), layout="constrained", facecolor=PAPER)

@@ -1,7 +1,8 @@
-"""Pictures of a benchmark table: decoded, checked, and kept under the hash of their content.
+"""Images of a benchmark table: decoded, checked, and stored under the hash of their content.
 
-VLMEvalKit keeps a picture under its row's index and never looks at the table again, so a table with a new picture in
-an old row is scored on the old picture. A name made from the content cannot be stale.
+VLMEvalKit stores an image under the index of its row and never reads it from the table again, so a
+table with a new image in an old row is scored on the old image. A name made from the content is
+always up to date.
 """
 
 import base64
@@ -27,35 +28,36 @@ from hipp_ext.files.untrusted import (
 if TYPE_CHECKING:
     import pandas as pd
 
-_LONGEST_REFERENCE = (
-    64  # VLMEvalKit reads a shorter image cell as the index of the row whose picture it repeats
-)
-_LONGEST_LINE = (
-    76  # of base64 that mail and openssl break into lines; longer "lines" are several pictures
-)
+# VLMEvalKit reads a shorter image cell as the index of another row with the same image.
+_MAX_REFERENCE = 64
+# Mail and openssl break base64 into such lines; longer "lines" are several images.
+_MAX_LINE = 76
 
 
 def picture_column(frame: "pd.DataFrame") -> str:
-    """The column that pictures are read from: image (base64) if there is one, else image_path."""
+    """The column with the images: image (base64) if there is one, else image_path."""
     return "image" if "image" in frame else "image_path"
 
 
 def store_pictures(
     path: Path, frame: "pd.DataFrame", folder: Path
 ) -> tuple["pd.DataFrame", tuple[str, ...]]:
-    """The rows that have a picture, with its absolute path in image_path, and the SHA-256 of each picture.
+    """The rows that have an image, with its absolute path in image_path, and the SHA-256 of each
+    image.
 
-    Pictures from the column image are written to `folder`; those from image_path stay where they are, which is in the TSV's
-    folder or below it: a relative path starts there. A cell with a list of one picture stands for that picture.
+    Images from the column image are written to `folder`. Those from image_path stay where they are,
+    in the TSV's folder or below it; relative paths start there. A cell with a list of one image is
+    read as that image.
 
     Raises:
-        DataError: no row has a picture, or one has several, or one that cannot be decoded, is too large or lies elsewhere, or
-            a row repeats one that is not there. The message names the row.
+        DataError: no row has an image, a row has several, an image cannot be decoded, is too large
+            or is in another folder, or a row repeats an image that does not exist. The message
+            names the row.
     """
     column = picture_column(frame)
     frame = frame.dropna(subset=[column]).reset_index(drop=True)
     if not len(frame):
-        raise DataError(f"{path}: no row has a picture in the column {column}")
+        raise DataError(f"{path}: no row has an image in the column {column}")
     indices = frame["index"].astype(str)
     wheres = [f"{path}: row {shown(index)}" for index in indices]
     given = [
@@ -66,11 +68,11 @@ def store_pictures(
     known: dict[str, tuple[str, str]] = {}
     found = []
     for where, cell in zip(wheres, given, strict=True):
-        if column == "image" and len(cell) <= _LONGEST_REFERENCE:
-            if len(cells.get(cell, "")) <= _LONGEST_REFERENCE:
+        if column == "image" and len(cell) <= _MAX_REFERENCE:
+            if len(cells.get(cell, "")) <= _MAX_REFERENCE:
                 raise DataError(
-                    f"{where}: the image cell {cell!r} is neither a base64 picture nor the index of a "
-                    "row that has one"
+                    f"{where}: the image cell {cell!r} is neither a base64 picture nor the index "
+                    "of a row that has one"
                 )
             cell = cells[cell]
         if cell not in known:
@@ -105,10 +107,12 @@ def _decode(where: str, cell: str, folder: Path) -> tuple[str, str]:
 
 
 def _from_base64(where: str, cell: str) -> bytes:
-    """The bytes of one base64 text. Python's decoder alone skips what is not base64, and so reads the first of several."""
+    """The bytes of one base64 text. Python's decoder skips other characters, and so reads the first
+    of several.
+    """
     lines = cell.split()
     text = "".join(lines)
-    if (len(lines) > 1 and max(map(len, lines)) > _LONGEST_LINE) or not re.fullmatch(
+    if (len(lines) > 1 and max(map(len, lines)) > _MAX_LINE) or not re.fullmatch(
         "[A-Za-z0-9+/]*={0,2}", text
     ):
         raise DataError(f"{where}: the image cannot be decoded: its cell is not one base64 text")
@@ -124,8 +128,8 @@ def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
     file = base / cell
     if not is_below(file, base):
         raise DataError(
-            f"{where}: the picture {shown(cell)} leads out of the folder of the table, {base}. Put pictures there, "
-            "or below, or into the column image"
+            f"{where}: the picture {shown(cell)} leads out of the folder of the table, {base}. "
+            "Put images there, below it, or into the column image"
         )
     file = file.resolve()
     if not os.path.exists(file):  # False for a name that no file can have, where Path.exists raises
@@ -139,7 +143,7 @@ def _open(where: str, cell: str, base: Path) -> tuple[str, str]:
 
 
 def _png(where: str, data: bytes) -> bytes:
-    """The picture as the model will see it, 8-bit RGB, losslessly; compressed lightly, for speed."""
+    """The image as the model receives it: lossless PNG, 8-bit RGB, compressed lightly."""
     buffer = io.BytesIO()
     try:
         rgb_picture(data).save(buffer, "PNG", compress_level=1)

@@ -1,15 +1,16 @@
 """POPE: does the model see objects that are not there? Answers in, percentages with error bars out.
 
-Two rules turn a free answer into yes or no, and they part exactly where a broken model ends up:
+Two rules turn a free answer into yes or no. They differ on the answers of a broken model:
 
-- the authors' rule calls every answer without a "no" a yes, so an empty or garbled answer is a yes, and a model that
-  answers nothing at all scores F1 66.7;
-- VLMEvalKit's rule wants exactly one of the words "yes" and "no", else the answer is unknown: wrong in the accuracy,
-  and a no in the F1. The same model scores 0.
+- The authors' rule reads every answer without a "no" as a yes. An empty or garbled answer is a yes,
+  and a model that answers nothing at all scores F1 66.7.
+- VLMEvalKit's rule needs exactly one of the words "yes" and "no". Any other answer is unknown:
+  wrong in the accuracy, and a no in the F1. The same model scores 0.
 
-So both are always reported, side by side, with the share of yes and of unknown answers.
+Both are always reported side by side, with the share of yes and of unknown answers.
 
-Source: arXiv 2305.10355, section 5 (the metrics), and evaluate.py of the authors' repository (the rule).
+Source: arXiv 2305.10355, section 5 (the metrics), and evaluate.py of the authors' repository (the
+rule).
 """
 
 import re
@@ -18,30 +19,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hipp_ext.evals.metrics import clustered_se, f1_percent
+from hipp_ext.evals.statistics import rates_with_errors, ratio
 
+SPLITS = ("random", "popular", "adversarial")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _LONE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
-_PERIODS_REMOVED = (
-    32  # VLMEvalKit passes re.UNICODE (32) where sub() takes its count; kept, to give its numbers
-)
+# VLMEvalKit passes re.UNICODE (32) as the count of sub(). It is kept, to give the same numbers.
+_MAX_REMOVED_PERIODS = 32
 
 
 def official_answer(text: str) -> str:
-    """ "yes" or "no" by the POPE authors' rule: no if the first sentence has the word No, not or no, else yes."""
+    """ "yes" or "no" by the POPE authors' rule: no if the first sentence has the word No, not or
+    no, else yes.
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def vlmeval_answer(text: str) -> str:
-    """ "yes" or "no" if exactly one of the two is a word of the answer, else "unknown": VLMEvalKit's rule."""
+    """ "yes" or "no" if exactly one of the two is a word of the answer, else "unknown":
+    VLMEvalKit's rule.
+    """
     text = text.lower()
     stripped = text
     for mark in _PUNCTUATION:
         alone = mark + " " in text or " " + mark in text or _DIGIT_COMMA.search(text)
         stripped = stripped.replace(mark, "" if alone else " ")
-    words = _LONE_PERIOD.sub("", stripped, count=_PERIODS_REMOVED).split()
+    words = _LONE_PERIOD.sub("", stripped, count=_MAX_REMOVED_PERIODS).split()
     if ("yes" in words) == ("no" in words):
         return "unknown"
     return "yes" if "yes" in words else "no"
@@ -52,17 +57,22 @@ RULES = {"vlmeval": vlmeval_answer, "official": official_answer}
 
 @dataclass(frozen=True, kw_only=True)
 class POPEScores:
-    """Scores of one split by one rule. Rates and their standard errors (`_se`) are percentages, [0, 100].
+    """Scores of one split by one rule. Rates and their standard errors (`_se`) are percentages, [0,
+    100].
 
     Attributes:
-        n: questions; in "overall" one that belongs to several splits counts once for each, as in VLMEvalKit.
-        images: distinct images, over which the standard errors are taken (NaN when there is only one).
-        accuracy: right answers; unknown is wrong. Higher is better, as for precision, recall and f1.
-        precision: right among the answers yes; 0 if there is none.
-        recall: yes among the questions whose answer is yes; 0 if there is none.
-        f1: harmonic mean of precision and recall; 0 if both are.
-        yes_rate: answers yes. Near 50 for a model that looks, since POPE's labels are balanced.
-        unknown_rate: answers that the rule cannot read; always 0 by the authors' rule.
+        n: number of questions. In "overall" a question that belongs to several splits counts once
+            for each, as in VLMEvalKit.
+        images: number of distinct images, over which the standard errors are computed. They are NaN
+            for one image.
+        accuracy: share of correct answers; an unknown answer is wrong. Higher is better, as for
+            precision, recall and f1.
+        precision: share of the answers yes that are correct; 0 if there is none.
+        recall: share of the questions with the label yes that are answered yes; 0 if there is none.
+        f1: harmonic mean of precision and recall; 0 if both are 0.
+        yes_rate: share of the answers yes. It is near 50 for a model that uses the image, since the
+            labels are balanced.
+        unknown_rate: share of answers that the rule cannot read; always 0 by the authors' rule.
     """
 
     n: int
@@ -96,20 +106,22 @@ def pope_scores(
     """Scores by rule ("vlmeval", "official") and split ("overall" first), in percent.
 
     Args:
-        answers: what the model said, one per question.
-        labels: "Yes" or "No", one per question.
-        categories: comma lists of the splits of each question, such as "random,popular".
-        images: which image each question is about: any text that names it.
-        seed: of the bootstrap over images behind the standard errors.
-        resamples: bootstrap draws.
+        answers: answer of the model to each question.
+        labels: "Yes" or "No" for each question.
+        categories: comma-separated splits of each question, such as "random,popular".
+        images: any text that identifies the image of each question.
+        seed: random seed of the bootstrap over images, which gives the standard errors.
+        resamples: number of bootstrap resamples.
 
     Raises:
-        ValueError: the sequences differ in length, are empty, or hold a label that is not Yes or No.
+        ValueError: the sequences differ in length, are empty, or hold a label that is not Yes or
+            No.
     """
     if not len(answers) == len(labels) == len(categories) == len(images) > 0:
         lengths = [len(answers), len(labels), len(categories), len(images)]
         raise ValueError(
-            f"POPE needs answers, labels, categories and images of one length, above 0; got {lengths}"
+            "POPE needs answers, labels, categories and images of one length, above 0; got "
+            f"{lengths}"
         )
     if wrong := set(labels) - {"Yes", "No"}:
         raise ValueError(f"POPE labels are Yes or No, not {sorted(map(str, wrong))[:3]}")
@@ -129,30 +141,31 @@ def pope_scores(
 
 
 def split_rates(
-    said: Sequence[str],
+    predictions: Sequence[str],
     labels: Sequence[str],
     images: Sequence[str],
     *,
     errors: bool = False,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The rates of one split, as `POPEScores` has them, of answers that a rule has read already; in percent.
+    """The rates of one split in percent, named as in `POPEScores`, for answers that a rule has
+    already read.
 
     Args:
-        said: "yes", "no" or "unknown", one per question.
+        predictions: "yes", "no" or "unknown" for each question.
         labels, images: see `pope_scores`.
-        errors: also the standard errors (`f1_se`, ...), which take a bootstrap.
-        seed: of the bootstrap.
+        errors: also return the standard errors (`f1_se`, ...), which need a bootstrap.
+        seed: random seed of the bootstrap.
     """
-    counts = _counts(said, labels)
+    counts = _counts(predictions, labels)
     if errors:
-        return vars(_scores(counts, list(images), seed, 1000))
+        return rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=1000)
     return dict(zip(_RATES, map(float, _rates(counts.sum(axis=0))), strict=True))
 
 
-def _counts(said: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Per row: 1, true positive, false positive, false negative, right, said yes, unknown."""
-    answer, label = np.asarray(said), np.char.lower(np.asarray(labels))
+def _counts(predictions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Per row: 1, true positive, false positive, false negative, correct, answered yes, unknown."""
+    answer, label = np.asarray(predictions), np.char.lower(np.asarray(labels))
     yes, positive, one = answer == "yes", label == "yes", np.ones(len(answer), dtype=bool)
     columns = [
         one,
@@ -167,29 +180,16 @@ def _counts(said: Sequence[str], labels: Sequence[str]) -> np.ndarray:
 
 
 def _rates(sums: np.ndarray) -> np.ndarray:
-    """Sums of `_counts`, shape (..., 7), to the six rates in the order of `_RATES`, shape (..., 6), in percent."""
-    n, tp, fp, fn, right, yes, unknown = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
+    """Sums of `_counts`, shape (..., 7), to the six rates in the order of `_RATES`, shape (..., 6),
+    in percent.
+    """
+    n, tp, fp, fn, correct, yes, unknown = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
 
-    def share(part, whole):
-        return 100 * np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-
-    precision, recall = share(tp, tp + fp), share(tp, tp + fn)
-    return np.stack(
-        [
-            share(right, n),
-            precision,
-            recall,
-            f1_percent(tp, fp + fn),
-            share(yes, n),
-            share(unknown, n),
-        ],
-        axis=-1,
-    )
+    shares = ((correct, n), (tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn))
+    shares += ((yes, n), (unknown, n))
+    return 100 * np.stack([ratio(part, whole) for part, whole in shares], axis=-1)
 
 
-def _scores(counts: np.ndarray, images: list, seed: int, resamples: int) -> POPEScores:
-    rates = _rates(counts.sum(axis=0))
-    errors = clustered_se(counts, images, _rates, seed=seed, resamples=resamples)
-    fields = {name: float(rate) for name, rate in zip(_RATES, rates, strict=True)}
-    fields |= {f"{name}_se": float(error) for name, error in zip(_RATES, errors, strict=True)}
-    return POPEScores(n=len(counts), images=len(set(images)), **fields)
+def _scores(counts: np.ndarray, images: list[str], seed: int, resamples: int) -> POPEScores:
+    rates = rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=resamples)
+    return POPEScores(n=len(counts), images=len(set(images)), **rates)

@@ -1,10 +1,13 @@
-"""Answers kept line by line, so that a killed run goes on where it stopped, and ends with the answers of one that was not.
+"""A log of answers, from which a killed run continues and ends with the same answers as an
+uninterrupted one.
 
-Questions are asked in batches, and the others in a batch change the padding, so the last bits of the logits, so now and then an
-answer. Therefore a batch counts only as a whole: half of one, which a killed process leaves, is dropped and asked again.
+The questions of a batch share their padding, which changes the last bits of the logits and
+sometimes an answer. Therefore a batch counts only as a whole: an incomplete one, which a killed
+process leaves, is dropped and asked again.
 
-One process at a time writes a log. Its lock is the operating system's, which lets go when the process dies. Where there are no
-locks, as on some network drives, every process writes a file of its own, and these are put together at the end.
+One process at a time writes a log. Its lock belongs to the operating system, which releases it when
+the process dies. If there are no locks, as on some network drives, every process writes its own
+file, and the files are merged at the end.
 """
 
 import contextlib
@@ -29,10 +32,9 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK, PART = ".lock", ".part"
-_TEMPORARY = re.compile(
-    r"\..+\.[a-z0-9_]{8}"
-)  # what `files.new_file` and tempfile leave when the process is killed
-_LARGEST = 1 << 30  # bytes of a file of lines; POPE's answers take half a megabyte
+# The names of files that `files.new_file` and tempfile leave when the process is killed.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+_MAX_BYTES = 1 << 30  # size of a file of lines; POPE's answers need half a megabyte
 _START_OVER = "Delete the file to start over"
 Line = TypeVar("Line")
 
@@ -41,22 +43,22 @@ Line = TypeVar("Line")
 class _Answer:
     index: str | int
     prediction: str
-    batch: int = 1  # how many questions were asked together; the lines of a batch follow each other
+    batch: int = 1  # number of questions asked together; their lines follow each other
 
 
 class PredictionLog:
-    """Answers by row index in a JSONL file that only grows.
+    """Answers by row index, in a JSONL file to which lines are appended.
 
     Attributes:
-        answers: row index (as text) to answer; filled from the file.
+        answers: answer by row index (as text), read from the file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         private: write to a file of this process beside it, until `merge` is called.
 
     Raises:
         DataError: a line before the last one is damaged.
-        WriteError: the folder cannot be made.
+        WriteError: the folder cannot be created.
     """
 
     def __init__(self, path: str | Path, private: bool = False):
@@ -75,13 +77,14 @@ class PredictionLog:
             self._take(_read_batches(part)[0])
         if not private and self.path.exists() and whole < self.path.stat().st_size:
             with writing(self.path):
-                os.truncate(self.path, whole)  # the next line must not be glued to half a line
+                os.truncate(self.path, whole)  # or the next line would continue an incomplete one
 
     def add(self, answers: Iterable[tuple[str, str]]) -> None:
         """Append the (index, answer) pairs of one batch.
 
         Raises:
-            WriteError: the disk is full, say. What was written before counts; half a batch is dropped when the file is read.
+            WriteError: the file cannot be written, for example because the disk is full. Earlier
+                batches are kept; an incomplete one is dropped when the file is read.
         """
         new = dict(answers)
         if not new:
@@ -91,16 +94,17 @@ class PredictionLog:
                 file.write(_lines(new))
         except OSError as error:
             raise WriteError(
-                f"{self.path}: answers could not be written: {error.strerror}. Those before are kept; make room, and the same "
-                "command goes on from there"
+                f"{self.path}: answers could not be written: {error.strerror}. Earlier answers "
+                "are kept: free some space and run the same command again to continue"
             ) from error
         self._batches.append(new)
         self.answers |= new
 
     def merge(self, order: Sequence[str]) -> None:
-        """Put what private files hold into the one file, batches in the order of the indices `order`, and remove them.
+        """Move the batches of private files into the one file, in the order of the indices `order`.
 
-        A file that goes away under a process that still runs costs nothing: the process has its answers in memory.
+        The private files are removed. A process that still runs loses nothing, because its answers
+        are in memory.
         """
         parts = self._parts()
         if not (self._private or parts):
@@ -129,14 +133,14 @@ class PredictionLog:
 
 @contextlib.contextmanager
 def open_log(path: str | Path, order: Sequence[str]) -> Iterator[PredictionLog]:
-    """The log at `path`, and its folder, for this process alone while the block runs.
+    """Open the log at `path` and lock its folder for this process while the block runs.
 
     Args:
-        path: of the file.
-        order: the indices of all questions, in order.
+        path: path of the file.
+        order: indices of all questions, in order.
 
     Raises:
-        OutputBusyError: another process works on it.
+        OutputBusyError: another process holds the lock.
         DataError, WriteError: see `PredictionLog`.
     """
     path = Path(path)
@@ -147,7 +151,7 @@ def open_log(path: str | Path, order: Sequence[str]) -> Iterator[PredictionLog]:
         try:
             yield log
         except BaseException:
-            with contextlib.suppress(OSError):  # what ended the block is the news
+            with contextlib.suppress(OSError):  # the first error is the important one
                 log.merge(order)
             raise
         log.merge(order)
@@ -155,11 +159,12 @@ def open_log(path: str | Path, order: Sequence[str]) -> Iterator[PredictionLog]:
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Hold `folder` for this process while the block runs; yields False where the file system knows no locks.
+    """Lock `folder` for this process while the block runs; yields False if the file system has no
+    locks.
 
     Raises:
-        OutputBusyError: it is held already; the message says by whom.
-        WriteError: the folder cannot be made or written.
+        OutputBusyError: another process holds the lock; the message names it.
+        WriteError: the folder cannot be created or written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,9 +173,8 @@ def claim(folder: Path) -> Iterator[bool]:
         yield file is not None
     finally:
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink(
-                missing_ok=True
-            )  # while it is held, so that nobody else's is removed
+            # The lock is still held, so this is not the file of another process.
+            (folder / LOCK).unlink(missing_ok=True)
         if file is not None:
             file.close()
 
@@ -185,22 +189,21 @@ def _lock(path: Path) -> IO[str] | None:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
             file.close()
-        except (
-            FileNotFoundError
-        ):  # the holder before removed it; so there is another file to be locked
+        except FileNotFoundError:  # the previous holder removed it: try again with a new file
             file.close()
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             file.close()
             raise OutputBusyError(
-                f"{path.parent} is being written by {holder}. Wait until it has ended, or stop it: then the same command goes "
-                "on from what is there. With another work folder both can run at once"
+                f"{path.parent} is being written by {holder}. Wait until it has ended or stop it, "
+                "then run the same command again to continue. With another work folder both can "
+                "run at the same time"
             ) from None
         except OSError:
             file.close()
             return None
-    with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+    with contextlib.suppress(OSError):  # the lock is held even if the disk is full
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -209,7 +212,7 @@ def _lock(path: Path) -> IO[str] | None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write at `path` into WriteError."""
+    """Turn an OSError in the block into a WriteError that names `path`."""
     try:
         yield
     except WriteError:
@@ -219,21 +222,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> list[tuple[Line, int]]:
-    """The objects of a file of JSON lines, each with the offset of its end. A last line that was cut off is left out.
+    """The objects of a file of JSON lines, each with the offset of its end. An incomplete last line
+    is left out.
 
     Args:
-        file: to be read.
-        kind: a dataclass; types are checked, further fields are passed over.
-        fields: of the object, as the message names them.
-        hint: ends the message.
+        file: path of the file.
+        kind: dataclass of the objects. Types are checked; unknown fields are ignored.
+        fields: names of the fields, for the error message.
+        hint: end of the error message.
 
     Raises:
-        DataError: there is no such file, or a line of it is damaged.
+        DataError: the file does not exist, or one of its lines is damaged.
     """
     from pydantic import TypeAdapter, ValidationError
 
     read, found, end = TypeAdapter(kind).validate_json, [], 0
-    for number, line in enumerate(read_plain(file, _LARGEST).split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_plain(file, _MAX_BYTES).split(b"\n")[:-1], start=1):
         end += len(line) + 1
         try:
             found.append((read(line, strict=True), end))
@@ -245,23 +249,24 @@ def read_lines(file: Path, kind: type[Line], fields: str, hint: str = "") -> lis
 
 
 def _read_batches(file: Path) -> tuple[list[dict[str, str]], int]:
-    """The whole batches of a log, and where the last one ends; nothing of a file that is not there."""
+    """The complete batches of a log and the offset of their end; none without a file."""
     try:
         lines = read_lines(file, _Answer, "index, prediction", f". {_START_OVER}")
     except DataError:
         if os.path.lexists(file):
             raise
-        return [], 0  # also a private file that another process has just put where it belongs
+        return [], 0  # also a private file that another process has just merged
     batches, place = [], 0
     while place < len(lines):
         size = lines[place][0].batch
         group = [line for line, _ in lines[place : place + max(size, 1)]]
         if size < 1 or any(line.batch != size for line in group):
             raise DataError(
-                f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. {_START_OVER}"
+                f"{file}, line {place + 1}, is damaged: it does not belong to a batch of {size}. "
+                f"{_START_OVER}"
             )
         if len(group) < size:
-            break  # the rest was never written
+            break  # the rest was not written
         batches.append({str(line.index): line.prediction for line in group})
         place += size
     return batches, lines[place - 1][1] if place else 0
@@ -275,7 +280,7 @@ def _lines(batch: dict[str, str]) -> bytes:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what writes that were killed left in a folder that is held."""
+    """Remove the temporary files of killed processes from a locked folder."""
     for left in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(

@@ -1,4 +1,6 @@
-"""Model folder and questions in, answers out: batched, greedy, and kept line by line so that nothing is asked twice."""
+"""Answers of a model folder to questions: batched, greedy, and logged so that nothing is asked
+twice.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -22,8 +24,8 @@ __all__ = [
     "plain_greedy",
 ]
 
-MAX_NEW_TOKENS = 16  # a yes, a no or a letter, with room for a short sentence around it
-_KEPT = (
+MAX_NEW_TOKENS = 16  # enough for a yes, a no or a letter in a short sentence
+_KEPT_SETTINGS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -36,15 +38,18 @@ _KEPT = (
 
 
 def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
-    """`path`, absolute, if it is a whole model folder; looks at names and headers only, so it is fast.
+    """The absolute path of a complete model folder; only names and headers are read, which is fast.
 
-    The last component stays as it was typed, a link too: results are found under that name.
+    The last component stays as it was typed, even if it is a link, because results are named after
+    it.
 
     Args:
-        pictures: whether a processor is needed beside the tokenizer.
+        path: path of the folder.
+        pictures: whether the folder must have a processor for images.
 
     Raises:
-        CheckpointError: not a folder, or the configuration, weights or processor are missing or damaged.
+        CheckpointError: it is not a folder, or its configuration, weights or processor are missing
+            or damaged.
     """
     folder = _absolute(Path(path).expanduser())
     if not folder.is_dir():
@@ -67,13 +72,14 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
         ):
             raise CheckpointError(
                 f"{folder} has no {part} ({' or '.join(files)}). Save it beside the model: "
-                "save_pruned(model, folder, processor=processor), or processor.save_pretrained(folder)"
+                "save_pruned(model, folder, processor=processor), or "
+                "processor.save_pretrained(folder)"
             )
     return folder
 
 
 def _absolute(path: Path) -> Path:
-    if path.name in ("", ".."):  # typed as "." or "..": the name is that of the folder it leads to
+    if path.name in ("", ".."):  # "." and ".." have the name of the folder that they lead to
         return path.resolve()
     return path.parent.resolve() / path.name
 
@@ -105,19 +111,20 @@ def _check_weights(folder: Path) -> None:
 
 
 class HippVLM:
-    """A model folder that answers questions about pictures, pruned or not, on any device.
+    """A model folder, pruned or not, that answers questions about images.
 
-    Has the methods that VLMEvalKit calls on a model, so an object of it goes where VLMEvalKit takes a model. It does
-    not derive from VLMEvalKit's base class, which could not be done without importing all of VLMEvalKit.
+    It has the methods that VLMEvalKit calls on a model, so VLMEvalKit accepts it. It does not
+    derive from VLMEvalKit's base class, because that would import all of VLMEvalKit.
 
     Args:
-        model_path: the folder: weights, configuration and processor.
-        device: such as "cuda:0"; None is the GPU if there is one, else the CPU.
-        dtype: such as "bfloat16"; None is as stored.
-        max_new_tokens: longest answer [tokens].
+        model_path: folder with weights, configuration and processor.
+        device: device such as "cuda:0". Default: the GPU if there is one, else the CPU.
+        dtype: dtype such as "bfloat16". Default: as stored.
+        max_new_tokens: maximum length of an answer [tokens].
 
     Raises:
-        CheckpointError: the folder is incomplete, or its processor takes no pictures or has no chat template.
+        CheckpointError: the folder is incomplete, or its processor takes no images or has no chat
+            template.
     """
 
     INTERLEAVE = True
@@ -137,11 +144,11 @@ class HippVLM:
 
         folder = check_model_folder(model_path)
         try:
-            # False, not None: else transformers asks on standard input whether to run code that the folder names.
+            # With None, transformers would ask on standard input whether to run code of the folder.
             self.processor = AutoProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # files of strangers make transformers raise almost anything
+        except Exception as error:  # untrusted files make transformers raise almost anything
             raise CheckpointError(f"the processor in {folder} cannot be loaded: {error}") from error
         if not hasattr(self.processor, "image_processor"):
             raise CheckpointError(
@@ -149,12 +156,11 @@ class HippVLM:
             )
         if not getattr(self.processor, "chat_template", None):
             raise CheckpointError(
-                f"the processor in {folder} has no chat template, so questions cannot be put to it"
+                f"the processor in {folder} has no chat template, so it cannot be asked questions"
             )
         tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = (
-            "left"  # the answer goes on from the last token, which must not be padding
-        )
+        # The answer continues the last token, which must not be padding.
+        tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model: Any = load_pruned(
@@ -166,14 +172,18 @@ class HippVLM:
         self.max_new_tokens = max_new_tokens
 
     def set_dump_image(self, dump_image: Callable) -> None:
-        """VLMEvalKit offers its function for writing pictures; messages name files already."""
+        """VLMEvalKit passes its function that writes images; messages name files already."""
 
     def generate(self, message: list[dict], dataset: str | None = None) -> str:
-        """The answer to one VLMEvalKit message: a list of {"type": "image" | "text", "value": path or text}."""
+        """The answer to one VLMEvalKit message: a list of {"type": "image" | "text", "value": path
+        or text}.
+        """
         return self.generate_batch([message])[0]
 
     def generate_batch(self, messages: Sequence[list[dict]]) -> list[str]:
-        """The greedy answers to several messages, without special tokens and surrounding blanks."""
+        """The greedy answers to several messages, without special tokens and surrounding
+        whitespace.
+        """
         import torch
 
         from hipp_ext.calibration import tokenise
@@ -216,25 +226,28 @@ class HippVLM:
             ) from error
 
     def _placed(self, value: Any) -> Any:
-        if not hasattr(value, "is_floating_point"):  # a few processors add what is no tensor
+        if not hasattr(
+            value, "is_floating_point"
+        ):  # some processors add values that are no tensors
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
 def _picture(value: str | bytes) -> Any:
-    """The picture of a message: a file, as VLMEvalKit names it, or a file's bytes."""
+    """The image of a message, which holds its path, as in VLMEvalKit, or its bytes."""
     return rgb_picture(value) if isinstance(value, bytes) else read_picture(value)
 
 
 def plain_greedy(model: Any) -> "GenerationConfig":
-    """Generation settings that change no logit: of the model's own only special tokens and the cache are kept.
+    """Greedy generation settings that change no logit; of the model's own, special tokens and the
+    cache are kept.
 
-    What a folder's generation_config.json asks for besides (a repetition penalty, a least length, suppressed or forced tokens,
-    stop strings, ...) makes better chats, and another model of the one that is measured.
+    Other settings of generation_config.json (a repetition penalty, a minimum length, suppressed or
+    forced tokens, stop strings, ...) improve chats, but would measure another model.
     """
     from transformers import GenerationConfig
 
-    own = {name: getattr(model.generation_config, name, None) for name in _KEPT}
+    own = {name: getattr(model.generation_config, name, None) for name in _KEPT_SETTINGS}
     return GenerationConfig(**{name: value for name, value in own.items() if value is not None})
 
 
@@ -248,26 +261,26 @@ def answer_rows(
     progress: str | None,
     limit: int | None = None,
 ) -> None:
-    """Ask the model the rows that the log does not hold, `batch_size` at a time, and log each batch.
+    """Ask the model the rows that are not in the log, `batch_size` at a time, and log each batch.
 
-    Which rows are asked together depends on the data and the batch size alone, not on where a run was stopped or limited,
-    because it can change an answer. So the last batch below `limit` is asked whole.
+    The rows of a batch can change an answer. So they depend only on the data and the batch size,
+    and not on where a run was stopped or limited: the last batch below `limit` is asked whole.
 
     Args:
-        vlm: gives the loaded model (`generate_batch`); called only if there is something to ask.
-        log: holds the answers there are, and takes the new ones.
+        vlm: returns the loaded model (`generate_batch`); called only if there is a row to ask.
+        log: log of the answers; new ones are added.
         indices: index of each row, as text.
-        message: row number to its message.
-        batch_size: rows per batch.
-        progress: title of a progress bar on stderr, or None for no bar.
-        limit: how many of the rows are wanted; None: all.
+        message: returns the message of a row number.
+        batch_size: number of rows per batch.
+        progress: title of a progress bar on stderr; None for no bar.
+        limit: number of rows that are needed; None for all.
     """
     from tqdm import tqdm
 
-    wanted = len(indices) if limit is None else min(limit, len(indices))
+    needed = len(indices) if limit is None else min(limit, len(indices))
     rows = [row for row, index in enumerate(indices) if index not in log.answers]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    batches = [batch for batch in batches if batch[0] < wanted]
+    batches = [batch for batch in batches if batch[0] < needed]
     if not batches:
         return
     model, new = vlm(), sum(map(len, batches))

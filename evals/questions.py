@@ -1,9 +1,10 @@
-"""A checked TSV -> questions for the in-process evaluator, asked in the words that VLMEvalKit asks them in."""
+"""Questions of a checked TSV for the in-process evaluator, with VLMEvalKit's prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hipp_ext.calibration.chats import choice_prompt
 from hipp_ext.evals.tables import YES_NO, Table, row_options
 from hipp_ext.files.untrusted import read_picture
 
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TableQuestion:
-    """One row of a table; of the shape that `Evaluator` reads.
+    """A row of a table, with the fields that `Evaluator` reads.
 
-    `picture` is the same for all yes/no questions about one picture. Multiple choice has None: many may share a blank picture
-    without having anything else in common.
+    `picture` is the same for all yes/no questions about one image. It is None for multiple choice,
+    where many questions may share a blank image and have nothing else in common.
     """
 
     prompt: str
@@ -27,7 +28,7 @@ class TableQuestion:
 
     @property
     def image(self) -> "Image.Image":
-        """The picture, RGB."""
+        """The image, RGB."""
         return read_picture(self.image_path)
 
 
@@ -57,10 +58,3 @@ def table_questions(table: Table) -> list[TableQuestion]:
         )
         for (p, c), i, a in rows
     ]
-
-
-def choice_prompt(question: str, options: dict[str, object], hint: str = "") -> str:
-    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, and the request to choose."""
-    lines = [f"Hint: {hint}"] * bool(hint) + [f"Question: {question}", "Options:"]
-    lines += [f"{letter}. {text}" for letter, text in options.items()]
-    return "\n".join(lines) + "\nPlease select the correct answer from the options above. \n"

@@ -1,4 +1,4 @@
-"""`hipp report`: evaluated models -> one self-contained HTML page, and its pictures beside it."""
+"""`hipp report`: one self-contained HTML page about evaluated models, and PNG figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.disagreements import Disagreement, disagreements
-from hipp_ext.evals.figures import Look, cost_figure, front_figure, keeps_figure, png, pope_figure
+from hipp_ext.evals.figures import cost_figure, front_figure, keeps_figure, png, pope_figure, svg
 from hipp_ext.evals.report_page import Picture, page
 from hipp_ext.evals.report_sources import Fit, Sources, main_yes_no, read_sources
 from hipp_ext.evals.report_table import table_rows
@@ -19,38 +19,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-MOST_GROUPS = 4000  # of a plan that is drawn, each with a bar of its own
-LOOKS = {
-    "": Look(),
-    "dark": Look(dark=True),
-    "narrow": Look(narrow=True),
-    "narrow dark": Look(narrow=True, dark=True),
-}
+MAX_GROUPS = 4000  # groups of a plan that is drawn, because each gets its own cell
 
 
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Make report.html, and its pictures as PNG files, out of what lies in some folders; returns the page.
+    """Write report.html and its figures (PNG) about the contents of some folders; returns the
+    page's path.
 
-    The page needs nothing beside it and no network: every picture is inside, drawn for a desk and for a phone, on light and
-    on dark paper.
+    The page needs no other file and no network. Its figures are SVG elements, which take the
+    colours of the page, light or dark, and scale to the width of the screen.
 
     Args:
-        folders: see `report_sources`; the models of all of them stand in one report.
-        out: folder for the page; None: the first of `folders`.
+        folders: folders or files as in `report_sources`; the report shows the models of all of
+            them.
+        out: folder of the page. Default: the first of `folders`.
 
     Raises:
-        DataError: a folder holds nothing to report, or something damaged.
+        DataError: a folder holds nothing to report, or a file is damaged.
     """
     given = [
         Path(f).expanduser() for f in ([folders] if isinstance(folders, str | Path) else folders)
     ]
     sources = read_sources(given)
-    drawn = [_draw(plan) for plan in _pictures(sources)]
     place = Path(out) if out is not None else given[0] if given[0].is_dir() else given[0].parent
-    for picture in drawn:
-        write_atomic(place / f"{picture.name}.png", picture.looks[""])
-    differing = _differing(sources, given)
-    write_atomic(place / PAGE, page(sources, drawn, differing))
+    pictures = []
+    for plan in _pictures(sources):
+        figure = plan.draw()
+        write_atomic(place / f"{plan.name}.png", png(figure))
+        pictures.append(
+            Picture(name=plan.name, section=plan.section, caption=plan.caption, svg=svg(figure))
+        )
+    write_atomic(place / PAGE, page(sources, pictures, _differing(sources, given)))
     return place / PAGE
 
 
@@ -59,15 +58,7 @@ class _Drawing:
     name: str
     section: str
     caption: str
-    figure: Callable[[Look], "Figure"]
-
-
-def _draw(drawing: _Drawing) -> Picture:
-    looks = {
-        name: png(drawing.figure(look), dpi=144 if not look.narrow else 160)
-        for name, look in LOOKS.items()
-    }
-    return Picture(name=drawing.name, section=drawing.section, caption=drawing.caption, looks=looks)
+    draw: Callable[[], "Figure"]
 
 
 def _pictures(sources: Sources) -> list[_Drawing]:
@@ -86,7 +77,7 @@ def _pictures(sources: Sources) -> list[_Drawing]:
     plans = {e.name: e.plan for e in sources.entries if e.plan}
     same = len({tuple((g.name, g.width) for g in plan.groups) for plan in plans.values()}) == 1
     groups = next(iter(plans.values())).groups if plans else ()
-    if same and len(groups) <= MOST_GROUPS and any(g.tower == "language" for g in groups):
+    if same and len(groups) <= MAX_GROUPS and any(g.tower == "language" for g in groups):
         found.append(_keeps(plans, next((f.visual for f in sources.fits if f.visual), None)))
     main = main_yes_no(sources.entries)
     scores = {
@@ -94,22 +85,22 @@ def _pictures(sources: Sources) -> list[_Drawing]:
     }
     if scores:
         caption = (
-            "Accuracy by VLMEvalKit's rule; error bars: one standard error, pictures drawn whole. A model that looks says yes "
-            "half the time."
+            "Accuracy by VLMEvalKit's rule; error bars show one standard error over images. A "
+            "model that uses the image answers yes to half of the questions."
         )
         found.append(
             _Drawing(
-                name="pope", section="pope", caption=caption, figure=partial(pope_figure, scores)
+                name="pope", section="pope", caption=caption, draw=partial(pope_figure, scores)
             )
         )
     for number, result in enumerate(sources.latency):
         name = "cost" if number == 0 else f"cost-{number + 1}"
         caption = (
-            "Each model's cost as a share of the first one's; times: median and quartiles. Memory is the most during a "
-            "generation, weights included."
+            "Cost of each model in percent of the first one; times are medians with quartiles. "
+            "Memory is the peak during a generation, with the weights."
         )
         draw = partial(cost_figure, _shares(result["models"]))
-        found.append(_Drawing(name=name, section="cost", caption=caption, figure=draw))
+        found.append(_Drawing(name=name, section="cost", caption=caption, draw=draw))
     return found
 
 
@@ -119,15 +110,15 @@ def _front(fit: Fit, chosen: Mapping[str, Any], name: str, *, several: bool) -> 
         [r.reward for r in fit.archive.front()],
     )
     caption = (
-        f"{fit.name + ': ' if several else ''}{len(evaluated)} plans evaluated while searching; {len(front)} are non-dominated "
-        f"(ringed, with standard errors). Upper right is better. Hypervolume {fit.archive.hypervolume():.4f}, reference point "
-        "0, 0, 0."
+        f"{fit.name + ': ' if several else ''}{len(evaluated)} plans evaluated while searching; "
+        f"{len(front)} are non-dominated (ringed, with standard errors). Upper right is better. "
+        f"Hypervolume {fit.archive.hypervolume():.4f}, reference point 0, 0, 0."
     )
     return _Drawing(
         name=name,
         section="front",
         caption=caption,
-        figure=partial(front_figure, evaluated, front, chosen),
+        draw=partial(front_figure, evaluated, front, chosen),
     )
 
 
@@ -135,21 +126,23 @@ def _keeps(plans: Mapping[str, Any], visual: dict[str, list[float]] | None) -> _
     caption = "Units kept in every layer."
     if visual:
         caption += (
-            " Below: how much of what the layer computes comes from the picture (attention: flow from picture to text "
-            "tokens; FFN: drift of picture tokens), measured before pruning."
+            " Below: how much of the layer's result comes from the image (attention: flow from "
+            "image to text tokens; FFN: drift of image tokens), measured before pruning."
         )
     return _Drawing(
         name="keep_counts",
         section="kept",
         caption=caption,
-        figure=partial(keeps_figure, plans, visual),
+        draw=partial(keeps_figure, plans, visual),
     )
 
 
 def _shares(
     models: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Quantity -> model -> (value, lower and upper quartile) in percent of the first model's value."""
+    """(value, lower quartile, upper quartile) in percent of the first model's value, by quantity
+    and model.
+    """
     first = next(iter(models.values()))
     shares: dict[str, dict[str, tuple[float, float, float]]] = {}
     for label, key in (
@@ -172,7 +165,7 @@ def _shares(
 
 
 def _differing(sources: Sources, near: Sequence[Path]) -> dict[str, list[Disagreement]]:
-    """Model -> where it and the first model disagree."""
+    """The disagreements of each model with the first one, by name."""
     dense, *others = sources.entries
     found = {e.name: disagreements(dense.records, e.records, near) for e in others}
     return {name: own for name, own in found.items() if own}

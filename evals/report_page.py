@@ -1,6 +1,5 @@
-"""A report's page: one HTML file with everything inside, filled into report.html.jinja, which escapes every value."""
+"""The page of a report: one HTML file without external parts, from report.html.jinja."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ SECTIONS = {
     "made": "How it was made",
 }
 TEMPLATE = "report.html.jinja"
-_SMALL, _DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
-_LOOKS = (("narrow dark", f"{_SMALL} and {_DARK}"), ("narrow", _SMALL), ("dark", _DARK))
 _TITLES = {
     "rnd": "POPE random",
     "pop": "POPE popular",
@@ -45,23 +42,19 @@ _COST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of a report.
+    """A figure of a report.
 
     Attributes:
-        name: of its PNG file, and its description for those who do not see it.
+        name: name of its PNG file, and its description for screen readers.
         section: a key of `SECTIONS`.
-        caption: below the picture.
-        looks: PNG bytes for "" (light, wide), "dark", "narrow" and "narrow dark".
+        caption: text below the figure.
+        svg: the figure as an SVG element, which is put into the page as it is.
     """
 
     name: str
     section: str
     caption: str
-    looks: Mapping[str, bytes]
-
-    def uri(self, look: str) -> str:
-        """One of the looks, as an address that holds it."""
-        return f"data:image/png;base64,{base64.b64encode(self.looks[look]).decode()}"
+    svg: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ class _Table:
 def page(
     sources: Sources, pictures: Sequence[Picture], differing: Mapping[str, Sequence[Disagreement]]
 ) -> str:
-    """The whole page."""
+    """The HTML of the page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -92,29 +85,27 @@ def page(
     text = templates.get_template(TEMPLATE).render(
         sections=SECTIONS,
         pictures=pictures,
-        looks=_LOOKS,
         meaning=_meaning,
         dense=entries[0].name,
         others=[e.name for e in entries[1:]],
         scores=_Table(header=[_TITLES.get(c, c) for c in header], rows=rows),
         questions=_questions(entries),
-        wishes=[(e.name, e.preference) for e in entries if e.preference],
+        preferences=[(e.name, e.preference) for e in entries if e.preference],
         differing=[(name, own) for name, found in differing.items() for own in found],
         not_compared=_not_compared(entries, differing),
         costs=costs,
         sizes=None if costs else _sizes(entries),
         made=_made(sources),
     )
-    return text.encode(
-        "utf-8", "replace"
-    ).decode()  # JSON can spell half characters, which no file can hold
+    # JSON can contain half characters, which a file cannot.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _questions(entries: Sequence[Entry]) -> str:
     asked = {d: r["n"] for e in entries for d, r in e.records.items()}
     parts = [
         f"Questions: {', '.join(f'{d} {n:,}' for d, n in asked.items())}.",
-        "POPE by VLMEvalKit's rule, all splits pooled; error bars draw whole pictures.",
+        "POPE by VLMEvalKit's rule, all splits pooled; the standard errors are over images.",
     ]
     main = main_yes_no(entries)
     for record in (e.records[main] for e in entries if main is not None and main in e.records):
@@ -137,7 +128,7 @@ def _not_compared(entries: Sequence[Entry], differing: Mapping[str, Sequence[Dis
 
 
 def _meaning(text: str, options: Mapping[str, str] | None) -> str:
-    """The option that an answer means, where it does not say its text; else empty."""
+    """Text of the option that an answer means, if the answer does not contain it; else empty."""
     letter = option_letter(text, options) if options else ""
     return options[letter] if options and letter in options and options[letter] not in text else ""
 
@@ -163,8 +154,9 @@ def _cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
 def _conditions(result: Mapping[str, Any]) -> str:
     load = result["load"]
     return (
-        f"{result['device']}, {result['threads']} threads, batch {load['rows']}; median (quartiles) of "
-        f"{load['repeats']} runs, the models taking turns, after {load['warmup']} that do not count."
+        f"{result['device']}, {result['threads']} threads, batch {load['rows']}; median "
+        f"(quartiles) of {load['repeats']} runs, the models taking turns, after {load['warmup']} "
+        "warm-up runs."
     )
 
 
@@ -175,8 +167,8 @@ def _sizes(entries: Sequence[Entry]) -> _Table | None:
 
 def _made(sources: Sources) -> list[tuple[str, str]]:
     settings = dict.fromkeys(
-        f"{e.name} on {d}: {', '.join(f'{k} {v}' for k, v in r['settings'].items())}; model {r['model_hash'][:12]}, data "
-        f"{r['data_hash'][:12]}"
+        f"{e.name} on {d}: {', '.join(f'{k} {v}' for k, v in r['settings'].items())}; model "
+        f"{r['model_hash'][:12]}, data {r['data_hash'][:12]}"
         for e in sources.entries
         for d, r in e.records.items()
     )

@@ -1,7 +1,8 @@
-"""Folders -> what a report shows: models with their scores, plans and costs, fits with their fronts, and who made it all.
+"""Reads what a report shows: models with their scores, plans and costs, fits with their fronts, and
+commands.
 
-A folder is known by what lies in it: summary.json (`hipp demo`), results.json (`vlmeval`), planner.json (`hipp fit`),
-config.json and weights (a model), or a JSON file of `hipp bench latency`.
+The files in a folder tell what it is: summary.json (`hipp demo`), results.json (`vlmeval`),
+planner.json (`hipp fit`), config.json and weights (a model), or a JSON file of `hipp latency`.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from hipp_ext.errors import DataError, PlanError
 from hipp_ext.evals.figures import KINDS
-from hipp_ext.evals.report_types import MOST_MODELS, Latency, Record, Summary, checked
+from hipp_ext.evals.report_types import MAX_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import is_below, read_json
 from hipp_ext.plan import PruningPlan
@@ -25,7 +26,7 @@ from hipp_ext.surgery.checkpoint import read_plan
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
 _MARKS = ("results.json", "planner.json", "config.json")
-_DEPTH = 4  # folders below a given one that are looked into: DIR/outputs/MODEL/DATA/results.json
+_DEPTH = 4  # levels of folders that are searched, as in DIR/outputs/MODEL/DATA/results.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,12 @@ class Entry:
     """One evaluated model.
 
     Attributes:
-        name: how it is called in tables and pictures.
-        preference: what its plan was made for, as text; None where that is not known, and for the dense model.
-        plan: None for the dense model, and where its folder was not given.
-        reward: what the planner's evaluator says of the plan; None where it was not asked.
-        parameters: of the whole model; None where its folder was not given.
-        records: by data set, as `vlmeval` writes them to results.json.
+        name: name of the model in tables and figures.
+        preference: preference of its plan, as text; None if unknown, and for the dense model.
+        plan: its plan; None for the dense model, and if its folder was not given.
+        reward: reward of the plan by the planner's evaluator; None if it was not computed.
+        parameters: number of parameters of the whole model; None if its folder was not given.
+        records: results by data set, as `vlmeval` writes them to results.json.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A fitted planner: its archive, and the visual sensitivity it measured ("attention" and "ffn" -> one number per layer)."""
+    """A fitted planner: its archive, and the visual sensitivity per layer of each kind."""
 
     name: str
     archive: Archive
@@ -60,14 +61,14 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Everything a report is made of.
+    """The contents of a report.
 
     Attributes:
-        entries: the first is the one that the others are compared with.
-        fits: planners.
-        latency: results of `hipp bench latency`.
-        commands: how it was made, in order.
-        seeds: what was random, as text.
+        entries: evaluated models; the others are compared with the first.
+        fits: fitted planners.
+        latency: results of `hipp latency`.
+        commands: commands that made them, in order.
+        seeds: random seeds, as text.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -78,7 +79,7 @@ class Sources:
 
 
 def main_yes_no(entries: Sequence[Entry]) -> str | None:
-    """The yes/no data set that a report shows by split: POPE, else the first there is."""
+    """The yes/no data set that a report shows by split: POPE, else the first one."""
     found = [
         data
         for e in entries
@@ -95,11 +96,14 @@ def write_summary(
     seeds: Sequence[str],
     planner: str | None = None,
 ) -> None:
-    """Write what a report needs to `folder`/summary.json.
+    """Write the contents of a report to `folder`/summary.json.
 
     Args:
-        seeds: what was random, as text.
-        planner: the folder of the planner, relative to `folder`.
+        folder: folder of the file.
+        entries: evaluated models.
+        commands: commands that made them.
+        seeds: random seeds, as text.
+        planner: folder of the planner, relative to `folder`.
     """
     rows = [
         {
@@ -117,10 +121,11 @@ def write_summary(
 
 
 def read_sources(paths: Sequence[str | Path]) -> Sources:
-    """What lies in several folders (or latency files), together.
+    """The contents of several folders (or latency files) together.
 
     Raises:
-        DataError: there is nothing to report in one of them, no model was evaluated, or a file is damaged.
+        DataError: one of them holds nothing to report, no model was evaluated, or a file is
+            damaged.
         CheckpointError, PlanError: a planner or a plan is damaged.
     """
     parts = [_read(Path(path).expanduser()) for path in paths]
@@ -129,11 +134,13 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     entries = [_with_folder(e, models) for e in entries]
     if not entries:
         raise DataError(
-            f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` evaluates one"
+            f"{', '.join(map(str, paths))}: no evaluated model. `vlmeval` or `hipp demo` "
+            "evaluates one"
         )
-    if len(entries) > MOST_MODELS:
+    if len(entries) > MAX_MODELS:
         raise DataError(
-            f"{', '.join(map(str, paths))}: {len(entries)} evaluated models; a report holds {MOST_MODELS}. Name fewer"
+            f"{', '.join(map(str, paths))}: {len(entries)} evaluated models; a report holds "
+            f"{MAX_MODELS}. Name fewer"
         )
     dense = [e for e in entries if e.plan is None and e.parameters is not None] or entries[:1]
     entries = [dense[0], *(e for e in entries if e is not dense[0])]
@@ -147,7 +154,7 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
 
 
 def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
-    """One path: what is there, and its model folders by name."""
+    """The contents of one path, and its model folders by name."""
     if path.is_file():
         return Sources(
             latency=(one := _latency(path),), commands=(one["command"],), seeds=_latency_seeds(one)
@@ -162,7 +169,8 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
             found[name].append(folder)
     if not any(found.values()):
         raise DataError(
-            f"{path} holds nothing to report: no summary.json (`hipp demo`), `vlmeval` results, planner, model, latency.json"
+            f"{path} holds nothing to report: no summary.json (`hipp demo`), `vlmeval` results, "
+            "planner, model, latency.json"
         )
     records = [_record(folder / "results.json") for folder in found["results.json"]]
     latency = tuple(_latency(folder / LATENCY) for folder in found[LATENCY])
@@ -226,7 +234,9 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """One entry per model content; models of one name and different content are told apart by their hash."""
+    """One entry per model content; models with one name and different contents get their hash in
+    the name.
+    """
     by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for record in records:
         by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(
@@ -247,7 +257,7 @@ def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
 
 
 def _distinct(entries: Sequence[Entry]) -> list[Entry]:
-    """Without repetitions of one model; different ones of one name get the first characters of their hash."""
+    """The entries, one per model; different models of one name get the start of their hash."""
     kept: dict[str, Entry] = {}
     for entry in entries:
         digest = next((r["model_hash"] for r in entry.records.values()), entry.name)
@@ -261,7 +271,7 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
-    """The entry with plan and size, where its folder was given and its contents are those that were evaluated."""
+    """The entry with plan and size, if its folder was given and is the one that was evaluated."""
     record = next(iter(entry.records.values()), None)
     folder = models.get(record["model"]) if record else None
     if (
@@ -272,15 +282,15 @@ def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
     ):
         return entry
     plan = read_plan(folder)
-    return replace(entry, plan=plan, parameters=_parameters(folder), preference=_wish(plan))
+    return replace(entry, plan=plan, parameters=_parameters(folder), preference=_preference(plan))
 
 
-def _wish(plan: PruningPlan | None) -> str | None:
+def _preference(plan: PruningPlan | None) -> str | None:
     return str(Preference(*plan.preference)) if plan is not None and plan.preference else None
 
 
 def _parameters(folder: Path) -> int:
-    """Numbers stored in a model folder's weights."""
+    """Number of values in the weights of a model folder."""
     import math
 
     from safetensors import SafetensorError, safe_open
@@ -289,7 +299,7 @@ def _parameters(folder: Path) -> int:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:
-                names = weights.keys()  # no mapping
+                names = weights.keys()  # `weights` is not a mapping
                 total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file} is damaged: {error}") from None
@@ -318,7 +328,7 @@ def _fit(folder: Path) -> Fit:
 
 
 def _latency(file: Path) -> dict[str, Any]:
-    return checked(Latency, _json(file), f"{file} is not a result of `hipp bench latency`")
+    return checked(Latency, _json(file), f"{file} is not a result of `hipp latency`")
 
 
 def _fit_seed(folder: Path) -> str:

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hipp_ext.evals.figures import SPLITS
+from hipp_ext.evals.pope import SPLITS
 from hipp_ext.evals.report_sources import Entry, main_yes_no
 
 
 def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the results table: sizes and scores with standard errors; empty where something was not measured.
+    """Header and rows of the results table: sizes, and scores with standard errors; unknown cells
+    are empty.
 
-    One column per data set; for the main yes/no one (POPE, if it is there) also its splits, F1 and yes-rate.
+    There is one column per data set. The main yes/no one (POPE, if it is there) also has columns
+    for its splits, F1 and yes-rate.
     """
     main = main_yes_no(entries)
     others = dict.fromkeys(d for e in entries for d in e.records if d != main)

@@ -1,7 +1,8 @@
-"""What a report reads out of results.json, summary.json and latency.json, of strict types and within bounds.
+"""The fields of results.json, summary.json and latency.json that a report uses, with strict types
+and bounds.
 
-Such a file may be anybody's: a text in place of a number would reach the page, an infinite one a figure's axis. Fields that a
-report does not use are left out.
+Such a file is untrusted: a text in place of a number would reach the page, an infinite number the
+axis of a figure. Other fields are left out.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hipp_ext.errors import DataError
 
-MOST_MODELS = 64  # in one report or one measurement of latency; each makes figures taller
+MAX_MODELS = 64  # in one report or latency measurement, because each makes the figures taller
 
 _Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Measured = Annotated[float, Field(ge=1e-9, le=1e15, allow_inf_nan=False)]
@@ -96,13 +97,13 @@ class _Load(_Strict):
 
 
 class Latency(_Strict):
-    """A result of `hipp bench latency`."""
+    """A result of `hipp latency`."""
 
     command: str
     device: str
     threads: _Count
     load: _Load
-    models: Annotated[dict[str, _Cost], Field(min_length=1, max_length=MOST_MODELS)]
+    models: Annotated[dict[str, _Cost], Field(min_length=1, max_length=MAX_MODELS)]
 
 
 class _Reward(_Strict):
@@ -126,7 +127,7 @@ class _Entry(_Strict):
 class Summary(_Strict):
     """A summary.json of `hipp demo`."""
 
-    entries: Annotated[list[_Entry], Field(max_length=MOST_MODELS)]
+    entries: Annotated[list[_Entry], Field(max_length=MAX_MODELS)]
     commands: list[str]
     seeds: list[str]
     planner: str | None
@@ -136,10 +137,11 @@ _Kind = TypeVar("_Kind", bound=_Strict)
 
 
 def checked(kind: type[_Kind], data: Any, wrong: str) -> dict[str, Any]:
-    """The fields of `kind` in `data`, as plain data, without those that `data` does not have.
+    """The fields of `kind` that `data` has, as plain data.
 
     Raises:
-        DataError: a field is missing, of another type or out of bounds; the message is `wrong` and says which.
+        DataError: a field is missing, has another type or is out of bounds. The message is `wrong`
+            and names the field.
     """
     try:
         return kind.model_validate(data).model_dump(exclude_unset=True)

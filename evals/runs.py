@@ -1,7 +1,7 @@
-"""What `vlmeval` leaves in a folder, read again: which questions were asked, and what a model answered.
+"""Reads the results of `vlmeval`: which questions were asked, and what a model answered.
 
-<work-dir>/<model>-<hash>/<data>/run-<key>/ holds predictions.jsonl and questions.jsonl, and <data>/results.json says
-which run is the last, and to how many questions.
+<work-dir>/<model>-<hash>/<data>/run-<key>/ holds predictions.jsonl and questions.jsonl;
+<data>/results.json names the last run and its number of questions.
 """
 
 import json
@@ -16,14 +16,16 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.prediction_log import read_lines
+from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from hipp_ext.files import write_atomic
 from hipp_ext.files.untrusted import read_plain
 
 PREDICTIONS, QUESTIONS = "predictions.jsonl", "questions.jsonl"
-_LONGEST_NAME = 255 - len("-12345678")  # bytes, in most file systems
-_RESULTS_BYTES = 1 << 26
+_MAX_NAME_BYTES = 255 - len("-12345678")  # file name limit of most file systems
+_MAX_RESULTS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,10 @@ class AskedQuestion:
     """A question as it was asked.
 
     Attributes:
-        index: of its row, as text.
-        question, answer, category: the cells of the row; category is empty where there is none.
-        image: SHA-256 of the picture.
-        options: letter to text; None for yes/no.
+        index: index of its row, as text.
+        question, answer, category: cells of the row; category is empty if the row has none.
+        image: SHA-256 of the image.
+        options: text of each option by its letter; None for a yes/no question.
     """
 
     index: str
@@ -49,10 +51,42 @@ class AskedQuestion:
         """`YES_NO` or `CHOICE`."""
         return YES_NO if self.options is None else CHOICE
 
+    @property
+    def label(self) -> str:
+        """What `prediction` returns for a correct answer."""
+        return self.answer.lower() if self.kind == YES_NO else self.answer
+
+    @property
+    def cluster(self) -> str:
+        """A key of the questions that are not independent of this one.
+
+        Yes/no questions about one image form a cluster. A multiple-choice question stands alone,
+        because many of them share a blank image and have nothing else in common.
+        """
+        return self.image if self.kind == YES_NO else self.index
+
+    def prediction(self, answer: str, rule: str = "vlmeval") -> str:
+        """What a model's answer means.
+
+        Args:
+            answer: text of the answer.
+            rule: one of `pope.RULES`; multiple choice has one rule only.
+
+        Returns:
+            "yes", "no" or "unknown"; or the letter of an option, "Z" where it cannot be read.
+        """
+        return (
+            RULES[rule](answer)
+            if self.kind == YES_NO
+            else option_letter(answer, self.options or {})
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The answers of one model to one data set: those of `questions` that are answered, in order."""
+    """The answers of one model to the questions of one data set, in order; unanswered questions are
+    left out.
+    """
 
     model: str
     data: str
@@ -61,32 +95,36 @@ class Run:
 
 
 @dataclass
-class _Said:
+class _Prediction:
     index: str | int
     prediction: str
 
 
 @dataclass
 class _Results:
-    """Of results.json what says which answers it speaks of."""
+    """The fields of results.json that identify the answers it is about."""
 
     predictions: str
     n: Annotated[int, Field(ge=1)] | None = None
 
 
 def shown_name(folder: Path) -> str:
-    """The name of a model's folder as it was typed, without what neither a file system nor a terminal should get."""
+    """The name of a model's folder as it was typed, without characters that a file system or
+    terminal cannot show.
+    """
     name = unicodedata.normalize("NFC", folder.name)
     name = (
         "".join(c if c.isprintable() else "-" for c in name)
-        .encode()[:_LONGEST_NAME]
+        .encode()[:_MAX_NAME_BYTES]
         .decode(errors="ignore")
     )
     return name or "model"
 
 
 def result_folder(work_dir: Path, model: Path, model_hash: str) -> Path:
-    """Where the results of a model go: its name, as it was typed, and the first 8 digits of its hash."""
+    """Folder of the results of a model: its name, as it was typed, and the first 8 digits of its
+    hash.
+    """
     return work_dir / f"{shown_name(model)}-{model_hash[:8]}"
 
 
@@ -118,26 +156,28 @@ def table_rows(table: Table) -> list[AskedQuestion]:
 
 
 def write_questions(table: Table, folder: Path) -> None:
-    """Put questions.jsonl beside the predictions, so that the run can be read without the TSV."""
+    """Write questions.jsonl beside the predictions, so that the run can be read without the TSV."""
     lines = [json.dumps(vars(question)) + "\n" for question in table_rows(table)]
     write_atomic(folder / QUESTIONS, "".join(lines))
 
 
 def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]:
-    """Data name -> run, of a predictions file, a run's folder, a data set's folder or a model's folder.
+    """The runs of a predictions file or of the folder of a run, a data set or a model, by the name
+    of the data set.
 
     Args:
-        path: the file or folder; a model's folder holds one run for each data set, and may be named without its hash.
-        tsv: the questions, where no questions.jsonl lies beside the predictions.
+        path: the file or folder. A model's folder holds one run per data set, and its hash may be
+            left out.
+        tsv: the questions, needed if there is no questions.jsonl beside the predictions.
 
     Raises:
-        DataError: there is no run, or a file of it is missing or damaged.
+        DataError: there is no run, or one of its files is missing or damaged.
     """
     path = _with_hash(Path(path).expanduser())
     if path.is_file():
-        return _named(_read_run(path, tsv))
+        return _by_name(_read_run(path, tsv))
     if (path / PREDICTIONS).is_file():
-        return _named(_read_run(path / PREDICTIONS, tsv))
+        return _by_name(_read_run(path / PREDICTIONS, tsv))
     folders = (
         [path]
         if (path / "results.json").is_file()
@@ -157,10 +197,10 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
 
 
 def _with_hash(path: Path) -> Path:
-    """`path`, or where there is no such thing the only folder PATH-HASH.
+    """`path` if it exists, else the only folder PATH-HASH, else `path`.
 
     Raises:
-        DataError: there are several.
+        DataError: there are several such folders.
     """
     if path.exists():
         return path
@@ -175,23 +215,26 @@ def _with_hash(path: Path) -> Path:
     ]
     if len(found) > 1:
         raise DataError(
-            f"{path}: several models of this name were evaluated, name one: {', '.join(p.name for p in found)}"
+            f"{path}: several models of this name were evaluated. Name one of "
+            f"{', '.join(p.name for p in found)}"
         )
     return found[0] if found else path
 
 
-def _named(run: Run) -> dict[str, Run]:
+def _by_name(run: Run) -> dict[str, Run]:
     return {run.data: run}
 
 
 def _results(folder: Path) -> tuple[Path, int | None]:
-    """The predictions that results.json speaks of, and to how many questions.
+    """The predictions file that results.json names, and the number of questions.
 
-    The path in it is that of the time of writing; only its end is used.
+    The folder may have been moved since the path was written, so only the end of the path is used.
     """
     file = folder / "results.json"
     try:
-        results = TypeAdapter(_Results).validate_json(read_plain(file, _RESULTS_BYTES), strict=True)
+        results = TypeAdapter(_Results).validate_json(
+            read_plain(file, _MAX_RESULTS_BYTES), strict=True
+        )
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
         raise DataError(
@@ -206,9 +249,10 @@ def _results(folder: Path) -> tuple[Path, int | None]:
 
 
 def _asked(predictions: Path) -> int | None:
-    """How many questions the results count, where the predictions are those that results.json speaks of.
+    """The number of questions that the results count, if results.json names these predictions.
 
-    There may be answers to more: batches are asked whole, and a run over all questions may have gone before.
+    There may be more answers: batches are asked whole, and a run over all questions may have come
+    before.
     """
     try:
         file, n = _results(Path(os.path.realpath(predictions)).parent.parent)
@@ -218,15 +262,15 @@ def _asked(predictions: Path) -> int | None:
 
 
 def _read_run(predictions: Path, tsv: str | Path | None) -> Run:
-    lines = read_lines(predictions, _Said, "index, prediction")
-    said = {str(line.index): line.prediction for line, _ in lines}
+    lines = read_lines(predictions, _Prediction, "index, prediction")
+    answers = {str(line.index): line.prediction for line, _ in lines}
     asked = _questions(predictions.parent / QUESTIONS, tsv)
     known = {question.index for question in asked}
-    if strangers := [index for index in said if index not in known]:
+    if unknown := [index for index in answers if index not in known]:
         raise DataError(
-            f"{predictions}: it answers index {strangers[0]}, which is not among the questions"
+            f"{predictions}: it answers index {unknown[0]}, which is not among the questions"
         )
-    answered = tuple(question for question in asked if question.index in said)
+    answered = tuple(question for question in asked if question.index in answers)
     if not answered:
         raise DataError(f"{predictions} holds no answers")
     answered = answered[: _asked(predictions)]
@@ -235,7 +279,7 @@ def _read_run(predictions: Path, tsv: str | Path | None) -> Run:
         model=place[2].name if len(place) > 2 else place[0].name,
         data=place[1].name if len(place) > 2 else predictions.stem,
         questions=answered,
-        answers=tuple(said[question.index] for question in answered),
+        answers=tuple(answers[question.index] for question in answered),
     )
 
 
@@ -245,8 +289,8 @@ def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
             return table_rows(read_table(tsv, folder))
     if not file.is_file():
         raise DataError(
-            f"{file} is missing, so it is not known what was asked. Give the TSV with --data; or run the same "
-            "`vlmeval` command again, which keeps the answers and writes this file"
+            f"{file} is missing, so the questions are unknown. Pass the TSV with --data, or run "
+            "the same `vlmeval` command again: it keeps the answers and writes this file"
         )
     lines = read_lines(file, AskedQuestion, "index, question, answer, category, image, options")
     for number, (question, _) in enumerate(lines, start=1):
@@ -256,7 +300,7 @@ def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
 
 
 def _wrong(question: AskedQuestion) -> str | None:
-    """What `tables.read_table` would not have let pass."""
+    """What `tables.read_table` would have refused."""
     if question.options is None:
         if question.answer not in ("Yes", "No"):
             return f"the answer is {question.answer!r}; it must be Yes or No"

@@ -1,8 +1,9 @@
 """ScienceQA: multiple choice about a picture. Answers in, accuracy with an error bar out.
 
-The rule is VLMEvalKit's exact matching, the one that needs no judge model and draws nothing at random. An answer
-that it cannot read is "Z", which is no option, so it is wrong; the share of such answers is reported, because a model
-that lost the format and a model that lost the knowledge need different repairs.
+The rule is VLMEvalKit's exact matching, which needs no judge model and is not random. An answer
+that it cannot read becomes "Z", which is no option, so it is wrong. The share of such answers is
+reported, because a model that no longer follows the format needs another repair than one that no
+longer knows the answer.
 
 Source: arXiv 2209.09513 (the benchmark); VLMEvalKit's utils/matching_util.py (the rule).
 """
@@ -10,11 +11,12 @@ Source: arXiv 2209.09513 (the benchmark); VLMEvalKit's utils/matching_util.py (t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hipp_ext.evals.metrics import binomial_se
+from hipp_ext.evals.statistics import binomial_se
 
 UNREADABLE = "Z"
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_TAIL = 4  # a letter counts when its first place is among the last 4 words: "A." does, "A red square on top of" not
+# A letter counts if it first occurs among the last 4 words: in "A.", not in "A red square on top".
+_TAIL = 4
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -26,12 +28,13 @@ _REFUSALS = (
 def option_letter(answer: str, options: Mapping[str, object]) -> str:
     """The option that an answer means, or "Z" when it cannot be read: VLMEvalKit's exact matching.
 
-    The only option letter that occurs as a word, if it stands near the end; else the only option whose text occurs in
-    the answer, whatever the case, unless the answer is more than twice as long as all options together.
+    This is the only option letter that occurs as a word, if it is near the end. Otherwise it is the
+    only option whose text occurs in the answer, in upper or lower case, unless the answer is more
+    than twice as long as all options.
 
     Args:
-        answer: what the model said.
-        options: letter ("A" to "Z") to the option's text (numbers are read as their text).
+        answer: answer of the model.
+        options: text of each option by its letter ("A" to "Z"); numbers are read as text.
     """
     return _by_letter(answer, options) or _by_text(answer, options) or UNREADABLE
 
@@ -60,12 +63,14 @@ def _by_text(answer: str, options: Mapping[str, object]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """Scores of one group of questions. Rates and their standard errors (`_se`, binomial) are percentages, [0, 100].
+    """Scores of one group of questions. Rates and their standard errors (`_se`, binomial) are
+    percentages, [0, 100].
 
     Attributes:
-        n: questions.
-        accuracy: right answers; one that cannot be read is wrong. Higher is better.
-        unknown_rate: answers that cannot be read as an option.
+        n: number of questions.
+        accuracy: share of correct answers; an answer that cannot be read is wrong. Higher is
+            better.
+        unknown_rate: share of answers that cannot be read as an option.
     """
 
     n: int
@@ -84,19 +89,21 @@ def scienceqa_scores(
     """Scores in percent: "overall", then "<column>=<value>" for each value of each grouping column.
 
     Args:
-        answers: what the model said, one per question.
-        labels: the letter of the right option, one per question.
-        options: letter to text, one mapping per question.
-        groups: column name (such as "category") to the value of each question.
+        answers: answer of the model to each question.
+        labels: letter of the correct option of each question.
+        options: text of each option by its letter, for each question.
+        groups: value of each question by column name, such as "category".
 
     Raises:
-        ValueError: the sequences differ in length or are empty, or a label is not one of its question's options.
+        ValueError: the sequences differ in length or are empty, or a label is not one of its
+            question's options.
     """
     groups = groups or {}
     lengths = [len(answers), len(labels), len(options), *map(len, groups.values())]
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(
-            f"ScienceQA needs answers, labels, options and groups of one length, above 0; got {lengths}"
+            "ScienceQA needs answers, labels, options and groups of one length, above 0; got "
+            f"{lengths}"
         )
     for row, (label, choice) in enumerate(zip(labels, options, strict=True)):
         if label not in choice:
@@ -118,12 +125,9 @@ def scienceqa_scores(
 
 def _scores(letters: Sequence[str], labels: Sequence[str]) -> ChoiceScores:
     n = len(letters)
-    accuracy = 100 * sum(said == label for said, label in zip(letters, labels, strict=True)) / n
-    unknown = (
-        100
-        * sum(said == UNREADABLE != label for said, label in zip(letters, labels, strict=True))
-        / n
-    )
+    pairs = list(zip(letters, labels, strict=True))
+    accuracy = 100 * sum(letter == label for letter, label in pairs) / n
+    unknown = 100 * sum(letter == UNREADABLE != label for letter, label in pairs) / n
     return ChoiceScores(
         n=n,
         accuracy=accuracy,

@@ -1,33 +1,181 @@
-"""Two models on the same questions: is the difference real, and how many questions would show a smaller one?
+"""Standard errors of benchmark scores, and the comparison of two models that answer the same
+questions.
 
-Both models answer the same questions, so what is compared is question by question, which needs far fewer questions than
-comparing two accuracies with their error bars. And questions about one picture go wrong together: the intervals and
-p-values here draw whole pictures, except McNemar's test, which takes questions as independent. Where a picture has
-several questions, as in POPE, McNemar's p is too small as a rule, and is there to be compared with other people's.
+A benchmark asks several questions about one image, and a model that misreads the image misses them
+together. So rows are not independent, and an error bar that counts rows is too small: the bootstrap
+here draws whole images.
+
+Two models are compared question by question, which needs far fewer questions than a comparison of
+two accuracies with their error bars. McNemar's test takes questions as independent. Where an image
+has several questions, as in POPE, its p-value is usually too small; it is given because other
+people report it.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
-from hipp_ext.evals.metrics import cluster_resamples, cluster_sums
-
 RESAMPLES = 5000
-_MOST = 10**15  # questions; beyond it floats no longer count one by one
+MAX_QUESTIONS = 10**15  # larger numbers are no longer exact as floats
+_BLOCK = 64  # resamples per draw; the memory needed is 64 x clusters for a benchmark of any size
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, elementwise; 0 where `whole` is 0."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+def f1_percent(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
+    """F1 [%] from the numbers of true positives and of wrong answers of both kinds; 0 where both
+    are 0.
+    """
+    return 100 * ratio(2 * hits, 2 * hits + misses)
+
+
+def binomial_se(percent: float, n: int) -> float:
+    """Standard error [percentage points] of a share [0, 100] of n independent rows; NaN if n is 0.
+
+    It is 0 at 0 and at 100, where no spread was measured. That is not certainty.
+    """
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / n) if n else math.nan
+
+
+def without_nan(value: Any) -> Any:
+    """Numbers in nested dicts, with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_nan(own) for name, own in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def cluster_sums(counts: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """Column sums of each cluster in the order of first rows, shape (clusters, k)."""
+    counts = np.asarray(counts, dtype=float)
+    ids = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.zeros((len(ids), counts.shape[1]))
+    np.add.at(sums, [ids[cluster] for cluster in clusters], counts)
+    return sums
+
+
+def cluster_resamples(
+    counts: np.ndarray,
+    clusters: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> np.ndarray:
+    """The statistics of each resample of a bootstrap that draws whole clusters with replacement.
+
+    Args:
+        counts: what each row adds to each of k sums, shape (rows, k).
+        clusters: the cluster (image) of each row.
+        statistic: maps column sums, shape (..., k), to statistics, shape (..., m).
+        seed: random seed of the draws.
+        resamples: number of resamples, at least 2.
+
+    Returns:
+        Shape (resamples, m), in the unit of `statistic`; NaN with fewer than two clusters.
+
+    Raises:
+        ValueError: rows and clusters differ in number, or there are fewer than 2 resamples.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 6; clusters as in
+    Field and Welsh, "Bootstrapping clustered data" (2007), section 3.
+    """
+    counts = np.asarray(counts, dtype=float)
+    if len(counts) != len(clusters):
+        raise ValueError(f"{len(counts)} rows of counts, but {len(clusters)} clusters")
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, not {resamples}")
+    sums = cluster_sums(counts, clusters)
+    if len(sums) < 2:
+        return np.full((resamples, *np.asarray(statistic(counts.sum(axis=0))).shape), math.nan)
+    rng, drawn = np.random.default_rng(seed), []
+    shares = np.full(len(sums), 1 / len(sums))
+    for start in range(0, resamples, _BLOCK):
+        block = min(_BLOCK, resamples - start)
+        drawn.append(statistic(rng.multinomial(len(sums), shares, size=block) @ sums))
+    return np.concatenate(drawn)
+
+
+def clustered_se(
+    counts: np.ndarray,
+    clusters: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> np.ndarray:
+    """Standard errors of statistics of column sums, by a bootstrap that draws whole clusters with
+    replacement.
+
+    Returns:
+        Shape (m,), in the unit of `statistic`; NaN with fewer than two clusters.
+
+    Arguments, errors and source as `cluster_resamples`.
+    """
+    drawn = cluster_resamples(counts, clusters, statistic, seed=seed, resamples=resamples)
+    return drawn.std(axis=0, ddof=1)
+
+
+def rates_with_errors(
+    counts: np.ndarray,
+    clusters: Sequence[str],
+    names: Sequence[str],
+    rates: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    resamples: int,
+) -> dict[str, float]:
+    """The rates by name, and their standard errors under the names with `_se`.
+
+    Args:
+        counts: what each row adds to each of k sums, shape (rows, k).
+        clusters: the cluster (image) of each row.
+        names: the names of the m rates.
+        rates: maps column sums, shape (..., k), to rates, shape (..., m).
+        seed: random seed of the bootstrap over clusters.
+        resamples: number of resamples.
+    """
+    values = rates(counts.sum(axis=0))
+    errors = clustered_se(counts, clusters, rates, seed=seed, resamples=resamples)
+    found = {name: float(value) for name, value in zip(names, values, strict=True)}
+    return found | {f"{name}_se": float(error) for name, error in zip(names, errors, strict=True)}
+
+
+def clustered_mean_se(values: np.ndarray, clusters: Sequence[str]) -> float:
+    """Standard error of the mean of `values` when whole clusters are drawn, in closed form; NaN
+    below two clusters.
+
+    Source: Cochran, Sampling Techniques (3rd ed., 1977), section 6.3: the mean as a ratio of
+    cluster totals, linearised.
+    """
+    values = np.asarray(values, dtype=float)
+    sums = cluster_sums(np.stack([values, np.ones(len(values))], axis=1), clusters)
+    k = len(sums)
+    if k < 2:
+        return math.nan
+    residuals = sums[:, 0] - values.mean() * sums[:, 1]
+    return math.sqrt(k / (k - 1) * float(np.sum(residuals**2))) / len(values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its bootstrap error bar, all in the number's unit; the error bar is NaN for fewer than two clusters.
+    """A number with its bootstrap error bar, all in the unit of the number.
+
+    The error bar is NaN for fewer than two clusters.
 
     Attributes:
-        value: the number, from all rows.
-        se: standard error.
-        low, high: percentile interval.
-        p_value: two-sided, of the number being 0; below 1 - level exactly where the interval leaves 0 out, but for ties.
+        value: the number, computed from all rows.
+        se: its standard error.
+        low, high: its percentile interval.
+        p_value: two-sided p-value of the number being 0. It is below 1 - level exactly where the
+            interval excludes 0, except for ties.
     """
 
     value: float
@@ -49,17 +197,19 @@ def bootstrap_estimate(
     """One statistic of column sums, with its error bar from a bootstrap over clusters.
 
     Args:
-        counts: shape (rows, k).
+        counts: what each row adds to each of k sums, shape (rows, k).
         clusters: the cluster (image) of each row.
-        statistic: column sums, shape (..., k), to the statistic, shape (...).
-        level: of the interval, in (0, 1).
-        seed, resamples: of the bootstrap.
+        statistic: maps column sums, shape (..., k), to the statistic, shape (...).
+        level: confidence level of the interval, in (0, 1).
+        seed: random seed of the bootstrap.
+        resamples: number of resamples.
 
     Raises:
         ValueError: see `cluster_resamples`; or `level` is not in (0, 1).
 
-    Source: Efron and Tibshirani (1993), sections 13.3 (percentile interval) and 15.4 (the p-value that goes with it;
-    one is added to both counts, as in Davison and Hinkley (1997), section 4.2, so that it is never 0).
+    Source: Efron and Tibshirani (1993), sections 13.3 (percentile interval) and 15.4 (the p-value
+    that goes with it; one is added to both counts, as in Davison and Hinkley (1997), section 4.2,
+    so that it is never 0).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), not {level}")
@@ -83,17 +233,21 @@ def bootstrap_estimate(
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """How two models compare on the same questions. Rates and differences are percentages and points, [0, 100].
+    """How two models compare on the same questions. Rates are percentages, [0, 100]; differences
+    are percentage points.
 
     Attributes:
-        n: questions.
-        clusters: pictures (or questions, where each stands alone), over which the error bars are taken.
+        n: number of questions.
+        clusters: number of images over which the error bars are computed (of questions, where no
+            clusters were given).
         a, b: accuracy of the models. Higher is better.
-        difference: b - a, with error bar.
-        only_a, only_b: questions that only this model answers right (the discordant ones).
-        mcnemar_p: exact McNemar test, two-sided; questions taken as independent.
-        design_effect: how many times more questions the clusters cost than independent ones would; NaN if nothing is
-            discordant or there are fewer than two clusters.
+        difference: b - a, with its error bar.
+        only_a, only_b: number of questions that only this model answers correctly (the discordant
+            questions).
+        mcnemar_p: two-sided p-value of the exact McNemar test, which takes questions as
+            independent.
+        design_effect: how many times more clustered questions are needed than independent ones. NaN
+            if no question is discordant or there are fewer than two clusters.
     """
 
     n: int
@@ -108,34 +262,35 @@ class PairedDifference:
 
     @property
     def discordance(self) -> float:
-        """Questions that exactly one of the models answers right [%]."""
+        """Share of questions that exactly one of the models answers correctly [%]."""
         return 100 * (self.only_a + self.only_b) / self.n
 
 
 def paired_difference(
-    right_a: Sequence[bool],
-    right_b: Sequence[bool],
+    correct_a: Sequence[bool],
+    correct_b: Sequence[bool],
     clusters: Sequence[str] | None = None,
     *,
     level: float = 0.95,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> PairedDifference:
-    """Accuracy of B less accuracy of A on the same questions.
+    """The accuracies of A and B on the same questions, and their difference, B - A.
 
     Args:
-        right_a, right_b: whether each model is right, question by question.
-        clusters: the picture of each question; None takes every question as its own.
+        correct_a, correct_b: whether each model answers each question correctly.
+        clusters: the image of each question; None makes every question its own cluster.
         level, seed, resamples: see `bootstrap_estimate`.
 
     Raises:
         ValueError: the sequences differ in length or are empty.
     """
-    a, b = np.asarray(right_a, dtype=float), np.asarray(right_b, dtype=float)
+    a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
     clusters = [str(n) for n in range(len(a))] if clusters is None else clusters
     if not len(a) == len(b) == len(clusters) > 0:
         raise ValueError(
-            f"one length, above 0, is needed; got {len(a)}, {len(b)} and {len(clusters)}"
+            "correct_a, correct_b and clusters must have one length, above 0; "
+            f"got {len(a)}, {len(b)} and {len(clusters)}"
         )
     gain, n = b - a, len(a)
     counts = np.stack([gain, np.ones(n)], axis=1)
@@ -163,34 +318,24 @@ def paired_difference(
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Two-sided p of the exact McNemar test: each discordant question is a fair coin if the models are equally good.
+    """Two-sided p-value of the exact McNemar test.
 
-    Source: McNemar, Psychometrika 12 (1947); the exact binomial form as in Agresti, Categorical Data Analysis, 10.1.
+    If the models are equally good, either of them answers a discordant question correctly with
+    probability 1/2.
+
+    Source: McNemar, Psychometrika 12 (1947); the exact binomial form as in Agresti, Categorical
+    Data Analysis, 10.1.
 
     Raises:
-        ValueError: a count is negative, or more than 10^15 together.
+        ValueError: a count is negative, or their sum is more than 10^15.
     """
     from scipy.stats import binomtest
 
     if only_a < 0 or only_b < 0:
         raise ValueError(f"discordant counts cannot be negative: {only_a} and {only_b}")
-    if only_a + only_b > _MOST:
-        raise ValueError(f"discordant counts can be {_MOST:,} together, and are more")
+    if only_a + only_b > MAX_QUESTIONS:
+        raise ValueError(f"discordant counts can add up to {MAX_QUESTIONS:,}, and these are more")
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
-
-
-def clustered_mean_se(values: np.ndarray, clusters: Sequence[str]) -> float:
-    """Standard error of the mean of `values` when whole clusters are drawn, in closed form; NaN below two clusters.
-
-    Source: Cochran, Sampling Techniques (3rd ed., 1977), section 6.3: the mean as a ratio of cluster totals, linearised.
-    """
-    values = np.asarray(values, dtype=float)
-    sums = cluster_sums(np.stack([values, np.ones(len(values))], axis=1), clusters)
-    k = len(sums)
-    if k < 2:
-        return math.nan
-    residuals = sums[:, 0] - values.mean() * sums[:, 1]
-    return math.sqrt(k / (k - 1) * float(np.sum(residuals**2))) / len(values)
 
 
 def questions_needed(
@@ -201,22 +346,24 @@ def questions_needed(
     alpha: float = 0.05,
     design_effect: float = 1.0,
 ) -> int:
-    """How many questions show a true difference between two models with the wanted power, by McNemar's test.
+    """The number of questions with which McNemar's test shows a difference between two models with
+    a given power.
 
     Args:
-        difference: true difference of the accuracies [points], not 0; its sign does not matter.
-        discordance: questions that exactly one of the models answers right [%]; at least the difference.
-        power: probability of seeing the difference, in (0, 1).
-        alpha: two-sided level of the test, in (0, 1).
-        design_effect: as `PairedDifference` has it; multiplies the number.
+        difference: true difference of the accuracies [percentage points], not 0; the sign is
+            ignored.
+        discordance: share of questions that exactly one of the models answers correctly [%], at
+            least the difference.
+        power: probability that the test shows the difference, in (0, 1).
+        alpha: two-sided significance level of the test, in (0, 1).
+        design_effect: factor on the number of questions; see `PairedDifference`.
 
     Raises:
-        ValueError: an argument is outside its range; a difference above the discordance is impossible; one so small that
-            10^15 questions would not show it.
+        ValueError: an argument is outside its range, or more than 10^15 questions would be needed.
 
-    Source: Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43
-    (1987), 207-211, for the test without continuity correction; the exact test needs a little more. The design effect:
-    Kish, Survey Sampling (1965), section 8.2.
+    Source: Connor, "Sample size for testing differences in proportions for the paired-sample
+    design", Biometrics 43 (1987), 207-211, for the test without continuity correction; the exact
+    test needs slightly more. Design effect: Kish, Survey Sampling (1965), section 8.2.
     """
     delta, psi = abs(difference) / 100, discordance / 100
     if not 0 < delta <= psi <= 1:
@@ -225,13 +372,15 @@ def questions_needed(
         )
     if not (0 < power < 1 and 0 < alpha < 1 and design_effect > 0):
         raise ValueError(
-            f"power and alpha must be in (0, 1), design_effect above 0: {power}, {alpha}, {design_effect}"
+            f"power and alpha must be in (0, 1) and design_effect above 0; got {power}, {alpha} "
+            f"and {design_effect}"
         )
     quantile = NormalDist().inv_cdf
-    wanted = quantile(1 - alpha / 2) * math.sqrt(psi) + quantile(power) * math.sqrt(psi - delta**2)
-    needed = math.sqrt(design_effect) * wanted / delta  # its square may be more than a float holds
-    if not needed <= math.sqrt(_MOST):
+    scaled = quantile(1 - alpha / 2) * math.sqrt(psi) + quantile(power) * math.sqrt(psi - delta**2)
+    needed = math.sqrt(design_effect) * scaled / delta  # its square may exceed the largest float
+    if not needed <= math.sqrt(MAX_QUESTIONS):
         raise ValueError(
-            f"more than {_MOST:,} questions would be needed for a difference of {difference} points"
+            f"more than {MAX_QUESTIONS:,} questions would be needed for a difference of "
+            f"{difference} points"
         )
-    return math.ceil(design_effect * (wanted / delta) ** 2)
+    return math.ceil(design_effect * (scaled / delta) ** 2)

@@ -1,8 +1,9 @@
-"""VLMEvalKit TSV in, checked table out: every mistake in the file is named before a model is loaded.
+"""Reads VLMEvalKit TSVs and names every mistake in the file before a model is loaded.
 
-VLMEvalKit itself finds such mistakes after the last answer, or never: a wrong label only lowers the score. It also
-runs `eval` on cells of the columns index, image and image_path, and keeps a decoded picture under the row's index, so
-that a changed picture is not seen. Here nothing in a file is executed, and a picture is kept under its own hash.
+VLMEvalKit itself finds such mistakes after the last answer, or never: a wrong label only lowers the
+score. It also runs `eval` on cells of the columns index, image and image_path, and stores a decoded
+image under the index of its row, so that a changed image is not noticed. Here nothing in a file is
+executed, and an image is stored under its own hash.
 """
 
 import hashlib
@@ -38,10 +39,10 @@ _OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
 }
 _HOST = "https://opencompass.openxlab.space/"
 _ROOT_VARIABLE = "LMUData"
-_MOST_COLUMNS = 1000
-_BEGINNING = 64 << 20  # bytes in which header and first row end
+_MAX_COLUMNS = 1000
+_HEAD_BYTES = 64 << 20  # the header and the first row must end within these
 _CELL = re.compile(rb'(?:"[^"]*(?:""[^"]*)*"?)?[^\t\r\n]*')
-_MOST_SPLITS = 100  # each is scored, with a bootstrap of its own
+_MAX_SPLITS = 100  # each is scored with its own bootstrap
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,14 +50,18 @@ class Table:
     """A checked benchmark file.
 
     Attributes:
-        name: what the user calls it, such as "POPE".
+        name: name of the data set, such as "POPE".
         kind: `YES_NO` or `CHOICE`, which decides prompt and scoring.
-        path: the TSV.
-        frame: its rows, without the column image and with image_path, the absolute path of each row's picture.
-        images: SHA-256 of each row's picture.
-        content_hash: SHA-256 of the rows and their pictures; not of the file, so its name and layout do not matter.
-        without_image: rows left out because they have no picture (multiple choice only, as VLMEvalKit does).
-        official: whether the file is the published one, byte for byte; None where there is no published one.
+        path: path of the TSV.
+        frame: rows, without the column image and with image_path, the absolute path of each row's
+            image.
+        images: SHA-256 of each row's image.
+        content_hash: SHA-256 of the rows and their images. The name and the layout of the file do
+            not change it.
+        without_image: number of rows left out because they have no image (multiple choice only, as
+            in VLMEvalKit).
+        official: whether the file is the published one, byte for byte; None if there is no
+            published one.
     """
 
     name: str
@@ -70,7 +75,7 @@ class Table:
 
 
 def data_root(lmu_data: str | Path | None = None) -> Path:
-    """`lmu_data`, else $LMUData, else ~/LMUData: where VLMEvalKit looks too. Never created."""
+    """The folder `lmu_data`, else $LMUData, else ~/LMUData, as in VLMEvalKit."""
     return Path(lmu_data or os.environ.get(_ROOT_VARIABLE) or Path.home() / "LMUData").expanduser()
 
 
@@ -78,13 +83,15 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
     """Name and path of a benchmark given as a known name or as NAME=PATH.
 
     Raises:
-        DataError: the name is not known, is not fit for a folder, or there is no such file.
+        DataError: the name is unknown or cannot be the name of a folder, or the file does not
+            exist.
     """
     name, given, path = data.partition("=")
     if given:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
             raise DataError(
-                f"{data!r}: a data set's name is of letters, digits, '_', '.' and '-', as in mine=FILE"
+                f"{data!r}: the name of a data set consists of letters, digits, '_', '.' and '-', "
+                "as in mine=FILE"
             )
         if not Path(path).expanduser().is_file():
             raise DataError(f"{data!r}: there is no file {path!r}")
@@ -98,23 +105,26 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
     file = data_root(lmu_data) / f"{name}.tsv"
     if not file.is_file():
         raise DataError(
-            f"{name}: there is no {file}. Make one with `hipp data` (from COCO, POPE's or ScienceQA's files) or "
-            f"`hipp testbed export`, or get the published file from "
+            f"{name}: there is no {file}. Make one with `hipp data` (from COCO, POPE's or "
+            "ScienceQA's files) or `hipp testbed export`, or get the published file from "
             f"{_HOST}{_OFFICIAL[name][0]}; its folder is --lmu-data, else $LMUData, else ~/LMUData"
         )
     return name, file.resolve()
 
 
 def read_table(path: str | Path, image_folder: str | Path, *, name: str | None = None) -> Table:
-    """The checked table of a TSV; its pictures are written to `image_folder`, each under its own hash.
+    """The checked table of a TSV; its images are written to `image_folder`, each under its own
+    hash.
 
-    A file that has a column A or B is multiple choice, any other is yes/no, unless `name` is a known benchmark.
-    Cells are read as VLMEvalKit reads them: an empty cell, and one that says NA, None or null, is missing.
+    A file with a column A or B is multiple choice and any other is yes/no, unless `name` is a known
+    benchmark. Cells are read as in VLMEvalKit: an empty cell and the texts NA, None and null mean
+    that the cell is missing.
 
     Raises:
-        DataError: the file is empty or not a TSV, lacks a column or a cell, repeats an index, has a picture that
-            cannot be decoded, several pictures or one outside the file's folder, or an answer that its question does not
-            offer. The message names the row.
+        DataError: the file is empty or not a TSV, a column or a cell is missing, an index is
+            repeated, an image cannot be decoded or is outside the file's folder, a row has several
+            images, or an answer is not among the options of its question. The message names the
+            row.
     """
     path = Path(path)
     with open_plain(path, TABLE_BYTES, "table") as file:
@@ -130,9 +140,9 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
         )
     frame = (_check_yes_no if kind == YES_NO else _check_choices)(path, frame, rows)
     total = len(frame)
-    if (
-        kind == YES_NO
-    ):  # VLMEvalKit leaves out rows without a picture: usual in ScienceQA, a mistake in POPE
+    # VLMEvalKit leaves out rows without an image. They are usual in ScienceQA and a mistake in
+    # POPE.
+    if kind == YES_NO:
         _check_cells(path, frame, [picture_column(frame)])
     frame, images = store_pictures(path, frame, Path(image_folder))
     text = frame.drop(columns="image_path").assign(image=list(images)).to_csv(index=False)
@@ -150,9 +160,10 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
 
 
 def _check_bytes(path: Path, file: BinaryIO) -> str:
-    """The MD5 of the file, when it has no null byte, at which parsers stop or stumble, and no more columns than a benchmark.
+    """The MD5 of the file; DataError if it has null bytes or too many columns.
 
-    pandas takes columns beyond those of the header for an index of many levels if the first row has them, and each takes time.
+    Parsers stop at null bytes. pandas takes columns of the first row beyond the header for an index
+    with many levels, and each level takes time.
     """
     digest, beginning = hashlib.md5(), bytearray()
     while chunk := file.read(1 << 20):
@@ -161,7 +172,7 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
                 f"{path} cannot be read as tab-separated UTF-8 text: it holds null bytes"
             )
         digest.update(chunk)
-        if len(beginning) < _BEGINNING:
+        if len(beginning) < _HEAD_BYTES:
             beginning += chunk
     file.seek(0)
     at, columns = 0, 0
@@ -170,17 +181,20 @@ def _check_bytes(path: Path, file: BinaryIO) -> str:
     first = 0
     while first <= 1 and at < len(beginning):  # the first row; pandas skips empty lines
         first, at = _fields(beginning, at)
-    if max(columns, first) > _MOST_COLUMNS:
+    if max(columns, first) > _MAX_COLUMNS:
         raise DataError(
-            f"{path} cannot be read as the table of a benchmark: a row has more than {_MOST_COLUMNS:,} cells"
+            f"{path} cannot be read as the table of a benchmark: a row has more than "
+            f"{_MAX_COLUMNS:,} cells"
         )
     return digest.hexdigest()
 
 
 def _fields(text: bytearray, at: int) -> tuple[int, int]:
-    """How many cells the row that begins at `at` has, and where the next row begins; counting stops at too many."""
+    """Number of cells of the row that starts at `at`, counted up to the limit, and the start of the
+    next row.
+    """
     count = 0
-    while count <= _MOST_COLUMNS:
+    while count <= _MAX_COLUMNS:
         count += 1
         end = _CELL.match(text, at)
         at = (end.end() if end else len(text)) + 1
@@ -194,17 +208,12 @@ def _read_tsv(path: Path, file: BinaryIO) -> "pd.DataFrame":
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", pd.errors.DtypeWarning
-            )  # mixed columns are checked cell by cell below
+            # Columns of mixed types are checked cell by cell below.
+            warnings.simplefilter("ignore", pd.errors.DtypeWarning)
             frame = pd.read_csv(file, sep="\t", compression=None)
     except pd.errors.EmptyDataError:
         raise DataError(f"{path} is empty") from None
-    except (
-        ValueError,
-        OverflowError,
-        OSError,
-    ) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+    except (ValueError, OverflowError, OSError) as error:  # the first includes ParserError
         raise DataError(f"{path} cannot be read as tab-separated UTF-8 text: {error}") from error
     if not len(frame):
         raise DataError(f"{path} is empty: it has a header and no rows")
@@ -220,8 +229,8 @@ def _check_columns(path: Path, frame: "pd.DataFrame", kind: str) -> None:
         missing.append("image (or image_path)")
     if missing:
         raise DataError(
-            f"{path}: missing column {', '.join(missing)}; a {kind} table has it, this one has "
-            f"{shown(', '.join(map(str, frame.columns)), 500)}"
+            f"{path}: missing column {', '.join(missing)}; a {kind} table needs it, and this one "
+            f"has {shown(', '.join(map(str, frame.columns)), 500)}"
         )
 
 
@@ -243,7 +252,7 @@ def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.Dat
                 f"{path}: {row} has the answer {answer!r}; it must be Yes or No, in this spelling "
                 "(a multiple-choice table has option columns A, B, ...)"
             )
-    # VLMEvalKit would take "random, popular" for two splits of which one is called " popular".
+    # VLMEvalKit would read "random, popular" as two splits, one of them named " popular".
     lists = [
         [split.strip() for split in str(cell).split(",") if split.strip()]
         for cell in frame["category"]
@@ -251,12 +260,13 @@ def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.Dat
     for row, splits, cell in zip(rows, lists, frame["category"], strict=True):
         if not splits or not isinstance(cell, str) or "overall" in splits:
             raise DataError(
-                f"{path}: {row} has the category {cell!r}; it must be a comma list of split names, "
-                "such as random,popular; overall is taken"
+                f"{path}: {row} has the category {cell!r}; it must be comma-separated split names, "
+                "such as random,popular; the name overall is reserved"
             )
-    if len(distinct := {split for splits in lists for split in splits}) > _MOST_SPLITS:
+    if len(distinct := {split for splits in lists for split in splits}) > _MAX_SPLITS:
         raise DataError(
-            f"{path}: the column category names {len(distinct):,} splits; {_MOST_SPLITS} can be scored"
+            f"{path}: the column category names {len(distinct):,} splits; at most {_MAX_SPLITS} "
+            "can be scored"
         )
     return frame.assign(category=[",".join(splits) for splits in lists])
 
@@ -265,8 +275,9 @@ def _check_choices(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.Da
     for row, answer, options in zip(rows, frame["answer"], row_options(frame), strict=True):
         if answer not in options:
             raise DataError(
-                f"{path}: {row} has the answer {answer!r}; its options are {', '.join(options) or 'none'} "
-                "(VLMEvalKit takes an option that reads NA, None or null for a missing one)"
+                f"{path}: {row} has the answer {answer!r}; its options are "
+                f"{', '.join(options) or 'none'} (VLMEvalKit takes an option with the text NA, "
+                "None or null for a missing one)"
             )
     groups = [column for column in GROUP_COLUMNS if column in frame]
     unused = [column for column in groups if all(frame[column].isna().tolist())]
@@ -275,7 +286,7 @@ def _check_choices(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.Da
 
 
 def row_options(frame: "pd.DataFrame") -> list[dict[str, object]]:
-    """Letter to text for each row, leaving out missing ones."""
+    """The options of each row, as text by letter; missing ones are left out."""
     letters = [letter for letter in string.ascii_uppercase if letter in frame]
     present = {letter: frame[letter].notna().tolist() for letter in letters}
     texts = {letter: frame[letter].tolist() for letter in letters}

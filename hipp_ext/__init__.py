@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hipp_ext.calibration import Calibration
     from hipp_ext.plan import PruningPlan
     from hipp_ext.planner import HiPPPlanner
     from hipp_ext.preference import Preference
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hipp_ext.surgery.prune import prune
 
 __all__ = [
+    "Calibration",
     "HiPPPlanner",
     "Preference",
     "PruningPlan",
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 # Names are imported when they are asked for (PEP 562), so that importing one part, as commands do, does not wait for all.
 _HOMES = {
+    "Calibration": "calibration",
     "HiPPPlanner": "planner",
     "Preference": "preference",
     "PruningPlan": "plan",

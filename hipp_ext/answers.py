@@ -1,12 +1,13 @@
 """Answers scored in one forward pass: the next-token distribution where the answer would start.
 
-Everything before the language tower (vision tower, projector, embeddings) is computed once and replayed, because a
-plan for the language tower does not change it. Rows that begin with the same pictures share that beginning: POPE asks
-six questions about one picture, and LLaVA-1.5 spends 576 of some 620 tokens on it.
+Everything before the language tower (vision tower, projector, embeddings) is computed once and
+replayed, because a plan for the language tower does not change it. Examples that start with the
+same images share this prefix: POPE asks six questions about one image, and LLaVA-1.5 spends 576 of
+about 620 tokens on it.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
 from hipp_ext.scorers.base import evaluating, forward, valid_tokens
 
-SIMPLE = {
+SIMPLE_INPUTS = {
     "inputs_embeds",
     "attention_mask",
     "position_ids",
@@ -28,31 +29,34 @@ SIMPLE = {
     "use_cache",
     "cache_position",
 }
-MEMORY_LIMIT = 2 << 30  # bytes that keys and values of beginnings take, in all layers
+MEMORY_LIMIT = 2 << 30  # bytes of the keys and values of prefixes, in all layers
 
 
 class AnswerLogits:
-    """`logits(model)` gives, for every row of `batches`, the logits of the token that would answer it.
+    """`logits(model)` returns the logits of the token that would answer each example of `batches`.
 
-    The answer starts at the first label, or after the last token where a batch has no labels.
+    The answer starts at the first label, or after the last token in a batch without labels.
 
-    What is kept between calls are the inputs of the language tower, what rows share once, on the device of the embeddings: by
-    that, 1.2 GB for 192 questions of POPE and of ScienceQA to LLaVA-1.5-7B in bfloat16, and as much again while they are
-    made. A call needs up to `memory_limit` for keys and values, and one layer's activations, the keys and values of its rows
-    among them.
+    The inputs of the language tower are kept between calls, shared prefixes once, on the device of
+    the embeddings: 1.2 GB for 192 questions of POPE and of ScienceQA to LLaVA-1.5-7B in bfloat16,
+    and twice as much while they are computed. A call needs up to `memory_limit` for keys and
+    values, and the activations of one layer, which include the keys and values of its examples.
 
     Args:
-        model: measured once on `batches`; later calls may prune, mask or slice its language tower, and nothing else.
-        batches: as the model's forward takes them.
-        share: compute what rows have in common (everything up to their last picture) once per call. Same logits up to
-            rounding. Models whose decoder is not plainly causal are replayed batch by batch instead.
-        memory_limit: for keys and values of what rows have in common [bytes]; fewer beginnings run together where they would
-            take more, one at least.
+        model: the model, which is run once on `batches`. Later calls may prune, mask or slice its
+            language tower only.
+        batches: inputs of the model's forward.
+        share: compute what examples share (everything up to their last image) once per call. The
+            logits are the same up to rounding. Models whose decoder is not plainly causal are
+            replayed batch by batch instead.
+        memory_limit: size of the keys and values of shared prefixes [bytes]. If they need more,
+            fewer prefixes run together, but at least one.
 
-    What comes out is compared once, on the first batch, with `model(**batch).logits`.
+    On the first batch the result is compared with `model(**batch).logits`.
 
     Raises:
-        UnsupportedModelError: weights are offloaded, or the answers are not what the model's own logits say.
+        UnsupportedModelError: weights are offloaded, or the answers differ from the model's own
+            logits.
     """
 
     def __init__(
@@ -63,48 +67,45 @@ class AnswerLogits:
         share: bool = True,
         memory_limit: int = MEMORY_LIMIT,
     ):
-        rows: list[_Row] = []
-        beginnings: dict[bytes, Tensor] = {}
-        places: list[int] = []  # of `rows` among all rows
-        self._replayed: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        begun = 0
-        token = image_token_id(model)
+        examples: list[_Example] = []
+        prefixes: dict[bytes, Tensor] = {}
+        order: list[int] = []  # place of each of `examples` among all examples
+        self._replayed: list[tuple[dict[str, Any], Tensor]] = []
+        replayed_order: list[int] = []
+        n_seen = 0
+        image_token = image_token_id(model)
         check_loaded(model)
         self._head = OutputHead()
         size = max((len(batch["input_ids"]) for batch in batches), default=1)
-        self._limit = (size, memory_limit // _cache_bytes(model))
+        self._limits = (size, memory_limit // _cache_bytes(model))
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
                 inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
-                index = torch.arange(begun, begun + len(position))
-                begun += len(position)
-                if number == 0 and not self._check(
-                    model, batch, inputs, position, share and _plainly_causal(model, inputs)
-                ):
-                    share = False
-                if share and _plainly_causal(model, inputs):
-                    rows += _rows(inputs, batch, position, token, beginnings)
-                    places += index.tolist()
+                index = range(n_seen, n_seen + len(position))
+                n_seen += len(position)
+                causal = share and _plainly_causal(model, inputs)
+                if number == 0 and not self._check(model, batch, inputs, position, causal):
+                    share = causal = False
+                if causal:
+                    examples += _examples(inputs, batch, position, image_token, prefixes)
+                    order += index
                 else:
-                    self._replayed.append((inputs, position, index))
-        self._chunks = list(_chunks(rows, *self._limit))
-        indices = [torch.tensor(places)[chunk.index] for chunk in self._chunks] + [
-            index for *_, index in self._replayed
-        ]
-        self._order = torch.argsort(torch.cat(indices))
+                    self._replayed.append((inputs, position))
+                    replayed_order += index
+        self._batches = list(_prefix_batches(examples, *self._limits))
+        order = [order[i] for batch in self._batches for i in batch.index] + replayed_order
+        self._order = torch.argsort(torch.tensor(order))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Float[Tensor, "rows vocabulary"]:
-        """float32, on the CPU, in the order of the batches' rows."""
+    def __call__(self, model: nn.Module) -> Float[Tensor, "examples vocabulary"]:
+        """The logits, float32, on the CPU, in the order of the examples."""
         with evaluating(model):
-            answers = [self._run(model, chunk) for chunk in self._chunks]
-            answers += [
-                self._replay(model, inputs, position) for inputs, position, _ in self._replayed
-            ]
+            answers = [self._run(model, batch) for batch in self._batches]
+            answers += [self._replay(model, *replayed) for replayed in self._replayed]
         return torch.cat(answers)[self._order]
 
-    def _run(self, model: nn.Module, chunk: "_Chunk") -> Tensor:
-        return self._read(model, chunk.last_hidden(decoder(model)), chunk.position)
+    def _run(self, model: nn.Module, batch: "_PrefixBatch") -> Tensor:
+        return self._read(model, batch.last_hidden(decoder(model)), batch.position)
 
     def _replay(self, model: nn.Module, inputs: dict[str, Any], position: Tensor) -> Tensor:
         return self._read(model, decoder(model)(**inputs).last_hidden_state, position)
@@ -115,202 +116,213 @@ class AnswerLogits:
     def _check(
         self, model: nn.Module, batch: Batch, inputs: dict[str, Any], position: Tensor, share: bool
     ) -> bool:
-        """Find the model's head; False where rows that share beginnings get other logits than the model's own."""
+        """Find the model's head; False if shared prefixes change the logits."""
         self._head, expected = fit_output_head(model, batch, position)
 
         def fits(answers: Tensor) -> bool:
-            return float((answers - expected).abs().max()) <= tolerance(
-                model, expected, roundings=16
-            )
+            error = float((answers - expected).abs().max())
+            return error <= tolerance(model, expected, roundings=16)
 
         if share:
-            rows = list(_rows(inputs, batch, position, image_token_id(model), {}))
-            chunks = list(_chunks(rows, *self._limit))
-            order = torch.argsort(torch.cat([torch.as_tensor(chunk.index) for chunk in chunks]))
-            if fits(torch.cat([self._run(model, chunk) for chunk in chunks])[order]):
+            examples = list(_examples(inputs, batch, position, image_token_id(model), {}))
+            batches = list(_prefix_batches(examples, *self._limits))
+            order = torch.argsort(torch.tensor([i for own in batches for i in own.index]))
+            if fits(torch.cat([self._run(model, own) for own in batches])[order]):
                 return True
         if not fits(self._replay(model, inputs, position)):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: its language tower, called again with the same inputs, gives other logits than the "
-                "model, so that plans cannot be compared by it."
+                f"{type(model).__name__}: its language tower, called again with the same inputs, "
+                "returns other logits than the model, so plans cannot be compared with it."
             )
         return not share
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One row without its padding, up to the token that the answer follows; `begin` is one tensor for all rows of a `key`."""
+class _Example:
+    """One row without its padding, up to the token before the answer.
 
-    begin: Float[Tensor, "P hidden"]
+    Attributes:
+        prefix: embeddings up to the last image; one tensor for all examples with the same `key`.
+        rest: embeddings after the prefix.
+        position_ids: position ids of both; None if the decoder computes its own.
+        key: hash of the prefix.
+    """
+
+    prefix: Float[Tensor, "P hidden"]
     rest: Float[Tensor, "S hidden"]
-    places: Int[Tensor, "... tokens"] | None
+    position_ids: Int[Tensor, "... tokens"] | None
     key: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """Rows run together: their distinct beginnings first, then what follows, reading the keys and values of its beginning.
+class _PrefixBatch:
+    """Examples that run together: first their distinct prefixes, then the rest of each.
 
     Attributes:
-        begin: (beginnings, P, hidden) embeddings; P may be 0.
-        begin_places, places: position ids, or None where the decoder counts for itself.
-        owner: (rows,) which beginning a row has; on the CPU, for layers may lie on several devices.
-        rest: (rows, S, hidden) right-padded; nothing looks ahead, so the padding needs no mask.
-        position: (rows,) index into `rest` of the token that the answer follows.
-        index: (rows,) place of each row among those that share.
+        prefix: embeddings, shape (prefixes, P, hidden); P may be 0.
+        prefix_position_ids, position_ids: position ids, or None if the decoder computes its own.
+        prefix_index: prefix of each example, shape (examples,), on the CPU because layers may be on
+            several devices.
+        rest: embeddings, shape (examples, S, hidden), padded on the right. No token attends to a
+            later one, so the padding needs no mask.
+        position: index into `rest` of the token before the answer, shape (examples,).
+        index: place of each example among those that share.
     """
 
-    begin: Tensor
-    begin_places: Tensor | None
-    owner: Tensor
+    prefix: Tensor
+    prefix_position_ids: Tensor | None
+    prefix_index: Tensor
     rest: Tensor
-    places: Tensor | None
+    position_ids: Tensor | None
     position: Tensor
-    index: Tensor
+    index: tuple[int, ...]
 
-    def last_hidden(self, tower: nn.Module) -> Float[Tensor, "rows S hidden"]:
-        """Hidden states of `rest` after the whole tower."""
+    def last_hidden(self, tower: nn.Module) -> Float[Tensor, "examples S hidden"]:
+        """Hidden states of `rest` after the language tower."""
         cache = None
-        if self.begin.shape[1]:
+        if self.prefix.shape[1]:
             cache = tower(
-                inputs_embeds=self.begin, position_ids=self.begin_places, use_cache=True
+                inputs_embeds=self.prefix, position_ids=self.prefix_position_ids, use_cache=True
             ).past_key_values
             for layer in cache.layers:
-                _hand_out(layer, self.owner)
+                _prepend(layer, self.prefix_index)
         return tower(
             inputs_embeds=self.rest,
-            position_ids=self.places,
+            position_ids=self.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
 
-def _hand_out(layer: Any, owner: Tensor) -> None:
-    """Make a cache layer of beginnings one that rows read before their own keys and values, and that none adds to.
+def _prepend(layer: Any, prefix_index: Tensor) -> None:
+    """Make a cache layer return each example's prefix before its own keys and values.
 
-    The rows get them when it is the layer's turn: in all layers at once they would take the beginnings' memory once per row.
+    They are copied per example when the layer runs. Copies in all layers at once would need the
+    memory of a prefix once per example.
     """
-    begin_keys, begin_values = (
-        layer.keys,
-        layer.values,
-    )  # and not the layer: it would hold itself, and be freed late
+    # The closure must not hold the layer: the cycle would delay the release of its memory.
+    prefix_keys, prefix_values = layer.keys, layer.values
 
     def update(keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        rows = owner.to(keys.device)
-        return torch.cat([begin_keys[rows], keys], -2), torch.cat([begin_values[rows], values], -2)
+        index = prefix_index.to(keys.device)
+        return (
+            torch.cat([prefix_keys[index], keys], -2),
+            torch.cat([prefix_values[index], values], -2),
+        )
 
     layer.update = update
 
 
 def _cache_bytes(model: nn.Module) -> int:
-    """Bytes that keys and values of one token take in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     config = _config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return 2 * config.num_hidden_layers * width * next(model.parameters()).element_size()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element_size = next(model.parameters()).element_size()
+    return 2 * config.num_hidden_layers * heads * head_dim * element_size
 
 
 def _config(model: nn.Module) -> Any:
-    """Of the language tower."""
+    """The configuration of the language tower."""
     tower: Any = decoder(model)
     return tower.config.get_text_config()
 
 
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether the decoder takes embeddings, a padding mask and positions, and looks back as far as there are tokens."""
+    """Whether the decoder takes one padding mask and attends to all earlier tokens."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
     window = getattr(_config(model), "sliding_window", None)
+    others = [value for name, value in inputs.items() if name not in SIMPLE_INPUTS]
     return (
         embeds is not None
-        and all(
-            k in SIMPLE or not isinstance(v, Tensor | list | tuple | dict)
-            for k, v in inputs.items()
-        )
-        and (
-            mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        )  # several masks are a dictionary
+        and not any(isinstance(value, Tensor | list | tuple | dict) for value in others)
+        # Several masks come as a dictionary.
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         and (window is None or window >= embeds.shape[1])
     )
 
 
-def _rows(
+def _examples(
     inputs: dict[str, Any],
     batch: Batch,
     position: Tensor,
     image_token: int | None,
-    beginnings: dict[bytes, Tensor],
-) -> Iterator[_Row]:
-    """The rows of a batch. `beginnings` holds those of earlier batches, and of these rows afterwards."""
-    embeds, places = inputs["inputs_embeds"], inputs.get("position_ids")
+    prefixes: dict[bytes, Tensor],
+) -> Iterator[_Example]:
+    """The examples of a batch. `prefixes` holds those of earlier batches; new ones are added."""
+    embeds, position_ids = inputs["inputs_embeds"], inputs.get("position_ids")
     valid = valid_tokens(batch).to(embeds.device)
     for i, end in enumerate(position.tolist()):
         keep = valid[i, : end + 1].nonzero()[:, 0]
         ids = batch["input_ids"].to(keep.device)[i, keep]
-        pictured = (ids == image_token).nonzero() if image_token is not None else ids[:0]
-        # At least one token stays behind to be read.
-        shared = min(int(pictured[-1]) + 1, len(keep) - 1) if len(pictured) else 0
-        place = None if places is None else places[..., i if places.shape[-2] > 1 else 0, keep]
-        begin = embeds[i, keep[:shared]]
-        digest = hashlib.sha256(begin.float().cpu().numpy().tobytes())
-        if place is not None:
-            digest.update(place[..., :shared].cpu().numpy().tobytes())
-        key = digest.digest() if shared else b""
-        yield _Row(
-            begin=beginnings.setdefault(key, begin),
-            rest=embeds[i, keep[shared:]],
-            places=place,
+        image_places = (ids == image_token).nonzero() if image_token is not None else ids[:0]
+        # At least one token must follow the prefix, so that there is an output to read.
+        length = min(int(image_places[-1]) + 1, len(keep) - 1) if len(image_places) else 0
+        own_ids = None
+        if position_ids is not None:
+            own_ids = position_ids[..., i if position_ids.shape[-2] > 1 else 0, keep]
+        prefix = embeds[i, keep[:length]]
+        digest = hashlib.sha256(prefix.float().cpu().numpy().tobytes())
+        if own_ids is not None:
+            digest.update(own_ids[..., :length].cpu().numpy().tobytes())
+        key = digest.digest() if length else b""
+        yield _Example(
+            prefix=prefixes.setdefault(key, prefix),
+            rest=embeds[i, keep[length:]],
+            position_ids=own_ids,
             key=key,
         )
 
 
-def _chunks(rows: Sequence[_Row], size: int, tokens: int) -> Iterator[_Chunk]:
-    """Rows of one length of beginning together, those of one beginning side by side.
+def _prefix_batches(
+    examples: Sequence[_Example], size: int, max_tokens: int
+) -> Iterator[_PrefixBatch]:
+    """Batches of examples whose prefixes have one length; equal prefixes are neighbours.
 
-    `size` rows at a time, or fewer: those whose different beginnings have `tokens` tokens in all, of one beginning at least.
+    A batch has at most `size` examples, and its distinct prefixes have at most `max_tokens` tokens;
+    one prefix may have more.
     """
-    order = sorted(
-        range(len(rows)), key=lambda i: (len(rows[i].begin), rows[i].key, len(rows[i].rest))
-    )
-    some: list[int] = []
-    for i in order:
-        length, distinct = len(rows[i].begin), len({rows[j].key for j in [*some, i]})
-        too_long = distinct > 1 and distinct * length > tokens
-        if some and (len(some) == size or len(rows[some[0]].begin) != length or too_long):
-            yield _chunk([rows[j] for j in some], some)
-            some = []
-        some.append(i)
-    if some:
-        yield _chunk([rows[j] for j in some], some)
+
+    def order(i: int) -> tuple[int, bytes, int]:
+        return len(examples[i].prefix), examples[i].key, len(examples[i].rest)
+
+    index: list[int] = []
+    for i in sorted(range(len(examples)), key=order):
+        length, distinct = len(examples[i].prefix), len({examples[j].key for j in [*index, i]})
+        too_long = distinct > 1 and distinct * length > max_tokens
+        full = len(index) == size or too_long
+        if index and (full or len(examples[index[0]].prefix) != length):
+            yield _prefix_batch([examples[j] for j in index], index)
+            index = []
+        index.append(i)
+    if index:
+        yield _prefix_batch([examples[j] for j in index], index)
 
 
-def _chunk(rows: Sequence[_Row], index: Sequence[int]) -> _Chunk:
-    shared = len(rows[0].begin)
-    first = {row.key: row for row in reversed(rows)}  # one row per beginning
+def _prefix_batch(examples: Sequence[_Example], index: Sequence[int]) -> _PrefixBatch:
+    length = len(examples[0].prefix)
+    first = {example.key: example for example in reversed(examples)}  # one example per prefix
     number = {key: n for n, key in enumerate(first)}
-    rest = nn.utils.rnn.pad_sequence([row.rest for row in rows], batch_first=True)
-    return _Chunk(
-        begin=torch.stack([row.begin for row in first.values()]),
-        begin_places=_stack_places(
-            [row.places for row in first.values()], slice(0, shared), shared
-        ),
-        owner=torch.tensor([number[row.key] for row in rows]),
+    rest = nn.utils.rnn.pad_sequence([example.rest for example in examples], batch_first=True)
+    return _PrefixBatch(
+        prefix=torch.stack([example.prefix for example in first.values()]),
+        prefix_position_ids=_stack_position_ids(first.values(), slice(0, length), length),
+        prefix_index=torch.tensor([number[example.key] for example in examples]),
         rest=rest,
-        places=_stack_places([row.places for row in rows], slice(shared, None), rest.shape[1]),
-        position=torch.tensor([len(row.rest) - 1 for row in rows]),
-        index=torch.tensor(index),
+        position_ids=_stack_position_ids(examples, slice(length, None), rest.shape[1]),
+        position=torch.tensor([len(example.rest) - 1 for example in examples]),
+        index=tuple(index),
     )
 
 
-def _stack_places(places: Sequence[Tensor | None], part: slice, length: int) -> Tensor | None:
-    """(..., rows, length) position ids of part of every row, padded at the end."""
+def _stack_position_ids(examples: Iterable[_Example], part: slice, length: int) -> Tensor | None:
+    """Position ids of part of every example, shape (..., examples, length), padded on the right."""
     padded = []
-    for place in places:
-        if place is None:
+    for example in examples:
+        if example.position_ids is None:
             return None
-        cut = place[..., part]
-        padded.append(nn.functional.pad(cut, (0, length - cut.shape[-1])))
+        ids = example.position_ids[..., part]
+        padded.append(nn.functional.pad(ids, (0, length - ids.shape[-1])))
     return torch.stack(padded, -2)
 
 
@@ -336,16 +348,12 @@ def _decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return captured
 
 
-def _answer_positions(batch: Batch) -> Tensor:
-    """(batch,) index of the token whose output predicts the answer's first token."""
+def _answer_positions(batch: Batch) -> Int[Tensor, " batch"]:
+    """Index of the token whose output predicts the first token of each answer."""
     length = batch["input_ids"].shape[1]
-    if "labels" in batch:
-        answered = batch["labels"] != -100
-        first = torch.argmax(answered.int(), 1)
-        # A row without any label is answered after its last token, like a batch without labels.
-        return torch.where(answered.any(1), first - 1, _last_token(batch, length)).clamp_min(0)
-    return _last_token(batch, length)
-
-
-def _last_token(batch: Batch, length: int) -> Tensor:
-    return length - 1 - torch.argmax(valid_tokens(batch).int().flip(1), 1)
+    last = length - 1 - torch.argmax(valid_tokens(batch).int().flip(1), 1)
+    if "labels" not in batch:
+        return last
+    answered = batch["labels"] != -100
+    # A row without labels is answered after its last token, as in a batch without labels.
+    return torch.where(answered.any(1), torch.argmax(answered.int(), 1) - 1, last).clamp_min(0)

@@ -2,12 +2,14 @@
 
 An allocation says how strongly each group should be kept (one logit per group; only differences
 count). The budget says how much may stay in all. Every allocator meets every budget exactly,
-because one function turns allocations into keep counts."""
+because one function turns allocations into keep counts.
+"""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from hipp_ext.groups import Group
 from hipp_ext.quantities import finite, whole
 
 MIN_KEEP = 0.1
+Drop = Literal["none", "blocks", "layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +32,15 @@ class Bounds:
             always stays. A mapping from group name to fraction sets it for single groups; the
             default applies to the others.
         max_keep: largest fraction of the units of a group that stays, in [min_keep, 1].
+        drop: "blocks": a group may also keep nothing, then its attention or FFN block is dropped;
+            "layers": only both blocks of a layer together; "none": no block is dropped. A tower
+            always keeps one block, or layer, at least.
     """
 
     round_to: int = 1
     min_keep: float | Mapping[str, float] = MIN_KEEP
     max_keep: float = 1.0
+    drop: Drop = "none"
 
     def __post_init__(self) -> None:
         multiple = whole(self.round_to)
@@ -51,9 +58,11 @@ class Bounds:
             object.__setattr__(self, "min_keep", largest)
         if largest > self.max_keep:
             raise BudgetError(f"min_keep={self.min_keep} is larger than max_keep={self.max_keep}.")
+        if self.drop not in get_args(Drop):
+            raise BudgetError(f"drop={self.drop!r}: one of {get_args(Drop)} is needed.")
 
     def steps(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """(least allowed keep count, units per step) of every group; see also `most`."""
+        """(least keep count that is no drop, units per step) of every group; see also `most`."""
         if isinstance(self.min_keep, Mapping) and (
             unknown := set(self.min_keep) - {g.name for g in groups}
         ):
@@ -66,6 +75,20 @@ class Bounds:
         """Largest allowed keep count of every group."""
         least, step = self.steps(groups)
         return _most(self.max_keep, [g.width for g in groups], least, step)
+
+    def smallest(self, groups: Sequence[Group]) -> np.ndarray:
+        """Keep counts of the plan that removes most."""
+        least, _ = self.steps(groups)
+        if self.drop == "none":
+            return least
+        parts = _droppable(groups, self.drop)
+        cost = np.array([g.unit_parameters for g in groups], dtype=np.int64) * least
+        smallest = np.zeros_like(least)
+        for tower in {g.tower for g in groups}:
+            rows = [r for r in parts if groups[int(np.argmax(r))].tower == tower]
+            cheapest = min(rows, key=lambda row: int(cost[row].sum()))
+            smallest[cheapest] = least[cheapest]
+        return smallest
 
     def of_widths(self, widths: Sequence[int]) -> tuple[list[int], list[int]]:
         """(least, most) keep counts of groups of these widths, whose units are single channels.
@@ -85,12 +108,28 @@ class Bounds:
         """Whether the keep counts of plans are allowed: (plans, groups) -> (plans,) bool."""
         (least, step), most = self.steps(groups), self.most(groups)
         inside = (counts >= least) & (counts <= most)
-        return (inside & ((counts == most) | ((counts - least) % step == 0))).all(1)
+        allowed = inside & ((counts == most) | ((counts - least) % step == 0))
+        if self.drop == "none":
+            return allowed.all(1)
+        parts = _droppable(groups, self.drop)
+        gone = counts == 0
+        together = np.array([(gone[:, row].all(1) == gone[:, row].any(1)) for row in parts]).all(0)
+        towers = [np.array([g.tower == t for g in groups]) for t in {g.tower for g in groups}]
+        something = np.array([~gone[:, row].all(1) for row in towers]).all(0)
+        return (allowed | gone).all(1) & together & something
 
     def _min_keep(self, name: str) -> float:
         if isinstance(self.min_keep, Mapping):
             return self.min_keep.get(name, MIN_KEEP)
         return self.min_keep
+
+
+def _droppable(groups: Sequence[Group], drop: Drop) -> np.ndarray:
+    """(parts, groups) bool: which groups are dropped together."""
+    if drop == "blocks":
+        return np.eye(len(groups), dtype=bool)
+    layers = [(g.tower, g.layer) for g in groups]
+    return np.array([[at == layer for at in layers] for layer in dict.fromkeys(layers)])
 
 
 def _fraction(name: str, value: object) -> float:
@@ -216,7 +255,9 @@ def keep_counts(
     is spent on the groups that rounding hurt most until no further step of any group fits. So the
     cost of what stays is within one step (one unit, or `round_to` columns) of the budget and never
     above it, unless every group keeps as much as the bounds allow. A higher allocation never yields
-    a lower count than an equal group with a lower one, up to that last step.
+    a lower count than an equal group with a lower one, up to that last step. Where the bounds let
+    blocks be dropped, a group whose fraction is nearer to nothing than to its least count keeps
+    nothing, and the rest of the budget goes to groups that keep something.
 
     Args:
         groups: from `find_groups`.
@@ -242,7 +283,7 @@ def keep_counts(
     check_ratio(pruning_ratio)
     decoder = _Decoder(groups, bounds, cost)
     target = parameters_left(decoder.total, pruning_ratio)
-    if decoder.cost(decoder.least) > target:
+    if decoder.cost(bounds.smallest(groups)) > target:
         raise BudgetError(_unreachable(decoder, pruning_ratio, bounds))
     counts, exact = decoder.counts(logits[None], np.array([target]))
     return _spend_rest(counts[0], exact[0], decoder, target)
@@ -276,6 +317,9 @@ class _Decoder:
         self.widths = np.array([g.width for g in groups], dtype=np.int64)
         (self.least, self.step), self.most = bounds.steps(groups), bounds.most(groups)
         self.total = self.cost(self.widths)
+        self.drop = bounds.drop != "none"
+        self.parts = _droppable(groups, bounds.drop) if self.drop else None
+        self.smallest = bounds.smallest(groups)
 
     def counts(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(counts, counts before rounding) at the largest shift whose counts fit each target."""
@@ -297,7 +341,19 @@ class _Decoder:
             + np.maximum(np.floor((exact - self.least) / self.step + 0.5), 0).astype(np.int64)
             * self.step
         )
-        return np.minimum(counts, self.most)
+        counts = np.minimum(counts, self.most)
+        return counts if self.parts is None else self._dropped(counts, exact)
+
+    def _dropped(self, counts: np.ndarray, exact: np.ndarray) -> np.ndarray:
+        """`counts`, and nothing where that is nearer; a tower that would lose all keeps its least."""
+        assert self.parts is not None
+        stays = 2 * exact >= self.least
+        stays = (stays @ self.parts.T > 0) @ self.parts > 0
+        for tower in {g.tower for g in self.groups}:
+            of_tower = np.array([g.tower == tower for g in self.groups])
+            empty = ~stays[:, of_tower].any(1)
+            stays[empty] |= of_tower & (self.smallest > 0)
+        return np.where(stays, counts, 0)
 
 
 def parameters_left(total: int, pruning_ratio: float) -> int:
@@ -317,8 +373,8 @@ def check_ratio(pruning_ratio: float) -> None:
 def max_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
     """The largest pruning_ratio, in parameters, that `bounds` allow."""
     cost = Cost.parameters(groups)
-    least, _ = (bounds or Bounds()).steps(groups)
-    return 1 - cost(least) / cost([g.width for g in groups])
+    smallest = (bounds or Bounds()).smallest(groups)
+    return 1 - cost(smallest) / cost([g.width for g in groups])
 
 
 def largest_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> float:
@@ -327,14 +383,15 @@ def largest_ratio(groups: Sequence[Group], bounds: Bounds | None = None) -> floa
 
 
 def _unreachable(decoder: _Decoder, pruning_ratio: float, bounds: Bounds) -> str:
-    groups, least = decoder.groups, decoder.least
+    groups, least = decoder.groups, decoder.smallest
     floors = ", ".join(
         f"{g.name} >= {f} of {g.width}" for g, f in zip(groups[:6], least, strict=False)
     )
     reached = 1 - decoder.cost(least) / decoder.total
+    drop = "" if bounds.drop == "none" else f" and drop {bounds.drop}"
     return (
         f"pruning_ratio {pruning_ratio:g} cannot be met with min_keep {bounds.min_keep} and "
-        f"round_to {bounds.round_to}: at most {reached:.4f} can go. "
+        f"round_to {bounds.round_to}{drop}: at most {reached:.4f} can go. "
         f"Least keep counts: {floors}{', ...' if len(groups) > 6 else ''}."
     )
 
@@ -345,7 +402,7 @@ def _spend_rest(
     """Raise counts step by step while any step fits, largest rounding loss first."""
     cost, widths, step, most = decoder.cost, decoder.widths, decoder.step, decoder.most
     while True:
-        grow = np.minimum(counts + step, most) - counts
+        grow = np.where(counts > 0, np.minimum(counts + step, most) - counts, 0)
         fitting = (grow > 0) & (cost.increases(counts, grow) <= target - cost(counts))
         if not fitting.any():
             return tuple(int(k) for k in counts)

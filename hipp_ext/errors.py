@@ -1,11 +1,11 @@
-"""Errors that a user's input can cause. Each says what was asked, what came in, and what to do."""
+"""Errors caused by a user's input. Each says what was asked, what was received, and what to do."""
 
 
 class HippError(Exception):
-    """Base of every error that hipp-ext raises on purpose."""
+    """Base class of the errors that hipp-ext raises."""
 
     def __str__(self) -> str:
-        # A name from a damaged file may hold half a character (a lone surrogate), which no terminal or file takes.
+        # A name from a damaged file may contain a lone surrogate, which cannot be encoded.
         return super().__str__().encode(errors="replace").decode()
 
 
@@ -30,15 +30,15 @@ class CalibrationError(HippError, ValueError):
 
 
 class CheckpointError(HippError, ValueError):
-    """A model folder that is incomplete, damaged, or of an unknown format."""
+    """A folder of a model or run that is incomplete, damaged, of another format or another run."""
 
 
 class RecipeError(HippError, ValueError):
-    """A host's recipe whose parts would undo each other, or cannot be carried out together."""
+    """A host's recipe whose parts conflict with each other."""
 
 
 class CompressionError(HippError, RuntimeError):
-    """Gradients, options or saved state that the compressor cannot work with, or ranks that do not agree."""
+    """Unusable gradients, options or saved states of the compressor, or ranks that disagree."""
 
 
 class DataError(HippError, ValueError):
@@ -46,15 +46,15 @@ class DataError(HippError, ValueError):
 
 
 class AttackError(HippError, ValueError):
-    """Settings or inputs that an adversarial attack cannot run on, or on which it would look weaker than it is."""
+    """Settings or inputs on which an attack cannot run, or would look weaker than it is."""
 
 
 class OutputExistsError(HippError, FileExistsError):
-    """The output path exists, and overwriting it was not asked for."""
+    """The output path exists, and overwriting was not requested."""
 
 
 class OutputBusyError(HippError, RuntimeError):
-    """Another process is writing the same output at this moment."""
+    """Another process is writing the same output."""
 
 
 class WriteError(HippError, OSError):

@@ -1,4 +1,4 @@
-"""Numbers that a user gives: what is exactly one is taken, whoever's type it has, and nothing else is."""
+"""Numbers from users: exact values of any numeric type are accepted, everything else is refused."""
 
 import math
 from numbers import Integral, Real
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def whole(value: Any) -> int | None:
-    """`value` as an int; None if it is no whole number. 2, 2.0 and numpy's 2 are 2; True, "2" and 1.5 are none."""
+    """`value` as an int, or None. 2, 2.0 and numpy's 2 give 2; True, "2" and 1.5 give None."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if isinstance(value, Integral):
@@ -16,14 +16,42 @@ def whole(value: Any) -> int | None:
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float; None if it is no finite number. numpy's numbers and fractions are; True and "0.3" are none."""
+    """`value` as a finite float, or None. numpy's numbers count; True and "0.3" do not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
         number = float(value)
-    except OverflowError:  # a whole number of more than 308 digits
+    except OverflowError:  # an int of more than 308 digits
         return None
     return number if math.isfinite(number) else None
+
+
+def whole_option(
+    name: str, value: Any, error: type[Exception], least: int, most: int | None = None
+) -> int:
+    """The option `value` as an int from `least` to `most`; scalars of numpy and torch count.
+
+    Raises:
+        error: `value` is not a whole number, or is out of range.
+    """
+    number = whole(_scalar(value))
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise error(f"{name}={value!r}: a whole number {bounds} is needed.")
+    return number
+
+
+def finite_option(name: str, value: Any, error: type[Exception], *, zero: bool = False) -> float:
+    """The option `value` as a float above 0, or of at least 0; scalars of numpy and torch count.
+
+    Raises:
+        error: `value` is not a finite number, or is out of range.
+    """
+    number = finite(_scalar(value))
+    if number is None or number < 0 or (number == 0 and not zero):
+        bounds = "of at least 0" if zero else "above 0"
+        raise error(f"{name}={value!r}: a finite number {bounds} is needed.")
+    return number
 
 
 def take_numbers(
@@ -33,12 +61,12 @@ def take_numbers(
     wholes: tuple[str, ...] = (),
     finites: tuple[str, ...] = (),
 ) -> None:
-    """Turn attributes of `holder`, a frozen dataclass perhaps, into plain numbers.
+    """Convert attributes of `holder` to int and float in place.
 
     Args:
-        holder: an object with these attributes.
-        error: raised where one of them is no number of its kind.
-        wholes, finites: names of the attributes that are read by `whole` and by `finite`.
+        holder: an object with these attributes; it may be a frozen dataclass.
+        error: type of the error for an attribute that is not a number of its kind.
+        wholes, finites: names of the attributes that `whole` and `finite` read.
     """
     kinds: tuple[Any, ...] = (("whole", whole, wholes), ("finite", finite, finites))
     for kind, read, names in kinds:
@@ -47,3 +75,8 @@ def take_numbers(
             if (number := read(value)) is None:
                 raise error(f"{name}={value!r}: a {kind} number is needed.")
             object.__setattr__(holder, name, number)
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in a 0-dim array or tensor."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

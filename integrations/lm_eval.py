@@ -1,12 +1,15 @@
-"""lm-eval (the LM Evaluation Harness): model folders, pruned or not, as `--model hipp`; POPE and ScienceQA as its tasks.
+"""lm-eval (the LM Evaluation Harness): model folders, pruned or not, as `--model hipp`; POPE and
+ScienceQA as its tasks.
 
-    hipp lm-eval run --model hipp --model_args pretrained=./pruned,dtype=float32 --tasks hipp_pope,hipp_scienceqa \\
+    hipp lm-eval run --model hipp --model_args pretrained=./pruned,dtype=float32 --tasks
+    hipp_pope,hipp_scienceqa \\
         --metadata lmu_data=./tsv --apply_chat_template --batch_size 8
 
-lm-eval 0.4 finds tasks in a folder (`--include_path`), but knows no way to bring a model from outside: no entry points, no
-plugins. So its command line is started by a launcher that registers the model first and then hands over; everything after
-`hipp lm-eval` is lm-eval's own. In a script of your own call `register()` before `lm_eval.simple_evaluate(model="hipp", ...)`.
-The tasks also work with lm-eval's own models, without the launcher: `lm_eval --include_path $(hipp tasks-path) ...`.
+lm-eval 0.4 finds tasks in a folder (`--include_path`), but it has no entry points or plugins for
+models. So a launcher registers the model and then starts lm-eval's command line, which gets
+everything after `hipp lm-eval`. In a script, call `register()` before
+`lm_eval.simple_evaluate(model="hipp", ...)`. The tasks also work with lm-eval's own models, without
+the launcher: `lm_eval --include_path $(hipp tasks-path) ...`.
 """
 
 import importlib.util
@@ -28,7 +31,7 @@ def tasks_path() -> Path:
 
 
 def register() -> None:
-    """Make lm-eval, in this process, know the model `hipp`; calling it again is harmless.
+    """Register the model `hipp` with lm-eval in this process; it can be called again.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
@@ -39,16 +42,20 @@ def register() -> None:
         raise MissingExtraError(
             "lm-eval" if error.name == "lm_eval" else str(error.name), "lm-eval"
         ) from error
-    if (
-        _MODEL not in model_registry
-    ):  # by name: lm-eval imports the class, and with it torch, when it is asked for
+    # The target is a name, so lm-eval imports the class and torch only when they are needed.
+    if _MODEL not in model_registry:
         model_registry.register(_MODEL, target="hipp_ext.integrations.lm_eval_host:HippLM")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """lm-eval's command line with the model `hipp` and our tasks known; returns the exit code.
+    """Run lm-eval's command line with the model `hipp` and our tasks.
 
-    0: lm-eval ended well; 2: bad usage, or bad input that hipp-ext saw; 1: anything else; 130: ctrl-C.
+    Args:
+        argv: arguments of lm-eval. Default: those of the process.
+
+    Returns:
+        The exit code. 0: success; 2: wrong usage, or wrong input that hipp-ext found; 130: ctrl-C;
+            1: any other error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     before = sys.argv
@@ -77,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_tasks(arguments: list[str]) -> list[str]:
-    """`arguments` with our `--include_path`, unless they have one or a `--config`, which may, or are not a run."""
+    """`arguments` with our `--include_path`, if they are a run and have neither one nor a
+    `--config`.
+    """
     options = arguments[1:] if arguments[:1] == ["run"] else arguments
     if not options or not options[0].startswith("-") or {"-h", "--help"} & set(options):
         return arguments

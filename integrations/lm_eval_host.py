@@ -1,6 +1,7 @@
-"""The model `hipp` of lm-eval: a folder, pruned or not, behind lm-eval's own classes for Hugging Face models.
+"""The model `hipp` of lm-eval: a model folder, pruned or not, in lm-eval's classes for Hugging Face
+models.
 
-Imports lm-eval; it is imported by lm-eval itself, which has the class by name (`lm_eval.register`).
+This file imports lm-eval, and lm-eval imports it by the name that `lm_eval.register` gives.
 """
 
 import functools
@@ -18,8 +19,8 @@ from hipp_ext.evals.predictions import check_model_folder, plain_greedy
 from hipp_ext.files import content_hash
 from hipp_ext.surgery.checkpoint import load_pruned
 
-# Ways to load a model that the widths of a pruned folder do not survive, or that run code from a checkpoint.
-_NOT_TAKEN = (
+# Arguments that do not work with the widths of a pruned folder, or that run code of a checkpoint.
+_REFUSED = (
     "parallelize",
     "tp_plan",
     "peft",
@@ -30,7 +31,7 @@ _NOT_TAKEN = (
     "trust_remote_code",
     "subfolder",
 )
-_OF_HFLM = (
+_IGNORED = (
     "revision",
     "gpus",
     "max_memory_per_gpu",
@@ -47,28 +48,28 @@ _DTYPES = {
 
 
 class _FromFolder:
-    """Loads with `load_pruned` where HFLM would call `from_pretrained`, which cannot rebuild layers of different widths."""
+    """Loads with `load_pruned`, because `from_pretrained` cannot rebuild layers of different
+    widths.
+    """
 
     pretrained: Any
     device: torch.device
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
-        rest = {
-            name: value for name, value in kwargs.items() if name not in (*_NOT_TAKEN, *_OF_HFLM)
-        }
+        rest = {name: value for name, value in kwargs.items() if name not in (*_REFUSED, *_IGNORED)}
         self._model = load_pruned(pretrained, device=self.device, dtype=_DTYPES[dtype], **rest)
 
     def _create_tokenizer(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
         try:
             parent._create_tokenizer(pretrained, *args, **kwargs)
-        except Exception as error:  # files of strangers make transformers raise almost anything
+        except Exception as error:  # untrusted files make transformers raise almost anything
             raise CheckpointError(
                 f"the processor or tokenizer in {pretrained} cannot be loaded: {error}"
             ) from error
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results; the "sha" is that of the folder's contents."""
+        """What lm-eval writes beside the results; model_sha is the hash of the folder."""
         folder = self.pretrained if isinstance(self.pretrained, str) else self._model.name_or_path
         return {
             "model_num_parameters": sum(p.numel() for p in self._model.parameters()),
@@ -83,10 +84,10 @@ class HippTextLM(_FromFolder, HFLM):
 
 
 class HippLM(_FromFolder, HFMultimodalLM):
-    """A folder of an image-text-to-text model: our POPE and ScienceQA tasks, and text tasks.
+    """A folder of an image-text-to-text model, for our POPE and ScienceQA tasks and for text tasks.
 
-    `--model hipp` on a folder of a language model becomes `HippTextLM`. Batched answers are those of batch size 1: padding
-    stands on the left and is masked.
+    `--model hipp` with a folder of a language model becomes `HippTextLM`. The batch size does not
+    change answers, because padding is on the left and masked.
 
     Raises:
         CheckpointError: the folder is incomplete, or an argument asks for another way of loading.
@@ -97,9 +98,8 @@ class HippLM(_FromFolder, HFMultimodalLM):
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
         super()._create_model(pretrained, dtype, **kwargs)
-        self._model.generation_config = plain_greedy(
-            self._model
-        )  # as `vlmeval`; what a task or --gen_kwargs asks for counts
+        # As in `vlmeval`. Settings of a task or of --gen_kwargs have priority.
+        self._model.generation_config = plain_greedy(self._model)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
@@ -107,16 +107,17 @@ class HippLM(_FromFolder, HFMultimodalLM):
         given = arg_dict.get("pretrained")
         if not isinstance(given, str):
             raise CheckpointError("--model hipp needs a folder: --model_args pretrained=./pruned")
-        if wrong := [name for name in _NOT_TAKEN if arg_dict.get(name)]:
+        if wrong := [name for name in _REFUSED if arg_dict.get(name)]:
             raise CheckpointError(
-                f"--model hipp does not take {', '.join(wrong)}: it loads one folder onto one device"
+                f"--model hipp does not take {', '.join(wrong)}: it loads one folder onto one "
+                "device"
             )
         if arg_dict.get("dtype", "auto") not in _DTYPES:
             raise CheckpointError(
                 f"dtype={arg_dict['dtype']}: one of {', '.join(_DTYPES)} is needed"
             )
         folder = check_model_folder(given, pictures=False)
-        # False, not None: else transformers asks on standard input whether to run code that a folder names.
+        # With None, transformers would ask on standard input whether to run code of the folder.
         arg_dict = {**arg_dict, "pretrained": str(folder), "trust_remote_code": False}
         if not _sees(folder):
             return HippTextLM.create_from_arg_obj(arg_dict, additional_config)
@@ -129,7 +130,7 @@ class HippLM(_FromFolder, HFMultimodalLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers; those about pictures without surrounding blanks, as `vlmeval` keeps them."""
+        """The answers; those about images without surrounding whitespace, as in `vlmeval`."""
         pictures = bool(requests) and len(requests[0].args) > 2
         if pictures and not self.chat_applied:
             raise CheckpointError(
@@ -140,11 +141,12 @@ class HippLM(_FromFolder, HFMultimodalLM):
         return [answer.strip() for answer in answers] if pictures else answers
 
     def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
-        """lm-eval's batch, with one beginning-of-text token where chat template and tokenizer would write one each."""
+        """lm-eval's batch, without the second beginning-of-text token that some tokenizers add to a
+        chat.
+        """
         processor = self.processor
-        self.processor = functools.partial(
-            _one_beginning, processor
-        )  # lm-eval has no option for it
+        # lm-eval has no option for it.
+        self.processor = functools.partial(_one_beginning, processor)
         try:
             parent: Any = super()
             return parent.tok_batch_multimodal_encode(*args, **kwargs)
@@ -169,5 +171,5 @@ def _sees(folder: Path) -> bool:
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
             "vision_config",
         )
-    except Exception as error:  # files of strangers make transformers raise almost anything
+    except Exception as error:  # untrusted files make transformers raise almost anything
         raise CheckpointError(f"{folder / 'config.json'} cannot be loaded: {error}") from error

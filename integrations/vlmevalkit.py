@@ -1,10 +1,11 @@
-"""VLMEvalKit as a library: model folders and its POPE and ScienceQA files in, VLMEvalKit's numbers and ours out.
+"""VLMEvalKit as a library: scores of model folders on its POPE and ScienceQA files.
 
-    evaluate(["./dense", "./pruned"], ["POPE", "ScienceQA_TEST"])   # or, in a shell: vlmeval --data ... --model ...
-    register({"pruned": "./pruned"})                                # in a script of your own on top of VLMEvalKit
+    evaluate(["./dense", "./pruned"], ["POPE", "ScienceQA_TEST"])  # in a shell: vlmeval --data ...
+    --model ... register({"pruned": "./pruned"})                               # in a script that
+    uses VLMEvalKit
 
-Prompts and scores are VLMEvalKit's own; see `vlmevalkit_run` for what is ours. This file is what the command `vlmeval` starts
-with, so it imports nothing that takes time: ctrl-C is answered from the first moment.
+Prompts and scores are VLMEvalKit's own; `vlmevalkit_run` describes the rest. The command `vlmeval`
+starts with this file, which imports nothing slow, so that ctrl-C works from the start.
 """
 
 import contextlib
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "EvalRecord", "HippVLM", "evaluate", "main", "register"]
 
 INTERRUPTED = 130
-_INTERRUPTION = b"\nvlmeval: interrupted. Answers that were there before are kept: the same command goes on from them.\n"
+_INTERRUPT_MESSAGE = (
+    b"\nvlmeval: interrupted. Earlier answers are kept: run the same command again to continue.\n"
+)
 _HOMES = {
     "DTYPES": "integrations.vlmevalkit_run",
     "EvalRecord": "integrations.vlmevalkit_run",
@@ -48,17 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with prompt_interrupt():
             from hipp_ext.integrations.vlmevalkit_cli import main as run
         return run(argv)
-    except KeyboardInterrupt:  # between two things
-        os.write(2, _INTERRUPTION)
+    except KeyboardInterrupt:  # outside of the blocks that handle it
+        os.write(2, _INTERRUPT_MESSAGE)
         return INTERRUPTED
 
 
 @contextlib.contextmanager
 def prompt_interrupt() -> Iterator[None]:
-    """For a block that imports: ctrl-C ends the process at once, with one line and exit code 130.
+    """Let ctrl-C end the process at once in a block that imports, with one line and exit code 130.
 
-    A KeyboardInterrupt would not do: torch and VLMEvalKit import their parts within `except:` clauses that swallow it, or make
-    an ImportError of it. Nothing is lost, since nothing has begun.
+    A KeyboardInterrupt is not enough: torch and VLMEvalKit import their parts within `except:`
+    clauses that catch it or turn it into an ImportError. Nothing is lost, because the evaluation
+    has not started.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -68,7 +72,7 @@ def prompt_interrupt() -> Iterator[None]:
         return
 
     def end(*_: Any) -> None:
-        os.write(2, _INTERRUPTION)
+        os.write(2, _INTERRUPT_MESSAGE)
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, end)

@@ -1,7 +1,7 @@
-"""The command `vlmeval`: VLMEvalKit's flags for model folders, with an exit code that can be believed.
+"""The command `vlmeval`: VLMEvalKit's options for model folders, with reliable exit codes.
 
-Exit codes: 0 every number was produced; 1 something failed during the evaluation; 2 bad usage or input, found before
-anything was loaded, or another process that is at the same; 130 stopped by ctrl-C.
+Exit codes: 0 all numbers were computed; 1 an error during the evaluation; 2 wrong usage or input,
+found before a model was loaded, or another process is evaluating the same; 130 stopped by ctrl-C.
 """
 
 import argparse
@@ -25,19 +25,21 @@ examples:
   vlmeval --data POPE ScienceQA_TEST --model ./dense ./pruned --batch-size 16
   vlmeval --data mine=questions.tsv --model ./pruned --limit 100 --device cpu
 
-The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. A TSV of your own (NAME=PATH) is scored as multiple choice if
-it has option columns A, B, ..., else as POPE. Answers are kept: a command that was stopped goes on where it stopped.
-Results go to <work-dir>/<name of the model's folder>-<hash>; `hipp compare` finds them without the hash.
+The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. Your own TSV (NAME=PATH) is scored as
+multiple choice if it has option columns A, B, ..., and as POPE otherwise. Answers are kept: run a
+stopped command again to continue. Results are in <work-dir>/<name of the model's folder>-<hash>;
+`hipp compare` finds them without the hash.
 """
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
-    # VLMEvalKit's users type `--data A B --model C D`. argparse reads such lists; typer, which the command `hipp`
-    # uses, wants the flag repeated for each value.
+    # VLMEvalKit's users type `--data A B --model C D`. argparse reads such lists; typer, which
+    # `hipp` uses, needs the option again for each value.
     parser = argparse.ArgumentParser(
         prog="vlmeval",
-        description="Score model folders on POPE and ScienceQA with VLMEvalKit's prompts and metrics, offline.",
+        description="Evaluate model folders on POPE and ScienceQA with VLMEvalKit's prompts and "
+        "metrics, offline.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,19 +66,24 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         default=8,
         metavar="N",
-        help="questions at a time (default: 8)",
+        help="questions per batch (default: 8)",
     )
     add(
         "--device",
         metavar="DEVICE",
         help="such as cuda:0 or cpu (default: the GPU if there is one)",
     )
-    add("--dtype", choices=_DTYPES, default="auto", help="default: auto, as stored")
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="dtype of the weights (default: auto, as stored)",
+    )
     add(
         "--work-dir",
         default="outputs",
         metavar="DIR",
-        help="for answers and results (default: outputs)",
+        help="folder of answers and results (default: outputs)",
     )
     add("--lmu-data", metavar="DIR", help="folder of the TSVs (default: $LMUData, else ~/LMUData)")
     add("--verbose", action="store_true", help="print every answer, and the full trace of an error")
@@ -100,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, shlex.join(["vlmeval", *(sys.argv[1:] if argv is None else argv)]))
     except KeyboardInterrupt:
         print(
-            f"\nInterrupted. The answers so far are kept under {args.work_dir}: the same command goes on from there.",
+            f"\nInterrupted. The answers are kept in {args.work_dir}: run the same command again "
+            "to continue.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -112,10 +120,10 @@ def _run(args: argparse.Namespace, command: str) -> int:
         with prompt_interrupt():
             job = _prepare(args, command)
     except (HippError, OSError) as error:
-        _complain(error, args.verbose)
+        _print_error(error, args.verbose)
         return 2
-    except Exception as error:  # VLMEvalKit's import, in an environment that does not suit it
-        _complain(error, args.verbose)
+    except Exception as error:  # the import of VLMEvalKit failed in this environment
+        _print_error(error, args.verbose)
         return 1
     for table in job.tables:
         if table.without_image:
@@ -125,7 +133,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
             )
         if table.official is False:
             print(
-                f"{table.name}: {table.path} is not the published file; do not compare with published numbers",
+                f"{table.name}: {table.path} is not the published file; do not compare the "
+                "results with published numbers",
                 file=sys.stderr,
             )
     records, failures = [], []
@@ -135,10 +144,10 @@ def _run(args: argparse.Namespace, command: str) -> int:
         try:
             for record in evaluate_model(job, folder):
                 records.append(record)
-        except Exception as error:  # one model's failure must not cost the numbers of the others
+        except Exception as error:  # the other models are still evaluated
             failures.append(error)
             print(f"{folder}: ", end="", file=sys.stderr)
-            _complain(error, args.verbose)
+            _print_error(error, args.verbose)
     if records:
         print_records(records)
     refused = all(isinstance(error, OutputBusyError) for error in failures)
@@ -146,7 +155,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 
 def _prepare(args: argparse.Namespace, command: str) -> "Job":
-    """The checked job; what takes long to import is imported here, too."""
+    """The checked job; slow imports happen here too."""
     from hipp_ext.integrations.vlmevalkit_host import import_vlmeval
     from hipp_ext.integrations.vlmevalkit_run import prepare
 
@@ -169,26 +178,24 @@ def _prepare(args: argparse.Namespace, command: str) -> "Job":
 
 
 def _go_offline() -> None:
-    """Everything is local; a typing error in a folder's name must not become a download."""
+    """Prevent downloads, so that a misspelt folder name is not looked up on the hub."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub.constants" in sys.modules:  # it has read the variable already
         vars(sys.modules["huggingface_hub.constants"])["HF_HUB_OFFLINE"] = True
 
 
 def _quiet() -> None:
-    """One progress bar, the one that counts questions; and none in a log file."""
+    """Turn off the progress bars and messages of transformers, but not the bar of questions."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
 
-def _complain(error: Exception, verbose: bool) -> None:
+def _print_error(error: Exception, verbose: bool) -> None:
     if verbose:
         traceback.print_exception(error)
     kind = "" if isinstance(error, HippError) else f"{type(error).__name__}: "
     print(f"error: {kind}{error}", file=sys.stderr)
     if type(error).__name__ == "OutOfMemoryError":
-        print(
-            "The answers so far are kept. Try again with a smaller --batch-size.", file=sys.stderr
-        )
+        print("The answers are kept. Try again with a smaller --batch-size.", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""The parts of VLMEvalKit that hipp-ext uses, each behind a guard against what comes with it.
+"""The parts of VLMEvalKit that hipp-ext uses, without their side effects.
 
-Nothing of VLMEvalKit is imported before a function here is called: it takes 10 to 20 seconds.
+VLMEvalKit is only imported when a function here is called, because the import takes 10 to 20
+seconds.
 """
 
 import contextlib
@@ -27,13 +28,13 @@ from hipp_ext.files import write_atomic
 
 
 def import_vlmeval() -> ModuleType:
-    """The module vlmeval, imported without what its import does to the rest of the process.
+    """Import vlmeval without the side effects of its import, and return the module.
 
-    It would turn off the verification of TLS certificates, put a handler on the root logger, log an error about a
-    file .env, create ~/LMUData, and switch autograd off.
+    These would be: TLS certificates are no longer verified, the root logger gets a handler, an
+    error about a file .env is logged, ~/LMUData is created, and autograd is switched off.
 
     Raises:
-        MissingExtraError: vlmeval, or something that it needs, is not installed.
+        MissingExtraError: vlmeval or one of its dependencies is not installed.
     """
     if sys.modules.get("vlmeval") is not None:
         return sys.modules["vlmeval"]
@@ -57,18 +58,20 @@ def import_vlmeval() -> ModuleType:
         for handler in set(root.handlers) - set(handlers):
             root.removeHandler(handler)
         if not existed:
-            with contextlib.suppress(OSError):  # not there, or no longer empty
+            with contextlib.suppress(OSError):  # it does not exist or is not empty
                 home_data.rmdir()
     return vlmeval
 
 
 @functools.cache
 def _dataset_classes() -> dict[str, type]:
-    """By name: VLMEvalKit's POPE and ScienceQA classes, reading a checked local TSV whatever its md5."""
+    """VLMEvalKit's POPE and ScienceQA classes by name, for a checked local TSV with any MD5."""
     dataset = import_vlmeval().dataset
 
     class LocalTable:
-        """Reads a Table where VLMEvalKit would download; and keeps indices and pictures away from its `eval`."""
+        """Reads a Table instead of a download, and keeps indices and images away from VLMEvalKit's
+        `eval`.
+        """
 
         DATASET_MD5: dict[str, str] = {}
         data: Any
@@ -77,10 +80,9 @@ def _dataset_classes() -> dict[str, type]:
             self, dataset: str = "POPE", skip_noimg: bool = True, table: Table | None = None
         ):
             self._table = table
-            with _environment(
-                {"LMUData": str(table.path.parent)} if table else {}
-            ):  # or it creates ~/LMUData
-                super().__init__(dataset, skip_noimg)  # type: ignore[call-arg]  # the next class is VLMEvalKit's
+            # Otherwise VLMEvalKit creates ~/LMUData.
+            with _environment({"LMUData": str(table.path.parent)} if table else {}):
+                super().__init__(dataset, skip_noimg)  # type: ignore[call-arg]
 
         def load_data(self, dataset: str):
             if self._table is None:
@@ -102,18 +104,19 @@ def _dataset_classes() -> dict[str, type]:
 
 
 def register(models: Mapping[str, str | Path] | None = None) -> None:
-    """Make VLMEvalKit, in this process, know local POPE and ScienceQA files, `HippVLM`, and these model folders.
+    """Register local POPE and ScienceQA files, `HippVLM` and model folders with VLMEvalKit in this
+    process.
 
-    Afterwards `vlmeval.dataset.build_dataset("POPE")` reads <LMUData>/POPE.tsv whatever its md5 and never downloads,
-    `{"class": "HippVLM", "model_path": ...}` works in a VLMEvalKit configuration, and so does each name of `models`
-    as a model name. Calling it again is harmless.
+    Afterwards `vlmeval.dataset.build_dataset("POPE")` reads <LMUData>/POPE.tsv with any MD5 and
+    never downloads it. A VLMEvalKit configuration may contain `{"class": "HippVLM", "model_path":
+    ...}` and the names of `models`. The function can be called again.
 
     Args:
-        models: model name to folder.
+        models: model folders by name.
 
     Raises:
         MissingExtraError: VLMEvalKit is not installed.
-        CheckpointError: a folder is not a whole model folder.
+        CheckpointError: a folder is not a complete model folder.
     """
     folders = {name: check_model_folder(folder) for name, folder in (models or {}).items()}
     vlmeval = import_vlmeval()
@@ -123,9 +126,8 @@ def register(models: Mapping[str, str | Path] | None = None) -> None:
     for name, cls in _dataset_classes().items():
         setattr(vlmeval.dataset, cls.__name__, cls)
         if cls not in vlmeval.dataset.DATASET_CLASSES:
-            vlmeval.dataset.DATASET_CLASSES.insert(
-                0, cls
-            )  # in front: the first class that knows a name gets it
+            # VLMEvalKit takes the first class that knows a name.
+            vlmeval.dataset.DATASET_CLASSES.insert(0, cls)
         if name not in vlmeval.dataset.SUPPORTED_DATASETS:
             vlmeval.dataset.SUPPORTED_DATASETS.append(name)
 
@@ -133,9 +135,9 @@ def register(models: Mapping[str, str | Path] | None = None) -> None:
 def open_dataset(table: Table, limit: int | None) -> Any:
     """The VLMEvalKit dataset of a table's first `limit` rows.
 
-    Its name inside VLMEvalKit is that of the benchmark, since VLMEvalKit picks prompt and metric by substrings of the
-    name; its index is the row number, since VLMEvalKit looks rows up by an index that went through a file, where "007"
-    comes back as 7.
+    Inside VLMEvalKit it has the name of the benchmark, because VLMEvalKit chooses prompt and metric
+    by substrings of the name. Its index is the row number, because VLMEvalKit looks rows up by an
+    index that it reads from a file, where "007" becomes 7.
     """
     name = "POPE" if table.kind == YES_NO else "ScienceQA_TEST"
     dataset = _dataset_classes()[name](name, table=table)
@@ -143,17 +145,20 @@ def open_dataset(table: Table, limit: int | None) -> Any:
 
 
 def first_rows(dataset: Any, n: int) -> Any:
-    """The dataset, of its first `n` rows from here on."""
+    """Keep the first `n` rows of the dataset, and return it."""
     dataset.data = dataset.data.iloc[:n].assign(index=range(min(n, len(dataset.data))))
     return dataset
 
 
 def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[str, float]]:
-    """VLMEvalKit's own table, by exact matching: {split: {column: percent}}. Its files are left in the folder `keep`.
+    """VLMEvalKit's own table, by exact matching: {split: {column: percent}}. Its files are copied
+    to `keep`.
 
-    Always scored in a fresh folder: VLMEvalKit takes the results it finds beside the answers for those of the answers.
+    The scoring uses a new folder, because VLMEvalKit uses existing results beside the answers
+    without a check.
     """
-    # Not beside `keep`: VLMEvalKit replaces ".tsv" anywhere in a path, and a model's folder may be called so.
+    # Not beside `keep`: VLMEvalKit replaces ".tsv" anywhere in a path, and the name of a model's
+    # folder may contain it.
     with tempfile.TemporaryDirectory(prefix="hipp-scoring-") as folder, _scoring_environment():
         file = Path(folder) / f"{dataset.dataset_name}.tsv"
         frame = dataset.data.drop(columns="image_path").assign(prediction=list(answers))
@@ -164,9 +169,8 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
             write_atomic(
                 keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data
             )
-    scale = (
-        1 if dataset.TYPE == "Y/N" else 100
-    )  # VLMEvalKit gives POPE in percent and multiple choice in [0, 1]
+    # VLMEvalKit returns POPE in percent and multiple choice in [0, 1].
+    scale = 1 if dataset.TYPE == "Y/N" else 100
     table = {}
     for row in result.to_dict("records"):
         numbers = {
@@ -175,13 +179,12 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
         table[str(row["split"])] = {
             column: value for column, value in numbers.items() if not math.isnan(value)
         }
-    return dict(
-        sorted(table.items())
-    )  # VLMEvalKit's order is that of a set, another one in every process
+    # VLMEvalKit's order is that of a set, which differs between processes.
+    return dict(sorted(table.items()))
 
 
 def _in_order(scores: str) -> str:
-    """A CSV of scores with its rows sorted, so that the same answers give the same bytes."""
+    """A CSV of scores with sorted rows, so that the same answers give the same bytes."""
     heading, *rows = csv.reader(io.StringIO(scores, newline=""))
     out = io.StringIO(newline="")
     csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([heading, *sorted(rows)])
@@ -190,20 +193,24 @@ def _in_order(scores: str) -> str:
 
 @contextlib.contextmanager
 def _scoring_environment() -> Iterator[None]:
-    """VLMEvalKit's settings as exact matching needs them, and its progress bars out of sight."""
-    wanted = {
+    """VLMEvalKit's settings for exact matching, without its progress bars."""
+    settings = {
         "PRED_FORMAT": "tsv",  # the default, xlsx, cuts cells at 32,767 characters
         "EVAL_FORMAT": None,
-        "VERBOSE": None,  # set to anything, it changes which answers match
+        "VERBOSE": None,  # any value changes which answers match
     }
-    with _environment(wanted), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with (
+        _environment(settings),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables for the block; None is unset."""
+    """Set environment variables for the block; None removes them."""
     before = {name: os.environ.get(name) for name in values}
     try:
         _put(values)

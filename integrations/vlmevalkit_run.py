@@ -1,7 +1,9 @@
-"""What `vlmevalkit.evaluate` does: checked input, one model after another, one data set after another, numbers to files.
+"""The implementation of `vlmevalkit.evaluate`: input is checked, then each model is evaluated on
+each data set.
 
-The loop between VLMEvalKit's prompts and its scores is ours, because VLMEvalKit's goes one question at a time, takes old
-answers for new ones when only the weights or the pictures changed, and ends well whatever failed.
+The loop between VLMEvalKit's prompts and its scores is ours. VLMEvalKit's own loop asks one
+question at a time, uses old answers again if only the weights or the images changed, and reports
+success if something failed.
 """
 
 import dataclasses
@@ -9,7 +11,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,33 +24,36 @@ from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name, write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
+from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.integrations.vlmevalkit_host import first_rows, import_vlmeval, open_dataset, score
 
 DTYPES = ("float32", "bfloat16", "float16")
-_KEY = 2  # counts changes of how questions are asked: answers kept from before are not those of now
+_KEY = 2  # version of how questions are asked; earlier answers are not used again
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """What one model scored on one data set; the same is in `results.json`. All rates are percentages, [0, 100].
+    """The scores of a model on a data set, as in `results.json`. All rates are percentages, [0,
+    100].
 
     Attributes:
         model: name of the model's folder.
         model_hash: SHA-256 of the folder's contents.
         data: name of the data set.
         data_hash: SHA-256 of its rows and pictures.
-        n: questions asked (fewer than the file has when a limit was given).
-        metrics: "vlmevalkit": the table that VLMEvalKit prints, as {split: {column: number}} ("Overall" is the F1 on
-            POPE); then POPE's "vlmeval" and "official": {split: fields of POPEScores}, or ScienceQA's "accuracy":
-            {group: fields of ChoiceScores}. A standard error that cannot be taken is None.
-        settings: what shaped the answers.
-        official_file: whether the data is the published file; None where there is none.
-        without_image: rows of the file left out because they have no picture.
-        predictions: the file of answers, JSONL.
-        seconds: time for answering what was not answered before, and for scoring.
-        command: the command line; None for a call from Python.
+        n: number of questions asked, which a limit may reduce.
+        metrics: "vlmevalkit": the table that VLMEvalKit prints, as {split: {column: number}}
+            ("Overall" is the F1 on POPE). Then "vlmeval" and "official" for POPE: {split: fields of
+            POPEScores}, or "accuracy" for ScienceQA: {group: fields of ChoiceScores}. A standard
+            error that cannot be computed is None.
+        settings: settings that change the answers.
+        official_file: whether the data is the published file; None if there is no published file.
+        without_image: number of rows that were left out because they have no image.
+        predictions: file of the answers, JSONL.
+        seconds: time for new answers and for scoring [s].
+        command: command line; None for a call from Python.
     """
 
     model: str
@@ -79,27 +83,32 @@ def evaluate(
     progress: bool = True,
     verbose: bool = False,
 ) -> list[EvalRecord]:
-    """Scores of every model on every data set; all input is checked before the first model is loaded.
+    """The scores of every model on every data set; all input is checked before the first model is
+    loaded.
 
-    Answers are kept under `work_dir` by the content of model, data and settings: a run that was stopped goes on where
-    it stopped, and nothing is taken from another model, another picture or another dtype. Its answers are those of a run
-    that was never stopped, to the byte, unless the batch size was changed in between.
+    Answers are kept in `work_dir` by the contents of model, data and settings. A stopped run can
+    continue, and answers of another model, image or dtype are never used. The answers of a
+    continued run are the same, to the byte, as those of an uninterrupted one, unless the batch size
+    was changed.
 
     Args:
         model_dirs: model folders, pruned or not, each with its processor.
-        data: POPE, ScienceQA_VAL, ScienceQA_TEST (or ScienceQA), or NAME=PATH for a TSV of your own.
-        lmu_data: folder of the TSVs; else $LMUData, else ~/LMUData.
-        work_dir: gets <model>-<hash>/<data>/results.json; <model> is the last part of the path, as it was given.
-        limit: only the first questions of each data set count; None is all.
-        batch_size: questions per forward pass.
-        device: None is the GPU if there is one.
-        dtype: one of `DTYPES`; None is as stored.
-        progress: progress bars on stderr.
+        data: POPE, ScienceQA_VAL, ScienceQA_TEST (or ScienceQA), or NAME=PATH for your own TSV.
+        lmu_data: folder of the TSVs. Default: $LMUData, else ~/LMUData.
+        work_dir: folder of the results, <model>-<hash>/<data>/results.json; <model> is the last
+            part of the path, as given.
+        limit: number of questions of each data set, from the first. Default: all.
+        batch_size: number of questions per forward pass.
+        device: device of the models. Default: the GPU if there is one, else the CPU.
+        dtype: one of `DTYPES`. Default: as stored.
+        progress: show progress bars on stderr.
         verbose: print every answer.
 
     Raises:
-        DataError, CheckpointError, MissingExtraError: see `tables.read_table`, `predictions.check_model_folder`.
-        OutputBusyError: another process is answering the same questions with the same model in this `work_dir`.
+        DataError, CheckpointError, MissingExtraError: see `tables.read_table`,
+            `predictions.check_model_folder`.
+        OutputBusyError: another process is answering the same questions with the same model in this
+            `work_dir`.
         WriteError: the disk is full, or `work_dir` cannot be written.
     """
     job = prepare(
@@ -119,7 +128,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Checked input of an evaluation."""
+    """The checked input of an evaluation."""
 
     folders: list[Path]
     tables: list[Table]
@@ -147,7 +156,9 @@ def prepare(
     verbose: bool,
     command: str | None = None,
 ) -> Job:
-    """The arguments of `evaluate`, checked; reads the data, but imports neither VLMEvalKit nor a model."""
+    """The checked arguments of `evaluate`; reads the data, but loads neither VLMEvalKit nor a
+    model.
+    """
     from hipp_ext.surgery.checkpoint import resolve_device
 
     if importlib.util.find_spec("vlmeval") is None:
@@ -167,7 +178,8 @@ def prepare(
     for folder in folders:
         if work_dir.is_relative_to(folder.resolve()):
             raise DataError(
-                f"the work folder {work_dir} lies in the model folder {folder}, and would change its hash"
+                f"the work folder {work_dir} is in the model folder {folder}, and would change "
+                "its hash"
             )
     if len({name for name, _ in found}) < len(found):
         raise DataError(
@@ -189,7 +201,7 @@ def prepare(
 
 
 def evaluate_model(job: Job, folder: Path) -> Iterator[EvalRecord]:
-    """The records of one model of a job, each as soon as it is there.
+    """The records of one model of a job, each as soon as it is computed.
 
     The model is loaded once, and only if an answer is missing.
     """
@@ -241,7 +253,7 @@ def _evaluate_table(
             seconds=time.perf_counter() - start,
             command=job.command,
         )
-        # By way of the folder that is held: what a killed process leaves there is swept.
+        # Written in the locked folder first, where the files of a killed process are removed.
         file = log.path.with_name("results.json")
         write_atomic(file, json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
         os.replace(file, place / file.name)
@@ -256,7 +268,7 @@ def _answered(
     indices: Sequence[str],
     vlm: Callable[[], HippVLM],
 ) -> tuple[list[str], dict[str, Any]]:
-    """The answers to the wanted questions, and all metrics of them."""
+    """The answers to the questions of the job, and their metrics."""
     write_questions(table, log.path.parent)
     dataset = open_dataset(table, None)  # of all rows: the last batch is asked whole
     name = shown_name(folder)
@@ -280,24 +292,16 @@ def _answered(
 
 
 def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
-    """Our numbers for the answers to a table's first rows, as plain data that JSON can hold."""
+    """Our metrics of the answers to the first rows of a table, as plain data for JSON."""
     frame, n = table.frame.iloc[: len(answers)], len(answers)
     if table.kind == YES_NO:
         rules = pope_scores(
             answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n]
         )
         return {
-            rule: {split: _plain(scores) for split, scores in splits.items()}
+            rule: {split: without_nan(vars(scores)) for split, scores in splits.items()}
             for rule, splits in rules.items()
         }
     groups = {column: frame[column].tolist() for column in GROUP_COLUMNS if column in frame}
     scores = scienceqa_scores(answers, frame["answer"].tolist(), row_options(frame), groups)
-    return {"accuracy": {group: _plain(own) for group, own in scores.items()}}
-
-
-def _plain(scores: Any) -> dict[str, float | None]:
-    """A dataclass as a dict, with None for NaN, which JSON does not have."""
-    return {
-        name: None if math.isnan(value) else value
-        for name, value in dataclasses.asdict(scores).items()
-    }
+    return {"accuracy": {group: without_nan(vars(own)) for group, own in scores.items()}}

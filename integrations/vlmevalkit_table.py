@@ -1,4 +1,4 @@
-"""What the command `vlmeval` prints: one table where it fits, else one for each model and data set, so that nothing is cut."""
+"""The output of `vlmeval`: one table if it fits, else one for each model and data set."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ _NUMBERS = ("n", "metric", "VLMEvalKit's rule", "authors' rule", "yes", "unknown
 
 
 def print_records(records: Sequence["EvalRecord"], console: "Console | None" = None) -> None:
-    """Print the records' numbers, what n counts, and where the answers are.
+    """Print the numbers of the records, what n counts, and the files of the answers.
 
     Args:
-        records: of one command.
-        console: where to; None: standard output, which has no width where it is not a terminal.
+        records: records of one command.
+        console: console for the output. Default: standard output, with any width if it is not a
+            terminal.
     """
     from rich.console import Console
 
@@ -39,14 +40,14 @@ def print_records(records: Sequence["EvalRecord"], console: "Console | None" = N
 
 
 def _text(text: str) -> Any:
-    """Text that rich prints as it is: in a string, `[red]` and `:dog:` would be orders."""
+    """Text that rich prints as it is; in a string it would interpret `[red]` and `:dog:`."""
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _names(records: Sequence["EvalRecord"]) -> list[str]:
-    """Of the models, as they were typed; where two folders are called alike, with the first digits of the hash."""
+    """Names of the models, as they were typed; equal names get the first digits of their hash."""
     hashes: dict[str, set[str]] = {}
     for record in records:
         hashes.setdefault(record.model, set()).add(record.model_hash)
@@ -91,7 +92,7 @@ def _block(record: "EvalRecord", name: str) -> tuple["RenderableType", ...]:
 
 
 def _counts(records: Sequence["EvalRecord"]) -> list[str]:
-    """Why POPE's n is larger than the number of questions that were asked, once for each data set."""
+    """Explains, once per data set, why POPE's n is larger than the number of questions asked."""
     lines = {}
     for record in records:
         counted = (
@@ -99,8 +100,9 @@ def _counts(records: Sequence["EvalRecord"]) -> list[str]:
         )
         if counted != record.n:
             lines[record.data, record.n] = (
-                f"{record.data}: {record.n} questions were asked; n is {counted} because, as in VLMEvalKit, a question counts "
-                "once for each split that it belongs to. (`hipp compare` counts each question once.)"
+                f"{record.data}: {record.n} questions were asked; n is {counted} because, as in "
+                "VLMEvalKit, a question counts once for each split that it belongs to. (`hipp "
+                "compare` counts each question once.)"
             )
     return list(lines.values())
 

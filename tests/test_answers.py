@@ -1,11 +1,11 @@
-"""Answers with shared beginnings are those without, whatever the model, the padding, and the plan."""
+"""Answers with shared prefixes equal those without, for any model, padding and plan."""
 
 import pytest
 import torch
 import transformers
 from devices import LiveBytes
 from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
-from test_slices import scores_of
+from plans import random_scores
 
 from hipp_ext import testbed
 from hipp_ext.answers import AnswerLogits
@@ -32,7 +32,7 @@ def together(first, second):
 @pytest.mark.parametrize("padded", ["left", "right", "not"])
 def test_shared_equals_replayed(name, padded):
     model = build(name)
-    groups, scores = find_groups(model), scores_of(model)
+    groups, scores = find_groups(model), random_scores(find_groups(model))
     # Two rows with the same pictures and the same start, two with others.
     rows = together(batch(name), batch(name))
     rows["input_ids"][2:, -1] = rows["input_ids"][2:, -1].flip(0)
@@ -48,13 +48,13 @@ def test_shared_equals_replayed(name, padded):
         assert torch.allclose(shared(model), replayed(model), atol=1e-5)
 
 
-def test_one_beginning_for_all_questions_about_a_picture():
+def test_one_prefix_for_all_questions_about_a_picture():
     model, processor = testbed.load()
     questions = testbed.questions("POPE", "search", 12)
     batches = [encode(processor, [q.prompt for q in questions], [q.image for q in questions])]
     answers = AnswerLogits(model, batches)
     pictures = len({q.picture for q in questions})
-    assert sum(len(chunk.begin) for chunk in answers._chunks) == pictures < 6
+    assert sum(len(group.prefix) for group in answers._batches) == pictures < 6
     run = []
     tower = model.model.language_model
     handle = tower.register_forward_pre_hook(
@@ -84,9 +84,9 @@ def test_rows_with_labels_stop_where_the_answer_starts():
 def test_a_window_shorter_than_the_rows_is_replayed():
     model = build("llava")
     model.model.language_model.config.sliding_window = 4
-    assert not AnswerLogits(model, [batch("llava")])._chunks
+    assert not AnswerLogits(model, [batch("llava")])._batches
     model.model.language_model.config.sliding_window = 4000
-    assert AnswerLogits(model, [batch("llava")])._chunks
+    assert AnswerLogits(model, [batch("llava")])._batches
 
 
 def test_rows_on_both_sides_of_the_window_come_back_in_their_order():
@@ -94,7 +94,7 @@ def test_rows_on_both_sides_of_the_window_come_back_in_their_order():
     model.model.language_model.config.sliding_window = 22  # which a Llama does not care for
     batches = [batch("llava", length=n, seed=n) for n in (5, 8, 4, 7)]
     answers = AnswerLogits(model, batches)
-    assert len(answers._replayed) == 2 and answers._chunks
+    assert len(answers._replayed) == 2 and answers._batches
     with torch.no_grad():
         expected = torch.cat([model(**b).logits[:, -1] for b in batches])
     assert torch.allclose(answers(model), expected, atol=1e-5)
@@ -127,7 +127,7 @@ def test_memory_stays_within_one_extra_copy_of_what_is_kept():
         answers(model)
     layers = len(model.model.language_model.layers)
     per_row = max(
-        2 * layers * chunk.begin[0].nbytes * len(chunk.owner) for chunk in answers._chunks
+        2 * layers * group.prefix[0].nbytes * len(group.prefix_index) for group in answers._batches
     )
     assert calling.peak < per_row, "keys and values of all layers were held once per row"
     assert calling.now < 0.1 * calling.peak
@@ -136,17 +136,17 @@ def test_memory_stays_within_one_extra_copy_of_what_is_kept():
 def test_fewer_rows_run_together_where_keys_and_values_would_take_more_memory():
     model, processor = testbed.load()
     batches = pope_batches(processor, 48, rows=48)
-    picture = max(len(c.begin[0]) for c in AnswerLogits(model, batches)._chunks)
+    picture = max(len(b.prefix[0]) for b in AnswerLogits(model, batches)._batches)
     per_token = (
         2 * 4 * model.config.text_config.hidden_size * len(model.model.language_model.layers)
     )
     peaks, answers = [], []
     for pictures in (0.5, 1, 3, 1000):
         asked = AnswerLogits(model, batches, memory_limit=int(pictures * picture * per_token))
-        beginnings = [len(chunk.begin) for chunk in asked._chunks]
+        prefixes = [len(group.prefix) for group in asked._batches]
         there = len({q.picture for q in testbed.questions("POPE", "search", 48)})
-        assert max(beginnings) == min(max(1, int(pictures)), there)
-        assert sum(beginnings) == there, (
+        assert max(prefixes) == min(max(1, int(pictures)), there)
+        assert sum(prefixes) == there, (
             "a picture that several questions share was computed more than once"
         )
         with LiveBytes() as live:
@@ -223,13 +223,15 @@ def test_logits_that_no_known_head_gives_are_refused():
 
     torch.manual_seed(0)
     model = Shifted(transformers.LlamaConfig(**SIZES)).eval()
-    with pytest.raises(UnsupportedModelError, match="does something to its logits"):
+    with pytest.raises(UnsupportedModelError, match="computes its logits in an unknown way"):
         AnswerLogits(model, [batch("llama")])
 
 
-def test_a_model_whose_rows_cannot_share_a_beginning_is_replayed():
+def test_a_model_whose_rows_cannot_share_a_prefix_is_replayed():
     class Counting(transformers.models.llama.modeling_llama.LlamaModel):
-        """A decoder that treats the first token it is given differently, as convolutions and recurrent layers do."""
+        """A decoder that treats the first token it is given differently, as convolutions and
+        recurrent layers do.
+        """
 
         def forward(self, *args, inputs_embeds=None, **kwargs):
             changed = inputs_embeds.clone()
@@ -239,7 +241,7 @@ def test_a_model_whose_rows_cannot_share_a_beginning_is_replayed():
     model = build("llava")
     model.model.language_model.__class__ = Counting
     answers = AnswerLogits(model, [batch("llava")])
-    assert not answers._chunks
+    assert not answers._batches
     with torch.no_grad():
         assert torch.allclose(answers(model), model(**batch("llava")).logits[:, -1], atol=1e-5)
 

@@ -199,3 +199,49 @@ def test_a_cost_of_products_is_met_to_one_step(data):
     for i, width in enumerate(widths):
         raised = [k + (i == j) for j, k in enumerate(counts)]
         assert counts[i] == width or by_hand(raised) > target
+
+
+layers_strategy = st.lists(
+    st.tuples(st.integers(2, 40), st.integers(1, 999), st.integers(1, 90), st.integers(1, 99)),
+    min_size=2,
+    max_size=6,
+).map(
+    lambda rows: tuple(
+        group(i, kind, width, unit)
+        for i, (heads, head, channels, channel) in enumerate(rows)
+        for kind, width, unit in (("attention", heads, head), ("ffn", channels, channel))
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(layers_strategy, st.data())
+def test_blocks_and_layers_are_dropped_within_the_budget(groups, data):
+    logits = data.draw(st.lists(st.floats(-20, 9), min_size=len(groups), max_size=len(groups)))
+    drop = data.draw(st.sampled_from(["blocks", "layers"]))
+    bounds = Bounds(min_keep=data.draw(st.sampled_from([0.1, 0.5])), drop=drop)
+    ratio = data.draw(st.floats(0, 1)) * max_ratio(groups, bounds) * 0.999999
+    counts = keep_counts(groups, logits, ratio, bounds)
+    kept = sum(k * g.unit_parameters for k, g in zip(counts, groups, strict=True))
+    target = math.floor((1 - ratio) * total_parameters(groups) + 1e-6)
+    assert 0 < kept <= target
+    assert bounds.allow(groups, np.array([counts])).all()
+    for k, g in zip(counts, groups, strict=True):
+        if 0 < k < g.width:  # one more unit of any group that stays would break the budget
+            assert kept + g.unit_parameters > target
+    for attention, ffn in zip(counts[::2], counts[1::2], strict=True):
+        assert drop == "blocks" or (attention == 0) == (ffn == 0)
+
+
+def test_a_block_goes_where_the_allocation_says_so_and_only_where_it_may():
+    groups = tuple(group(i, kind, 10, 10) for i in range(3) for kind in ("attention", "ffn"))
+    logits = [3, -20, 3, 3, -20, -20]
+    assert keep_counts(groups, logits, 0.5, Bounds(drop="blocks")) == (10, 0, 10, 10, 0, 0)
+    assert keep_counts(groups, logits, 0.5, Bounds(drop="layers")) == (10, 1, 10, 9, 0, 0)
+    assert keep_counts(groups, logits, 0.5) == (9, 1, 9, 9, 1, 1)
+    assert max_ratio(groups, Bounds(drop="blocks")) == pytest.approx(1 - 1 / 60)
+    assert max_ratio(groups, Bounds(drop="layers")) == pytest.approx(1 - 2 / 60)
+    with pytest.raises(BudgetError, match="and drop blocks: at most 0.9833 can go"):
+        keep_counts(groups, None, 0.99, Bounds(drop="blocks"))
+    with pytest.raises(BudgetError, match="drop='heads': one of"):
+        Bounds(drop="heads")

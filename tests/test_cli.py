@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from command import hipp as in_process
+from plans import random_plan
 from safetensors import SafetensorError
-from test_surgery import random_plan
 
 import hipp_ext
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned

@@ -1,4 +1,4 @@
-"""What is written is whole or not there: through links, into mounted volumes, beside other jobs, on full disks, when killed."""
+"""Writes are complete or absent: links, mounts, other processes, full disks, kills."""
 
 import os
 import re
@@ -40,8 +40,14 @@ def whole(text: str) -> dict[str, str]:
 
 
 def child(code: str, *arguments: object, before: str = "") -> subprocess.CompletedProcess:
-    """Runs `code` with `path` and `write` at hand; `before` is shell that runs first, in a private mount namespace."""
-    program = "import sys; sys.path.insert(0, sys.argv[1]); from test_files import *; path = Path(sys.argv[2])\n"
+    """Runs `code`, which can use `path` and `write`, in a child process.
+
+    `before` is a shell command that runs first, in a private mount namespace.
+    """
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_files import *\n"
+        "path = Path(sys.argv[2])\n"
+    )
     command = [
         sys.executable,
         "-c",
@@ -183,7 +189,8 @@ def test_a_mounted_volume_is_written_into(tmp_path, how):
         print(content(path / "out") == whole("again"), (path / "file").read_text())
         print(sorted(os.listdir(path)), len(os.listdir(path / "out")))
     """
-    mounted = f"mount {how.format(tmp_path)} {tmp_path}/out && mount --bind {tmp_path}/file {tmp_path}/file"
+    file = f"{tmp_path}/file"
+    mounted = f"mount {how.format(tmp_path)} {tmp_path}/out && mount --bind {file} {file}"
     done = child(code, tmp_path, before=mounted)
     assert done.stdout.strip() == "True new\n['disk', 'file', 'out'] 3", done.stderr
 
@@ -227,7 +234,7 @@ def test_the_error_names_the_option(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_anywhere_the_next_run_ends_as_if_nothing_had_been(tmp_path, inside, overwrite):
-    """Killed before every single change of the disk (every third, where less can go wrong), until a run gets through."""
+    """Killed before every change of the disk (every third without overwriting)."""
     for step in range(0, 100, 1 if overwrite else 3):
         place = tmp_path / str(step)
         place.mkdir()
@@ -325,7 +332,8 @@ def test_other_errors_pass_and_leave_nothing(tmp_path):
 WRITERS = {
     "bytes": "(folder / 'a').write_bytes(bytes(3_000_000))",
     "inner": "write_atomic(folder / 'a', bytes(3_000_000))",
-    "safetensors": "import numpy, safetensors.numpy as s; s.save_file({'a': numpy.zeros(3_000_000)}, folder / 'a')",
+    "safetensors": "import numpy as n, safetensors.numpy as s; "
+    "s.save_file({'a': n.zeros(3_000_000)}, folder / 'a')",
 }
 
 
@@ -346,8 +354,8 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, writer, disk):
     done = child(code, tmp_path / "disk", before=before)
     reason = "No space left on device" if disk == "tmpfs" else "File too large"
     assert done.stdout == (
-        f"{tmp_path}/disk/out could not be written: {reason}. Free some space there, or choose another place, and run it "
-        "again.\nTrue ['out']\n"
+        f"{tmp_path}/disk/out could not be written: {reason}. Free some space there, or choose "
+        "another place, and run it again.\nTrue ['out']\n"
     ), done.stderr
 
 

@@ -18,11 +18,10 @@ from transformers import (
 )
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, testbed
-from hipp_ext.calibration import find_processor
+from hipp_ext.calibration import encode_text, find_processor
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError
-from hipp_ext.recover import QuestionLessons, TestbedLessons
+from hipp_ext.recover import QuestionData, TestbedData
 from hipp_ext.testbed.model import is_own_processor
-from hipp_ext.text import encode_text
 
 TEXT = LlamaConfig(
     vocab_size=200,
@@ -73,8 +72,7 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
     )
     made = PruningPlan.load(plan)
     assert (
-        "warning: The signals are measured on the built-in questions, which are about a toy world"
-        in out
+        "warning: The calibration is on the built-in questions, which are about a toy world" in out
     )
     total = sum(p.numel() for p in load_pruned(llama).parameters())
     prunable = sum(g.width * g.unit_parameters for g in made.groups)
@@ -131,13 +129,13 @@ def test_any_vision_language_model_is_recovered_with_its_own_processor(llava, tm
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
 
-def test_lessons_go_through_the_models_processor_and_resume(llava):
+def test_training_questions_go_through_the_models_processor_and_resume(llava):
     processor = find_processor(load_pruned(llava))
     assert not is_own_processor(processor) and is_own_processor(testbed.load()[1])
-    stream = TestbedLessons(processor, batch_size=3).batches(0, 2, 0)
+    stream = TestbedData(processor, batch_size=3).batches(0, 2, 0)
     _, second = next(stream), next(stream)
-    resumed = next(TestbedLessons(processor, batch_size=3).batches(0, 2, 1))
-    other = next(TestbedLessons(processor, batch_size=3).batches(1, 2, 1))
+    resumed = next(TestbedData(processor, batch_size=3).batches(0, 2, 1))
+    other = next(TestbedData(processor, batch_size=3).batches(1, 2, 1))
     assert [tuple(b["pixel_values"].shape) for b in second] == [(3, 3, 56, 56)] * 2
     assert all(torch.equal(a[k], b[k]) for a, b in zip(second, resumed, strict=True) for k in a)
     assert not torch.equal(second[0]["pixel_values"], other[0]["pixel_values"])
@@ -151,16 +149,14 @@ def test_lessons_go_through_the_models_processor_and_resume(llava):
 
 def test_what_has_no_processor_or_pictures_says_so(llama):
     with pytest.raises(CalibrationError, match="No processor was given"):
-        TestbedLessons(None)
+        TestbedData(None)
     tokenizer = find_processor(load_pruned(llama))
-    lessons = QuestionLessons(
-        tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2
-    )
+    data = QuestionData(tokenizer, [testbed.questions("POPE", "calibration", 8)], batch_size=2)
     with pytest.raises(
         DataError,
         match="questions have pictures, and TokenizersBackend takes none: leave out --pope",
     ):
-        next(lessons.batches(0, 1, 0))
+        next(data.batches(0, 1, 0))
 
 
 @pytest.mark.parametrize("template", ["parts", "strings", None])
@@ -195,7 +191,10 @@ def test_the_model_is_looked_for_before_the_output(llama, tmp_path):
 
 def test_a_toy_is_called_one_from_python_too(llama):
     model = load_pruned(llama)
-    with pytest.warns(UserWarning, match="about a toy world.*calibration=batches"):
+    with pytest.warns(
+        UserWarning,
+        match=r"toy world.*Calibration\.from_file.*calibration=batches.*--calibration FILE",
+    ):
         HiPPPlanner(Preference(1, 1, 1), cache=None).plan(model, rows=4)
     with pytest.raises(CalibrationError, match="rows=1: a whole number of 2 or more"):
         HiPPPlanner(Preference(1, 1, 1), cache=None).plan(model, rows=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import BUILDERS, IMAGE_TOKEN, IMAGE_TOKENS, batch, build
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import masked
 from hipp_ext.calibration import TASKS

@@ -1,4 +1,4 @@
-"""The testbed: its splits, its questions, its files, its training, and the packaged model's accuracy."""
+"""The testbed: splits, questions, files, training, and the accuracy of the packaged model."""
 
 import base64
 import csv
@@ -14,9 +14,9 @@ from hipp_ext.calibration import encode
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError, OutputExistsError
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.testbed import world
+from hipp_ext.testbed.conversations import collate
 from hipp_ext.testbed.model import vocabulary
 from hipp_ext.testbed.quiz import ask_presence
-from hipp_ext.testbed.training import collate
 
 KINDS = ("random", "popular", "adversarial")
 

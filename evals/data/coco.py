@@ -1,4 +1,4 @@
-"""COCO-style annotation files -> which objects are in which picture. Read by the POPE builder and by CHAIR."""
+"""Reads COCO annotation files, for the POPE builder and for CHAIR."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from hipp_ext.files.untrusted import read_json, shown, the_only_one
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatedImage:
-    """A picture and what is in it.
+    """An image and the objects in it.
 
     Attributes:
-        id: of the image in the annotation file.
-        file_name: of the picture, relative to the image folder.
+        id: id of the image in the annotation file.
+        file_name: name of the image file, relative to the image folder.
         objects: names of distinct categories, in the order of their first annotations.
     """
 
@@ -27,10 +27,12 @@ class AnnotatedImage:
 def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, ...]]:
     """The images of a COCO instance file, in its order, and the names of all categories.
 
-    A crowd counts as an object like any other: who asks for a person wants a yes for a crowd.
+    A crowd counts as an object like any other: the correct answer to "Is there a person?" is yes
+    for a crowd.
 
     Raises:
-        DataError: no such file, not COCO's format, nothing in it, or an annotation of an unknown category or image.
+        DataError: the file does not exist, is empty or not in COCO's format, or an annotation
+            refers to an unknown category or image.
     """
     path = Path(path)
     data = read_json(path)
@@ -48,8 +50,9 @@ def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, .
         ]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is not a COCO instance file: {error!r}. It needs images (id, file_name), annotations (image_id, "
-            "category_id) and categories (id, name), as instances_val2014.json has them"
+            f"{path} is not a COCO instance file: {error!r}. It needs images (id, file_name), "
+            "annotations (image_id, category_id) and categories (id, name), as "
+            "instances_val2014.json has them"
         ) from None
     if "" in names.values() or "" in files.values():
         raise DataError(f"{path}: a category or a file name is empty")
@@ -68,10 +71,10 @@ def read_instances(path: str | Path) -> tuple[list[AnnotatedImage], tuple[str, .
 
 
 def read_captions(path: str | Path) -> dict[int, list[str]]:
-    """Image id to the reference captions of a COCO caption file.
+    """The reference captions of a COCO caption file, by image id.
 
     Raises:
-        DataError: no such file, not COCO's format, or no caption in it.
+        DataError: the file does not exist, is not in COCO's format, or has no caption.
     """
     found: dict[int, list[str]] = {}
     try:
@@ -79,8 +82,8 @@ def read_captions(path: str | Path) -> dict[int, list[str]]:
             found.setdefault(_id(annotation["image_id"]), []).append(_text(annotation["caption"]))
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is not a COCO caption file: {error!r}. It needs annotations (image_id, caption), as "
-            "captions_val2014.json has them"
+            f"{path} is not a COCO caption file: {error!r}. It needs annotations (image_id, "
+            "caption), as captions_val2014.json has them"
         ) from None
     if not found:
         raise DataError(f"{path}: the list annotations is empty")
@@ -88,14 +91,16 @@ def read_captions(path: str | Path) -> dict[int, list[str]]:
 
 
 def _id(value: Any) -> Any:
-    """An id, which counts things in COCO and is a text in files of other makers; a list, say, names nothing."""
+    """The id, which is a number in COCO and a text in files of other authors; other types raise
+    TypeError.
+    """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise TypeError(f"{shown(value, 60)} is not an id")
     return value
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str | int | float):  # a category that is called 7
+    if not isinstance(value, str | int | float):  # a category may be named 7
         raise TypeError(f"{shown(value, 60)} is not a text")
     return str(value)
 
@@ -105,6 +110,6 @@ def _refuse_unknown(path: Path, what: str, used: Iterable[Any], known: dict[Any,
     if unknown:
         first = shown(repr(unknown[0]), 60)
         raise DataError(
-            f"{path}: {len(unknown)} annotations refer to an unknown {what}, the first to {what} {first}; "
-            f"{len(known)} are listed. Is the file cut, or put together from two?"
+            f"{path}: {len(unknown)} annotations refer to an unknown {what}, the first to {what} "
+            f"{first}; {len(known)} are listed. Is the file incomplete, or made from two files?"
         )

@@ -1,4 +1,6 @@
-"""A parquet file with pictures, such as the hub has of ScienceQA, read a few rows at a time and refused where it lies."""
+"""Reads parquet files with images, such as the hub's ScienceQA, a few rows at a time, and refuses
+damaged ones.
+"""
 
 import contextlib
 import functools
@@ -9,21 +11,21 @@ from typing import Any
 from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown, the_only_one
 
-_MOST_ROWS = 10**6  # a file can say in a few bytes that it has billions; ScienceQA has 21,208
-_MOST_BYTES = 512 << 20  # of the texts of a file, and of the pictures of one row group, unpacked
-_AT_ONCE = 16  # rows
+_MAX_ROWS = 10**6  # a few bytes of a file can claim billions; ScienceQA has 21,208
+_MAX_BYTES = 512 << 20  # unpacked size of the texts of a file, and of the images of one row group
+_BATCH_ROWS = 16
 
 
 class ParquetProblems:
-    """One parquet file of problems, its pictures one row group in memory at a time.
+    """A parquet file of problems, with the images of one row group in memory at a time.
 
     Args:
-        path: of the file.
-        texts: the columns beside "image" that it must have.
+        path: path of the file.
+        texts: names of the columns that it must have, besides "image".
 
     Raises:
-        DataError: it is not a whole parquet file, lacks a column, or would unpack to more than memory should hold. The same
-            from the methods, as more of the file is read.
+        DataError: it is not a complete parquet file, lacks a column, or its unpacked size is too
+            large. The methods raise it too, when they read more of the file.
         MissingExtraError: pyarrow is not installed.
     """
 
@@ -43,16 +45,14 @@ class ParquetProblems:
             raise DataError(
                 f"{path} has no column {', '.join(lost)}; it has {shown(', '.join(columns), 500)}"
             )
-        if not 0 <= rows <= _MOST_ROWS:
-            raise DataError(
-                f"{path} says that it has {rows:,} rows; {_MOST_ROWS:,} are read at most"
-            )
+        if not 0 <= rows <= _MAX_ROWS:
+            raise DataError(f"{path} claims to have {rows:,} rows; at most {_MAX_ROWS:,} are read")
         self._group = functools.lru_cache(maxsize=1)(self._read_group)
         self._places: list[tuple[int, int]] = []  # row -> row group, row in the group
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Errors of pyarrow, of which many kinds come out of a damaged file, as one of ours."""
+        """Turn the many errors of pyarrow on damaged files into DataError."""
         try:
             yield
         except DataError:
@@ -72,7 +72,7 @@ class ParquetProblems:
             ) from None
 
     def problems(self) -> list[dict[str, Any]]:
-        """Every row, without its picture."""
+        """All rows, without their images."""
         rows = [
             row
             for batch in self._batches(self._texts, range(self._file.num_row_groups))
@@ -82,19 +82,19 @@ class ParquetProblems:
         return rows
 
     def _batches(self, columns: list[str], groups: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-        """Rows, a few at a time: what is packed well, such as one picture a million times, is refused before it is unpacked."""
+        """Rows, a few at a time, so that a file is refused before its whole size is unpacked."""
         size = 0
         with self._whole():
             for group in groups:
-                said = self._file.metadata.row_group(group)
-                claims = [
-                    said.column(n).total_uncompressed_size
-                    for n in range(said.num_columns)
-                    if said.column(n).path_in_schema.partition(".")[0] in columns
+                metadata = self._file.metadata.row_group(group)
+                sizes = [
+                    metadata.column(n).total_uncompressed_size
+                    for n in range(metadata.num_columns)
+                    if metadata.column(n).path_in_schema.partition(".")[0] in columns
                 ]
-                self._check_size(sum(claims))
+                self._check_size(sum(sizes))
             rows = self._file.iter_batches(
-                batch_size=_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False
+                batch_size=_BATCH_ROWS, row_groups=list(groups), columns=columns, use_threads=False
             )
             for batch in rows:
                 size += batch.nbytes
@@ -102,20 +102,21 @@ class ParquetProblems:
                 yield batch.to_pylist()
 
     def _check_rows(self, found: int) -> None:
-        if found != (said := self._file.metadata.num_rows):
+        if found != (claimed := self._file.metadata.num_rows):
             raise DataError(
-                f"{self._path} is not a whole parquet file: it says that it has {said:,} rows, and has {found:,}"
+                f"{self._path} is not a whole parquet file: it claims to have {claimed:,} rows, "
+                f"and has {found:,}"
             )
 
     def _check_size(self, size: int) -> None:
-        if not 0 <= size <= _MOST_BYTES:
+        if not 0 <= size <= _MAX_BYTES:
             raise DataError(
-                f"{self._path}: its texts, or the pictures of a row group, unpack to {size:,} bytes; "
-                f"{_MOST_BYTES:,} are read at most. Write it with smaller row groups"
+                f"{self._path}: its texts, or the pictures of a row group, unpack to {size:,} "
+                f"bytes; at most {_MAX_BYTES:,} are read. Write it with smaller row groups"
             )
 
     def rows_with_picture(self) -> list[int]:
-        """Numbers of the rows that have one; reads through the file once."""
+        """The numbers of the rows that have an image; this reads the whole file once."""
         rows = []
         for group in range(self._file.num_row_groups):
             for place, cell in enumerate(self._group(group)):
@@ -126,7 +127,7 @@ class ParquetProblems:
         return rows
 
     def read(self, row: int) -> bytes:
-        """The picture of a row that has one."""
+        """The image of a row, as the bytes of its file."""
         group, place = self._places[row]
         data = self._group(group)[place]
         assert data is not None
@@ -140,6 +141,7 @@ class ParquetProblems:
         cell = the_only_one(cell, f"{self._path}: a cell of the column image")
         if not (isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)):
             raise DataError(
-                f"{self._path}: the column image does not hold pictures as bytes, but {shown(cell, 60)}"
+                f"{self._path}: the column image does not hold pictures as bytes, but "
+                f"{shown(cell, 60)}"
             )
         return cell["bytes"]

@@ -1,13 +1,17 @@
-"""POPE from object annotations, or from the files that its authors published: a VLMEvalKit TSV either way.
+"""Makes VLMEvalKit's POPE TSV from object annotations, or from the files that the authors of POPE
+published.
 
-For each picture as many questions about objects that are there as about objects that are not, and these chosen in three
-ways: any (random), the most frequent ones (popular), those that most often accompany what is there (adversarial).
+Each image gets as many questions about objects in it as about absent ones. Absent objects are
+chosen in three ways: any objects (random), the most frequent ones (popular), and those that most
+often occur with the present ones (adversarial).
 
-Source: arXiv 2305.10355, section 5.1, and main.py and utils.py of the authors' repository (AoiDragon/POPE).
+Source: arXiv 2305.10355, section 5.1, and main.py and utils.py of the authors' repository
+(AoiDragon/POPE).
 
-Differs from the paper: a picture takes part with 3 kinds of objects or more, as in the code (the paper: more than 3).
-The authors' own COCO file also counts objects that only the captions name; here the annotations alone say what is there.
-Their draws have no seed, so the published questions can be converted but not made again.
+Differs from the paper: an image needs 3 or more kinds of objects, as in the code (the paper: more
+than 3). The authors' COCO file also counts objects that only the captions name; here only the
+annotations count. Their draws have no seed, so the published questions can be converted but not
+drawn again.
 """
 
 import itertools
@@ -20,23 +24,23 @@ from pathlib import Path
 from hipp_ext.errors import DataError
 from hipp_ext.evals.data.coco import AnnotatedImage, read_instances
 from hipp_ext.evals.data.writing import file_pictures, write_table
+from hipp_ext.evals.pope import SPLITS
 from hipp_ext.files import content_hash
 from hipp_ext.files.untrusted import parse_json, read_plain, shown, the_only_one
 
-SPLITS = ("random", "popular", "adversarial")
 ENDING = "Please answer yes or no."
-_MOST_PAIRS = 10**7  # of objects seen together, in all pictures; 500 of COCO's have about 10,000
+_MAX_PAIRS = 10**7  # pairs of objects in all images; 500 images of COCO have about 10,000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PopeQuestion:
-    """One question about one picture, with the splits that ask it.
+    """A question about an image, with its splits.
 
     Attributes:
-        image: file name of the picture.
-        text: the question without the ending that asks for yes or no.
+        image: file name of the image.
+        text: text of the question, without the ending that asks for yes or no.
         answer: "Yes" or "No".
-        splits: those of `SPLITS` it belongs to, in this order.
+        splits: splits of the question, in the order of `SPLITS`.
     """
 
     image: str
@@ -55,7 +59,11 @@ def write_pope(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
-    """The TSV `out` of the questions; `ending` is put after each. Errors as `file_pictures` and `write_table`."""
+    """Write the questions, each followed by `ending`, to the TSV `out`.
+
+    Raises:
+        DataError, OutputExistsError, WriteError: see `file_pictures` and `write_table`.
+    """
     pictures = file_pictures(images, [question.image for question in questions])
     rows = [
         {
@@ -73,7 +81,8 @@ def write_pope(
 def pope_from_annotations(
     path: str | Path, *, n_images: int = 500, per_image: int = 3, seed: int = 0
 ) -> tuple[list[PopeQuestion], dict[str, object]]:
-    """The questions about `n_images` pictures of a COCO instance file, and what they were made from.
+    """The questions about `n_images` images of a COCO instance file, and a description of their
+    source.
 
     Raises:
         DataError: see `read_instances` and `build_pope`.
@@ -93,17 +102,19 @@ def pope_from_annotations(
 def build_pope(
     images: Sequence[AnnotatedImage], *, n_images: int = 500, per_image: int = 3, seed: int = 0
 ) -> list[PopeQuestion]:
-    """The questions about a sample of the images, those of one picture together; each asked once, whatever its splits.
+    """The questions about a sample of the images, grouped by image. A question in several splits is
+    there once.
 
     Args:
-        images: what is in each picture.
-        n_images: how many pictures to draw among those with `per_image` kinds of objects or more.
-        per_image: questions with yes, and with no in each split, about one picture. Those with yes are about the
-            first objects of the picture, as in the authors' code.
-        seed: of the sample and of the random objects.
+        images: images with their objects.
+        n_images: number of images to draw from those with `per_image` or more kinds of objects.
+        per_image: number of questions per image with the answer yes, and with no in each split.
+            Those with yes are about the first objects of the image, as in the authors' code.
+        seed: random seed of the sample and of the random objects.
 
     Raises:
-        DataError: too few pictures with enough objects, or a picture that leaves too few absent objects.
+        DataError: there are too few images with enough objects, or an image leaves too few absent
+            objects.
     """
     if n_images < 1 or per_image < 1:
         raise DataError(
@@ -112,17 +123,19 @@ def build_pope(
     rich = [image for image in images if len(image.objects) >= per_image]
     if len(rich) < n_images:
         raise DataError(
-            f"{n_images} images with {per_image} kinds of objects or more are needed, and {len(rich)} of the "
-            f"{len(images)} annotated ones have as many. Ask for fewer images, or fewer objects per image"
+            f"{n_images} images with {per_image} kinds of objects or more are needed, and "
+            f"{len(rich)} of the {len(images)} annotated ones have as many. Ask for fewer images, "
+            "or fewer objects per image"
         )
     rng = random.Random(f"pope {seed}")
     sample = rng.sample(rich, n_images)
-    if (pairs := sum(len(image.objects) ** 2 for image in sample)) > _MOST_PAIRS:
+    if (pairs := sum(len(image.objects) ** 2 for image in sample)) > _MAX_PAIRS:
         raise DataError(
-            f"the sampled images hold {pairs:,} pairs of objects, and {_MOST_PAIRS:,} are counted at most: so many "
-            "kinds of objects in one image are a mistake in the annotations"
+            f"the sampled images hold {pairs:,} pairs of objects, and {_MAX_PAIRS:,} are counted "
+            "at most: so many kinds of objects in one image are a mistake in the annotations"
         )
-    # Counters keep the order of first sight, and sorting keeps it among equals: ties go as in the authors' code.
+    # Counters keep the order of insertion, and sorting is stable, so ties are broken as in the
+    # authors' code.
     frequency = Counter(name for image in sample for name in image.objects)
     popular = sorted(frequency, key=lambda name: -frequency[name])
     companions = _companions(sample)
@@ -134,7 +147,7 @@ def build_pope(
 
 
 def _companions(sample: Sequence[AnnotatedImage]) -> dict[str, list[str]]:
-    """Object to the objects that were seen with it, the most frequent ones first."""
+    """The objects that occur together with each object, the most frequent ones first."""
     seen: dict[str, Counter] = {}
     for image in sample:
         for name, other in itertools.permutations(image.objects, 2):
@@ -153,8 +166,9 @@ def _ask(
     absent = [name for name in popular if name not in there]
     if len(absent) < per_image:
         raise DataError(
-            f"{image.file_name}: {per_image} absent objects are needed, and it lacks only {len(absent)} of the "
-            f"{len(popular)} kinds that the sampled images hold: too few objects to ask about. Use more images"
+            f"{image.file_name}: {per_image} absent objects are needed, and it lacks only "
+            f"{len(absent)} of the {len(popular)} kinds that the sampled images hold: too few "
+            "objects to ask about. Use more images"
         )
     present, adversarial, missing = image.objects[:per_image], [], set(absent)
     for name in present:
@@ -185,11 +199,12 @@ def _text(name: str) -> str:
 
 
 def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[str, object]]:
-    """The questions of the authors' three files (such as coco_pope_random.json) in a folder, each once.
+    """The questions of the authors' three files (such as coco_pope_random.json) in a folder, each
+    once.
 
     Raises:
-        DataError: not exactly one file per split, a line that is not in the authors' format, or two answers to a
-            question.
+        DataError: a split has no file or several, a line is not in the authors' format, or a
+            question has two answers.
     """
     files = {split: _published_file(Path(folder), split) for split in SPLITS}
     found: dict[tuple[str, str], tuple[str, list[str]]] = {}
@@ -198,7 +213,8 @@ def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[st
             known, splits = found.setdefault((image, text), (answer, []))
             if known != answer:
                 raise DataError(
-                    f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere {known}"
+                    f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere "
+                    f"{known}"
                 )
             if split not in splits:
                 splits.append(split)
@@ -225,7 +241,7 @@ def _published_file(folder: Path, split: str) -> Path:
 
 
 def _read_published(file: Path) -> list[tuple[str, str, str, str]]:
-    """Of each line: where it is, image, question, "Yes" or "No"."""
+    """For each line: its place, image, question, and "Yes" or "No"."""
     rows = []
     for number, line in enumerate(read_plain(file).splitlines(), start=1):
         where = f"{file}, line {number}"

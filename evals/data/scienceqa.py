@@ -1,9 +1,12 @@
-"""ScienceQA as its authors or the hub distribute it -> VLMEvalKit's ScienceQA_VAL.tsv and ScienceQA_TEST.tsv.
+"""Makes VLMEvalKit's ScienceQA_VAL.tsv and ScienceQA_TEST.tsv from ScienceQA as its authors or the
+hub distribute it.
 
-Only questions with a picture are written, 2097 and 2017 of the published ones: VLMEvalKit leaves the others out.
+Only questions with an image are written, 2097 and 2017 of the published ones, because VLMEvalKit
+leaves out the others.
 
-Source: arXiv 2209.09513 and github.com/lupantech/ScienceQA (problems.json, pid_splits.json, images/SPLIT/ID/image.png);
-the hub's parquet files have the same fields, and pictures as {bytes, path}.
+Source: arXiv 2209.09513 and github.com/lupantech/ScienceQA (problems.json, pid_splits.json,
+images/SPLIT/ID/image.png); the hub's parquet files have the same fields, and images as {bytes,
+path}.
 """
 
 import functools
@@ -20,7 +23,7 @@ from hipp_ext.files.untrusted import read_json, shown, the_only_one
 
 TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
 _TEXTS = ("question", "choices", "answer", "hint", "topic", "subject")
-# pandas, and so VLMEvalKit, reads a cell of one of these as missing: the option would be gone.
+# pandas, and so VLMEvalKit, reads these cells as missing: the option would be lost.
 _MISSING = frozenset(
     [
         "#N/A",
@@ -53,22 +56,24 @@ def write_scienceqa(
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[Path]:
-    """The TSVs written to `out_dir`, one per split ("val", "test"); both sources are told apart by problems.json.
+    """Write one TSV per split ("val", "test") to `out_dir`; returns their paths.
 
-    The index of a row is the problem's id, or its row number in the split where the data has no ids. The topic becomes
-    the category and the subject the l2-category. An option that reads None, NA or the like gets a full stop, since
-    VLMEvalKit would take it for a missing one.
+    The index of a row is the id of the problem, or its row number in the split if the data has no
+    ids. The topic becomes the category and the subject the l2-category. An option with the text
+    None, NA or similar gets a full stop, because VLMEvalKit would take it for a missing one.
 
     Args:
-        source: folder with problems.json, pid_splits.json and images, or with the hub's parquet files.
-        out_dir: a folder for $LMUData.
-        splits: which.
-        overwrite: replace files that are there.
+        source: folder with problems.json, pid_splits.json and images, or with the hub's parquet
+            files.
+        out_dir: folder of the TSVs, such as $LMUData.
+        splits: splits to write.
+        overwrite: replace existing files.
         progress: show progress bars on stderr.
 
     Raises:
-        DataError: nothing is found in `source`, a problem is malformed, or a picture is missing or broken.
-        OutputExistsError: another file is in the way, and `overwrite` is False.
+        DataError: `source` holds no problems, a problem is malformed, or an image is missing or
+            broken.
+        OutputExistsError: another file exists, and `overwrite` is False.
         MissingExtraError: parquet files need pyarrow.
     """
     source = Path(source).expanduser()
@@ -92,9 +97,8 @@ def write_scienceqa(
     return written
 
 
-Problems = tuple[
-    list[tuple[int, Mapping[str, Any]]], list[Picture], list[Path]
-]  # (index, problem), picture of each, files
+# (index, problem) pairs, the image of each, and the files that they come from.
+Problems = tuple[list[tuple[int, Mapping[str, Any]]], list[Picture], list[Path]]
 
 
 def _read_problems(source: Path, split: str) -> Problems:
@@ -105,7 +109,8 @@ def _read_problems(source: Path, split: str) -> Problems:
         or not isinstance(splits.get(split), list)
     ):
         raise DataError(
-            f"{source}: pid_splits.json has no list {split!r}, or problems.json is not problems by id"
+            f"{source}: pid_splits.json has no list {split!r}, or problems.json has no problems "
+            "by id"
         )
     found, names = [], []
     for listed in splits[split]:
@@ -113,7 +118,8 @@ def _read_problems(source: Path, split: str) -> Problems:
         problem = problems.get(pid)
         if not isinstance(problem, dict) or not pid.isdecimal() or len(pid) > 18:
             raise DataError(
-                f"{source}: pid_splits.json lists problem {shown(repr(listed), 60)}, which problems.json does not have"
+                f"{source}: pid_splits.json lists problem {shown(repr(listed), 60)}, which "
+                "problems.json does not have"
             )
         if problem.get("image"):
             image, part = (
@@ -145,7 +151,9 @@ def _read_parquet(source: Path, split: str) -> Problems:
 
 
 def _parquet_files(source: Path, split: str) -> list[Path]:
-    """The parquet files of a split: SPLIT-00000-of-00001.parquet, SPLIT.parquet or SPLIT/0000.parquet, at any depth."""
+    """The parquet files of a split: SPLIT-00000-of-00001.parquet, SPLIT.parquet or
+    SPLIT/0000.parquet, at any depth.
+    """
     names = {"val": ("validation", "val"), "test": ("test",)}[split]
     found = sorted(
         file
@@ -155,13 +163,14 @@ def _parquet_files(source: Path, split: str) -> list[Path]:
     )
     if not found:
         raise DataError(
-            f"{source} holds neither problems.json (with pid_splits.json and images) nor parquet files of the split "
-            f"{names[0]}, such as {names[0]}-00000-of-00001.parquet"
+            f"{source} holds neither problems.json (with pid_splits.json and images) nor parquet "
+            f"files of the split {names[0]}, such as {names[0]}-00000-of-00001.parquet"
         )
     if len(folders := {file.parent for file in found}) > 1:
         several = ", ".join(str(folder.relative_to(source)) for folder in sorted(folders))
         raise DataError(
-            f"{source} holds several versions of the split {split}: {several}. Name one of these folders"
+            f"{source} holds several versions of the split {split}: {several}. Name one of these "
+            "folders"
         )
     return found
 
@@ -169,14 +178,15 @@ def _parquet_files(source: Path, split: str) -> list[Path]:
 def _require_some(found: Sequence[object], source: Path, split: str, total: int) -> None:
     if not found:
         raise DataError(
-            f"{source}: none of the {total} questions of the split {split} has a picture; nothing to write"
+            f"{source}: none of the {total} questions of the split {split} has a picture; nothing "
+            "to write"
         )
 
 
 def _rows(
     problems: Sequence[tuple[int, Mapping[str, Any]]], split: str
 ) -> tuple[list[dict[str, object]], int]:
-    """The rows, all with as many option columns as the longest needs, and how many options got a full stop."""
+    """The rows, with the same option columns, and the number of options that got a full stop."""
     checked = [(index, *_checked(index, problem)) for index, problem in problems]
     letters = string.ascii_uppercase[: max(len(choices) for _, choices, _ in checked)]
     rows, rewritten = [], 0
@@ -214,7 +224,8 @@ def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[st
         )
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise DataError(
-            f"problem {index}: the answer is {shown(repr(answer), 60)}; it must be the number of one of {len(choices)} choices"
+            f"problem {index}: the answer is {shown(repr(answer), 60)}; it must be the number of "
+            f"one of {len(choices)} choices"
         )
     texts = {name: problem.get(name) or "" for name in ("question", "hint", "topic", "subject")}
     for name in ("question", "topic", "subject"):

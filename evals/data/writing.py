@@ -1,8 +1,10 @@
-"""Rows and pictures -> a VLMEvalKit TSV: every picture checked, a killed run goes on, the file appears whole or not at all.
+"""Writes a VLMEvalKit TSV with checked images. A killed run can continue, and the file is written
+completely or not at all.
 
-Reading and checking the pictures takes the time, so what was checked is kept beside the output, in .NAME.partial, until
-the TSV is there. Who holds the lock on that file writes; another process that is to write the same TSV waits, and then finds
-it made. Beside the TSV stays NAME.json, which says what it was made from.
+Reading and checking the images takes most of the time, so checked images are kept beside the
+output, in .NAME.partial, until the TSV is written. The process that holds the lock on that file
+writes; another process that writes the same TSV waits, and then finds it finished. NAME.json beside
+the TSV describes its source.
 """
 
 import base64
@@ -35,12 +37,12 @@ from hipp_ext.files.untrusted import (
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Where a picture comes from; it is read when its turn comes.
+    """An image that is read later.
 
     Attributes:
-        name: says where it is; two rows of one name share the picture.
-        stamp: changes when the picture may have changed: size and time of the file that holds it.
-        read: gives the bytes of the picture file (JPEG, PNG, ...).
+        name: name of its place; rows with the same name share the image.
+        stamp: size and time of the file that holds it, which show that the image may have changed.
+        read: returns the bytes of the image file (JPEG, PNG, ...).
     """
 
     name: str
@@ -49,10 +51,12 @@ class Picture:
 
 
 def file_pictures(folder: str | Path, names: Sequence[str]) -> list[Picture]:
-    """The picture of each name in a folder; looks at every file before the first is read.
+    """The images with the given names in a folder; all files are looked up before the first is
+    read.
 
     Raises:
-        DataError: there is no such folder, a picture is missing or not a plain file, or a name leads out of the folder.
+        DataError: the folder does not exist, an image is missing or not a plain file, or a name
+            leads out of the folder.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -77,8 +81,9 @@ def file_pictures(folder: str | Path, names: Sequence[str]) -> list[Picture]:
         found[name] = Picture(name=name, stamp=(status.st_size, status.st_mtime_ns), read=read)
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(missing) + len(found)} images are missing in {folder}, the first is {missing[0]}. "
-            "All are needed: leaving some out would make another data set"
+            f"{len(missing)} of {len(missing) + len(found)} images are missing in {folder}, the "
+            f"first is {missing[0]}. All are needed: without some of them it would be another "
+            "data set"
         )
     return [found[name] for name in names]
 
@@ -92,27 +97,32 @@ def write_table(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
-    """The TSV of `rows`, with a column image after the index: base64, or the index of the row with the same picture.
+    """Write `rows` as a TSV with a column image after the index: base64, or the index of a row with
+    the same image.
 
-    Called again after it was killed, it goes on with the pictures that are not checked yet; called again for what is
-    there already, it does nothing.
+    After a killed run it continues with the images that are not yet checked. If the same file
+    exists already, it does nothing.
 
     Args:
-        path: the TSV; beside it comes `path`.json with `source`, the number of rows and pictures, and the SHA-256.
-        rows: all with the same columns, of which the first is "index".
-        pictures: one per row.
-        source: what the rows were made from, as plain data.
-        overwrite: replace a file that is there.
+        path: path of the TSV. `path`.json is written beside it, with `source`, the numbers of rows
+            and images, and the SHA-256.
+        rows: rows with the same columns, of which the first is "index".
+        pictures: image of each row.
+        source: description of the source of the rows, as plain data.
+        overwrite: replace an existing file.
         progress: show a progress bar on stderr.
 
+    Returns:
+        `path`.
+
     Raises:
-        DataError: no rows, or a picture cannot be read or decoded; the message names it.
-        OutputExistsError: another file is at `path`, and `overwrite` is False.
+        DataError: there are no rows, or an image cannot be read or decoded; the message names it.
+        OutputExistsError: another file exists at `path`, and `overwrite` is False.
         WriteError: the disk is full, or the folder is not writable.
     """
     path = Path(path)
     if not rows:
-        raise DataError(f"{path}: there is nothing to write, not one question was made")
+        raise DataError(f"{path}: there is nothing to write, because there are no questions")
     _check_texts(rows)
     described = [list(map(dict, rows)), [(p.name, *p.stamp) for p in pictures], dict(source)]
     key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
@@ -140,13 +150,14 @@ def write_table(
 
 
 def _check_texts(rows: Sequence[Mapping[str, object]]) -> None:
-    """Refuse what a TSV cannot hold: null bytes, and halves of characters, which JSON can spell."""
+    """Refuse null bytes and halves of characters, which JSON can contain and a TSV cannot."""
     for row in rows:
         text = "\t".join(map(str, row.values()))
         if "\0" in text or text.encode("utf-8", "replace").decode() != text:
             index = shown(next(iter(row.values())))
             raise DataError(
-                f"row {index}, {shown(text, 60)!r}, holds a null byte or half a character, which a TSV cannot"
+                f"row {index}, {shown(text, 60)!r}, holds a null byte or half a character, which "
+                "a TSV cannot"
             )
 
 
@@ -169,7 +180,7 @@ def _write(
 
 @contextlib.contextmanager
 def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
-    """The partial file, open for reading and appending, while no other process has it; waits for one that does."""
+    """Open and lock the partial file; waits for another process that holds the lock."""
     while True:
         try:
             handle = os.open(
@@ -181,7 +192,7 @@ def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
             ) from error
         with os.fdopen(handle, "a+b") as file:
             _lock(file, partial if progress else None)
-            if not _is_same(file, partial):  # who had it has ended, and removed it
+            if not _is_same(file, partial):  # its previous holder removed it
                 continue
             try:
                 yield file
@@ -191,10 +202,11 @@ def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
             return
 
 
-def _lock(file: BinaryIO, told: Path | None) -> None:
-    """Wait for the lock, and say so of the file `told`. The system gives it back however a process ends.
+def _lock(file: BinaryIO, printed: Path | None) -> None:
+    """Wait for the lock, and print a line that names the file `printed`. The system releases it
+    when a process ends.
 
-    Where there is no lock, the lines of the file still name their pictures.
+    Without locks, the lines of the file still name their images, so they can be checked.
     """
     try:
         import fcntl
@@ -203,8 +215,8 @@ def _lock(file: BinaryIO, told: Path | None) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if told is not None:
-            print(f"another process writes {told}; waiting for it", file=sys.stderr)
+        if printed is not None:
+            print(f"another process writes {printed}; waiting for it", file=sys.stderr)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks
         return
@@ -222,7 +234,7 @@ def _record(path: Path) -> Path:
 
 
 def _is_done(path: Path, key: str) -> bool:
-    """Whether `path` is the whole file that this key makes; the record alone may be from a run that was killed."""
+    """Whether `path` is complete for this key; a record alone may be from a killed run."""
     if not path.is_file() or not _record(path).is_file():
         return False
     with contextlib.suppress(DataError, OSError):
@@ -238,7 +250,7 @@ def _is_done(path: Path, key: str) -> bool:
 def _check_pictures(
     kept: BinaryIO, key: str, pictures: Sequence[Picture], title: str | None
 ) -> None:
-    """Bring the partial file to hold every picture, in order: one JSON line each, after a line with the key."""
+    """Complete the partial file: a line with the key, then one JSON line per image, in order."""
     from tqdm import tqdm
 
     done = _whole_lines(kept, key, pictures)
@@ -256,13 +268,13 @@ def _append(kept: BinaryIO, line: bytes) -> None:
         kept.flush()
     except OSError as error:
         raise WriteError(
-            f"a picture could not be kept beside the output: {error.strerror}. Those before are kept; make room, and the same "
-            "command goes on from there"
+            f"a picture could not be kept beside the output: {error.strerror}. Those before are "
+            "kept; make room, and the same command again to continue"
         ) from error
 
 
 def _whole_lines(kept: BinaryIO, key: str, pictures: Sequence[Picture]) -> int:
-    """How many of the pictures the partial file holds, in order; what follows them is removed, as what a crash cut off."""
+    """Number of images that the partial file holds, in order; an incomplete rest is removed."""
     kept.seek(0)
     whole, lines = 0, 0
     if kept.readline() == _json_line(key=key):
@@ -295,7 +307,7 @@ def _checked_base64(picture: Picture) -> str:
 
 
 def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Generator[str, None, None]:
-    """What the partial file holds, each distinct picture once.
+    """The images in the partial file, each once.
 
     Raises:
         DataError: another process wrote to it at the same time, on a file system without locks.
@@ -306,7 +318,8 @@ def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Generat
         line = kept.readline()
         if not _holds(line, name):
             raise DataError(
-                f"the pictures kept for {path} were changed by another process at the same time. Run the command again"
+                f"the pictures kept for {path} were changed by another process at the same time. "
+                "Run the command again"
             )
         yield parse_json(line, f"what is kept for {path}")["image"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hipp_ext.comm.codec import LogCodec, Pieces
-from hipp_ext.comm.compressor import Compressor, Options, orthonormal
+from hipp_ext.comm import Blocks, Compressor, LogCodec, Options
+from hipp_ext.comm.compressor import orthonormal
 from hipp_ext.evals.studies.measuring import keep_picture, ratio, report
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def run_codec(repeats: int = 50, save: bool = False) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     x = torch.randn(1, 1 << 20)
-    pieces = Pieces(lengths=(2048,) * 512, slots=512)
+    blocks = Blocks(lengths=(2048,) * 512, n_scales=512)
     sides: dict[str, Any] = {
         "three fp16 casts": lambda: [x.half() for _ in range(3)],
         "three fp16 casts there and back": lambda: [x.half().float() for _ in range(3)],
     }
     for bits in (8, 4):
         codec = LogCodec(bits=bits)
-        sides[f"{bits} bits"] = lambda codec=codec: codec.decode(codec.encode(x, pieces), pieces)
+        sides[f"{bits} bits"] = lambda codec=codec: codec.decode(codec.encode(x, blocks), blocks)
     for name, call in _compiled(x).items():
         sides[name] = call
     times = _cpu_times(sides, repeats)
@@ -143,7 +143,7 @@ def run_scale(save: bool = False) -> dict[str, Any]:
 def measure_speeds() -> dict[str, float]:
     """This machine, one thread: multiply-adds per second of tall factors, QR and codec values per second."""
     matrix, factor, x = torch.randn(1024, 1024), torch.randn(RANK, 1024), torch.randn(1, 1 << 20)
-    pieces = Pieces(lengths=(2048,) * 512, slots=512)
+    blocks = Blocks(lengths=(2048,) * 512, n_scales=512)
     speeds = {}
     calls: dict[str, tuple[Any, int]] = {
         "matmul": (lambda: factor @ matrix, RANK * 1024 * 1024),
@@ -151,10 +151,10 @@ def measure_speeds() -> dict[str, float]:
     }
     for bits in (8, 4):
         codec = LogCodec(bits=bits)
-        message = codec.encode(x, pieces)
-        calls[f"encode {bits}"] = (lambda codec=codec: codec.encode(x, pieces), x.numel())
+        message = codec.encode(x, blocks)
+        calls[f"encode {bits}"] = (lambda codec=codec: codec.encode(x, blocks), x.numel())
         calls[f"decode {bits}"] = (
-            lambda codec=codec, message=message: codec.decode(message, pieces),
+            lambda codec=codec, message=message: codec.decode(message, blocks),
             x.numel(),
         )
     for name, times in _cpu_times({n: c for n, (c, _) in calls.items()}, 20).items():

@@ -18,7 +18,7 @@ from hipp_ext.evals.studies.comm_accuracy import print_rows, summary
 from hipp_ext.evals.studies.comm_baselines import Averager, methods
 from hipp_ext.evals.studies.measuring import report
 from hipp_ext.evals.studies.recovery import pruning_plan
-from hipp_ext.recover import TestbedLessons
+from hipp_ext.recover import TestbedData
 
 COMPARED = ("fp32", "PowerSGD", "LQ-SGD 8 bits", "LQ-SGD 4 bits")
 RANK, RATE, SHARE, QUESTIONS = 4, 1e-3, 0.2, 800
@@ -38,10 +38,8 @@ def run(seeds: int = 5, steps: int = 60, save: bool = False) -> dict[str, Any]:
         runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COMPARED}
         for seed, name in itertools.product(range(seeds), COMPARED):
             average = methods(shapes, 2, RANK)[name](seed)
-            lessons = TestbedLessons(processor, seed, SHARE)
-            runs[name].append(
-                _train(copy.deepcopy(start), average, lessons, split, steps, evaluator)
-            )
+            data = TestbedData(processor, seed, SHARE)
+            runs[name].append(_train(copy.deepcopy(start), average, data, split, steps, evaluator))
             print(split, seed, name, runs[name][-1], flush=True)
         table[f"2 workers, {split}"] = summary(runs)
         print_rows(f"2 workers, {split}", table[f"2 workers, {split}"])
@@ -59,16 +57,11 @@ def run(seeds: int = 5, steps: int = 60, save: bool = False) -> dict[str, Any]:
 
 
 def _train(
-    model: Any,
-    average: Averager,
-    lessons: TestbedLessons,
-    split: str,
-    steps: int,
-    evaluator: Evaluator,
+    model: Any, average: Averager, data: TestbedData, split: str, steps: int, evaluator: Evaluator
 ) -> tuple[float, float, float]:
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))
-    streams = [lessons.batches(rank, 2, 0) for rank in range(2)]
+    streams = [data.batches(rank, 2, 0) for rank in range(2)]
     losses, sent = [], 0.0
     for step in range(steps):
         gradients = []

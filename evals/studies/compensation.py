@@ -12,7 +12,7 @@ import numpy as np
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.metrics import clustered_se
+from hipp_ext.evals.statistics import clustered_se
 from hipp_ext.evals.studies.measuring import report
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import FLAP, WandaSP
@@ -36,7 +36,7 @@ def run(save: bool = False) -> dict[str, Any]:
             plan = plan_from_counts(groups, keep_counts(groups, None, ratio), scores)
             answers = {}
             for side in SIDES:
-                small = prune(model, plan, compensate=side == "compensated", processor=processor)
+                small = prune(model, plan, reconstruct=side == "compensated", processor=processor)
                 answers[side] = evaluator.scores(small)
             rows[f"{scorer.name} {100 * ratio:.0f}%"] = {
                 "pruning_ratio": plan.pruning_ratio,

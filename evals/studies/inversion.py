@@ -153,7 +153,7 @@ def _send(
     """
     if bits is None:
         work = {
-            n: compressor.memory[n] + gradients[n].reshape(compressor.memory[n].shape)
+            n: compressor.residual[n] + gradients[n].reshape(compressor.residual[n].shape)
             for n in compressor.shapes
         }
         lefts = {n: orthonormal(q) @ work[n].t() for n, q in compressor.factors.items()}
@@ -163,29 +163,25 @@ def _send(
             n: (orthonormal(p).t() @ rights[n]).view(gradients[n].shape) for n, p in lefts.items()
         }
         for n in lefts:
-            compressor.memory[n] = work[n] - mean[n].reshape(work[n].shape)
+            compressor.residual[n] = work[n] - mean[n].reshape(work[n].shape)
             compressor.factors[n] = rights[n]
         return lefts, rights, vectors, {n: mean.get(n, gradients[n]) for n in gradients}
     exchange = compressor.step(gradients)
     decoded: list[Tensor] = []
     packet = next(exchange)
-    for stage in compressor._stages:
-        sections = [s for s in stage if s.size]
-        parts = packet.rows.split([s.row_bytes for s in sections], 1)
-        decoded += [
-            s.codec.decode(part, s.pieces[0])[0, : s.size]
-            for s, part in zip(sections, parts, strict=True)
-        ]
+    for stage in compressor.stages:
+        decoded.append(stage.decode(packet.rows).flatten()[: stage.size])
         try:
             packet = exchange.send(packet.rows)
         except StopIteration as finished:
             mean = finished.value
     rows = {n: (r, rows) for n, (rows, _, r) in compressor.matrices.items()}
     columns = {n: (r, columns) for n, (_, columns, r) in compressor.matrices.items()}
+    split = sum(int(np.prod(s)) for s in rows.values())
     return (
-        _cut(decoded[0], rows),
-        _cut(decoded[2], columns),
-        _cut(decoded[1], {n: (v,) for n, v in compressor.vectors.items()}),
+        _cut(decoded[0][:split], rows),
+        _cut(decoded[1], columns),
+        _cut(decoded[0][split:], {n: (v,) for n, v in compressor.vectors.items()}),
         mean,
     )
 

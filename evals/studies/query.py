@@ -12,8 +12,8 @@ from hipp_ext.evals.studies.measuring import paired_times, report
 from hipp_ext.groups import Group, Kind
 from hipp_ext.planner import HiPPPlanner, Signals
 from hipp_ext.planner.policy import new_policy
-from hipp_ext.planner.state import REMOVED
 from hipp_ext.preference import Preference
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 
 def signals_of_7b_shape() -> Signals:
@@ -44,7 +44,7 @@ def signals_of_7b_shape() -> Signals:
         groups=tuple(groups),
         scores={g.name: torch.rand(g.width, generator=generator) for g in groups},
         scorer="random",
-        sensitivity=torch.rand(len(TASKS), 64, len(REMOVED), generator=generator).cumsum(2),
+        sensitivity=torch.rand(len(TASKS), 64, len(PRUNE_LEVELS), generator=generator).cumsum(2),
         visual=torch.rand(64, generator=generator),
         digest="",
         calibration="",

@@ -1,7 +1,8 @@
 """Measured sensitivity -> how much of every group stays, at any budget.
 
-What a plan loses is taken for the sum of what its groups lose alone. Then, on the convex hulls of the groups' curves, the best
-allocation removes step by step where the next parameter costs least, and all budgets lie along one path.
+The loss of a plan is taken to be the sum of the losses of its groups. The best allocation then
+follows the convex hulls of the groups' curves: it removes step by step where the next parameter
+costs least, and the allocations of all budgets lie along one path.
 """
 
 import itertools
@@ -13,46 +14,47 @@ from torch import Tensor
 
 
 class CheapestPath:
-    """`keep_shares(ratios)` -> the share of each group that stays when so much of all parameters goes.
+    """`keep_fractions(ratios)`: the fraction of each group that stays at each pruning_ratio.
 
-    No share ever rises with the ratio. Beyond the last level that was measured of every group, shares stay as they are.
+    No fraction ever rises with the ratio. Beyond the last measured level of every group, fractions
+    stay as they are.
 
     Args:
-        parameters: of each group.
-        removed: shares of a group at which its loss was measured, ascending, above 0.
-        losses: (groups, levels) what the model loses when one group alone is cut to each; 0 or more.
+        parameters: number of parameters of each group.
+        levels: removed fractions of a group at which its loss was measured, ascending, above 0.
+        losses: (groups, levels) loss of the model when one group alone is pruned; 0 or more.
 
-    Source: equal slopes on convex hulls, Shoham and Gersho, IEEE TASSP 36 (1988); exact where curves are convex.
+    Source: equal slopes on convex hulls, Shoham and Gersho, IEEE TASSP 36 (1988); exact where the
+    curves are convex.
     """
 
     def __init__(
         self,
         parameters: Sequence[int],
-        removed: Sequence[float],
+        levels: Sequence[float],
         losses: Float[Tensor, "groups levels"],
     ):
         total = sum(parameters)
-        steps = []  # (loss per parameter, group, share removed by the step)
+        steps = []  # (loss per parameter, group, fraction removed by the step)
         for group, curve in enumerate(losses.double().tolist()):
-            hull = _lower_hull([(0.0, 0.0), *zip(removed, curve, strict=True)])
+            hull = _lower_hull([(0.0, 0.0), *zip(levels, curve, strict=True)])
             for before, after in itertools.pairwise(hull):
-                steps.append(
-                    (_slope(before, after) / parameters[group], group, after[0] - before[0])
-                )
+                slope = _slope(before, after) / parameters[group]
+                steps.append((slope, group, after[0] - before[0]))
         steps.sort()
-        removed_by = torch.zeros(len(steps) + 1, len(parameters), dtype=torch.float64)
-        for row, (_, group, share) in enumerate(steps, 1):
-            removed_by[row, group] = share
-        self._shares = 1 - removed_by.cumsum(0)
-        self._ratios = (1 - self._shares) @ torch.tensor(parameters, dtype=torch.float64) / total
+        removed = torch.zeros(len(steps) + 1, len(parameters), dtype=torch.float64)
+        for row, (_, group, fraction) in enumerate(steps, 1):
+            removed[row, group] = fraction
+        self._fractions = 1 - removed.cumsum(0)
+        self._ratios = (1 - self._fractions) @ torch.tensor(parameters, dtype=torch.float64) / total
 
-    def keep_shares(self, ratios: Float[Tensor, " budgets"]) -> Float[Tensor, "budgets groups"]:
-        """Shares at each pruning_ratio, float32."""
-        wanted = ratios.double().clamp(0, float(self._ratios[-1]))
-        after = torch.searchsorted(self._ratios, wanted).clamp_min(1)
+    def keep_fractions(self, ratios: Float[Tensor, " budgets"]) -> Float[Tensor, "budgets groups"]:
+        """Fractions that stay at each pruning_ratio, float32."""
+        asked = ratios.double().clamp(0, float(self._ratios[-1]))
+        after = torch.searchsorted(self._ratios, asked).clamp_min(1)
         low, high = self._ratios[after - 1], self._ratios[after]
-        way = ((wanted - low) / (high - low))[:, None]
-        return torch.lerp(self._shares[after - 1], self._shares[after], way).float()
+        way = ((asked - low) / (high - low))[:, None]
+        return torch.lerp(self._fractions[after - 1], self._fractions[after], way).float()
 
 
 def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

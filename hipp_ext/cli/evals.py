@@ -1,4 +1,4 @@
-"""`hipp report | compare | chair | data | tasks-path | lm-eval`: numbers, and what they are made from."""
+"""`hipp report | compare | chair | data | tasks-path | lm-eval`: evaluation and its data."""
 
 import sys
 from pathlib import Path
@@ -33,18 +33,19 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp bench latency` wrote; models.",
+            help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp latency` wrote; models.",
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder for the page; default: the first DIR."),
+        Path | None, typer.Option("--out", "-o", help="Folder of the page. Default: the first DIR.")
     ] = None,
 ) -> None:
-    """One self-contained page, report.html, and PNGs: front, units kept, POPE by split, disagreements, cost, how it was made.
+    """Write one self-contained page, report.html: front, units kept, POPE by split, disagreements,
+    cost, commands.
 
-    Every DIR adds what lies in it: results of `vlmeval` and its answers, model folders (plans and sizes), a planner (front,
-    visual sensitivity), latency.json. The models of all DIRs stand in one report, the dense one first.
+    Every DIR adds its contents: results and answers of `vlmeval`, model folders (plans and sizes),
+    a planner (front, visual sensitivity), latency.json. One report shows the models of all DIRs,
+    the dense one first. Its figures are also written as PNG files.
 
     Examples:
 
@@ -64,28 +65,32 @@ def compare(
         typer.Argument(metavar="A", help="A folder or predictions.jsonl that `vlmeval` wrote."),
     ],
     b: Annotated[
-        Path, typer.Argument(metavar="B", help="Another, of the model that is compared with A.")
+        Path, typer.Argument(metavar="B", help="The same for the model that is compared with A.")
     ],
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="The TSV that was asked, for predictions without a questions.jsonl beside them."
-        ),
+        typer.Option(help="TSV of the questions, for predictions without a questions.jsonl."),
     ] = None,
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    level: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Random seed of the bootstrap.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say whether two models differ: accuracies on the same questions, B - A with its interval, McNemar's test.
+    """Test whether two models differ: accuracies on the same questions, B - A with its interval,
+    McNemar's test.
 
-    Intervals and p (bootstrap) draw whole pictures for POPE. McNemar's test takes questions as independent, which those
-    about one picture are not, so there its p is too small as a rule. The last column: questions that would show one point
-    of difference (power 80%, level 5%) between two models that disagree as often as these.
+    For POPE, intervals and p (bootstrap) draw whole images. McNemar's test takes questions as
+    independent, which is wrong for those about one image, so its p is usually too small there. The
+    last column is the number of questions needed to show a difference of one point (power 80%,
+    level 5%) between two models that disagree as often as these.
 
-    Where POPE's two rules read every answer alike, one line stands for both. Folders may be named without their hash.
+    If POPE's two rules agree on every answer, there is one line for both. The hash of a folder may
+    be left out.
 
     Example: `hipp compare outputs/dense outputs/pruned --json difference.json`
     """
@@ -107,56 +112,60 @@ def compare(
 @evals_app.command()
 def chair(
     model: ModelArgument,
-    n: Annotated[int, typer.Option("--n", min=2, help="Pictures to describe.")] = 200,
+    n: Annotated[int, typer.Option("--n", min=2, help="Number of images to describe.")] = 200,
     annotations: Annotated[
         Path | None,
         typer.Option(
-            help="COCO instance file, such as instances_val2014.json; default: the testbed's scenes."
+            help="COCO instance file, such as instances_val2014.json. Default: testbed scenes."
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures that the annotations name.")
+        Path | None, typer.Option(help="Folder of the images that the annotations name.")
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(help="COCO caption file; what it names counts as being in the picture."),
+        typer.Option(help="COCO caption file. The objects that it names count as present."),
     ] = None,
     synonyms: Annotated[
         Path | None,
         typer.Option(
-            help="Other names of the objects: JSON, or lines `person, girl, boy`; default: plurals only."
+            help="Other names of objects: JSON, or lines `person, girl, boy`. Default: none."
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What the model is asked; default: a brief description.")
+        str | None,
+        typer.Option(help="Prompt of the model. Default: it asks for a brief description."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, for COCO.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the sample of pictures.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of a caption, for COCO [tokens].")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed of the sample of images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
     work_dir: Annotated[
-        Path, typer.Option(help="For captions and scores; a stopped run goes on there.")
+        Path, typer.Option(help="Folder of captions and scores, where a stopped run continues.")
     ] = Path("outputs"),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """CHAIR: let a model describe pictures, and count the objects it names that are not there.
+    """CHAIR: let a model describe images, and count the objects it names that are not in them.
 
     Examples:
 
     `hipp chair testbed --n 200`
 
-    `hipp chair ./pruned --annotations instances_val2014.json --captions captions_val2014.json --images val2014`
+    `hipp chair ./pruned --annotations instances_val2014.json --captions captions_val2014.json
+    --images val2014`
     """
     from hipp_ext.evals.captions import PROMPT, chair_table, coco_task, measure_chair, scenes_task
 
     check_dtype(dtype)
     if (annotations is None) != (images is None):
         raise DataError(
-            "Give both --annotations and --images, or neither (then the testbed's scenes are described)."
+            "Give both --annotations and --images, or neither, to describe scenes of the testbed."
         )
     if annotations is None and (captions or synonyms or prompt):
         raise DataError(
-            "--captions, --synonyms and --prompt go with --annotations; the testbed has its own."
+            "--captions, --synonyms and --prompt need --annotations; the testbed has its own."
         )
     if annotations is None or images is None:
         task = scenes_task(n)
@@ -188,7 +197,8 @@ def chair(
 def tasks_path() -> None:
     """Print the folder of the lm-eval tasks hipp_pope, hipp_scienceqa and hipp_scienceqa_val.
 
-    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's own models
+    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's
+    own models
     """
     from hipp_ext.integrations.lm_eval import tasks_path as path
 
@@ -204,10 +214,11 @@ def tasks_path() -> None:
     },
 )
 def lm_eval(context: typer.Context) -> None:
-    """lm-eval's own command line (`hipp lm-eval run --help`), with `--model hipp` and the tasks of `hipp tasks-path` known.
+    """Run lm-eval's command line (`hipp lm-eval run --help`) with `--model hipp` and the tasks of
+    `hipp tasks-path`.
 
-    Example: `hipp lm-eval run --model hipp --model_args pretrained=./pruned --tasks hipp_pope,hipp_scienceqa
-    --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
+    Example: `hipp lm-eval run --model hipp --model_args pretrained=./pruned --tasks
+    hipp_pope,hipp_scienceqa --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
     """
     from hipp_ext.integrations.lm_eval import main as run
 
@@ -216,7 +227,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @data_app.command("pope")
 def data_pope(
-    images: Annotated[Path, typer.Option(help="Folder of the pictures, such as COCO's val2014.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images, such as COCO's val2014.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The TSV to write, such as $LMUData/POPE.tsv.")
     ],
@@ -229,29 +240,36 @@ def data_pope(
     published: Annotated[
         Path | None,
         typer.Option(
-            help="Convert the authors' questions: folder of coco_pope_random.json and so on."
+            help="Folder of the authors' questions (coco_pope_random.json, ...) to convert."
         ),
     ] = None,
     n: Annotated[
-        int, typer.Option("--n", min=1, help="Pictures to ask about, with --coco-annotations.")
+        int, typer.Option("--n", min=1, help="Number of images, with --coco-annotations.")
     ] = 500,
     objects: Annotated[
         int,
-        typer.Option(min=1, help="Present objects, and absent ones per split, for each picture."),
+        typer.Option(
+            min=1,
+            help="Questions per image about present objects, and in each split about absent ones.",
+        ),
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of the sample and of the random objects.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sample and of the random objects.")
+    ] = 0,
     ending: Annotated[
-        str, typer.Option(help="Put after each question.")
+        str, typer.Option(help="Text after each question.")
     ] = "Please answer yes or no.",
     overwrite: Overwrite = False,
 ) -> None:
-    """POPE as a TSV: random, popular and adversarial questions from annotations, or the published ones.
+    """Write POPE as a TSV: random, popular and adversarial questions from annotations, or the
+    published ones.
 
-    Stopped, the same command goes on from where it was.
+    Run a stopped command again to continue.
 
     Examples:
 
-    `hipp data pope --coco-annotations instances_val2014.json --images val2014 -o ~/LMUData/POPE.tsv`
+    `hipp data pope --coco-annotations instances_val2014.json --images val2014 -o
+    ~/LMUData/POPE.tsv`
 
     `hipp data pope --published POPE/output/coco --images val2014 -o ~/LMUData/POPE.tsv`
     """
@@ -265,7 +283,8 @@ def data_pope(
         questions, source = pope_from_published(published)
     else:
         raise DataError(
-            "Give one of --coco-annotations (new questions) and --published (the authors' questions)."
+            "Give one of --coco-annotations (new questions) and --published (the authors' "
+            "questions)."
         )
     write_pope(
         out,
@@ -281,7 +300,8 @@ def data_pope(
         for split in ("random", "popular", "adversarial")
     )
     say(
-        f"{out}: {len(questions)} questions about {len({q.image for q in questions})} pictures ({', '.join(splits)})"
+        f"{out}: {len(questions)} questions about {len({q.image for q in questions})} images "
+        f"({', '.join(splits)})"
     )
 
 
@@ -290,22 +310,19 @@ def data_scienceqa(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder with problems.json, pid_splits.json and images, or with the hub's parquet files."
+            help="Folder of problems.json, pid_splits.json and images, or of the parquet files."
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Folder for ScienceQA_VAL.tsv and ScienceQA_TEST.tsv."),
+        typer.Option("--out", "-o", help="Folder of ScienceQA_VAL.tsv and ScienceQA_TEST.tsv."),
     ],
-    split: Annotated[
-        list[str] | None,
-        typer.Option(help="val or test; give it twice for both, as is the default."),
-    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="val or test. Default: both.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """ScienceQA's questions with a picture, as VLMEvalKit's TSVs.
+    """Write ScienceQA's questions with an image as VLMEvalKit's TSVs.
 
-    Stopped, the same command goes on from where it was.
+    Run a stopped command again to continue.
 
     Example: `hipp data scienceqa ./ScienceQA/data/scienceqa -o ~/LMUData`
     """

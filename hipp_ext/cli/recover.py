@@ -30,9 +30,7 @@ def recover_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],
     pope: Annotated[
         Path | None,
-        typer.Option(
-            help="POPE-like TSV to train on; default: the built-in questions, which are a toy."
-        ),
+        typer.Option(help="POPE-like TSV to train on. Default: built-in questions on a toy world."),
     ] = None,
     scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to train on.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
@@ -42,47 +40,50 @@ def recover_command(
     optimizer: Annotated[
         str, typer.Option(help="muon (hidden matrices; AdamW for the rest) or adamw.")
     ] = "muon",
-    rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    muon_rate: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.01,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.01,
     compression: Annotated[
-        str, typer.Option(help="Of gradients between processes: lqsgd or none.")
+        str, typer.Option(help="Compression of gradients between processes: lqsgd or none.")
     ] = "lqsgd",
-    rank: Annotated[int, typer.Option(help="Of LQ-SGD's factors.")] = 4,
-    bits: Annotated[int, typer.Option(help="Of LQ-SGD's values, 1 to 8.")] = 8,
-    transport: Annotated[str, typer.Option(help="auto, all_gather or all_to_all.")] = "auto",
+    rank: Annotated[int, typer.Option(help="Largest rank of LQ-SGD's factors.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits per value of LQ-SGD: 4 or 8.")] = 8,
+    transport: Annotated[
+        str, typer.Option(help="Transport of LQ-SGD: auto, all_gather or all_to_all.")
+    ] = "auto",
     freeze_vision: Annotated[
         bool, typer.Option("--freeze-vision", help="Leave the vision tower as it is.")
     ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of data order and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of data order and dropout.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune a pruned model back to what it knew. Interrupted, it goes on from its last checkpoint.
+    """Fine-tune a pruned model. An interrupted run goes on from its last checkpoint.
 
-    With several processes, gradients go compressed by LQ-SGD. Its memory, in the checkpoints, is made of the data's gradients.
+    Several processes compress their gradients with LQ-SGD. The checkpoints contain gradients of
+    the training data.
 
     Examples:
 
     `hipp recover ./pruned -o ./recovered`
 
-    `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv --scienceqa SQA_train.tsv -o ./recovered`
+    `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
-    from hipp_ext.recover import RecoverSettings, TestbedLessons, recover
+    from hipp_ext.recover import RecoverSettings, recover
     from hipp_ext.recover.training import join_processes
     from hipp_ext.surgery.checkpoint import save_pruned
-    from hipp_ext.testbed.model import is_own_processor
 
     position, workers = join_processes()
     require_model(model)
     require_new(out, overwrite)
-    require_apart(out, Path(model_folder(model)), *(p for p in (pope, scienceqa) if p))
+    files = [file for file in (pope, scienceqa) if file]
+    require_apart(out, Path(model_folder(model)), *files)
     chosen: Any = {"optimizer": optimizer, "compression": compression}
     settings = RecoverSettings(
         steps=steps,
-        rate=rate,
-        muon_rate=muon_rate,
+        lr=lr,
+        muon_lr=muon_lr,
         rank=rank,
         bits=bits,
         transport=transport,
@@ -93,44 +94,52 @@ def recover_command(
     )
     loaded, processor = load_model(model, device or (own_device() if workers > 1 else None), dtype)
     running = out.with_name(out.name + ".recover")
-    if pope is None and scienceqa is None:
-        lessons: Any = TestbedLessons(processor, seed, batch_size=batch_size)
-        if position == 0 and not is_own_processor(processor):
-            warn(
-                "the built-in pictures and questions are a toy, to see that it runs: --pope and --scienceqa take others."
-            )
+    if files:
+        data = _question_data(processor, files, batch_size, seed, running, position)
     else:
-        lessons = _question_lessons(
-            processor, [p for p in (pope, scienceqa) if p], batch_size, seed, running, position
-        )
-    result = recover(loaded, lessons, settings, folder=running, progress=sys.stderr.isatty())
+        data = _testbed_data(processor, batch_size, seed, position)
+    result = recover(loaded, data, settings, folder=running, progress=sys.stderr.isatty())
     if position == 0:
         save_pruned(loaded, out, processor, overwrite=overwrite)
-        sent = (
-            result.stats
-            and f"; sent {result.stats['bytes_sent']:,} bytes, fp32 {result.stats['dense_bytes']:,}"
-        )
+        sent = ""
+        if result.stats:
+            stats = result.stats
+            sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
         say(
-            f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps{sent or ''}; progress: {running}"
+            f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps"
+            f"{sent}; progress: {running}"
         )
 
 
-def _question_lessons(
+def _testbed_data(processor: Any, rows: int, seed: int, position: int) -> Any:
+    """The built-in questions, with a warning if the model is not the testbed's."""
+    from hipp_ext.recover import TestbedData
+    from hipp_ext.testbed.model import is_own_processor
+
+    data = TestbedData(processor, seed, batch_size=rows)
+    if position == 0 and not is_own_processor(processor):
+        warn(
+            "the built-in pictures and questions are a toy, to see that it runs; pass your own "
+            "with --pope and --scienceqa."
+        )
+    return data
+
+
+def _question_data(
     processor: Any, files: list[Path], rows: int, seed: int, running: Path, position: int
 ) -> Any:
-    """TSVs to train on. The published test sets are not among them."""
+    """Questions of TSVs; the published test sets are refused."""
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import KNOWN, read_table
-    from hipp_ext.recover import QuestionLessons
+    from hipp_ext.recover import QuestionData
 
     tasks = []
     for file in files:
-        table = read_table(
-            file, running / f"images.{position}", name=file.stem if file.stem in KNOWN else None
-        )
+        name = file.stem if file.stem in KNOWN else None
+        table = read_table(file, running / f"images.{position}", name=name)
         if table.official and file.stem != "ScienceQA_VAL":
             raise DataError(
                 f"{file} is the published {file.stem}, a test set: train on other questions."
             )
         tasks.append(table_questions(table))
-    return QuestionLessons(processor, tasks, rows, seed)
+    return QuestionData(processor, tasks, rows, seed)

@@ -16,10 +16,10 @@ testbed_app = typer.Typer(
 @testbed_app.command("train")
 def testbed_train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")],
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of weights and data order.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train the tiny LLaVA again from nothing; minutes on two cores.
+    """Train the tiny LLaVA from nothing, in minutes on two cores.
 
     Example: `hipp testbed train --out my-testbed`
     """
@@ -36,13 +36,16 @@ def testbed_export(
         typer.Option("--out", "-o", help="Folder for SPLIT/POPE.tsv and SPLIT/ScienceQA_TEST.tsv."),
     ],
     model: Annotated[
-        Path | None, typer.Option(help="Also save the dense model to this folder.")
+        Path | None, typer.Option(help="Save the dense model to this folder as well.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the testbed's questions as VLMEvalKit TSVs: calibration, search, validation and test, disjoint.
+    """Write the testbed's questions as VLMEvalKit TSVs, in four disjoint splits.
 
-    Example: `hipp testbed export -o data --model dense` then `vlmeval --data POPE --model dense --lmu-data data/test`
+    The splits are calibration, search, validation and test.
+
+    Example: `hipp testbed export -o data --model dense`, then
+    `vlmeval --data POPE --model dense --lmu-data data/test`
     """
     from hipp_ext import testbed
     from hipp_ext.surgery.checkpoint import save_pruned

@@ -7,19 +7,21 @@ state.stats()["bytes_sent"]
 """
 
 from hipp_ext.comm.checkpoint import load_checkpoint, save_checkpoint
-from hipp_ext.comm.codec import LogCodec, Pieces
-from hipp_ext.comm.compressor import Compressor, Options
-from hipp_ext.comm.ddp_hook import LQSGDState, lqsgd_hook, mean_gradients, register_lqsgd
+from hipp_ext.comm.codec import Blocks, LogCodec
+from hipp_ext.comm.compressor import Compressor
+from hipp_ext.comm.ddp_hook import lqsgd_hook, mean_gradients, register_lqsgd
+from hipp_ext.comm.exchange import run_together
 from hipp_ext.comm.fsdp import register_lqsgd_fsdp
+from hipp_ext.comm.options import Options
 from hipp_ext.comm.saving import load_state, save_state
-from hipp_ext.comm.transports import run_together
+from hipp_ext.comm.state import LQSGDState
 
 __all__ = [
+    "Blocks",
     "Compressor",
     "LQSGDState",
     "LogCodec",
     "Options",
-    "Pieces",
     "load_checkpoint",
     "load_state",
     "lqsgd_hook",

@@ -1,35 +1,39 @@
-"""Log quantisation: float32 values -> codes of 1 to 8 bits, packed, with one float32 scale per piece; and back.
+"""Log quantisation: float32 values to packed 4-bit or 8-bit codes with one float32 scale per block.
 
-A piece is a stretch of values of like size, such as one column of a factor, or a bias. Codes are whole-number levels of
-sign(y) ln(1 + alpha |y|) / ln(1 + alpha) with y = value / scale, so small values get finer levels than large ones.
+A block is a run of values of similar size, such as one column of a factor, or a bias. A code is
+the nearest level of sign(y) ln(1 + alpha |y|) / ln(1 + alpha) with y = value / scale, so small
+values have finer levels than large ones.
 """
 
 import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from hipp_ext.comm.exact import positive_number, whole_number
+from hipp_ext.errors import CompressionError
+from hipp_ext.quantities import finite_option, whole_option
 
-UNIT = 32  # values: packed rows of any width are whole 4-byte words then, so that float32 scales stay aligned
+BITS = (4, 8)
+ALIGNMENT = 8  # values; so packed rows end on 4 bytes at 4 and 8 bits, and scales stay aligned
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """How a row of values is cut: the length of each piece, and how many scales a message has room for.
+class Blocks:
+    """How a row of values is divided into blocks.
 
     Attributes:
-        lengths: values per piece; their sum is a multiple of UNIT.
-        slots: scales per message, at least one per piece; the rest are sent as 0.
+        lengths: values per block; their sum is a multiple of ALIGNMENT.
+        n_scales: scales per message, at least one per block; the rest are sent as 0.
     """
 
     lengths: tuple[int, ...]
-    slots: int
+    n_scales: int
 
     @functools.cached_property
     def size(self) -> int:
@@ -37,13 +41,14 @@ class Pieces:
         return sum(self.lengths)
 
     @functools.cached_property
-    def runs(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(first value, first piece, pieces, length) of each stretch of pieces of one length."""
-        found, value, piece = [], 0, 0
+    def segments(self) -> tuple[tuple[slice, slice, int], ...]:
+        """(values, blocks, length of a block) of each run of blocks of equal length."""
+        found, value, block = [], 0, 0
         for length, group in itertools.groupby(self.lengths):
             count = len(tuple(group))
-            found.append((value, piece, count, length))
-            value, piece = value + count * length, piece + count
+            end = value + count * length, block + count
+            found.append((slice(value, end[0]), slice(block, end[1]), length))
+            value, block = end
         return tuple(found)
 
 
@@ -51,153 +56,105 @@ class Pieces:
 class LogCodec:
     """Encodes rows of float32 values into uint8 messages, and decodes them.
 
-    Error of a value x in a piece with scale s = max |x| (2 bits or more, L = 2^(bits-1) - 1 levels on either side):
-    |decode(encode(x)) - x| <= (s / alpha + |x|) * ((1 + alpha)^h - 1), h = 1 / (2 L) + 2^-11 / ln(1 + alpha). The first part
-    of h is half a level. The second is there because y is rounded to float16 before the level is looked up: that moves y by
-    2^-11 |y| at most, and the level by alpha |y| / (1 + alpha |y|) / ln(1 + alpha) times 2^-11. Encoding is monotone, odd, and
-    keeps zero. At 1 bit only the sign is sent, s is the mean of |x|, and zero becomes s.
+    The error of a value x in a block with scale s = max |x| and L = 2^(bits-1) - 1 levels per sign:
+    |decode(encode(x)) - x| <= (s / alpha + |x|) * ((1 + alpha)^h - 1), with
+    h = 1 / (2 L) + 2^-11 / ln(1 + alpha). The first term of h is half a level. The second term is
+    there because y is rounded to float16 before its level is looked up: this moves y by at most
+    2^-11 |y|. Encoding is monotone and odd, and zero stays zero.
 
-    A piece whose s is below the least normal float32 is sent as zeros. Where a piece holds inf or NaN, its scale does too, and
-    all of it decodes to inf or NaN, in every process.
+    A block whose scale is below the smallest normal float32 is sent as zeros. A block with an inf
+    or NaN has such a scale, and decodes to inf or NaN throughout, in every process.
 
     Args:
-        bits: per value, 1 to 8.
-        alpha: how much finer small values are quantised; 5 fits factors of gradients best (range tried: 1 to 255).
+        bits: bits per value, 4 or 8.
+        alpha: curvature of the levels; larger values give finer levels near zero. 5 fits the
+            factors of gradients best (tried from 1 to 255).
 
     Raises:
         CompressionError: `bits` or `alpha` is out of range.
 
-    Source: LQ-SGD (arXiv 2506.17974), logarithmic quantisation with scale.
-    Differs from the paper: its range, rounding and scales are not public in full; chosen here: one scale per piece, rounding to
-    the nearest level, whole levels on both sides of zero.
+    Source: LQ-SGD (arXiv 2506.17974), logarithmic quantisation with a scale.
+    Differs from the paper: its range, rounding and scales are not fully public. We use one scale
+        per block, rounding to the nearest level, and an equal number of levels on both sides of
+        zero.
     """
 
     bits: int
     alpha: float = 5.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", whole_number("bits", self.bits, 1, 8))
-        object.__setattr__(self, "alpha", positive_number("alpha", self.alpha))
+        object.__setattr__(self, "bits", read_bits(self.bits))
+        alpha = finite_option("alpha", self.alpha, CompressionError)
+        object.__setattr__(self, "alpha", alpha)
 
-    def message_bytes(self, pieces: Pieces) -> int:
-        """Bytes that a row of values takes."""
-        return 4 * pieces.slots + pieces.size * self.bits // 8
+    def message_bytes(self, blocks: Blocks) -> int:
+        """Bytes of the message of one row."""
+        return 4 * blocks.n_scales + blocks.size * self.bits // 8
 
     def encode(
-        self, values: Float32[Tensor, "rows values"], pieces: Pieces
+        self, values: Float32[Tensor, "rows values"], blocks: Blocks
     ) -> UInt8[Tensor, "rows bytes"]:
-        """`values` (rows, pieces.size) float32 -> messages (rows, message_bytes) uint8: scales, then packed codes."""
-        scales = values.new_zeros(len(values), pieces.slots)
-        shares = torch.empty_like(values, dtype=torch.float16)
-        for value, piece, count, length in pieces.runs:
-            block = values[:, value : value + count * length].unflatten(1, (count, length))
-            scale = (
-                block.abs().mean(2)
-                if self.bits == 1
-                else torch.maximum(block.amax(2), -block.amin(2))
-            )
+        """Messages (rows, message_bytes) uint8 of `values` (rows, blocks.size): scales, codes."""
+        scales = values.new_zeros(len(values), blocks.n_scales)
+        relative = torch.empty_like(values, dtype=torch.float16)
+        for span, block, length in blocks.segments:
+            part = values[:, span].unflatten(1, (-1, length))
+            scale = torch.maximum(part.amax(2), -part.amin(2))
             scale = torch.where(scale < TINY, 0.0, scale)  # NaN stays
-            scales[:, piece : piece + count] = scale
+            scales[:, block] = scale
             inverse = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
-            torch.mul(
-                block,
-                inverse,
-                out=shares[:, value : value + count * length].unflatten(1, (count, length)),
-            )
-        index = shares.view(torch.uint16).int().flatten()
-        codes = (
-            _code_table(self.bits, self.alpha, values.device).index_select(0, index).view_as(values)
-        )
-        return torch.cat([scales.view(torch.uint8), pack(codes, self.bits)], 1)
+            torch.mul(part, inverse, out=relative[:, span].unflatten(1, (-1, length)))
+        table = _code_table(self.bits, self.alpha, values.device)
+        codes = table[relative.view(torch.uint16).int()]
+        if self.bits == 4:
+            codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        return torch.cat([scales.view(torch.uint8), codes], 1)
 
     def decode(
-        self, messages: UInt8[Tensor, "rows bytes"], pieces: Pieces
+        self, messages: UInt8[Tensor, "rows bytes"], blocks: Blocks
     ) -> Float32[Tensor, "rows values"]:
-        """`messages` (rows, message_bytes) uint8 -> values (rows, pieces.size) float32."""
-        # A fresh copy: a slice that is a single row may stay unaligned through .contiguous().
-        scales = messages[:, : 4 * pieces.slots].clone().view(torch.float32)
-        packed = messages[:, 4 * pieces.slots :].clone()
-        if self.bits in (3, 5, 6, 7):
-            index = unpack(packed, self.bits)
-            table = _value_table(self.bits, self.alpha, False, messages.device)
-        else:
-            index = packed.view(torch.uint16) if self.bits == 8 else packed
-            table = _value_table(self.bits, self.alpha, True, messages.device)
-        values = (
-            table.index_select(0, index.int().flatten())
-            .view(torch.float32)
-            .view(len(messages), pieces.size)
-        )
-        for value, piece, count, length in pieces.runs:
-            block = values[:, value : value + count * length].unflatten(1, (count, length))
-            block.mul_(scales[:, piece : piece + count, None])
+        """Values (rows, blocks.size) float32 of `messages` (rows, message_bytes) uint8."""
+        # clone, because a slice of a single row counts as contiguous and may stay unaligned.
+        scales = messages[:, : 4 * blocks.n_scales].clone().view(torch.float32)
+        codes = messages[:, 4 * blocks.n_scales :].int().flatten()
+        table = _value_table(self.bits, self.alpha, messages.device)
+        values = table.index_select(0, codes).view(len(messages), blocks.size)
+        for span, block, length in blocks.segments:
+            values[:, span].unflatten(1, (-1, length)).mul_(scales[:, block, None])
         return values
 
 
-def pack(codes: UInt8[Tensor, "rows values"], bits: int) -> UInt8[Tensor, "rows bytes"]:
-    """Codes (rows, values) uint8 below 2^bits -> (rows, values * bits / 8) uint8, the first code in the lowest bits.
+def read_bits(bits: Any) -> int:
+    """`bits` as an int.
 
-    The number of values is a multiple of 8.
+    Raises:
+        CompressionError: it is neither 4 nor 8.
     """
-    if bits == 8:
-        return codes
-    if (kind := {4: torch.int16, 2: torch.int32, 1: torch.int64}.get(bits)) is not None:
-        words = codes.contiguous().view(
-            kind
-        )  # one code per byte; shifted, they meet in the lowest byte
-        packed = words
-        for place in range(1, 8 // bits):
-            packed = packed | (words >> ((8 - bits) * place))
-        return packed.to(torch.uint8)
-    words = (
-        codes.unflatten(1, (-1, 8)).long() << (bits * torch.arange(8, device=codes.device))
-    ).sum(2)
-    return words[..., None].view(torch.uint8)[..., :bits].flatten(1)
-
-
-def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int) -> UInt8[Tensor, "rows values"]:
-    """The inverse of `pack`."""
-    words = torch.zeros(
-        len(packed), packed.shape[1] // bits, 8, dtype=torch.uint8, device=packed.device
-    )
-    words[..., :bits] = packed.unflatten(1, (-1, bits))
-    shifts = bits * torch.arange(8, device=packed.device)
-    return ((words.view(torch.int64) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)
+    try:
+        number = whole_option("bits", bits, CompressionError, min(BITS), max(BITS))
+    except CompressionError:
+        number = None
+    if number not in BITS:
+        raise CompressionError(f"bits={bits!r}: a whole number (4 or 8) is needed.")
+    return number
 
 
 @functools.lru_cache(maxsize=32)
 def _code_table(bits: int, alpha: float, device: torch.device) -> Tensor:
-    """The code of every float16 value, by its bits. 64 KB: stays in the cache, where a logarithm per value would not pay."""
-    y = (
-        torch.arange(65536, dtype=torch.int32)
-        .to(torch.uint16)
-        .view(torch.float16)
-        .double()
-        .nan_to_num(0, 1, -1)
-        .clamp(-1, 1)
-    )
-    if bits == 1:
-        return (y >= 0).to(torch.uint8).to(device)
+    """The code of every float16 value: 64 KB that replace a logarithm per value."""
+    y = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).double()
+    y = y.nan_to_num(0, 1, -1).clamp(-1, 1)
     levels = 2 ** (bits - 1) - 1
     level = (torch.log1p(alpha * y.abs()) * (levels / math.log1p(alpha))).round()
     return (level * y.sign() + levels + 1).to(torch.uint8).to(device)
 
 
 @functools.lru_cache(maxsize=32)
-def _value_table(bits: int, alpha: float, whole_words: bool, device: torch.device) -> Tensor:
-    """What codes decode to with scale 1. `whole_words`: all values in a byte (at 8 bits: in two) at once, as one number."""
-    if bits == 1:
-        values = torch.tensor([-1.0, 1.0])
-    else:
-        levels = 2 ** (bits - 1) - 1
-        t = (torch.arange(2**bits).double() - (levels + 1)).clamp_min(-levels) / levels
-        values = (t.sign() * torch.expm1(t.abs() * math.log1p(alpha)) / alpha).float()
-    if whole_words:
-        per, places = (2, 65536) if bits == 8 else (8 // bits, 256)
-        word = torch.arange(places)
-        values = torch.stack(
-            [values[(word >> (bits * place)) & (2**bits - 1)] for place in range(per)], 1
-        )
-        kind = {2: torch.complex64, 4: torch.complex128}.get(per)
-        values = values if kind is None else values.view(kind).flatten()
-    return values.to(device)
+def _value_table(bits: int, alpha: float, device: torch.device) -> Tensor:
+    """The values at scale 1 of the codes in every byte: (256, codes per byte)."""
+    levels = 2 ** (bits - 1) - 1
+    t = (torch.arange(2**bits).double() - (levels + 1)).clamp_min(-levels) / levels
+    values = (t.sign() * torch.expm1(t.abs() * math.log1p(alpha)) / alpha).float()
+    byte = torch.arange(256)
+    codes = [(byte >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack([values[code] for code in codes], 1).to(device)

@@ -1,8 +1,11 @@
-"""The compressor under DistributedDataParallel: `ddp.register_comm_hook(LQSGDState(ddp), lqsgd_hook)`.
+"""The compressor under DistributedDataParallel.
 
-Buckets only hand their gradients over; at the last one the whole model is exchanged at once, in one order on all ranks, over a
-process group of its own. That makes two messages a step, needs no callbacks, and does not depend on how DDP fills buckets. It
-gives up the overlap of communication and backward pass.
+    ddp.register_comm_hook(LQSGDState(ddp), lqsgd_hook)
+
+Buckets only pass on their gradients. At the last one the whole model is exchanged at once, in one
+order on all ranks, over a separate process group. This makes two messages per step, needs no
+callbacks, and does not depend on how DDP fills its buckets. It gives up the overlap of
+communication and backward pass.
 """
 
 from collections.abc import Sequence
@@ -10,68 +13,64 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hipp_ext.comm.compressor import refuse_unusable
-from hipp_ext.comm.layout import name_reduced
+from hipp_ext.comm.naming import name_reduced
 from hipp_ext.comm.state import LQSGDState
 from hipp_ext.errors import CompressionError
 
 
 # DDP checks the annotation of `bucket`.
 def lqsgd_hook(state: LQSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[reportPrivateImportUsage]
-    """A DDP communication hook: `ddp.register_comm_hook(LQSGDState(ddp, rank=4, bits=8), lqsgd_hook)`.
+    """A DDP communication hook: `ddp.register_comm_hook(LQSGDState(ddp, rank=4), lqsgd_hook)`.
 
     Raises:
-        CompressionError: gradients are sparse or complex, the ranks do not agree, or the exchange failed; or `state` is none.
+        CompressionError: gradients are sparse or complex, the ranks do not agree, the exchange
+            failed, or `state` is not an LQSGDState.
     """
     if not isinstance(state, LQSGDState):
         raise CompressionError(
-            f"lqsgd_hook was registered with {type(state).__name__}: ddp.register_comm_hook(LQSGDState(ddp), lqsgd_hook)."
+            f"lqsgd_hook was registered with {type(state).__name__}: use "
+            "ddp.register_comm_hook(LQSGDState(ddp), lqsgd_hook)."
         )
     queue = state.queue
     if bucket.index() in {entry.index() for entry, _, _, _ in queue}:
-        queue.clear()  # a backward pass was broken off
+        queue.clear()  # a backward pass was interrupted
     buffer, parameters = bucket.buffer(), bucket.parameters()
     known = state.is_laid_out
-    refuse_unusable(
-        {
-            " and ".join(
-                state.name_of(p) if known else f"{tuple(p.shape)}" for p in parameters
-            ): buffer
-        }
-    )
+    names = [state.name_of(p) if known else f"{tuple(p.shape)}" for p in parameters]
+    refuse_unusable({" and ".join(names): buffer})
     future: Any = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
     queue.append((bucket, future, bucket.gradients(), parameters))
     if bucket.is_last():
         step, queue[:] = list(queue), []
-        reduced = [p for _, _, _, ps in step for p in ps]
         if not known:
-            state.lay_out(_named(reduced, state))
-        gradients = {
-            state.name_of(p): g for _, _, gs, ps in step for g, p in zip(gs, ps, strict=True)
-        }
-        state.mean_(gradients)
+            state.lay_out(_named([p for _, _, _, ps in step for p in ps], state))
+        state.mean_(
+            {state.name_of(p): g for _, _, gs, ps in step for g, p in zip(gs, ps, strict=True)}
+        )
         for entry, waiting, _, _ in step:
             waiting.set_result(entry.buffer())
     return future
 
 
 def register_lqsgd(ddp: Any, **options: Any) -> LQSGDState:
-    """Make the state for a DDP-wrapped model, register the hook on it, and return the state; every rank does so.
+    """Make a state for `ddp`, register the hook, and return the state. A collective.
 
     Args:
-        ddp: as DDP(model), or accelerate's `prepare(model)`, returns it.
-        options: of `LQSGDState`.
+        ddp: model wrapped in DistributedDataParallel, such as by accelerate's `prepare(model)`.
+        options: keyword arguments of `LQSGDState`.
 
     Raises:
-        CompressionError: `ddp` is not wrapped in DDP, as happens with a single process; or see `LQSGDState`.
+        CompressionError: `ddp` is not a DistributedDataParallel; see also `LQSGDState`.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)  # under torch.compile
-    if not isinstance(ddp, nn.parallel.DistributedDataParallel):
+    if not isinstance(ddp, DistributedDataParallel):
         raise CompressionError(
-            f"A DistributedDataParallel model is needed, this is {type(ddp).__name__}. With one process nothing is sent; start "
-            "with torchrun."
+            f"A DistributedDataParallel model is needed, this is {type(ddp).__name__}. With one "
+            "process nothing is sent; start several with torchrun."
         )
     state = LQSGDState(ddp, process_group=ddp.process_group, **options)
     ddp.register_comm_hook(state, lqsgd_hook)
@@ -79,14 +78,16 @@ def register_lqsgd(ddp: Any, **options: Any) -> LQSGDState:
 
 
 def mean_gradients(gradients: Sequence[Tensor], state: LQSGDState) -> None:
-    """Without DDP: replace each tensor of a list by its compressed mean over the ranks.
+    """Replace each tensor of a list by its compressed mean over the ranks, without DDP.
 
     Args:
-        gradients: in the order of the tensors that `state` was made with: `LQSGDState([p.grad for p in parameters])`.
-        state: of this rank.
+        gradients: tensors in the order that `state` was made with:
+            `LQSGDState([p.grad for p in parameters])`.
+        state: the state of this rank.
 
     Raises:
-        CompressionError: another number of tensors, other shapes, or gradients that are sparse or complex.
+        CompressionError: another number of tensors, other shapes, or gradients that are sparse or
+            complex.
     """
     names = state.names or [str(i) for i in range(len(gradients))]
     if len(gradients) != len(names):
@@ -97,7 +98,7 @@ def mean_gradients(gradients: Sequence[Tensor], state: LQSGDState) -> None:
 
 
 def _named(reduced: Sequence[Tensor], state: LQSGDState) -> dict[str, Tensor] | CompressionError:
-    """By name; or the error, which all ranks have to hear of."""
+    """The parameters by name, or the error, which all ranks have to receive."""
     try:
         return name_reduced(reduced, state)
     except CompressionError as error:

@@ -1,10 +1,5 @@
-"""A rank's compressor as a dictionary of tensors and plain types, and as a safetensors file; nothing is pickled.
+"""A rank's compressor as a dictionary of tensors and plain types, and as a sealed file."""
 
-The file's digest is over all that is read from it, so that a damaged one is not taken for another state. It is no signature.
-"""
-
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,67 +11,68 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from hipp_ext.comm.compressor import Compressor
-from hipp_ext.errors import CompressionError
-from hipp_ext.files import new_file
+from hipp_ext.errors import CheckpointError, CompressionError
+from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal, unseal
 
-PARTS = ("memory", "factors")
-_MOST = 2**63 - 1
-_HEADER = 1 << 20, 4096  # bytes of a file's header: in any case, and per tensor
+PARTS = ("residual", "factors")
+MAX_COUNT = 2**63 - 1
 
 
 class Counts(BaseModel):
     """What a rank has done so far."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    steps: int = Field(default=0, ge=0, le=_MOST)
-    skipped_steps: int = Field(default=0, ge=0, le=_MOST)
-    bytes_sent: int = Field(default=0, ge=0, le=_MOST)
-    dense_bytes: int = Field(default=0, ge=0, le=_MOST)
+    steps: int = Field(default=0, ge=0, le=MAX_COUNT)
+    skipped_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
+    bytes_sent: int = Field(default=0, ge=0, le=MAX_COUNT)
+    dense_bytes: int = Field(default=0, ge=0, le=MAX_COUNT)
     loss_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class Plain(BaseModel):
-    """All of a state but its tensors."""
+    """A saved state without its tensors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal[1]
-    workers: int = Field(ge=1, le=_MOST)
-    position: int = Field(ge=0, le=_MOST)
-    options: dict[str, int | float | str | None]
+    workers: int = Field(ge=1, le=MAX_COUNT)
+    position: int = Field(ge=0, le=MAX_COUNT)
+    options: dict[str, int | float | str]
     counts: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState:
-    """A state that was read and is whole, but need not fit this rank.
+    """A state that was read and is complete; it may belong to another rank or model.
 
     Attributes:
-        plain: whose it is, and its counts.
-        memory: name -> what was not sent yet; None: empty, to be taken as zeros.
+        plain: its owner and its counts.
+        residual: name -> what was not sent yet; None stands for zeros.
         factors: name -> shared factor.
     """
 
     plain: Plain
-    memory: dict[str, Tensor] | None
+    residual: dict[str, Tensor] | None
     factors: dict[str, Tensor]
 
 
-def pack_state(compressor: Compressor, counts: Mapping[str, int | float]) -> dict[str, Any]:
-    """Copies of the memory and the factors by parameter name, with what they belong to."""
-    parts = {part: {n: t.clone() for n, t in getattr(compressor, part).items()} for part in PARTS}
-    plain = {
+def pack_state(compressor: Compressor, counts: Counts) -> dict[str, Any]:
+    """Copies of residual and factors by parameter name, with their owner and counts."""
+    return {
+        "format": 1,
         "workers": compressor.workers,
         "position": compressor.position,
         "options": compressor.options.plain(),
+        "counts": counts.model_dump(),
+        **{part: {n: t.clone() for n, t in getattr(compressor, part).items()} for part in PARTS},
     }
-    return {"format": 1, **plain, "counts": dict(counts), **parts}
 
 
 def parse_state(state: Mapping[str, Any]) -> SavedState:
-    """What `pack_state` returned, checked as far as it can be without a compressor.
+    """The result of `pack_state`, checked as far as possible without a compressor.
 
     Raises:
-        CompressionError: it is malformed, or not finite.
+        CompressionError: the state is malformed, or not finite.
     """
     if not isinstance(state, Mapping):
         raise CompressionError(
@@ -93,67 +89,76 @@ def parse_state(state: Mapping[str, Any]) -> SavedState:
 
 
 def check_fit(compressor: Compressor, saved: SavedState) -> None:
-    """Raise CompressionError where `saved` is of other parameters, or another rank of the factors."""
+    """Raise CompressionError if `saved` has other parameters, or factors of another rank."""
     for part in PARTS:
         own, given = getattr(compressor, part), getattr(saved, part)
-        if given is not None:
-            wrong = sorted(
-                {(n, tuple(t.shape)) for n, t in given.items()}
-                ^ {(n, tuple(t.shape)) for n, t in own.items()}
-            )[:4]
-            if wrong:
-                raise CompressionError(
-                    f"The saved {part} belongs to other parameters or another rank; it differs in {wrong}."
-                )
+        if given is None:
+            continue
+        shapes = [{(n, tuple(t.shape)) for n, t in tensors.items()} for tensors in (given, own)]
+        if wrong := sorted(shapes[0] ^ shapes[1])[:4]:
+            raise CompressionError(
+                f"The saved {part} belongs to other parameters or factors of another rank; it "
+                f"differs in {wrong}."
+            )
 
 
 def put_state(compressor: Compressor, saved: SavedState) -> None:
-    """Put a state that fits into `compressor`."""
+    """Copy a state that fits into `compressor`."""
     for name, factor in saved.factors.items():
         compressor.factors[name].copy_(factor)
-    for name, memory in compressor.memory.items():
-        memory.zero_() if saved.memory is None else memory.copy_(saved.memory[name])
+    for name, residual in compressor.residual.items():
+        residual.zero_() if saved.residual is None else residual.copy_(saved.residual[name])
 
 
-def unpack_state(
-    compressor: Compressor, state: Mapping[str, Any] | SavedState
-) -> tuple[dict[str, Any], list[str]]:
-    """Put a state into `compressor`, whole or not at all; returns its counts and, in words, what had to be dropped.
+def unpack_state(compressor: Compressor, saved: SavedState) -> list[str]:
+    """Copy a state into `compressor`, completely or not at all; returns lines on what was dropped.
 
     Raises:
-        CompressionError: the state is malformed, or of another rank, other parameters, or another rank of the factors.
+        CompressionError: the state belongs to another rank or other parameters, or its factors
+            have another rank.
     """
-    saved = state if isinstance(state, SavedState) else parse_state(state)
     check_fit(compressor, saved)
-    workers, dropped = saved.plain.workers, []
+    workers, position = saved.plain.workers, saved.plain.position
     if workers != compressor.workers:
-        norm = sum(float(t.float().norm()) ** 2 for t in (saved.memory or {}).values()) ** 0.5
-        dropped.append(
-            f"The state was saved with {workers} workers and goes on with {compressor.workers}: the shared factors are "
-            f"kept, this rank's memory of what was not sent yet (norm {norm:.3g}) is dropped."
-        )
-    elif saved.plain.position != compressor.position:
+        norm = sum(float(t.float().norm()) ** 2 for t in (saved.residual or {}).values()) ** 0.5
+        put_state(compressor, replace(saved, residual=None))
+        return [
+            f"The state was saved with {workers} workers and goes on with {compressor.workers}: "
+            f"the shared factors are kept, this rank's residual (norm {norm:.3g}) is dropped."
+        ]
+    if position != compressor.position:
         raise CompressionError(
-            f"The state was saved by rank {saved.plain.position}, this is rank {compressor.position}: each rank saves and "
-            "loads its own memory."
+            f"The state was saved by rank {position}, this is rank {compressor.position}: each "
+            "rank saves and loads its own residual."
         )
-    put_state(compressor, replace(saved, memory=None) if dropped else saved)
-    return saved.plain.counts.model_dump(), dropped
+    put_state(compressor, saved)
+    return []
+
+
+def move_state(saved: SavedState, fresh: Compressor) -> None:
+    """Copy the state of a copied LQSGDState into the compressor of its present group."""
+    if saved.plain.workers != fresh.workers:
+        for line in unpack_state(fresh, saved):
+            warnings.warn(line, stacklevel=3)
+        return
+    put_state(fresh, saved)
+    if saved.plain.position != fresh.position:
+        warnings.warn(
+            f"This LQSGDState is a copy of rank {saved.plain.position}'s, used by rank "
+            f"{fresh.position}, including its residual.",
+            stacklevel=3,
+        )
 
 
 def save_state(state: Any, path: str | Path) -> Path:
-    """Write this rank's `LQSGDState` to a safetensors file, whole or not at all. Made of private gradients: keep it as such."""
-    from safetensors.torch import save
+    """Write this rank's `LQSGDState` to a safetensors file, completely or not at all.
 
+    The residual is made of private gradients: protect the file like the training data.
+    """
     saved = state.state_dict()
-    tensors = {
-        f"{part}.{name}": t.contiguous().cpu()
-        for part in PARTS
-        for name, t in saved.pop(part).items()
-    }
-    plain = json.dumps(saved)
-    with new_file(path) as file:
-        file.write(save(tensors, {"lqsgd": plain, "sha256": digest_of(tensors, plain)}))
+    parts = {part: saved.pop(part) for part in PARTS}
+    tensors = {f"{part}.{name}": t for part in PARTS for name, t in parts[part].items()}
+    write_atomic(path, seal(tensors, saved))
     return Path(path)
 
 
@@ -161,66 +166,29 @@ def load_state(state: Any, path: str | Path) -> list[str]:
     """Read into `state` what `save_state` wrote on this rank; see `LQSGDState.load_state_dict`.
 
     Raises:
-        CompressionError: the file is missing, damaged, or fits neither this rank nor these parameters.
+        CompressionError: the file is missing, damaged, or does not fit this rank or its
+            parameters.
     """
     return state.load_state_dict(read_state(path))
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """What `save_state` wrote, as `LQSGDState.state_dict` returned it. Takes no more memory than the file has bytes.
+    """The contents of a file of `save_state`, as `LQSGDState.state_dict` returned them.
 
     Raises:
-        CompressionError: the file is missing, damaged, or no such file.
+        CompressionError: the file is missing, damaged, or something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     saved: dict[str, Any] = {part: {} for part in PARTS}
     try:
-        _check_header(Path(path))
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            if bad := [key for key, kind in kinds.items() if kind != "F32"][:4]:
-                raise ValueError(f"{bad} are not of float32")
-            tensors = {key: file.get_tensor(key) for key in kinds}
-        plain = json.loads(metadata["lqsgd"])
+        tensors, plain = unseal(Path(path))
         for key, tensor in tensors.items():
             part, name = key.split(".", 1)
             saved[part][name] = tensor
-        if "sha256" in metadata and metadata["sha256"] != digest_of(tensors, metadata["lqsgd"]):
-            raise ValueError("its contents do not have the digest that was written with them")
-        state = {**plain, **saved}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (CheckpointError, ValueError, KeyError) as error:
         raise CompressionError(
-            f"{path} is missing, damaged, or holds no LQ-SGD state: {error!r}"
+            f"{path} is missing, damaged, or holds no LQ-SGD state: {error}"
         ) from error
-    if "sha256" not in metadata:
-        warnings.warn(
-            f"{path} was written by an earlier version, without a digest: damage to it goes unnoticed.",
-            stacklevel=3,
-        )
-    return state
-
-
-def _check_header(path: Path) -> None:
-    """Before a library reads it: a file, not a device or a pipe, whose header is no larger than any that was written."""
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > _HEADER[0]:
-            tensors = file.read(min(size, path.stat().st_size)).count(b'"data_offsets"')
-            if size > _HEADER[0] + _HEADER[1] * tensors:
-                raise ValueError(f"its header has {size} bytes for {tensors} tensors")
-
-
-def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 (hex) of names, shapes and contents of float32 tensors, and of a text; the order does not matter."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
-        digest.update(tensors[name].contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return plain | saved
 
 
 def _tensors(part: str, given: Any) -> dict[str, Tensor]:
@@ -228,17 +196,14 @@ def _tensors(part: str, given: Any) -> dict[str, Tensor]:
         isinstance(n, str) and isinstance(t, Tensor) for n, t in given.items()
     ):
         raise CompressionError(
-            f"This is not a state of LQSGDState: {part} is no dictionary of tensors."
+            f"This is not a state of LQSGDState: {part!r} must be a dict of tensors, got "
+            f"{type(given).__name__}."
         )
-    if bad := [
-        n
-        for n, t in given.items()
-        if t.dtype != torch.float32 or t.layout != torch.strided or t.is_meta
-    ]:
-        kind = given[bad[0]]
-        raise CompressionError(
-            f"The saved {part} holds {kind.layout}, {kind.dtype} for {bad[:4]}: dense float32 is needed."
-        )
+    for name, t in given.items():
+        if t.dtype != torch.float32 or t.layout != torch.strided or t.is_meta:
+            raise CompressionError(
+                f"The saved {part} of {name} is {t.layout}, {t.dtype}: dense float32 is needed."
+            )
     if bad := [n for n, t in given.items() if not bool(t.isfinite().all())]:
         raise CompressionError(f"The saved {part} is not finite for {bad[:4]}.")
     return {n: t.detach() for n, t in given.items()}

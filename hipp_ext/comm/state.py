@@ -1,4 +1,4 @@
-"""One rank's side of the compression: its compressor, its memory, its counts, and the process group that carries the bytes."""
+"""One rank's side of the compression: compressor, counts, and the group that carries the bytes."""
 
 import datetime
 import warnings
@@ -10,53 +10,52 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hipp_ext.comm.compressor import Compressor, Options
-from hipp_ext.comm.exact import positive_number
-from hipp_ext.comm.layout import (
-    Parameters,
-    agree,
-    make_options,
-    name_parameters,
-    rename_as,
-    tell_all,
-)
+from hipp_ext.comm.compressor import Compressor
+from hipp_ext.comm.exchange import run_in_group
+from hipp_ext.comm.group import OwnGroup, agree, compare_factors
+from hipp_ext.comm.naming import Parameters, name_parameters, rename_as
+from hipp_ext.comm.options import Options, make_options
 from hipp_ext.comm.saving import (
+    Counts,
     SavedState,
-    digest_of,
+    move_state,
     pack_state,
     parse_state,
     put_state,
     unpack_state,
 )
-from hipp_ext.comm.transports import run_in_group
 from hipp_ext.errors import CompressionError
+from hipp_ext.quantities import finite_option
 
 
 class LQSGDState:
-    """One rank's compressor, its memory and its counts; every rank makes its own.
+    """One rank's compressor, residual and counts; every rank makes its own.
 
-    Made with parameters, as `LQSGDState(ddp, rank=4)`, it is a collective: the ranks compare layout and options at once. Made
-    as torch's PowerSGDState is, `LQSGDState(process_group, matrix_approximation_rank=4)`, it takes the layout from DDP at the
-    first step, and the ranks compare then. Both hand out the same gradients.
+    `LQSGDState(ddp, rank=4)` is a collective: the ranks compare layout and options immediately.
+    `LQSGDState(process_group, matrix_approximation_rank=4)`, as for torch's PowerSGDState, takes
+    the layout from DDP at the first step, where the ranks compare. Both hand out equal gradients.
 
     Args:
-        parameters: the model (wrapped in DDP or not), its named parameters, or a list of tensors; or, in PowerSGDState's style,
-            the process group, or None. What DDP was told to ignore is left out of a model.
-        matrix_approximation_rank: PowerSGDState's word for `rank`.
-        process_group: whose ranks average; None: those of the DDP-wrapped model, else all. A group of its own, with the same
-            ranks, carries the bytes.
-        timeout: after which a lost rank is an error; None: the default of torch.distributed.
-        options: of `Options`: rank, bits, vector_bits, alpha, transport, min_rate, seed; `min_compression_rate` and
-            `random_seed` are PowerSGDState's words for the last two.
+        parameters: the model (wrapped in DDP or not), its named parameters, or a list of tensors;
+            or a process group or None, as for PowerSGDState. Parameters of a model that DDP
+            ignores are left out.
+        matrix_approximation_rank: PowerSGDState's name of `rank`.
+        process_group: group of the ranks that average; None: that of the DDP-wrapped model, or
+            all ranks. The bytes travel over a separate group of the same ranks.
+        timeout: time after which a lost rank is an error; None: the default of torch.distributed.
+        options: keyword arguments of `Options`: rank, bits, alpha, transport,
+            min_compression_rate, seed; `random_seed` is PowerSGDState's name of the last one.
 
     Raises:
-        CompressionError: torch.distributed is not initialised, an option is out of range or given twice, there is nothing to
-            train, parameters are complex, or the ranks' parameters or options differ.
+        CompressionError: torch.distributed is not initialised, an option is out of range or given
+            twice, there is nothing to train, parameters are complex, or the ranks' parameters or
+            options differ.
 
-    A copy, by pickle or `copy.deepcopy`, holds all but the process group, which becomes the default one. Unlike `save_state` it
-    is unpickled, which runs code: take it from nobody.
+    A copy by pickle or `copy.deepcopy` holds everything but the process group, which becomes the
+    default group. Unlike a file of `save_state`, a pickle can run code: load only your own.
 
-    No privacy guarantee: see the README's word on gradient inversion. What `state_dict` returns is made of this rank's data.
+    There is no privacy guarantee: see the README on gradient inversion. The result of
+    `state_dict` is made of this rank's data.
     """
 
     def __init__(
@@ -70,48 +69,54 @@ class LQSGDState:
     ):
         if not (dist.is_available() and dist.is_initialized()):
             raise CompressionError(
-                "LQSGDState needs torch.distributed: call init_process_group, or start with torchrun."
+                "LQSGDState needs torch.distributed: call init_process_group, or start with "
+                "torchrun."
             )
         if isinstance(parameters, dist.ProcessGroup):
             if process_group is not None:
                 raise CompressionError(
-                    "Two process groups were given, one before and one as process_group: one is needed."
+                    "Two process groups were given, one as the first argument and one as "
+                    "process_group: give one."
                 )
             parameters, process_group = None, parameters
         elif isinstance(parameters, DistributedDataParallel) and process_group is None:
             process_group = parameters.process_group
-        if timeout is not None and not isinstance(timeout, datetime.timedelta):
-            raise CompressionError(f"timeout={timeout!r}: a datetime.timedelta is needed.")
         if matrix_approximation_rank is not None:
             options["matrix_approximation_rank"] = matrix_approximation_rank
-        self._process_group, self._timeout = process_group, timeout
-        self._counts = {"steps": 0, "skipped_steps": 0, "bytes_sent": 0, "dense_bytes": 0}
+        self.counts = Counts()
         self._last = {"bytes_sent": 0, "dense_bytes": 0}
-        self._loss_scale = 1.0
-        self._forget_group()
+        self._bind(OwnGroup(process_group, timeout))
         self._compressor: Compressor | None = None
         self._pending: SavedState | None = None  # loaded before the layout is known
         self._shapes: dict[str, list[int]] = {}
+        self._gradient_bytes = 0
         if parameters is None:
             self._options: Mapping[str, Any] = make_options(options).plain()
         else:
-            named = name_parameters(parameters)
             self._options = options
-            self.lay_out(named)
+            self.lay_out(name_parameters(parameters))
 
     @property
     def process_group(self) -> Any:
-        """Whose ranks average. May be set, as after unpickling: the next step begins with comparing the ranks anew."""
-        return dist.group.WORLD if self._process_group is None else self._process_group
+        """The group of the ranks that average.
+
+        It may be set, for example after unpickling; then the next step starts with a comparison
+        of the ranks.
+        """
+        return self._ranks.given
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._process_group = group
-        self._forget_group()
+        self._bind(OwnGroup(group, self._ranks.timeout))
+
+    @property
+    def group(self) -> Any:
+        """The process group that carries the bytes; making it is a collective."""
+        return self._ranks.own
 
     @property
     def compressor(self) -> Compressor:
-        """What compresses.
+        """The compressor.
 
         Raises:
             CompressionError: the state was made without parameters, and no step has been taken.
@@ -123,43 +128,23 @@ class LQSGDState:
         return self._compressor
 
     @property
-    def group(self) -> Any:
-        """The process group that carries the bytes; making it is a collective."""
-        if self._group is None:
-            if not dist.is_initialized() or dist.get_rank(self.process_group) < 0:
-                raise CompressionError(
-                    "LQSGDState needs a process group that this rank belongs to; set state.process_group."
-                )
-            ranks = dist.get_process_group_ranks(self.process_group)
-            some = len(ranks) < dist.get_world_size()
-            try:
-                self._group = dist.new_group(
-                    ranks, timeout=self._timeout, use_local_synchronization=some
-                )
-            except RuntimeError as error:
-                raise CompressionError(
-                    f"No group of {len(ranks)} ranks could be made; one may have died: {error}"
-                ) from error
-        return self._group
-
-    @property
     def names(self) -> list[str]:
-        """Of the parameters, in order; empty before the layout is known."""
+        """Names of the parameters, in order; empty before the layout is known."""
         return list(self._shapes)
 
     @property
     def is_laid_out(self) -> bool:
-        """Whether the ranks have agreed on a layout, and know which parameter is which."""
+        """Whether the ranks have agreed on a layout, and the name of each parameter is known."""
         return bool(self._names)
 
     def lay_out(self, named: Mapping[str, Tensor] | CompressionError) -> None:
-        """Agree on the layout with the other ranks, and make the compressor or move it; a collective.
+        """Agree with the other ranks on the layout, and make or move the compressor. A collective.
 
         Args:
             named: name -> parameter, in the same order on every rank; or why this rank has none.
 
         Raises:
-            CompressionError: on all ranks, where one has none, or where they do not agree.
+            CompressionError: on all ranks, if one has none, or if they do not agree.
         """
         if self._compressor is not None and not isinstance(named, CompressionError):
             try:
@@ -170,257 +155,205 @@ class LQSGDState:
         assert not isinstance(named, CompressionError)
         self._options = chosen.plain()
         self._shapes = {name: list(p.shape) for name, p in named.items()}
-        self._dense = {name: p.element_size() * p.numel() for name, p in named.items()}
-        workers, position = dist.get_world_size(self.group), dist.get_rank(self.group)
-        device = next(iter(named.values())).device
-        fresh = Compressor(self._shapes, chosen, workers=workers, position=position, device=device)
+        self._gradient_bytes = sum(p.element_size() * p.numel() for p in named.values())
+        fresh = Compressor(
+            self._shapes,
+            chosen,
+            workers=dist.get_world_size(self.group),
+            position=dist.get_rank(self.group),
+            device=next(iter(named.values())).device,
+        )
         if self._compressor is not None:
-            self._move_to(fresh)
+            move_state(parse_state(self.state_dict()), fresh)
         self._compressor = fresh
         self._names = {id(p): name for name, p in named.items()}
-        self._parameters = list(named.values())  # kept alive, so that ids stay theirs
+        self._parameters = list(named.values())  # kept alive, so that their ids stay unique
 
     def name_of(self, parameter: Tensor) -> str:
         """The name of a parameter that DDP handed out.
 
         Raises:
-            CompressionError: it is none of those that the state was made with.
+            CompressionError: the state was not made with it.
         """
         if id(parameter) not in self._names:
             raise CompressionError(
-                f"DDP reduces a parameter of shape {tuple(parameter.shape)} that LQSGDState was not made with: give it the "
-                "model that DDP wraps, as it is when DDP wraps it, and each DDP a state of its own."
+                f"DDP reduces a parameter of shape {tuple(parameter.shape)} that LQSGDState was "
+                "not made with: pass the model that DDP wraps, in the form that DDP wraps, and "
+                "give each DDP a state of its own."
             )
         return self._names[id(parameter)]
 
     def mean_(self, gradients: Mapping[str, Tensor]) -> None:
-        """Replace each gradient by its compressed mean over the ranks; bit-identical on all of them.
+        """Replace each gradient by its compressed mean over the ranks, bit-identical on all.
 
-        Where any rank's gradients are not finite, all ranks get NaN everywhere (so GradScaler skips the step), a warning says
-        so once, and the memory stays as it was.
+        If any rank's gradients are not finite, all ranks get NaN everywhere (so GradScaler skips
+        the step), the residual stays as it was, and one warning is given.
 
         Raises:
-            CompressionError: other names or shapes, gradients that are sparse or complex, or the exchange failed.
+            CompressionError: other names or shapes, sparse or complex gradients, or a failed
+                exchange.
         """
         if not self.is_laid_out:
             self.lay_out(gradients or CompressionError("No gradients were given."))
         if not self._compared:
             self._compare()
         means, sent = run_in_group(self.compressor.step(gradients), self.group)
-        dense = self._dense_bytes()
+        workers = self.compressor.workers
+        dense = round(2 * (workers - 1) / workers * self._gradient_bytes)
         self._last = {"bytes_sent": sent, "dense_bytes": dense}
-        for name, value in (
-            ("steps", 1),
-            ("skipped_steps", means is None),
-            ("bytes_sent", sent),
-            ("dense_bytes", dense),
-        ):
-            self._counts[name] += int(value)
-        if means is None and self._counts["skipped_steps"] == 1:
-            warnings.warn(
-                "Gradients of a rank are not finite: all ranks get NaN for this step.", stacklevel=2
-            )
-        for name, gradient in gradients.items():
-            if gradient.numel():
-                gradient.detach().fill_(torch.nan) if means is None else gradient.detach().copy_(
-                    means[name]
+        self.counts.steps += 1
+        self.counts.bytes_sent += sent
+        self.counts.dense_bytes += dense
+        if means is None:
+            self.counts.skipped_steps += 1
+            if self.counts.skipped_steps == 1:
+                warnings.warn(
+                    "Gradients of a rank are not finite: all ranks get NaN for this step.",
+                    stacklevel=2,
                 )
+        for name, gradient in gradients.items():
+            if means is None:
+                gradient.detach().fill_(torch.nan)
+            elif gradient.numel():
+                gradient.detach().copy_(means[name])
 
     def stats(self) -> dict[str, Any]:
-        """Bytes this rank sent to others, and what fp32 or half-precision ring all-reduce of its gradients would have sent.
+        """Bytes sent to other ranks, and the bytes that a ring all-reduce of the gradients sends.
 
-        Keys: steps, skipped_steps, bytes_sent and dense_bytes (in total); bytes_sent_last_step and dense_bytes_last_step;
-        message_bytes (one copy of a step's messages; 0 before the layout is known); transport, workers.
+        Keys: steps, skipped_steps, bytes_sent and dense_bytes (totals); bytes_sent_last_step and
+        dense_bytes_last_step; message_bytes (one copy of a step's messages; 0 before the layout is
+        known); transport; workers. The all-reduce has the precision of the parameters.
         """
+        counts = self.counts.model_dump(exclude={"loss_scale"})
         last = {f"{name}_last_step": value for name, value in self._last.items()}
-        if (c := self._compressor) is None:
-            plan = {"message_bytes": 0, "transport": self._options["transport"]}
-            return {
-                **self._counts,
-                **last,
-                **plan,
-                "workers": dist.get_world_size(self.process_group),
-            }
+        c = self._compressor
         return {
-            **self._counts,
+            **counts,
             **last,
-            "message_bytes": c.message_bytes,
-            "transport": c.transport,
-            "workers": c.workers,
+            "message_bytes": c.message_bytes if c else 0,
+            "transport": c.transport if c else self._options["transport"],
+            "workers": c.workers if c else dist.get_world_size(self.process_group),
         }
 
     def set_loss_scale(self, scale: float) -> None:
-        """Say by how much the loss is scaled (GradScaler.get_scale()), so that the memory keeps up when that changes.
+        """Set the factor of the loss (GradScaler.get_scale()), and rescale the residual with it.
 
-        Without it a change of scale weighs what is in memory wrongly for one step.
+        Without this call a change of the scale gives the residual a wrong weight for one step.
         """
         try:
-            scale = positive_number("scale", scale)
+            scale = finite_option("scale", scale, CompressionError)
         except CompressionError:
-            raise CompressionError(
-                f"The loss scale {scale!r} is not a finite number above 0."
-            ) from None
-        for memory in self._compressor.memory.values() if self._compressor else ():
-            memory.mul_(scale / self._loss_scale)
-        self._loss_scale = scale
+            message = f"The loss scale {scale!r} is not a finite number above 0."
+            raise CompressionError(message) from None
+        for residual in self._compressor.residual.values() if self._compressor else ():
+            residual.mul_(scale / self.counts.loss_scale)
+        self.counts.loss_scale = scale
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory and counts: tensors and plain types, keyed by parameter name. Each rank saves its own.
+        """This rank's residual, factors and counts: tensors by parameter name, and plain types.
+
+        Each rank saves its own.
 
         Raises:
             CompressionError: the state was made without parameters, and no step has been taken.
         """
-        return pack_state(self.compressor, {**self._counts, "loss_scale": self._loss_scale})
+        return pack_state(self.compressor, self.counts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Go on from what `state_dict` returned on this rank, to the bit.
+        """Go on, bit-identically, from what `state_dict` returned on this rank.
 
-        Saved with another number of workers, the shared factors are taken over and this rank's memory is set to zero. Made
-        without parameters, the state takes it up at the first step, and what does not fit is an error of all ranks then.
+        If it was saved with another number of workers, the shared factors are kept and this rank's
+        residual is set to zero. A state made without parameters takes it at the first step; what
+        does not fit is then an error of all ranks.
 
         Returns:
-            What had to be dropped, in words; empty where nothing was. The same is warned of.
+            Lines on what had to be dropped, also given as warnings; empty if nothing was.
 
         Raises:
             CompressionError: the state is malformed, of another rank, or of other parameters.
         """
-        saved = parse_state(state)
+        saved, dropped = parse_state(state), []
         if self._compressor is None:
-            self._pending, dropped = saved, []
+            self._pending = saved
         else:
-            counts, dropped = unpack_state(self._compressor, saved)
-            self._take_counts(counts)
+            dropped = unpack_state(self._compressor, saved)
+            self.counts = saved.plain.counts.model_copy()
         self._compared = False
         for line in dropped:
             warnings.warn(line, stacklevel=2)
         return dropped
 
     def take_saved(self, saved: SavedState) -> None:
-        """Go on from a state of this rank that fits; at the first step, where the layout is not known yet."""
+        """Go on from a state of this rank that fits; at the first step if the layout is unknown."""
         if self._compressor is None:
             self._pending = saved
         else:
             put_state(self._compressor, saved)
-            self._take_counts(saved.plain.counts.model_dump())
+            self.counts = saved.plain.counts.model_copy()
         self._compared = False
 
     def start_over(self) -> None:
-        """Forget all that was learnt: empty memory, first factors, counts of zero. On all ranks or on none."""
-        self._pending, self._compared = None, False
-        self._take_counts(dict.fromkeys(self._counts, 0))
+        """Reset residual, factors and counts. All ranks call this, or none."""
+        self._pending, self._compared, self.counts = None, False, Counts()
         if (c := self._compressor) is not None:
             self._compressor = Compressor(
                 self._shapes, c.options, workers=c.workers, position=c.position, device=c.device
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the process group, and what is bound to this process."""
+        """Everything but the process group and what is bound to this process."""
         warnings.warn(
             "A process group cannot be pickled: it is left out of the saved LQSGDState.",
             stacklevel=2,
         )
-        kept = {
-            k: getattr(self, k)
-            for k in (
-                "_timeout",
-                "_counts",
-                "_last",
-                "_loss_scale",
-                "_options",
-                "_shapes",
-                "_pending",
-            )
-        }
+        kept = ("counts", "_last", "_options", "_shapes", "_pending", "_gradient_bytes")
         return {
-            **kept,
+            **{name: getattr(self, name) for name in kept},
+            "timeout": self._ranks.timeout,
             "saved": None if self._compressor is None else self.state_dict(),
-            "dense": self._dense,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """`process_group` becomes the default group; the parameters are bound at the next step."""
+        """`process_group` becomes the default group; parameters are bound at the next step."""
         warnings.warn(
-            "The process group of this LQSGDState is the default one now: set state.process_group where it was another.",
+            "The process group of this LQSGDState is the default one now: set state.process_group "
+            "if it was another one.",
             stacklevel=2,
         )
         state = dict(state)
-        saved, dense = state.pop("saved"), state.pop("dense")
+        saved, timeout = state.pop("saved"), state.pop("timeout")
         self.__dict__.update(state)
-        self._process_group, self._compressor = None, None
-        self._forget_group()
-        self._dense = dense
+        self._bind(OwnGroup(None, timeout))
+        self._compressor = None
         if saved is not None:
             found = parse_state(saved)
-            at = next((t.device for t in saved["memory"].values()), torch.device("cpu"))
-            made = Compressor(
+            plain = found.plain
+            self._compressor = Compressor(
                 self._shapes,
                 Options(**self._options),
-                workers=found.plain.workers,
-                position=found.plain.position,
-                device=at,
+                workers=plain.workers,
+                position=plain.position,
+                device=next((t.device for t in saved["residual"].values()), "cpu"),
             )
-            put_state(made, found)
-            self._compressor = made
+            put_state(self._compressor, found)
 
-    def _forget_group(self) -> None:
-        self._group: Any = None
+    def _bind(self, ranks: OwnGroup) -> None:
+        self._ranks = ranks
         self._names: dict[int, str] = {}
         self._parameters: list[Tensor] = []
         self.queue: list[tuple[Any, Any, list[Tensor], list[Tensor]]] = []
         self._compared = False
-        self._dense: dict[str, int] = getattr(self, "_dense", {})
-
-    def _move_to(self, fresh: Compressor) -> None:
-        """What a copy brought along, into the compressor of the group it is in now."""
-        saved = parse_state(self.state_dict())
-        if saved.plain.workers != fresh.workers:
-            _, (line,) = unpack_state(fresh, saved)
-            warnings.warn(line, stacklevel=2)
-            return
-        put_state(fresh, saved)
-        if saved.plain.position != fresh.position:
-            warnings.warn(
-                f"This LQSGDState is a copy of rank {saved.plain.position}'s, used by rank {fresh.position}, with its memory "
-                "of what was not sent yet.",
-                stacklevel=2,
-            )
-
-    def _take_counts(self, counts: dict[str, Any]) -> None:
-        self._loss_scale = float(counts.pop("loss_scale", 1.0))
-        self._counts |= counts
 
     def _compare(self) -> None:
-        """Take up what was loaded before the layout was known, and see that all ranks go on from the same factors.
-
-        Factors that differ would be averaged into noise without a word, so the ranks compare theirs after making or loading.
-        """
+        """Take what was loaded before the layout was known, and compare the factors."""
         problem = None
         if self._pending is not None:
             saved, self._pending = self._pending, None
             try:
-                counts, dropped = unpack_state(self.compressor, saved)
-                self._take_counts(counts)
-                for line in dropped:
+                for line in unpack_state(self.compressor, saved):
                     warnings.warn(line, stacklevel=2)
+                self.counts = saved.plain.counts.model_copy()
             except CompressionError as error:
                 problem = str(error)
-        mine = {
-            "factors": digest_of(self.compressor.factors),
-            "steps": self._counts["steps"],
-            "problem": problem,
-        }
-        everyone = tell_all(self.group, mine)
-        for rank, theirs in enumerate(everyone):
-            if theirs["problem"] is not None:
-                raise CompressionError(f"Rank {rank}: {theirs['problem']}")
-        for rank, theirs in enumerate(everyone):
-            if theirs["factors"] != everyone[0]["factors"]:
-                raise CompressionError(
-                    f"Rank 0 goes on from step {everyone[0]['steps']}, rank {rank} from another state, of step "
-                    f"{theirs['steps']}. Load what was saved at one step on every rank, or none on any; load_checkpoint does."
-                )
+        compare_factors(self.group, self.compressor, self.counts.steps, problem)
         self._compared = True
-
-    def _dense_bytes(self) -> int:
-        workers = self.compressor.workers
-        return round(2 * (workers - 1) / workers * sum(self._dense.values()))

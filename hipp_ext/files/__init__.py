@@ -1,6 +1,6 @@
 """Writes that never leave half a result: a temporary name first, then a rename.
 
-Links are written through and stay links. What a killed run leaves behind, the next write to the same output clears.
+Links are followed and stay links. The next write to the same output removes what a killed run left.
 """
 
 import contextlib
@@ -30,14 +30,12 @@ from hipp_ext.files.temporaries import (
     write_errors,
 )
 
-_SWEEP_EVERY = (
-    1.0  # seconds between two looks for leftovers in one folder, which may hold thousands of files
-)
+_SWEEP_SECONDS = 1.0  # between two searches of one folder, which may hold thousands of files
 _swept: dict[Path, float] = {}
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
+    """Write `data` to `path`; a reader, or a crash, sees the old file or the new one.
 
     Raises:
         WriteError: as `new_file`.
@@ -48,10 +46,11 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file, open for writing, that becomes `path` when the block ends without an error.
+    """Yield a temporary file, open for writing, that becomes `path` if the block succeeds.
 
-    A link is followed, and a file that is there keeps its permissions. One that cannot be replaced (something is mounted on
-    it, or its folder belongs to somebody else) is written in place, after the block: then a crash can cut it short.
+    A link is followed, and an existing file keeps its permissions. A file that cannot be replaced
+    (something is mounted on it, or its folder belongs to another user) is written in place after
+    the block; only then a crash can leave it incomplete.
 
     Raises:
         WriteError: the disk is full, or `path` cannot be written.
@@ -71,7 +70,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():
-                _take_over_permissions(target, descriptor)
+                _copy_permissions(target, descriptor)
             if replaced:
                 os.replace(temporary, target)
             else:
@@ -79,17 +78,18 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
                     shutil.copyfileobj(finished, file)
     finally:
         os.close(descriptor)
-        clear(temporary)  # not there any more where all went well
+        clear(temporary)  # after success it no longer exists
 
 
 def require_new(path: str | Path, overwrite: bool = False) -> None:
-    """Raise unless a file or a folder can be written at `path`; for commands to call before the work.
+    """Raise unless a file or folder can be written at `path`; commands call this before the work.
 
-    What a killed run left at `path` is cleared or completed first. What holds the working directory is never replaced.
+    What a killed run left at `path` is first cleared or completed. The working directory and its
+    parents are never replaced.
 
     Raises:
-        OutputExistsError: `path` is there already, and not an empty folder, and `overwrite` is False.
-        WriteError: `path` cannot be written by this process.
+        OutputExistsError: `path` exists, is not an empty folder, and `overwrite` is False.
+        WriteError: this process cannot write `path`.
     """
     target = target_of(path)
     if target in (here := Path.cwd(), *here.parents):
@@ -99,12 +99,14 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
     repair(target)
     if target.exists() and not overwrite and not (target.is_dir() and is_empty(target)):
         raise OutputExistsError(
-            f"{path} exists. Choose another name, or ask to overwrite it (--overwrite, in Python overwrite=True)."
+            f"{path} exists. Choose another name, or ask to overwrite it (--overwrite, in Python "
+            "overwrite=True)."
         )
     if target.is_dir():
         if not may_write(target):
             raise WriteError(
-                f"{path} is a folder that you may not write to. Choose a place that you may write to."
+                f"{path} is a folder that you may not write to. Choose a place that you may write "
+                "to."
             )
     elif target.exists():
         _check_file(path, target)
@@ -113,7 +115,7 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
 
 
 def require_new_file(path: str | Path, overwrite: bool = False) -> None:
-    """As `require_new`, for what will be a file: a folder of that name, though empty, is refused.
+    """As `require_new`, for a file: also an empty folder of that name is refused.
 
     Raises:
         OutputExistsError, WriteError: as `require_new`.
@@ -124,16 +126,17 @@ def require_new_file(path: str | Path, overwrite: bool = False) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends without an error.
+    """Yield a temporary folder that becomes `path` if the block succeeds.
 
-    It stands beside `path`, which appears, or is replaced, by renaming. Where `path` is a link, a mounted volume, or a folder
-    whose surroundings belong to somebody else, it stands inside: then the files are moved into place one by one, config.json
-    last. Killed in the middle of either, the next write to `path` completes it; both folders are there until then.
+    It is a sibling of `path`, which appears or is replaced by renaming. If `path` is a link, a
+    mounted volume, or a folder in a place of another user, the temporary folder is inside it, and
+    the files are moved one by one, config.json last. If either is interrupted by a kill, the next
+    write to `path` completes it; both folders exist until then.
 
     Raises:
-        OutputExistsError: `path` exists and is not an empty folder, and `overwrite` is False. Where something appeared
-            there during the block it stays as it is, and the message says where the new folder is.
-        WriteError: the disk is full, or `path` cannot be written. What was there before is still there.
+        OutputExistsError: `path` exists, is not an empty folder, and `overwrite` is False. What
+            appeared there during the block stays, and the message names the new folder.
+        WriteError: the disk is full, or `path` cannot be written. What was there before stays.
     """
     require_new(path, overwrite)
     target = target_of(path)
@@ -149,7 +152,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 (hex) of a file, or of the names and contents of every file under a folder."""
+    """SHA-256 (hex) of a file, or of the names and contents of all files below a folder."""
     path, digest = Path(path), hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
@@ -162,7 +165,7 @@ def content_hash(path: str | Path) -> str:
 
 
 def _check_file(path: str | Path, target: Path) -> None:
-    """Raise WriteError where `target`, if it is there, is no file that can be replaced or written."""
+    """Raise WriteError if `target` exists and is no file that can be replaced or written."""
     if not target.exists():
         return
     if not target.is_file():
@@ -175,7 +178,7 @@ def _check_file(path: str | Path, target: Path) -> None:
 
 
 def _check_place(path: str | Path, target: Path) -> None:
-    """Raise WriteError where the folder that `target` would stand in cannot be written or made."""
+    """Raise WriteError if the folder of `target` cannot be written or created."""
     above = next(folder for folder in target.parents if os.path.lexists(folder))
     if not above.is_dir():
         raise WriteError(
@@ -183,27 +186,27 @@ def _check_place(path: str | Path, target: Path) -> None:
         )
     if not may_write(above):
         raise WriteError(
-            f"{path} cannot be written: {above} does not let you. Choose a place that you may write to."
+            f"{path} cannot be written: {above} does not let you. Choose a place that you may "
+            "write to."
         )
     if any(len(os.fsencode(name)) > 255 for name in target.parts):
         raise WriteError(
-            f"{str(path)[:80]}... cannot be written: {os.strerror(errno.ENAMETOOLONG)}. Choose another name."
+            f"{str(path)[:80]}... cannot be written: {os.strerror(errno.ENAMETOOLONG)}. Choose "
+            "another name."
         )
 
 
-def _take_over_permissions(target: Path, descriptor: int) -> None:
+def _copy_permissions(target: Path, descriptor: int) -> None:
     old = target.stat()
     with contextlib.suppress(OSError, AttributeError):  # not every system has them
-        os.fchown(
-            descriptor, old.st_uid, old.st_gid
-        )  # matters to root, who else would take the file away from its owner
+        os.fchown(descriptor, old.st_uid, old.st_gid)  # root would take the file from its owner
     with contextlib.suppress(OSError, AttributeError):
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
 def _sweep_files(folder: Path) -> None:
     now = time.monotonic()
-    if now - _swept.get(folder, -_SWEEP_EVERY) < _SWEEP_EVERY:
+    if now - _swept.get(folder, -_SWEEP_SECONDS) < _SWEEP_SECONDS:
         return
     _swept[folder] = now
     for path in leftovers(folder, "."):

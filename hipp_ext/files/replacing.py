@@ -1,7 +1,8 @@
-"""One folder put in the place of another, such that at any moment a kill loses neither.
+"""Replaces one folder by another; a kill at any moment loses neither.
 
-A swap's own folder holds: `lock`; `new`, what is being built; `old`, what it replaces; and, where the files are moved one by
-one, a file that says which step was begun. Whoever finds it later, its process dead, can tell what is left to do.
+The own folder of a swap holds `lock`; `new`, which is being built; `old`, which it replaces; and,
+if files are moved one by one, a file that names the step that was begun. After the process has
+died, a later run can see from these what is left to do.
 """
 
 import contextlib
@@ -19,16 +20,16 @@ from hipp_ext.files.temporaries import MARK, clear, leftovers, lock, make_tempor
 NEW, OLD, GONE = "new", "old", "gone"
 RETIRING, MOVING = "retiring", "moving"  # steps of a swap inside the folder
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-_ENDS = ("config.json",)  # what readers look for first: taken away first, put back last
+_LAST = ("config.json",)  # readers look for it first: it is removed first, and put back last
 
 
 class Swap:
-    """A folder that is built at `new` and put at `target` by `commit`; without it, nothing is left of it.
+    """A folder that is built at `new` and moved to `target` by `commit`; otherwise it is removed.
 
     Args:
-        path: what messages call the folder.
-        target: where it goes, links followed; its parent exists.
-        inside: keep the folder that is at `target`, and move the files into it.
+        path: name of the folder in messages.
+        target: its destination after following links; the parent exists.
+        inside: keep the folder at `target`, and move the files into it.
     """
 
     def __init__(self, path: str | Path, target: Path, *, inside: bool):
@@ -57,10 +58,10 @@ class Swap:
         os.close(self._descriptor)
 
     def commit(self, overwrite: bool) -> None:
-        """Put the new folder in its place.
+        """Move the new folder to its destination.
 
         Raises:
-            OutputExistsError: something came there meanwhile, and `overwrite` is False.
+            OutputExistsError: something appeared there, and `overwrite` is False.
         """
         if self.inside:
             with _alone(self.target):
@@ -74,8 +75,11 @@ class Swap:
         self._keep = False
 
     def _place(self, overwrite: bool) -> bool:
-        """Rename into place; True where something was there. Others may write to the same place at the same time."""
-        _take_over_mode(self.target, self.new)
+        """Rename to the destination; returns whether something was there.
+
+        Other processes may write there at the same time.
+        """
+        _copy_mode(self.target, self.new)
         for attempt in range(100):
             try:
                 os.rename(self.new, self.target)  # also over an empty folder
@@ -90,12 +94,12 @@ class Swap:
             try:
                 os.rename(self.target, self.own / (OLD if attempt == 0 else f"{GONE}{attempt}"))
             except FileNotFoundError:
-                pass  # removed by somebody else just now
+                pass  # another process has just removed it
             except OSError:
                 self._put_back()
                 raise
         raise WriteError(
-            f"{self.path} was written by others again and again. The new folder is {self.new}."
+            f"{self.path} was written by other processes many times. The new folder is {self.new}."
         )
 
     def _put_back(self) -> None:
@@ -109,20 +113,20 @@ class Swap:
         kept = next(name for name in names if not os.path.lexists(name))
         os.rename(self.new, kept)
         raise OutputExistsError(
-            f"{self.path} was written by another process in the meantime, and was left as it is. The finished result is {kept}."
+            f"{self.path} was written by another process in the meantime, and was left as it is. "
+            f"The finished result is {kept}."
         )
 
 
 def repair(target: Path) -> None:
-    """Complete or clear what killed writes to `target` left; those of living processes are left alone."""
+    """Complete or clear what killed writes to `target` left; living processes are not touched."""
     for own in leftovers(target.parent, prefix_of(target.name)):
         new, old = own / NEW, own / OLD
         with contextlib.suppress(OSError):
             if new.exists() and old.exists():  # killed between the two renames
                 os.rename(new, target)
-        if own.is_dir() and not (
-            new.exists() and old.exists()
-        ):  # else somebody else's work is in the way: all three stay
+        # If both still exist, another process' work is at the destination: all three stay.
+        if own.is_dir() and not (new.exists() and old.exists()):
             _retire(own)
             clear(own)
     if target.is_dir():
@@ -133,7 +137,7 @@ def repair(target: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` holds nothing but what is being written, and what a file system puts into its first folder."""
+    """Whether `folder` is empty, apart from writes in progress and lost+found."""
     try:
         return not _entries(folder)
     except PermissionError:
@@ -143,7 +147,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def _complete_inside(own: Path, target: Path) -> None:
-    """Move the old files out and the new ones in, or what is left of both; nothing where that was not begun."""
+    """Move the old files out and the new ones in, as far as that is begun and not done yet."""
     if (own / RETIRING).exists():
         (own / OLD).mkdir(exist_ok=True)
         for name in reversed(_ordered(_entries(target))):
@@ -157,7 +161,7 @@ def _complete_inside(own: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Inside the block no other process moves files into `folder`, where the file system has locks."""
+    """In the block no other process moves files into `folder`, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         lock(descriptor, wait=True)
@@ -173,17 +177,17 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (name in _ENDS, name.endswith(".json"), name))
+    return sorted(names, key=lambda name: (name in _LAST, name.endswith(".json"), name))
 
 
 def _retire(own: Path) -> None:
-    """From now on `old` counts for nothing: it is removed file by file, and what is left of it must not be put back."""
+    """Rename `old`: it is removed file by file, and an incomplete rest must not be put back."""
     with contextlib.suppress(FileNotFoundError):
         os.rename(own / OLD, own / GONE)
 
 
-def _take_over_mode(target: Path, new: Path) -> None:
-    """A folder that is there keeps its permissions and its owner."""
+def _copy_mode(target: Path, new: Path) -> None:
+    """Give `new` the owner and permissions of an existing folder at `target`."""
     with contextlib.suppress(OSError):
         old = target.stat()
         if stat.S_ISDIR(old.st_mode):

@@ -1,4 +1,7 @@
-"""Tensors in a file that knows its own digest: a flipped bit is an error, and never another number."""
+"""Tensors in a safetensors file with a digest: damage to the file is an error, not another number.
+
+The digest is no signature.
+"""
 
 import hashlib
 import json
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
 
-ENTRY = "sealed"  # one entry: safetensors keeps no order of several, and equal contents should be equal bytes
+# One metadata entry: safetensors keeps no order of several, and equal contents give equal bytes.
+ENTRY = "sealed"
 UNREADABLE = (
     OSError,
     safetensors.SafetensorError,
@@ -26,27 +30,27 @@ UNREADABLE = (
 
 
 def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> bytes:
-    """A safetensors file of `tensors` with `about`, plain JSON values, and the digest of both in its metadata."""
+    """A safetensors file of `tensors` with `about`, plain JSON values, and the digest of both."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = json.loads(json.dumps(about or {}))
-    entry = json.dumps({"about": about, "sha256": _digest(plain, about)})
+    entry = json.dumps({"about": about, "sha256": digest(plain, about)})
     return safetensors.torch.save(plain, {ENTRY: entry})
 
 
 def unseal(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, about) of the file that `seal` made.
+    """(tensors, about) of a file that `seal` made.
 
     Raises:
-        CheckpointError: it cannot be read, or its contents are not those that were sealed.
+        CheckpointError: the file cannot be read, or its contents have another digest.
     """
-    if not path.is_file():  # a pipe would block
+    if not path.is_file():  # opening a pipe would block
         raise CheckpointError(f"{path} is missing." if not path.exists() else f"{path} is no file.")
     try:
         with safetensors.safe_open(path, "pt") as file:
             entry = json.loads(file.metadata()[ENTRY])
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        about, digest = entry["about"], entry["sha256"]
-        same = digest == _digest(tensors, about) and isinstance(about, dict)
+        about, sealed = entry["about"], entry["sha256"]
+        same = sealed == digest(tensors, about) and isinstance(about, dict)
     except (*UNREADABLE, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}.") from None
     if not same:
@@ -57,15 +61,20 @@ def unseal(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def text_digest(text: str) -> str:
-    """Hex digest of a text, for files that are not tensors."""
+    """SHA-256 (hex) of a text, for files without tensors."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor], about: Any) -> str:
+def digest(tensors: Mapping[str, Tensor], about: Any = None) -> str:
+    """SHA-256 (hex) of names, types, shapes and contents of tensors, and of JSON values.
+
+    The order of the tensors does not matter.
+    """
     table = [
         (name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)
     ]
-    digest = hashlib.sha256(json.dumps([about, table], sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([about, table], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,8 +1,8 @@
-"""Temporary files and folders of writes in progress: where they stand, who holds them, and how a later run clears them.
+"""Temporary files and folders of writes in progress: their place, owner, and removal.
 
-A write first makes a temporary `.NAME.hipp-XXXX` beside its output NAME, and holds a lock on it for as long as its process
-lives. The lock ends with the process, however it ends, so what nobody holds is left over from a run that was killed. Where
-the file system has no locks nothing can be told, and nothing is removed.
+A write to NAME first creates a temporary `.NAME.hipp-XXXX` beside it, and holds a lock on it while
+its process lives. The lock ends with the process, so an unlocked temporary is a leftover of a
+killed run. Without locks in the file system nothing is known, and nothing is removed.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ _REMEDY = {
     **dict.fromkeys(FULL, "Free some space there, or choose another place"),
     **dict.fromkeys(NOT_OURS, "Choose a place that you may write to"),
 }
-_LONGEST = 120  # bytes of an output's name that go into a temporary name; file systems allow 255
+_MAX_NAME = 120  # bytes of an output's name in a temporary name; file systems allow 255
 
 
 def target_of(path: str | Path) -> Path:
-    """Where a write to `path` goes: links are followed, the last one too, whether or not it leads to something yet.
+    """The place that a write to `path` goes to: all links are followed, also dangling ones.
 
     Raises:
-        WriteError: no path at all, or links that lead in a circle.
+        WriteError: `path` is invalid, or its links form a circle.
     """
     try:
         target = Path(os.path.realpath(path))
@@ -46,29 +46,27 @@ def target_of(path: str | Path) -> Path:
     except FileNotFoundError:
         return target
     except (OSError, ValueError) as error:
-        raise WriteError(
-            f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}."
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{str(path)!r} cannot be written: {reason}.") from None
     if target.is_symlink():
         raise WriteError(f"{path} is a link that leads to itself. Choose another place.")
     return target
 
 
 def may_write(folder: Path) -> bool:
-    """Whether this process may make and remove entries in `folder`."""
+    """Whether this process may create and remove entries in `folder`."""
     effective = os.access in os.supports_effective_ids
     return os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
 
 def may_replace(path: Path) -> bool:
-    """Whether this process may put something else in the place of `path`, an entry of a folder."""
+    """Whether this process may replace `path`, an existing entry of a folder."""
     if not may_write(path.parent):
         return False
     parent = path.parent.stat()
     owners = (0, parent.st_uid, path.lstat().st_uid)
-    return (
-        not parent.st_mode & stat.S_ISVTX or _user() in owners
-    )  # in folders like /tmp, only what is one's own
+    # In sticky folders such as /tmp, users may replace only what is their own.
+    return not parent.st_mode & stat.S_ISVTX or _user() in owners
 
 
 def _user() -> int:
@@ -76,7 +74,7 @@ def _user() -> int:
 
 
 def is_mount(path: Path) -> bool:
-    """Whether something is mounted on `path`; also a folder of the same disk, which `os.path.ismount` does not see."""
+    """Whether something is mounted on `path`, including folders of the same disk (bind mounts)."""
     if os.path.ismount(path):
         return True
     try:
@@ -91,14 +89,17 @@ def is_mount(path: Path) -> bool:
 
 
 def prefix_of(name: str) -> str:
-    """How the temporaries of an output called `name` begin."""
-    if len(os.fsencode(name)) > _LONGEST:
-        name = name[: _LONGEST // 4] + hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    """The start of the names of the temporaries of an output called `name`."""
+    if len(os.fsencode(name)) > _MAX_NAME:
+        name = name[: _MAX_NAME // 4] + hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return f".{name}{MARK}"
 
 
 def make_temporary(folder: Path, prefix: str, *, is_file: bool) -> tuple[Path, int]:
-    """(path, open and locked descriptor) of a new file in `folder`, or of a new folder there and the lock file inside it."""
+    """(path, descriptor) of a new file in `folder`, or of a new folder and its lock file.
+
+    The descriptor is open and locked.
+    """
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}"
         held = path if is_file else path / LOCK
@@ -109,30 +110,25 @@ def make_temporary(folder: Path, prefix: str, *, is_file: bool) -> tuple[Path, i
         except FileNotFoundError:
             if not folder.is_dir():
                 raise
-            continue  # another process has taken the empty folder for a leftover
+            continue  # another process has removed the empty folder as a leftover
         except OSError:
             clear(path)
             raise
         lock(descriptor, wait=True)
         if held.exists() and os.path.samestat(os.stat(held), os.fstat(descriptor)):
             return path, descriptor
-        os.close(descriptor)  # as before, between opening and locking
+        os.close(descriptor)  # removed between opening and locking
 
 
 def leftovers(folder: Path, prefix: str) -> Iterator[Path]:
-    """Temporaries in `folder` whose names begin with `prefix` and that no living process holds, each locked while it is
-    looked at, so that no two runs clear the same one."""
+    """Temporaries in `folder` with this prefix that no living process holds.
+
+    Each is locked while it is in use, so that no two runs clear the same one.
+    """
     try:
-        found = [
-            Path(entry)
-            for entry in os.scandir(folder)
-            if entry.name.startswith(prefix) and MARK in entry.name
-        ]
-        found = [
-            path
-            for path in sorted(found)
-            if path.lstat().st_uid == _user() and not path.is_symlink()
-        ]
+        names = [e.name for e in os.scandir(folder) if e.name.startswith(prefix) and MARK in e.name]
+        found = [folder / name for name in sorted(names)]
+        found = [p for p in found if p.lstat().st_uid == _user() and not p.is_symlink()]
     except OSError:
         return
     for path in found:
@@ -140,10 +136,9 @@ def leftovers(folder: Path, prefix: str) -> Iterator[Path]:
             held = path / LOCK if path.is_dir() else path
             descriptor = os.open(held, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         except FileNotFoundError:
+            # Killed before it was locked. A living process' folder has a lock or is made again.
             with contextlib.suppress(OSError):
-                os.rmdir(
-                    path
-                )  # killed before it was locked; one that is being made is not empty, or is made anew
+                os.rmdir(path)
             continue
         except OSError:
             continue
@@ -154,41 +149,43 @@ def leftovers(folder: Path, prefix: str) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def lock(descriptor: int, *, wait: bool) -> bool:
-    """Whether this process now holds the lock; False too where there are no locks."""
+def lock(descriptor: int, *, wait: bool) -> bool | None:
+    """True: this process now holds the lock; False: another one does; None: there are no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
 def clear(path: Path) -> None:
     """Remove a temporary; what cannot be removed stays for a later run."""
-    if path.is_dir() and not path.is_symlink():
-        for entry in path.iterdir():
-            if (
-                entry.name != LOCK
-            ):  # goes last: a folder without one is touched only where it is empty
-                shutil.rmtree(
-                    entry, ignore_errors=True
-                ) if entry.is_dir() and not entry.is_symlink() else clear(entry)
-        clear(path / LOCK)
-        with contextlib.suppress(OSError):
-            path.rmdir()
-    else:
+    if not path.is_dir() or path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
+        return
+    for entry in path.iterdir():
+        if entry.name == LOCK:  # last: a folder without a lock is only touched if it is empty
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            clear(entry)
+    clear(path / LOCK)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 @contextlib.contextmanager
 def write_errors(path: str | Path, *places: Path) -> Iterator[None]:
-    """Inside the block, what a full disk or a place that is not ours makes libraries raise becomes WriteError.
+    """In the block, errors of a full or forbidden disk become WriteError.
 
-    A full disk always; other failures of the system only where they name one of `places`, or something below it. The
-    block may also read files, and those errors are not about the output.
+    A full disk always; other errors of the system only if they name one of `places` or something
+    below it, because the block may also read files, and those errors are not about the output.
     """
     try:
         yield
@@ -202,22 +199,22 @@ def write_errors(path: str | Path, *places: Path) -> Iterator[None]:
             failed = WriteError(
                 f"{path} could not be written: {os.strerror(number)}. {remedy}, and run it again."
             )
-            failed.errno = (
-                number  # for the folder around it: its name is the one that the user knows
-            )
+            failed.errno = number  # for an enclosing block, whose path is the one the user knows
             raise failed from error
         raise
 
 
 def system_error(error: BaseException | None) -> tuple[int | None, str | None]:
-    """(errno, file) of the system's error behind `error`; Rust libraries (safetensors, tokenizers) only write it out."""
+    """(errno, file) of the system error behind `error`, also of Rust libraries.
+
+    Those (safetensors, tokenizers) give the number only in the text of the error.
+    """
     seen = 0
     while error is not None and seen < 10:
         if isinstance(error, OSError) and error.errno is not None:
             name = error.filename2 or error.filename
-            return error.errno, os.fsdecode(name) if isinstance(
-                name, str | bytes | os.PathLike
-            ) else None
+            known = isinstance(name, str | bytes | os.PathLike)
+            return error.errno, os.fsdecode(name) if known else None
         rust = type(error).__module__ != "builtins" or type(error) is Exception
         if rust and (told := re.search(r"\(os error (\d+)\)", str(error))):
             return int(told[1]), None

@@ -1,8 +1,9 @@
-"""What comes from strangers: files that are plain ones of a bearable size, JSON, pictures, and names for a terminal or a page.
+"""Untrusted input: files, JSON, pictures, and names that are printed.
 
-A table or a results folder may be anybody's. A path in it may lead to a device that never ends, a picture may unpack to
-gigabytes or be of a kind that Pillow hands to another program, JSON may be nested until the interpreter gives up. All of
-that ends in a DataError here, before memory or time are spent.
+A table or a results folder can come from anybody. A path in it may lead to an endless device, a
+picture may unpack to gigabytes or have a format that Pillow passes to another program, JSON may be
+nested too deeply for the interpreter. All of this is a DataError here, before it costs memory or
+time.
 """
 
 import io
@@ -24,32 +25,28 @@ TABLE_BYTES = 4 << 30  # VLMEvalKit's largest benchmark files are smaller
 JSON_BYTES = 1 << 30  # COCO's largest instance file is half of it
 PICTURE_BYTES = 256 << 20
 PICTURE_PIXELS = 1 << 26  # twice an 8K screen
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-)  # Pillow decodes these itself; EPS, say, starts Ghostscript
-_SCANS = 10  # those of a usual progressive JPEG, of the largest picture; each costs a pass over all of it
+# Pillow decodes these itself; EPS, for example, starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_SCANS = 10  # of a usual progressive JPEG of the largest size; each is a pass over all pixels
 _NAME = 80  # longest name in a table or a figure [characters]
 _LISTED = re.compile(r"'([^'\\]*(?:\\.[^'\\]*)*)'" r'|"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
 def open_plain(path: str | Path, limit: int, what: str = "file") -> BinaryIO:
-    """The file, open for reading in binary; nothing is opened that is not a plain file, since reading a pipe may never end.
+    """A plain file, open for reading in binary. Nothing else is opened: a pipe may never end.
 
     Args:
-        path: of the file.
+        path: path of the file.
         limit: largest size [bytes].
-        what: to call it in an error.
+        what: name of the kind of file in errors.
 
     Raises:
-        DataError: there is no such file, it cannot be read, is a folder, pipe or device, or is larger than `limit`.
+        DataError: the file does not exist, cannot be read, is a folder, pipe or device, or is
+            larger than `limit`.
     """
     try:
         _check_plain(path, os.stat(path), limit, what)
-        # O_NONBLOCK: should a pipe have taken the file's place meanwhile, opening it does not wait.
+        # O_NONBLOCK: if a pipe has replaced the file in the meantime, opening it does not wait.
         handle = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         )
@@ -83,18 +80,18 @@ def read_plain(path: str | Path, limit: int = JSON_BYTES, what: str = "file") ->
     """The bytes of a plain file. Errors as `open_plain`."""
     with open_plain(path, limit, what) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # it grew while it was read, or is one of /proc, whose size says nothing
+    if len(data) > limit:  # it grew while it was read, or is in /proc, where sizes are 0
         raise DataError(f"{shown(path)} has more than {limit:,} bytes, which a {what} may have")
     return data
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file, or a DataError that says what is wrong with it."""
+    """The content of a JSON file. Errors as `read_plain` and `parse_json`."""
     return parse_json(read_plain(path, what="JSON file"), shown(path))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value that a JSON text stands for.
+    """The value of a JSON text.
 
     Raises:
         DataError: it is not JSON, not UTF-8, or nested too deeply.
@@ -108,10 +105,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def rgb_picture(data: bytes) -> "Image.Image":
-    """The picture in the bytes of a file, decoded, as 8-bit RGB.
+    """The picture in the bytes of a file, decoded to 8-bit RGB.
 
     Raises:
-        DataError: it is none of `FORMATS`, is damaged, or has more than `PICTURE_PIXELS`; the message begins with "it".
+        DataError: the picture has none of `FORMATS`, is damaged, or has more than
+            `PICTURE_PIXELS`. The message begins with "it".
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -122,8 +120,9 @@ def rgb_picture(data: bytes) -> "Image.Image":
             pixels = picture.width * picture.height
             scans = max(1, data.count(b"\xff\xda")) if picture.format in ("JPEG", "MPO") else 1
             if pixels > PICTURE_PIXELS or pixels * scans > PICTURE_PIXELS * _SCANS:
+                passes = f" in {scans} scans" if scans > 1 else ""
                 raise DataError(
-                    f"it has {picture.width} x {picture.height} pixels{f' in {scans} scans' * (scans > 1)}; "
+                    f"it has {picture.width} x {picture.height} pixels{passes}; "
                     f"{PICTURE_PIXELS:,} pixels are decoded at most"
                 )
             return picture.convert("RGB")
@@ -131,12 +130,12 @@ def rgb_picture(data: bytes) -> "Image.Image":
         raise
     except UnidentifiedImageError:
         raise DataError(f"it is no picture of a kind that is read ({', '.join(FORMATS)})") from None
-    except Exception as error:  # decoders of damaged pictures raise almost anything
+    except Exception as error:  # decoders raise many types for damaged pictures
         raise DataError(f"it cannot be decoded: {error}") from None
 
 
 def read_picture(path: str | Path) -> "Image.Image":
-    """The picture in a plain file, as `rgb_picture`. Errors as `open_plain` and `rgb_picture`."""
+    """The picture in a plain file. Errors as `open_plain` and `rgb_picture`."""
     data = read_plain(path, PICTURE_BYTES, "picture")
     try:
         return rgb_picture(data)
@@ -145,26 +144,27 @@ def read_picture(path: str | Path) -> "Image.Image":
 
 
 def the_only_one(value: Any, where: str) -> Any:
-    """`value`, or the member of a list of one. A text that spells a list, in JSON or as Python prints it, is such a list.
+    """`value`, or the only member of a list; a list may also be text, in JSON or Python's repr.
 
-    VLMEvalKit writes rows with several pictures that way. To take the first one would ask about less than the row does.
+    VLMEvalKit writes rows with several pictures this way. The first picture alone would not answer
+    the question of such a row.
 
     Raises:
-        DataError: several, or none.
+        DataError: the list has several members, or none.
     """
     listed = _list_of(value)
     if listed is None:
         return value
     if len(listed) != 1:
         raise DataError(
-            f"{where} has {len(listed) or 'no'} pictures in a list; questions about exactly one picture are asked. "
-            "Leave the row out, or join its pictures into one"
+            f"{where} has {len(listed) or 'no'} pictures in a list; questions about exactly one "
+            "picture are asked. Leave the row out, or join its pictures into one"
         )
     return listed[0]
 
 
 def _list_of(value: Any) -> list[Any] | None:
-    """The members, or None for what is not a list."""
+    """The members of a list, or None for other values."""
     if isinstance(value, list | tuple):
         return list(value)
     if (
@@ -184,19 +184,19 @@ def _list_of(value: Any) -> list[Any] | None:
 
 
 def is_below(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a folder, or below it, when every symbolic link is followed."""
+    """Whether a path is in a folder or below it after following all symbolic links."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a null byte, or links in a ring
+    except (OSError, ValueError, RuntimeError):  # a null byte, or a circle of links
         return False
 
 
 def shown(text: object, longest: int | None = None) -> str:
-    """A text from a file or a path, for a message, a table or a figure: on one line, without what steers a terminal.
+    """Text for a message, table or figure: on one line, without control characters.
 
     Args:
-        text: anything; its `str` is shown.
-        longest: cut it after so many characters; None: not cut.
+        text: any object; its `str` is used.
+        longest: largest number of characters; longer text is cut. None: no limit.
     """
     whole = str(text)
     if longest is not None and len(whole) > longest:
@@ -207,5 +207,5 @@ def shown(text: object, longest: int | None = None) -> str:
 
 
 def short_name(text: object) -> str:
-    """A name as `shown` shows it, of a length that fits a table."""
+    """A name as `shown` returns it, cut to a length that fits a table."""
     return shown(text, _NAME)

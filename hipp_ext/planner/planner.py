@@ -1,7 +1,6 @@
 """HiPPPlanner: a preference in, a per-layer pruning plan out, in one policy call."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
-from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
+from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
@@ -31,33 +31,7 @@ from hipp_ext.scorers import MRS, Scorer
 from hipp_ext.units import plan_from_counts
 
 Say = Callable[[str], None]
-TOY = (
-    "The signals are measured on the built-in questions, which are about a toy world. Measured on data of your own kind a plan "
-    "keeps what that data needs: from Python, plan(model, calibration=batches)."
-)
 UNFITTED = "There is no evaluated plan: call fit(model, evaluator), or load a fitted planner."
-
-
-def check_model(model: Any) -> None:
-    """Raise TypeError unless `model` is one."""
-    if isinstance(model, str | Path):
-        raise TypeError(
-            f"A model is needed, not the path {str(model)!r}: load it with hipp_ext.load_pruned({str(model)!r})."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")
-
-
-def _mind_the_toy(model: nn.Module, say: Say | None) -> None:
-    """Say what the built-in questions are worth, unless the model was made for them."""
-    from hipp_ext.testbed import is_testbed
-
-    if is_testbed(model):
-        return
-    if say:
-        say(f"warning: {TOY}")
-    else:
-        warnings.warn(TOY, stacklevel=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +148,7 @@ class HiPPPlanner:
         model: nn.Module,
         *,
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         preference: Preference | None = None,
         archived: bool = False,
@@ -188,11 +162,11 @@ class HiPPPlanner:
                 policy's: what it achieves is known (`choices` tells), but there are only so many. Where pruning_ratio is fixed,
                 it removes that much or more.
             processor: of a vision-language model; None: the one beside the model's weights.
-            calibration: batches of the forward's tensors; or, by task, {"utility": batches, "robustness": batches}: then a
-                preference for one task keeps what that task's answers depend on. None: the signals at hand, if they are of this
-                model; else the testbed's pictures and questions, by task, of a language model those without pictures. They are
-                a toy: a real model deserves data of its user's kind. On another calibration than that of the signals at hand,
-                everything is measured again.
+            calibration: a Calibration, batches, or {"utility": batches, "robustness": batches}: with
+                batches by task, a preference for one task keeps what that task's answers depend on.
+                None: the signals measured before, if they are of this model; else the testbed's
+                questions, by task, which are about a toy world. On another calibration than that of
+                the signals measured before, everything is measured again.
             rows: of the built-in calibration; None: those of the signals at hand, else 64. 256 tell sensitivity better.
             say: called with a line before every measurement.
             progress: show how many groups are measured, on stderr; on a large model that takes minutes.
@@ -243,7 +217,7 @@ class HiPPPlanner:
         model: nn.Module,
         *,
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         say: Say | None = None,
         progress: bool = False,
@@ -269,13 +243,11 @@ class HiPPPlanner:
             and (rows is None and (processor is None or asked is None))
         ):
             return self.signals  # type: ignore[return-value]
-        given = calibration_by_task(model, calibration, processor, int(asked or ROWS))
-        if there and calibration_digest(given) == self.signals.calibration:  # type: ignore[union-attr]
+        given = Calibration.of(model, calibration, processor, int(asked or ROWS), say)
+        if there and given.digest == self.signals.calibration:  # type: ignore[union-attr]
             return self.signals  # type: ignore[return-value]
         if there and say:
             say("another calibration than that of the signals at hand: measuring again")
-        if calibration is None:
-            _mind_the_toy(model, say)
         wanted: Any = {"mrs": self.mrs, "progress": say, "bar": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **wanted)
@@ -294,7 +266,7 @@ class HiPPPlanner:
         folder: str | Path | None = None,
         cost: CostKind = "parameters",
         processor: Any = None,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         rows: int | None = None,
         progress: bool = True,
         say: Say | None = None,

@@ -4,12 +4,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from hipp_ext.calibration import ROWS, Calibration, calibration_by_task, calibration_digest
+from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal, unseal
@@ -28,11 +27,9 @@ def default_cache() -> Path:
 
 def cached_signals(
     model: nn.Module,
-    calibration: Calibration | None,
+    calibration: CalibrationLike | None,
     folder: Path,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     mrs: MRS | None = None,
     progress: Callable[[str], None] | None = None,
     bar: bool = False,
@@ -44,8 +41,8 @@ def cached_signals(
     else than its name says; a folder that cannot be written costs only the measurement. Arguments as for `measure_signals`.
     """
     say = progress or (lambda _: None)
-    groups, tasks = find_groups(model), calibration_by_task(model, calibration, processor, rows)
-    wanted = model_digest(model, groups), calibration_digest(tasks)
+    groups, given = find_groups(model), Calibration.of(model, calibration)
+    wanted = model_digest(model, groups), given.digest
     key = f"{FORMAT} {wanted[0]} {wanted[1]} {mrs and mrs.name}"
     path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
@@ -61,7 +58,7 @@ def cached_signals(
         else:
             say(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(model, tasks, mrs=mrs, groups=groups, progress=progress, bar=bar)
+    signals = measure_signals(model, given, mrs=mrs, groups=groups, progress=progress, bar=bar)
     try:
         header = {"signals": SignalsHeader.of(signals).model_dump(mode="json")}
         write_atomic(path, seal(signal_tensors(signals), header))

@@ -4,7 +4,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -12,44 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.allocators.cheapest_path import CheapestPath
-from hipp_ext.answers import AnswerLogits
-from hipp_ext.calibration import (
-    ROWS,
-    TASKS,
-    Batch,
-    Calibration,
-    Task,
-    all_batches,
-    calibration_by_task,
-    calibration_digest,
-    image_token_id,
-)
+from hipp_ext.allocators.sensitivity import cheapest_logits
+from hipp_ext.calibration import Calibration, CalibrationLike, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
-from hipp_ext.plan import PruningPlan
-from hipp_ext.progress import Tick, counting
+from hipp_ext.progress import counting
 from hipp_ext.scorers import MRS, Scorer, SynFlow, VisualSensitivity, WandaSP
-from hipp_ext.surgery.masks import masked
-from hipp_ext.units import check_scores, plan_from_counts
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
 
-REMOVED = (
-    0.125,
-    0.25,
-    0.375,
-    0.5,
-    0.625,
-    0.75,
-    0.875,
-)  # shares of a group's units that go when its sensitivity is measured
-SHOWN = (1, 3)  # of these, what a state token tells, and what the curvature is read from
-LEANS = 17  # divisions of the wish between the tasks that have a cheapest path of their own; between them, straight lines
-RATIOS = 201  # pruning ratios from 0 to 1 that paths are read at
-NEARLY_ALL = (
-    0.95  # share that stands for a whole group where shares become logits, which have no end
-)
+FEATURE_LEVELS = (1, 3)  # of PRUNE_LEVELS: those that a state token and the curvature are read from
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
-FEATURES = 2 + 3 + len(QUANTILES) + len(SHOWN) + 2
+FEATURES = 2 + 3 + len(QUANTILES) + len(FEATURE_LEVELS) + 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +32,7 @@ class Signals:
         groups: the groups, in order (G of them).
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (TASKS, G, REMOVED) KL divergence [nats] of the answer distribution when one group loses its lowest units,
+        sensitivity: (TASKS, G, PRUNE_LEVELS) KL divergence [nats] of the answers when one group loses its lowest units,
             on the calibration of each task.
         visual: (G,) visual flow (attention) or drift (FFN), see `VisualSensitivity`; zero for language models.
         flow_shares: group name -> share of synaptic flow per unit, see `SynFlow`.
@@ -100,7 +72,9 @@ class Signals:
         columns += [
             torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES
         ]
-        columns += [_standard((self.sensitivity.mean(0)[:, i] + 1e-6).log()) for i in SHOWN]
+        columns += [
+            _standard((self.sensitivity.mean(0)[:, i] + 1e-6).log()) for i in FEATURE_LEVELS
+        ]
         columns += [
             self.visual_rank,
             _standard(torch.stack([self.flow_shares[g.name].sum() for g in groups]).float()),
@@ -122,31 +96,11 @@ class Signals:
         return result
 
     def prior(
-        self, ratios: Float[Tensor, " batch"], leans: Float[Tensor, " batch"]
+        self, ratios: Float[Tensor, " batch"], robustness_weights: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups"]:
-        """Allocation logits that measured sensitivity alone suggests, see `CheapestPath`.
-
-        Args:
-            ratios: pruning_ratio of each.
-            leans: how the wish is divided between the tasks, 0 is all utility and 1 all robustness; so are measured losses.
-        """
-        places = torch.stack([ratios, leans], 1) * 2 - 1  # as grid_sample counts
-        table = self._paths.permute(2, 0, 1)[None]
-        return nn.functional.grid_sample(
-            table, places[None, None], padding_mode="border", align_corners=True
-        )[0, :, 0].T
-
-    @functools.cached_property
-    def _paths(self) -> Float[Tensor, "leans ratios groups"]:
-        ratios, parameters = torch.linspace(0, 1, RATIOS), [g.parameters for g in self.groups]
-        utility, robustness = self.sensitivity
-        leaning = (
-            torch.lerp(utility, robustness, lean) for lean in torch.linspace(0, 1, LEANS).tolist()
-        )
-        shares = torch.stack(
-            [CheapestPath(parameters, REMOVED, losses).keep_shares(ratios) for losses in leaning]
-        )
-        return torch.logit(shares.clamp(1 - NEARLY_ALL, NEARLY_ALL))
+        """Allocation logits of the allocator `Sensitivity`, at each pruning_ratio and weight."""
+        pairs = zip(ratios.tolist(), robustness_weights.tolist(), strict=True)
+        return torch.stack([cheapest_logits(self.groups, self.sensitivity, *p) for p in pairs])
 
     @functools.cached_property
     def soft_prior(self) -> Float[Tensor, " groups"]:
@@ -161,9 +115,9 @@ class Signals:
 
     @functools.cached_property
     def curvature(self) -> Float[Tensor, " groups"]:
-        """KL divergence [nats] per squared share removed, mean over tasks and the levels SHOWN; above zero."""
-        removed = torch.tensor(REMOVED)
-        return (self.sensitivity.mean(0) / removed.square())[:, SHOWN].mean(1) + 1e-6
+        """KL divergence [nats] per squared share removed, mean over tasks and the FEATURE_LEVELS; above zero."""
+        removed = torch.tensor(PRUNE_LEVELS)
+        return (self.sensitivity.mean(0) / removed.square())[:, FEATURE_LEVELS].mean(1) + 1e-6
 
 
 def keep_shares(
@@ -177,10 +131,8 @@ def keep_shares(
 
 def measure_signals(
     model: nn.Module,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     *,
-    processor: Any = None,
-    rows: int = ROWS,
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
@@ -191,10 +143,7 @@ def measure_signals(
 
     Args:
         model: to be planned for.
-        calibration: batches, by task where it is known which questions are asked for what; None: the testbed's through
-            `processor`.
-        processor: of a vision-language model; None: the one beside its weights.
-        rows: of the testbed's calibration.
+        calibration: a Calibration, batches, or batches by task; None: the testbed's.
         scorer: ranks the units of a group; None: WandaSP.
         mrs: measures module robustness sensitivity too; needs labels in the batches.
         groups: None: those of the language tower.
@@ -206,24 +155,23 @@ def measure_signals(
         raise UnsupportedModelError(
             "Signals are measured for the language tower; prune the vision tower by a plan of your own."
         )
-    tasks = calibration_by_task(model, calibration, processor, rows)
-    batches = all_batches(tasks)
+    given = Calibration.of(model, calibration)
     scorer, say = scorer or WandaSP(), progress or (lambda _: None)
     say(f"scoring units ({scorer.name})")
-    scores = scorer(model, batches, groups=groups)
+    scores = scorer(model, given, groups=groups)
     say("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     if image_token_id(model) is not None:
-        by_unit = VisualSensitivity()(model, batches, groups=groups)
+        by_unit = VisualSensitivity()(model, given, groups=groups)
         visual = torch.stack([by_unit[g.name].sum() for g in groups])
     say("measuring synaptic flow")
     flow_shares = SynFlow()(model, groups=groups)
     if mrs is not None:
         say("measuring the sensitivity of every group under attack")
-        under_attack = mrs.sensitivity(model, batches, groups=groups)
+        under_attack = mrs.sensitivity(model, given, groups=groups)
     say("measuring the sensitivity of every group")
     with counting(bar, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, tasks, groups, scores, tick)
+        sensitivity = measure_sensitivity(model, given, groups, scores, tick)
     return Signals(
         groups=groups,
         scores=scores,
@@ -232,66 +180,9 @@ def measure_signals(
         flow_shares=flow_shares,
         sensitivity=sensitivity,
         digest=model_digest(model, groups),
-        calibration=calibration_digest(tasks),
+        calibration=given.digest,
         mrs=None if mrs is None else torch.tensor([under_attack[g.name] for g in groups]),
     )
-
-
-def measure_sensitivity(
-    model: nn.Module,
-    tasks: Mapping[Task, Sequence[Batch]],
-    groups: Sequence[Group],
-    scores: Mapping[str, Tensor],
-    tick: Tick = lambda done, total: None,
-) -> Float[Tensor, "tasks groups levels"]:
-    """Mean KL [nats] of each task's answers from dense, when one group loses its lowest units, at the levels REMOVED.
-
-    A group of one unit can lose nothing; it gets the median of the others, which says nothing. `tick` is called after each.
-    """
-    check_scores(groups, scores)
-    batches = all_batches(tasks)
-    answers = AnswerLogits(model, batches)
-    dense = answers(model).log_softmax(-1)
-    rows = _rows_of_tasks(tasks, batches)
-    result = torch.zeros(len(TASKS), len(groups), len(REMOVED))
-    several = [i for i, g in enumerate(groups) if g.width > 1]
-    for number, i in enumerate(several, 1):
-        width, counts, known = groups[i].width, [g.width for g in groups], {}
-        for j, nominal in enumerate(REMOVED):
-            counts[i] = max(1, min(width - 1, round(width * (1 - nominal))))
-            if counts[i] not in known:
-                each = divergence(model, plan_from_counts(groups, counts, scores), answers, dense)
-                known[counts[i]] = torch.stack(
-                    [each[of_task].mean() for of_task in rows]
-                ).clamp_min(0)
-            removed = 1 - counts[i] / width
-            # Few units cannot lose exactly a quarter: scale the measured KL to the nominal share.
-            result[:, i, j] = known[counts[i]] * (nominal / removed) ** 2
-        tick(number, len(several))
-    if several:
-        single = [i for i, g in enumerate(groups) if g.width == 1]
-        result[:, single] = result[:, several].median(1, keepdim=True).values
-    return result
-
-
-def _rows_of_tasks(tasks: Mapping[Task, Sequence[Batch]], batches: Sequence[Batch]) -> list[Tensor]:
-    """For each task, which rows of `batches` are its own."""
-    owners = [{id(batch) for batch in tasks[task]} for task in TASKS]
-    return [
-        torch.tensor([id(b) in owner for b in batches for _ in b["input_ids"]]) for owner in owners
-    ]
-
-
-def divergence(
-    model: nn.Module,
-    plan: PruningPlan,
-    answers: AnswerLogits,
-    dense: Float[Tensor, "rows vocabulary"],
-) -> Float[Tensor, " rows"]:
-    """KL [nats] of every row's answer under `plan` from the dense model's, whose log probabilities are `dense`."""
-    with masked(model, plan):
-        pruned = answers(model).log_softmax(-1)
-    return (dense.exp() * (dense - pruned)).sum(-1)
 
 
 def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:

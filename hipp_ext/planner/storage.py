@@ -22,9 +22,10 @@ from hipp_ext.planner.cost import CostKind, read_cost
 from hipp_ext.planner.experience import Experience
 from hipp_ext.planner.fit_folder import ARCHIVE
 from hipp_ext.planner.policy import Policy, new_policy
-from hipp_ext.planner.state import FEATURES, REMOVED, Signals
+from hipp_ext.planner.state import FEATURES, Signals
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
 MAX_HEADER = 16 << 20  # bytes
@@ -237,7 +238,7 @@ class SignalsHeader(BaseModel):
             {"sensitivity": signals.sensitivity, "visual": signals.visual},
         )
         shapes: dict[str, tuple[int, ...]] = {
-            "sensitivity": (len(TASKS), n, len(REMOVED)),
+            "sensitivity": (len(TASKS), n, len(PRUNE_LEVELS)),
             "visual": (n,),
             "mrs": (n,),
         }

@@ -1,16 +1,17 @@
-"""Fine-tuning a pruned model back to what it knew, on one process or on several with compressed gradients.
+"""Fine-tuning of a pruned model, on one process or on several with compressed gradients.
 
-recover(load_pruned("./pruned"), TestbedLessons(processor), RecoverSettings(steps=400), folder="./recovered.recover")
+model, settings = load_pruned("./pruned"), RecoverSettings(steps=400)
+recover(model, TestbedData(processor), settings, folder="./recovered.recover")
 """
 
-from hipp_ext.recover.lessons import Lessons, QuestionLessons, TestbedLessons
+from hipp_ext.recover.data import DataSource, QuestionData, TestbedData
 from hipp_ext.recover.training import RecoverResult, RecoverSettings, recover
 
 __all__ = [
-    "Lessons",
-    "QuestionLessons",
+    "DataSource",
+    "QuestionData",
     "RecoverResult",
     "RecoverSettings",
-    "TestbedLessons",
+    "TestbedData",
     "recover",
 ]

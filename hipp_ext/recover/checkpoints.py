@@ -1,11 +1,10 @@
-"""Checkpoints of a run on several processes: a folder per step, and one small file that says which of them counts.
+"""Checkpoints of a run on several processes: a folder per step, and progress.json that names one.
 
-Each rank writes its own file, the first one the weights and the optimizer; when all are there the first one switches
-progress.json, and only then is the older folder removed. Killed at any moment, the last switched step is whole.
+Each rank writes its own file, and the first one also the weights and the optimizers. When all
+files are there, the first rank switches progress.json to the new step, and only then the older
+folder is removed. So the step in progress.json is complete, whenever the run is killed.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
+from hipp_ext.comm.checkpoint import rank_file
 from hipp_ext.errors import CheckpointError, DataError
-from hipp_ext.files import new_file, write_atomic
+from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.files.untrusted import read_plain
+from hipp_ext.runs import RunFolder
 
 PROGRESS, WEIGHTS, OPTIMIZER = "progress.json", "weights.safetensors", "optimizer.safetensors"
 
@@ -28,29 +29,33 @@ class Progress(BaseModel):
     """Contents of progress.json."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[2] = 2
-    run: str = Field(description="digest of settings, model and number of processes")
+    format: Literal[1] = 1
     step: int = Field(ge=1)
     losses: list[float]
-    sha256: str = Field(default="", description="of all this without this field")
+    sha256: str = Field(default="", description="digest of the other fields")
 
     def digest(self) -> str:
-        """What `sha256` should say."""
+        """The right value of `sha256`."""
         return text_digest(self.model_dump_json(exclude={"sha256"}))
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`.
+    """The checkpoints of one run.
 
     Args:
-        folder: of the run.
-        run: what must be the same for a run to go on: plain types.
-        rank, barrier: this process, and how it waits for the others.
+        folder: folder of the run.
+        identity: what must be equal for the run to go on; see `RunFolder`.
+        rank: number of this process.
+        barrier: function that waits for the other processes.
+
+    Raises:
+        CheckpointError: the folder holds another run.
+        OutputBusyError: another process works in the folder.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], rank: int, barrier: Any):
-        self.folder, self.rank, self.barrier = folder, rank, barrier
-        self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int, barrier: Any):
+        self.rank, self.barrier = rank, barrier
+        self.run = RunFolder(folder, identity, owner=rank == 0)
 
     def save(
         self,
@@ -60,53 +65,35 @@ class Checkpoints:
         optimizers: list[Any],
         state: LQSGDState | None,
     ) -> None:
-        """All ranks call this after `step` steps."""
-        folder = self.folder / f"step-{step}"
+        """Write the checkpoint after `step` steps. All ranks call this."""
+        folder = self.run / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         if state is not None:
-            save_state(state, self._own(folder))
+            save_state(state, rank_file(folder, self.rank))
         if self.rank == 0:
-            _write(folder / WEIGHTS, {n: p.detach() for n, p in model.named_parameters()})
-            _write(folder / OPTIMIZER, _optimizer_tensors(optimizers))
+            write_atomic(folder / WEIGHTS, seal(dict(model.named_parameters())))
+            write_atomic(folder / OPTIMIZER, seal(_optimizer_tensors(optimizers)))
         self.barrier()
         if self.rank == 0:
-            progress = Progress(run=self.run, step=step, losses=losses)
+            progress = Progress(step=step, losses=losses)
             progress.sha256 = progress.digest()
-            write_atomic(self.folder / PROGRESS, progress.model_dump_json(indent=1) + "\n")
+            write_atomic(self.run / PROGRESS, progress.model_dump_json(indent=1) + "\n")
             self._sweep(folder)
-
-    def _sweep(self, kept: Path) -> None:
-        """Remove the folders of other steps: older ones, and one that a killed run had begun."""
-        for other in self.folder.glob("step-*"):
-            if other != kept:
-                shutil.rmtree(other, ignore_errors=True)
 
     def load(
         self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None
     ) -> tuple[int, list[float]]:
-        """Put the last checkpoint into model, optimizers and state; returns its step (0 for none) and losses so far.
+        """Load the last checkpoint into model, optimizers and state.
+
+        Returns:
+            Its step (0 if there is no checkpoint), and the losses until then.
 
         Raises:
-            CheckpointError: the folder is damaged, or belongs to a run with other settings.
+            CheckpointError: the checkpoint is damaged.
         """
-        file = self.folder / PROGRESS
-        if not file.exists():
+        if (progress := self._progress()) is None:
             return 0, []
-        try:
-            progress = Progress.model_validate_json(read_plain(file))
-            if progress.sha256 != progress.digest():
-                raise ValueError("it does not have the digest that it was written with")
-        except (ValueError, DataError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise CheckpointError(
-                f"{file} is damaged: {reason}. Remove {self.folder} to start over."
-            ) from None
-        if progress.run != self.run:
-            raise CheckpointError(
-                f"{self.folder} holds a run with other settings, another model or another number of processes. Repeat the "
-                "command that began it, or remove the folder."
-            )
-        folder = self.folder / f"step-{progress.step}"
+        folder = self.run / f"step-{progress.step}"
         try:
             weights, _ = unseal(folder / WEIGHTS)
             with torch.no_grad():
@@ -115,21 +102,35 @@ class Checkpoints:
             _fill_optimizers(optimizers, folder / OPTIMIZER)
         except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{folder} is incomplete or damaged: {error!r}. Remove {self.folder} to start over."
+                f"{folder} is incomplete or damaged: {error!r}. Remove {self.run.path} to start "
+                "over."
             ) from error
         if state is not None:
-            load_state(state, self._own(folder))
+            load_state(state, rank_file(folder, self.rank))
         if self.rank == 0:
             self._sweep(folder)
         return progress.step, progress.losses
 
-    def _own(self, folder: Path) -> Path:
-        return folder / f"lqsgd.rank{self.rank}.safetensors"
+    def _progress(self) -> Progress | None:
+        file = self.run / PROGRESS
+        if not file.exists():
+            return None
+        try:
+            progress = Progress.model_validate_json(read_plain(file))
+            if progress.sha256 != progress.digest():
+                raise ValueError("it does not have the digest that it was written with")
+        except (ValueError, DataError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise CheckpointError(
+                f"{file} is damaged: {reason}. Remove {self.run.path} to start over."
+            ) from None
+        return progress
 
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with new_file(path) as file:
-        file.write(seal(tensors))
+    def _sweep(self, kept: Path) -> None:
+        """Remove the folders of other steps: older ones, and one that a killed run had begun."""
+        for other in self.run.path.glob("step-*"):
+            if other != kept:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _optimizer_tensors(optimizers: list[Any]) -> dict[str, Tensor]:

@@ -1,9 +1,6 @@
-"""The training loop of `hipp recover`: one process, or DistributedDataParallel with compressed gradients or plain ones."""
+"""The training loop of `hipp recover`: one process, or DDP with compressed or plain gradients."""
 
-import contextlib
-import itertools
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from hipp_ext.calibration import Batch
 from hipp_ext.comm import LQSGDState, lqsgd_hook
 from hipp_ext.errors import HippError
+from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
-from hipp_ext.quantities import finite, whole
+from hipp_ext.quantities import finite_option, whole_option
 from hipp_ext.recover.checkpoints import Checkpoints
-from hipp_ext.recover.lessons import Lessons
+from hipp_ext.recover.data import DataSource
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
+from hipp_ext.training import lr_factor, make_optimizers, progress_bar, step_optimizers
+
+CHOICES = {"optimizer": ("muon", "adamw"), "compression": ("lqsgd", "none")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,16 @@ class RecoverSettings:
     """How a pruned model is fine-tuned.
 
     Attributes:
-        steps: of the optimizers.
-        optimizer: "muon" for the hidden matrices of the language tower with AdamW for the rest, or "adamw" for all.
-        rate: peak learning rate of AdamW.
-        muon_rate: of Muon.
+        steps: optimizer steps.
+        optimizer: "muon": Muon for the hidden matrices of the language model and AdamW for the
+            rest; "adamw": AdamW for all parameters.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon.
         clip: largest norm of the averaged gradient.
-        compression: "lqsgd", or "none" for DDP's own all-reduce; one process sends nothing either way.
-        rank, bits, vector_bits, transport: of LQ-SGD; see `hipp_ext.comm.Options`.
-        freeze_vision: leave the vision tower as it is.
-        seed: of dropout and first factors; the order of the data has its own.
+        compression: "lqsgd", or "none" for DDP's own all-reduce. One process sends nothing.
+        rank, bits, transport: options of LQ-SGD; see `hipp_ext.comm.Options`.
+        freeze_vision: whether the vision tower stays as it is.
+        seed: random seed of dropout and of the first factors; the data source has its own.
         save_every: steps between checkpoints.
 
     Raises:
@@ -45,58 +47,39 @@ class RecoverSettings:
 
     steps: int = 400
     optimizer: Literal["muon", "adamw"] = "muon"
-    rate: float = 1e-3
-    muon_rate: float = 0.01
+    lr: float = 1e-3
+    muon_lr: float = 0.01
     clip: float = 1.0
     compression: Literal["lqsgd", "none"] = "lqsgd"
     rank: int = 4
     bits: int = 8
-    vector_bits: int | None = None
     transport: str = "auto"
     freeze_vision: bool = False
     seed: int = 0
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, read in (
-            ("steps", whole),
-            ("save_every", whole),
-            ("seed", whole),
-            ("rate", finite),
-            ("muon_rate", finite),
-            ("clip", finite),
-        ):
-            if (number := read(getattr(self, name))) is None:
-                kind = "whole" if read is whole else "finite"
-                raise HippError(
-                    f"RecoverSettings: {name}={getattr(self, name)!r}, a {kind} number is needed."
-                )
-            object.__setattr__(self, name, number)
-        for name, least in (
-            ("steps", 1),
-            ("save_every", 1),
-            ("rate", 0),
-            ("muon_rate", 0),
-            ("clip", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise HippError(
-                    f"RecoverSettings: {name}={getattr(self, name)!r}, at least {least} is needed."
-                )
-        for name, known in (("optimizer", ("muon", "adamw")), ("compression", ("lqsgd", "none"))):
+        for name in ("steps", "save_every"):
+            value = whole_option(name, getattr(self, name), HippError, 1)
+            object.__setattr__(self, name, value)
+        for name in ("lr", "muon_lr", "clip"):
+            value = finite_option(name, getattr(self, name), HippError, zero=True)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "seed", whole_option("seed", self.seed, HippError, -(2**63)))
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise HippError(
-                    f"RecoverSettings: {name}={getattr(self, name)!r}, one of {', '.join(known)} is needed."
+                    f"{name}={getattr(self, name)!r}: one of {', '.join(known)} is needed."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        losses: of every step, mean over the processes [nats, added up over a step's batches].
-        stats: `LQSGDState.stats()`; None where nothing was compressed.
+        losses: loss of every step, mean over the processes [nats, summed over a step's batches].
+        stats: `LQSGDState.stats()`; None if nothing was compressed.
     """
 
     losses: list[float]
@@ -104,7 +87,7 @@ class RecoverResult:
 
 
 def join_processes() -> tuple[int, int]:
-    """Rank and number of the processes of `torchrun`, brought together; (0, 1) without it."""
+    """Rank and number of the connected processes of `torchrun`; (0, 1) without it."""
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     if workers > 1 and dist.is_available() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -113,70 +96,55 @@ def join_processes() -> tuple[int, int]:
 
 def recover(
     model: nn.Module,
-    lessons: Lessons,
+    data: DataSource,
     settings: RecoverSettings,
     *,
     folder: str | Path,
     progress: bool = True,
 ) -> RecoverResult:
-    """Fine-tune `model` in place; it ends in eval mode, the same on every process.
+    """Fine-tune `model` in place; it ends in eval mode, equal on every process.
 
-    Run by one process, or by all processes of a group. An interrupted run goes on from its last checkpoint, to the bit: the
-    same command ends with the weights of an undisturbed run.
+    One process calls this, or all processes of a group. An interrupted run goes on from its last
+    checkpoint: the same call ends with the weights of an undisturbed run, bit for bit.
 
     Args:
-        model: pruned, such as from `load_pruned`.
-        lessons: what it learns from.
-        settings: how.
-        folder: for checkpoints, on a disk that all processes share. They are made of training data's gradients.
-        progress: show a bar (first process).
+        model: pruned model, such as from `load_pruned`.
+        data: data source.
+        settings: how the model is fine-tuned.
+        folder: folder for checkpoints, on a disk that all processes share. Checkpoints contain
+            gradients of the training data.
+        progress: whether the first process shows a progress bar.
 
     Raises:
         CheckpointError: `folder` holds another run, or is damaged.
-        CompressionError: the processes have different models or settings, or one of them was lost.
+        OutputBusyError: another process works in `folder`.
+        CompressionError: the processes have different models or settings, or one was lost.
         HippError: the loss is not finite.
     """
     several = dist.is_available() and dist.is_initialized()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     if settings.freeze_vision:
         _freeze_vision(model)
-    wrapped: nn.Module = _SummedLoss(model)
-    state = None
-    if workers > 1:
-        # Towers that a batch does not use, and layers that no batch uses, are usual in VLMs.
-        wrapped = DistributedDataParallel(wrapped, find_unused_parameters=True)
-        if settings.compression == "lqsgd":
-            options = {
-                k: getattr(settings, k)
-                for k in ("rank", "bits", "vector_bits", "transport", "seed")
-            }
-            state = LQSGDState(model, **options)
-            wrapped.register_comm_hook(state, lqsgd_hook)
-    optimizers = _optimizers(model, settings)
-    shapes = {n: list(p.shape) for n, p in model.named_parameters()}
-    plan: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
-    run = {
-        **asdict(settings),
-        "workers": workers,
-        "shapes": shapes,
-        "plan": plan.to_json() if plan else None,
-    }
-    checkpoints = Checkpoints(
-        Path(folder), run, rank, dist.barrier if workers > 1 else lambda: None
-    )
-    start, losses = checkpoints.load(model, optimizers, state)
-    model.train()
-    device = next(model.parameters()).device
-    batches = lessons.batches(rank, workers, start)
-    with _bar(progress and rank == 0, settings.steps, start) as show:
+    wrapped, state = _wrap(model, settings, workers)
+    muon_lr = settings.muon_lr if settings.optimizer == "muon" else None
+    optimizers = make_optimizers(model, settings.lr, muon_lr)
+    barrier = dist.barrier if workers > 1 else lambda: None
+    checkpoints = Checkpoints(Path(folder), _identity(model, settings, workers), rank, barrier)
+    with (
+        checkpoints.run,
+        progress_bar(progress and rank == 0, "recovering", settings.steps) as show,
+    ):
+        start, losses = checkpoints.load(model, optimizers, state)
+        model.train()
+        batches = data.batches(rank, workers, start)
         for step in range(start, settings.steps):
-            torch.manual_seed(
-                settings.seed + 7919 * (step * workers + rank)
-            )  # dropout, resumed alike
-            losses.append(
-                _step(wrapped, model, optimizers, settings, step, next(batches), device, workers)
-            )
-            show(losses[-1])
+            # A seed per step, so that dropout is the same in a resumed run.
+            torch.manual_seed(settings.seed + 7919 * (step * workers + rank))
+            losses.append(_backward(wrapped, model, step, next(batches), workers))
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            warmup = min(30, max(1, settings.steps // 10))
+            step_optimizers(optimizers, lr_factor(step, settings.steps, warmup=warmup, decay=0.7))
+            show(step + 1, f"loss {losses[-1]:.3f}")
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 checkpoints.save(step + 1, losses, model, optimizers, state)
     model.eval()
@@ -184,7 +152,7 @@ def recover(
 
 
 class _SummedLoss(nn.Module):
-    """One forward for all batches of a step, so that DDP reduces once."""
+    """One forward pass for all batches of a step, so that DDP reduces once."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -195,16 +163,37 @@ class _SummedLoss(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _step(
-    wrapped: nn.Module,
-    model: nn.Module,
-    optimizers: list[Any],
-    settings: RecoverSettings,
-    step: int,
-    batches: list[Batch],
-    device: torch.device,
-    workers: int,
+def _wrap(
+    model: nn.Module, settings: RecoverSettings, workers: int
+) -> tuple[nn.Module, LQSGDState | None]:
+    """(module that returns the loss of a step, state of the compression if there is any)."""
+    if workers == 1:
+        return _SummedLoss(model), None
+    # VLMs usually have towers that a batch does not use, and layers that no batch uses.
+    wrapped = DistributedDataParallel(_SummedLoss(model), find_unused_parameters=True)
+    if settings.compression == "none":
+        return wrapped, None
+    options = {k: getattr(settings, k) for k in ("rank", "bits", "transport", "seed")}
+    state = LQSGDState(model, **options)
+    wrapped.register_comm_hook(state, lqsgd_hook)
+    return wrapped, state
+
+
+def _identity(model: nn.Module, settings: RecoverSettings, workers: int) -> dict[str, Any]:
+    plan: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    return {
+        **asdict(settings),
+        "processes": workers,
+        "plan": text_digest(plan.to_json()) if plan else None,
+        "shapes": {n: list(p.shape) for n, p in model.named_parameters()},
+    }
+
+
+def _backward(
+    wrapped: nn.Module, model: nn.Module, step: int, batches: list[Batch], workers: int
 ) -> float:
+    """The loss of a step, mean over the processes, after the backward pass."""
+    device = next(model.parameters()).device
     loss = wrapped([{k: v.to(device) for k, v in b.items()} for b in batches])
     loss.backward()
     mean = loss.detach().double().cpu() / workers
@@ -212,39 +201,10 @@ def _step(
         dist.all_reduce(mean)
     if not bool(mean.isfinite()):
         raise HippError(
-            f"The loss of step {step + 1} is {mean.item()}: a smaller rate may help (--rate, --muon-rate)."
+            f"The loss of step {step + 1} is {mean.item()}: a smaller learning rate may help "
+            "(--lr, --muon-lr)."
         )
-    nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    share = min(
-        1.0,
-        (step + 1) / min(30, max(1, settings.steps // 10)),
-        (settings.steps - step) / (0.7 * settings.steps),
-    )
-    for optimizer, rate in zip(optimizers, (settings.rate, settings.muon_rate), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share
-        optimizer.step()
-        optimizer.zero_grad()
     return mean.item()
-
-
-def _optimizers(model: nn.Module, settings: RecoverSettings) -> list[Any]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = {
-        id(p) for n, p in trained if p.dim() == 2 and settings.optimizer == "muon" and _is_hidden(n)
-    }
-    rest = [p for _, p in trained if id(p) not in hidden]
-    made: list[Any] = [
-        torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    ]
-    if hidden:
-        matrices = [p for _, p in trained if id(p) in hidden]
-        made.append(torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=0.01))
-    return made
-
-
-def _is_hidden(name: str) -> bool:
-    return ".layers." in name and "vision" not in name and "visual" not in name
 
 
 def _freeze_vision(model: nn.Module) -> None:
@@ -253,27 +213,3 @@ def _freeze_vision(model: nn.Module) -> None:
         raise HippError(f"{type(model).__name__} has no parameters of a vision tower to freeze.")
     for p in found:
         p.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, steps: int, start: int) -> Iterator[Callable[[float], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("recovering", total=steps, completed=start)
-        counter = itertools.count(start + 1)
-        yield lambda loss: bar.update(
-            task, completed=next(counter), description=f"recovering, loss {loss:.3f}"
-        )

@@ -1,4 +1,4 @@
-"""Scorers: calibration batches -> scores, one number per unit, higher = keep. One paper, one file."""
+"""Scorers: calibration batches -> one score per unit, higher = keep. One paper, one file."""
 
 from hipp_ext.scorers.base import Scorer
 from hipp_ext.scorers.flap import FLAP
@@ -9,9 +9,20 @@ from hipp_ext.scorers.taylor import Taylor
 from hipp_ext.scorers.visual_sensitivity import VisualSensitivity
 from hipp_ext.scorers.wanda_sp import WandaSP
 
+SCORERS: dict[str, type[Scorer]] = {
+    "wanda_sp": WandaSP,
+    "flap": FLAP,
+    "taylor": Taylor,
+    "magnitude": Magnitude,
+    "visual": VisualSensitivity,
+    "mrs": MRS,
+    "synflow": SynFlow,
+}
+
 __all__ = [
     "FLAP",
     "MRS",
+    "SCORERS",
     "Magnitude",
     "Scorer",
     "SynFlow",

@@ -1,27 +1,27 @@
-"""What every scorer promises, and the one pass over activations that several of them share."""
+"""The base class of scorers, and the forward pass that several of them share."""
 
 import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Batch, Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 from hipp_ext.modes import evaluating
 
 
 class Scorer(abc.ABC):
-    """Ranks the units of every group: `scorer(model, calibration)`.
+    """One score per unit of every group, higher = keep: `scorer(model, calibration)`.
 
-    A scorer says which units of a group go first; how many go is the allocation's business. Scores of different
-    groups need not be comparable. Subclasses implement `score` and nothing else.
+    A scorer ranks the units within a group; an allocator decides how many of them stay. Scores of
+    different groups need not be comparable. A new scorer is a frozen dataclass that implements
+    `score`, and a line in `hipp_ext.scorers.SCORERS`.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class Scorer(abc.ABC):
     def __call__(
         self,
         model: nn.Module,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
         groups: Sequence[Group] | None = None,
@@ -38,20 +38,22 @@ class Scorer(abc.ABC):
 
         Args:
             model: left as it was found: weights, gradients, requires_grad, train/eval.
-            calibration: batches of the forward's tensors; None: the testbed's, through `processor`.
-            groups: which groups to score; None: those of the language tower.
+            calibration: a Calibration, or batches of the tensors that the model's forward takes;
+                None: the testbed's, through `processor`.
+            processor: processor of a vision-language model; None: the one beside its weights.
+            groups: groups to score; None: those of the language tower.
 
         Raises:
             CalibrationError: no calibration where one is needed, or batches that do not fit.
-            UnsupportedModelError: groups cannot be mapped, weights are offloaded, quantised or adapted, or the scores came out
-                as NaN or infinity.
+            UnsupportedModelError: groups cannot be mapped, weights are offloaded, quantised or
+                adapted, or a score is NaN or infinite.
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
         check_loaded(model)
         check_plain(model, groups)
-        batches = (
-            resolve_calibration(model, calibration, processor) if self.needs_calibration else []
-        )
+        batches: Sequence[Batch] = ()
+        if self.needs_calibration:
+            batches = Calibration.of(model, calibration, processor).batches
         with evaluating(model):
             raw = self.score(model, groups, batches)
         scores = {g.name: raw[g.name].detach().float().cpu() for g in groups}
@@ -59,8 +61,9 @@ class Scorer(abc.ABC):
             assert scores[g.name].shape == (g.width,), (g.name, scores[g.name].shape)
             if not torch.isfinite(scores[g.name]).all():
                 raise UnsupportedModelError(
-                    f"{self.name} gave NaN or infinity for {g.name}: weights or activations of {type(model).__name__} "
-                    "are not finite on this calibration (fp16 overflow? try bfloat16)."
+                    f"{self.name} gave NaN or infinity for {g.name}: weights or activations of "
+                    f"{type(model).__name__} are not finite on this calibration (fp16 overflow? "
+                    "try bfloat16)."
                 )
         return scores
 
@@ -74,7 +77,9 @@ class Scorer(abc.ABC):
         return " ".join([type(self).__name__, *changed])
 
     def _name_with_settings(self, default: "Scorer") -> str:
-        """The name, with what differs from `default`: in a planner's folder a bare name stands for the default."""
+        """The name, with what differs from `default`: in a planner's folder a bare name stands for
+        the default.
+        """
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != vars(default).get(k, v)]
         return " ".join([type(self).__name__, *changed])
 
@@ -82,11 +87,15 @@ class Scorer(abc.ABC):
     def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> Mapping[str, Tensor]:
-        """Group name -> (width,) scores, any dtype and device."""
+        """Group name -> (width,) scores, higher = keep, of any dtype and on any device.
+
+        The model is in eval mode; the batches are checked, and empty where `needs_calibration` is
+        False.
+        """
 
 
 def require_labels(batches: Sequence[Batch], why: str) -> None:
-    """Raise CalibrationError unless every batch has labels, and one at least that counts: the mean loss of none is NaN."""
+    """Raise CalibrationError unless every batch has a label that counts: the mean of none is NaN."""
     for i, batch in enumerate(batches):
         if "labels" not in batch:
             raise CalibrationError(
@@ -94,28 +103,32 @@ def require_labels(batches: Sequence[Batch], why: str) -> None:
             )
         if not bool((batch["labels"][:, 1:] != -100).any()):
             raise CalibrationError(
-                f"{why}: all labels of calibration batch {i} are -100, which count for nothing."
+                f"{why}: all labels of calibration batch {i} are -100, which the loss ignores."
             )
 
 
 def forward(model: nn.Module, batch: Batch, labels: bool = False, **kwargs: Any) -> Any:
-    """`model`'s output on `batch`, moved to where the model is, without a cache; labels only where a loss is wanted.
+    """The model's output on `batch`, which is moved to the model's device; without a cache.
 
-    kwargs: what else the model's forward takes, left where it is.
+    Args:
+        model: any transformers model.
+        batch: tensors that its forward takes.
+        labels: pass the batch's labels too, so that the output has a loss.
+        kwargs: further arguments of the forward, passed as they are.
     """
     return model(**_inputs(model, batch, labels), **kwargs)
 
 
 def forward_hidden(model: nn.Module, batch: Batch) -> None:
-    """`forward` for what hooks see on the way; without the head, for its logits would take more than all activations.
+    """Run the model for its hooks, without its head: logits would take more than all activations.
 
-    (A model that is its own `base_model`, by transformers' account, computes them nevertheless.)
+    A model that is its own `base_model` in transformers computes the logits nevertheless.
     """
     getattr(model, "base_model", model)(**_inputs(model, batch, labels=False))
 
 
 def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
-    """What the forward takes; never a cache, whatever the batch asks for."""
+    """The forward's arguments; use_cache is always False."""
     device = next(model.parameters()).device
     inputs = {
         k: v.to(device) if isinstance(v, torch.Tensor) else v
@@ -131,7 +144,7 @@ def consumer_weight(model: nn.Module, group: Group) -> Tensor:
 
 
 def sum_of_squares(weight: Float[Tensor, "rows columns"], dim: int) -> Tensor:
-    """Sum of squares over `dim`, float32; tile by tile, which stays in the cache and needs no copy of the weight."""
+    """Sum of squares over `dim`, float32; tile by tile, so that the weight is not copied."""
     tiles = [tile.float().square().sum(dim) for tile in weight.split(64)]
     return torch.stack(tiles).sum(0) if dim == 0 else torch.cat(tiles)
 
@@ -141,12 +154,12 @@ def per_unit(values: Float[Tensor, " inputs"], group: Group) -> Float[Tensor, "w
     return values.view(group.width, group.columns)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InputMoments:
     """Statistics of a consumer's inputs over tokens; per column, float64, on the CPU.
 
     Attributes:
-        tokens: how many tokens were seen.
+        tokens: number of tokens.
         sum: sum of the inputs.
         square_sum: sum of their squares.
     """
@@ -186,7 +199,11 @@ def input_moments(
     """Group name -> moments of its consumer's inputs, in one forward pass per batch.
 
     Args:
-        tokens: which tokens of the language tower count (default: all but padding); vision towers count all patches.
+        model: left as it was found.
+        groups: groups whose consumers are watched.
+        batches: calibration batches.
+        tokens: mask of the language tower's tokens to count; default: all but padding. Vision
+            towers count all patches.
     """
     totals = {g.name: [0, 0.0, 0.0] for g in groups}
 
@@ -208,11 +225,16 @@ def visit_inputs(
     visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
     tokens: TokenFilter = valid_tokens,
 ) -> None:
-    """Call `visit` with every group and its consumer's inputs, batch by batch, in one forward pass each, in eval mode.
+    """Call `visit` with every group and its consumer's inputs, in one forward pass per batch.
 
     Args:
-        visit: its second argument has the model's dtype and lies where the layer does.
-        tokens: which tokens of the language tower count (default: all but padding); vision towers count all patches.
+        model: put into eval mode for the passes.
+        groups: groups whose consumers are watched.
+        batches: calibration batches.
+        visit: function of a group and its inputs (tokens, columns), in the model's dtype and on
+            the layer's device.
+        tokens: mask of the language tower's tokens to pass; default: all but padding. Vision
+            towers pass all patches.
     """
     with contextlib.ExitStack() as stack, evaluating(model):
         current: list[Tensor] = []

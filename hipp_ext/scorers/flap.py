@@ -1,6 +1,7 @@
 """FLAP: a unit whose output hardly varies can be replaced by its mean."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,18 @@ from hipp_ext.groups import Group
 from hipp_ext.scorers.base import InputMoments, Scorer, consumer_weight, input_moments, per_unit
 
 
+@dataclass(frozen=True, kw_only=True)
 class FLAP(Scorer):
-    """Variance of the consumer's input times the squared norm of its column (WIFV), averaged over a unit. Higher = keep.
+    """Variance of the consumer's input times its column's squared norm (WIFV). Higher = keep.
+
+    A unit's score is the mean over its columns.
 
     Source: FLAP (arXiv 2312.11983), section 3.2, weighted input feature variance.
-    Differs from the paper: only the score. Its adaptive structure is an allocation (standardise, rank all groups
-    together) and its bias compensation a repair step; both are kept apart from scoring here.
+    Differs from the paper: this is only the score. The adaptive structure is an allocator here,
+    `hipp_ext.allocators.FLAPAdaptive`; the bias compensation is left out.
     """
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         moments = input_moments(model, groups, batches)

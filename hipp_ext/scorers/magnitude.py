@@ -1,6 +1,7 @@
 """Magnitude: how large the weights of a unit are. Needs no data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,20 @@ from hipp_ext.groups import Group, linear
 from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit, sum_of_squares
 
 
+@dataclass(frozen=True, kw_only=True)
 class Magnitude(Scorer):
-    """L2 norm of all weights of a unit: its rows in the producers and its columns in the consumer. Higher = keep.
+    """L2 norm of a unit's rows in the producers and columns in the consumer. Higher = keep.
 
-    Source: Li et al., Pruning Filters for Efficient ConvNets (arXiv 1608.08710), for coupled layers as in DepGraph
-    (arXiv 2301.12900).
-    Differs from the paper: L2 instead of L1, and the norm of the whole coupled unit instead of one layer's filter.
+    Source: Li et al., Pruning Filters for Efficient ConvNets (arXiv 1608.08710), for coupled layers
+    as in DepGraph (arXiv 2301.12900).
+    Differs from the paper: L2 instead of L1, and the norm of the whole coupled unit instead of one
+    layer's filter.
     """
 
     needs_calibration = False
 
     @torch.no_grad()
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         scores = {}

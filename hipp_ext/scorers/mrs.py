@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.attacks import PGD, Ball, check_precision
-from hipp_ext.calibration import Batch, Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import AttackError, CalibrationError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.modes import evaluating
@@ -91,14 +91,14 @@ class MRS(Scorer):
     def sensitivity(
         self,
         model: nn.Module,
-        calibration: Calibration | None = None,
+        calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
         groups: Sequence[Group] | None = None,
     ) -> dict[str, float]:
         """Group name -> sensitivity [nats]; arguments and errors as for a call."""
         groups = tuple(groups) if groups is not None else find_groups(model)
-        batches = resolve_calibration(model, calibration, processor)
+        batches = Calibration.of(model, calibration, processor).batches
         with evaluating(model):
             values, _ = self._measure(model, groups, batches)
         return {g.name: v for g, v in zip(groups, values, strict=True)}

@@ -1,4 +1,4 @@
-"""SynFlow: how much of the synaptic flow from input to output passes through a unit. Needs no data, cannot overflow."""
+"""SynFlow: the synaptic flow from input to output through a unit. It needs no data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,21 +24,24 @@ NORMS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
 class SynFlow(Scorer):
-    """Share of the synaptic flow at a block's depth that passes through the unit, in [0, 1). Higher = keep.
+    """Fraction of the flow at a block's depth that passes the unit, in [0, 1). Higher = keep.
 
-    The shares of a group sum to less than one: the rest flows past the block on the residual path.
+    The fractions of a group sum to less than one: the rest takes the residual path.
 
-    Source: SynFlow (arXiv 2006.05467), eq. 2; HiPP-Prune (arXiv 2603.06270, abstract) uses a stability proxy in its spirit.
-    Differs from the paper: one pass instead of iterations; for transformers the network is linearised (a norm is its
-    |gain|, attention passes values on, a gated FFN is |W_down| |W_up|), and the flow is renormalised at every block,
-    which the shares do not notice, so depth and dtype cannot make it overflow; no gradient, no weight is touched.
+    Source: SynFlow (arXiv 2006.05467), eq. 2; HiPP-Prune (arXiv 2603.06270, abstract) uses a
+    stability proxy in its spirit.
+    Differs from the paper: one pass instead of iterations; for transformers the network is
+    linearised (a norm is its |gain|, attention passes values on, a gated FFN is |W_down| |W_up|),
+    and the flow is renormalised at every block, which the shares do not notice, so depth and dtype
+    cannot make it overflow; no gradient, no weight is touched.
     """
 
     needs_calibration = False
 
     @torch.no_grad()
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
@@ -62,15 +65,16 @@ class SynFlow(Scorer):
 
 
 def stability(plan: PruningPlan, flow_shares: Mapping[str, Tensor]) -> float:
-    """Sum over groups of the log of the synaptic flow that the plan retains; 0 for the dense model, lower = less stable.
+    """Sum over groups of the log of the flow that a plan retains; 0 = dense, lower = less stable.
 
-    First order: every group's loss is taken in the otherwise dense model.
+    It is of first order: each group's loss of flow is computed in the otherwise dense model.
 
     Args:
         plan: whose groups `flow_shares` covers.
         flow_shares: from `SynFlow()(model)`.
 
-    Source: the stability proxy of HiPP-Prune (arXiv 2603.06270, abstract), whose formula is not public; ours.
+    Source: the stability proxy of HiPP-Prune (arXiv 2603.06270, abstract), whose formula is not
+    public; ours.
     """
     total = 0.0
     for g in plan.groups:
@@ -125,7 +129,7 @@ def _linearise(model: nn.Module, group: Group) -> _Block:
 
 
 def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
-    """The norm that the inputs of a block go through; None where blocks norm what they return, or share the norm of another."""
+    """The norm before a block; None where blocks norm their output or share another's norm."""
     norms = {
         k: [m for name in names if isinstance(m := getattr(layer, name, None), nn.Module)]
         for k, names in NORMS.items()
@@ -135,7 +139,7 @@ def _norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:
-    """(hidden,) what a norm scales normed inputs by, whether it keeps that or, as Gemma does, that less one; no norm: one."""
+    """(hidden,) the scale of a norm, also where it is stored less one (Gemma); no norm: ones."""
     if norm is None:
         return ones.float()
     probe = ones.clone()

@@ -1,12 +1,14 @@
-"""Visual sensitivity: how much of what the language tower computes comes from the image. HiPP-Prune's signal.
+"""Visual sensitivity, HiPP-Prune's signal: what the language tower takes from the image.
 
-Attention groups: the flow from vision tokens into the hidden states of text tokens, per head, measured inside the
-attention function without ever holding attention for the whole sequence. FFN groups: how far the block moves the
-hidden states of the vision tokens, shared among its channels by what they write there.
+Attention groups: the flow from vision tokens into the hidden states of text tokens, per head,
+measured inside the attention function without ever holding attention for the whole sequence. FFN
+groups: how far the block moves the hidden states of the vision tokens, shared among its channels by
+what they write there.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,37 +23,39 @@ from hipp_ext.scorers.base import Scorer, consumer_weight, forward_hidden, per_u
 PROBE = "hipp_visual_probe"
 
 
+@dataclass(frozen=True, kw_only=True)
 class VisualSensitivity(Scorer):
-    """Visual flow per KV group, visual drift per FFN channel; both relative to the hidden state, so comparable over layers.
+    """Visual flow per KV group and visual drift per FFN channel. Higher = keep.
 
-    Attention: mean over the text tokens that can see an image of ||sum_j a_ij v_j W_O|| / ||h_i||, j over vision tokens
-    that are no sinks, summed over the query heads of the KV group. Where a layer attends to the image alone (the
-    cross-attention of Llama 3.2 Vision), j runs over all that it attends to. FFN: mean over vision tokens of
-    1 - cos(h, h + FFN(h)), split over channels in proportion to their WandaSP score on vision tokens. Higher = keep. Zero
+    Both are relative to the hidden state, so they can be compared over layers. They are zero
     without an image.
 
+    Attention: mean over the text tokens that can see an image of ||sum_j a_ij v_j W_O|| / ||h_i||,
+    j over vision tokens that are no sinks, summed over the query heads of the KV group. Where a
+    layer attends to the image alone (the cross-attention of Llama 3.2 Vision), j runs over all that
+    it attends to. FFN: mean over vision tokens of 1 - cos(h, h + FFN(h)), split over channels in
+    proportion to their WandaSP score on vision tokens.
+
     Args:
-        sink_threshold: a vision token whose hidden state has a component this many times its root mean square is an
-            attention sink and does not count.
+        sink_threshold: a vision token whose hidden state has a component this many times its root
+            mean square is an attention sink and does not count.
 
     Raises (when called):
-        UnsupportedModelError: the model has no image token, or groups of the vision tower are asked for.
+        UnsupportedModelError: the model has no image token, or groups of the vision tower are asked
+            for.
 
-    Source: HiPP-Prune (arXiv 2603.06270, abstract): "attention flow between vision tokens and language hidden states";
-    sinks: "See What You Are Told" (arXiv 2503.03321); drift: ATV-Pruning (arXiv 2603.16001).
-    Differs from the paper: its formula is not public. Value-weighting, sink removal and the drift for FFN are our choice.
-    Where a block's output is normed before it is added (Gemma), flow is taken before that norm, drift after it.
+    Source: HiPP-Prune (arXiv 2603.06270, abstract): "attention flow between vision tokens and
+    language hidden states"; sinks: "See What You Are Told" (arXiv 2503.03321); drift: ATV-Pruning
+    (arXiv 2603.16001).
+    Differs from the paper: its formula is not public. Value-weighting, sink removal and the drift
+    for FFN are our choice. Where a block's output is normed before it is added (Gemma), flow is
+    taken before that norm, drift after it.
     """
 
-    def __init__(self, sink_threshold: float = 20.0):
-        self.sink_threshold = sink_threshold
-
-    @property
-    def name(self) -> str:
-        return self._name_with_settings(VisualSensitivity())
+    sink_threshold: float = 20.0
 
     @torch.no_grad()
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> Mapping[str, Tensor]:
         token = image_token_id(model)
@@ -82,7 +86,8 @@ class _Tokens:
         seeing = valid & ~self.vision & (self.vision.cumsum(1) > 0)
         self.count = int(seeing.sum())
         longest = max(int(seeing.sum(1).max()), 1)
-        # Indices of the text tokens of every row, padded with token 0, which `used` then leaves out.
+        # Indices of the text tokens of every row, padded with token 0, which `used` then leaves
+        # out.
         order = torch.argsort(~seeing, dim=1, stable=True)[:, :longest]
         self.text, self.used = order, seeing.gather(1, order)
 
@@ -104,7 +109,8 @@ class _Probe:
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.register(PROBE, _probed_attention)
-        # Without a mask of the same name transformers builds none, and padding would be attended to.
+        # Without a mask of the same name transformers builds none, and padding would be attended
+        # to.
         AttentionMaskInterface.register(PROBE, sdpa_mask)
         configs, layers = [], tower_layers(self.model, "language")
         with contextlib.ExitStack() as stack:
@@ -249,7 +255,7 @@ def _crosses(layer: nn.Module, g: Group) -> bool:
 
 
 def _multiplier(layer: nn.Module, g: Group) -> float:
-    """What a block's output is scaled by before it is added: Granite's number, or the gates of Llama 3.2 Vision."""
+    """The scale of a block's output before it is added (Granite, Llama 3.2 Vision)."""
     gate = getattr(
         layer, "cross_attn_attn_gate" if g.kind == "attention" else "cross_attn_mlp_gate", None
     )
@@ -266,7 +272,11 @@ def _probed_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """sdpa, and the flow on the side. At module level: transformers keeps it for ever, and no model must hang on it."""
+    """The output of sdpa; the module's probe, if any, sees the inputs.
+
+    It is a module-level function because transformers keeps a reference to it, and it must not keep
+    a model alive.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     probe, group = getattr(module, "_hipp_probe", (None, None))
@@ -276,7 +286,7 @@ def _probed_attention(
 
 
 def _row_bias(mask: Tensor | None, text: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-    """(batch, 1, text, keys) additive mask for the given query rows; without a mask attention is causal."""
+    """(batch, 1, text, keys) additive mask of the query rows; causal where there is no mask."""
     if mask is None:
         allowed = torch.arange(keys, device=text.device)[None, None] <= text[:, :, None]
         allowed = allowed[:, None]

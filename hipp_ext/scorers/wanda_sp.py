@@ -1,6 +1,7 @@
 """WandaSP: weight times activation norm, summed over a unit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,18 @@ from hipp_ext.groups import Group
 from hipp_ext.scorers.base import Scorer, consumer_weight, input_moments, per_unit
 
 
+@dataclass(frozen=True, kw_only=True)
 class WandaSP(Scorer):
-    """Mean over output rows of |W| * ||x||_2, summed over the consumer columns of a unit. Higher = keep.
+    """Mean over rows of |W| * ||x||_2, summed over a unit's columns. Higher = keep.
 
-    W is the consumer's weight (o_proj, down_proj), x its inputs over all calibration tokens that are not padding.
+    W is the consumer's weight (o_proj, down_proj), x its inputs over all calibration tokens that
+    are not padding.
 
-    Source: Wanda (arXiv 2306.11695), eq. 1; its structured form is FLAP's baseline (arXiv 2312.11983, section 4.1).
+    Source: Wanda (arXiv 2306.11695), eq. 1; its structured form is FLAP's baseline (arXiv
+    2312.11983, section 4.1).
     """
 
-    def _score(
+    def score(
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         moments = input_moments(model, groups, batches)

@@ -1,1 +1,1 @@
-"""What removing units of a group does to what the model puts out."""
+"""What removing units of a group does to the model's output."""

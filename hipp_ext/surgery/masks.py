@@ -10,8 +10,8 @@ from torch import nn
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, find_groups, gated, linear, not_plain
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery.verification import verify_groups
 from hipp_ext.units import keep_masks, unit_entries
+from hipp_ext.verification import verify_groups
 
 Model = TypeVar("Model", bound=nn.Module)
 PLAN_ATTRIBUTE = "hipp_plan"  # where a pruned model carries its plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hipp_ext.calibration import Calibration, resolve_calibration
+from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.groups import Group, Slice, sync_sizes
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.drop import removable_layers, remove_layers, replace_modules, skip_modules
@@ -25,7 +25,7 @@ def prune(
     *,
     inplace: bool = False,
     reconstruct: bool = False,
-    calibration: Calibration | None = None,
+    calibration: CalibrationLike | None = None,
     processor: Any = None,
 ) -> Model:
     """A physically smaller model: the units that `plan` does not keep are sliced out.
@@ -66,7 +66,9 @@ def prune(
     dropped = [g for g, e in zip(groups, plan.groups, strict=True) if not e.keep]
     smaller = [g for g, e in zip(groups, plan.groups, strict=True) if 0 < e.keep < e.width]
     parts = _parts(smaller, plan)
-    batches = resolve_calibration(model, calibration, processor, rows=ROWS) if reconstruct else []
+    batches: Sequence[Batch] = ()
+    if reconstruct:
+        batches = Calibration.of(model, calibration, processor, rows=ROWS).batches
     fitted = reconstructed_weights(model, groups, plan, batches) if reconstruct else {}
 
     def successor(part: _Part) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""A tiny trained LLaVA and its picture world, so that everything in hipp-ext runs anywhere, offline.
+"""A tiny trained LLaVA and its picture world: all parts of hipp-ext run on it, offline.
 
 model, processor = testbed.load()
 batches = testbed.calibration_batches(processor)
@@ -45,15 +45,15 @@ def is_testbed(model: Any) -> bool:
 def load(
     device: str = "cpu", dtype: Any = None, folder: str | Path = WEIGHTS
 ) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
-    """The trained model, in eval mode, and its processor; nothing is downloaded.
+    """The trained model in eval mode and its processor; nothing is downloaded.
 
     Args:
-        device: where the model goes.
-        dtype: of the parameters; None means float32.
-        folder: what `train` wrote; the packaged weights by default.
+        device: device of the model.
+        dtype: type of the parameters; None: float32.
+        folder: folder that `train` wrote; default: the packaged weights.
 
     Raises:
-        CheckpointError: `folder` holds no model, or a damaged one.
+        CheckpointError: `folder` has no model, or a damaged one.
     """
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration

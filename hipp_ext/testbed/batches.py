@@ -1,14 +1,13 @@
-"""Calibration batches of the testbed: pictures and questions through any vision-language processor."""
+"""Calibration batches of the testbed's questions, through any vision-language processor."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from hipp_ext.calibration import Batch, Task, encode
+from hipp_ext.calibration import Batch, Task, encode, encode_text
 from hipp_ext.errors import CalibrationError
 from hipp_ext.quantities import whole
 from hipp_ext.testbed.quiz import Question, choice_stream, pope_groups
-from hipp_ext.text import encode_text
 
 
 def calibration_batches(
@@ -18,15 +17,18 @@ def calibration_batches(
     split: str = "calibration",
     with_labels: bool = True,
 ) -> list[Batch]:
-    """A list of batches for `model(**batch)`: POPE and ScienceQA questions in turn, `n` rows in all.
+    """Batches for `model(**batch)`, with POPE and ScienceQA questions in turn.
 
-    Every POPE row has its own picture; "yes" and "no" take turns, and so do the three kinds of absent object.
+    Every POPE row has its own picture. The answers "yes" and "no" alternate, and so do the three
+    kinds of absent objects.
 
     Args:
-        processor: of the model, as `load` returns it, or of another vision-language model with a chat template.
-        n, batch_size: rows in all and per batch.
-        split: where the questions come from; "calibration" keeps the others unseen.
-        with_labels: end each row with the answer, and add labels: -100 but for the answer.
+        processor: processor of the testbed's model, or of another vision-language model with a
+            chat template.
+        n: number of rows.
+        batch_size: rows per batch.
+        split: split of the questions; "calibration" keeps the other splits unseen.
+        with_labels: end each row with the answer, and add labels (-100 except for the answer).
 
     Returns:
         Dicts of input_ids, attention_mask [batch, tokens] int64, pixel_values, and labels.
@@ -42,10 +44,10 @@ def calibration_batches(
 def calibration_tasks(
     processor: Any, n: int = 64, batch_size: int = 16, split: str = "calibration"
 ) -> dict[Task, list[Batch]]:
-    """The same questions by task: those of ScienceQA for "utility", those of POPE for "robustness"; with labels.
+    """The same questions by task, with labels: ScienceQA for "utility", POPE for "robustness".
 
     Raises:
-        CalibrationError: `n` is below 2, so that a task would have no question, or `batch_size` below 1.
+        CalibrationError: `n` is below 2, so that a task has no question, or `batch_size` below 1.
     """
     if whole(n) is None or n < 2:
         raise CalibrationError(f"calibration_tasks needs n >= 2, a row for each task, got n={n}.")
@@ -59,7 +61,7 @@ def calibration_tasks(
 def calibration_texts(
     tokenizer: Any, n: int = 64, batch_size: int = 16, split: str = "calibration"
 ) -> list[Batch]:
-    """`n` of the ScienceQA questions that need no picture, through the tokenizer of a language model; with labels.
+    """`n` ScienceQA questions without pictures, with labels, through a language model's tokenizer.
 
     Raises:
         CalibrationError: `n` or `batch_size` is below 1.
@@ -85,7 +87,7 @@ def _at_least_one(n: int, batch_size: int) -> int:
 
 
 def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], list[Question]]:
-    """`n` in all, of POPE and of ScienceQA."""
+    """(questions of POPE, questions of ScienceQA), `n` in total."""
     _at_least_one(n, batch_size)
     pope: list[Question] = []
     choice: list[Question] = []
@@ -95,8 +97,8 @@ def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], lis
         if len(pope) + len(choice) >= n:
             break
         kind = ("random", "popular", "adversarial")[number // 2 % 3]
-        wanted = "No" if number % 2 else "Yes"
-        pope.append(next(q for q in group if q.answer == wanted and kind in q.category))
+        answer = "No" if number % 2 else "Yes"
+        pope.append(next(q for q in group if q.answer == answer and kind in q.category))
         choice.append(other)
     return pope, choice[: n - len(pope)]
 

@@ -1,7 +1,8 @@
-"""Facts to know by heart: what holds for each creature (read about, never seen) and for each object (seen).
+"""Facts to memorise, about creatures (in text only) and about objects (in pictures).
 
-A creature is named by two words and its facts depend on the pair, so no single word's embedding can hold them: they
-have to be looked up by the feed-forward layers. Facts are the same in training and test; the questions differ.
+A creature has a name of two words and its facts depend on the pair, so no embedding of a single
+word can hold them: the feed-forward layers have to. Facts are the same in training and test; the
+questions differ.
 """
 
 import functools
@@ -16,14 +17,16 @@ def _words(text: str) -> tuple[str, ...]:
 
 CREATURES = 240
 EPITHETS = _words(
-    "amber brown crimson dusky eastern forked golden hooded ivory jagged little marbled northern olive pale ringed "
-    "silver tufted velvet western common dwarf giant lesser mottled plumed royal striped tawny woolly"
+    "amber brown crimson dusky eastern forked golden hooded ivory jagged little marbled northern "
+    "olive pale ringed silver tufted velvet western common dwarf giant lesser mottled plumed royal "
+    "striped tawny woolly"
 )
 GENERA = _words(
-    "adder beetle crane dormouse egret finch gecko heron ibex jackal kestrel lemur marten newt otter perch quail "
-    "raven skink tapir urchin viper weasel zander badger civet dingo ferret goose hare"
+    "adder beetle crane dormouse egret finch gecko heron ibex jackal kestrel lemur marten newt "
+    "otter perch quail raven skink tapir urchin viper weasel zander badger civet dingo ferret "
+    "goose hare"
 )
-# relation -> (two ways to ask about a creature, values in the order in which they are offered)
+# relation -> (two questions about a creature, values in the order of the options)
 CREATURE_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "habitat": (
         ("Where does the {} live?", "What is the home of the {}?"),
@@ -38,7 +41,7 @@ CREATURE_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
         _words("January April July October"),
     ),
 }
-# relation -> (two ways to ask about the object in the picture, values)
+# relation -> (two questions about the object in the picture, values)
 OBJECT_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "material": (
         ("What is the thing in the picture made of?", "What is the material of this thing?"),
@@ -57,7 +60,7 @@ OBJECT_RELATIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """`relation` of `subject` is `answer`, one of `options`; `questions` are the two ways to ask for it."""
+    """The `relation` of `subject` is `answer`, one of `options`; two `questions` ask for it."""
 
     subject: str
     relation: str
@@ -81,7 +84,7 @@ def creature_facts(creatures: int = CREATURES) -> tuple[Fact, ...]:
 
 @functools.cache
 def object_facts(objects: tuple[str, ...]) -> tuple[Fact, ...]:
-    """3 facts for each of `objects`; the question does not name its subject, the picture shows it."""
+    """3 facts for each of `objects`; their subject is in the picture, not in the question."""
     return _facts(random.Random("objects"), objects, OBJECT_RELATIONS)
 
 

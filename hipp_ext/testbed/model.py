@@ -1,4 +1,4 @@
-"""The tiny LLaVA: a real `LlavaForConditionalGeneration` and a real `LlavaProcessor`, built from nothing."""
+"""The tiny LLaVA: a `LlavaForConditionalGeneration` and a `LlavaProcessor`, built from nothing."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
-# An option's letter with its stop is one token beside the option: "A." and "swamp" are neighbours.
+# A letter with its full stop is one token, so "A." is next to its option "swamp".
 WORD = re.compile(r"[A-D]\.|\w+|[^\w\s]")
 DESCRIBE = "Describe the image."
 CHECK = "Check the image."
-EMPTY = "nothing"  # what the vision tower learns to say of a cell without an object
-# LLaVA-1.5's wording. It ends where the answer begins: the next token is Yes, No or an option letter.
+EMPTY = "nothing"  # the word for a cell without an object
+# The words of LLaVA-1.5. The next token is the answer: Yes, No or the letter of an option.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark of the testbed, special tokens first; a word is one token."""
+    """All words and marks of the testbed, one token each; special tokens come first."""
     relations = [*facts.CREATURE_RELATIONS.values(), *facts.OBJECT_RELATIONS.values()]
     texts = [text for asked, values in relations for text in (*asked, *values)]
     example = quiz.Question(
@@ -88,7 +88,7 @@ def build_processor() -> "LlavaProcessor":
 
 
 def is_own_processor(processor: Any) -> bool:
-    """Whether pictures and words go through `processor` as through the one that `build_processor` makes."""
+    """Whether `processor` treats pictures and words as the one of `build_processor` does."""
     pictures, tokenizer = (
         getattr(processor, "image_processor", None),
         getattr(processor, "tokenizer", None),
@@ -111,11 +111,12 @@ def is_own_processor(processor: Any) -> bool:
 def build_model(
     seed: int = 0, *, hidden: int = 128, ffn: int = 192, layers: int = 6, heads: int = 8
 ) -> "LlavaForConditionalGeneration":
-    """An untrained model in float32 on the CPU, the same for the same seed.
+    """An untrained model in float32 on the CPU, equal for equal seeds.
 
     Args:
-        seed: of the initial parameters; torch's global generator is left as it was.
-        hidden, ffn, layers, heads: the language model's sizes; like LLaVA-1.5 it has no grouped keys and values.
+        seed: random seed of the parameters; torch's global generator does not change.
+        hidden, ffn, layers, heads: sizes of the language model. As in LLaVA-1.5, keys and values
+            are not grouped.
     """
     import torch
     from transformers import (
@@ -153,7 +154,7 @@ def build_model(
         vision_config=vision,
         text_config=text,
         image_token_id=words.index(IMAGE),
-        vision_feature_layer=-2,  # as in LLaVA-1.5: the last vision layer is there but not read
+        vision_feature_layer=-2,  # as in LLaVA-1.5: the last vision layer is not used
         vision_feature_select_strategy="default",
     )
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Questions about the picture world: POPE as its authors define it, and a ScienceQA that rests on memorised facts."""
+"""Questions about the picture world: POPE as its authors define it, and ScienceQA on facts."""
 
 import dataclasses
 import functools
@@ -13,20 +13,12 @@ from hipp_ext.errors import DataError
 from hipp_ext.testbed import facts, world
 
 TASKS = ("POPE", "ScienceQA")
-IMAGES = {
-    "calibration": 64,
-    "search": 64,
-    "validation": 64,
-    "test": 250,
-}  # POPE: pictures per split
-CHOICES = {
-    "calibration": 256,
-    "search": 256,
-    "validation": 256,
-    "test": 800,
-}  # ScienceQA: questions per split
-PER_SPLIT = 3  # POPE: present objects, and absent objects of each kind, asked about per picture
-PICTURE_SHARE = 0.25  # ScienceQA: questions that cannot be answered without the picture
+# POPE: pictures per split.
+IMAGES = {"calibration": 64, "search": 64, "validation": 64, "test": 250}
+# ScienceQA: questions per split.
+CHOICES = {"calibration": 256, "search": 256, "validation": 256, "test": 800}
+PER_KIND = 3  # POPE: present objects, and absent objects of each kind, per picture
+PICTURE_SHARE = 0.25  # ScienceQA: fraction of questions that need the picture
 HINTS = (
     None,
     "This is a question about nature.",
@@ -41,7 +33,7 @@ HINTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One row of a data set. `scene` None means that no picture matters; it is asked with a blank one."""
+    """One row of a data set; without a `scene` it is asked with a blank picture."""
 
     index: int
     question: str
@@ -53,22 +45,22 @@ class Question:
 
     @property
     def image(self) -> Image.Image:
-        """The picture, 40 x 40 px RGB; the same bytes as in the exported TSV."""
+        """The picture, 40 x 40 px RGB, with the same bytes as in the exported TSV."""
         return world.blank() if self.scene is None else world.render(self.scene)
 
     @property
     def picture(self) -> str | None:
-        """What tells one picture from another; None where no picture matters."""
+        """Identifies the picture; None if no picture matters."""
         return None if self.scene is None else str(self.scene)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The answers that count: Yes and No, or the letters of the options."""
+        """The possible answers: Yes and No, or the letters of the options."""
         return tuple("ABCD"[: len(self.options)]) or ("Yes", "No")
 
     @property
     def prompt(self) -> str:
-        """The text as VLMEvalKit builds it from the row: the question itself, or hint, question and options."""
+        """The text that VLMEvalKit makes of the row: question, or hint, question and options."""
         if not self.options:
             return self.question
         hint = f"Hint: {self.hint}\n" if self.hint else ""
@@ -80,20 +72,23 @@ class Question:
 
 
 def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ...]:
-    """The questions of a split, always the same ones in the same order; `index` counts from 0.
+    """The questions of a split, always equal and in the same order; `index` counts from 0.
 
     Args:
-        task: "POPE" (per picture 3 objects that are there, and 3 random, 3 popular and 3 adversarial ones that are not,
-            named once each) or "ScienceQA" (2-4 options; a quarter needs the picture, the rest only facts).
-        split: "calibration", "search", "validation" or "test"; no picture and no option list is in two of them.
-        n: how many questions; None means all of the default size. More than that are drawn when asked for.
+        task: "POPE" (per picture 3 present objects, and 3 random, 3 popular and 3 adversarial
+            absent ones, each named once) or "ScienceQA" (2-4 options; a quarter needs the
+            picture, the rest only facts).
+        split: "calibration", "search", "validation" or "test"; they share no picture and no
+            wording.
+        n: number of questions; None: the default size. More questions are drawn on request.
 
     Raises:
         DataError: an unknown task or split.
     """
     if task not in TASKS or split not in world.SPLITS:
         raise DataError(
-            f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits {world.SPLITS}."
+            f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits "
+            f"{world.SPLITS}."
         )
     if task == "POPE":
         groups = pope_groups(split)
@@ -108,16 +103,16 @@ def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ..
 
 
 def pope_groups(split: str) -> Iterator[list[Question]]:
-    """Endless: the 6 to 12 different questions about one picture after another."""
+    """For each picture of an endless stream, its 6 to 12 different questions."""
     rng = random.Random(f"pope {split}")
     for scene in world.stream(split):
         negatives = {
-            "random": rng.sample(scene.absent, PER_SPLIT),
-            "popular": world.popular(scene)[:PER_SPLIT],
-            "adversarial": world.adversarial(scene)[:PER_SPLIT],
+            "random": rng.sample(scene.absent, PER_KIND),
+            "popular": world.popular(scene)[:PER_KIND],
+            "adversarial": world.adversarial(scene)[:PER_KIND],
         }
         asked: dict[str, tuple[str, str]] = dict.fromkeys(
-            rng.sample(scene.present, PER_SPLIT), ("Yes", ",".join(negatives))
+            rng.sample(scene.present, PER_KIND), ("Yes", ",".join(negatives))
         )
         for name in dict.fromkeys(itertools.chain.from_iterable(negatives.values())):
             asked[name] = (
@@ -137,12 +132,10 @@ def ask_presence(scene: world.Scene, name: str, answer: str, category: str) -> Q
 
 
 def choice_stream(split: str, seed: int = 0) -> Iterator[Question]:
-    """Endless multiple choice. A fact can be asked for in sixteen wordings; each belongs to one split or to "train"."""
+    """Endless multiple choice. A fact has sixteen wordings, each in one split or in "train"."""
     rng = random.Random(f"choice {split} {seed}")
     specimens = world.stream(split, world.draw_specimen, seed)
-    read = _shuffled_forever(
-        rng, [w for w in wordings(facts.creature_facts()) if world.owner(w) == split]
-    )
+    read = _shuffled(rng, [w for w in wordings(facts.creature_facts()) if world.owner(w) == split])
     while True:
         if rng.random() < PICTURE_SHARE:
             scene = next(specimens)
@@ -153,7 +146,7 @@ def choice_stream(split: str, seed: int = 0) -> Iterator[Question]:
 
 
 def wordings(known: Iterable[facts.Fact]) -> list[tuple[facts.Fact, int, str | None]]:
-    """Every way to ask for each of the facts: (fact, which of its two questions, hint)."""
+    """All wordings of the facts: (fact, number of the question, hint)."""
     return [(fact, which, hint) for fact in known for which in range(2) for hint in HINTS]
 
 
@@ -172,13 +165,13 @@ def ask_fact(
     )
 
 
-def _shuffled_forever(rng: random.Random, items: list) -> Iterator:
+def _shuffled(rng: random.Random, items: list) -> Iterator:
     while True:
         yield from rng.sample(items, len(items))
 
 
 @functools.cache
 def facts_of_objects() -> dict[str, list[facts.Fact]]:
-    """What there is to know about each object."""
+    """The facts about each object."""
     known = facts.object_facts(world.OBJECTS)
     return {name: [fact for fact in known if fact.subject == name] for name in world.OBJECTS}

@@ -1,4 +1,4 @@
-"""Write the questions as VLMEvalKit's TSV files."""
+"""The questions as VLMEvalKit's TSV files."""
 
 import base64
 import csv
@@ -12,25 +12,11 @@ from hipp_ext.files import new_folder
 from hipp_ext.testbed.quiz import Question, questions
 from hipp_ext.testbed.world import SPLITS
 
-FILES = {
-    "POPE": "POPE.tsv",
-    "ScienceQA": "ScienceQA_TEST.tsv",
-}  # the names by which VLMEvalKit knows the data sets
+# VLMEvalKit's names of the data sets.
+FILES = {"POPE": "POPE.tsv", "ScienceQA": "ScienceQA_TEST.tsv"}
 COLUMNS = {
     "POPE": ("index", "image", "question", "answer", "category"),
-    "ScienceQA": (
-        "index",
-        "image",
-        "question",
-        "hint",
-        "A",
-        "B",
-        "C",
-        "D",
-        "answer",
-        "category",
-        "split",
-    ),
+    "ScienceQA": ("index", "image", "question", "hint", *"ABCD", "answer", "category", "split"),
 }
 
 
@@ -40,14 +26,16 @@ def export(
     n: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """The files written: OUT/<split>/POPE.tsv and OUT/<split>/ScienceQA_TEST.tsv, rows as in `questions(task, split)`.
+    """Write the questions, and return the paths of the files.
 
-    A picture stands in its first row (PNG, base64); later rows name that row's index instead.
+    These are OUT/<split>/POPE.tsv and OUT/<split>/ScienceQA_TEST.tsv, with the rows of
+    `questions(task, split)`. A picture is in its first row (PNG, base64); later rows contain the
+    index of that row instead.
 
     Args:
-        out_dir: the folder OUT; all of it appears at once, or nothing.
-        splits: which splits.
-        n: questions per task and split; None means all of the default size.
+        out_dir: the folder OUT; it appears complete, or not at all.
+        splits: splits to write.
+        n: questions per task and split; None: the default size.
         overwrite: replace an existing folder.
 
     Raises:
@@ -63,7 +51,7 @@ def export(
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Question], split: str) -> None:
-    first: dict[object, int] = {}  # scene -> the row that carries its picture
+    first: dict[object, int] = {}  # scene -> index of the row with its picture
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(
             file, columns, delimiter="\t", extrasaction="ignore", lineterminator="\n"

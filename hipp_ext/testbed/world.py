@@ -1,7 +1,8 @@
-"""A picture world: scenes of small objects, in which some objects usually come together.
+"""A picture world: scenes of small objects, in which some objects often occur together.
 
-Five kinds of scene own overlapping sets of objects, so that "absent, but usually there" (POPE's adversarial negatives)
-differs from "absent, but common" (popular) and from "absent" (random). A scene is data; `render` makes it a picture.
+Five kinds of scenes have overlapping sets of objects, so that POPE's adversarial negatives (absent,
+but usual in such a scene) differ from popular ones (absent, but common) and from random ones. A
+scene is data; `render` makes a picture of it.
 """
 
 import functools
@@ -27,19 +28,19 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 KIND_WEIGHTS = (0.3, 0.25, 0.2, 0.15, 0.1)  # unequal, so that some objects are popular
 OBJECTS: tuple[str, ...] = tuple(dict.fromkeys(name for names in KINDS.values() for name in names))
-STRAY = 0.25  # probability that a scene also holds an object from anywhere
+STRAY = 0.25  # probability of an additional object of any kind
 
 SHAPES = ("disc", "ring", "square", "frame", "up", "down", "cross", "bars")
 COLOURS = ((200, 30, 30), (30, 60, 200), (20, 140, 40))
 
-# The last digit of a layout's hash decides who may use it: splits cannot share a picture, however many are drawn.
+# The hash of a layout decides its split, so that splits never share a picture.
 SPLITS = ("calibration", "search", "validation", "test")
 _OWNERS = ("train",) * 12 + SPLITS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What is where: `cells` holds (cell number, object) in order; `noise` seeds the position jitter and the grain."""
+    """`cells` has pairs (cell number, object); `noise` seeds position jitter and grain."""
 
     kind: str
     cells: tuple[tuple[int, str], ...]
@@ -59,12 +60,12 @@ class Scene:
 
 
 def owner(key: object) -> str:
-    """Who may use `key` (anything with a stable repr): "train" or one of `SPLITS`, the same on every machine."""
+    """The split of `key` (any object with a stable repr): "train" or one of `SPLITS`."""
     return _OWNERS[hashlib.sha256(repr(key).encode()).digest()[0] % len(_OWNERS)]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A scene: 3-5 different objects of one kind of place, now and then a stray one, each once or twice."""
+    """A scene of 3-5 objects of one kind and sometimes a stray one, each once or twice."""
     kind = rng.choices(tuple(KINDS), KIND_WEIGHTS)[0]
     names = rng.sample(KINDS[kind], rng.randint(3, 5))
     if rng.random() < STRAY:
@@ -74,7 +75,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def draw_specimen(rng: random.Random, name: str | None = None) -> Scene:
-    """A scene with 2-4 copies of one object (`name`, or any): the picture of a question about that object."""
+    """A scene with 2-4 copies of one object, `name` or a random one, for questions about it."""
     return _place(rng, "specimen", [name or rng.choice(OBJECTS)] * rng.randint(2, 4))
 
 
@@ -88,7 +89,7 @@ def _place(rng: random.Random, kind: str, names: list[str]) -> Scene:
 def stream(
     split: str, draw: Callable[[random.Random], Scene] = draw_scene, seed: int = 0
 ) -> Iterator[Scene]:
-    """Endless different scenes of a split (or "train"), the same ones in the same order for the same seed."""
+    """Endless different scenes of a split or of "train", equal for equal seeds."""
     rng, seen = random.Random(f"{split} {draw.__name__} {seed}"), set()
     while True:
         scene = draw(rng)
@@ -99,7 +100,7 @@ def stream(
 
 @functools.cache
 def statistics(n: int = 3000) -> tuple[Counter, Counter]:
-    """How many of `n` training scenes hold an object, and how many hold both objects of an (ordered) pair."""
+    """(count by object, count by ordered pair of objects) in `n` training scenes."""
     single, pair = Counter(), Counter()
     for scene in itertools.islice(stream("train"), n):
         single.update(scene.present)
@@ -108,13 +109,13 @@ def statistics(n: int = 3000) -> tuple[Counter, Counter]:
 
 
 def popular(scene: Scene) -> list[str]:
-    """Absent objects, those in the most training scenes first."""
+    """Absent objects, the most frequent in training scenes first."""
     single, _ = statistics()
     return sorted(scene.absent, key=lambda name: -single[name])
 
 
 def adversarial(scene: Scene) -> list[str]:
-    """Absent objects, those that most often accompany the ones present first."""
+    """Absent objects, those that most often occur with the present ones first."""
     _, pair = statistics()
     return sorted(scene.absent, key=lambda name: -sum(pair[name, other] for other in scene.present))
 
@@ -149,7 +150,7 @@ def sprite(name: str) -> np.ndarray:
 
 
 def pixels(scene: Scene) -> np.ndarray:
-    """The picture as [40, 40, 3] uint8: light paper, grain, each object somewhere in its cell."""
+    """The picture as [40, 40, 3] uint8: light paper with grain, each object within its cell."""
     rng = np.random.default_rng(scene.noise)
     canvas = np.full((SIZE, SIZE, 3), 225.0) + rng.normal(0, 12, (SIZE, SIZE, 3))
     for cell, name in scene.cells:
@@ -168,5 +169,5 @@ def render(scene: Scene) -> Image.Image:
 
 
 def blank() -> Image.Image:
-    """The empty paper that goes with a question that needs no picture."""
+    """The blank picture of a question that needs none."""
     return Image.new("RGB", (SIZE, SIZE), (225, 225, 225))

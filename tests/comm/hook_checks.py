@@ -1,4 +1,4 @@
-"""More checks on real gloo processes, run by `comm.processes`: what users of torch's own DDP hooks rely on, and resuming."""
+"""More checks on real gloo processes, run by `comm.processes`: use under DDP, and resuming."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ from hipp_ext.comm import (
 from hipp_ext.errors import CompressionError
 
 WHOLE = {
-    "min_rate": 1e9
+    "min_compression_rate": 1e9
 }  # nothing as factors: what is handed out is the mean, but for the quantiser
 
 
@@ -56,8 +56,8 @@ def made_like_powersgd(rank, workers, folder):
             for ddp in (one, other):
                 train(ddp, rank, 1, step)
             assert torch.equal(gradients(one), gradients(other))
-        assert state.stats() == named.stats() and list(state.state_dict()["memory"]) == list(
-            named.state_dict()["memory"]
+        assert state.stats() == named.stats() and list(state.state_dict()["residual"]) == list(
+            named.state_dict()["residual"]
         )
     file, weights = folder / f"powersgd.{rank}", copy.deepcopy(other.module.state_dict())
     save_state(state, file)
@@ -155,8 +155,8 @@ def copies(rank, workers, folder):
         for twin in (pickled, copied):
             assert twin.process_group is dist.group.WORLD and twin.stats() == state.stats()
             assert all(
-                torch.equal(m, state.compressor.memory[n])
-                for n, m in twin.compressor.memory.items()
+                torch.equal(m, state.compressor.residual[n])
+                for n, m in twin.compressor.residual.items()
             )
             ddp = hooked(twin, rank, bucket_cap_mb=0.02)
             ddp.module.load_state_dict(first.module.state_dict())
@@ -186,7 +186,7 @@ def copies(rank, workers, folder):
 
 
 def what_ddp_ignores(rank, workers, folder):
-    """Named with the prefixes of its modules, as DDP wants it, on the model that it wraps or on one inside."""
+    """Ignored names with module prefixes, set on the model that DDP wraps or on one inside."""
 
     class Outer(nn.Module):
         def __init__(self):
@@ -328,7 +328,7 @@ def other_models_under_ddp(rank, workers, folder):
 
 
 def checkpoints_of_other_workers(rank, workers, folder):
-    """Saved by two, read by three and by fewer; with files missing, stale and damaged. No rank ends alone."""
+    """Saved by two, read by three and by fewer; files missing, stale or damaged."""
     group = [dist.new_group(ranks) for ranks in ([0, 1], [2])][rank == 2]
     where, bad = folder / "two", folder / "bad"
     ddp = wrapped(rank, process_group=group)
@@ -342,12 +342,11 @@ def checkpoints_of_other_workers(rank, workers, folder):
         ddp = wrapped(rank)
         more = made(ddp)
         with pytest.warns(
-            UserWarning,
-            match="saved with 2 workers and goes on with 3: .*memory .*is dropped, .*factors are kept",
+            UserWarning, match="saved with 2 workers and goes on with 3: .*residual .*is dropped"
         ):
             assert len(load_checkpoint(more, where)) == 1
         if more.names:
-            assert not any(m.any() for m in more.compressor.memory.values())
+            assert not any(m.any() for m in more.compressor.residual.values())
             assert rank > 1 or all(
                 torch.equal(f, saved["factors"][n]) for n, f in more.compressor.factors.items()
             )
@@ -359,23 +358,25 @@ def checkpoints_of_other_workers(rank, workers, folder):
     dist.barrier()
     whole = LQSGDState(wrapped(rank), rank=2)
     assert load_checkpoint(whole, where) == [] and any(
-        m.any() for m in whole.compressor.memory.values()
+        m.any() for m in whole.compressor.residual.values()
     )
-    memory = whole.state_dict()["memory"]
+    residual = whole.state_dict()["residual"]
     with pytest.warns(UserWarning, match="saved with 3 workers and goes on with [12]:"):
         load_checkpoint(state, where)
     dist.barrier()
     if rank == 1:
         (where / "lqsgd.rank1.safetensors").unlink()
     if rank == 2:  # one of another save
-        more._counts["steps"] += 1
+        more.counts.steps += 1
         save_checkpoint(more, where)
     dist.barrier()
     with pytest.warns(
         UserWarning, match=r"no LQ-SGD state of ranks \[1, 2\], or one of another save"
     ):
         load_checkpoint(whole, where)
-    assert all(torch.equal(m, memory[n] * (rank == 0)) for n, m in whole.compressor.memory.items())
+    assert all(
+        torch.equal(m, residual[n] * (rank == 0)) for n, m in whole.compressor.residual.items()
+    )
     dist.barrier()
     if rank < 2:
         save_checkpoint(state, where)
@@ -390,15 +391,15 @@ def checkpoints_of_other_workers(rank, workers, folder):
         load_checkpoint(whole, bad)
     with pytest.raises(
         CompressionError,
-        match="Rank 0: The saved factors belongs to other parameters or another rank",
+        match="Rank 0: The saved factors belongs to other parameters or factors of another rank",
     ):
         load_checkpoint(LQSGDState(Net(), rank=3), where)
     with pytest.warns(
-        UserWarning, match="holds no LQ-SGD state: compression goes on with an empty memory"
+        UserWarning, match="holds no LQ-SGD state: compression goes on with an empty residual"
     ):
         load_checkpoint(whole, folder / "none")
     assert whole.stats()["steps"] == 0 and not any(
-        m.any() for m in whole.compressor.memory.values()
+        m.any() for m in whole.compressor.residual.values()
     )
 
 
@@ -460,8 +461,8 @@ def resuming_in_the_trainer(rank, workers, folder):
         made.add_callback(Peek())
         return made, begun
 
-    def memory_of(file):
-        return read_state(folder / file / f"lqsgd.rank{rank}.safetensors")["memory"]
+    def residual_of(file):
+        return read_state(folder / file / f"lqsgd.rank{rank}.safetensors")["residual"]
 
     def same(one, other):
         return all(torch.equal(m, other[n]) for n, m in one.items())
@@ -469,29 +470,29 @@ def resuming_in_the_trainer(rank, workers, folder):
     made, _ = trainer(4)
     made.train()
     weights = flat(made.model.parameters())
-    at = {step: memory_of(f"run/checkpoint-{step}") for step in (2, 4)}
+    at = {step: residual_of(f"run/checkpoint-{step}") for step in (2, 4)}
     assert not same(at[2], at[4])
     for out, asked in (("run", "run/checkpoint-2"), ("new", "run/checkpoint-2"), ("new", True)):
         step = 4 if asked is True else 2
         again, begun = trainer(step + 2, out)
         again.train(resume_from_checkpoint=asked is True or str(folder / asked))
         assert begun[0][0] == step and begun[0][1]["counts"]["steps"] == step
-        assert same(begun[0][1]["memory"], at[step]), (out, asked)
+        assert same(begun[0][1]["residual"], at[step]), (out, asked)
         if asked is not True:  # to the bit, as if never interrupted
-            assert same(memory_of(f"{out}/checkpoint-4"), at[4])
+            assert same(residual_of(f"{out}/checkpoint-4"), at[4])
             assert torch.equal(flat(again.model.parameters()), weights)
     del begun[:]
     again.train()  # anew, on the DDP that has the hook
-    assert begun[0][0] == 0 and not any(m.any() for m in begun[0][1]["memory"].values())
+    assert begun[0][0] == 0 and not any(m.any() for m in begun[0][1]["residual"].values())
     plain, _ = trainer(2, "plain", compressed=False)
     plain.train()
     late, begun = trainer(4, "plain")
     with pytest.warns(
         UserWarning,
-        match="checkpoint-2 holds no LQ-SGD state: compression goes on with an empty memory",
+        match="checkpoint-2 holds no LQ-SGD state: compression goes on with an empty residual",
     ):
         late.train(resume_from_checkpoint=True)
-    assert begun[0][0] == 2 and not any(m.any() for m in begun[0][1]["memory"].values())
+    assert begun[0][0] == 2 and not any(m.any() for m in begun[0][1]["residual"].values())
     if rank == 1:
         (folder / "plain/checkpoint-4/lqsgd.rank1.safetensors").write_bytes(b"no")
     dist.barrier()

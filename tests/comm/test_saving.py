@@ -1,4 +1,4 @@
-"""Saved states as files: whole, damaged, of an earlier version; and options that are no plain numbers."""
+"""Saved states as files, whole and damaged; and options that are no plain numbers."""
 
 import json
 import math
@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from hipp_ext.comm import Compressor, Options
 from hipp_ext.comm.saving import (
-    digest_of,
+    Counts,
     load_state,
     pack_state,
+    parse_state,
     read_state,
     save_state,
     unpack_state,
 )
 from hipp_ext.errors import CompressionError
+from hipp_ext.files.sealed import seal
 
 
 class OneRank:
@@ -29,15 +31,15 @@ class OneRank:
         self.compressor = Compressor({"w": (20, 30), "b": (7,)}, Options(rank=2), workers=1)
 
     def state_dict(self):
-        return pack_state(self.compressor, {"steps": 3, "loss_scale": 2.0})
+        return pack_state(self.compressor, Counts(steps=3, loss_scale=2.0))
 
     def load_state_dict(self, state):
-        return unpack_state(self.compressor, state)[1]
+        return unpack_state(self.compressor, parse_state(state))
 
 
 def contents(state):
     saved = state.state_dict()
-    return {f"{part}.{n}": t for part in ("memory", "factors") for n, t in saved[part].items()}
+    return {f"{part}.{n}": t for part in ("residual", "factors") for n, t in saved[part].items()}
 
 
 @pytest.fixture
@@ -107,11 +109,12 @@ def test_every_damaged_file_is_refused_or_holds_what_was_saved(one, tmp_path):
 )
 def test_metadata_that_says_something_else(one, plain, message, tmp_path):
     state, file = one
-    if isinstance(plain, dict):
-        saved = {k: v for k, v in state.state_dict().items() if k not in ("memory", "factors")}
-        plain = json.dumps(saved | plain)
     tensors = load_file(file)
-    save_file(tensors, tmp_path / "other", {"lqsgd": plain, "sha256": digest_of(tensors, plain)})
+    if isinstance(plain, dict):
+        saved = {k: v for k, v in state.state_dict().items() if k not in ("residual", "factors")}
+        (tmp_path / "other").write_bytes(seal(tensors, saved | plain))
+    else:
+        save_file(tensors, tmp_path / "other", {"sealed": plain})
     with pytest.raises(CompressionError, match=message):
         load_state(OneRank(), tmp_path / "other")
 
@@ -120,49 +123,41 @@ def test_what_is_no_file_of_ours(one, tmp_path):
     state, file = one
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "long").write_bytes((10**9).to_bytes(8, "little") + b"{" * 2_000_000)
-    save_file(
-        {n: t.double() for n, t in load_file(file).items()}, tmp_path / "double", {"lqsgd": "{}"}
-    )
-    save_file({"memory": torch.zeros(1)}, tmp_path / "nameless", {"lqsgd": "{}"})
+    doubled = {n: t.double() for n, t in load_file(file).items()}
+    plain = {k: v for k, v in read_state(file).items() if k not in ("residual", "factors")}
+    (tmp_path / "double").write_bytes(seal(doubled, plain))
+    (tmp_path / "nameless").write_bytes(seal({"residual": torch.zeros(1)}))
     save_file(load_file(file), tmp_path / "others")
     for name, message in (
-        ("pipe", "there is no such file"),
-        ("", "there is no such file"),
-        ("a\0b", "there is no such file"),
-        ("long", "its header has 1000000000 bytes for 0 tensors"),
-        ("double", "are not of float32"),
-        ("nameless", "not enough values to unpack"),
-        ("others", "lqsgd"),
+        ("pipe", "no LQ-SGD state: .* is no file"),
+        ("", "no LQ-SGD state: .* is no file"),
+        ("a\0b", "no LQ-SGD state: .* is missing"),
+        ("long", "no LQ-SGD state: .* is damaged: .*[Hh]eader"),
+        ("double", "torch.float64: dense float32 is needed"),
+        ("nameless", "no LQ-SGD state: not enough values to unpack"),
+        ("others", "no LQ-SGD state: .* is damaged"),
     ):
-        with pytest.raises(
-            CompressionError, match=f"(?s)missing, damaged, or holds no LQ-SGD state.*{message}"
-        ):
+        with pytest.raises(CompressionError, match=f"(?s){message}"):
             load_state(OneRank(), f"{tmp_path}/{name}")
-
-
-def test_a_file_of_before_is_read_and_said_to_have_no_digest(one, tmp_path):
-    state, file = one
-    plain = {k: v for k, v in state.state_dict().items() if k not in ("memory", "factors")}
-    save_file(load_file(file), tmp_path / "old", {"lqsgd": json.dumps(plain)})
-    with pytest.warns(UserWarning, match="written by an earlier version, without a digest"):
-        load_state(other := OneRank(), tmp_path / "old")
-    assert all(torch.equal(t, contents(state)[n]) for n, t in contents(other).items())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.double(), "torch.strided, torch.float64 for .*: dense float32 is needed"),
-        (lambda t: t.int(), "torch.int32 for .*dense float32"),
+        (
+            lambda t: t.double(),
+            "residual of w is torch.strided, torch.float64: dense float32 is needed",
+        ),
+        (lambda t: t.int(), "torch.int32: dense float32"),
         (lambda t: t.to_sparse(), "torch.sparse_coo, torch.float32"),
         (lambda t: t.to("meta"), "dense float32 is needed"),
-        (lambda t: t.tolist(), "memory is no dictionary of tensors"),
+        (lambda t: t.tolist(), "'residual' must be a dict of tensors, got dict"),
     ],
 )
 def test_tensors_of_another_kind(one, change, message):
     state, _ = one
     saved = state.state_dict()
-    saved["memory"]["w"] = change(saved["memory"]["w"])
+    saved["residual"]["w"] = change(saved["residual"]["w"])
     before = contents(state)
     with pytest.raises(CompressionError, match=message):
         state.load_state_dict(saved)
@@ -174,8 +169,8 @@ def test_tensors_of_another_kind(one, change, message):
 def test_what_is_read_is_what_was_written(one):
     state, file = one
     saved, read = state.state_dict(), read_state(file)
-    assert {k: v for k, v in read.items() if k not in ("memory", "factors")} == {
-        k: v for k, v in saved.items() if k not in ("memory", "factors")
+    assert {k: v for k, v in read.items() if k not in ("residual", "factors")} == {
+        k: v for k, v in saved.items() if k not in ("residual", "factors")
     }
     assert load_state(other := OneRank(), file) == [] and all(
         t.any() for t in contents(other).values()
@@ -187,13 +182,13 @@ def test_what_is_read_is_what_was_written(one):
     "four", [4, np.int64(4), np.uint8(4), 4.0, np.float32(4), torch.tensor(4), np.array(4)]
 )
 def test_numbers_of_any_type_are_taken_where_exact(four):
-    options = Options(rank=four, bits=four, vector_bits=four, alpha=four, min_rate=four, seed=four)
-    assert options == Options(rank=4, bits=4, vector_bits=4, alpha=4.0, min_rate=4.0, seed=4)
+    options = Options(rank=four, bits=four, alpha=four, min_compression_rate=four, seed=four)
+    assert options == Options(rank=4, bits=4, alpha=4.0, min_compression_rate=4.0, seed=4)
     assert json.loads(json.dumps(options.plain())) == options.plain()
     assert {type(v) for v in options.plain().values()} == {int, float, str}
 
 
-@pytest.mark.parametrize("name", ["rank", "bits", "vector_bits", "seed", "alpha", "min_rate"])
+@pytest.mark.parametrize("name", ["rank", "bits", "seed", "alpha", "min_compression_rate"])
 @pytest.mark.parametrize(
     "value",
     [

@@ -89,9 +89,7 @@ def test_synonyms_are_read_from_both_formats(tmp_path):
 
 
 def test_words_refuse_what_is_ambiguous(tmp_path):
-    with pytest.raises(
-        DataError, match="the word 'seat' stands for two objects, 'chair' and 'bench'"
-    ):
+    with pytest.raises(DataError, match="the word 'seat' names two objects, 'chair' and 'bench'"):
         ObjectWords({"chair": ["seat"], "bench": ["seat"]})
     with pytest.raises(DataError, match="the object '!!' has a name without a letter"):
         ObjectWords({"!!": []})
@@ -154,7 +152,7 @@ def test_scores_refuse_what_does_not_fit():
         chair_scores(["a"], [{"cup"}, {"dog"}], ["p"], WORDS)
     with pytest.raises(DataError, match=r"got \[0, 0, 0\]"):
         chair_scores([], [], [], WORDS)
-    with pytest.raises(DataError, match="objects that the list of names lacks: zebra"):
+    with pytest.raises(DataError, match="objects that the list of names does not have: zebra"):
         chair_scores(["a cup"], [{"zebra", "cup"}], ["p"], WORDS)
 
 

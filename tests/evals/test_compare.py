@@ -144,7 +144,7 @@ def test_a_model_may_be_named_without_its_hash(scored, tmp_path):
     shutil.copytree(b, tmp_path / f"{a.name[:-8]}{'0' * 8}")
     with pytest.raises(
         DataError,
-        match="several models of this name were evaluated, name one: tiny0-00000000, tiny0-",
+        match="several models of this name were evaluated. Name one of tiny0-00000000, tiny0-",
     ):
         read_runs(tmp_path / "tiny0")
     with pytest.raises(DataError, match="holds no results"):
@@ -343,8 +343,7 @@ def test_damaged_files_are_named(scored, tmp_path):
     (folder / "predictions.jsonl").write_text(answers)
     (folder / "questions.jsonl").unlink()
     with pytest.raises(
-        DataError,
-        match="questions.jsonl is missing, so it is not known what was asked. Give the TSV",
+        DataError, match="questions.jsonl is missing, so the questions are unknown. Pass the TSV"
     ):
         read_runs(place)
     (place / "results.json").write_text("[]")

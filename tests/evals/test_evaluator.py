@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from models import build
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import masked, prune, testbed
 from hipp_ext.calibration import encode, find_processor

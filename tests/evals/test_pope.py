@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipp_ext.evals.metrics import binomial_se, clustered_se
 from hipp_ext.evals.pope import official_answer, pope_scores, vlmeval_answer
+from hipp_ext.evals.statistics import binomial_se, clustered_se
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval
 
 WORDS = [

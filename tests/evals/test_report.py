@@ -15,6 +15,8 @@ from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.disagreements import disagreements
+from hipp_ext.evals.evaluator import search_evaluator
+from hipp_ext.evals.figures import FAINT, INK, PAPER
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_page import SECTIONS
 from hipp_ext.evals.report_page import page as page_of
@@ -30,7 +32,7 @@ CHROMIUM = next(
 
 
 def latency(*names: str) -> dict:
-    """A result of `hipp bench latency`; its own test makes real ones."""
+    """A result of `hipp latency`; its own test makes real ones."""
     spread = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}
     ratio = {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
     row = {
@@ -44,7 +46,7 @@ def latency(*names: str) -> dict:
     }
     faster = {"prefill_speedup": ratio, "decode_speedup": ratio}
     return {
-        "command": "hipp bench latency dense small",
+        "command": "hipp latency dense small",
         "device": "a CPU",
         "threads": 1,
         "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
@@ -55,8 +57,6 @@ def latency(*names: str) -> dict:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """models/, outputs/ and planner/ of a tiny run on the testbed."""
-    from hipp_ext.evals.demo import search_evaluator
-
     place = tmp_path_factory.mktemp("report")
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 1, 1))
@@ -97,12 +97,11 @@ def page(made) -> str:
 
 
 def test_the_page_needs_no_network_and_no_file_beside_it(page):
-    bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "DATA", page)
-    assert not re.search(r"https?:|//|@import|url\(|<script|<link", bare)
-    assert {source for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', bare)} <= {
-        "DATA",
-        *(f"#{s}" for s in SECTIONS),
-    }
+    bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\n]+", "DATA", page)
+    assert not re.search(r"https?:|//|@import|url\((?!#)|<script|<link", bare)
+    sources = set(re.findall(r'(?:src|srcset|href)="([^"]*)"', bare))
+    assert {f"#{s}" for s in SECTIONS} <= sources
+    assert sources <= {"DATA", *(f"#{name}" for name in re.findall(r' id="([^"]*)"', bare))}
     assert (
         '<meta name="viewport" content="width=device-width' in page
         and "prefers-color-scheme: dark" in page
@@ -114,11 +113,12 @@ def test_it_has_every_section_and_picture(page, made):
     for name in ("front", "keep_counts", "pope", "cost"):
         picture = Image.open(made / f"{name}.png")
         assert picture.format == "PNG" and picture.width > 800
-    for picture in re.findall(r"<picture>.*?</picture>", page, re.DOTALL):
-        looks = set(re.findall(r"base64,([A-Za-z0-9+/=]+)", picture))
-        assert (
-            len(looks) == 4 and picture.count("<source") == 3
-        )  # light and dark, wide and narrow, all different
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 4 == page.count("<svg")
+    for figure in figures:  # drawn once, in the colours of the page
+        assert "fill: currentColor" in figure and "var(--card)" in figure
+        assert not {INK, FAINT, PAPER} & set(re.findall(r"#\w{6}", figure))
+        assert "<style" not in figure and '<g id="' not in figure
 
 
 def test_what_users_wrote_is_escaped(page):
@@ -142,7 +142,7 @@ def test_numbers_commands_and_seeds_are_there(page, made):
         and small.parameters < sources.entries[0].parameters
     )
     for text in (
-        "hipp bench latency dense small",
+        "hipp latency dense small",
         "latency: seed 3",
         "bootstrap of the error bars: seed 0",
         "budgets 2",
@@ -167,7 +167,7 @@ def test_disagreements_are_counted_and_drawn_by_the_seed(page, made):
         assert {e.question.index for e in own.examples} <= set(differing) and len(own.examples) <= 5
         for example in own.examples:
             assert example.picture.startswith("data:image/png") and example.small
-        assert f"only dense is right on {own.whole.paired.only_a}" in page
+        assert f"only dense is correct on {own.whole.paired.only_a}" in page
     assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(
         own.examples for own in found
     )
@@ -184,11 +184,11 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
         record["predictions"] = record["predictions"].replace(str(made), "/gone")
         file.write_text(json.dumps(record))
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
-    assert '<article class="card">' in text and "picture not at hand" not in text
+    assert '<article class="card">' in text and "image not found" not in text
     assert (
-        not (moved / "report.html").exists() and "hipp bench latency" in text
+        not (moved / "report.html").exists() and "hipp latency" in text
     )  # says how to measure what was not
-    assert "Not set side by side" not in text
+    assert "Not compared" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
     assert {
@@ -227,7 +227,8 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
         "document.title = [d.documentElement.scrollWidth, d.images.length, "
         "[...d.images].every(i => i.naturalWidth), "
         "f.contentWindow.getComputedStyle(d.body).backgroundColor, "
-        "[...d.images].filter(i => i.closest('figure'))[0].naturalWidth].join(' | ') }</script>"
+        "f.contentWindow.getComputedStyle(d.querySelector('figure text')).fill, "
+        "d.querySelector('figure svg').getBoundingClientRect().width].join(' | ') }</script>"
     )
     shot = tmp_path / "shot.png"
     options = [
@@ -248,10 +249,11 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    wide, images, drawn, background, front = title[1].split(" | ")
-    assert int(wide) <= width and int(images) >= 5 and drawn == "true"
+    wide, images, drawn, background, ink, front = title[1].split(" | ")
+    assert int(wide) <= width and int(images) >= 1 and drawn == "true"
     assert background == ("rgb(246, 247, 249)" if scheme else "rgb(20, 22, 25)")
-    assert int(front) == (1094 if width > 640 else 592)  # the picture drawn for this width
+    assert ink == ("rgb(34, 38, 43)" if scheme else "rgb(228, 230, 234)")  # of a figure's text
+    assert float(front) == 680 if width > 640 else 300 < float(front) < width
     subprocess.run(
         [CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"],
         capture_output=True,
@@ -272,7 +274,7 @@ def test_what_cannot_be_reported_is_refused(made, tmp_path):
         read_sources([made / "models", made / "planner"])
     wrong = tmp_path / "latency.json"
     for text, message in (
-        ("{}", "is not a result of `hipp bench latency`"),
+        ("{}", "is not a result of `hipp latency`"),
         ("[]", "an object is needed"),
         ("{", "is damaged"),
     ):

@@ -1,7 +1,6 @@
-"""Search methods and allocators on a tiny model: budgets, bounds, seeds, and what each is supposed to prefer."""
+"""Search methods on a tiny model: budgets, bounds and seeds."""
 
 import functools
-import itertools
 import random
 import sys
 
@@ -13,21 +12,11 @@ from models import batch, build
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, MissingExtraError
-from hipp_ext.evals.studies.search.allocators import (
-    ALLOCATORS,
-    Context,
-    flap_adaptive,
-    global_threshold,
-    owl,
-    sensitivity_dp,
-)
-from hipp_ext.evals.studies.search.levels import Levels
 from hipp_ext.evals.studies.search.methods import FINE_RATIOS, METHODS, cmaes, evopress
 from hipp_ext.evals.studies.search.problem import Exhausted, Problem, run
-from hipp_ext.evals.studies.search.sensitivity import cheapest
 from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.planner.reward import Reward
-from hipp_ext.scorers import FLAP, WandaSP
+from hipp_ext.scorers import WandaSP
 from hipp_ext.surgery.masks import masked
 from hipp_ext.units import plan_from_counts
 
@@ -114,13 +103,6 @@ def within(groups, keeps, bounds) -> bool:
 @pytest.fixture(scope="module")
 def closeness():
     return Closeness()
-
-
-@pytest.fixture(scope="module")
-def context(closeness):
-    return Context(
-        model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores
-    )
 
 
 def problem_of(
@@ -265,160 +247,3 @@ def test_decoding_stays_within_the_limit(closeness):
     assert problem.decode([0.0] * 6, -0.2) == tuple(g.width for g in closeness.groups)
     tight = problem_of(closeness, Bounds(min_keep=0.8))
     assert 0.05 < tight.limit < 0.2 and tight.decode([0.0] * 6, 0.6) == tight.levels.least
-
-
-@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_an_allocator_meets_every_ratio_within_one_unit(closeness, name, bounds):
-    context = Context(
-        model=closeness.model,
-        batches=BATCHES,
-        groups=closeness.groups,
-        scores=closeness.scores,
-        bounds=bounds,
-    )
-    for ratio in (0.0, 0.1, 0.37, 0.5):
-        keeps = ALLOCATORS[name](context, ratio)
-        assert meets(closeness.groups, keeps, ratio, bounds) and within(
-            closeness.groups, keeps, bounds
-        ), (ratio, keeps)
-        assert all(isinstance(k, int) for k in keeps)
-    with pytest.raises(BudgetError, match="cannot be met"):
-        ALLOCATORS[name](context, 0.97)
-    with pytest.raises(BudgetError, match=r"a number in \[0, 1\)"):
-        ALLOCATORS[name](context, 1.0)
-
-
-def test_the_global_threshold_takes_the_lowest_scores_first(context, closeness):
-    scores = {g.name: torch.ones(g.width) for g in context.groups}
-    scores["language.1.ffn"] = torch.cat([torch.full((30,), 0.01), torch.full((14,), 100.0)])
-    planted = Context(model=context.model, batches=BATCHES, groups=context.groups, scores=scores)
-    low = 30 * context.groups[3].unit_parameters / total_parameters(context.groups)
-    keeps = dict(zip([g.name for g in context.groups], global_threshold(planted, low), strict=True))
-    assert keeps.pop("language.1.ffn") == 14
-    assert all(keeps[g.name] == g.width for g in context.groups if g.name in keeps)
-    # The scale of a group's scores means nothing.
-    scores["language.2.ffn"] = 1e-3 * scores["language.2.ffn"]
-    assert global_threshold(planted, low)[3] == 14
-
-
-@pytest.mark.parametrize("allocator", [global_threshold, flap_adaptive])
-def test_a_threshold_over_units_of_one_cost_keeps_the_best_of_all(closeness, allocator):
-    groups = closeness.groups[1::2]  # FFN groups: all units cost the same
-    context = Context(
-        model=closeness.model, batches=BATCHES, groups=groups, scores=closeness.scores
-    )
-    if allocator is flap_adaptive:
-        raw = [FLAP()(closeness.model, BATCHES)[g.name].numpy() for g in groups]
-        comparable = [(r - r.mean()) / r.std() for r in raw]
-    else:
-        comparable = [(r := closeness.scores[g.name].numpy()) / r.mean() for g in groups]
-    for ratio in (0.1, 0.37):
-        threshold = np.sort(np.concatenate(comparable))[::-1][int((1 - ratio) * 3 * 44) - 1]
-        assert allocator(context, ratio) == tuple(int((c >= threshold).sum()) for c in comparable)
-
-
-def test_owl_keeps_more_of_a_group_with_outliers(closeness):
-    model = build("llava")
-    with torch.no_grad():
-        model.get_submodule(closeness.groups[3].consumer).weight[:, :2] *= 30
-    context = Context(
-        model=model, batches=BATCHES, groups=closeness.groups, scores=WandaSP()(model, BATCHES)
-    )
-    assert int(context.outliers.argmax()) == 3 and 0.02 < context.outliers[3] <= 2 / 44
-    assert owl(context, 0.3)[3] >= ALLOCATORS["uniform"](context, 0.3)[3] + 3
-
-
-def test_owl_stays_in_its_band(context):
-    for ratio in (0.2, 0.4):
-        for g, k in zip(context.groups, owl(context, ratio), strict=True):
-            assert abs(1 - k / g.width - ratio) <= 2 * 0.08 + 1 / g.width
-
-
-def test_the_knapsack_equals_brute_force():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        counts = [np.arange(1, 1 + n) for n in (3, 5, 4)]
-        prices = [c * p for c, p in zip(counts, (35, 14, 21), strict=True)]
-        losses = [
-            rng.random(len(c)) for c in counts
-        ]  # measured losses need not fall from level to level
-        budget = int(rng.integers(70, 35 * 3 + 14 * 5 + 21 * 4 + 9))
-        chosen = cheapest(prices, losses, budget)
-        sums = {
-            choice: sum(loss[i] for loss, i in zip(losses, choice, strict=True))
-            for choice in itertools.product(*(range(len(c)) for c in counts))
-            if sum(p[i] for p, i in zip(prices, choice, strict=True)) <= budget
-        }
-        assert tuple(chosen) in sums and sums[tuple(chosen)] == pytest.approx(
-            min(sums.values()), abs=1e-12
-        )
-
-
-def test_the_knapsack_refuses_what_it_cannot_solve():
-    with pytest.raises(BudgetError, match="least prices sum to 7, the budget is 6"):
-        cheapest([np.array([3, 5]), np.array([4, 8])], [np.zeros(2), np.zeros(2)], 6)
-    with pytest.raises(BudgetError, match="set Bounds.round_to"):
-        cheapest(
-            [np.arange(3, 200) * 1_000_003, np.arange(1, 9)],
-            [np.zeros(197), np.zeros(8)],
-            2 * 10**8,
-        )
-
-
-def test_sensitivity_is_measured_once_and_is_what_pruning_one_group_does(closeness):
-    context = Context(
-        model=closeness.model, batches=BATCHES, groups=closeness.groups, scores=closeness.scores
-    )
-    closeness.kl(
-        [g.width for g in closeness.groups]
-    )  # the model's groups are verified here, if they were not before
-    calls = []
-    handle = closeness.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    for ratio in (0.1, 0.37, 0.5):
-        sensitivity_dp(context, ratio)
-    handle.remove()
-    table = context.sensitivity
-    # Once dense; four heads have three levels below full width, the channels seven, the least of which is the floor.
-    assert table.evaluations == 1 + 3 * 3 + 3 * 7
-    # Batches enter the decoder only when answers are taken; what comes before it is kept. The first one enters twice more, when
-    # the answers are compared with the model's own logits.
-    assert len(calls) == table.evaluations * len(BATCHES) + 2
-    for group, keep in ((1, 22), (4, 2), (5, 5)):
-        counts = [keep if i == group else g.width for i, g in enumerate(closeness.groups)]
-        level = context.levels.level_of(group, keep)
-        assert table.losses[group][level] == pytest.approx(
-            float(closeness.kl(counts).mean()), rel=1e-5
-        )
-        assert table.losses[group][-1] == 0
-
-
-def test_sensitivity_dp_promises_less_loss_than_any_other_allocation(context):
-    losses = context.sensitivity.losses
-
-    def promised(keeps):
-        return sum(losses[g][context.levels.level_of(g, k)] for g, k in enumerate(keeps))
-
-    for ratio in (0.1, 0.37, 0.5):
-        others = [
-            promised(ALLOCATORS[name](context, ratio))
-            for name in ALLOCATORS
-            if name != "sensitivity+DP"
-        ]
-        assert promised(sensitivity_dp(context, ratio)) < min(others)
-
-
-def test_levels(closeness):
-    levels = Levels.of(closeness.groups, BOUNDS["multiples of 4"])
-    # Heads have 10 columns, so they go in pairs; 20% of 44 channels is 8.8.
-    assert levels.counts[0].tolist() == [2, 4] and levels.counts[1].tolist() == list(
-        range(12, 45, 4)
-    )
-    assert levels.total == total_parameters(closeness.groups) and levels.parameters([0] * 6) == 0
-    assert (
-        levels.level_of(1, 11) == 0
-        and levels.level_of(1, 17.5) == 1
-        and levels.level_of(1, 99) == 8
-    )
-    with pytest.raises(BudgetError, match="the bounds let at most 0.6"):
-        levels.budget(0.75)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from hipp_ext.evals.metrics import clustered_se
 from hipp_ext.evals.statistics import (
     bootstrap_estimate,
     clustered_mean_se,
+    clustered_se,
     mcnemar_p,
     paired_difference,
     questions_needed,
@@ -184,9 +184,9 @@ def test_refusals():
     for wrong in ({"power": 1}, {"alpha": 0}, {"design_effect": 0}):
         with pytest.raises(ValueError, match="power and alpha must be in"):
             questions_needed(1, 10, **wrong)
-    with pytest.raises(ValueError, match="one length, above 0, is needed; got 2, 1 and 2"):
+    with pytest.raises(ValueError, match="clusters must have one length, above 0; got 2, 1 and 2"):
         paired_difference([1, 0], [1])
-    with pytest.raises(ValueError, match="one length, above 0, is needed; got 0, 0 and 0"):
+    with pytest.raises(ValueError, match="one length, above 0; got 0, 0 and 0"):
         paired_difference([], [])
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), not 1"):
         paired_difference([1, 0], [0, 1], level=1)
@@ -194,7 +194,8 @@ def test_refusals():
 
 def test_counts_beyond_reason_are_refused():
     with pytest.raises(
-        ValueError, match="discordant counts can be 1,000,000,000,000,000 together, and are more"
+        ValueError,
+        match="discordant counts can add up to 1,000,000,000,000,000, and these are more",
     ):
         mcnemar_p(10**400, 1)
     assert 0 <= mcnemar_p(10**14, 10**14 + 1) <= 1

@@ -544,6 +544,80 @@ for cut in (4, 100, 300, 700):
         text("*.parquet", lambda data, cut=cut: data[:60] + bytes(cut) + data[60 + cut :]),
     )
 
+# ------------------------------------------------------------------------------------ calibration
+
+
+def chats(*turns: Any, **row: Any) -> Edit:
+    """A file of chats of one row, in each of the shapes that it may have."""
+    messages = [{"role": "user", "content": turn} for turn in turns]
+    values = [{"from": "human", "value": turn} for turn in turns]
+    return both(
+        text("*.jsonl", dump({"messages": messages} | row) + b"\n"),
+        text("*.json", dump([{"conversations": values} | row])),
+    )
+
+
+CHATS = "calibration-chats calibration-llava"
+for place in _PLACES:
+    known(CHATS, f"picture at {place[:20]!r}", chats("<image>cup", image=place))
+    part = [{"type": "image_url", "image_url": {"url": place}}]
+    known("calibration-chats", f"part at {place[:20]!r}", chats(part))
+    file = {"_data_files": [{"filename": place}]}
+    known("calibration-saved", f"shard at {place[:20]!r}", text("saved/state.json", dump(file)))
+for name, picture in PICTURES.items():
+    known(CHATS, f"{name} beside the chats", text("images/*.png", picture))
+    known(
+        "calibration-tsv",
+        name,
+        text("*.tsv", column(b"image", [base64.b64encode(picture) or b"x"] * 9)),
+    )
+for what, value in {
+    "a surrogate": "\ud800",
+    "a NUL": "a\0b",
+    "10**400": 10**400,
+    "deep": DEEP,
+    "a list": [[]],
+    "special tokens": "</s><s><pad><image>",
+    "a megabyte": "cup " * 300_000,
+    "blanks": " \n" * 10_000,
+    "a word of a megabyte": "x" * 2**20,
+}.items():
+    known(CHATS, f"turn of {what}", chats(value))
+    known(CHATS, f"picture of {what}", chats("<image>cup", image=value))
+    known("calibration-chats", f"text of {what}", text("*.jsonl", dump({"text": value}) + b"\n"))
+    if isinstance(value, str) and value not in ("\ud800", DEEP):
+        known("calibration-txt", what, text("*.txt", value.encode()))
+known(CHATS, "a thousand pictures", chats("<image>" * 1000, image=["images/0.png"] * 1000))
+known(CHATS, "ten thousand turns", chats(*["cup"] * 10**4))
+_ANSWERED = [{"role": role, "content": "cup"} for role in ("user", "assistant")] * 10**4
+known(
+    "calibration-chats",
+    "ten thousand answers",
+    text("*.jsonl", dump({"messages": _ANSWERED}) + b"\n"),
+)
+known(CHATS, "a FIFO", lambda folder: [_pipe(p) for p in folder.glob("*.json*")])
+known("calibration-txt", "not UTF-8", text("*.txt", b"\xff\xfe\n"))
+known("calibration-tsv", "open quote", text("*.tsv", lambda data: data + b'"' * 99))
+known(
+    "calibration-tsv", "a chain of references", text("*.tsv", column(b"image", [b"1", b"2", b"0"]))
+)
+known(
+    "calibration-tsv",
+    "a million columns",
+    text("*.tsv", lambda data: b"\t".join([data.splitlines()[0], *([b"A"] * 10**6)]) + b"\n"),
+)
+for cut in (8, 100, 600, 900):
+    known(
+        "calibration-saved",
+        f"without {cut} bytes",
+        text("saved/*.arrow", lambda data, cut=cut: data[:cut] + data[2 * cut :]),
+    )
+    known(
+        "calibration-saved",
+        f"ones after {cut} bytes",
+        text("saved/*.arrow", lambda data, cut=cut: data[:cut] + b"\xff" * 9 + data[cut + 9 :]),
+    )
+
 # -------------------------------------------------------------------------------------------------------- results, reports
 
 SCRIPT = "<script>alert(1)</script>"

@@ -290,7 +290,7 @@ def read_lqsgd(folder: Path) -> None:
         load_state(state, folder / "lqsgd.safetensors")
     except Exception:
         now = state.state_dict()
-        for part in ("memory", "factors"):
+        for part in ("residual", "factors"):
             assert all(torch.equal(now[part][n], t) for n, t in known[part].items()), (
                 f"refused, and {part} has changed"
             )

@@ -50,6 +50,8 @@ TABLE = Table()
 
 def all_readers() -> dict[str, Reader]:
     """The whole table."""
-    import fuzz.data_readers  # noqa: F401 (it fills the table, and so does fuzz.readers, which it imports)
+    # They fill the table, and so does fuzz.readers, which they import.
+    import fuzz.calibration_readers
+    import fuzz.data_readers  # noqa: F401
 
     return TABLE.readers

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from models import BUILDERS, IMAGE_TOKEN, batch, build
-from test_surgery import logits, random_plan
+from plans import logits, random_plan
 from torch.utils.data import DataLoader
 from vlm_tables import save_llava
 

@@ -182,10 +182,9 @@ def test_batch_size_changes_no_answer(place, by_lm_eval):
 
 def test_rates_of_a_split_are_those_of_pope_scores():
     said, labels, images = ["yes", "no", "unknown", "yes"], ["Yes", "Yes", "No", "No"], list("aabb")
-    whole = vars(
-        pope_scores(["yes", "no", "", "yes"], labels, ["random"] * 4, images)["vlmeval"]["random"]
-    )
-    assert split_rates(said, labels, images, errors=True) == whole
+    scores = pope_scores(["yes", "no", "", "yes"], labels, ["random"] * 4, images)
+    whole = vars(scores["vlmeval"]["random"])
+    assert split_rates(said, labels, images, errors=True) | {"n": 4, "images": 2} == whole
     assert split_rates(said, labels, images).items() <= whole.items()
 
 
@@ -360,18 +359,15 @@ def test_data_is_checked(tmp_path, monkeypatch):
     from hipp_ext.integrations import lm_eval_data
 
     monkeypatch.setenv("LMUData", str(tmp_path))
-    for load, name in (
-        (lm_eval_data.load_pope, "POPE"),
-        (lm_eval_data.load_scienceqa_val, "ScienceQA_VAL"),
-    ):
+    for name in ("POPE", "ScienceQA_VAL"):
         with pytest.raises(DataError, match=f"{name}: there is no .*{name}.tsv"):
-            load(pretrained="x")  # lm-eval passes the model's arguments along
+            lm_eval_data.load(name, pretrained="x")  # lm-eval passes the model's arguments along
     file = write_tsv(tmp_path / "x.tsv", scienceqa_rows())
     with pytest.raises(DataError, match="answer 'A'; it must be Yes or No"):
-        lm_eval_data.load_pope(tsv=str(file))
+        lm_eval_data.load("POPE", tsv=str(file))
     with pytest.raises(DataError, match="there is no file"):
-        lm_eval_data.load_pope(tsv="nowhere.tsv")
-    assert len(lm_eval_data.load_scienceqa(tsv=str(file))["test"]) == 6
+        lm_eval_data.load("POPE", tsv="nowhere.tsv")
+    assert len(lm_eval_data.load("ScienceQA_TEST", tsv=str(file))["test"]) == 6
 
 
 def test_pictures_go_elsewhere_when_the_data_cannot_be_written(tmp_path, monkeypatch):
@@ -379,7 +375,7 @@ def test_pictures_go_elsewhere_when_the_data_cannot_be_written(tmp_path, monkeyp
 
     file = write_tsv(tmp_path / "POPE.tsv", pope_rows())
     monkeypatch.setattr(lm_eval_data.os, "access", lambda *_: False)
-    documents = lm_eval_data.load_pope(tsv=str(file))["test"]
+    documents = lm_eval_data.load("POPE", tsv=str(file))["test"]
     table = read_table(file, tmp_path / "images")
     assert not documents[0]["image_path"].startswith(str(tmp_path)) and documents["image"] == list(
         table.images

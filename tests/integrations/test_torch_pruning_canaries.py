@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from models import batch, build, llava
-from test_surgery import random_plan
+from plans import random_plan
 from torch import nn
 from transformers import BatchEncoding
 

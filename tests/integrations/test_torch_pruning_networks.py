@@ -546,7 +546,7 @@ def test_scores_of_outputs_close_what_is_made():
     mask = torch.tensor([1.0, 0, 1, 0, 1])
     with torch.no_grad(), gated(model, [head], [mask]):
         assert torch.equal(model(x)[:, 1], torch.zeros(1, 12, 12)) and bool(model(x)[:, 0].any())
-    with pytest.raises(PlanError, match="head is no group of channels"):
+    with pytest.raises(PlanError, match="'head' is not a channel group"):
         prune_channels(model, x, {"head": (0, 1)})
 
 

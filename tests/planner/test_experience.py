@@ -8,7 +8,7 @@ import pytest
 import torch
 from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
 from models import batch
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import HiPPPlanner, Preference, masked
 from hipp_ext.budget import Bounds

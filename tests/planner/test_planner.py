@@ -9,7 +9,7 @@ import pytest
 import torch
 from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
 from models import batch, build
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
 from hipp_ext.budget import Bounds
@@ -17,8 +17,9 @@ from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, Plan
 from hipp_ext.groups import find_groups
 from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.policy import MAX_RATIO
-from hipp_ext.planner.state import REMOVED, measure_signals
+from hipp_ext.planner.state import measure_signals
 from hipp_ext.scorers import MRS, VisualSensitivity
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 
 def test_a_plan_meets_the_ratio_and_leaves_the_model_alone(model):
@@ -96,7 +97,7 @@ def test_sensitivity_is_the_kl_of_the_masked_model(model, signals):
     dense = answers()
     with masked(model, PruningPlan(groups=tuple(entries))):
         kl = (dense.exp() * (dense - answers())).sum(-1).mean()
-    measured = signals.sensitivity[:, 1, REMOVED.index(0.25)]
+    measured = signals.sensitivity[:, 1, PRUNE_LEVELS.index(0.25)]
     assert measured.tolist() == pytest.approx(
         [float(kl)] * 2, rel=1e-3
     )  # this calibration does not tell tasks apart
@@ -304,7 +305,7 @@ def test_scorers_with_settings_of_their_own_are_given_again(model, tmp_path):
     ways = [
         ("scorer", MRS(form="grad", attack_steps=1)),
         ("mrs", MRS(attack_steps=1)),
-        ("scorer", VisualSensitivity(5.0)),
+        ("scorer", VisualSensitivity(sink_threshold=5.0)),
     ]
     for argument, scorer in ways:
         planner = HiPPPlanner(EVEN, pruning_ratio=0.3, **{argument: scorer})

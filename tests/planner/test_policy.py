@@ -6,7 +6,7 @@ import torch
 
 from hipp_ext.planner.grpo import draw_preferences
 from hipp_ext.planner.policy import LEAST_WISH, MAX_RATIO, new_policy, ratio_of
-from hipp_ext.planner.state import REMOVED
+from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
@@ -62,8 +62,8 @@ def test_logits_cannot_drift_together(signals):
 
 def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
     """Utility hangs on the first group alone, robustness on the second."""
-    sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(REMOVED)
-    sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(REMOVED), torch.tensor(REMOVED)
+    sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(PRUNE_LEVELS)
+    sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(PRUNE_LEVELS), torch.tensor(PRUNE_LEVELS)
     apart = dataclasses.replace(
         signals, sensitivity=sensitivity, visual=torch.zeros_like(signals.visual)
     )

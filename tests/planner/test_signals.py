@@ -11,16 +11,17 @@ from models import batch, build
 from pydantic import ValidationError
 
 from hipp_ext import HiPPPlanner, Preference, testbed
-from hipp_ext.calibration import all_batches, calibration_digest
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
 from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.signal_cache import _read
-from hipp_ext.planner.state import FEATURES, measure_sensitivity, measure_signals, model_digest
+from hipp_ext.planner.state import FEATURES, measure_signals, model_digest
 from hipp_ext.planner.storage import SignalsHeader, signal_tensors
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
+from hipp_ext.sensitivity.measured import measure_sensitivity
 
 BATCHES = [batch("llava", size=2, labels=True)]
 
@@ -90,12 +91,9 @@ def test_more_rows_are_another_calibration_and_no_rows_are_none(signals, monkeyp
     groups, asked = find_groups(model), []
 
     def measured(model, given, *_, **__):
-        asked.append(len([row for batch in all_batches(given) for row in batch["input_ids"]]))
+        asked.append(len([row for batch in given.batches for row in batch["input_ids"]]))
         return replace(
-            signals,
-            groups=groups,
-            digest=model_digest(model, groups),
-            calibration=calibration_digest(given),
+            signals, groups=groups, digest=model_digest(model, groups), calibration=given.digest
         )
 
     monkeypatch.setattr("hipp_ext.planner.planner.cached_signals", measured)
@@ -165,8 +163,9 @@ def test_the_built_in_calibration_is_by_task_and_as_long_as_wanted(tmp_path):
     model, processor = testbed.load()
     planner = HiPPPlanner(Preference(1, 0, 0), pruning_ratio=0.5, cache=tmp_path)
     useful = planner.plan(model, processor=processor, rows=6)
-    assert planner.signals.calibration == calibration_digest(
-        testbed.calibration_tasks(processor, n=6)
+    assert (
+        planner.signals.calibration
+        == Calibration.from_batches(testbed.calibration_tasks(processor, n=6)).digest
     )
     assert useful != planner.plan(model, preference=Preference(0, 1, 0))
     hipp(

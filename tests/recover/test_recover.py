@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_surgery import random_plan
+from plans import random_plan
 
 from hipp_ext import load_pruned, prune, save_pruned, testbed
-from hipp_ext.cli.recover import _question_lessons
+from hipp_ext.cli.recover import _question_data
 from hipp_ext.errors import CheckpointError, DataError, HippError
-from hipp_ext.recover import QuestionLessons, RecoverSettings, TestbedLessons, recover
+from hipp_ext.recover import QuestionData, RecoverSettings, TestbedData, recover
 from hipp_ext.testbed.model import build_model, build_processor
 
 SETTINGS = RecoverSettings(steps=6, save_every=2)
@@ -29,8 +29,8 @@ def pruned():
     return prune(model, random_plan(model))
 
 
-def lessons() -> TestbedLessons:
-    return TestbedLessons(build_processor(), share=0.1)
+def source() -> TestbedData:
+    return TestbedData(build_processor(), share=0.1)
 
 
 def weights(model) -> torch.Tensor:
@@ -41,7 +41,7 @@ def weights(model) -> torch.Tensor:
 def whole(tmp_path_factory):
     model = pruned()
     result = recover(
-        model, lessons(), SETTINGS, folder=tmp_path_factory.mktemp("whole"), progress=False
+        model, source(), SETTINGS, folder=tmp_path_factory.mktemp("whole"), progress=False
     )
     return model, result
 
@@ -61,9 +61,9 @@ def test_the_loss_falls_and_the_plan_stays(whole, tmp_path):
 KILLED = """
     import sys, time; sys.path.insert(0, {tests!r})
     import torch; torch.set_num_threads(1)
-    from recover.test_recover import SETTINGS, lessons, pruned
+    from recover.test_recover import SETTINGS, source, pruned
     from hipp_ext.recover import recover
-    made = lessons()
+    made = source()
     class Slow:
         def batches(self, rank, workers, start):
             for batch in made.batches(rank, workers, start):
@@ -88,7 +88,7 @@ def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
     process.wait()
     assert (folder / "progress.json").exists()
     model = pruned()
-    result = recover(model, lessons(), SETTINGS, folder=folder, progress=False)
+    result = recover(model, source(), SETTINGS, folder=folder, progress=False)
     assert torch.equal(weights(model), weights(whole[0])) and result.losses == whole[1].losses
     assert [p.name for p in folder.glob("step-*")] == ["step-6"]
 
@@ -118,18 +118,18 @@ def replaced(path: Path, make) -> None:
             lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(),
             "incomplete or damaged.*start over",
         ),
-        (lambda d: None, "other settings, another model or another number of processes"),
+        (lambda d: None, "holds another run: steps is 1 there, and 2 was asked for"),
     ],
 )
 def test_a_damaged_or_foreign_folder_says_so(tmp_path, damage, message):
     short = RecoverSettings(steps=1)
-    recover(pruned(), lessons(), short, folder=tmp_path, progress=False)
+    recover(pruned(), source(), short, folder=tmp_path, progress=False)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         recover(
             pruned(),
-            lessons(),
-            RecoverSettings(steps=2) if "other settings" in message else short,
+            source(),
+            RecoverSettings(steps=2) if "another run" in message else short,
             folder=tmp_path,
         )
 
@@ -137,8 +137,12 @@ def test_a_damaged_or_foreign_folder_says_so(tmp_path, damage, message):
 def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
     short, rng = RecoverSettings(steps=1), random.Random(0)
     model = pruned()
-    recover(model, lessons(), short, folder=tmp_path, progress=False)
-    for path in (tmp_path / "progress.json", *sorted(tmp_path.glob("step-1/*"))):
+    recover(model, source(), short, folder=tmp_path, progress=False)
+    for path in (
+        tmp_path / "run.json",
+        tmp_path / "progress.json",
+        *sorted(tmp_path.glob("step-1/*")),
+    ):
         content = path.read_bytes()
         for _ in range(6):
             bit = rng.randrange(8 * len(content))
@@ -149,7 +153,7 @@ def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
             )
             again = pruned()
             try:
-                recover(again, lessons(), short, folder=tmp_path, progress=False)
+                recover(again, source(), short, folder=tmp_path, progress=False)
             except CheckpointError:
                 continue
             assert torch.equal(weights(again), weights(model)), (
@@ -160,38 +164,38 @@ def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
 
 def test_what_a_killed_run_left_in_the_folder_is_swept(tmp_path):
     model = pruned()
-    recover(model, lessons(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
+    recover(model, source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
     for name in ("step-0", "step-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".weights.safetensors.abc").write_bytes(b"half")
-    recover(pruned(), lessons(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["progress.json", "step-1"]
+    recover(pruned(), source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["progress.json", "run.json", "step-1"]
 
 
 def test_adamw_and_a_frozen_vision_tower(tmp_path):
     model, before = pruned(), dict(pruned().named_parameters())
     settings = RecoverSettings(steps=2, optimizer="adamw", freeze_vision=True)
-    recover(model, lessons(), settings, folder=tmp_path, progress=False)
+    recover(model, source(), settings, folder=tmp_path, progress=False)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("vision" in name), name
     with pytest.raises(HippError, match="Linear has no parameters of a vision tower"):
-        recover(torch.nn.Linear(2, 2), lessons(), settings, folder=tmp_path)
+        recover(torch.nn.Linear(2, 2), source(), settings, folder=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     model = pruned()
     next(model.parameters()).data.fill_(torch.nan)
-    with pytest.raises(HippError, match="loss of step 1 is nan: a smaller rate"):
-        recover(model, lessons(), SETTINGS, folder=tmp_path, progress=False)
+    with pytest.raises(HippError, match="loss of step 1 is nan: a smaller learning rate"):
+        recover(model, source(), SETTINGS, folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps=0, at least 1"),
-        ({"optimizer": "sgd"}, "optimizer='sgd', one of muon, adamw"),
-        ({"compression": "zip"}, "compression='zip', one of lqsgd, none"),
-        ({"rate": -1.0}, "rate=-1.0, at least 0"),
+        ({"steps": 0}, "steps=0: a whole number of at least 1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd': one of muon, adamw"),
+        ({"compression": "zip"}, "compression='zip': one of lqsgd, none"),
+        ({"lr": -1.0}, "lr=-1.0: a finite number of at least 0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -202,10 +206,10 @@ def test_bad_settings(settings, message):
 def test_processes_share_an_epoch_of_questions_and_no_test_question_is_among_the_testbeds(tmp_path):
     processor = build_processor()
     asked = testbed.questions("POPE", "calibration", 16)
-    made = QuestionLessons(processor, [asked], batch_size=2, seed=1)
+    made = QuestionData(processor, [asked], batch_size=2, seed=1)
     rows = [made.batches(rank, 2, 0) for rank in range(2)]
     epoch = torch.cat([next(r)[0]["input_ids"] for _ in range(4) for r in rows])
-    whole = QuestionLessons(processor, [asked], batch_size=16).batches(0, 1, 0)
+    whole = QuestionData(processor, [asked], batch_size=16).batches(0, 1, 0)
     assert sorted(map(str, epoch.tolist())) == sorted(
         map(str, next(whole)[0]["input_ids"].tolist())
     )
@@ -213,14 +217,14 @@ def test_processes_share_an_epoch_of_questions_and_no_test_question_is_among_the
     with pytest.raises(
         DataError, match="A task has 16 questions, and 4 processes of 8 rows take 32"
     ):
-        next(QuestionLessons(processor, [asked], batch_size=8).batches(0, 4, 0))
+        next(QuestionData(processor, [asked], batch_size=8).batches(0, 4, 0))
 
 
-def test_resuming_lessons_are_those_of_an_undisturbed_run():
-    undisturbed = lessons().batches(1, 2, 0)
+def test_resumed_batches_are_those_of_an_undisturbed_run():
+    undisturbed = source().batches(1, 2, 0)
     third = list(itertools.islice(undisturbed, 3))[2]
-    resumed = next(lessons().batches(1, 2, 2))
-    other = next(lessons().batches(0, 2, 2))
+    resumed = next(source().batches(1, 2, 2))
+    other = next(source().batches(0, 2, 2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(third, resumed, strict=True) for k in a)
     assert not all(
         a["input_ids"].shape == b["input_ids"].shape and torch.equal(a["input_ids"], b["input_ids"])
@@ -237,11 +241,11 @@ def test_tables_can_be_trained_on_and_published_test_sets_cannot(tmp_path, monke
         tmp_path / "data/calibration/POPE.tsv",
         tmp_path / "data/calibration/ScienceQA_TEST.tsv",
     ]
-    made = _question_lessons(build_processor(), files, 2, 0, tmp_path / "run", 0)
+    made = _question_data(build_processor(), files, 2, 0, tmp_path / "run", 0)
     model = pruned()
     result = recover(model, made, RecoverSettings(steps=2), folder=tmp_path / "run", progress=False)
     assert len(result.losses) == 2
     digest = hashlib.md5(files[0].read_bytes()).hexdigest()
     monkeypatch.setitem(tables._OFFICIAL, "POPE", ("", digest))
     with pytest.raises(DataError, match="is the published POPE, a test set"):
-        _question_lessons(build_processor(), files[:1], 2, 0, tmp_path / "run2", 0)
+        _question_data(build_processor(), files[:1], 2, 0, tmp_path / "run2", 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import BUILDERS, batch, build
-from test_surgery import logits, random_plan
+from plans import logits, random_plan
 from transformers import AutoConfig
 
 from hipp_ext import load_pruned, pad_to_uniform, prune, save_pruned

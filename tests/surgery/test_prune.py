@@ -7,31 +7,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import BUILDERS, batch, build
+from plans import logits, random_plan
 from torch import nn
 
 from hipp_ext import PruningPlan, masked, prune
-from hipp_ext.budget import keep_counts
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PlanGroup
-from hipp_ext.units import keep_masks, plan_from_counts, top_units
+from hipp_ext.units import keep_masks, top_units
 
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
-
-
-def random_plan(
-    model: nn.Module, ratio: float = 0.4, seed: int = 0, towers=("language",)
-) -> PruningPlan:
-    generator = torch.Generator().manual_seed(seed)
-    groups = find_groups(model, towers)
-    scores = {g.name: torch.randn(g.width, generator=generator) for g in groups}
-    counts = keep_counts(groups, torch.randn(len(groups), generator=generator).tolist(), ratio)
-    return plan_from_counts(groups, counts, scores)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
-    return model(**inputs).logits
 
 
 @st.composite

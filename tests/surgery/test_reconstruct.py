@@ -3,15 +3,15 @@
 import pytest
 import torch
 from models import batch, build
+from plans import logits, random_plan
 from test_scorers import consumer_inputs, left_padded
-from test_surgery import logits, random_plan
 from torch import nn
 
 from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.surgery.masks import match
-from hipp_ext.surgery.reconstruct import RIDGE, _Products, _fit, reconstructed_weights
+from hipp_ext.surgery.reconstruct import RIDGE, _fit, _Products, reconstructed_weights
 from hipp_ext.units import plan_from_counts
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import BUILDERS, batch, build
+from plans import random_scores
 
 from hipp_ext import prune
 from hipp_ext.errors import PlanError, UnsupportedModelError
@@ -13,11 +14,6 @@ from hipp_ext.surgery.slices import sliced
 from hipp_ext.units import plan_from_counts
 
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
-
-
-def scores_of(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {g.name: torch.randn(g.width, generator=generator) for g in find_groups(model)}
 
 
 @torch.no_grad()
@@ -29,7 +25,7 @@ def logits(model, name):
 @given(st.sampled_from(sorted(MODELS)), st.data())
 def test_sliced_equals_pruned_plan_after_plan(name, data):
     model = MODELS[name]
-    groups, scores = find_groups(model), scores_of(model)
+    groups, scores = find_groups(model), random_scores(find_groups(model))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     identities = {k: id(v) for k, v in model.named_parameters()}
     seen = []
@@ -51,7 +47,7 @@ def test_sliced_equals_pruned_plan_after_plan(name, data):
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_generation_too(name):
     model = build(name)
-    groups, scores = find_groups(model), scores_of(model, 1)
+    groups, scores = find_groups(model), random_scores(find_groups(model), 1)
     counts = [max(1, g.width // 2) for g in groups]
     inputs = batch(name)
     small = prune(model, plan_from_counts(groups, counts, scores))
@@ -65,7 +61,7 @@ def test_no_weight_is_copied_per_plan():
     model = MODELS["llava"]
     groups = find_groups(model)
     weight = model.model.language_model.layers[0].mlp.down_proj.weight
-    with sliced(model, groups, scores_of(model)) as shrink:
+    with sliced(model, groups, random_scores(find_groups(model))) as shrink:
         storage = weight.untyped_storage().data_ptr()
         for counts in ([1] * len(groups), [g.width for g in groups]):
             shrink(counts)
@@ -78,7 +74,7 @@ def test_whatever_happens_inside_the_model_comes_back(error):
     model = MODELS["llava_gqa"]
     groups = find_groups(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(error), sliced(model, groups, scores_of(model)) as shrink:
+    with pytest.raises(error), sliced(model, groups, random_scores(find_groups(model))) as shrink:
         shrink([1] * len(groups))
         raise error
     assert (
@@ -89,7 +85,7 @@ def test_whatever_happens_inside_the_model_comes_back(error):
 
 def test_bad_counts_and_layers_are_refused():
     model = build("llama")
-    groups, scores = find_groups(model), scores_of(model)
+    groups, scores = find_groups(model), random_scores(find_groups(model))
     with sliced(model, groups, scores) as shrink:
         for counts in ([1] * (len(groups) - 1), [-1] * len(groups), [g.width + 1 for g in groups]):
             with pytest.raises(PlanError, match="do not fit groups of"):

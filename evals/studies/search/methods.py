@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from hipp_ext.allocators.levels import Levels
 from hipp_ext.errors import MissingExtraError
-from hipp_ext.evals.studies.search.levels import Levels
 from hipp_ext.evals.studies.search.problem import Keeps, Method, Problem
 from hipp_ext.planner.reward import Reward
 

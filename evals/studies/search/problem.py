@@ -7,9 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
+from hipp_ext.allocators.levels import Levels
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.errors import BudgetError
-from hipp_ext.evals.studies.search.levels import Levels
 from hipp_ext.groups import Group
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.planner.reward import Reward

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from hipp_ext import testbed
+from hipp_ext.allocators import ALLOCATORS
 from hipp_ext.budget import Bounds
-from hipp_ext.calibration import Batch
+from hipp_ext.calibration import Batch, Task
 from hipp_ext.errors import HippError
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.studies.measuring import claim_folder
-from hipp_ext.evals.studies.search.allocators import ALLOCATORS, Context
 from hipp_ext.evals.studies.search.methods import METHODS
 from hipp_ext.evals.studies.search.problem import Problem, run
 from hipp_ext.files import write_atomic
@@ -42,8 +42,8 @@ from hipp_ext.planner.cost import measure_cost
 from hipp_ext.planner.evaluation import Keeps, plan_rewards
 from hipp_ext.planner.policy import MAX_RATIO, Policy, new_policy
 from hipp_ext.planner.reward import Reward
-from hipp_ext.planner.state import measure_sensitivity
 from hipp_ext.preference import Preference
+from hipp_ext.sensitivity.measured import measure_sensitivity
 from hipp_ext.surgery.slices import sliced
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -151,16 +151,15 @@ class Bench:
         self.pope = testbed.questions("POPE", "test", size.table_questions[0])
 
     @functools.cached_property
-    def batches(self) -> list[Batch]:
-        """Calibration data of those who search nothing."""
-        return testbed.calibration_batches(self.processor, n=self.size.sensitivity_rows)
+    def tasks(self) -> dict[Task, list[Batch]]:
+        """Calibration data of the allocators."""
+        return testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
 
     @functools.cached_property
     def informed(self) -> Signals:
-        """The signals, with sensitivity measured on the same data as `batches`; who does not ask does not wait."""
-        tasks = testbed.calibration_tasks(self.processor, n=self.size.sensitivity_rows)
+        """The signals, with sensitivity measured on the same data as the allocators'."""
         sensitivity = measure_sensitivity(
-            self.model, tasks, self.signals.groups, self.signals.scores
+            self.model, self.tasks, self.signals.groups, self.signals.scores
         )
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
@@ -199,10 +198,14 @@ class Bench:
             }
             asked = {"policy": self._asked(planner)}
         else:
-            context = Context(
-                model=self.model, batches=self.batches, groups=groups, scores=self.signals.scores
-            )
-            choose = {corner: lambda ratio: ALLOCATORS[name](context, ratio) for corner in CORNERS}
+            kind, scores = ALLOCATORS[name], self.signals.scores
+            measured = kind(pruning_ratio=0.0).measure(self.model, groups, scores, self.tasks)
+            choose = {
+                corner: lambda ratio: kind(pruning_ratio=ratio).keep_counts(
+                    groups, scores, measured
+                )
+                for corner in CORNERS
+            }
             asked = {}
         n = self.size.front_plans
         ratios = (MAX_RATIO * (i + 1) / n for i in range(n))

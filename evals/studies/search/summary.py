@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hipp_ext import testbed
-from hipp_ext.evals.metrics import f1_percent
-from hipp_ext.evals.statistics import bootstrap_estimate
+from hipp_ext.allocators import ALLOCATORS
+from hipp_ext.evals.statistics import bootstrap_estimate, f1_percent
 from hipp_ext.evals.studies.measuring import keep_picture, mean_and_se, report
-from hipp_ext.evals.studies.search.allocators import ALLOCATORS
 from hipp_ext.evals.studies.search.control import steering
 from hipp_ext.evals.studies.search.methods import METHODS
 from hipp_ext.evals.studies.search.study import (
@@ -104,7 +103,7 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
 
 
 def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
-    """hipp less sensitivity + DP on the same questions of the test split [points]: the mean over fits, as an `Estimate`.
+    """hipp less Sensitivity on the same questions of the test split [points]; means over fits.
 
     The error bar is that of the questions, drawn picture by picture; the claims' is that of the fits.
     """
@@ -120,7 +119,7 @@ def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
         # A question counts in every split of POPE that it belongs to, as in VLMEvalKit's overall F1.
         splits = np.array([len(q.category.split(",")) for q in questions])
         for ratio in map(str, RATIOS):
-            cells = [j["table"][corner][ratio] for j in (*jobs[HIPP], *jobs["sensitivity+DP"])]
+            cells = [j["table"][corner][ratio] for j in (*jobs[HIPP], *jobs["sensitivity"])]
             said = np.array([list(cell["answers"][task]) for cell in cells])
             if metric == "F1":
                 counts, statistic = (
@@ -206,8 +205,8 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
         "EvoPress",
         "CMA-ES",
         "TPE",
-        "sensitivity+DP",
-        "FLAP adaptive",
+        "sensitivity",
+        "flap",
         "uniform",
     ]
     others = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # red is hipp's

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, linear, not_plain, sync_sizes
-from hipp_ext.scorers.base import evaluating
+from hipp_ext.modes import evaluating
 
 TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order

@@ -1,0 +1,115 @@
+"""The base class of allocators."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hipp_ext.budget import Bounds, check_ratio, keep_counts
+from hipp_ext.calibration import Calibration, CalibrationLike
+from hipp_ext.errors import BudgetError
+from hipp_ext.groups import Group, find_groups
+from hipp_ext.plan import PruningPlan
+from hipp_ext.scorers import Scorer, WandaSP
+from hipp_ext.units import plan_from_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocator(abc.ABC):
+    """How many units of every group stay: `Uniform(pruning_ratio=0.3).plan(model)`.
+
+    The scorer ranks the units within a group; the allocator decides how many of them stay. All
+    allocators meet the budget within one step of one group and never exceed it. `HiPPPlanner` has
+    the same `plan`. A new allocator is a frozen dataclass that implements `keep_counts`, and
+    `measure` if it needs the model, and a line in `hipp_ext.allocators.ALLOCATORS`.
+
+    Args:
+        pruning_ratio: removed fraction of the prunable parameters, in [0, 1).
+        scorer: scorer that ranks the units of a group; None: WandaSP.
+        bounds: rounding and floors of the keep counts; None: `Bounds()`.
+
+    Raises:
+        BudgetError: pruning_ratio is outside [0, 1), or bounds are not Bounds.
+    """
+
+    pruning_ratio: float
+    scorer: Scorer | None = None
+    bounds: Bounds | None = None
+    needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
+
+    def __post_init__(self) -> None:
+        check_ratio(self.pruning_ratio)
+        if self.bounds is not None and not isinstance(self.bounds, Bounds):
+            raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
+
+    def plan(
+        self,
+        model: nn.Module,
+        *,
+        processor: Any = None,
+        calibration: CalibrationLike | None = None,
+        progress: bool = False,
+    ) -> PruningPlan:
+        """The plan for `model`, which is never changed.
+
+        Args:
+            model: transformers model.
+            processor: processor of a vision-language model; None: the one beside its weights.
+            calibration: a Calibration, or batches of the tensors that the model's forward takes,
+                for all tasks or by task; None: the testbed's, through `processor`.
+            progress: show on stderr how many groups are measured.
+
+        Raises:
+            BudgetError: pruning_ratio cannot be met within the bounds.
+            CalibrationError: no calibration where one is needed, or batches that do not fit.
+            UnsupportedModelError: the model's groups cannot be mapped.
+        """
+        check_model(model)
+        groups, scorer = find_groups(model), self.scorer or WandaSP()
+        keep_counts(groups, None, self.pruning_ratio, self.bounds)  # raises before measuring
+        needed = self.needs_calibration or scorer.needs_calibration
+        given = Calibration.of(model, calibration, processor) if needed else None
+        scores = scorer(model, given, groups=groups)
+        measured = self.measure(model, groups, scores, given, progress=progress)
+        counts = self.keep_counts(groups, scores, measured)
+        return plan_from_counts(groups, counts, scores, scorer=scorer.name)
+
+    def measure(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        scores: Mapping[str, Tensor],
+        calibration: Calibration | None,
+        *,
+        progress: bool = False,
+    ) -> Any:
+        """What `keep_counts` needs to know of the model, whatever the pruning_ratio; None: nothing.
+
+        Args:
+            model: left as it was found.
+            groups: groups to be pruned.
+            scores: group name -> score per unit, higher = keep.
+            calibration: checked batches; None where neither this nor the scorer needs any.
+            progress: show on stderr how many groups are measured.
+        """
+        return None
+
+    @abc.abstractmethod
+    def keep_counts(
+        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
+    ) -> tuple[int, ...]:
+        """Number of units that stay, for every group; `measured` is what `measure` returned."""
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless `model` is one."""
+    if isinstance(model, str | Path):
+        raise TypeError(
+            f"A model is needed, not the path {str(model)!r}: load it with "
+            f"hipp_ext.load_pruned({str(model)!r})."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A transformers model is needed, not {type(model).__name__}.")

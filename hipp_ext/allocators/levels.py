@@ -1,0 +1,124 @@
+"""The keep counts that the bounds allow, as levels of each group."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hipp_ext.budget import Bounds, check_ratio, parameters_left
+from hipp_ext.errors import BudgetError
+from hipp_ext.groups import Group
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Levels:
+    """Allowed keep counts and their cost.
+
+    Attributes:
+        counts: allowed keep counts of each group, ascending: floor, floor + step, ..., full width;
+            before them 0 where blocks may be dropped.
+        costs: (groups,) parameters of one unit.
+    """
+
+    counts: tuple[np.ndarray, ...]
+    costs: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
+        """The levels of `groups` within `bounds`.
+
+        Raises:
+            BudgetError: the bounds let layers be dropped, whose blocks have no levels of their own.
+        """
+        if bounds.drop == "layers":
+            raise BudgetError(
+                "drop='layers' needs an allocator that gives every group a fraction (Uniform, OWL, "
+                "Sensitivity, HiPPPlanner); one threshold over all units can drop blocks alone."
+            )
+        least, step = bounds.steps(groups)
+        counts = [
+            np.concatenate([[0] * (bounds.drop == "blocks"), np.arange(low, g.width, s), [g.width]])
+            for g, low, s in zip(groups, least, step, strict=True)
+        ]
+        counts = [c.astype(np.int64) for c in counts]
+        return cls(
+            counts=tuple(counts),
+            costs=np.array([g.unit_parameters for g in groups], dtype=np.int64),
+        )
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """The smallest plan."""
+        return tuple(int(c[0]) for c in self.counts)
+
+    @property
+    def total(self) -> int:
+        """Prunable parameters."""
+        return int(sum(cost * int(c[-1]) for cost, c in zip(self.costs, self.counts, strict=True)))
+
+    def parameters(self, keep_counts: Sequence[int]) -> int:
+        """Prunable parameters that stay."""
+        return int(self.costs @ np.asarray(keep_counts, dtype=np.int64))
+
+    def budget(self, pruning_ratio: float) -> int:
+        """Number of parameters that may stay at a pruning_ratio, rounded as `keep_counts` does.
+
+        Raises:
+            BudgetError: the ratio is outside [0, 1), or the floors alone have more parameters.
+        """
+        check_ratio(pruning_ratio)
+        budget = parameters_left(self.total, pruning_ratio)
+        floor = self.parameters(self.least)
+        if not floor:  # one block at least must stay
+            floor = min(int(c[1] * cost) for c, cost in zip(self.counts, self.costs, strict=True))
+        if floor > budget:
+            most = 1 - floor / self.total
+            raise BudgetError(
+                f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} "
+                "go."
+            )
+        return budget
+
+    def allows(self, keep_counts: Sequence[int]) -> bool:
+        """Whether every keep count is a level of its group."""
+        return len(keep_counts) == len(self.counts) and all(
+            k in c for k, c in zip(keep_counts, self.counts, strict=True)
+        )
+
+    def level_of(self, group: int, keep: float) -> int:
+        """Index of the highest level of a group that keeps at most `keep` units; 0 where none does."""
+        return max(0, int(np.searchsorted(self.counts[group], keep, side="right")) - 1)
+
+    def fill(
+        self, keep_counts: Sequence[int], budget: int, values: Sequence[np.ndarray]
+    ) -> tuple[int, ...]:
+        """The counts, raised level by level until no next level of any group fits the budget.
+
+        The parameters that stay are within one level of the budget and never above it.
+
+        Args:
+            keep_counts: allowed counts within the budget to start from.
+            budget: number of parameters that may stay.
+            values: for each group, the value of each step (entry i: from level i to i + 1). The
+                step with the highest value is taken first, if it fits.
+        """
+        level = [self.level_of(g, k) for g, k in enumerate(keep_counts)]
+        left = budget - self.parameters(keep_counts)
+        heap: list[tuple[float, int]] = []
+
+        def offer(group: int) -> None:
+            if level[group] + 1 < len(self.counts[group]):
+                heapq.heappush(heap, (-float(values[group][level[group]]), group))
+
+        for group in range(len(level)):
+            offer(group)
+        while heap:
+            # A step that does not fit now never will, because the rest of the budget only shrinks.
+            _, group = heapq.heappop(heap)
+            now, then = self.counts[group][level[group] : level[group] + 2]
+            price = int((then - now) * self.costs[group])
+            if price <= left:
+                left, level[group] = left - price, level[group] + 1
+                offer(group)
+        return tuple(int(c[i]) for c, i in zip(self.counts, level, strict=True))

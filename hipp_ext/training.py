@@ -1,0 +1,80 @@
+"""What the training loops share: optimizers, the schedule of the learning rate, a progress bar."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def make_optimizers(model: nn.Module, lr: float, muon_lr: float | None) -> list[Any]:
+    """AdamW for the trained parameters of `model`, with Muon for its hidden matrices.
+
+    Hidden matrices are the 2-D parameters in the layers of the language model. Muon needs about a
+    third of Adam's steps for them on the testbed.
+
+    Args:
+        model: model whose parameters with `requires_grad` are trained.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon; None: AdamW trains all parameters.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in trained if muon_lr is not None and p.dim() == 2 and _hidden(name)]
+    ids = {id(p) for p in hidden}
+    rest = [p for _, p in trained if id(p) not in ids]
+    made: list[Any] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if muon_lr is not None and hidden:
+        made.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=0.01))
+    return made
+
+
+def lr_factor(step: int, steps: int, *, warmup: int, decay: float) -> float:
+    """Fraction of the peak learning rate at `step`: linear warm-up, plateau, linear decay to zero.
+
+    Args:
+        step: number of the step, from 0.
+        steps: number of steps.
+        warmup: steps of the warm-up.
+        decay: fraction of the steps in which the rate falls.
+    """
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
+def step_optimizers(optimizers: Sequence[Any], factor: float) -> None:
+    """Step each optimizer at `factor` times its peak learning rate, and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    show: bool, description: str, total: int, start: int = 0
+) -> Iterator[Callable[[int, str], None]]:
+    """Yield update(done, note), which moves a progress bar if `show`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task(description, total=total, completed=start)
+        yield lambda done, note: bar.update(
+            task, completed=done, description=f"{description}, {note}" if note else description
+        )
+
+
+def _hidden(name: str) -> bool:
+    return ".layers." in name and "vision" not in name and "visual" not in name

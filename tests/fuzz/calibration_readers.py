@@ -1,0 +1,107 @@
+"""Readers of the data that users calibrate on: tables, chats, texts, and folders of `datasets`."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from fuzz.readers import png
+from fuzz.table import TABLE
+
+TEXT = "Is there a cup in the image? "
+
+
+@functools.cache
+def testbed() -> tuple[Any, Any]:
+    """The testbed's model and processor."""
+    from hipp_ext import testbed
+
+    return testbed.load()
+
+
+def pictures(folder: Path) -> None:
+    (folder / "images").mkdir()
+    for n, colour in enumerate(("red", "blue")):
+        (folder / f"images/{n}.png").write_bytes(png(colour))
+
+
+def openai(n: int) -> dict[str, Any]:
+    import base64
+
+    url = f"data:image/png;base64,{base64.b64encode(png()).decode()}" if n else f"images/{n}.png"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": TEXT}]
+    return {
+        "messages": [
+            {"role": "system", "content": "Yes or No"},
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "Yes"},
+            {"role": "user", "content": [{"type": "text", "text": TEXT}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "No"}]},
+        ]
+    }
+
+
+def make_chats(folder: Path) -> None:
+    pictures(folder)
+    rows = [openai(0), openai(1), {"text": TEXT * 2}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_llava(folder: Path) -> None:
+    pictures(folder)
+    turns = [{"from": "human", "value": f"<image>\n{TEXT}"}, {"from": "gpt", "value": "Yes"}]
+    rows = [{"id": n, "image": f"images/{n}.png", "conversations": turns} for n in range(2)]
+    rows.append({"conversations": [{"from": "human", "value": TEXT}, turns[1]]})
+    (folder / "llava.json").write_text(json.dumps(rows))
+
+
+def make_table(folder: Path) -> None:
+    from vlm_tables import pope_rows, write_tsv
+
+    write_tsv(folder / "table.tsv", pope_rows()[:3])
+
+
+def make_text(folder: Path) -> None:
+    (folder / "text.txt").write_text(TEXT * 20)
+
+
+def make_saved(folder: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"messages": openai(n)["messages"][2:3] * 2} for n in range(3)]
+    for row in rows:
+        row["messages"] = [{"role": "user", "content": TEXT}, *row["messages"]]
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+
+
+def fits(calibration: Any, folder: Path) -> None:
+    """Every batch is one that the model takes, and what was left out is named."""
+    from hipp_ext import Calibration
+
+    Calibration.of(testbed()[0], calibration)
+    assert all(
+        batch["input_ids"].shape[1] <= 64 and batch["attention_mask"][:, -1].all()
+        for batch in calibration.batches
+    )
+    assert all(", row " in line and len(line) < 5_000 for line in calibration.skipped)
+
+
+def _reader(name: str, make: Any, share: float = 1.0) -> None:
+    errors = ("CalibrationError", "DataError")
+
+    @TABLE.reads(f"calibration-{name}", make, check=fits, errors=errors, share=share)
+    def read(folder: Path) -> Any:
+        from hipp_ext import Calibration
+
+        files = {"chats": "chats.jsonl", "llava": "llava.json", "tsv": "table.tsv"}
+        file = folder / files.get(name, {"txt": "text.txt"}.get(name, name))
+        return Calibration.from_file(
+            file, testbed()[1], image_folder=folder, rows=8, sequence_length=64, batch_size=2
+        )
+
+
+_reader("chats", make_chats)
+_reader("llava", make_llava)
+_reader("tsv", make_table)
+_reader("txt", make_text)
+_reader("saved", make_saved)

@@ -1,0 +1,34 @@
+"""Scores, plans and logits that several tests need."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hipp_ext import PruningPlan
+from hipp_ext.budget import keep_counts
+from hipp_ext.groups import Group, find_groups
+from hipp_ext.units import plan_from_counts
+
+
+def random_scores(groups: Sequence[Group], seed: int = 0) -> dict[str, torch.Tensor]:
+    """One normal number per unit."""
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.randn(g.width, generator=generator) for g in groups}
+
+
+def random_plan(
+    model: nn.Module, ratio: float = 0.4, seed: int = 0, towers=("language",)
+) -> PruningPlan:
+    """A plan with random scores and a random allocation."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = find_groups(model, towers)
+    scores = {g.name: torch.randn(g.width, generator=generator) for g in groups}
+    counts = keep_counts(groups, torch.randn(len(groups), generator=generator).tolist(), ratio)
+    return plan_from_counts(groups, counts, scores)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """Logits of one forward pass without a cache."""
+    return model(**inputs, use_cache=False).logits
