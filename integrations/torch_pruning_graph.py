@@ -52,7 +52,7 @@ class _Graph(tp.DependencyGraph):
 
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block raises, every module's parameters, buffers, hooks and attributes are restored."""
+    """If the block raises, all parameters, buffers, hooks and attributes are restored."""
     held, values = [], [(t, t.detach().clone()) for t in model.buffers()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for module in model.modules():

@@ -353,7 +353,7 @@ def output_channels(layer: Any) -> int:
 def _gradients(
     model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
 ) -> Iterator[None]:
-    """Inside the block only the layers of `groups` hold the loss's gradients, summed over batches."""
+    """Inside the block only the layers of `groups` hold gradients, summed over batches."""
     require_labels(batches, "This importance needs gradients")
     chosen = [
         p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()

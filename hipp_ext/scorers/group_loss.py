@@ -117,7 +117,8 @@ def removal(
 ) -> list[float]:
     """Per group, the rise of the loss when its lowest-ranked units are removed.
 
-    It is at least REMOVAL_FLOOR; the other groups stay whole. Cost: one forward pass over `batches` per group.
+    It is at least REMOVAL_FLOOR; the other groups stay whole. Cost: one forward pass over
+    `batches` per group.
 
     Args:
         model: left as it was.
