@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import AttackError, UnsupportedModelError
@@ -264,7 +263,7 @@ def loss_and_gradient(loss_fn: LossFn, batch: Any, x: Tensor) -> tuple[Tensor, T
     return loss.detach(), gradient
 
 
-def _start(ball: Ball, x: Float[Tensor, "rows ..."]) -> tuple[Tensor, Ball]:
+def _start(ball: Ball, x: Tensor) -> tuple[Tensor, Ball]:
     x = x.detach()
     ball.check(x)
     return x, ball.on(x)

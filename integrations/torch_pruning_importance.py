@@ -62,7 +62,7 @@ class HippImportance(tp.importance.Importance):
 
     def __init__(
         self,
-        scores: Mapping[str, Tensor],
+        scores: Mapping[str, Any],  # tensors; what is not one is refused below
         *,
         model: nn.Module | None = None,
         skip_unscored: bool = False,
