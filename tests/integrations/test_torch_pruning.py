@@ -131,7 +131,10 @@ def test_the_stock_pruner_carries_out_heads_and_channels(name, implementation, t
     arguments = dict(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(stock.generate(**arguments), small.generate(**arguments))
     save_pruned(stock, tmp_path / "a")
-    assert torch.equal(logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs), logits(small, inputs))
+    assert torch.equal(
+        logits(load_pruned(tmp_path / "a", attn_implementation=implementation), inputs),
+        logits(small, inputs),
+    )
 
 
 @pytest.mark.parametrize(
