@@ -48,7 +48,7 @@ class DemoSize:
 
 
 def run_demo(
-    folder: str | Path, size: DemoSize | None = None, *, say: Log = print, progress: bool = True
+    folder: str | Path, size: DemoSize | None = None, *, log: Log = print, progress: bool = True
 ) -> Path:
     """Run the demo in `folder`, without the steps that an earlier run finished; returns the
     report's page.
@@ -59,12 +59,12 @@ def run_demo(
     """
     folder, size = Path(folder), size or DemoSize()
     started = time.perf_counter()
-    say("1/6  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
+    log("1/6  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
     model, processor = testbed.load()
     data = folder / "data"
     if not (data / "test").exists():
         testbed.export(data, splits=("test",))
-    say("2/6  fitting the planner on the search split")
+    log("2/6  fitting the planner on the search split")
     planner = HiPPPlanner(PREFERENCES["utility"], cache=folder / "signals")
     evaluator = search_evaluator(model, processor, size.search)
     result = planner.fit(
@@ -76,24 +76,24 @@ def run_demo(
         progress=progress,
     )
     planner.save(folder / "planner", overwrite=True)
-    say(f"     {result.evaluations} plans, hypervolume {result.hypervolume:.4f}")
-    say("3/6  one policy call per preference, then surgery")
+    log(f"     {result.evaluations} plans, hypervolume {result.hypervolume:.4f}")
+    log("3/6  one policy call per preference, then surgery")
     plans = {name: planner.plan(model, preference=p) for name, p in PREFERENCES.items()}
     models = {"dense": _keep_model(model, processor, None, folder / "models/dense")}
     for name, plan in plans.items():
         write_atomic(folder / f"plans/{name}.json", plan.to_json())
         models[name] = _keep_model(model, processor, plan, folder / f"models/{name}")
-        say(
+        log(
             f"     {name}: {PREFERENCES[name]} -> "
             f"{100 * plan.pruning_ratio:.1f}% of prunable parameters removed"
         )
     folders = " ".join(map(str, models.values()))
     command = f"vlmeval --data {' '.join(DATA)} --model {folders} --lmu-data {data / 'test'}"
-    say(f"4/6  {command}")
+    log(f"4/6  {command}")
     records = _evaluate(models, data / "test", folder / "outputs", size.limit, progress)
-    say("5/6  latency and memory")
+    log("5/6  latency and memory")
     _measure(models, size.load, folder)
-    say("6/6  report")
+    log("6/6  report")
     rewards = dict(zip(plans, planner.rewards(model, list(plans.values()), evaluator), strict=True))
     entries = []
     dense = sum(p.numel() for p in model.parameters())
@@ -119,7 +119,7 @@ def run_demo(
     write_summary(folder, entries, commands, seeds, "planner")
     page = write_report(folder)
     _print_table(entries)
-    say(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
+    log(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
     return page
 
 

@@ -1,29 +1,37 @@
-"""The command line as a user types it, each call a process of its own."""
+"""The command line as a user types it; calls that need no process of their own run in this one."""
 
 import functools
+import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import hipp as in_process
 from plans import random_plan
 from safetensors import SafetensorError
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.main import get_command
 
 import hipp_ext
 from hipp_ext import HiPPPlanner, PruningPlan, load_pruned
-from hipp_ext.cli import main
+from hipp_ext.allocators import ALLOCATORS
+from hipp_ext.cli import app, main, options
 from hipp_ext.errors import HippError, OutputExistsError, WriteError
+from hipp_ext.scorers import SCORERS
 from hipp_ext.testbed import WEIGHTS
 
 HIPP = [sys.executable, "-m", "hipp_ext"]
-ROWS = ("--calibration-rows", "8")  # little, so that signals do not take long
+ROWS = ("--calibration-rows", "8")  # few, so that measuring signals is quick
 
 
 def hipp(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -47,14 +55,8 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         "12 plans evaluated" in done.stdout
         and len(HiPPPlanner.load(folder / "planner").archive) == 12
     )
-    wish = (
-        "-u",
-        "1",
-        "--pruning-ratio",
-        "0.3",
-        *ROWS,
-    )  # what is not named counts nothing, as in `hipp front`
-    done = hipp("plan", "testbed", "--planner", "planner", *wish, "-o", "plan.json", cwd=folder)
+    ask = ("-u", "1", "--pruning-ratio", "0.3", *ROWS)  # omitted weights are 0
+    done = hipp("plan", "testbed", "--planner", "planner", *ask, "-o", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
     assert (
@@ -67,15 +69,13 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         "plan", "testbed", "--planner", "planner", *beyond, "-o", "beyond.json"
     )
     in_process(
-        "plan", "testbed", "--planner", "planner", "--archived", *wish, "-o", "archived.json"
+        "plan", "testbed", "--planner", "planner", "--best-evaluated", *ask, "-o", "best.json"
     )
-    archived = PruningPlan.load(folder / "archived.json")
+    best = PruningPlan.load(folder / "best.json")
     evaluated = {
         tuple(g.keep for g in f.plan.groups) for f in HiPPPlanner.load(folder / "planner").front()
     }
-    assert (
-        tuple(g.keep for g in archived.groups) in evaluated and archived.pruning_ratio >= 0.3 - 1e-6
-    )
+    assert tuple(g.keep for g in best.groups) in evaluated and best.pruning_ratio >= 0.3 - 1e-6
     done = hipp("prune", "testbed", "plan.json", "-o", "small", cwd=folder)
     assert done.returncode == 0, done.stderr
     small = load_pruned(folder / "small")
@@ -83,7 +83,7 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         small.hipp_plan == PruningPlan.load(folder / "plan.json")
         and (folder / "small/tokenizer.json").exists()
     )
-    in_process("prune", "testbed", "plan.json", "-o", "fixed", "--compensate", "--device", "cpu")
+    in_process("prune", "testbed", "plan.json", "-o", "fixed", "--reconstruct", "--device", "cpu")
     fixed = load_pruned(folder / "fixed")
     changed = {
         k.split(".")[-2]
@@ -99,21 +99,28 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         (("plan", "testbed", "-u", "-1"), "a finite number of 0 or more is needed"),
         (("plan", "testbed", "--pruning-ratio", "1.5"), "in [0, 1) is needed"),
         (("plan", "nowhere", "-o", "x.json"), "nowhere is not a model folder"),
-        (("plan", "testbed", "--archived", "-o", "x.json"), "There is no evaluated plan"),
+        (("plan", "testbed", "--best-evaluated", "-o", "x.json"), "needs a fitted planner"),
+        (("plan", "testbed", "--scorer", "best"), "--scorer best: expected one of wanda_sp, flap"),
+        (("plan", "testbed", "--allocator", "best"), "--allocator best: expected one of uniform"),
+        (("plan", "testbed", "--allocator", "uniform"), "uniform needs --pruning-ratio"),
+        (("plan", "testbed", "-u", "1", "--allocator", "owl"), "owl and a preference exclude"),
+        (("plan", "testbed", "--planner", "x", "--allocator", "owl"), "owl and --planner exclude"),
+        (("plan", "testbed", "--image-folder", "."), "give a file as well"),
+        (
+            ("plan", "testbed", "--calibration", "utility=a.tsv"),
+            "Give --calibration once, or twice as --calibration utility=FILE",
+        ),
+        (
+            ("prune", "testbed", "x.json", "-o", "x", "--calibration", "a.tsv"),
+            "are for --reconstruct",
+        ),
         (("prune", "testbed", "missing.json", "-o", "x"), "There is no plan at missing.json"),
         (("report", "nowhere"), "nowhere is not a folder"),
         (
             ("recover", "testbed", "-o", "y", "--optimizer", "sgd"),
-            "optimizer='sgd', one of muon, adamw",
+            "optimizer='sgd': one of muon, adamw",
         ),
-        (
-            ("fit", "testbed", "-o", "y", "--cost", "nonsense"),
-            "one of parameters, flops, latency is needed",
-        ),
-        (
-            ("fit", "testbed", "-o", "y", "--scalarisation", "best"),
-            "one of linear, tchebycheff is needed",
-        ),
+        (("fit", "testbed", "-o", "y", "--cost", "nonsense"), "one of parameters, flops"),
         (("fit", "testbed", "-o", "y", "--pope", "a.tsv"), "Give both --pope and --scienceqa"),
         (("fit", "testbed", "-o", ".", "--overwrite"), ". is the working directory"),
         (("fit", "testbed", "-o", "..", "--overwrite"), ".. is the working directory, or holds it"),
@@ -186,7 +193,7 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("hipp_ext.cli.planning.require_new_file", fail)
+    monkeypatch.setattr("hipp_ext.cli.plan.require_new_file", fail)
     monkeypatch.setattr(
         sys, "argv", ["hipp", "plan", "testbed", "-u", "1", "-o", f"{tmp_path}/plan.json"]
     )
@@ -194,6 +201,44 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
         main()
     if line:
         assert end.value.code == 2 and capsys.readouterr().err.strip() == line
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    """Folder of a tiny Llama with a tokenizer, a chat template, and chats beside it."""
+    place = tmp_path_factory.mktemp("text")
+    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, vocab_size=300)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(place / "llama")
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(place / "llama")
+    asked = [{"role": "user", "content": f"what is {n}"} for n in range(8)]
+    chats = [{"messages": [q, {"role": "assistant", "content": "a number"}]} for q in asked]
+    lines = map(json.dumps, [*chats, {"something": "else"}])
+    (place / "chats.jsonl").write_text("\n".join(lines))
+    return place
+
+
+def test_a_language_model_is_calibrated_on_the_users_file(language_model, monkeypatch):
+    monkeypatch.chdir(language_model)
+    by_task = ("--calibration", "utility=chats.jsonl", "--calibration", "robustness=chats.jsonl")
+    plan = ("plan", "llama", "--device", "cpu", "-o", "plan.json", "--overwrite")
+    for given in (("--calibration", "chats.jsonl"), by_task):
+        told = in_process(*plan, *given, "--sequence-length", "64")
+        assert "toy world" not in told and told.count("1 of 9 rows") == 1, told
+    owl = ("--allocator", "owl", "--pruning-ratio", "0.2", "--calibration", "chats.jsonl")
+    assert "removes 2" in in_process(*plan, *owl)
+    prune = ("prune", "llama", "plan.json", "-o", "small", "--device", "cpu", "--overwrite")
+    told = in_process(*prune, "--reconstruct", "--calibration", "chats.jsonl")
+    assert "toy world" not in told and "removed in total" in told
+
+
+def test_the_built_in_questions_are_warned_of_once(language_model, monkeypatch):
+    monkeypatch.chdir(language_model)
+    plan = ("plan", "llama", "--device", "cpu", "-o", "built-in.json", "--overwrite", *ROWS)
+    for more in ((), ("--allocator", "owl", "--pruning-ratio", "0.2")):
+        told = in_process(*plan, *more)
+        assert told.count("hipp: warning: The calibration is on the built-in questions") == 1
+        assert "--calibration FILE" in told
 
 
 def test_version_and_short_help():
@@ -221,9 +266,7 @@ def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate()
-    assert (
-        running.returncode == 130 and "hipp: interrupted." in told and "goes on from there" in told
-    )
+    assert running.returncode == 130 and "hipp: interrupted." in told and "to resume" in told
 
 
 def test_existing_output_is_kept(tmp_path):
@@ -240,11 +283,11 @@ def test_an_output_that_takes_an_input_with_it_is_refused(tmp_path):
     plan = tmp_path / "runs" / "plan.json"
     plan.parent.mkdir()
     random_plan(load_pruned(WEIGHTS)).save(plan)
-    with pytest.raises(OutputExistsError, match=r"runs holds .*plan\.json, which would go with it"):
+    with pytest.raises(OutputExistsError, match=r"runs holds the input .*plan\.json"):
         in_process("prune", "testbed", plan, "-o", tmp_path / "runs", "--overwrite")
     shutil.copytree(WEIGHTS, tmp_path / "runs/dense")
     for command in (("prune", tmp_path / "runs/dense", plan), ("recover", tmp_path / "runs/dense")):
-        with pytest.raises(OutputExistsError, match=r"runs holds .*dense, which would go with it"):
+        with pytest.raises(OutputExistsError, match=r"runs holds the input .*dense"):
             in_process(*command, "-o", tmp_path / "runs", "--overwrite")
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dense", "plan.json"]
 
@@ -258,21 +301,29 @@ def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path, comma
         in_process(*command, tmp_path, "--overwrite")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        (),
-        ("plan",),
-        ("fit",),
-        ("prune",),
-        ("recover",),
-        ("demo",),
-        ("testbed", "export"),
-        ("front",),
-        ("latency",),
-        ("report",),
-    ],
-)
-def test_help_explains_every_command(tmp_path, command):
-    done = hipp(*command, "--help", cwd=tmp_path)
+def every_command(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    command = command or get_command(app)
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from every_command(below, (*path, name))
+
+
+@pytest.mark.parametrize("command", every_command(), ids=" ".join)
+def test_help_of_every_command_shows_examples_and_explains_every_option(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = in_process(*command, "--help")
+    is_group = "Usage: " in shown and "COMMAND" in shown
+    assert is_group or re.search(r"^ +(• )?(hipp|lm_eval) .*\w", shown, re.MULTILINE)
+    assert not re.findall(r"^│ \*? +-.*(?:>|[A-Z]|\])  +│$", shown, re.MULTILINE)
+    assert len(shown.splitlines()) <= 75
+
+
+def test_help_lists_every_scorer_and_allocator():
+    assert tuple(ALLOCATORS) == options.ALLOCATORS and tuple(SCORERS) == options.SCORERS
+    shown = in_process("plan", "--help")
+    assert all(name in shown for name in (*SCORERS, *ALLOCATORS))
+
+
+def test_help_as_a_process_of_its_own(tmp_path):
+    done = hipp("--help", cwd=tmp_path)
     assert done.returncode == 0 and "Usage:" in done.stdout

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,6 @@ class Calibration:
         given: "CalibrationLike | None" = None,
         processor: Any = None,
         rows: int = ROWS,
-        log: Callable[[str], None] | None = None,
     ) -> "Calibration":
         """The calibration that `given` stands for, checked for `model`.
 
@@ -191,8 +190,9 @@ class Calibration:
             processor: processor for the testbed's pictures; None: the one beside the weights that
                 `model` was loaded from.
             rows: number of the testbed's questions.
-            log: called with the warning that the testbed's questions are used for a model that is
-                not the testbed's; None: `warnings.warn`.
+
+        Warns:
+            UserWarning: the testbed's questions are used for a model that is not the testbed's.
 
         Raises:
             CalibrationError: there are no batches, no processor to make them, or a batch does not
@@ -200,7 +200,7 @@ class Calibration:
         """
         if given is None:
             calibration = cls.testbed(model, processor, rows)
-            _warn_of_the_toy(model, log)
+            _warn_of_the_toy(model)
         else:
             calibration = given if isinstance(given, cls) else cls.from_batches(given)  # type: ignore[arg-type]
         calibration._check(model)
@@ -236,12 +236,8 @@ def _collected(batches: Iterable[Any]) -> tuple[Batch, ...]:
     return tuple(collected)
 
 
-def _warn_of_the_toy(model: nn.Module, log: Callable[[str], None] | None) -> None:
+def _warn_of_the_toy(model: nn.Module) -> None:
     from hipp_ext.testbed import is_testbed
 
-    if is_testbed(model):
-        return
-    if log is not None:
-        log(f"warning: {BUILT_IN}")
-    else:
+    if not is_testbed(model):
         warnings.warn(BUILT_IN, stacklevel=4)

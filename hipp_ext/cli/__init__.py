@@ -1,6 +1,6 @@
 """The command `hipp`: thin wrappers over the library, one function per command.
 
-What a command needs is imported when it runs: help, errors in options and completion come without waiting for torch.
+A command imports what it needs when it runs, so that help and completion do not wait for torch.
 """
 
 import os
@@ -10,9 +10,14 @@ from typing import Annotated
 import typer
 
 from hipp_ext import __version__
+from hipp_ext.cli.console import plain_warnings
+from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.evals import evals_app
+from hipp_ext.cli.fit import fit_app
+from hipp_ext.cli.front import front_app
 from hipp_ext.cli.latency import latency_app
-from hipp_ext.cli.planning import planning_app
+from hipp_ext.cli.plan import plan_app
+from hipp_ext.cli.prune import prune_app
 from hipp_ext.cli.recover import recover_app
 from hipp_ext.cli.robust import robust_app
 from hipp_ext.cli.testbed import testbed_app
@@ -25,11 +30,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Pruning plans for vision-language models: state a preference, get a smaller model that still sees.",
 )
-app.add_typer(planning_app)
-app.add_typer(recover_app)
-app.add_typer(evals_app)
+for commands in (demo_app, plan_app, fit_app, front_app, prune_app, recover_app, evals_app):
+    app.add_typer(commands)
 app.add_typer(latency_app)
 app.add_typer(robust_app, name="robust")
 app.add_typer(testbed_app, name="testbed")
@@ -37,14 +40,15 @@ app.add_typer(testbed_app, name="testbed")
 INTERRUPTED = 130
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"hipp-ext {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def hipp(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -52,18 +56,25 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Pruning plans for vision-language models: state a preference, get a smaller model that still sees."""
+    """Pruning plans for vision-language models.
+
+    You state a preference and get a smaller model that still sees.
+    """
+    context.with_resource(plain_warnings())
 
 
 def main() -> None:
-    """Entry point: exit code 0 on success, 2 for bad input or a full disk, 130 on ctrl-C, 1 for anything else."""
-    _quiet_transformers()
+    """Entry point. Exit codes: 0 success, 2 bad input or full disk, 130 ctrl-C, 1 other errors."""
+    # Transformers' bars for loading and saving say nothing about our progress. The variable is
+    # read when transformers is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=True)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer makes it of a KeyboardInterrupt
+        if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this exit code
             typer.secho(
-                "hipp: interrupted. Fits, training and studies keep what they finished: the same command goes on from there.",
+                "hipp: interrupted. Fits, training and studies keep what they finished: run the "
+                "same command again to resume.",
                 err=True,
             )
         raise
@@ -75,7 +86,7 @@ def main() -> None:
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """What to say of an error that the user or the system caused; None of one that we did."""
+    """The message of an error that the user or the system caused; None for an error of ours."""
     number, name = system_error(error)
     if not isinstance(error, HippError):
         if number in FULL or (isinstance(error, OSError) and number is not None):
@@ -83,8 +94,3 @@ def _in_one_line(error: Exception) -> str | None:
         if not isinstance(error, OSError):
             return None
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _quiet_transformers() -> None:
-    """Its bars for loading and saving say nothing about our progress. The variable is read when transformers is imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

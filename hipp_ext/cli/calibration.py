@@ -1,6 +1,7 @@
-"""The options of the commands that calibrate, and what they stand for."""
+"""The options of the commands that calibrate, and the calibration that they stand for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,88 +12,100 @@ from hipp_ext.errors import CalibrationError
 if TYPE_CHECKING:
     from hipp_ext.calibration import Calibration
 
+CALIBRATION = "Calibration"
+TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 CalibrationFiles = Annotated[
     list[str] | None,
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Your own data: VLMEvalKit .tsv, chats or texts as .jsonl or .json, .txt, or a saved "
-        "datasets folder; utility=FILE and robustness=FILE give each task its own. Default: "
-        "built-in questions about a toy world.",
+        help="Your data: VLMEvalKit .tsv, chats or texts (.jsonl, .json), .txt, or a saved "
+        "datasets folder; or twice, as utility=FILE and robustness=FILE. Default: built-in "
+        "questions about a toy world.",
+        rich_help_panel=CALIBRATION,
     ),
 ]
 ImageFolder = Annotated[
     Path | None,
     typer.Option(
-        "--image-folder",
         metavar="DIR",
-        help="Folder that picture paths in FILE start from; default: the folder of FILE.",
+        help="Folder that picture paths in FILE start from. Default: the folder of FILE.",
+        rich_help_panel=CALIBRATION,
     ),
 ]
 CalibrationRows = Annotated[
     int | None,
     typer.Option(
-        "--calibration-rows",
         min=2,
-        help="Number of rows of FILE, evenly spaced; default: 128. Without FILE, number of "
-        "built-in questions; default: those of the planner, else 64.",
+        metavar="N",
+        help="Rows to take, evenly spaced. Default: 128 of FILE; 64 of the built-in questions, "
+        "256 for --reconstruct.",
+        rich_help_panel=CALIBRATION,
     ),
 ]
 SequenceLength = Annotated[
     int | None,
     typer.Option(
-        "--sequence-length",
         min=2,
-        help="Tokens after which a row of FILE is cut; default: 2048, or the tokenizer's limit.",
+        metavar="L",
+        help="Tokens after which a row of FILE is cut. Default: 2048, or the tokenizer's limit.",
+        rich_help_panel=CALIBRATION,
     ),
 ]
 
 
-def read_calibration(
-    files: Sequence[str] | None,
-    processor: Any,
-    image_folder: Path | None = None,
-    rows: int | None = None,
-    sequence_length: int | None = None,
-) -> "Calibration | None":
-    """The calibration that the options ask for; None: no file was given.
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The values of the four options.
 
-    Args:
-        files: one path, or utility=PATH and robustness=PATH.
-        processor: processor of the model, or its tokenizer.
-        image_folder, rows, sequence_length: as for `Calibration.from_file`.
+    Attributes:
+        files: one path, or utility=PATH and robustness=PATH; None: built-in questions.
+        image_folder: folder that picture paths start from.
+        rows: number of rows of the file, or of the built-in questions.
+        sequence_length: tokens after which a row is cut.
 
     Raises:
-        CalibrationError: the options do not go together, or the file cannot be used.
-        DataError: the file cannot be read, or is damaged.
+        CalibrationError: the options do not go together.
     """
-    if not files:
-        if image_folder is not None or sequence_length is not None:
+
+    files: Sequence[str] | None
+    image_folder: Path | None
+    rows: int | None
+    sequence_length: int | None
+
+    def __post_init__(self) -> None:
+        if not self.files and (self.image_folder or self.sequence_length):
             raise CalibrationError(
-                "--image-folder and --sequence-length are about the rows of --calibration FILE: "
+                "--image-folder and --sequence-length describe the rows of --calibration FILE: "
                 "give a file as well."
             )
-        return None
-    import warnings
+        files, by_task = self.files or (), self._by_task()
+        if len(by_task) not in (0, len(TASKS)) or len(files) > max(1, len(by_task)):
+            raise CalibrationError(
+                "Give --calibration once, or twice as --calibration utility=FILE --calibration "
+                f"robustness=FILE; got {', '.join(files)}."
+            )
 
-    from hipp_ext.calibration import TASKS, Calibration
+    def _by_task(self) -> dict[str, str]:
+        named = [file.partition("=") for file in self.files or ()]
+        return {task: path for task, _, path in named if task in TASKS and path}
 
-    named = [file.partition("=") for file in files]
-    by_task: Any = {task: path for task, _, path in named if task in TASKS and path}
-    if len(by_task) not in (0, len(TASKS)) or len(files) != max(1, len(by_task)):
-        raise CalibrationError(
-            "Give --calibration once, or twice as --calibration utility=FILE --calibration "
-            f"robustness=FILE; got {', '.join(files)}."
-        )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        calibration = Calibration.from_file(
-            by_task or files[0],
-            processor,
-            image_folder=image_folder,
-            rows=rows,
-            sequence_length=sequence_length,
-        )
-    for warning in caught:
-        typer.secho(f"hipp: warning: {warning.message}", fg="yellow", err=True)
-    return calibration
+    def read(self, model: Any, processor: Any) -> "Calibration | None":
+        """The calibration that the options ask for; None: no option was given.
+
+        Raises:
+            CalibrationError: the file cannot be used.
+            DataError: the file cannot be read, or is damaged.
+        """
+        from hipp_ext.calibration import Calibration
+
+        if self.files:
+            paths: Any = self._by_task() or self.files[0]
+            return Calibration.from_file(
+                paths,
+                processor,
+                image_folder=self.image_folder,
+                rows=self.rows,
+                sequence_length=self.sequence_length,
+            )
+        return Calibration.of(model, None, processor, self.rows) if self.rows else None

@@ -1,39 +1,76 @@
-"""What the commands share: options, and how they print and write."""
+"""What the commands share: how they load a model, print, warn and write."""
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.errors import HippError, OutputExistsError
+from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 from hipp_ext.files import write_atomic
 
+HARDWARE = "Hardware"
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A transformers model folder, or `testbed`.")
+    str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one."),
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.",
+        rich_help_panel=HARDWARE,
+    ),
 ]
 Devices = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="cpu, cuda, cuda:1, ..., or auto: spread over all GPUs; default: the GPU if there is one.",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ..., or auto (all GPUs). Default: the GPU if there is one.",
+        rich_help_panel=HARDWARE,
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as stored.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16. Default: as stored.",
+        rich_help_panel=HARDWARE,
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output path.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what exists at the output path.")
+]
 
 
-def say(line: str) -> None:
-    typer.echo(line)
+def warn(line: str) -> None:
+    """Print a warning to stderr; under torchrun only in the first process. The command goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.secho(f"hipp: warning: {line}", fg="yellow", err=True)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Context in which every UserWarning is one line on stderr, and none is shown twice."""
+    shown = set()
+
+    def show(message: Any, category: type[Warning], *where: Any) -> None:
+        if category is not UserWarning:
+            return plain(message, category, *where)
+        if (line := " ".join(str(message).split())) not in shown:
+            shown.add(line)
+            warn(line)
+
+    with warnings.catch_warnings():
+        plain, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def model_folder(model: str) -> str:
+    """The path of a model argument."""
     if model != "testbed":
         return model
     from hipp_ext.testbed import WEIGHTS
@@ -41,29 +78,42 @@ def model_folder(model: str) -> str:
     return str(WEIGHTS)
 
 
-def require_apart(out: Path, *inputs: Path) -> None:
-    """Raise OutputExistsError where replacing the folder `out` would take an input with it that lies somewhere inside.
+def require_model(model: str) -> None:
+    """Raise CheckpointError unless `model` is a model folder. Called first, to catch typos."""
+    if not (folder := Path(model_folder(model)) / "config.json").is_file():
+        raise CheckpointError(f"{folder.parent} is not a model folder: it has no config.json.")
 
-    (A model that is replaced itself by its smaller self is what was asked for.)
+
+def require_apart(out: Path, *inputs: Path) -> None:
+    """Raise OutputExistsError if an input lies inside the folder `out`, which would be replaced.
+
+    An input that is `out` itself passes: replacing a model by its pruned version is allowed.
     """
     for file in inputs:
         if out.resolve() in file.resolve().parents:
             raise OutputExistsError(
-                f"{out} holds {file}, which would go with it. Choose another name."
+                f"{out} holds the input {file}, and replacing it would delete both. "
+                "Choose another output path."
             )
 
 
 def check_dtype(dtype: str | None) -> None:
+    """Raise HippError unless `dtype` is None or the name of a supported data type."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise HippError(f"--dtype {dtype}: float32, bfloat16 or float16 is needed.")
+        raise HippError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
 
 
 def load_model(
     model: str, device: str | None = "cpu", dtype: str | None = None, *, spread: bool = False
 ) -> tuple[Any, Any]:
-    """Model and processor of a folder; device None: the GPU if there is one.
+    """The model and the processor of a folder.
 
-    With `spread`, "auto" is a device too: all GPUs, as transformers' device_map spreads a model over them.
+    Args:
+        model: a folder, or "testbed".
+        device: name of a device; None: the GPU if there is one. With `spread`, "auto" spreads
+            the model over all GPUs by transformers' device_map.
+        dtype: name of a data type; None: as stored.
+        spread: whether "auto" is allowed.
     """
     import torch
 
@@ -72,15 +122,13 @@ def load_model(
     from hipp_ext.surgery.checkpoint import load_pruned, resolve_device
 
     check_dtype(dtype)
-    place: Any = (
-        {"device_map": "auto"}
-        if spread and device == "auto"
-        else {"device": resolve_device(device)}
-    )
-    if "device_map" in place:
+    if spread and device == "auto":
         _check_spread()
+        placement: dict[str, Any] = {"device_map": "auto"}
+    else:
+        placement = {"device": resolve_device(device)}
     loaded = load_pruned(
-        model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **place
+        model_folder(model), dtype=getattr(torch, dtype) if dtype else None, **placement
     )
     check_loaded(loaded)
     return loaded, find_processor(loaded)
@@ -93,29 +141,31 @@ def _check_spread() -> None:
         raise HippError("--device auto needs accelerate: pip install accelerate")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise HippError(
-            "--device auto gives one model all GPUs; under torchrun every process needs one of its own."
+            "--device auto spreads one model over all GPUs. Under torchrun every process needs "
+            "a GPU of its own: omit --device."
         )
 
 
 def own_device() -> str:
-    """The GPU that `torchrun` meant for this process, if there are GPUs."""
+    """The GPU that torchrun assigned to this process; "cpu" without GPUs."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def print_wide(table: Any) -> None:
-    """A rich table in full: where the terminal is too narrow, its lines wrap, and no number is cut."""
+    """Print a rich table without cutting cells: in a narrow terminal its lines wrap."""
     from rich.console import Console
 
     console = Console(markup=False)
     width = console.measure(table, options=console.options.update(width=1000)).maximum
-    (
-        console if console.width >= width else Console(width=width, soft_wrap=True, markup=False)
-    ).print(table)
+    if console.width < width:
+        console = Console(width=width, soft_wrap=True, markup=False)
+    console.print(table)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as JSON, atomically."""
     import json
 
     write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

@@ -14,7 +14,6 @@ from hipp_ext.cli.console import (
     check_dtype,
     model_folder,
     print_wide,
-    say,
     write_json,
 )
 from hipp_ext.errors import DataError
@@ -55,7 +54,7 @@ def report(
     """
     from hipp_ext.evals.report import write_report
 
-    say(str(write_report(folders, out)))
+    typer.echo(str(write_report(folders, out)))
 
 
 @evals_app.command()
@@ -100,7 +99,7 @@ def compare(
     if json_file is not None:
         require_new_file(json_file, overwrite)
     rows = run(a, b, tsv=data, level=level, seed=seed)
-    say(f"A: {a}\nB: {b}")
+    typer.echo(f"A: {a}\nB: {b}")
     print_wide(comparison_table(rows, level))
     if json_file is not None:
         write_json(
@@ -190,7 +189,7 @@ def chair(
         progress=sys.stderr.isatty(),
     )
     print_wide(chair_table([(model, scores)]))
-    say(f"captions and scores: {file.parent}")
+    typer.echo(f"captions and scores: {file.parent}")
 
 
 @evals_app.command("tasks-path")
@@ -202,7 +201,7 @@ def tasks_path() -> None:
     """
     from hipp_ext.integrations.lm_eval import tasks_path as path
 
-    say(str(path()))
+    typer.echo(str(path()))
 
 
 @evals_app.command(
@@ -299,7 +298,7 @@ def data_pope(
         f"{split} {sum(split in q.splits for q in questions)}"
         for split in ("random", "popular", "adversarial")
     )
-    say(
+    typer.echo(
         f"{out}: {len(questions)} questions about {len({q.image for q in questions})} images "
         f"({', '.join(splits)})"
     )
@@ -331,4 +330,4 @@ def data_scienceqa(
     for file in write_scienceqa(
         source, out, split or tuple(TABLES), overwrite=overwrite, progress=sys.stderr.isatty()
     ):
-        say(str(file))
+        typer.echo(str(file))

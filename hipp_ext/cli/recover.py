@@ -15,9 +15,9 @@ from hipp_ext.cli.console import (
     model_folder,
     own_device,
     require_apart,
-    say,
+    require_model,
+    warn,
 )
-from hipp_ext.cli.planning import require_model, warn
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
 
@@ -105,7 +105,7 @@ def recover_command(
         if result.stats:
             stats = result.stats
             sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
-        say(
+        typer.echo(
             f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps"
             f"{sent}; progress: {running}"
         )

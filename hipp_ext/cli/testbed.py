@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hipp_ext.cli.console import Overwrite, say
+from hipp_ext.cli.console import Overwrite
 from hipp_ext.files import require_new
 
 testbed_app = typer.Typer(
@@ -26,7 +26,7 @@ def testbed_train(
     from hipp_ext import testbed
 
     testbed.train(out, seed=seed, overwrite=overwrite)
-    say(str(out))
+    typer.echo(str(out))
 
 
 @testbed_app.command("export")
@@ -53,7 +53,7 @@ def testbed_export(
     if model is not None:
         require_new(model, overwrite)
     testbed.export(out, overwrite=overwrite)
-    say(str(out))
+    typer.echo(str(out))
     if model is not None:
         loaded, processor = testbed.load()
-        say(str(save_pruned(loaded, model, processor, overwrite=overwrite)))
+        typer.echo(str(save_pruned(loaded, model, processor, overwrite=overwrite)))

@@ -212,7 +212,7 @@ class HiPPPlanner:
         any_will_do = calibration is None and rows is None and (processor is None or asked is None)
         if before and any_will_do:
             return before
-        given = Calibration.of(model, calibration, processor, int(asked or ROWS), log)
+        given = Calibration.of(model, calibration, processor, int(asked or ROWS))
         if before and given.digest == before.calibration:
             return before
         if before and log:

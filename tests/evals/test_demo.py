@@ -22,7 +22,7 @@ SIZE = DemoSize(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, few_rows):
     path = tmp_path_factory.mktemp("demo") / "out"
-    run_demo(path, SIZE, say=lambda line: None, progress=False)
+    run_demo(path, SIZE, log=lambda line: None, progress=False)
     return path
 
 
@@ -67,6 +67,6 @@ def test_a_second_run_repeats_nothing(folder):
     ]
     before = {path: path.stat().st_mtime_ns for path in [*kept, folder / "fit/archive.jsonl"]}
     archive = (folder / "fit/archive.jsonl").read_text()
-    run_demo(folder, SIZE, say=lambda line: None, progress=False)
+    run_demo(folder, SIZE, log=lambda line: None, progress=False)
     assert (folder / "fit/archive.jsonl").read_text() == archive
     assert len(kept) == 4 + 8 + 1 and all(path.stat().st_mtime_ns == before[path] for path in kept)

@@ -18,7 +18,7 @@ FIT = (
     "1",
     "--questions",
     "12",
-    "--robustness",
+    "--robustness-on",
     "adversarial",
     "--cost",
     "flops",
@@ -26,7 +26,7 @@ FIT = (
     "8",
     "-o",
 )
-WISH = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
+PREFERENCE = ("-u", "0.3", "-r", "0.4", "-c", "0.3")
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def test_a_front_with_two_answers(fitted, tmp_path):
     ask = (
         "front",
         fitted,
-        *WISH,
+        *PREFERENCE,
         "--model",
         "testbed",
         "--questions",
         "12",
-        "--measured-on",
+        "--robustness-on",
         "adversarial",
     )
     out = hipp(*ask, "--picture", tmp_path / "front.png", "--json", tmp_path / "front.json")
@@ -60,11 +60,11 @@ def test_a_front_with_two_answers(fitted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [("--questions", "12"), ("--questions", "40", "--measured-on", "adversarial")]
+    "other", [("--questions", "12"), ("--questions", "40", "--robustness-on", "adversarial")]
 )
 def test_other_questions_than_those_of_the_fit_are_refused(fitted, other):
     with pytest.raises(DataError, match="This is not what the plans of the fit were measured on"):
-        hipp("front", fitted, *WISH, "--model", "testbed", *other)
+        hipp("front", fitted, *PREFERENCE, "--model", "testbed", *other)
 
 
 def test_what_is_for_a_preference_needs_one(fitted):

@@ -1,0 +1,100 @@
+"""`hipp front`: the Pareto front of a fitted planner."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hipp_ext.cli.console import Devices, Dtype, Overwrite, load_model, write_json
+from hipp_ext.cli.fit import make_evaluator
+from hipp_ext.cli.options import (
+    QUESTIONS,
+    Compression,
+    Pope,
+    Questions,
+    Ratio,
+    Robustness,
+    RobustnessOn,
+    ScienceQA,
+    Utility,
+    read_preference,
+)
+from hipp_ext.errors import PreferenceError
+from hipp_ext.files import require_new_file
+
+front_app = typer.Typer()
+
+
+@front_app.command()
+def front(
+    planner: Annotated[
+        Path, typer.Argument(metavar="PLANNER", help="Folder that `hipp fit` wrote.")
+    ],
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the front to this PNG file. Default: no picture."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the front to this JSON file. Default: no file."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    utility: Utility = None,
+    robustness: Robustness = None,
+    compression: Compression = None,
+    pruning_ratio: Ratio = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The fitted model. Measures the policy's plan if the fit did not evaluate it. "
+            "Give the questions of the fit as well. Default: do not measure.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = None,
+    pope: Pope = None,
+    scienceqa: ScienceQA = None,
+    questions: Questions = 192,
+    robustness_on: RobustnessOn = "pope",
+    device: Devices = None,
+    dtype: Dtype = None,
+) -> None:
+    """Show the Pareto front of a fitted planner.
+
+    With -u, -r or -c also the policy's plan and the best evaluated plan for that preference.
+
+    Examples:
+
+    - `hipp front planner --picture front.png`
+    - `hipp front planner -u 0.2 -r 0.6 -c 0.2`
+    - `hipp front planner -u 1 --model ./llava-1.5-7b-hf --pope POPE.tsv --scienceqa SQA.tsv`
+    """
+    from hipp_ext.budget import check_ratio
+    from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+    from hipp_ext.planner import HiPPPlanner
+
+    for file in (picture, json_file):
+        if file is not None:
+            require_new_file(file, overwrite)
+    fitted = HiPPPlanner.load(planner)
+    if pruning_ratio is not None:
+        check_ratio(pruning_ratio)
+        fitted.pruning_ratio = pruning_ratio
+    answers, preference = None, read_preference(utility, robustness, compression)
+    if preference is None and (model or pruning_ratio is not None):
+        raise PreferenceError("--model and --pruning-ratio need a preference: give -u, -r or -c.")
+    if preference is not None:
+        loaded, evaluator = None, None
+        if model:
+            loaded, processor = load_model(model, device, dtype, spread=True)
+            evaluator = make_evaluator(
+                loaded, processor, pope, scienceqa, questions, planner, robustness_on
+            )
+        answers = answer(fitted, preference, loaded, evaluator)
+    print_front(fitted, answers)
+    if picture:
+        write_picture(fitted, answers, picture)
+    if json_file:
+        write_json(json_file, {"front": front_rows(fitted)})

@@ -1,0 +1,224 @@
+"""`hipp plan`: a model and a preference, or an allocator -> a plan file."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hipp_ext.cli.calibration import (
+    CalibrationFiles,
+    CalibrationOptions,
+    CalibrationRows,
+    ImageFolder,
+    SequenceLength,
+)
+from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
+from hipp_ext.cli.options import (
+    ALLOCATORS,
+    DEFAULT_PREFERENCE,
+    METHOD,
+    SCORERS,
+    Cache,
+    Compression,
+    DropOption,
+    Ratio,
+    Robustness,
+    RoundTo,
+    Utility,
+    read_bounds,
+    read_preference,
+    registered,
+)
+from hipp_ext.errors import PlanError
+from hipp_ext.files import require_new_file
+from hipp_ext.preference import Preference
+
+plan_app = typer.Typer()
+
+
+@plan_app.command()
+def plan(
+    model: ModelArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The plan file to write.")
+    ] = Path("plan.json"),
+    overwrite: Overwrite = False,
+    cache: Cache = None,
+    utility: Utility = None,
+    robustness: Robustness = None,
+    compression: Compression = None,
+    pruning_ratio: Ratio = None,
+    round_to: RoundTo = None,
+    drop: DropOption = None,
+    planner: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Planner that `hipp fit` wrote. Default: untrained.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    best_evaluated: Annotated[
+        bool,
+        typer.Option(
+            "--best-evaluated",
+            help="Take the best plan that the fit evaluated, not the policy's.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Ranks the units of a group: {', '.join(SCORERS)}. Default: wanda_sp.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    allocator: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Decides how many units each group keeps: planner (by the preference), or "
+            f"{', '.join(ALLOCATORS)} (by --pruning-ratio).",
+            rich_help_panel=METHOD,
+        ),
+    ] = "planner",
+    calibration: CalibrationFiles = None,
+    image_folder: ImageFolder = None,
+    calibration_rows: CalibrationRows = None,
+    sequence_length: SequenceLength = None,
+    device: Devices = None,
+    dtype: Dtype = None,
+) -> None:
+    """Create a pruning plan.
+
+    Weights default to utility 0.4, robustness 0.4, compression 0.2; if you give any weight, those
+    you omit are 0. Only their proportions count: `--pruning-ratio` fixes the size.
+
+    Examples:
+
+    - `hipp plan ./llava-1.5-7b-hf -u 0.4 -r 0.4 -c 0.2 --round-to 64 -o plan.json`
+    - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
+    - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
+    """
+    from hipp_ext.budget import check_ratio
+
+    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
+    weights = (utility, robustness, compression)
+    preference = read_preference(*weights)
+    require_model(model)
+    require_new_file(out, overwrite)
+    if pruning_ratio is not None:
+        check_ratio(pruning_ratio)
+    bounds = read_bounds(round_to, drop)
+    ranking = registered("scorer", scorer)() if scorer else None
+    if allocator == "planner":
+        preference = preference or DEFAULT_PREFERENCE
+        maker = _planner(planner, preference, pruning_ratio, ranking, bounds, cache)
+        if best_evaluated and not len(maker.archive):
+            raise PlanError(
+                "--best-evaluated needs a fitted planner: pass its folder by --planner."
+            )
+        options = {"preference": preference, "best_evaluated": best_evaluated, "log": typer.echo}
+    else:
+        for name, given in {
+            "a preference": preference,
+            "--planner": planner,
+            "--best-evaluated": best_evaluated,
+            "--cache": cache,
+        }.items():
+            if given:
+                raise PlanError(
+                    f"--allocator {allocator} and {name} exclude each other: omit one of them."
+                )
+        maker = _allocator(allocator, pruning_ratio, ranking, bounds)
+        options = {}
+    loaded, processor = load_model(model, device, dtype, spread=True)
+    options["calibration"] = data.read(loaded, processor)
+    made = maker.plan(loaded, processor=processor, progress=True, **options)
+    made.save(out, overwrite)
+    for line in _notes(maker, weights, pruning_ratio, preference):
+        typer.echo(line)
+    typer.echo(f"{out}: {_removes(made, loaded)}")
+    _print_plan(made)
+
+
+def _allocator(name: str, pruning_ratio: float | None, scorer: Any, bounds: dict[str, Any]) -> Any:
+    from hipp_ext.budget import Bounds
+
+    kind = registered("allocator", name)
+    if pruning_ratio is None:
+        raise PlanError(
+            f"--allocator {name} needs --pruning-ratio: only the planner can choose the ratio."
+        )
+    return kind(pruning_ratio=pruning_ratio, scorer=scorer, bounds=Bounds(**bounds))
+
+
+def _planner(
+    folder: Path | None,
+    preference: Preference,
+    pruning_ratio: float | None,
+    scorer: Any,
+    bounds: dict[str, Any],
+    cache: Path | None,
+) -> Any:
+    from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.planner.signal_cache import default_cache
+
+    planner = HiPPPlanner(preference, scorer=scorer)
+    if folder:
+        planner = HiPPPlanner.load(folder, scorer=scorer)
+    if pruning_ratio is not None:
+        planner.pruning_ratio = pruning_ratio
+    planner.bounds = dataclasses.replace(planner.bounds, **bounds)
+    planner.cache = cache or default_cache()
+    return planner
+
+
+def _notes(
+    maker: Any,
+    weights: Sequence[float | None],
+    pruning_ratio: float | None,
+    preference: Preference | None,
+) -> Iterator[str]:
+    """What the user should know about the planner's answer to a preference."""
+    if preference is None:
+        return
+    yield f"preference: {preference}"
+    largest = max((r.pruning_ratio for r in maker.archive.records), default=1.0)
+    if pruning_ratio and pruning_ratio > largest:
+        yield (
+            f"The fit evaluated no plan that removes more than {largest:.2f}: the allocation is "
+            "extrapolated."
+        )
+    given = [weight for weight in weights if weight is not None]
+    if len(given) == 1 and maker.pruning_ratio is None:
+        size = given[0] if 0 < given[0] < 1 else 0.3
+        yield (
+            "One weight was given, and only proportions count. To fix the size, add "
+            f"--pruning-ratio {size:g}."
+        )
+
+
+def _removes(plan: Any, model: Any) -> str:
+    """What a plan removes from a model: percentages, parameters, memory."""
+    prunable = sum(g.width * g.unit_parameters for g in plan.groups)
+    removed, weights = prunable - plan.kept_parameters, list(model.parameters())
+    fraction = removed / sum(p.numel() for p in weights)
+    return (
+        f"removes {100 * plan.pruning_ratio:.1f}% of the prunable parameters "
+        f"({removed:,} of {prunable:,}), {100 * fraction:.1f}% of all parameters, "
+        f"{removed * weights[0].element_size() / 2**20:.1f} MiB"
+    )
+
+
+def _print_plan(plan: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("group", "keep", "of", "")
+    for g in plan.groups:
+        table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
+    Console(markup=False).print(table)
