@@ -179,8 +179,8 @@ def _compare_split(
     yes_no = rule in RULES
     labels = [question.label for question in questions]
     clusters = [question.cluster for question in questions]
-    correct = [[p == label for p, label in zip(own, labels, strict=True)] for own in predictions]
-    paired = paired_difference(*correct, clusters, level=level, seed=seed)
+    a, b = ([p == label for p, label in zip(own, labels, strict=True)] for own in predictions)
+    paired = paired_difference(a, b, clusters, level=level, seed=seed)
     effect = 1.0 if math.isnan(paired.design_effect) else max(1.0, paired.design_effect)
     yes = np.asarray([[prediction == "yes" for prediction in own] for own in predictions])
     positive = np.asarray([label == "yes" for label in labels])
@@ -190,7 +190,7 @@ def _compare_split(
         rule=rule,
         split=split,
         paired=paired,
-        f1=_f1_difference(*yes, positive, clusters, level, seed) if yes_no else None,
+        f1=_f1_difference(yes, positive, clusters, level, seed) if yes_no else None,
         yes_a=yes_a,
         yes_b=yes_b,
         # If the models differ on fewer questions than one point, one point is assumed.
@@ -201,18 +201,13 @@ def _compare_split(
 
 
 def _f1_difference(
-    yes_a: np.ndarray,
-    yes_b: np.ndarray,
-    positive: np.ndarray,
-    clusters: Sequence[str],
-    level: float,
-    seed: int,
+    yes: np.ndarray, positive: np.ndarray, clusters: Sequence[str], level: float, seed: int
 ) -> Estimate:
     def difference(sums: np.ndarray) -> np.ndarray:
         hit_a, miss_a, hit_b, miss_b = np.moveaxis(sums, -1, 0)
         return f1_percent(hit_b, miss_b) - f1_percent(hit_a, miss_a)
 
-    columns = [column for yes in (yes_a, yes_b) for column in (yes & positive, yes ^ positive)]
+    columns = [column for own in yes for column in (own & positive, own ^ positive)]
     counts = np.stack(columns, axis=1).astype(float)
     return bootstrap_estimate(counts, clusters, difference, level=level, seed=seed)
 

@@ -121,10 +121,10 @@ def _is_file(place: Path) -> bool:
 
 def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Example, ...]:
     sides: dict[bool, list[tuple[AskedQuestion, str, str]]] = {True: [], False: []}
-    for question, *answers in zip(a.questions, a.answers, b.answers, strict=True):
-        correct_a, correct_b = (question.prediction(text) == question.label for text in answers)
+    for row in zip(a.questions, a.answers, b.answers, strict=True):
+        correct_a, correct_b = (row[0].prediction(text) == row[0].label for text in row[1:])
         if correct_a != correct_b:
-            sides[correct_a].append((question, *answers))
+            sides[correct_a].append(row)
     total = sum(map(len, sides.values()))
     draw, examples = random.Random(seed), []
     for side, own in sides.items():

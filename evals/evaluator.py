@@ -296,7 +296,7 @@ def answered(processor: Any, questions: Sequence[Question]) -> Batch:
 
 
 def _default_attack(processor: Any) -> Callable[[nn.Module, Batch], Batch]:
-    from hipp_ext.robust.attacks import ImageAttack
+    from hipp_ext.image_attacks import ImageAttack
 
     return ImageAttack(processor, epsilon=4 / 255, steps=10)
 

@@ -125,7 +125,7 @@ def pope_scores(
         )
     if wrong := set(labels) - {"Yes", "No"}:
         raise ValueError(f"POPE labels are Yes or No, not {sorted(map(str, wrong))[:3]}")
-    splits = {"overall": []}
+    splits: dict[str, list[int]] = {"overall": []}
     for row, category in enumerate(categories):
         for split in category.split(","):
             splits.setdefault(split, []).append(row)
@@ -190,6 +190,6 @@ def _rates(sums: np.ndarray) -> np.ndarray:
     return 100 * np.stack([ratio(part, whole) for part, whole in shares], axis=-1)
 
 
-def _scores(counts: np.ndarray, images: list[str], seed: int, resamples: int) -> POPEScores:
+def _scores(counts: np.ndarray, images: Sequence[str], seed: int, resamples: int) -> POPEScores:
     rates = rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=resamples)
     return POPEScores(n=len(counts), images=len(set(images)), **rates)

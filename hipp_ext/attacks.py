@@ -1,8 +1,8 @@
-"""Attacks on one tensor of a batch. Whatever else the batch holds (prompts, masks, labels) stays with its row.
+"""Attacks on one tensor of a batch; prompts, masks and labels stay with their rows.
 
-Libraries of attacks take `model(images) -> logits` and pick rows out of the images, so prompts that differ from row to row,
-yes/no answers and losses over generated tokens are out of their reach. Here the loss is any function of the batch and of the
-perturbed tensor.
+Libraries of attacks take `model(images) -> logits` and select rows of the images, so they cannot
+handle prompts that differ between rows, yes/no answers, or losses over generated tokens. Here the
+loss is any function of the batch and of the perturbed tensor.
 """
 
 import math
@@ -11,25 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import AttackError, UnsupportedModelError
 from hipp_ext.quantities import take_numbers
 
-LossFn = Callable[
-    [Any, Tensor], Tensor
-]  # (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
+# (batch, perturbed tensor) -> loss per row, or one loss; the attack raises it
+LossFn = Callable[[Any, Tensor], Tensor]
 MOMENTUM = 0.75
-INCREASES = 0.75  # share of steps that must raise the loss, or the step is halved
+MIN_INCREASES = 0.75  # fraction of steps that must raise the loss; otherwise the step is halved
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ball:
-    """All tensors that differ from a given one by at most `epsilon` per entry and lie within [low, high].
+    """All tensors within `epsilon` per entry of a given one, and within [low, high].
 
     Attributes:
-        epsilon, low, high: numbers, or tensors that broadcast against the perturbed one (one value per colour channel).
+        epsilon: radius; a number, or a tensor that broadcasts against the perturbed one, with one
+            value per colour channel for example.
+        low: least valid value, as `epsilon`.
+        high: largest valid value, as `epsilon`.
 
     Raises:
         AttackError: `epsilon` is not above zero and finite, or the range is empty.
@@ -48,11 +49,14 @@ class Ball:
         )
         if not bool((torch.isfinite(epsilon) & (epsilon > 0)).all()):
             raise AttackError(
-                f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs run no attack."
+                f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs, "
+                "run "
+                "no attack."
             )
         if not bool((low < high).all()):
             raise AttackError(
-                f"The range of valid values must not be empty, got [{low.tolist()}, {high.tolist()}]."
+                f"The range of valid values must not be empty, got [{low.tolist()}, "
+                f"{high.tolist()}]."
             )
 
     def on(self, x: Tensor) -> "Ball":
@@ -64,22 +68,24 @@ class Ball:
         return Ball(epsilon=epsilon, low=low, high=high)
 
     def check(self, x: Tensor) -> None:
-        """Raise AttackError unless `x` is floating point, finite and within the range (up to rounding)."""
+        """Raise AttackError unless `x` is floating point, finite and within the range."""
         if not x.is_floating_point():
             raise AttackError(
                 f"The perturbed tensor must be floating point, got {x.dtype}; divide bytes by 255."
             )
         if x.dtype in (torch.float16, torch.bfloat16):
             raise AttackError(
-                f"The perturbed tensor is {x.dtype}: a step of an attack is lost in its rounding, and the result would look "
-                "robust. Attack in float32: model.float()."
+                f"The perturbed tensor is {x.dtype}: steps of an attack are lost in its rounding, "
+                "and "
+                "the result would look robust. Attack in float32: model.float()."
             )
         ball = self.on(x)
         slack = 1e-4 * (ball.high - ball.low)  # type: ignore[operator]
         if not bool(((x >= ball.low - slack) & (x <= ball.high + slack)).all()):  # also catches NaN
             raise AttackError(
-                f"Values must lie in [{_span(ball.low)}, {_span(ball.high)}], got {float(x.min()):.4g} to "
-                f"{float(x.max()):.4g}. Images go in as they are before normalisation; put the normalisation into the model."
+                f"Values must lie in [{_span(ball.low)}, {_span(ball.high)}], got "
+                f"{float(x.min()):.4g} to {float(x.max()):.4g}. Pass images as they are before "
+                "normalisation, and put the normalisation into the model."
             )
 
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
@@ -97,14 +103,15 @@ class Ball:
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Projected gradient ascent by the gradient's sign: `pgd(loss_fn, batch, x)` -> perturbed tensor of x's shape.
+    """Projected gradient ascent by the gradient's sign: `pgd(loss_fn, batch, x)` -> perturbed x.
 
     Attributes:
-        ball: where the result must lie.
-        steps: gradients taken.
-        step_size: per step, in multiples of epsilon; None: 2.5 / steps.
-        random_start: begin at a random point of the ball instead of at `x`.
-        seed: of the random start; the global random state is neither read nor changed.
+        ball: ball around `x` that holds the result.
+        steps: number of gradient steps.
+        step_size: size of a step, in multiples of epsilon; None: 2.5 / steps.
+        random_start: start at a random point of the ball instead of at `x`.
+        seed: random seed of the starting point; the global random state is neither read nor
+            changed.
 
     Raises:
         AttackError: see `Ball`; `steps` is below one; or the loss is not finite.
@@ -137,13 +144,15 @@ class PGD:
 
 @dataclass(frozen=True, kw_only=True)
 class APGD:
-    """Auto-PGD: momentum, step sizes halved row by row where progress stalls, the best point of each row returned.
+    """Auto-PGD: PGD with momentum, and with step sizes that are halved where progress stalls.
 
-    `loss_fn` must give one loss per row.
+    It returns the best point of each row; `loss_fn` must give one loss per row.
 
     Attributes:
-        ball, steps, seed: as for PGD.
-        random_start: begin at a random point of the ball.
+        ball: ball around `x` that holds the result.
+        steps: number of gradient steps.
+        random_start: start at a random point of the ball instead of at `x`.
+        seed: random seed of the starting point.
 
     Source: Croce & Hein (arXiv 2003.01690), algorithm 1.
     Differs from the paper: `steps` gradients in all, the one at the start included.
@@ -165,7 +174,8 @@ class APGD:
         loss, gradient = loss_and_gradient(loss_fn, batch, moved)
         if loss.shape != x.shape[:1]:
             raise AttackError(
-                f"APGD needs one loss per row, {x.shape[0]} of them; the loss has shape {tuple(loss.shape)}."
+                f"APGD needs one loss per row, {x.shape[0]} of them; the loss has shape "
+                f"{tuple(loss.shape)}."
             )
         state = _Ascent(
             best=moved, best_loss=loss, best_gradient=gradient, step=torch.full_like(loss, 2.0)
@@ -180,7 +190,7 @@ class APGD:
             )
             previous, moved, before = moved, ahead, loss
             loss, gradient = loss_and_gradient(loss_fn, batch, moved)
-            state.see(moved, loss, gradient, loss > before)
+            state.update(moved, loss, gradient, loss > before)
             if i in checks:
                 halved = state.check()
                 moved = torch.where(_rows(halved, x), state.best, moved)
@@ -191,7 +201,7 @@ class APGD:
 
 @dataclass
 class _Ascent:
-    """What APGD remembers of every row."""
+    """State of APGD per row."""
 
     best: Tensor
     best_loss: Tensor
@@ -202,7 +212,7 @@ class _Ascent:
     halved_last: Tensor | None = None
     loss_last: Tensor | None = None
 
-    def see(self, moved: Tensor, loss: Tensor, gradient: Tensor, increased: Tensor) -> None:
+    def update(self, moved: Tensor, loss: Tensor, gradient: Tensor, increased: Tensor) -> None:
         better = loss > self.best_loss
         self.best = torch.where(_rows(better, moved), moved, self.best)
         self.best_gradient = torch.where(_rows(better, moved), gradient, self.best_gradient)
@@ -210,8 +220,8 @@ class _Ascent:
         self.increases, self.since = self.increases + increased.long(), self.since + 1
 
     def check(self) -> Tensor:
-        """Halve the step of the rows that oscillate or have stalled; which they are."""
-        halve = torch.as_tensor(self.increases < INCREASES * self.since)
+        """Halve the step of rows that oscillate or have stalled; returns which ones."""
+        halve = torch.as_tensor(self.increases < MIN_INCREASES * self.since)
         if self.loss_last is not None and self.halved_last is not None:
             halve = halve | (~self.halved_last & (self.best_loss <= self.loss_last))
         self.step = torch.where(halve, self.step / 2, self.step)
@@ -220,7 +230,7 @@ class _Ascent:
 
 
 def checkpoints(steps: int) -> frozenset[int]:
-    """Steps after which APGD looks back: at 22% of all, then at intervals that shrink by 3% down to 6%."""
+    """Steps after which APGD checks progress: at 22%, then at intervals that shrink by 3% to 6%."""
     before, share, result = 0.0, 0.22, set()
     while share < 1:
         result.add(math.ceil(share * steps - 1e-9))
@@ -246,12 +256,14 @@ def loss_and_gradient(loss_fn: LossFn, batch: Any, x: Tensor) -> tuple[Tensor, T
         )
     if gradient is None:
         raise AttackError(
-            "The loss does not depend on the perturbed tensor: is it detached, or computed without gradients?"
+            "The loss does not depend on the perturbed tensor; it may be detached, or computed "
+            "without "
+            "gradients."
         )
     return loss.detach(), gradient
 
 
-def _start(ball: Ball, x: Float[Tensor, "rows ..."]) -> tuple[Tensor, Ball]:
+def _start(ball: Ball, x: Tensor) -> tuple[Tensor, Ball]:
     x = x.detach()
     ball.check(x)
     return x, ball.on(x)
@@ -273,12 +285,13 @@ def _span(value: float | Tensor) -> str:
 
 
 def check_precision(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model in half precision: attacks are lost in its rounding."""
+    """Raise UnsupportedModelError for a model in half precision, whose rounding hides attacks."""
     half = sorted(
         {str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     )
     if half:
         raise UnsupportedModelError(
-            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks vanish in its rounding, and "
-            "it would look robust. Use model.float()."
+            f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks "
+            "vanish "
+            "in its rounding, and it would look robust. Use model.float()."
         )

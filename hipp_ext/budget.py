@@ -182,7 +182,7 @@ class Cost:
             terms=tuple((g.unit_parameters, ((0, ((i, 1),)),)) for i, g in enumerate(groups)),
         )
 
-    def __call__(self, keep_counts: Sequence[int]) -> int:
+    def __call__(self, keep_counts: Sequence[int] | np.ndarray) -> int:
         """The cost of a plan that keeps `keep_counts[i]` units of group i."""
         return int(self.many(np.asarray(keep_counts, dtype=np.int64)))
 

@@ -106,7 +106,8 @@ def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Ten
     last = length - int(positions.min())
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     try:
-        output = forward(model, batch, **({"logits_to_keep": last} if few else {}))
+        options: dict[str, Any] = {"logits_to_keep": last} if few else {}
+        output = forward(model, batch, **options)
     finally:
         handle.remove()
     hidden, logits = (

@@ -127,20 +127,6 @@ class PruningPlan:
         """A copy with some attributes changed."""
         return replace(self, **changes)
 
-    def to_tp_kwargs(self, model: Any) -> dict[str, Any]:
-        """Keyword arguments for torch-pruning's own pruner: `tp.pruner.BasePruner(model, inputs,
-        **plan.to_tp_kwargs(model))`.
-
-        Raises:
-            PlanError: the plan does not fit the model.
-            UnsupportedModelError: the stock pruner cannot carry this plan out on this model; the
-                message says why.
-            MissingExtraError: torch-pruning is not installed.
-        """
-        from hipp_ext.integrations.torch_pruning import stock_arguments
-
-        return stock_arguments(self, model)
-
     def to_json(self) -> str:
         """The plan as JSON text, readable and diffable: one group a line."""
         head = {

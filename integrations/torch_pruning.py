@@ -1,7 +1,7 @@
-"""torch-pruning on transformers models: plans carried out where the stock pruner hangs, corrupts, or does nothing.
+"""Plans in torch-pruning, also where its stock pruner hangs, corrupts, or does nothing.
 
-    pruner = PlanPruner(model, example_inputs, plan=plan)                         # any model that hipp_ext.prune takes
-    pruner = tp.pruner.BasePruner(model, example_inputs, **plan.to_tp_kwargs(model))  # the stock pruner where it is right
+    pruner = PlanPruner(model, example_inputs, plan=plan)  # any model that hipp_ext.prune takes
+    pruner = tp.pruner.BasePruner(model, example_inputs, **to_tp_kwargs(plan, model))  # or this
     pruner.step()
 
 Both, and `hipp_ext.prune(model, plan)`, leave the same weights.
@@ -29,9 +29,9 @@ from hipp_ext.integrations.torch_pruning_importance import (
     tp,
     traceless_group,
 )
-from hipp_ext.integrations.torch_pruning_stock import confirm, stock_arguments
+from hipp_ext.integrations.torch_pruning_stock import confirm, to_tp_kwargs
+from hipp_ext.modes import call, evaluating
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.scorers.base import evaluating
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, match
 from hipp_ext.surgery.prune import prune
 
@@ -46,24 +46,26 @@ __all__ = [
     "confirm",
     "find_channel_groups",
     "prune_channels",
-    "stock_arguments",
+    "to_tp_kwargs",
 ]
 
 
 class PlanPruner:
-    """torch-pruning's pruner interface over a hipp plan: `step()` prunes `model` in place, as `hipp_ext.prune` would.
+    """torch-pruning's pruner interface over a plan: `step()` prunes `model` in place.
 
-    Nothing is traced: no autograd, no `use_cache=False`, any attention implementation; frozen weights stay frozen, gradients
-    come along, train/eval stays as it was. The plan already says which units go, so there is no importance: to let a
-    torch-pruning importance choose them, make the plan with `TorchPruningScorer`.
+    Nothing is traced: no autograd, no `use_cache=False`, any attention implementation; frozen
+    weights stay frozen, gradients come along, train/eval stays as it was. The plan already says
+    which units go, so there is no importance: to let a torch-pruning importance choose them, make
+    the plan with `TorchPruningScorer`.
 
     Args:
         model: the model the plan was made for.
-        example_inputs: a mapping, a sequence or a tensor, as for the stock pruner. The model runs on them once here and once
-            when the plan has been carried out, so that a model whose forward cannot live with its new widths is noticed.
-            None: it does not.
+        example_inputs: a mapping, a sequence or a tensor, as for the stock pruner. The model runs
+            on them once here and once after pruning, so that a forward which fails with the new
+            widths is noticed. None: no such check.
         plan: what stays.
-        forward_fn: (model, example_inputs) -> anything; None: the inputs are unpacked into the model's call.
+        forward_fn: (model, example_inputs) -> anything; None: the inputs are unpacked into the
+            model's call.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -79,7 +81,7 @@ class PlanPruner:
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     ):
         self.model, self.example_inputs, self.plan = model, example_inputs, plan
-        self.forward_fn = forward_fn or _unpacked
+        self.forward_fn = forward_fn or call
         match(model, plan)
         self._kept = {
             e.name: tuple(range(e.width)) for e in plan.groups
@@ -99,13 +101,13 @@ class PlanPruner:
         """Carry the plan out.
 
         Args:
-            interactive: yield the groups that lose units, layer by layer, and prune nothing: `group.prune()` does, and a group
-                that is passed over stays whole.
+            interactive: yield the groups that lose units, layer by layer, and prune nothing:
+                `group.prune()` does, and a group that is passed over stays whole.
 
         Raises:
             PlanError: it was carried out before.
-            UnsupportedModelError: a layer cannot be sliced (nothing was changed; interactive: by this group), or the
-                model does not run on `example_inputs` any more.
+            UnsupportedModelError: a layer cannot be sliced (nothing was changed; interactive: by
+                this group), or the model does not run on `example_inputs` any more.
         """
         self._check_not_done()
         if interactive:
@@ -117,16 +119,17 @@ class PlanPruner:
         return None
 
     def pruning_history(self) -> list[list[Any]]:
-        """[layer name, output channels?, channels removed] of every pruned group, in order; plain JSON."""
+        """[layer name, whether output channels, removed channels] per pruned group, in order."""
         return [list(entry) for entry in self._history]
 
     def load_pruning_history(self, pruning_history: Sequence[Sequence[Any]]) -> None:
-        """Do again what a history says, on a model as it was before it; the plan is then not carried out.
+        """Repeat a pruning history on a model as it was before it, instead of the plan.
 
         Histories of the stock pruner are understood as far as they remove whole units.
 
         Raises:
-            PlanError: an entry is not about a group of the plan, or removes parts of units (nothing was changed).
+            PlanError: an entry is not about a group of the plan, or removes parts of units (nothing
+                was changed).
         """
         self._check_not_done()
         groups = match(self.model, self.plan)
@@ -145,7 +148,8 @@ class PlanPruner:
     def _check_not_done(self) -> None:
         if self._done:
             raise PlanError(
-                "This plan was carried out already; its units are those of the model before. Make a plan for the model as it "
+                "This plan was carried out already; its units are those of the model before. Make "
+                "a plan for the model as it "
                 "is now, and a new PlanPruner."
             )
 
@@ -156,7 +160,7 @@ class PlanPruner:
         self._check_forward()
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
-        """Prune the groups in `kept` to these of their present units, in one surgery; the others stay as they are."""
+        """Prune the groups in `kept` to these of their present units, in one surgery."""
         groups = find_groups(self.model, self.plan.towers)
         entries = [
             PlanGroup(
@@ -192,7 +196,8 @@ class PlanPruner:
     def _check_forward(self) -> None:
         if (error := self._failure()) is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} ran on example_inputs before it was pruned and does not now ({error}): its "
+                f"{type(self.model).__name__} ran on example_inputs before it was pruned and does "
+                f"not now ({error}): its "
                 "forward takes sizes from elsewhere than its layers. The plan has been carried out."
             ) from error
 
@@ -238,13 +243,14 @@ def columns_of(units: Sequence[int], columns: int) -> list[int]:
 
 
 def whole_units(name: str, channels: Sequence[int], size: int, width: int) -> set[int]:
-    """The units, of `size` channels each, that `channels` are; PlanError unless they are whole and fewer than `width`."""
+    """The units, of `size` channels each, in `channels`; PlanError unless all of them are whole."""
     units = {int(c) // size for c in channels}
     if sorted(int(c) for c in channels) != columns_of(sorted(units), size) or not units <= set(
         range(width)
     ):
         raise PlanError(
-            f"{name} has {width} units of {size} channels; these are not whole units of it: {list(channels)[:20]}"
+            f"{name} has {width} units of {size} channels; these are not whole units of it: "
+            f"{list(channels)[:20]}"
         )
     if len(units) == width:
         raise PlanError(f"{name}: all {width} units were to be removed; one at least must stay.")
@@ -252,7 +258,7 @@ def whole_units(name: str, channels: Sequence[int], size: int, width: int) -> se
 
 
 def _owner(groups: Sequence[Group], name: str, is_out: bool) -> tuple[Group, int]:
-    """The group that owns the output or input channels of the layer `name`, and how many of them a unit has."""
+    """(group that owns the output or input channels of a layer, channels per unit)."""
     for group in groups:
         if not is_out and name == group.consumer:
             return group, group.columns
@@ -260,11 +266,6 @@ def _owner(groups: Sequence[Group], name: str, is_out: bool) -> tuple[Group, int
             return group, group.rows[group.producers.index(name)]
     side = "output" if is_out else "input"
     raise PlanError(
-        f"The {side} channels of {name} belong to no group of the plan, whose groups are {[g.name for g in groups][:6]}."
+        f"The {side} channels of {name} belong to no group of the plan, whose groups are "
+        f"{[g.name for g in groups][:6]}."
     )
-
-
-def _unpacked(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)

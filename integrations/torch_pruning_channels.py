@@ -1,4 +1,4 @@
-"""The channels of a CNN as groups, read from torch-pruning's dependency graph: scored, counted, removed.
+"""The channels of a CNN as groups, read from torch-pruning's dependency graph.
 
 groups = find_channel_groups(model, pictures[:1])
 scores = channel_mrs(model, batches, loss, groups)         # for HippImportance
@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
-from hipp_ext.integrations.torch_pruning_graph import read_groups, run, traced, undone_on_error
+from hipp_ext.integrations.torch_pruning_graph import read_groups, traced, undone_on_error
 from hipp_ext.integrations.torch_pruning_probe import misrouted
-from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.group_loss import ChannelGroup, Loss, Reader, require_removable
-from hipp_ext.scorers.mrs import Form, measure, share_out
+from hipp_ext.modes import call, evaluating
+from hipp_ext.scorers.channels import ChannelGroup, require_removable
+from hipp_ext.scorers.gates import Loss
+from hipp_ext.scorers.mrs import Form, measure, unit_shares
 
-__all__ = ["ChannelGroup", "Reader", "channel_mrs", "find_channel_groups", "prune_channels", "run"]
+__all__ = ["ChannelGroup", "channel_mrs", "find_channel_groups", "prune_channels"]
 
 
 def find_channel_groups(
@@ -36,12 +37,14 @@ def find_channel_groups(
         model: traced once in eval mode, and left as it was; frozen weights are traced too.
         example_inputs: one row suffices.
         ignored: layers whose output channels must stay; everything coupled with them stays too.
-        forward_fn: (model, example_inputs) -> outputs; None: the inputs are unpacked into the model's call.
-        outputs: channels that no layer reads, the model's outputs, are groups too: for scores that a pruner asks for. They are
-            not removed by `prune_channels`.
+        forward_fn: (model, example_inputs) -> outputs; None: the inputs are unpacked into the
+            model's call.
+        outputs: channels that no layer reads, the model's outputs, are groups too: for scores that
+            a pruner asks for. They are not removed by `prune_channels`.
 
     Raises:
-        UnsupportedModelError: torch-pruning cannot trace the model or follow its channels, or no channels can be removed.
+        UnsupportedModelError: torch-pruning cannot trace the model or follow its channels, or no
+            channels can be removed.
     """
     with traced(model, example_inputs, ignored, forward_fn) as graph:
         found = _routed(graph, example_inputs, read_groups(graph, ignored), forward_fn)
@@ -49,11 +52,12 @@ def find_channel_groups(
     for group in found:
         if isinstance(group, UnsupportedModelError):
             raise group
-        if group.readers or outputs:
+        if group.consumers or outputs:
             groups.append(group)
     if not groups:
         raise UnsupportedModelError(
-            f"No channels of this {type(model).__name__} can be removed: no conv or linear layer was found whose outputs "
+            f"No channels of this {type(model).__name__} can be removed: no conv or linear layer "
+            "was found whose outputs "
             "another one reads. Custom attention or recurrent layers are not traced."
         )
     return tuple(groups)
@@ -66,18 +70,22 @@ def prune_channels(
     *,
     forward_fn: Callable | None = None,
 ) -> None:
-    """Remove channels in place, and everything that depends on them. On an error the model is what it was, to the bit.
+    """Remove channels in place, and everything that depends on them.
+
+    On an error the model is restored to the bit.
 
     Args:
         model: weights that stay keep their values to the bit.
         example_inputs: one row; the pruned model runs on it once.
-        kept: group name -> indices of the channels that stay, as `find_channel_groups` names them; other groups stay whole.
+        kept: group name -> indices of the channels that stay, as `find_channel_groups` names them;
+            other groups stay whole.
         forward_fn: as for `find_channel_groups`.
 
     Raises:
-        PlanError: a name is no group, an index is out of range or twice there, a group would lose all channels, or a grouped
-            convolution would be left with groups of different sizes.
-        UnsupportedModelError: the model cannot be traced, torch-pruning cannot carry this out, or the model would not run.
+        PlanError: a name is no group, an index is out of range or repeated, a group would lose
+            all channels, or a grouped convolution would be left with groups of different sizes.
+        UnsupportedModelError: the model cannot be traced, torch-pruning cannot carry this out, or
+            the model would not run.
     """
     with undone_on_error(model):
         with traced(model, example_inputs, forward_fn=forward_fn) as graph:
@@ -92,16 +100,19 @@ def prune_channels(
         for name, size in sizes.items():
             if tuple(_tensors(model)[name].shape) != size:
                 raise UnsupportedModelError(
-                    f"torch-pruning made {name} {tuple(_tensors(model)[name].shape)} where {size} was to stay. The model is as "
+                    f"torch-pruning made {name} {tuple(_tensors(model)[name].shape)} where {size} "
+                    "was to stay. The model is as "
                     "it was; list the layers that this one is coupled with in ignored."
                 )
         try:
             with evaluating(model), torch.no_grad():
-                (forward_fn or run)(model, example_inputs)
+                (forward_fn or call)(model, example_inputs)
         except Exception as error:
             raise UnsupportedModelError(
-                f"This {type(model).__name__} ran before its channels were removed and does not now ({error}): its forward "
-                "takes sizes from elsewhere than its layers. The model is as it was; list those in question of "
+                f"This {type(model).__name__} ran before its channels were removed and does not "
+                f"now ({error}): its forward "
+                "takes sizes from elsewhere than its layers. The model is as it was; list those in "
+                "question of "
                 f"{', '.join(g.name for g in groups)} in ignored."
             ) from error
 
@@ -112,10 +123,10 @@ def _routed(
     found: Sequence[ChannelGroup | UnsupportedModelError],
     forward_fn: Callable | None,
 ) -> list[ChannelGroup | UnsupportedModelError]:
-    """`found`, with an error in the place of groups whose channels do not arrive where they should."""
-    groups = [g for g in found if isinstance(g, ChannelGroup) and g.readers]
+    """`found`, with an error in the place of every group that torch-pruning misroutes."""
+    groups = [g for g in found if isinstance(g, ChannelGroup) and g.consumers]
     errors = misrouted(
-        graph.model, lambda: (forward_fn or run)(graph.model, example_inputs), groups
+        graph.model, lambda: (forward_fn or call)(graph.model, example_inputs), groups
     )
     return [errors.get(g.name, g) if isinstance(g, ChannelGroup) else g for g in found]
 
@@ -126,14 +137,15 @@ def _chosen(
     kept: Mapping[str, Sequence[int]],
 ) -> list[ChannelGroup]:
     """The groups that lose channels."""
-    groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.readers}
+    groups = {g.name: g for g in found if isinstance(g, ChannelGroup) and g.consumers}
     unknown = [g for g in found if isinstance(g, UnsupportedModelError)]
     for name, channels in kept.items():
         if name not in groups:
             if unknown:
                 raise unknown[0]
             raise PlanError(
-                f"{name} is no group of channels of this {type(model).__name__}; it has {list(groups)[:8]}, ..."
+                f"{name!r} is not a channel group of this {type(model).__name__}; its groups are "
+                f"{list(groups)[:8]}, ..."
             )
         if (
             not channels
@@ -141,7 +153,8 @@ def _chosen(
             or not set(channels) <= set(range(groups[name].width))
         ):
             raise PlanError(
-                f"{name} has channels 0 to {groups[name].width - 1}, of which one at least must stay; got "
+                f"{name} has channels 0 to {groups[name].width - 1}, of which one at least must "
+                "stay; got "
                 f"{list(channels)[:12]}."
             )
     chosen = [groups[n] for n, channels in kept.items() if len(channels) < groups[n].width]
@@ -152,7 +165,10 @@ def _chosen(
 def _check_grouped(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise PlanError unless every grouped convolution keeps as many outputs, and the same inputs, in each of its groups."""
+    """Raise PlanError unless the groups of every grouped convolution stay alike.
+
+    Each must keep the same number of outputs and the same inputs.
+    """
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.conv._ConvNd) or layer.groups in (1, layer.in_channels):
             continue
@@ -166,7 +182,8 @@ def _check_grouped(
                 not produced and not bool((rows == rows[0]).all())
             ):
                 raise PlanError(
-                    f"{name} has {layer.groups} groups of {rows.shape[1]} {'output' if produced else 'input'} channels; "
+                    f"{name} has {layer.groups} groups of {rows.shape[1]} "
+                    f"{'output' if produced else 'input'} channels; "
                     f"{'as many' if produced else 'the same ones'} must stay in each, not "
                     f"{stays.nonzero()[:, 0].tolist()[:16]}. Nothing was changed."
                 )
@@ -175,9 +192,9 @@ def _check_grouped(
 def _check_norms(
     graph: Any, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise PlanError unless every group norm keeps as many channels of each of its groups.
+    """Raise PlanError unless every group norm keeps the same number of channels per group.
 
-    Others would be normed together with channels that they never met, and if their number happens to be even, without a word.
+    Otherwise other channels would be normalised together, silently if their number is divisible.
     """
     stays: dict[str, Tensor] = {}
     for group in groups:
@@ -192,7 +209,8 @@ def _check_norms(
         rows = channels.view(graph.model.get_submodule(name).num_groups, -1)
         if len(set(rows.sum(1).tolist())) > 1 or not rows.any():
             raise PlanError(
-                f"{name} is a group norm of {len(rows)} groups of {rows.shape[1]} channels; as many must stay in each, not "
+                f"{name} is a group norm of {len(rows)} groups of {rows.shape[1]} channels; as "
+                "many must stay in each, not "
                 f"{channels.nonzero()[:, 0].tolist()[:16]}. Nothing was changed."
             )
 
@@ -205,16 +223,16 @@ def _sizes_after(
     for group in groups:
         gone = torch.ones(group.width, dtype=torch.bool)
         gone[list(kept[group.name])] = False
-        for share in group.shares:
-            sizes[share.parameter][share.dim] -= int(share.entries[gone].sum())
-        for reader in group.readers:
-            layer = model.get_submodule(reader.layer)
+        for part in group.slices:
+            sizes[part.parameter][part.dim] -= int(part.sizes[gone].sum())
+        for consumer in group.consumers:
+            layer = model.get_submodule(consumer.layer)
             if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (
                 1,
                 layer.in_channels,
             ):
-                sizes[f"{reader.layer}.weight"][1] -= (
-                    int(gone[reader.units[reader.units >= 0]].sum()) // layer.groups
+                sizes[f"{consumer.layer}.weight"][1] -= (
+                    int(gone[consumer.units[consumer.units >= 0]].sum()) // layer.groups
                 )
     return {name: tuple(size) for name, size in sizes.items()}
 
@@ -239,12 +257,13 @@ def _remove(graph: Any, group: ChannelGroup, kept: Sequence[int]) -> None:
     try:
         found = _doomed(graph, group, kept)
         for i, item in enumerate(found):
-            # An index that is there twice, as after a reshape, would be taken off the layer's size twice.
+            # A repeated index, as after a reshape, would reduce the layer's size twice.
             found[i] = type(item)(item.dep, list(dict.fromkeys(item.idxs)))
         found.prune()
     except Exception as error:  # it raises whatever its pruning functions bring up
         raise UnsupportedModelError(
-            f"torch-pruning cannot remove channels of {group.name}: {type(error).__name__}: {error}. The model is as it was; "
+            f"torch-pruning cannot remove channels of {group.name}: {type(error).__name__}: "
+            f"{error}. The model is as it was; "
             f"list {group.name} in ignored."
         ) from error
 
@@ -260,14 +279,16 @@ def channel_mrs(
     steps: int = 10,
     ratio: float = 0.5,
 ) -> dict[str, Float[Tensor, " channels"]]:
-    """Name of every layer of `groups` -> one MRS score per output channel, higher = keep: for `HippImportance`.
+    """Layer name -> one MRS score per output channel, higher = keep, for `HippImportance`.
 
-    Coupled layers get the same scores, which are comparable between groups: a channel's is its group's sensitivity times the
-    channel's Taylor score over the group's mean. Weights, gradients, requires_grad and train/eval stay as they were.
+    Coupled layers get the same scores, which are comparable between groups: a channel's is its
+    group's sensitivity times the channel's Taylor score over the group's mean. Weights, gradients,
+    requires_grad and train/eval stay as they were.
 
     Args:
         model: any that torch-pruning traces.
-        batches: inputs that were attacked already, for example by `hipp_ext.attacks.PGD`; whatever `loss` takes.
+        batches: inputs that were attacked already, for example by `hipp_ext.attacks.PGD`; whatever
+            `loss` takes.
         loss: (model, batch) -> mean loss.
         groups: from `find_channel_groups`.
         form, rho, steps, ratio: see `hipp_ext.scorers.MRS`.
@@ -286,12 +307,12 @@ def channel_mrs(
         )
     scores: dict[str, Tensor] = {}
     for group, value, unit in zip(groups, values, units, strict=True):
-        shared = share_out(value, unit).float()
+        shared = unit_shares(value, unit).float()
         if not torch.isfinite(shared).all():
             raise UnsupportedModelError(
                 f"MRS gave NaN or infinity for {group.name}: weights or activations are not finite."
             )
-        for layer, owner in zip(group.layers, group.owners, strict=True):
+        for layer, owner in zip(group.producers, group.producer_units, strict=True):
             before = scores.get(layer, torch.zeros(len(owner)))
             scores[layer] = torch.where(owner >= 0, shared[owner.clamp_min(0)], before)
     return scores

@@ -1,6 +1,6 @@
-"""torch-pruning's dependency graph of a model, read out: which channels go together, and what of each parameter.
+"""torch-pruning's dependency graph of a model as groups of channels, with what each channel owns.
 
-Its own pruning functions say how much they would take, asked on copies without data.
+How much a channel owns is found by torch-pruning's own pruning functions, on copies without data.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from hipp_ext.integrations.torch_pruning_importance import (
     output_channels,
     tp,
 )
-from hipp_ext.scorers.base import evaluating
-from hipp_ext.scorers.group_loss import ChannelGroup, Reader, Share
+from hipp_ext.modes import call, evaluating
+from hipp_ext.scorers.channels import ChannelGroup, ChannelSlice
+from hipp_ext.scorers.gates import Consumer
 
 OPTYPE: Any = tp.ops.OPTYPE  # type: ignore[reportAttributeAccessIssue]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
@@ -29,7 +30,7 @@ USUAL = ("weight", "bias")  # what torch-pruning slices of a convolution, a line
 
 
 class _Graph(tp.DependencyGraph):
-    """torch-pruning's, which takes the parts of a split in the order in which it meets them, with the parts in their order."""
+    """torch-pruning's graph, which does not keep the order of the parts of a split, corrected."""
 
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
@@ -51,7 +52,7 @@ class _Graph(tp.DependencyGraph):
 
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Where the block raises, every module holds the very parameters, buffers, hooks and attributes that it held before."""
+    """If the block raises, all parameters, buffers, hooks and attributes are restored."""
     held, values = [], [(t, t.detach().clone()) for t in model.buffers()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for module in model.modules():
@@ -87,37 +88,27 @@ def traced(
     ignored: Sequence[nn.Module] = (),
     forward_fn: Callable | None = None,
 ) -> Iterator[Any]:
-    """torch-pruning's dependency graph of `model`; train/eval and requires_grad are as before afterwards.
+    """torch-pruning's dependency graph of `model`, whose modes are restored afterwards.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, or does not run on `example_inputs`.
     """
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
     with undone_on_error(model), evaluating(model), warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", "Unwrapped parameters detected")
+        # A frozen layer would leave no trace in autograd, and would silently stay whole.
+        model.requires_grad_(True)
         try:
-            # A frozen layer leaves no trace in autograd, and would be left whole without a word.
-            model.requires_grad_(True)
-            try:
-                host: Any = _Graph()  # its annotations know no None
-                # Given none, it first tries the rows of a tensor as arguments, and takes layers for called twice.
-                graph = host.build_dependency(model, example_inputs, forward_fn or run)
-            except Exception as error:  # whatever a forward or the tracer raises
-                raise UnsupportedModelError(
-                    f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: {error}. Outputs must be "
-                    "tensors that depend on the weights through autograd; say forward_fn where the call is not model(inputs)."
-                ) from error
-            yield graph
-        finally:
-            for name, p in model.named_parameters():
-                p.requires_grad_(flags.get(name, True))
-
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """`model` on inputs given as a mapping, a sequence or a tensor."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+            host: Any = _Graph()  # its annotations do not allow None
+            # Without forward_fn, it first tries the rows of a tensor as arguments, and then takes
+            # layers for called twice.
+            graph = host.build_dependency(model, example_inputs, forward_fn or call)
+        except Exception as error:  # whatever a forward or the tracer raises
+            raise UnsupportedModelError(
+                f"torch-pruning cannot trace this {type(model).__name__}: {type(error).__name__}: "
+                f"{error}. Outputs must be tensors that depend on the weights through autograd; "
+                "pass forward_fn where the call is not model(inputs)."
+            ) from error
+        yield graph
 
 
 def read_groups(
@@ -136,7 +127,8 @@ def read_groups(
         )
     except Exception as error:  # it raises whatever its index mappings bring up
         raise UnsupportedModelError(
-            f"torch-pruning cannot group the channels of this {type(graph.model).__name__}: {type(error).__name__}: {error}. "
+            f"torch-pruning cannot group the channels of this {type(graph.model).__name__}: "
+            f"{type(error).__name__}: {error}. "
             "Operations that rearrange channels are often the reason."
         ) from error
     places = {name: i for i, (name, _) in enumerate(graph.model.named_modules())}
@@ -149,7 +141,7 @@ def read_groups(
 
 
 class _GroupReader:
-    """Ours for one of torch-pruning's groups, named after the first layer whose output channels are its units."""
+    """One of torch-pruning's groups as a ChannelGroup."""
 
     def __init__(
         self,
@@ -162,9 +154,9 @@ class _GroupReader:
         self.root = graph._module2name[found[0].dep.target.module]
         self.width = 0
         self.producers: dict[str, Tensor] = {}
-        self.readers: dict[str, Tensor] = {}
-        self.followers: dict[str, int] = {}
-        self.shares: dict[tuple[str, int], Tensor] = {}
+        self.consumers: dict[str, Tensor] = {}
+        self.norms: dict[str, int] = {}
+        self.slices: dict[tuple[str, int], Tensor] = {}
         self.obstacles: list[str] = []
 
     def read(self) -> ChannelGroup | UnsupportedModelError:
@@ -178,15 +170,17 @@ class _GroupReader:
         return ChannelGroup(
             name=next(n for n in names if torch.equal(self.producers[n], units)),
             width=self.width,
-            weights=tuple(f"{n}.weight" for n in names),
-            owners=tuple(self.producers[n] for n in names),
-            readers=tuple(
-                Reader(layer=n, units=self.readers[n])
-                for n in sorted(self.readers, key=self.places.__getitem__)
+            producers=tuple(names),
+            producer_units=tuple(self.producers[n] for n in names),
+            consumers=tuple(
+                Consumer(layer=n, units=self.consumers[n])
+                for n in sorted(self.consumers, key=self.places.__getitem__)
             ),
-            followers=tuple(self.followers.items()),
+            norms=tuple(self.norms.items()),
             obstacle="; ".join(dict.fromkeys(self.obstacles)),
-            shares=tuple(Share(parameter=n, dim=d, entries=e) for (n, d), e in self.shares.items()),
+            slices=tuple(
+                ChannelSlice(parameter=n, dim=d, sizes=e) for (n, d), e in self.slices.items()
+            ),
         )
 
     def _name(self, target: Any) -> str:
@@ -197,7 +191,7 @@ class _GroupReader:
         )[target]
 
     def _units(self) -> Tensor:
-        """The unit of each channel of the root: channels that end in one and the same channel elsewhere are one unit."""
+        """The unit of each channel of the root; channels that end in one channel are one unit."""
         first = list(range(len(self.found[0].idxs)))
 
         def find(i: int) -> int:
@@ -233,20 +227,24 @@ class _GroupReader:
         )
         if isinstance(target, CHANNEL_LAYERS) and dep.handler in (*OUT_HANDLERS, *IN_HANDLERS):
             self._read_layer(name, target, dep.handler, places)
-        self._read_shares(name, target, dep, places)
+        self._read_slices(name, target, dep, places)
 
     def _read_layer(self, name: str, layer: Any, handler: Any, places: Tensor) -> None:
         out = handler in OUT_HANDLERS
         size = output_channels(layer) if out else input_channels(layer)
         if int(places[0].max()) >= size:
             raise UnsupportedModelError(
-                f"torch-pruning counts {int(places[0].max()) + 1} channels of {self.root} where {name} has {size}: something "
-                f"between them, such as a PixelShuffle, rearranges channels. List {self.root} in ignored."
+                f"torch-pruning counts {int(places[0].max()) + 1} channels of {self.root} where "
+                f"{name} has {size}: something "
+                f"between them, such as a PixelShuffle, rearranges channels. List {self.root} in "
+                "ignored."
             )
-        owner = (self.producers if out else self.readers).setdefault(name, torch.full((size,), -1))
+        owner = (self.producers if out else self.consumers).setdefault(
+            name, torch.full((size,), -1)
+        )
         owner[places[0]] = places[1]
 
-    def _read_shares(self, name: str, target: Any, dep: Any, places: Tensor) -> None:
+    def _read_slices(self, name: str, target: Any, dep: Any, places: Tensor) -> None:
         """How much of each tensor goes with a unit, and what stands against it."""
         before = {"": target} if isinstance(target, nn.Parameter) else dict(_tensors(target))
         if obstacle := _obstacle(self.graph.model, name, target) or self._tie(name, target):
@@ -259,14 +257,14 @@ class _GroupReader:
         counts = torch.bincount(places[1], minlength=self.width)
         for (tensor, dim), number in taken.items():
             key = (f"{name}.{tensor}" if tensor else name, dim)
-            self.shares[key] = self.shares.get(key, 0) + number * counts
+            self.slices[key] = self.slices.get(key, 0) + number * counts
         if isinstance(target, NORMS):
             sizes = {
                 f"{name}.{n}": int(counts[0])
                 for (n, d) in taken
                 if d == 0 and n in dict(target.named_parameters())
             }
-            self.followers |= sizes
+            self.norms |= sizes
 
     def _tie(self, name: str, target: Any) -> str:
         """With which layers `target` shares a parameter, in words; empty where with none."""
@@ -354,7 +352,10 @@ def _obstacle(model: nn.Module, name: str, target: Any) -> str:
         isinstance(getattr(owner, "weight", None), Tensor)
         and owner._parameters.get("weight") is not owner.weight
     ):
-        return f"the weight of {name} is computed from other tensors (weight_norm, spectral_norm, a mask); make it plain first"
+        return (
+            f"the weight of {name} is computed from other tensors (weight_norm, spectral_norm, a "
+            "mask); make it plain first"
+        )
     elif _groups(owner) > 1 and not _depthwise(owner) and owner.transposed:
         return f"{name} is a transposed convolution with {owner.groups} groups"
     elif (
@@ -362,7 +363,10 @@ def _obstacle(model: nn.Module, name: str, target: Any) -> str:
         and not _depthwise(owner)
         and owner.groups in (owner.in_channels, owner.out_channels)
     ):
-        return f"{name} has {owner.in_channels} input and {owner.out_channels} output channels in {owner.groups} groups"
+        return (
+            f"{name} has {owner.in_channels} input and {owner.out_channels} output channels in "
+            f"{owner.groups} groups"
+        )
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Scores across the border: ours as a torch-pruning importance, torch-pruning's importances as our scorers.
+"""hipp scores as a torch-pruning importance, and torch-pruning's importances as hipp scorers.
 
 tp.pruner.BasePruner(model, example_inputs, importance=HippImportance(scores), ...)
 scores = TorchPruningScorer(tp.importance.LAMPImportance())(model)
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, MissingExtraError, PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear
-from hipp_ext.scorers.base import Scorer, evaluating, forward, per_unit, require_labels
+from hipp_ext.modes import evaluating, training_only
+from hipp_ext.scorers.base import Scorer, forward, per_unit, require_labels
+from hipp_ext.scorers.gates import GatedGroup, Loss, unit_taylor
 
 try:
     import torch_pruning as tp
@@ -38,27 +40,29 @@ GROUP_KEY = re.compile(r"(language|vision)\.\d+\.(attention|ffn)")
 
 
 class HippImportance(tp.importance.Importance):
-    """Our scores as a torch-pruning importance: called with a group, it returns one score per channel of the group's root.
+    """Scores as a torch-pruning importance: group -> one score per channel of the group's root.
 
     Args:
-        scores: higher = keep, by group or by layer, both kinds may be mixed:
-            "language.3.ffn" -> (width,), as every hipp scorer returns; "language.3.attention" -> (KV groups,) or, because
-            the stock pruner takes single query heads out of grouped-query attention, (query heads,);
-            "layer1.0.conv2" -> (output channels,), by the name of any conv or linear layer, or batch norm, of any model. Where
-            several scored layers are coupled (a residual stream) a channel's score is their mean.
-        model: where the names are looked up; None: in the model that torch-pruning traced.
-        skip_unscored: leave groups as they are in which no layer has scores; False: they raise.
+        scores: scores by group or by layer, higher = keep; both kinds may be mixed. A group such as
+            "language.3.ffn" has (width,) scores, as every scorer returns them, and
+            "language.3.attention" also (query heads,), because the stock pruner removes single
+            query heads. A layer such as "layer1.0.conv2", any convolution, linear layer or batch
+            norm, has (output channels,). Where several scored layers are coupled (a residual
+            stream), a channel's score is their mean.
+        model: model that the names belong to; None: the model that torch-pruning traced.
+        skip_unscored: leave groups without any scores as they are, instead of raising.
 
     Raises (on construction when `model` is given, else when first called):
         PlanError: a score is NaN or infinite, has the wrong length, or names nothing in the model.
         UnsupportedModelError (when called): a group without scores that is to be pruned.
 
-    With `iterative_steps` the layers shrink between steps: set `pruner.importance = HippImportance(new_scores)` before each.
+    With `iterative_steps` the layers shrink between steps: set `pruner.importance =
+    HippImportance(new_scores)` before each.
     """
 
     def __init__(
         self,
-        scores: Mapping[str, Tensor],
+        scores: Mapping[str, Any],  # tensors; what is not one is refused below
         *,
         model: nn.Module | None = None,
         skip_unscored: bool = False,
@@ -76,7 +80,7 @@ class HippImportance(tp.importance.Importance):
         model = self._model or getattr(group._DG, "model", None)
         if model is None:
             raise PlanError(
-                "This group was made without tracing: say HippImportance(scores, model=model)."
+                "This group was made without tracing: pass HippImportance(scores, model=model)."
             )
         if model is not self._resolved:
             self._resolve(model)
@@ -100,15 +104,19 @@ class HippImportance(tp.importance.Importance):
             isinstance(dep.layer, CHANNEL_LAYERS) and dep.handler in IN_HANDLERS for dep, _ in group
         ):
             outputs = (
-                "No layer reads them: they are outputs of the model, which are usually to stay (ignored_layers); to score them "
+                "No layer reads them: they are outputs of the model, which usually stay "
+                "(ignored_layers). To score them "
                 "too, give channel_mrs the groups of find_channel_groups(..., outputs=True). "
             )
         else:
             outputs = ""
         return UnsupportedModelError(
-            f"{missing} of {channels} channels have no scores in the group of {layers[:6]}; there are scores for "
-            f"{sorted(self.scores)[:6]}. {outputs}Score one of these layers, list them in ignored_layers, or say "
-            "skip_unscored=True to leave such groups as they are. Attention needs q_proj, k_proj and v_proj in num_heads."
+            f"{missing} of {channels} channels have no scores in the group of {layers[:6]}; there "
+            "are scores for "
+            f"{sorted(self.scores)[:6]}. {outputs}Score one of these layers, list them in "
+            "ignored_layers, or say "
+            "skip_unscored=True to leave such groups as they are. Attention needs q_proj, k_proj "
+            "and v_proj in num_heads."
         )
 
     def _items(self, group: Any) -> Iterator[tuple[Tensor, Sequence[int]]]:
@@ -131,13 +139,15 @@ class HippImportance(tp.importance.Importance):
                 continue
             if len(values) != size:
                 raise PlanError(
-                    f"The scores of {key} are for {len(values)} channels and the layer has {size} now: it was pruned since. "
+                    f"The scores of {key} are for {len(values)} channels and the layer has {size} "
+                    "now: it was pruned since. "
                     "Score again, and set pruner.importance = HippImportance(new_scores)."
                 )
             roots = item.root_idxs
             if any(r is None for r in roots):
                 raise UnsupportedModelError(
-                    f"torch-pruning cannot say which channels of the group's root belong to {key}, as under grouped-query "
+                    f"torch-pruning cannot say which channels of the group's root belong to {key}, "
+                    "as under grouped-query "
                     "attention. Score its group, such as language.3.attention, instead."
                 )
             yield values[list(channels)], roots
@@ -154,7 +164,8 @@ class HippImportance(tp.importance.Importance):
         groups = {g.name: g for g in find_groups(model, towers)} if towers else {}
         if unknown := [k for k in keys if k not in groups]:
             raise PlanError(
-                f"Scores for {unknown[:4]}, which are neither groups nor layers (conv, linear, batch norm) of this "
+                f"Scores for {unknown[:4]}, which are neither groups nor layers (conv, linear, "
+                "batch norm) of this "
                 f"{type(model).__name__}; it has {[*groups, *layers][:8]}, ..."
             )
         for key, values in self.scores.items():
@@ -170,22 +181,25 @@ class HippImportance(tp.importance.Importance):
 
 
 class TorchPruningScorer(Scorer):
-    """Any torch-pruning importance as a hipp scorer: one score per unit, the mean of the importance over its columns.
+    """Any torch-pruning importance as a scorer: a unit's score is the mean over its columns.
 
-    Nothing is traced: the importance sees every group whole, rooted at the inputs of its consumer (o_proj, down_proj).
+    Nothing is traced: the importance sees every group whole, rooted at the inputs of its consumer
+    (o_proj, down_proj).
 
     Args:
         importance: a torch-pruning importance, or any callable on a group.
-        gradients: fill `.grad` from the calibration's loss (its batches need `labels`; gradients add up over batches), put
-            back afterwards. None: for torch-pruning's Taylor importances only. False: the importance sees the gradients
-            that the model has.
+        gradients: whether `.grad` holds the gradients of the calibration's loss, summed over
+            batches (which need `labels`), while the importance is called. None: only for
+            torch-pruning's Taylor importances. False: `.grad` stays as it is.
 
     Raises (when called):
         CalibrationError: gradients are wanted and a batch has no labels.
-        UnsupportedModelError: the importance returns nothing for a group, or another number of scores than channels.
+        UnsupportedModelError: the importance returns nothing for a group, or another number of
+            scores than channels.
 
-    Differs from torch-pruning: under grouped-query attention the keys and values count too. A traced graph cannot say which
-    query heads they belong to, so the stock importances leave them out.
+    Differs from torch-pruning: under grouped-query attention the keys and values count too. A
+    traced graph cannot say which query heads they belong to, so the stock importances leave them
+    out.
     """
 
     def __init__(self, importance: Callable[[Any], Any], *, gradients: bool | None = None):
@@ -219,21 +233,22 @@ class TorchPruningScorer(Scorer):
                 else repr(values)
             )
             raise UnsupportedModelError(
-                f"{self.name} gave {got} for {group.name}, which has {size} channels; one score each is needed."
+                f"{self.name} gave {got} for {group.name}, which has {size} channels; one score "
+                "each is needed."
             )
         return values.detach().float()
 
 
 def channel_taylor(
-    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Float[Tensor, ""]]
+    model: nn.Module, batches: Iterable[Any], loss: Loss
 ) -> dict[str, Float[Tensor, " channels"]]:
-    """Name of every conv and linear layer -> one score per output channel, higher = keep; for any model, a CNN for example.
+    """Name of every conv and linear layer -> one score per output channel, higher = keep.
 
-    Root mean square over batches of the loss's derivative with respect to a gate on the channel. Weights, gradients and
-    train/eval stay as they were.
+    Root mean square over batches of the loss's derivative with respect to a gate on the channel.
+    Weights, gradients and train/eval modes stay as they were.
 
     Args:
-        model: any model; layers of it that the loss does not depend on score 0.
+        model: any model, a CNN for example; layers that the loss does not depend on score 0.
         batches: whatever `loss` takes.
         loss: (model, batch) -> scalar.
 
@@ -241,41 +256,36 @@ def channel_taylor(
         CalibrationError: there are no batches.
 
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8.
-    Differs from the paper: gates stand right after the layer, before a batch norm; squares are averaged over batches.
+    Differs from the paper: gates stand right after the layer, before a batch norm; squares are
+    averaged over batches.
     """
-    layers = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
-    }
-    gates = {
-        n: torch.ones(output_channels(m), device=m.weight.device, dtype=m.weight.dtype)
-        for n, m in layers.items()
-    }
-    squares = {n: torch.zeros(len(gate), dtype=torch.float64) for n, gate in gates.items()}
-    count = 0
-    with contextlib.ExitStack() as stack, evaluating(model), torch.enable_grad():
-        for name, layer in layers.items():
-            gate = gates[name].requires_grad_()
-            shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * len(layer.kernel_size))
-            hook = lambda _, args, out, g=gate, s=shape: out * g.view(s)  # noqa: E731
-            stack.callback(layer.register_forward_hook(hook).remove)
-        for batch in batches:
-            count += 1
-            gradients = torch.autograd.grad(
-                loss(model, batch), list(gates.values()), materialize_grads=True
-            )
-            for square, gradient in zip(squares.values(), gradients, strict=True):
-                square += gradient.double().square().cpu()
-    if not count:
+    batches = list(batches)
+    if not batches:
         raise CalibrationError("channel_taylor needs at least one batch.")
-    return {n: (s / count).sqrt().float() for n, s in squares.items()}
+    groups = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CHANNEL_LAYERS):
+            units = torch.arange(output_channels(layer))
+            groups.append(
+                GatedGroup(
+                    name=name,
+                    width=len(units),
+                    producers=(name,),
+                    producer_units=(units,),
+                    consumers=(),
+                )
+            )
+    with evaluating(model):
+        scores = unit_taylor(model, groups, loss, batches)
+    return {g.name: s.float() for g, s in zip(groups, scores, strict=True)}
 
 
 def traceless_group(
     model: nn.Module, group: Group, units: Sequence[int] | None = None, into: Any = None
 ) -> Any:
-    """The torch-pruning group of `units` (None: all) of `group`, made without tracing; indices are those of the units.
+    """The torch-pruning group of `units` (None: all) of `group`, made without tracing.
 
-    Its root are the input columns of the consumer, as in the stock pruner's attention groups.
+    Its root is the input columns of the consumer, as in the stock pruner's attention groups.
 
     Args:
         into: an empty `tp.Group` to fill; None: a new one.
@@ -333,7 +343,7 @@ def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
 
 
 def output_channels(layer: Any) -> int:
-    """The number of channels that a conv or linear layer, or a batch norm, makes; the order of its weight does not matter."""
+    """The number of output channels of a convolution, linear layer or batch norm."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return layer.num_features
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
@@ -343,21 +353,20 @@ def output_channels(layer: Any) -> int:
 def _gradients(
     model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
 ) -> Iterator[None]:
-    """Inside the block the layers of `groups`, and no others, hold the loss's gradients, summed over `batches`."""
+    """Inside the block only the layers of `groups` hold gradients, summed over batches."""
     require_labels(batches, "This importance needs gradients")
-    wanted = {
+    chosen = [
         p for g in groups for n in (*g.producers, g.consumer) for p in linear(model, n).parameters()
-    }
-    before = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    ]
+    before = [(p, p.grad) for p in model.parameters()]
     try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(parameter in wanted)
+        for parameter, _ in before:
             parameter.grad = None
-        with torch.enable_grad():
-            for batch in batches:
-                forward(model, batch, labels=True).loss.backward()
-        yield
+        with training_only(model, chosen):
+            with torch.enable_grad():
+                for batch in batches:
+                    forward(model, batch, labels=True).loss.backward()
+            yield
     finally:
-        for parameter, gradient, flag in before:
+        for parameter, gradient in before:
             parameter.grad = gradient
-            parameter.requires_grad_(flag)

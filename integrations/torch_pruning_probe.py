@@ -1,6 +1,6 @@
-"""Whether channels arrive where torch-pruning says: it does not follow a shuffle, and can take the parts of a split in turn.
+"""Checks that channels arrive where torch-pruning expects them, which a shuffle can prevent.
 
-NaN is put on some channels where they are made, and looked for where they are said to be read.
+NaN is put on some channels where they are produced, and looked for where they should be read.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.scorers.group_loss import ChannelGroup
+from hipp_ext.scorers.channels import ChannelGroup
 
-PROBES = 6  # a channel that is read elsewhere goes unnoticed once in (4/3)^6, and channels hardly ever go astray alone
+# A single misrouted channel is missed with a probability of (3/4)^6, and channels are hardly ever
+# misrouted alone.
+PROBES = 6
 
 
 def misrouted(
     model: nn.Module, forward: Callable[[], Any], groups: Sequence[ChannelGroup]
 ) -> dict[str, UnsupportedModelError]:
-    """Name of each group whose channels are read in another order than it says -> the error that says so.
+    """Group name -> error, for every group whose channels are read in an unexpected order.
 
-    Channels on which NaN never arrives (something in between removes it) give no verdict, and neither does a model that does
-    not run with NaN. Buffers are after it as they were before.
+    Channels on which NaN never arrives (something in between removes it) give no verdict, and
+    neither does a model that does not run with NaN. Buffers are restored.
     """
     generator = torch.Generator().manual_seed(0)
     marked = [torch.rand(PROBES, g.width, generator=generator) < 0.5 for g in groups]
@@ -44,7 +46,8 @@ def misrouted(
         arrived, expected = torch.stack(found)[:, units >= 0], marked[place][:, units[units >= 0]]
         if bool((arrived.any(0) & (expected & ~arrived).any(0)).any()):
             errors[group.name] = UnsupportedModelError(
-                f"The channels of {group.name} are read by {layer} in another order than torch-pruning takes them to be: a "
+                f"The channels of {group.name} are read by {layer} in another order than "
+                "torch-pruning takes them to be: a "
                 f"shuffle, split or reshape stands between. List {group.name} in ignored."
             )
     return errors
@@ -57,20 +60,20 @@ def _probe(
     marked: Sequence[Tensor],
     seen: dict[tuple[int, str], list[Tensor]],
 ) -> None:
-    """One forward pass; adds to `seen`, per group and reader, on which input channels NaN arrived."""
+    """Adds to `seen`, per group and consumer, on which input channels NaN arrived."""
     handles, here = [], {}
     made: dict[str, Tensor] = {}
     for place, group in enumerate(groups):
-        for name, owner in zip(group.layers, group.owners, strict=True):
+        for name, owner in zip(group.producers, group.producer_units, strict=True):
             marks = (owner >= 0) & marked[place][owner.clamp_min(0)]
             made[name] = made[name] | marks if name in made else marks
     for name, marks in made.items():
         handles.append(model.get_submodule(name).register_forward_hook(_mark(marks)))
-    readers: dict[str, list[int]] = {}
+    consumers: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
-        for reader in group.readers:
-            readers.setdefault(reader.layer, []).append(place)
-    for name, places in readers.items():
+        for consumer in group.consumers:
+            consumers.setdefault(consumer.layer, []).append(place)
+    for name, places in consumers.items():
         handles.append(
             model.get_submodule(name).register_forward_pre_hook(_look(name, places, here))
         )

@@ -1,4 +1,4 @@
-"""Plans for torch-pruning's own pruner: its arguments where it carries them out, the reason where it does not."""
+"""Plans for torch-pruning's own pruner: its arguments, or the reason why it cannot be used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +14,19 @@ from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, check_sliceable, match
 from hipp_ext.units import keep_masks
 
 
-def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
-    """What `plan.to_tp_kwargs(model)` returns: keyword arguments with which the stock pruner removes exactly the planned units.
+def to_tp_kwargs(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments with which the stock pruner removes exactly the units that `plan` removes.
 
-    `tp.pruner.BasePruner(model, example_inputs, **arguments).step()`, `example_inputs` a mapping of the forward's tensors.
-    The importance among them scores 1 for a unit that stays and 0 for one that goes; with another one in its place the plan's
-    keep counts are still met. Afterwards `confirm(model, plan)` checks that it happened, and makes the model fit for
-    `save_pruned`. The stock pruner leaves the model in eval mode.
+    `tp.pruner.BasePruner(model, example_inputs, **arguments).step()`, `example_inputs` a mapping of
+    the forward's tensors. The importance among them scores 1 for a unit that stays and 0 for one
+    that goes; with another one in its place the plan's keep counts are still met. Afterwards
+    `confirm(model, plan)` checks this, and prepares the model for `save_pruned`. The
+    stock pruner leaves the model in eval mode.
 
     Raises:
         PlanError: the plan does not fit the model.
-        UnsupportedModelError: the stock pruner would hang, or leave the plan undone without saying so; the message says
-            which group and why. PlanPruner carries the same plan out.
+        UnsupportedModelError: the stock pruner would hang, or leave the plan undone without saying
+            so; the message says which group and why. PlanPruner carries the same plan out.
     """
     groups = match(model, plan)
     check_sliceable(model, groups, plan)
@@ -33,7 +34,8 @@ def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
     for group, entry in pairs:
         if reason := _stock_fails(model, group, entry.keep):
             raise UnsupportedModelError(
-                f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use PlanPruner."
+                f"torch-pruning's stock pruner cannot carry out {group.name}: {reason} Use "
+                "PlanPruner."
             )
     masks = keep_masks(plan)
     producers = {linear(model, n) for g, _ in pairs for n in g.producers}
@@ -46,7 +48,8 @@ def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
         if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
     ]
     norms = [p for g, _ in pairs if g.kind == "attention" for p in _head_norms(model, g)]
-    # Half a unit less than is to go: the stock pruner keeps int(C * (1 - ratio)), which a rounding error makes one less.
+    # Half a unit less than the plan removes: the stock pruner keeps int(C * (1 - ratio)), and a
+    # rounding error would remove one unit more.
     ratios = {
         linear(model, n): (e.width - e.keep - 0.5) / e.width for g, e in pairs for n in g.producers
     }
@@ -55,7 +58,7 @@ def stock_arguments(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
             {g.name: masks[g.name].float() for g, _ in pairs}, model=model
         ),
         "pruning_ratio": 0.0,
-        # It looks at head ratios only where the width of a head is to shrink too, and then does not shrink it.
+        # It reads head ratios only where a head's width has a ratio too, which it then ignores.
         "pruning_ratio_dict": {m: 0.5 if m in heads else ratio for m, ratio in ratios.items()},
         "head_pruning_ratio_dict": {m: ratio for m, ratio in ratios.items() if m in heads},
         "num_heads": heads,
@@ -74,20 +77,27 @@ def _stock_fails(model: nn.Module, group: Group, keep: int) -> str | None:
     if not keep:
         return "it drops no block whole."
     if group.tower == "vision":
-        return "vision layers whose output is not read are missing from its graph, and it leaves them whole without a word."
+        return (
+            "vision layers whose output is not read are missing from its graph, and it silently "
+            "leaves them whole."
+        )
     layers = [linear(model, n) for n in (*group.producers, group.consumer)]
     if any(not p.requires_grad for m in layers for p in m.parameters()):
-        return "its weights are frozen; the stock pruner traces through gradients, and unfreezes what it prunes."
+        return (
+            "its weights are frozen; the stock pruner traces through gradients, and unfreezes what "
+            "it prunes."
+        )
     if group.kind == "attention" and group.columns != group.rows[1]:
         return (
-            f"{group.columns // group.rows[1]} query heads share a key head. The stock pruner removes query heads only, never "
+            f"{group.columns // group.rows[1]} query heads share a key head. The stock pruner "
+            "removes query heads only, never "
             "a key head with all its query heads, and does not come back where two share one."
         )
     return None
 
 
 def _head_norms(model: nn.Module, group: Group) -> list[nn.Parameter]:
-    """Parameters of an attention block that all heads share, such as the weights of q_norm: they block its group."""
+    """Parameters of an attention block that all heads share, such as the weights of q_norm."""
     owned = {linear(model, n) for n in (*group.producers, group.consumer)}
     return [
         p
@@ -103,18 +113,21 @@ def _logits_without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def confirm(model: nn.Module, plan: PruningPlan) -> None:
-    """Check that `model`, pruned by another pruner, is what `plan` says, and bring its sizes and config in line.
+    """Check that another pruner carried `plan` out on `model`, and update its sizes and config.
 
-    Afterwards it is as `hipp_ext.prune` would have left it: `save_pruned` works, and `model.hipp_plan` is the plan.
+    Afterwards it is as `hipp_ext.prune` would have left it: `save_pruned` works, and
+    `model.hipp_plan` is the plan.
 
     Raises:
-        PlanError: a group has another width than planned (the stock pruner skips groups without a word).
+        PlanError: a group has another width than planned (the stock pruner may skip groups
+            silently).
         UnsupportedModelError: what is left of a group cannot be mapped.
     """
     groups = {g.name: g for g in find_groups(model, plan.towers)}
     wrong = [
         f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "
-        f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} of {e.unit_parameters}"
+        f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} "
+        f"of {e.unit_parameters}"
         for e in plan.groups
         if e.name not in groups
         or (groups[e.name].width, groups[e.name].unit_parameters) != (e.keep, e.unit_parameters)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# The first three refuse arguments of a wrong type themselves, with messages that are tested. Checks of
-# the last would draw from Python's global generator, whose state a test compares.
+# These refuse arguments of a wrong type themselves, with messages that are tested; checks of the
+# last would draw from Python's global generator, whose state a test compares.
 UNCHECKED = {
     "hipp_ext.attacks",
+    "hipp_ext.planner.cost",
+    "hipp_ext.planner.fit",
     "hipp_ext.robust.evaluation",
     "hipp_ext.robust.losses",
-    "hipp_ext.planner.reward",
+    "hipp_ext.groups",
 }
 
 

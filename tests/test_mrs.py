@@ -21,14 +21,10 @@ from hipp_ext.integrations.torch_pruning import (
     prune_channels,
 )
 from hipp_ext.robust import ScoreSettings
+from hipp_ext.robust.scoring import unit_norms
 from hipp_ext.scorers import MRS, Taylor
-from hipp_ext.scorers.group_loss import (
-    first_order,
-    removal_mask,
-    unit_norms,
-    unit_taylor,
-    worst_case,
-)
+from hipp_ext.scorers.gates import unit_taylor
+from hipp_ext.scorers.group_loss import first_order, removal_mask, worst_case
 from hipp_ext.units import plan_from_counts, top_units
 
 FORMS = ("removal", "worst", "grad")
@@ -57,7 +53,7 @@ def cnn():
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_are_shares_of_the_sensitivity(form):
     model, inputs = build("llava_gqa"), batch("llava_gqa", labels=True)
-    scorer = MRS(form, attack_steps=2, steps=3)
+    scorer = MRS(form=form, attack_steps=2, steps=3)
     scores, values = scorer(model, [inputs]), scorer.sensitivity(model, [inputs])
     attacked = scorer._attacked(model, inputs)
     taylor = Taylor()(model, [attacked])
@@ -154,7 +150,7 @@ def test_bad_input():
     with pytest.raises(
         CalibrationError, match=r"MRS has the forms removal, worst, grad; got 'best'"
     ):
-        MRS("best")
+        MRS(form="best")
     with pytest.raises(
         CalibrationError, match="MRS needs a loss: calibration batch 0 has no labels"
     ):
@@ -169,8 +165,10 @@ def test_bad_input():
             UnsupportedModelError,
             match=r"has weights in torch.bfloat16: gradients of attacks vanish",
         ):
-            MRS(form)(build("llava").bfloat16(), [inputs])
-    assert MRS("grad", attack_steps=0)(build("llava").bfloat16(), [inputs])  # nothing is attacked
+            MRS(form=form)(build("llava").bfloat16(), [inputs])
+    assert MRS(form="grad", attack_steps=0)(
+        build("llava").bfloat16(), [inputs]
+    )  # nothing is attacked
 
 
 # Convolutions
@@ -197,8 +195,8 @@ def test_groups_of_a_resnet(cnn):
         "layer4.0.conv1",
         "layer4.0.conv2",
     ]
-    assert groups["layer2.0.conv2"].layers == ("layer2.0.conv2", "layer2.0.downsample.0")
-    assert [r.layer for r in groups["layer2.0.conv2"].readers] == [
+    assert groups["layer2.0.conv2"].producers == ("layer2.0.conv2", "layer2.0.downsample.0")
+    assert [r.layer for r in groups["layer2.0.conv2"].consumers] == [
         "layer3.0.conv1",
         "layer3.0.downsample.0",
     ]
@@ -313,7 +311,7 @@ def test_worst_case_beats_chance_and_first_order_foretells_small_balls(cnn):
 def test_unit_norms_weigh_every_tensor_alike(cnn):
     model, pictures, _ = cnn
     g = next(g for g in find_channel_groups(model, pictures[:1]) if g.name == "layer2.0.conv2")
-    (norms,) = unit_norms(model, [g], [g.owners])
+    norms = unit_norms(model, g)
     a, b = (
         w.detach().abs().flatten(1).sum(1)
         for w in (model.layer2[0].conv2.weight, model.layer2[0].downsample[0].weight)
@@ -346,7 +344,7 @@ def test_models_and_channels_that_cannot_be_removed(cnn):
         UnsupportedModelError, match="ran before its channels were removed and does not now"
     ):
         prune_channels(Stiff(), x, {"a": [0, 1]})
-    with pytest.raises(PlanError, match="layer9 is no group of channels"):
+    with pytest.raises(PlanError, match="'layer9' is not a channel group of this ResNet"):
         prune_channels(copy.deepcopy(model), pictures[:1], {"layer9": [0]})
     with pytest.raises(
         PlanError, match=r"conv1 has channels 0 to 63, of which one at least must stay; got \[64\]"

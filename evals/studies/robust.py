@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import nn
 
+from hipp_ext.budget import Bounds, Cost
 from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import resident
 from hipp_ext.evals.studies.measuring import (
@@ -30,22 +31,15 @@ from hipp_ext.evals.studies.measuring import (
 )
 from hipp_ext.files import write_atomic
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
-from hipp_ext.robust.allocation import (
-    Bounds,
-    Cost,
-    allocate,
-    channel_costs,
-    default_floor,
-    global_counts,
-    uniform_counts,
-)
+from hipp_ext.robust.allocation import allocate, default_min_keep, global_counts, uniform_counts
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import ImageData, load_data
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import MODEL_NAMES, build_model
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
-from hipp_ext.scorers.group_loss import ChannelGroup
+from hipp_ext.scorers.channels import ChannelGroup
 from hipp_ext.units import top_units
 
 if TYPE_CHECKING:
@@ -142,7 +136,7 @@ def run_job(
         start, memory = time.process_time(), resident("VmHWM", reset=True)
         loss, settings = (
             _loss(job.loss, setting),
-            TrainSettings(epochs=setting.tune, rate=0.05, seed=job.seed),
+            TrainSettings(epochs=setting.tune, lr=0.05, seed=job.seed),
         )
         counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
         scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
@@ -194,7 +188,7 @@ def dense_network(
     """
     torch.manual_seed(seed)
     model = build_model(network, len(data.classes), data.shape)
-    settings = TrainSettings(epochs=setting.dense, rate=0.1, seed=seed)
+    settings = TrainSettings(epochs=setting.dense, lr=0.1, seed=seed)
     train(
         model,
         data,
@@ -225,7 +219,7 @@ def _plan(
     """
     budget, bounds, widths = (
         macs(uniform),
-        Bounds(floor=default_floor(job.ratio)),
+        Bounds(min_keep=default_min_keep(job.ratio)),
         [g.width for g in groups],
     )
     settings = _scores(job, setting)

@@ -25,29 +25,30 @@ Data = Annotated[
 ]
 Root = Annotated[
     Path | None,
-    typer.Option("--root", help="Folder with the set's files as published; digits needs none."),
+    typer.Option("--root", help="Folder with the set's published files; digits needs none."),
 ]
 Epsilon = Annotated[
     str, typer.Option("--epsilon", help="L-inf radius for images in [0, 1], such as 8/255 or 0.1.")
 ]
-Loss = Annotated[str, typer.Option("--loss", help="pgd-at, trades or mart.")]
+Loss = Annotated[str, typer.Option("--loss", help="Adversarial loss: pgd-at, trades or mart.")]
 Awp = Annotated[
     bool,
-    typer.Option("--awp", help="Take gradients where the weights have moved against the loss."),
+    typer.Option("--awp", help="Adversarial weight perturbation: gradients at perturbed weights."),
 ]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Of the attack inside the loss.")]
-Epochs = Annotated[int, typer.Option("--epochs", min=0)]
-Batch = Annotated[int, typer.Option("--batch-size", min=1)]
-Rate = Annotated[float, typer.Option("--rate", help="Greatest learning rate of the cycle.")]
-Form = Annotated[str, typer.Option("--form", help="Of MRS: removal, worst or grad.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Gradient steps of the loss's attack.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=0, help="Epochs of training.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Largest learning rate of the cycle.")]
+Form = Annotated[str, typer.Option("--form", help="Form of MRS: removal, worst or grad.")]
 Ranking = Annotated[
     str,
     typer.Option(
-        "--ranking", help="Of a module's channels: bn, taylor, l1, or auto (bn where it can)."
+        "--ranking",
+        help="Ranking of the channels of a group: bn, taylor, l1, or auto (bn if possible).",
     ),
 ]
-Rows = Annotated[int, typer.Option("--rows", min=1, help="Training images to score on.")]
-Seed = Annotated[int, typer.Option("--seed")]
+Rows = Annotated[int, typer.Option("--rows", min=1, help="Number of training images to score.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")
@@ -69,12 +70,12 @@ def robust_train(
     steps: Steps = 10,
     epochs: Epochs = 30,
     batch_size: Batch = 128,
-    rate: Rate = 0.1,
+    lr: LearningRate = 0.1,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a network from nothing, adversarially. Interrupted, the same command goes on.
+    """Train a network from scratch, adversarially. If interrupted, run the same command to resume.
 
     Example: `hipp robust train --network small-resnet --data digits --epsilon 0.1 --out dense`
     """
@@ -87,16 +88,15 @@ def robust_train(
     from hipp_ext.surgery.checkpoint import resolve_device
 
     require_new(out, overwrite)
-    images, wanted = load_data(data, root, seed=seed), _loss(loss, awp, epsilon, steps)
+    images, objective = load_data(data, root, seed=seed), _loss(loss, awp, epsilon, steps)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_model(network, len(images.classes), images.shape).to(resolve_device(device))
-    settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
+    settings = TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     running = _running(out)
-    with _progress(epochs) as report:
-        train(
-            model, images, wanted, settings, checkpoint=running / "train.safetensors", report=report
-        )
+    with _progress(epochs) as on_epoch:
+        checkpoint = running / "train.safetensors"
+        train(model, images, objective, settings, checkpoint=checkpoint, on_epoch=on_epoch)
     config = ClassifierFile(
         network=network, classes=images.classes, shape=images.shape, data=data, split=seed
     )
@@ -117,7 +117,7 @@ def robust_score(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Robustness sensitivity of every module: how far the loss under attack rises when it suffers.
+    """Show how far the loss under attack rises for every group of channels (MRS).
 
     Example: `hipp robust score dense --epsilon 0.1`
     """
@@ -133,7 +133,7 @@ def robust_score(
     example = images.train.rows(slice(0, 1))[0].to(next(network.parameters()).device)
     groups = find_channel_groups(network, example, ignored=fixed_layers(network))
     found = score(network, images.train, groups, settings)
-    table = Table("module", "channels", f"MRS {form}{' (clean)' * clean} [nats]")
+    table = Table("group", "channels", f"MRS {form}{' (clean)' * clean} [nats]")
     for group, value in zip(groups, found.sensitivity, strict=True):
         table.add_row(group.name, str(group.width), f"{value:.4f}")
     Console(markup=False).print(table)
@@ -152,11 +152,11 @@ def robust_prune(
     pruning_ratio: Annotated[
         float | None,
         typer.Option(
-            help="Share of the channels to remove; the budget is what a uniform plan at it costs."
+            help="Fraction of channels to remove; the budget is the cost of the uniform plan."
         ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead: the share of the cost that may stay.")
+        float | None, typer.Option(help="Instead: fraction of the cost that may stay.")
     ] = None,
     cost: Annotated[str, typer.Option(help="What the budget counts: macs or parameters.")] = "macs",
     root: Root = None,
@@ -166,30 +166,29 @@ def robust_prune(
     rows: Rows = 512,
     alpha: Annotated[
         float,
-        typer.Option(min=0, help="How sharply the allocation follows the sensitivity; 0: uniform."),
+        typer.Option(min=0, help="How closely the allocation follows the sensitivity; 0: uniform."),
     ] = 0.25,
-    floor: Annotated[
+    min_keep: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Least share of a module's channels to keep; default: 0.125, less above ratio 0.75.",
+            help="Least fraction of a group's channels to keep; default: 0.125, or less.",
         ),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Prune in steps, scored and fine-tuned anew.")
-    ] = 1,
     loss: Loss = "trades",
     awp: Awp = False,
     steps: Steps = 10,
     epochs: Epochs = 0,
     batch_size: Batch = 128,
-    rate: Rate = 0.05,
+    lr: LearningRate = 0.05,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score, allocate, prune, measure batch norms again; and with --epochs fine-tune. Interrupted, the same command goes on.
+    """Score, allocate, prune, and measure batch norms again; with --epochs also fine-tune.
+
+    If interrupted, run the same command to resume.
 
     Examples:
 
@@ -197,7 +196,7 @@ def robust_prune(
 
     `hipp robust prune dense --budget 0.25 --cost parameters --epsilon 0.1 --out quarter`
     """
-    from hipp_ext.robust.allocation import Bounds
+    from hipp_ext.budget import Bounds
     from hipp_ext.robust.checkpoint import save_classifier
     from hipp_ext.robust.pipeline import MRPFSettings, mrpf
     from hipp_ext.robust.training import TrainSettings
@@ -212,19 +211,18 @@ def robust_prune(
         **chosen,
         scores=_scores(form, ranking, epsilon, rows, seed, False),
         alpha=alpha,
-        bounds=None if floor is None else Bounds(floor=floor),
-        rounds=rounds,
-        train=TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed),
+        bounds=None if min_keep is None else Bounds(min_keep=min_keep),
+        train=TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed),
     )
     network, config, images = _load(model, root, device)
-    with _progress(epochs * rounds) as report:
+    with _progress(epochs) as on_epoch:
         result = mrpf(
             network,
             images,
             settings,
             loss=_loss(loss, awp, epsilon, steps),
             folder=_running(out),
-            report=report,
+            on_epoch=on_epoch,
         )
     before = config.kept or {}
     kept = {
@@ -235,13 +233,14 @@ def robust_prune(
         result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite
     )
     typer.echo(
-        f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the parameters of {model} stay; "
-        f"{100 * (1 - result.macs):.1f}% and {100 * (1 - result.parameters):.1f}% are removed"
+        f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the "
+        f"parameters of {model} stay; {100 * (1 - result.macs):.1f}% and "
+        f"{100 * (1 - result.parameters):.1f}% are removed"
     )
     if pruning_ratio is not None:
         typer.echo(
-            f"--pruning-ratio {pruning_ratio:g} counts channels; a layer costs its input times its output channels, so "
-            "that more of the cost goes than of the channels."
+            f"--pruning-ratio {pruning_ratio:g} counts channels. A layer costs its input times its "
+            "output channels, so a larger fraction of the cost is removed than of the channels."
         )
 
 
@@ -256,12 +255,12 @@ def robust_finetune(
     steps: Steps = 10,
     epochs: Epochs = 15,
     batch_size: Batch = 128,
-    rate: Rate = 0.05,
+    lr: LearningRate = 0.05,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a model on, adversarially. Interrupted, the same command goes on.
+    """Fine-tune a model adversarially. If interrupted, run the same command to resume.
 
     Example: `hipp robust finetune pruned --epsilon 0.1 --epochs 15 --out tuned`
     """
@@ -270,15 +269,15 @@ def robust_finetune(
 
     require_new(out, overwrite)
     network, config, images = _load(model, root, device)
-    settings = TrainSettings(epochs=epochs, batch_size=batch_size, rate=rate, seed=seed)
-    with _progress(epochs) as report:
+    settings = TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    with _progress(epochs) as on_epoch:
         train(
             network,
             images,
             _loss(loss, awp, epsilon, steps),
             settings,
             checkpoint=_running(out) / "train.safetensors",
-            report=report,
+            on_epoch=on_epoch,
         )
     save_classifier(network, config, out, overwrite=overwrite)
     typer.echo(f"{out}: fine-tuned by {loss} for {epochs} epochs")
@@ -292,18 +291,19 @@ def robust_evaluate(
     attacks: Annotated[
         str,
         typer.Option(
-            help="Of pgd, apgd, apgd-ce, apgd-t, fab-t, square; the last four are AutoAttack."
+            help="Attacks: pgd, apgd, apgd-ce, apgd-t, fab-t, square. The last four are AutoAttack."
         ),
     ] = "pgd,apgd-ce,apgd-t,fab-t,square",
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Test images, the first ones; default: all.")
+        int | None,
+        typer.Option("--n", min=1, help="Number of test images, the first ones; default: all."),
     ] = None,
     batch_size: Batch = 256,
     seed: Seed = 0,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Accuracy on the test images, clean and under attack, with standard errors and signs of gradient masking.
+    """Measure accuracy on the test images, clean and under attack, and look for gradient masking.
 
     Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
     """
@@ -323,28 +323,28 @@ def robust_evaluate(
         attacks=attacks.split(","),
         batch_size=batch_size,
         seed=seed,
-        say=lambda t: typer.echo(t, err=True),
+        log=lambda line: typer.echo(line, err=True),
     )
     table = Table("", f"accuracy [%] of {found.n} images")
     table.add_row("clean", f"{found.clean:.1f}")
     for name, value in found.under.items():
         table.add_row(name, f"{value:.1f}")
-    table.add_row("worst of all", f"{found.worst:.1f} ± {found.worst_se:.1f}")
+    table.add_row("worst case", f"{found.worst:.1f} ± {found.worst_se:.1f}")
     for name, value in zip(images.classes, found.per_class, strict=True):
         table.add_row(
-            shown(f"  class {name}, worst of all"), "-" if value is None else f"{value:.1f}"
+            shown(f"  class {name}, worst case"), "-" if value is None else f"{value:.1f}"
         )
     Console(markup=False).print(table)
     for sign in found.signs:
         typer.secho(
-            f"Suspicious: {sign}. The model may be less robust than this says.", fg="yellow"
+            f"Suspicious: {sign}. The model may be less robust than these figures.", fg="yellow"
         )
     if json_file is not None:
         write_json(json_file, found.as_dict())
 
 
 def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any, Any]:
-    """(model, its config, the image set it was trained on, split as it was then: no test image was trained on)."""
+    """(model, its config, the image set that it was trained on, with the same split)."""
     from hipp_ext.robust.checkpoint import load_classifier
     from hipp_ext.robust.data import load_data
     from hipp_ext.surgery.checkpoint import resolve_device
@@ -353,7 +353,9 @@ def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any
     images = load_data(config.data, root, seed=config.split)
     if images.classes != config.classes or images.shape != config.shape:
         raise AttackError(
-            f"{folder} was trained on other images than {config.data} in {root} holds."
+            f"{folder} was trained on images of other classes or another shape than {config.data} "
+            "in "
+            f"{root} has."
         )
     return model.to(resolve_device(device)), config, images
 
@@ -390,7 +392,7 @@ def _running(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _progress(epochs: int) -> Iterator[Any]:
-    """A bar over epochs; yields what is called after each."""
+    """A progress bar over epochs; yields the callback for each."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -1,12 +1,15 @@
-"""Robust pruning (MRPF): adversarial losses, attacks, models, data, the pipeline, and its evaluation.
+"""Robust pruning (MRPF) of image classifiers, from data to evaluation.
 
-result = mrpf(model, load_data("digits"), MRPFSettings(pruning_ratio=0.75), loss=TRADES(epsilon=0.1))
+data = load_data("digits")
+result = mrpf(model, data, MRPFSettings(pruning_ratio=0.75), loss=TRADES(epsilon=0.1))
 evaluate(result.model, data.test, 10, epsilon=0.1).worst
 """
 
 from hipp_ext.attacks import APGD, PGD, Ball
-from hipp_ext.robust.allocation import Bounds, allocate, channel_costs
-from hipp_ext.robust.attacks import ImageAttack
+from hipp_ext.budget import Bounds
+from hipp_ext.image_attacks import ImageAttack
+from hipp_ext.robust.allocation import allocate
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import ImageData, Images, load_data
 from hipp_ext.robust.evaluation import RobustReport, evaluate
 from hipp_ext.robust.losses import AWP, MART, PGDAT, TRADES

@@ -11,10 +11,10 @@ from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.files import new_folder
 from hipp_ext.robust.models import build_model
 
-MOST_TEXT = 16 * 2**20  # bytes of config.json
-MOST_CLASSES, MOST_CHANNELS, MOST_PIXELS = 100_000, 1024, 16_384  # of a classifier and its pictures
-TRACED = 64  # pixels a side are enough to follow channels
-Side = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+MAX_TEXT = 16 << 20  # bytes of config.json
+MAX_CLASSES, MAX_CHANNELS, MAX_SIDE = 100_000, 1024, 16_384
+TRACE_SIDE = 64  # pixels; enough to trace channels
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class ClassifierFile(BaseModel):
@@ -22,18 +22,18 @@ class ClassifierFile(BaseModel):
 
     Attributes:
         network: name for `build_model`.
-        classes: their names.
+        classes: names of the classes.
         shape: (channels, height, width) of the images.
-        data: name of the image set it was trained on.
-        split: seed of the set's split into training and test images, where it is drawn (digits).
-        kept: group -> channels of the dense network that stayed; None: all.
+        data: name of the image set that it was trained on.
+        split: random seed of the split into training and test images (digits).
+        kept: group -> channels of the dense network that stay; None: all.
     """
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
     network: str
-    classes: tuple[str, ...] = Field(min_length=1, max_length=MOST_CLASSES)
-    shape: tuple[Annotated[int, Field(ge=1, le=MOST_CHANNELS)], Side, Side]
+    classes: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    shape: tuple[Annotated[int, Field(ge=1, le=MAX_CHANNELS)], Side, Side]
     data: str
     split: int = 0
     kept: dict[str, tuple[int, ...]] | None = None
@@ -42,10 +42,10 @@ class ClassifierFile(BaseModel):
 def save_classifier(
     model: nn.Module, config: ClassifierFile, folder: str | Path, *, overwrite: bool = False
 ) -> None:
-    """Write a classifier; the folder appears whole or not at all.
+    """Write a classifier; the folder appears complete or not at all.
 
     Raises:
-        OutputExistsError: the folder is there, and `overwrite` is False.
+        OutputExistsError: the folder exists, and `overwrite` is False.
     """
     from safetensors.torch import save_file
 
@@ -58,12 +58,14 @@ def save_classifier(
 
 
 def load_classifier(folder: str | Path) -> tuple[nn.Module, ClassifierFile]:
-    """(model in eval mode, its config) from a folder that `save_classifier` wrote; the random state stays as it is.
+    """(model in eval mode, its config) from a folder that `save_classifier` wrote.
 
-    The folder may come from anywhere: sizes are checked before anything is built, and only numbers and text are read.
+    The folder is untrusted: sizes are checked before anything is built, and only numbers and text
+    are read. The global random state stays as it is.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or damaged, or its weights do not fit its config.
+        CheckpointError: the folder is missing, incomplete or damaged, or its weights do not fit its
+            config.
         MissingExtraError: the network's library is not installed.
     """
     path = Path(folder)
@@ -78,22 +80,22 @@ def load_classifier(folder: str | Path) -> tuple[nn.Module, ClassifierFile]:
     except Exception as error:  # pydantic's, safetensors', torch's, the file system's
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(
-            f"{path} holds no classifier that `hipp robust` can read ({reason}): model.safetensors and config.json as "
-            "`hipp robust train` writes them are needed."
+            f"{path} holds no classifier that `hipp robust` can read ({reason}): model.safetensors "
+            "and config.json as `hipp robust train` writes them are needed."
         ) from error
     return model.eval(), config
 
 
 def _text(path: Path) -> str:
-    if not path.is_file() or path.stat().st_size > MOST_TEXT:
-        raise ValueError(f"{path.name} is missing, or larger than {MOST_TEXT >> 20} MB")
+    if not path.is_file() or path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path.name} is missing, or larger than {MAX_TEXT >> 20} MB")
     return path.read_text(encoding="utf-8")
 
 
 def _weights(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path.name} is missing")
     return load_file(path)
 
@@ -105,8 +107,8 @@ def _empty(config: ClassifierFile) -> nn.Module:
     if config.kept is not None:
         from hipp_ext.integrations.torch_pruning_channels import prune_channels
 
-        # What channels go with is the same for pictures of any size.
-        height, width = (min(n, TRACED) for n in config.shape[1:])
+        # The coupling of channels does not depend on the size of the images.
+        height, width = (min(n, TRACE_SIDE) for n in config.shape[1:])
         prune_channels(model, torch.zeros(1, config.shape[0], height, width), config.kept)
     return model
 

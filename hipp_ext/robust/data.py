@@ -1,6 +1,6 @@
-"""Image sets for robust pruning: scikit-learn's digits, and SVHN, CIFAR-10/100 and Tiny-ImageNet from local folders.
+"""Image sets: scikit-learn's digits, and CIFAR, SVHN and Tiny-ImageNet from local folders.
 
-Nothing is downloaded. Files are read in the formats that their authors publish, and checked.
+Nothing is downloaded.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,26 @@ from torch import Tensor
 from hipp_ext.errors import DataError, MissingExtraError
 
 LAYOUTS = {
-    "svhn": "train_32x32.mat and test_32x32.mat (format 2, http://ufldl.stanford.edu/housenumbers)",
-    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta (the Python version)",
-    "cifar100": "cifar-100-python/ with train, test and meta (the Python version)",
-    "tiny-imagenet": "tiny-imagenet-200/ with wnids.txt, train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
+    "svhn": "train_32x32.mat and test_32x32.mat (format 2, unchanged, "
+    "http://ufldl.stanford.edu/housenumbers)",
+    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and "
+    "batches.meta "
+    "(the Python version, unchanged)",
+    "cifar100": "cifar-100-python/ with train, test and meta (the Python version, unchanged)",
+    "tiny-imagenet": "tiny-imagenet-200/ with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
     "val/val_annotations.txt",
 }
 DATA_NAMES = ("digits", *LAYOUTS)
-SLACK = 1e-4  # as the attacks allow
+TOLERANCE = 1e-4  # the same as that of attacks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
-    """Pictures with their classes.
+    """Images with their classes.
 
     Attributes:
-        images: (rows, channels, height, width), bytes, or float32 in [0, 1]; values a rounding error outside, as after a
-            normalisation that was undone, count as 0 and 1.
+        images: (rows, channels, height, width), bytes, or float32 in [0, 1]. Values that lie
+            outside by a rounding error, as after a normalisation was undone, are clamped.
         labels: (rows,) int64.
     """
 
@@ -43,7 +46,7 @@ class Images:
         x = self.images
         if x.is_floating_point() and x.numel():
             low, high = (float(v) for v in x.aminmax())
-            if (low < 0 or high > 1) and low >= -SLACK and high <= 1 + SLACK:
+            if (low < 0 or high > 1) and low >= -TOLERANCE and high <= 1 + TOLERANCE:
                 object.__setattr__(self, "images", x.clamp(0, 1))
 
     def __len__(self) -> int:
@@ -68,16 +71,25 @@ class Images:
 class ImageData:
     """Training and test images of one set.
 
+    Attributes:
+        name: name of the set.
+        train: training images.
+        test: test images.
+        classes: names of the classes, in the order of the labels.
+        mirror: whether a mirrored image belongs to the same class.
+        pad: pixels of the random shift in training.
+
     Raises:
-        DataError: images outside [0, 1], labels that are no class, or rows and labels that do not match.
+        DataError: images outside [0, 1], labels outside the classes, or rows and labels that do not
+            match.
     """
 
     name: str
     train: Images
     test: Images
     classes: tuple[str, ...]
-    mirror: bool = False  # whether a mirrored picture is still of its class
-    pad: int = 4  # pixels of the random shift in training
+    mirror: bool = False
+    pad: int = 4
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -94,7 +106,8 @@ def check_images(images: Images, classes: int, what: str) -> None:
     x, y = images.images, images.labels
     if x.dim() != 4 or len(x) != len(y) or not len(y):
         raise DataError(
-            f"{what}: images of shape (rows, channels, height, width) are needed; got {tuple(x.shape)}, {len(y)} labels."
+            f"{what}: images of shape (rows, channels, height, width) are needed; got "
+            f"{tuple(x.shape)}, {len(y)} labels."
         )
     if x.dtype != torch.uint8:
         if not x.is_floating_point():
@@ -103,12 +116,14 @@ def check_images(images: Images, classes: int, what: str) -> None:
             )
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise DataError(
-                f"{what}: images must lie in [0, 1], got {float(x.min()):.4g} to {float(x.max()):.4g}. Give them as they are "
-                "before normalisation, and put the normalisation into the model: epsilon is measured in these units."
+                f"{what}: images must lie in [0, 1], got {float(x.min()):.4g} to "
+                f"{float(x.max()):.4g}. Pass them as they are before normalisation, and put the "
+                "normalisation into the model: epsilon is measured in these units."
             )
     if int(y.min()) < 0 or int(y.max()) >= classes:
         raise DataError(
-            f"{what}: labels must be 0 to {classes - 1} for {classes} classes, got {int(y.min())} to {int(y.max())}."
+            f"{what}: labels must be 0 to {classes - 1} for {classes} classes, got "
+            f"{int(y.min())} to {int(y.max())}."
         )
 
 
@@ -116,11 +131,14 @@ def load_data(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     """The set called `name`: digits (embedded), svhn, cifar10, cifar100 or tiny-imagenet.
 
     Args:
-        root: the folder with the set's files in their published layout, or its parent; digits needs none.
-        seed: of the digits' split.
+        name: name of the set.
+        root: folder with the set's files in their published layout, or its parent; not needed for
+            digits.
+        seed: random seed of the digits' split into training and test images.
 
     Raises:
-        DataError: an unknown name, missing, damaged or truncated files; the message says which layout was expected.
+        DataError: an unknown name, or files that are missing or not the published ones; the message
+            gives the expected layout.
         MissingExtraError: scikit-learn is not installed (digits).
     """
     if name == "digits":
@@ -133,11 +151,11 @@ def load_data(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
         raise DataError(
             f"{name} is read from a local folder, got {root}. Expected there: {LAYOUTS[name]}."
         )
-    return READERS[name](Path(root))
+    return READERS[name](name, Path(root))
 
 
 def _digits(seed: int) -> ImageData:
-    """1,797 digits of 8x8 pixels, scaled up to 16x16; 1,200 to train on, drawn class by class."""
+    """1,797 digits of 8x8 pixels, scaled up to 16x16; 1,200, stratified by class, to train on."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -1,4 +1,4 @@
-"""How much accuracy an image classifier keeps under attack: AutoAttack as the field runs it, and signs that it was fooled."""
+"""Accuracy of an image classifier under attack: AutoAttack, and signs of gradient masking."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from hipp_ext.attacks import APGD, PGD, Ball, check_precision
 from hipp_ext.errors import AttackError, DataError, MissingExtraError
+from hipp_ext.modes import restored
 from hipp_ext.robust.data import Images, check_images
 from hipp_ext.robust.masking import masking_signs
-from hipp_ext.robust.training import restored
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 ATTACKS = ("pgd", "apgd", *AUTOATTACK)
-MOST_TARGETS = 9  # of the targeted attacks, as in AutoAttack's standard version
+MAX_TARGETS = 9  # classes of a targeted attack, as in AutoAttack's standard version
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,16 +26,16 @@ class RobustReport:
     """Accuracies of a model, clean and under attack.
 
     Attributes:
-        n: images.
+        n: number of images.
         epsilon: L-inf radius, in units of images in [0, 1].
         clean: accuracy on the images as they are [%].
-        under: attack -> accuracy under it [%]. The parts of AutoAttack attack what is left of the parts before, so the last of
-            them is AutoAttack's figure.
-        worst: accuracy under the worst of all attacks, image by image [%].
-        worst_se: its standard error [percentage points], images taken as independent.
+        under: attack -> accuracy under it [%]. Each part of AutoAttack attacks only the images that
+            withstood the parts before it, so the last of them gives AutoAttack's figure.
+        worst: accuracy under the worst attack on each image [%].
+        worst_se: standard error of `worst` [percentage points], for independent images.
         per_class: worst-case accuracy per class [%]; None for classes without images.
-        signs: of gradient masking, in words; empty where none was found. With any, the figures may be too good.
-        right: (n,) which images were classified right under all attacks.
+        signs: signs of gradient masking, as sentences. With any, the figures may be too high.
+        robust_mask: (n,) which images are classified correctly under all attacks.
     """
 
     n: int
@@ -46,7 +46,7 @@ class RobustReport:
     worst_se: float
     per_class: tuple[float | None, ...]
     signs: tuple[str, ...]
-    right: Bool[Tensor, " n"]
+    robust_mask: Bool[Tensor, " n"]
 
     @property
     def suspicious(self) -> bool:
@@ -58,11 +58,8 @@ class RobustReport:
         names = ("n", "epsilon", "clean", "worst", "worst_se", "per_class", "signs")
         return {k: getattr(self, k) for k in names} | {
             "under": dict(self.under),
-            "right": self.right.int().tolist(),
+            "robust_mask": self.robust_mask.int().tolist(),
         }
-
-
-Say = Callable[[str], None]
 
 
 def evaluate(
@@ -75,71 +72,91 @@ def evaluate(
     checks: bool = True,
     batch_size: int = 256,
     seed: int = 0,
-    say: Say | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> RobustReport:
-    """Accuracy of `model` on `images`, clean and under `attacks`; random state, flags and gradients are as before afterwards.
+    """Accuracy of `model` on `images`, clean and under `attacks`.
 
     Args:
-        model: images in [0, 1] -> logits (rows, classes), in float32.
-        attacks: of ATTACKS. "pgd" is PGD-20, "apgd" Auto-PGD with 100 steps, both ours; "apgd-ce", "apgd-t", "fab-t" and
-            "square" together are AutoAttack's standard version, through torchattacks with all settings given: 100 steps, 5,000
+        model: images in [0, 1] -> logits (rows, classes), in float32. Its modes, requires_grad and
+            gradients stay as they were, and so does the global random state.
+        images: images to attack.
+        classes: number of classes.
+        epsilon: L-inf radius, in units of images in [0, 1].
+        attacks: names from ATTACKS. "pgd" is PGD-20 and "apgd" Auto-PGD with 100 steps, both of
+            this package. "apgd-ce", "apgd-t", "fab-t" and "square" together are AutoAttack's
+            standard version, through torchattacks with all settings given: 100 steps, 5,000
             queries, one restart, nine target classes.
-        checks: look for gradient masking; costs about three runs of PGD-20.
+        checks: look for gradient masking; this costs about three runs of PGD-20.
+        batch_size: images per batch.
+        seed: random seed of the attacks.
+        log: called with one line of progress per attack and batch.
 
     Raises:
-        DataError: images outside [0, 1], labels out of range, or the model has another number of classes.
-        AttackError: epsilon is not above zero, an unknown attack, or fewer than four classes with a targeted attack.
+        DataError: images outside [0, 1], labels out of range, or the model has another number of
+            classes.
+        AttackError: epsilon is not above zero, an attack is unknown, or a targeted attack has fewer
+            than four classes.
         UnsupportedModelError: the model is in half precision.
         MissingExtraError: torchattacks is not installed.
 
-    Source: AutoAttack, Croce & Hein (arXiv 2003.01690), section 5; the settings of its published code (`standard`).
+    Source: AutoAttack, Croce & Hein (arXiv 2003.01690), section 5; the settings of its published
+    code (`standard`).
     """
     check_images(images, classes, "images")
     check_precision(model)
     _check_attacks(attacks, classes, epsilon)
-    right_all, clean_all = [], []
+    clean_parts: list[Tensor] = []
     under: dict[str, list[Tensor]] = {name: [] for name in attacks}
     device = next(model.parameters()).device
-    with restored(model):
+    with restored(model, random_state=True):
         model.eval()
         for x, y in images.batches(batch_size):
             x, y = x.to(device), y.to(device)
-            clean = _right(model, x, y, classes)
-            right = clean
-            standing = clean  # of AutoAttack's parts, each of which attacks what is left
+            correct = _correct(model, x, y, classes)
+            clean_parts.append(correct.cpu())
+            robust = correct  # to the parts of AutoAttack so far, each of which attacks the rest
             for name in attacks:
-                here = standing if name in AUTOATTACK else clean
-                survives = here.clone()
-                survives[here] = _survives(name, model, x[here], y[here], classes, epsilon, seed)
-                standing = standing & survives if name in AUTOATTACK else standing
-                right = right & survives
-                under[name].append(survives.cpu())
-                if say is not None:
-                    say(f"{name}: {100 * float(survives.float().mean()):.1f}% of {len(y)}")
-            right_all.append(right.cpu())
-            clean_all.append(clean.cpu())
-    right, labels = torch.cat(right_all), images.labels.cpu()
-    found = {name: torch.cat(values) for name, values in under.items()}
-    with restored(model):
-        signs = (
-            masking_signs(
-                model.eval(), images.first(batch_size), epsilon, found, torch.cat(clean_all), seed
-            )
-            if checks
-            else ()
-        )
-    share = float(right.float().mean())
+                attacked = robust if name in AUTOATTACK else correct
+                mask = attacked.clone()
+                mask[attacked] = _withstood(
+                    name, model, x[attacked], y[attacked], classes, epsilon, seed
+                )
+                if name in AUTOATTACK:
+                    robust = mask
+                under[name].append(mask.cpu())
+                if log is not None:
+                    log(f"{name}: {100 * float(mask.float().mean()):.1f}% of {len(y)}")
+    clean = torch.cat(clean_parts)
+    masks = {name: torch.cat(parts) for name, parts in under.items()}
+    signs: tuple[str, ...] = ()
+    if checks:
+        with restored(model, random_state=True):
+            part = images.first(batch_size)
+            signs = masking_signs(model.eval(), part, epsilon, masks, clean, seed)
+    return _report(images.labels.cpu(), classes, epsilon, clean, masks, signs)
+
+
+def _report(
+    labels: Tensor,
+    classes: int,
+    epsilon: float,
+    clean: Tensor,
+    masks: Mapping[str, Tensor],
+    signs: tuple[str, ...],
+) -> RobustReport:
+    robust = torch.stack([clean, *masks.values()]).all(0)
+    accuracy = float(robust.float().mean())
     return RobustReport(
-        n=len(right),
+        n=len(robust),
         epsilon=epsilon,
-        clean=percent(torch.cat(clean_all)),
-        under={k: percent(v) for k, v in found.items()},
-        worst=100 * share,
-        worst_se=100 * (share * (1 - share) / len(right)) ** 0.5,
+        clean=percent(clean),
+        under={name: percent(mask) for name, mask in masks.items()},
+        worst=100 * accuracy,
+        worst_se=100 * (accuracy * (1 - accuracy) / len(robust)) ** 0.5,
         signs=signs,
-        right=right,
+        robust_mask=robust,
         per_class=tuple(
-            percent(right[labels == c]) if bool((labels == c).any()) else None
+            percent(robust[labels == c]) if bool((labels == c).any()) else None
             for c in range(classes)
         ),
     )
@@ -151,12 +168,12 @@ def _check_attacks(attacks: Sequence[str], classes: int, epsilon: float) -> None
         raise AttackError(f"Known attacks are {', '.join(ATTACKS)}; got {unknown}.")
     if classes < 4 and "apgd-t" in attacks:
         raise AttackError(
-            f"apgd-t compares the four highest logits, and there are {classes} classes: say attacks=('pgd', 'apgd', 'square'), "
-            "and do not call the result AutoAttack."
+            f"apgd-t compares the four highest logits, and there are {classes} classes. Pass "
+            "attacks=('pgd', 'apgd', 'square'), and do not call the result AutoAttack."
         )
 
 
-def _survives(
+def _withstood(
     name: str,
     model: nn.Module,
     x: Tensor,
@@ -165,7 +182,7 @@ def _survives(
     epsilon: float,
     seed: int,
 ) -> Bool[Tensor, " rows"]:
-    """Which rows are still classified right under an attack."""
+    """Which rows are still classified correctly under an attack."""
     if not len(y):
         return torch.zeros(0, dtype=torch.bool, device=y.device)
     ball = Ball(epsilon=epsilon)
@@ -182,9 +199,10 @@ def _survives(
         or float(moved.max()) > 1
     ):
         raise AttackError(
-            f"{name} left the ball of radius {epsilon} or the range [0, 1]; its result would not count."
+            f"{name} left the ball of radius {epsilon} or the range [0, 1], so its result is "
+            "invalid."
         )
-    return _right(model, moved, y, classes)
+    return _correct(model, moved, y, classes)
 
 
 def _cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -192,7 +210,10 @@ def _cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed: int) -> Any:
-    """The part of AutoAttack called `name`. Defaults differ between versions of torchattacks, so nothing is left to them."""
+    """The part of AutoAttack called `name`, with all settings given.
+
+    Defaults differ between versions of torchattacks.
+    """
     try:
         import torchattacks
     except ModuleNotFoundError:
@@ -220,32 +241,36 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
             **common,
         )
         attack.targeted = True  # 3.2.7 ignores the argument
-    # The published code has nine targets however many classes there are; torchattacks would take them all.
-    attack.n_target_classes = min(MOST_TARGETS, classes - 1)
+    # The published code has nine targets for any number of classes; torchattacks would use all
+    # classes.
+    attack.n_target_classes = min(MAX_TARGETS, classes - 1)
     return attack
 
 
 @contextmanager
 def _quiet_attack(model: nn.Module) -> Iterator[None]:
-    """Inside the block torchattacks may seed and switch as it likes.
+    """Inside the block torchattacks may change seeds and modes.
 
-    no_grad, as its results carry all steps' histories; the weights frozen, as its `backward` would add to their gradients.
+    Gradients are off, because its results carry the history of all steps; the weights are frozen,
+    because its `backward` would add to their gradients.
     """
-    with restored(model), torch.no_grad():
+    with restored(model, random_state=True), torch.no_grad():
         model.requires_grad_(False)
         yield
 
 
-def _right(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> Tensor:
+def _correct(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> Tensor:
     with torch.no_grad():
         logits = model(x)
     if logits.dim() != 2 or logits.shape[1] != classes:
         raise DataError(
-            f"The model gives outputs of shape {tuple(logits.shape)} for {classes} classes; (rows, classes) is needed."
+            f"The model's output has shape {tuple(logits.shape)} for {classes} classes; (rows, "
+            "classes) "
+            "is needed."
         )
     return logits.argmax(1) == y
 
 
-def percent(right: Tensor) -> float:
-    """Share of true values [%]."""
-    return 100 * float(right.double().mean())
+def percent(mask: Tensor) -> float:
+    """Fraction of true values [%]."""
+    return 100 * float(mask.double().mean())

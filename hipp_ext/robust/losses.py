@@ -1,7 +1,7 @@
-"""Adversarial training losses: `loss(model, images, labels, seed)` attacks, and returns the mean loss to descend.
+"""Adversarial training losses: `loss(model, images, labels, seed)` -> mean loss under attack.
 
-Any function of this shape is a loss for `hipp_ext.robust`. The inner attack runs in eval mode, the outer passes in the model's
-own mode.
+Any function of this signature is a loss for `hipp_ext.robust`. The inner attack runs in eval mode,
+the outer passes run in the model's own mode.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.errors import AttackError
+from hipp_ext.modes import evaluating
 from hipp_ext.quantities import take_numbers
-from hipp_ext.scorers.base import evaluating
 
 AdversarialLoss = Callable[[nn.Module, Tensor, Tensor, int], Float[Tensor, ""]]
 
@@ -27,7 +27,7 @@ class PGDAT:
 
     Attributes:
         epsilon: L-inf radius, in units of images in [0, 1].
-        steps: of PGD, each 2.5 epsilon / steps wide, from a random start.
+        steps: gradient steps of PGD, each 2.5 epsilon / steps wide, from a random start.
 
     Raises:
         AttackError: epsilon is not above zero, or steps is below one.
@@ -51,11 +51,12 @@ class PGDAT:
 
 @dataclass(frozen=True, kw_only=True)
 class TRADES:
-    """Cross-entropy on clean images, and `beta` times the divergence of the answers to images that PGD drives apart.
+    """Cross-entropy on clean images plus `beta` times the divergence between clean and attacked.
 
     Attributes:
-        epsilon, steps: as for `PGDAT`; the inner attack climbs the divergence.
-        beta: weight of robustness.
+        epsilon: L-inf radius, in units of images in [0, 1].
+        steps: gradient steps of the inner attack, which raises the divergence.
+        beta: weight of the divergence.
 
     Source: Zhang et al. (arXiv 1901.08573), eq. 5.
     """
@@ -86,10 +87,11 @@ class TRADES:
 
 @dataclass(frozen=True, kw_only=True)
 class MART:
-    """Boosted cross-entropy on PGD's images, and the divergence of their answers weighted by how unsure the clean answer is.
+    """Boosted cross-entropy on PGD's images plus a divergence, weighted by the clean uncertainty.
 
     Attributes:
-        epsilon, steps: as for `PGDAT`.
+        epsilon: L-inf radius, in units of images in [0, 1].
+        steps: gradient steps of PGD.
         beta: weight of the divergence (lambda in the paper).
 
     Source: Wang et al. (ICLR 2020, openreview rklOg6EFwS), eq. 11.
@@ -110,25 +112,26 @@ class MART:
             model(attacked(model, images, labels, self.epsilon, self.steps, seed)),
         )
         p_clean, p_moved = clean.softmax(1), moved.softmax(1)
-        right = F.one_hot(labels, clean.shape[1]).bool()
-        runner_up = p_moved.masked_fill(right, 0).amax(1)
+        label = F.one_hot(labels, clean.shape[1]).bool()
+        runner_up = p_moved.masked_fill(label, 0).amax(1)
         boosted = (
             F.cross_entropy(moved, labels) - torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
         )
         per_row = F.kl_div(moved.log_softmax(1), p_clean, reduction="none").sum(1)
-        return boosted + self.beta * (per_row * (1 - p_clean[right])).mean()
+        return boosted + self.beta * (per_row * (1 - p_clean[label])).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AWP:
-    """Another adversarial loss, its gradient taken where the weights have moved against it: flat minima are robust longer.
+    """Another adversarial loss, with its gradient taken at weights that were moved to raise it.
 
     Attributes:
         base: the loss; called once to find the direction and once at the moved weights.
-        gamma: how far a weight tensor moves, as a share of its norm; biases and norms stay.
+        gamma: how far a weight tensor moves, as a fraction of its norm. Biases and norms stay.
 
     Source: Wu et al. (arXiv 2004.05884), section 4.
-    Differs from the paper: the direction is the gradient normalised per tensor, one step, without a proxy optimizer.
+    Differs from the paper: the direction is the gradient normalised per tensor, one step, without a
+    proxy optimizer.
     """
 
     base: AdversarialLoss
@@ -138,7 +141,7 @@ class AWP:
         take_numbers(self, AttackError, finites=("gamma",))
         if not 0 < self.gamma < 1:
             raise AttackError(
-                f"AWP's gamma is a share of the weights' norm between 0 and 1, got {self.gamma}."
+                f"AWP's gamma is a fraction of the weights' norm between 0 and 1, got {self.gamma}."
             )
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -146,7 +149,7 @@ class AWP:
 
     @contextlib.contextmanager
     def moved(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Iterator[None]:
-        """Inside the block the weights are where the loss is worse; afterwards they are back, to the bit."""
+        """Inside the block the weights are moved; afterwards they are restored, to the bit."""
         weights = [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
         statistics = {n: b.clone() for n, b in model.named_buffers()}
         gradients = torch.autograd.grad(
@@ -155,9 +158,7 @@ class AWP:
         original = [p.detach().clone() for p in weights]
         with torch.no_grad():
             for n, b in model.named_buffers():
-                b.copy_(
-                    statistics[n]
-                )  # the search for the direction leaves no trace in batch norms
+                b.copy_(statistics[n])  # as before the search for the direction
             for p, g in zip(weights, gradients, strict=True):
                 if g is not None:
                     p.add_(self.gamma * p.norm() * g / g.norm().clamp_min(1e-12))
@@ -172,7 +173,7 @@ class AWP:
 def backward(
     loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Tensor, seed: int
 ) -> float:
-    """Add the loss's gradients to `.grad`; the loss."""
+    """Add the loss's gradients to `.grad`; returns the loss."""
     with (
         loss.moved(model, images, labels, seed)
         if isinstance(loss, AWP)

@@ -1,4 +1,4 @@
-"""Image classifiers that can be pruned by channel; they take images in [0, 1], without normalisation."""
+"""Image classifiers that can be pruned by channel; they take images in [0, 1]."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,25 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import MissingExtraError, UnsupportedModelError
 
+_STAGE = (512, 512, 512, "M")
+VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", *_STAGE, *_STAGE)
 MODEL_NAMES = ("resnet18", "resnet34", "vgg16_bn", "mobilevit_s", "small-resnet", "small-vgg")
 
 
 def build_model(name: str, classes: int, shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
-    """A network with random weights (from the global random state) for images of `shape` (channels, height, width).
+    """A network with random weights (from the global random state).
 
-    - resnet18, resnet34: torchvision's, with a 3x3 stem of stride 1 and no pooling after it, as is usual for 32x32 pixels;
-    - vgg16_bn: torchvision's features, then a global average and one linear layer (its own two layers of 4,096 hold 90% of its
-      parameters and are made for 224x224);
+    - resnet18, resnet34: torchvision's, with a 3x3 stem of stride 1 and no pooling after it, as is
+      usual for 32x32 pixels;
+    - vgg16_bn: torchvision's features, then a global average and one linear layer (its own two
+      layers of 4,096 hold 90% of its parameters and are made for 224x224);
     - mobilevit_s: timm's;
     - small-resnet, small-vgg: 0.17M and 0.13M parameters, for 16x16 digits.
+
+    Args:
+        name: one of MODEL_NAMES.
+        classes: number of classes.
+        shape: (channels, height, width) of the images.
 
     Raises:
         UnsupportedModelError: the name is not one of these.
@@ -30,30 +38,7 @@ def build_model(name: str, classes: int, shape: tuple[int, int, int] = (3, 32, 3
         model.maxpool = nn.Identity()  # type: ignore[assignment]
         return model
     if name == "vgg16_bn":
-        return ConvStack(
-            (
-                64,
-                64,
-                "M",
-                128,
-                128,
-                "M",
-                256,
-                256,
-                256,
-                "M",
-                512,
-                512,
-                512,
-                "M",
-                512,
-                512,
-                512,
-                "M",
-            ),
-            classes,
-            shape[0],
-        )
+        return ConvStack(VGG16, classes, shape[0])
     if name == "mobilevit_s":
         try:
             import timm
@@ -65,14 +50,16 @@ def build_model(name: str, classes: int, shape: tuple[int, int, int] = (3, 32, 3
     if name == "small-vgg":
         return ConvStack((16, 16, "M", 32, 32, 32, "M", 64, 64, 64), classes, shape[0])
     raise UnsupportedModelError(
-        f"Known networks are {', '.join(MODEL_NAMES)}; got {name!r}. Any other nn.Module can be passed in Python."
+        f"Known networks are {', '.join(MODEL_NAMES)}; got {name!r}. Any other nn.Module can be "
+        "passed in Python."
     )
 
 
 def fixed_layers(model: nn.Module) -> list[nn.Module]:
-    """Layers whose output channels must stay because the forward has their number written into it.
+    """Layers whose output channels must stay because the forward hard-wires their number.
 
-    For MobileViT the residual streams of its transformer blocks and the projections whose reshape hard-wires the head size.
+    For MobileViT, these are the residual streams of its transformer blocks and the projections
+    whose reshape hard-wires the head size.
     """
     fixed = []
     for name, module in model.named_modules():
@@ -88,7 +75,7 @@ def fixed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class ConvStack(nn.Module):
-    """3x3 convolutions with batch norm, poolings ("M") between them, a global average, one linear layer."""
+    """3x3 convolutions with batch norm, poolings ("M"), a global average, one linear layer."""
 
     def __init__(self, widths: Sequence[int | str], classes: int, channels: int = 3):
         super().__init__()

@@ -1,7 +1,6 @@
-"""MRPF: score -> allocate -> prune -> recalibrate -> adversarial fine-tuning, in one call that survives being killed."""
+"""MRPF: score, allocate, prune, recalibrate and fine-tune, in one resumable call."""
 
 import copy
-import hashlib
 import json
 import math
 import time
@@ -13,44 +12,47 @@ from typing import Any, Literal
 from torch import nn
 
 from hipp_ext.attacks import check_precision
-from hipp_ext.errors import BudgetError, DataError
+from hipp_ext.budget import Bounds, Cost, check_ratio
+from hipp_ext.errors import BudgetError, CheckpointError, DataError
 from hipp_ext.files import write_atomic
-from hipp_ext.files.untrusted import read_json, read_plain
+from hipp_ext.files.sealed import seal, unseal
+from hipp_ext.modes import restored
 from hipp_ext.quantities import take_numbers
-from hipp_ext.robust.allocation import (
-    Bounds,
-    Cost,
-    allocate,
-    channel_costs,
-    default_floor,
-    uniform_counts,
-)
+from hipp_ext.robust.allocation import allocate, default_min_keep, uniform_counts
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import ImageData
-from hipp_ext.robust.identity import data_identity, describe, digest
 from hipp_ext.robust.losses import TRADES, AdversarialLoss
 from hipp_ext.robust.models import fixed_layers
 from hipp_ext.robust.scoring import ScoreSettings, score
-from hipp_ext.robust.training import Report, TrainSettings, recalibrate, restored, train
-from hipp_ext.scorers.group_loss import ChannelGroup
+from hipp_ext.robust.training import (
+    OnEpoch,
+    TrainSettings,
+    data_identity,
+    loss_identity,
+    recalibrate,
+    tensor_digest,
+    train,
+)
+from hipp_ext.scorers.channels import ChannelGroup
 from hipp_ext.units import top_units
 
-Kept = dict[str, tuple[int, ...]]  # group -> the channels of the dense model that stay
+Kept = dict[str, tuple[int, ...]]  # group -> the channels that stay
 
 
 @dataclass(frozen=True, kw_only=True)
 class MRPFSettings:
-    """What `mrpf` does.
+    """Settings of `mrpf`.
 
     Attributes:
-        pruning_ratio: of the channels, where the budget is that of the uniform plan at this ratio.
-        budget: instead, the share of the cost that may stay, in (0, 1].
+        pruning_ratio: fraction of channels to remove. The budget is the cost of the uniform plan at
+            this ratio.
+        budget: instead of a ratio, the fraction of the cost that may stay, in (0, 1].
         cost: what the budget counts.
-        scores: how modules and channels are scored.
-        alpha: how sharply the allocation follows the sensitivity; 0 is uniform.
-        bounds: least and greatest share of a module's channels that stays; None: at least `default_floor` of it.
-        rounds: 1 prunes in one shot; more prune by equal factors, and score and fine-tune anew each time.
-        train: the fine-tuning of every round.
-        recalibrate: measure batch norms again under attack before fine-tuning.
+        scores: how groups and channels are scored.
+        alpha: how closely the allocation follows the sensitivity; 0 is uniform.
+        bounds: fractions of a group's channels that may stay; None: at least `default_min_keep`.
+        train: settings of the fine-tuning.
+        recalibrate: measure batch norms again, under attack, before fine-tuning.
     """
 
     pruning_ratio: float = 0.5
@@ -59,25 +61,18 @@ class MRPFSettings:
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     alpha: float = 0.25
     bounds: Bounds | None = None
-    rounds: int = 1
     train: TrainSettings = field(default_factory=TrainSettings)
     recalibrate: bool = True
 
     def __post_init__(self) -> None:
         optional = () if self.budget is None else ("budget",)
-        take_numbers(
-            self, BudgetError, wholes=("rounds",), finites=("pruning_ratio", "alpha", *optional)
-        )
+        take_numbers(self, BudgetError, finites=("pruning_ratio", "alpha", *optional))
         if self.budget is not None and not 0 < self.budget <= 1:
             raise BudgetError(
-                f"budget is the share of {self.cost} that may stay, above 0 and at most 1; got {self.budget}."
+                f"budget is the fraction of {self.cost} that may stay, above 0 and at most 1; "
+                f"got {self.budget}."
             )
-        if not 0 <= self.pruning_ratio < 1:
-            raise BudgetError(
-                f"pruning_ratio is the share of channels to remove, in [0, 1); got {self.pruning_ratio}."
-            )
-        if self.rounds < 1:
-            raise BudgetError(f"rounds must be at least 1, got {self.rounds}.")
+        check_ratio(self.pruning_ratio)
         if self.cost not in ("macs", "parameters"):
             raise BudgetError(f"A budget counts macs or parameters, not {self.cost!r}.")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
@@ -86,22 +81,23 @@ class MRPFSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MRPFResult:
-    """What `mrpf` made.
+    """What `mrpf` returns.
 
     Attributes:
         model: the pruned and fine-tuned network, in eval mode.
-        kept: group -> channels of the dense model that stayed.
-        sensitivity: per round, group -> sensitivity [nats].
-        macs, parameters: shares of the dense model's.
-        history: per round, the mean training loss of every epoch.
+        kept: group -> channels of the dense model that stay.
+        sensitivity: group -> sensitivity [nats].
+        macs: MACs, as a fraction of the dense model's.
+        parameters: parameters, as a fraction of the dense model's.
+        history: mean training loss of every epoch.
     """
 
     model: nn.Module
     kept: Kept
-    sensitivity: tuple[Mapping[str, float], ...]
+    sensitivity: Mapping[str, float]
     macs: float
     parameters: float
-    history: tuple[tuple[float, ...], ...]
+    history: tuple[float, ...]
 
 
 def mrpf(
@@ -112,20 +108,25 @@ def mrpf(
     loss: AdversarialLoss | None = None,
     folder: str | Path | None = None,
     ignored: Sequence[nn.Module] | None = None,
-    say: Callable[[str], None] | None = None,
-    report: Report | None = None,
+    log: Callable[[str], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> MRPFResult:
-    """Prune a robust network where it matters least to its robustness, and train it to be robust again.
+    """Prune a robust network where its robustness suffers least, and fine-tune it adversarially.
 
     Args:
-        model: images in [0, 1] -> logits, adversarially trained; it is not changed, and neither are the caller's random state,
-            its train/eval flags or requires_grad.
-        data: scored and trained on its training images only.
-        loss: of the fine-tuning; None: TRADES at the scores' epsilon. Any function (model, images, labels, seed) -> mean loss.
-        folder: for scores, checkpoints and a log (JSON lines). The same call on a folder of a run that was killed goes on
-            there and ends with the weights of an undisturbed run. None: nothing is written.
-        ignored: layers whose output channels stay; None: what `hipp_ext.robust.models.fixed_layers` knows.
-        say: called with a line per stage; report: after every epoch.
+        model: images in [0, 1] -> logits, adversarially trained. It is not changed, and neither are
+            the global random state, its train/eval modes and requires_grad.
+        data: images to score and train on; its test images are not used.
+        settings: None: the defaults.
+        loss: loss of the fine-tuning; None: TRADES at the scores' epsilon. Any function (model,
+            images, labels, seed) -> mean loss.
+        folder: folder for scores, checkpoints and a log (JSON lines). The same call on the folder
+            of an interrupted run resumes it and ends with the weights of an uninterrupted run. A
+            loss is recognised by its repr. None: nothing is written.
+        ignored: layers whose output channels stay; None: those that
+            `hipp_ext.robust.models.fixed_layers` knows.
+        log: called with one line of progress per stage.
+        on_epoch: called after every epoch.
 
     Raises:
         BudgetError: no allocation within the bounds meets the budget.
@@ -134,209 +135,133 @@ def mrpf(
         UnsupportedModelError: torch-pruning cannot trace the model, or it is in half precision.
         MissingExtraError: torch-pruning is not installed.
 
-    Source: MRPF (arXiv 2410.15176), abstract: pruning ratios per layer from module robustness sensitivity, with any adversarial
-    training method.
-    Differs from the paper: its formulas, settings and code are not public; sensitivity, allocation, ranking, recalibration and
-    defaults are ours.
+    Source: MRPF (arXiv 2410.15176), abstract: pruning ratios per layer from module robustness
+    sensitivity, with any adversarial training method.
+    Differs from the paper: its formulas, settings and code are not public; sensitivity, allocation,
+    ranking, recalibration and defaults are ours.
     """
+    from hipp_ext.integrations.torch_pruning_channels import find_channel_groups, prune_channels
+
     settings = settings or MRPFSettings()
     loss = loss or TRADES(epsilon=settings.scores.epsilon)
     check_precision(model)
     example = data.train.rows(slice(0, 1))[0].to(next(model.parameters()).device)
-    names = {m: n for n, m in model.named_modules()}
-    fixed = [names[m] for m in (fixed_layers(model) if ignored is None else ignored)]
-    journal = _Journal(folder, lambda: _identity(model, data, settings, loss, fixed), say)
-    with restored(model):
-        work = _Work(model, fixed, example, settings)
-        current, history = copy.deepcopy(model), []
-        for number in range(settings.rounds):
-            plan = journal.once(
-                f"round-{number + 1}", lambda n=number, m=current: work.plan(m, data, n)
-            )
-            current = work.prune(current, plan)
-            if settings.recalibrate:
-                recalibrate(current, data.train, settings.scores.epsilon, seed=settings.scores.seed)
-            checkpoint = journal.path(f"round-{number + 1}.safetensors")
-            history.append(
-                tuple(
-                    train(current, data, loss, settings.train, checkpoint=checkpoint, report=report)
-                )
-            )
-            journal.log({"round": number + 1, "losses": history[-1]})
-    macs, parameters, full = *work.costs, [g.width for g in work.groups]
-    keeps = [len(work.kept[g.name]) for g in work.groups]
+    ignored = fixed_layers(model) if ignored is None else ignored
+    identity = {
+        "model": tensor_digest(model.state_dict()),
+        "data": data_identity(data),
+        "loss": loss_identity(loss),
+        "ignored": sorted(n for n, m in model.named_modules() if m in set(ignored)),
+        "settings": asdict(settings),
+    }
+    run = _Run(folder, identity, log or (lambda _: None))
+    with restored(model, random_state=True):
+        groups = find_channel_groups(model, example, ignored=ignored)
+        costs = dict(
+            zip(("macs", "parameters"), channel_costs(model, example, groups), strict=True)
+        )
+        cost = costs[settings.cost]
+        plan = run.scored_once(lambda: _plan(model, data, groups, cost, settings))
+        pruned = copy.deepcopy(model)
+        prune_channels(pruned, example, plan["kept"])
+        if settings.recalibrate:
+            recalibrate(pruned, data.train, settings.scores.epsilon, seed=settings.scores.seed)
+        checkpoint = run.path("train.safetensors")
+        history = train(
+            pruned, data, loss, settings.train, checkpoint=checkpoint, on_epoch=on_epoch
+        )
+        run.record({"stage": "train", "losses": history})
+    keep_counts, widths = [len(plan["kept"][g.name]) for g in groups], [g.width for g in groups]
     return MRPFResult(
-        model=current.eval(),
-        kept=dict(work.kept),
-        sensitivity=tuple(work.sensitivity),
+        model=pruned.eval(),
+        kept={name: tuple(channels) for name, channels in plan["kept"].items()},
+        sensitivity=plan["sensitivity"],
         history=tuple(history),
-        macs=macs(keeps) / macs(full),
-        parameters=parameters(keeps) / parameters(full),
+        macs=costs["macs"](keep_counts) / costs["macs"](widths),
+        parameters=costs["parameters"](keep_counts) / costs["parameters"](widths),
     )
 
 
-class _Work:
-    """The dense model's groups and costs, and what is left of them round by round."""
+def _plan(
+    model: nn.Module,
+    data: ImageData,
+    groups: Sequence[ChannelGroup],
+    cost: Cost,
+    settings: MRPFSettings,
+) -> dict[str, Any]:
+    """Sensitivity and kept channels per group, and what they cost; plain values."""
+    widths, fraction = [g.width for g in groups], settings.budget
+    if fraction is None:
+        removed = settings.pruning_ratio
+        budget = cost(uniform_counts(widths, removed))
+    else:
+        # A layer costs its input times its output channels, so this fraction of the cost leaves
+        # about its square root of the channels.
+        removed, budget = 1 - fraction**0.5, int(fraction * cost(widths))
+    bounds = settings.bounds or Bounds(min_keep=default_min_keep(removed))
+    # An impossible budget is refused before the scoring, which takes long.
+    allocate([1.0] * len(widths), widths, cost, budget, bounds=bounds)
+    scores = score(model, data.train, groups, settings.scores)
+    keep_counts = allocate(
+        scores.sensitivity, widths, cost, budget, alpha=settings.alpha, bounds=bounds
+    )
+    kept = zip(groups, scores.ranking, keep_counts, strict=True)
+    return {
+        "sensitivity": {g.name: s for g, s in zip(groups, scores.sensitivity, strict=True)},
+        "kept": {g.name: list(top_units(ranking, k)) for g, ranking, k in kept},
+        "budget": budget,
+        "cost": cost(keep_counts),
+    }
+
+
+class _Run:
+    """The folder of a run: its plan, its checkpoint and its log."""
 
     def __init__(
-        self, model: nn.Module, ignored: Sequence[str], example: Any, settings: MRPFSettings
+        self, folder: str | Path | None, identity: Mapping[str, Any], log: Callable[[str], None]
     ):
-        self.settings, self.example, self.ignored = settings, example, ignored
-        self.groups = self._groups(model)
-        self.costs = channel_costs(model, example, self.groups)
-        self.kept: Kept = {g.name: tuple(range(g.width)) for g in self.groups}
-        self.sensitivity: list[dict[str, float]] = []
-        cost, widths = self.cost, [g.width for g in self.groups]
-        share = settings.budget
-        # A module's cost goes by the channels of two, so this share of it leaves about its root of the channels.
-        channels = 1 - settings.pruning_ratio if share is None else share**0.5
-        bounds = self.bounds = settings.bounds or Bounds(floor=default_floor(1 - channels))
-        self.target = (
-            cost(uniform_counts(widths, settings.pruning_ratio))
-            if share is None
-            else int(share * cost(widths))
-        )
-        self.least, _ = bounds.of(widths)
-        if cost(self.least) > self.target:  # before anything long is run
-            allocate([1.0] * len(widths), widths, cost, self.target, bounds=bounds)
-
-    @property
-    def cost(self) -> Cost:
-        return self.costs[0 if self.settings.cost == "macs" else 1]
-
-    def plan(self, model: nn.Module, data: ImageData, number: int) -> dict[str, Any]:
-        """Sensitivity and kept channels (of the dense model) for round `number`."""
-        groups, done = self._groups(model), (number + 1) / self.settings.rounds
-        dense = self.cost([g.width for g in self.groups])
-        budget = self.target if done == 1 else int(dense * (self.target / dense) ** done)
-        scores = score(model, data.train, groups, self.settings.scores)
-        keeps = allocate(
-            scores.sensitivity,
-            [g.width for g in groups],
-            self.cost,
-            budget,
-            alpha=self.settings.alpha,
-            bounds=Bounds(floor=0, cap=self.bounds.cap if number == 0 else 1.0),
-            least=self.least,
-        )
-        kept = {
-            g.name: [self.kept[g.name][u] for u in top_units(r, k)]
-            for g, r, k in zip(groups, scores.ranking, keeps, strict=True)
-        }
-        sensitivity = {g.name: s for g, s in zip(groups, scores.sensitivity, strict=True)}
-        return {
-            "sensitivity": sensitivity,
-            "kept": kept,
-            "budget": budget,
-            "cost": self.cost(keeps),
-        }
-
-    def prune(self, model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
-        """`model` with the plan carried out; the plan counts channels of the dense model, `model` has those kept so far."""
-        from hipp_ext.integrations.torch_pruning_channels import prune_channels
-
-        place = {
-            name: {c: i for i, c in enumerate(channels)} for name, channels in self.kept.items()
-        }
-        prune_channels(
-            model,
-            self.example,
-            {n: [place[n][c] for c in channels] for n, channels in plan["kept"].items()},
-        )
-        self.kept = {name: tuple(channels) for name, channels in plan["kept"].items()}
-        self.sensitivity.append(dict(plan["sensitivity"]))
-        return model
-
-    def _groups(self, model: nn.Module) -> tuple[ChannelGroup, ...]:
-        from hipp_ext.integrations.torch_pruning_channels import find_channel_groups
-
-        return find_channel_groups(
-            model, self.example, ignored=[model.get_submodule(n) for n in self.ignored]
-        )
-
-
-class _Journal:
-    """What a run leaves in its folder, and what the next one finds there."""
-
-    def __init__(
-        self,
-        folder: str | Path | None,
-        identity: Callable[[], Mapping[str, Any]],
-        say: Callable[[str], None] | None,
-    ):
-        self.folder, self.say = None if folder is None else Path(folder), say or (lambda _: None)
-        if self.folder is None:
-            return
-        path, text = (
-            self.folder / "run.json",
-            json.dumps(identity(), indent=1, sort_keys=True) + "\n",
-        )
-        if path.exists() and read_plain(path) != text.encode():
-            raise DataError(
-                f"{folder} holds another run: its model, data, loss, fixed layers or settings differ ({path}). Choose another "
-                "folder."
-            )
-        if not path.exists():
-            write_atomic(path, text)
+        self.folder, self.log = None if folder is None else Path(folder), log
+        self.identity = json.loads(json.dumps(identity))
+        events = self.path("log.jsonl")
+        if events is not None and events.exists() and not events.is_file():  # a pipe would block
+            raise DataError(f"{events} is not a regular file. Remove it, or choose another folder.")
 
     def path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
 
-    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gave, from the file of an earlier run where there is one."""
-        path = self.path(f"{name}.json")
+    def scored_once(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The plan of an earlier run of this identity, else what `make` returns."""
+        path = self.path("plan.safetensors")
         if path is not None and path.exists():
-            return _read_stage(path)
+            return self._read(path)
         start = time.perf_counter()
-        self.say(f"{name}: scoring and allocating")
-        made = make()
+        self.log("score and allocate")
+        plan = make()
         if path is not None:
-            write_atomic(path, json.dumps({**made, "digest": _digest(made)}, indent=1) + "\n")
-        self.log(
-            {
-                "stage": name,
-                "seconds": time.perf_counter() - start,
-                "cost": made["cost"],
-                "budget": made["budget"],
-            }
+            write_atomic(path, seal({}, {"identity": self.identity, "plan": plan}))
+        seconds = time.perf_counter() - start
+        self.record(
+            {"stage": "plan", "seconds": seconds, "cost": plan["cost"], "budget": plan["budget"]}
         )
-        return made
+        return plan
 
-    def log(self, event: Mapping[str, Any]) -> None:
-        self.say(", ".join(f"{k} {v}" for k, v in event.items()))
-        if self.folder is not None:
-            with (self.folder / "log.jsonl").open("a") as file:
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            _, about = unseal(path)
+            identity, plan = about["identity"], about["plan"]
+        except (CheckpointError, KeyError) as error:
+            raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
+        if identity != self.identity:
+            raise DataError(
+                f"{path.parent} holds another run: its model, data, loss, fixed layers or settings "
+                "differ. Choose another folder."
+            )
+        return plan
+
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Add an event to the log."""
+        self.log(", ".join(f"{k} {v}" for k, v in event.items()))
+        if (path := self.path("log.jsonl")) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")
-
-
-def _digest(made: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-
-
-def _read_stage(path: Path) -> dict[str, Any]:
-    """What a stage left; a bit that has changed would make another model of it without a word."""
-    try:
-        made = read_json(path)
-        digest_there = made.pop("digest")
-        if digest_there != _digest(made):
-            raise ValueError("it is not what was written")
-    except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
-    return made
-
-
-def _identity(
-    model: nn.Module,
-    data: ImageData,
-    settings: MRPFSettings,
-    loss: AdversarialLoss,
-    ignored: Sequence[str],
-) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    return {
-        "model": digest(model.state_dict()),
-        "data": data_identity(data),
-        "loss": describe(loss),
-        "ignored": sorted(ignored),
-        "settings": asdict(settings),
-    }

@@ -1,8 +1,8 @@
-"""A trained classifier -> what each of its modules is worth under attack, and which of its channels go first."""
+"""A trained classifier -> sensitivity per group of channels, and a ranking of the channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,41 +10,38 @@ from torch.nn import functional as F
 
 from hipp_ext.attacks import Ball, check_precision
 from hipp_ext.errors import AttackError, UnsupportedModelError
+from hipp_ext.modes import restored
 from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import Images
 from hipp_ext.robust.losses import attacked
-from hipp_ext.robust.training import restored
-from hipp_ext.scorers.group_loss import (
-    ChannelGroup,
-    first_order,
-    removal,
-    require_removable,
-    unit_norms,
-    unit_taylor,
-    worst_case,
-)
+from hipp_ext.scorers.channels import ChannelGroup, require_removable
+from hipp_ext.scorers.gates import unit_taylor
+from hipp_ext.scorers.group_loss import first_order, removal, worst_case
 from hipp_ext.scorers.mrs import FORMS, Form, check_numbers
 
 Ranking = Literal["auto", "bn", "taylor", "l1"]
-RANKINGS = ("auto", "bn", "taylor", "l1")
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """How modules and channels are scored.
+    """How groups and channels are scored.
 
     Attributes:
-        form: of MRS, see `hipp_ext.scorers.MRS`.
-        ranking: of the channels within a module: "bn" (scale of the batch norm behind the channel), "taylor" (derivative of the
-            loss with respect to a gate), "l1" (weight norms), or "auto": "bn" where every channel has a batch norm, else
-            "taylor". It matters more than the allocation: see evals/LOG.md.
-        epsilon: of the attack on the scored images.
-        attack_steps: of PGD; 0 scores clean images, which is the counterpart that a claim about robustness has to beat.
-        rows: of the training images, the first ones.
-        rho, steps: of the form "worst".
-        ratio: share of channels removed in the form "removal".
-        batch_size: images at a time; Taylor averages squares over batches.
-        seed: of PGD.
+        form: form of MRS, see `hipp_ext.scorers.MRS`.
+        ranking: how the channels of a group are ranked: "bn" (scale of the batch norm behind the
+            channel), "taylor" (derivative of the loss with respect to a gate), "l1" (weight norms),
+            or "auto": "bn" where every channel has a batch norm, else "taylor". It matters more
+            than the allocation: see evals/LOG.md.
+        epsilon: L-inf radius of the attack on the scored images.
+        attack_steps: gradient steps of PGD; 0 scores clean images, which is the counterpart that a
+            claim about robustness has to beat.
+        rows: number of training images that are scored, the first ones.
+        rho: radius of the form "worst", as a fraction of a weight's norm.
+        steps: gradient steps of the form "worst".
+        ratio: fraction of channels that the form "removal" removes.
+        batch_size: images per batch; Taylor averages squares over batches.
+        seed: random seed of PGD's starting point.
     """
 
     form: Form = "removal"
@@ -61,7 +58,8 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         if self.form not in FORMS or self.ranking not in RANKINGS:
             raise AttackError(
-                f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and {self.ranking!r}."
+                f"MRS has the forms {FORMS} and the rankings {RANKINGS}; got {self.form!r} and "
+                f"{self.ranking!r}."
             )
         Ball(epsilon=self.epsilon)
         take_numbers(
@@ -76,12 +74,13 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ModuleScores:
-    """What was measured.
+class GroupScores:
+    """The scores of a classifier.
 
     Attributes:
-        sensitivity: per module [nats]; "removal" and "worst" are rises of the loss on the scored images.
-        ranking: per module one score per channel, higher = keep; compared within a module only.
+        sensitivity: one number per group [nats]; "removal" and "worst" are rises of the loss on the
+            scored images.
+        ranking: per group one score per channel, higher = keep, comparable within a group only.
     """
 
     sensitivity: tuple[float, ...]
@@ -90,12 +89,14 @@ class ModuleScores:
 
 def score(
     model: nn.Module, images: Images, groups: Sequence[ChannelGroup], settings: ScoreSettings
-) -> ModuleScores:
-    """Sensitivity per module and ranking per channel. The model is left as it was, and so is the random state.
+) -> GroupScores:
+    """Sensitivity per group and ranking per channel.
 
     Args:
-        images: to score on; training images, so that the test images stay unseen.
+        model: left as it was, and so is the global random state.
+        images: images to score on. Training images leave the test images unseen.
         groups: from `find_channel_groups`.
+        settings: see `ScoreSettings`.
 
     Raises:
         UnsupportedModelError: the model is in half precision, or a group cannot be removed.
@@ -103,14 +104,12 @@ def score(
     """
     check_precision(model)
     require_removable(groups)
-    with restored(model):
+    with restored(model, random_state=True):
         model.eval()
         batches = attacked_batches(model, images, settings)
         ranking = rank_channels(model, groups, batches, settings.ranking)
-        return ModuleScores(
-            sensitivity=tuple(sensitivity(model, groups, batches, ranking, settings)),
-            ranking=tuple(ranking),
-        )
+        values = sensitivity(model, groups, batches, ranking, settings)
+        return GroupScores(sensitivity=tuple(values), ranking=tuple(ranking))
 
 
 def attacked_batches(
@@ -118,16 +117,13 @@ def attacked_batches(
 ) -> list[tuple[Tensor, Tensor]]:
     """(attacked images, labels), made once on the model as it is."""
     device = next(model.parameters()).device
-    result = []
+    batches = []
     for x, y in images.first(settings.rows).batches(settings.batch_size):
         x, y = x.to(device), y.to(device)
-        moved = (
-            attacked(model, x, y, settings.epsilon, settings.attack_steps, settings.seed)
-            if settings.attack_steps
-            else x
-        )
-        result.append((moved, y))
-    return result
+        if settings.attack_steps:
+            x = attacked(model, x, y, settings.epsilon, settings.attack_steps, settings.seed)
+        batches.append((x, y))
+    return batches
 
 
 def rank_channels(
@@ -136,13 +132,13 @@ def rank_channels(
     batches: Sequence[tuple[Tensor, Tensor]],
     ranking: Ranking,
 ) -> list[Tensor]:
-    """Per module one score per channel, higher = keep; for the rankings see `ScoreSettings`.
+    """Per group one score per channel, higher = keep; for the rankings see `ScoreSettings`.
 
     Raises:
-        UnsupportedModelError: "bn", and a module's channels are followed by no batch norm.
+        UnsupportedModelError: "bn", and no batch norm follows the channels of a group.
     """
     if ranking == "l1":
-        return unit_norms(model, groups, [g.owners for g in groups])
+        return [unit_norms(model, group) for group in groups]
     if ranking != "taylor":
         scales = [scale for g in groups if (scale := _norm_scales(model, g)) is not None]
         if len(scales) == len(groups):
@@ -155,9 +151,29 @@ def rank_channels(
     return unit_taylor(model, groups, mean_loss, batches)
 
 
+def unit_norms(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """(width,) L1 norms of the units' weights; those of every producer are scaled to sum to 1."""
+    total = torch.zeros(group.width, dtype=torch.float64)
+    for name, units in zip(group.producers, group.producer_units, strict=True):
+        layer = model.get_submodule(name)
+        weight = _by_output(layer, model.get_parameter(f"{name}.weight"))
+        norms = weight.abs().sum(1, dtype=torch.float64).cpu()
+        scaled = norms / norms.sum().clamp_min(1e-30)
+        total.index_add_(0, units[units >= 0], scaled[units >= 0])
+    return total
+
+
+def _by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """(output channels, all other entries); a transposed convolution has its inputs first."""
+    weight = weight.detach()
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.transposed:
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
 def _norm_scales(model: nn.Module, group: ChannelGroup) -> Tensor | None:
-    """(width,) sum of the absolute scales of the batch norms behind each channel; None where there is none."""
-    names = [n for n, size in group.followers if n.endswith(".weight") and size == 1]
+    """(width,) sums of absolute scales of the batch norms behind each channel, or None."""
+    names = [n for n, size in group.norms if n.endswith(".weight") and size == 1]
     weights = [model.get_parameter(n).detach().abs().double().cpu() for n in names]
     weights = [w for w in weights if len(w) == group.width]
     return torch.stack(weights).sum(0) if weights else None
@@ -170,9 +186,10 @@ def sensitivity(
     ranking: Sequence[Tensor],
     settings: ScoreSettings,
 ) -> list[float]:
-    """Per module, in the form that the settings ask for."""
+    """Sensitivity per group, in the form that the settings name."""
     if settings.form == "worst":
-        # Stochastic: for all modules together it then costs about one epoch of adversarial training on the same images.
+        # Stochastic: for all groups together it then costs about one epoch of adversarial training
+        # on the same images.
         return worst_case(
             model,
             groups,

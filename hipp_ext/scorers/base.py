@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
+from hipp_ext.modes import evaluating
 
 
 class Scorer(abc.ABC):
@@ -91,18 +92,6 @@ class Scorer(abc.ABC):
         The model is in eval mode; the batches are checked, and empty where `needs_calibration` is
         False.
         """
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own mode again after it."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def require_labels(batches: Sequence[Batch], why: str) -> None:

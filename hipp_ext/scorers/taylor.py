@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Group
-from hipp_ext.scorers.base import Scorer, consumer_weight, forward, per_unit, require_labels
+from hipp_ext.scorers.base import Scorer, forward, require_labels
+from hipp_ext.scorers.gates import gated_group, unit_taylor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taylor(Scorer):
-    """Root mean square over batches of the loss's derivative by a unit's gate. Higher = keep.
+    """Root mean square over batches of the loss's derivative with respect to a gate on the unit.
 
-    The gate multiplies the unit's output. Its derivative equals the sum of W * dL/dW over the
-    unit's columns of the consumer's weight W, so only those gradients are kept. The calibration
-    needs `labels`; small batches give a finer average.
+    Higher = keep. The calibration needs `labels`; smaller batches give a finer average.
 
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8, gates placed after the layer.
     Differs from the paper: squares are averaged over batches instead of single examples.
@@ -27,25 +25,10 @@ class Taylor(Scorer):
         self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         require_labels(batches, "Taylor needs a loss")
-        weights = [consumer_weight(model, g) for g in groups]
-        squares = [torch.zeros(g.width, dtype=torch.float64) for g in groups]
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            for weight in weights:
-                weight.requires_grad_(True)
-            for batch in batches:
-                with torch.enable_grad():
-                    gradients = torch.autograd.grad(
-                        forward(model, batch, labels=True).loss, weights, materialize_grads=True
-                    )
-                for g, weight, gradient, square in zip(
-                    groups, weights, gradients, squares, strict=True
-                ):
-                    gate = (weight.detach().float() * gradient.float()).sum(0).double().cpu()
-                    square += per_unit(gate, g).sum(1).square()
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        return {g.name: (s / len(batches)).sqrt() for g, s in zip(groups, squares, strict=True)}
+        scores = unit_taylor(model, [gated_group(g) for g in groups], mean_loss, batches)
+        return {g.name: s for g, s in zip(groups, scores, strict=True)}
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of `batch`'s labels."""
+    return forward(model, batch, labels=True).loss.float()

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,72 +328,11 @@ def read_recovery(folder: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------- image sets
 
 
-class _AsPython2(pickle._Pickler):
-    """Writes pickles as Python 2 did, in which CIFAR was published: all text is bytes."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_text(self, text: bytes | str) -> None:
-        data = text.encode() if isinstance(text, str) else text
-        short = len(data) < 256
-        self.write(
-            (b"U" if short else b"T") + len(data).to_bytes(1 if short else 4, "little") + data
-        )
-
-    dispatch[bytes] = dispatch[str] = save_text
-
-    @classmethod
-    def dumps(cls, content: Any) -> bytes:
-        cls(buffer := io.BytesIO(), protocol=2).dump(content)
-        return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def make_cifar(folder: Path, name: str = "cifar10") -> None:
-    import numpy as np
-
-    draw = np.random.default_rng(0)
-    inside = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
-    inside.mkdir()
-    batches = (
-        [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-        if name == "cifar10"
-        else ["train", "test"]
-    )
-    labels, names, meta = (
-        (b"labels", b"label_names", "batches.meta")
-        if name == "cifar10"
-        else (b"fine_labels", b"fine_label_names", "meta")
-    )
-    for batch in batches:
-        content = {
-            b"batch_label": b"x",
-            labels: [0, 2],
-            b"data": draw.integers(0, 256, (2, 3072), dtype=np.uint8),
-            b"filenames": [b"a.png", b"b.png"],
-        }
-        (inside / batch).write_bytes(_AsPython2.dumps(content))
-    (inside / meta).write_bytes(
-        _AsPython2.dumps({b"num_vis": 3072, names: [b"one", b"two", b"three"]})
-    )
-
-
-def make_svhn(folder: Path) -> None:
-    import numpy as np
-    from scipy.io import savemat
-
-    for split in ("train", "test"):
-        savemat(
-            folder / f"{split}_32x32.mat",
-            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [10]], np.uint8)},
-        )
-
-
 def make_tiny_imagenet(folder: Path) -> None:
     from PIL import Image
 
     base, names = folder / "tiny-imagenet-200", ["n01443537", "n01629819"]
     (base / "val/images").mkdir(parents=True)
-    (base / "wnids.txt").write_text("\n".join(names) + "\n")
     for name in names:
         (base / "train" / name / "images").mkdir(parents=True)
         Image.new("RGB", (64, 64), "red").save(base / "train" / name / f"images/{name}_0.JPEG")
@@ -422,9 +360,6 @@ def _images(name: str, make: Any) -> None:
         return load_data(name, folder)
 
 
-_images("cifar10", make_cifar)
-_images("cifar100", functools.partial(make_cifar, name="cifar100"))
-_images("svhn", make_svhn)
 _images("tiny-imagenet", make_tiny_imagenet)
 
 

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import BatchEncoding
 
 from hipp_ext.groups import find_groups
-from hipp_ext.integrations.torch_pruning import PlanPruner
+from hipp_ext.integrations.torch_pruning import PlanPruner, to_tp_kwargs
 
 pytestmark = [
     pytest.mark.timeout(60),
     pytest.mark.filterwarnings("ignore:Unwrapped parameters detected"),
 ]
 GROUP_LIMIT = 1500  # members; the largest group that ends has 59
-PLAN_METHOD = "stock_arguments (integrations/torch_pruning_stock.py)"
+PLAN_METHOD = "to_tp_kwargs (integrations/torch_pruning_stock.py)"
 REFUSALS = "_stock_fails (integrations/torch_pruning_stock.py)"
 
 
@@ -163,7 +163,7 @@ def test_norms_of_queries_and_keys_keep_heads_from_being_pruned(monkeypatch):
     monkeypatch.setitem(models.BUILDERS, "qwen3_mha", _qwen3_mha)
     model = eager("qwen3_mha")
     plan = random_plan(model, seed=3)
-    arguments = plan.to_tp_kwargs(model)
+    arguments = to_tp_kwargs(plan, model)
     norms = [p for p in arguments["ignored_layers"] if isinstance(p, nn.Parameter)]
     assert len(norms) == 2 * sum(e.keep < e.width for e in plan.groups if e.kind == "attention") > 0
     arguments["ignored_layers"] = [
@@ -224,7 +224,7 @@ def test_pruning_unfreezes():
 def test_frozen_models_are_left_whole_in_silence():
     model = build("llava")
     plan = random_plan(model)
-    arguments = plan.to_tp_kwargs(model)
+    arguments = to_tp_kwargs(plan, model)
     before = widths(model)
     tp.pruner.BasePruner(model.requires_grad_(False), batch("llava"), **arguments).step()
     still(widths(model) == before, f"the refusal of frozen weights in {REFUSALS}")
@@ -261,7 +261,7 @@ def test_wrong_scores_are_taken(scores):
 def test_the_forward_of_a_model_is_left_in_eval_mode():
     model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).train()
     tp.DependencyGraph().build_dependency(model, torch.randn(2, 5))
-    still(not model.training, "'leaves the model in eval mode' in the docstring of stock_arguments")
+    still(not model.training, "'leaves the model in eval mode' in the docstring of to_tp_kwargs")
 
 
 def test_plan_pruner_suffers_from_none_of_this(bounded):

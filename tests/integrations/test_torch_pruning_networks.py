@@ -17,9 +17,9 @@ from hipp_ext.integrations.torch_pruning import (
     find_channel_groups,
     prune_channels,
 )
-from hipp_ext.robust.allocation import channel_costs
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.scoring import rank_channels
-from hipp_ext.scorers.group_loss import gated
+from hipp_ext.scorers.gates import gated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 SHAPE = (1, 3, 12, 12)
@@ -304,7 +304,7 @@ def test_norms_of_a_transposed_convolution_are_those_of_its_outputs(groups):
         model[1].weight[5 // (8 // groups) * (8 // groups), 5 % (8 // groups)] = 100
         model[1].bias.zero_()
         assert int(model[1](torch.ones(1, 8, 1, 1)).sum((0, 2, 3)).argmax()) == 5
-    group = next(g for g in find_channel_groups(model, x) if "1" in g.layers)
+    group = next(g for g in find_channel_groups(model, x) if "1" in g.producers)
     (scores,) = rank_channels(model, [group], [], "l1")
     assert scores.argmax() == 5 and len(scores[scores < scores[5]].unique()) == 1
 
@@ -542,11 +542,11 @@ def test_scores_of_outputs_close_what_is_made():
     model, x = built(cascade), torch.rand(SHAPE)
     groups = find_channel_groups(model, x, outputs=True)
     head = next(g for g in groups if g.name == "head")
-    assert not head.readers and len(groups) == len(find_channel_groups(model, x)) + 1
+    assert not head.consumers and len(groups) == len(find_channel_groups(model, x)) + 1
     mask = torch.tensor([1.0, 0, 1, 0, 1])
     with torch.no_grad(), gated(model, [head], [mask]):
         assert torch.equal(model(x)[:, 1], torch.zeros(1, 12, 12)) and bool(model(x)[:, 0].any())
-    with pytest.raises(PlanError, match="head is no group of channels"):
+    with pytest.raises(PlanError, match="'head' is not a channel group"):
         prune_channels(model, x, {"head": (0, 1)})
 
 

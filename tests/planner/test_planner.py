@@ -303,7 +303,7 @@ def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
 def test_scorers_with_settings_of_their_own_are_given_again(model, tmp_path):
     labelled = [batch("llava", labels=True)]
     ways = [
-        ("scorer", MRS("grad", attack_steps=1)),
+        ("scorer", MRS(form="grad", attack_steps=1)),
         ("mrs", MRS(attack_steps=1)),
         ("scorer", VisualSensitivity(sink_threshold=5.0)),
     ]

@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_module_robustness_sensitivity_is_a_signal(tmp_path):
     model, said = build("llava"), []
-    mrs = MRS("grad", attack_steps=2)
+    mrs = MRS(form="grad", attack_steps=2)
     _, measured = plan(model, tmp_path, said, mrs=mrs)
     assert any("under attack" in line for line in said)
     expected = mrs.sensitivity(model, BATCHES)

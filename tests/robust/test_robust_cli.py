@@ -22,8 +22,9 @@ from hipp_ext.evals.studies.robust import (
     table,
 )
 from hipp_ext.integrations.torch_pruning import find_channel_groups
-from hipp_ext.robust.allocation import channel_costs, uniform_counts
+from hipp_ext.robust.allocation import uniform_counts
 from hipp_ext.robust.checkpoint import load_classifier
+from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import load_data
 
 hipp = functools.partial(command.hipp, "robust")
@@ -82,7 +83,7 @@ def test_from_training_to_evaluation(tmp_path):
     ) > widths["features.17"]
     options = ("--n", "20", "--attacks", "pgd,apgd-ce", "--json", str(tmp_path / "r.json"))
     table = hipp("evaluate", tuned, "--epsilon", "0.1", *options)
-    assert all(f"class {digit}, worst of all" in table for digit in range(10))
+    assert all(f"class {digit}, worst case" in table for digit in range(10))
     report = json.loads((tmp_path / "r.json").read_text())
     assert (
         report["n"] == 20

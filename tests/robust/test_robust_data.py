@@ -1,6 +1,6 @@
-"""Image sets: small files in the true formats are read, and every kind of damage is refused with the expected layout."""
+"""Image sets: small files in the true formats are read, and damaged ones are refused."""
 
-import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -12,57 +12,47 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from hipp_ext.errors import DataError
-from hipp_ext.robust import ImageData, Images, load_data, published
-from hipp_ext.robust.batch_files import BatchFileError, parse_batch
+from hipp_ext.robust import ImageData, Images, load_data
 from hipp_ext.robust.data import check_images
 
 GENERATOR = np.random.default_rng(0)
 
 
-def pictures(n: int) -> np.ndarray:
-    return GENERATOR.integers(0, 256, (n, 3072), dtype=np.uint8)
-
-
-def cifar10(root: Path, n: int = 4) -> dict[str, np.ndarray]:
-    folder = root / "cifar-10-batches-py"
+def cifar(root: Path, kind: type, monkeypatch, n: int = 4) -> dict[str, np.ndarray]:
+    """A small set in the true format, taken for the published one."""
+    folder, written = root / kind.base_folder, {}
     folder.mkdir()
-    written = {}
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        written[name] = pictures(n)
-        content = {
-            b"data": written[name],
-            b"labels": list(range(n)),
-            b"batch_label": b"x",
-            b"filenames": [b"a.png"] * n,
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = [f"class{i}".encode() for i in range(10)]
-    (folder / "batches.meta").write_bytes(
-        pickle.dumps({b"label_names": names, b"num_vis": 3072}, protocol=2)
-    )
+    key = "labels" if kind is CIFAR10 else "fine_labels"
+
+    def write(name: str, content: dict) -> str:
+        text = pickle.dumps(content, protocol=2)
+        (folder / name).write_bytes(text)
+        return hashlib.md5(text).hexdigest()
+
+    for part in ("train_list", "test_list"):
+        listed = []
+        for name, _ in getattr(kind, part):
+            written[name] = GENERATOR.integers(0, 256, (n, 3072), dtype=np.uint8)
+            listed.append([name, write(name, {"data": written[name], key: list(range(n))})])
+        monkeypatch.setattr(kind, part, listed)
+    names = [f"class{i}" for i in range(10)]
+    digest = write(kind.meta["filename"], {kind.meta["key"]: names})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": digest})
     return written
 
 
-def cifar100(root: Path, n: int = 4) -> None:
-    folder = root / "cifar-100-python"
-    folder.mkdir()
-    for name in ("train", "test"):
-        content = {b"data": pictures(n), b"fine_labels": [99] * n, b"coarse_labels": [0] * n}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    (folder / "meta").write_bytes(
-        pickle.dumps({b"fine_label_names": [str(i).encode() for i in range(100)]}, protocol=2)
-    )
-
-
-def svhn(root: Path, n: int = 5) -> np.ndarray:
+def svhn(root: Path, monkeypatch, n: int = 5) -> np.ndarray:
     x = GENERATOR.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+    splits = dict(SVHN.split_list)
     for split in ("train", "test"):
-        savemat(
-            root / f"{split}_32x32.mat",
-            {"X": x, "y": np.array([[1], [10], [2], [3], [9]][:n], dtype=np.uint8)},
-        )
+        path = root / f"{split}_32x32.mat"
+        savemat(path, {"X": x, "y": np.array([[1], [10], [2], [3], [9]][:n], dtype=np.uint8)})
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        splits[split] = [*splits[split][:2], digest]
+    monkeypatch.setattr(SVHN, "split_list", splits)
     return x
 
 
@@ -70,7 +60,6 @@ def tiny_imagenet(root: Path) -> None:
     base = root / "tiny-imagenet-200"
     names = ["n01443537", "n01629819"]
     (base / "val" / "images").mkdir(parents=True)
-    (base / "wnids.txt").write_text("\n".join(names) + "\n")
     for i, name in enumerate(names):
         folder = base / "train" / name / "images"
         folder.mkdir(parents=True)
@@ -84,8 +73,8 @@ def tiny_imagenet(root: Path) -> None:
     (base / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
 
 
-def test_cifar10_from_its_files(tmp_path):
-    written = cifar10(tmp_path)
+def test_cifar10_from_its_files(tmp_path, monkeypatch):
+    written = cifar(tmp_path, CIFAR10, monkeypatch)
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
         data = load_data("cifar10", root)
         assert (len(data.train), len(data.test), data.shape, data.classes[3]) == (
@@ -99,10 +88,10 @@ def test_cifar10_from_its_files(tmp_path):
     assert torch.equal(images, expected) and labels.tolist() == [0, 1, 2, 3] and data.mirror
 
 
-def test_cifar100_svhn_and_tiny_imagenet_from_their_files(tmp_path):
-    cifar100(tmp_path)
-    assert load_data("cifar100", tmp_path).train.labels.tolist() == [99] * 4
-    x = svhn(tmp_path)
+def test_cifar100_svhn_and_tiny_imagenet_from_their_files(tmp_path, monkeypatch):
+    cifar(tmp_path, CIFAR100, monkeypatch)
+    assert load_data("cifar100", tmp_path).train.labels.tolist() == [0, 1, 2, 3]
+    x = svhn(tmp_path, monkeypatch)
     data = load_data("svhn", tmp_path)
     assert (
         data.train.labels.tolist() == [1, 0, 2, 3, 9] and not data.mirror
@@ -130,85 +119,64 @@ def test_digits_are_embedded():
 
 
 class Evil:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/hipp-ext-was-here",))
+        return (Path.touch, (self.witness,))
 
 
-def damage(root: Path, what: str) -> None:
-    folder = root / "cifar-10-batches-py"
-    path = folder / "data_batch_3"
-    whole = path.read_bytes()
-    content = pickle.loads(whole, encoding="bytes")
-    if what == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif what == "missing":
-        path.unlink()
-    elif what == "code":
-        path.write_bytes(pickle.dumps(Evil()))
-    elif what == "labels":
-        path.write_bytes(pickle.dumps(content | {b"labels": [10, 0, 0, 0]}))
-    elif what == "fewer labels":
-        path.write_bytes(pickle.dumps(content | {b"labels": [0]}))
-    elif what == "shape":
-        path.write_bytes(pickle.dumps(content | {b"data": content[b"data"][:, :100]}))
-    elif what == "list":
-        path.write_bytes(pickle.dumps([1, 2]))
-    else:
-        (folder / "batches.meta").write_bytes(pickle.dumps({}))
+@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_pickle_that_was_not_published_is_never_loaded(tmp_path, monkeypatch, file):
+    cifar(tmp_path, CIFAR10, monkeypatch)
+    path, witness = tmp_path / "cifar-10-batches-py" / file, tmp_path / "executed"
+    whole, hostile = path.read_bytes(), pickle.dumps(Evil(witness))
+    for content in (hostile, whole[:-20], whole + hostile, b""):
+        path.write_bytes(content)
+        with pytest.raises(
+            DataError, match="missing, or they are not the published ones.*cifar-10-batches-py/"
+        ):
+            load_data("cifar10", tmp_path)
+    path.unlink()
+    for make in (Path.mkdir, os.mkfifo):  # neither is opened
+        make(path)
+        with pytest.raises(DataError, match="not the published ones"):
+            load_data("cifar10", tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert not witness.exists()
+    pickle.loads(hostile)
+    assert witness.exists()
 
 
-DAMAGE = {
-    "truncated": r"data_batch_3 is damaged or truncated .*Expected layout: cifar-10-batches-py/ with data_batch_1",
-    "missing": r"has no cifar-10-batches-py/data_batch_3. Expected there: cifar-10-batches-py/",
-    "code": r"it names (posix|nt).system, which no file of this set holds; it was not loaded",
-    "labels": r"cifar10 train: labels must be 0 to 9 for 10 classes, got 0 to 10",
-    "fewer labels": r"4 pictures and 1 labels",
-    "shape": r"data must be bytes of shape \(n, 3072\)",
-    "list": r"a dictionary was expected, got list",
-    "names": r"label_names must be a list of names",
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_cifar(tmp_path, what):
-    cifar10(tmp_path)
-    damage(tmp_path, what)
-    with pytest.raises(DataError, match=DAMAGE[what]):
-        load_data("cifar10", tmp_path)
-    assert not Path("/tmp/hipp-ext-was-here").exists()
-
-
-def test_damaged_svhn_and_tiny_imagenet(tmp_path):
+def test_damaged_svhn_and_tiny_imagenet(tmp_path, monkeypatch):
     with pytest.raises(
-        DataError,
-        match=r"svhn: .* has no train_32x32.mat. Expected there: train_32x32.mat and test_32x32.mat",
+        DataError, match=r"svhn: files in .*Expected there: train_32x32.mat and test_32x32.mat"
     ):
         load_data("svhn", tmp_path)
-    svhn(tmp_path)
+    svhn(tmp_path, monkeypatch)
     path = tmp_path / "test_32x32.mat"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"svhn: .*test_32x32.mat is damaged or truncated"):
-        load_data("svhn", tmp_path)
-    savemat(path, {"X": np.zeros((8, 8), np.uint8), "y": np.zeros((1, 1))})
-    with pytest.raises(DataError, match=r"X must be bytes of shape \(32, 32, 3, n\)"):
+    with pytest.raises(DataError, match=r"svhn: files in .* not the published ones"):
         load_data("svhn", tmp_path)
     tiny_imagenet(tmp_path)
     base = tmp_path / "tiny-imagenet-200"
     picture = base / "train" / "n01443537" / "images" / "n01443537_0.JPEG"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:300])
-    with pytest.raises(DataError, match=r"n01443537_0.JPEG is damaged or truncated"):
+    with pytest.raises(DataError, match=r"n01443537_0.JPEG: it cannot be decoded.*Expected in"):
         load_data("tiny-imagenet", tmp_path)
     Image.new("RGB", (32, 32)).save(picture)
-    with pytest.raises(DataError, match=r"64x64 pixels were expected, got 32x32"):
+    with pytest.raises(DataError, match=r"n01443537_0.JPEG has 32x32 pixels, and 64x64 are needed"):
         load_data("tiny-imagenet", tmp_path)
     picture.write_bytes(whole)
     (base / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\n")
-    with pytest.raises(DataError, match="a line without a known class: 'val_0.JPEG"):
+    with pytest.raises(DataError, match="a file name and a class per line, got 'val_0.JPEG"):
         load_data("tiny-imagenet", tmp_path)
     for file in (base / "train" / "n01629819" / "images").iterdir():
         file.unlink()
-    with pytest.raises(DataError, match=r"no pictures of \['n01629819'\]"):
+    with pytest.raises(
+        DataError, match=r"tiny-imagenet: Found no valid file for the classes n01629819"
+    ):
         load_data("tiny-imagenet", tmp_path)
 
 
@@ -241,175 +209,28 @@ def test_names_folders_and_values():
             ImageData(name="mine", train=bad, test=good, classes=("a", "b", "c"))
 
 
-def test_arrays_are_read_as_any_numpy_wrote_them():
-    """What numpy 1 and numpy 2 wrote is read, by Python 2 and 3, and nothing is unpickled."""
-    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for protocol in (2, 3, 4):
-        for held in (array, np.asfortranarray(array)):
-            text = pickle.dumps(
-                {b"data": held, "names": ["a", b"b"], b"n": (1, 2.5, None, True)}, protocol=protocol
-            )
-            loaded = parse_batch(text)
-            assert np.array_equal(loaded[b"data"], array)
-            assert loaded["names"] == ["a", b"b"] and loaded[b"n"] == (1, 2.5, None, True)
-            old = (
-                text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-                if protocol < 4
-                else text
-            )
-            assert np.array_equal(parse_batch(old)[b"data"], array)
-    # As Python 2 wrote it: text is bytes, numbers that stand for booleans are 0 and 1.
-    two = (
-        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05"
-        b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        b"\x89U\x06\x00\x01\x02\x03\x04\x05tbu."
-    )
-    assert np.array_equal(parse_batch(two)[b"data"], array)
-
-
-class Pointers:
-    """What numpy's own unpickling takes for an array of objects: its bytes become addresses."""
-
-    def __reduce__(self):
-        state = (1, (64, 3072), np.dtype("O"), False, b"A" * 64)
-        return (np.ndarray.__reduce__(np.empty(0, np.uint8))[0], (np.ndarray, (0,), b"b"), state)
-
-
-def _pickled(data) -> bytes:
-    return pickle.dumps({b"data": data}, protocol=2)
-
-
-def _tuples(depth: int) -> bytes:
-    return b"\x80\x02}N" + b"\x85" * depth + b"Ns."
-
-
-HOSTILE = {
-    "addresses": (_pickled(Pointers()), "an array of something else than bytes"),
-    "a length beyond the file": (
-        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
-        "expected .* bytes",
-    ),
-    "a place in the memo": (b"\x80\x02}r\xff\xff\xff\x7f.", None),
-    "a shape beyond its data": (
-        pickle.dumps({b"data": np.zeros((2, 3), np.uint8)}, protocol=2).replace(
-            b"K\x02K\x03\x86", b"J\xff\xff\xff\x7fK\x03\x86"
-        ),
-        "an array whose shape is not that of its data",
-    ),
-    "text over and over": (
-        b"\x80\x02}c_codecs\nencode\nq\x00X\x00\x02\x00\x00"
-        + b"a" * 512
-        + b"q\x01X\x06\x00\x00\x00latin1\x86q\x02"
-        + b"h\x00h\x02R" * 50
-        + b".",
-        "text that is no bytes",
-    ),
-    "keys that are never hashed": (_tuples(1000), "a key of type tuple"),
-    "a call of what was called": (b"\x80\x02}cnumpy\nndarray\n)R)R.", "do not fit together"),
-    "another dtype": (_pickled(np.zeros(3, np.int64)), "an array of something else than bytes"),
-    "a name in a list": (b"\x80\x02]cnumpy\nndarray\na.", "a dictionary was expected, got list"),
-    "persistent names": (b"\x80\x02}P1\n.", "it holds a PERSID"),
-    "half a mark": (b"\x80\x02}(u(.", "do not fit|ValueError|object"),
-    "nothing": (b"", "pickle exhausted"),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_batch_files(what):
-    text, message = HOSTILE[what]
-    if message is None:
-        assert parse_batch(text) == {}
-    else:
-        with pytest.raises(BatchFileError, match=message):
-            parse_batch(text)
-
-
-def test_mutated_batch_files_are_read_or_refused():
-    whole = pickle.dumps(
-        {b"data": pictures(1)[:, :60].copy(), b"labels": [1, 2], b"names": [b"a"] * 3}, protocol=2
-    )
-    generator = np.random.default_rng(1)
-    read = 0
-    for _ in range(3000):
-        text = bytearray(
-            whole[: generator.integers(1, len(whole) + 1)] if generator.random() < 0.2 else whole
-        )
-        for place in generator.integers(0, len(text), generator.integers(1, 4)):
-            text[place] = generator.integers(0, 256)
-        with contextlib.suppress(BatchFileError):
-            parse_batch(bytes(text))
-            read += 1
-    assert 100 < read < 2900
-
-
-def test_a_matrix_that_unpacks_to_more_than_any_file_of_the_set(tmp_path, monkeypatch):
-    svhn(tmp_path)
-    zeros = {"X": np.zeros((32, 32, 3, 64), np.uint8), "y": np.ones((64, 1))}
-    savemat(tmp_path / "train_32x32.mat", zeros, do_compression=True)
-    assert len(load_data("svhn", tmp_path).train) == 64
-    monkeypatch.setattr(published, "MOST_MATRICES", 2**15)
-    with pytest.raises(
-        DataError, match=r"train_32x32.mat is damaged or truncated \(unpacked it has more than 0 MB"
-    ):
-        load_data("svhn", tmp_path)
-    monkeypatch.undo()
-    for content, message in (
-        (
-            {"X": np.zeros((32, 32, 3, 2), object), "y": np.ones((2, 1))},
-            r"X must be bytes of shape",
-        ),
-        (
-            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))},
-            r"X has the shape \(32, 32, 3, 2\) and y \(3, 1\)",
-        ),
-        (
-            {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.full((2, 1), np.nan)},
-            "labels from 1 to 10",
-        ),
-    ):
-        savemat(tmp_path / "test_32x32.mat", content)
-        with pytest.raises(DataError, match=message):
-            load_data("svhn", tmp_path)
-    (tmp_path / "test_32x32.mat").write_bytes(bytes(2**16))
-    with pytest.raises(DataError, match="it is made of something else than a few matrices"):
-        load_data("svhn", tmp_path)
-
-
 def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
     tiny_imagenet(tmp_path)
     base = tmp_path / "tiny-imagenet-200"
-    annotations, wnids = base / "val" / "val_annotations.txt", base / "wnids.txt"
-    good, names = annotations.read_text(), wnids.read_text()
+    annotations = base / "val" / "val_annotations.txt"
+    good = annotations.read_text()
     Image.new("RGB", (64, 64)).save(tmp_path / "mine.JPEG")
-    for line in (
-        "../../../mine.JPEG",
-        str(tmp_path / "mine.JPEG"),
-        "a\0b.JPEG",
-        "x" * 300,
-        "val_0.JPEG\tn01443537\nval_0.JPEG",
-    ):
+    for line in ("../../../mine.JPEG", str(tmp_path / "mine.JPEG"), "a\0b.JPEG", "..", "x" * 300):
         annotations.write_text(f"{line}\tn01443537\n")
-        with pytest.raises(DataError, match="val_annotations.txt is damaged"):
+        with pytest.raises(DataError, match="val_annotations.txt needs|cannot be read|is a folder"):
             load_data("tiny-imagenet", tmp_path)
     annotations.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="val_annotations.txt is damaged.*utf-8"):
+    with pytest.raises(DataError, match="tiny-imagenet: .utf-8. codec can't decode"):
         load_data("tiny-imagenet", tmp_path)
     annotations.write_text(good)
-    for name in ("../../elsewhere", "x" * 300):
-        wnids.write_text(f"{names}{name}\n")
-        with pytest.raises(DataError, match="wnids.txt is damaged"):
-            load_data("tiny-imagenet", tmp_path)
-    wnids.write_text(names)
     picture = base / "val" / "images" / "val_1.JPEG"
     picture.unlink()
     os.mkfifo(picture)
-    with pytest.raises(DataError, match="val_1.JPEG is damaged or truncated .it is missing"):
+    with pytest.raises(DataError, match="val_1.JPEG is a pipe or a device"):
         load_data("tiny-imagenet", tmp_path)
     picture.unlink()
     Image.new("RGB", (64, 64)).save(picture, format="EPS")  # Pillow would start Ghostscript
-    with pytest.raises(
-        DataError, match="val_1.JPEG is damaged or truncated .cannot identify image file"
-    ):
+    with pytest.raises(DataError, match="val_1.JPEG: it is no picture of a kind that is read"):
         load_data("tiny-imagenet", tmp_path)
     large = io.BytesIO()
     Image.new("1", (64, 64)).save(large, format="PNG")
@@ -417,10 +238,7 @@ def test_tiny_imagenet_opens_pictures_of_its_own_folder_only(tmp_path):
         (64).to_bytes(4, "big") * 2, (2**15).to_bytes(4, "big") * 2, 1
     )
     picture.write_bytes(header[:29] + zlib.crc32(header[12:29]).to_bytes(4, "big") + header[33:])
-    with pytest.raises(
-        DataError,
-        match="val_1.JPEG is damaged or truncated .(Image size .* exceeds limit|64x64 pixels)",
-    ):
+    with pytest.raises(DataError, match="val_1.JPEG: it (cannot be decoded|has .* pixels)"):
         load_data("tiny-imagenet", tmp_path)
 
 

@@ -10,9 +10,9 @@ from hipp_ext import HiPPPlanner, Preference, masked, testbed
 from hipp_ext.errors import AttackError, CalibrationError, UnsupportedModelError
 from hipp_ext.evals.evaluator import Evaluator, answered
 from hipp_ext.groups import find_groups
+from hipp_ext.image_attacks import answer_losses, pixel_ball
 from hipp_ext.planner import FitSettings
 from hipp_ext.robust import ImageAttack
-from hipp_ext.robust.attacks import answer_losses, pixel_ball
 from hipp_ext.scorers import MRS, Magnitude
 from hipp_ext.units import plan_from_counts
 
@@ -123,10 +123,10 @@ def test_a_planner_is_fitted_for_pope_under_attack(loaded, questions, tmp_path):
 def test_mrs_takes_an_attack_that_is_exact_in_pixels(loaded, questions):
     model, processor = loaded
     inputs = answered(processor, questions[0][:4])
-    exact = MRS("grad", attack=ImageAttack(processor, epsilon=8 / 255, steps=2)).sensitivity(
+    exact = MRS(form="grad", attack=ImageAttack(processor, epsilon=8 / 255, steps=2)).sensitivity(
         model, [inputs]
     )
-    clean = MRS("grad", attack_steps=0).sensitivity(model, [inputs])
+    clean = MRS(form="grad", attack_steps=0).sensitivity(model, [inputs])
     assert sum(exact.values()) > sum(clean.values())
 
 
@@ -136,14 +136,18 @@ def test_bad_input(loaded):
         with pytest.raises(AttackError, match="epsilon must be above zero"):
             ImageAttack(processor, epsilon=epsilon)
     attack = ImageAttack(processor)
-    with pytest.raises(AttackError, match="says no image_mean and image_std"):
+    with pytest.raises(
+        AttackError, match="has no image_mean and image_std, so epsilon cannot be converted"
+    ):
         pixel_ball(processor.tokenizer, 0.1)
     inputs = batch("qwen2_5_vl", labels=True)
     with pytest.raises(AttackError, match=r"has \(128, 96\). Flattened patches are not pictures"):
         attack(build("qwen2_5_vl"), inputs)
     good = batch("llava", labels=True)
     good["pixel_values"] = good["pixel_values"].clamp(-1, 1)
-    with pytest.raises(CalibrationError, match="the batch has no labels, only"):
+    with pytest.raises(
+        CalibrationError, match="raises the loss of the labels, and the batch has none, only"
+    ):
         attack(build("llava"), {k: v for k, v in good.items() if k != "labels"})
     with pytest.raises(UnsupportedModelError, match=r"has weights in torch.bfloat16"):
         attack(build("llava").bfloat16(), good)

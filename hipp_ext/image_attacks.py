@@ -1,4 +1,4 @@
-"""Image attacks on vision-language models: prompts stay with their rows, and the ball is one of pixels."""
+"""Image attacks on vision-language models, within a ball of pixels around each image."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,32 +10,34 @@ from torch.nn import functional as F
 from hipp_ext.attacks import APGD, PGD, Ball, check_precision
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import AttackError, CalibrationError
-from hipp_ext.scorers.base import evaluating, forward
+from hipp_ext.modes import evaluating
+from hipp_ext.scorers.base import forward
 
 
 class ImageAttack:
-    """`attack(model, batch)` -> the batch with `pixel_values` moved to raise the loss of its labels, row by row.
+    """`attack(model, batch)` -> the batch with `pixel_values` moved to raise each row's loss.
 
-    The ball is L-inf in pixels in [0, 1], through the processor's normalisation: a step of 1/255 is one step of a byte in every
-    channel, however the channel is scaled. Everything else in the batch stays, so every row may have a prompt and an answer of
-    its own.
+    The ball is L-inf in pixels in [0, 1], through the processor's normalisation: a step of 1/255 is
+    one step of a byte in every channel, however the channel is scaled. Everything else in the batch
+    stays, so every row may have its own prompt and answer.
 
     Args:
-        processor: of the model; its image processor says how pixels were normalised.
+        processor: processor of the model; its image processor gives the normalisation.
         epsilon: radius, in units of pixels in [0, 1].
-        steps: gradients taken.
+        steps: number of gradient steps.
         kind: "pgd" or "apgd".
-        seed: of the random start.
+        seed: random seed of the starting point.
 
     Raises:
-        AttackError: epsilon is not above zero; an unknown kind; the processor gives no normalisation per channel; or, when
-            called, a batch has no pixel_values of shape (rows, [tiles,] channels, height, width), or they lie outside what
-            pixels in [0, 1] become.
+        AttackError: epsilon is not above zero; the kind is unknown; the processor has no
+            normalisation per channel; or, when called, a batch has no pixel_values of shape (rows,
+            [tiles,] channels, height, width), or they lie outside the range of pixels.
         CalibrationError (when called): a batch has no labels.
         UnsupportedModelError (when called): the model is in half precision.
 
-    Source: Schlarmann & Hein (arXiv 2308.10741), section 3: attacks on the images of vision-language models.
-    Differs from the paper: the loss of the right answer is raised, per row, instead of lowering that of a wrong one.
+    Source: Schlarmann & Hein (arXiv 2308.10741), section 3: attacks on the images of VLMs.
+    Differs from the paper: the loss of the correct answer is raised, per row, instead of lowering
+    the loss of a wrong one.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class ImageAttack:
         pixels = batch.get("pixel_values")
         if pixels is None or pixels.dim() not in (4, 5):
             raise AttackError(
-                f"An image attack needs pixel_values of shape (rows, [tiles,] channels, height, width); the batch has "
-                f"{None if pixels is None else tuple(pixels.shape)}. Flattened patches are not pictures; attack before."
+                "An image attack needs pixel_values of shape (rows, [tiles,] channels, height, "
+                f"width); the batch has {None if pixels is None else tuple(pixels.shape)}. "
+                "Flattened patches are not pictures; attack before they are flattened."
             )
         if "labels" not in batch:
             raise CalibrationError(
-                f"An image attack raises the loss of the right answer: the batch has no labels, only {sorted(batch)}."
+                "An image attack raises the loss of the labels, and the batch has none, only "
+                f"{sorted(batch)}."
             )
         check_precision(model)
         device = next(model.parameters()).device
@@ -79,10 +83,11 @@ class ImageAttack:
 
 
 def pixel_ball(processor: Any, epsilon: float) -> Ball:
-    """The ball of radius `epsilon` around pixels in [0, 1], in units of `pixel_values`, per channel.
+    """The ball of radius `epsilon` in pixels in [0, 1], per channel in units of `pixel_values`.
 
     Raises:
-        AttackError: epsilon is not above zero, or the processor's image processor has no image_mean and image_std.
+        AttackError: epsilon is not above zero, or the image processor has no image_mean and
+            image_std.
     """
     Ball(epsilon=epsilon)
     images = getattr(processor, "image_processor", processor)
@@ -91,7 +96,9 @@ def pixel_ball(processor: Any, epsilon: float) -> Ball:
         mean, std = [0.0], [1.0]
     if not _numbers(mean) or not _numbers(std) or min(std) <= 0:  # type: ignore[type-var, arg-type]
         raise AttackError(
-            f"{type(images).__name__} says no image_mean and image_std, so a ball in pixels cannot be drawn."
+            f"{type(images).__name__} has no image_mean and image_std, so epsilon cannot be "
+            "converted "
+            "from pixel units."
         )
     m, s = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
     return Ball(epsilon=epsilon / s, low=(0 - m) / s, high=(1 - m) / s)
