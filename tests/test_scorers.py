@@ -11,17 +11,10 @@ from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.families import norm_before
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import FLAP, MRS, Magnitude, SynFlow, Taylor, VisualSensitivity, WandaSP
+from hipp_ext.scorers import SCORERS as REGISTRY
 from hipp_ext.scorers.synflow import _gain
 
-SCORERS = [
-    Magnitude(),
-    WandaSP(),
-    FLAP(),
-    Taylor(),
-    SynFlow(),
-    VisualSensitivity(),
-    MRS(attack_steps=2),
-]
+SCORERS = [MRS(attack_steps=2) if kind is MRS else kind() for kind in REGISTRY.values()]
 
 
 def left_padded(name: str, rows: int = 2, pad: int = 3) -> dict:
