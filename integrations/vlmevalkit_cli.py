@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hipp_ext.errors import HippError, OutputBusyError
-from hipp_ext.integrations.vlmevalkit import INTERRUPTED, prompt_interrupt
+from hipp_ext.integrations.vlmevalkit_interrupt import INTERRUPTED, prompt_interrupt
 from hipp_ext.integrations.vlmevalkit_table import print_records
 
 if TYPE_CHECKING:
