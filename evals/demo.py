@@ -165,7 +165,10 @@ def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
     sizes = {name: path.stat().st_mtime_ns for name, path in models.items()}
     if file.exists() and file.stat().st_mtime_ns > max(sizes.values()):
         return
-    command = f"hipp latency {' '.join(map(str, models.values()))} --device cpu --repeats {load.repeats} -o {file}"
+    command = (
+        f"hipp latency {' '.join(map(str, models.values()))}"
+        f" --device cpu --repeats {load.repeats} -o {file}"
+    )
     run(models, workload=load, device="cpu", command=command, out=file, quiet=True)
 
 

@@ -157,8 +157,8 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err.strip().split("\n")
     assert end.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     assert told[-1] == (
-        f"hipp: {tmp_path}/out could not be written: File too large. Free some space there, or choose another place, and run "
-        "it again."
+        f"hipp: {tmp_path}/out could not be written: File too large. Free some space there, "
+        "or choose another place, and run it again."
     )
 
 
