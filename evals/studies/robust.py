@@ -33,8 +33,9 @@ from hipp_ext.files import write_atomic
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from hipp_ext.robust.allocation import allocate, default_min_keep, global_counts, uniform_counts
 from hipp_ext.robust.costs import channel_costs
-from hipp_ext.robust.data import ImageData, load_data
+from hipp_ext.robust.data import ImageData
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
+from hipp_ext.robust.image_sets import load_data
 from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
 from hipp_ext.robust.models import MODEL_NAMES, build_model
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score

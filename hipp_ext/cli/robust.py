@@ -82,7 +82,7 @@ def robust_train(
     import torch
 
     from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
-    from hipp_ext.robust.data import load_data
+    from hipp_ext.robust.image_sets import load_data
     from hipp_ext.robust.models import build_model
     from hipp_ext.robust.training import TrainSettings, train
     from hipp_ext.surgery.checkpoint import resolve_device
@@ -346,7 +346,7 @@ def robust_evaluate(
 def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any, Any]:
     """(model, its config, the image set that it was trained on, with the same split)."""
     from hipp_ext.robust.checkpoint import load_classifier
-    from hipp_ext.robust.data import load_data
+    from hipp_ext.robust.image_sets import load_data
     from hipp_ext.surgery.checkpoint import resolve_device
 
     model, config = load_classifier(folder)

@@ -129,8 +129,8 @@ class HiPPPlanner:
         Args:
             model: transformers model.
             processor: processor of a vision-language model; None: the one beside its weights.
-            calibration: a Calibration, batches, or {"utility": batches, "robustness": batches}: with
-                batches by task, a preference for one task keeps what that task's answers depend on.
+            calibration: a Calibration, batches, or {"utility": batches, "robustness": batches};
+                by task, a preference for one task keeps what that task's answers depend on.
                 None: the signals measured before, if they are of this model; else the testbed's
                 questions, by task, which are about a toy world. On another calibration than that of
                 the signals measured before, everything is measured again.

@@ -10,8 +10,9 @@ from hipp_ext.budget import Bounds
 from hipp_ext.image_attacks import ImageAttack
 from hipp_ext.robust.allocation import allocate
 from hipp_ext.robust.costs import channel_costs
-from hipp_ext.robust.data import ImageData, Images, load_data
+from hipp_ext.robust.data import ImageData, Images
 from hipp_ext.robust.evaluation import RobustReport, evaluate
+from hipp_ext.robust.image_sets import load_data
 from hipp_ext.robust.losses import AWP, MART, PGDAT, TRADES
 from hipp_ext.robust.models import build_model
 from hipp_ext.robust.pipeline import MRPFResult, MRPFSettings, mrpf

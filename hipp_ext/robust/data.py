@@ -1,31 +1,14 @@
-"""Image sets: scikit-learn's digits, and CIFAR, SVHN and Tiny-ImageNet from local folders.
-
-Nothing is downloaded.
-"""
+"""Images with labels, checked."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.errors import DataError
 
-LAYOUTS = {
-    "svhn": "train_32x32.mat and test_32x32.mat (format 2, unchanged, "
-    "http://ufldl.stanford.edu/housenumbers)",
-    "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and "
-    "batches.meta "
-    "(the Python version, unchanged)",
-    "cifar100": "cifar-100-python/ with train, test and meta (the Python version, unchanged)",
-    "tiny-imagenet": "tiny-imagenet-200/ with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
-    "val/val_annotations.txt",
-}
-DATA_NAMES = ("digits", *LAYOUTS)
 TOLERANCE = 1e-4  # the same as that of attacks
 
 
@@ -125,53 +108,3 @@ def check_images(images: Images, classes: int, what: str) -> None:
             f"{what}: labels must be 0 to {classes - 1} for {classes} classes, got "
             f"{int(y.min())} to {int(y.max())}."
         )
-
-
-def load_data(name: str, root: str | Path | None = None, *, seed: int = 0) -> ImageData:
-    """The set called `name`: digits (embedded), svhn, cifar10, cifar100 or tiny-imagenet.
-
-    Args:
-        name: name of the set.
-        root: folder with the set's files in their published layout, or its parent; not needed for
-            digits.
-        seed: random seed of the digits' split into training and test images.
-
-    Raises:
-        DataError: an unknown name, or files that are missing or not the published ones; the message
-            gives the expected layout.
-        MissingExtraError: scikit-learn is not installed (digits).
-    """
-    if name == "digits":
-        return _digits(seed)
-    from hipp_ext.robust.published import READERS
-
-    if name not in READERS:
-        raise DataError(f"Known image sets are {', '.join(DATA_NAMES)}; got {name!r}.")
-    if root is None or not Path(root).is_dir():
-        raise DataError(
-            f"{name} is read from a local folder, got {root}. Expected there: {LAYOUTS[name]}."
-        )
-    return READERS[name](name, Path(root))
-
-
-def _digits(seed: int) -> ImageData:
-    """1,797 digits of 8x8 pixels, scaled up to 16x16; 1,200, stratified by class, to train on."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError:
-        raise MissingExtraError("scikit-learn", "robust") from None
-    raw: Any = load_digits()
-    images = torch.from_numpy(raw.images).float()[:, None] / 16
-    images = torch.nn.functional.interpolate(images, size=(16, 16), mode="bilinear").clamp(0, 1)
-    labels = torch.from_numpy(raw.target).long()
-    train, test = (
-        torch.from_numpy(i)
-        for i in train_test_split(
-            np.arange(len(labels)), train_size=1200, stratify=raw.target, random_state=seed
-        )
-    )
-    parts = [Images(images=images[i].contiguous(), labels=labels[i]) for i in (train, test)]
-    return ImageData(
-        name="digits", train=parts[0], test=parts[1], classes=tuple("0123456789"), pad=2
-    )

@@ -95,7 +95,7 @@ class Scorer(abc.ABC):
 
 
 def require_labels(batches: Sequence[Batch], why: str) -> None:
-    """Raise CalibrationError unless every batch has a label that counts: the mean of none is NaN."""
+    """Raise CalibrationError unless every batch has a label that counts (else NaN)."""
     for i, batch in enumerate(batches):
         if "labels" not in batch:
             raise CalibrationError(
@@ -139,7 +139,7 @@ def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
 
 
 def consumer_weight(model: nn.Module, group: Group) -> Tensor:
-    """Weight (out, width * columns) of the linear layer that reads the units of `group`."""
+    """Weight (out, width * columns) of the linear layer that reads the group's units."""
     return linear(model, group.consumer).weight
 
 

@@ -25,7 +25,7 @@ from hipp_ext.integrations.torch_pruning import find_channel_groups
 from hipp_ext.robust.allocation import uniform_counts
 from hipp_ext.robust.checkpoint import load_classifier
 from hipp_ext.robust.costs import channel_costs
-from hipp_ext.robust.data import load_data
+from hipp_ext.robust.image_sets import load_data
 
 hipp = functools.partial(command.hipp, "robust")
 
