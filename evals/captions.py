@@ -23,6 +23,7 @@ from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
 from hipp_ext.evals.statistics import without_nan
+from hipp_ext.evals.text_table import text_table
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import rgb_picture
 
@@ -212,26 +213,13 @@ def _checked(name: str, read: Callable[[], bytes]) -> bytes:
 
 def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
     """A rich table with one line per model."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title="percent, ± standard error over images; lower CHAIR and higher recall are better"
+    rates = ("chair_i", "chair_s", "recall", "silent", "mentions")
+    cells = [
+        [model, own.n, *(f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}" for f in rates)]
+        for model, own in rows
+    ]
+    return text_table(
+        ("model", "captions", "CHAIR_i", "CHAIR_s", "recall", "silent", "objects per caption"),
+        cells,
+        title="percent, ± standard error over images; lower CHAIR and higher recall are better",
     )
-    for name in (
-        "model",
-        "captions",
-        "CHAIR_i",
-        "CHAIR_s",
-        "recall",
-        "silent",
-        "objects per caption",
-    ):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for model, own in rows:
-        cells = [
-            f"{getattr(own, f):.2f} ± {getattr(own, f + '_se'):.2f}"
-            for f in ("chair_i", "chair_s", "recall", "silent", "mentions")
-        ]
-        table.add_row(Text(model), str(own.n), *cells)  # names are not read as markup
-    return table

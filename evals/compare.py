@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.compare_table import ComparisonTable
+from hipp_ext.evals.compare_table import fitting_table
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.statistics import (
@@ -247,4 +247,8 @@ def comparison_table(rows: Sequence[Comparison], level: float = 0.95) -> Any:
     """A table for rich: one line per data set, rule and split, or short tables if the terminal is
     narrow.
     """
-    return ComparisonTable(rows, level, counts_sentence(rows))
+    from rich.console import Group
+    from rich.text import Text
+
+    note = counts_sentence(rows)
+    return Group(fitting_table(rows, level), *([Text(note)] if note else []))

@@ -13,6 +13,7 @@ from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.generation import Workload
 from hipp_ext.evals.report import table_rows, write_report
 from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
+from hipp_ext.evals.text_table import print_table, text_table
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
@@ -118,7 +119,8 @@ def run_demo(
     commands = [f"hipp demo --out {folder}", f"the fit in it: {size.settings}", command]
     write_summary(folder, entries, commands, seeds, "planner")
     page = write_report(folder)
-    _print_table(entries)
+    title = "accuracy [%] on the test split ± standard error; POPE over all, then by split"
+    print_table(text_table(*table_rows(entries), title=title))
     log(f"report: {page}   ({time.perf_counter() - started:.0f} s)")
     return page
 
@@ -170,20 +172,3 @@ def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
         f" --device cpu --repeats {load.repeats} -o {file}"
     )
     run(models, workload=load, device="cpu", command=command, out=file, quiet=True)
-
-
-def _print_table(entries: list[Entry]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    header, rows = table_rows(entries)
-    table = Table(
-        title="accuracy [%] on the test split ± standard error; POPE over all, then by split",
-        box=SIMPLE_HEAD,
-    )
-    for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=max(100, Console().width), markup=False).print(table)

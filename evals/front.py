@@ -8,6 +8,7 @@ from torch import nn
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.figures import front_figure, png
+from hipp_ext.evals.text_table import add_rows, print_table, text_table
 from hipp_ext.files import write_atomic
 from hipp_ext.planner import Answers, HiPPPlanner, ParetoPlan
 from hipp_ext.planner.history import FitHistory
@@ -62,29 +63,18 @@ def _check_same(history: FitHistory, evaluator: Evaluator, model: nn.Module) -> 
 
 def print_front(planner: HiPPPlanner, answers: Answers | None) -> None:
     """Print the front as a table, least pruned first, and the two answers below it."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     front = planner.front()
-    table = Table(
+    table = text_table(
+        ("", "compression [%]", "utility", "robustness"),
+        [[str(i), *_cells(f.reward)] for i, f in enumerate(front)],
         title=f"{len(front)} non-dominated of {len(planner.archive.measured)} evaluated plans",
-        box=SIMPLE_HEAD,
     )
-    for column in ("", "compression [%]", "utility", "robustness"):
-        table.add_column(column, justify="right" if column else "left")
-    rows: list[tuple[str, Reward | None]] = [(str(i), f.reward) for i, f in enumerate(front)]
     if answers:
-        rows += [
-            ("policy", answers.policy.reward),
-            ("best evaluated", answers.best_evaluated.reward),
-        ]
-    for i, (name, reward) in enumerate(rows):
-        table.add_row(name, *_cells(reward), end_section=i == len(front) - 1)
-    console = Console(markup=False)
-    console.print(table)
+        rewards = {"policy": answers.policy.reward, "best evaluated": answers.best_evaluated.reward}
+        add_rows(table, [[name, *_cells(reward)] for name, reward in rewards.items()])
+    print_table(table)
     if answers:
-        console.print(answers.verdict())
+        print(answers.verdict())
 
 
 def _cells(reward: Reward | None) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals import text_table
 from hipp_ext.evals.generation import Workload, measure
 from hipp_ext.evals.generation_memory import extra_mib_on_cpu
 from hipp_ext.evals.measuring import describe
@@ -19,6 +20,17 @@ from hipp_ext.files.untrusted import short_name
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.checkpoint import load_pruned, resolve_device, save_pruned
 from hipp_ext.surgery.prune import prune
+
+COST_COLUMNS = (
+    "model",
+    "parameters",
+    "GFLOPs of the prompt",
+    "first token [ms]",
+    "further token [ms]",
+    "faster (first, further)",
+    "weights [MiB]",
+    "peak [MiB]",
+)
 
 
 def folders(
@@ -90,48 +102,37 @@ def run(
 
 def print_table(result: Mapping[str, Any]) -> None:
     """One line per model."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     workload = result["load"]
-    table = Table(
-        title=f"{result['device']}, {result['threads']} threads, batch {workload['rows']}, "
-        f"{workload['new_tokens']} tokens; median (quartiles) of {workload['repeats']} runs",
-        box=SIMPLE_HEAD,
+    title = (
+        f"{result['device']}, {result['threads']} threads, batch {workload['rows']}, "
+        f"{workload['new_tokens']} tokens; median (quartiles) of {workload['repeats']} runs"
     )
-    for column in (
-        "model",
-        "parameters",
-        "GFLOPs",
-        "first token [ms]",
-        "per token [ms]",
-        "faster (first, further)",
-        "weights [MiB]",
-        "peak [MiB]",
-    ):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, row in result["models"].items():
-        table.add_row(
+    text_table.print_table(text_table.text_table(COST_COLUMNS, cost_rows(result), title=title))
+
+
+def cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of `COST_COLUMNS` for each model of a result."""
+    return [
+        [
             short_name(name),
             f"{row['parameters'] / 1e6:.2f}M",
             f"{row['prefill_gflops']:.2f}",
-            spread_text(row["prefill_ms"]),
-            spread_text(row["decode_ms"]),
-            speedup_text(row),
+            _spread_text(row["prefill_ms"]),
+            _spread_text(row["decode_ms"]),
+            _speedup_text(row),
             f"{row['weights_mib']:.1f}",
             f"{row['peak_mib']:.1f}",
-        )
-    console = Console(markup=False)  # folder names and [ms] are not markup
-    (console if console.is_terminal else Console(width=160, markup=False)).print(table)
+        ]
+        for name, row in result["models"].items()
+    ]
 
 
-def spread_text(spread: Mapping[str, float]) -> str:
+def _spread_text(spread: Mapping[str, float]) -> str:
     """Median and quartiles in one cell."""
     return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
-def speedup_text(row: Mapping[str, Any]) -> str:
+def _speedup_text(row: Mapping[str, Any]) -> str:
     """How many times faster than the first model; empty for the first model."""
     return (
         f"{row['prefill_speedup']['median']:.2f}x, {row['decode_speedup']['median']:.2f}x"

@@ -7,6 +7,7 @@ from typing import Any
 
 from hipp_ext.evals.compare import split_counts
 from hipp_ext.evals.disagreements import Disagreement
+from hipp_ext.evals.latency import COST_COLUMNS, cost_rows
 from hipp_ext.evals.report_sources import Entry, Sources, main_yes_no
 from hipp_ext.evals.report_table import table_rows
 from hipp_ext.evals.scienceqa import option_letter
@@ -28,16 +29,6 @@ _TITLES = {
     "F1": "POPE F1",
     "yes": "says yes",
 }
-_COST = (
-    "model",
-    "parameters",
-    "GFLOPs of the prompt",
-    "first token [ms]",
-    "further token [ms]",
-    "faster (first, further)",
-    "weights [MiB]",
-    "peak [MiB]",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +70,7 @@ def page(
     entries = sources.entries
     header, rows = table_rows(entries)
     costs = [
-        (_Table(header=_COST, rows=_cost_rows(one), kind="long"), _conditions(one))
+        (_Table(header=COST_COLUMNS, rows=cost_rows(one), kind="long"), _conditions(one))
         for one in sources.latency
     ]
     text = templates.get_template(TEMPLATE).render(
@@ -131,24 +122,6 @@ def _meaning(text: str, options: Mapping[str, str] | None) -> str:
     """Text of the option that an answer means, if the answer does not contain it; else empty."""
     letter = option_letter(text, options) if options else ""
     return options[letter] if options and letter in options and options[letter] not in text else ""
-
-
-def _cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    from hipp_ext.evals.latency import speedup_text, spread_text
-
-    return [
-        [
-            name,
-            f"{row['parameters'] / 1e6:.2f}M",
-            f"{row['prefill_gflops']:.2f}",
-            spread_text(row["prefill_ms"]),
-            spread_text(row["decode_ms"]),
-            speedup_text(row),
-            f"{row['weights_mib']:.1f}",
-            f"{row['peak_mib']:.1f}",
-        ]
-        for name, row in result["models"].items()
-    ]
 
 
 def _conditions(result: Mapping[str, Any]) -> str:

@@ -312,7 +312,7 @@ def test_command_on_the_testbed_and_on_coco(tmp_path, llava, capsys, monkeypatch
             "--captions, --synonyms and --prompt need --annotations",
         ),
         (("nowhere",), "nowhere is not a folder"),
-        (("testbed", "--dtype", "int8"), "--dtype int8: float32, bfloat16 or float16 is needed"),
+        (("testbed", "--dtype", "int8"), "--dtype int8: expected float32, bfloat16 or float16"),
         (("testbed", "--annotations", "a.json", "--images", "."), "a.json cannot be read"),
     ],
 )

@@ -174,7 +174,7 @@ def test_names_and_units_are_printed_as_they_are(capsys):
     [
         (["--plan", "p.json"], "Missing argument 'MODEL...'"),
         (["nowhere"], "nowhere is not a model folder"),
-        (["testbed", "--dtype", "int4"], "float32, bfloat16 or float16 is needed"),
+        (["testbed", "--dtype", "int4"], "expected float32, bfloat16 or float16"),
         (["testbed", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["testbed", "-o", "{there}"], "exists"),
         (["a/testbed", "testbed"], "two folders of one name"),
