@@ -28,32 +28,12 @@ from hipp_ext.files.untrusted import read_plain
 
 _MAX_BYTES = 1 << 24  # size of a list of synonyms
 _WORD = re.compile(r"[^\W_]+")
-_IRREGULAR = {
-    "person": ("people", "persons"),
-    "man": ("men",),
-    "woman": ("women",),
-    "child": ("children",),
-    "mouse": ("mice",),
-    "goose": ("geese",),
-    "foot": ("feet",),
-    "tooth": ("teeth",),
-    "knife": ("knives",),
-    "leaf": ("leaves",),
-    "loaf": ("loaves",),
-    "shelf": ("shelves",),
-    "scarf": ("scarves", "scarfs"),
-    "wolf": ("wolves",),
-    "calf": ("calves",),
-    "sheep": ("sheep",),
-    "fish": ("fish", "fishes"),
-    "deer": ("deer",),
-    "ox": ("oxen",),
-    "bus": ("buses", "busses"),
-    "aircraft": ("aircraft",),
-    "broccoli": ("broccoli",),
-    "skis": ("skis",),
-    "scissors": ("scissors",),
-}
+_IRREGULAR = {"man": "men", "woman": "women", "child": "children", "person": "people persons"}
+_IRREGULAR |= {"mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth", "ox": "oxen"}
+_IRREGULAR |= {"knife": "knives", "leaf": "leaves", "loaf": "loaves", "shelf": "shelves"}
+_IRREGULAR |= {"scarf": "scarves scarfs", "wolf": "wolves", "calf": "calves", "bus": "buses busses"}
+_IRREGULAR |= {"sheep": "sheep", "fish": "fish fishes", "deer": "deer", "aircraft": "aircraft"}
+_IRREGULAR |= {"broccoli": "broccoli", "skis": "skis", "scissors": "scissors"}
 _ES_AFTER_O = ("potato", "tomato", "mango", "hero")
 
 
@@ -63,7 +43,7 @@ def plurals(name: str) -> tuple[str, ...]:
     """
     before, _, last = name.rpartition(" ")
     if last in _IRREGULAR:
-        forms = _IRREGULAR[last]
+        forms = tuple(_IRREGULAR[last].split())
     elif re.search(r"[^aeiou]y$", last):
         forms = (last[:-1] + "ies",)
     elif re.search(r"(s|x|z|ch|sh)$", last) or last in _ES_AFTER_O:
@@ -233,17 +213,8 @@ def chair_scores(
     for caption, there in zip(captions, objects, strict=True):
         named = words(caption)
         wrong = sum(name not in there for name in named)
-        rows.append(
-            (
-                1,
-                len(named),
-                wrong,
-                wrong > 0,
-                len(set(named) & set(there)),
-                len(set(there)),
-                not named,
-            )
-        )
+        found, present = len(set(named) & set(there)), len(set(there))
+        rows.append((1, len(named), wrong, wrong > 0, found, present, not named))
     counts = np.asarray(rows, dtype=float)
     rates = rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=resamples)
     return ChairScores(n=len(captions), images=len(set(images)), **rates)

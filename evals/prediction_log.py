@@ -13,8 +13,6 @@ file, and the files are merged at the end.
 import contextlib
 import json
 import os
-import re
-import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,16 +22,10 @@ from typing import IO, Any, TypeVar
 
 from hipp_ext.errors import DataError, OutputBusyError, WriteError
 from hipp_ext.files import write_atomic
+from hipp_ext.files.temporaries import lock
 from hipp_ext.files.untrusted import read_plain
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 LOCK, PART = ".lock", ".part"
-# The names of files that `files.new_file` and tempfile leave when the process is killed.
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 _MAX_BYTES = 1 << 30  # size of a file of lines; POPE's answers need half a megabyte
 _START_OVER = "Delete the file to start over"
 Line = TypeVar("Line")
@@ -145,8 +137,6 @@ def open_log(path: str | Path, order: Sequence[str]) -> Iterator[PredictionLog]:
     """
     path = Path(path)
     with claim(path.parent) as alone:
-        if alone:
-            _sweep(path.parent)
         log = PredictionLog(path, private=not alone)
         try:
             yield log
@@ -180,18 +170,9 @@ def claim(folder: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path) -> IO[str] | None:
-    if fcntl is None:
-        return None
     while True:
         file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()
-        except FileNotFoundError:  # the previous holder removed it: try again with a new file
-            file.close()
-        except (BlockingIOError, PermissionError):
+        if (held := lock(file.fileno(), wait=False)) is False:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             file.close()
@@ -199,15 +180,25 @@ def _lock(path: Path) -> IO[str] | None:
                 f"{path.parent} is being written by {holder}. Wait until it has ended or stop it, "
                 "then run the same command again to continue. With another work folder both can "
                 "run at the same time"
-            ) from None
-        except OSError:
-            file.close()
+            )
+        if held and is_same(file, path):
+            break
+        file.close()
+        if held is None:  # the file system has no locks
             return None
     with contextlib.suppress(OSError):  # the lock is held even if the disk is full
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
     return file
+
+
+def is_same(file: IO, path: Path) -> bool:
+    """Whether an open file is still the one at `path`: its holder may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -277,12 +268,3 @@ def _lines(batch: dict[str, str]) -> bytes:
         {"index": i, "prediction": answer, "batch": len(batch)} for i, answer in batch.items()
     ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a locked folder."""
-    for left in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
-                missing_ok=True
-            )

@@ -20,31 +20,12 @@ from hipp_ext.files import content_hash
 from hipp_ext.surgery.checkpoint import load_pruned
 
 # Arguments that do not work with the widths of a pruned folder, or that run code of a checkpoint.
-_REFUSED = (
-    "parallelize",
-    "tp_plan",
-    "peft",
-    "delta",
-    "autogptq",
-    "gptqmodel",
-    "gguf_file",
-    "trust_remote_code",
-    "subfolder",
-)
-_IGNORED = (
-    "revision",
-    "gpus",
-    "max_memory_per_gpu",
-    "max_cpu_memory",
-    "offload_folder",
-    "quantization_config",
-)
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_REFUSED = ("parallelize", "tp_plan", "peft", "delta", "autogptq", "gptqmodel", "gguf_file")
+_REFUSED += ("trust_remote_code", "subfolder")
+_IGNORED = ("revision", "gpus", "max_memory_per_gpu", "max_cpu_memory", "offload_folder")
+_IGNORED += ("quantization_config",)
+_DTYPES: dict[str, torch.dtype | None] = {"auto": None}
+_DTYPES |= {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 class _FromFolder:

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--model",
+        dest="model_dirs",
         nargs="+",
         action="extend",
         required=True,
@@ -137,9 +138,9 @@ def _run(args: argparse.Namespace, command: str) -> int:
                 "results with published numbers",
                 file=sys.stderr,
             )
-    records, failures = [], []
     from hipp_ext.integrations.vlmevalkit_run import evaluate_model
 
+    records, failures = [], []
     for folder in job.folders:
         try:
             for record in evaluate_model(job, folder):
@@ -156,24 +157,16 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
 def _prepare(args: argparse.Namespace, command: str) -> "Job":
     """The checked job; slow imports happen here too."""
+    import transformers
+
     from hipp_ext.integrations.vlmevalkit_host import import_vlmeval
     from hipp_ext.integrations.vlmevalkit_run import prepare
 
-    job = prepare(
-        args.model,
-        args.data,
-        lmu_data=args.lmu_data,
-        work_dir=args.work_dir,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        progress=sys.stderr.isatty(),
-        verbose=args.verbose,
-        command=command,
-    )
+    job = prepare(**vars(args), progress=sys.stderr.isatty(), command=command)
     import_vlmeval()
-    _quiet()
+    # The bar of questions stays.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     return job
 
 
@@ -182,14 +175,6 @@ def _go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub.constants" in sys.modules:  # it has read the variable already
         vars(sys.modules["huggingface_hub.constants"])["HF_HUB_OFFLINE"] = True
-
-
-def _quiet() -> None:
-    """Turn off the progress bars and messages of transformers, but not the bar of questions."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def _print_error(error: Exception, verbose: bool) -> None:

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,8 +113,8 @@ def evaluate(
     job = prepare(
         model_dirs,
         data,
-        lmu_data=lmu_data,
-        work_dir=work_dir,
+        lmu_data,
+        work_dir,
         limit=limit,
         batch_size=batch_size,
         device=device,
@@ -145,16 +144,14 @@ class Job:
 def prepare(
     model_dirs: str | Path | Sequence[str | Path],
     data: str | Sequence[str],
-    *,
     lmu_data: str | Path | None,
     work_dir: str | Path,
+    *,
     limit: int | None,
     batch_size: int,
     device: str | None,
     dtype: str | None,
-    progress: bool,
-    verbose: bool,
-    command: str | None = None,
+    **output: Any,
 ) -> Job:
     """The checked arguments of `evaluate`; reads the data, but loads neither VLMEvalKit nor a
     model.
@@ -194,9 +191,7 @@ def prepare(
         batch_size=batch_size,
         device=resolve_device(device),
         dtype=dtype or "auto",
-        progress=progress,
-        verbose=verbose,
-        command=command,
+        **output,
     )
 
 
@@ -253,10 +248,8 @@ def _evaluate_table(
             seconds=time.perf_counter() - start,
             command=job.command,
         )
-        # Written in the locked folder first, where the files of a killed process are removed.
-        file = log.path.with_name("results.json")
-        write_atomic(file, json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
-        os.replace(file, place / file.name)
+        text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
+        write_atomic(place / "results.json", text)
     return record
 
 

@@ -24,28 +24,8 @@ from hipp_ext.files.untrusted import read_json, shown, the_only_one
 TABLES = {"val": "ScienceQA_VAL", "test": "ScienceQA_TEST"}
 _TEXTS = ("question", "choices", "answer", "hint", "topic", "subject")
 # pandas, and so VLMEvalKit, reads these cells as missing: the option would be lost.
-_MISSING = frozenset(
-    [
-        "#N/A",
-        "#N/A N/A",
-        "#NA",
-        "-1.#IND",
-        "-1.#QNAN",
-        "-NaN",
-        "-nan",
-        "1.#IND",
-        "1.#QNAN",
-        "<NA>",
-        "N/A",
-        "NA",
-        "NULL",
-        "NaN",
-        "None",
-        "n/a",
-        "nan",
-        "null",
-    ]
-)
+_MISSING = {"None", "<NA>", "#N/A", "#N/A N/A", "#NA", "N/A", "NA", "n/a", "NULL", "null"}
+_MISSING |= {"NaN", "-NaN", "nan", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
 
 
 def write_scienceqa(
@@ -188,9 +168,9 @@ def _rows(
 ) -> tuple[list[dict[str, object]], int]:
     """The rows, with the same option columns, and the number of options that got a full stop."""
     checked = [(index, *_checked(index, problem)) for index, problem in problems]
-    letters = string.ascii_uppercase[: max(len(choices) for _, choices, _ in checked)]
+    letters = string.ascii_uppercase[: max(len(choices) for _, choices, _, _ in checked)]
     rows, rewritten = [], 0
-    for (index, choices, texts), (_, problem) in zip(checked, problems, strict=True):
+    for index, choices, answer, texts in checked:
         options = [text + "." if text in _MISSING else text for text in choices]
         rewritten += sum(text in _MISSING for text in choices)
         rows.append(
@@ -198,11 +178,9 @@ def _rows(
                 "index": index,
                 "question": texts["question"],
                 "hint": texts["hint"],
-                **{
-                    letter: options[n] if n < len(options) else ""
-                    for n, letter in enumerate(letters)
-                },
-                "answer": letters[problem["answer"]],
+                **dict.fromkeys(letters, ""),
+                **dict(zip(letters, options, strict=False)),
+                "answer": letters[answer],
                 "category": texts["topic"],
                 "l2-category": texts["subject"],
                 "split": split,
@@ -211,8 +189,8 @@ def _rows(
     return rows, rewritten
 
 
-def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The options and the texts of a problem, or a DataError that says what is wrong with it."""
+def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], int, dict[str, str]]:
+    """The options, the answer and the texts of a problem, or a DataError that says what is wrong with it."""
     choices, answer = problem.get("choices"), problem.get("answer")
     if (
         not isinstance(choices, list)
@@ -235,4 +213,4 @@ def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], dict[st
         raise DataError(
             f"problem {index}: the hint must be a text, and is {shown(texts['hint'], 60)}"
         )
-    return choices, texts
+    return choices, answer, texts

@@ -17,13 +17,15 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from hipp_ext.errors import DataError, WriteError
+from hipp_ext.evals.prediction_log import is_same
 from hipp_ext.files import content_hash, new_file, require_new, write_atomic
+from hipp_ext.files.temporaries import lock
 from hipp_ext.files.untrusted import (
     PICTURE_BYTES,
     is_below,
@@ -127,24 +129,24 @@ def write_table(
     described = [list(map(dict, rows)), [(p.name, *p.stamp) for p in pictures], dict(source)]
     key = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     partial = path.with_name(f".{path.name}.partial")
-    if _is_done(path, key) and not partial.exists():
-        return path
     if not _is_done(path, key):
         require_new(path, overwrite)
+    elif not partial.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(partial, progress) as kept:
         if not _is_done(path, key):  # another process made it while this one waited
             require_new(path, overwrite)
             distinct = list({picture.name: picture for picture in pictures}.values())
             _check_pictures(kept, key, distinct, path.name if progress else None)
-            _write(
-                path,
-                rows,
-                pictures,
-                kept,
-                {**source, "rows": len(rows), "pictures": len(distinct)},
-                key,
-            )
+            digest = hashlib.sha256()
+            with new_file(path) as file:
+                for line in _lines(rows, pictures, _checked(path, kept, distinct)):
+                    file.write(line)
+                    digest.update(line)
+                numbers = {"rows": len(rows), "pictures": len(distinct)}
+                record = {**source, **numbers, "sha256": digest.hexdigest(), "key": key}
+                write_atomic(_record(path), json.dumps(record, indent=1) + "\n")
         partial.unlink()
     return path
 
@@ -161,23 +163,6 @@ def _check_texts(rows: Sequence[Mapping[str, object]]) -> None:
             )
 
 
-def _write(
-    path: Path,
-    rows: Sequence[Mapping[str, object]],
-    pictures: Sequence[Picture],
-    kept: BinaryIO,
-    record: Mapping[str, object],
-    key: str,
-) -> None:
-    with new_file(path) as file, contextlib.closing(_checked(path, kept, pictures)) as checked:
-        digest = hashlib.sha256()
-        for line in _lines(rows, [picture.name for picture in pictures], checked):
-            file.write(line)
-            digest.update(line)
-        record = {**record, "sha256": digest.hexdigest(), "key": key}
-        write_atomic(_record(path), json.dumps(record, indent=1) + "\n")
-
-
 @contextlib.contextmanager
 def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
     """Open and lock the partial file; waits for another process that holds the lock."""
@@ -191,42 +176,19 @@ def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
                 f"{partial} cannot be written: {error.strerror}. Choose another output"
             ) from error
         with os.fdopen(handle, "a+b") as file:
-            _lock(file, partial if progress else None)
-            if not _is_same(file, partial):  # its previous holder removed it
+            if lock(file.fileno(), wait=False) is False:
+                if progress:
+                    print(f"another process writes {partial}; waiting for it", file=sys.stderr)
+                lock(file.fileno(), wait=True)
+            # Without locks, the lines of the file still name their images, so they can be checked.
+            if not is_same(file, partial):  # its previous holder removed it
                 continue
             try:
                 yield file
             finally:
-                if _is_same(file, partial) and not os.fstat(file.fileno()).st_size:
+                if is_same(file, partial) and not os.fstat(file.fileno()).st_size:
                     partial.unlink()
             return
-
-
-def _lock(file: BinaryIO, printed: Path | None) -> None:
-    """Wait for the lock, and print a line that names the file `printed`. The system releases it
-    when a process ends.
-
-    Without locks, the lines of the file still name their images, so they can be checked.
-    """
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if printed is not None:
-            print(f"another process writes {printed}; waiting for it", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        return
-
-
-def _is_same(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _record(path: Path) -> Path:
@@ -255,22 +217,18 @@ def _check_pictures(
 
     done = _whole_lines(kept, key, pictures)
     with tqdm(pictures, desc=title, initial=done, disable=title is None) as bar:
-        if not done:
-            _append(kept, _json_line(key=key))
-        for picture in pictures[done:]:
-            _append(kept, _json_line(name=picture.name, image=_checked_base64(picture)))
-            bar.update()
-
-
-def _append(kept: BinaryIO, line: bytes) -> None:
-    try:
-        kept.write(line)
-        kept.flush()
-    except OSError as error:
-        raise WriteError(
-            f"a picture could not be kept beside the output: {error.strerror}. Those before are "
-            "kept; make room, and the same command again to continue"
-        ) from error
+        try:
+            if not done:
+                kept.write(_json_line(key=key))
+            for picture in pictures[done:]:
+                kept.write(_json_line(name=picture.name, image=_checked_base64(picture)))
+                kept.flush()
+                bar.update()
+        except OSError as error:
+            raise WriteError(
+                f"a picture could not be kept beside the output: {error.strerror}. Those before "
+                "are kept; make room, and the same command again to continue"
+            ) from error
 
 
 def _whole_lines(kept: BinaryIO, key: str, pictures: Sequence[Picture]) -> int:
@@ -306,17 +264,17 @@ def _checked_base64(picture: Picture) -> str:
     return base64.b64encode(data).decode()
 
 
-def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Generator[str, None, None]:
-    """The images in the partial file, each once.
+def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Iterator[str]:
+    """The images in the partial file.
 
     Raises:
         DataError: another process wrote to it at the same time, on a file system without locks.
     """
     kept.seek(0)
     kept.readline()
-    for name in dict.fromkeys(picture.name for picture in pictures):
+    for picture in pictures:
         line = kept.readline()
-        if not _holds(line, name):
+        if not _holds(line, picture.name):
             raise DataError(
                 f"the pictures kept for {path} were changed by another process at the same time. "
                 "Run the command again"
@@ -330,7 +288,7 @@ def _holds(line: bytes, name: str) -> bool:
 
 
 def _lines(
-    rows: Sequence[Mapping[str, object]], names: Sequence[str], checked: Iterator[str]
+    rows: Sequence[Mapping[str, object]], pictures: Sequence[Picture], checked: Iterator[str]
 ) -> Iterator[bytes]:
     """The lines of the TSV. Everything is quoted: a line break in a hint must not end the row."""
     buffer = io.StringIO()
@@ -338,9 +296,9 @@ def _lines(
     first, *others = rows[0]
     writer.writerow([first, "image", *others])
     holders: dict[str, object] = {}
-    for row, name in zip(rows, names, strict=True):
-        image = holders[name] if name in holders else next(checked)
-        holders.setdefault(name, row[first])
+    for row, picture in zip(rows, pictures, strict=True):
+        image = holders[picture.name] if picture.name in holders else next(checked)
+        holders.setdefault(picture.name, row[first])
         writer.writerow([row[first], image, *(row[column] for column in others)])
         yield buffer.getvalue().encode()
         buffer.seek(0)

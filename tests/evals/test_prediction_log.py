@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from hipp_ext.errors import DataError, OutputBusyError, WriteError
-from hipp_ext.evals import prediction_log
 from hipp_ext.evals.prediction_log import LOCK, PredictionLog, claim, open_log
 from hipp_ext.evals.predictions import answer_rows
+from hipp_ext.files import temporaries
 
 ORDER = [f"q{n}" for n in range(13)]
 
@@ -90,10 +90,10 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from test_prediction_log import answer, prediction_log
+from test_prediction_log import answer, temporaries
 from hipp_ext.errors import OutputBusyError
 if {no_locks}:
-    prediction_log.fcntl = None
+    temporaries.fcntl = None
 print("ready", flush=True)
 try:
     answer(Path({file!r}), seconds={seconds})
@@ -114,7 +114,7 @@ def start(file: Path, seconds: float, no_locks: bool = False) -> subprocess.Pope
 @pytest.mark.parametrize("no_locks", [False, True])
 def test_killed_at_random_times(tmp_path, whole, no_locks, monkeypatch):
     if no_locks:
-        monkeypatch.setattr(prediction_log, "fcntl", None)
+        monkeypatch.setattr(temporaries, "fcntl", None)
     for seed in range(3):
         file = tmp_path / f"{seed}/log.jsonl"
         process = start(file, 0.05, no_locks)
@@ -156,7 +156,7 @@ def test_file_systems_that_refuse_locks(tmp_path, whole, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(prediction_log.fcntl, "flock", refuse)
+    monkeypatch.setattr(temporaries.fcntl, "flock", refuse)
     file = tmp_path / "log.jsonl"
     with open_log(file, ORDER) as one, open_log(file, ORDER) as other:
         for log, rows in ((one, (0, 1, 2, 3)), (other, (4, 5, 6, 7))):
@@ -177,17 +177,6 @@ def test_a_claim_is_of_one_folder_and_ends(tmp_path):
     with claim(tmp_path / "a") as alone:
         assert alone
     assert not list(tmp_path.glob("*/*"))
-
-
-def test_what_killed_writes_leave_is_swept(tmp_path):
-    for name in (".results.json.a1b2c3d4", ".keep", "mine.a1b2c3d4"):
-        (tmp_path / name).write_text("half")
-    answer(tmp_path / "log.jsonl")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        ".keep",
-        "log.jsonl",
-        "mine.a1b2c3d4",
-    ]
 
 
 # --------------------------------------------------------------------------------------------------
