@@ -1,7 +1,7 @@
 """All steps on the testbed: fit a planner, plan for three preferences, prune, evaluate, report."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,16 @@ def run_demo(
     _measure(models, size.load, folder)
     log("6/6  report")
     rewards = dict(zip(plans, planner.rewards(model, list(plans.values()), evaluator), strict=True))
-    entries = []
     dense = sum(p.numel() for p in model.parameters())
-    for name in models:
-        plan = plans.get(name)
-        reward = rewards.get(name)
-        removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups) if plan else 0
+    entries = [Entry(name="dense", parameters=dense, records=records["dense"])]
+    for name, plan in plans.items():
+        removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups)
         entries.append(
             Entry(
                 name=name,
-                preference=str(PREFERENCES[name]) if name in PREFERENCES else None,
+                preference=str(PREFERENCES[name]),
                 plan=plan,
-                reward=reward,
+                reward=rewards[name],
                 parameters=dense - removed,
                 records=records[name],
             )
@@ -140,8 +138,6 @@ def _keep_model(model: nn.Module, processor: Any, plan: PruningPlan | None, path
 def _evaluate(
     models: dict[str, Path], data: Path, work_dir: Path, limit: int | None, progress: bool
 ) -> dict[str, dict]:
-    import dataclasses
-
     from hipp_ext.integrations.vlmevalkit import evaluate
 
     records = evaluate(
@@ -153,10 +149,10 @@ def _evaluate(
         batch_size=64,
         progress=progress,
     )
-    result: dict[str, dict] = {name: {} for name in models}
-    for record in records:
-        result[record.model][record.data] = dataclasses.asdict(record)
-    return result
+    return {
+        name: {record.data: asdict(record) for record in records if record.model == name}
+        for name in models
+    }
 
 
 def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
@@ -164,8 +160,7 @@ def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
     from hipp_ext.evals.latency import run
 
     file = folder / LATENCY
-    sizes = {name: path.stat().st_mtime_ns for name, path in models.items()}
-    if file.exists() and file.stat().st_mtime_ns > max(sizes.values()):
+    if file.exists() and file.stat().st_mtime > max(p.stat().st_mtime for p in models.values()):
         return
     command = (
         f"hipp latency {' '.join(map(str, models.values()))}"

@@ -6,9 +6,10 @@ planner.json (`hipp fit`), config.json and weights (a model), or a JSON file of 
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ class Entry:
     """
 
     name: str
-    preference: str | None
-    plan: PruningPlan | None
-    reward: Reward | None
-    parameters: int | None
+    preference: str | None = None
+    plan: PruningPlan | None = None
+    reward: Reward | None = None
+    parameters: int | None = None
     records: dict[str, dict[str, Any]]
 
 
@@ -76,7 +77,7 @@ class Sources:
     fits: tuple[Fit, ...] = ()
     latency: tuple[dict[str, Any], ...] = ()
     commands: tuple[str, ...] = ()
-    seeds: tuple[str, ...] = field(default=())
+    seeds: tuple[str, ...] = ()
 
 
 def main_yes_no(entries: Sequence[Entry]) -> str | None:
@@ -107,13 +108,10 @@ def write_summary(
         planner: folder of the planner, relative to `folder`.
     """
     rows = [
-        {
-            "name": e.name,
-            "preference": e.preference,
+        vars(e)
+        | {
             "plan": e.plan.to_json() if e.plan else None,
             "reward": e.reward.as_dict() if e.reward else None,
-            "parameters": e.parameters,
-            "records": e.records,
         }
         for e in entries
     ]
@@ -149,17 +147,27 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
         entries=tuple(entries),
         fits=tuple(f for part, _ in parts for f in part.fits),
         latency=tuple(one for part, _ in parts for one in part.latency),
-        commands=tuple(dict.fromkeys(c for part, _ in parts for c in part.commands)),
-        seeds=tuple(dict.fromkeys(s for part, _ in parts for s in part.seeds)),
+        commands=tuple(
+            dict.fromkeys(
+                command
+                for part, _ in parts
+                for command in (*part.commands, *(one["command"] for one in part.latency))
+            )
+        ),
+        seeds=tuple(
+            dict.fromkeys(
+                seed
+                for part, _ in parts
+                for seed in (*part.seeds, *map(_latency_seed, part.latency))
+            )
+        ),
     )
 
 
 def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
     """The contents of one path, and its model folders by name."""
     if path.is_file():
-        return Sources(
-            latency=(one := _latency(path),), commands=(one["command"],), seeds=_latency_seeds(one)
-        ), {}
+        return Sources(latency=(_latency(path),)), {}
     if not path.is_dir():
         raise DataError(f"{path} is not a folder")
     if (path / SUMMARY).is_file():
@@ -173,18 +181,16 @@ def _read(path: Path) -> tuple[Sources, dict[str, Path]]:
             f"{path} holds nothing to report: no summary.json (`hipp demo`), `vlmeval` results, "
             "planner, model, latency.json"
         )
-    records = [_record(folder / "results.json") for folder in found["results.json"]]
-    latency = tuple(_latency(folder / LATENCY) for folder in found[LATENCY])
-    commands = [c for r in records if (c := r.get("command"))] + [one["command"] for one in latency]
+    records = [
+        checked(Record, _json(file), f"{file} is damaged")
+        for file in (folder / "results.json" for folder in found["results.json"])
+    ]
     return Sources(
         entries=tuple(_entries(records)),
-        fits=tuple(_fit(folder) for folder in found["planner.json"]),
-        latency=latency,
-        commands=tuple(dict.fromkeys(commands)),
-        seeds=(
-            *(_fit_seed(folder) for folder in found[IDENTITY] if (folder / ARCHIVE).exists()),
-            *(s for one in latency for s in _latency_seeds(one)),
-        ),
+        fits=tuple(map(_fit, found["planner.json"])),
+        latency=tuple(_latency(folder / LATENCY) for folder in found[LATENCY]),
+        commands=tuple(command for record in records if (command := record.get("command"))),
+        seeds=tuple(_fit_seed(f) for f in found[IDENTITY] if (f / ARCHIVE).exists()),
     ), {folder.resolve().name: folder for folder in found["config.json"]}
 
 
@@ -205,13 +211,12 @@ def _read_summary(folder: Path) -> Sources:
         raise DataError(
             f"{file} is damaged: its planner {data['planner']!r} leads out of the folder"
         )
-    latency = (_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else ()
     return Sources(
         entries=entries,
         fits=(_fit(planner),) if planner and os.path.isdir(planner) else (),
-        latency=latency,
-        commands=(*data["commands"], *(one["command"] for one in latency)),
-        seeds=(*data["seeds"], *(s for one in latency for s in _latency_seeds(one))),
+        latency=(_latency(folder / LATENCY),) if (folder / LATENCY).is_file() else (),
+        commands=tuple(data["commands"]),
+        seeds=tuple(data["seeds"]),
     )
 
 
@@ -220,41 +225,19 @@ def _entry(row: Mapping[str, Any], file: Path) -> Entry:
         plan = PruningPlan.from_json(row["plan"]) if row["plan"] else None
     except PlanError as error:
         raise DataError(f"{file} is damaged: the plan of {row['name']!r}: {error}") from None
-    return Entry(
-        name=row["name"],
-        preference=row["preference"],
-        parameters=row["parameters"],
-        records=row["records"],
-        plan=plan,
-        reward=Reward(**row["reward"]) if row["reward"] else None,
-    )
+    reward = Reward(**row["reward"]) if row["reward"] else None
+    return Entry(**{**row, "plan": plan, "reward": reward})
 
 
-def _record(file: Path) -> dict[str, Any]:
-    return checked(Record, _json(file), f"{file} is damaged")
-
-
-def _entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """One entry per model content; models with one name and different contents get their hash in
-    the name.
-    """
-    by_model: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+def _entries(records: Sequence[dict[str, Any]]) -> list[Entry]:
+    """One entry per name and content of a model."""
+    by_model: dict[tuple[str, str], Entry] = {}
     for record in records:
-        by_model.setdefault((record["model"], record["model_hash"]), {})[record["data"]] = dict(
-            record
+        entry = by_model.setdefault(
+            (record["model"], record["model_hash"]), Entry(name=record["model"], records={})
         )
-    names = [name for name, _ in by_model]
-    return [
-        Entry(
-            name=name if names.count(name) == 1 else f"{name} ({digest[:8]})",
-            preference=None,
-            plan=None,
-            reward=None,
-            parameters=None,
-            records=own,
-        )
-        for (name, digest), own in by_model.items()
-    ]
+        entry.records[record["data"]] = record
+    return list(by_model.values())
 
 
 def _distinct(entries: Sequence[Entry]) -> list[Entry]:
@@ -274,26 +257,16 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
     """The entry with plan and size, if its folder was given and is the one that was evaluated."""
     record = next(iter(entry.records.values()), None)
-    folder = models.get(record["model"]) if record else None
-    if (
-        record is None
-        or folder is None
-        or entry.parameters is not None
-        or content_hash(folder) != record["model_hash"]
-    ):
+    folder = models.get(record["model"]) if record and entry.parameters is None else None
+    if record is None or folder is None or content_hash(folder) != record["model_hash"]:
         return entry
     plan = read_plan(folder)
-    return replace(entry, plan=plan, parameters=_parameters(folder), preference=_preference(plan))
-
-
-def _preference(plan: PruningPlan | None) -> str | None:
-    return str(Preference(*plan.preference)) if plan is not None and plan.preference else None
+    preference = str(Preference(*plan.preference)) if plan and plan.preference else None
+    return replace(entry, plan=plan, parameters=_parameters(folder), preference=preference)
 
 
 def _parameters(folder: Path) -> int:
     """Number of values in the weights of a model folder."""
-    import math
-
     from safetensors import SafetensorError, safe_open
 
     total = 0
@@ -335,21 +308,16 @@ def _latency(file: Path) -> dict[str, Any]:
 def _fit_seed(folder: Path) -> str:
     identity = _json(folder / IDENTITY).get("identity")
     settings = identity.get("settings") if isinstance(identity, dict) else None
-    given = settings if isinstance(settings, dict) else {}
-    known = {
-        name: value
-        for name, value in given.items()
-        if _is_plain(value if isinstance(value, list) else [value])
-    }
-    return f"fit {folder.name}: {', '.join(f'{name} {value}' for name, value in known.items())}"
+    known = [
+        f"{name} {value}"
+        for name, value in (settings.items() if isinstance(settings, dict) else ())
+        if not any(isinstance(v, dict | list) for v in (value if type(value) is list else [value]))
+    ]
+    return f"fit {folder.name}: {', '.join(known)}"
 
 
-def _is_plain(values: Sequence[Any]) -> bool:
-    return all(value is None or isinstance(value, str | int | float) for value in values)
-
-
-def _latency_seeds(result: Mapping[str, Any]) -> tuple[str, ...]:
-    return (f"latency: seed {result['load'].get('seed')} of its picture and prompts",)
+def _latency_seed(result: Mapping[str, Any]) -> str:
+    return f"latency: seed {result['load'].get('seed')} of its picture and prompts"
 
 
 def _json(file: Path) -> dict[str, Any]:
