@@ -1,11 +1,12 @@
 """CHAIR of a model folder, for `hipp chair`. Captions are logged, so a killed run can continue."""
 
+import functools
 import hashlib
 import io
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,14 +19,13 @@ from hipp_ext.evals.chair import (
     read_synonyms,
 )
 from hipp_ext.evals.data.coco import read_captions, read_instances
-from hipp_ext.evals.data.writing import file_pictures
+from hipp_ext.evals.data.writing import Picture, checked_bytes, file_pictures
 from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
-from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name
+from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.text_table import text_table
 from hipp_ext.files import content_hash, write_atomic
-from hipp_ext.files.untrusted import rgb_picture
 
 _KEY = 2  # version of how captions are made; earlier ones are not used again
 # POPE's second caption instruction (arXiv 2305.10355, section 3.1).
@@ -38,8 +38,7 @@ class CaptionTask:
 
     Attributes:
         name: name of the data, which can be the name of a folder.
-        names: distinct names of the images.
-        pictures: functions that return the bytes of each image file.
+        pictures: images with distinct names.
         objects: objects in each image.
         words: finds objects in captions.
         prompt: prompt of the model.
@@ -47,12 +46,16 @@ class CaptionTask:
     """
 
     name: str
-    names: tuple[str, ...]
-    pictures: tuple[Callable[[], bytes], ...]
+    pictures: tuple[Picture, ...]
     objects: tuple[tuple[str, ...], ...]
     words: ObjectWords
     prompt: str
     max_new_tokens: int
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each image."""
+        return [picture.name for picture in self.pictures]
 
 
 def scenes_task(n: int = 200, *, split: str = "test") -> CaptionTask:
@@ -70,8 +73,10 @@ def scenes_task(n: int = 200, *, split: str = "test") -> CaptionTask:
     scenes = list(itertools.islice(world.stream(split), n))
     return CaptionTask(
         name="testbed",
-        names=tuple(f"{split} {number}" for number in range(n)),
-        pictures=tuple((lambda scene=scene: png(scene)) for scene in scenes),
+        pictures=tuple(
+            Picture(name=f"{split} {number}", stamp=(0, 0), read=functools.partial(png, scene))
+            for number, scene in enumerate(scenes)
+        ),
         objects=tuple(scene.present for scene in scenes),
         words=ObjectWords(default_synonyms(world.OBJECTS)),
         prompt=DESCRIBE,
@@ -123,8 +128,7 @@ def coco_task(
     pictures = file_pictures(images, [image.file_name for image in sample])
     return CaptionTask(
         name="coco",
-        names=tuple(image.file_name for image in sample),
-        pictures=tuple(picture.read for picture in pictures),
+        pictures=tuple(pictures),
         objects=tuple(
             tuple(dict.fromkeys([*image.objects, *more]))
             for image, more in zip(sample, named, strict=True)
@@ -161,7 +165,7 @@ def measure_chair(
 
     folder = check_model_folder(model_dir)
     device = resolve_device(device)
-    pictures = [_checked(name, read) for name, read in zip(task.names, task.pictures, strict=True)]
+    pictures = list(map(checked_bytes, task.pictures))
     model_hash = content_hash(folder)
     settings = {
         "prompt": task.prompt,
@@ -169,27 +173,28 @@ def measure_chair(
         "dtype": dtype or "auto",
         "device": device.partition(":")[0],
     }
+    names = task.names
     hashes = [hashlib.sha256(data).hexdigest() for data in pictures]
-    key = hashlib.sha256(
-        json.dumps([_KEY, model_hash, task.names, hashes, settings]).encode()
-    ).hexdigest()[:16]
     work_dir = Path(work_dir).expanduser()
-    place = result_folder(work_dir, folder, model_hash) / f"CHAIR-{task.name}" / f"run-{key}"
+    place = run_folder(
+        result_folder(work_dir, folder, model_hash) / f"CHAIR-{task.name}",
+        [_KEY, model_hash, names, hashes, settings],
+    )
 
     def message(row: int) -> list[dict]:
         return [{"type": "image", "value": pictures[row]}, {"type": "text", "value": task.prompt}]
 
-    with open_log(place / PREDICTIONS, task.names) as log, writing(place):
+    with open_log(place / PREDICTIONS, names) as log, writing(place):
         answer_rows(
             lambda: HippVLM(folder, device, dtype, task.max_new_tokens),
             log,
-            task.names,
+            names,
             message,
             batch_size=batch_size,
             progress=f"{shown_name(folder)} describes" if progress else None,
         )
         scores = chair_scores(
-            [log.answers[name] for name in task.names], task.objects, hashes, task.words
+            [log.answers[name] for name in names], task.objects, hashes, task.words
         )
         record = {
             "model": shown_name(folder),
@@ -200,15 +205,6 @@ def measure_chair(
         }
         write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
     return scores, log.path
-
-
-def _checked(name: str, read: Callable[[], bytes]) -> bytes:
-    try:
-        data = read()
-        rgb_picture(data)
-    except Exception as error:  # decoders of damaged pictures raise almost anything
-        raise DataError(f"the image {name} is broken, it cannot be decoded: {error}") from None
-    return data
 
 
 def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:

@@ -123,16 +123,16 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
             f"compared, or a question with more than {MAX_OPTIONS} options"
         )
     for rule in RULES if yes_no else ("letter",):
-        read = [
-            [q.prediction(answer, rule) for q, answer in zip(asked, run.answers, strict=True)]
-            for run in (a, b)
-        ]
+        predictions = np.asarray(
+            [
+                [q.prediction(text, rule) for q, text in zip(asked, run.answers, strict=True)]
+                for run in (a, b)
+            ]
+        )
         for split, own in splits.items():
-            picked = [[predictions[row] for row in own] for predictions in read]
             questions = [asked[row] for row in own]
-            rows.append(
-                _compare_split(a.data, rule, split, questions, picked, level=level, seed=seed)
-            )
+            numbers = _compare_split(questions, predictions[:, own], yes_no, level, seed)
+            rows.append(Comparison(data=a.data, rule=rule, split=split, **numbers))
     return rows
 
 
@@ -140,11 +140,11 @@ def check_same_questions(a: Run, b: Run) -> None:
     """Raise DataError, which names the first difference, unless both runs answer the same
     questions.
     """
+    if a.questions == b.questions:
+        return
     names = [f"{shown(run.model)} on {shown(run.data)}" for run in (a, b)]
     where = f"A ({names[0]}) and B ({names[1]}) cannot be compared"
     by_index = {question.index: question for question in b.questions}
-    if a.questions == b.questions:
-        return
     if len(a.questions) != len(b.questions):
         raise DataError(
             f"{where}: A answers {len(a.questions)} questions and B {len(b.questions)}. Ask both "
@@ -166,38 +166,30 @@ def check_same_questions(a: Run, b: Run) -> None:
 
 
 def _compare_split(
-    data: str,
-    rule: str,
-    split: str,
     questions: Sequence[AskedQuestion],
-    predictions: Sequence[Sequence[str]],
-    *,
+    predictions: np.ndarray,
+    yes_no: bool,
     level: float,
     seed: int,
-) -> Comparison:
-    """The comparison on some questions; `predictions` are those of A and of B, by `rule`."""
-    yes_no = rule in RULES
-    labels = [question.label for question in questions]
+) -> dict[str, Any]:
+    """The fields of the comparison on some questions; `predictions` are those of A and of B."""
+    labels = np.asarray([question.label for question in questions])
     clusters = [question.cluster for question in questions]
-    a, b = ([p == label for p, label in zip(own, labels, strict=True)] for own in predictions)
-    paired = paired_difference(a, b, clusters, level=level, seed=seed)
+    correct_a, correct_b = predictions == labels
+    paired = paired_difference(correct_a, correct_b, clusters, level=level, seed=seed)
     effect = 1.0 if math.isnan(paired.design_effect) else max(1.0, paired.design_effect)
-    yes = np.asarray([[prediction == "yes" for prediction in own] for own in predictions])
-    positive = np.asarray([label == "yes" for label in labels])
+    yes = predictions == "yes"
     yes_a, yes_b = map(float, 100 * yes.mean(axis=1)) if yes_no else (None, None)
-    return Comparison(
-        data=data,
-        rule=rule,
-        split=split,
-        paired=paired,
-        f1=_f1_difference(yes, positive, clusters, level, seed) if yes_no else None,
-        yes_a=yes_a,
-        yes_b=yes_b,
+    return {
+        "paired": paired,
+        "f1": _f1_difference(yes, labels == "yes", clusters, level, seed) if yes_no else None,
+        "yes_a": yes_a,
+        "yes_b": yes_b,
         # If the models differ on fewer questions than one point, one point is assumed.
-        questions_for_a_point=questions_needed(
+        "questions_for_a_point": questions_needed(
             POINT, max(POINT, paired.discordance), design_effect=effect
         ),
-    )
+    }
 
 
 def _f1_difference(

@@ -74,9 +74,7 @@ def disagreements(
         seed: random seed of their draw.
     """
     found = []
-    for data in a:
-        if data not in b:
-            continue
+    for data in (data for data in a if data in b):
         file_a, file_b = _predictions(a[data], near), _predictions(b[data], near)
         if file_a is None or file_b is None:
             continue
@@ -102,14 +100,10 @@ def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None
     inside = Path(*written.parts[-4:])  # MODEL-HASH/DATA/run-KEY/predictions.jsonl
     places = [written, *(top / inside for folder in near for top in (folder, folder / "outputs"))]
     folders = [folder if folder.is_dir() else folder.parent for folder in near]
-    return next(
-        (
-            place
-            for place in places
-            if _is_file(place) and any(is_below(place, folder) for folder in folders)
-        ),
-        None,
-    )
+    for place in places:
+        if _is_file(place) and any(is_below(place, folder) for folder in folders):
+            return place
+    return None
 
 
 def _is_file(place: Path) -> bool:
@@ -130,32 +124,31 @@ def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Exampl
     for side, own in sides.items():
         size = min(len(own), round(n * len(own) / total)) if total else 0
         for question, answer_a, answer_b in draw.sample(own, size):
-            picture, small = _picture(pictures, question)
             examples.append(
                 Example(
                     question=question,
                     answer_a=answer_a,
                     answer_b=answer_b,
                     a_is_correct=side,
-                    picture=picture,
-                    small=small,
+                    **_picture(pictures, question),
                 )
             )
     return tuple(examples)
 
 
-def _picture(folder: Path, question: AskedQuestion) -> tuple[str | None, bool]:
-    """The question's image as a data URI, and whether it is small."""
+def _picture(folder: Path, question: AskedQuestion) -> dict[str, Any]:
+    """The fields `picture` and `small` of an example."""
     file = folder / f"{question.image[:32]}.png"
-    if not re.fullmatch("[0-9a-f]{64}", question.image) or not is_below(file, folder):
-        return None, False
     try:
+        if not re.fullmatch("[0-9a-f]{64}", question.image) or not is_below(file, folder):
+            raise DataError(f"{file} is not an image of a run")
         picture = rgb_picture(read_plain(file, PICTURE_BYTES, "picture"))
     except DataError:
-        return None, False
+        return {"picture": None, "small": False}
     small = max(picture.size) <= 96
     buffer = io.BytesIO()
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    picture.save(buffer, *(["PNG"] if small else ["JPEG"]), **({} if small else {"quality": 82}))
     kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small
+    picture.save(buffer, kind, quality=82)  # PNG has no quality
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"picture": f"data:image/{kind};base64,{data}", "small": small}

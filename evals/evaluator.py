@@ -26,6 +26,7 @@ from hipp_ext.calibration import (
 )
 from hipp_ext.errors import CalibrationError
 from hipp_ext.evals.statistics import binomial_se, clustered_mean_se
+from hipp_ext.image_attacks import ImageAttack
 
 YES_BIAS_WEIGHT = 0.5
 ROBUSTNESS = ("pope", "adversarial", "both")
@@ -149,7 +150,7 @@ class Evaluator:
         if robustness != "adversarial":
             self._tasks["pope"] = _Task(model, processor, pope, batch_size)
         if robustness != "pope":
-            attack = attack or _default_attack(processor)
+            attack = attack or ImageAttack(processor, epsilon=4 / 255, steps=10)
             self._tasks["pope_attacked"] = _Task(
                 model, processor, pope, batch_size, attack, adaptive
             )
@@ -293,12 +294,6 @@ def answered(processor: Any, questions: Sequence[Question]) -> Batch:
         [getattr(q, a) for q in questions] for a in ("prompt", "image", "answer")
     )
     return encode(processor, prompts, images, answers)
-
-
-def _default_attack(processor: Any) -> Callable[[nn.Module, Batch], Batch]:
-    from hipp_ext.image_attacks import ImageAttack
-
-    return ImageAttack(processor, epsilon=4 / 255, steps=10)
 
 
 def _first_tokens(processor: Any, question: Question, candidates: Sequence[str]) -> dict[str, int]:

@@ -172,11 +172,8 @@ def pope_figure(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Fig
                     x,
                     [own[metric] for _, own in asked],
                     0.92 * width,
-                    color=COLOURS[i % len(COLOURS)],
-                    label=label(name),
                     yerr=[own[f"{metric}_se"] or 0 for _, own in asked],
-                    capsize=2,
-                    error_kw={"lw": 0.9, "ecolor": INK},
+                    **_bar_style(i, name),
                 )
             axes.axhline(50, color=INK, lw=0.8, ls=":")
             axes.set_xticks(range(len(SPLITS)), SPLITS)
@@ -206,14 +203,7 @@ def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) 
                 [high - value or math.nan for value, _, high in own],
             ]
             axes.barh(
-                y,
-                [value for value, _, _ in own],
-                0.9 * width,
-                xerr=errors,
-                color=COLOURS[i % len(COLOURS)],
-                label=label(name),
-                error_kw={"lw": 0.9, "ecolor": INK},
-                capsize=2,
+                y, [value for value, _, _ in own], 0.9 * width, xerr=errors, **_bar_style(i, name)
             )
         axes.axvline(100, color=INK, lw=0.8, ls=":")
         axes.set_yticks(range(len(quantities)), quantities)
@@ -221,6 +211,13 @@ def cost_figure(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) 
         axes.grid(axis="y", visible=False)
         _legend(figure, axes)
     return figure
+
+
+def _bar_style(number: int, name: str) -> dict[str, Any]:
+    """Arguments of matplotlib for the bars of one model."""
+    errors = {"lw": 0.9, "ecolor": INK}
+    colour = COLOURS[number % len(COLOURS)]
+    return {"color": colour, "label": label(name), "error_kw": errors, "capsize": 2}
 
 
 def label(name: str) -> str:

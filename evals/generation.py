@@ -7,12 +7,14 @@ them alike; warm-up runs do not count. On CUDA, times come from events in the st
 read after one synchronisation at the end, so that measuring does not stall the pipeline.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hipp_ext.calibration import check_processor, encode, find_processor
@@ -128,10 +130,11 @@ def token_seconds(model: Any, batch: Mapping[str, torch.Tensor], new_tokens: int
         top_k=None,
         pad_token_id=0,
     )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-        return [a.elapsed_time(b) / 1000 for a, b in zip(moments, moments[1:], strict=False)]
-    return [b - a for a, b in zip(moments, moments[1:], strict=False)]
+    pairs = itertools.pairwise(moments)
+    if model.device.type != "cuda":
+        return [b - a for a, b in pairs]
+    torch.cuda.synchronize(model.device)
+    return [a.elapsed_time(b) / 1000 for a, b in pairs]
 
 
 def prompts(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
@@ -150,21 +153,22 @@ def prompts(model: Any, workload: Workload) -> dict[str, torch.Tensor]:
     return encode(processor, [QUESTION] * workload.rows, [picture] * workload.rows)
 
 
-def place(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """`batch` on the model's device, its floating-point tensors in the model's dtype."""
+def place(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """`batch` on the model's device, its floating-point tensors in the model's dtype.
+
+    Some processors add values that are no tensors; these stay as they are.
+    """
     return {
         k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype)
+        if isinstance(v, torch.Tensor)
+        else v
         for k, v in batch.items()
     }
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the runs [ms]."""
-    low, middle, high = (
-        statistics.quantiles(seconds, n=4, method="inclusive")
-        if len(seconds) > 1
-        else [seconds[0]] * 3
-    )
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return {"median": 1000 * middle, "low": 1000 * low, "high": 1000 * high, "n": len(seconds)}
 
 

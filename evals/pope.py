@@ -166,16 +166,9 @@ def split_rates(
 def _counts(predictions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Per row: 1, true positive, false positive, false negative, correct, answered yes, unknown."""
     answer, label = np.asarray(predictions), np.char.lower(np.asarray(labels))
-    yes, positive, one = answer == "yes", label == "yes", np.ones(len(answer), dtype=bool)
-    columns = [
-        one,
-        yes & positive,
-        yes & ~positive,
-        ~yes & positive,
-        answer == label,
-        yes,
-        answer == "unknown",
-    ]
+    yes, unknown, positive = answer == "yes", answer == "unknown", label == "yes"
+    one, correct = np.ones(len(answer), dtype=bool), answer == label
+    columns = [one, yes & positive, yes & ~positive, ~yes & positive, correct, yes, unknown]
     return np.stack(columns, axis=1).astype(float)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.errors import CheckpointError
 from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.files.untrusted import read_picture, rgb_picture
-from hipp_ext.model_folder import check_files, read_json
+from hipp_ext.model_folder import check_files, read_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -25,20 +25,12 @@ __all__ = [
 ]
 
 MAX_NEW_TOKENS = 16  # enough for a yes, a no or a letter in a short sentence
-_KEPT_SETTINGS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "decoder_start_token_id",
-    "use_cache",
-    "cache_implementation",
-    "cache_config",
-    "max_cache_len",
-)
+_KEPT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_KEPT_SETTINGS += ("use_cache", "cache_implementation", "cache_config", "max_cache_len")
 
 
 def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
-    """The absolute path of a complete model folder; only names and headers are read, which is fast.
+    """The absolute path of a complete model folder; of the weights only headers are read.
 
     The last component stays as it was typed, even if it is a link, because results are named after
     it.
@@ -51,18 +43,16 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
         CheckpointError: it is not a folder, or its configuration, weights or processor are missing
             or damaged.
     """
-    folder = _absolute(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    if folder.name in ("", ".."):  # "." and ".." have the name of the folder that they lead to
+        folder = folder.resolve()
+    folder = folder.parent.resolve() / folder.name
     if not folder.is_dir():
         raise CheckpointError(
             f"{path} is not a folder. Models are given as local folders, as save_pruned writes them"
         )
-    check_files(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json: it is not a model folder, or it is half-written"
-        )
-    read_json(folder / "config.json")
-    _check_weights(folder)
+    check_files(folder)  # first, because a pipe in the place of config.json is not missing
+    read_folder(folder)
     for part, files in {
         "processor": ("processor_config.json", "preprocessor_config.json"),
         "tokenizer": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
@@ -76,38 +66,6 @@ def check_model_folder(path: str | Path, *, pictures: bool = True) -> Path:
                 "processor.save_pretrained(folder)"
             )
     return folder
-
-
-def _absolute(path: Path) -> Path:
-    if path.name in ("", ".."):  # "." and ".." have the name of the folder that they lead to
-        return path.resolve()
-    return path.parent.resolve() / path.name
-
-
-def _check_weights(folder: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    files = {file.name for file in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = set(map(str, read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from error
-        if lost := sorted(wanted - files):
-            raise CheckpointError(
-                f"{folder} is half-written: {', '.join(lost)} named in {index.name} is missing"
-            )
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no weights (*.safetensors): it is half-written, or in another format"
-        )
-    for name in sorted(files):
-        try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} is damaged or half-written: {error}") from error
 
 
 class HippVLM:
@@ -187,13 +145,14 @@ class HippVLM:
         import torch
 
         from hipp_ext.calibration import tokenise
+        from hipp_ext.evals.generation import place
 
         texts, images = [], []
         for message in messages:
             texts.append(self._rendered(message))
             images.append([_picture(part["value"]) for part in message if part["type"] == "image"])
         batch = tokenise(self.processor, texts, images if any(images) else None)
-        inputs = {name: self._placed(value) for name, value in batch.items()}
+        inputs = place(batch, self.model)
         with torch.inference_mode():
             out = self.model.generate(
                 **inputs,
@@ -224,13 +183,6 @@ class HippVLM:
             raise CheckpointError(
                 f"the chat template of {self.model.name_or_path} cannot be used: {error}"
             ) from error
-
-    def _placed(self, value: Any) -> Any:
-        if not hasattr(
-            value, "is_floating_point"
-        ):  # some processors add values that are no tensors
-            return value
-        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
 
 def _picture(value: str | bytes) -> Any:

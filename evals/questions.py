@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hipp_ext.calibration.chats import choice_prompt
-from hipp_ext.evals.tables import YES_NO, Table, row_options
+from hipp_ext.evals.runs import table_rows
+from hipp_ext.evals.tables import Table
 from hipp_ext.files.untrusted import read_picture
 
 if TYPE_CHECKING:
@@ -35,26 +36,16 @@ class TableQuestion:
 def table_questions(table: Table) -> list[TableQuestion]:
     """The questions of a table, in order."""
     frame = table.frame
-    if table.kind == YES_NO:
-        asked = [(str(q), ("Yes", "No")) for q in frame["question"]]
-    else:
-        hints = (
-            frame["hint"].where(frame["hint"].notna(), "").tolist()
-            if "hint" in frame
-            else [""] * len(frame)
-        )
-        asked = [
-            (choice_prompt(str(q), o, str(h)), tuple(o))
-            for q, o, h in zip(frame["question"], row_options(frame), hints, strict=True)
-        ]
-    rows = zip(asked, frame["image_path"], frame["answer"], strict=True)
+    hints = frame["hint"].where(frame["hint"].notna(), "") if "hint" in frame else [""] * len(frame)
     return [
         TableQuestion(
-            prompt=p,
-            image_path=str(i),
-            labels=c,
-            answer=str(a),
-            picture=str(i) if table.kind == YES_NO else None,
+            prompt=choice_prompt(row.question, row.options, str(hint))
+            if row.options
+            else row.question,
+            image_path=str(path),
+            labels=tuple(row.options or ("Yes", "No")),
+            answer=row.answer,
+            picture=None if row.options else str(path),
         )
-        for (p, c), i, a in rows
+        for row, hint, path in zip(table_rows(table), hints, frame["image_path"], strict=True)
     ]

@@ -18,6 +18,7 @@ from hipp_ext.evals.figures import KINDS
 from hipp_ext.evals.report_types import MAX_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import is_below, read_json
+from hipp_ext.model_folder import read_folder
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.fit import ARCHIVE
@@ -262,22 +263,8 @@ def _with_folder(entry: Entry, models: Mapping[str, Path]) -> Entry:
         return entry
     plan = read_plan(folder)
     preference = str(Preference(*plan.preference)) if plan and plan.preference else None
-    return replace(entry, plan=plan, parameters=_parameters(folder), preference=preference)
-
-
-def _parameters(folder: Path) -> int:
-    """Number of values in the weights of a model folder."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(str(file), framework="pt") as weights:
-                names = weights.keys()  # `weights` is not a mapping
-                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{file} is damaged: {error}") from None
-    return total
+    parameters = sum(map(math.prod, read_folder(folder).shapes.values()))
+    return replace(entry, plan=plan, parameters=parameters, preference=preference)
 
 
 def _fit(folder: Path) -> Fit:

@@ -5,7 +5,7 @@ Such a file is untrusted: a text in place of a number would reach the page, an i
 axis of a figure. Other fields are left out.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,11 +19,13 @@ _Finite = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Base of what is read from such a file."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Choice(_Strict):
+class _Choice(Strict):
     n: _Count = 0
     accuracy: _Percent
     accuracy_se: _Percent | None
@@ -36,7 +38,7 @@ class _YesNo(_Choice):
     yes_rate_se: _Percent | None
 
 
-class _Metrics(_Strict):
+class _Metrics(Strict):
     accuracy: dict[str, _Choice] | None = None
     vlmeval: dict[str, _YesNo] | None = None
     official: dict[str, Any] | None = None
@@ -48,7 +50,7 @@ class _Metrics(_Strict):
         return self
 
 
-class Record(_Strict):
+class Record(Strict):
     """A results.json of `vlmeval`."""
 
     model: str
@@ -62,17 +64,16 @@ class Record(_Strict):
     command: str | None = None
 
 
-class _Spread(_Strict):
+class _Ratio(Strict):
     median: _Measured
+
+
+class _Spread(_Ratio):
     low: _Measured
     high: _Measured
 
 
-class _Ratio(_Strict):
-    median: _Measured
-
-
-class _Cost(_Strict):
+class _Cost(Strict):
     parameters: Annotated[int, Field(ge=1, le=10**15)]
     prefill_gflops: _Measured
     prefill_ms: _Spread
@@ -89,14 +90,14 @@ class _Cost(_Strict):
         return self
 
 
-class _Load(_Strict):
+class _Load(Strict):
     rows: _Count
     repeats: _Count
     warmup: _Count
     seed: int | None = None
 
 
-class Latency(_Strict):
+class Latency(Strict):
     """A result of `hipp latency`."""
 
     command: str
@@ -106,7 +107,7 @@ class Latency(_Strict):
     models: Annotated[dict[str, _Cost], Field(min_length=1, max_length=MAX_MODELS)]
 
 
-class _Reward(_Strict):
+class _Reward(Strict):
     utility: _Finite
     robustness: _Finite
     compression: _Finite
@@ -114,7 +115,7 @@ class _Reward(_Strict):
     robustness_se: _Finite = 0.0
 
 
-class _Entry(_Strict):
+class _Entry(Strict):
     name: str
     preference: str | None
     plan: str | None
@@ -123,7 +124,7 @@ class _Entry(_Strict):
     records: dict[str, Record]
 
 
-class Summary(_Strict):
+class Summary(Strict):
     """A summary.json of `hipp demo`."""
 
     entries: Annotated[list[_Entry], Field(max_length=MAX_MODELS)]
@@ -132,10 +133,7 @@ class Summary(_Strict):
     planner: str | None
 
 
-_Kind = TypeVar("_Kind", bound=_Strict)
-
-
-def checked(kind: type[_Kind], data: Any, wrong: str) -> dict[str, Any]:
+def checked(kind: type[Strict], data: Any, wrong: str) -> dict[str, Any]:
     """The fields of `kind` that `data` has, as plain data.
 
     Raises:

@@ -4,6 +4,7 @@
 <data>/results.json names the last run and its number of questions.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,21 +12,21 @@ import tempfile
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.prediction_log import read_lines
+from hipp_ext.evals.report_types import Strict, checked
 from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from hipp_ext.files import write_atomic
-from hipp_ext.files.untrusted import read_plain
+from hipp_ext.files.untrusted import read_json
 
 PREDICTIONS, QUESTIONS = "predictions.jsonl", "questions.jsonl"
 _MAX_NAME_BYTES = 255 - len("-12345678")  # file name limit of most file systems
-_MAX_RESULTS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,7 @@ class _Prediction:
     prediction: str
 
 
-@dataclass
-class _Results:
+class _Results(Strict):
     """The fields of results.json that identify the answers it is about."""
 
     predictions: str
@@ -128,20 +128,18 @@ def result_folder(work_dir: Path, model: Path, model_hash: str) -> Path:
     return work_dir / f"{shown_name(model)}-{model_hash[:8]}"
 
 
+def run_folder(place: Path, identity: Any) -> Path:
+    """Folder below `place` of the answers with this identity, which JSON can hold."""
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return place / f"run-{key[:16]}"
+
+
 def table_rows(table: Table) -> list[AskedQuestion]:
     """The questions of a checked table."""
     frame = table.frame
     options = [None] * len(frame) if table.kind == YES_NO else row_options(frame)
     categories = frame["category"].tolist() if "category" in frame else [""] * len(frame)
-    rows = zip(
-        frame["index"],
-        frame["question"],
-        frame["answer"],
-        categories,
-        table.images,
-        options,
-        strict=True,
-    )
+    columns = (frame["index"], frame["question"], frame["answer"], categories)
     return [
         AskedQuestion(
             index=str(i),
@@ -151,7 +149,7 @@ def table_rows(table: Table) -> list[AskedQuestion]:
             image=image,
             options=None if o is None else {letter: str(text) for letter, text in o.items()},
         )
-        for i, q, a, c, image, o in rows
+        for i, q, a, c, image, o in zip(*columns, table.images, options, strict=True)
     ]
 
 
@@ -174,10 +172,10 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
         DataError: there is no run, or one of its files is missing or damaged.
     """
     path = _with_hash(Path(path).expanduser())
-    if path.is_file():
-        return _by_name(_read_run(path, tsv))
-    if (path / PREDICTIONS).is_file():
-        return _by_name(_read_run(path / PREDICTIONS, tsv))
+    file = path / PREDICTIONS if (path / PREDICTIONS).is_file() else path
+    if file.is_file():
+        run = _read_run(file, tsv)
+        return {run.data: run}
     folders = (
         [path]
         if (path / "results.json").is_file()
@@ -204,13 +202,9 @@ def _with_hash(path: Path) -> Path:
     """
     if path.exists():
         return path
-    try:
-        beside = sorted(path.parent.iterdir())
-    except OSError:
-        return path
     found = [
         p
-        for p in beside
+        for p in sorted(path.parent.glob("*"))
         if re.fullmatch("-[0-9a-f]{8}", p.name[-9:]) and p.name[:-9] == shown_name(path)
     ]
     if len(found) > 1:
@@ -221,31 +215,18 @@ def _with_hash(path: Path) -> Path:
     return found[0] if found else path
 
 
-def _by_name(run: Run) -> dict[str, Run]:
-    return {run.data: run}
-
-
 def _results(folder: Path) -> tuple[Path, int | None]:
     """The predictions file that results.json names, and the number of questions.
 
     The folder may have been moved since the path was written, so only the end of the path is used.
     """
     file = folder / "results.json"
-    try:
-        results = TypeAdapter(_Results).validate_json(
-            read_plain(file, _MAX_RESULTS_BYTES), strict=True
-        )
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_input=False)[0]
-        raise DataError(
-            f"{file} is damaged: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        ) from None
-    end = Path(results.predictions).parts[-2:]
-    if len(end) < 2 or set(end) & {"..", "/"} or "\0" in results.predictions:
-        raise DataError(
-            f"{file} is damaged: {results.predictions[:500]!r} is not a file of predictions"
-        )
-    return folder.joinpath(*end), results.n
+    results = checked(_Results, read_json(file), f"{file} is damaged")
+    predictions = results["predictions"]
+    end = Path(predictions).parts[-2:]
+    if len(end) < 2 or set(end) & {"..", "/"} or "\0" in predictions:
+        raise DataError(f"{file} is damaged: {predictions[:500]!r} is not a file of predictions")
+    return folder.joinpath(*end), results.get("n")
 
 
 def _asked(predictions: Path) -> int | None:

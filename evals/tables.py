@@ -27,15 +27,9 @@ KNOWN = {"POPE": YES_NO, "ScienceQA_VAL": CHOICE, "ScienceQA_TEST": CHOICE}
 ALIASES = {"ScienceQA": "ScienceQA_TEST"}
 GROUP_COLUMNS = ("split", "l2-category", "category")
 _OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
-    "POPE": ("utils/VLMEval/POPE.tsv", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
-    "ScienceQA_VAL": (
-        "utils/benchmarks/ScienceQA/ScienceQA_VAL.tsv",
-        "96320d05e142e585e7204e72affd29f3",
-    ),
-    "ScienceQA_TEST": (
-        "utils/benchmarks/ScienceQA/ScienceQA_TEST.tsv",
-        "e42e9e00f9c59a80d8a5db35bc32b71f",
-    ),
+    "POPE": ("utils/VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
+    "ScienceQA_VAL": ("utils/benchmarks/ScienceQA", "96320d05e142e585e7204e72affd29f3"),
+    "ScienceQA_TEST": ("utils/benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
 }
 _HOST = "https://opencompass.openxlab.space/"
 _ROOT_VARIABLE = "LMUData"
@@ -107,7 +101,8 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
         raise DataError(
             f"{name}: there is no {file}. Make one with `hipp data` (from COCO, POPE's or "
             "ScienceQA's files) or `hipp testbed export`, or get the published file from "
-            f"{_HOST}{_OFFICIAL[name][0]}; its folder is --lmu-data, else $LMUData, else ~/LMUData"
+            f"{_HOST}{_OFFICIAL[name][0]}/{name}.tsv; its folder is --lmu-data, else $LMUData, "
+            "else ~/LMUData"
         )
     return name, file.resolve()
 
@@ -134,7 +129,8 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
     _check_columns(path, frame, kind)
     _check_cells(path, frame, ["index", "question", "answer"])
     rows = [f"row {shown(index)}" for index in frame["index"]]
-    if repeated := frame["index"].astype(str)[frame["index"].astype(str).duplicated()].tolist():
+    indices = frame["index"].astype(str)
+    if repeated := indices[indices.duplicated()].tolist():
         raise DataError(
             f"{path}: index {repeated[0]} occurs more than once ({len(repeated)} rows too many)"
         )

@@ -111,3 +111,4 @@ class FittingTable:
                     header, cells, wrap=1, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
                 )
                 first += len(part)
+        yield ""

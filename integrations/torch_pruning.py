@@ -26,6 +26,7 @@ from hipp_ext.integrations.torch_pruning_importance import (
     HippImportance,
     TorchPruningScorer,
     channel_taylor,
+    columns_of,
     tp,
     traceless_group,
 )
@@ -83,9 +84,8 @@ class PlanPruner:
         self.model, self.example_inputs, self.plan = model, example_inputs, plan
         self.forward_fn = forward_fn or call
         match(model, plan)
-        self._kept = {
-            e.name: tuple(range(e.width)) for e in plan.groups
-        }  # units of the dense model that are still there
+        # Units of the dense model that are still there.
+        self._kept = {e.name: tuple(range(e.width)) for e in plan.groups}
         self._history: list[list[Any]] = []
         self._done = False
         if (error := self._failure()) is not None:
@@ -235,11 +235,6 @@ class UnitGroup(tp.Group):
         self._pruner._reduce(
             {group.name: [u for u in range(group.width) if u not in gone]}, record=record_history
         )
-
-
-def columns_of(units: Sequence[int], columns: int) -> list[int]:
-    """The channels of `units`, `columns` each."""
-    return [u * columns + i for u in units for i in range(columns)]
 
 
 def whole_units(name: str, channels: Sequence[int], size: int, width: int) -> set[int]:

@@ -48,12 +48,9 @@ def find_channel_groups(
     """
     with traced(model, example_inputs, ignored, forward_fn) as graph:
         found = _routed(graph, example_inputs, read_groups(graph, ignored), forward_fn)
-    groups = []
-    for group in found:
-        if isinstance(group, UnsupportedModelError):
-            raise group
-        if group.consumers or outputs:
-            groups.append(group)
+    if errors := [group for group in found if isinstance(group, UnsupportedModelError)]:
+        raise errors[0]
+    groups = [g for g in found if isinstance(g, ChannelGroup) and (g.consumers or outputs)]
     if not groups:
         raise UnsupportedModelError(
             f"No channels of this {type(model).__name__} can be removed: no conv or linear layer "
@@ -147,11 +144,8 @@ def _chosen(
                 f"{name!r} is not a channel group of this {type(model).__name__}; its groups are "
                 f"{list(groups)[:8]}, ..."
             )
-        if (
-            not channels
-            or len(set(channels)) < len(channels)
-            or not set(channels) <= set(range(groups[name].width))
-        ):
+        known = set(range(groups[name].width))
+        if not channels or len(set(channels)) < len(channels) or not set(channels) <= known:
             raise PlanError(
                 f"{name} has channels 0 to {groups[name].width - 1}, of which one at least must "
                 "stay; got "
@@ -169,9 +163,8 @@ def _check_grouped(
 
     Each must keep the same number of outputs and the same inputs.
     """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.modules.conv._ConvNd) or layer.groups in (1, layer.in_channels):
-            continue
+    grouped: Any = [(name, m) for name, m in model.named_modules() if _is_grouped(m)]
+    for name, layer in grouped:
         for produced, size in ((True, layer.out_channels), (False, layer.in_channels)):
             stays = torch.ones(size, dtype=torch.bool)
             for group in groups:
@@ -187,6 +180,12 @@ def _check_grouped(
                     f"{'as many' if produced else 'the same ones'} must stay in each, not "
                     f"{stays.nonzero()[:, 0].tolist()[:16]}. Nothing was changed."
                 )
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    """Whether it is a convolution of several groups, and not depthwise."""
+    conv = isinstance(layer, nn.modules.conv._ConvNd)
+    return conv and layer.groups not in (1, layer.in_channels)
 
 
 def _check_norms(
@@ -226,14 +225,10 @@ def _sizes_after(
         for part in group.slices:
             sizes[part.parameter][part.dim] -= int(part.sizes[gone].sum())
         for consumer in group.consumers:
-            layer = model.get_submodule(consumer.layer)
-            if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups not in (
-                1,
-                layer.in_channels,
-            ):
-                sizes[f"{consumer.layer}.weight"][1] -= (
-                    int(gone[consumer.units[consumer.units >= 0]].sum()) // layer.groups
-                )
+            layer: Any = model.get_submodule(consumer.layer)
+            if _is_grouped(layer):
+                read = int(gone[consumer.units[consumer.units >= 0]].sum())
+                sizes[f"{consumer.layer}.weight"][1] -= read // layer.groups
     return {name: tuple(size) for name, size in sizes.items()}
 
 

@@ -41,12 +41,8 @@ class _Graph(tp.DependencyGraph):
                     for n in node.outputs
                 ]
                 if all(len(p) == 1 for p in parts):
-                    node.outputs = [
-                        n
-                        for _, n in sorted(
-                            zip(parts, node.outputs, strict=True), key=lambda pair: pair[0]
-                        )
-                    ]
+                    order = sorted(range(len(parts)), key=parts.__getitem__)
+                    node.outputs = [node.outputs[i] for i in order]
         return nodes
 
 
@@ -66,14 +62,10 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         for module, attributes, inner in held:
             vars(module).clear()
             vars(module).update(attributes)
-            for (
-                container,
-                content,
-            ) in inner:  # in place: handles of hooks look for the container that they know
+            # In place: handles of hooks look for the container that they know.
+            for container, content in inner:
                 container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(
-                    content
-                )
+                (container.extend if isinstance(container, list) else container.update)(content)
         for buffer, value in values:
             buffer.detach().copy_(value)
         for parameter, flag in flags:
@@ -184,11 +176,8 @@ class _GroupReader:
         )
 
     def _name(self, target: Any) -> str:
-        return (
-            self.graph._param_to_name
-            if isinstance(target, nn.Parameter)
-            else self.graph._module2name
-        )[target]
+        graph, parameter = self.graph, isinstance(target, nn.Parameter)
+        return (graph._param_to_name if parameter else graph._module2name)[target]
 
     def _units(self) -> Tensor:
         """The unit of each channel of the root; channels that end in one channel are one unit."""
@@ -259,12 +248,8 @@ class _GroupReader:
             key = (f"{name}.{tensor}" if tensor else name, dim)
             self.slices[key] = self.slices.get(key, 0) + number * counts
         if isinstance(target, NORMS):
-            sizes = {
-                f"{name}.{n}": int(counts[0])
-                for (n, d) in taken
-                if d == 0 and n in dict(target.named_parameters())
-            }
-            self.norms |= sizes
+            own = dict(target.named_parameters())
+            self.norms |= {f"{name}.{n}": int(counts[0]) for n, d in taken if d == 0 and n in own}
 
     def _tie(self, name: str, target: Any) -> str:
         """With which layers `target` shares a parameter, in words; empty where with none."""
@@ -275,7 +260,7 @@ class _GroupReader:
         )
         inside = set(owners)
         for holders in (self.holders[id(p)] for p in parameters):
-            if others := {n for n in holders - inside} if inside or len(holders) > 1 else set():
+            if (others := holders - inside) and (inside or len(holders) > 1):
                 return f"{name} shares a parameter with {sorted(self._name(m) for m in others)}"
         return ""
 
@@ -284,9 +269,8 @@ class _GroupReader:
     ) -> dict[tuple[str, int], int]:
         """(tensor, dimension) -> entries that torch-pruning removes of it with one channel."""
         hollow = copy.deepcopy(target, {id(t): _hollow(t) for t in before.values()})
-        dep.handler.__self__.pruning_dim = (
-            dep.target.pruning_dim
-        )  # as torch-pruning does before each call
+        # As torch-pruning does before each call.
+        dep.handler.__self__.pruning_dim = dep.target.pruning_dim
         try:
             result = dep.handler(hollow, [index])
         except Exception as error:

@@ -100,15 +100,12 @@ class HippImportance(tp.importance.Importance):
         layers = sorted(
             {dep.target.name for dep, _ in group if isinstance(dep.layer, CHANNEL_LAYERS)}
         )
-        if not any(
-            isinstance(dep.layer, CHANNEL_LAYERS) and dep.handler in IN_HANDLERS for dep, _ in group
-        ):
-            outputs = (
-                "No layer reads them: they are outputs of the model, which usually stay "
-                "(ignored_layers). To score them "
-                "too, give channel_mrs the groups of find_channel_groups(..., outputs=True). "
-            )
-        else:
+        outputs = (
+            "No layer reads them: they are outputs of the model, which usually stay "
+            "(ignored_layers). To score them too, give channel_mrs the groups of "
+            "find_channel_groups(..., outputs=True). "
+        )
+        if any(isinstance(d.layer, CHANNEL_LAYERS) and d.handler in IN_HANDLERS for d, _ in group):
             outputs = ""
         return UnsupportedModelError(
             f"{missing} of {channels} channels have no scores in the group of {layers[:6]}; there "
@@ -262,22 +259,23 @@ def channel_taylor(
     batches = list(batches)
     if not batches:
         raise CalibrationError("channel_taylor needs at least one batch.")
-    groups = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, CHANNEL_LAYERS):
-            units = torch.arange(output_channels(layer))
-            groups.append(
-                GatedGroup(
-                    name=name,
-                    width=len(units),
-                    producers=(name,),
-                    producer_units=(units,),
-                    consumers=(),
-                )
-            )
+    units = {
+        name: torch.arange(output_channels(layer))
+        for name, layer in model.named_modules()
+        if isinstance(layer, CHANNEL_LAYERS)
+    }
+    groups = [
+        GatedGroup(name=n, width=len(u), producers=(n,), producer_units=(u,), consumers=())
+        for n, u in units.items()
+    ]
     with evaluating(model):
         scores = unit_taylor(model, groups, loss, batches)
     return {g.name: s.float() for g, s in zip(groups, scores, strict=True)}
+
+
+def columns_of(units: Iterable[int], columns: int) -> list[int]:
+    """The channels of `units`, `columns` each."""
+    return [u * columns + i for u in units for i in range(columns)]
 
 
 def traceless_group(
@@ -292,17 +290,16 @@ def traceless_group(
     """
     units = range(group.width) if units is None else units
     result = tp.Group() if into is None else into
-    columns = [u * group.columns + i for u in units for i in range(group.columns)]
+    columns = columns_of(units, group.columns)
     consumer = tp.Node(linear(model, group.consumer), grad_fn=None, name=group.consumer)  # type: ignore[arg-type]
     members: list[tuple[Any, Any, list[int], list[int]]] = [
         (consumer, tp.prune_linear_in_channels, columns, list(columns))
     ]
     for name, rows in zip(group.producers, group.rows, strict=True):
         node = tp.Node(linear(model, name), grad_fn=None, name=name)  # type: ignore[arg-type]
-        channels = [u * rows + i for u in units for i in range(rows)]
         # A shared key or value belongs to its unit's first query head, so that it counts once.
         roots = [u * group.columns + i for u in units for i in range(rows)]
-        members.append((node, tp.prune_linear_out_channels, channels, roots))
+        members.append((node, tp.prune_linear_out_channels, columns_of(units, rows), roots))
     for node, handler, channels, roots in members:
         result.add_dep(
             tp.Dependency(tp.prune_linear_in_channels, handler, source=consumer, target=node),

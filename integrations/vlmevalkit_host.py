@@ -81,7 +81,7 @@ def _dataset_classes() -> dict[str, type]:
         ):
             self._table = table
             # Otherwise VLMEvalKit creates ~/LMUData.
-            with _environment({"LMUData": str(table.path.parent)} if table else {}):
+            with _environment(**({"LMUData": str(table.path.parent)} if table else {})):
                 super().__init__(dataset, skip_noimg)  # type: ignore[call-arg]
 
         def load_data(self, dataset: str):
@@ -171,14 +171,14 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
             )
     # VLMEvalKit returns POPE in percent and multiple choice in [0, 1].
     scale = 1 if dataset.TYPE == "Y/N" else 100
-    table = {}
-    for row in result.to_dict("records"):
-        numbers = {
-            str(column): scale * float(value) for column, value in row.items() if column != "split"
+    table = {
+        str(row.pop("split")): {
+            str(column): scale * float(value)
+            for column, value in row.items()
+            if not math.isnan(float(value))
         }
-        table[str(row["split"])] = {
-            column: value for column, value in numbers.items() if not math.isnan(value)
-        }
+        for row in result.to_dict("records")
+    }
     # VLMEvalKit's order is that of a set, which differs between processes.
     return dict(sorted(table.items()))
 
@@ -194,13 +194,12 @@ def _in_order(scores: str) -> str:
 @contextlib.contextmanager
 def _scoring_environment() -> Iterator[None]:
     """VLMEvalKit's settings for exact matching, without its progress bars."""
-    settings = {
-        "PRED_FORMAT": "tsv",  # the default, xlsx, cuts cells at 32,767 characters
-        "EVAL_FORMAT": None,
-        "VERBOSE": None,  # any value changes which answers match
-    }
     with (
-        _environment(settings),
+        _environment(
+            PRED_FORMAT="tsv",  # the default, xlsx, cuts cells at 32,767 characters
+            EVAL_FORMAT=None,
+            VERBOSE=None,  # any value changes which answers match
+        ),
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),
     ):
@@ -209,19 +208,14 @@ def _scoring_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+def _environment(**values: str | None) -> Iterator[None]:
     """Set environment variables for the block; None removes them."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ.pop(name, None) for name in values}
     try:
-        _put(values)
+        os.environ.update({name: value for name, value in values.items() if value is not None})
         yield
     finally:
-        _put(before)
-
-
-def _put(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
+        for name, value in before.items():
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+            if value is not None:
+                os.environ[name] = value

@@ -8,7 +8,6 @@ success if something failed.
 
 import dataclasses
 import gc
-import hashlib
 import importlib.util
 import json
 import time
@@ -21,7 +20,7 @@ from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows, check_model_folder
-from hipp_ext.evals.runs import PREDICTIONS, result_folder, shown_name, write_questions
+from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name, write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
@@ -228,11 +227,9 @@ def _evaluate_table(
         "dtype": job.dtype,
         "device": job.device.partition(":")[0],
     }
-    key = hashlib.sha256(
-        json.dumps([_KEY, model_hash, table.content_hash, settings]).encode()
-    ).hexdigest()[:16]
+    run = run_folder(place, [_KEY, model_hash, table.content_hash, settings])
     indices = [str(index) for index in table.frame["index"].tolist()]
-    with open_log(place / f"run-{key}" / PREDICTIONS, indices) as log, writing(place):
+    with open_log(run / PREDICTIONS, indices) as log, writing(place):
         answers, metrics = _answered(job, folder, table, log, indices, vlm)
         record = EvalRecord(
             model=shown_name(folder),

@@ -14,6 +14,8 @@ from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown, the_only_on
 _MAX_ROWS = 10**6  # a few bytes of a file can claim billions; ScienceQA has 21,208
 _MAX_BYTES = 512 << 20  # unpacked size of the texts of a file, and of the images of one row group
 _BATCH_ROWS = 16
+# What pyarrow raises on damaged files, beside its own errors.
+_DAMAGE = (OSError, ValueError, LookupError, OverflowError, MemoryError, TypeError)
 
 
 class ParquetProblems:
@@ -57,27 +59,15 @@ class ParquetProblems:
             yield
         except DataError:
             raise
-        except (
-            self._arrow_error,
-            OSError,
-            ValueError,
-            KeyError,
-            IndexError,
-            OverflowError,
-            MemoryError,
-            TypeError,
-        ) as error:
+        except (self._arrow_error, *_DAMAGE) as error:
             raise DataError(
                 f"{self._path} is not a whole parquet file: {shown(error, 500)}"
             ) from None
 
     def problems(self) -> list[dict[str, Any]]:
         """All rows, without their images."""
-        rows = [
-            row
-            for batch in self._batches(self._texts, range(self._file.num_row_groups))
-            for row in batch
-        ]
+        batches = self._batches(self._texts, range(self._file.num_row_groups))
+        rows = [row for batch in batches for row in batch]
         self._check_rows(len(rows))
         return rows
 

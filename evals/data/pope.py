@@ -207,10 +207,10 @@ def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[st
             question has two answers.
     """
     files = {split: _published_file(Path(folder), split) for split in SPLITS}
-    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    found: dict[str, dict[str, tuple[str, list[str]]]] = {}
     for split, file in files.items():
         for where, image, text, answer in _read_published(file):
-            known, splits = found.setdefault((image, text), (answer, []))
+            known, splits = found.setdefault(image, {}).setdefault(text, (answer, []))
             if known != answer:
                 raise DataError(
                     f"{where}: the answer to {text!r} about {image} is {answer}, and elsewhere "
@@ -218,14 +218,10 @@ def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[st
                 )
             if split not in splits:
                 splits.append(split)
-    order = {
-        image: number for number, image in enumerate(dict.fromkeys(image for image, _ in found))
-    }
     questions = [
         PopeQuestion(image=image, text=text, answer=answer, splits=tuple(splits))
-        for (image, text), (answer, splits) in sorted(
-            found.items(), key=lambda entry: order[entry[0][0]]
-        )
+        for image, asked in found.items()
+        for text, (answer, splits) in asked.items()
     ]
     return questions, {"files": {file.name: content_hash(file) for file in files.values()}}
 

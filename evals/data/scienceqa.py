@@ -190,7 +190,7 @@ def _rows(
 
 
 def _checked(index: int, problem: Mapping[str, Any]) -> tuple[list[str], int, dict[str, str]]:
-    """The options, the answer and the texts of a problem, or a DataError that says what is wrong with it."""
+    """The options, the answer and the texts of a problem; DataError if something is wrong."""
     choices, answer = problem.get("choices"), problem.get("answer")
     if (
         not isinstance(choices, list)

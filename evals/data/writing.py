@@ -221,7 +221,8 @@ def _check_pictures(
             if not done:
                 kept.write(_json_line(key=key))
             for picture in pictures[done:]:
-                kept.write(_json_line(name=picture.name, image=_checked_base64(picture)))
+                image = base64.b64encode(checked_bytes(picture)).decode()
+                kept.write(_json_line(name=picture.name, image=image))
                 kept.flush()
                 bar.update()
         except OSError as error:
@@ -250,7 +251,12 @@ def _json_line(**entry: str) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _checked_base64(picture: Picture) -> str:
+def checked_bytes(picture: Picture) -> bytes:
+    """The bytes of an image.
+
+    Raises:
+        DataError: it cannot be read or decoded; the message names it.
+    """
     try:
         data = picture.read()
     except OSError as error:
@@ -261,7 +267,7 @@ def _checked_base64(picture: Picture) -> str:
         raise DataError(
             f"the image {shown(picture.name)} is broken, it cannot be decoded: {error}"
         ) from None
-    return base64.b64encode(data).decode()
+    return data
 
 
 def _checked(path: Path, kept: BinaryIO, pictures: Sequence[Picture]) -> Iterator[str]:

@@ -93,6 +93,8 @@ def compare(
 
     Example: `hipp compare outputs/dense outputs/pruned --json difference.json`
     """
+    from rich.console import Console
+
     from hipp_ext.evals.compare import compare as run
     from hipp_ext.evals.compare import comparison_table, plain
 
@@ -100,7 +102,7 @@ def compare(
         require_new_file(json_file, overwrite)
     rows = run(a, b, tsv=data, level=level, seed=seed)
     typer.echo(f"A: {a}\nB: {b}")
-    print_wide(comparison_table(rows, level))
+    Console().print(comparison_table(rows, level))
     if json_file is not None:
         write_json(
             json_file,

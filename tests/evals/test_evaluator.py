@@ -64,7 +64,7 @@ def test_questions_about_one_picture_have_no_standard_error(loaded):
     about_one = [q for q in POPE if q.picture == POPE[0].picture]
     measured = Evaluator(*loaded, about_one, CHOICE[:1])(loaded[0])
     assert len(about_one) > 1 and not {"utility_se", "robustness_se"} & set(measured)
-    assert read_reward(measured, 0.1, 0.0).robustness_se == 0
+    assert read_reward(measured, 0.1).robustness_se == 0
 
 
 def test_the_digest_is_of_what_is_asked(loaded):

@@ -1,4 +1,4 @@
-"""`hipp latency`: fixed numbers of tokens, taken in turns; FLOPs by hand; memory that grows with what is asked."""
+"""`hipp latency`: fixed numbers of tokens, taken in turns; FLOPs by hand; memory that grows."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def llama(layers: int, width: int):
 
 
 def test_every_run_has_as_many_tokens_as_asked():
-    """Also where the model would stop: with its head at zero the end-of-sequence token ties with all others."""
+    """Also where the model would stop: with a head of zeros the end of the text ties with all."""
     model = build("llama").eval()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.generation_config.eos_token_id = 0

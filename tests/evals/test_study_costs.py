@@ -21,7 +21,8 @@ def test_what_a_fit_costs(tmp_path):
     found = fit_cost.run(size, device="cpu", dtype="bfloat16", out=tmp_path / "cost.json")
     assert json.loads((tmp_path / "cost.json").read_text()) == found
     dense, pruned = found["evaluation, dense"], list(found["evaluation, pruned"].values())
-    # Three rows as POPE asks them share a picture, three have one each; an addition and a multiplication a weight.
+    # Three rows as POPE asks them share a picture, three have one each; an addition and a
+    # multiplication a weight.
     least = 2 * (4 * 577 + 6 * 60) * found["parameters"]
     assert least < dense["teraflops"] * 1e12 < 1.35 * least
     assert found["activations_mib"] == 6 * 637 * 256 * 2 / 2**20

@@ -1,4 +1,4 @@
-"""One plan, one result: hipp_ext.prune, PlanPruner, and the stock pruner where it is right. And where it is not, still not."""
+"""One plan, one result: hipp_ext.prune, PlanPruner, and the stock pruner where it is right."""
 
 import copy
 import json
@@ -407,7 +407,7 @@ def test_confirm_notices_what_was_not_done():
 
 
 def stock(model, name, importance, **arguments):
-    """The stock pruner on one model's FFN and heads, everything else ignored, as a user would call it."""
+    """The stock pruner on one model's FFN and heads, as a user would call it."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)]
     wanted = arguments.pop("layers")
     return tp.pruner.BasePruner(

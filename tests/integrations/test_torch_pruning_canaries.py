@@ -1,4 +1,7 @@
-"""What torch-pruning does wrong today and we work around. A failure here is good news: the message says what may go."""
+"""What torch-pruning does wrong today and we work around.
+
+A failure here is good news: the message says what may go.
+"""
 
 import collections
 import copy
@@ -54,7 +57,7 @@ def ends(model: nn.Module, inputs: dict) -> bool:
 
 
 def stock(model: nn.Module, inputs: dict, **arguments):
-    """The stock pruner on the language tower's attention and FFN, as torch-pruning's own LLM example builds it."""
+    """The stock pruner on the language tower, as torch-pruning's own LLM example builds it."""
     producers = {model.get_submodule(n) for g in find_groups(model) for n in g.producers}
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)]
     heads = {

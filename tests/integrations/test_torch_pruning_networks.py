@@ -1,4 +1,7 @@
-"""Networks of many kinds: what is removed is what was masked, counts are exact, what cannot be done changes nothing."""
+"""Networks of many kinds: what is removed is what was masked, and counts are exact.
+
+What cannot be done changes nothing.
+"""
 
 import copy
 
@@ -56,7 +59,7 @@ def conv(*arguments, **options) -> nn.Module:
 
 
 def stack(*middle: nn.Module, channels: int = 8) -> nn.Module:
-    """A convolution of 8 channels, then `middle`, which has `channels`, then another one and a classifier."""
+    """A convolution of 8 channels, `middle`, which has `channels`, another one and a classifier."""
     tail = (
         nn.ReLU(),
         conv(channels, 6, 1),
@@ -327,7 +330,8 @@ REFUSED = {
         lambda: stack(nn.GroupNorm(2, 8)),
         {"0": (0, 1, 2, 3)},
         PlanError,
-        r"1 is a group norm of 2 groups of 4 channels; as many must stay in each, not \[0, 1, 2, 3\]",
+        r"1 is a group norm of 2 groups of 4 channels; as many must stay in each, "
+        r"not \[0, 1, 2, 3\]",
     ),
     "a group norm of single channels": (
         lambda: stack(nn.GroupNorm(8, 8)),
@@ -454,7 +458,8 @@ REARRANGED = {
     ),
     "channel shuffle": (
         lambda: Net(shuffled, a=conv(3, 8, 1), b=conv(8, 6, 1), head=nn.Linear(6, 4)),
-        "The channels of a are read by b in another order than torch-pruning takes them to be.* List a in ignored",
+        "The channels of a are read by b in another order than torch-pruning takes them to be.* "
+        "List a in ignored",
     ),
     "recurrent": (
         lambda: Net(

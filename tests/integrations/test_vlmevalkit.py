@@ -622,9 +622,9 @@ def test_pictures_given_as_files(tmp_path, records):
 @pytest.mark.parametrize(
     "lose, message",
     [
-        ("config.json", "has no config.json"),
+        ("config.json", "it has no config.json"),
         ("processor_config.json", "has no processor .*save_pruned"),
-        ("model.safetensors", "has no weights"),
+        ("model.safetensors", "incomplete or damaged: it has no model.safetensors"),
         ("tokenizer*", "has no tokenizer"),
     ],
 )
@@ -643,17 +643,20 @@ def test_damaged_model_folders(llava, tmp_path):
         (folder / "config.json").read_text(),
     )
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged or half-written"):
+    with pytest.raises(CheckpointError, match="incomplete or damaged: model.safetensors"):
         evaluate(folder, "POPE", work_dir=tmp_path / "out", **QUIET)
-    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-2.safetensors"}}')
-    with pytest.raises(CheckpointError, match="half-written: model-2.safetensors named in"):
+    with pytest.raises(
+        CheckpointError, match="lists 'model-2.safetensors', which is no safetensors file"
+    ):
         check_model_folder(folder)
     index.write_text("[]")
-    with pytest.raises(CheckpointError, match="index.json is damaged"):
+    with pytest.raises(CheckpointError, match="index.json lists no files"):
         check_model_folder(folder)
     index.unlink()
+    (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").write_text(config[:-9])
     with pytest.raises(CheckpointError, match="config.json is damaged"):
         check_model_folder(folder)
@@ -708,12 +711,10 @@ def test_half_written_pruned_folders(lmu, tmp_path, capsys):
         "cpu",
         "--model",
     ]
-    assert (
-        main([*arguments, str(half)]) == 2 and "damaged or half-written" in capsys.readouterr().err
-    )
-    assert main([*arguments, *(str(tmp_path / name) for name in spoilt)]) == 1
-    said = capsys.readouterr().err
-    assert said.count("hipp_ext.json is damaged or of another format") == 2
+    assert main([*arguments, str(half)]) == 2 and "model.safetensors: " in capsys.readouterr().err
+    for name in spoilt:
+        assert main([*arguments, str(tmp_path / name)]) == 2
+        assert "hipp_ext.json is damaged or of another format" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("results.json"))
     assert main([*arguments, str(bare), "--limit", "2"]) == 0
 

@@ -95,13 +95,14 @@ def test_a_stopped_run_ends_in_the_same_bytes(telling, llava, lmu, tmp_path, mon
         return told(self, messages)
 
     monkeypatch.setattr(HippVLM, "generate_batch", stopped)
+    monkeypatch.setattr("hipp_ext.files._SWEEP_SECONDS", 0.0)
     assert main(command(llava, lmu, tmp_path / "w", "--batch-size", "5")) == 130
     monkeypatch.setattr(HippVLM, "generate_batch", told)
     (log,) = (tmp_path / "w").rglob("predictions.jsonl")
     data = log.read_bytes()
     assert data.count(b"\n") == 5
     log.write_bytes(data[: data.rfind(b'{"index": "3"')] + b'{"ind')  # killed within the batch
-    (log.parent / ".questions.jsonl.k1ll3d__").write_text("{")
+    (log.parent / ".questions.jsonl.hipp-k1ll3d01").write_text("{")
     (few,) = evaluate(
         llava, "POPE", lmu_data=lmu, work_dir=tmp_path / "w", batch_size=5, limit=2, **QUIET
     )
