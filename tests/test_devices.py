@@ -49,11 +49,11 @@ def on_two_devices(name, part="layers"):
 def answers_when_pruned(model, plan, batches):
     with masked(model, plan):
         hidden = model(**batches[0]).logits
-    small, compensated = (
+    small, reconstructed = (
         prune(model, plan),
         prune(model, plan, reconstruct=True, calibration=batches),
     )
-    return [hidden, small(**batches[0]).logits, compensated(**batches[0]).logits]
+    return [hidden, small(**batches[0]).logits, reconstructed(**batches[0]).logits]
 
 
 @pytest.mark.parametrize(

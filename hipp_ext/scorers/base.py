@@ -258,11 +258,9 @@ def visit_inputs(
 
         def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
             def hook(_: nn.Module, args: tuple) -> None:
-                x = args[0].detach()
-                visit(
-                    group,
-                    x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2),
-                )
+                x = args[0].detach().flatten(0, -2)
+                language = group.tower == "language"
+                visit(group, x[current[0].flatten().to(x.device)] if language else x)
 
             return hook
 
