@@ -85,7 +85,9 @@ class Signals:
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
-        """One token per group: place in its layer, depth, size, importance curve, sensitivity and columns."""
+        """One token per group: place in its layer, depth, size, importance curve, sensitivity,
+        columns.
+        """
         groups = self.groups
         depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
         features = [torch.tensor([float(g.place == p) for g in groups]) for p in PLACES]
