@@ -143,7 +143,7 @@ def test_the_command_line_spreads_where_it_can(monkeypatch):
         load_model("testbed", "auto")
     with (
         monkeypatch.context() as patch,
-        pytest.raises(HippError, match="under torchrun every process needs one of its own"),
+        pytest.raises(HippError, match="Under torchrun every process needs a GPU of its own"),
     ):
         patch.setenv("WORLD_SIZE", "2")
         load_model("testbed", "auto", spread=True)

@@ -9,7 +9,7 @@ what they write there.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,7 +54,7 @@ class VisualSensitivity(Scorer):
     """
 
     sink_threshold: float = 20.0
-    kinds = ("attention", "ffn")
+    kinds: ClassVar[tuple[str, ...]] = ("attention", "ffn")
 
     @torch.no_grad()
     def score(

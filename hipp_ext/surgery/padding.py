@@ -99,7 +99,7 @@ def _with_all_blocks(model: Any) -> Any:
     model = copy.deepcopy(model)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
     forget_bound_methods(model)
-    towers = [tower for tower in known_towers(model) if find_skips(model, tower)]
+    towers: list[Tower] = [tower for tower in known_towers(model) if find_skips(model, tower)]
     if not towers:
         return model
     config = copy.deepcopy(model.config)
