@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Every part may import from those above it, inside functions too. CONTRIBUTING.md says what each is.
+# Every part may import from those above it, inside functions too. CONTRIBUTING.md describes each.
 ORDER = (
     "errors",
     "quantities",
