@@ -147,18 +147,8 @@ class _Network:
             "RANK": str(worker),
             "WORLD_SIZE": str(self.workers),
         }
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            f"{self.prefix}{worker}",
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            MODULE,
-            *arguments,
-        ]
+        space = ["ip", "netns", "exec", f"{self.prefix}{worker}"]
+        command = [*space, sys.executable, "-W", "ignore", "-m", MODULE, *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 

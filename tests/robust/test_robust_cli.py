@@ -220,7 +220,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
         )
     assert conclude(tmp_path, setting, save=False)["cells"] == report["cells"]
     assert (tmp_path / "robust.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(OutputExistsError, match="holds a study with another setting"):
+    with pytest.raises(
+        CheckpointError, match="holds another run: (dense|tune|test|steps|rows|attacks) is"
+    ):
         run(tmp_path, Setting(), ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False)
     with pytest.raises(DataError, match=r"Known arms are uniform, .*; got \['best'\]"):
         run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["best"], save=False)
