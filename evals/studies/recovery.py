@@ -42,10 +42,7 @@ def run(
     """
     torch.set_num_threads(1)
     model, processor = testbed.load()
-    asked = {
-        split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")]
-        for split in SPLITS
-    }
+    asked = {s: [testbed.questions(task, s) for task in testbed.TASKS] for s in SPLITS}
     evaluators = {split: Evaluator(model, processor, *tasks) for split, tasks in asked.items()}
 
     def measure(name: str, model: Any, **more: Any) -> dict[str, Any]:
@@ -70,18 +67,9 @@ def run(
             _recover(before, after, compression, rank, bits)
         more = {"bytes": _bytes(out / f"{compression}.recover")} if compression == "lqsgd" else {}
         rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
-    values = {
-        "rows": rows,
-        "processes": 2,
-        "rank": rank,
-        "bits": bits,
-        "seed": 0,
-        "preference": PREFERENCE,
-    }
-    values["questions"] = {
-        s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()
-    }
-    return report("recovery", values, save)
+    options = {"processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": PREFERENCE}
+    counts = {s: dict(zip(testbed.TASKS, map(len, q), strict=True)) for s, q in asked.items()}
+    return report("recovery", {"rows": rows, **options, "questions": counts}, save)
 
 
 def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:

@@ -229,10 +229,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
     for network, ratio, loss in keys:
         mine = [r for r in rows if (r["network"], r["ratio"], r["loss"]) == (network, ratio, loss)]
-        by = {
-            a: {r["seed"]: r for r in mine if r["arm"] == a}
-            for a in dict.fromkeys(r["arm"] for r in mine)
-        }
+        by: dict[str, dict[int, Any]] = {}
+        for row in mine:
+            by.setdefault(row["arm"], {})[row["seed"]] = row
         entry = {}
         for arm, runs in by.items():
             means = {
@@ -340,12 +339,8 @@ def _picture(cells: Mapping[str, Any]) -> "Figure":
     figure = Figure(figsize=(3.4 * columns, 3.4 * lines), layout="constrained")
     for i, (name, arms) in enumerate(cells.items()):
         axes = figure.add_subplot(lines, columns, i + 1)
-        rows = [
-            (a, v["difference"]["uniform"]["worst"])
-            for a, v in arms.items()
-            if v["difference"].get("uniform")
-        ]
-        rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
+        differences = {a: v["difference"].get("uniform", {}).get("worst") for a, v in arms.items()}
+        rows = sorted((r for r in differences.items() if r[1]), key=lambda r: r[1]["mean"])
         axes.errorbar(
             [r[1]["mean"] for r in rows],
             [f"{r[0]} (n={r[1]['n']})" for r in rows],

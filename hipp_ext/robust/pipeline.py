@@ -158,17 +158,19 @@ def mrpf(
         "ignored": sorted(n for n, m in model.named_modules() if m in set(ignored)),
         "settings": asdict(settings),
     }
-    opened = contextlib.nullcontext() if folder is None else RunFolder(folder, identity)
-    with opened as run, restored(model, random_state=True):
-        record = _recorder(run, log)
+    with restored(model, random_state=True), contextlib.ExitStack() as stack:
         groups = find_channel_groups(model, example, ignored=ignored)
         macs, parameters = channel_costs(model, example, groups)
         cost = macs if settings.cost == "macs" else parameters
+        # An impossible budget is refused before the folder is made, and before the scoring.
+        budget, bounds = _budget(groups, cost, settings)
+        run = None if folder is None else stack.enter_context(RunFolder(folder, identity))
+        record = _recorder(run, log)
         plan = None if run is None else _read_plan(run)
         if plan is None:
             start = time.perf_counter()
             log("score and allocate")
-            plan = _plan(model, data, groups, cost, settings)
+            plan = _plan(model, data, groups, cost, budget, bounds, settings)
             if run is not None:
                 write_atomic(run / PLAN, seal({}, plan))
             seconds, spent = time.perf_counter() - start, {k: plan[k] for k in ("cost", "budget")}
@@ -190,14 +192,10 @@ def mrpf(
     )
 
 
-def _plan(
-    model: nn.Module,
-    data: ImageData,
-    groups: Sequence[ChannelGroup],
-    cost: Cost,
-    settings: MRPFSettings,
-) -> dict[str, Any]:
-    """Sensitivity and kept channels per group, and what they cost; plain values."""
+def _budget(
+    groups: Sequence[ChannelGroup], cost: Cost, settings: MRPFSettings
+) -> tuple[int, Bounds]:
+    """(largest cost, bounds of the keep counts); BudgetError where no allocation meets them."""
     widths, fraction = [g.width for g in groups], settings.budget
     if fraction is None:
         removed = settings.pruning_ratio
@@ -207,12 +205,23 @@ def _plan(
         # about its square root of the channels.
         removed, budget = 1 - fraction**0.5, int(fraction * cost(widths))
     bounds = settings.bounds or Bounds(min_keep=default_min_keep(removed))
-    # An impossible budget is refused before the scoring, which takes long.
     allocate([1.0] * len(widths), widths, cost, budget, bounds=bounds)
+    return budget, bounds
+
+
+def _plan(
+    model: nn.Module,
+    data: ImageData,
+    groups: Sequence[ChannelGroup],
+    cost: Cost,
+    budget: int,
+    bounds: Bounds,
+    settings: MRPFSettings,
+) -> dict[str, Any]:
+    """Sensitivity and kept channels per group, and what they cost; plain values."""
     scores = score(model, data.train, groups, settings.scores)
-    keep_counts = allocate(
-        scores.sensitivity, widths, cost, budget, alpha=settings.alpha, bounds=bounds
-    )
+    widths, alpha = [g.width for g in groups], settings.alpha
+    keep_counts = allocate(scores.sensitivity, widths, cost, budget, alpha=alpha, bounds=bounds)
     kept = zip(groups, scores.ranking, keep_counts, strict=True)
     return {
         "sensitivity": {g.name: s for g, s in zip(groups, scores.sensitivity, strict=True)},

@@ -101,18 +101,17 @@ def train(
         parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
     )
     optimizer.zero_grad()
-    opened = contextlib.nullcontext(folder)
-    if isinstance(folder, str | Path):
-        opened = RunFolder(folder, _identity(model, data, loss, settings))
-    with opened as run, restored(model, random_state=True):
-        history = [] if run is None else _load(run, model, optimizer)
+    with restored(model, random_state=True), contextlib.ExitStack() as stack:
+        if isinstance(folder, str | Path):
+            folder = stack.enter_context(RunFolder(folder, _identity(model, data, loss, settings)))
+        history = [] if folder is None else _load(folder, model, optimizer)
         model.train()
         for epoch in range(len(history), settings.epochs):
             history.append(_epoch(model, data, loss, settings, optimizer, epoch))
-            if run is not None:
+            if folder is not None:
                 tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
                 tensors |= optimizer_tensors([optimizer])
-                write_atomic(run / CHECKPOINT, seal(tensors, {"history": history}))
+                write_atomic(folder / CHECKPOINT, seal(tensors, {"history": history}))
             if on_epoch is not None:
                 on_epoch(len(history), history[-1])
     return history

@@ -426,7 +426,8 @@ def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
 def test_mrpf_bad_input(trained, tmp_path):
     data = stripes.data()
     with pytest.raises(BudgetError, match=r"A budget of \d+ MACs cannot be met"):
-        mrpf(trained, data, MRPFSettings(budget=0.001), loss=LOSS)
+        mrpf(trained, data, MRPFSettings(budget=0.001), loss=LOSS, folder=tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # so that another budget can be asked for
     for settings in ({"budget": 0.0}, {"pruning_ratio": 1.0}, {"alpha": -1.0}, {"cost": "watts"}):
         with pytest.raises(
             BudgetError, match="watts" if "cost" in settings else next(iter(settings))

@@ -121,18 +121,14 @@ class Contest:
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
     def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
-        pope, choice = (
-            testbed.questions(task, split, n)
-            for task, n in zip(("POPE", "ScienceQA"), counts, strict=True)
-        )
-        return Evaluator(self.model, self.processor, pope, choice)
+        tasks = map(testbed.questions, testbed.TASKS, (split, split), counts)
+        return Evaluator(self.model, self.processor, *tasks)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:
         """The plans that the method chose, and their figures on the test split."""
         started = time.perf_counter()
-        chosen = (
-            self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
-        )
+        fixed = name in (*ALLOCATORS, UNTRAINED)
+        chosen = self._allocator(name) if fixed else self._search(name, seed)
         chosen["seconds"] = time.perf_counter() - started
         front = chosen.pop("front")
         on_test = _hypervolume(self._rewards(front, self.front_test))
@@ -148,36 +144,27 @@ class Contest:
         return {"method": name, "seed": seed, **chosen}
 
     def _allocator(self, name: str) -> dict[str, Any]:
-        groups = self.signals.groups
+        groups, scores, asked = self.signals.groups, self.signals.scores, {}
         if name == UNTRAINED:
             planner = self._planner(self.informed)
-            choose = {
-                corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio)
-                for corner in CORNERS
-            }
+            choose = functools.partial(self._query, planner)
             asked = {"policy": self._asked(planner)}
         else:
-            kind, scores = ALLOCATORS[name], self.signals.scores
+            kind = ALLOCATORS[name]
             measured = kind(pruning_ratio=0.0).measure(self.model, groups, scores, self.calibration)
-            choose = {
-                corner: lambda ratio: kind(pruning_ratio=ratio).keep_counts(
-                    groups, scores, measured
-                )
-                for corner in CORNERS
-            }
-            asked = {}
+
+            def choose(preference: Preference, ratio: float) -> KeepCounts:
+                return kind(pruning_ratio=ratio).keep_counts(groups, scores, measured)
+
         n = self.size.front_plans
         ratios = (MAX_RATIO * (i + 1) / n for i in range(n))
-        front = [
-            choose[corner](ratio)
-            for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)
-        ]
+        corners = itertools.cycle(CORNERS.values())
         return {
             "evaluations": 0,
-            "front": _distinct(front),
+            "front": _distinct([choose(c, r) for c, r in zip(corners, ratios, strict=False)]),
             "search_hypervolume": None,
             "asked": asked,
-            "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
+            "answers": {n: {str(r): choose(c, r) for r in RATIOS} for n, c in CORNERS.items()},
         }
 
     def _search(self, name: str, seed: int) -> dict[str, Any]:
@@ -228,7 +215,7 @@ class Contest:
             list({r.keep_counts: r.reward for r in planner.archive.records}.items())
         )
         found["answers"] = {
-            c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS
+            n: {str(r): self._query(planner, c, r) for r in RATIOS} for n, c in CORNERS.items()
         }
         archived = [
             (w, self._query(planner, Preference(*w), None, best_evaluated=True)) for w in _lattice()
@@ -256,12 +243,8 @@ class Contest:
         best_evaluated: bool = False,
     ) -> KeepCounts:
         planner.pruning_ratio = ratio
-        return tuple(
-            g.keep
-            for g in planner.plan(
-                self.model, preference=preference, best_evaluated=best_evaluated
-            ).groups
-        )
+        plan = planner.plan(self.model, preference=preference, best_evaluated=best_evaluated)
+        return tuple(g.keep for g in plan.groups)
 
     # On the test split
 
@@ -278,14 +261,10 @@ class Contest:
         pope = pope_by_split(scores, self.pope)["overall"]
         answers = {
             task: "".join(a[0] for a in scores[s].answers)
-            for task, s in (("POPE", "pope"), ("ScienceQA", "choice"))
+            for task, s in zip(testbed.TASKS, ("pope", "choice"), strict=True)
         }
-        return {
-            "F1": pope.f1,
-            "POPE": pope.accuracy,
-            "ScienceQA": scores["choice"].accuracy,
-            "answers": answers,
-        }
+        choice = scores["choice"].accuracy
+        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": choice, "answers": answers}
 
     def _control(
         self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]
