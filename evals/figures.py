@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.pope import SPLITS
 from hipp_ext.files.untrusted import shown
+from hipp_ext.kinds import KINDS
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.reward import Reward
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#5b7fc7", "#dd8452", "#55a868", "#c9545a", "#8d7cc0", "#a3826b")
-KINDS = ("attention", "ffn")
 INK, FAINT, PAPER = "#22262b", "#cfd4da", "#ffffff"  # text and axes; grids and frames; background
 _PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--line)", PAPER: "var(--card)"}
 _WIDTH = 5.0  # [inches]; on a phone, 340 pixels wide, a letter of 9 points has 8.5 pixels
@@ -96,7 +96,7 @@ def keeps_figure(
     Args:
         plans: plans by name; at least one must have a group in the language model. A kind without
             groups is left out.
-        visual: visual sensitivity of each layer for "attention" and "ffn"; None to leave it out.
+        visual: visual sensitivity of each layer for every kind that has it; None to leave it out.
     """
     kinds = [kind for kind in KINDS if any(_language(plan, kind) for plan in plans.values())]
     height = max(0.42 * len(plans), 0.6)
@@ -107,7 +107,7 @@ def keeps_figure(
             top = len(heights) * place
             axes = figure.add_subplot(grid[top])
             image = _heatmap(axes, plans, kind)
-            if visual:
+            if visual and kind in visual:
                 _bars_below(figure.add_subplot(grid[top + 1], sharex=axes), visual[kind], kind)
         _colorbar(figure, image, "share kept", ax=figure.axes)
     return figure
@@ -137,10 +137,7 @@ def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str) -> Any:
                 fontsize=8 if len(row) <= 8 else 6,
                 color="#fafafa" if g.keep / g.width > 0.6 else "#222222",
             )
-    axes.set_title(
-        f"{kind}, of {rows[0][0].width} {'KV groups' if kind == 'attention' else 'channels'}",
-        fontsize=10,
-    )
+    axes.set_title(f"{kind}, of {rows[0][0].width} {KINDS[kind].unit}", fontsize=10)
     axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 12)))
     axes.set_yticks(range(len(plans)), [label(name) for name in plans])
     axes.grid(False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, PlanError
-from hipp_ext.evals.figures import KINDS
 from hipp_ext.evals.report_types import MAX_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import is_below, read_json
@@ -25,6 +24,7 @@ from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 from hipp_ext.runs import IDENTITY
+from hipp_ext.scorers import VisualSensitivity
 from hipp_ext.surgery.checkpoint import read_plan
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
@@ -279,7 +279,7 @@ def _fit(folder: Path) -> Fit:
                 for g, v in zip(signals.groups, signals.visual, strict=True)
                 if g.kind == kind
             ]
-            for kind in KINDS
+            for kind in VisualSensitivity.kinds
         }
     return Fit(
         name=folder.resolve().parent.name if folder.name == "planner" else folder.name,

@@ -50,8 +50,7 @@ class Ball:
         if not bool((torch.isfinite(epsilon) & (epsilon > 0)).all()):
             raise AttackError(
                 f"epsilon must be above zero and finite, got {epsilon.tolist()}. For clean inputs, "
-                "run "
-                "no attack."
+                "run no attack."
             )
         if not bool((low < high).all()):
             raise AttackError(
@@ -76,8 +75,7 @@ class Ball:
         if x.dtype in (torch.float16, torch.bfloat16):
             raise AttackError(
                 f"The perturbed tensor is {x.dtype}: steps of an attack are lost in its rounding, "
-                "and "
-                "the result would look robust. Attack in float32: model.float()."
+                "and the result would look robust. Attack in float32: model.float()."
             )
         ball = self.on(x)
         slack = 1e-4 * (ball.high - ball.low)  # type: ignore[operator]
@@ -126,16 +124,13 @@ class PGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        take_numbers(self, AttackError, wholes=("steps", "seed"))
+        _check_steps(self)
         if self.step_size is not None:
             take_numbers(self, AttackError, finites=("step_size",))
-        _check_steps(self.steps)
 
     def __call__(self, loss_fn: LossFn, batch: Any, x: Tensor) -> Tensor:
-        x, ball = _start(self.ball, x)
-        generator = torch.Generator().manual_seed(self.seed)
+        x, ball, moved = _start(self, x)
         step = (2.5 / self.steps if self.step_size is None else self.step_size) * ball.epsilon  # type: ignore[operator]
-        moved = ball.random(x, generator) if self.random_start else x
         for _ in range(self.steps):
             _, gradient = loss_and_gradient(loss_fn, batch, moved)
             moved = ball.project(moved + step * gradient.sign(), x)
@@ -164,22 +159,17 @@ class APGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        take_numbers(self, AttackError, wholes=("steps", "seed"))
-        _check_steps(self.steps)
+        _check_steps(self)
 
     def __call__(self, loss_fn: LossFn, batch: Any, x: Tensor) -> Tensor:
-        x, ball = _start(self.ball, x)
-        generator = torch.Generator().manual_seed(self.seed)
-        moved = ball.random(x, generator) if self.random_start else x
+        x, ball, moved = _start(self, x)
         loss, gradient = loss_and_gradient(loss_fn, batch, moved)
         if loss.shape != x.shape[:1]:
             raise AttackError(
                 f"APGD needs one loss per row, {x.shape[0]} of them; the loss has shape "
                 f"{tuple(loss.shape)}."
             )
-        state = _Ascent(
-            best=moved, best_loss=loss, best_gradient=gradient, step=torch.full_like(loss, 2.0)
-        )
+        state = _Ascent(moved, loss, gradient)
         previous, checks = moved, checkpoints(self.steps)
         for i in range(1, self.steps + 1):
             size = _rows(state.step, x) * ball.epsilon
@@ -199,33 +189,30 @@ class APGD:
         return state.best
 
 
-@dataclass
 class _Ascent:
     """State of APGD per row."""
 
-    best: Tensor
-    best_loss: Tensor
-    best_gradient: Tensor
-    step: Tensor  # in multiples of epsilon
-    increases: int | Tensor = 0
-    since: int = 0
-    halved_last: Tensor | None = None
-    loss_last: Tensor | None = None
+    def __init__(self, moved: Tensor, loss: Tensor, gradient: Tensor):
+        self.best, self.best_loss, self.best_gradient = moved, loss, gradient
+        self.step = torch.full_like(loss, 2.0)  # in multiples of epsilon
+        self.increases, self.since = torch.zeros_like(loss), 0
+        self.halved_last = torch.zeros_like(loss, dtype=torch.bool)
+        self.loss_last = torch.full_like(loss, -torch.inf)
 
     def update(self, moved: Tensor, loss: Tensor, gradient: Tensor, increased: Tensor) -> None:
         better = loss > self.best_loss
         self.best = torch.where(_rows(better, moved), moved, self.best)
         self.best_gradient = torch.where(_rows(better, moved), gradient, self.best_gradient)
         self.best_loss = torch.where(better, loss, self.best_loss)
-        self.increases, self.since = self.increases + increased.long(), self.since + 1
+        self.increases, self.since = self.increases + increased, self.since + 1
 
     def check(self) -> Tensor:
         """Halve the step of rows that oscillate or have stalled; returns which ones."""
-        halve = torch.as_tensor(self.increases < MIN_INCREASES * self.since)
-        if self.loss_last is not None and self.halved_last is not None:
-            halve = halve | (~self.halved_last & (self.best_loss <= self.loss_last))
+        halve = self.increases < MIN_INCREASES * self.since
+        halve |= ~self.halved_last & (self.best_loss <= self.loss_last)
         self.step = torch.where(halve, self.step / 2, self.step)
-        self.increases, self.since, self.halved_last, self.loss_last = 0, 0, halve, self.best_loss
+        self.increases, self.since = torch.zeros_like(self.increases), 0
+        self.halved_last, self.loss_last = halve, self.best_loss
         return halve
 
 
@@ -257,21 +244,24 @@ def loss_and_gradient(loss_fn: LossFn, batch: Any, x: Tensor) -> tuple[Tensor, T
     if gradient is None:
         raise AttackError(
             "The loss does not depend on the perturbed tensor; it may be detached, or computed "
-            "without "
-            "gradients."
+            "without gradients."
         )
     return loss.detach(), gradient
 
 
-def _start(ball: Ball, x: Tensor) -> tuple[Tensor, Ball]:
+def _start(attack: PGD | APGD, x: Tensor) -> tuple[Tensor, Ball, Tensor]:
+    """(x, the ball in its dtype and on its device, the point where the attack starts)."""
     x = x.detach()
-    ball.check(x)
-    return x, ball.on(x)
+    attack.ball.check(x)
+    ball = attack.ball.on(x)
+    generator = torch.Generator().manual_seed(attack.seed)
+    return x, ball, ball.random(x, generator) if attack.random_start else x
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise AttackError(f"An attack takes at least one step, got steps={steps}.")
+def _check_steps(attack: PGD | APGD) -> None:
+    take_numbers(attack, AttackError, wholes=("steps", "seed"))
+    if attack.steps < 1:
+        raise AttackError(f"An attack takes at least one step, got steps={attack.steps}.")
 
 
 def _rows(values: Tensor, x: Tensor) -> Tensor:
@@ -292,6 +282,5 @@ def check_precision(model: nn.Module) -> None:
     if half:
         raise UnsupportedModelError(
             f"This {type(model).__name__} has weights in {', '.join(half)}: gradients of attacks "
-            "vanish "
-            "in its rounding, and it would look robust. Use model.float()."
+            "vanish in its rounding, and it would look robust. Use model.float()."
         )

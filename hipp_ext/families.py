@@ -19,7 +19,7 @@ LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbe
 
 @dataclass(frozen=True, kw_only=True)
 class BlockNames:
-    """Names of the parts that one kind of block has in transformers.
+    """Names of the parts that the blocks in one place of a layer have in transformers.
 
     Attributes:
         producers: sets of linear layers whose outputs belong to units; a block has one of the sets.
@@ -38,6 +38,7 @@ class BlockNames:
     skip: str
 
 
+# By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
         producers=(("q_proj", "k_proj", "v_proj"),),
@@ -64,21 +65,21 @@ BLOCKS = {
 }
 
 
-def norm_before(layer: nn.Module, kind: str) -> nn.Module | None:
+def norm_before(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's input; None where blocks norm their outputs or share another's norm."""
-    found = _norm_names(layer, kind)
+    found = _norm_names(layer, place)
     # Without a norm before attention, the norm behind it belongs to its output (EXAONE 4, OLMo 2).
     return getattr(layer, found[0]) if found and _norm_names(layer, "attention") else None
 
 
-def own_norms(layer: nn.Module, kind: str) -> list[str]:
-    """Names of the norms of `layer` that serve its block of this kind alone, before or after it.
+def own_norms(layer: nn.Module, place: str) -> list[str]:
+    """Names of the norms of `layer` that serve its block in this place alone, before or after it.
 
     They can leave with the block. A norm that several parts of a layer read stays: attention and
     FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
     """
-    before, ffn_input = norm_before(layer, kind), norm_before(layer, "ffn")
-    after = [n for n in BLOCKS[kind].norms_after if _is_norm(layer, n)]
+    before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
+    after = [n for n in BLOCKS[place].norms_after if _is_norm(layer, n)]
     names = [n for n in after if getattr(layer, n) is not ffn_input]
     if before is not None and ffn_input is not None and not other_parts(layer):
         names += [n for n, child in layer.named_children() if child is before]
@@ -95,12 +96,12 @@ def other_parts(layer: nn.Module) -> list[str]:
     return [n for n, _ in layer.named_parameters() if n.partition(".")[0] not in known]
 
 
-def residual_scale(layer: nn.Module, kind: str) -> float:
+def residual_scale(layer: nn.Module, place: str) -> float:
     """What a block's output is multiplied by before it is added to the residual stream.
 
     Granite has a number for it, and the cross-attention layers of Llama 3.2 Vision have gates.
     """
-    gate = getattr(layer, BLOCKS[kind].gate, None)
+    gate = getattr(layer, BLOCKS[place].gate, None)
     if gate is not None:
         return float(gate.detach().tanh().abs())
     return float(getattr(layer, "residual_multiplier", 1.0))
@@ -134,8 +135,8 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def _norm_names(layer: nn.Module, kind: str) -> list[str]:
-    return [name for name in BLOCKS[kind].norms_before if _is_norm(layer, name)]
+def _norm_names(layer: nn.Module, place: str) -> list[str]:
+    return [name for name in BLOCKS[place].norms_before if _is_norm(layer, name)]
 
 
 def _is_norm(layer: nn.Module, name: str) -> bool:

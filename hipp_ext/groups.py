@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import VISION_TOWERS
-from hipp_ext.kinds import KINDS, BlockKind, Skip, Slice
+from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice
 
 Tower = Literal["language", "vision"]
-Kind = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Group:
     Attributes:
         tower: "language" or "vision".
         layer: index of the layer in its tower, from 0.
-        kind: "attention" (unit: a KV group) or "ffn" (unit: a channel).
+        kind: a key of KINDS: "attention" (unit: a KV group), "ffn" (unit: a channel).
         width: number of units.
         owns: what one unit owns: the rows that compute it, then the columns that read it.
         unit_parameters: parameters that leave with one unit, biases included.
@@ -53,6 +52,11 @@ class Group:
     def name(self) -> str:
         """Key of this group in scores, plans and masks, such as "language.3.ffn"."""
         return f"{self.tower}.{self.layer}.{self.kind}"
+
+    @property
+    def place(self) -> str:
+        """Place of the block in its layer, "attention" or "ffn"; see `hipp_ext.kinds`."""
+        return KINDS[self.kind].place
 
     @functools.cached_property
     def producers(self) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ class Group:
 
     @property
     def block(self) -> str:
-        """Name of the attention or FFN module that holds the layers."""
+        """Name of the module that holds the layers, such as an attention or FFN module."""
         return self.consumer.rpartition(".")[0]
 
     @property
@@ -85,7 +89,7 @@ class Group:
         return self.width * self.unit_parameters
 
     def context_flops(self, context: int) -> int:
-        """FLOPs per token and unit over `context` keys; 0 for an FFN group."""
+        """FLOPs per token and unit over `context` keys; 0 where units look at no other tokens."""
         return KINDS[self.kind].context_flops(self.columns, context)
 
     def multiple(self, round_to: int) -> int:
@@ -109,20 +113,22 @@ def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tu
     groups: list[Group] = []
     for tower in towers:
         for index, layer in enumerate(tower_layers(model, tower)):
-            for kind in KINDS.values():
-                block = _find_block(layer, kind, names)
-                if not isinstance(block, Skip):
-                    groups.append(_map_block(tower, index, kind, block, names[block]))
+            groups += [
+                _map_block(tower, index, kind, block, names[block])
+                for kind, block in _find_blocks(layer, names)
+                if not isinstance(block, Skip)
+            ]
     return tuple(groups)
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
     """(layer, kind) of every block of a tower that was dropped."""
     return [
-        (index, child.kind)  # type: ignore[misc]
+        (index, kind.name)
         for index, layer in enumerate(tower_layers(model, tower))
-        for child in layer.children()
-        if isinstance(child, Skip)
+        for kind in KINDS.values()
+        for block in kind.find(layer)
+        if isinstance(block, Skip)
     ]
 
 
@@ -178,25 +184,27 @@ def _adapters(root: nn.Module) -> str:
 
 def _is_tower(layers: nn.ModuleList) -> bool:
     """Whether the first layer has an attention block, or had one."""
-    first = list(layers[0].children()) if len(layers) else []
-    return any(isinstance(b, Skip) or KINDS["attention"].match(b) for b in first)
+    kinds = [kind for kind in KINDS.values() if kind.place == "attention"]
+    return len(layers) > 0 and any(kind.find(layers[0]) for kind in kinds)
 
 
-def _find_block(layer: nn.Module, kind: BlockKind, names: dict[nn.Module, str]) -> nn.Module:
-    found = [
-        child
-        for child in layer.children()
-        if (child.kind == kind.name if isinstance(child, Skip) else kind.match(child))
-    ]
-    if len(found) != 1:
+def _find_blocks(
+    layer: nn.Module, names: dict[nn.Module, str]
+) -> list[tuple[BlockKind, nn.Module]]:
+    """The blocks of a layer: at most one of every kind, at least one in every place."""
+    found = {kind: kind.find(layer) for kind in KINDS.values()}
+    filled = {kind.place for kind, blocks in found.items() if blocks}
+    for kind, blocks in found.items():
+        if len(blocks) == 1 or (not blocks and kind.place in filled):
+            continue
         known = dict.fromkeys(name for names in kind.names.producers for name in names)
         raise UnsupportedModelError(
-            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(found)} "
+            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(blocks)} "
             f"{kind.name} blocks that can be mapped; one with linear layers {' + '.join(known)} -> "
             f"{' or '.join(kind.names.consumers)} is needed (mixtures of experts and fused "
             f"projections are not supported). Its modules: {_listing(layer)}"
         )
-    return found[0]
+    return [(kind, block) for kind, blocks in found.items() for block in blocks]
 
 
 def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name: str) -> Group:
@@ -213,7 +221,7 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
     return Group(
         tower=tower,
         layer=index,
-        kind=kind.name,  # type: ignore[arg-type]
+        kind=kind.name,
         width=width,
         owns=owns,
         unit_parameters=weights + biases,
@@ -235,7 +243,7 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def block_of(model: nn.Module, group: Group) -> Any:
-    """The attention or FFN module that holds the layers of `group`."""
+    """The module that holds the layers of `group`, such as an attention or FFN module."""
     return model.get_submodule(group.block)
 
 

@@ -52,11 +52,7 @@ class ImageAttack:
         if kind not in ("pgd", "apgd"):
             raise AttackError(f"An image attack is pgd or apgd, not {kind!r}.")
         self.ball, self.epsilon, self.seed = pixel_ball(processor, epsilon), epsilon, seed
-        self.method = (
-            PGD(ball=self.ball, steps=steps, seed=seed)
-            if kind == "pgd"
-            else APGD(ball=self.ball, steps=steps, seed=seed)
-        )
+        self.method = {"pgd": PGD, "apgd": APGD}[kind](ball=self.ball, steps=steps, seed=seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Batch:
         pixels = batch.get("pixel_values")
@@ -97,8 +93,7 @@ def pixel_ball(processor: Any, epsilon: float) -> Ball:
     if not _numbers(mean) or not _numbers(std) or min(std) <= 0:  # type: ignore[type-var, arg-type]
         raise AttackError(
             f"{type(images).__name__} has no image_mean and image_std, so epsilon cannot be "
-            "converted "
-            "from pixel units."
+            "converted from pixel units."
         )
     m, s = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
     return Ball(epsilon=epsilon / s, low=(0 - m) / s, high=(1 - m) / s)

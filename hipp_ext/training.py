@@ -1,11 +1,11 @@
 """What the training loops share: optimizers, the schedule of the learning rate, a progress bar."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_optimizers(model: nn.Module, lr: float, muon_lr: float | None) -> list[Any]:
@@ -48,6 +48,32 @@ def step_optimizers(optimizers: Sequence[Any], factor: float) -> None:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad()
+
+
+def optimizer_tensors(optimizers: Sequence[Any]) -> dict[str, Tensor]:
+    """The states of the optimizers as tensors, for a file; see `load_optimizers`."""
+    return {
+        f"{number}.{index}.{key}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def load_optimizers(optimizers: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
+    """Load what `optimizer_tensors` returned into optimizers of the same parameters.
+
+    Raises:
+        ValueError, IndexError: the tensors belong to other optimizers.
+    """
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for name, tensor in tensors.items():
+        number, index, key = name.split(".", 2)
+        states[int(number)].setdefault(int(index), {})[key] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
 
 
 @contextlib.contextmanager

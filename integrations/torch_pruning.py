@@ -105,12 +105,17 @@ class PlanPruner:
                 `group.prune()` does, and a group that is passed over stays whole.
 
         Raises:
-            PlanError: it was carried out before.
+            PlanError: it was carried out before; or interactive, and the plan drops blocks.
             UnsupportedModelError: a layer cannot be sliced (nothing was changed; interactive: by
                 this group), or the model does not run on `example_inputs` any more.
         """
         self._check_not_done()
         if interactive:
+            if any(not e.keep for e in self.plan.groups):
+                raise PlanError(
+                    "Blocks that keep nothing are dropped together, because layers then change their "
+                    "numbers: call step() without interactive=True."
+                )
             self._done = True
             return self._yield_groups()
         self._reduce({e.name: e.kept for e in self.plan.groups})

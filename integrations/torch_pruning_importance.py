@@ -329,7 +329,7 @@ def _check_length(key: str, values: Tensor, allowed: Sequence[int], what: str) -
 
 
 def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
-    if group.kind == "ffn":
+    if group.kind != "attention":
         _check_length(group.name, values, [group.width], "units")
         return values
     heads = group.width * group.columns // block_of(model, group).head_dim

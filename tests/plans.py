@@ -32,3 +32,13 @@ def random_plan(
 def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
     """Logits of one forward pass without a cache."""
     return model(**inputs, use_cache=False).logits
+
+
+def dropping_plan(model: nn.Module, *names: str, half: Sequence[str] = ()) -> PruningPlan:
+    """The plan that drops the blocks of `names`, and half of the units of `half`."""
+    groups = find_groups(model)
+    counts = [
+        0 if g.name in names else max(1, g.width // 2) if g.name in half else g.width
+        for g in groups
+    ]
+    return plan_from_counts(groups, counts, random_scores(groups))

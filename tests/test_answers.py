@@ -5,9 +5,9 @@ import torch
 import transformers
 from devices import LiveBytes
 from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
-from plans import random_scores
+from plans import dropping_plan, random_scores
 
-from hipp_ext import testbed
+from hipp_ext import masked, prune, testbed
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import encode
 from hipp_ext.errors import UnsupportedModelError
@@ -253,3 +253,14 @@ def test_a_mask_for_each_kind_of_layer_is_replayed():
         assert torch.allclose(
             AnswerLogits(model, [rows])(model), model(**rows).logits[:, -1], atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llama"])
+def test_a_model_without_some_blocks_answers_the_same(name):
+    model = build(name)
+    small = prune(model, dropping_plan(model, "language.0.attention", "language.2.ffn"))
+    batches = [batch(name, size=3, labels=True), batch(name, size=2, seed=1, labels=True)]
+    answers = AnswerLogits(small, batches)(small)
+    with masked(model, small.hipp_plan):
+        expected = AnswerLogits(model, batches)(model)
+    assert torch.allclose(answers, expected, atol=1e-4 * float(expected.abs().max()))

@@ -49,11 +49,11 @@ def on_two_devices(name, part="layers"):
 def answers_when_pruned(model, plan, batches):
     with masked(model, plan):
         hidden = model(**batches[0]).logits
-    small, compensated = (
+    small, reconstructed = (
         prune(model, plan),
         prune(model, plan, reconstruct=True, calibration=batches),
     )
-    return [hidden, small(**batches[0]).logits, compensated(**batches[0]).logits]
+    return [hidden, small(**batches[0]).logits, reconstructed(**batches[0]).logits]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_command_line_spreads_where_it_can(monkeypatch):
         load_model("testbed", "auto")
     with (
         monkeypatch.context() as patch,
-        pytest.raises(HippError, match="under torchrun every process needs one of its own"),
+        pytest.raises(HippError, match="Under torchrun every process needs a GPU of its own"),
     ):
         patch.setenv("WORLD_SIZE", "2")
         load_model("testbed", "auto", spread=True)

@@ -1,12 +1,13 @@
 """Data flows down: a part of the library imports only from the parts that stand above it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Every part may import from those above it, inside functions too. CONTRIBUTING.md says what each is.
+# Every part may import from those above it, inside functions too. CONTRIBUTING.md describes each.
 ORDER = (
     "errors",
     "quantities",
@@ -98,6 +99,27 @@ def part(name: str) -> str:
 
 def test_every_part_exists_and_every_module_has_a_part():
     assert {part(name) for name in MODULES} == set(ORDER)
+
+
+def test_contributing_lists_every_folder_and_module_in_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = re.findall(r"^ {4}( *)(\S+)", text.partition("## The house")[2], re.M)
+    listed, top = [], ""
+    for indent, name in lines:
+        top = top if indent else name
+        listed.append(top + name if indent else name)
+    tops = ("hipp_ext", "evals", "integrations", "tests", "notebooks")
+    there = {f"{top}/" for top in tops}
+    there |= {
+        f"{p.relative_to(ROOT)}/"
+        for top in tops[:3]
+        for p in (ROOT / top).iterdir()
+        if p.is_dir() and p.name[0] not in "_."
+    }
+    there |= {f"hipp_ext/{p.name}" for p in (ROOT / "hipp_ext").glob("[!_]*.py")}
+    assert set(listed) == there and len(listed) == len(there)
+    names = [re.split(r"[/.]", name)[1] for name in listed if name[:9] == "hipp_ext/"][1:]
+    assert names == [name for name in ORDER if name in names]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -6,6 +6,7 @@ sorted by digit, so each worker sees a few digits only. Workers are simulated, s
 comm_baselines.py. Differences are paired by seed.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hipp_ext.evals.studies.comm_baselines import Averager, methods
+from hipp_ext.evals.studies.comm_baselines import Averager, gradients_of, methods
 from hipp_ext.evals.studies.measuring import Save, mean_and_se, report, run_command
 
 REFERENCE = "PowerSGD"
@@ -46,7 +47,13 @@ def run(
                 for name, make in methods(shapes, workers, RANK).items()
             }
             table[f"{workers} workers, {split}"] = rows = summary(runs)
-            print_rows(f"{workers} workers, {split}", rows)
+            print(f"{workers} workers, {split}")
+            for name, row in rows.items():
+                a, d = row["accuracy"], row["minus PowerSGD"]
+                print(
+                    f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± "
+                    f"{d['se']:.2f}  loss {row['loss']['mean']:.4f}  {row['bytes']:10.0f} bytes"
+                )
     values = {"task": "digits", "rank": RANK, "seeds": seeds, "steps": steps, "table": table}
     return report("comm", values, save)
 
@@ -63,26 +70,12 @@ def summary(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[st
         reference = [m[0] for m in runs[REFERENCE]]
         rows[name] = {
             "accuracy": mean_and_se(accuracy),
-            "minus PowerSGD": mean_and_se(
-                [a - r for a, r in zip(accuracy, reference, strict=True)]
-            ),
+            "minus PowerSGD": mean_and_se(list(map(operator.sub, accuracy, reference))),
             "loss": mean_and_se(loss),
             "bytes": sent[0],
             "bytes of PowerSGD / bytes": runs[REFERENCE][0][2] / sent[0],
         }
     return rows
-
-
-def print_rows(title: str, rows: Mapping[str, Any]) -> None:
-    """Print one line per method."""
-    print(title)
-    for name, row in rows.items():
-        a, d = row["accuracy"], row["minus PowerSGD"]
-        print(
-            f"  {name:15} {a['mean']:6.2f} ± {a['se']:.2f}  {d['mean']:+.2f} ± {d['se']:.2f}  "
-            f"loss {row['loss']['mean']:.4f}  {row['bytes']:10.0f} bytes",
-            flush=True,
-        )
 
 
 def _train(
@@ -109,10 +102,7 @@ def _train(
         gradients = []
         for share in shares:
             rows = share[torch.randint(len(share), (64 // workers,), generator=generator)]
-            loss = functional.cross_entropy(model(images[rows]), labels[rows])
-            gradients.append(
-                dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-            )
+            gradients.append(gradients_of(model, images[rows], labels[rows]))
         means, sent = average(gradients)
         for name, p in named.items():
             p.grad = means[name]
@@ -135,10 +125,8 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
     data: Any = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images, labels = (
-        torch.tensor(data.data, dtype=torch.float32)[order] / 16,
-        torch.tensor(data.target)[order],
-    )
+    images = torch.tensor(data.data, dtype=torch.float32)[order] / 16
+    labels = torch.tensor(data.target)[order]
     return (images[:897], labels[:897]), (images[897:], labels[897:])
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from hipp_ext.comm import Compressor, Options, run_together
 from hipp_ext.comm.compressor import orthonormal
@@ -65,7 +66,7 @@ def powersgd(
         n: torch.randn(r, m, generator=generator).to(dtype) for n, (_, m, r) in matrices.items()
     }
     errors = [
-        {n: torch.zeros(rows, columns, dtype=dtype) for n, (rows, columns, _) in matrices.items()}
+        {n: torch.zeros(*size[:2], dtype=dtype) for n, size in matrices.items()}
         for _ in range(workers)
     ]
     values = sum((n + m) * r for n, m, r in matrices.values()) + sum(
@@ -150,6 +151,16 @@ def methods(shapes: Shapes, workers: int, rank: int) -> dict[str, Callable[[int]
         "QSGD 8 bits": lambda seed: qsgd(shapes, workers, seed),
         "top-k": lambda seed: top_k(shapes, workers, seed, payload),
     }
+
+
+def gradients_of(
+    model: nn.Module, images: Tensor, labels: Tensor, *, graph: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of the cross-entropy by name; with `graph` they can be differentiated again."""
+    named = dict(model.named_parameters())
+    loss = functional.cross_entropy(model(images), labels)
+    found = torch.autograd.grad(loss, list(named.values()), create_graph=graph)
+    return dict(zip(named, found, strict=True))
 
 
 def _ring(workers: int) -> float:

@@ -6,19 +6,20 @@ both directions, without delay or loss. The study needs root and iproute2. The n
 contain this process's id, and no others are touched.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.evals.measuring import timed
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 
 MODULE = "hipp_ext.evals.studies.comm_links"
@@ -64,10 +65,9 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
     for rate in rates:
         # fp32 would take 16 s a step at 10 Mbit/s.
         names = [n for n in CONFIGURATIONS if rate >= 100 or (n not in DENSE and "r32" in n)]
-        with _Network(2, rate) as network:
-            table[f"{rate} Mbit/s"] = rows = {
-                name: _measure(network, name, steps) for name in names
-            }
+        with _network(2, rate) as spaces:
+            rows = {name: _measure(spaces, name, steps) for name in names}
+        table[f"{rate} Mbit/s"] = rows
         for name, row in rows.items():
             times = f"{1e3 * row['median']:8.1f} ms, least {1e3 * row['least']:.1f}"
             print(f"{rate} Mbit/s  {name:20} {times}, {row['bytes']:,} bytes")
@@ -77,14 +77,17 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
 
 
 def _ratios(rows: dict[str, Any]) -> dict[str, float]:
-    pairs = [
-        ("fp32 all-reduce", n) for n in rows if "fp32 all-reduce" in rows and n.startswith("LQ")
-    ]
-    pairs += [("PowerSGD r32", n) for n in rows if n.startswith("LQ-SGD r32")]
-    pairs += [("PowerSGD r32 fp16", n) for n in rows if n.startswith("LQ-SGD r32")]
-    pairs += [("PowerSGD r4", n) for n in rows if n.startswith("LQ-SGD r4")]
+    pairs = {
+        "fp32 all-reduce": "LQ",
+        "PowerSGD r32": "LQ-SGD r32",
+        "PowerSGD r32 fp16": "LQ-SGD r32",
+        "PowerSGD r4": "LQ-SGD r4",
+    }
     return {
-        f"{fast} over {slow}": rows[slow]["median"] / rows[fast]["median"] for slow, fast in pairs
+        f"{fast} over {slow}": rows[slow]["median"] / rows[fast]["median"]
+        for slow, start in pairs.items()
+        for fast in rows
+        if slow in rows and fast.startswith(start)
     }
 
 
@@ -101,75 +104,53 @@ def _missing() -> str | None:
     return None
 
 
-class _Network:
-    """`workers` namespaces, each linked at `rate` Mbit/s to a bridge in one more namespace."""
+@contextlib.contextmanager
+def _network(workers: int, rate: int) -> Iterator[list[str]]:
+    """Names of namespaces, each linked at `rate` Mbit/s to a bridge in one more namespace."""
+    with contextlib.ExitStack() as stack:
 
-    def __init__(self, workers: int, rate: int):
-        self.prefix, self.workers, self.rate = f"hipp{os.getpid()}n", workers, rate
-        self.made: list[str] = []
+        def namespace(name: str) -> str:
+            full = f"hipp{os.getpid()}n{name}"
+            _ip(f"netns add {full}")
+            stack.callback(subprocess.run, ["ip", "netns", "del", full], check=False)
+            return full
 
-    def __enter__(self) -> "_Network":
-        try:
-            hub = self._namespace("hub")
-            _ip(f"-n {hub} link add br0 type bridge")
-            _ip(f"-n {hub} link set br0 up")
-            for i in range(self.workers):
-                own = self._namespace(str(i))
-                _ip(f"-n {own} link set lo up")
-                _ip(f"-n {own} link add e0 type veth peer name p{i} netns {hub}")
-                _ip(f"-n {own} addr add {ADDRESS.format(i + 1)}/24 dev e0")
-                _ip(f"-n {own} link set e0 up")
-                _ip(f"-n {hub} link set p{i} master br0 up")
-                for space, device in ((own, "e0"), (hub, f"p{i}")):
-                    shape = f"tbf rate {self.rate}mbit burst 32kb latency 100ms"
-                    _ip(f"netns exec {space} tc qdisc add dev {device} root {shape}")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.made:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-    def _namespace(self, name: str) -> str:
-        full = f"{self.prefix}{name}"
-        _ip(f"netns add {full}")
-        self.made.append(full)
-        return full
-
-    def start(self, worker: int, arguments: list[str]) -> subprocess.Popen:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "e0",
-            "MASTER_ADDR": ADDRESS.format(1),
-            "MASTER_PORT": "29400",
-            "RANK": str(worker),
-            "WORLD_SIZE": str(self.workers),
-        }
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            f"{self.prefix}{worker}",
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            MODULE,
-            *arguments,
-        ]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        hub = namespace("hub")
+        _ip(f"-n {hub} link add br0 type bridge")
+        _ip(f"-n {hub} link set br0 up")
+        spaces = [namespace(str(i)) for i in range(workers)]
+        for i, own in enumerate(spaces):
+            _ip(f"-n {own} link set lo up")
+            _ip(f"-n {own} link add e0 type veth peer name p{i} netns {hub}")
+            _ip(f"-n {own} addr add {ADDRESS.format(i + 1)}/24 dev e0")
+            _ip(f"-n {own} link set e0 up")
+            _ip(f"-n {hub} link set p{i} master br0 up")
+            for space, device in ((own, "e0"), (hub, f"p{i}")):
+                shape = f"tbf rate {rate}mbit burst 32kb latency 100ms"
+                _ip(f"netns exec {space} tc qdisc add dev {device} root {shape}")
+        yield spaces
 
 
 def _ip(arguments: str) -> None:
     subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
 
 
-def _measure(network: _Network, name: str, steps: int) -> dict[str, Any]:
-    processes = [
-        network.start(i, ["--worker", name, "--steps", str(steps)]) for i in range(network.workers)
-    ]
+def _measure(spaces: Sequence[str], name: str, steps: int) -> dict[str, Any]:
+    processes = []
+    for rank, space in enumerate(spaces):
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "e0",
+            "MASTER_ADDR": ADDRESS.format(1),
+            "MASTER_PORT": "29400",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(spaces)),
+        }
+        command = ["ip", "netns", "exec", space, sys.executable, "-W", "ignore", "-m", MODULE]
+        command += ["--worker", name, "--steps", str(steps)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
     outputs = [p.communicate(timeout=600)[0] for p in processes]
     if any(p.returncode for p in processes):
         raise RuntimeError(f"{name}: a worker ended with {[p.returncode for p in processes]}.")
@@ -186,20 +167,13 @@ def _train(name: str, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
-    layers = [
-        nn.Linear(784, 2048),
-        nn.ReLU(),
-        nn.Linear(2048, 1536),
-        nn.ReLU(),
-        nn.Linear(1536, 10),
-    ]
-    ddp = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=100)
+    first, second, last = nn.Linear(784, 2048), nn.Linear(2048, 1536), nn.Linear(1536, 10)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=100)
     _register(ddp, *CONFIGURATIONS[name])
     generator = torch.Generator().manual_seed(dist.get_rank())
-    images, labels = (
-        torch.randn(4, 784, generator=generator),
-        torch.randint(10, (4,), generator=generator),
-    )
+    images = torch.randn(4, 784, generator=generator)
+    labels = torch.randint(10, (4,), generator=generator)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
 
     def step() -> None:
@@ -212,20 +186,19 @@ def _train(name: str, steps: int) -> None:
     times, start_bytes = [], _bytes_out()
     for _ in range(steps):
         dist.barrier()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        times.append(timed("cpu", step)[1]["seconds"])
     sent = (_bytes_out() - start_bytes) / steps
     with ddp.no_sync():
-        alone = [_timed(step) for _ in range(steps)]
+        alone = [timed("cpu", step)[1]["seconds"] for _ in range(steps)]
     row = {
         "median": statistics.median(times),
         "least": min(times),
         "most": max(times),
         "n": steps,
         "bytes": round(sent),
+        "compute alone": statistics.median(alone),
     }
-    print(json.dumps(row | {"compute alone": statistics.median(alone)}))
+    print(json.dumps(row))
     dist.destroy_process_group()
 
 
@@ -235,7 +208,6 @@ def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
     from hipp_ext.comm import register_lqsgd
 
     power: Any = powerSGD_hook
-
     if kind == "lqsgd":
         register_lqsgd(ddp, rank=rank, bits=bits)
     elif kind == "fp16":
@@ -253,19 +225,8 @@ def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
         )
 
 
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def _bytes_out() -> int:
-    line = next(
-        line
-        for line in Path("/proc/net/dev").read_text().splitlines()
-        if line.strip().startswith("e0:")
-    )
-    return int(line.split(":")[1].split()[8])
+    return int(Path("/sys/class/net/e0/statistics/tx_bytes").read_text())
 
 
 if __name__ == "__main__":

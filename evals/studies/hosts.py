@@ -29,20 +29,8 @@ from hipp_ext.units import plan_from_counts
 
 RATIO = 0.25
 TOKENS = 16
-SHAPES: dict[str, dict[str, int]] = {
-    "100M": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-    },
-}
+# Hidden size, intermediate size, layers, heads.
+SHAPES = {"100M": (768, 2048, 12, 12), "1B": (2048, 8192, 16, 32)}
 
 
 def llama(shape: str) -> Any:
@@ -52,9 +40,14 @@ def llama(shape: str) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = SHAPES[shape]
+    hidden, ffn, layers, heads = SHAPES[shape]
     config: Any = LlamaConfig(
-        vocab_size=16_000, num_key_value_heads=sizes["num_attention_heads"], **sizes
+        vocab_size=16_000,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -117,12 +110,8 @@ def measure(side: str, shape: str) -> dict[str, float]:
     small = SIDES[side](model)
     seconds = time.perf_counter() - start
     extra = resident("VmHWM") - before
-    return {
-        "seconds": seconds,
-        "extra_mib": extra,
-        "dense": dense,
-        "left": sum(p.numel() for p in small.parameters()),
-    }
+    left = sum(p.numel() for p in small.parameters())
+    return {"seconds": seconds, "extra_mib": extra, "dense": dense, "left": left}
 
 
 def run(
@@ -137,17 +126,14 @@ def run(
     """
     rows: dict[str, Any] = {}
     for shape in SHAPES:
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(repeats):
-            for side in SIDES:
-                runs[side].append(_in_own_process(side, shape))
-        times = {side: [r["seconds"] for r in runs[side]] for side in SIDES}
-        memory = {side: [r["extra_mib"] for r in runs[side]] for side in SIDES}
+        runs = [{side: _in_own_process(side, shape) for side in SIDES} for _ in range(repeats)]
+        times, memory = (
+            {side: [run[side][what] for run in runs] for side in SIDES}
+            for what in ("seconds", "extra_mib")
+        )
+        left = {side: runs[0][side]["left"] for side in SIDES}
         rows[shape] = {
-            "parameters": {
-                "dense": runs["hipp"][0]["dense"],
-                **{side: runs[side][0]["left"] for side in SIDES},
-            },
+            "parameters": {"dense": runs[0]["hipp"]["dense"], **left},
             "time, torch-pruning / hipp": ratio(times, "torch-pruning", "hipp"),
             "extra memory, hipp / torch-pruning": ratio(memory, "hipp", "torch-pruning"),
             "seconds": times,

@@ -23,6 +23,7 @@ from torch.nn import functional
 from hipp_ext.comm import Compressor, Options
 from hipp_ext.comm.compressor import orthonormal
 from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.comm_baselines import gradients_of
 from hipp_ext.evals.studies.measuring import Save, mean_and_se, report, run_command
 
 EF_STEPS = 10
@@ -81,20 +82,13 @@ def run(
         for i, (picture, label) in enumerate(zip(truth, labels[:images], strict=True)):
             torch.manual_seed(i)
             model = build()
-            seen = observe(variant, _gradients(model, picture[None, None], label[None]))
+            seen = observe(variant, gradients_of(model, picture[None, None], label[None]))
             rebuilt.append(attack(model, label[None], seen, iterations))
         table[name][variant] = quality(rebuilt, list(truth))
         _print_row(name, variant, table[name][variant])
     _print_row(name, "mean image", table[name]["mean image"])
-    values = {
-        "images": images,
-        "iterations": iterations,
-        "restarts": 1,
-        "rank": 1,
-        "batch": 1,
-        "table": table,
-    }
-    return report(f"inversion_{network}", values, save)
+    values = {"images": images, "iterations": iterations, "restarts": 1, "rank": 1, "batch": 1}
+    return report(f"inversion_{network}", values | {"table": table}, save)
 
 
 def lenet() -> nn.Module:
@@ -146,14 +140,11 @@ def observe(variant: str, gradients: Mapping[str, Tensor]) -> Observed:
 
     def features(g: Mapping[str, Tensor]) -> Tensor:
         matrices = {n: g[n].flatten(1) for n in lefts}
-        parts = [bases[n] @ m.t() for n, m in matrices.items()] + [
-            spans[n] @ m for n, m in matrices.items()
-        ]
-        return torch.cat([p.flatten() for p in parts] + [g[n].flatten() for n in vectors])
+        first = [bases[n] @ m.t() for n, m in matrices.items()]
+        second = [spans[n] @ m for n, m in matrices.items()]
+        return _flat([*first, *second, *(g[n] for n in vectors)])
 
-    target = torch.cat(
-        [p.flatten() for p in (*lefts.values(), *rights.values(), *vectors.values())]
-    )
+    target = _flat([*lefts.values(), *rights.values(), *vectors.values()])
     return Observed(features=features, target=target)
 
 
@@ -215,9 +206,8 @@ def dlg(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> Ten
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (
-            seen.features(_gradients(model, picture, label, graph=True)) - seen.target
-        ).square().sum() / size
+        features = seen.features(gradients_of(model, picture, label, graph=True))
+        loss = (features - seen.target).square().sum() / size
         loss.backward()
         return loss
 
@@ -232,11 +222,10 @@ def cosine(model: nn.Module, label: Tensor, seen: Observed, iterations: int) -> 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         optimizer.zero_grad()
-        features = seen.features(_gradients(model, picture, label, graph=True))
+        features = seen.features(gradients_of(model, picture, label, graph=True))
         variation = picture.diff(dim=2).abs().mean() + picture.diff(dim=3).abs().mean()
-        (
-            1 - functional.cosine_similarity(features, seen.target, dim=0) + 1e-3 * variation
-        ).backward()
+        similarity = functional.cosine_similarity(features, seen.target, dim=0)
+        (1 - similarity + 1e-3 * variation).backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -249,11 +238,9 @@ def quality(rebuilt: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any
     from skimage import metrics
 
     structural_similarity: Any = metrics.structural_similarity
-    mse = [max(float((a - b).square().mean()), 1e-12) for a, b in zip(rebuilt, truth, strict=True)]
-    ssim = [
-        float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0))
-        for a, b in zip(rebuilt, truth, strict=True)
-    ]
+    pairs = list(zip(rebuilt, truth, strict=True))
+    mse = [max(float((a - b).square().mean()), 1e-12) for a, b in pairs]
+    ssim = [float(structural_similarity(b.numpy(), a.numpy(), data_range=1.0)) for a, b in pairs]
     psnr = [float(-10 * np.log10(m)) for m in mse]
     return {"MSE": mean_and_se(mse), "PSNR": mean_and_se(psnr), "SSIM": mean_and_se(ssim)}
 
@@ -264,25 +251,15 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[..., Tensor]]] 
 }
 
 
-def _gradients(
-    model: nn.Module, picture: Tensor, label: Tensor, graph: bool = False
-) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    loss = functional.cross_entropy(model(picture), label)
-    return dict(
-        zip(named, torch.autograd.grad(loss, list(named.values()), create_graph=graph), strict=True)
-    )
-
-
-def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([g.flatten() for g in gradients.values()])
+def _flat(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    listed = tensors.values() if isinstance(tensors, Mapping) else tensors
+    return torch.cat([t.flatten() for t in listed])
 
 
 def _cut(values: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     sizes = [int(np.prod(s)) for s in shapes.values()]
-    return {
-        n: part.view(s) for (n, s), part in zip(shapes.items(), values.split(sizes), strict=True)
-    }
+    parts = zip(shapes, values.split(sizes), strict=True)
+    return {name: part.view(shapes[name]) for name, part in parts}
 
 
 def _print_row(network: str, variant: str, row: Mapping[str, Any]) -> None:

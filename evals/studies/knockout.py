@@ -7,12 +7,12 @@ correlation over layers shows how well it approximates the reference.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hipp_ext import testbed
 from hipp_ext.calibration import Batch, image_token_id
@@ -35,11 +35,8 @@ def cut_view(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
     """Context in which text tokens of `layer` do not see picture tokens; needs sdpa attention."""
     picture, valid = batch["input_ids"] == image_token_id(model), valid_tokens(batch)
     length = picture.shape[1]
-    seen = (
-        torch.ones(length, length, dtype=torch.bool, device=picture.device).tril()
-        & valid[:, None, :]
-    )
-    seen = seen & ~(picture[:, None, :] & ~picture[:, :, None])
+    causal = torch.ones(length, length, dtype=torch.bool, device=picture.device).tril()
+    seen = causal & valid[:, None, :] & ~(picture[:, None, :] & ~picture[:, :, None])
     # Padding sees itself: softmax needs one unmasked token per row.
     seen = seen | torch.eye(length, dtype=torch.bool, device=picture.device)
     module: Any = tower_layers(model, "language")[layer].self_attn
@@ -81,25 +78,26 @@ def run(save: Save = False) -> dict[str, Any]:
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     batches = testbed.calibration_batches(processor, BATCHES * ROWS, ROWS)
     effect = knockout(model, batches)
-    rows: dict[str, list[float]] = {}
-    for b, batch in enumerate(batches):
-        scores = VisualSensitivity()(model, [batch], groups=groups)
-        attention = [float(scores[g.name].sum()) for g in groups if g.kind == "attention"]
-        rows.setdefault("visual sensitivity", []).append(rank_correlation(attention, effect[b]))
-    whole = VisualSensitivity()(model, batches, groups=groups)
-    by_layer = [float(whole[g.name].sum()) for g in groups if g.kind == "attention"]
-    weights = WandaSP()(model, batches)
-    plain = [float(weights[g.name].sum()) for g in groups if g.kind == "attention"]
-    per_batch = rows["visual sensitivity"]
+    mean, names = effect.mean(0), [g.name for g in groups if g.kind == "attention"]
+
+    def by_layer(scores: Mapping[str, Tensor]) -> list[float]:
+        return [float(scores[name].sum()) for name in names]
+
+    scorer = VisualSensitivity()
+    whole = by_layer(scorer(model, batches, groups=groups))
+    per_batch = [
+        rank_correlation(by_layer(scorer(model, [batch], groups=groups)), row)
+        for batch, row in zip(batches, effect, strict=True)
+    ]
     values = {
         "rows": BATCHES * ROWS,
-        "layers": len(by_layer),
-        "knockout_kl": effect.mean(0).tolist(),
+        "layers": len(names),
+        "knockout_kl": mean.tolist(),
         "knockout_kl_se": (effect.std(0, ddof=1) / len(effect) ** 0.5).tolist(),
-        "visual_sensitivity": by_layer,
-        "spearman": rank_correlation(by_layer, effect.mean(0)),
+        "visual_sensitivity": whole,
+        "spearman": rank_correlation(whole, mean),
         "spearman_per_batch": mean_and_se(per_batch),
-        "spearman_of_wanda_sp": rank_correlation(plain, effect.mean(0)),
+        "spearman_of_wanda_sp": rank_correlation(by_layer(WandaSP()(model, batches)), mean),
     }
     return report("knockout", values, save)
 

@@ -47,12 +47,8 @@ def run(
             "pruned": save_pruned(prune(model, plan), folder / "pruned"),
         }
         found = latency.run(models, (), workload, inputs=inputs, device=device)
-    shape = {
-        "hidden": hidden,
-        "layers": layers,
-        "tokens": batch["input_ids"].shape[1],
-        "pruning_ratio": pruning_ratio,
-    }
+    shape = {"hidden": hidden, "layers": layers, "tokens": batch["input_ids"].shape[1]}
+    shape |= {"pruning_ratio": pruning_ratio}
     values = {"load": found["load"], "shape": shape, "models": found["models"]}
     return report("latency", values, save, device=device)
 

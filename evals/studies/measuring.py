@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from numpy.typing import ArrayLike
 
-from hipp_ext.errors import HippError, OutputExistsError
+from hipp_ext.errors import HippError
 from hipp_ext.evals.measuring import describe
 from hipp_ext.files import write_atomic
 
@@ -45,24 +45,14 @@ def mean_and_se(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def claim_folder(folder: Path, setting: object) -> None:
-    """Mark `folder` as the working folder of a study with this setting, or confirm that it is.
+def pope_by_split(scores: Any, questions: Sequence[Any]) -> dict[str, Any]:
+    """Split -> the scores of `Evaluator.scores` on testbed questions, by VLMEvalKit's rule."""
+    from hipp_ext.evals.pope import pope_scores
 
-    Args:
-        folder: is created when it is missing; finished jobs in it are kept.
-        setting: identifies the study; must be serialisable as JSON.
-
-    Raises:
-        OutputExistsError: the folder holds a study with another setting.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    mark, text = folder / "study.json", json.dumps(setting) + "\n"
-    if mark.exists() and mark.read_text() != text:
-        raise OutputExistsError(
-            f"{folder} holds a study with another setting; choose another folder.\n"
-            f" there: {mark.read_text()} now:   {text}"
-        )
-    write_atomic(mark, text)
+    truth, kinds = [q.answer for q in questions], [q.category for q in questions]
+    return pope_scores(scores["pope"].answers, truth, kinds, [str(q.scene) for q in questions])[
+        "vlmeval"
+    ]
 
 
 def report(

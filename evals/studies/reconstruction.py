@@ -75,16 +75,11 @@ def _mean(values: np.ndarray, weight: np.ndarray, clusters: Sequence[str]) -> li
 
 
 def _print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    tasks = ("ScienceQA", "POPE overall")
-    print(
-        f"{'plan':14}"
-        + "".join(f"{f'{task} {side}':>26}" for task in tasks for side in (*SIDES, "gain"))
-    )
+    columns = [(t, s) for t in ("ScienceQA", "POPE overall") for s in (*SIDES, "gain")]
+    print(f"{'plan':14}" + "".join(f"{f'{task} {side}':>26}" for task, side in columns))
     for name, row in rows.items():
-        cells = [row[task][side] for task in tasks for side in (*SIDES, "gain")]
-        print(
-            f"{name:14}" + "".join(f"{f'{value:.1f} ± {error:.1f}':>26}" for value, error in cells)
-        )
+        cells = [f"{row[t][s][0]:.1f} ± {row[t][s][1]:.1f}" for t, s in columns]
+        print(f"{name:14}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ all-reduce for comparison. The recipe was not chosen on the validation split. Fi
 folder are kept, so an interrupted study continues.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,12 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.studies.measuring import Save, report, run_command
+from hipp_ext.evals.studies.measuring import Save, pope_by_split, report, run_command
+from hipp_ext.files.sealed import unseal
 
 RATIO = 0.4
 COMPRESSIONS, STEPS = ("lqsgd", "none"), 150
@@ -44,10 +42,7 @@ def run(
     """
     torch.set_num_threads(1)
     model, processor = testbed.load()
-    asked = {
-        split: [testbed.questions(task, split) for task in ("POPE", "ScienceQA")]
-        for split in SPLITS
-    }
+    asked = {s: [testbed.questions(task, s) for task in testbed.TASKS] for s in SPLITS}
     evaluators = {split: Evaluator(model, processor, *tasks) for split, tasks in asked.items()}
 
     def measure(name: str, model: Any, **more: Any) -> dict[str, Any]:
@@ -72,24 +67,13 @@ def run(
             _recover(before, after, compression, rank, bits)
         more = {"bytes": _bytes(out / f"{compression}.recover")} if compression == "lqsgd" else {}
         rows[compression] = measure(compression, load_pruned(after), steps=STEPS, **more)
-    values = {
-        "rows": rows,
-        "processes": 2,
-        "rank": rank,
-        "bits": bits,
-        "seed": 0,
-        "preference": PREFERENCE,
-    }
-    values["questions"] = {
-        s: {"POPE": len(pope), "ScienceQA": len(choice)} for s, (pope, choice) in asked.items()
-    }
-    return report("recovery", values, save)
+    options = {"processes": 2, "rank": rank, "bits": bits, "seed": 0, "preference": PREFERENCE}
+    counts = {s: dict(zip(testbed.TASKS, map(len, q), strict=True)) for s, q in asked.items()}
+    return report("recovery", {"rows": rows, **options, "questions": counts}, save)
 
 
 def _accuracies(scores: Any, pope: Any) -> dict[str, Any]:
-    pictures = [str(q.scene) for q in pope]
-    truth, kinds = [q.answer for q in pope], [q.category for q in pope]
-    overall = pope_scores(scores["pope"].answers, truth, kinds, pictures)["vlmeval"]["overall"]
+    overall = pope_by_split(scores, pope)["overall"]
     return {
         "POPE": [overall.accuracy, overall.accuracy_se],
         "POPE yes_rate": overall.yes_rate,
@@ -104,38 +88,17 @@ def pruning_plan(model: Any, processor: Any) -> PruningPlan:
 
 
 def _recover(before: Path, after: Path, compression: str, rank: int, bits: int) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "hipp_ext",
-        "recover",
-    ]
-    options = [
-        "-o",
-        after,
-        "--steps",
-        STEPS,
-        "--compression",
-        compression,
-        "--rank",
-        rank,
-        "--bits",
-        bits,
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hipp_ext"]
+    chosen = f"--steps {STEPS} --compression {compression} --rank {rank} --bits {bits}".split()
+    command = [sys.executable, *launch, "recover", str(before), "-o", str(after), *chosen]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *map(str, [before, *options])], check=True, env=environment)
+    subprocess.run(command, check=True, env=environment)
 
 
 def _bytes(checkpoints: Path) -> dict[str, int]:
     """Bytes that rank 0 sent, and that fp32 all-reduce would have sent."""
     file = next(checkpoints.glob("step-*/lqsgd.rank0.safetensors"))
-    with safe_open(file, "pt") as stored:
-        counts = json.loads(stored.metadata()["lqsgd"])["counts"]
+    counts = unseal(file)[1]["counts"]
     return {"sent": counts["bytes_sent"], "fp32": counts["dense_bytes"]}
 
 

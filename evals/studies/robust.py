@@ -6,11 +6,12 @@ first test images. Jobs are files, so an interrupted study continues.
 """
 
 import copy
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,14 +22,7 @@ from torch import nn
 from hipp_ext.budget import Bounds, Cost
 from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import resident
-from hipp_ext.evals.studies.measuring import (
-    Save,
-    claim_folder,
-    keep_picture,
-    mean_and_se,
-    report,
-    run_command,
-)
+from hipp_ext.evals.studies.measuring import Save, keep_picture, mean_and_se, report, run_command
 from hipp_ext.files import write_atomic
 from hipp_ext.integrations.torch_pruning import find_channel_groups, prune_channels
 from hipp_ext.robust.allocation import allocate, default_min_keep, global_counts, uniform_counts
@@ -36,41 +30,37 @@ from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.data import ImageData
 from hipp_ext.robust.evaluation import AUTOATTACK, evaluate
 from hipp_ext.robust.image_sets import load_data
-from hipp_ext.robust.losses import PGDAT, TRADES, AdversarialLoss
+from hipp_ext.robust.losses import PGDAT, TRADES
 from hipp_ext.robust.models import MODEL_NAMES, build_model
 from hipp_ext.robust.scoring import ScoreSettings, attacked_batches, rank_channels, score
 from hipp_ext.robust.training import TrainSettings, recalibrate, train
+from hipp_ext.runs import RunFolder
 from hipp_ext.scorers.channels import ChannelGroup
 from hipp_ext.units import top_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAIN = ("uniform", "mrs-removal", "clean-removal", "shuffled")
-ARMS = (
-    *MAIN,
-    "global-l1",
-    "bn",
-    "taylor",
-    "robust-taylor",
-    "uniform-bn",
-    "mrs-bn",
-    "clean-bn",
-    "shuffled-bn",
-    "mrs-taylor",
-    "random",
-)
+# Name of an arm -> ranking of the channels, and allocation of the channels to the groups.
+ARMS: dict[str, tuple[Any, str]] = {
+    "uniform": ("l1", "uniform"),
+    "mrs-removal": ("l1", "mrs"),
+    "clean-removal": ("l1", "clean"),
+    "shuffled": ("l1", "shuffled"),
+    "global-l1": ("l1", "global"),
+    "bn": ("bn", "global"),
+    "taylor": ("taylor", "uniform"),
+    "robust-taylor": ("taylor", "uniform"),
+    "uniform-bn": ("bn", "uniform"),
+    "mrs-bn": ("bn", "mrs"),
+    "clean-bn": ("bn", "clean"),
+    "shuffled-bn": ("bn", "shuffled"),
+    "mrs-taylor": ("taylor", "mrs"),
+    "random": ("l1", "random"),
+}
 # Every arm is compared with these, seed by seed.
-AGAINST = (
-    "uniform",
-    "global-l1",
-    "shuffled",
-    "clean-removal",
-    "bn",
-    "uniform-bn",
-    "clean-bn",
-    "shuffled-bn",
-)
+AGAINST = ("uniform", "global-l1", "shuffled", "clean-removal")
+AGAINST += ("bn", "uniform-bn", "clean-bn", "shuffled-bn")
 LOSSES: dict[str, Any] = {"trades": TRADES, "pgd-at": PGDAT}
 ATTACKS = ("pgd", "apgd-ce", "apgd-t")
 WHOLE_AUTOATTACK = ("pgd", *AUTOATTACK)  # takes three times as long, and hardly breaks more images
@@ -126,27 +116,23 @@ def run_job(
     if not missing:
         return
     data = load_data(setting.data, setting.root, seed=job.seed)
-    dense = dense_network(
-        job.network, job.seed, setting, data, out / f"dense-{job.network}-{job.seed}.safetensors"
-    )
+    checkpoints = out / "dense" / f"{job.network}-{job.seed}"
+    dense = dense_network(job.network, job.seed, setting, data, checkpoints)
     example = data.train.rows(slice(0, 1))[0]
     groups = find_channel_groups(dense, example)
     macs, parameters = channel_costs(dense, example, groups)
-    uniform = uniform_counts([g.width for g in groups], job.ratio)
+    widths = [g.width for g in groups]
+    uniform = uniform_counts(widths, job.ratio)
+    loss = LOSSES[job.loss](epsilon=setting.epsilon, steps=setting.steps)
     for arm in missing:
         start, memory = time.process_time(), resident("VmHWM", reset=True)
-        loss, settings = (
-            _loss(job.loss, setting),
-            TrainSettings(epochs=setting.tune, lr=0.05, seed=job.seed),
-        )
         counts, ranking = _plan(arm, job, setting, dense, data, groups, macs, uniform)
         scoring = {"seconds": time.process_time() - start, "peak_mb": resident("VmHWM") - memory}
         kept = {g.name: top_units(r, k) for g, k, r in zip(groups, counts, ranking, strict=True)}
         model = copy.deepcopy(dense)
         prune_channels(model, example, kept)
         recalibrate(model, data.train, setting.epsilon, seed=job.seed)
-        train(model, data, loss, settings)
-        keeps = [len(kept[g.name]) for g in groups]
+        train(model, data, loss, TrainSettings(epochs=setting.tune, lr=0.05, seed=job.seed))
         found = evaluate(
             model,
             data.test.first(setting.test),
@@ -163,10 +149,10 @@ def run_job(
             "clean": found.clean,
             **found.under,
             "worst": found.worst,
-            "keeps": keeps,
-            "macs": macs(keeps) / macs([g.width for g in groups]),
+            "keeps": counts,
+            "macs": macs(counts) / macs(widths),
             "scoring": scoring,
-            "parameters": parameters(keeps) / parameters([g.width for g in groups]),
+            "parameters": parameters(counts) / parameters(widths),
         }
         write_atomic(out / job.name / f"{arm}.json", json.dumps(values) + "\n")
         log(
@@ -175,33 +161,18 @@ def run_job(
         )
 
 
-def _scores(job: Job, setting: Setting) -> ScoreSettings:
-    """Default scoring of an arm, with weight norms, so that arms differ in one thing only."""
-    return ScoreSettings(epsilon=setting.epsilon, rows=setting.rows, seed=job.seed, ranking="l1")
-
-
 def dense_network(
-    network: str, seed: int, setting: Setting, data: ImageData, checkpoint: Path | None = None
+    network: str, seed: int, setting: Setting, data: ImageData, folder: Path | None = None
 ) -> nn.Module:
     """The dense network of a seed, in eval mode.
 
-    With a checkpoint it is trained once for all ratios and losses.
+    With a folder it is trained once for all ratios and losses.
     """
     torch.manual_seed(seed)
     model = build_model(network, len(data.classes), data.shape)
-    settings = TrainSettings(epochs=setting.dense, lr=0.1, seed=seed)
-    train(
-        model,
-        data,
-        PGDAT(epsilon=setting.epsilon, steps=setting.steps),
-        settings,
-        checkpoint=checkpoint,
-    )
+    loss = PGDAT(epsilon=setting.epsilon, steps=setting.steps)
+    train(model, data, loss, TrainSettings(epochs=setting.dense, lr=0.1, seed=seed), folder=folder)
     return model.eval()
-
-
-def _loss(name: str, setting: Setting) -> AdversarialLoss:
-    return LOSSES[name](epsilon=setting.epsilon, steps=setting.steps)
 
 
 def _plan(
@@ -218,33 +189,33 @@ def _plan(
 
     The MACs are at most those of the uniform plan.
     """
-    budget, bounds, widths = (
-        macs(uniform),
-        Bounds(min_keep=default_min_keep(job.ratio)),
-        [g.width for g in groups],
+    ranking, allocation = ARMS[arm]
+    attacked = allocation in ("mrs", "shuffled") or arm == "robust-taylor"
+    budget, bounds = macs(uniform), Bounds(min_keep=default_min_keep(job.ratio))
+    settings = ScoreSettings(
+        epsilon=setting.epsilon,
+        rows=setting.rows,
+        seed=job.seed,
+        ranking=ranking,
+        attack_steps=10 if attacked else 0,
     )
-    settings = _scores(job, setting)
-    clean = replace(settings, attack_steps=0)
+    values: list[float] = []
+    if allocation in ("mrs", "clean", "shuffled"):
+        found = score(dense, data.train, groups, settings)
+        values, ranks = list(found.sensitivity), found.ranking
+    else:
+        batches = attacked_batches(dense, data.train, settings)
+        ranks = rank_channels(dense, groups, batches, ranking)
     generator = torch.Generator().manual_seed(job.seed)
-    rankings = {"bn": "bn", "uniform-bn": "bn", "taylor": "taylor", "robust-taylor": "taylor"}
-    if arm in ("uniform", "global-l1", *rankings, "random"):
-        batches = attacked_batches(dense, data.train, settings if arm == "robust-taylor" else clean)
-        kind: Any = rankings.get(arm, "l1")
-        ranking = rank_channels(dense, groups, batches, kind)
-        if arm in ("global-l1", "bn"):
-            return global_counts(ranking, macs, budget, bounds=bounds), ranking
-        if arm == "random":
-            drawn = torch.randn(len(groups), generator=generator).exp().tolist()
-            return allocate(drawn, widths, macs, budget, bounds=bounds), ranking
-        return list(uniform), ranking
-    chosen = clean if arm in ("clean-removal", "clean-bn") else settings
-    if arm.endswith(("-taylor", "-bn")):
-        chosen = replace(chosen, ranking="taylor" if arm.endswith("-taylor") else "bn")
-    scores = score(dense, data.train, groups, chosen)
-    values = list(scores.sensitivity)
-    if arm in ("shuffled", "shuffled-bn"):
+    if allocation == "uniform":
+        return list(uniform), ranks
+    if allocation == "global":
+        return global_counts(ranks, macs, budget, bounds=bounds), ranks
+    if allocation == "random":
+        values = torch.randn(len(groups), generator=generator).exp().tolist()
+    elif allocation == "shuffled":
         values = [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
-    return allocate(values, widths, macs, budget, bounds=bounds), scores.ranking
+    return allocate(values, [g.width for g in groups], macs, budget, bounds=bounds), ranks
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -258,10 +229,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = sorted({(r["network"], r["ratio"], r["loss"]) for r in rows})
     for network, ratio, loss in keys:
         mine = [r for r in rows if (r["network"], r["ratio"], r["loss"]) == (network, ratio, loss)]
-        by = {
-            a: {r["seed"]: r for r in mine if r["arm"] == a}
-            for a in dict.fromkeys(r["arm"] for r in mine)
-        }
+        by: dict[str, dict[int, Any]] = {}
+        for row in mine:
+            by.setdefault(row["arm"], {})[row["seed"]] = row
         entry = {}
         for arm, runs in by.items():
             means = {
@@ -286,29 +256,22 @@ def _paired(a: Mapping[int, Mapping], b: Mapping[int, Mapping]) -> dict[str, Any
     }
 
 
-def power(
-    spread: float, difference: float = 2.0, level: float = 1.96, power_level: float = 0.8416
-) -> int:
-    """Number of seeds that show a paired difference with probability 0.8 at the 5% level.
+def power(spread: float) -> int:
+    """Number of seeds that show a paired difference of 2 points with probability 0.8.
 
     Args:
         spread: standard deviation of the paired differences [points].
-        difference: difference to show [points].
-        level: two-sided normal quantile of the test's level.
-        power_level: normal quantile of its power.
     """
-    return max(2, math.ceil(((level + power_level) * spread / difference) ** 2))
+    level, power_level = 1.96, 0.8416  # normal quantiles: two-sided 5%, and 80%
+    return max(2, math.ceil(((level + power_level) * spread / 2) ** 2))
 
 
 def jobs(
     networks: Sequence[str], ratios: Sequence[float], losses: Sequence[str], seeds: int
 ) -> Iterator[Job]:
     """All jobs, seed by seed, so that an interrupted study has as many seeds in every cell."""
-    for seed in range(seeds):
-        for network in networks:
-            for ratio in ratios:
-                for loss in losses:
-                    yield Job(network=network, ratio=ratio, loss=loss, seed=seed)
+    for seed, network, ratio, loss in itertools.product(range(seeds), networks, ratios, losses):
+        yield Job(network=network, ratio=ratio, loss=loss, seed=seed)
 
 
 def run(
@@ -326,7 +289,7 @@ def run(
 
     Raises:
         DataError: an unknown arm, network or loss, or a ratio outside (0, 1).
-        OutputExistsError: `out` holds a study with another setting.
+        CheckpointError: `out` holds a study with another setting.
     """
     for what, given, known in (
         ("arms", arms, ARMS),
@@ -339,10 +302,10 @@ def run(
         raise DataError(
             f"Ratios are fractions of the channels, above 0 and below 1; got {outside}."
         )
-    claim_folder(out, asdict(setting))
     torch.set_num_threads(1)
-    for job in jobs(networks, ratios, losses, seeds):
-        run_job(job, setting, arms, out, log)
+    with RunFolder(out, asdict(setting)):
+        for job in jobs(networks, ratios, losses, seeds):
+            run_job(job, setting, arms, out, log)
     return conclude(out, setting, save)
 
 
@@ -376,12 +339,8 @@ def _picture(cells: Mapping[str, Any]) -> "Figure":
     figure = Figure(figsize=(3.4 * columns, 3.4 * lines), layout="constrained")
     for i, (name, arms) in enumerate(cells.items()):
         axes = figure.add_subplot(lines, columns, i + 1)
-        rows = [
-            (a, v["difference"]["uniform"]["worst"])
-            for a, v in arms.items()
-            if v["difference"].get("uniform")
-        ]
-        rows = sorted((r for r in rows if r[1]), key=lambda r: r[1]["mean"])
+        differences = {a: v["difference"].get("uniform", {}).get("worst") for a, v in arms.items()}
+        rows = sorted((r for r in differences.items() if r[1]), key=lambda r: r[1]["mean"])
         axes.errorbar(
             [r[1]["mean"] for r in rows],
             [f"{r[0]} (n={r[1]['n']})" for r in rows],
@@ -455,7 +414,7 @@ def main(
         [float(r) for r in ratios.split(",")],
         losses.split(","),
         seeds,
-        arms.split(",") if arms else ARMS,
+        arms.split(",") if arms else list(ARMS),
         save,
     )
 

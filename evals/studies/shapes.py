@@ -75,16 +75,9 @@ def noise(rows: int, *, shared: int = 1, at_once: int = 64, seed: int = 0) -> li
     batches = []
     for some in torch.arange(rows).split(at_once):
         words = torch.randint(3, IMAGE_TOKEN, (len(some), QUESTION_TOKENS), generator=generator)
-        first, picture = (
-            torch.ones(len(some), 1, dtype=torch.long),
-            torch.full((len(some), PICTURE_TOKENS), IMAGE_TOKEN),
-        )
+        first = torch.ones(len(some), 1, dtype=torch.long)
+        picture = torch.full((len(some), PICTURE_TOKENS), IMAGE_TOKEN)
         ids = torch.cat([first, picture, words], 1)
-        batches.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "pixel_values": pictures[some // shared],
-            }
-        )
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batches.append(inputs | {"pixel_values": pictures[some // shared]})
     return batches

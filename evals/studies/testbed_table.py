@@ -10,8 +10,7 @@ from typing import Any
 from hipp_ext import testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.studies.measuring import Save, report, run_command
+from hipp_ext.evals.studies.measuring import Save, pope_by_split, report, run_command
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import WandaSP
 from hipp_ext.surgery.masks import masked
@@ -51,10 +50,7 @@ def run(save: Save = False) -> dict[str, Any]:
         plan = plan_from_counts(groups, counts, scores)
         with masked(model, plan):
             measured = evaluator.scores(model)
-        images = [str(q.scene) for q in pope]
-        by_split = pope_scores(
-            measured["pope"].answers, [q.answer for q in pope], [q.category for q in pope], images
-        )["vlmeval"]
+        by_split = pope_by_split(measured, pope)
         rows[name] = {
             "pruning_ratio": plan.pruning_ratio,
             "ScienceQA": [measured["choice"].accuracy, measured["choice"].accuracy_se],

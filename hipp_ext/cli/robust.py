@@ -81,10 +81,10 @@ def robust_train(
     """
     import torch
 
-    from hipp_ext.robust.checkpoint import ClassifierFile, save_classifier
+    from hipp_ext.robust.checkpoint import ClassifierFile
     from hipp_ext.robust.image_sets import load_data
     from hipp_ext.robust.models import build_model
-    from hipp_ext.robust.training import TrainSettings, train
+    from hipp_ext.robust.training import TrainSettings
     from hipp_ext.surgery.checkpoint import resolve_device
 
     require_new(out, overwrite)
@@ -93,14 +93,11 @@ def robust_train(
         torch.manual_seed(seed)
         model = build_model(network, len(images.classes), images.shape).to(resolve_device(device))
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-    running = _running(out)
-    with _progress(epochs) as on_epoch:
-        checkpoint = running / "train.safetensors"
-        train(model, images, objective, settings, checkpoint=checkpoint, on_epoch=on_epoch)
     config = ClassifierFile(
         network=network, classes=images.classes, shape=images.shape, data=data, split=seed
     )
-    save_classifier(model, config, out, overwrite=overwrite)
+    _train(model, images, objective, settings, config, out, overwrite)
+    running = _running(out)
     typer.echo(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
 
 
@@ -264,22 +261,12 @@ def robust_finetune(
 
     Example: `hipp robust finetune pruned --epsilon 0.1 --epochs 15 --out tuned`
     """
-    from hipp_ext.robust.checkpoint import save_classifier
-    from hipp_ext.robust.training import TrainSettings, train
+    from hipp_ext.robust.training import TrainSettings
 
     require_new(out, overwrite)
     network, config, images = _load(model, root, device)
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-    with _progress(epochs) as on_epoch:
-        train(
-            network,
-            images,
-            _loss(loss, awp, epsilon, steps),
-            settings,
-            checkpoint=_running(out) / "train.safetensors",
-            on_epoch=on_epoch,
-        )
-    save_classifier(network, config, out, overwrite=overwrite)
+    _train(network, images, _loss(loss, awp, epsilon, steps), settings, config, out, overwrite)
     typer.echo(f"{out}: fine-tuned by {loss} for {epochs} epochs")
 
 
@@ -354,10 +341,21 @@ def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any
     if images.classes != config.classes or images.shape != config.shape:
         raise AttackError(
             f"{folder} was trained on images of other classes or another shape than {config.data} "
-            "in "
-            f"{root} has."
+            f"in {root} has."
         )
     return model.to(resolve_device(device)), config, images
+
+
+def _train(
+    model: Any, images: Any, loss: Any, settings: Any, config: Any, out: Path, overwrite: bool
+) -> None:
+    """Train with a progress bar, and save."""
+    from hipp_ext.robust.checkpoint import save_classifier
+    from hipp_ext.robust.training import train
+
+    with _progress(settings.epochs) as on_epoch:
+        train(model, images, loss, settings, folder=_running(out), on_epoch=on_epoch)
+    save_classifier(model, config, out, overwrite=overwrite)
 
 
 def _scores(form: str, ranking: str, epsilon: str, rows: int, seed: int, clean: bool) -> Any:
@@ -393,21 +391,7 @@ def _running(out: Path) -> Path:
 @contextlib.contextmanager
 def _progress(epochs: int) -> Iterator[Any]:
     """A progress bar over epochs; yields the callback for each."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from hipp_ext.training import progress_bar
 
-    columns = (
-        TextColumn("epochs"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=max(epochs, 1), loss="")
-        yield lambda done, loss: progress.update(task, advance=1, loss=f"loss {loss:.3f}")
+    with progress_bar(True, "epochs", max(epochs, 1)) as show:
+        yield lambda done, loss: show(done, f"loss {loss:.3f}")

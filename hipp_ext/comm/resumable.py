@@ -81,25 +81,23 @@ class Resumable:
         Raises:
             CompressionError: the state is malformed, of another rank, or of other parameters.
         """
-        saved, dropped = parse_state(state), []
-        if self._compressor is None:
-            self._pending = saved
-        else:
-            dropped = unpack_state(self._compressor, saved)
-            self.counts = saved.plain.counts.model_copy()
-        self._compared = False
-        for line in dropped:
-            warnings.warn(line, stacklevel=2)
-        return dropped
+        return self._take(parse_state(state), unpack_state)
 
     def take_saved(self, saved: SavedState) -> None:
         """Go on from a state of this rank that fits; at the first step if the layout is unknown."""
+        self._take(saved, put_state)
+
+    def _take(self, saved: SavedState, copy: Any) -> list[str]:
+        dropped: list[str] = []
         if self._compressor is None:
             self._pending = saved
         else:
-            put_state(self._compressor, saved)
+            dropped = copy(self._compressor, saved)
             self.counts = saved.plain.counts.model_copy()
         self._compared = False
+        for line in dropped:
+            warnings.warn(line, stacklevel=3)
+        return dropped
 
     def start_over(self) -> None:
         """Reset residual, factors and counts. All ranks call this, or none."""

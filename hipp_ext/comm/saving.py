@@ -1,6 +1,5 @@
 """A rank's compressor as a dictionary of tensors and plain types, and as a sealed file."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,16 +101,22 @@ def check_fit(compressor: Compressor, saved: SavedState) -> None:
             )
 
 
-def put_state(compressor: Compressor, saved: SavedState) -> None:
-    """Copy a state that fits into `compressor`."""
+def put_state(compressor: Compressor, saved: SavedState) -> list[str]:
+    """Copy a state that fits into `compressor`; nothing is dropped."""
     for name, factor in saved.factors.items():
         compressor.factors[name].copy_(factor)
     for name, residual in compressor.residual.items():
         residual.zero_() if saved.residual is None else residual.copy_(saved.residual[name])
+    return []
 
 
-def unpack_state(compressor: Compressor, saved: SavedState) -> list[str]:
+def unpack_state(compressor: Compressor, saved: SavedState, *, is_copy: bool = False) -> list[str]:
     """Copy a state into `compressor`, completely or not at all; returns lines on what was dropped.
+
+    Args:
+        compressor: compressor of this rank.
+        saved: the state.
+        is_copy: whether it is the state of a copied LQSGDState, which may be another rank's.
 
     Raises:
         CompressionError: the state belongs to another rank or other parameters, or its factors
@@ -126,28 +131,18 @@ def unpack_state(compressor: Compressor, saved: SavedState) -> list[str]:
             f"The state was saved with {workers} workers and goes on with {compressor.workers}: "
             f"the shared factors are kept, this rank's residual (norm {norm:.3g}) is dropped."
         ]
-    if position != compressor.position:
-        raise CompressionError(
-            f"The state was saved by rank {position}, this is rank {compressor.position}: each "
-            "rank saves and loads its own residual."
-        )
-    put_state(compressor, saved)
-    return []
-
-
-def move_state(saved: SavedState, fresh: Compressor) -> None:
-    """Copy the state of a copied LQSGDState into the compressor of its present group."""
-    if saved.plain.workers != fresh.workers:
-        for line in unpack_state(fresh, saved):
-            warnings.warn(line, stacklevel=3)
-        return
-    put_state(fresh, saved)
-    if saved.plain.position != fresh.position:
-        warnings.warn(
-            f"This LQSGDState is a copy of rank {saved.plain.position}'s, used by rank "
-            f"{fresh.position}, including its residual.",
-            stacklevel=3,
-        )
+    if position == compressor.position:
+        return put_state(compressor, saved)
+    if is_copy:
+        put_state(compressor, saved)
+        return [
+            f"This LQSGDState is a copy of rank {position}'s, used by rank "
+            f"{compressor.position}, including its residual."
+        ]
+    raise CompressionError(
+        f"The state was saved by rank {position}, this is rank {compressor.position}: each rank "
+        "saves and loads its own residual."
+    )
 
 
 def save_state(state: Any, path: str | Path) -> Path:

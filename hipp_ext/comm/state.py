@@ -16,7 +16,7 @@ from hipp_ext.comm.group import OwnGroup, agree, compare_factors
 from hipp_ext.comm.naming import Parameters, name_parameters, rename_as
 from hipp_ext.comm.options import Options, make_options
 from hipp_ext.comm.resumable import Resumable
-from hipp_ext.comm.saving import move_state, parse_state, put_state
+from hipp_ext.comm.saving import parse_state, put_state, unpack_state
 from hipp_ext.errors import CompressionError
 
 
@@ -140,7 +140,8 @@ class LQSGDState(Resumable):
             device=next(iter(named.values())).device,
         )
         if self._compressor is not None:
-            move_state(parse_state(self.state_dict()), fresh)
+            for line in unpack_state(fresh, parse_state(self.state_dict()), is_copy=True):
+                warnings.warn(line, stacklevel=2)
         self._compressor = fresh
         self._names = {id(p): name for name, p in named.items()}
         self._parameters = list(named.values())  # kept alive, so that their ids stay unique

@@ -105,8 +105,7 @@ def require_new(path: str | Path, overwrite: bool = False) -> None:
     if target.is_dir():
         if not may_write(target):
             raise WriteError(
-                f"{path} is a folder that you may not write to. Choose a place that you may write "
-                "to."
+                f"{path} is a folder that you may not write to. Choose one that you may write to."
             )
     elif target.exists():
         _check_file(path, target)
@@ -159,8 +158,7 @@ def content_hash(path: str | Path) -> str:
         if file != path:
             digest.update(f"\0{file.relative_to(path).as_posix()}\0".encode())
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from hipp_ext.errors import OutputExistsError, WriteError
 from hipp_ext.files.temporaries import MARK, clear, leftovers, lock, make_temporary, prefix_of
@@ -41,18 +40,13 @@ class Swap:
         try:
             self.new.mkdir()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
 
     def __enter__(self) -> "Swap":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._keep:
             clear(self.own)
         os.close(self._descriptor)

@@ -57,14 +57,11 @@ def open_plain(path: str | Path, limit: int, what: str = "file") -> BinaryIO:
             file.close()
             raise
         return file
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a null byte in the path
-        raise (
-            error
-            if isinstance(error, DataError)
-            else DataError(f"{shown(path)} cannot be read: {error}")
-        ) from None
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shown(path)} cannot be read: {reason}") from None
 
 
 def _check_plain(path: str | Path, status: os.stat_result, limit: int, what: str) -> None:

@@ -1,10 +1,17 @@
 """The kinds of blocks whose units can go: how each is found, what a unit owns, how it shrinks."""
 
+from typing import TYPE_CHECKING, Literal
+
 from hipp_ext.kinds.attention import Attention
 from hipp_ext.kinds.base import BlockKind, Skip, Slice
 from hipp_ext.kinds.ffn import FFN
 
-__all__ = ["FFN", "KINDS", "Attention", "BlockKind", "Skip", "Slice"]
+__all__ = ["FFN", "KINDS", "Attention", "BlockKind", "Kind", "Skip", "Slice"]
 
 # In the order in which a layer runs them. A new kind is registered here.
 KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (Attention(), FFN())}
+
+if TYPE_CHECKING:
+    Kind = str
+else:  # what plans and manifests may name
+    Kind = Literal[tuple(KINDS)]

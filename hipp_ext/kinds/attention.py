@@ -2,14 +2,21 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.kinds.base import BlockKind, Skip, SkipAttention
+from hipp_ext.families import BLOCKS
+from hipp_ext.kinds.base import BlockKind, Skip
 
 
 class Attention(BlockKind):
     """Attention blocks with linear q, k, v and output projections."""
 
     name = "attention"
+    place = "attention"
+    names = BLOCKS["attention"]
+    unit = "KV groups"
+    fields = ("num_key_value_heads", "num_attention_heads")
 
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
@@ -56,6 +63,52 @@ class Attention(BlockKind):
         """KV groups that have the configured number of query heads."""
         return config.num_attention_heads * block.head_dim // columns
 
+    def common_width(self, config: Any, tower: str) -> int | None:
+        """KV heads, or heads where the configuration names no others; vision towers name heads."""
+        return super().common_width(config, tower) if tower == "language" else _heads(config)
+
+    def expressible(
+        self, config: Any, tower: str, needed: int, block: Any, columns: int
+    ) -> int | None:
+        """Only with a head_dim of its own, and where the query heads divide the hidden size."""
+        common = self.common_width(config, tower)
+        if tower == "vision" or common is None or getattr(config, "head_dim", None) is None:
+            return None  # the head dimension is derived from the number of heads
+        repeat = columns // block.head_dim  # query heads of a KV group
+        divides = (w for w in range(needed, common) if config.hidden_size % (w * repeat) == 0)
+        return next(divides, None)
+
+    def set_common_width(self, config: Any, tower: str, width: int) -> None:
+        """As many query heads per KV group as before. A vision tower's heads stay."""
+        if tower == "language":
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            repeat = config.num_attention_heads // kv_heads
+            config.num_key_value_heads = width
+            config.num_attention_heads = width * repeat
+
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
-        return SkipAttention(block)
+        return SkipAttention(self.name, block)
+
+
+class SkipAttention(Skip):
+    """A dropped attention block.
+
+    A cache counts its tokens layer by layer, so this one is told how many there are: it gets one
+    zero per token, because an empty entry would count as no token at all.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """(zeros of the shape of `hidden_states`, no attention weights)."""
+        if past_key_values is not None:
+            batch, tokens = hidden_states.shape[:2]
+            zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
+            past_key_values.update(zeros, zeros, self.layer_idx)
+        return super().forward(hidden_states), None
+
+
+def _heads(config: Any) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None

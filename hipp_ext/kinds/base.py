@@ -1,14 +1,14 @@
 """What a kind of block has to say about itself, and what is the same for all of them."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, BlockNames
+from hipp_ext.families import BlockNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,29 @@ class BlockKind(abc.ABC):
 
     A kind's units are read by one linear layer of the block, its consumer; a unit is masked by
     zeroing the consumer's inputs.
+
+    Attributes:
+        name: name of the kind in groups, plans and manifests.
+        place: place of the block in a layer, a key of `families.BLOCKS`. Every layer has a block in
+            both places; two kinds with the same place are alternatives to each other.
+        names: what transformers calls the parts of such a block.
+        unit: what the units are called, in the plural.
+        fields: configuration fields that hold the width of all layers, the decisive one first.
     """
 
     name: ClassVar[str]
+    place: ClassVar[Literal["attention", "ffn"]]
+    names: ClassVar[BlockNames]
+    unit: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
 
-    @property
-    def names(self) -> BlockNames:
-        """What transformers calls the parts of such a block."""
-        return BLOCKS[self.name]
+    def find(self, layer: nn.Module) -> list[nn.Module]:
+        """The blocks of this kind in a layer, dropped ones included: children of the layer."""
+        return [
+            child
+            for child in layer.children()
+            if (child.kind == self.name if isinstance(child, Skip) else self.match(child))
+        ]
 
     def match(self, block: nn.Module) -> tuple[list[str], str] | None:
         """(producers, consumer) as child names where `block` has this kind's shape, else None."""
@@ -98,25 +113,43 @@ class BlockKind(abc.ABC):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Raise UnsupportedModelError where other parameters of the block may belong to units."""
 
-    @abc.abstractmethod
     def context_flops(self, columns: int, context: int) -> int:
         """FLOPs per token and unit that grow with the number of keys; `columns`: of one unit."""
+        return 0
 
-    @abc.abstractmethod
-    def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def attributes(self, block: Any, columns: int, width: int) -> Mapping[str, int]:
         """Size attributes of the block when it has `width` units of `columns` columns each."""
+        return {}
 
-    @abc.abstractmethod
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def config(self, block: Any, columns: int, width: int) -> Mapping[str, int]:
         """What the configuration of a layer says of a block with `width` units."""
+        return {self.fields[0]: width}
 
-    @abc.abstractmethod
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """Number of units that a layer's configuration asks for; the reverse of `config`."""
+        return getattr(config, self.fields[0])
 
-    @abc.abstractmethod
+    def common_width(self, config: Any, tower: str) -> int | None:
+        """Number of units that the configuration of a tower names for all layers, if it does."""
+        sizes = [getattr(config, field, None) for field in self.fields]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    def expressible(
+        self, config: Any, tower: str, needed: int, block: Any, columns: int
+    ) -> int | None:
+        """Least number of units, at least `needed`, that the configuration of a tower can name.
+
+        None where it can name no other than the common width.
+        """
+        return needed
+
+    def set_common_width(self, config: Any, tower: str, width: int) -> None:
+        """Have the configuration of a tower name `width` units for all layers."""
+        setattr(config, self.fields[0], width)
+
     def skip(self, block: Any) -> "Skip":
         """What stands in a dropped block's place."""
+        return Skip(self.name, block)
 
     def resize(self, block: Any, owns: tuple[Slice, ...], width: int) -> None:
         """Bring the size attributes of a block and its linear layers in line with `width` units."""
@@ -132,55 +165,20 @@ class Skip(nn.Module):
     """A dropped block: adds nothing to the residual stream, computes nothing, has no parameters.
 
     Args:
+        kind: name of the kind of the block.
         block: the block that is dropped. Its plain attributes (layer_idx, is_sliding, ...) are
             kept, because some decoder layers read them.
     """
 
-    kind: ClassVar[str]
-
-    def __init__(self, block: nn.Module):
+    def __init__(self, kind: str, block: nn.Module):
         super().__init__()
+        self.kind = kind
         plain = (bool, int, float, str, type(None))
         self.__dict__.update(
             {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
         )
         self.training = block.training
 
-    def nothing(self, hidden_states: Tensor) -> Tensor:
-        """A zero for every entry of `hidden_states`, without memory of its own."""
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Zeros of the shape of `hidden_states`, without memory of their own."""
         return hidden_states.new_zeros(()).expand_as(hidden_states)
-
-
-class SkipFFN(Skip):
-    """A dropped FFN block."""
-
-    kind = "ffn"
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Zeros of the shape of `hidden_states`."""
-        return self.nothing(hidden_states)
-
-
-class SkipAttention(Skip):
-    """A dropped attention block.
-
-    A cache counts its tokens layer by layer, so this one is told how many there are: it gets one
-    zero per token, because an empty entry would count as no token at all.
-    """
-
-    kind = "attention"
-
-    def forward(
-        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
-    ) -> tuple[Tensor, None]:
-        """(zeros of the shape of `hidden_states`, no attention weights)."""
-        if past_key_values is not None:
-            tokens = torch.zeros(
-                *hidden_states.shape[:2],
-                1,
-                1,
-                dtype=hidden_states.dtype,
-                device=hidden_states.device,
-            ).transpose(1, 2)
-            past_key_values.update(tokens, tokens, self.layer_idx)
-        return self.nothing(hidden_states), None

@@ -3,13 +3,18 @@
 from typing import Any
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.kinds.base import BlockKind, Skip, SkipFFN
+from hipp_ext.families import BLOCKS
+from hipp_ext.kinds.base import BlockKind
 
 
 class FFN(BlockKind):
     """Feed-forward blocks of two or three linear layers."""
 
     name = "ffn"
+    place = "ffn"
+    names = BLOCKS["ffn"]
+    unit = "channels"
+    fields = ("intermediate_size",)
 
     def width(self, block: Any, name: str) -> int:
         """Number of channels."""
@@ -24,27 +29,10 @@ class FFN(BlockKind):
             if part.partition(".")[0] not in known and width in parameter.shape:
                 raise UnsupportedModelError(
                     f"{name}.{part} has shape {tuple(parameter.shape)}: a parameter with entries "
-                    "for "
-                    f"the {width} channels would have to go along with them, which is not "
+                    f"for the {width} channels would have to go along with them, which is not "
                     "supported."
                 )
-
-    def context_flops(self, columns: int, context: int) -> int:
-        """None: channels do not look at other tokens."""
-        return 0
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Number of channels."""
         return {"intermediate_size": width}
-
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
-        """Number of channels."""
-        return {"intermediate_size": width}
-
-    def configured_width(self, config: Any, block: Any, columns: int) -> int:
-        """The configured number of channels."""
-        return config.intermediate_size
-
-    def skip(self, block: Any) -> Skip:
-        """A module that returns nothing."""
-        return SkipFFN(block)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Calibration, image_token_id
 from hipp_ext.groups import Group
+from hipp_ext.kinds import KINDS
 from hipp_ext.scorers import MRS, SynFlow, VisualSensitivity
 
-KINDS = ("attention", "ffn")
 Column = Float[Tensor, " groups"]
 
 
@@ -24,7 +24,7 @@ def measure_columns(
     mrs: MRS | None,
     log: Callable[[str], None],
 ) -> dict[str, Column]:
-    """Name -> (groups,) values of 0 or more.
+    """Name -> (groups,) values of 0 or more; "visual" is 0 for kinds without such a signal.
 
     Args:
         model: left as it was found.
@@ -35,8 +35,10 @@ def measure_columns(
     """
     log("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
+    seen = [i for i, g in enumerate(groups) if VisualSensitivity.scores(g)]
     if image_token_id(model) is not None:
-        visual = _sums(VisualSensitivity()(model, calibration, groups=groups), groups)
+        asked = [groups[i] for i in seen]
+        visual[seen] = _sums(VisualSensitivity()(model, calibration, groups=asked), asked)
     log("measuring synaptic flow")
     columns = {"visual": visual, "synflow": _sums(SynFlow()(model, groups=groups), groups)}
     if mrs is not None:

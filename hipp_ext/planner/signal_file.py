@@ -22,7 +22,8 @@ def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """Refuse groups whose numbers no model has."""
     for g in groups:
         if not (
-            1 <= g.width <= MAX_UNITS
+            g.owns
+            and 1 <= g.width <= MAX_UNITS
             and 0 <= g.layer < 2**31
             and 1 <= g.columns < 2**31
             and g.unit_flops < 2**62

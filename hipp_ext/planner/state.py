@@ -16,7 +16,6 @@ from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.planner.columns import (
-    KINDS,
     OPTIONAL,
     TRANSFORMS,
     by_kind,
@@ -29,9 +28,10 @@ from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
 
 FEATURE_LEVELS = (1, 3)  # of PRUNE_LEVELS: those that a state token and the curvature are read from
+PLACES = ("attention", "ffn")  # of the blocks in a layer, by which a state token tells them apart
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 # of a state token, without the optional columns
-FEATURES = 2 + 3 + len(QUANTILES) + len(FEATURE_LEVELS) + len(TRANSFORMS) - len(OPTIONAL)
+FEATURES = len(PLACES) + 3 + len(QUANTILES) + len(FEATURE_LEVELS) + len(TRANSFORMS) - len(OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,10 +85,12 @@ class Signals:
 
     @functools.cached_property
     def state(self) -> Float[Tensor, "groups features"]:
-        """One token per group: kind, depth, size, importance curve, sensitivity and columns."""
+        """One token per group: place in its layer, depth, size, importance curve, sensitivity,
+        columns.
+        """
         groups = self.groups
         depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
-        features = [torch.tensor([float(g.kind == k) for g in groups]) for k in KINDS]
+        features = [torch.tensor([float(g.place == p) for g in groups]) for p in PLACES]
         features.append(torch.tensor([g.layer / depth for g in groups]))
         features.append(standardise(torch.tensor([g.parameters / total for g in groups]).log()))
         features.append(standardise(torch.tensor([float(g.width) for g in groups]).log()))

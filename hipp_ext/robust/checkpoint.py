@@ -9,6 +9,7 @@ from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.files import new_folder
+from hipp_ext.files.untrusted import read_plain
 from hipp_ext.robust.models import build_model
 
 MAX_TEXT = 16 << 20  # bytes of config.json
@@ -50,10 +51,8 @@ def save_classifier(
     from safetensors.torch import save_file
 
     with new_folder(folder, overwrite) as temporary:
-        save_file(
-            {n: t.contiguous() for n, t in model.state_dict().items()},
-            temporary / "model.safetensors",
-        )
+        tensors = {n: t.contiguous() for n, t in model.state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors")
         (temporary / "config.json").write_text(config.model_dump_json(indent=1) + "\n")
 
 
@@ -68,10 +67,15 @@ def load_classifier(folder: str | Path) -> tuple[nn.Module, ClassifierFile]:
             config.
         MissingExtraError: the network's library is not installed.
     """
+    from safetensors.torch import load_file
+
     path = Path(folder)
     try:
-        config = ClassifierFile.model_validate_json(_text(path / "config.json"))
-        weights = _weights(path / "model.safetensors")
+        text = read_plain(path / "config.json", MAX_TEXT)
+        config = ClassifierFile.model_validate_json(text)
+        if not (path / "model.safetensors").is_file():  # opening a pipe would block
+            raise ValueError("model.safetensors is missing")
+        weights = load_file(path / "model.safetensors")
         model = _empty(config)
         _check_weights(weights, model.state_dict())
         model.load_state_dict(weights)
@@ -84,20 +88,6 @@ def load_classifier(folder: str | Path) -> tuple[nn.Module, ClassifierFile]:
             "and config.json as `hipp robust train` writes them are needed."
         ) from error
     return model.eval(), config
-
-
-def _text(path: Path) -> str:
-    if not path.is_file() or path.stat().st_size > MAX_TEXT:
-        raise ValueError(f"{path.name} is missing, or larger than {MAX_TEXT >> 20} MB")
-    return path.read_text(encoding="utf-8")
-
-
-def _weights(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    if not path.is_file():  # opening a pipe would block
-        raise ValueError(f"{path.name} is missing")
-    return load_file(path)
 
 
 def _empty(config: ClassifierFile) -> nn.Module:

@@ -1,7 +1,6 @@
 """Accuracy of an image classifier under attack: AutoAttack, and signs of gradient masking."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,18 +47,9 @@ class RobustReport:
     signs: tuple[str, ...]
     robust_mask: Bool[Tensor, " n"]
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether there are signs of gradient masking."""
-        return bool(self.signs)
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        names = ("n", "epsilon", "clean", "worst", "worst_se", "per_class", "signs")
-        return {k: getattr(self, k) for k in names} | {
-            "under": dict(self.under),
-            "robust_mask": self.robust_mask.int().tolist(),
-        }
+        return vars(self) | {"robust_mask": self.robust_mask.int().tolist()}
 
 
 def evaluate(
@@ -131,8 +121,8 @@ def evaluate(
     signs: tuple[str, ...] = ()
     if checks:
         with restored(model, random_state=True):
-            part = images.first(batch_size)
-            signs = masking_signs(model.eval(), part, epsilon, masks, clean, seed)
+            model.eval()
+            signs = masking_signs(model, images.first(batch_size), epsilon, masks, clean, seed)
     return _report(images.labels.cpu(), classes, epsilon, clean, masks, signs)
 
 
@@ -185,28 +175,23 @@ def _withstood(
     """Which rows are still classified correctly under an attack."""
     if not len(y):
         return torch.zeros(0, dtype=torch.bool, device=y.device)
-    ball = Ball(epsilon=epsilon)
     if name in AUTOATTACK:
-        with _quiet_attack(model):
+        # torchattacks may change seeds and modes. Gradients are off, because its results carry the
+        # history of all steps; the weights are frozen, because its `backward` would add to their
+        # gradients.
+        with restored(model, random_state=True), torch.no_grad():
+            model.requires_grad_(False)
             moved = _torchattack(name, model, classes, epsilon, seed)(x, y)
-    elif name == "pgd":
-        moved = PGD(ball=ball, steps=20, seed=seed)(_cross_entropy(model), y, x)
     else:
-        moved = APGD(ball=ball, steps=100, seed=seed)(_cross_entropy(model), y, x)
-    if (
-        float((moved - x).abs().max()) > epsilon + 1e-5
-        or float(moved.min()) < 0
-        or float(moved.max()) > 1
-    ):
+        kind, steps = (PGD, 20) if name == "pgd" else (APGD, 100)
+        attack = kind(ball=Ball(epsilon=epsilon), steps=steps, seed=seed)
+        moved = attack(lambda y, x: F.cross_entropy(model(x), y, reduction="none"), y, x)
+    outside = (moved - x).abs().max() > epsilon + 1e-5 or moved.min() < 0 or moved.max() > 1
+    if bool(outside):
         raise AttackError(
-            f"{name} left the ball of radius {epsilon} or the range [0, 1], so its result is "
-            "invalid."
+            f"{name} left the ball of radius {epsilon} or the range [0, 1]: its result is invalid."
         )
     return _correct(model, moved, y, classes)
-
-
-def _cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda y, x: F.cross_entropy(model(x), y, reduction="none")
 
 
 def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed: int) -> Any:
@@ -247,26 +232,13 @@ def _torchattack(name: str, model: nn.Module, classes: int, epsilon: float, seed
     return attack
 
 
-@contextmanager
-def _quiet_attack(model: nn.Module) -> Iterator[None]:
-    """Inside the block torchattacks may change seeds and modes.
-
-    Gradients are off, because its results carry the history of all steps; the weights are frozen,
-    because its `backward` would add to their gradients.
-    """
-    with restored(model, random_state=True), torch.no_grad():
-        model.requires_grad_(False)
-        yield
-
-
 def _correct(model: nn.Module, x: Tensor, y: Tensor, classes: int) -> Tensor:
     with torch.no_grad():
         logits = model(x)
     if logits.dim() != 2 or logits.shape[1] != classes:
         raise DataError(
             f"The model's output has shape {tuple(logits.shape)} for {classes} classes; (rows, "
-            "classes) "
-            "is needed."
+            "classes) is needed."
         )
     return logits.argmax(1) == y
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.files.untrusted import read_picture, read_plain, shown
@@ -23,13 +22,11 @@ LAYOUTS = {
     "svhn": "train_32x32.mat and test_32x32.mat (format 2, unchanged, "
     "http://ufldl.stanford.edu/housenumbers)",
     "cifar10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and "
-    "batches.meta "
-    "(the Python version, unchanged)",
+    "batches.meta (the Python version, unchanged)",
     "cifar100": "cifar-100-python/ with train, test and meta (the Python version, unchanged)",
     "tiny-imagenet": "tiny-imagenet-200/ with train/<wnid>/images/*.JPEG, val/images/*.JPEG and "
     "val/val_annotations.txt",
 }
-DATA_NAMES = ("digits", *LAYOUTS)
 SIDE = 64  # pixels of a picture of Tiny-ImageNet
 TEXT_BYTES = 16 << 20
 
@@ -40,15 +37,12 @@ def cifar(name: str, root: Path) -> ImageData:
 
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     parent = root.parent if root.name == kind.base_folder else root
-    train, test = (_open(name, root, lambda t=t: kind(parent, train=t)) for t in (True, False))
-    parts = [
-        Images(
-            images=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-            labels=torch.tensor(part.targets),
-        )
-        for part in (train, test)
-    ]
-    classes = tuple(train.classes)
+    parts = []
+    for train in (True, False):
+        part = _open(name, root, kind, parent, train)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append(Images(images=images, labels=torch.tensor(part.targets)))
+    classes = tuple(part.classes)
     return ImageData(name=name, train=parts[0], test=parts[1], classes=classes, mirror=True)
 
 
@@ -58,15 +52,15 @@ def svhn(name: str, root: Path) -> ImageData:
 
     parts = []
     for split in ("train", "test"):
-        part = _open(name, root, lambda s=split: SVHN(root, split=s))
+        part = _open(name, root, SVHN, root, split)
         images = torch.from_numpy(np.ascontiguousarray(part.data))
         parts.append(Images(images=images, labels=torch.from_numpy(part.labels)))
     return ImageData(name=name, train=parts[0], test=parts[1], classes=tuple("0123456789"))
 
 
-def _open(name: str, root: Path, make: Callable[[], Any]) -> Any:
+def _open(name: str, root: Path, kind: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return make()
+        return kind(*arguments)
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "robust") from None
     except (RuntimeError, OSError) as error:
@@ -109,18 +103,14 @@ def _annotated(line: str, classes: dict[str, int]) -> tuple[str, int]:
 def _pictures(rows: Sequence[tuple[str | Path, int]]) -> Images:
     images = torch.empty(len(rows), 3, SIDE, SIDE, dtype=torch.uint8)
     for i, (path, _) in enumerate(rows):
-        images[i] = _picture(path)
+        picture = read_picture(path)
+        if picture.size != (SIDE, SIDE):
+            raise DataError(
+                f"{shown(path)} has {picture.width}x{picture.height} pixels, and {SIDE}x{SIDE} are "
+                "needed."
+            )
+        images[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return Images(images=images, labels=torch.tensor([label for _, label in rows]))
-
-
-def _picture(path: str | Path) -> Tensor:
-    picture = read_picture(path)
-    if picture.size != (SIDE, SIDE):
-        raise DataError(
-            f"{shown(path)} has {picture.width}x{picture.height} pixels, and {SIDE}x{SIDE} are "
-            "needed."
-        )
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 READERS: dict[str, Callable[[str, Path], ImageData]] = {
@@ -148,7 +138,7 @@ def load_data(name: str, root: str | Path | None = None, *, seed: int = 0) -> Im
     if name == "digits":
         return _digits(seed)
     if name not in READERS:
-        raise DataError(f"Known image sets are {', '.join(DATA_NAMES)}; got {name!r}.")
+        raise DataError(f"Known image sets are {', '.join(('digits', *LAYOUTS))}; got {name!r}.")
     if root is None or not Path(root).is_dir():
         raise DataError(
             f"{name} is read from a local folder, got {root}. Expected there: {LAYOUTS[name]}."
@@ -167,13 +157,10 @@ def _digits(seed: int) -> ImageData:
     images = torch.from_numpy(raw.images).float()[:, None] / 16
     images = torch.nn.functional.interpolate(images, size=(16, 16), mode="bilinear").clamp(0, 1)
     labels = torch.from_numpy(raw.target).long()
-    train, test = (
-        torch.from_numpy(i)
-        for i in train_test_split(
-            np.arange(len(labels)), train_size=1200, stratify=raw.target, random_state=seed
-        )
+    split = train_test_split(
+        np.arange(len(labels)), train_size=1200, stratify=raw.target, random_state=seed
     )
-    parts = [Images(images=images[i].contiguous(), labels=labels[i]) for i in (train, test)]
+    parts = [Images(images=images[i].contiguous(), labels=labels[i]) for i in split]
     return ImageData(
         name="digits", train=parts[0], test=parts[1], classes=tuple("0123456789"), pad=2
     )

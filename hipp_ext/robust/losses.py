@@ -22,7 +22,20 @@ AdversarialLoss = Callable[[nn.Module, Tensor, Tensor, int], Float[Tensor, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDAT:
+class _Attacked:
+    """A loss on attacked images; its attributes are those of every loss here."""
+
+    epsilon: float = 8 / 255
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        betas = tuple(name for name in ("beta",) if hasattr(self, name))
+        take_numbers(self, AttackError, wholes=("steps",), finites=betas)
+        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDAT(_Attacked):
     """Cross-entropy on PGD's images.
 
     Attributes:
@@ -36,13 +49,6 @@ class PGDAT:
     Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
     """
 
-    epsilon: float = 8 / 255
-    steps: int = 10
-
-    def __post_init__(self) -> None:
-        take_numbers(self, AttackError, wholes=("steps",))
-        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
-
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         return F.cross_entropy(
             model(attacked(model, images, labels, self.epsilon, self.steps, seed)), labels
@@ -50,7 +56,7 @@ class PGDAT:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRADES:
+class TRADES(_Attacked):
     """Cross-entropy on clean images plus `beta` times the divergence between clean and attacked.
 
     Attributes:
@@ -61,13 +67,7 @@ class TRADES:
     Source: Zhang et al. (arXiv 1901.08573), eq. 5.
     """
 
-    epsilon: float = 8 / 255
-    steps: int = 10
     beta: float = 6.0
-
-    def __post_init__(self) -> None:
-        take_numbers(self, AttackError, wholes=("steps",), finites=("beta",))
-        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         check_precision(model)
@@ -86,7 +86,7 @@ class TRADES:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MART:
+class MART(_Attacked):
     """Boosted cross-entropy on PGD's images plus a divergence, weighted by the clean uncertainty.
 
     Attributes:
@@ -97,28 +97,22 @@ class MART:
     Source: Wang et al. (ICLR 2020, openreview rklOg6EFwS), eq. 11.
     """
 
-    epsilon: float = 8 / 255
-    steps: int = 10
     beta: float = 5.0
-
-    def __post_init__(self) -> None:
-        take_numbers(self, AttackError, wholes=("steps",), finites=("beta",))
-        PGD(ball=Ball(epsilon=self.epsilon), steps=self.steps)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         check_precision(model)
-        clean, moved = (
-            model(images),
-            model(attacked(model, images, labels, self.epsilon, self.steps, seed)),
-        )
+        clean = model(images)
+        moved = model(attacked(model, images, labels, self.epsilon, self.steps, seed))
         p_clean, p_moved = clean.softmax(1), moved.softmax(1)
         label = F.one_hot(labels, clean.shape[1]).bool()
         runner_up = p_moved.masked_fill(label, 0).amax(1)
-        boosted = (
-            F.cross_entropy(moved, labels) - torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
-        )
+        boost = torch.log1p(-runner_up.clamp_max(1 - 1e-6)).mean()
         per_row = F.kl_div(moved.log_softmax(1), p_clean, reduction="none").sum(1)
-        return boosted + self.beta * (per_row * (1 - p_clean[label])).mean()
+        return (
+            F.cross_entropy(moved, labels)
+            - boost
+            + self.beta * (per_row * (1 - p_clean[label])).mean()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +168,9 @@ def backward(
     loss: AdversarialLoss, model: nn.Module, images: Tensor, labels: Tensor, seed: int
 ) -> float:
     """Add the loss's gradients to `.grad`; returns the loss."""
-    with (
-        loss.moved(model, images, labels, seed)
-        if isinstance(loss, AWP)
-        else contextlib.nullcontext()
-    ):
-        value = loss(model, images, labels, seed)
+    step = (model, images, labels, seed)
+    with loss.moved(*step) if isinstance(loss, AWP) else contextlib.nullcontext():
+        value = loss(*step)
         value.backward()
     return float(value.detach())
 

@@ -66,8 +66,7 @@ def masking_signs(
     if many > few + TOLERANCE:
         signs.append(
             f"50 steps of PGD leave {100 * many:.1f}% correct and 10 steps {100 * few:.1f}%, but "
-            "more "
-            "steps must not help the model"
+            "more steps must not help the model"
         )
     wide = accuracy(0.5, 50)
     chance = float(torch.bincount(y).max()) / len(y)
@@ -92,7 +91,6 @@ def masking_signs(
     if rough > 0.1:
         signs.append(
             f"on {100 * rough:.1f}% of the images a random point has a higher loss than a step "
-            "along "
-            "the gradient, so the loss is rough"
+            "along the gradient, so the loss is rough"
         )
     return tuple(signs)

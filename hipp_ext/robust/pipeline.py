@@ -1,5 +1,6 @@
 """MRPF: score, allocate, prune, recalibrate and fine-tune, in one resumable call."""
 
+import contextlib
 import copy
 import json
 import math
@@ -13,9 +14,9 @@ from torch import nn
 
 from hipp_ext.attacks import check_precision
 from hipp_ext.budget import Bounds, Cost, check_ratio
-from hipp_ext.errors import BudgetError, CheckpointError, DataError
+from hipp_ext.errors import BudgetError, CheckpointError
 from hipp_ext.files import write_atomic
-from hipp_ext.files.sealed import seal, unseal
+from hipp_ext.files.sealed import digest, seal, unseal
 from hipp_ext.modes import restored
 from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.allocation import allocate, default_min_keep, uniform_counts
@@ -30,12 +31,13 @@ from hipp_ext.robust.training import (
     data_identity,
     loss_identity,
     recalibrate,
-    tensor_digest,
     train,
 )
+from hipp_ext.runs import RunFolder
 from hipp_ext.scorers.channels import ChannelGroup
 from hipp_ext.units import top_units
 
+PLAN, LOG = "plan.safetensors", "log.jsonl"
 Kept = dict[str, tuple[int, ...]]  # group -> the channels that stay
 
 
@@ -130,7 +132,9 @@ def mrpf(
 
     Raises:
         BudgetError: no allocation within the bounds meets the budget.
-        DataError: images outside [0, 1], labels out of range, or a folder of another run.
+        DataError: images outside [0, 1], or labels out of range.
+        CheckpointError: `folder` holds another run, or is damaged.
+        OutputBusyError: another process works in `folder`.
         AttackError: epsilon is not above zero, or training diverged.
         UnsupportedModelError: torch-pruning cannot trace the model, or it is in half precision.
         MissingExtraError: torch-pruning is not installed.
@@ -142,54 +146,56 @@ def mrpf(
     """
     from hipp_ext.integrations.torch_pruning_channels import find_channel_groups, prune_channels
 
-    settings = settings or MRPFSettings()
+    settings, log = settings or MRPFSettings(), log or (lambda _: None)
     loss = loss or TRADES(epsilon=settings.scores.epsilon)
     check_precision(model)
     example = data.train.rows(slice(0, 1))[0].to(next(model.parameters()).device)
     ignored = fixed_layers(model) if ignored is None else ignored
     identity = {
-        "model": tensor_digest(model.state_dict()),
+        "model": digest(model.state_dict()),
         "data": data_identity(data),
         "loss": loss_identity(loss),
         "ignored": sorted(n for n, m in model.named_modules() if m in set(ignored)),
         "settings": asdict(settings),
     }
-    run = _Run(folder, identity, log or (lambda _: None))
-    with restored(model, random_state=True):
+    with restored(model, random_state=True), contextlib.ExitStack() as stack:
         groups = find_channel_groups(model, example, ignored=ignored)
-        costs = dict(
-            zip(("macs", "parameters"), channel_costs(model, example, groups), strict=True)
-        )
-        cost = costs[settings.cost]
-        plan = run.scored_once(lambda: _plan(model, data, groups, cost, settings))
+        macs, parameters = channel_costs(model, example, groups)
+        cost = macs if settings.cost == "macs" else parameters
+        # An impossible budget is refused before the folder is made, and before the scoring.
+        budget, bounds = _budget(groups, cost, settings)
+        run = None if folder is None else stack.enter_context(RunFolder(folder, identity))
+        record = _recorder(run, log)
+        plan = None if run is None else _read_plan(run)
+        if plan is None:
+            start = time.perf_counter()
+            log("score and allocate")
+            plan = _plan(model, data, groups, cost, budget, bounds, settings)
+            if run is not None:
+                write_atomic(run / PLAN, seal({}, plan))
+            seconds, spent = time.perf_counter() - start, {k: plan[k] for k in ("cost", "budget")}
+            record({"stage": "plan", "seconds": seconds, **spent})
         pruned = copy.deepcopy(model)
         prune_channels(pruned, example, plan["kept"])
         if settings.recalibrate:
             recalibrate(pruned, data.train, settings.scores.epsilon, seed=settings.scores.seed)
-        checkpoint = run.path("train.safetensors")
-        history = train(
-            pruned, data, loss, settings.train, checkpoint=checkpoint, on_epoch=on_epoch
-        )
-        run.record({"stage": "train", "losses": history})
+        history = train(pruned, data, loss, settings.train, folder=run, on_epoch=on_epoch)
+        record({"stage": "train", "losses": history})
     keep_counts, widths = [len(plan["kept"][g.name]) for g in groups], [g.width for g in groups]
     return MRPFResult(
         model=pruned.eval(),
         kept={name: tuple(channels) for name, channels in plan["kept"].items()},
         sensitivity=plan["sensitivity"],
         history=tuple(history),
-        macs=costs["macs"](keep_counts) / costs["macs"](widths),
-        parameters=costs["parameters"](keep_counts) / costs["parameters"](widths),
+        macs=macs(keep_counts) / macs(widths),
+        parameters=parameters(keep_counts) / parameters(widths),
     )
 
 
-def _plan(
-    model: nn.Module,
-    data: ImageData,
-    groups: Sequence[ChannelGroup],
-    cost: Cost,
-    settings: MRPFSettings,
-) -> dict[str, Any]:
-    """Sensitivity and kept channels per group, and what they cost; plain values."""
+def _budget(
+    groups: Sequence[ChannelGroup], cost: Cost, settings: MRPFSettings
+) -> tuple[int, Bounds]:
+    """(largest cost, bounds of the keep counts); BudgetError where no allocation meets them."""
     widths, fraction = [g.width for g in groups], settings.budget
     if fraction is None:
         removed = settings.pruning_ratio
@@ -199,12 +205,23 @@ def _plan(
         # about its square root of the channels.
         removed, budget = 1 - fraction**0.5, int(fraction * cost(widths))
     bounds = settings.bounds or Bounds(min_keep=default_min_keep(removed))
-    # An impossible budget is refused before the scoring, which takes long.
     allocate([1.0] * len(widths), widths, cost, budget, bounds=bounds)
+    return budget, bounds
+
+
+def _plan(
+    model: nn.Module,
+    data: ImageData,
+    groups: Sequence[ChannelGroup],
+    cost: Cost,
+    budget: int,
+    bounds: Bounds,
+    settings: MRPFSettings,
+) -> dict[str, Any]:
+    """Sensitivity and kept channels per group, and what they cost; plain values."""
     scores = score(model, data.train, groups, settings.scores)
-    keep_counts = allocate(
-        scores.sensitivity, widths, cost, budget, alpha=settings.alpha, bounds=bounds
-    )
+    widths, alpha = [g.width for g in groups], settings.alpha
+    keep_counts = allocate(scores.sensitivity, widths, cost, budget, alpha=alpha, bounds=bounds)
     kept = zip(groups, scores.ranking, keep_counts, strict=True)
     return {
         "sensitivity": {g.name: s for g, s in zip(groups, scores.sensitivity, strict=True)},
@@ -214,54 +231,25 @@ def _plan(
     }
 
 
-class _Run:
-    """The folder of a run: its plan, its checkpoint and its log."""
+def _read_plan(run: RunFolder) -> dict[str, Any] | None:
+    """The plan of an interrupted run, or None."""
+    try:
+        return unseal(run / PLAN)[1] if (run / PLAN).exists() else None
+    except CheckpointError as error:
+        raise run.damaged(error) from error
 
-    def __init__(
-        self, folder: str | Path | None, identity: Mapping[str, Any], log: Callable[[str], None]
-    ):
-        self.folder, self.log = None if folder is None else Path(folder), log
-        self.identity = json.loads(json.dumps(identity))
-        events = self.path("log.jsonl")
-        if events is not None and events.exists() and not events.is_file():  # a pipe would block
-            raise DataError(f"{events} is not a regular file. Remove it, or choose another folder.")
 
-    def path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
+def _recorder(
+    run: RunFolder | None, log: Callable[[str], None]
+) -> Callable[[Mapping[str, Any]], None]:
+    """A function that passes an event to `log`, and adds it to the log of the run."""
+    if run is not None and (run / LOG).exists() and not (run / LOG).is_file():
+        raise run.damaged(f"{LOG} is not a regular file")  # a pipe would block
 
-    def scored_once(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The plan of an earlier run of this identity, else what `make` returns."""
-        path = self.path("plan.safetensors")
-        if path is not None and path.exists():
-            return self._read(path)
-        start = time.perf_counter()
-        self.log("score and allocate")
-        plan = make()
-        if path is not None:
-            write_atomic(path, seal({}, {"identity": self.identity, "plan": plan}))
-        seconds = time.perf_counter() - start
-        self.record(
-            {"stage": "plan", "seconds": seconds, "cost": plan["cost"], "budget": plan["budget"]}
-        )
-        return plan
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            _, about = unseal(path)
-            identity, plan = about["identity"], about["plan"]
-        except (CheckpointError, KeyError) as error:
-            raise DataError(f"{path} is damaged ({error}). Remove it to score again.") from error
-        if identity != self.identity:
-            raise DataError(
-                f"{path.parent} holds another run: its model, data, loss, fixed layers or settings "
-                "differ. Choose another folder."
-            )
-        return plan
-
-    def record(self, event: Mapping[str, Any]) -> None:
-        """Add an event to the log."""
-        self.log(", ".join(f"{k} {v}" for k, v in event.items()))
-        if (path := self.path("log.jsonl")) is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
+    def record(event: Mapping[str, Any]) -> None:
+        log(", ".join(f"{k} {v}" for k, v in event.items()))
+        if run is not None:
+            with (run / LOG).open("a") as file:
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+    return record

@@ -32,7 +32,7 @@ class ScoreSettings:
         ranking: how the channels of a group are ranked: "bn" (scale of the batch norm behind the
             channel), "taylor" (derivative of the loss with respect to a gate), "l1" (weight norms),
             or "auto": "bn" where every channel has a batch norm, else "taylor". It matters more
-            than the allocation: see evals/LOG.md.
+            than the allocation: see evals/studies/LOG.md.
         epsilon: L-inf radius of the attack on the scored images.
         attack_steps: gradient steps of PGD; 0 scores clean images, which is the counterpart that a
             claim about robustness has to beat.

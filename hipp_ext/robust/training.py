@@ -1,10 +1,9 @@
 """Adversarial training that resumes to the same weights, and the recalibration of batch norms."""
 
-import hashlib
-import json
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,16 @@ from torch import Tensor, nn
 from hipp_ext.attacks import check_precision
 from hipp_ext.errors import AttackError, CheckpointError, DataError, UnsupportedModelError
 from hipp_ext.files import write_atomic
-from hipp_ext.files.sealed import seal, unseal
+from hipp_ext.files.sealed import digest, seal, unseal
 from hipp_ext.modes import restored
 from hipp_ext.quantities import take_numbers
 from hipp_ext.robust.data import ImageData, Images, check_images
 from hipp_ext.robust.losses import AdversarialLoss, attacked, backward
+from hipp_ext.runs import RunFolder
+from hipp_ext.training import load_optimizers, optimizer_tensors
 
-MOMENTUM = 0.9
 WARM_UP = 0.3  # fraction of the steps in which the learning rate rises
-IDENTITY = {
-    "settings": "other settings",
-    "model": "another model",
-    "data": "other data",
-    "loss": "another loss",
-}  # what a checkpoint belongs to, and how an error calls a difference
+CHECKPOINT = "train.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,7 @@ def train(
     loss: AdversarialLoss,
     settings: TrainSettings,
     *,
-    checkpoint: Path | None = None,
+    folder: str | Path | RunFolder | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[float]:
     """Train `model` in place; returns the mean loss of every epoch.
@@ -81,17 +76,18 @@ def train(
         data: its training images are used, not its test images.
         loss: see `hipp_ext.robust.losses`; called in train mode.
         settings: see `TrainSettings`.
-        checkpoint: file that is written after every epoch (safetensors). An interrupted call
-            resumes from it, and ends with the weights of an uninterrupted one. It belongs to these
-            settings, weights and images, and to this loss (as its repr gives it), and no other call
-            takes it.
+        folder: folder for a checkpoint after every epoch. An interrupted call resumes from it, and
+            ends with the weights of an uninterrupted one. It belongs to these settings, weights and
+            images, and to this loss (as its repr gives it), and no other call takes it. A
+            `RunFolder` is used as it is. None: nothing is written.
         on_epoch: called after every epoch.
 
     Raises:
         UnsupportedModelError: the model is in half precision, or nothing of it requires gradients.
         AttackError: the loss became NaN or infinite.
-        DataError: `checkpoint` belongs to other settings, another model, other data or another
-            loss, or is damaged.
+        CheckpointError: `folder` holds a run with other settings, another model, other data or
+            another loss, or is damaged.
+        OutputBusyError: another process works in `folder`.
     """
     check_precision(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -101,20 +97,37 @@ def train(
             "train."
         )
     check_images(data.train, len(data.classes), f"{data.name} train")
-    run = _Run(model, parameters, settings, math.ceil(len(data.train) / settings.batch_size))
-    history: list[float] = []
-    if checkpoint is not None:
-        run.identity = _identity(model, data, loss, settings)
-        history = run.load(checkpoint) if checkpoint.exists() else []
-    with restored(model, random_state=True):
+    optimizer = torch.optim.SGD(
+        parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+    )
+    optimizer.zero_grad()
+    with restored(model, random_state=True), contextlib.ExitStack() as stack:
+        if isinstance(folder, str | Path):
+            folder = stack.enter_context(RunFolder(folder, _identity(model, data, loss, settings)))
+        history = [] if folder is None else _load(folder, model, optimizer)
         model.train()
         for epoch in range(len(history), settings.epochs):
-            history.append(_epoch(model, data, loss, settings, run, epoch))
-            if checkpoint is not None:
-                run.save(checkpoint, history)
+            history.append(_epoch(model, data, loss, settings, optimizer, epoch))
+            if folder is not None:
+                tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+                tensors |= optimizer_tensors([optimizer])
+                write_atomic(folder / CHECKPOINT, seal(tensors, {"history": history}))
             if on_epoch is not None:
                 on_epoch(len(history), history[-1])
     return history
+
+
+def _load(run: RunFolder, model: nn.Module, optimizer: Any) -> list[float]:
+    """Load the checkpoint in `run` if there is one; returns the losses until then."""
+    if not (run / CHECKPOINT).exists():
+        return []
+    try:
+        tensors, about = unseal(run / CHECKPOINT)
+        model.load_state_dict({n: tensors.pop(f"model.{n}") for n in model.state_dict()})
+        load_optimizers([optimizer], tensors)
+        return about["history"]
+    except (CheckpointError, KeyError, ValueError, RuntimeError) as error:
+        raise run.damaged(error) from error
 
 
 def _epoch(
@@ -122,7 +135,7 @@ def _epoch(
     data: ImageData,
     loss: AdversarialLoss,
     settings: TrainSettings,
-    run: "_Run",
+    optimizer: Any,
     epoch: int,
 ) -> float:
     # Every epoch has its own seed, so that it does not matter where a run was interrupted.
@@ -131,76 +144,24 @@ def _epoch(
     torch.manual_seed(seed)  # dropout draws from the global state, which `train` restores
     order = torch.randperm(len(data.train), generator=generator)
     device = next(model.parameters()).device
+    batches = order.split(settings.batch_size)
     total = 0.0
-    for start in range(0, len(order), settings.batch_size):
-        images, labels = data.train.rows(order[start : start + settings.batch_size])
+    for number, rows in enumerate(batches):
+        images, labels = data.train.rows(rows)
         images = augment(images, data, generator).to(device)
-        value = backward(loss, model, images, labels.to(device), seed * 7919 + start)
+        attack_seed = seed * 7919 + number * settings.batch_size
+        value = backward(loss, model, images, labels.to(device), attack_seed)
         if not math.isfinite(value):
             raise AttackError(
                 f"The training loss is {value} in epoch {epoch + 1}; lower the learning rate "
                 f"({settings.lr})."
             )
-        run.step()
+        step, steps = epoch * len(batches) + number, settings.epochs * len(batches)
+        optimizer.param_groups[0]["lr"] = cycle(settings.lr, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
         total += value * len(labels)
     return total / len(order)
-
-
-class _Run:
-    """SGD with its momentum and its position in the cycle, which can be saved and loaded."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: list[nn.Parameter],
-        settings: TrainSettings,
-        per_epoch: int,
-    ):
-        self.model, self.parameters, self.settings = model, parameters, settings
-        self.per_epoch, self.done, self.identity = per_epoch, 0, {}
-        self.optimizer = torch.optim.SGD(
-            parameters,
-            lr=settings.lr,
-            momentum=MOMENTUM,
-            nesterov=True,
-            weight_decay=settings.weight_decay,
-        )
-        self.optimizer.zero_grad()
-
-    def step(self) -> None:
-        steps = self.settings.epochs * self.per_epoch
-        self.optimizer.param_groups[0]["lr"] = cycle(self.settings.lr, self.done, steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.done += 1
-
-    def save(self, path: Path, history: list[float]) -> None:
-        tensors = {f"model.{n}": t.contiguous() for n, t in self.model.state_dict().items()}
-        for i, p in enumerate(self.parameters):
-            if (momentum := self.optimizer.state[p].get("momentum_buffer")) is not None:
-                tensors[f"momentum.{i}"] = momentum
-        write_atomic(path, seal(tensors, {"identity": self.identity, "history": history}))
-
-    def load(self, path: Path) -> list[float]:
-        try:
-            tensors, about = unseal(path)
-            there, history = about["identity"], about["history"]
-            belongs = {part: there.get(part) == self.identity[part] for part in IDENTITY}
-        except (CheckpointError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not a training checkpoint, or it is damaged ({error}). Delete it to "
-                "start over."
-            ) from error
-        for part, words in IDENTITY.items():
-            if not belongs[part]:
-                raise DataError(f"{path} belongs to {words}. Delete it, or choose another folder.")
-        state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        self.model.load_state_dict(state)
-        for i, p in enumerate(self.parameters):
-            if f"momentum.{i}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = tensors[f"momentum.{i}"].to(p.device)
-        self.done = len(history) * self.per_epoch
-        return history
 
 
 def _identity(
@@ -209,7 +170,7 @@ def _identity(
     # Not the buffers: batch norms that were measured again under attack may differ in the last bit.
     return {
         "settings": asdict(settings),
-        "model": tensor_digest(dict(model.named_parameters())),
+        "model": digest(dict(model.named_parameters())),
         "data": data_identity(data),
         "loss": loss_identity(loss),
     }
@@ -221,7 +182,7 @@ def data_identity(data: ImageData) -> dict[str, Any]:
     return {
         "name": data.name,
         "rows": len(data.train),
-        "digest": tensor_digest(train),
+        "digest": digest(train),
         "pad": data.pad,
         "mirror": data.mirror,
     }
@@ -230,16 +191,6 @@ def data_identity(data: ImageData) -> dict[str, Any]:
 def loss_identity(loss: AdversarialLoss) -> str:
     """The repr of a loss without addresses: class and settings, or the function's name."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(loss))
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hex digest of names, shapes, dtypes and values."""
-    result = hashlib.sha256()
-    for name, tensor in tensors.items():
-        result.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        result.update(flat.view(torch.uint8).numpy().data)
-    return result.hexdigest()
 
 
 def cycle(lr: float, step: int, steps: int) -> float:

@@ -22,9 +22,14 @@ class Scorer(abc.ABC):
     A scorer ranks the units within a group; an allocator decides how many of them stay. Scores of
     different groups need not be comparable. A new scorer is a frozen dataclass that implements
     `score`, and a line in `hipp_ext.scorers.SCORERS`.
+
+    Attributes:
+        needs_calibration: whether it reads batches.
+        kinds: kinds of groups that it can score; None: all.
     """
 
     needs_calibration: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...] | None] = None
 
     def __call__(
         self,
@@ -45,10 +50,17 @@ class Scorer(abc.ABC):
 
         Raises:
             CalibrationError: no calibration where one is needed, or batches that do not fit.
-            UnsupportedModelError: groups cannot be mapped, weights are offloaded, quantised or
-                adapted, or a score is NaN or infinite.
+            UnsupportedModelError: groups cannot be mapped or are of a kind that the scorer does
+                not know, weights are offloaded, quantised or adapted, or a score is NaN or
+                infinite.
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
+        if unknown := [g.name for g in groups if not self.scores(g)]:
+            raise UnsupportedModelError(
+                f"{self.name} scores groups of the kinds {', '.join(self.kinds or ())} only, and "
+                f"was asked for {', '.join(unknown[:4])}. Leave them out of `groups`, or use "
+                "another scorer."
+            )
         check_loaded(model)
         check_plain(model, groups)
         batches: Sequence[Batch] = ()
@@ -66,6 +78,11 @@ class Scorer(abc.ABC):
                     "try bfloat16)."
                 )
         return scores
+
+    @classmethod
+    def scores(cls, group: Group) -> bool:
+        """Whether `group` is of a kind that the scorer can score."""
+        return cls.kinds is None or group.kind in cls.kinds
 
     @property
     def name(self) -> str:
@@ -241,11 +258,9 @@ def visit_inputs(
 
         def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
             def hook(_: nn.Module, args: tuple) -> None:
-                x = args[0].detach()
-                visit(
-                    group,
-                    x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2),
-                )
+                x = args[0].detach().flatten(0, -2)
+                language = group.tower == "language"
+                visit(group, x[current[0].flatten().to(x.device)] if language else x)
 
             return hook
 

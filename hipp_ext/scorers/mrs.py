@@ -67,7 +67,7 @@ class MRS(Scorer):
     decides how much of it is pruned.
     Differs from the paper: its formula, attack and map to ratios are not public, so all three forms
     are ours. "worst" follows module robust criticality (arXiv 2308.02533); "removal" measures what
-    pruning does, and was the best of them in our trials (evals/LOG.md).
+    pruning does, and was the best of them in our trials (evals/studies/LOG.md).
     """
 
     form: str = "removal"  # one of FORMS

@@ -93,7 +93,7 @@ def _linearise(model: nn.Module, group: Group) -> _Block:
     ones = torch.ones(
         producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
     )
-    gain = _gain(norm_before(layer, group.kind), ones)
+    gain = _gain(norm_before(layer, group.place), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
 
 

@@ -9,7 +9,7 @@ what they write there.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,6 +54,7 @@ class VisualSensitivity(Scorer):
     """
 
     sink_threshold: float = 20.0
+    kinds: ClassVar[tuple[str, ...]] = ("attention", "ffn")
 
     @torch.no_grad()
     def score(
@@ -150,7 +151,7 @@ class _Probe:
         # Gemma norms what a block returns before it is added.
         added = getattr(layer, "post_feedforward_layernorm", block)
         stack.callback(
-            added.register_forward_hook(self._keep_output(g, residual_scale(layer, g.kind))).remove
+            added.register_forward_hook(self._keep_output(g, residual_scale(layer, g.place))).remove
         )
 
     def add_flow(
@@ -239,7 +240,7 @@ class _Probe:
     def flow(self, g: Group) -> Float[Tensor, " width"]:
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        multiplier = residual_scale(tower_layers(self.model, "language")[g.layer], g.kind)
+        multiplier = residual_scale(tower_layers(self.model, "language")[g.layer], g.place)
         return multiplier * self.totals[g.name] / self.counts[g.name]
 
     def drift_share(self, g: Group) -> Float[Tensor, " width"]:

@@ -40,7 +40,7 @@ from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
 __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
 PLAN = "hipp_plan.json"
-# What is decided here, not by whoever calls: where the weights come from, and that no code comes
+# What is decided here, not by the caller: where the weights come from, and that no code comes
 # with them.
 _DECIDED = {
     "config",

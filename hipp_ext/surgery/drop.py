@@ -19,7 +19,7 @@ def skip_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Modu
     for group in groups:
         layer_name, _, _ = group.block.rpartition(".")
         modules[group.block] = KINDS[group.kind].skip(model.get_submodule(group.block))
-        for norm in own_norms(model.get_submodule(layer_name), group.kind):
+        for norm in own_norms(model.get_submodule(layer_name), group.place):
             modules[f"{layer_name}.{norm}"] = nn.Identity()
     return modules
 

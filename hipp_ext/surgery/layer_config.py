@@ -12,7 +12,7 @@ from hipp_ext.groups import Kind, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
 # What pruning writes into per_layer_config.
-OWN_KEYS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "skip")
+OWN_KEYS = {"skip", *(field for kind in KINDS.values() for field in kind.fields)}
 
 
 def write_layer_config(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def configured_skips(config: Any) -> list[tuple[int, Kind]]:
     if not getattr(text, "is_heterogeneous", False):
         return []
     return [
-        (layer, kind.name)  # type: ignore[misc]
+        (layer, kind.name)
         for layer, own in enumerate(text.per_layer_config)
         for kind in KINDS.values()
         if kind.names.skip in own.skip

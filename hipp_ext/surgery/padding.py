@@ -3,7 +3,7 @@ width.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from hipp_ext.groups import (
     sync_sizes,
     tower_layers,
 )
-from hipp_ext.kinds import Skip
+from hipp_ext.kinds import KINDS, Skip
+from hipp_ext.surgery.drop import replace_modules
 from hipp_ext.surgery.layer_config import built_shapes, other_layer_values
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
@@ -98,7 +99,7 @@ def _with_all_blocks(model: Any) -> Any:
     model = copy.deepcopy(model)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
     forget_bound_methods(model)
-    towers = [tower for tower in known_towers(model) if find_skips(model, tower)]
+    towers: list[Tower] = [tower for tower in known_towers(model) if find_skips(model, tower)]
     if not towers:
         return model
     config = copy.deepcopy(model.config)
@@ -109,13 +110,13 @@ def _with_all_blocks(model: Any) -> Any:
     for tower in towers:
         pairs = zip(tower_layers(model, tower), tower_layers(whole, tower), strict=True)
         for layer, stock in pairs:
-            for name, child in list(layer.named_children()):
+            device = next(layer.parameters(), like).device
+            for name, child in list(layer.named_modules()):
                 if isinstance(child, Skip | nn.Identity):
-                    device = next(layer.parameters(), like).device
-                    block = getattr(stock, name).to_empty(device=device)
+                    block = stock.get_submodule(name).to_empty(device=device)
                     for parameter in block.parameters():
                         parameter.data.zero_()
-                    setattr(layer, name, block.train(layer.training))
+                    replace_modules(layer, {name: block.train(layer.training)})
     return model
 
 
@@ -132,36 +133,22 @@ def _part_config(config: Any, part: Part) -> Any:
 
 def _dense_width(model: Any, part: Part) -> int:
     """The width that the configuration names for all layers, which pruning leaves there."""
-    config = _part_config(model.config, part)
-    names = ["num_key_value_heads", "num_attention_heads"][part[0] == "vision" :]
-    names = ["intermediate_size"] if part[1] == "ffn" else names
-    sizes = [value for n in names if isinstance(value := getattr(config, n, None), int)]
-    if not sizes:
+    config, kind = _part_config(model.config, part), KINDS[part[1]]
+    width = kind.common_width(config, part[0])
+    if width is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no "
-            f"{' or '.join(names)}."
+            f"{' or '.join(kind.fields)}."
         )
-    return sizes[0]
+    return width
 
 
-def _narrow_width(model: Any, part: Part, groups: Iterable[Group]) -> int:
+def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     """The least width that holds all groups and that the configuration can express."""
-    width, dense = max(g.width for g in groups), _dense_width(model, part)
-    if part == ("vision", "attention"):
-        return dense  # the head dimension is derived from the number of heads
-    if part[1] == "ffn":
-        return width
-    first = next(iter(groups))
-    repeat = first.columns // block_of(model, first).head_dim  # query heads of a KV group
-    return _loadable_kv_groups(_part_config(model.config, part), width, dense, repeat)
-
-
-def _loadable_kv_groups(config: Any, needed: int, dense: int, repeat: int) -> int:
-    """The least number of KV groups from `needed` on that the config's own checks accept."""
-    if getattr(config, "head_dim", None) is None:
-        return dense  # derived from the number of heads, which then cannot change
-    divides = (w for w in range(needed, dense) if config.hidden_size % (w * repeat) == 0)
-    return next(divides, dense)
+    first, needed = groups[0], max(g.width for g in groups)
+    config, block = _part_config(model.config, part), block_of(model, first)
+    width = KINDS[part[1]].expressible(config, part[0], needed, block, first.columns)
+    return _dense_width(model, part) if width is None else width
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
@@ -171,14 +158,7 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text.per_layer_config = own or None
     text.allow_global_per_layer_attribute_access = bool(own)
     for part in parts:
-        inner = _part_config(config, part)
-        if part[1] == "ffn":
-            inner.intermediate_size = widths[part]
-        elif part[0] == "language":
-            kv_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
-            repeat = inner.num_attention_heads // kv_heads
-            inner.num_key_value_heads = widths[part]
-            inner.num_attention_heads = widths[part] * repeat
+        KINDS[part[1]].set_common_width(_part_config(config, part), part[0], widths[part])
 
 
 def _misfits(

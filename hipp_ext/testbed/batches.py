@@ -67,51 +67,45 @@ def calibration_texts(
     Raises:
         CalibrationError: `n` or `batch_size` is below 1.
     """
-    rows = list(
-        itertools.islice(
-            (q for q in choice_stream(split) if q.scene is None), _at_least_one(n, batch_size)
-        )
-    )
-    chunks = [rows[start : start + batch_size] for start in range(0, n, batch_size)]
+    _check_sizes(n, batch_size)
+    texts = (q for q in choice_stream(split) if q.scene is None)
     return [
-        encode_text(tokenizer, [q.prompt for q in chunk], [q.answer for q in chunk])
-        for chunk in chunks
+        encode_text(tokenizer, [q.prompt for q in rows], [q.answer for q in rows])
+        for rows in _chunks(list(itertools.islice(texts, n)), batch_size)
     ]
 
 
-def _at_least_one(n: int, batch_size: int) -> int:
+def _check_sizes(n: int, batch_size: int) -> None:
     if whole(n) is None or whole(batch_size) is None or n < 1 or batch_size < 1:
         raise CalibrationError(
             f"calibration batches need n >= 1 and batch_size >= 1, got n={n}, {batch_size=}."
         )
-    return n
 
 
 def _questions(n: int, batch_size: int, split: str) -> tuple[list[Question], list[Question]]:
     """(questions of POPE, questions of ScienceQA), `n` in total."""
-    _at_least_one(n, batch_size)
+    _check_sizes(n, batch_size)
     pope: list[Question] = []
-    choice: list[Question] = []
-    for number, (group, other) in enumerate(
-        zip(pope_groups(split), choice_stream(split), strict=False)
-    ):
-        if len(pope) + len(choice) >= n:
-            break
+    for number, group in enumerate(itertools.islice(pope_groups(split), (n + 1) // 2)):
         kind = ("random", "popular", "adversarial")[number // 2 % 3]
         answer = "No" if number % 2 else "Yes"
         pope.append(next(q for q in group if q.answer == answer and kind in q.category))
-        choice.append(other)
-    return pope, choice[: n - len(pope)]
+    return pope, list(itertools.islice(choice_stream(split), n // 2))
 
 
 def _batches(
     processor: Any, rows: Sequence[Question], batch_size: int, with_labels: bool = True
 ) -> list[Batch]:
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
-        answers = [q.answer for q in chunk] if with_labels else None
-        batches.append(
-            encode(processor, [q.prompt for q in chunk], [q.image for q in chunk], answers)
+    return [
+        encode(
+            processor,
+            [q.prompt for q in chunk],
+            [q.image for q in chunk],
+            [q.answer for q in chunk] if with_labels else None,
         )
-    return batches
+        for chunk in _chunks(rows, batch_size)
+    ]
+
+
+def _chunks(rows: Sequence[Question], size: int) -> list[Sequence[Question]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

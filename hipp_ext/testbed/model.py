@@ -31,21 +31,9 @@ def vocabulary() -> list[str]:
     example = quiz.Question(
         index=0, question="", answer="", category="", options=("",) * 4, hint="."
     )
-    texts += [
-        *world.OBJECTS,
-        *facts.EPITHETS,
-        *facts.GENERA,
-        *filter(None, quiz.HINTS),
-        DESCRIBE,
-        CHECK,
-        EMPTY,
-        example.prompt,
-    ]
-    texts += [
-        "Is there a cup in the image? Please answer yes or no.",
-        "Yes No A B C D",
-        "USER: ASSISTANT:",
-    ]
+    texts += [*world.OBJECTS, *facts.EPITHETS, *facts.GENERA, *filter(None, quiz.HINTS)]
+    texts += [DESCRIBE, CHECK, EMPTY, example.prompt, "Yes No A B C D", "USER: ASSISTANT:"]
+    texts += ["Is there a cup in the image? Please answer yes or no."]
     words = {word for text in texts for word in WORD.findall(text)} - {"{", "}"}
     return [PAD, BOS, EOS, UNKNOWN, IMAGE, *sorted(words)]
 
@@ -89,23 +77,14 @@ def build_processor() -> "LlavaProcessor":
 
 def is_own_processor(processor: Any) -> bool:
     """Whether `processor` treats pictures and words as the one of `build_processor` does."""
-    pictures, tokenizer = (
-        getattr(processor, "image_processor", None),
-        getattr(processor, "tokenizer", None),
-    )
+    return _seen_by(processor) == _seen_by(build_processor())
+
+
+def _seen_by(processor: Any) -> Any:
+    """(size of pictures, size of patches, words)."""
+    pictures, words = (getattr(processor, n, None) for n in ("image_processor", "tokenizer"))
     size = getattr(pictures, "crop_size", None)
-    edges = (
-        {size["height"], size["width"]}
-        if size is not None and "height" in size and "width" in size
-        else {size}
-    )
-    if (
-        edges != {world.SIZE}
-        or getattr(processor, "patch_size", None) != world.CELL
-        or tokenizer is None
-    ):
-        return False
-    return tokenizer.get_vocab() == {word: i for i, word in enumerate(vocabulary())}
+    return size, getattr(processor, "patch_size", None), words and words.get_vocab()
 
 
 def build_model(

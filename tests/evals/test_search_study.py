@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hipp_ext.allocators import ALLOCATORS
-from hipp_ext.errors import HippError, OutputExistsError
+from hipp_ext.errors import CheckpointError, HippError
 from hipp_ext.evals.studies.measuring import rank_correlation
 from hipp_ext.evals.studies.search import control, study
 from hipp_ext.evals.studies.search.methods import METHODS
@@ -107,7 +107,7 @@ def test_a_small_study(tmp_path, few_answers):
         and alone["hypervolume"] == result["methods"][HIPP]["hypervolume"]
     )
     assert (tmp_path / "control.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(OutputExistsError, match="holds a study with another setting"):
+    with pytest.raises(CheckpointError, match="holds another run: seeds is 1 there, and 2 was"):
         run_study(StudySize(seeds=2), tmp_path, [])
 
 

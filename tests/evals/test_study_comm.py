@@ -54,7 +54,7 @@ def test_methods_with_error_feedback_send_everything_in_the_end(name):
 def test_an_observer_of_the_wire_decodes_what_was_sent():
     torch.manual_seed(0)
     model = inversion.cnn()
-    found = inversion._gradients(model, torch.rand(1, 1, 8, 8), torch.tensor([3]))
+    found = comm_baselines.gradients_of(model, torch.rand(1, 1, 8, 8), torch.tensor([3]))
     exact, coarse = (
         inversion.observe(f"{m} naive", found).target for m in ("PowerSGD", "LQ-SGD 8 bits")
     )
@@ -74,7 +74,9 @@ def test_an_adaptive_attack_rebuilds_what_a_naive_one_cannot():
     for variant in ("raw", "LQ-SGD 8 bits naive", "LQ-SGD 8 bits adaptive"):
         torch.manual_seed(0)
         model = inversion.lenet()
-        seen = inversion.observe(variant, inversion._gradients(model, picture, torch.tensor([3])))
+        seen = inversion.observe(
+            variant, comm_baselines.gradients_of(model, picture, torch.tensor([3]))
+        )
         rebuilt = inversion.dlg(model, torch.tensor([3]), seen, 60)
         error[variant] = inversion.quality([rebuilt], [picture[0, 0]])["MSE"]["mean"]
     assert (

@@ -16,7 +16,7 @@ def test_visual_sensitivity_finds_the_layers_that_knockout_finds(monkeypatch):
 
 def test_what_a_fit_costs(tmp_path):
     size = fit_cost.FitCostSize(
-        hidden=256, layers=2, questions=3, calibration=2, fit=FitSettings(steps=1, imagined=2)
+        hidden=256, layers=2, questions=3, calibration=2, fit=FitSettings(steps=1, updates=2)
     )
     found = fit_cost.run(size, device="cpu", dtype="bfloat16", out=tmp_path / "cost.json")
     assert json.loads((tmp_path / "cost.json").read_text()) == found

@@ -4,11 +4,12 @@ import base64
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fuzz.mutations import DEEP, PICTURES, dump
+from hipp_ext.files.sealed import ENTRY
 
 Edit = Callable[[Path], object]
 CORPUS: dict[str, dict[str, Edit]] = {}
@@ -47,6 +48,23 @@ def text(pattern: str, content: bytes | Callable[[bytes], bytes]) -> Edit:
     def edit(folder: Path) -> None:
         for file in sorted(folder.glob(pattern)) or [folder / pattern]:
             file.write_bytes(content if isinstance(content, bytes) else content(file.read_bytes()))
+
+    return edit
+
+
+def first_group(change: Mapping[str, Any]) -> Edit:
+    """In a planner's signals, the first group gets other fields; the digest stays."""
+
+    def edit(folder: Path) -> None:
+        for file in sorted(folder.glob("planner/signals.safetensors")):
+            data = file.read_bytes()
+            end = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:end])
+            entry = json.loads(header["__metadata__"][ENTRY])
+            entry["about"]["signals"]["groups"][0] |= change
+            header["__metadata__"][ENTRY] = json.dumps(entry)
+            text = json.dumps(header).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
     return edit
 
@@ -151,28 +169,18 @@ known("planner", "policy of width -1", setting("planner/planner.json", "policy_w
 known("planner", "policy of width 0", setting("planner/planner.json", "policy_width", value=0))
 known(
     "planner",
-    "group of 2**60 units",
-    setting("planner/planner.json", "signals", "groups", 0, "width", value=2**60),
-)
-known(
-    "planner",
-    "group without rows",
-    setting("planner/planner.json", "signals", "groups", 0, "rows", value=[]),
-)
-known(
-    "planner",
     "a scorer that is a module's name",
     setting("planner/planner.json", "scorer", value="__doc__"),
 )
 known(
     "planner", "a scorer that is no planner's", setting("planner/planner.json", "mrs", value="FLAP")
 )
-known("planner", "no group", setting("planner/planner.json", "signals", "groups", value=[]))
-known(
-    "planner",
-    "layers below zero",
-    setting("planner/planner.json", "signals", "groups", 0, "layer", value=-(10**9)),
-)
+for title, change in {
+    "group of 2**60 units": {"width": 2**60},
+    "group that owns nothing": {"owns": []},
+    "layers below zero": {"layer": -(10**9)},
+}.items():
+    known("planner", title, first_group(change))
 known("fit", "deep identity", text("fit/run.json", b"[" * 100_000))
 known(
     "signals",

@@ -66,9 +66,9 @@ _table("tsv-paths", make_path_tsv)
 
 @TABLE.reads("lm-eval", make_pope_tsv, share=0.1)
 def read_lm_eval(folder: Path) -> Any:
-    from hipp_ext.integrations.lm_eval_data import doc_to_image, load_pope, pope_results
+    from hipp_ext.integrations.lm_eval_data import doc_to_image, load, pope_results
 
-    documents = load_pope(tsv=str(folder / "POPE.tsv"))["test"]
+    documents = load("POPE", tsv=str(folder / "POPE.tsv"))["test"]
     return [(doc_to_image(doc), pope_results(doc, ["yes"])) for doc in documents]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from models import BUILDERS, IMAGE_TOKEN, batch, build
-from plans import logits, random_plan
+from plans import dropping_plan, logits, random_plan
 from torch.utils.data import DataLoader
 from vlm_tables import save_llava
 
@@ -117,6 +117,21 @@ def filled(model, entries) -> int:
 
 
 # Prune, save, load
+
+
+@pytest.mark.parametrize("mode", ["shrink", "mask"])
+def test_blocks_that_go_whole_come_back_to_the_bit(dense, tmp_path, mode):
+    model, inputs = dense("llava"), batch("llava", labels=True)
+    names = ("language.0.attention", "language.1.attention", "language.1.ffn")
+    plan = dropping_plan(model, *names, half=("language.2.ffn",))
+    expected = expected_logits(model, plan, mode, inputs)
+    recipe = [HippStructuredPruningModifier(plan=plan, mode=mode), QUANTISERS["W8A8"]()]
+    oneshot(model=model, recipe=recipe[:1], pipeline="basic", **data("llava"))
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-4)
+    oneshot(model=model, recipe=recipe[1:], output_dir=str(tmp_path / "out"), **data("llava"))
+    loaded = load_pruned(tmp_path / "out")
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert loaded.hipp_plan == plan
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])

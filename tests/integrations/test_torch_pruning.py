@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from hypothesis import HealthCheck, given, settings
 from models import batch, build
-from plans import logits, random_plan
+from plans import dropping_plan, logits, random_plan
 from surgery.test_prune import MODELS, model_and_plan
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -144,6 +144,18 @@ def test_the_stock_pruner_carries_out_ffn_plans_beside_grouped_queries(name):
     model = build(name)
     plan = whole(random_plan(model, seed=1), "attention")
     assert_same(stock_pruned(model, name, plan), prune(model, plan))
+
+
+def test_blocks_that_go_whole_go_in_one_step():
+    model = build("llava")
+    plan = dropping_plan(model, "language.0.ffn", "language.1.attention", "language.1.ffn")
+    expected = prune(model, plan)
+    with pytest.raises(UnsupportedModelError, match="it drops no block whole. Use PlanPruner"):
+        to_tp_kwargs(plan, model)
+    with pytest.raises(PlanError, match="Blocks that keep nothing are dropped together"):
+        PlanPruner(model, batch("llava"), plan=plan).step(interactive=True)
+    PlanPruner(model, batch("llava"), plan=plan).step()
+    assert_same(model, expected)
 
 
 @settings(

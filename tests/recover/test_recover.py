@@ -82,11 +82,11 @@ def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
         [sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL
     )
     limit = time.monotonic() + 120
-    while not (folder / "progress.json").exists() and time.monotonic() < limit:
+    while not (folder / "progress.safetensors").exists() and time.monotonic() < limit:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert (folder / "progress.json").exists()
+    assert (folder / "progress.safetensors").exists()
     model = pruned()
     result = recover(model, source(), SETTINGS, folder=folder, progress=False)
     assert torch.equal(weights(model), weights(whole[0])) and result.losses == whole[1].losses
@@ -101,22 +101,25 @@ def replaced(path: Path, make) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "progress.json").write_text("{"), "progress.json is damaged"),
         (
-            lambda d: replaced(d / "progress.json", Path.mkdir),
-            "progress.json is damaged: .* is a folder",
+            lambda d: (d / "progress.safetensors").write_text("{"),
+            "damaged: .*progress.safetensors is damaged",
         ),
         (
-            lambda d: replaced(d / "progress.json", os.mkfifo),
-            "progress.json is damaged: .* is a pipe",
+            lambda d: replaced(d / "progress.safetensors", Path.mkdir),
+            "damaged: .*progress.safetensors is no file",
+        ),
+        (
+            lambda d: replaced(d / "progress.safetensors", os.mkfifo),
+            "damaged: .*progress.safetensors is no file",
         ),
         (
             lambda d: next(d.glob("step-*/weights.safetensors")).write_bytes(b"x"),
-            "incomplete or damaged.*start over",
+            "damaged: .*step-1.*start again",
         ),
         (
             lambda d: next(d.glob("step-*/optimizer.safetensors")).unlink(),
-            "incomplete or damaged.*start over",
+            "damaged: .*step-1.*start again",
         ),
         (lambda d: None, "holds another run: steps is 1 there, and 2 was asked for"),
     ],
@@ -140,7 +143,7 @@ def test_a_flipped_bit_is_not_gone_on_from(tmp_path):
     recover(model, source(), short, folder=tmp_path, progress=False)
     for path in (
         tmp_path / "run.json",
-        tmp_path / "progress.json",
+        tmp_path / "progress.safetensors",
         *sorted(tmp_path.glob("step-1/*")),
     ):
         content = path.read_bytes()
@@ -169,7 +172,11 @@ def test_what_a_killed_run_left_in_the_folder_is_swept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".weights.safetensors.abc").write_bytes(b"half")
     recover(pruned(), source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["progress.json", "run.json", "step-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "progress.safetensors",
+        "run.json",
+        "step-1",
+    ]
 
 
 def test_adamw_and_a_frozen_vision_tower(tmp_path):

@@ -128,17 +128,17 @@ def test_a_checkpoint_serves_its_own_run_only(tmp_path):
     hipp("train", "--network", "small-vgg", *common)
     weights = (tmp_path / "a" / "model.safetensors").read_bytes()
     for different in (("--loss", "trades"), ("--steps", "2"), ("--awp",), ("--epsilon", "0.2")):
-        with pytest.raises(DataError, match=r"train.safetensors belongs to another loss"):
+        with pytest.raises(CheckpointError, match="holds another run: loss is PGDAT"):
             hipp("train", "--network", "small-vgg", *common, *different, "--overwrite")
-    with pytest.raises(DataError, match=r"belongs to another model"):
+    with pytest.raises(CheckpointError, match="holds another run: model is"):
         hipp("train", "--network", "small-resnet", *common, "--overwrite")
-    with pytest.raises(DataError, match=r"belongs to other settings"):
+    with pytest.raises(CheckpointError, match="holds another run: settings.seed is 0"):
         hipp("train", "--network", "small-vgg", *common, "--seed", "1", "--overwrite")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == weights
     hipp("train", "--network", "small-vgg", *common[:-1], str(tmp_path / "b"), "--seed", "1")
     tune = ("--epsilon", "0.1", "--steps", "1", "--epochs", "1", "--out", str(tmp_path / "tuned"))
     hipp("finetune", str(tmp_path / "a"), *tune)
-    with pytest.raises(DataError, match=r"belongs to another model"):
+    with pytest.raises(CheckpointError, match="holds another run: model is"):
         hipp("finetune", str(tmp_path / "b"), *tune, "--overwrite")
 
 
@@ -220,7 +220,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
         )
     assert conclude(tmp_path, setting, save=False)["cells"] == report["cells"]
     assert (tmp_path / "robust.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(OutputExistsError, match="holds a study with another setting"):
+    with pytest.raises(
+        CheckpointError, match="holds another run: (dense|tune|test|steps|rows|attacks) is"
+    ):
         run(tmp_path, Setting(), ["small-vgg"], [0.75], ["trades"], 1, ["uniform"], save=False)
     with pytest.raises(DataError, match=r"Known arms are uniform, .*; got \['best'\]"):
         run(tmp_path, setting, ["small-vgg"], [0.75], ["trades"], 1, ["best"], save=False)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import BUILDERS, PECULIAR, VOCAB, batch, build
+from plans import dropping_plan, logits, random_scores
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,16 +19,6 @@ from hipp_ext.surgery.slices import sliced
 from hipp_ext.units import plan_from_counts
 
 FAMILIES = sorted(BUILDERS | PECULIAR)
-
-
-def scores_of(groups, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {g.name: torch.rand(g.width, generator=generator) for g in groups}
-
-
-@torch.no_grad()
-def logits(model, inputs):
-    return model(**inputs).logits
 
 
 def close(one, other):
@@ -49,7 +40,7 @@ def keep_counts(draw, groups):
 def test_pruned_is_masked_is_sliced_is_zeroed(family, data):
     model, inputs = build(family), batch(family)
     groups = find_groups(model)
-    scores = scores_of(groups)
+    scores = random_scores(groups)
     counts = data.draw(keep_counts(groups))
     plan = plan_from_counts(groups, counts, scores)
     assert PruningPlan.from_json(plan.to_json()) == plan
@@ -75,12 +66,7 @@ def test_pruned_is_masked_is_sliced_is_zeroed(family, data):
 def dropped(family, *names, half=()):
     """A model, and it pruned: blocks of `names` dropped, those of `half` cut to half."""
     model = build(family)
-    groups = find_groups(model)
-    counts = [
-        0 if g.name in names else max(1, g.width // 2) if g.name in half else g.width
-        for g in groups
-    ]
-    return model, prune(model, plan_from_counts(groups, counts, scores_of(groups)))
+    return model, prune(model, dropping_plan(model, *names, half=half))
 
 
 BLOCKS = ("language.0.attention", "language.1.ffn")
@@ -174,7 +160,7 @@ def test_layers_of_another_kind_keep_their_numbers_right():
     model.config.get_text_config().layer_types = ["sliding_attention", "full_attention"]
     groups = find_groups(model)
     counts = [0 if g.layer == 0 else g.width for g in groups]
-    small = prune(model, plan_from_counts(groups, counts, scores_of(groups)))
+    small = prune(model, plan_from_counts(groups, counts, random_scores(groups)))
     assert small.config.get_text_config().layer_types == ["full_attention"]
     assert all(
         m.layer_idx == 0
@@ -188,7 +174,7 @@ def test_a_pruned_model_is_pruned_again():
     groups, inputs = find_groups(small), batch("llava")
     assert len(groups) == 4
     counts = [0 if g.name == "language.1.attention" else g.width for g in groups]
-    plan = plan_from_counts(groups, counts, scores_of(groups))
+    plan = plan_from_counts(groups, counts, random_scores(groups))
     smaller = prune(small, plan)
     assert len(tower_layers(smaller, "language")) == 2
     with masked(small, plan):
@@ -200,7 +186,7 @@ def test_a_pruned_model_is_pruned_again():
 def test_a_tower_keeps_something():
     groups = find_groups(build("llama"))
     with pytest.raises(PlanError, match="must keep a unit of the language tower"):
-        plan_from_counts(groups, [0] * len(groups), scores_of(groups))
+        plan_from_counts(groups, [0] * len(groups), random_scores(groups))
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm"])
@@ -208,7 +194,7 @@ def test_blocks_of_the_vision_tower(family, tmp_path):
     model, inputs = build(family), batch(family)
     groups = find_groups(model, ("vision",))
     counts = [0 if g.layer == 0 else g.width for g in groups]
-    plan = plan_from_counts(groups, counts, scores_of(groups))
+    plan = plan_from_counts(groups, counts, random_scores(groups))
     small = prune(model, plan)
     with masked(model, plan):
         assert close(logits(small, inputs), logits(model, inputs))

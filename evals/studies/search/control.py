@@ -45,12 +45,8 @@ def run(
         "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs]),
     }
     result = report("control", values, save)
-    keep_picture(
-        "control",
-        _picture([j["control"]["policy"]["lattice"] for j in jobs]),
-        save=save,
-        folder=folder,
-    )
+    lattices = [j["control"]["policy"]["lattice"] for j in jobs]
+    keep_picture("control", _picture(lattices), save=save, folder=folder)
     return result
 
 
@@ -81,13 +77,10 @@ def _steering(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for metric, swing in control["swings"][ratio].items():
                 swings.setdefault(ratio, {}).setdefault(metric, []).append(swing)
         each = np.unique(objectives, axis=0)
-        nondominated.append(
-            100
-            * float(np.mean(moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)))
-        )
-        distinct_nondominated.append(
-            100 * float(np.mean(moocore.is_nondominated(each, maximise=True)))
-        )
+        best = moocore.is_nondominated(objectives, maximise=True, keep_weakly=True)
+        nondominated.append(100 * float(np.mean(best)))
+        best = moocore.is_nondominated(each, maximise=True)
+        distinct_nondominated.append(100 * float(np.mean(best)))
         distinct.append(len(each))
         removed.append(100 * objectives[_edge(weights, 1, 2), 2])
     return {

@@ -12,12 +12,10 @@ CMA-ES 0.410 -> 0.458 (12 budgets instead of 5), TPE 0.430 -> 0.434 (one variabl
 box); random search 0.361. One seed each: differences of 0.01 mean little.
 """
 
-import contextlib
 import importlib
 import itertools
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,9 @@ FINE_RATIOS = tuple(round(0.05 * i, 2) for i in range(1, 13))
 WEIGHTS = (0.5, 0.8, 0.2)  # weights of utility; robustness gets the rest
 # Half-width of the box that NSGA-II and TPE need; sigmoid(-4) is below the usual floors.
 LOGIT_RANGE = 4.0
+OFFSPRING = 4  # plans per generation of EvoPress
+SWITCH_SIZES = (1 / 4, 1 / 2)  # of EvoPress, in parameters of an average group; drawn evenly
+FIRST_PLANS = 8
 UNLIMITED = 10**9
 
 
@@ -44,27 +45,17 @@ def random_search(problem: Problem, seed: int) -> None:
         )
 
 
-def evopress(
-    problem: Problem,
-    seed: int,
-    *,
-    offspring: int = 4,
-    ratios: Sequence[float] = RATIOS,
-    weights: Sequence[float] = WEIGHTS,
-    sizes: Sequence[float] = (1 / 4, 1 / 2),
-) -> None:
+def evopress(problem: Problem, seed: int, *, ratios: Sequence[float] = RATIOS) -> None:
     """(1 + lambda) evolution by level switches at fixed budgets, from the problem's centre.
 
-    The budgets take turns, a generation each. The fitness changes over `weights` from round to
-    round; the parent is the best plan of its budget so far for the weight of the round.
+    The budgets take turns, a generation of OFFSPRING plans each. The fitness changes over WEIGHTS
+    from round to round; the parent is the best plan of its budget so far for the weight of the
+    round.
 
     Args:
         problem: the problem.
         seed: random seed.
-        offspring: number of offspring per generation (lambda).
         ratios: budgets, as pruning ratios.
-        weights: weights of utility in the fitness; robustness gets the rest.
-        sizes: sizes of a switch, in parameters of an average group; drawn evenly.
 
     Source: EvoPress (arXiv 2410.14649), algorithm 1.
     Differs from the paper: several budgets share the evaluations. Fitness is the weighted reward,
@@ -78,26 +69,23 @@ def evopress(
     for ratio, pool in pools.items():
         start = problem.decode(np.zeros(len(problem.groups)), ratio)
         pool[start] = problem(start)
-    for weight in itertools.cycle(weights):
+    for weight in itertools.cycle(WEIGHTS):
         for ratio, pool in pools.items():
             parent = max(pool, key=lambda plan: _fitness(pool[plan], weight))  # noqa: B023 (called at once)
-            for _ in range(offspring):
-                child = _new_child(
-                    problem.levels, parent, pool, problem.levels.budget(ratio), sizes, rng
-                )
+            budget = problem.levels.budget(ratio)
+            for _ in range(OFFSPRING):
+                child = _new_child(problem.levels, parent, pool, budget, rng)
                 pool[child] = problem(child)
 
 
-def _new_child(
-    levels: Levels, parent: Keeps, pool: dict, budget: int, sizes: Sequence[float], rng: Any
-) -> Keeps:
+def _new_child(levels: Levels, parent: Keeps, pool: dict, budget: int, rng: Any) -> Keeps:
     """A mutant of `parent`, not in `pool` unless many attempts found none."""
     child = parent
     for attempt in range(60):
         child = parent
         # The smaller of two draws: mostly one switch; more where few new plans are left.
         for _ in range(min(rng.integers(1, 4, 2)) + attempt // 10):
-            child = _switch(levels, child, budget, float(rng.choice(sizes)), rng)
+            child = _switch(levels, child, budget, float(rng.choice(SWITCH_SIZES)), rng)
         if child not in pool:
             break
     return child
@@ -128,45 +116,30 @@ def _switch(levels: Levels, keeps: Keeps, budget: int, size: float, rng: Any) ->
     )
 
 
-def nsga2(
-    problem: Problem,
-    seed: int,
-    *,
-    population: int = 24,
-    first: int = 8,
-    eta: float = 3.0,
-    rate: float = 0.3,
-) -> None:
+def nsga2(problem: Problem, seed: int) -> None:
     """NSGA-II on allocation logits and pruning_ratio, all three objectives at once.
 
-    Args:
-        problem: the problem.
-        seed: random seed.
-        population: number of individuals, and of offspring per generation.
-        first: how many individuals of the first generation are the centre at a spread of ratios;
-            the others are drawn evenly.
-        eta: distribution index of crossover and mutation, higher = children nearer to parents.
-        rate: probability of mutating a variable.
+    FIRST_PLANS individuals of the first generation are the centre at a spread of ratios; the others
+    are drawn evenly.
 
     Source: NSGA-II (Deb et al., IEEE TEC 6(2), 2002), by the library pymoo.
     Differs from the paper: a dozen generations instead of hundreds, therefore larger steps
     (customary are eta 15 to 20 and a rate of one over the number of variables).
     """
     algorithms, core = _host("pymoo.algorithms.moo.nsga2"), _host("pymoo.core.problem")
-    crossover, mutation = (
-        _host("pymoo.operators.crossover.sbx"),
-        _host("pymoo.operators.mutation.pm"),
-    )
+    crossover = _host("pymoo.operators.crossover.sbx")
+    mutation = _host("pymoo.operators.mutation.pm")
+    population, eta = 24, 3.0  # eta: higher = children nearer to parents
     logits = len(problem.groups)
     high = np.append(np.full(logits, LOGIT_RANGE), problem.limit)
     low = np.append(-high[:-1], 0.0)
     sampling = np.random.default_rng(seed).uniform(low, high, (population, logits + 1))
-    sampling[:first] = _first_plans(problem, first)
+    sampling[:FIRST_PLANS] = _first_plans(problem)
     algorithm = algorithms.NSGA2(
         pop_size=population,
         sampling=sampling,
         crossover=crossover.SBX(eta=eta, prob=0.9),
-        mutation=mutation.PM(eta=eta, prob_var=rate),
+        mutation=mutation.PM(eta=eta, prob_var=0.3),
     )
     box = core.Problem(n_var=logits + 1, n_obj=3, xl=low, xu=high)
     algorithm.setup(box, termination=("n_gen", UNLIMITED), seed=seed, verbose=False)
@@ -177,28 +150,17 @@ def nsga2(
         algorithm.tell(infills=asked)
 
 
-def cmaes(
-    problem: Problem,
-    seed: int,
-    *,
-    ratios: Sequence[float] = FINE_RATIOS,
-    weights: Sequence[float] = WEIGHTS,
-    population: int = 8,
-    sigma: float = 0.7,
-) -> None:
+def cmaes(problem: Problem, seed: int, *, ratios: Sequence[float] = FINE_RATIOS) -> None:
     """CMA-ES on allocation logits at fixed budgets, from the problem's centre.
 
     One search distribution serves all budgets, whose generations take turns. The fitness changes
-    over `weights` from round to round. CMA-ES compares within a generation only, so budgets need
+    over WEIGHTS from round to round. CMA-ES compares within a generation only, so budgets need
     not be comparable. When a round brings no new plan, the search restarts with a larger step.
 
     Args:
         problem: the problem.
         seed: random seed.
         ratios: budgets, as pruning ratios.
-        weights: weights of utility in the fitness; robustness gets the rest.
-        population: number of plans per generation.
-        sigma: first step size, in logits.
 
     Source: CMA-ES (Hansen, arXiv 1604.00772), by the library cmaes.
     Differs from the paper: the objective changes from generation to generation. One distribution
@@ -211,13 +173,12 @@ def cmaes(
         problem(problem.decode(centre, ratio))
     for restart in itertools.count():
         state = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
-        optimiser = CMA(
-            mean=centre, sigma=sigma * 1.3**restart, population_size=population, seed=state
-        )
-        for weight in itertools.cycle(weights):
+        sigma = 0.7 * 1.3**restart  # the first step size, in logits
+        optimiser = CMA(mean=centre, sigma=sigma, population_size=8, seed=state)
+        for weight in itertools.cycle(WEIGHTS):
             spent = len(problem.evaluated)
             for ratio in budgets:
-                asked = [optimiser.ask() for _ in range(population)]
+                asked = [optimiser.ask() for _ in range(optimiser.population_size)]
                 optimiser.tell(
                     [(x, -_fitness(problem(problem.decode(x, ratio)), weight)) for x in asked]
                 )
@@ -225,17 +186,10 @@ def cmaes(
                 break
 
 
-def tpe(
-    problem: Problem, seed: int, *, startup: int = 15, first: int = 8, multivariate: bool = False
-) -> None:
+def tpe(problem: Problem, seed: int) -> None:
     """Multi-objective TPE on allocation logits and pruning_ratio, all three objectives at once.
 
-    Args:
-        problem: the problem.
-        seed: random seed.
-        startup: number of trials before TPE's model is used, the first plans included.
-        first: number of first plans: the centre at a spread of ratios.
-        multivariate: model the variables jointly.
+    The first plans are the centre at a spread of ratios.
 
     Source: MOTPE (Ozaki et al., GECCO 2020), by the library optuna. OptSpa (arXiv 2507.20613)
     prunes LLaVA with TPE.
@@ -244,17 +198,19 @@ def tpe(
     real = optuna.distributions.FloatDistribution
     space = {f"logit{i}": real(-LOGIT_RANGE, LOGIT_RANGE) for i in range(len(problem.groups))}
     space["ratio"] = real(0.0, max(problem.limit, 1e-9))
-    with _quiet(optuna):
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=multivariate, n_startup_trials=startup
-        )
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # no line for every trial
+    try:
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=15)
         study = optuna.create_study(directions=["maximize"] * 3, sampler=sampler)
-        for plan in _first_plans(problem, first):
+        for plan in _first_plans(problem):
             study.enqueue_trial(dict(zip(space, map(float, plan), strict=True)))
         while True:
             trial = study.ask(space)
             *logits, ratio = (trial.params[name] for name in space)
             study.tell(trial, problem(problem.decode(logits, ratio)).objectives())
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 METHODS: dict[str, Method] = {
@@ -271,8 +227,9 @@ def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:
     return sorted({min(ratio, problem.limit) for ratio in ratios})
 
 
-def _first_plans(problem: Problem, n: int) -> np.ndarray:
-    """(n, G + 1) the centre at ratios spread evenly from 0 to the limit."""
+def _first_plans(problem: Problem) -> np.ndarray:
+    """(FIRST_PLANS, G + 1) the centre at ratios spread evenly from 0 to the limit."""
+    n = FIRST_PLANS
     return np.column_stack([np.zeros((n, len(problem.groups))), np.linspace(0, problem.limit, n)])
 
 
@@ -286,16 +243,3 @@ def _host(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise MissingExtraError(module.partition(".")[0], "studies") from None
-
-
-@contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Context without optuna's log of trials and its warning about multivariate TPE."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

@@ -35,7 +35,6 @@ class Problem:
         largest_ratio: upper end of the pruning_ratio that is searched.
         centre: pruning_ratio -> allocation logits of the plan that methods start from and search
             around; None: uniform plans.
-        evaluated: every evaluated plan with its reward, in order, without repetitions.
         lookups: number of repeated requests.
     """
 
@@ -45,12 +44,13 @@ class Problem:
     evaluations: int
     largest_ratio: float = MAX_RATIO
     centre: Callable[[float], np.ndarray] | None = None
-    evaluated: list[tuple[Keeps, Reward]] = field(default_factory=list)
-    lookups: int = 0
+    lookups: int = field(default=0, init=False)
     _known: dict[Keeps, Reward] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self._known.update(self.evaluated)
+    @property
+    def evaluated(self) -> list[tuple[Keeps, Reward]]:
+        """Every evaluated plan with its reward, in order, without repetitions."""
+        return list(self._known.items())
 
     @cached_property
     def levels(self) -> Levels:
@@ -74,19 +74,16 @@ class Problem:
         if plan in self._known:
             self.lookups += 1
             if self.lookups > LOOKUPS_PER_EVALUATION * self.evaluations:
-                raise Exhausted(
-                    f"{self.lookups} repeated plans and {len(self.evaluated)} different ones"
-                )
+                raise Exhausted(f"{self.lookups} repeated plans, {len(self._known)} different ones")
             return self._known[plan]
         if not self.levels.allows(plan):
             raise BudgetError(
                 f"A search method asked for {plan}, which {self.bounds} do not allow."
             )
-        if len(self.evaluated) >= self.evaluations:
+        if len(self._known) >= self.evaluations:
             raise Exhausted(f"all {self.evaluations} evaluations are spent")
-        reward = self._known[plan] = self.evaluate(plan)
-        self.evaluated.append((plan, reward))
-        return reward
+        self._known[plan] = self.evaluate(plan)
+        return self._known[plan]
 
     def decode(self, allocation_logits: Sequence[float] | np.ndarray, ratio: float) -> Keeps:
         """Keep counts for one logit per group, added to the centre's, and a pruning_ratio.

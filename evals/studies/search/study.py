@@ -32,8 +32,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import HippError
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.pope import pope_scores
-from hipp_ext.evals.studies.measuring import claim_folder
+from hipp_ext.evals.studies.measuring import pope_by_split
 from hipp_ext.evals.studies.search.methods import METHODS
 from hipp_ext.evals.studies.search.problem import Problem, run
 from hipp_ext.files import write_atomic
@@ -44,6 +43,7 @@ from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
 from hipp_ext.planner.policy import MAX_RATIO, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
+from hipp_ext.runs import RunFolder
 from hipp_ext.sensitivity.measured import measure_sensitivity
 from hipp_ext.surgery.slices import sliced
 
@@ -121,18 +121,14 @@ class Contest:
         return dataclasses.replace(self.signals, sensitivity=sensitivity)
 
     def _evaluator(self, split: str, counts: tuple[int, int]) -> Evaluator:
-        pope, choice = (
-            testbed.questions(task, split, n)
-            for task, n in zip(("POPE", "ScienceQA"), counts, strict=True)
-        )
-        return Evaluator(self.model, self.processor, pope, choice)
+        tasks = map(testbed.questions, testbed.TASKS, (split, split), counts)
+        return Evaluator(self.model, self.processor, *tasks)
 
     def job(self, name: str, seed: int) -> dict[str, Any]:
         """The plans that the method chose, and their figures on the test split."""
         started = time.perf_counter()
-        chosen = (
-            self._allocator(name) if name in (*ALLOCATORS, UNTRAINED) else self._search(name, seed)
-        )
+        fixed = name in (*ALLOCATORS, UNTRAINED)
+        chosen = self._allocator(name) if fixed else self._search(name, seed)
         chosen["seconds"] = time.perf_counter() - started
         front = chosen.pop("front")
         on_test = _hypervolume(self._rewards(front, self.front_test))
@@ -148,36 +144,27 @@ class Contest:
         return {"method": name, "seed": seed, **chosen}
 
     def _allocator(self, name: str) -> dict[str, Any]:
-        groups = self.signals.groups
+        groups, scores, asked = self.signals.groups, self.signals.scores, {}
         if name == UNTRAINED:
             planner = self._planner(self.informed)
-            choose = {
-                corner: lambda ratio, c=corner: self._query(planner, CORNERS[c], ratio)
-                for corner in CORNERS
-            }
+            choose = functools.partial(self._query, planner)
             asked = {"policy": self._asked(planner)}
         else:
-            kind, scores = ALLOCATORS[name], self.signals.scores
+            kind = ALLOCATORS[name]
             measured = kind(pruning_ratio=0.0).measure(self.model, groups, scores, self.calibration)
-            choose = {
-                corner: lambda ratio: kind(pruning_ratio=ratio).keep_counts(
-                    groups, scores, measured
-                )
-                for corner in CORNERS
-            }
-            asked = {}
+
+            def choose(preference: Preference, ratio: float) -> KeepCounts:
+                return kind(pruning_ratio=ratio).keep_counts(groups, scores, measured)
+
         n = self.size.front_plans
         ratios = (MAX_RATIO * (i + 1) / n for i in range(n))
-        front = [
-            choose[corner](ratio)
-            for corner, ratio in zip(itertools.cycle(CORNERS), ratios, strict=False)
-        ]
+        corners = itertools.cycle(CORNERS.values())
         return {
             "evaluations": 0,
-            "front": _distinct(front),
+            "front": _distinct([choose(c, r) for c, r in zip(corners, ratios, strict=False)]),
             "search_hypervolume": None,
             "asked": asked,
-            "answers": {corner: {str(r): choose[corner](r) for r in RATIOS} for corner in CORNERS},
+            "answers": {n: {str(r): choose(c, r) for r in RATIOS} for n, c in CORNERS.items()},
         }
 
     def _search(self, name: str, seed: int) -> dict[str, Any]:
@@ -228,7 +215,7 @@ class Contest:
             list({r.keep_counts: r.reward for r in planner.archive.records}.items())
         )
         found["answers"] = {
-            c: {str(r): self._query(planner, CORNERS[c], r) for r in RATIOS} for c in CORNERS
+            n: {str(r): self._query(planner, c, r) for r in RATIOS} for n, c in CORNERS.items()
         }
         archived = [
             (w, self._query(planner, Preference(*w), None, best_evaluated=True)) for w in _lattice()
@@ -256,12 +243,8 @@ class Contest:
         best_evaluated: bool = False,
     ) -> KeepCounts:
         planner.pruning_ratio = ratio
-        return tuple(
-            g.keep
-            for g in planner.plan(
-                self.model, preference=preference, best_evaluated=best_evaluated
-            ).groups
-        )
+        plan = planner.plan(self.model, preference=preference, best_evaluated=best_evaluated)
+        return tuple(g.keep for g in plan.groups)
 
     # On the test split
 
@@ -275,20 +258,13 @@ class Contest:
         with sliced(self.model, self.signals.groups, self.signals.scores) as shrink:
             shrink(keeps)
             scores = self.table_test.scores(self.model)
-        truth, kinds = [q.answer for q in self.pope], [q.category for q in self.pope]
-        pope = pope_scores(
-            scores["pope"].answers, truth, kinds, [q.picture or "" for q in self.pope]
-        )["vlmeval"]["overall"]
+        pope = pope_by_split(scores, self.pope)["overall"]
         answers = {
             task: "".join(a[0] for a in scores[s].answers)
-            for task, s in (("POPE", "pope"), ("ScienceQA", "choice"))
+            for task, s in zip(testbed.TASKS, ("pope", "choice"), strict=True)
         }
-        return {
-            "F1": pope.f1,
-            "POPE": pope.accuracy,
-            "ScienceQA": scores["choice"].accuracy,
-            "answers": answers,
-        }
+        choice = scores["choice"].accuracy
+        return {"F1": pope.f1, "POPE": pope.accuracy, "ScienceQA": choice, "answers": answers}
 
     def _control(
         self, lattice: Sequence[tuple], edges: Mapping[float, Sequence[tuple]]
@@ -337,20 +313,12 @@ def _best_front(evaluated: Sequence[tuple[KeepCounts, Reward]], n: int) -> list[
     return [evaluated[i][0] for i in chosen]
 
 
-_contest: Contest | None = None
+_contest = functools.lru_cache(maxsize=1)(Contest)
 
 
-def _start(size: StudySize) -> None:
-    global _contest
+def _work(size: StudySize, name: str, seed: int, path: Path) -> tuple[str, int]:
     torch.set_num_threads(1)
-    if _contest is None or _contest.size != size:
-        _contest = Contest(size)
-
-
-def _work(job: tuple[str, int, str]) -> tuple[str, int]:
-    name, seed, path = job
-    assert _contest is not None
-    write_atomic(Path(path), json.dumps(_contest.job(name, seed)))
+    write_atomic(path, json.dumps(_contest(size).job(name, seed)))
     return name, seed
 
 
@@ -362,37 +330,34 @@ def run_study(
     A single process is this one.
 
     Raises:
-        OutputExistsError: the folder holds a study of another size.
+        CheckpointError: the folder holds a study of another size.
         HippError: a process died; finished jobs are kept.
     """
     from rich.progress import Progress
 
-    claim_folder(folder, dataclasses.asdict(size))
-    paths = {
-        (name, seed): folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+    all_paths = [
+        (name, seed, folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json")
         for name, seed in jobs
-    }
-    missing = [(name, seed, str(path)) for (name, seed), path in paths.items() if not path.exists()]
-    processes = min(processes or os.cpu_count() or 1, len(missing))
-    with Progress() as bar:
+    ]
+    with RunFolder(folder, dataclasses.asdict(size)), Progress() as bar:
+        missing = [job for job in all_paths if not job[2].exists()]
+        processes = min(processes or os.cpu_count() or 1, len(missing))
         task = bar.add_task("jobs", total=len(missing))
         for name, seed in _finished(size, missing, processes, folder):
             bar.update(task, advance=1, description=f"{name}, seed {seed}")
-    return [json.loads(path.read_text()) for path in paths.values()]
+    return [json.loads(path.read_text()) for _, _, path in all_paths]
 
 
 def _finished(
-    size: StudySize, jobs: Sequence[tuple[str, int, str]], processes: int, folder: Path
+    size: StudySize, jobs: Sequence[tuple[str, int, Path]], processes: int, folder: Path
 ) -> Iterator[tuple[str, int]]:
     """(method, seed) of each of the `jobs`, as soon as it is finished."""
     if processes <= 1:
-        for job in jobs:
-            _start(size)
-            yield _work(job)
+        yield from (_work(size, *job) for job in jobs)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (size,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     try:
-        for done in as_completed([pool.submit(_work, job) for job in jobs]):
+        for done in as_completed([pool.submit(_work, size, *job) for job in jobs]):
             yield done.result()
     except BrokenProcessPool as error:
         raise HippError(

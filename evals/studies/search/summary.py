@@ -62,13 +62,10 @@ def run(
 def _row(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     for corner, metric in METRIC.items():
-        cells = {
-            r: [j["table"][corner][r][metric] for j in jobs if r in j["table"][corner]]
-            for r in map(str, RATIOS)
-        }
-        table[corner] = {
-            ratio: mean_and_se(cell) if cell else None for ratio, cell in cells.items()
-        }
+        table[corner] = {}
+        for r in map(str, RATIOS):
+            cell = [j["table"][corner][r][metric] for j in jobs if r in j["table"][corner]]
+            table[corner][r] = mean_and_se(cell) if cell else None
     searched = [j["hypervolume"]["search"] for j in jobs if j["hypervolume"]["search"] is not None]
     return {
         "hypervolume": mean_and_se([j["hypervolume"]["test"] for j in jobs]),
@@ -83,15 +80,11 @@ def _claims(jobs: Jobs) -> dict[str, Any]:
     """The differences that the claims are about: positive means that hipp is better."""
     hypervolume = {name: [j["hypervolume"]["test"] for j in rows] for name, rows in jobs.items()}
     claims: dict[str, Any] = {}
-    for name, searches in (
-        ("hypervolume_gain_percent", METHODS),
-        ("hypervolume_gain_percent_over_informed", INFORMED),
-    ):
+    for suffix, searches in (("", METHODS), ("_over_informed", INFORMED)):
         best = max(searches, key=lambda name: statistics.fmean(hypervolume[name]))
-        gain = [
-            100 * (a / b - 1) for a, b in zip(hypervolume[HIPP], hypervolume[best], strict=True)
-        ]
-        claims[name] = {"over": best, **mean_and_se(gain)}
+        pairs = zip(hypervolume[HIPP], hypervolume[best], strict=True)
+        gain = mean_and_se([100 * (a / b - 1) for a, b in pairs])
+        claims[f"hypervolume_gain_percent{suffix}"] = {"over": best, **gain}
     for corner, metric in METRIC.items():
         for ratio in map(str, RATIOS):
             cell = {}
@@ -116,35 +109,29 @@ def _paired(jobs: Jobs, size: StudySize) -> dict[str, Any]:
         METRIC.items(), ("POPE", "ScienceQA"), size.table_questions, strict=True
     ):
         questions = testbed.questions(task, "test", n)
-        truth, clusters = (
-            np.array([q.answer[0] for q in questions]),
-            [q.picture or str(i) for i, q in enumerate(questions)],
-        )
+        truth = np.array([q.answer[0] for q in questions])
+        clusters = [q.picture or str(i) for i, q in enumerate(questions)]
         # VLMEvalKit's overall F1 counts a question once for every split that it belongs to.
         splits = np.array([len(q.category.split(",")) for q in questions])
         for ratio in map(str, RATIOS):
             cells = [j["table"][corner][ratio] for j in (*jobs[HIPP], *jobs["sensitivity"])]
             given = np.array([list(cell["answers"][task]) for cell in cells])
             if metric == "F1":
-                counts, statistic = (
-                    splits * np.concatenate([(given == "Y") & (truth == "Y"), given != truth]),
-                    _f1,
-                )
+                counts = np.concatenate([(given == "Y") & (truth == "Y"), given != truth])
+                counts, statistic = splits * counts, _f1
             else:
                 counts, statistic = np.concatenate([given == truth, np.ones((1, n))]), _accuracy
-            estimate = bootstrap_estimate(
-                counts.T, clusters, lambda s, f=statistic: _difference_to_last(f(s))
-            )
+            estimate = bootstrap_estimate(counts.T, clusters, statistic)
             found[f"{metric} at {ratio}, {corner} corner"] = dataclasses.asdict(estimate)
     return found
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
-    return f1_percent(*np.split(sums, 2, axis=-1))
+    return _difference_to_last(f1_percent(*np.split(sums, 2, axis=-1)))
 
 
 def _accuracy(sums: np.ndarray) -> np.ndarray:
-    return 100 * sums[..., :-1] / sums[..., -1:]
+    return _difference_to_last(100 * sums[..., :-1] / sums[..., -1:])
 
 
 def _difference_to_last(values: np.ndarray) -> np.ndarray:
@@ -171,9 +158,8 @@ def print_table(methods: Mapping[str, Mapping[str, Any]]) -> None:
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value['mean']:.{digits}f}" + (
-        f" ± {value['se']:.{digits}f}" if value["se"] is not None else ""
-    )
+    error = "" if value["se"] is None else f" ± {value['se']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{error}"
 
 
 def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
@@ -183,38 +169,21 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
     figure = Figure(figsize=(12.5, 4.6), layout="constrained", facecolor="white")
     bars, *panels = figure.subplots(1, 3)
     ranked = sorted(methods.items(), key=lambda item: item[1]["hypervolume"]["mean"])
-    colours = [
-        "#c44e52"
-        if n == HIPP
-        else "#dd8452"
-        if n.startswith("hipp")
-        else "#4c72b0"
-        if n in SEARCHES
-        else "#999"
-        for n, _ in ranked
-    ]
+    colours = {n: "#999" for n in methods} | dict.fromkeys(SEARCHES, "#4c72b0")
+    colours |= {n: "#dd8452" for n in methods if n.startswith("hipp")} | {HIPP: "#c44e52"}
     bars.barh(
         [n for n, _ in ranked],
         [r["hypervolume"]["mean"] for _, r in ranked],
-        color=colours,
+        color=[colours[n] for n, _ in ranked],
         xerr=[r["hypervolume"]["se"] or 0 for _, r in ranked],
         error_kw={"lw": 0.8},
     )
     bars.set_xlim(left=0.9 * min(r["hypervolume"]["mean"] for _, r in ranked))
     bars.set_xlabel("hypervolume on the test split")
-    shown = [
-        HIPP,
-        UNTRAINED,
-        *INFORMED,
-        "EvoPress",
-        "CMA-ES",
-        "TPE",
-        "sensitivity",
-        "flap",
-        "uniform",
-    ]
-    others = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # without red, which is hipp's
-    lines = dict(zip(shown, ("#c44e52", *others), strict=True))
+    shown = [HIPP, UNTRAINED, *INFORMED, "EvoPress", "CMA-ES", "TPE"]
+    shown += ["sensitivity", "flap", "uniform"]
+    others = [f"C{i}" for i in range(10) if i != 3]  # without red, which is hipp's
+    lines = dict(zip(shown, ["#c44e52", *others], strict=True))
     for axes, (corner, metric) in zip(panels, METRIC.items(), strict=True):
         for name in (n for n in shown if n in methods):
             points = [(r, c) for r in RATIOS if (c := methods[name]["table"][corner][str(r)])]
@@ -230,12 +199,8 @@ def _picture(methods: Mapping[str, Mapping[str, Any]]) -> "Figure":
                 capsize=2,
                 zorder=3 if name == HIPP else 2,
             )
-        cells = [
-            methods[n]["table"][corner][str(r)]
-            for n in shown
-            if n in (HIPP, *SEARCHES) and n in methods
-            for r in RATIOS
-        ]
+        searched = [n for n in shown if n in (HIPP, *SEARCHES) and n in methods]
+        cells = [methods[n]["table"][corner][str(r)] for n in searched for r in RATIOS]
         # Curves that fall further leave the picture.
         axes.set_ylim(bottom=min(c["mean"] for c in cells if c) - 3)
         axes.set_xlabel("pruning_ratio")
