@@ -19,6 +19,7 @@ from hipp_ext.planner.cost import CostKind, check_cost, cost_of
 from hipp_ext.planner.evaluation import KeepCounts, Workers, plan_rewards
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy, new_policy
+from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.reward import Evaluator, Reward
 from hipp_ext.planner.run_fit import run_fit
 from hipp_ext.planner.settings import FitResult, FitSettings
@@ -155,7 +156,6 @@ class HiPPPlanner:
             raise PlanError(NOT_FITTED_MESSAGE)
         preference = self.preference if preference is None else preference
         _check_preference(preference)
-        check_model(model)
         self._check_reach(model)
         signals = self.measure(
             model,
@@ -174,6 +174,7 @@ class HiPPPlanner:
 
     def _check_reach(self, model: nn.Module) -> None:
         """Raise BudgetError if pruning_ratio cannot be met, before anything is measured."""
+        check_model(model)
         if self.pruning_ratio is not None:
             keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
 
@@ -277,7 +278,6 @@ class HiPPPlanner:
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
-        check_model(model)
         self._check_reach(model)
         workers = Workers()
         mine = self.measure(
@@ -289,19 +289,16 @@ class HiPPPlanner:
             progress=progress and workers.leads,
         )
         signals = workers.share(mine)
-        policy, history, result = run_fit(
-            self.policy,
-            model,
-            evaluator,
-            signals,
-            settings or FitSettings(),
-            workers,
-            cost=cost,
+        problem = FitProblem(
+            signals=signals,
+            settings=settings or FitSettings(),
+            cost=cost_of(signals.groups, cost),
             bounds=self.bounds,
             pruning_ratio=self.pruning_ratio,
-            folder=Path(folder) if folder is not None else None,
             mrs=self.mrs and self.mrs.name,
-            progress=progress,
+        )
+        policy, history, result = run_fit(
+            self.policy, model, evaluator, problem, workers, folder and Path(folder), progress
         )
         if result.steps:
             self.policy = policy
@@ -412,10 +409,7 @@ class HiPPPlanner:
             CheckpointError: the folder is missing, incomplete or damaged.
             PlanError: a scorer has to be given, or another one is.
         """
-        preference, options, signals, history = read_planner(Path(path), scorer, mrs)
-        planner = cls(preference, **options)
-        planner.signals, planner.history = signals, history
-        return planner
+        return read_planner(cls, Path(path), scorer, mrs)
 
 
 def _check_preference(preference: Any) -> None:

@@ -4,7 +4,7 @@ from models import batch
 
 from hipp_ext import HiPPPlanner, Preference
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.settings import FitSettings
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)

@@ -19,8 +19,10 @@ from hipp_ext.errors import BudgetError, CheckpointError, DataError
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import compression, cost_of
 from hipp_ext.planner.evaluation import plan_rewards
-from hipp_ext.planner.fit import FitSettings, Trainer
+from hipp_ext.planner.fit import Trainer
 from hipp_ext.planner.policy import new_policy
+from hipp_ext.planner.problem import FitProblem
+from hipp_ext.planner.settings import FitSettings
 from hipp_ext.planner.state import measure_signals
 
 
@@ -369,13 +371,9 @@ def test_a_policy_with_extreme_logits_is_brought_back(model, signals):
             final_update_fraction=2.0,
             seed=3,
         )
-        trainer = Trainer(
-            planner.policy,
-            signals,
-            lambda plans: [measure(k) for k in plans],
-            settings,
-            cost=cost_of(signals.groups, "parameters"),
-        )
+        cost = cost_of(signals.groups, "parameters")
+        problem = FitProblem(signals=signals, settings=settings, cost=cost)
+        trainer = Trainer(planner.policy, problem, lambda plans: [measure(k) for k in plans])
         with torch.no_grad():
             planner.policy.allocation_head.weight.normal_(std=1e3)
             planner.policy.budget_head.bias.fill_(-50)

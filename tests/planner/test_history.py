@@ -15,7 +15,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
 from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
 from hipp_ext.planner import Answers, ParetoPlan
-from hipp_ext.planner.archive import Record
+from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.reward import Reward, scalarise
 
@@ -180,7 +180,7 @@ def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
         )
         for i, ratio in enumerate((0.31, 0.29))
     ]
-    history = FitHistory(records=asked, ranking=signals.ranking)
+    history = FitHistory(archive=Archive(records=asked), ranking=signals.ranking)
     assert history.best(EVEN, signals.groups, Bounds(), 0.3).keep_counts == keeps
     rounded = planner.plan(model).pruning_ratio
     assert (

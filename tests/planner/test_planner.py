@@ -15,8 +15,8 @@ from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, PlanError
 from hipp_ext.groups import find_groups
-from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.settings import FitSettings
 from hipp_ext.planner.state import measure_signals
 from hipp_ext.scorers import MRS, VisualSensitivity
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS
