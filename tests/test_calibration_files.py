@@ -459,9 +459,9 @@ def test_files_that_cannot_be_read_say_why(name, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "rows=0: a whole number of 1"),
-        ({"sequence_length": 1}, "sequence_length=1: a whole number of 2"),
-        ({"batch_size": 1.5}, "batch_size=1.5: a whole number of 1"),
+        ({"rows": 0}, "rows=0: a whole number of at least 1"),
+        ({"sequence_length": 1}, "sequence_length=1: a whole number of at least 2"),
+        ({"batch_size": 1.5}, "batch_size=1.5: a whole number of at least 1"),
     ],
 )
 def test_numbers_are_whole(options, message, tokenizer, tmp_path):

@@ -73,11 +73,7 @@ class Calibration:
             raise CalibrationError(
                 "A calibration is a list of batches: pass [batch] for a single one."
             )
-        if set(given) != set(TASKS):
-            raise CalibrationError(
-                f"A calibration by task has batches for {' and '.join(TASKS)}; "
-                f"got {sorted(map(str, given))}."
-            )
+        _check_tasks(given, "batches")
         # One generator for both tasks can be read once.
         distinct = {id(own): own for own in given.values()}
         collected = {key: _collected(own) for key, own in distinct.items()}
@@ -130,11 +126,7 @@ class Calibration:
         from hipp_ext.calibration.reading import read_files
 
         paths = path if isinstance(path, Mapping) else dict.fromkeys(TASKS, path)
-        if set(paths) != set(TASKS):
-            raise CalibrationError(
-                f"A calibration by task has files for {' and '.join(TASKS)}; "
-                f"got {sorted(map(str, paths))}."
-            )
+        _check_tasks(paths, "files")
         by_task, skipped = read_files(
             paths, processor, image_folder, rows, sequence_length, batch_size
         )
@@ -200,7 +192,10 @@ class Calibration:
         """
         if given is None:
             calibration = cls.testbed(model, processor, rows)
-            _warn_of_the_toy(model)
+            from hipp_ext.testbed import is_testbed
+
+            if not is_testbed(model):
+                warnings.warn(BUILT_IN, stacklevel=3)
         else:
             calibration = given if isinstance(given, cls) else cls.from_batches(given)  # type: ignore[arg-type]
         calibration._check(model)
@@ -236,8 +231,10 @@ def _collected(batches: Iterable[Any]) -> tuple[Batch, ...]:
     return tuple(collected)
 
 
-def _warn_of_the_toy(model: nn.Module) -> None:
-    from hipp_ext.testbed import is_testbed
-
-    if not is_testbed(model):
-        warnings.warn(BUILT_IN, stacklevel=4)
+def _check_tasks(given: Mapping[Any, Any], what: str) -> None:
+    """Raise CalibrationError unless there is something for each task, and nothing else."""
+    if set(given) != set(TASKS):
+        raise CalibrationError(
+            f"A calibration by task has {what} for {' and '.join(TASKS)}; "
+            f"got {sorted(map(str, given))}."
+        )
