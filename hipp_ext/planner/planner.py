@@ -14,7 +14,7 @@ from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
-from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import CostKind, check_cost, cost_of
 from hipp_ext.planner.evaluation import KeepCounts, Workers, plan_rewards
 from hipp_ext.planner.history import FitHistory
@@ -167,7 +167,7 @@ class HiPPPlanner:
         )
         if best_evaluated:
             self._fitted_signals()
-            counts = self._best(signals, preference).keep_counts
+            counts = self._best(signals, preference)
         else:
             counts = self._decide(signals, preference)
         return self._plan(signals, counts, preference)
@@ -328,17 +328,16 @@ class HiPPPlanner:
                 evaluated plan removes enough.
         """
         preference, signals = preference or self.preference, self._fitted_signals()
-        best = self._best(signals, preference).keep_counts
-        policy, best_evaluated = (
-            ParetoPlan(
-                plan=self._plan(signals, counts, preference), reward=self.history.reward(counts)
-            )
-            for counts in (self._decide(signals, preference), best)
+        both = self._best(signals, preference), self._decide(signals, preference)
+        best, policy = (
+            ParetoPlan(plan=self._plan(signals, c, preference), reward=self.history.reward(c))
+            for c in both
         )
-        return Answers(policy=policy, best_evaluated=best_evaluated)
+        return Answers(policy=policy, best_evaluated=best)
 
-    def _best(self, signals: Signals, preference: Preference) -> Record:
-        return self.history.best(preference, signals.groups, self.bounds, self.pruning_ratio)
+    def _best(self, signals: Signals, preference: Preference) -> KeepCounts:
+        bounds, ratio = self.bounds, self.pruning_ratio
+        return self.history.best(preference, signals.groups, bounds, ratio).keep_counts
 
     def _fitted_signals(self) -> Signals:
         """The signals, if the archive's plans keep the units that they were evaluated with."""

@@ -20,7 +20,6 @@ from hipp_ext.planner.columns import (
     OPTIONAL,
     TRANSFORMS,
     by_kind,
-    column_features,
     measure_columns,
     standardise,
 )
@@ -88,15 +87,16 @@ class Signals:
         """One token per group: kind, depth, size, importance curve, sensitivity and columns."""
         groups = self.groups
         depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
-        features = [torch.tensor([float(g.kind == k) for g in groups]) for k in KINDS]
-        features.append(torch.tensor([g.layer / depth for g in groups]))
-        features.append(standardise(torch.tensor([g.parameters / total for g in groups]).log()))
-        features.append(standardise(torch.tensor([float(g.width) for g in groups]).log()))
-        for q in QUANTILES:
-            features.append(torch.tensor([_curve(self.scores[g.name], q) for g in groups]))
-        for level in FEATURE_LEVELS:
-            features.append(standardise((self.sensitivity.mean(0)[:, level] + 1e-6).log()))
-        features += column_features(groups, self.columns)
+        losses = self.sensitivity.mean(0)
+        features = [
+            *(torch.tensor([float(g.kind == k) for g in groups]) for k in KINDS),
+            torch.tensor([g.layer / depth for g in groups]),
+            standardise(torch.tensor([g.parameters / total for g in groups]).log()),
+            standardise(torch.tensor([float(g.width) for g in groups]).log()),
+            *(torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES),
+            *(standardise((losses[:, level] + 1e-6).log()) for level in FEATURE_LEVELS),
+            *(TRANSFORMS[name](values, groups) for name, values in self.columns.items()),
+        ]
         return torch.stack([f.float() for f in features], 1)
 
     def prior(

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -74,13 +75,6 @@ class Scorer(abc.ABC):
         changed = [
             f"{f.name}={value}" for f in settings if (value := getattr(self, f.name)) != f.default
         ]
-        return " ".join([type(self).__name__, *changed])
-
-    def _name_with_settings(self, default: "Scorer") -> str:
-        """The name, with what differs from `default`: in a planner's folder a bare name stands for
-        the default.
-        """
-        changed = [f"{k}={v}" for k, v in vars(self).items() if v != vars(default).get(k, v)]
         return " ".join([type(self).__name__, *changed])
 
     @abc.abstractmethod
@@ -236,23 +230,17 @@ def visit_inputs(
         tokens: mask of the language tower's tokens to pass; default: all but padding. Vision
             towers pass all patches.
     """
+    counted = torch.empty(0)  # mask of the tokens of the batch that is running
+
+    def look(group: Group, _: nn.Module, args: tuple) -> None:
+        x, language = args[0].detach(), group.tower == "language"
+        visit(group, x[counted.to(x.device)] if language else x.flatten(0, -2))
+
     with contextlib.ExitStack() as stack, evaluating(model):
-        current: list[Tensor] = []
-
-        def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
-            def hook(_: nn.Module, args: tuple) -> None:
-                x = args[0].detach()
-                visit(
-                    group,
-                    x[current[0].to(x.device)] if group.tower == "language" else x.flatten(0, -2),
-                )
-
-            return hook
-
         for g in groups:
-            stack.callback(
-                model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove
-            )
+            consumer = model.get_submodule(g.consumer)
+            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
+            stack.callback(hook.remove)
         for batch in batches:
-            current[:] = [tokens(batch)]
+            counted = tokens(batch)
             forward_hidden(model, batch)

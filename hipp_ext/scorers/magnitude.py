@@ -31,8 +31,7 @@ class Magnitude(Scorer):
         for g in groups:
             squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
             for name in g.producers:
-                squares = squares + sum_of_squares(linear(model, name).weight, 1).view(
-                    g.width, -1
-                ).sum(1)
+                rows = sum_of_squares(linear(model, name).weight, 1)
+                squares = squares + rows.view(g.width, -1).sum(1)
             scores[g.name] = squares.sqrt()
         return scores

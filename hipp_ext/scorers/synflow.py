@@ -86,13 +86,8 @@ class _Block:
 
 
 def _linearise(model: nn.Module, group: Group) -> _Block:
-    layer, producer = (
-        tower_layers(model, group.tower)[group.layer],
-        linear(model, group.producers[-1]),
-    )
-    ones = torch.ones(
-        producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
-    )
+    layer = tower_layers(model, group.tower)[group.layer]
+    ones = torch.ones_like(linear(model, group.producers[-1]).weight[0])
     gain = _gain(norm_before(layer, group.kind), ones)
     return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
 
