@@ -198,19 +198,13 @@ class Calibration:
                 warnings.warn(BUILT_IN, stacklevel=3)
         else:
             calibration = given if isinstance(given, cls) else cls.from_batches(given)  # type: ignore[arg-type]
-        calibration._check(model)
-        return calibration
-
-    def _check(self, model: nn.Module) -> None:
-        """Raise CalibrationError unless every batch fits the model; each kind of model once."""
         size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-        kind = size, image_token_id(model)
-        if kind in self._checked:
-            return
-        for own in {id(own): own for own in self.by_task.values()}.values():
-            for index, batch in enumerate(own):
-                check_batch(model, batch, index)
-        self._checked.add(kind)
+        if (kind := (size, image_token_id(model))) not in calibration._checked:
+            for own in {id(own): own for own in calibration.by_task.values()}.values():
+                for index, batch in enumerate(own):
+                    check_batch(model, batch, index)
+            calibration._checked.add(kind)
+        return calibration
 
 
 CalibrationLike = Calibration | Batches | Mapping[Task, Batches]

@@ -75,7 +75,7 @@ def plan(
     - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     """
-    from hipp_ext.budget import check_ratio
+    from hipp_ext.budget import Bounds, check_ratio
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     weights = (utility, robustness, compression)
@@ -105,8 +105,13 @@ def plan(
                 raise PlanError(
                     f"--allocator {allocator} and {name} exclude each other: omit one of them."
                 )
-        maker = _allocator(allocator, pruning_ratio, ranking, bounds)
-        options = {}
+        kind, options = opt.registered("allocator", allocator), {}
+        if pruning_ratio is None:
+            raise PlanError(
+                f"--allocator {allocator} needs --pruning-ratio: only the planner can choose the "
+                "ratio."
+            )
+        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds))
     loaded, processor = load_model(model, device, dtype, spread=True)
     options["calibration"] = read_data(loaded, processor)
     made = maker.plan(loaded, processor=processor, progress=True, **options)
@@ -115,17 +120,6 @@ def plan(
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
     _print_plan(made)
-
-
-def _allocator(name: str, pruning_ratio: float | None, scorer: Any, bounds: dict[str, Any]) -> Any:
-    from hipp_ext.budget import Bounds
-
-    kind = opt.registered("allocator", name)
-    if pruning_ratio is None:
-        raise PlanError(
-            f"--allocator {name} needs --pruning-ratio: only the planner can choose the ratio."
-        )
-    return kind(pruning_ratio=pruning_ratio, scorer=scorer, bounds=Bounds(**bounds))
 
 
 def _planner(

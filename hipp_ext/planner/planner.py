@@ -17,11 +17,11 @@ from hipp_ext.planner.answers import Answers, ParetoPlan
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import CostKind, check_cost, cost_of
 from hipp_ext.planner.evaluation import KeepCounts, Workers, plan_rewards
+from hipp_ext.planner.fit import run_fit
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.reward import Evaluator, Reward
-from hipp_ext.planner.run_fit import run_fit
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.signal_cache import cached_signals, default_cache
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest

@@ -137,16 +137,11 @@ class Policy(nn.Module):
         return pruning_ratio, logits[0].tolist()
 
 
-def robustness_weight(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
-    """Weight of robustness among the two tasks, in [0, 1]; 1/2 where neither counts."""
+def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
+    """(utility, robustness) weights, which sum to one; 1/2 each where neither counts."""
     utility, robustness, _ = preferences.unbind(-1)
     both = utility + robustness
-    return torch.where(both > 0, robustness / both, 0.5)
-
-
-def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
-    """(utility, robustness) weights, which sum to one."""
-    robustness = robustness_weight(preferences)
+    robustness = torch.where(both > 0, robustness / both, 0.5)
     return torch.stack([1 - robustness, robustness], 1)
 
 

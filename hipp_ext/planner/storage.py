@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hipp_ext import scorers
 from hipp_ext.budget import Bounds
-from hipp_ext.errors import BudgetError, CheckpointError, PlanError, PreferenceError
+from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.planner.archive import Archive, fit_groups
@@ -25,16 +25,6 @@ from hipp_ext.scorers import MRS, Scorer
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
 HISTORY = ("ranking", "cost", "dense", "evaluator")  # fields of FitHistory beside its archive
 MAX_HEADER_BYTES = 16 << 20
-DAMAGE = (
-    CheckpointError,
-    OSError,
-    ValidationError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    PreferenceError,
-    BudgetError,
-)
 
 
 class Header(BaseModel):
@@ -123,7 +113,9 @@ def read_planner(
         )
         if SIGNALS in header.files:
             planner.signals = read_signals(_same(folder, SIGNALS, header))
-    except DAMAGE as error:
+    except PlanError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}"
         ) from None

@@ -16,6 +16,9 @@ from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 from hipp_ext.modes import evaluating
 
+Groups = Sequence[Group]
+Scores = Mapping[str, Tensor]  # group name -> (width,) scores, higher = keep
+
 
 class Scorer(abc.ABC):
     """One score per unit of every group, higher = keep: `scorer(model, calibration)`.
@@ -33,7 +36,7 @@ class Scorer(abc.ABC):
         calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
-        groups: Sequence[Group] | None = None,
+        groups: Groups | None = None,
     ) -> dict[str, Float[Tensor, " width"]]:
         """Group name -> one float32 score per unit, on the CPU, higher = keep.
 
@@ -78,9 +81,7 @@ class Scorer(abc.ABC):
         return " ".join([type(self).__name__, *changed])
 
     @abc.abstractmethod
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> Mapping[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         """Group name -> (width,) scores, higher = keep, of any dtype and on any device.
 
         The model is in eval mode; the batches are checked, and empty where `needs_calibration` is
@@ -185,36 +186,30 @@ def valid_tokens(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module,
-    groups: Sequence[Group],
-    batches: Sequence[Batch],
-    tokens: TokenFilter = valid_tokens,
+    model: nn.Module, groups: Groups, batches: Sequence[Batch]
 ) -> dict[str, InputMoments]:
     """Group name -> moments of its consumer's inputs, in one forward pass per batch.
 
     Args:
         model: left as it was found.
         groups: groups whose consumers are watched.
-        batches: calibration batches.
-        tokens: mask of the language tower's tokens to count; default: all but padding. Vision
-            towers count all patches.
+        batches: calibration batches; padding is not counted.
     """
-    totals = {g.name: [0, 0.0, 0.0] for g in groups}
+    totals: dict[str, list[Any]] = {g.name: [0, 0.0, 0.0] for g in groups}
 
     def add(group: Group, x: Tensor) -> None:
-        total = totals[group.name]
-        total[0] += x.shape[0]
-        total[1] = total[1] + x.sum(0, dtype=torch.float32).double().cpu()
-        total[2] = total[2] + x.float().square().sum(0).double().cpu()
+        sums = x.sum(0, dtype=torch.float32), x.float().square().sum(0)
+        of_batch = x.shape[0], *(s.double().cpu() for s in sums)
+        totals[group.name] = [t + b for t, b in zip(totals[group.name], of_batch, strict=True)]
 
-    visit_inputs(model, groups, batches, add, tokens)
-    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}  # type: ignore[arg-type]
+    visit_inputs(model, groups, batches, add)
+    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}
 
 
 @torch.no_grad()
 def visit_inputs(
     model: nn.Module,
-    groups: Sequence[Group],
+    groups: Groups,
     batches: Sequence[Batch],
     visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
     tokens: TokenFilter = valid_tokens,

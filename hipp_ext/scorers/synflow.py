@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.families import norm_before
 from hipp_ext.groups import Group, linear, tower_layers
-from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
+from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, per_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,7 @@ class SynFlow(Scorer):
     needs_calibration = False
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         scores: dict[str, Tensor] = {}
         for tower in dict.fromkeys(g.tower for g in groups):
             wanted = [g for g in groups if g.tower == tower]

@@ -7,7 +7,7 @@ what they write there.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,15 @@ from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import crosses, residual_scale
 from hipp_ext.groups import Group, block_of, decoder, tower_layers
-from hipp_ext.scorers.base import Scorer, consumer_weight, forward_hidden, per_unit, valid_tokens
+from hipp_ext.scorers.base import (
+    Groups,
+    Scorer,
+    Scores,
+    consumer_weight,
+    forward_hidden,
+    per_unit,
+    valid_tokens,
+)
 
 PROBE = "hipp_visual_probe"
 
@@ -57,9 +65,7 @@ class VisualSensitivity(Scorer):
     sink_threshold: float = 20.0
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> Mapping[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         token = image_token_id(model)
         if token is None:
             raise UnsupportedModelError(
@@ -95,7 +101,7 @@ class _Tokens:
 
 
 class _Probe:
-    def __init__(self, model: nn.Module, groups: Sequence[Group], sink_threshold: float):
+    def __init__(self, model: nn.Module, groups: Groups, sink_threshold: float):
         self.model, self.groups, self.sink_threshold = model, groups, sink_threshold
         self.batch: Any = None
         self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it, until it ends

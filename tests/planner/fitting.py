@@ -27,6 +27,14 @@ class Closeness:
         return {"utility": 1 - float(kl[:2].mean()), "robustness": 1 - float(kl[2:].mean())}
 
 
+def fitted(model, signals, folder=None, settings=SETTINGS, evaluator=None, **options):
+    """A planner after a fit without a progress bar."""
+    planner = planner_with(signals, **options)
+    evaluator = evaluator or Closeness(model)
+    planner.fit(model, evaluator, settings, folder=folder, progress=False)
+    return planner
+
+
 def planner_with(signals, preference=EVEN, **options) -> HiPPPlanner:
     planner = HiPPPlanner(preference, **options)
     planner.signals = signals

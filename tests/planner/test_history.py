@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
+from fitting import BATCHES, EVEN, SETTINGS, Closeness, fitted, planner_with
 from models import batch
 from plans import random_plan
 
@@ -107,8 +107,7 @@ def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp
 
 def test_an_archive_belongs_to_the_units_it_was_evaluated_with(model, signals):
     """Equal keep counts on other calibration keep other units, of which nothing is known."""
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner = fitted(model, signals)
     planner.signals = None
     other = planner.measure(model, calibration=[batch("llava", size=4, seed=7, labels=True)])
     assert other.digest == signals.digest and other.ranking != signals.ranking
@@ -142,8 +141,7 @@ def test_verdicts(model, signals):
 
 
 def test_what_answers_is_within_the_bounds(model, signals):
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner = fitted(model, signals)
     planner.bounds = Bounds(min_keep=0.4)
     allowed = [
         r
