@@ -57,21 +57,18 @@ class Reader(Fitter):
     def _text_file(self, path: Path, rows: int) -> list[Record]:
         """Chunks of `length` tokens, evenly spaced; a rest is left out, unless it is all."""
         texts, apart = read_passages(path, rows, self.length * CHARACTERS)
-        size = self.length - len(self._beginning)
+        # The token that the tokenizer puts before every text, if it has one.
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        begins = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        beginning = (bos,) if begins else ()
+        size = self.length - len(beginning)
         chunks = []
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             count = 1 if apart else max(1, len(ids) // size)
             chunks += [tuple(ids[i * size : (i + 1) * size]) for i in range(count)]
         picks = spaced(len(chunks), rows)
-        return [(i + 1, (*self._beginning, *chunks[i])) for i in picks]
-
-    @property
-    def _beginning(self) -> tuple[int, ...]:
-        """The token that the tokenizer puts before every text, if it has one."""
-        tokenizer = self.tokenizer
-        bos = getattr(tokenizer, "bos_token_id", None)
-        return (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()
+        return [(i + 1, (*beginning, *chunks[i])) for i in picks]
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         """Batches of rows of similar length; texts, chats, pictures and answers apart."""

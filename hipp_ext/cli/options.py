@@ -145,8 +145,8 @@ def read_calibration(
         CalibrationError: the options do not go together.
     """
     files = files or []
-    by_task = {task: path for f in files for task, _, path in [f.partition("=")] if path}
-    by_task = {task: path for task, path in by_task.items() if task in TASKS}
+    named = [file.partition("=") for file in files]
+    by_task = {task: path for task, _, path in named if task in TASKS and path}
     if not files and (image_folder or sequence_length):
         raise CalibrationError(
             "--image-folder and --sequence-length describe the rows of --calibration FILE: give a "

@@ -76,6 +76,7 @@ def plan(
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     """
     from hipp_ext.budget import Bounds, check_ratio
+    from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     weights = (utility, robustness, compression)
@@ -88,7 +89,12 @@ def plan(
     ranking = opt.registered("scorer", scorer)() if scorer else None
     if allocator == "planner":
         preference = preference or opt.DEFAULT_PREFERENCE
-        maker = _planner(planner, preference, pruning_ratio, ranking, bounds, cache)
+        maker: Any = HiPPPlanner(preference, scorer=ranking)
+        if planner:
+            maker = HiPPPlanner.load(planner, scorer=ranking)
+        maker.pruning_ratio = maker.pruning_ratio if pruning_ratio is None else pruning_ratio
+        maker.bounds = dataclasses.replace(maker.bounds, **bounds)
+        maker.cache = cache or maker.cache
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -120,25 +126,6 @@ def plan(
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
     _print_plan(made)
-
-
-def _planner(
-    folder: Path | None,
-    preference: Preference,
-    pruning_ratio: float | None,
-    scorer: Any,
-    bounds: dict[str, Any],
-    cache: Path | None,
-) -> Any:
-    from hipp_ext.planner import HiPPPlanner
-
-    untrained = HiPPPlanner(preference, scorer=scorer)
-    planner = HiPPPlanner.load(folder, scorer=scorer) if folder else untrained
-    if pruning_ratio is not None:
-        planner.pruning_ratio = pruning_ratio
-    planner.bounds = dataclasses.replace(planner.bounds, **bounds)
-    planner.cache = cache or planner.cache
-    return planner
 
 
 def _notes(

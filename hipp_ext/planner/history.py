@@ -9,7 +9,6 @@ from hipp_ext.budget import Bounds, parameters_left
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group, total_parameters
 from hipp_ext.planner.archive import Archive, Record
-from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.evaluation import KeepCounts
 from hipp_ext.planner.reward import Reward, best_for
 from hipp_ext.preference import Preference
@@ -30,7 +29,7 @@ class FitHistory:
 
     archive: Archive = field(default_factory=Archive)
     ranking: str | None = None
-    cost: CostKind | None = None
+    cost: str | None = None
     dense: dict[str, float] | None = None
     evaluator: str | None = None
 

@@ -297,8 +297,9 @@ class HiPPPlanner:
             pruning_ratio=self.pruning_ratio,
             mrs=self.mrs and self.mrs.name,
         )
+        kept = None if folder is None else Path(folder)
         policy, history, result = run_fit(
-            self.policy, model, evaluator, problem, workers, folder and Path(folder), progress
+            self.policy, model, evaluator, problem, workers, kept, progress
         )
         if result.steps:
             self.policy = policy

@@ -27,11 +27,8 @@ class PolicySearch:
     """
 
     def __init__(self, policy: Policy, problem: FitProblem):
-        self.problem, self.settings, self.groups = (
-            problem,
-            problem.settings,
-            problem.signals.groups,
-        )
+        self.problem, self.settings = problem, problem.settings
+        self.groups = problem.signals.groups
         self.learner = Learner(policy, problem.signals, problem.settings.lr)
         self.surrogate = Surrogate(problem.signals.curvature)
         self.proposer = Proposer(problem=problem, surrogate=self.surrogate, learner=self.learner)

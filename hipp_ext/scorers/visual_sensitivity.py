@@ -26,9 +26,9 @@ from hipp_ext.scorers.base import (
     Scores,
     consumer_weight,
     forward_hidden,
-    per_unit,
     valid_tokens,
 )
+from hipp_ext.scorers.wanda_sp import wanda_score
 
 PROBE = "hipp_visual_probe"
 
@@ -80,9 +80,7 @@ class VisualSensitivity(Scorer):
             for batch in batches:
                 probe.batch = _Tokens(batch, token)
                 forward_hidden(model, batch)
-        return {
-            g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups
-        }
+        return {g.name: probe.result(g) for g in groups}
 
 
 class _Tokens:
@@ -103,6 +101,7 @@ class _Tokens:
 class _Probe:
     def __init__(self, model: nn.Module, groups: Groups, sink_threshold: float):
         self.model, self.groups, self.sink_threshold = model, groups, sink_threshold
+        self.layers = tower_layers(model, "language")
         self.batch: Any = None
         self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it, until it ends
         self.ffn_output: dict[int, Tensor] = {}
@@ -120,7 +119,7 @@ class _Probe:
         # Without a mask of the same name transformers builds none, and padding would be attended
         # to.
         AttentionMaskInterface.register(PROBE, sdpa_mask)
-        configs, layers = [], tower_layers(self.model, "language")
+        configs: list[tuple[Any, Any]] = []
         with contextlib.ExitStack() as stack:
             for module in decoder(self.model).modules():
                 config = getattr(module, "config", None)
@@ -132,7 +131,7 @@ class _Probe:
             for config, _ in configs:
                 config._attn_implementation_internal = PROBE
             for g in self.groups:
-                self._watch(stack, g, layers[g.layer])
+                self._watch(stack, g, self.layers[g.layer])
             yield
 
     def _watch(self, stack: contextlib.ExitStack, g: Group, layer: nn.Module) -> None:
@@ -174,7 +173,7 @@ class _Probe:
         grouped = rows.unflatten(1, (groups, repeat)).flatten(2, 3)
         logits = (grouped @ key.transpose(2, 3)) * (scaling or head_dim**-0.5)
         logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
-        crossing = crosses(tower_layers(self.model, "language")[g.layer])
+        crossing = crosses(self.layers[g.layer])
         if mask is not None or not crossing:
             logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
         hidden = self.hidden[g.layer]
@@ -217,18 +216,15 @@ class _Probe:
         self.totals[g.name] = self.totals[g.name] + float(drift.sum())
         self.counts[g.name] += after.shape[0]
 
-    def flow(self, g: Group) -> Float[Tensor, " width"]:
+    def result(self, g: Group) -> Float[Tensor, " width"]:
+        """Mean flow of the units (attention), or their shares of the mean drift (FFN)."""
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        multiplier = residual_scale(tower_layers(self.model, "language")[g.layer], g.kind)
-        return multiplier * self.totals[g.name] / self.counts[g.name]
-
-    def drift_share(self, g: Group) -> Float[Tensor, " width"]:
-        if not self.counts[g.name]:
-            return torch.zeros(g.width)
-        weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
-        share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
-        return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
+        total, count = self.totals[g.name], self.counts[g.name]
+        if g.kind == "attention":
+            return residual_scale(self.layers[g.layer], g.kind) * total / count
+        share = wanda_score(self.model, g, self.squares[g.name].sqrt())
+        return total / count * share / share.sum().clamp_min(1e-30)
 
 
 def _probed_attention(
