@@ -17,8 +17,8 @@ from hipp_ext.evals.text_table import print_table, text_table
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import HiPPPlanner
-from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.planner import Log
+from hipp_ext.planner.settings import FitSettings
 from hipp_ext.preference import Preference
 from hipp_ext.surgery.checkpoint import load_pruned, read_plan, save_pruned
 from hipp_ext.surgery.prune import prune

@@ -459,9 +459,9 @@ def test_files_that_cannot_be_read_say_why(name, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "rows=0: a whole number of 1"),
-        ({"sequence_length": 1}, "sequence_length=1: a whole number of 2"),
-        ({"batch_size": 1.5}, "batch_size=1.5: a whole number of 1"),
+        ({"rows": 0}, "rows=0: a whole number of at least 1"),
+        ({"sequence_length": 1}, "sequence_length=1: a whole number of at least 2"),
+        ({"batch_size": 1.5}, "batch_size=1.5: a whole number of at least 1"),
     ],
 )
 def test_numbers_are_whole(options, message, tokenizer, tmp_path):
@@ -469,17 +469,19 @@ def test_numbers_are_whole(options, message, tokenizer, tmp_path):
         Calibration.from_file(tmp_path / "a.txt", tokenizer, **options)
 
 
-def test_the_options_of_the_commands(tokenizer, tmp_path, capsys):
-    from hipp_ext.cli.calibration import read_calibration
+def test_the_options_of_the_commands(tokenizer, tmp_path):
+    from hipp_ext.cli.options import read_calibration
 
     path = lines(tmp_path / "a.jsonl", [{"text": "cup dog"}, {"text": ""}])
-    assert read_calibration(None, tokenizer) is read_calibration([], tokenizer, rows=4) is None
-    assert read_calibration([str(path)], tokenizer, rows=2).rows == 1
-    assert "hipp: warning: 1 of 2 rows" in capsys.readouterr().err
-    by_task = read_calibration([f"utility={path}", f"robustness={path}"], tokenizer, rows=1)
+    for none in (None, []):
+        assert read_calibration(none, None, None, None)(None, tokenizer) is None
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        assert read_calibration([str(path)], None, 2, None)(None, tokenizer).rows == 1
+    names = [f"utility={path}", f"robustness={path}"]
+    by_task = read_calibration(names, None, 1, None)(None, tokenizer)
     assert by_task.by_task["utility"] is by_task.by_task["robustness"]
     for files in ([f"utility={path}"], [str(path)] * 2, [f"utility={path}", str(path)]):
         with pytest.raises(CalibrationError, match="Give --calibration once, or twice as"):
-            read_calibration(files, tokenizer)
-    with pytest.raises(CalibrationError, match="--image-folder and --sequence-length are about"):
-        read_calibration(None, tokenizer, sequence_length=9)
+            read_calibration(files, None, None, None)
+    with pytest.raises(CalibrationError, match="--image-folder and --sequence-length describe"):
+        read_calibration(None, None, None, 9)

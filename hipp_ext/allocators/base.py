@@ -1,19 +1,19 @@
 """The base class of allocators."""
 
 import abc
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from hipp_ext.budget import Bounds, check_ratio, keep_counts
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group, find_groups
+from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
+from hipp_ext.scorers.base import Groups, Scores
 from hipp_ext.units import plan_from_counts
 
 
@@ -73,17 +73,16 @@ class Allocator(abc.ABC):
         needed = self.needs_calibration or scorer.needs_calibration
         given = Calibration.of(model, calibration, processor) if needed else None
         scores = scorer(model, given, groups=groups)
-        measured = self.measure(model, groups, scores, given, progress=progress)
+        measured = self.measure(model, groups, scores, given, progress)
         counts = self.keep_counts(groups, scores, measured)
         return plan_from_counts(groups, counts, scores, scorer=scorer.name)
 
     def measure(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
-        scores: Mapping[str, Tensor],
+        groups: Groups,
+        scores: Scores,
         calibration: Calibration | None,
-        *,
         progress: bool = False,
     ) -> Any:
         """What `keep_counts` needs to know of the model, whatever the pruning_ratio; None: nothing.
@@ -98,9 +97,7 @@ class Allocator(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def keep_counts(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
-    ) -> tuple[int, ...]:
+    def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         """Number of units that stay, for every group; `measured` is what `measure` returned."""
 
 

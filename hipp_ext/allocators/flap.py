@@ -1,6 +1,5 @@
 """FLAPAdaptive: one threshold over the standardised fluctuation of all units."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,7 @@ from torch import Tensor, nn
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.global_threshold import counts_by_threshold
 from hipp_ext.calibration import Calibration
-from hipp_ext.groups import Group
-from hipp_ext.scorers.base import input_moments, per_unit
+from hipp_ext.scorers.base import Groups, Scores, input_moments, per_unit
 from hipp_ext.scorers.flap import fluctuation
 
 
@@ -33,10 +31,9 @@ class FLAPAdaptive(Allocator):
     def measure(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
-        scores: Mapping[str, Tensor],
+        groups: Groups,
+        scores: Scores,
         calibration: Calibration | None,
-        *,
         progress: bool = False,
     ) -> dict[str, Tensor]:
         """Group name -> (width,) standardised fluctuation."""
@@ -48,7 +45,5 @@ class FLAPAdaptive(Allocator):
             result[group.name] = per_unit((channels - channels.mean()) / deviation, group).mean(1)
         return result
 
-    def keep_counts(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
-    ) -> tuple[int, ...]:
+    def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         return counts_by_threshold(groups, measured, self.pruning_ratio, self.bounds)

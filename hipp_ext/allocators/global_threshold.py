@@ -1,16 +1,14 @@
 """GlobalThreshold: one threshold over the scores of all units."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.levels import Levels
 from hipp_ext.budget import Bounds
-from hipp_ext.groups import Group
+from hipp_ext.scorers.base import Groups, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +24,7 @@ class GlobalThreshold(Allocator):
     of 384.
     """
 
-    def keep_counts(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
-    ) -> tuple[int, ...]:
+    def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         scaled = {
             g.name: (s := scores[g.name].double()) / s.mean().clamp_min(1e-30) for g in groups
         }
@@ -36,10 +32,7 @@ class GlobalThreshold(Allocator):
 
 
 def counts_by_threshold(
-    groups: Sequence[Group],
-    scores: Mapping[str, Tensor],
-    pruning_ratio: float,
-    bounds: Bounds | None,
+    groups: Groups, scores: Scores, pruning_ratio: float, bounds: Bounds | None
 ) -> tuple[int, ...]:
     """Keep counts that leave the units with the highest of all scores.
 

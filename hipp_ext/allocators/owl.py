@@ -1,6 +1,5 @@
 """OWL: more of a group stays, the more outliers it has."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from hipp_ext import budget
 from hipp_ext.allocators.base import Allocator
 from hipp_ext.calibration import Calibration
 from hipp_ext.groups import Group, total_parameters
-from hipp_ext.scorers.base import consumer_weight, input_moments
+from hipp_ext.scorers.base import Groups, Scores, consumer_weight, input_moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,9 @@ class OWL(Allocator):
     def measure(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
-        scores: Mapping[str, Tensor],
+        groups: Groups,
+        scores: Scores,
         calibration: Calibration | None,
-        *,
         progress: bool = False,
     ) -> np.ndarray:
         """(groups,) fraction of outliers in each consumer."""
@@ -50,9 +48,7 @@ class OWL(Allocator):
         moments = input_moments(model, groups, calibration.batches)
         return np.array([self._outliers(model, g, moments[g.name].norm) for g in groups])
 
-    def keep_counts(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
-    ) -> tuple[int, ...]:
+    def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         spread = measured - measured.min()
         if spread.max() > 0:
             spread = spread / spread.max() * 2 * self.band

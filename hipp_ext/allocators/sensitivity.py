@@ -1,6 +1,5 @@
 """Sensitivity: prune where measured sensitivity says that the output changes least."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from hipp_ext.allocators.cheapest_path import CheapestPath
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group
 from hipp_ext.progress import counting
+from hipp_ext.scorers.base import Groups, Scores
 from hipp_ext.sensitivity.measured import DROP_LEVELS, levels_for, measure_sensitivity
 
 MAX_LOGIT_FRACTION = 0.95  # the logit of a whole group would be infinite
@@ -53,10 +52,9 @@ class Sensitivity(Allocator):
     def measure(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
-        scores: Mapping[str, Tensor],
+        groups: Groups,
+        scores: Scores,
         calibration: Calibration | None,
-        *,
         progress: bool = False,
     ) -> Float[Tensor, "tasks groups levels"]:
         """The measured sensitivity of each task [nats]."""
@@ -65,15 +63,13 @@ class Sensitivity(Allocator):
             levels = levels_for(self.bounds or Bounds())
             return measure_sensitivity(model, calibration, groups, scores, tick, levels=levels)
 
-    def keep_counts(
-        self, groups: Sequence[Group], scores: Mapping[str, Tensor], measured: Any
-    ) -> tuple[int, ...]:
+    def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         logits = cheapest_logits(groups, measured, self.pruning_ratio, self.robustness_weight)
         return budget.keep_counts(groups, logits.tolist(), self.pruning_ratio, self.bounds)
 
 
 def cheapest_logits(
-    groups: Sequence[Group],
+    groups: Groups,
     sensitivity: Float[Tensor, "tasks groups levels"],
     pruning_ratio: float,
     robustness_weight: float,

@@ -32,70 +32,58 @@ def batches_digest(batches: Iterable[Batch]) -> str:
 
 
 def check_batch(model: nn.Module, batch: Batch, index: int) -> None:
-    ids = batch.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
-        raise CalibrationError(
-            f"Calibration batch {index} needs input_ids of shape (batch, tokens); it has "
-            f"{sorted(batch)}."
-        )
-    _check_lengths(batch, index)
+    """Raise CalibrationError unless the batch, which is number `index`, fits the model."""
+    if wrong := _wrong_shape(batch) or _wrong_for(model, batch):
+        raise CalibrationError(f"Calibration batch {index} {wrong}")
+
+
+def _wrong_for(model: nn.Module, batch: Batch) -> str:
+    """What keeps the batch from being one of this model; empty: nothing."""
+    ids, labels, token = batch["input_ids"], batch.get("labels"), image_token_id(model)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     if int(ids.max()) >= rows or int(ids.min()) < 0:
-        raise CalibrationError(
-            f"Calibration batch {index} holds token ids from {int(ids.min())} to "
-            f"{int(ids.max())}; the model has {rows}: a processor of another model?"
+        return (
+            f"holds token ids from {int(ids.min())} to {int(ids.max())}; the model has {rows}: a "
+            "processor of another model?"
         )
-    token = image_token_id(model)
     # Video-LLaVA calls its pictures pixel_values_images; videos have tokens of their own.
     has_pixels = any(
         k.startswith("pixel_values") and "video" not in k and v is not None
         for k, v in batch.items()
     )
     if token is not None and bool((ids == token).any()) != has_pixels:
-        raise CalibrationError(
-            f"Calibration batch {index} has {int((ids == token).sum())} image tokens (id {token}) "
-            f"and {'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another "
-            "model?"
+        return (
+            f"has {int((ids == token).sum())} image tokens (id {token}) and "
+            f"{'pixel_values' if has_pixels else 'no pixel_values'}: a processor of another model?"
         )
     if has_pixels and token is None:
-        raise CalibrationError(
-            f"Calibration batch {index} has pixel_values, but {type(model).__name__} has no image "
-            "token."
-        )
-    labels = batch.get("labels")
+        return f"has pixel_values, but {type(model).__name__} has no image token."
     if labels is not None and (
         int(labels.max()) >= rows or int(torch.where(labels == -100, 0, labels).min()) < 0
     ):
-        raise CalibrationError(
-            f"Calibration batch {index} has labels from {int(labels.min())} to "
-            f"{int(labels.max())}; they are token ids below {rows}, or -100 where nothing is to be "
-            "answered."
+        return (
+            f"has labels from {int(labels.min())} to {int(labels.max())}; they are token ids below "
+            f"{rows}, or -100 where nothing is to be answered."
         )
+    return ""
 
 
-def _check_lengths(batch: Batch, index: int) -> None:
-    """Raise CalibrationError unless input_ids, attention_mask and labels have the same shape."""
-    shape = tuple(batch["input_ids"].shape)
+def _wrong_shape(batch: Batch) -> str:
+    """What is wrong with input_ids, or with attention_mask and labels beside them."""
+    ids: Any = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.numel() == 0:
+        return f"needs input_ids of shape (batch, tokens); it has {sorted(batch)}."
+    shape = tuple(ids.shape)
     for name in ("input_ids", "attention_mask", "labels"):
         value: Any = batch.get(name)
         if value is None:
             continue
-        got = (
-            f"shape {tuple(value.shape)}"
-            if isinstance(value, torch.Tensor)
-            else f"a {type(value).__name__}"
-        )
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-            raise CalibrationError(
-                f"Calibration batch {index} needs {name} of shape {shape}, as input_ids have; got "
-                f"{got}."
-            )
+            tensor = isinstance(value, torch.Tensor)
+            got = f"shape {tuple(value.shape)}" if tensor else f"a {type(value).__name__}"
+            return f"needs {name} of shape {shape}, as input_ids have; got {got}."
         if name != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
-            raise CalibrationError(
-                f"Calibration batch {index} needs {name} of whole numbers, not of {value.dtype}."
-            )
+            return f"needs {name} of whole numbers, not of {value.dtype}."
         if name == "attention_mask" and not bool(value.bool().any(1).all()):
-            raise CalibrationError(
-                f"Calibration batch {index} has a row whose attention_mask leaves no token; leave "
-                "it out."
-            )
+            return "has a row whose attention_mask leaves no token; leave it out."
+    return ""

@@ -73,11 +73,7 @@ class Calibration:
             raise CalibrationError(
                 "A calibration is a list of batches: pass [batch] for a single one."
             )
-        if set(given) != set(TASKS):
-            raise CalibrationError(
-                f"A calibration by task has batches for {' and '.join(TASKS)}; "
-                f"got {sorted(map(str, given))}."
-            )
+        _check_tasks(given, "batches")
         # One generator for both tasks can be read once.
         distinct = {id(own): own for own in given.values()}
         collected = {key: _collected(own) for key, own in distinct.items()}
@@ -130,11 +126,7 @@ class Calibration:
         from hipp_ext.calibration.reading import read_files
 
         paths = path if isinstance(path, Mapping) else dict.fromkeys(TASKS, path)
-        if set(paths) != set(TASKS):
-            raise CalibrationError(
-                f"A calibration by task has files for {' and '.join(TASKS)}; "
-                f"got {sorted(map(str, paths))}."
-            )
+        _check_tasks(paths, "files")
         by_task, skipped = read_files(
             paths, processor, image_folder, rows, sequence_length, batch_size
         )
@@ -200,22 +192,19 @@ class Calibration:
         """
         if given is None:
             calibration = cls.testbed(model, processor, rows)
-            _warn_of_the_toy(model)
+            from hipp_ext.testbed import is_testbed
+
+            if not is_testbed(model):
+                warnings.warn(BUILT_IN, stacklevel=3)
         else:
             calibration = given if isinstance(given, cls) else cls.from_batches(given)  # type: ignore[arg-type]
-        calibration._check(model)
-        return calibration
-
-    def _check(self, model: nn.Module) -> None:
-        """Raise CalibrationError unless every batch fits the model; each kind of model once."""
         size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-        kind = size, image_token_id(model)
-        if kind in self._checked:
-            return
-        for own in {id(own): own for own in self.by_task.values()}.values():
-            for index, batch in enumerate(own):
-                check_batch(model, batch, index)
-        self._checked.add(kind)
+        if (kind := (size, image_token_id(model))) not in calibration._checked:
+            for own in {id(own): own for own in calibration.by_task.values()}.values():
+                for index, batch in enumerate(own):
+                    check_batch(model, batch, index)
+            calibration._checked.add(kind)
+        return calibration
 
 
 CalibrationLike = Calibration | Batches | Mapping[Task, Batches]
@@ -236,8 +225,10 @@ def _collected(batches: Iterable[Any]) -> tuple[Batch, ...]:
     return tuple(collected)
 
 
-def _warn_of_the_toy(model: nn.Module) -> None:
-    from hipp_ext.testbed import is_testbed
-
-    if not is_testbed(model):
-        warnings.warn(BUILT_IN, stacklevel=4)
+def _check_tasks(given: Mapping[Any, Any], what: str) -> None:
+    """Raise CalibrationError unless there is something for each task, and nothing else."""
+    if set(given) != set(TASKS):
+        raise CalibrationError(
+            f"A calibration by task has {what} for {' and '.join(TASKS)}; "
+            f"got {sorted(map(str, given))}."
+        )

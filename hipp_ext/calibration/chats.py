@@ -69,6 +69,8 @@ def parse_row(row: Any) -> Chat | str:
         raise DataError(f"it has {len(parsed.sources)} pictures; {MOST_PICTURES} are read at most")
     if not any(m["role"] == "user" for m in parsed.messages):
         raise DataError("it has no turn of the user")
+    if any(m["role"] == "assistant" and {"type": "image"} in m["content"] for m in parsed.messages):
+        raise DataError("it has a picture in a turn of the assistant")
     return parsed
 
 
@@ -82,7 +84,9 @@ def _messages(row: Mapping[str, Any]) -> Chat:
         {"role": role, "content": [_part(part, sources, pool) for part in _content(message)]}
         for message, role in _turns(row["messages"], "role")
     ]
-    return _chat(messages, sources, pool)
+    if next(pool, None) is not None:
+        raise DataError("it has more pictures than image parts")
+    return Chat(messages=tuple(messages), sources=tuple(sources))
 
 
 def _content(message: Mapping[str, Any]) -> Sequence[Any]:
@@ -123,8 +127,8 @@ def _conversations(row: Mapping[str, Any]) -> Chat:
             turns[first] = ("user", "<image>" * len(images) + turns[first][1])
     elif marks != len(images):
         raise DataError(f"it has {marks} <image> marks and {len(images)} pictures")
-    messages = [{"role": role, "content": _marked(text)} for role, text in turns]
-    return _chat(messages, images, iter(()))
+    messages = tuple({"role": role, "content": _marked(text)} for role, text in turns)
+    return Chat(messages=messages, sources=tuple(images))
 
 
 def _marked(text: str) -> list[Message]:
@@ -144,16 +148,14 @@ def _question(row: Mapping[str, Any]) -> Chat:
     asked = str(row["question"])
     if options:
         asked = choice_prompt(asked, options, str(row.get("hint") or ""))
-    column = next((name for name in ("image", "image_path") if row.get(name)), None)
-    sources = []
-    if column is not None:
-        sources = [the_only_one(row[column], "it")]
+    named = next((row[name] for name in ("image", "image_path") if row.get(name)), None)
+    sources = [] if named is None else [the_only_one(named, "it")]
     content = [*[{"type": "image"}] * len(sources), {"type": "text", "text": asked}]
     messages: list[Message] = [{"role": "user", "content": content}]
     if row.get("answer") is not None:
         answer = {"type": "text", "text": str(row["answer"])}
         messages.append({"role": "assistant", "content": [answer]})
-    return _chat(messages, sources, iter(()))
+    return Chat(messages=tuple(messages), sources=tuple(sources))
 
 
 def choice_prompt(question: str, options: Mapping[str, object], hint: str = "") -> str:
@@ -196,12 +198,3 @@ def _turns(turns: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 def _images(row: Mapping[str, Any]) -> list[Any]:
     given = row.get("image") or row.get("images") or []
     return list(given) if isinstance(given, list) else [given]
-
-
-def _chat(messages: list[Message], sources: Sequence[Any], unused: Iterator[Any]) -> Chat:
-    if next(unused, None) is not None:
-        raise DataError("it has more pictures than image parts")
-    for message in messages:
-        if message["role"] == "assistant" and {"type": "image"} in message["content"]:
-            raise DataError("it has a picture in a turn of the assistant")
-    return Chat(messages=tuple(messages), sources=tuple(sources))

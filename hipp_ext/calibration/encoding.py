@@ -53,8 +53,7 @@ def encode_text(
     Returns:
         input_ids and attention_mask [batch, tokens] int64; with answers also labels.
     """
-    rendered = [render(tokenizer, user_turn(prompt)) for prompt in prompts]
-    return encode_rendered(tokenizer, rendered, [[]] * len(rendered), answers)
+    return encode(tokenizer, prompts, [None] * len(prompts), answers)
 
 
 def is_tokenizer(processor: Any) -> bool:

@@ -17,37 +17,27 @@ CHARACTERS = 16  # of a text for each token of sequence_length; most tokens are 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRow:
-    """A chat that fits, as a text for the processor.
+class Row:
+    """A chat or a text that fits, as what the processor takes.
 
     Attributes:
         tokens: number of its tokens, after the cut to the sequence length.
+        ids: token ids of a text; empty for a chat.
         rendered: the chat up to the answer.
         answer: the assistant's turn that follows, or None.
         sources: its pictures.
     """
 
     tokens: int
-    rendered: Rendered
-    answer: str | None
-    sources: tuple[Any, ...]
+    ids: tuple[int, ...] = ()
+    rendered: Rendered = ("", False)
+    answer: str | None = None
+    sources: tuple[Any, ...] = ()
 
     @property
-    def key(self) -> tuple[bool, bool, bool, int]:
-        """Rows of one batch have the same key but for the number of tokens, which is similar."""
-        return False, bool(self.sources), self.answer is not None, self.tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
-    """Token ids of a plain text."""
-
-    ids: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[bool, bool, bool, int]:
-        """As for `ChatRow`."""
-        return True, False, True, len(self.ids)
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What the rows of one batch have in common."""
+        return bool(self.ids), bool(self.sources), self.answer is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +59,7 @@ class Fitter:
         """The processor's part for text."""
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def fit(self, record: Any) -> ChatRow | TextRow:
+    def fit(self, record: Any) -> Row:
         """The row as what is encoded; raises DataError for a row that does not fit."""
         parsed = record if isinstance(record, tuple) else parse_row(record)
         if isinstance(parsed, Chat):
@@ -81,28 +71,25 @@ class Fitter:
             raise DataError("its text has fewer than two tokens")
         if self._image_token in parsed:
             raise DataError("its text holds the token that stands for pictures")
-        return TextRow(ids=parsed)
+        return Row(tokens=len(parsed), ids=parsed)
 
     @property
     def _image_token(self) -> int | None:
         return getattr(self.processor, "image_token_id", None)
 
-    def _fit_chat(self, chat: Chat) -> ChatRow:
+    def _fit_chat(self, chat: Chat) -> Row:
         """The chat up to its last answer that begins within the sequence length."""
         if chat.sources and is_tokenizer(self.processor):
             raise DataError(f"it has a picture, and {type(self.processor).__name__} takes none")
         messages = chat.messages
-        answers = [
-            i
-            for i, m in enumerate(messages)
-            if i and m["role"] == "assistant" and text_of(m).strip()
-        ]
+        turns = enumerate(messages[1:], 1)
+        answers = [i for i, m in turns if m["role"] == "assistant" and text_of(m).strip()]
         pictures = self.pictures(chat.sources)
         ends = answers or [len(messages)]
         # Later answers begin later: the last one that fits is found by bisection, the very last
         # one being tried first.
         low, high, middle = 0, len(ends), len(ends) - 1
-        fitting: ChatRow | DataError = DataError("it is empty")
+        fitting: Row | DataError = DataError("it is empty")
         while low < high:
             asked = messages[: ends[middle]]
             own = sum(part["type"] == "image" for m in asked for part in m["content"])
@@ -111,7 +98,7 @@ class Fitter:
                 fitting = self._measured(asked, answer, chat.sources[:own], pictures[:own])
                 low = middle + 1
             except _TooLong as error:
-                fitting = fitting if isinstance(fitting, ChatRow) else error
+                fitting = fitting if isinstance(fitting, Row) else error
                 high = middle
             middle = (low + high) // 2
         if isinstance(fitting, DataError):
@@ -133,7 +120,7 @@ class Fitter:
         answer: str | None,
         sources: tuple[Any, ...],
         pictures: list[Any],
-    ) -> ChatRow:
+    ) -> Row:
         answers = None if answer is None else [answer]
         try:
             rendered = render(self.processor, asked)
@@ -141,11 +128,9 @@ class Fitter:
         except Exception as error:  # templates and processors raise anything
             name = type(self.processor).__name__
             raise DataError(f"{name} does not take it: {shown(error, 200)}") from None
-        ids = batch["input_ids"][0]
-        places = torch.nonzero(
-            ids == self._image_token if self._image_token is not None else ids < 0
-        )
-        if self._image_token is not None and bool(pictures) != bool(len(places)):
+        ids, token = batch["input_ids"][0], self._image_token
+        places = torch.nonzero(ids == (-1 if token is None else token))
+        if token is not None and bool(pictures) != bool(len(places)):
             raise DataError(
                 "its text holds the token that stands for pictures"
                 if len(places)
@@ -160,7 +145,7 @@ class Fitter:
             if int(labelled[0]) >= self.length:
                 raise _TooLong(f"its answer begins after {self.length} tokens")
         tokens = min(len(ids), self.length)
-        return ChatRow(tokens=tokens, rendered=rendered, answer=answer, sources=sources)
+        return Row(tokens=tokens, rendered=rendered, answer=answer, sources=sources)
 
 
 class _TooLong(DataError):

@@ -5,7 +5,6 @@ nothing is fetched.
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,10 +63,8 @@ def _decoded(text: Any) -> "Image.Image":
     if 3 * len(text) // 4 > PICTURE_BYTES:
         raise DataError(f"its picture has more than {PICTURE_BYTES:,} bytes")
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError("its picture is no base64 text") from None
-    try:
-        return rgb_picture(data)
+        return rgb_picture(base64.b64decode("".join(text.split()), validate=True))
     except DataError as error:
         raise DataError(f"its picture cannot be read: {error}") from None
+    except ValueError:
+        raise DataError("its picture is no base64 text") from None

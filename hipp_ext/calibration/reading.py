@@ -1,5 +1,6 @@
 """Rows of a user's file -> batches through the model's own processor, and what was left out."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import torch
 
 from hipp_ext.calibration.batches import Batch, Task
 from hipp_ext.calibration.encoding import encode_rendered, padded
-from hipp_ext.calibration.fitting import CHARACTERS, ChatRow, Fitter, TextRow
+from hipp_ext.calibration.fitting import CHARACTERS, Fitter, Row
 from hipp_ext.calibration.records import Record, read_passages, read_records, spaced
 from hipp_ext.errors import CalibrationError, DataError
 from hipp_ext.files.untrusted import shown
-from hipp_ext.quantities import whole
+from hipp_ext.quantities import whole_option
 
 ROWS = 128  # number of rows that are taken from a file
 LENGTH = 2048  # longest row [tokens], where the tokenizer allows it
@@ -41,8 +42,7 @@ class Reader(Fitter):
             records = self._text_file(path, rows)
         else:
             records = read_records(path, rows)
-        fitting: list[ChatRow | TextRow] = []
-        skipped = []
+        fitting, skipped = list[Row](), []
         for number, record in records:
             try:
                 fitting.append(self.fit(record))
@@ -57,41 +57,36 @@ class Reader(Fitter):
     def _text_file(self, path: Path, rows: int) -> list[Record]:
         """Chunks of `length` tokens, evenly spaced; a rest is left out, unless it is all."""
         texts, apart = read_passages(path, rows, self.length * CHARACTERS)
-        size = self.length - len(self._beginning)
+        # The token that the tokenizer puts before every text, if it has one.
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        begins = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        beginning = (bos,) if begins else ()
+        size = self.length - len(beginning)
         chunks = []
         for text in texts:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             count = 1 if apart else max(1, len(ids) // size)
             chunks += [tuple(ids[i * size : (i + 1) * size]) for i in range(count)]
         picks = spaced(len(chunks), rows)
-        return [(i + 1, (*self._beginning, *chunks[i])) for i in picks]
+        return [(i + 1, (*beginning, *chunks[i])) for i in picks]
 
-    @property
-    def _beginning(self) -> tuple[int, ...]:
-        """The token that the tokenizer puts before every text, if it has one."""
-        tokenizer = self.tokenizer
-        bos = getattr(tokenizer, "bos_token_id", None)
-        return (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()
-
-    def _batches(self, rows: Sequence[ChatRow | TextRow]) -> list[Batch]:
+    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         """Batches of rows of similar length; texts, chats, pictures and answers apart."""
-        rows, batches = sorted(rows, key=lambda row: row.key), []
-        while rows:
-            alike = [row for row in rows[: self.batch_size] if row.key[:3] == rows[0].key[:3]]
-            batches.append(self._batch(alike))
-            rows = rows[len(alike) :]
+        batches = []
+        rows = sorted(rows, key=lambda row: (*row.kind, row.tokens))
+        for _, alike in itertools.groupby(rows, lambda row: row.kind):
+            while some := list(itertools.islice(alike, self.batch_size)):
+                batches.append(self._batch(some))
         return batches
 
-    def _batch(self, rows: Sequence[ChatRow | TextRow]) -> Batch:
-        texts = [row.ids for row in rows if isinstance(row, TextRow)]
-        if texts:
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        if texts := [row.ids for row in rows if row.ids]:
             # The first half of a text is what its second half follows from.
             labels = [[-100] * ((len(t) + 1) // 2) + list(t[(len(t) + 1) // 2 :]) for t in texts]
             return padded(self.tokenizer, texts, labels)
-        chats = [row for row in rows if isinstance(row, ChatRow)]
-        answers = [row.answer for row in chats if row.answer is not None] or None
-        pictures = [self.pictures(row.sources) for row in chats]
-        rendered = [row.rendered for row in chats]
+        answers = [row.answer for row in rows if row.answer is not None] or None
+        pictures = [self.pictures(row.sources) for row in rows]
+        rendered = [row.rendered for row in rows]
         return cut(encode_rendered(self.processor, rendered, pictures, answers), self.length)
 
 
@@ -111,15 +106,17 @@ def read_files(
     if sequence_length is None:
         tokenizer = getattr(processor, "tokenizer", processor)
         sequence_length = int(min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH)))
-    rows = _at_least(1, "rows", ROWS if rows is None else rows)
+    rows = whole_option("rows", ROWS if rows is None else rows, CalibrationError, 1)
+    length = whole_option("sequence_length", sequence_length, CalibrationError, 2)
+    batch_size = whole_option("batch_size", batch_size, CalibrationError, 1)
     read: dict[Path, tuple[Batch, ...]] = {}
     skipped: list[str] = []
     for file in dict.fromkeys(map(Path, paths.values())):
         reader = Reader(
             processor=processor,
             folder=Path(image_folder or (file if file.is_dir() else file.parent)),
-            length=_at_least(2, "sequence_length", sequence_length),
-            batch_size=_at_least(1, "batch_size", batch_size),
+            length=length,
+            batch_size=batch_size,
         )
         batches, left_out = reader.read(file, rows)
         read[file] = tuple(batches)
@@ -132,13 +129,6 @@ def read_files(
                 stacklevel=3,
             )
     return {task: read[Path(path)] for task, path in paths.items()}, tuple(skipped)
-
-
-def _at_least(least: int, name: str, value: Any) -> int:
-    number = whole(value)
-    if number is None or number < least:
-        raise CalibrationError(f"{name}={value!r}: a whole number of {least} or more is needed.")
-    return number
 
 
 def cut(batch: Batch, length: int) -> Batch:

@@ -7,7 +7,6 @@ and nothing in it is executed.
 import contextlib
 import csv
 import io
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -180,19 +179,19 @@ def _read_dataset(path: Path, rows: int) -> list[Record]:
         raise CalibrationError(
             f"{shown(path)} is read with the package datasets: pip install datasets"
         ) from None
-    with contextlib.ExitStack() as stack:
-        try:
-            parts = [
-                pa.ipc.open_stream(pa.py_buffer(_mapped(file, stack))).read_all()
-                for file in _shards(path)
-            ]
-            table = pa.concat_tables(parts)
-            return [(i + 1, _row(table.slice(i, 1))) for i in spaced(table.num_rows, rows)]
-        except DataError:
-            raise
-        except Exception as error:  # Arrow has an error of its own for every damage
-            why = shown(error, 300)
-            raise DataError(f"{shown(path)} cannot be read as Arrow tables: {why}") from None
+    try:
+        shards = [pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in _shards(path)]
+        table, records = pa.concat_tables(shards), []
+        for i in spaced(table.num_rows, rows):
+            row = table.slice(i, 1)
+            row.validate(full=True)
+            records.append((i + 1, row.to_pylist()[0]))  # pictures as the bytes that are stored
+        return records
+    except DataError:
+        raise
+    except Exception as error:  # Arrow has an error of its own for every damage
+        why = shown(error, 300)
+        raise DataError(f"{shown(path)} cannot be read as Arrow tables: {why}") from None
 
 
 def _shards(path: Path) -> Iterable[Path]:
@@ -204,21 +203,8 @@ def _shards(path: Path) -> Iterable[Path]:
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not is_below(path / name, path):
             raise DataError(f"{shown(path / 'state.json')}: {shown(name, 80)} is no file of it")
+        open_plain(path / name, TABLE_BYTES, "table").close()  # raises for what is no plain file
         yield path / name
-
-
-def _mapped(file: Path, stack: contextlib.ExitStack) -> Any:
-    source = stack.enter_context(open_plain(file, TABLE_BYTES, "table"))
-    try:
-        return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise DataError(f"{shown(file)} is empty") from None
-
-
-def _row(row: Any) -> Any:
-    """One row as Python values. Pictures are left as the bytes that are stored."""
-    row.validate(full=True)
-    return row.to_pylist()[0]
 
 
 # ----------------------------------------------------------------------------------------- texts

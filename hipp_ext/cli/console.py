@@ -1,6 +1,7 @@
 """What the commands share: how they load a model, print, warn and write."""
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,34 +13,21 @@ import typer
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 from hipp_ext.files import write_atomic
 
-HARDWARE = "Hardware"
+hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.",
-        rich_help_panel=HARDWARE,
-    ),
+    str | None, hardware_option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")
 ]
 Devices = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, ..., or auto (all GPUs). Default: the GPU if there is one.",
-        rich_help_panel=HARDWARE,
+    hardware_option(
+        help="cpu, cuda, cuda:1, ..., or auto (all GPUs). Default: the GPU if there is one."
     ),
 ]
 Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="float32, bfloat16 or float16. Default: as stored.",
-        rich_help_panel=HARDWARE,
-    ),
+    str | None, hardware_option(help="float32, bfloat16 or float16. Default: as stored.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what exists at the output path.")

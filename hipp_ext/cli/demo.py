@@ -36,6 +36,6 @@ def demo(
     - `hipp demo --out demo --steps 5 --limit 100`
     """
     from hipp_ext.evals.demo import DemoSize, run_demo
-    from hipp_ext.planner.fit import FitSettings
+    from hipp_ext.planner.settings import FitSettings
 
     run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), log=typer.echo)

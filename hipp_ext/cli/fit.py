@@ -5,38 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli.calibration import (
-    CalibrationFiles,
-    CalibrationOptions,
-    CalibrationRows,
-    ImageFolder,
-    SequenceLength,
-)
-from hipp_ext.cli.console import (
-    Devices,
-    Dtype,
-    ModelArgument,
-    Overwrite,
-    load_model,
-    own_device,
-    require_model,
-    warn,
-)
-from hipp_ext.cli.options import (
-    METHOD,
-    SIZE,
-    Cache,
-    DropOption,
-    Pope,
-    Questions,
-    Ratio,
-    RobustnessOn,
-    RobustnessTest,
-    RoundTo,
-    ScienceQA,
-    check_questions,
-    read_bounds,
-)
+from hipp_ext.cli import console
+from hipp_ext.cli import options as opt
 from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
 
@@ -45,58 +15,49 @@ fit_app = typer.Typer()
 
 @fit_app.command()
 def fit(
-    model: ModelArgument,
+    model: console.ModelArgument,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the planner.")
     ],
-    overwrite: Overwrite = False,
-    cache: Cache = None,
+    overwrite: console.Overwrite = False,
+    cache: opt.Cache = None,
     steps: Annotated[
         int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Policy updates, of 12 plans each; with --pruning-ratio of 4.",
-            rich_help_panel=METHOD,
+        opt.method_option(
+            min=0, metavar="N", help="Policy updates, of 12 plans each; with --pruning-ratio of 4."
         ),
     ] = 20,
     mrs: Annotated[
         bool,
-        typer.Option(
-            "--mrs",
-            help="Also give the policy MRS: each group's sensitivity under attack.",
-            rich_help_panel=METHOD,
+        opt.method_option(
+            "--mrs", help="Also give the policy MRS: each group's sensitivity under attack."
         ),
     ] = False,
     seed: Annotated[
         int,
-        typer.Option(
-            metavar="N",
-            help="Random seed of sampled preferences and exploration noise.",
-            rich_help_panel=METHOD,
+        opt.method_option(
+            metavar="N", help="Random seed of sampled preferences and exploration noise."
         ),
     ] = 0,
-    pruning_ratio: Ratio = None,
-    round_to: RoundTo = None,
-    drop: DropOption = None,
+    pruning_ratio: opt.Ratio = None,
+    round_to: opt.RoundTo = None,
+    drop: opt.DropOption = None,
     cost: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="What the compression objective counts: parameters or flops.",
-            rich_help_panel=SIZE,
+        opt.size_option(
+            metavar="NAME", help="What the compression objective counts: parameters or flops."
         ),
     ] = "parameters",
-    pope: Pope = None,
-    scienceqa: ScienceQA = None,
-    questions: Questions = 192,
-    robustness_on: RobustnessOn = "pope",
-    calibration: CalibrationFiles = None,
-    image_folder: ImageFolder = None,
-    calibration_rows: CalibrationRows = None,
-    sequence_length: SequenceLength = None,
-    device: Devices = None,
-    dtype: Dtype = None,
+    pope: opt.Pope = None,
+    scienceqa: opt.ScienceQA = None,
+    questions: opt.Questions = 192,
+    robustness_on: opt.RobustnessOn = "pope",
+    calibration: opt.CalibrationFiles = None,
+    image_folder: opt.ImageFolder = None,
+    calibration_rows: opt.CalibrationRows = None,
+    sequence_length: opt.SequenceLength = None,
+    device: console.Devices = None,
+    dtype: console.Dtype = None,
 ) -> None:
     """Train a planner on measured plans.
 
@@ -109,32 +70,39 @@ def fit(
     - `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa SQA_VAL.tsv --out planner`
     - `torchrun --nproc-per-node 8 -m hipp_ext fit ./llava-1.5-7b-hf --out planner`
     """
-    from hipp_ext.planner import FitSettings
+    from hipp_ext.budget import Bounds
+    from hipp_ext.planner import FitSettings, HiPPPlanner
     from hipp_ext.planner.cost import check_cost
     from hipp_ext.planner.evaluation import Workers
+    from hipp_ext.scorers import MRS
 
-    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
+    read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     check_cost(cost)
     settings = FitSettings(steps=steps, seed=seed)
     workers = Workers.join()
-    require_model(model)
+    console.require_model(model)
     require_new(out, overwrite)
-    check_questions(pope, scienceqa)
+    opt.check_questions(pope, scienceqa)
     if workers.count > 1 and device is None:
-        device = own_device()
-    loaded, processor = load_model(model, device, dtype, spread=True)
+        device = console.own_device()
+    loaded, processor = console.load_model(model, device, dtype, spread=True)
     evaluator = make_evaluator(loaded, processor, pope, scienceqa, questions, out, robustness_on)
-    planner = _new_planner(pruning_ratio, mrs, read_bounds(round_to, drop), cache)
+    planner = HiPPPlanner(
+        Preference(1, 1, 1),
+        pruning_ratio=pruning_ratio,
+        mrs=MRS() if mrs else None,
+        bounds=Bounds(**opt.read_bounds(round_to, drop)),
+        cache=cache or True,
+    )
     running = out.with_name(out.name + ".fit")
-    chosen: Any = cost
     result = planner.fit(
         loaded,
         evaluator,
         settings,
         folder=running,
-        cost=chosen,
+        cost=cost,  # type: ignore[arg-type]
         processor=processor,
-        calibration=data.read(loaded, processor),
+        calibration=read_data(loaded, processor),
         log=typer.echo if workers.leads else None,
     )
     if workers.leads:
@@ -152,7 +120,7 @@ def make_evaluator(
     scienceqa: Path | None,
     n: int,
     out: Path,
-    robustness: RobustnessTest,
+    robustness: opt.RobustnessTest,
 ) -> Any:
     """The evaluator of plans: on two files, or on the testbed's questions.
 
@@ -170,10 +138,10 @@ def make_evaluator(
     from hipp_ext.evals.tables import read_table
     from hipp_ext.testbed import is_testbed
 
-    check_questions(pope, scienceqa)
+    opt.check_questions(pope, scienceqa)
     if pope is None or scienceqa is None:
         if not is_testbed(model):
-            warn(
+            console.warn(
                 "plans are evaluated on the built-in questions about a toy world. Pass your own "
                 "by --pope and --scienceqa."
             )
@@ -181,19 +149,3 @@ def make_evaluator(
     images = out.with_name(out.name + ".images")
     tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
     return Evaluator(model, processor, *tasks, robustness=robustness)
-
-
-def _new_planner(
-    pruning_ratio: float | None, mrs: bool, bounds: dict[str, Any], cache: Path | None
-) -> Any:
-    from hipp_ext.budget import Bounds
-    from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.scorers import MRS
-
-    return HiPPPlanner(
-        Preference(1, 1, 1),
-        pruning_ratio=pruning_ratio,
-        mrs=MRS() if mrs else None,
-        bounds=Bounds(**bounds),
-        cache=cache or True,
-    )

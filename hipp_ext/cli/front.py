@@ -5,20 +5,9 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.cli import options as opt
 from hipp_ext.cli.console import Devices, Dtype, Overwrite, load_model, write_json
 from hipp_ext.cli.fit import make_evaluator
-from hipp_ext.cli.options import (
-    QUESTIONS,
-    Compression,
-    Pope,
-    Questions,
-    Ratio,
-    Robustness,
-    RobustnessOn,
-    ScienceQA,
-    Utility,
-    read_preference,
-)
 from hipp_ext.errors import PreferenceError
 from hipp_ext.files import require_new_file
 
@@ -41,23 +30,22 @@ def front(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    utility: Utility = None,
-    robustness: Robustness = None,
-    compression: Compression = None,
-    pruning_ratio: Ratio = None,
+    utility: opt.Utility = None,
+    robustness: opt.Robustness = None,
+    compression: opt.Compression = None,
+    pruning_ratio: opt.Ratio = None,
     model: Annotated[
         str | None,
-        typer.Option(
+        opt.question_option(
             metavar="FOLDER",
             help="The fitted model. Measures the policy's plan if the fit did not evaluate it. "
             "Give the questions of the fit as well. Default: do not measure.",
-            rich_help_panel=QUESTIONS,
         ),
     ] = None,
-    pope: Pope = None,
-    scienceqa: ScienceQA = None,
-    questions: Questions = 192,
-    robustness_on: RobustnessOn = "pope",
+    pope: opt.Pope = None,
+    scienceqa: opt.ScienceQA = None,
+    questions: opt.Questions = 192,
+    robustness_on: opt.RobustnessOn = "pope",
     device: Devices = None,
     dtype: Dtype = None,
 ) -> None:
@@ -82,7 +70,7 @@ def front(
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
         fitted.pruning_ratio = pruning_ratio
-    answers, preference = None, read_preference(utility, robustness, compression)
+    answers, preference = None, opt.read_preference(utility, robustness, compression)
     if preference is None and (model or pruning_ratio is not None):
         raise PreferenceError("--model and --pruning-ratio need a preference: give -u, -r or -c.")
     if preference is not None:

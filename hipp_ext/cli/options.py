@@ -1,6 +1,8 @@
-"""Options that several planning commands share."""
+"""Options that several commands share, and what their values stand for."""
 
 import ast
+import functools
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hipp_ext.errors import DataError, PlanError
+from hipp_ext.errors import CalibrationError, DataError, PlanError
 from hipp_ext.preference import Preference
 
 
@@ -24,65 +26,41 @@ def _names(package: str, registry: str) -> tuple[str, ...]:
 SCORERS = _names("hipp_ext.scorers", "SCORERS")
 ALLOCATORS = _names("hipp_ext.allocators", "ALLOCATORS")
 
-PREFERENCE = "Preference"
-SIZE = "Size"
-METHOD = "Method"
-QUESTIONS = "Questions"
+# Options by the panel that they have in the help.
+method_option = functools.partial(typer.Option, rich_help_panel="Method")
+size_option = functools.partial(typer.Option, rich_help_panel="Size")
+question_option = functools.partial(typer.Option, rich_help_panel="Questions")
+_weight = functools.partial(typer.Option, rich_help_panel="Preference", metavar="W")
+_calibration = functools.partial(typer.Option, rich_help_panel="Calibration")
+
 DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
+TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 
-Utility = Annotated[
-    float | None,
-    typer.Option(
-        "--utility", "-u", metavar="W", help="Weight of task accuracy.", rich_help_panel=PREFERENCE
-    ),
-]
+Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
-    float | None,
-    typer.Option(
-        "--robustness",
-        "-r",
-        metavar="W",
-        help="Weight of not hallucinating objects.",
-        rich_help_panel=PREFERENCE,
-    ),
+    float | None, _weight("--robustness", "-r", help="Weight of not hallucinating objects.")
 ]
 Compression = Annotated[
-    float | None,
-    typer.Option(
-        "--compression",
-        "-c",
-        metavar="W",
-        help="Weight of removing parameters.",
-        rich_help_panel=PREFERENCE,
-    ),
+    float | None, _weight("--compression", "-c", help="Weight of removing parameters.")
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option(
-        "--pruning-ratio",
+    size_option(
         metavar="R",
         help="Fraction of the prunable parameters to remove. Default: the planner decides.",
-        rich_help_panel=SIZE,
     ),
 ]
 RoundTo = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Keep widths that are multiples of N. Default: 1.",
-        rich_help_panel=SIZE,
-    ),
+    size_option(min=1, metavar="N", help="Keep widths that are multiples of N. Default: 1."),
 ]
 DropOption = Annotated[
     Drop | None,
-    typer.Option(
-        "--drop",
+    size_option(
         metavar="WHAT",
         help="What may go as a whole: none, blocks (attention or FFN) or layers. Default: none.",
-        rich_help_panel=SIZE,
     ),
 ]
 Cache = Annotated[
@@ -91,39 +69,106 @@ Cache = Annotated[
 ]
 Pope = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="POPE-like TSV to evaluate plans on. Default: the testbed's questions.",
-        rich_help_panel=QUESTIONS,
+    question_option(
+        metavar="FILE", help="POPE-like TSV to evaluate plans on. Default: the testbed's questions."
     ),
 ]
 ScienceQA = Annotated[
     Path | None,
-    typer.Option(
-        "--scienceqa",
+    question_option(
         metavar="FILE",
         help="Multiple-choice TSV to evaluate plans on. Default: the testbed's questions.",
-        rich_help_panel=QUESTIONS,
     ),
 ]
 Questions = Annotated[
     int,
-    typer.Option(
+    question_option(
         min=1,
         metavar="N",
         help="Questions per task. 128 find the Pareto front; 1,000 separate similar preferences.",
-        rich_help_panel=QUESTIONS,
     ),
 ]
 RobustnessOn = Annotated[
     RobustnessTest,
-    typer.Option(
-        "--robustness-on",
+    question_option(
         metavar="WHAT",
         help="Robustness is measured on pope, adversarial (POPE on attacked pictures) or both.",
-        rich_help_panel=QUESTIONS,
     ),
 ]
+CalibrationFiles = Annotated[
+    list[str] | None,
+    _calibration(
+        metavar="FILE",
+        help="Your data: VLMEvalKit .tsv, chats or texts (.jsonl, .json), .txt, or a saved "
+        "datasets folder; or twice, as utility=FILE and robustness=FILE. Default: built-in "
+        "questions about a toy world.",
+    ),
+]
+ImageFolder = Annotated[
+    Path | None,
+    _calibration(
+        metavar="DIR",
+        help="Folder that picture paths in FILE start from. Default: the folder of FILE.",
+    ),
+]
+CalibrationRows = Annotated[
+    int | None,
+    _calibration(
+        min=2,
+        metavar="N",
+        help="Rows to take, evenly spaced. Default: 128 of FILE; 64 of the built-in questions, "
+        "256 for --reconstruct.",
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    _calibration(
+        min=2,
+        metavar="L",
+        help="Tokens after which a row of FILE is cut. Default: 2048, or the tokenizer's limit.",
+    ),
+]
+
+
+def read_calibration(
+    files: list[str] | None,
+    image_folder: Path | None,
+    rows: int | None,
+    sequence_length: int | None,
+) -> Callable[[Any, Any], Any]:
+    """Check the four options; the result makes their Calibration of a model and its processor.
+
+    That is None where no option was given, and raises CalibrationError or DataError where the file
+    cannot be used.
+
+    Raises:
+        CalibrationError: the options do not go together.
+    """
+    files = files or []
+    named = [file.partition("=") for file in files]
+    by_task = {task: path for task, _, path in named if task in TASKS and path}
+    if not files and (image_folder or sequence_length):
+        raise CalibrationError(
+            "--image-folder and --sequence-length describe the rows of --calibration FILE: give a "
+            "file as well."
+        )
+    if len(by_task) not in (0, len(TASKS)) or len(files) > max(1, len(by_task)):
+        raise CalibrationError(
+            "Give --calibration once, or twice as --calibration utility=FILE --calibration "
+            f"robustness=FILE; got {', '.join(files)}."
+        )
+
+    def read(model: Any, processor: Any) -> Any:
+        from hipp_ext.calibration import Calibration
+
+        if not files:
+            return Calibration.of(model, None, processor, rows) if rows else None
+        paths: Any = by_task or files[0]
+        return Calibration.from_file(
+            paths, processor, image_folder=image_folder, rows=rows, sequence_length=sequence_length
+        )
+
+    return read
 
 
 def read_preference(

@@ -7,30 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli.calibration import (
-    CalibrationFiles,
-    CalibrationOptions,
-    CalibrationRows,
-    ImageFolder,
-    SequenceLength,
-)
+from hipp_ext.cli import options as opt
 from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
-from hipp_ext.cli.options import (
-    ALLOCATORS,
-    DEFAULT_PREFERENCE,
-    METHOD,
-    SCORERS,
-    Cache,
-    Compression,
-    DropOption,
-    Ratio,
-    Robustness,
-    RoundTo,
-    Utility,
-    read_bounds,
-    read_preference,
-    registered,
-)
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new_file
 from hipp_ext.preference import Preference
@@ -45,50 +23,44 @@ def plan(
         Path, typer.Option("--out", "-o", metavar="FILE", help="The plan file to write.")
     ] = Path("plan.json"),
     overwrite: Overwrite = False,
-    cache: Cache = None,
-    utility: Utility = None,
-    robustness: Robustness = None,
-    compression: Compression = None,
-    pruning_ratio: Ratio = None,
-    round_to: RoundTo = None,
-    drop: DropOption = None,
+    cache: opt.Cache = None,
+    utility: opt.Utility = None,
+    robustness: opt.Robustness = None,
+    compression: opt.Compression = None,
+    pruning_ratio: opt.Ratio = None,
+    round_to: opt.RoundTo = None,
+    drop: opt.DropOption = None,
     planner: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Planner that `hipp fit` wrote. Default: untrained.",
-            rich_help_panel=METHOD,
+        opt.method_option(
+            metavar="FOLDER", help="Planner that `hipp fit` wrote. Default: untrained."
         ),
     ] = None,
     best_evaluated: Annotated[
         bool,
-        typer.Option(
-            "--best-evaluated",
-            help="Take the best plan that the fit evaluated, not the policy's.",
-            rich_help_panel=METHOD,
+        opt.method_option(
+            "--best-evaluated", help="Take the best plan that the fit evaluated, not the policy's."
         ),
     ] = False,
     scorer: Annotated[
         str | None,
-        typer.Option(
+        opt.method_option(
             metavar="NAME",
-            help=f"Ranks the units of a group: {', '.join(SCORERS)}. Default: wanda_sp.",
-            rich_help_panel=METHOD,
+            help=f"Ranks the units of a group: {', '.join(opt.SCORERS)}. Default: wanda_sp.",
         ),
     ] = None,
     allocator: Annotated[
         str,
-        typer.Option(
+        opt.method_option(
             metavar="NAME",
             help="Decides how many units each group keeps: planner (by the preference), or "
-            f"{', '.join(ALLOCATORS)} (by --pruning-ratio).",
-            rich_help_panel=METHOD,
+            f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio).",
         ),
     ] = "planner",
-    calibration: CalibrationFiles = None,
-    image_folder: ImageFolder = None,
-    calibration_rows: CalibrationRows = None,
-    sequence_length: SequenceLength = None,
+    calibration: opt.CalibrationFiles = None,
+    image_folder: opt.ImageFolder = None,
+    calibration_rows: opt.CalibrationRows = None,
+    sequence_length: opt.SequenceLength = None,
     device: Devices = None,
     dtype: Dtype = None,
 ) -> None:
@@ -103,20 +75,26 @@ def plan(
     - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     """
-    from hipp_ext.budget import check_ratio
+    from hipp_ext.budget import Bounds, check_ratio
+    from hipp_ext.planner import HiPPPlanner
 
-    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
+    read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     weights = (utility, robustness, compression)
-    preference = read_preference(*weights)
+    preference = opt.read_preference(*weights)
     require_model(model)
     require_new_file(out, overwrite)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
-    bounds = read_bounds(round_to, drop)
-    ranking = registered("scorer", scorer)() if scorer else None
+    bounds = opt.read_bounds(round_to, drop)
+    ranking = opt.registered("scorer", scorer)() if scorer else None
     if allocator == "planner":
-        preference = preference or DEFAULT_PREFERENCE
-        maker = _planner(planner, preference, pruning_ratio, ranking, bounds, cache)
+        preference = preference or opt.DEFAULT_PREFERENCE
+        maker: Any = HiPPPlanner(preference, scorer=ranking)
+        if planner:
+            maker = HiPPPlanner.load(planner, scorer=ranking)
+        maker.pruning_ratio = maker.pruning_ratio if pruning_ratio is None else pruning_ratio
+        maker.bounds = dataclasses.replace(maker.bounds, **bounds)
+        maker.cache = cache or maker.cache
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -133,48 +111,21 @@ def plan(
                 raise PlanError(
                     f"--allocator {allocator} and {name} exclude each other: omit one of them."
                 )
-        maker = _allocator(allocator, pruning_ratio, ranking, bounds)
-        options = {}
+        kind, options = opt.registered("allocator", allocator), {}
+        if pruning_ratio is None:
+            raise PlanError(
+                f"--allocator {allocator} needs --pruning-ratio: only the planner can choose the "
+                "ratio."
+            )
+        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds))
     loaded, processor = load_model(model, device, dtype, spread=True)
-    options["calibration"] = data.read(loaded, processor)
+    options["calibration"] = read_data(loaded, processor)
     made = maker.plan(loaded, processor=processor, progress=True, **options)
     made.save(out, overwrite)
     for line in _notes(maker, weights, pruning_ratio, preference):
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
     _print_plan(made)
-
-
-def _allocator(name: str, pruning_ratio: float | None, scorer: Any, bounds: dict[str, Any]) -> Any:
-    from hipp_ext.budget import Bounds
-
-    kind = registered("allocator", name)
-    if pruning_ratio is None:
-        raise PlanError(
-            f"--allocator {name} needs --pruning-ratio: only the planner can choose the ratio."
-        )
-    return kind(pruning_ratio=pruning_ratio, scorer=scorer, bounds=Bounds(**bounds))
-
-
-def _planner(
-    folder: Path | None,
-    preference: Preference,
-    pruning_ratio: float | None,
-    scorer: Any,
-    bounds: dict[str, Any],
-    cache: Path | None,
-) -> Any:
-    from hipp_ext.planner import HiPPPlanner
-    from hipp_ext.planner.signal_cache import default_cache
-
-    planner = HiPPPlanner(preference, scorer=scorer)
-    if folder:
-        planner = HiPPPlanner.load(folder, scorer=scorer)
-    if pruning_ratio is not None:
-        planner.pruning_ratio = pruning_ratio
-    planner.bounds = dataclasses.replace(planner.bounds, **bounds)
-    planner.cache = cache or default_cache()
-    return planner
 
 
 def _notes(

@@ -8,22 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hipp_ext.cli.calibration import (
-    CalibrationFiles,
-    CalibrationOptions,
-    CalibrationRows,
-    ImageFolder,
-    SequenceLength,
-)
-from hipp_ext.cli.console import (
-    HARDWARE,
-    ModelArgument,
-    Overwrite,
-    load_model,
-    model_folder,
-    require_apart,
-    require_model,
-)
+from hipp_ext.cli import console
+from hipp_ext.cli import options as opt
 from hipp_ext.errors import CalibrationError
 from hipp_ext.files import require_new
 
@@ -32,7 +18,7 @@ prune_app = typer.Typer()
 
 @prune_app.command()
 def prune(
-    model: ModelArgument,
+    model: console.ModelArgument,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan file.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the pruned model.")
@@ -45,18 +31,16 @@ def prune(
             "training. Default: only remove.",
         ),
     ] = False,
-    overwrite: Overwrite = False,
-    calibration: CalibrationFiles = None,
-    image_folder: ImageFolder = None,
-    calibration_rows: CalibrationRows = None,
-    sequence_length: SequenceLength = None,
+    overwrite: console.Overwrite = False,
+    calibration: opt.CalibrationFiles = None,
+    image_folder: opt.ImageFolder = None,
+    calibration_rows: opt.CalibrationRows = None,
+    sequence_length: opt.SequenceLength = None,
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
+        console.hardware_option(
             help="Device: cpu, cuda, ..., or auto (spread over all GPUs). Default: cpu; with "
-            "--reconstruct the GPU if there is one.",
-            rich_help_panel=HARDWARE,
+            "--reconstruct the GPU if there is one."
         ),
     ] = None,
 ) -> None:
@@ -72,14 +56,16 @@ def prune(
     from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.surgery.prune import prune as prune_model
 
-    data = CalibrationOptions(calibration, image_folder, calibration_rows, sequence_length)
+    read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     if not reconstruct and (calibration or calibration_rows):
         raise CalibrationError("Calibration options are for --reconstruct: give it as well.")
-    require_model(model)
+    console.require_model(model)
     plan = PruningPlan.load(plan_file)
     require_new(out, overwrite)
-    require_apart(out, Path(model_folder(model)), plan_file)
-    loaded, processor = load_model(model, device if reconstruct or device else "cpu", spread=True)
+    console.require_apart(out, Path(console.model_folder(model)), plan_file)
+    loaded, processor = console.load_model(
+        model, device if reconstruct or device else "cpu", spread=True
+    )
     before = sum(p.numel() for p in loaded.parameters())
     with _reconstruction_log():
         pruned = prune_model(
@@ -87,7 +73,7 @@ def prune(
             plan,
             inplace=True,
             reconstruct=reconstruct,
-            calibration=data.read(loaded, processor),
+            calibration=read_data(loaded, processor),
             processor=processor,
         )
     save_pruned(pruned, out, processor, overwrite=overwrite)

@@ -85,15 +85,15 @@ class Archive:
     The file survives kill -9: half a last line is dropped when it is read.
     """
 
-    def __init__(self, path: str | Path | None = None):
-        """Read the archive at `path`, if there is one.
+    def __init__(self, path: str | Path | None = None, records: Sequence[Record] = ()):
+        """Read the archive at `path`, if there is one, or begin with `records`, without a file.
 
         Raises:
             CheckpointError: a line other than the last is not a record as it was written, or the
                 path is no file, or the file is too large.
         """
         self.path = Path(path) if path is not None else None
-        self.records: list[Record] = []
+        self.records: list[Record] = list(records)
         if self.path is not None and self.path.exists():
             if not self.path.is_file() or self.path.stat().st_size > MAX_BYTES:
                 raise CheckpointError(
@@ -160,12 +160,7 @@ class Archive:
 
     def hypervolume(self) -> float:
         """Hypervolume of the front above REFERENCE_POINT; 0 for an empty archive."""
-        points = np.array([r.reward.objectives() for r in self.records]).reshape(-1, 3)
-        return (
-            float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))
-            if len(points)
-            else 0.0
-        )
+        return _hypervolume(np.array([r.reward.objectives() for r in self.records]))
 
     def nadir_and_ideal(self) -> Float[Tensor, "2 3"]:
         """(nadir, ideal) point, by which the objectives are normalised.
@@ -206,16 +201,15 @@ def hypervolume_gains(
     assert bool(points.isfinite().all()) and bool(np.isfinite(front).all()), (
         "moocore ends the process at infinity"
     )
-    reference = list(REFERENCE_POINT)
     front = front[moocore.is_nondominated(front, maximise=True)] if len(front) else front
-    before = moocore.hypervolume(front, ref=reference, maximise=True) if len(front) else 0.0
-    gains = []
+    before, gains = _hypervolume(front), []
     for point in points.double().numpy():
         dominated = bool((front >= point).all(1).any())
-        after = (
-            before
-            if dominated
-            else moocore.hypervolume(np.vstack([front, point]), ref=reference, maximise=True)
-        )
-        gains.append(float(after - before))
+        gains.append(0.0 if dominated else _hypervolume(np.vstack([front, point])) - before)
     return torch.tensor(gains)
+
+
+def _hypervolume(points: np.ndarray) -> float:
+    if not len(points):
+        return 0.0
+    return float(moocore.hypervolume(points, ref=list(REFERENCE_POINT), maximise=True))

@@ -48,11 +48,6 @@ def measure_columns(
     return columns
 
 
-def column_features(groups: Sequence[Group], columns: Mapping[str, Column]) -> list[Column]:
-    """The columns as the policy sees them: standardised over the groups."""
-    return [TRANSFORMS[name](values, groups) for name, values in columns.items()]
-
-
 def standardise(x: Tensor) -> Tensor:
     """Zero mean and unit variance; zero where all values are alike."""
     x = x.float()

@@ -49,11 +49,8 @@ class Workers:
     @classmethod
     def join(cls) -> "Workers":
         """The processes of `torchrun`, connected by gloo; without torchrun, this process alone."""
-        if (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1
-            and dist.is_available()
-            and not dist.is_initialized()
-        ):
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available()
+        if several and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=TIMEOUT)
         return cls()
 

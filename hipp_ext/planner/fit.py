@@ -1,24 +1,33 @@
-"""The fit: propose plans, measure them, learn from them; resumable after every plan."""
+"""The fit: propose plans, measure them, learn from them; resumable after every plan.
 
-import math
-from collections.abc import Callable, Sequence
+It runs in one process or several, all of which get the result.
+"""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from hipp_ext.budget import Bounds, Cost, keep_counts
+from hipp_ext.budget import keep_counts
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.planner.archive import Archive, Record, fit_groups
-from hipp_ext.planner.evaluation import KeepCounts, MeasureMany
+from hipp_ext.planner.evaluation import KeepCounts, MeasureMany, Workers, plan_rewards
 from hipp_ext.planner.grpo import Rollouts
+from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy
-from hipp_ext.planner.reward import Reward
+from hipp_ext.planner.problem import FitProblem
+from hipp_ext.planner.reward import Evaluator, Reward, scores_agree
 from hipp_ext.planner.search import PolicySearch
-from hipp_ext.planner.settings import FitResult, FitSettings
-from hipp_ext.planner.state import Signals
+from hipp_ext.planner.settings import FitResult
 from hipp_ext.runs import RunFolder
+from hipp_ext.training import progress_bar
 
 ARCHIVE, CHECKPOINT = "archive.jsonl", "checkpoint.safetensors"
 
@@ -28,12 +37,8 @@ class Trainer:
 
     Args:
         policy: policy to be trained.
-        signals: signals of the model.
+        problem: plans that are searched, and settings of the fit.
         measure: keep counts of several plans -> their rewards.
-        settings: how many plans, and how they are drawn.
-        cost: what compression counts.
-        pruning_ratio: fixes the budget; None: the policy decides.
-        bounds: bounds of the keep counts.
         run: folder of checkpoint and archive, from which the fit is resumed; None: none.
         at_once: number of plans that are measured at the same time.
 
@@ -44,21 +49,13 @@ class Trainer:
     def __init__(
         self,
         policy: Policy,
-        signals: Signals,
+        problem: FitProblem,
         measure: MeasureMany,
-        settings: FitSettings,
-        *,
-        cost: Cost,
-        pruning_ratio: float | None = None,
-        bounds: Bounds | None = None,
         run: RunFolder | None = None,
         at_once: int = 1,
     ):
-        self.signals, self.measure, self.settings = signals, measure, settings
-        self.pruning_ratio, self.bounds, self.at_once = pruning_ratio, bounds or Bounds(), at_once
-        self.search = PolicySearch(
-            policy, signals, settings, cost=cost, pruning_ratio=pruning_ratio, bounds=self.bounds
-        )
+        self.problem, self.measure, self.at_once = problem, measure, at_once
+        self.search = PolicySearch(policy, problem)
         self.folder = run
         self.archive = Archive(run / ARCHIVE if run else None)
         self.step, self.finished = 0, False
@@ -72,32 +69,15 @@ class Trainer:
 
     def run(self, progress: bool) -> FitResult:
         """All steps that are left, with a progress bar if wanted."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("plans"),
-            TimeRemainingColumn(),
-        ]
-        steps, history = self.settings.steps, []
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task(
-                "fit", total=steps * self._per_step, completed=self.step * self._per_step
-            )
+        steps, history = self.problem.settings.steps, []
+        total = steps * self.problem.plans_per_step
+        with progress_bar(progress, "fit", total, len(self.archive)) as update:
             while self.step < steps:
-                self.run_step(lambda: bar.advance(task))
+                note = f"hypervolume {history[-1]:.4f}" if history else ""
+                self.run_step(lambda: update(len(self.archive), note))  # noqa: B023
                 history.append(self.archive.hypervolume())
-                bar.update(task, description=f"fit, hypervolume {history[-1]:.4f}")
             if not self.finished:
-                bar.update(task, description="learning from all plans")
+                update(len(self.archive), "learning from all plans")
                 self._finish()
         return FitResult(
             steps=self.step,
@@ -123,17 +103,11 @@ class Trainer:
         self._save()
 
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
-
-    @property
-    def _per_step(self) -> int:
-        """Number of plans of a step."""
-        s = self.settings
-        return s.preferences * s.rollouts * (s.budgets if self.pruning_ratio is None else 1)
+        return torch.Generator().manual_seed(self.problem.settings.seed * 1_000_003 + self.step)
 
     def _finish(self) -> None:
         """The final updates, on everything that is known."""
-        if len(self.archive) and self.settings.final_update_fraction:
+        if len(self.archive) and self.problem.settings.final_update_fraction:
             self.search.know(self.archive)
             self.search.learn_anew(self.step, self._generator())
         self.finished = True
@@ -142,26 +116,26 @@ class Trainer:
     def _evaluate(self, rollouts: Rollouts, tick: Callable[[], None]) -> None:
         """Measure the rollouts and append them to the archive, in their order."""
         asked = self._records(rollouts)
-        done = 0
-        while done < len(asked):
-            self._measure_next([record["keep_counts"] for record in asked[done:]])
-            while done < len(asked) and asked[done]["keep_counts"] in self._known:
-                reward = self._known[asked[done]["keep_counts"]]
-                self.archive.append([Record(**asked[done], reward=reward)])
-                done += 1
-                tick()
+        for done, record in enumerate(asked):
+            if record["keep_counts"] not in self._known:
+                # Measure the next new plans, as many as there are processes.
+                left = dict.fromkeys(r["keep_counts"] for r in asked[done:])
+                new = [counts for counts in left if counts not in self._known][: self.at_once]
+                self._known.update(zip(new, self.measure(new), strict=True))
+            reward = self._known[record["keep_counts"]]
+            self.archive.append([Record(**record, reward=reward)])
+            tick()
 
     def _records(self, rollouts: Rollouts) -> list[dict[str, Any]]:
         """The rollouts as records without their rewards."""
-        _, m, n, _ = rollouts.allocations.shape
-        records = []
-        for index in range(math.prod(rollouts.allocations.shape[:3])):
-            p, b, r = index // (m * n), index // n % m, index % n
+        problem, records = self.problem, []
+        places = itertools.product(*map(range, rollouts.allocations.shape[:3]))
+        for index, (p, b, r) in enumerate(places):
             allocation = tuple(rollouts.allocations[p, b, r].tolist())
             # A fixed ratio as it was given, not in single precision.
-            ratio = self.pruning_ratio
+            ratio = problem.pruning_ratio
             ratio = float(rollouts.ratios[p, b]) if ratio is None else ratio
-            counts = keep_counts(self.signals.groups, allocation, ratio, self.bounds)
+            counts = keep_counts(problem.signals.groups, allocation, ratio, problem.bounds)
             records.append(
                 {
                     "step": self.step,
@@ -174,12 +148,6 @@ class Trainer:
             )
         return records
 
-    def _measure_next(self, plans: Sequence[KeepCounts]) -> None:
-        """Measure the next new plans, as many as there are processes."""
-        new = [counts for counts in dict.fromkeys(plans) if counts not in self._known]
-        if batch := new[: self.at_once]:
-            self._known.update(zip(batch, self.measure(batch), strict=True))
-
     def _save(self) -> None:
         if self.folder:
             progress = {"step": self.step, "finished": self.finished}
@@ -188,7 +156,7 @@ class Trainer:
 
     def _resume(self, run: RunFolder) -> None:
         """Continue where the folder's fit stopped."""
-        if not fit_groups(self.archive.records, self.signals.groups):
+        if not fit_groups(self.archive.records, self.problem.signals.groups):
             raise run.damaged("the archive holds plans of another model")
         if not (run / CHECKPOINT).exists():
             return
@@ -201,9 +169,48 @@ class Trainer:
             self.search.learner.restore(tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise run.damaged(f"the checkpoint is of another policy: {error!r}") from None
-        expected = self.step * self._per_step
+        expected = self.step * self.problem.plans_per_step
         there = sum(r.step < self.step for r in self.archive.records)
         if there != expected:
             raise run.damaged(
                 f"the archive holds {there} of the {expected} plans before step {self.step}"
             )
+
+
+def run_fit(
+    policy: Policy,
+    model: nn.Module,
+    evaluator: Evaluator,
+    problem: FitProblem,
+    workers: Workers,
+    folder: Path | None,
+    progress: bool,
+) -> tuple[Policy, FitHistory, FitResult]:
+    """(fitted policy, history, result), the same in all processes; `policy` is left as it was."""
+    policy, digest = copy.deepcopy(policy), getattr(evaluator, "digest", None)
+    signals, learned = problem.signals, None
+    with plan_rewards(model, evaluator, signals, problem.cost) as measure_one:
+        if not workers.leads:
+            workers.serve(measure_one)
+        else:
+            with workers.leading(measure_one) as measure_many, contextlib.ExitStack() as stack:
+                whole = measure_many([tuple(g.width for g in signals.groups)])[0]
+                dense, run = {"utility": whole.utility, "robustness": whole.robustness}, None
+                if folder:
+                    identity = problem.identity(dense, digest)
+                    run = stack.enter_context(
+                        RunFolder(folder, identity, same={"dense": scores_agree})
+                    )
+                trainer = Trainer(policy, problem, measure_many, run, workers.count)
+                result = trainer.run(progress)
+                learned = (policy.state_dict(), trainer.archive.records, dense, result)
+    state, records, dense, result = workers.share(learned)
+    policy.load_state_dict(state)
+    history = FitHistory(
+        archive=Archive(records=records),
+        ranking=signals.ranking,
+        cost=problem.cost.name,
+        dense=dense,
+        evaluator=digest,
+    )
+    return policy, history, result

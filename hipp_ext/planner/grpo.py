@@ -131,15 +131,11 @@ class Learner:
         )
 
     def allocation_means(
-        self, preferences: Tensor, ratios: Float[Tensor, "P M"]
+        self, preferences: Tensor, ratios: Float[Tensor, "P M"], policy: Policy | None = None
     ) -> Float[Tensor, "P M G"]:
-        """Mean allocation of each preference at each of its ratios."""
-        return self._means(self.policy, preferences, ratios)
-
-    def _means(
-        self, policy: Policy, preferences: Tensor, ratios: Float[Tensor, "P M"]
-    ) -> Float[Tensor, "P M G"]:
+        """Mean allocation of each preference at each of its ratios; of the policy by default."""
         flat = preferences.repeat_interleave(ratios.shape[1], 0)
+        policy = policy or self.policy
         return policy.allocation(self.signals, flat, ratios.flatten()).view(*ratios.shape, -1)
 
     def learn(self, rollouts: Rollouts, objectives: Float[Tensor, "P M N 3"]) -> None:
@@ -151,7 +147,9 @@ class Learner:
             advantages = allocation_advantages(objectives, rollouts.preferences)
             loss = -(advantages * log_likelihood).mean()
             with torch.no_grad():
-                reference = self._means(self.reference, rollouts.preferences, rollouts.ratios)
+                reference = self.allocation_means(
+                    rollouts.preferences, rollouts.ratios, self.reference
+                )
             loss = loss + KL_WEIGHT * (means - reference).square().mean() / (2 * rollouts.noise**2)
             self._update(loss)
 
@@ -176,25 +174,24 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Policy, reference and optimizer as named tensors, for a checkpoint."""
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in moments.items()}
-        return {k: v.contiguous() for k, v in tensors.items()}
+        adam = self.optimizer.state_dict()["state"]
+        parts = {"policy": self.policy.state_dict(), "reference": self.reference.state_dict()}
+        parts |= {f"adam.{index}": moments for index, moments in adam.items()}
+        return {f"{p}.{k}": v.contiguous() for p, part in parts.items() for k, v in part.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Load what `tensors` returned."""
-        for name, policy in (("policy.", self.policy), ("reference.", self.reference)):
-            policy.load_state_dict(
-                {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-            )
-        state: dict[str, Any] = self.optimizer.state_dict()
-        state["state"] = {}
+        parts: dict[str, Any] = {"policy": {}, "reference": {}, "adam": {}}
         for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, index, name = key.split(".")
-                state["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(state)
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.policy.load_state_dict(parts["policy"])
+        self.reference.load_state_dict(parts["reference"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["adam"].items():
+            index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
 def draw_preferences(n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:

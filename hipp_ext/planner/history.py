@@ -1,6 +1,7 @@
 """What a fit leaves beside its policy: the evaluated plans, and what they were evaluated with."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -8,12 +9,12 @@ from hipp_ext.budget import Bounds, parameters_left
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group, total_parameters
 from hipp_ext.planner.archive import Archive, Record
-from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.evaluation import KeepCounts
 from hipp_ext.planner.reward import Reward, best_for
 from hipp_ext.preference import Preference
 
 
+@dataclass(frozen=True, kw_only=True)
 class FitHistory:
     """The evaluated plans of one model.
 
@@ -26,18 +27,11 @@ class FitHistory:
         evaluator: digest of the evaluator; None: it has none.
     """
 
-    def __init__(
-        self,
-        *,
-        records: Sequence[Record] = (),
-        ranking: str | None = None,
-        cost: CostKind | None = None,
-        dense: dict[str, float] | None = None,
-        evaluator: str | None = None,
-    ):
-        self.archive = Archive()
-        self.archive.append(records)
-        self.ranking, self.cost, self.dense, self.evaluator = ranking, cost, dense, evaluator
+    archive: Archive = field(default_factory=Archive)
+    ranking: str | None = None
+    cost: str | None = None
+    dense: dict[str, float] | None = None
+    evaluator: str | None = None
 
     def reward(self, keep_counts: KeepCounts) -> Reward | None:
         """The measured reward of a plan; None: it was not evaluated."""

@@ -14,13 +14,14 @@ from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
-from hipp_ext.planner.archive import Archive, Record
+from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import CostKind, check_cost, cost_of
 from hipp_ext.planner.evaluation import KeepCounts, Workers, plan_rewards
+from hipp_ext.planner.fit import run_fit
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy, new_policy
+from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.reward import Evaluator, Reward
-from hipp_ext.planner.run_fit import run_fit
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.signal_cache import cached_signals, default_cache
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
@@ -155,7 +156,6 @@ class HiPPPlanner:
             raise PlanError(NOT_FITTED_MESSAGE)
         preference = self.preference if preference is None else preference
         _check_preference(preference)
-        check_model(model)
         self._check_reach(model)
         signals = self.measure(
             model,
@@ -167,13 +167,14 @@ class HiPPPlanner:
         )
         if best_evaluated:
             self._fitted_signals()
-            counts = self._best(signals, preference).keep_counts
+            counts = self._best(signals, preference)
         else:
             counts = self._decide(signals, preference)
         return self._plan(signals, counts, preference)
 
     def _check_reach(self, model: nn.Module) -> None:
         """Raise BudgetError if pruning_ratio cannot be met, before anything is measured."""
+        check_model(model)
         if self.pruning_ratio is not None:
             keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
 
@@ -277,7 +278,6 @@ class HiPPPlanner:
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
-        check_model(model)
         self._check_reach(model)
         workers = Workers()
         mine = self.measure(
@@ -289,19 +289,17 @@ class HiPPPlanner:
             progress=progress and workers.leads,
         )
         signals = workers.share(mine)
-        policy, history, result = run_fit(
-            self.policy,
-            model,
-            evaluator,
-            signals,
-            settings or FitSettings(),
-            workers,
-            cost=cost,
+        problem = FitProblem(
+            signals=signals,
+            settings=settings or FitSettings(),
+            cost=cost_of(signals.groups, cost),
             bounds=self.bounds,
             pruning_ratio=self.pruning_ratio,
-            folder=Path(folder) if folder is not None else None,
             mrs=self.mrs and self.mrs.name,
-            progress=progress,
+        )
+        kept = None if folder is None else Path(folder)
+        policy, history, result = run_fit(
+            self.policy, model, evaluator, problem, workers, kept, progress
         )
         if result.steps:
             self.policy = policy
@@ -331,17 +329,16 @@ class HiPPPlanner:
                 evaluated plan removes enough.
         """
         preference, signals = preference or self.preference, self._fitted_signals()
-        best = self._best(signals, preference).keep_counts
-        policy, best_evaluated = (
-            ParetoPlan(
-                plan=self._plan(signals, counts, preference), reward=self.history.reward(counts)
-            )
-            for counts in (self._decide(signals, preference), best)
+        both = self._best(signals, preference), self._decide(signals, preference)
+        best, policy = (
+            ParetoPlan(plan=self._plan(signals, c, preference), reward=self.history.reward(c))
+            for c in both
         )
-        return Answers(policy=policy, best_evaluated=best_evaluated)
+        return Answers(policy=policy, best_evaluated=best)
 
-    def _best(self, signals: Signals, preference: Preference) -> Record:
-        return self.history.best(preference, signals.groups, self.bounds, self.pruning_ratio)
+    def _best(self, signals: Signals, preference: Preference) -> KeepCounts:
+        bounds, ratio = self.bounds, self.pruning_ratio
+        return self.history.best(preference, signals.groups, bounds, ratio).keep_counts
 
     def _fitted_signals(self) -> Signals:
         """The signals, if the archive's plans keep the units that they were evaluated with."""
@@ -412,10 +409,7 @@ class HiPPPlanner:
             CheckpointError: the folder is missing, incomplete or damaged.
             PlanError: a scorer has to be given, or another one is.
         """
-        preference, options, signals, history = read_planner(Path(path), scorer, mrs)
-        planner = cls(preference, **options)
-        planner.signals, planner.history = signals, history
-        return planner
+        return read_planner(cls, Path(path), scorer, mrs)
 
 
 def _check_preference(preference: Any) -> None:

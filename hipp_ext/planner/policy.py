@@ -94,10 +94,9 @@ class Policy(nn.Module):
         tasks = _tasks(preferences)  # the ratio stands for the weight of compression
         tokens = self._tokens(signals, tasks, ratios)
         robustness = tasks[:, 1]
+        sharp = not bool(self.learns)
         sensitivity = (
-            PRIOR_SHARPNESS * signals.soft_prior
-            if bool(self.learns)
-            else signals.prior(ratios, robustness)
+            signals.prior(ratios, robustness) if sharp else PRIOR_SHARPNESS * signals.soft_prior
         )
         prior = sensitivity + VISUAL_WEIGHT * robustness[:, None] * signals.visual_rank
         residual = self.allocation_head(tokens).squeeze(-1)
@@ -107,12 +106,10 @@ class Policy(nn.Module):
         self, signals: Signals, tasks: Float[Tensor, "batch 2"], ratios: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups width"]:
         x = self.embed(signals.state).expand(len(tasks), -1, -1)
-        film = self.condition(torch.cat([tasks, ratios[:, None]], 1)).view(
-            len(tasks), 2, 2, 1, self.width
-        )
-        for block, (scale, shift) in zip(
-            self.blocks, (film[:, 0].unbind(1), film[:, 1].unbind(1)), strict=True
-        ):
+        film = self.condition(torch.cat([tasks, ratios[:, None]], 1))
+        film = film.view(len(tasks), len(self.blocks), 2, 1, self.width)
+        for i, block in enumerate(self.blocks):
+            scale, shift = film[:, i].unbind(1)
             everyone = x.mean(1, keepdim=True).expand_as(x)
             x = x + (1 + scale) * block(torch.cat([x, everyone], -1)) + shift
         return x
@@ -140,16 +137,11 @@ class Policy(nn.Module):
         return pruning_ratio, logits[0].tolist()
 
 
-def robustness_weight(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, " batch"]:
-    """Weight of robustness among the two tasks, in [0, 1]; 1/2 where neither counts."""
+def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
+    """(utility, robustness) weights, which sum to one; 1/2 each where neither counts."""
     utility, robustness, _ = preferences.unbind(-1)
     both = utility + robustness
-    return torch.where(both > 0, robustness / both, 0.5)
-
-
-def _tasks(preferences: Float[Tensor, "batch 3"]) -> Float[Tensor, "batch 2"]:
-    """(utility, robustness) weights, which sum to one."""
-    robustness = robustness_weight(preferences)
+    robustness = torch.where(both > 0, robustness / both, 0.5)
     return torch.stack([1 - robustness, robustness], 1)
 
 

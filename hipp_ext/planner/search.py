@@ -4,14 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hipp_ext.budget import Bounds, Cost, largest_ratio
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import compression
 from hipp_ext.planner.grpo import Learner, Rollouts, draw_preferences
-from hipp_ext.planner.policy import MAX_RATIO, Policy
+from hipp_ext.planner.policy import Policy
+from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.proposals import Proposer
-from hipp_ext.planner.settings import FitSettings
-from hipp_ext.planner.state import Signals, keep_fractions
+from hipp_ext.planner.state import keep_fractions
 from hipp_ext.planner.surrogate import Surrogate
 
 BATCH = (16, 2, 8)  # preferences, budgets and rollouts of a policy update
@@ -25,38 +23,15 @@ class PolicySearch:
 
     Args:
         policy: policy to be trained.
-        signals: signals of the model.
-        settings: settings of the fit.
-        cost: what compression counts.
-        pruning_ratio: fixes the budget; None: the policy decides.
-        bounds: bounds of the keep counts.
-
-    Attributes:
-        limit: largest ratio that is searched.
+        problem: plans that are searched, and settings of the fit.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        signals: Signals,
-        settings: FitSettings,
-        *,
-        cost: Cost,
-        pruning_ratio: float | None,
-        bounds: Bounds,
-    ):
-        self.signals, self.settings, self.cost = signals, settings, cost
-        self.pruning_ratio = pruning_ratio
-        self.limit = min(MAX_RATIO, largest_ratio(signals.groups, bounds))
-        self.learner = Learner(policy, signals, settings.lr)
-        self.surrogate = Surrogate(signals.curvature)
-        self.proposer = Proposer(
-            groups=signals.groups,
-            bounds=bounds,
-            cost=cost,
-            limit=self.limit,
-            candidates=settings.candidates,
-        )
+    def __init__(self, policy: Policy, problem: FitProblem):
+        self.problem, self.settings = problem, problem.settings
+        self.groups = problem.signals.groups
+        self.learner = Learner(policy, problem.signals, problem.settings.lr)
+        self.surrogate = Surrogate(problem.signals.curvature)
+        self.proposer = Proposer(problem=problem, surrogate=self.surrogate, learner=self.learner)
 
     def know(self, archive: Archive) -> None:
         """Fit the surrogate, and the ends of the objectives, to the measured plans."""
@@ -64,7 +39,7 @@ class PolicySearch:
         if known := archive.measured:
             rewards = torch.tensor([[r.reward.utility, r.reward.robustness] for r in known])
             plans = [r.keep_counts for r in known]
-            self.surrogate.fit(keep_fractions(self.signals.groups, plans), rewards)
+            self.surrogate.fit(keep_fractions(self.groups, plans), rewards)
 
     def propose(self, archive: Archive, step: int, generator: torch.Generator) -> Rollouts:
         """The rollouts to measure next: the policy's own until any plan was measured."""
@@ -72,19 +47,15 @@ class PolicySearch:
         first, last = s.noise
         drawn = self.learner.draw(
             draw_preferences(s.preferences, generator),
-            1 if self.pruning_ratio is not None else s.budgets,
+            self.problem.budgets,
             s.candidates // 2 if chooses else s.rollouts,
             noise=first + (last - first) * step / max(s.steps - 1, 1),
             budget_noise=s.budget_noise,
-            ratio=self.pruning_ratio,
-            limit=self.limit,
+            ratio=self.problem.pruning_ratio,
+            limit=self.problem.limit,
             generator=generator,
         )
-        if not chooses:
-            return drawn
-        return self.proposer.choose(
-            drawn, s.rollouts, archive, self.surrogate, self.learner, generator
-        )
+        return self.proposer.choose(drawn, archive, generator) if chooses else drawn
 
     def learn(self, generator: torch.Generator) -> None:
         """The policy updates of one step."""
@@ -108,10 +79,10 @@ class PolicySearch:
     def _update(self, update: int, generator: torch.Generator) -> None:
         """At the policy's budgets and, every other time, at any: a user may fix the budget."""
         n, budgets, rollouts = BATCH
-        preferences, ratio = draw_preferences(n, generator), self.pruning_ratio
+        preferences, ratio = draw_preferences(n, generator), self.problem.pruning_ratio
         own = ratio is None and update % 2 == 0
         if ratio is None and not own:
-            ratio = self.limit * torch.rand(n, budgets, generator=generator)
+            ratio = self.problem.limit * torch.rand(n, budgets, generator=generator)
         drawn = self.learner.draw(
             preferences,
             budgets,
@@ -119,7 +90,7 @@ class PolicySearch:
             noise=self.settings.noise[1],
             budget_noise=1.0,
             ratio=ratio,
-            limit=self.limit,
+            limit=self.problem.limit,
             generator=generator,
         )
         self.learner.learn(drawn, self._predicted(drawn))
@@ -136,14 +107,13 @@ class PolicySearch:
         self, allocations: Float[Tensor, "C G"], ratios: Float[Tensor, " C"]
     ) -> Float[Tensor, "C 3"]:
         """Lower confidence bounds: a policy would find the plans that the surrogate overrates."""
-        groups, plans = self.signals.groups, self.proposer.counts(allocations, ratios)
-        mean, deviation = self.surrogate.predict(keep_fractions(groups, plans))
-        saved = compression(self.cost, groups, plans)[:, None].float()
-        return torch.cat([mean - LCB_BETA * deviation, saved], 1)
+        plans = self.problem.counts(allocations, ratios)
+        mean, deviation = self.surrogate.predict(keep_fractions(self.groups, plans))
+        return self.problem.with_compression(mean - LCB_BETA * deviation, plans)
 
     def _learn_budgets(self, preferences: Tensor) -> None:
         """The best of a grid of ratios, each with the allocation that the policy chooses there."""
-        grid = self.limit * torch.linspace(1 / 30, 1, N_RATIOS)
+        grid = self.problem.limit * torch.linspace(1 / 30, 1, N_RATIOS)
         ratios = grid.expand(len(preferences), -1)
         with torch.no_grad():
             means = self.learner.allocation_means(preferences, ratios)

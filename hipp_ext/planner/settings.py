@@ -1,13 +1,11 @@
 """How a fit is done, and what it reports."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hipp_ext.errors import PlanError
-from hipp_ext.quantities import finite, whole
+from hipp_ext.quantities import take_numbers
 
 WHOLE_NUMBERS = ("steps", "preferences", "budgets", "rollouts", "updates", "candidates", "seed")
 FINITE_NUMBERS = ("final_update_fraction", "lr", "budget_noise")
@@ -54,10 +52,7 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in WHOLE_NUMBERS:
-            self._read(name, whole, "a whole number")
-        for name in FINITE_NUMBERS:
-            self._read(name, finite, "a finite number")
+        take_numbers(self, PlanError, wholes=WHOLE_NUMBERS, finites=FINITE_NUMBERS)
         if self.steps < 0 or min(self.preferences, self.budgets) < 1 or self.rollouts < 2:
             raise ValueError(
                 f"steps >= 0, preferences and budgets >= 1 and rollouts >= 2 are needed: {self}"
@@ -68,13 +63,6 @@ class FitSettings:
             raise ValueError(f"candidates >= 8 and >= rollouts are needed: {self}")
         if not all(0 < x < math.inf for x in (*self.noise, self.budget_noise, self.lr)):
             raise ValueError(f"noise, budget_noise and lr above 0 are needed: {self}")
-
-    def _read(self, name: str, read: Callable[[Any], Any], needed: str) -> None:
-        """Store the value as a plain number, because numpy's numbers cannot be written as JSON."""
-        value = getattr(self, name)
-        if (number := read(value)) is None:
-            raise PlanError(f"FitSettings({name}={value!r}): {needed} is needed.")
-        object.__setattr__(self, name, number)
 
     @property
     def evaluations(self) -> int:

@@ -15,14 +15,7 @@ from hipp_ext.allocators.sensitivity import cheapest_logits
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
-from hipp_ext.planner.columns import (
-    OPTIONAL,
-    TRANSFORMS,
-    by_kind,
-    column_features,
-    measure_columns,
-    standardise,
-)
+from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_kind, measure_columns, standardise
 from hipp_ext.progress import counting
 from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
@@ -90,15 +83,16 @@ class Signals:
         """
         groups = self.groups
         depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
-        features = [torch.tensor([float(g.place == p) for g in groups]) for p in PLACES]
-        features.append(torch.tensor([g.layer / depth for g in groups]))
-        features.append(standardise(torch.tensor([g.parameters / total for g in groups]).log()))
-        features.append(standardise(torch.tensor([float(g.width) for g in groups]).log()))
-        for q in QUANTILES:
-            features.append(torch.tensor([_curve(self.scores[g.name], q) for g in groups]))
-        for level in FEATURE_LEVELS:
-            features.append(standardise((self.sensitivity.mean(0)[:, level] + 1e-6).log()))
-        features += column_features(groups, self.columns)
+        losses = self.sensitivity.mean(0)
+        features = [
+            *(torch.tensor([float(g.place == p) for g in groups]) for p in PLACES),
+            torch.tensor([g.layer / depth for g in groups]),
+            standardise(torch.tensor([g.parameters / total for g in groups]).log()),
+            standardise(torch.tensor([float(g.width) for g in groups]).log()),
+            *(torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES),
+            *(standardise((losses[:, level] + 1e-6).log()) for level in FEATURE_LEVELS),
+            *(TRANSFORMS[name](values, groups) for name, values in self.columns.items()),
+        ]
         return torch.stack([f.float() for f in features], 1)
 
     def prior(

@@ -1,14 +1,15 @@
 """A planner as a folder: JSON for settings, safetensors for tensors, JSONL for plans."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hipp_ext import scorers
 from hipp_ext.budget import Bounds
-from hipp_ext.errors import BudgetError, CheckpointError, PlanError, PreferenceError
+from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.planner.archive import Archive, fit_groups
@@ -16,30 +17,20 @@ from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import new_policy
-from hipp_ext.planner.signal_file import read_signals, sealed_signals
-from hipp_ext.planner.state import FEATURES, Signals
+from hipp_ext.planner.signal_cache import read_signals, sealed_signals
+from hipp_ext.planner.state import FEATURES
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
+HISTORY = ("ranking", "cost", "dense", "evaluator")  # fields of FitHistory beside its archive
 MAX_HEADER_BYTES = 16 << 20
-DAMAGE = (
-    CheckpointError,
-    OSError,
-    ValidationError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    PreferenceError,
-    BudgetError,
-)
 
 
 class Header(BaseModel):
     """Contents of planner.json; see `HiPPPlanner` and `FitHistory`.
 
     Attributes:
-        fitted_on: `FitHistory.ranking`.
         plans: number of plans in the archive.
         files: SHA-256 of the tensor files beside it.
         sha256: SHA-256 of the header without this field.
@@ -53,7 +44,7 @@ class Header(BaseModel):
     policy_width: Annotated[int, Field(ge=1, le=4096)]
     scorer: str | None
     mrs: str | None
-    fitted_on: str | None
+    ranking: str | None
     plans: int
     cost: CostKind | None
     dense: dict[str, float] | None
@@ -76,13 +67,10 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         pruning_ratio=planner.pruning_ratio,
         bounds=planner.bounds,
         policy_width=planner.policy.width,
-        scorer=planner.scorer.name if planner.scorer else None,
-        mrs=planner.mrs.name if planner.mrs else None,
-        fitted_on=history.ranking,
+        scorer=planner.scorer and planner.scorer.name,
+        mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
-        cost=history.cost,
-        dense=history.dense,
-        evaluator=history.evaluator,
+        **{name: getattr(history, name) for name in HISTORY},
         # Each file has its own digest, and the header those of the others.
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     )
@@ -95,11 +83,12 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
 
 
 def read_planner(
-    folder: Path, scorer: Scorer | None, mrs: MRS | None
-) -> tuple[Preference, dict[str, Any], Signals | None, FitHistory]:
-    """(preference, options, signals, history) of a planner that `write_planner` wrote.
+    new: Callable[..., Any], folder: Path, scorer: Scorer | None, mrs: MRS | None
+) -> Any:
+    """The planner that `write_planner` wrote.
 
     Args:
+        new: HiPPPlanner.
         folder: folder of the planner.
         scorer: as for `HiPPPlanner.load`.
         mrs: as for `HiPPPlanner.load`.
@@ -114,39 +103,35 @@ def read_planner(
         mrs = scorer_called(header.mrs, mrs, "mrs")
         policy = new_policy(width=header.policy_width, features=FEATURES + (mrs is not None))
         policy.load_state_dict(unseal(_same(folder, POLICY, header))[0])
-        signals = None
+        planner = new(
+            Preference(*header.preference),
+            pruning_ratio=header.pruning_ratio,
+            bounds=header.bounds,
+            scorer=scorer,
+            mrs=mrs,
+            policy=policy,
+        )
         if SIGNALS in header.files:
-            signals = read_signals(_same(folder, SIGNALS, header))
-        preference = Preference(*header.preference)
-    except DAMAGE as error:
+            planner.signals = read_signals(_same(folder, SIGNALS, header))
+    except PlanError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a complete planner folder of this version: {str(error)[:1000]}"
         ) from None
-    records = Archive(folder / ARCHIVE).records
+    records, wrong = Archive(folder / ARCHIVE).records, ""
     if header.plans != len(records):
+        wrong = f"{len(records)} of {header.plans} plans"
+    elif not fit_groups(records, planner.signals.groups if planner.signals else ()):
+        wrong = "plans of another model"
+    if wrong:
         raise CheckpointError(
-            f"{folder} is not a complete planner folder: {ARCHIVE} holds {len(records)} of "
-            f"{header.plans} plans."
+            f"{folder} is not a complete planner folder: {ARCHIVE} holds {wrong}."
         )
-    if not fit_groups(records, signals.groups if signals else ()):
-        raise CheckpointError(
-            f"{folder} is not a complete planner folder: {ARCHIVE} holds plans of another model."
-        )
-    history = FitHistory(
-        records=records,
-        ranking=header.fitted_on,
-        cost=header.cost,
-        dense=header.dense,
-        evaluator=header.evaluator,
+    planner.history = FitHistory(
+        archive=Archive(records=records), **{name: getattr(header, name) for name in HISTORY}
     )
-    options = {
-        "pruning_ratio": header.pruning_ratio,
-        "bounds": header.bounds,
-        "scorer": scorer,
-        "mrs": mrs,
-        "policy": policy,
-    }
-    return preference, options, signals, history
+    return planner
 
 
 def _same(folder: Path, name: str, header: Header) -> Path:

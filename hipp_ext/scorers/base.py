@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,9 @@ from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
 from hipp_ext.modes import evaluating
+
+Groups = Sequence[Group]
+Scores = Mapping[str, Tensor]  # group name -> (width,) scores, higher = keep
 
 
 class Scorer(abc.ABC):
@@ -37,7 +41,7 @@ class Scorer(abc.ABC):
         calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
-        groups: Sequence[Group] | None = None,
+        groups: Groups | None = None,
     ) -> dict[str, Float[Tensor, " width"]]:
         """Group name -> one float32 score per unit, on the CPU, higher = keep.
 
@@ -93,17 +97,8 @@ class Scorer(abc.ABC):
         ]
         return " ".join([type(self).__name__, *changed])
 
-    def _name_with_settings(self, default: "Scorer") -> str:
-        """The name, with what differs from `default`: in a planner's folder a bare name stands for
-        the default.
-        """
-        changed = [f"{k}={v}" for k, v in vars(self).items() if v != vars(default).get(k, v)]
-        return " ".join([type(self).__name__, *changed])
-
     @abc.abstractmethod
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> Mapping[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         """Group name -> (width,) scores, higher = keep, of any dtype and on any device.
 
         The model is in eval mode; the batches are checked, and empty where `needs_calibration` is
@@ -208,36 +203,30 @@ def valid_tokens(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module,
-    groups: Sequence[Group],
-    batches: Sequence[Batch],
-    tokens: TokenFilter = valid_tokens,
+    model: nn.Module, groups: Groups, batches: Sequence[Batch]
 ) -> dict[str, InputMoments]:
     """Group name -> moments of its consumer's inputs, in one forward pass per batch.
 
     Args:
         model: left as it was found.
         groups: groups whose consumers are watched.
-        batches: calibration batches.
-        tokens: mask of the language tower's tokens to count; default: all but padding. Vision
-            towers count all patches.
+        batches: calibration batches; padding is not counted.
     """
-    totals = {g.name: [0, 0.0, 0.0] for g in groups}
+    totals: dict[str, list[Any]] = {g.name: [0, 0.0, 0.0] for g in groups}
 
     def add(group: Group, x: Tensor) -> None:
-        total = totals[group.name]
-        total[0] += x.shape[0]
-        total[1] = total[1] + x.sum(0, dtype=torch.float32).double().cpu()
-        total[2] = total[2] + x.float().square().sum(0).double().cpu()
+        sums = x.sum(0, dtype=torch.float32), x.float().square().sum(0)
+        of_batch = x.shape[0], *(s.double().cpu() for s in sums)
+        totals[group.name] = [t + b for t, b in zip(totals[group.name], of_batch, strict=True)]
 
-    visit_inputs(model, groups, batches, add, tokens)
-    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}  # type: ignore[arg-type]
+    visit_inputs(model, groups, batches, add)
+    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}
 
 
 @torch.no_grad()
 def visit_inputs(
     model: nn.Module,
-    groups: Sequence[Group],
+    groups: Groups,
     batches: Sequence[Batch],
     visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
     tokens: TokenFilter = valid_tokens,
@@ -253,21 +242,17 @@ def visit_inputs(
         tokens: mask of the language tower's tokens to pass; default: all but padding. Vision
             towers pass all patches.
     """
+    counted = torch.empty(0)  # mask of the tokens of the batch that is running
+
+    def look(group: Group, _: nn.Module, args: tuple) -> None:
+        x = args[0].detach().flatten(0, -2)
+        visit(group, x[counted.flatten().to(x.device)] if group.tower == "language" else x)
+
     with contextlib.ExitStack() as stack, evaluating(model):
-        current: list[Tensor] = []
-
-        def watch(group: Group) -> Callable[[nn.Module, tuple], None]:
-            def hook(_: nn.Module, args: tuple) -> None:
-                x = args[0].detach().flatten(0, -2)
-                language = group.tower == "language"
-                visit(group, x[current[0].flatten().to(x.device)] if language else x)
-
-            return hook
-
         for g in groups:
-            stack.callback(
-                model.get_submodule(g.consumer).register_forward_pre_hook(watch(g)).remove
-            )
+            consumer = model.get_submodule(g.consumer)
+            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
+            stack.callback(hook.remove)
         for batch in batches:
-            current[:] = [tokens(batch)]
+            counted = tokens(batch)
             forward_hidden(model, batch)

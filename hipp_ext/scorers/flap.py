@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Group
-from hipp_ext.scorers.base import InputMoments, Scorer, consumer_weight, input_moments, per_unit
+from hipp_ext.scorers.base import (
+    Groups,
+    InputMoments,
+    Scorer,
+    Scores,
+    consumer_weight,
+    input_moments,
+    per_unit,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +30,7 @@ class FLAP(Scorer):
     `hipp_ext.allocators.FLAPAdaptive`; the bias compensation is left out.
     """
 
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         moments = input_moments(model, groups, batches)
         return {g.name: per_unit(fluctuation(model, g, moments[g.name]), g).mean(1) for g in groups}
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.groups import Group, linear
-from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit, sum_of_squares
+from hipp_ext.groups import linear
+from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, per_unit, sum_of_squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,12 @@ class Magnitude(Scorer):
     needs_calibration = False
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         scores = {}
         for g in groups:
             squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
             for name in g.producers:
-                squares = squares + sum_of_squares(linear(model, name).weight, 1).view(
-                    g.width, -1
-                ).sum(1)
+                rows = sum_of_squares(linear(model, name).weight, 1)
+                squares = squares + rows.view(g.width, -1).sum(1)
             scores[g.name] = squares.sqrt()
         return scores

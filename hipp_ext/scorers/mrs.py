@@ -1,6 +1,6 @@
 """MRS: module robustness sensitivity, how much the loss under attack depends on a group."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from hipp_ext.attacks import PGD, Ball, check_precision
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import AttackError, CalibrationError
-from hipp_ext.groups import Group, find_groups
+from hipp_ext.groups import find_groups
 from hipp_ext.modes import evaluating
 from hipp_ext.quantities import take_numbers
-from hipp_ext.scorers.base import Scorer, require_labels
+from hipp_ext.scorers.base import Groups, Scorer, Scores, require_labels
 from hipp_ext.scorers.gates import GatedGroup, Loss, gated_group, unit_taylor
 from hipp_ext.scorers.group_loss import first_order, removal, worst_case
 from hipp_ext.scorers.taylor import mean_loss
@@ -94,7 +94,7 @@ class MRS(Scorer):
         calibration: CalibrationLike | None = None,
         *,
         processor: Any = None,
-        groups: Sequence[Group] | None = None,
+        groups: Groups | None = None,
     ) -> dict[str, float]:
         """Group name -> sensitivity [nats]; arguments and errors as for a call."""
         groups = tuple(groups) if groups is not None else find_groups(model)
@@ -103,14 +103,12 @@ class MRS(Scorer):
             values, _ = self._measure(model, groups, batches)
         return {g.name: v for g, v in zip(groups, values, strict=True)}
 
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> Mapping[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         values, units = self._measure(model, groups, batches)
         return {g.name: unit_shares(v, u) for g, v, u in zip(groups, values, units, strict=True)}
 
     def _measure(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+        self, model: nn.Module, groups: Groups, batches: Sequence[Batch]
     ) -> tuple[list[float], list[Tensor]]:
         require_labels(batches, "MRS needs a loss")
         if self.attack is not None or self.attack_steps:

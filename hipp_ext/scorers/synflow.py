@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.families import norm_before
 from hipp_ext.groups import Group, linear, tower_layers
-from hipp_ext.scorers.base import Scorer, consumer_weight, per_unit
+from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, per_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,11 @@ class SynFlow(Scorer):
     needs_calibration = False
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         scores: dict[str, Tensor] = {}
         for tower in dict.fromkeys(g.tower for g in groups):
             wanted = [g for g in groups if g.tower == tower]
-            blocks = [_linearise(model, g) for g in wanted]
+            blocks = [_Block(model, g) for g in wanted]
             arriving = torch.ones_like(blocks[0].gain)
             for block in blocks:
                 arriving = arriving.to(block.gain.device)  # layers may lie on several devices
@@ -53,48 +51,33 @@ class SynFlow(Scorer):
         return scores
 
 
-@dataclass
 class _Block:
-    """One linearised block, float32 absolute weights read tile by tile from the model."""
+    """One linearised block; absolute weights are made in float32 when they are used."""
 
-    model: nn.Module
-    group: Group
-    gain: Tensor
-    arriving: Tensor
-    carried: Tensor
-
-    def _value(self) -> Tensor:
+    def __init__(self, model: nn.Module, group: Group):
         # Attention passes values on (v_proj is the last producer); an FFN its up projection.
-        return linear(self.model, self.group.producers[-1]).weight.float().abs()
-
-    def _repeat(self) -> int:
-        return self.group.columns // self.group.rows[-1]
+        self.value, self.consumer = (
+            linear(model, group.producers[-1]),
+            consumer_weight(model, group),
+        )
+        self.width, self.repeat = group.width, group.columns // group.rows[-1]
+        norm = norm_before(tower_layers(model, group.tower)[group.layer], group.place)
+        self.gain = _gain(norm, torch.ones_like(self.value.weight[0]))
+        self.arriving = self.carried = self.gain
 
     def into(self, x: Tensor) -> Tensor:
-        values = (self._value() @ (self.gain * x)).view(self.group.width, 1, -1)
-        return values.expand(-1, self._repeat(), -1).reshape(-1)
+        values = (self.value.weight.float().abs() @ (self.gain * x)).view(self.width, 1, -1)
+        return values.expand(-1, self.repeat, -1).reshape(-1)
 
     def out(self, carried: Tensor) -> Tensor:
-        return consumer_weight(self.model, self.group).float().abs() @ carried
+        return self.consumer.float().abs() @ carried
 
     def back_out(self, y: Tensor) -> Tensor:
-        return consumer_weight(self.model, self.group).float().abs().T @ y
+        return self.consumer.float().abs().T @ y
 
     def back_into(self, carried: Tensor) -> Tensor:
-        summed = carried.view(self.group.width, self._repeat(), -1).sum(1).reshape(-1)
-        return self.gain * (self._value().T @ summed)
-
-
-def _linearise(model: nn.Module, group: Group) -> _Block:
-    layer, producer = (
-        tower_layers(model, group.tower)[group.layer],
-        linear(model, group.producers[-1]),
-    )
-    ones = torch.ones(
-        producer.in_features, dtype=producer.weight.dtype, device=producer.weight.device
-    )
-    gain = _gain(norm_before(layer, group.place), ones)
-    return _Block(model=model, group=group, gain=gain, arriving=gain, carried=gain)
+        summed = carried.view(self.width, self.repeat, -1).sum(1).reshape(-1)
+        return self.gain * (self.value.weight.float().abs().T @ summed)
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.groups import Group
-from hipp_ext.scorers.base import Scorer, forward, require_labels
+from hipp_ext.scorers.base import Groups, Scorer, Scores, forward, require_labels
 from hipp_ext.scorers.gates import gated_group, unit_taylor
 
 
@@ -21,9 +20,7 @@ class Taylor(Scorer):
     Differs from the paper: squares are averaged over batches instead of single examples.
     """
 
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         require_labels(batches, "Taylor needs a loss")
         scores = unit_taylor(model, [gated_group(g) for g in groups], mean_loss, batches)
         return {g.name: s for g, s in zip(groups, scores, strict=True)}

@@ -7,8 +7,9 @@ what they write there.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,15 @@ from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import crosses, residual_scale
 from hipp_ext.groups import Group, block_of, decoder, tower_layers
-from hipp_ext.scorers.base import Scorer, consumer_weight, forward_hidden, per_unit, valid_tokens
+from hipp_ext.scorers.base import (
+    Groups,
+    Scorer,
+    Scores,
+    consumer_weight,
+    forward_hidden,
+    valid_tokens,
+)
+from hipp_ext.scorers.wanda_sp import wanda_score
 
 PROBE = "hipp_visual_probe"
 
@@ -57,9 +66,7 @@ class VisualSensitivity(Scorer):
     kinds: ClassVar[tuple[str, ...]] = ("attention", "ffn")
 
     @torch.no_grad()
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> Mapping[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         token = image_token_id(model)
         if token is None:
             raise UnsupportedModelError(
@@ -74,9 +81,7 @@ class VisualSensitivity(Scorer):
             for batch in batches:
                 probe.batch = _Tokens(batch, token)
                 forward_hidden(model, batch)
-        return {
-            g.name: probe.flow(g) if g.kind == "attention" else probe.drift_share(g) for g in groups
-        }
+        return {g.name: probe.result(g) for g in groups}
 
 
 class _Tokens:
@@ -95,8 +100,9 @@ class _Tokens:
 
 
 class _Probe:
-    def __init__(self, model: nn.Module, groups: Sequence[Group], sink_threshold: float):
+    def __init__(self, model: nn.Module, groups: Groups, sink_threshold: float):
         self.model, self.groups, self.sink_threshold = model, groups, sink_threshold
+        self.layers = tower_layers(model, "language")
         self.batch: Any = None
         self.hidden: dict[int, Tensor] = {}  # layer -> hidden states that entered it, until it ends
         self.ffn_output: dict[int, Tensor] = {}
@@ -114,7 +120,7 @@ class _Probe:
         # Without a mask of the same name transformers builds none, and padding would be attended
         # to.
         AttentionMaskInterface.register(PROBE, sdpa_mask)
-        configs, layers = [], tower_layers(self.model, "language")
+        configs: list[tuple[Any, Any]] = []
         with contextlib.ExitStack() as stack:
             for module in decoder(self.model).modules():
                 config = getattr(module, "config", None)
@@ -126,7 +132,7 @@ class _Probe:
             for config, _ in configs:
                 config._attn_implementation_internal = PROBE
             for g in self.groups:
-                self._watch(stack, g, layers[g.layer])
+                self._watch(stack, g, self.layers[g.layer])
             yield
 
     def _watch(self, stack: contextlib.ExitStack, g: Group, layer: nn.Module) -> None:
@@ -144,111 +150,82 @@ class _Probe:
             stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(forget).remove)
             return
-        stack.callback(
-            self.model.get_submodule(g.consumer).register_forward_pre_hook(self._channels(g)).remove
-        )
-        stack.callback(layer.register_forward_hook(self._drift(g)).remove)
+        consumer = self.model.get_submodule(g.consumer)
         # Gemma norms what a block returns before it is added.
         added = getattr(layer, "post_feedforward_layernorm", block)
-        stack.callback(
-            added.register_forward_hook(self._keep_output(g, residual_scale(layer, g.place))).remove
-        )
+        for hook in (
+            consumer.register_forward_pre_hook(partial(self._channels, g)),
+            layer.register_forward_hook(partial(self._drift, g)),
+            added.register_forward_hook(
+                partial(self._keep_output, g, residual_scale(layer, g.place))
+            ),
+        ):
+            stack.callback(hook.remove)
 
     def add_flow(
         self, g: Group, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Any
     ) -> None:
         """Rows of the attention matrix for text queries only: (batch, heads, text, keys)."""
         text, used = self.batch.text.to(query.device), self.batch.used.to(query.device)
-        repeat = query.shape[1] // key.shape[1]
-        rows = query.gather(
-            2, text[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        )
-        grouped = rows.unflatten(1, (key.shape[1], repeat)).flatten(
-            2, 3
-        )  # query heads of a KV group share its keys
-        logits = (grouped @ key.transpose(2, 3)) * (scaling or query.shape[3] ** -0.5)
+        _, heads, _, head_dim = query.shape
+        groups, repeat = key.shape[1], heads // key.shape[1]
+        rows = query.gather(2, text[:, None, :, None].expand(-1, heads, -1, head_dim))
+        # Query heads of a KV group share its keys.
+        grouped = rows.unflatten(1, (groups, repeat)).flatten(2, 3)
+        logits = (grouped @ key.transpose(2, 3)) * (scaling or head_dim**-0.5)
         logits = logits.unflatten(2, (repeat, -1)).flatten(1, 2)
-        crossing = crosses(tower_layers(self.model, "language")[g.layer])
+        crossing = crosses(self.layers[g.layer])
         if mask is not None or not crossing:
             logits = logits + _row_bias(mask, text, key.shape[2], logits.dtype)
-        vision = (self._sightings(g.layer) & ~self._sinks(g.layer)).to(query.device)
+        hidden = self.hidden[g.layer]
+        seen = self.batch.vision.to(hidden.device) & ~self._sinks(hidden.float())
+        vision = seen.to(query.device)
         if crossing:
             vision = vision.new_ones(len(vision), key.shape[2])
-        attention = (
-            logits.softmax(-1, dtype=torch.float32).to(value.dtype) * vision[:, None, None, :]
-        )
-        context = (attention.unflatten(1, (key.shape[1], repeat)).flatten(2, 3) @ value).unflatten(
-            2, (repeat, -1)
-        )
+        shares = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+        attention = (shares * vision[:, None, None, :]).unflatten(1, (groups, repeat))
+        context = (attention.flatten(2, 3) @ value).unflatten(2, (repeat, -1))
         context = context.flatten(1, 2).float()  # (batch, heads, text, head_dim)
         if g.name not in self.grams:
-            columns = (
-                consumer_weight(self.model, g)
-                .float()
-                .unflatten(1, (-1, query.shape[3]))
-                .transpose(0, 1)
-            )
-            self.grams[g.name] = (
-                columns.transpose(1, 2) @ columns
-            )  # ||c W_O||^2 = c G c, head_dim wide
+            weight = consumer_weight(self.model, g).float()
+            columns = weight.unflatten(1, (-1, head_dim)).transpose(0, 1)
+            # ||c W_O||^2 = c G c, head_dim wide
+            self.grams[g.name] = columns.transpose(1, 2) @ columns
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
-        hidden = (
-            self.hidden[g.layer]
-            .float()
-            .norm(dim=-1)
-            .to(query.device)
-            .gather(1, text)
-            .clamp_min(1e-6)
-        )
-        relative = (norm / hidden[:, None]) * used[:, None]
-        self.totals[g.name] = (
-            self.totals[g.name] + relative.sum((0, 2)).view(g.width, -1).sum(1).double().cpu()
-        )
+        size = hidden.float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
+        flow = ((norm / size[:, None]) * used[:, None]).sum((0, 2)).view(g.width, -1).sum(1)
+        self.totals[g.name] = self.totals[g.name] + flow.double().cpu()
         self.counts[g.name] += self.batch.count
 
-    def _sightings(self, layer: int) -> Bool[Tensor, "batch tokens"]:
-        return self.batch.vision.to(self.hidden[layer].device)
-
-    def _sinks(self, layer: int) -> Bool[Tensor, "batch tokens"]:
-        hidden = self.hidden[layer].float()
+    def _sinks(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Bool[Tensor, "batch tokens"]:
         return hidden.abs().amax(-1) > self.sink_threshold * hidden.square().mean(-1).sqrt()
 
-    def _channels(self, g: Group):
-        def hook(_: nn.Module, args: tuple) -> None:
-            x = args[0][self.batch.vision.to(args[0].device)]
-            self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
+    def _channels(self, g: Group, _: nn.Module, args: tuple) -> None:
+        x = args[0][self.batch.vision.to(args[0].device)]
+        self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
 
-        return hook
+    def _keep_output(
+        self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Tensor
+    ) -> None:
+        self.ffn_output[g.layer] = output * multiplier
 
-    def _keep_output(self, g: Group, multiplier: float):
-        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            self.ffn_output[g.layer] = output * multiplier
+    def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        where = self.batch.vision.to(after.device)
+        after, moved = after[where].float(), self.ffn_output.pop(g.layer)[where].float()
+        drift = 1 - torch.nn.functional.cosine_similarity(after - moved, after, dim=-1)
+        self.totals[g.name] = self.totals[g.name] + float(drift.sum())
+        self.counts[g.name] += after.shape[0]
 
-        return hook
-
-    def _drift(self, g: Group):
-        def hook(_: nn.Module, args: tuple, output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            where = self.batch.vision.to(after.device)
-            after, moved = after[where].float(), self.ffn_output.pop(g.layer)[where].float()
-            drift = 1 - torch.nn.functional.cosine_similarity(after - moved, after, dim=-1)
-            self.totals[g.name] = self.totals[g.name] + float(drift.sum())
-            self.counts[g.name] += after.shape[0]
-
-        return hook
-
-    def flow(self, g: Group) -> Float[Tensor, " width"]:
+    def result(self, g: Group) -> Float[Tensor, " width"]:
+        """Mean flow of the units (attention), or their shares of the mean drift (FFN)."""
         if not self.counts[g.name]:
             return torch.zeros(g.width)
-        multiplier = residual_scale(tower_layers(self.model, "language")[g.layer], g.place)
-        return multiplier * self.totals[g.name] / self.counts[g.name]
-
-    def drift_share(self, g: Group) -> Float[Tensor, " width"]:
-        if not self.counts[g.name]:
-            return torch.zeros(g.width)
-        weight = consumer_weight(self.model, g).abs().mean(0, dtype=torch.float32).double().cpu()
-        share = per_unit(weight * self.squares[g.name].sqrt(), g).sum(1)
-        return self.totals[g.name] / self.counts[g.name] * share / share.sum().clamp_min(1e-30)
+        total, count = self.totals[g.name], self.counts[g.name]
+        if g.kind == "attention":
+            return residual_scale(self.layers[g.layer], g.place) * total / count
+        share = wanda_score(self.model, g, self.squares[g.name].sqrt())
+        return total / count * share / share.sum().clamp_min(1e-30)
 
 
 def _probed_attention(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Group
-from hipp_ext.scorers.base import Scorer, consumer_weight, input_moments, per_unit
+from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, input_moments, per_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,7 @@ class WandaSP(Scorer):
     2312.11983, section 4.1).
     """
 
-    def score(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-    ) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         moments = input_moments(model, groups, batches)
         return {g.name: wanda_score(model, g, moments[g.name].norm) for g in groups}
 

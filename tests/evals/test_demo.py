@@ -9,7 +9,7 @@ from hipp_ext import PruningPlan, load_pruned
 from hipp_ext.evals.demo import PREFERENCES, DemoSize, run_demo
 from hipp_ext.evals.generation import Workload
 from hipp_ext.evals.report_page import SECTIONS
-from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.settings import FitSettings
 
 SIZE = DemoSize(
     settings=FitSettings(steps=1, preferences=1, budgets=2, rollouts=2),

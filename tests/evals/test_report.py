@@ -25,7 +25,7 @@ from hipp_ext.evals.report_page import page as page_of
 from hipp_ext.evals.report_sources import main_yes_no, read_sources
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
-from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.settings import FitSettings
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),

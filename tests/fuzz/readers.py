@@ -36,7 +36,7 @@ def tiny() -> tuple[Any, list[Any]]:
 def fit(folder: Path) -> Any:
     """A planner that was fitted, or goes on to be, in `folder`."""
     from hipp_ext import HiPPPlanner, Preference
-    from hipp_ext.planner.fit import FitSettings
+    from hipp_ext.planner.settings import FitSettings
 
     model, batches = tiny()
     planner = HiPPPlanner(Preference(*PREFERENCE))

@@ -4,7 +4,7 @@ from models import batch
 
 from hipp_ext import HiPPPlanner, Preference
 from hipp_ext.answers import AnswerLogits
-from hipp_ext.planner.fit import FitSettings
+from hipp_ext.planner.settings import FitSettings
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
@@ -25,6 +25,14 @@ class Closeness:
         self.calls += 1
         kl = (self.dense.exp() * (self.dense - self.answers(model).log_softmax(-1))).sum(-1)
         return {"utility": 1 - float(kl[:2].mean()), "robustness": 1 - float(kl[2:].mean())}
+
+
+def fitted(model, signals, folder=None, settings=SETTINGS, evaluator=None, **options):
+    """A planner after a fit without a progress bar."""
+    planner = planner_with(signals, **options)
+    evaluator = evaluator or Closeness(model)
+    planner.fit(model, evaluator, settings, folder=folder, progress=False)
+    return planner
 
 
 def planner_with(signals, preference=EVEN, **options) -> HiPPPlanner:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from devices import later_half, pretended_devices, spread
-from fitting import BATCHES, SETTINGS, Closeness, planner_with
+from fitting import BATCHES, SETTINGS, Closeness, fitted, planner_with
 from models import build
 
 from hipp_ext import HiPPPlanner, Preference, prune
@@ -19,8 +19,10 @@ from hipp_ext.errors import BudgetError, CheckpointError, DataError
 from hipp_ext.planner.archive import Archive
 from hipp_ext.planner.cost import compression, cost_of
 from hipp_ext.planner.evaluation import plan_rewards
-from hipp_ext.planner.fit import FitSettings, Trainer
+from hipp_ext.planner.fit import Trainer
 from hipp_ext.planner.policy import new_policy
+from hipp_ext.planner.problem import FitProblem
+from hipp_ext.planner.settings import FitSettings
 from hipp_ext.planner.state import measure_signals
 
 
@@ -74,7 +76,7 @@ def test_the_same_seed_gives_the_same_archive(model, signals):
 
 def test_a_fit_leaves_no_trace_in_the_model_or_the_random_state(model, signals):
     state = torch.get_rng_state()
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, progress=False)
+    fitted(model, signals)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -94,8 +96,7 @@ class Interrupting(Closeness):
 
 @pytest.mark.parametrize("at", [0, 5, 8, 13, 19])
 def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path, at):
-    whole = planner_with(signals)
-    whole.fit(model, Closeness(model), SETTINGS, folder=tmp_path / "whole", progress=False)
+    whole = fitted(model, signals, tmp_path / "whole")
     planner = planner_with(signals)
     with pytest.raises(KeyboardInterrupt):
         planner.fit(
@@ -116,7 +117,7 @@ def test_ctrl_c_and_resume_end_like_an_undisturbed_fit(model, signals, tmp_path,
 
 
 def test_a_finished_fit_is_not_repeated_and_can_be_prolonged(model, signals, tmp_path):
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    fitted(model, signals, tmp_path)
     evaluator, again = Closeness(model), planner_with(signals)
     again.fit(model, evaluator, SETTINGS, folder=tmp_path, progress=False)
     # One call measures the dense model, to see that the evaluator is the same.
@@ -256,28 +257,24 @@ def test_a_fit_may_drop_blocks(model, tmp_path, drop):
 
 
 def test_a_fit_whose_archive_lost_lines_is_not_resumed(model, signals, tmp_path):
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    fitted(model, signals, tmp_path)
     path = tmp_path / "archive.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(CheckpointError, match="holds 23 of the 24 plans before step 3"):
-        planner_with(signals).fit(
-            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
-        )
+        fitted(model, signals, tmp_path)
     path.unlink()
     with pytest.raises(CheckpointError, match="holds 0 of the 24 plans"):
-        planner_with(signals).fit(
-            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
-        )
+        fitted(model, signals, tmp_path)
 
 
 def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_path):
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    fitted(model, signals, tmp_path)
     path = tmp_path / "archive.jsonl"
     whole = path.read_text()
     path.write_text(whole + whole[:40])
     assert len(Archive(path)) == SETTINGS.evaluations
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    fitted(model, signals, tmp_path)
     assert path.read_text() == whole
     path.write_text(whole[:40] + "\n" + whole)
     with pytest.raises(CheckpointError, match="line 1, is not a record"):
@@ -285,7 +282,7 @@ def test_half_a_line_at_the_end_of_the_archive_is_dropped(model, signals, tmp_pa
 
 
 def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
-    planner_with(signals).fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
+    fitted(model, signals, tmp_path)
     with pytest.raises(CheckpointError, match=r"holds another run: settings\.\w+ is"):
         planner_with(signals).fit(
             model, Closeness(model), FitSettings(steps=3, seed=9), folder=tmp_path, progress=False
@@ -313,15 +310,11 @@ def test_a_folder_of_another_fit_is_refused(model, signals, tmp_path):
         narrow.fit(model, Closeness(model), SETTINGS, folder=tmp_path, progress=False)
     (tmp_path / "run.json").write_bytes(b"\xff\xfe[]")
     with pytest.raises(CheckpointError, match="is damaged"):
-        planner_with(signals).fit(
-            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
-        )
+        fitted(model, signals, tmp_path)
     (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="is damaged"):
-        planner_with(signals).fit(
-            model, Closeness(model), SETTINGS, folder=tmp_path, progress=False
-        )
+        fitted(model, signals, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -369,13 +362,9 @@ def test_a_policy_with_extreme_logits_is_brought_back(model, signals):
             final_update_fraction=2.0,
             seed=3,
         )
-        trainer = Trainer(
-            planner.policy,
-            signals,
-            lambda plans: [measure(k) for k in plans],
-            settings,
-            cost=cost_of(signals.groups, "parameters"),
-        )
+        cost = cost_of(signals.groups, "parameters")
+        problem = FitProblem(signals=signals, settings=settings, cost=cost)
+        trainer = Trainer(planner.policy, problem, lambda plans: [measure(k) for k in plans])
         with torch.no_grad():
             planner.policy.allocation_head.weight.normal_(std=1e3)
             planner.policy.budget_head.bias.fill_(-50)

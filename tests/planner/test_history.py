@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
+from fitting import BATCHES, EVEN, SETTINGS, Closeness, fitted, planner_with
 from models import batch
 from plans import random_plan
 
@@ -15,7 +15,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
 from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
 from hipp_ext.planner import Answers, ParetoPlan
-from hipp_ext.planner.archive import Record
+from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.reward import Reward, scalarise
 
@@ -107,8 +107,7 @@ def test_an_archive_belongs_to_the_model_it_was_evaluated_on(model, signals, tmp
 
 def test_an_archive_belongs_to_the_units_it_was_evaluated_with(model, signals):
     """Equal keep counts on other calibration keep other units, of which nothing is known."""
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner = fitted(model, signals)
     planner.signals = None
     other = planner.measure(model, calibration=[batch("llava", size=4, seed=7, labels=True)])
     assert other.digest == signals.digest and other.ranking != signals.ranking
@@ -142,8 +141,7 @@ def test_verdicts(model, signals):
 
 
 def test_what_answers_is_within_the_bounds(model, signals):
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner = fitted(model, signals)
     planner.bounds = Bounds(min_keep=0.4)
     allowed = [
         r
@@ -180,7 +178,7 @@ def test_a_plan_asked_for_twice_answers_the_larger_budget_too(model, signals):
         )
         for i, ratio in enumerate((0.31, 0.29))
     ]
-    history = FitHistory(records=asked, ranking=signals.ranking)
+    history = FitHistory(archive=Archive(records=asked), ranking=signals.ranking)
     assert history.best(EVEN, signals.groups, Bounds(), 0.3).keep_counts == keeps
     rounded = planner.plan(model).pruning_ratio
     assert (

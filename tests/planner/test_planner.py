@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from fitting import BATCHES, EVEN, SETTINGS, Closeness, planner_with
+from fitting import BATCHES, EVEN, SETTINGS, Closeness, fitted, planner_with
 from models import batch, build
 from plans import random_plan
 
@@ -15,8 +15,8 @@ from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import BudgetError, CalibrationError, CheckpointError, PlanError
 from hipp_ext.groups import find_groups
-from hipp_ext.planner.fit import FitSettings
 from hipp_ext.planner.policy import MAX_RATIO
+from hipp_ext.planner.settings import FitSettings
 from hipp_ext.planner.state import measure_signals
 from hipp_ext.scorers import MRS, VisualSensitivity
 from hipp_ext.sensitivity.measured import PRUNE_LEVELS
@@ -287,8 +287,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
 
 
 def test_an_archive_that_lost_plans_is_refused(model, signals, tmp_path):
-    planner = planner_with(signals)
-    planner.fit(model, Closeness(model), SETTINGS, progress=False)
+    planner = fitted(model, signals)
     planner.save(tmp_path / "p")
     lines = (tmp_path / "p" / "archive.jsonl").read_text().splitlines(keepends=True)
     for left in (len(lines) // 2, 0):

@@ -18,7 +18,7 @@ from hipp_ext.errors import CalibrationError, CheckpointError, PlanError
 from hipp_ext.evals.studies.shapes import noise, random_llava
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
-from hipp_ext.planner.signal_file import SignalsHeader, read_signals, signal_tensors
+from hipp_ext.planner.signal_cache import SignalsHeader, read_signals, signal_tensors
 from hipp_ext.planner.state import FEATURES, measure_signals, model_digest
 from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
 from hipp_ext.scorers.base import forward_hidden
