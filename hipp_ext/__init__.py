@@ -29,7 +29,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Names are imported when they are asked for (PEP 562), so that importing one part, as commands do, does not wait for all.
+# Names are imported when they are asked for (PEP 562), so that importing one part, as commands do,
+# does not wait for all.
 _HOMES = {
     "Calibration": "calibration",
     "HiPPPlanner": "planner",

@@ -345,7 +345,9 @@ class _Decoder:
         return counts if self.parts is None else self._dropped(counts, exact)
 
     def _dropped(self, counts: np.ndarray, exact: np.ndarray) -> np.ndarray:
-        """`counts`, and nothing where that is nearer; a tower that would lose all keeps its least."""
+        """`counts`, and nothing where that is nearer; a tower that would lose all keeps its
+        least.
+        """
         assert self.parts is not None
         stays = 2 * exact >= self.least
         stays = (stays @ self.parts.T > 0) @ self.parts > 0

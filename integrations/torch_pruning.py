@@ -113,7 +113,8 @@ class PlanPruner:
         if interactive:
             if any(not e.keep for e in self.plan.groups):
                 raise PlanError(
-                    "Blocks that keep nothing are dropped together, because layers then change their "
+                    "Blocks that keep nothing are dropped together, because layers then change "
+                    "their "
                     "numbers: call step() without interactive=True."
                 )
             self._done = True

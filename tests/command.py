@@ -1,4 +1,6 @@
-"""`hipp` called in this process: quicker than one of its own, and its errors arrive as they were raised."""
+"""`hipp` called in this process: quicker than one of its own, and its errors arrive as they were
+raised.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
 """Several devices in pretence, for machines that have one; and what tensors take up.
 
-A tensor on a pretended device is a meta tensor, and its numbers lie in a storage of the CPU. Every operation runs there, after
-a look at where its operands are said to be. As on GPUs they have to be together, but for scalars, and for indices on the CPU.
+A tensor on a pretended device is a meta tensor, and its numbers lie in a storage of the CPU. Every
+operation runs there, after a look at where its operands are said to be. As on GPUs they have to be
+together, but for scalars, and for indices on the CPU.
 """
 
 import contextlib
@@ -34,14 +35,18 @@ INDEXING = {
 
 @contextlib.contextmanager
 def pretended_devices() -> Iterator[None]:
-    """Inside the block `tensor.to(FIRST)` and `tensor.to(SECOND)` work, and mixing them raises RuntimeError."""
+    """Inside the block `tensor.to(FIRST)` and `tensor.to(SECOND)` work, and mixing them raises
+    RuntimeError.
+    """
     memory = _Memory()
     with _Operations(memory), _Attributes(memory):
         yield
 
 
 def spread(model: nn.Module, late: set[nn.Module]) -> nn.Module:
-    """`model` over both devices by accelerate, as `from_pretrained(device_map=...)` does it: the modules `late` on SECOND."""
+    """`model` over both devices by accelerate, as `from_pretrained(device_map=...)` does it: the
+    modules `late` on SECOND.
+    """
     from accelerate import dispatch_model
 
     places: dict[str, str] = {}
@@ -165,7 +170,8 @@ class _Operations(TorchDispatchMode):
         meeting = {
             self.memory.where(t) for t in tensors if self.memory.where(t) != CPU or t.dim()
         } - {ANYWHERE}
-        # Backward, a copy between devices is undone by autograd itself, which here takes all of them for one.
+        # Backward, a copy between devices is undone by autograd itself, which here takes all of
+        # them for one.
         if len(meeting) > 1 and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(f"{name} of tensors on {[str(p) for p in places]}")
         if name in INDEXING:
@@ -212,7 +218,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """`tree` with every tensor in its tuples, lists and dicts replaced; torch's own way takes most of the time of a test."""
+    """`tree` with every tensor in its tuples, lists and dicts replaced; torch's own way takes most
+    of the time of a test.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, (tuple, list)):

@@ -1,4 +1,6 @@
-"""Tiny real transformers models, built from configs, every dimension different; and batches that they accept."""
+"""Tiny real transformers models, built from configs, every dimension different; and batches that
+they accept.
+"""
 
 from collections.abc import Callable
 
@@ -247,12 +249,15 @@ IMAGE_TOKENS = {
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """The model `name` of BUILDERS or PECULIAR in eval mode, random weights by `seed`, biases and norms random too."""
+    """The model `name` of BUILDERS or PECULIAR in eval mode, random weights by `seed`, biases and
+    norms random too.
+    """
     torch.manual_seed(seed)
     model = (BUILDERS | PECULIAR)[name]().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        # Larger than transformers' 0.02, and nowhere exactly 0 or 1, so that a wrong slice shows in the logits.
+        # Larger than transformers' 0.02, and nowhere exactly 0 or 1, so that a wrong slice shows in
+        # the logits.
         parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -260,7 +265,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def batch(
     name: str, size: int = 2, length: int = 7, seed: int = 0, labels: bool = False
 ) -> dict[str, torch.Tensor]:
-    """A batch for the model `name`: image tokens first where it has any, then `length` text tokens, unpadded."""
+    """A batch for the model `name`: image tokens first where it has any, then `length` text tokens,
+    unpadded.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(10, VOCAB, (size, length), generator=generator)
     image = torch.full((size, IMAGE_TOKENS.get(name, 0)), IMAGE_TOKEN)

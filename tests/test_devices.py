@@ -1,4 +1,6 @@
-"""Models that lie on several devices (device_map) are scored, planned for and pruned as on one; offloaded ones are refused."""
+"""Models that lie on several devices (device_map) are scored, planned for and pruned as on one;
+offloaded ones are refused.
+"""
 
 import gc
 import sys

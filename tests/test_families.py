@@ -1,4 +1,6 @@
-"""Families that do something of their own: planned and pruned rightly, or refused before anything is changed."""
+"""Families that do something of their own: planned and pruned rightly, or refused before anything
+is changed.
+"""
 
 import pytest
 import torch

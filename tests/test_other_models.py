@@ -1,4 +1,6 @@
-"""The commands on models that are not the testbed: a LLaVA with pictures of another size, and a language model."""
+"""The commands on models that are not the testbed: a LLaVA with pictures of another size, and a
+language model.
+"""
 
 import re
 from pathlib import Path
@@ -81,7 +83,8 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
         f"preference: utility 0.00, robustness 0.00, compression 1.00\n"
         "One weight was given, and only proportions count. To fix the size, add "
         f"--pruning-ratio 0.3.\n{plan}: removes {100 * made.pruning_ratio:.1f}% of the prunable "
-        f"parameters ({gone:,} of {prunable:,}), {100 * gone / total:.1f}% of all parameters, {4 * gone / 2**20:.1f} MiB"
+        f"parameters ({gone:,} of {prunable:,}), {100 * gone / total:.1f}% of all parameters, "
+        f"{4 * gone / 2**20:.1f} MiB"
     ) in out
     out = hipp("prune", llama, plan, "-o", tmp_path / "small", "--reconstruct", "--device", "cpu")
     assert (
@@ -164,7 +167,10 @@ def test_what_has_no_processor_or_pictures_says_so(llama):
 def test_questions_as_text_end_in_their_answers(llama, template):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     if template != "parts":
-        text = "{{ bos_token }}{% for m in messages %}{{ 'USER: ' + m['content'] + ' ' }}{% endfor %}ASSISTANT:"
+        text = (
+            "{{ bos_token }}{% for m in messages %}{{ 'USER: ' + m['content'] + ' ' }}"
+            "{% endfor %}ASSISTANT:"
+        )
         tokenizer.chat_template = text if template else None
     tokenizer.pad_token = None if template == "strings" else tokenizer.pad_token
     asked = [q for q in testbed.questions("ScienceQA", "calibration", 9) if q.scene is None]

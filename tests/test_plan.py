@@ -1,4 +1,6 @@
-"""A plan survives the trip to a file and back; one that was damaged or edited into nonsense does not load."""
+"""A plan survives the trip to a file and back; one that was damaged or edited into nonsense does
+not load.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Scorers: their contract for every model, and each against an independent computation of its formula."""
+"""Scorers: their contract for every model, and each against an independent computation of its
+formula.
+"""
 
 import pytest
 import torch

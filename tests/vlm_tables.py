@@ -1,4 +1,6 @@
-"""A tiny random LLaVA, and POPE and ScienceQA files about drawn squares: real formats, nothing downloaded."""
+"""A tiny random LLaVA, and POPE and ScienceQA files about drawn squares: real formats, nothing
+downloaded.
+"""
 
 import base64
 import csv
@@ -48,13 +50,16 @@ WORDS = [
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 COLOURS = ("red", "blue", "green", "yellow")
 TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}"
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% "
+    "else %}{{ c['text'] }}"
     "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} : {% endif %}"
 )
 
 
 def save_llava(folder: Path, seed: int = 0) -> Path:
-    """Write a LLaVA of random weights with its processor; another seed is another model of the same shape."""
+    """Write a LLaVA of random weights with its processor; another seed is another model of the same
+    shape.
+    """
     core = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
     )
@@ -122,7 +127,9 @@ def picture(colour: str, at: int = 0) -> str:
 
 
 def pope_rows() -> list[dict]:
-    """12 questions about 4 pictures; a picture is given once and then repeated by index; splits overlap."""
+    """12 questions about 4 pictures; a picture is given once and then repeated by index; splits
+    overlap.
+    """
     rows = []
     for n in range(12):
         image, ask = divmod(n, 3)

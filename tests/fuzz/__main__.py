@@ -1,4 +1,6 @@
-"""`python -m fuzz`: many cases for every reader, with a progress bar; goes on where the last run of the same code stopped."""
+"""`python -m fuzz`: many cases for every reader, with a progress bar; goes on where the last run of
+the same code stopped.
+"""
 
 import argparse
 import json
@@ -51,7 +53,9 @@ def main() -> int:
 
 
 def _begin(place: Path, anew: bool) -> dict:
-    """What runs of the same code came to before; nothing, and an empty folder, where there are none."""
+    """What runs of the same code came to before; nothing, and an empty folder, where there are
+    none.
+    """
     notes = place / NOTES
     if (
         not anew
@@ -130,7 +134,8 @@ def _summary(done: dict, names: list[str]) -> None:
     console.print(table, markup=False)
     for signature, fault in sorted(done["faults"].items()):
         console.print(
-            f"[bold]{escape(signature)}[/bold] ({fault['count']} times), first:\n{escape(fault['first'][:3000])}\n"
+            f"[bold]{escape(signature)}[/bold] ({fault['count']} times), "
+            f"first:\n{escape(fault['first'][:3000])}\n"
         )
 
 

@@ -1,4 +1,6 @@
-"""Files that are known to be hostile, each a change to a valid folder. They go before the random mutations of their reader."""
+"""Files that are known to be hostile, each a change to a valid folder. They go before the random
+mutations of their reader.
+"""
 
 import base64
 import json
@@ -43,7 +45,9 @@ def setting(pattern: str, *path: Any, value: Any) -> Edit:
 
 
 def text(pattern: str, content: bytes | Callable[[bytes], bytes]) -> Edit:
-    """Every file that `pattern` finds gets other content; where there is none, a file of this name is made."""
+    """Every file that `pattern` finds gets other content; where there is none, a file of this name
+    is made.
+    """
 
     def edit(folder: Path) -> None:
         for file in sorted(folder.glob(pattern)) or [folder / pattern]:
@@ -93,7 +97,7 @@ def column(name: bytes, values: Iterable[bytes]) -> Callable[[bytes], bytes]:
     return change
 
 
-# -------------------------------------------------------------------------------------------------------- plans, planners
+# --- plans, planners
 
 _HEAD = {"format": 1, "pruning_ratio": 0.5, "preference": None, "scorer": None, "notes": {}}
 _GROUP = {
@@ -196,7 +200,7 @@ known(
     ),
 )
 
-# ----------------------------------------------------------------------------------------------------------------- models
+# --- models
 
 
 def _pipe(file: Path) -> None:
@@ -413,7 +417,7 @@ class _Runs:
         return os.system, ("touch /tmp/fuzz-was-here",)
 
 
-# ------------------------------------------------------------------------------------------------------------- image sets
+# --- image sets
 
 known(
     "tiny-imagenet",
@@ -426,7 +430,7 @@ known("tiny-imagenet", "a NUL", text("*/val/val_annotations.txt", b"a\0b\tn01443
 known("tiny-imagenet", "not UTF-8", text("*/val/val_annotations.txt", b"\xff\xfe\n"))
 
 
-# -------------------------------------------------------------------------------------------------------- tables and data
+# --- tables and data
 
 _PLACES = (
     "../secret.png",
@@ -554,7 +558,7 @@ for cut in (4, 100, 300, 700):
         text("*.parquet", lambda data, cut=cut: data[:60] + bytes(cut) + data[60 + cut :]),
     )
 
-# ------------------------------------------------------------------------------------ calibration
+# --- calibration
 
 
 def chats(*turns: Any, **row: Any) -> Edit:
@@ -628,7 +632,7 @@ for cut in (8, 100, 600, 900):
         text("saved/*.arrow", lambda data, cut=cut: data[:cut] + b"\xff" * 9 + data[cut + 9 :]),
     )
 
-# -------------------------------------------------------------------------------------------------------- results, reports
+# --- results, reports
 
 SCRIPT = "<script>alert(1)</script>"
 for path in (

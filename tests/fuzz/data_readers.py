@@ -1,4 +1,6 @@
-"""Readers of evaluation data and results: tables, COCO, POPE, ScienceQA, predictions, comparisons, reports."""
+"""Readers of evaluation data and results: tables, COCO, POPE, ScienceQA, predictions, comparisons,
+reports.
+"""
 
 import dataclasses
 import html.parser
@@ -10,7 +12,7 @@ from typing import Any
 from fuzz.readers import fitted, png, tiny
 from fuzz.table import TABLE
 
-# ------------------------------------------------------------------------------------------------------------------ tables
+# --- tables
 
 
 def make_pope_tsv(folder: Path) -> None:
@@ -36,7 +38,9 @@ def make_path_tsv(folder: Path) -> None:
 
 
 def answerable(tables: Any, folder: Path) -> None:
-    """Every row has a prompt, an answer among its labels and a picture that opens, of the folder or of the decoded ones."""
+    """Every row has a prompt, an answer among its labels and a picture that opens, of the folder or
+    of the decoded ones.
+    """
     for asked, row in zip(*tables, strict=True):
         assert asked.answer in asked.labels and asked.prompt and row.index, (
             "a question that cannot be answered"
@@ -72,7 +76,7 @@ def read_lm_eval(folder: Path) -> Any:
     return [(doc_to_image(doc), pope_results(doc, ["yes"])) for doc in documents]
 
 
-# ------------------------------------------------------------------------------------------------------- COCO and ScienceQA
+# --- COCO and ScienceQA
 
 
 def make_coco(folder: Path) -> None:
@@ -205,11 +209,13 @@ _scienceqa("scienceqa", make_scienceqa)
 _scienceqa("parquet", make_parquet)
 
 
-# ---------------------------------------------------------------------------------------------------- results and reports
+# --- results and reports
 
 
 def make_results(folder: Path) -> None:
-    """What `vlmeval` leaves of two models, with the files and rules of the product; only the model is missing."""
+    """What `vlmeval` leaves of two models, with the files and rules of the product; only the model
+    is missing.
+    """
     from vlm_tables import pope_rows, write_tsv
 
     from hipp_ext.evals.pope import pope_scores

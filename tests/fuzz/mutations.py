@@ -1,4 +1,6 @@
-"""Damage to files, by seed: bytes, JSON, safetensors headers, cells of tables, and files of a folder."""
+"""Damage to files, by seed: bytes, JSON, safetensors headers, cells of tables, and files of a
+folder.
+"""
 
 import base64
 import contextlib
@@ -103,7 +105,9 @@ BYTES = (
 
 
 def mutate_folder(folder: Path, other: Path, rng: Random) -> str:
-    """Damage one or several files in `folder`; returns what was done. `other` is an undamaged folder to splice from."""
+    """Damage one or several files in `folder`; returns what was done. `other` is an undamaged
+    folder to splice from.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     done = []
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
@@ -146,7 +150,9 @@ def _mutate_place(file: Path, other: Path, rng: Random) -> str:
 
 
 def mutate(data: bytes, suffix: str, rng: Random, splice: bytes = b"") -> tuple[bytes, str]:
-    """(damaged data, what was done); formats that the suffix names are damaged in their structure two times out of three."""
+    """(damaged data, what was done); formats that the suffix names are damaged in their structure
+    two times out of three.
+    """
     structured = STRUCTURED.get(suffix)
     if structured and rng.random() < 0.67:
         with contextlib.suppress(
@@ -187,7 +193,7 @@ def mutate_bytes(data: bytes, rng: Random, splice: bytes = b"") -> tuple[bytes, 
     return new, f"{kind} {length} bytes at {at} of {size}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ JSON
+# --- JSON
 
 
 def mutate_json(data: bytes, rng: Random) -> tuple[bytes, str]:
@@ -287,7 +293,7 @@ def dump(value: Any) -> bytes:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- tensors and tables
+# --- tensors and tables
 
 
 def mutate_safetensors(data: bytes, rng: Random) -> tuple[bytes, str]:
@@ -311,7 +317,9 @@ def mutate_safetensors(data: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def mutate_tsv(data: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change of one cell, of a column's name, or of the number of cells; a picture's cell may become another picture."""
+    """A change of one cell, of a column's name, or of the number of cells; a picture's cell may
+    become another picture.
+    """
     rows = [line.split(b"\t") for line in data.split(b"\n")[:-1]]
     row, column = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
     what, name = f"row {row} column {column}", rows[0][column].strip(b'"')
@@ -428,7 +436,9 @@ STRUCTURED: dict[str, Callable[[bytes, Random], tuple[bytes, str]]] = {
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """`target` becomes a copy of `source`; in each of its folders, but those of models, lies a FIFO that nobody writes to."""
+    """`target` becomes a copy of `source`; in each of its folders, but those of models, lies a FIFO
+    that nobody writes to.
+    """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     for folder, _, names in os.walk(target):

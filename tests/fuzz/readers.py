@@ -1,4 +1,6 @@
-"""Readers of what the product writes itself and users hand on: plans, planners, fits, signals, models, states, classifiers."""
+"""Readers of what the product writes itself and users hand on: plans, planners, fits, signals,
+models, states, classifiers.
+"""
 
 import contextlib
 import dataclasses
@@ -16,7 +18,7 @@ from fuzz.table import TABLE, Reader
 PREFERENCE = (0.2, 0.3, 0.5)
 
 
-# ------------------------------------------------------------------------------------------------------ plans and planners
+# --- plans and planners
 
 
 def closeness(model: Any) -> dict[str, float]:
@@ -145,7 +147,7 @@ def read_signals(folder: Path) -> Any:
         signal_cache.measure_signals = measure
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# --- models
 
 
 def make_model(folder: Path) -> None:
@@ -245,7 +247,7 @@ def read_classifier(folder: Path) -> Any:
     return load_classifier(folder / "classifier")
 
 
-# ------------------------------------------------------------------------------------------------------- states of training
+# --- states of training
 
 
 @functools.cache
@@ -325,7 +327,7 @@ def read_recovery(folder: Path) -> Any:
         return checkpoints.load(model, optimizers, None)
 
 
-# ---------------------------------------------------------------------------------------------------------- image sets
+# --- image sets
 
 
 def make_tiny_imagenet(folder: Path) -> None:
@@ -370,7 +372,7 @@ def png(colour: str = "red") -> bytes:
     return buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- forged digests
+# --- forged digests
 
 
 class _Digest:
@@ -389,7 +391,9 @@ def _forger(*_: Any, **__: Any) -> _Digest:
 
 @contextlib.contextmanager
 def _forged() -> Iterator[None]:
-    """Whoever makes a file on purpose makes its digest too; here all digests are alike, so that what lies behind is reached."""
+    """Whoever makes a file on purpose makes its digest too; here all digests are alike, so that
+    what lies behind is reached.
+    """
     true, hashlib.sha256 = hashlib.sha256, _forger
     try:
         yield

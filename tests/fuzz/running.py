@@ -1,4 +1,6 @@
-"""Cases one after the other in a worker that is watched from here: it may crash, hang, or fill the memory."""
+"""Cases one after the other in a worker that is watched from here: it may crash, hang, or fill the
+memory.
+"""
 
 import hashlib
 import json
@@ -44,7 +46,9 @@ class Case:
 
     @property
     def signature(self) -> str:
-        """Where in the product the fault lies, and its kind: faults of one signature are one fault."""
+        """Where in the product the fault lies, and its kind: faults of one signature are one
+        fault.
+        """
         text = self.fault or ""
         frames = _FRAME.findall(text)
         crashed = text.startswith("killed")  # a crash's frames come with the innermost first
@@ -69,7 +73,9 @@ def _last_line(text: str) -> str:
 
 
 class Worker:
-    """A worker process in the folder `place`, started when it is needed and again when it has died."""
+    """A worker process in the folder `place`, started when it is needed and again when it has
+    died.
+    """
 
     def __init__(self, place: Path, seconds: float = SECONDS, mib: int = MIB):
         self.place, self.seconds, self.mib = place, seconds, mib
@@ -89,7 +95,9 @@ class Worker:
         self._stop()
 
     def run(self, reader: str, seed: int) -> Case:
-        """One case. The folder of a fault that was not seen before is kept in `place`/faults/READER-SEED."""
+        """One case. The folder of a fault that was not seen before is kept in
+        `place`/faults/READER-SEED.
+        """
         result = self._ask({"reader": reader, "seed": seed})
         case = Case(reader=reader, seed=seed, **result)
         if case.outcome != "fault" and case.mib > self.mib:
@@ -142,9 +150,11 @@ class Worker:
         }
 
     def _wait(self, process: subprocess.Popen, seconds: float) -> str:
-        """Wait for the worker to say something, or to end; what is wrong where it takes too much, else nothing.
+        """Wait for the worker to say something, or to end; what is wrong where it takes too much,
+        else nothing.
 
-        Seconds are of the processor, for others may work on this machine; or of the clock, where the worker only waits.
+        Seconds are of the processor, for others may work on this machine; or of the clock, where
+        the worker only waits.
         """
         begun, (base, spent) = time.monotonic(), _usage(process.pid)
         while not select.select([process.stdout], [], [], 0.05)[0]:
@@ -181,7 +191,9 @@ class Worker:
 
 
 def _usage(pid: int) -> tuple[int, float]:
-    """(memory in MiB, processor time in s) of a process at this moment; zeros where there is no /proc."""
+    """(memory in MiB, processor time in s) of a process at this moment; zeros where there is no
+    /proc.
+    """
     try:
         pages, ticks = (
             Path(f"/proc/{pid}/statm").read_text().split()[1],
@@ -195,7 +207,9 @@ def _usage(pid: int) -> tuple[int, float]:
 
 
 def code_digest() -> str:
-    """Digest of the product's and the fuzzer's code: with other code, cases are made and counted anew."""
+    """Digest of the product's and the fuzzer's code: with other code, cases are made and counted
+    anew.
+    """
     digest = hashlib.sha256()
     for folder in ("hipp_ext", "evals", "integrations", "tests/fuzz"):
         for file in sorted((ROOT / folder).rglob("*.py")):

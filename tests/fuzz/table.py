@@ -1,4 +1,6 @@
-"""What a reader is to the fuzzer. Nothing heavy is imported here: the list of names must be quick to have."""
+"""What a reader is to the fuzzer. Nothing heavy is imported here: the list of names must be quick
+to have.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

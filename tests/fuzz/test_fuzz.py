@@ -1,4 +1,6 @@
-"""A small run over every reader: the known hostile files and a few random ones. The long run is `make fuzz`."""
+"""A small run over every reader: the known hostile files and a few random ones. The long run is
+`make fuzz`.
+"""
 
 from random import Random
 
@@ -28,7 +30,9 @@ def strict_worker(tmp_path_factory):
 
 
 def seeds(name: str) -> list[int]:
-    """The valid folder, all known files and some random ones; of slow readers a sample, the same every time."""
+    """The valid folder, all known files and some random ones; of slow readers a sample, the same
+    every time.
+    """
     last = len(corpus(name)) + RANDOM
     share = READERS[name].share
     return [

@@ -2,8 +2,10 @@
 
 Each line on stdin is a job, as JSON; out come {} when its case begins, then the result.
 
-From its first job on, an audit hook notes what reading a file must never do: start a process, open a socket, run code that lies
-in the folder, unpickle, ask on the terminal, write or read elsewhere. What is noted is also refused, so that it does no harm.
+From its first job on, an audit hook notes what reading a file must never do: start a process, open
+    a socket, run code that lies
+in the folder, unpickle, ask on the terminal, write or read elsewhere. What is noted is also
+refused, so that it does no harm.
 """
 
 import faulthandler
@@ -71,7 +73,9 @@ WARM: set[str] = set()  # readers that this process has used
 
 
 class Guard:
-    """The audit hook. `seen` holds what the case in `place` did and must not; None: nobody is watched."""
+    """The audit hook. `seen` holds what the case in `place` did and must not; None: nobody is
+    watched.
+    """
 
     def __init__(self, place: Path):
         self.place, self.seen = str(place.resolve()), None
@@ -206,7 +210,9 @@ def _run(
 
 
 def _warm_up(reader: Any, valid: Path) -> None:
-    """Make the valid folder where there is none, and read it: what reading imports and keeps is there when cases begin."""
+    """Make the valid folder where there is none, and read it: what reading imports and keeps is
+    there when cases begin.
+    """
     with tempfile.TemporaryDirectory(dir=valid.parent.parent) as temporary:
         made = Path(temporary, "in")
         if valid.exists():
@@ -219,7 +225,9 @@ def _warm_up(reader: Any, valid: Path) -> None:
 
 
 def _prepare(name: str, seed: int, valid: Path, case: Path) -> str:
-    """The case's folder: `in` is damaged by the seed, 0 is as it was written, then comes the corpus. Returns what was done."""
+    """The case's folder: `in` is damaged by the seed, 0 is as it was written, then comes the
+    corpus. Returns what was done.
+    """
     from fuzz.mutations import copy_folder, mutate_folder
 
     shutil.rmtree(case, ignore_errors=True)
@@ -257,7 +265,8 @@ def _judged(reader: Any, folder: Path) -> tuple[str, str | None]:
         except UnicodeEncodeError:
             return (
                 "fault",
-                f"a message that cannot be printed: {message!r}\n{traceback.format_exc().encode(errors='replace')}",
+                "a message that cannot be printed: "
+                f"{message!r}\n{traceback.format_exc().encode(errors='replace')}",
             )
         return "refused", message[:1000]
     except BaseException:  # SystemExit and KeyboardInterrupt are faults too

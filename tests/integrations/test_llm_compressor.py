@@ -1,4 +1,6 @@
-"""HippStructuredPruningModifier in real llm-compressor runs: real modifiers, real pipelines, tiny real models."""
+"""HippStructuredPruningModifier in real llm-compressor runs: real modifiers, real pipelines, tiny
+real models.
+"""
 
 import copy
 import json
@@ -46,7 +48,8 @@ from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier  #
 
 NAMES = ("llava", "llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3")
 IGNORE = ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*", "re:.*projector.*", "re:.*connector.*"]
-GROUP = 4  # columns in a quantisation group: divides the hidden sizes of the tiny models, but not every FFN width
+# Columns in a quantisation group: divides the tiny models' hidden sizes, but not every FFN width.
+GROUP = 4
 
 
 class NoProcessor:
@@ -356,7 +359,10 @@ prune_stage:
   pruning_modifiers:
     HippStructuredPruningModifier: {plan: PLAN, mode: MODE}
   quantization_modifiers:
-    QuantizationModifier: {scheme: W8A8, targets: [Linear], ignore: ["re:.*lm_head", "re:.*vision.*", "re:.*projector.*"]}
+    QuantizationModifier:
+      scheme: W8A8
+      targets: [Linear]
+      ignore: ["re:.*lm_head", "re:.*vision.*", "re:.*projector.*"]
 """
 
 
@@ -691,7 +697,8 @@ def test_zeros_that_another_modifier_filled_are_noticed(dense):
 IMPORTS = """
     import importlib.util, json, os, sys, time
     import torch, transformers, hipp_ext
-    found = {"core": [m for m in sys.modules if m.startswith(("llmcompressor", "compressed_tensors"))]}
+    hosts = ("llmcompressor", "compressed_tensors")
+    found = {"core": [m for m in sys.modules if m.startswith(hosts)]}
     sys.modules["llmcompressor"] = None
     try:
         import hipp_ext.integrations.llm_compressor
@@ -861,7 +868,8 @@ def test_canary_too_few_columns_for_a_group_pass_the_check(dense):
             scheme = QuantizationModifier(**grouped(128)).resolved_config.config_groups["group_0"]
             m.quantization_scheme = scheme
     assert not get_layers_indivisible_by_group_size(model, {"Linear"}, []), (
-        "llm-compressor checks narrow layers: check_group_sizes remains for its advice only, its docstring should change"
+        "llm-compressor checks narrow layers: check_group_sizes remains for its advice only, its "
+        "docstring should change"
     )
 
 

@@ -117,7 +117,8 @@ def test_budgets_that_cannot_be_met(costs):
     least, _ = Bounds(min_keep=0.5).of_widths(widths)
     with pytest.raises(
         BudgetError,
-        match=r"A budget of 1,000 MACs cannot be met: the least allowed, .* takes [\d,]+. Lower min_keep",
+        match=r"A budget of 1,000 MACs cannot be met: the least allowed, .* takes [\d,]+. "
+        "Lower min_keep",
     ):
         allocate([1.0] * 9, widths, macs, 1000)
     with pytest.raises(BudgetError, match=r"parameters cannot be met"):

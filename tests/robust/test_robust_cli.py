@@ -235,7 +235,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
 
 
 def test_controls_differ_from_the_default_in_one_thing():
-    """They rank channels as it does, by BN scale, and share them out by its scores shuffled, or by clean ones."""
+    """They rank channels as it does, by BN scale, and share them out by its scores shuffled, or by
+    clean ones.
+    """
     job, setting = (
         Job(network="small-vgg", ratio=0.75, loss="trades", seed=0),
         Setting(dense=2, steps=1, rows=128),

@@ -1,4 +1,6 @@
-"""Evaluation under attack: against independent runs, on models of known robustness, on models that hide their gradients."""
+"""Evaluation under attack: against independent runs, on models of known robustness, on models that
+hide their gradients.
+"""
 
 import pytest
 import stripes
@@ -29,7 +31,9 @@ def trained():
 
 
 class Threshold(nn.Module):
-    """Right while pixel [0, 0] is on the label's side of 0.5: its robust accuracy is known exactly."""
+    """Right while pixel [0, 0] is on the label's side of 0.5: its robust accuracy is known
+    exactly.
+    """
 
     def __init__(self):
         super().__init__()
@@ -63,7 +67,9 @@ def test_attacks_find_what_can_be_broken_and_nothing_else(attack):
 
 
 def test_autoattack_is_the_last_of_its_parts(trained):
-    """As torchattacks' own AutoAttack (3.2.7, which uses an untargeted FAB), image for image, and every part hurts or stays."""
+    """As torchattacks' own AutoAttack (3.2.7, which uses an untargeted FAB), image for image, and
+    every part hurts or stays.
+    """
     images = stripes.data().test.first(24)
     report = evaluate(trained, images, 4, epsilon=0.3, attacks=AUTOATTACK, checks=False, seed=0)
     values = [report.under[name] for name in AUTOATTACK]
@@ -117,7 +123,9 @@ def test_worst_case_is_image_by_image(trained):
 
 
 class Masked(nn.Module):
-    """Right as the model inside, but the loss is flat: logits are blown up until the softmax saturates."""
+    """Right as the model inside, but the loss is flat: logits are blown up until the softmax
+    saturates.
+    """
 
     def __init__(self, inner: nn.Module, scale: float):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Losses against their formulas; training that repeats to the bit, survives kill -9, and leaves the caller's state alone."""
+"""Losses against their formulas; training that repeats to the bit, survives kill -9, and leaves the
+caller's state alone.
+"""
 
 import contextlib
 import copy
@@ -403,8 +405,9 @@ def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
         from test_robust_training import LOSS, SETTINGS
         model = stripes.network()
         model.load_state_dict(torch.load(sys.argv[2] + "/dense.pt"))
-        slow = (lambda done, loss: (print("epoch", flush=True), time.sleep(60))) if len(sys.argv) > 3 else None
-        result = mrpf(model, stripes.data(), SETTINGS, loss=LOSS, folder=sys.argv[2] + "/run", on_epoch=slow)
+        wait = lambda done, loss: (print("epoch", flush=True), time.sleep(60))
+        slow, folder = wait if len(sys.argv) > 3 else None, sys.argv[2] + "/run"
+        result = mrpf(model, stripes.data(), SETTINGS, loss=LOSS, folder=folder, on_epoch=slow)
         torch.save(result.model.state_dict(), sys.argv[2] + "/pruned.pt")
     """)
     torch.save(trained.state_dict(), tmp_path / "dense.pt")
@@ -464,7 +467,9 @@ def test_mrpf_bad_input(trained, tmp_path):
 
 
 def test_a_changed_bit_in_a_run_is_never_gone_on_from(trained, tmp_path):
-    """Scores and weights that are no longer what was written would make another model without a word."""
+    """Scores and weights that are no longer what was written would make another model without a
+    word.
+    """
     data, generator = stripes.data(), torch.Generator().manual_seed(0)
     mrpf(trained, data, SETTINGS, loss=LOSS, folder=tmp_path)
     for name in ("plan.safetensors", "train.safetensors"):
@@ -523,7 +528,9 @@ def test_classifiers_come_back_to_the_bit(tmp_path):
 
 
 def test_a_classifiers_folder_from_anywhere(tmp_path):
-    """Only what `save_classifier` writes is read, and nothing of a size that the file chooses is built before it is checked."""
+    """Only what `save_classifier` writes is read, and nothing of a size that the file chooses is
+    built before it is checked.
+    """
     model = build_model("small-vgg", 10, (1, 16, 16))
     config = ClassifierFile(
         network="small-vgg", classes=tuple("0123456789"), shape=(1, 16, 16), data="digits"

@@ -1,4 +1,6 @@
-"""Image attacks on vision-language models, and POPE under attack as a planner's objective, on the testbed's LLaVA."""
+"""Image attacks on vision-language models, and POPE under attack as a planner's objective, on the
+testbed's LLaVA.
+"""
 
 import copy
 
@@ -46,7 +48,9 @@ def test_images_move_within_the_ball_of_pixels(loaded, questions, kind):
 
 
 def test_every_row_keeps_its_prompt(loaded, questions):
-    """Attacked alone or among others, a picture ends in the same place: prompts of different rows do not mix."""
+    """Attacked alone or among others, a picture ends in the same place: prompts of different rows
+    do not mix.
+    """
     model, processor = loaded
     rows = questions[0][:3]
     attack = ImageAttack(processor, epsilon=4 / 255, steps=2)

@@ -155,7 +155,9 @@ def test_an_error_while_saving_leaves_nothing_behind(tmp_path):
 
 
 def test_widths_are_those_of_the_weights_whoever_saved_them(tmp_path, recwarn):
-    """hipp_ext.json is gone where a Trainer saved the model, and stale where that went into the folder of another."""
+    """hipp_ext.json is gone where a Trainer saved the model, and stale where that went into the
+    folder of another.
+    """
     model, inputs = build("llava_gqa"), batch("llava_gqa")
     small = prune(model, random_plan(model, towers=("language", "vision")))
     small.save_pretrained(tmp_path / "a")

@@ -1,4 +1,6 @@
-"""Blocks and layers that leave whole: pruned == masked == sliced, saved, loaded, padded, generated."""
+"""Blocks and layers that leave whole: pruned == masked == sliced, saved, loaded, padded,
+generated.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The laws of pruning: the mask keeps exactly what the plan says, and a pruned model computes what the masked one does."""
+"""The laws of pruning: the mask keeps exactly what the plan says, and a pruned model computes what
+the masked one does.
+"""
 
 import copy
 

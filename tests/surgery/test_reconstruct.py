@@ -1,4 +1,6 @@
-"""Compensation: against least squares on the activations themselves, and never worse than slicing where it looked."""
+"""Compensation: against least squares on the activations themselves, and never worse than slicing
+where it looked.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def kept_columns(group, entry) -> list[int]:
 
 @torch.no_grad()
 def output_error(model: nn.Module, small: nn.Module, group, entry, inputs: dict) -> float:
-    """Distance of the small consumer's outputs from the dense one's, on the dense model's inputs."""
+    """Distance of the small consumer's outputs from the dense one's, on the dense model's
+    inputs.
+    """
     x = consumer_inputs(model, group, inputs)
     dense, new = (m.get_submodule(group.consumer).weight.double() for m in (model, small))
     return float((x[:, kept_columns(group, entry)] @ new.T - x @ dense.T).norm())
@@ -75,7 +79,9 @@ def test_outputs_on_the_calibration_are_nearer_to_the_dense_ones(name, dtype):
 
 
 def test_a_solution_that_rounding_makes_worse_is_not_taken():
-    """What is lost here is smaller than what bfloat16 does to the weights that would make up for it."""
+    """What is lost here is smaller than what bfloat16 does to the weights that would make up for
+    it.
+    """
     model, inputs = build("llama"), batch("llama", size=3, length=19)
     with torch.no_grad():
         for layer in tower_layers(model, "language"):
@@ -150,7 +156,9 @@ def test_chunks_give_what_one_pass_gives():
 
 
 def test_a_repair_carries_over_to_other_tokens(monkeypatch):
-    """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows tell."""
+    """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows
+    tell.
+    """
     model, plan = build("llama"), random_plan(build("llama"))
     short, fresh = (
         [batch("llama", size=4, length=2, seed=s) for s in range(2)],
@@ -182,7 +190,9 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_repair_that_fails_on_held_out_rows_is_not_kept(same):
-    """What is lost was twice a column that stays; on the rows held out it still is, or it is the opposite."""
+    """What is lost was twice a column that stays; on the rows held out it still is, or it is the
+    opposite.
+    """
     model, x = build("llama"), torch.randn(50, 44)
     ffn = find_groups(model)[1]
     weight, kept = model.get_submodule(ffn.consumer).weight.detach(), torch.arange(1, 44)
