@@ -16,7 +16,7 @@ from hipp_ext import PruningPlan, masked, prune
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PlanGroup
-from hipp_ext.units import keep_masks, top_units
+from hipp_ext.units import keep_masks, plan_from_counts, top_units
 
 MODELS = {name: build(name) for name in ("llava", "llava_gqa", "qwen2_5_vl", "llama", "qwen3")}
 
@@ -240,3 +240,16 @@ def test_a_plan_may_be_given_by_its_path(tmp_path):
         prune(model, "nowhere.json")
     with pytest.raises(PlanError, match="the path of a plan file, is needed, not a dict"):
         prune(model, {})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_inside_a_wrapper_is_pruned_alike(inplace):
+    peft = pytest.importorskip("peft")
+    model, inputs = build("llava"), batch("llava")
+    layers = ["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"]
+    adapted = peft.get_peft_model(build("llava"), peft.LoraConfig(r=2, target_modules=layers))
+    groups = find_groups(model)
+    scores = {g.name: torch.arange(float(g.width)) for g in groups}
+    plan = plan_from_counts(groups, [g.width // 2 for g in groups], scores)
+    small = prune(adapted, plan, inplace=inplace)
+    assert torch.allclose(logits(small, inputs), logits(prune(model, plan), inputs), atol=1e-5)
