@@ -109,7 +109,7 @@ def keeps_figure(
             image = _heatmap(axes, plans, kind)
             if visual and kind in visual:
                 _bars_below(figure.add_subplot(grid[top + 1], sharex=axes), visual[kind], kind)
-        _colorbar(figure, image, "share kept", ax=figure.axes)
+        _colorbar(figure, image, "fraction kept", ax=figure.axes)
     return figure
 
 

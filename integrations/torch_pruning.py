@@ -212,7 +212,7 @@ class UnitGroup(tp.Group):
     """A torch-pruning group that removes whole units through hipp_ext's surgery.
 
     Attributes:
-        name: of the group in plans and scores, such as "language.3.ffn".
+        name: name of the group in plans and scores, such as "language.3.ffn".
         units: those that `prune()` removes.
     """
 

@@ -37,7 +37,7 @@ class TrainSettings:
         batch_size: images per step.
         lr: largest learning rate; it rises from lr / 25 over 30% of the steps and falls to
             almost 0.
-        weight_decay: of SGD.
+        weight_decay: weight decay of SGD.
         seed: random seed of the order, the shifts, the attacks and dropout.
     """
 

@@ -224,7 +224,7 @@ def load_pruned(
     Args:
         path: a folder written by `save_pruned`, or any transformers model folder.
         device: where to put it; None: the CPU, or what `device_map` says.
-        dtype: of the parameters, or its name ("bfloat16"); None or "auto": as they were saved.
+        dtype: type of the parameters, or its name ("bfloat16"); None or "auto": as saved.
             `torch_dtype` is the same.
         kwargs: for transformers' `from_pretrained`.
 

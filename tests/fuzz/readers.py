@@ -391,8 +391,8 @@ def _forger(*_: Any, **__: Any) -> _Digest:
 
 @contextlib.contextmanager
 def _forged() -> Iterator[None]:
-    """Whoever makes a file on purpose makes its digest too; here all digests are alike, so that
-    what lies behind is reached.
+    """A person who makes a file on purpose makes its digest too; here all digests are alike, so
+    that what lies behind is reached.
     """
     true, hashlib.sha256 = hashlib.sha256, _forger
     try:

@@ -49,28 +49,30 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     with pytest.raises(PlanError, match="no signals of this model"):
         HiPPPlanner(EVEN).rewards(model, [], evaluator)
     planner.fit(model, evaluator, SETTINGS, progress=False)
-    wish = Preference(0.3, 0.3, 0.4)
-    answers = answer(planner, wish, model, evaluator)
-    assert answers.policy.plan == planner.plan(model, preference=wish)
+    wanted = Preference(0.3, 0.3, 0.4)
+    answers = answer(planner, wanted, model, evaluator)
+    assert answers.policy.plan == planner.plan(model, preference=wanted)
     with masked(model, answers.policy.plan):
         expected = evaluator(model)
     assert answers.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
     best = answers.best_evaluated.reward
     ends = planner.archive.nadir_and_ideal()
     values = [
-        scalarise(torch.tensor(reward.objectives()), torch.tensor(wish.as_tuple()), ends)
+        scalarise(torch.tensor(reward.objectives()), torch.tensor(wanted.as_tuple()), ends)
         for reward in (best, *(r.reward for r in planner.archive.records))
     ]
     assert values[0] == max(values)
-    assert planner.plan(model, preference=wish, best_evaluated=True) == answers.best_evaluated.plan
-    assert answers.best_evaluated.plan.preference == wish.as_tuple()
+    assert (
+        planner.plan(model, preference=wanted, best_evaluated=True) == answers.best_evaluated.plan
+    )
+    assert answers.best_evaluated.plan.preference == wanted.as_tuple()
     planner.pruning_ratio = 0.5
-    at_half = planner.answers(wish)
+    at_half = planner.answers(wanted)
     for plan in (at_half.policy.plan, at_half.best_evaluated.plan):
         assert plan.pruning_ratio >= 0.5 - 1e-6
     planner.pruning_ratio = 0.8
     with pytest.raises(PlanError, match="removes 0.8 or more"):
-        planner.answers(wish)
+        planner.answers(wanted)
     print_front(planner, answers)
     write_picture(planner, answers, tmp_path / "front.png")
     out = capsys.readouterr().out
@@ -149,10 +151,10 @@ def test_what_answers_is_within_the_bounds(model, signals):
         if planner.bounds.allow(signals.groups, np.array([r.keep_counts]))[0]
     ]
     assert 0 < len(allowed) < len(planner.archive)
-    for wish in (Preference(1, 0, 0), Preference(0, 1, 0), Preference(0, 0, 1), EVEN):
+    for wanted in (Preference(1, 0, 0), Preference(0, 1, 0), Preference(0, 0, 1), EVEN):
         for plan in (
-            planner.plan(model, preference=wish),
-            planner.plan(model, preference=wish, best_evaluated=True),
+            planner.plan(model, preference=wanted),
+            planner.plan(model, preference=wanted, best_evaluated=True),
         ):
             assert all(g.keep >= 0.4 * g.width for g in plan.groups)
     planner.bounds = Bounds(min_keep=1.0)

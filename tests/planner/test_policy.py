@@ -10,10 +10,10 @@ from hipp_ext.sensitivity.measured import PRUNE_LEVELS
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
-    wishes = torch.linspace(MIN_COMPRESSION_WEIGHT, 1 - MIN_COMPRESSION_WEIGHT, 23)
-    preferences = torch.stack([(1 - wishes) * 0.3, (1 - wishes) * 0.7, wishes], 1)
+    weights = torch.linspace(MIN_COMPRESSION_WEIGHT, 1 - MIN_COMPRESSION_WEIGHT, 23)
+    preferences = torch.stack([(1 - weights) * 0.3, (1 - weights) * 0.7, weights], 1)
     ratios = MAX_RATIO * new_policy().budget(signals, preferences).sigmoid()
-    assert torch.allclose(ratios, MAX_RATIO * wishes, atol=1e-5)
+    assert torch.allclose(ratios, MAX_RATIO * weights, atol=1e-5)
 
 
 def test_every_logit_is_a_ratio():
@@ -30,16 +30,16 @@ def test_every_logit_is_a_ratio():
 def test_whoever_wants_more_compression_gets_more(signals):
     """Whatever the head learned: here, nothing but noise."""
     policy, generator = new_policy(), torch.Generator().manual_seed(0)
-    wishes = torch.linspace(0, 0.99, 200)
+    weights = torch.linspace(0, 0.99, 200)
     for leaning in (0.0, 0.25, 1.0):
-        tasks = (1 - wishes)[:, None] * torch.tensor([1 - leaning, leaning])
-        preferences = torch.cat([tasks, wishes[:, None]], 1)
+        tasks = (1 - weights)[:, None] * torch.tensor([1 - leaning, leaning])
+        preferences = torch.cat([tasks, weights[:, None]], 1)
         before = policy.budget(signals, preferences)
         with torch.no_grad():
             policy.budget_head.weight.normal_(std=0.3, generator=generator)
             policy.budget_head.bias.normal_(generator=generator)
         after = policy.budget(signals, preferences)
-        inside = (wishes > MIN_COMPRESSION_WEIGHT) & (wishes < 1 - MIN_COMPRESSION_WEIGHT)
+        inside = (weights > MIN_COMPRESSION_WEIGHT) & (weights < 1 - MIN_COMPRESSION_WEIGHT)
         assert (after - before).std() > 0.3
         assert (after.diff() > -1e-4).all() and (after[inside].diff() > 0).all()
 

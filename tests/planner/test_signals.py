@@ -271,7 +271,7 @@ def test_a_file_under_the_name_of_another_is_measured_again(tmp_path):
     ],
 )
 def test_signals_that_cannot_have_been_measured_are_refused(signals, change, message):
-    """Also with a digest that is right: whoever can write the file can count one."""
+    """Also with a digest that is right: an attacker who can write the file can make one."""
     with pytest.raises(CheckpointError, match=message):
         header_of(signals).build(signal_tensors(signals) | change)
     groups = header_of(signals).model_dump(mode="json")["groups"]
