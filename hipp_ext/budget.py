@@ -283,7 +283,7 @@ def keep_counts(
     check_ratio(pruning_ratio)
     decoder = _Decoder(groups, bounds, cost)
     target = parameters_left(decoder.total, pruning_ratio)
-    if decoder.cost(bounds.smallest(groups)) > target:
+    if decoder.cost(decoder.smallest) > target:
         raise BudgetError(_unreachable(decoder, pruning_ratio, bounds))
     counts, exact = decoder.counts(logits[None], np.array([target]))
     return _spend_rest(counts[0], exact[0], decoder, target)
@@ -317,9 +317,10 @@ class _Decoder:
         self.widths = np.array([g.width for g in groups], dtype=np.int64)
         (self.least, self.step), self.most = bounds.steps(groups), bounds.most(groups)
         self.total = self.cost(self.widths)
-        self.drop = bounds.drop != "none"
-        self.parts = _droppable(groups, bounds.drop) if self.drop else None
-        self.smallest = bounds.smallest(groups)
+        self.parts, self.smallest = None, self.least
+        if bounds.drop != "none":
+            self.parts = _droppable(groups, bounds.drop)
+            self.smallest = bounds.smallest(groups)
 
     def counts(self, logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(counts, counts before rounding) at the largest shift whose counts fit each target."""

@@ -20,11 +20,13 @@ class Levels:
             before them 0 where blocks may be dropped.
         costs: (groups,) parameters of one unit.
         total: prunable parameters.
+        floor: parameters of the smallest plan, which keeps a block at least.
     """
 
     counts: tuple[np.ndarray, ...]
     costs: np.ndarray
     total: int
+    floor: int
 
     @classmethod
     def of(cls, groups: Sequence[Group], bounds: Bounds) -> "Levels":
@@ -44,15 +46,17 @@ class Levels:
             for low, high, s in zip(least, most, step, strict=True)
         ]
         counts = [c.astype(np.int64) for c in counts]
+        costs = np.array([g.unit_parameters for g in groups], dtype=np.int64)
         return cls(
             counts=tuple(counts),
-            costs=np.array([g.unit_parameters for g in groups], dtype=np.int64),
+            costs=costs,
             total=total_parameters(groups),
+            floor=int(costs @ bounds.smallest(groups)),
         )
 
     @property
     def least(self) -> tuple[int, ...]:
-        """The smallest plan."""
+        """The lowest level of every group."""
         return tuple(int(c[0]) for c in self.counts)
 
     def parameters(self, keep_counts: Sequence[int]) -> int:
@@ -67,11 +71,8 @@ class Levels:
         """
         check_ratio(pruning_ratio)
         budget = parameters_left(self.total, pruning_ratio)
-        floor = self.parameters(self.least)
-        if not floor:  # one block at least must stay
-            floor = min(int(c[1] * cost) for c, cost in zip(self.counts, self.costs, strict=True))
-        if floor > budget:
-            most = 1 - floor / self.total
+        if self.floor > budget:
+            most = 1 - self.floor / self.total
             raise BudgetError(
                 f"pruning_ratio {pruning_ratio:g} cannot be met: the bounds let at most {most:.4f} "
                 "go."

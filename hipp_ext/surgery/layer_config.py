@@ -30,7 +30,7 @@ def write_layer_config(model: nn.Module) -> None:
         return
     quiet_width_warnings()
     merged = {i: rest.get(i, {}) | layers.get(i, {}) for i in sorted({*rest, *layers})}
-    _set_layers(config, merged)
+    set_layers(config, merged)
     allot_caches_late(model)
 
 
@@ -64,12 +64,13 @@ def _write_alike(model: Any, config: Any, layers: Mapping[int, dict[str, Any]]) 
 
 
 def _set_alike(config: Any, sizes: Mapping[str, Any]) -> None:
-    _set_layers(config, {})
+    set_layers(config, {})
     for key, value in sizes.items():
         setattr(config, key, value)
 
 
-def _set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
+def set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
+    """Have `config` say `layers`, and nothing else, of single layers."""
     config.per_layer_config = layers or None
     config.allow_global_per_layer_attribute_access = bool(layers)
 

@@ -22,7 +22,7 @@ from hipp_ext.groups import (
 )
 from hipp_ext.kinds import KINDS, Skip
 from hipp_ext.surgery.drop import replace_modules
-from hipp_ext.surgery.layer_config import built_shapes, other_layer_values
+from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
@@ -154,9 +154,7 @@ def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
     """Bring `config` in line; per layer it keeps what the model has of its own."""
     text = config.get_text_config()
-    own = other_layer_values(text)
-    text.per_layer_config = own or None
-    text.allow_global_per_layer_attribute_access = bool(own)
+    set_layers(text, other_layer_values(text))
     for part in parts:
         KINDS[part[1]].set_common_width(_part_config(config, part), part[0], widths[part])
 
