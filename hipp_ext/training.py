@@ -1,7 +1,6 @@
-"""What the training loops share: optimizers, the schedule of the learning rate, a progress bar."""
+"""What the training loops share: optimizers and the schedule of the learning rate."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,32 +72,6 @@ def load_optimizers(optimizers: Sequence[Any], tensors: Mapping[str, Tensor]) ->
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-
-
-@contextlib.contextmanager
-def progress_bar(
-    show: bool, description: str, total: int, start: int = 0
-) -> Iterator[Callable[[int, str], None]]:
-    """Yield update(done, note), which moves a progress bar if `show`."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task(description, total=total, completed=start)
-        yield lambda done, note: bar.update(
-            task, completed=done, description=f"{description}, {note}" if note else description
         )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from hipp_ext import PruningPlan
 from hipp_ext.budget import keep_counts
-from hipp_ext.groups import Group, find_groups
+from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.units import plan_from_counts
 
 
@@ -42,3 +42,33 @@ def dropping_plan(model: nn.Module, *names: str, half: Sequence[str] = ()) -> Pr
         for g in groups
     ]
     return plan_from_counts(groups, counts, random_scores(groups))
+
+
+def removed(groups, counts) -> int:
+    """Parameters that a plan takes away."""
+    return sum((g.width - k) * g.unit_parameters for g, k in zip(groups, counts, strict=True))
+
+
+def meets(groups, counts, ratio, bounds) -> bool:
+    """At least the ratio goes, and no group could keep one step more."""
+    spare = removed(groups, counts) - ratio * total_parameters(groups)
+    _, step = bounds.steps(groups)
+    climbs = [
+        min(s, g.width - k) * g.unit_parameters
+        for g, k, s in zip(groups, counts, step, strict=True)
+        if k < g.width
+    ]
+    return spare >= -1e-6 and all(price > spare for price in climbs)
+
+
+def within(groups, counts, bounds) -> bool:
+    """Whether the counts are allowed by bounds that drop nothing."""
+    return all(
+        k == g.width
+        or (
+            k >= bounds.min_keep * g.width - 1e-9
+            and k * g.columns % bounds.round_to == 0
+            and 0 < k < g.width
+        )
+        for g, k in zip(groups, counts, strict=True)
+    )

@@ -391,7 +391,7 @@ def _running(out: Path) -> Path:
 @contextlib.contextmanager
 def _progress(epochs: int) -> Iterator[Any]:
     """A progress bar over epochs; yields the callback for each."""
-    from hipp_ext.training import progress_bar
+    from hipp_ext.progress import progress_bar
 
     with progress_bar(True, "epochs", max(epochs, 1)) as show:
         yield lambda done, loss: show(done, f"loss {loss:.3f}")

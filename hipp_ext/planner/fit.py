@@ -26,8 +26,8 @@ from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.reward import Evaluator, Reward, scores_agree
 from hipp_ext.planner.search import PolicySearch
 from hipp_ext.planner.settings import FitResult
+from hipp_ext.progress import progress_bar
 from hipp_ext.runs import RunFolder
-from hipp_ext.training import progress_bar
 
 ARCHIVE, CHECKPOINT = "archive.jsonl", "checkpoint.safetensors"
 

@@ -15,11 +15,12 @@ from hipp_ext.comm import LQSGDState, lqsgd_hook
 from hipp_ext.errors import HippError
 from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
+from hipp_ext.progress import progress_bar
 from hipp_ext.quantities import finite_option, whole_option
 from hipp_ext.recover.checkpoints import Checkpoints
 from hipp_ext.recover.data import DataSource
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.training import lr_factor, make_optimizers, progress_bar, step_optimizers
+from hipp_ext.training import lr_factor, make_optimizers, step_optimizers
 
 CHOICES = {"optimizer": ("muon", "adamw"), "compression": ("lqsgd", "none")}
 

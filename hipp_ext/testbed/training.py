@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.files import new_folder
+from hipp_ext.progress import progress_bar
 from hipp_ext.testbed import world
 from hipp_ext.testbed.conversations import (
     balanced,
@@ -25,7 +26,7 @@ from hipp_ext.testbed.conversations import (
     with_prior,
 )
 from hipp_ext.testbed.model import EMPTY, build_model, build_processor
-from hipp_ext.training import lr_factor, make_optimizers, progress_bar, step_optimizers
+from hipp_ext.training import lr_factor, make_optimizers, step_optimizers
 
 LR, MUON_LR = 2e-3, 0.02  # peak learning rates
 Sources = Sequence[tuple[Callable, int]]  # (source of conversations, rows per step)

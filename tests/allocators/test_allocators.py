@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import batch, build
+from plans import meets, within
 
 from hipp_ext import HiPPPlanner, Preference
 from hipp_ext.allocators import ALLOCATORS, OWL, FLAPAdaptive, GlobalThreshold, Sensitivity, Uniform
@@ -28,34 +29,6 @@ MODEL = build("llava")
 CALIBRATION = Calibration.of(MODEL, BATCHES)
 GROUPS = find_groups(MODEL)
 SCORES = WandaSP()(MODEL, BATCHES)
-
-
-def removed(groups, counts) -> int:
-    return sum((g.width - k) * g.unit_parameters for g, k in zip(groups, counts, strict=True))
-
-
-def meets(groups, counts, ratio, bounds) -> bool:
-    """At least the ratio goes, and no group could keep one step more."""
-    spare = removed(groups, counts) - ratio * total_parameters(groups)
-    _, step = bounds.steps(groups)
-    climbs = [
-        min(s, g.width - k) * g.unit_parameters
-        for g, k, s in zip(groups, counts, step, strict=True)
-        if k < g.width
-    ]
-    return spare >= -1e-6 and all(price > spare for price in climbs)
-
-
-def within(groups, counts, bounds) -> bool:
-    return all(
-        k == g.width
-        or (
-            k >= bounds.min_keep * g.width - 1e-9
-            and k * g.columns % bounds.round_to == 0
-            and 0 < k < g.width
-        )
-        for g, k in zip(groups, counts, strict=True)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import batch, build
+from plans import meets, removed, within
 
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import Bounds
@@ -73,34 +74,6 @@ class ChannelsMatter:
         kept = sum(channels) / len(channels)
         ratio = removed(self.groups, keeps) / total_parameters(self.groups)
         return Plain(utility=kept, robustness=kept, compression=ratio)
-
-
-def removed(groups, keeps) -> int:
-    return sum((g.width - k) * g.unit_parameters for g, k in zip(groups, keeps, strict=True))
-
-
-def meets(groups, keeps, ratio, bounds) -> bool:
-    """At least the ratio goes, and no group could keep one step more."""
-    spare = removed(groups, keeps) - ratio * total_parameters(groups)
-    _, step = bounds.steps(groups)
-    climbs = [
-        min(s, g.width - k) * g.unit_parameters
-        for g, k, s in zip(groups, keeps, step, strict=True)
-        if k < g.width
-    ]
-    return spare >= -1e-6 and all(price > spare for price in climbs)
-
-
-def within(groups, keeps, bounds) -> bool:
-    return all(
-        k == g.width
-        or (
-            k >= bounds.min_keep * g.width - 1e-9
-            and k * g.columns % bounds.round_to == 0
-            and 0 < k < g.width
-        )
-        for g, k in zip(groups, keeps, strict=True)
-    )
 
 
 @pytest.fixture(scope="module")
