@@ -41,7 +41,7 @@ class OutputHead:
     def __call__(
         self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]
     ) -> Float[Tensor, "rows vocabulary"]:
-        """The logits for hidden states after the language tower, float32, on the CPU."""
+        """The logits for hidden states after the language tower, float32, on the head's device."""
         return self.of(project(model, hidden))
 
     def of(self, projected: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ class OutputHead:
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The result of the output embeddings for hidden states, float32, on the CPU."""
-    return model.get_output_embeddings()(hidden).float().cpu()  # type: ignore[operator]
+    """The result of the output embeddings for hidden states, float32, on their device."""
+    return model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def fit_output_head(
             model's logits.
     """
     hidden, logits = _run(model, batch, positions)
-    projected = project(model, hidden)
+    projected = project(model, hidden).cpu()
     candidates = [
         OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))
     ]

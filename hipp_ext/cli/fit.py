@@ -33,6 +33,7 @@ def fit(
             "--mrs", help="Also give the policy MRS: each group's sensitivity under attack."
         ),
     ] = False,
+    effort: opt.EffortOption = None,
     seed: Annotated[
         int,
         opt.method_option(
@@ -92,6 +93,7 @@ def fit(
         pruning_ratio=pruning_ratio,
         mrs=MRS() if mrs else None,
         bounds=Bounds(**opt.read_bounds(round_to, drop)),
+        effort=effort or "anchored",
         cache=cache or True,
     )
     running = out.with_name(out.name + ".fit")

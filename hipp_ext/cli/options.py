@@ -37,6 +37,7 @@ DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
 TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
+Effort = Literal["fisher", "anchored", "measured"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -61,6 +62,14 @@ DropOption = Annotated[
     size_option(
         metavar="WHAT",
         help="What may go as a whole: none, blocks (attention or FFN) or layers. Default: none.",
+    ),
+]
+EffortOption = Annotated[
+    Effort | None,
+    method_option(
+        metavar="NAME",
+        help="How the sensitivity of the groups is found: fisher (one backward pass), anchored "
+        "(10 forward passes at most) or measured (2.5 for each group). Default: anchored.",
     ),
 ]
 Cache = Annotated[
