@@ -80,7 +80,7 @@ class AnswerLogits:
         self._limits = (size, memory_limit // _cache_bytes(model))
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
-                inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
+                inputs, position = decoder_inputs(model, batch), _answer_positions(batch)
                 index = range(n_seen, n_seen + len(position))
                 n_seen += len(position)
                 causal = share and _plainly_causal(model, inputs)
@@ -330,7 +330,13 @@ class _Captured(Exception):
     """Ends a forward pass once the inputs of the language tower are known."""
 
 
-def _decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The arguments that the model calls its language tower with on `batch`, by name.
+
+    Args:
+        model: any transformers model; its language tower is not run.
+        batch: inputs of the model's forward; labels are left out.
+    """
     captured: dict[str, Any] = {}
 
     def capture(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
