@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, check_processor, image_token_id
 from hipp_ext.errors import CalibrationError
-from hipp_ext.evals.references import Reference, References, ReferenceScores, ReferenceTask
+from hipp_ext.evals.references import Reference, References, ReferenceTask
 from hipp_ext.evals.statistics import mean_of_means_se
-from hipp_ext.evals.tasks import CandidateTask, Question, TaskScores
+from hipp_ext.evals.tasks import CandidateTask, Question
 from hipp_ext.image_attacks import ImageAttack
 
 YES_BIAS_WEIGHT = 0.5
@@ -169,11 +169,11 @@ class Evaluator:
             parts.append((probabilities, list(self._references.clusters)))
         return parts
 
-    def scores(self, model: nn.Module) -> dict[str, TaskScores | ReferenceScores]:
-        """The scores of each task that is asked: "choice", "pope", "pope_attacked", and
-        "references".
+    def scores(self, model: nn.Module) -> dict[str, Any]:
+        """The scores of what is asked: `TaskScores` of "choice", "pope" and "pope_attacked",
+        `ReferenceScores` of "references".
         """
-        found: dict[str, TaskScores | ReferenceScores] = {
+        found: dict[str, Any] = {
             name: task.scores(task.log_probabilities(model)) for name, task in self._tasks.items()
         }
         if self._references is not None:
