@@ -5,7 +5,7 @@ where it looked.
 import pytest
 import torch
 from models import batch, build
-from plans import logits, random_plan
+from plans import dropping_plan, logits, random_plan
 from test_scorers import consumer_inputs, left_padded
 from torch import nn
 
@@ -50,6 +50,19 @@ def output_errors(model: nn.Module, small: nn.Module, group, entry, inputs) -> t
     return new, sliced
 
 
+@torch.no_grad()
+def solution(model: nn.Module, small: nn.Module, group, entry, inputs: dict) -> torch.Tensor:
+    """The ridge problem's, from the inputs of the small model, whose lower layers are as they stay,
+    to the outputs of the dense one.
+    """
+    dense = model.get_submodule(group.consumer).weight.double()
+    wanted = consumer_inputs(model, group, inputs) @ dense.T
+    x, sliced = consumer_inputs(small, group, inputs), dense[:, kept_columns(group, entry)]
+    pull = (RIDGE * x.square().sum(0).mean()).sqrt()
+    left = torch.cat([x, pull * torch.eye(x.shape[1])])
+    return torch.linalg.lstsq(left, torch.cat([wanted, pull * sliced.T])).solution.T.float()
+
+
 @pytest.mark.parametrize("name", ["llava", "llava_gqa", "qwen2_5_vl", "llama", "gemma3", "mllama"])
 def test_weights_solve_the_ridge_problem_on_the_inputs_of_the_pruned_model(name):
     model, inputs = build(name), batch(name, size=3, length=19)
@@ -57,19 +70,32 @@ def test_weights_solve_the_ridge_problem_on_the_inputs_of_the_pruned_model(name)
     plan = random_plan(model, towers=towers)
     small = prune(model, plan, reconstruct=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        dense = model.get_submodule(g.consumer).weight.detach().double()
-        x, wanted = (consumer_inputs(small, g, inputs), consumer_inputs(model, g, inputs) @ dense.T)
-        kept = kept_columns(g, entry)
-        pull = (RIDGE * x.square().sum(0).mean()).sqrt()
-        left = torch.cat([x, pull * torch.eye(len(kept))])
-        right = torch.cat([wanted, pull * dense[:, kept].T])
-        expected = torch.linalg.lstsq(left, right).solution.T.float()
-        actual = small.get_submodule(g.consumer).weight
-        if entry.keep < entry.width:
+        dense, actual = (m.get_submodule(g.consumer).weight for m in (model, small))
+        if entry.keep == entry.width:
+            assert torch.equal(actual, dense), g.name
+            continue
+        expected = solution(model, small, g, entry, inputs)
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
+        assert not torch.allclose(actual, dense[:, kept_columns(g, entry)], atol=1e-2), g.name
+
+
+def test_what_a_dropped_block_lacks_reaches_the_layers_above():
+    model, inputs = build("qwen2_5_vl"), batch("qwen2_5_vl", size=3, length=19)
+    plan = dropping_plan(model, "language.1.attention", half=["language.0.ffn", "language.1.ffn"])
+    small = prune(model, plan, reconstruct=True, calibration=[inputs])
+    for g, entry in zip(match(model, plan), plan.groups, strict=True):
+        if 0 < entry.keep < entry.width:
+            expected = solution(model, small, g, entry, inputs)
+            actual = small.get_submodule(g.consumer).weight
             assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
-            assert not torch.allclose(actual, dense[:, kept].float(), atol=1e-2), g.name
-        else:
-            assert torch.equal(actual, model.get_submodule(g.consumer).weight), g.name
+    # A pruned model, with a dropped block and widths of its own, can be pruned again.
+    again = random_plan(small)
+    smaller = prune(small, again, reconstruct=True, calibration=[inputs])
+    for g, entry in zip(match(small, again), again.groups, strict=True):
+        if entry.keep < entry.width:
+            expected = solution(small, smaller, g, entry, inputs)
+            actual = smaller.get_submodule(g.consumer).weight
+            assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
