@@ -1,4 +1,4 @@
-"""Least squares instead of training: a consumer that lost inputs is fitted to its dense outputs."""
+"""Least squares instead of training: consumers that lost inputs make up for them, bottom to top."""
 
 import contextlib
 import logging
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import norm_before, own_norms, residual_scale
 from hipp_ext.groups import Group, Tower, linear
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
@@ -26,6 +27,7 @@ ROWS = (
 )
 HELD_OUT = 4  # one row of so many is held out, to see whether a fit carries over
 MIN_ROWS = 8  # with fewer, what is held out tells nothing: about a hundred tokens, much alike
+DRIFT = 0.5  # part of the residual stream's drift that a block makes up for
 TOWERS: tuple[Tower, ...] = ("vision", "language")  # in the order in which a model runs them
 _log = logging.getLogger(__name__)
 
@@ -42,25 +44,27 @@ def reconstructed_weights(
     """Consumer name -> its weight (out, kept columns), dtype and device as before.
 
     Consumers (o_proj, down_proj) are fitted one after the other, from the bottom of the model to
-    its top. For one with weight W, dense inputs X (tokens x columns, padding excluded), and inputs
-    X'_S of the kept columns S in the model that is pruned and reconstructed below it:
+    its top, on what the model computes that is pruned and reconstructed below. For one with weight
+    W and inputs X (tokens x columns, padding excluded), of which the columns S are kept:
 
-        W' = argmin ||X W^T - X'_S W'^T||^2 + lambda ||W' - W_S||^2,
+        W' = argmin ||X W^T + DRIFT * (H - H') - X_S W'^T||^2 + lambda ||W' - W_S||^2,
 
-    lambda = `ridge` times the mean square sum of a column of X'_S. So a layer also makes up for
-    what those below it could not restore. W' is used where it carries over: a first solution
-    without every HELD_OUT-th row of the calibration must bring the outputs on these rows nearer to
-    the dense ones than W_S does. Of PULLS times the ridge, the one with the least error there is
-    used for all rows. With fewer than MIN_ROWS rows none is held out. On the whole calibration the
-    outputs are never further away than with W_S: where they would be (after rounding to a narrow
-    dtype, or a solution that is not finite), W_S is used. The number of fitted layers is logged.
-    Biases stay as they are. Groups that keep everything, or nothing, are left out. The model is
-    left as it was.
+    where H and H' are the residual streams that the block reads in the dense and in the pruned
+    model (no drift is made up for where the block's outputs are normed or scaled before they are
+    added), and lambda is `ridge` times the mean square sum of a column of X_S. W' is used where it
+    carries over: a first solution without every HELD_OUT-th row of the calibration must bring the
+    outputs on these rows nearer to the target than W_S does. Of PULLS times the ridge, the one with
+    the least error there is used for all rows. With fewer than MIN_ROWS rows none is held out. On
+    the whole calibration the outputs are never further away than with W_S: where they would be
+    (after rounding to a narrow dtype, or a solution that is not finite), W_S is used. The number of
+    fitted layers is logged. Biases stay as they are. Groups that keep everything, or nothing, are
+    left out. The model is left as it was.
 
-    Cost: about five passes of the calibration through the pruned towers, in the dense model and in
-    the pruned one, whatever their depth, and some 40 * columns^2 bytes while a group is solved in
-    float64. Two hidden states of every calibration token are kept, on the model's device: 2 GB for
-    256 rows of 700 tokens of LLaVA-1.5-7B.
+    Cost: some five passes of the calibration through the pruned towers, whatever their depth:
+    three in the pruned model, less than two in the dense one. While a group is solved, some
+    40 * columns^2 bytes in float64. Three hidden states of every calibration token are kept on the
+    model's device: what goes into the tower, and what has come out of the last layer in either
+    model. For LLaVA-1.5-7B and 256 rows of 700 tokens they are 4 GB.
 
     Args:
         model: the dense model.
@@ -77,11 +81,12 @@ def reconstructed_weights(
     Raises:
         UnsupportedModelError: activations are NaN or infinite on this calibration.
 
-    Source: the layer-wise objective of OSSCAR (arXiv 2403.12983), with the inputs of the pruned
-    model and the outputs of the dense one as in GPTAQ (arXiv 2504.02692).
-    Differs from the papers: the plan chooses the units, beforehand; rows are held out. The ridge
-    pulls towards the sliced weight, which is safer in directions that the calibration does not
-    show. Other targets, and FLAP's bias (arXiv 2312.11983), were tried: see evals/studies/LOG.md.
+    Source: the layer-wise objective of OSSCAR (arXiv 2403.12983), on the inputs of the model that
+    is pruned below as in SparseGPT (arXiv 2301.00774).
+    Differs from the papers: the plan chooses the units, beforehand; rows are held out. Half of the
+    drift is made up for. The ridge pulls towards the sliced weight, which is safer in directions
+    that the calibration does not show. Dense inputs, dense outputs as the target (as in GPTAQ,
+    arXiv 2504.02692) and FLAP's bias (arXiv 2312.11983) were tried: see evals/studies/LOG.md.
     """
     consumers = {
         g: _Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
@@ -103,7 +108,8 @@ def reconstructed_weights(
                 dense = streams(model, tower, batches)
                 with _standing_in(c for g, c in consumers.items() if g.tower != tower):
                     pruned = streams(model, tower, batches)
-                _fit_tower(own, dense, pruned, held_out=rows >= MIN_ROWS, ridge=ridge)
+                pairs = list(zip(dense, pruned, strict=True))
+                _fit_tower(own, pairs, held_out=rows >= MIN_ROWS, ridge=ridge)
     fits = [consumers[g] for g in to_fit]
     _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
     _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
@@ -150,8 +156,7 @@ def _standing_in(consumers: Iterable[_Consumer]) -> Iterator[None]:
 
 def _fit_tower(
     consumers: Mapping[Group, _Consumer],
-    dense: Sequence[Stream],
-    pruned: Sequence[Stream],
+    pairs: Sequence[tuple[Stream, Stream]],
     *,
     held_out: bool,
     ridge: float,
@@ -164,19 +169,18 @@ def _fit_tower(
         for i, group in enumerate(own):
             if len(consumers[group].kept):
                 before = [consumers[g] for g in own[:i]]
-                _fit(group, consumers[group], before, dense, pruned, held_out, ridge)
-        for d, p in zip(dense, pruned, strict=True):
-            d.pass_layer(number)
+                _fit(group, consumers[group], before, pairs, held_out, ridge)
+        for dense, pruned in pairs:
+            dense.pass_layer(number)
             with _standing_in(consumers[g] for g in own):
-                p.pass_layer(number)
+                pruned.pass_layer(number)
 
 
 def _fit(
     group: Group,
     consumer: _Consumer,
     before: Sequence[_Consumer],
-    dense: Sequence[Stream],
-    pruned: Sequence[Stream],
+    pairs: Sequence[tuple[Stream, Stream]],
     held_out: bool,
     ridge: float,
 ) -> None:
@@ -186,22 +190,17 @@ def _fit(
         group: group of the consumer.
         consumer: a sliced one.
         before: those that the layer runs before it.
-        dense: streams of the dense model, at the group's layer.
-        pruned: streams of the pruned model, at the group's layer.
+        pairs: streams of the dense and of the pruned model, at the group's layer.
         held_out: hold out every HELD_OUT-th row.
         ridge: pull towards the slice.
     """
-    weight, sliced = consumer.module.weight.float(), consumer.weight.float()
-    fitted, held = Products.none(sliced), Products.none(sliced)
-    for d, p in zip(dense, pruned, strict=True):
-        wanted = d.inputs(group.layer, consumer.module)
-        with _standing_in(before):
-            x = p.inputs(group.layer, consumer.module)
-        if wanted is None or x is None:  # the model leaves this layer out on such a batch
+    fitted, held = Products.none(consumer.weight), Products.none(consumer.weight)
+    for dense, pruned in pairs:
+        found = _lacking(group, consumer, before, dense, pruned)
+        if found is None:
             continue
-        x = x.index_select(1, consumer.kept).float()
-        lacking = functional.linear(wanted.float(), weight) - functional.linear(x, sliced)
-        row = d.row_of(len(x)).to(x.device)
+        x, lacking = found
+        row = dense.row_of(len(x)).to(x.device)
         later = (row % HELD_OUT == HELD_OUT - 1) & held_out
         for products, chosen in ((fitted, ~later & (row >= 0)), (held, later & (row >= 0))):
             products.add(x[chosen], lacking[chosen])
@@ -215,6 +214,38 @@ def _fit(
     _log.debug("%s: %s", group.consumer, "sliced" if new is None else "reconstructed")
     if new is not None:
         consumer.weight, consumer.fitted = new, True
+
+
+def _lacking(
+    group: Group, consumer: _Consumer, before: Sequence[_Consumer], dense: Stream, pruned: Stream
+) -> tuple[Tensor, Tensor] | None:
+    """The kept inputs of a sliced consumer, and what its outputs lack; (tokens, ...), float32.
+
+    None where the model leaves the layer out on such a batch.
+    """
+    norm = _residual_input(dense.layers[group.layer], group.place)
+    norms = [] if norm is None else [norm]
+    with _standing_in(before):
+        here = pruned.inputs(group.layer, *norms, consumer.module)
+    if here is None:
+        return None
+    x, weight = here[-1].float(), consumer.module.weight.float()
+    lacking = functional.linear(x, weight.index_fill(1, consumer.kept, 0))
+    if norm is not None:
+        there = dense.inputs(group.layer, norm)
+        assert there is not None, "both models run the same layers"
+        lacking += DRIFT * (there[0].float() - here[0].float())
+    return x.index_select(1, consumer.kept), lacking
+
+
+def _residual_input(layer: nn.Module, place: str) -> nn.Module | None:
+    """The norm that reads the residual stream to which a block's outputs are added as they are.
+
+    None where the outputs are normed or scaled first, or no norm stands before the block alone.
+    """
+    norm = norm_before(layer, place)
+    after = [n for n in own_norms(layer, place) if getattr(layer, n) is not norm]
+    return None if after or residual_scale(layer, place) != 1 else norm
 
 
 def _warn_of_few_tokens(consumers: Mapping[str, _Consumer]) -> None:

@@ -42,19 +42,26 @@ class Stream:
     valid: Tensor | None
     below: Any = None
 
-    def inputs(self, number: int, module: nn.Module) -> Float[Tensor, "tokens columns"] | None:
-        """Inputs of a module of layer `number`; None where the model leaves that layer out.
+    def inputs(
+        self, number: int, *modules: nn.Module
+    ) -> list[Float[Tensor, "tokens columns"]] | None:
+        """Inputs of some modules of layer `number`; None where the model leaves that layer out.
 
         The layers below have been passed.
+
+        Args:
+            number: index of the layer.
+            modules: in the order in which the layer runs them.
         """
         seen: list[Tensor] = []
 
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0].flatten(0, -2))
-            raise _Reached
+            if module is modules[-1]:
+                raise _Reached
 
-        self._run(number, module.register_forward_pre_hook(look))
-        return seen[0] if seen else None
+        self._run(number, *(m.register_forward_pre_hook(look) for m in modules))
+        return seen or None
 
     def pass_layer(self, number: int) -> None:
         """Compute layer `number`, from the output of the one below."""
@@ -67,14 +74,15 @@ class Stream:
         self._run(number, self.layers[number].register_forward_hook(look))
         self.below = seen[0] if seen else self.below
 
-    def _run(self, number: int, handle: RemovableHandle) -> None:
+    def _run(self, number: int, *handles: RemovableHandle) -> None:
         try:
             with starting_at(self.layers, number, self.below):
                 self.root(*self.args, **self.kwargs)
         except _Reached:
             pass
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def row_of(self, tokens: int) -> Int[Tensor, " tokens"]:
         """Number of the calibration row that each token belongs to; -1: it is padding."""

@@ -2,6 +2,8 @@
 where it looked.
 """
 
+import copy
+
 import pytest
 import torch
 from models import batch, build
@@ -35,67 +37,93 @@ def kept_columns(group, entry) -> list[int]:
 
 
 @torch.no_grad()
-def output_errors(model: nn.Module, small: nn.Module, group, entry, inputs) -> tuple[float, float]:
-    """Distances of the small model's consumer from the dense one's outputs, each on its own model's
-    inputs: as it is, and with its weight only sliced.
-    """
-    weight = model.get_submodule(group.consumer).weight.double()
-    wanted = consumer_inputs(model, group, inputs) @ weight.T
-    x = consumer_inputs(small, group, inputs)
-    weights = (
-        small.get_submodule(group.consumer).weight.double(),
-        weight[:, kept_columns(group, entry)],
-    )
-    new, sliced = (float((x @ w.T - wanted).norm()) for w in weights)
-    return new, sliced
+def stream_before(model: nn.Module, group, inputs: dict) -> torch.Tensor:
+    """The residual stream that a group's block reads, (tokens, hidden)."""
+    layer, seen = model.get_submodule(group.block.rpartition(".")[0]), []
+    names = {
+        "attention": ("input_layernorm", "layer_norm1"),
+        "ffn": ("post_attention_layernorm", "layer_norm2"),
+    }
+    norm = next(getattr(layer, n) for n in names[group.place] if hasattr(layer, n))
+    hook = norm.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    model(**inputs)
+    hook.remove()
+    return seen[0].flatten(0, 1).double()
 
 
 @torch.no_grad()
-def solution(model: nn.Module, small: nn.Module, group, entry, inputs: dict) -> torch.Tensor:
-    """The ridge problem's, from the inputs of the small model, whose lower layers are as they stay,
-    to the outputs of the dense one.
+def problem(model: nn.Module, small: nn.Module, group, entry, inputs: dict, drift=0.5) -> tuple:
+    """Inputs of the small model's consumer; its outputs if nothing of its block were pruned, and
+    half of the drift below made up for; the sliced weight.
     """
     dense = model.get_submodule(group.consumer).weight.double()
-    wanted = consumer_inputs(model, group, inputs) @ dense.T
-    x, sliced = consumer_inputs(small, group, inputs), dense[:, kept_columns(group, entry)]
+    whole = copy.deepcopy(small)
+    whole.set_submodule(group.block, model.get_submodule(group.block))
+    wanted = consumer_inputs(whole, group, inputs) @ dense.T
+    if drift:
+        there, here = (stream_before(m, group, inputs) for m in (model, small))
+        wanted += drift * (there - here)
+    return consumer_inputs(small, group, inputs), wanted, dense[:, kept_columns(group, entry)]
+
+
+def output_errors(model: nn.Module, small: nn.Module, group, entry, inputs) -> tuple[float, float]:
+    """How far the outputs of the small model's consumer are from those wanted: as it is, and with
+    its weight only sliced.
+    """
+    x, wanted, sliced = problem(model, small, group, entry, inputs)
+    new = small.get_submodule(group.consumer).weight.detach().double()
+    return float((x @ new.T - wanted).norm()), float((x @ sliced.T - wanted).norm())
+
+
+def check_solution(x, wanted, sliced, actual: torch.Tensor) -> None:
+    """The weight is what a solver of least squares finds, and not the slice."""
     pull = (RIDGE * x.square().sum(0).mean()).sqrt()
     left = torch.cat([x, pull * torch.eye(x.shape[1])])
-    return torch.linalg.lstsq(left, torch.cat([wanted, pull * sliced.T])).solution.T.float()
+    expected = torch.linalg.lstsq(left, torch.cat([wanted, pull * sliced.T])).solution.T.float()
+    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(actual, sliced.float(), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_gqa", "qwen2_5_vl", "llama", "gemma3", "mllama"])
+def shrunken(model: nn.Module, plan: PruningPlan) -> list:
+    """Groups that lose units and not all of them, with their entries in the plan."""
+    pairs = zip(match(model, plan), plan.groups, strict=True)
+    return [(g, e) for g, e in pairs if 0 < e.keep < e.width]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_gqa", "qwen2_5_vl", "llama"])
 def test_weights_solve_the_ridge_problem_on_the_inputs_of_the_pruned_model(name):
     model, inputs = build(name), batch(name, size=3, length=19)
     towers = ("language", "vision") if name == "llava" else ("language",)
     plan = random_plan(model, towers=towers)
     small = prune(model, plan, reconstruct=True, calibration=[inputs])
-    for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        dense, actual = (m.get_submodule(g.consumer).weight for m in (model, small))
-        if entry.keep == entry.width:
-            assert torch.equal(actual, dense), g.name
-            continue
-        expected = solution(model, small, g, entry, inputs)
-        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
-        assert not torch.allclose(actual, dense[:, kept_columns(g, entry)], atol=1e-2), g.name
+    for g, entry in shrunken(model, plan):
+        actual = small.get_submodule(g.consumer).weight
+        check_solution(*problem(model, small, g, entry, inputs), actual)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama", "granite_llava"])
+def test_outputs_that_are_normed_or_scaled_make_up_for_no_drift(name):
+    model, inputs = build(name), batch(name, size=3, length=19)
+    plan = random_plan(model)
+    small = prune(model, plan, reconstruct=True, calibration=[inputs])
+    for g, entry in shrunken(model, plan):
+        drift = 0.5 if name == "mllama" and g.layer != 1 else 0  # layer 1 has gates
+        actual = small.get_submodule(g.consumer).weight
+        check_solution(*problem(model, small, g, entry, inputs, drift), actual)
 
 
 def test_what_a_dropped_block_lacks_reaches_the_layers_above():
     model, inputs = build("qwen2_5_vl"), batch("qwen2_5_vl", size=3, length=19)
-    plan = dropping_plan(model, "language.1.attention", half=["language.0.ffn", "language.1.ffn"])
+    plan = dropping_plan(model, "language.1.attention", half=["language.0.ffn", "language.2.ffn"])
     small = prune(model, plan, reconstruct=True, calibration=[inputs])
-    for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        if 0 < entry.keep < entry.width:
-            expected = solution(model, small, g, entry, inputs)
-            actual = small.get_submodule(g.consumer).weight
-            assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
     # A pruned model, with a dropped block and widths of its own, can be pruned again.
     again = random_plan(small)
     smaller = prune(small, again, reconstruct=True, calibration=[inputs])
-    for g, entry in zip(match(small, again), again.groups, strict=True):
-        if entry.keep < entry.width:
-            expected = solution(small, smaller, g, entry, inputs)
-            actual = smaller.get_submodule(g.consumer).weight
-            assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
+    for before, after, made in ((model, small, plan), (small, smaller, again)):
+        for g, entry in shrunken(before, made):
+            if g.layer != 1:  # its first norm is gone
+                actual = after.get_submodule(g.consumer).weight
+                check_solution(*problem(before, after, g, entry, inputs), actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -124,7 +152,7 @@ def test_a_solution_that_rounding_makes_worse_is_not_taken():
     fixed = prune(model, plan, reconstruct=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
         new, sliced = output_errors(model, fixed, g, entry, inputs)
-        assert new <= sliced, g.name
+        assert new <= 1.001 * sliced, g.name
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_gqa"])
