@@ -4,7 +4,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,15 +101,19 @@ def reconstructed_weights(
             f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
+    below: list[_Consumer] = []  # in the towers that run before
     with evaluating(model):
         for tower in TOWERS:
             own = {g: c for g, c in consumers.items() if g.tower == tower}
             if any(g in own for g in to_fit):
                 dense = streams(model, tower, batches)
-                with _standing_in(c for g, c in consumers.items() if g.tower != tower):
-                    pruned = streams(model, tower, batches)
+                pruned = [replace(stream) for stream in dense]
+                if below:
+                    with _standing_in(below):
+                        pruned = streams(model, tower, batches)
                 pairs = list(zip(dense, pruned, strict=True))
                 _fit_tower(own, pairs, held_out=rows >= MIN_ROWS, ridge=ridge)
+            below += own.values()
     fits = [consumers[g] for g in to_fit]
     _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
     _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
