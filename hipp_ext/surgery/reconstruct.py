@@ -101,19 +101,8 @@ def reconstructed_weights(
             f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
-    below: list[_Consumer] = []  # in the towers that run before
     with evaluating(model):
-        for tower in TOWERS:
-            own = {g: c for g, c in consumers.items() if g.tower == tower}
-            if any(g in own for g in to_fit):
-                dense = streams(model, tower, batches)
-                pruned = [replace(stream) for stream in dense]
-                if below:
-                    with _standing_in(below):
-                        pruned = streams(model, tower, batches)
-                pairs = list(zip(dense, pruned, strict=True))
-                _fit_tower(own, pairs, held_out=rows >= MIN_ROWS, ridge=ridge)
-            below += own.values()
+        _fit_towers(model, consumers, batches, held_out=rows >= MIN_ROWS, ridge=ridge)
     fits = [consumers[g] for g in to_fit]
     _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
     _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
@@ -156,6 +145,28 @@ def _standing_in(consumers: Iterable[_Consumer]) -> Iterator[None]:
         for c in consumers:
             stack.callback(c.module.register_forward_hook(c.outputs).remove)
         yield
+
+
+def _fit_towers(
+    model: nn.Module,
+    consumers: Mapping[Group, _Consumer],
+    batches: Sequence[Batch],
+    *,
+    held_out: bool,
+    ridge: float,
+) -> None:
+    below: list[_Consumer] = []  # in the towers that run before
+    for tower in TOWERS:
+        own = {g: c for g, c in consumers.items() if g.tower == tower}
+        if any(len(c.kept) for c in own.values()):
+            dense = streams(model, tower, batches)
+            pruned = [replace(stream) for stream in dense]
+            if below:
+                with _standing_in(below):
+                    pruned = streams(model, tower, batches)
+            pairs = list(zip(dense, pruned, strict=True))
+            _fit_tower(own, pairs, held_out=held_out, ridge=ridge)
+        below += own.values()
 
 
 def _fit_tower(
