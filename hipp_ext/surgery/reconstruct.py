@@ -1,33 +1,28 @@
 """Least squares instead of training: consumers that lost inputs make up for them, bottom to top."""
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import norm_before, own_norms, residual_scale
 from hipp_ext.groups import Group, Tower, linear
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.consumers import Consumer, lacking_outputs, standing_in
 from hipp_ext.surgery.least_squares import RIDGE, Products, improved
 from hipp_ext.surgery.streams import Stream, streams
-from hipp_ext.units import unit_entries
 
 ROWS = (
     256  # of built-in calibration: with 64, the testbed's models knew fewer facts than sliced ones
 )
 HELD_OUT = 4  # one row of so many is held out, to see whether a fit carries over
 MIN_ROWS = 8  # with fewer, what is held out tells nothing: about a hundred tokens, much alike
-DRIFT = 0.5  # part of the residual stream's drift that a block makes up for
 TOWERS: tuple[Tower, ...] = ("vision", "language")  # in the order in which a model runs them
 _log = logging.getLogger(__name__)
 
@@ -89,7 +84,7 @@ def reconstructed_weights(
     arXiv 2504.02692) and FLAP's bias (arXiv 2312.11983) were tried: see evals/studies/LOG.md.
     """
     consumers = {
-        g: _Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
+        g: Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
         for g, e in zip(groups, plan.groups, strict=True)
         if e.keep < e.width
     }
@@ -109,60 +104,22 @@ def reconstructed_weights(
     return {g.consumer: consumers[g].weight for g in to_fit}
 
 
-@dataclass(eq=False)
-class _Consumer:
-    """A consumer of the dense model, and what takes its place.
-
-    Attributes:
-        module: the dense one.
-        kept: input columns that stay.
-        weight: weight of these columns, as far as it is known: sliced, then fitted.
-        fitted: whether it is another than the slice.
-        tokens: number of tokens that it was fitted to.
-    """
-
-    module: nn.Linear
-    kept: Tensor
-    weight: Tensor
-    fitted: bool = False
-    tokens: int = 0
-
-    @classmethod
-    def sliced(cls, module: nn.Linear, units: Tensor, columns: int) -> "_Consumer":
-        kept = unit_entries(units, columns).to(module.weight.device)
-        return cls(module, kept, module.weight.index_select(1, kept))
-
-    def outputs(self, _: nn.Module, args: tuple[Any, ...], __: Tensor) -> Tensor:
-        """What the pruned model computes here; without the bias, where the block is dropped."""
-        bias = self.module.bias if len(self.kept) else None
-        return functional.linear(args[0].index_select(-1, self.kept), self.weight, bias)
-
-
-@contextlib.contextmanager
-def _standing_in(consumers: Iterable[_Consumer]) -> Iterator[None]:
-    """Inside the block the model computes with the weights that replace those of `consumers`."""
-    with contextlib.ExitStack() as stack:
-        for c in consumers:
-            stack.callback(c.module.register_forward_hook(c.outputs).remove)
-        yield
-
-
 def _fit_towers(
     model: nn.Module,
-    consumers: Mapping[Group, _Consumer],
+    consumers: Mapping[Group, Consumer],
     batches: Sequence[Batch],
     *,
     held_out: bool,
     ridge: float,
 ) -> None:
-    below: list[_Consumer] = []  # in the towers that run before
+    below: list[Consumer] = []  # in the towers that run before
     for tower in TOWERS:
         own = {g: c for g, c in consumers.items() if g.tower == tower}
         if any(len(c.kept) for c in own.values()):
             dense = streams(model, tower, batches)
             pruned = [replace(stream) for stream in dense]
             if below:
-                with _standing_in(below):
+                with standing_in(below):
                     pruned = streams(model, tower, batches)
             pairs = list(zip(dense, pruned, strict=True))
             _fit_tower(own, pairs, held_out=held_out, ridge=ridge)
@@ -170,7 +127,7 @@ def _fit_towers(
 
 
 def _fit_tower(
-    consumers: Mapping[Group, _Consumer],
+    consumers: Mapping[Group, Consumer],
     pairs: Sequence[tuple[Stream, Stream]],
     *,
     held_out: bool,
@@ -187,14 +144,14 @@ def _fit_tower(
                 _fit(group, consumers[group], before, pairs, held_out, ridge)
         for dense, pruned in pairs:
             dense.pass_layer(number)
-            with _standing_in(consumers[g] for g in own):
+            with standing_in(consumers[g] for g in own):
                 pruned.pass_layer(number)
 
 
 def _fit(
     group: Group,
-    consumer: _Consumer,
-    before: Sequence[_Consumer],
+    consumer: Consumer,
+    before: Sequence[Consumer],
     pairs: Sequence[tuple[Stream, Stream]],
     held_out: bool,
     ridge: float,
@@ -211,7 +168,7 @@ def _fit(
     """
     fitted, held = Products.none(consumer.weight), Products.none(consumer.weight)
     for dense, pruned in pairs:
-        found = _lacking(group, consumer, before, dense, pruned)
+        found = lacking_outputs(group, consumer, before, dense, pruned)
         if found is None:
             continue
         x, lacking = found
@@ -231,39 +188,7 @@ def _fit(
         consumer.weight, consumer.fitted = new, True
 
 
-def _lacking(
-    group: Group, consumer: _Consumer, before: Sequence[_Consumer], dense: Stream, pruned: Stream
-) -> tuple[Tensor, Tensor] | None:
-    """The kept inputs of a sliced consumer, and what its outputs lack; (tokens, ...), float32.
-
-    None where the model leaves the layer out on such a batch.
-    """
-    norm = _residual_input(dense.layers[group.layer], group.place)
-    norms = [] if norm is None else [norm]
-    with _standing_in(before):
-        here = pruned.inputs(group.layer, *norms, consumer.module)
-    if here is None:
-        return None
-    x, weight = here[-1].float(), consumer.module.weight.float()
-    lacking = functional.linear(x, weight.index_fill(1, consumer.kept, 0))
-    if norm is not None:
-        there = dense.inputs(group.layer, norm)
-        assert there is not None, "both models run the same layers"
-        lacking += DRIFT * (there[0].float() - here[0].float())
-    return x.index_select(1, consumer.kept), lacking
-
-
-def _residual_input(layer: nn.Module, place: str) -> nn.Module | None:
-    """The norm that reads the residual stream to which a block's outputs are added as they are.
-
-    None where the outputs are normed or scaled first, or no norm stands before the block alone.
-    """
-    norm = norm_before(layer, place)
-    after = [n for n in own_norms(layer, place) if getattr(layer, n) is not norm]
-    return None if after or residual_scale(layer, place) != 1 else norm
-
-
-def _warn_of_few_tokens(consumers: Mapping[str, _Consumer]) -> None:
+def _warn_of_few_tokens(consumers: Mapping[str, Consumer]) -> None:
     few = {n: c for n, c in consumers.items() if c.tokens < len(c.kept)}
     for name, c in list(few.items())[:1]:
         warnings.warn(
