@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hipp_ext import budget
 from hipp_ext.allocators.base import Allocator
-from hipp_ext.sensitivity.cheapest_path import CheapestPath
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError
 from hipp_ext.scorers.base import Groups, Scores
+from hipp_ext.sensitivity.cheapest_path import CheapestPath
 from hipp_ext.sensitivity.curves import LEVELS
 from hipp_ext.sensitivity.efforts import Effort, check_effort, measure_sensitivity
 

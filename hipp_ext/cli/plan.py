@@ -125,9 +125,7 @@ def plan(
                 f"--allocator {allocator} and --effort exclude each other: only the planner and "
                 "sensitivity measure the groups."
             )
-        maker = kind(
-            pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds), **chosen
-        )
+        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     options["calibration"] = read_data(loaded, processor)
     made = maker.plan(loaded, processor=processor, progress=True, **options)

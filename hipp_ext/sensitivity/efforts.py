@@ -9,19 +9,18 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import TASKS, Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.anchors import anchor_points
-from hipp_ext.sensitivity.curves import LEVELS, anchored_curve, at_levels
+from hipp_ext.sensitivity.anchors import ANCHOR_LEVELS, MEASURED_LEVELS, anchor_rows, points_at
+from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
-from hipp_ext.sensitivity.replay import CalibrationReplay
+from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch
 from hipp_ext.units import check_scores
 from hipp_ext.verification import verify_groups
 
 Effort = Literal["fisher", "anchored", "measured"]
-MEASURED_LEVELS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
 def check_effort(effort: object) -> None:
@@ -47,8 +46,10 @@ def measure_sensitivity(
     over the calibration:
 
     - "fisher": second-order estimates from one backward pass; 2 passes, 3 where memory is short.
-    - "anchored": the estimates, scaled to a measured point for each group; 10 passes at most.
-    - "measured": five measured levels of each group; 2.5 passes for each group.
+    - "anchored": also two measured points of each group, on as many rows as 7 passes allow.
+    - "measured": five measured levels of each group, on all rows; 2.5 passes for each group.
+
+    How estimates and measurements make a curve is what `loss_curve` says.
 
     Args:
         model: masked while it is measured, otherwise left as it was found.
@@ -72,9 +73,31 @@ def measure_sensitivity(
         estimates = [
             replay.by_task(fisher_curve(found.pop(g.name), scores[g.name])) for g in groups
         ]
-        points, batches = _points(effort, replay, groups, estimates)
+        del found
         measured = torch.zeros(0, len(TASKS))
+        points, rows = _points(model, replay, groups, effort)
         if points:
             with counting(progress, "measuring sensitivity, point") as tick:
-                measured = measure_points(model, replay, points, scores, batches, tick)
-    ...
+                measured = measure_points(model, replay, points, scores, rows, tick)
+    known: list[list[dict[int, float]]] = [[{} for _ in TASKS] for _ in groups]
+    index = {g: i for i, g in enumerate(groups)}
+    for point, values in zip(points, measured.tolist(), strict=True):
+        for task, value in enumerate(values):
+            known[index[point.group]][task][point.removed] = value
+    curves = [
+        torch.stack([at_levels(loss_curve(*pair)) for pair in zip(estimate, own, strict=True)])
+        for estimate, own in zip(estimates, known, strict=True)
+    ]
+    return torch.stack(curves, 1)
+
+
+def _points(
+    model: nn.Module, replay: CalibrationReplay, groups: Sequence[Group], effort: Effort
+) -> tuple[list[Point], tuple[ReplayBatch, ...]]:
+    """What an effort measures, and on which rows."""
+    if effort == "fisher":
+        return [], ()
+    if effort == "measured":
+        return points_at(groups, MEASURED_LEVELS), replay.batches
+    points = points_at(groups, ANCHOR_LEVELS)
+    return points, anchor_rows(replay, points, len(tower_layers(model, "language")))

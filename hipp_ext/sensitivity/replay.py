@@ -1,7 +1,8 @@
 """A calibration as the language tower sees it: inputs, positions that count, output head."""
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hipp_ext.calibration import TASKS, Batch, Calibration
+from hipp_ext.calibration.records import spaced
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
@@ -17,6 +19,14 @@ from hipp_ext.replay import decoder_inputs
 from hipp_ext.scorers.base import valid_tokens
 from hipp_ext.sensitivity.positions import counted_positions
 
+# Inputs of a language tower and the dimension of their rows; None: rows share it.
+ROW_DIMS = {
+    "input_ids": 0,
+    "inputs_embeds": 0,
+    "attention_mask": 0,
+    "position_ids": -2,
+    "cache_position": None,
+}
 CHUNK_BYTES = 1 << 28  # of float32 logits that are in memory at once
 
 
@@ -39,6 +49,27 @@ class ReplayBatch:
     size: int
     row_keys: tuple[bytes, ...]
     tasks: Bool[Tensor, " tasks"]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether rows can be taken from the inputs: only if all of them are of a known shape."""
+        return all(
+            name in ROW_DIMS or not isinstance(value, Tensor | Mapping | Sequence)
+            for name, value in self.inputs.items()
+        )
+
+    def sample(self, fraction: float) -> "ReplayBatch":
+        """The batch with a fraction of its rows, evenly spaced, one at least."""
+        chosen = torch.tensor(spaced(self.size, max(1, int(fraction * self.size))))
+        taken = torch.isin(self.rows, chosen)
+        return dataclasses.replace(
+            self,
+            inputs={n: _rows_of(n, v, chosen, self.size) for n, v in self.inputs.items()},
+            rows=torch.searchsorted(chosen, self.rows[taken]),
+            places=self.places[taken],
+            size=len(chosen),
+            row_keys=tuple(self.row_keys[i] for i in chosen.tolist()),
+        )
 
     def counted(self, hidden: Float[Tensor, "rows tokens hidden"]) -> Float[Tensor, "P hidden"]:
         """The hidden states at the counted positions."""
@@ -78,6 +109,14 @@ class CalibrationReplay:
         )
         self.head = _verified_head(model, calibration.batches[0], self.batches[0])
 
+    def some_batches(self, fraction: float) -> tuple[ReplayBatch, ...]:
+        """A fraction of the batches of each task, evenly spaced, one at least."""
+        chosen = set[int]()
+        for task in range(len(TASKS)):
+            own = [i for i, batch in enumerate(self.batches) if batch.tasks[task]]
+            chosen |= {own[i] for i in spaced(len(own), max(1, int(fraction * len(own))))}
+        return tuple(batch for i, batch in enumerate(self.batches) if i in chosen)
+
     def by_task(
         self, values: Float[Tensor, "rows *rest"], batches: tuple[ReplayBatch, ...] | None = None
     ) -> Float[Tensor, "tasks *rest"]:
@@ -95,6 +134,14 @@ class CalibrationReplay:
         return torch.stack(
             [values[own[:, task]].sum(0) / int(positions[task]) for task in range(len(TASKS))]
         )
+
+
+def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
+    """The part of an input that belongs to some rows."""
+    dim = ROW_DIMS.get(name)
+    if not isinstance(value, Tensor) or dim is None or value.shape[dim] != size:
+        return value
+    return value.index_select(dim, rows.to(value.device))
 
 
 def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tensor]:
