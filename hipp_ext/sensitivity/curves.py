@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Removed fractions of a group's units; at 1 the block is dropped.
 LEVELS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-QUARTER = 0.25  # removed fraction at which the size of a curve is taken
-NARROW = 8  # units: groups of at most so many have a curve of their own shape
+ANCHOR_LEVELS = (0.25, 0.5)  # where the size of a curve is taken
+NARROW = 8  # units: groups of at most so many have curves of their own shapes
 FLOOR = 1e-12  # nats; smaller values are rounding, and are not divided by
 
 
@@ -40,45 +40,42 @@ def loss_curve(
 ) -> Float[Tensor, " removals"]:
     """The loss [nats] for every number of removed units of a group, from 0 to all.
 
-    It grows with the square of the removed units, through the value at a QUARTER of them (the
-    geometric mean of estimate and measurement, whose errors are independent), and is no lower than
-    what was measured beyond. That is more than a group loses when it is pruned alone, and
-    meant so: in a plan its neighbours are pruned as well, and plans made from the curves of single
-    groups take too much from the few that look cheap. Groups of at most NARROW units have their
-    measured values, and between them the estimate, scaled to join them. The last unit is an
-    exception: a few units of a block often carry most of it, so dropping it has its own value.
+    It goes through the measured points; where a group is not measured, through the estimate at
+    ANCHOR_LEVELS. Between the points and beyond them it grows with the square of the removed units.
+    A group that is pruned alone loses less than that where many units go. In a plan its neighbours
+    are pruned too, and plans made from the exact curves of single groups took too much from the few
+    groups that look cheap (evals/studies/LOG.md). Groups of at most NARROW units have the shape of
+    the estimate instead. Dropping the whole block has a value of its own, because a few units often
+    carry most of a block.
 
     Args:
         estimate: second-order estimate for every number of removed units.
-        measured: number of removed units -> measured loss; the estimate stands for what is missing.
+        measured: number of removed units -> measured loss.
     """
     width = len(estimate) - 1
-    points = {k: max(value, FLOOR) for k, value in measured.items()}
-    inner = {k: value for k, value in points.items() if k < width}
-    joined = _joined(estimate, inner)
-    quarter = min(units_at(QUARTER, width), max(1, width - 1))
-    curve = joined.clone()
+    points = {k: value for k, value in measured.items() if k < width}
+    shape = estimate.double()
     if width > NARROW:
-        square = torch.arange(width + 1, dtype=torch.float64) / quarter
-        curve = (joined[quarter] * estimate[quarter].double().clamp_min(FLOOR)).sqrt()
-        curve = curve * square.square()
-        if len(inner) > 1:
-            curve[quarter:] = torch.maximum(curve[quarter:], joined[quarter:])
-    curve[width] = points.get(width, max(float(joined[width]), float(curve[width])))
+        shape = torch.arange(width + 1, dtype=torch.float64).square()
+        anchors = (units_at(level, width) for level in ANCHOR_LEVELS)
+        points = points or {k: float(estimate[k]) for k in anchors}
+    curve = _joined(shape, points)
+    dropped = max(float(curve[width]), float(estimate[width]))
+    curve[width] = measured.get(width, dropped)
     return curve
 
 
 def _joined(
-    estimate: Float[Tensor, " removals"], points: Mapping[int, float]
+    shape: Float[Tensor, " removals"], points: Mapping[int, float]
 ) -> Float[Tensor, " removals"]:
-    """The estimate times a factor that makes it meet the points.
+    """The shape times a factor that makes it meet the points.
 
     The factor is interpolated on a logarithmic scale, and constant beyond the outermost points.
     """
-    curve = estimate.double().clamp_min(FLOOR)
+    curve = shape.clamp_min(FLOOR)
     curve[0] = 0
     if points:
         at = sorted(points)
-        factors = [np.log(points[k] / float(curve[k])) for k in at]
+        factors = [np.log(max(points[k], FLOOR) / float(curve[k])) for k in at]
         curve *= torch.from_numpy(np.exp(np.interp(range(len(curve)), at, factors)))
     return curve

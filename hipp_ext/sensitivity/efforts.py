@@ -12,7 +12,7 @@ from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.anchors import ANCHORS, MEASURED_LEVELS, affordable, points_at
+from hipp_ext.sensitivity.anchors import MEASURED_LEVELS, PASSES, affordable, points_at
 from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
@@ -46,7 +46,7 @@ def measure_sensitivity(
     over the calibration:
 
     - "fisher": second-order estimates from one backward pass; 2 passes, 3 where memory is short.
-    - "anchored": also two measured points of each group, on as many rows as 6.5 passes allow.
+    - "anchored": also three measured points of each group, on as many rows as 7.5 passes allow.
     - "measured": five measured levels of each group, on all rows; 2.5 passes for each group.
 
     How estimates and measurements make a curve is what `loss_curve` says.
@@ -96,6 +96,6 @@ def _measurements(
         yield points_at(groups, MEASURED_LEVELS), replay.batches
     elif effort == "anchored":
         layers = len(tower_layers(model, "language"))
-        for level, passes in ANCHORS.items():
+        for level, passes in PASSES.items():
             points = points_at(groups, [level])
             yield points, replay.sample(affordable(points, layers, passes))

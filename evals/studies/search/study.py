@@ -44,7 +44,7 @@ from hipp_ext.planner.policy import MAX_RATIO, new_policy
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 from hipp_ext.runs import RunFolder
-from hipp_ext.sensitivity.measured import measure_sensitivity
+from hipp_ext.sensitivity.efforts import measure_sensitivity
 from hipp_ext.surgery.slices import sliced
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
