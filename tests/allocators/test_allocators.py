@@ -1,7 +1,5 @@
 """Allocators on a tiny model: exact budgets, bounds, and what each of them prefers."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -97,9 +95,17 @@ def test_an_untrained_planner_allocates_by_sensitivity(robustness):
     planner = HiPPPlanner(Preference(1 - robustness, robustness, 0), pruning_ratio=0.41, cache=None)
     plans = [maker.plan(model, calibration=calibration) for maker in (allocator, planner)]
     assert plans[0].groups == plans[1].groups
-    other = dataclasses.replace(allocator, robustness_weight=1 - robustness)
-    same = other.plan(model, calibration=calibration).groups == plans[0].groups
-    assert same == (robustness == 0.5)
+
+
+@pytest.mark.parametrize(("weight", "task"), [(0.0, "utility"), (1.0, "robustness")])
+def test_a_task_without_weight_has_no_say(weight, task):
+    calibration = {"utility": [batch("llama")], "robustness": [batch("llama", seed=1)]}
+    allocator = Sensitivity(pruning_ratio=0.41, robustness_weight=weight, scorer=Magnitude())
+    both, alone = (
+        allocator.plan(build("llama"), calibration=given)
+        for given in (calibration, calibration[task])
+    )
+    assert both == alone
 
 
 @pytest.mark.parametrize(
