@@ -1,0 +1,145 @@
+"""Rows of the study -> a table, the comparison with the best of the others, and a picture."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hipp_ext.evals.measuring import describe
+from hipp_ext.evals.studies.measuring import RESULTS, command_line, keep_picture, mean_and_se
+from hipp_ext.evals.studies.real_lm.methods import HIPP, METHODS
+from hipp_ext.evals.studies.real_lm.picture import picture
+from hipp_ext.evals.studies.real_lm.study import Study
+from hipp_ext.evals.studies.real_lm.text import perplexity
+from hipp_ext.files import write_atomic
+
+SIDES = ("sliced", "reconstructed")
+NAME = "real_lm"
+Rows = Sequence[Mapping[str, Any]]
+Summary = dict[str, Any]
+
+
+def run(study: Study, name: str = NAME, *, save: bool = False, show: bool = True) -> Summary:
+    """Run what the study's folder lacks; result and picture are up to date after every job.
+
+    Args:
+        study: what to run.
+        name: name of the result and the picture, which are written to the study's folder.
+        save: write them to evals/studies/results too.
+        show: show a progress bar.
+    """
+    result: Summary = {}
+    for rows in study.run(show=show):
+        values = {"identity": study.identity, **summarize(rows)}
+        result = describe(command_line(), values, "cpu")
+        for folder in [study.folder, *([RESULTS] if save else [])]:
+            write_atomic(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        if result["methods"]:
+            keep_picture(name, picture(result), save=save, folder=study.folder)
+    print_table(result)
+    return result
+
+
+def summarize(rows: Rows) -> Summary:
+    """Perplexity by method, side and ratio: mean and standard error over draws, and its cost.
+
+    Args:
+        rows: of `Study.run`, the dense model's first.
+    """
+    dense, *pruned = rows
+    methods: Summary = {}
+    for name in METHODS:
+        own = [row for row in pruned if row["method"] == name]
+        if not own:
+            continue
+        methods[name] = {
+            "seconds": mean_and_se(_once(own, "seconds")),
+            "passes": mean_and_se(_once(own, "passes")),
+            **{side: _cells([r for r in own if r["side"] == side]) for side in SIDES},
+        }
+    return {
+        "dense": perplexity(dense["losses"]),
+        "methods": methods,
+        "hipp over the best other": _claims(pruned, methods),
+    }
+
+
+def _once(rows: Rows, what: str) -> list[float]:
+    """A cost of the plans, once per draw that plans were made from."""
+    by_draw = {
+        row["draw"] if METHODS[row["method"]].calibrated else 0: float(row[what]) for row in rows
+    }
+    return list(by_draw.values())
+
+
+def _cells(rows: Rows) -> Summary:
+    """Ratio -> removed fraction and perplexity."""
+    cells: Summary = {}
+    for ratio in sorted({row["ratio"] for row in rows}):
+        own = [row for row in rows if row["ratio"] == ratio]
+        values = [perplexity(row["losses"]) for row in own]
+        removed = statistics.fmean(row["removed"] for row in own)
+        cells[str(ratio)] = {**mean_and_se(values), "values": values, "removed": removed}
+    return cells
+
+
+def _claims(rows: Rows, methods: Summary) -> Summary:
+    """Ratio and side -> log of hipp's perplexity over that of the best other method [nats].
+
+    The standard error is that of the test rows, paired, after the mean over draws.
+    """
+    claims: Summary = {}
+    for side in SIDES:
+        for ratio in methods.get(HIPP, {}).get(side, {}):
+            others = {
+                name: found[side][ratio]["mean"]
+                for name, found in methods.items()
+                if not name.startswith("hipp") and ratio in found[side]
+            }
+            if not others:
+                continue
+            best = min(others, key=others.__getitem__)
+            one, other = (_mean_losses(rows, name, float(ratio), side) for name in (HIPP, best))
+            gains = [a - b for a, b in zip(one, other, strict=True)]
+            claims[f"{side} {ratio}"] = {"over": best, **mean_and_se(gains)}
+    return claims
+
+
+def _mean_losses(rows: Rows, method: str, ratio: float, side: str) -> list[float]:
+    """Loss of each test row, mean over draws."""
+    own = [
+        row["losses"]
+        for row in rows
+        if (row["method"], row["ratio"], row["side"]) == (method, ratio, side)
+    ]
+    return [statistics.fmean(losses) for losses in zip(*own, strict=True)]
+
+
+def print_table(summary: Summary) -> None:
+    """Perplexity by ratio, and below each method what reconstruction makes of it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    methods = summary["methods"]
+    ratios = sorted({r for m in methods.values() for side in SIDES for r in m[side]}, key=float)
+    title = f"perplexity, mean ± standard error over draws; dense {summary['dense']:.2f}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    columns = ["", "passes", "seconds", *(f"{float(r):.0%}" for r in ratios)]
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for name, row in methods.items():
+        costs = [f"{row[what]['mean']:.1f}" for what in ("passes", "seconds")]
+        for side in SIDES:
+            if row[side]:
+                first = [name, *costs] if side == SIDES[0] else ["  reconstructed", "", ""]
+                table.add_row(*first, *(_cell(row[side].get(r)) for r in ratios))
+    Console(width=max(140, Console().width), markup=False).print(table)
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 1 if value["mean"] < 1000 else 0
+    error = "" if value["se"] is None else f" ± {value['se']:,.{digits}f}"
+    return f"{value['mean']:,.{digits}f}{error}"
