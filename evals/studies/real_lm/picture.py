@@ -1,7 +1,6 @@
 """Perplexity against the removed fraction, as a README can show it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.studies.real_lm.methods import HIPP
@@ -10,30 +9,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RED, INK, FAINT = "#c44e52", "#22262b", "#d9dde2"
-# Method -> label, colour and line style; the others of the study are in the table.
+# Method -> label, colour and line style. The table has all methods.
 SHOWN = {
-    "torch-pruning": ("torch-pruning", "#9aa0a6", ":"),
     "uniform, Magnitude": ("uniform, magnitude", "#9aa0a6", "--"),
+    "torch-pruning": ("torch-pruning's example", "#9aa0a6", ":"),
     "uniform, WandaSP": ("uniform, Wanda-sp", "#8d7cc0", "-"),
-    "OWL": ("OWL", "#5b7fc7", "--"),
+    "OWL": ("OWL", "#dd8452", "-"),
     "FLAP adaptive": ("FLAP", "#5b7fc7", "-"),
     "ShortGPT": ("ShortGPT", "#55a868", "-"),
     HIPP: ("hipp-ext", RED, "-"),
 }
 TOP = 100  # times the dense perplexity; what is above leaves the picture
-GAP = 0.045  # least distance of two labels, of the picture's height
+GAP = 0.06  # least distance of two labels, of the picture's height
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """Points of a method: removed [%] and perplexity, with the standard error over draws."""
-
-    name: str
-    points: Sequence[tuple[float, float, float]]
+Points = list[tuple[float, float, float]]  # removed [%], perplexity, its standard error
 
 
 def picture(result: Mapping[str, Any]) -> "Figure":
-    """One line per method: the better of its two sides at each ratio, with or without least squares.
+    """One line per method, with least squares at the ratios where that lowers its perplexity.
 
     Args:
         result: what `summarize` returned.
@@ -41,52 +34,97 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    dense = result["dense"]
-    lines = [
-        _Line(name=name, points=[(0.0, dense, 0.0), *_best(result["methods"][name])])
-        for name in SHOWN
-        if name in result["methods"]
-    ]
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style | {"axes.edgecolor": "#9aa0a6", "text.color": INK}):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained", facecolor="white")
+    dense, methods = result["dense"], result["methods"]
+    lines = {
+        name: [(0.0, dense, 0.0), *_points(methods[name])] for name in SHOWN if name in methods
+    }
+    grey = {"axes.edgecolor": "#9aa0a6", "xtick.color": "#5f6570", "ytick.color": "#5f6570"}
+    style: dict[Any, Any] = {"font.size": 10.5, "text.color": INK, "axes.labelcolor": INK} | grey
+    with mpl.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.8, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots()
+        axes.set_title(
+            "SmolLM2-135M pruned without any training", loc="left", fontsize=12, weight="bold"
+        )
         axes.set_yscale("log")
-        axes.set_ylim(dense * 0.85, dense * TOP)
-        axes.set_xlim(0, 100 * _widest(lines))
-        axes.grid(axis="y", color=FAINT, lw=0.6)
-        for line in lines:
-            _, colour, dashes = SHOWN[line.name]
-            bold = line.name == HIPP
-            x, y, errors = zip(*line.points, strict=True)
-            axes.errorbar(
-                x,
-                y,
-                yerr=errors,
-                color=colour,
-                ls=dashes,
-                lw=3 if bold else 1.4,
-                marker="o",
-                ms=6 if bold else 3.5,
-                capsize=2,
-                zorder=4 if bold else 3,
-            )
-        _label(axes, lines, dense)
+        bottom, top = 0.8 * dense, TOP * dense
+        axes.set_ylim(bottom, top)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+        axes.set_ylabel("perplexity (lower is better)")
+        axes.set_xlabel("parameters removed from attention and FFN [%]")
+        axes.grid(axis="y", color=FAINT, lw=0.7)
+        axes.axhline(dense, color=INK, lw=0.9, ls=(0, (1, 2)))
+        axes.annotate(
+            f"dense {dense:.1f}",
+            (0.99, dense),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="top",
+            xytext=(0, -3),
+            textcoords="offset points",
+            fontsize=9,
+        )
+        for name, points in lines.items():
+            _draw(axes, name, points)
+        axes.set_xlim(0, max((p[-1][0] for p in lines.values()), default=40.0))
+        _label(axes, lines)
     return figure
 
 
-def _best(row: Mapping[str, Any]) -> list[tuple[float, float, float]]:
-    cells: dict[float, list[Any]] = {}
-    for side in ("sliced", "reconstructed"):
-        for ratio, cell in row[side].items():
-            cells.setdefault(float(ratio), []).append(cell)
-    best = {ratio: min(own, key=lambda c: c["mean"]) for ratio, own in sorted(cells.items())}
-    return [(100 * ratio, c["mean"], c["se"] or 0.0) for ratio, c in best.items()]
+def _points(row: Mapping[str, Any]) -> Points:
+    """The better side at each ratio."""
+    sides = [row["sliced"], row["reconstructed"]]
+    best = {
+        float(ratio): min((s[ratio] for s in sides if ratio in s), key=lambda cell: cell["mean"])
+        for ratio in {*sides[0], *sides[1]}
+    }
+    return [(100 * ratio, best[ratio]["mean"], best[ratio]["se"] or 0.0) for ratio in sorted(best)]
 
 
-def _widest(lines: Sequence[_Line]) -> float:
-    return max((line.points[-1][0] for line in lines), default=40) / 100
+def _draw(axes: Any, name: str, points: Points) -> None:
+    _, colour, dashes = SHOWN[name]
+    bold = name == HIPP
+    x, y, errors = zip(*points, strict=True)
+    axes.errorbar(
+        x,
+        y,
+        yerr=errors,
+        color=colour,
+        ls=dashes,
+        lw=3.2 if bold else 1.6,
+        marker="o",
+        ms=6.5 if bold else 3.5,
+        capsize=2,
+        zorder=4 if bold else 3,
+    )
 
 
-def _label(axes: Any, lines: Sequence[_Line], dense: float) -> None:
-    pass
+def _label(axes: Any, lines: Mapping[str, Points]) -> None:
+    """The name and the last perplexity of every line, at its end on the right."""
+    ends = sorted(((points[-1][1], name) for name, points in lines.items()))
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform((0, value))[1]) for value, _ in ends]
+    for (value, name), height in zip(ends, _apart(wanted), strict=True):
+        text, colour, _ = SHOWN[name]
+        axes.annotate(
+            f"{text}  {value:,.0f}",
+            (1.015, height),
+            xycoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=12.5 if name == HIPP else 10,
+            weight="bold" if name == HIPP else "normal",
+            annotation_clip=False,
+        )
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Ascending heights, moved to be GAP apart and at most 1."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + GAP) if placed else height)
+    limit = 1.0
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - GAP
+    return placed
