@@ -15,12 +15,12 @@ from hipp_ext.allocators import OWL, Uniform
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import __main__ as command
 from hipp_ext.evals.studies.real_lm import model as smollm2
-from hipp_ext.evals.studies.real_lm.methods import METHODS, make_plans
+from hipp_ext.evals.studies.real_lm.methods import HIPP, METHODS, make_plans
 from hipp_ext.evals.studies.real_lm.passes import counted_passes
 from hipp_ext.evals.studies.real_lm.shortgpt import ShortGPT
 from hipp_ext.evals.studies.real_lm.stock_pruner import prune_stock, removed
 from hipp_ext.evals.studies.real_lm.study import Study
-from hipp_ext.evals.studies.real_lm.summary import NAME, run
+from hipp_ext.evals.studies.real_lm.summary import NAME, run, summarize
 from hipp_ext.evals.studies.real_lm.text import Corpus, TextSize, perplexity, read_text, row_losses
 from hipp_ext.groups import find_groups
 from hipp_ext.modes import training_only
@@ -92,7 +92,7 @@ def test_texts_that_cannot_be_used(tmp_path, tokenizer, numbers):
 
 def test_perplexity_is_that_of_the_models_own_loss(llama, corpus):
     losses = row_losses(llama, corpus.test)
-    own = [float(llama(input_ids=row[None], labels=row[None]).loss) for row in corpus.test]
+    own = [llama(input_ids=row[None], labels=row[None]).loss.item() for row in corpus.test]
     torch.testing.assert_close(losses.float(), torch.tensor(own))
     assert perplexity(losses.tolist()) == pytest.approx(math.exp(sum(own) / 3), rel=1e-5)
 
@@ -165,20 +165,21 @@ def test_torch_prunings_own_pruner_removes_what_was_asked():
 
 def study(llama, corpus, folder, **changes) -> Study:
     values = {"methods": ("uniform, Magnitude", "uniform, WandaSP", "ShortGPT")}
-    values |= {"ratios": (0.2, 0.4), "draws": 2, "model_name": "tiny"}
+    values |= {"ratios": (0.4,), "draws": 2, "model_name": "tiny"}
     return Study(model=llama, corpus=corpus, folder=folder, **(values | changes))
 
 
 @pytest.mark.filterwarnings("ignore:.*layers are fitted to fewer tokens")
 def test_a_killed_study_goes_on_where_it_was(llama, corpus, tokenizer, numbers, tmp_path):
-    whole = run(study(llama, corpus, tmp_path / "whole"), show=False)
-    killed = study(llama, corpus, tmp_path / "killed").run(show=False)
+    methods = ("uniform, WandaSP", "ShortGPT")
+    whole = run(study(llama, corpus, tmp_path / "whole", methods=methods), show=False)
+    killed = study(llama, corpus, tmp_path / "killed", methods=methods).run(show=False)
     for _ in range(4):
         rows = next(killed)
     killed.close()  # as if at a yield; the next process finds three jobs and a dense model
     assert len(rows) == 1 + 3
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "killed").glob("*.json")}
-    resumed = run(study(llama, corpus, tmp_path / "killed"), show=False)
+    resumed = run(study(llama, corpus, tmp_path / "killed", methods=methods), show=False)
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
     for name, row in whole["methods"].items():
         for side in ("sliced", "reconstructed"):
@@ -197,13 +198,36 @@ def test_what_a_study_finds(llama, corpus, tmp_path):
     assert found["dense"] == pytest.approx(float(dense.mean().exp()))
     magnitude, wanda, short = found["methods"].values()
     # No calibration, no draws: only what is fitted to a calibration differs by draw.
-    assert [magnitude[side]["0.2"]["n"] for side in ("sliced", "reconstructed")] == [1, 2]
-    assert magnitude["sliced"]["0.2"]["se"] is None and magnitude["passes"]["n"] == 1
+    assert [magnitude[side]["0.4"]["n"] for side in ("sliced", "reconstructed")] == [1, 2]
+    assert magnitude["sliced"]["0.4"]["se"] is None and magnitude["passes"]["n"] == 1
     assert wanda["sliced"]["0.4"]["n"] == wanda["seconds"]["n"] == 2
     assert short["reconstructed"] == {} and short["sliced"]["0.4"]["removed"] > 0.6
     plan = Uniform(pruning_ratio=0.4).plan(llama, calibration=corpus.calibration(1))
     small = row_losses(prune(llama, plan), corpus.test)
     assert wanda["sliced"]["0.4"]["values"][1] == pytest.approx(float(small.mean().exp()))
+
+
+def test_gains_are_paired_by_test_row_over_the_best_other_method():
+    def row(method: str, draw: int, losses: list[float]) -> dict:
+        cost = {"removed": 0.3, "seconds": 1.0, "passes": 1.0}
+        place = {"method": method, "draw": draw, "ratio": 0.3, "side": "sliced"}
+        return place | cost | {"losses": losses}
+
+    rows = [
+        {"method": "dense", "losses": [1.0, 2.0]},
+        row(HIPP, 0, [2.0, 3.0]),
+        row(HIPP, 1, [2.2, 3.4]),
+        row("hipp, fisher", 0, [0.0, 0.0]),
+        row("OWL", 0, [4.0, 5.0]),
+        row("ShortGPT", 0, [2.5, 3.5]),
+    ]
+    found = summarize(rows)
+    gain = found["hipp over the best other"]["sliced 0.3"]
+    assert gain["over"] == "ShortGPT" and gain["n"] == 2
+    assert gain["mean"] == pytest.approx(-0.35) and gain["se"] == pytest.approx(0.05)
+    cell = found["methods"][HIPP]["sliced"]["0.3"]
+    assert cell["values"] == pytest.approx([math.exp(2.5), math.exp(2.8)]) and cell["n"] == 2
+    assert found["dense"] == pytest.approx(math.exp(1.5))
 
 
 def test_unknown_methods_are_refused(llama, corpus, tmp_path):

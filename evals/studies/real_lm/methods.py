@@ -59,8 +59,6 @@ def make_plans(
     model: nn.Module,
     calibration: Calibration,
     ratios: Sequence[float],
-    *,
-    progress: bool = False,
 ) -> dict[float, PruningPlan]:
     """Ratio -> the plan that `make(pruning_ratio=ratio).plan(model)` returns.
 
@@ -73,7 +71,7 @@ def make_plans(
     start = time.perf_counter()
     with counted_passes(model, groups) as passes:
         scores = scorer(model, calibration, groups=groups)
-        measured = allocator.measure(model, groups, scores, calibration, progress)
+        measured = allocator.measure(model, groups, scores, calibration)
     shared = time.perf_counter() - start
     plans = {}
     for ratio in ratios:

@@ -38,9 +38,10 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     lines = {
         name: [(0.0, dense, 0.0), *_points(methods[name])] for name in SHOWN if name in methods
     }
-    grey = {"axes.edgecolor": "#9aa0a6", "xtick.color": "#5f6570", "ytick.color": "#5f6570"}
-    style: dict[Any, Any] = {"font.size": 10.5, "text.color": INK, "axes.labelcolor": INK} | grey
-    with mpl.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+    style: dict[Any, Any] = {"font.size": 10.5, "text.color": INK, "axes.labelcolor": INK}
+    style |= {"axes.edgecolor": "#9aa0a6", "xtick.color": "#5f6570", "ytick.color": "#5f6570"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(7.8, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots()
         axes.set_title(

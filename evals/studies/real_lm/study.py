@@ -1,18 +1,18 @@
 """Runs the comparison: one file per plan and per measured model, so that a killed run resumes."""
 
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from hipp_ext.budget import check_ratio
 from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.real_lm.jobs import Job, sides_of
 from hipp_ext.evals.studies.real_lm.methods import METHODS, make_plans
 from hipp_ext.evals.studies.real_lm.stock_pruner import prune_stock, removed
 from hipp_ext.evals.studies.real_lm.text import Corpus, row_losses
@@ -22,36 +22,7 @@ from hipp_ext.progress import progress_bar
 from hipp_ext.runs import RunFolder
 from hipp_ext.surgery.prune import prune
 
-Side = Literal["sliced", "reconstructed"]
 RATIOS = (0.1, 0.2, 0.3, 0.4)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One pruned model to measure; its `name` is that of its file."""
-
-    method: str
-    draw: int
-    ratio: float
-    side: Side
-
-    @property
-    def name(self) -> str:
-        return f"{self._slug}-{self.draw}-{100 * self.ratio:g}-{self.side}"
-
-    @property
-    def plan_name(self) -> str:
-        """Name of the file of the plan, which all jobs with this plan share."""
-        return f"{self._slug}-{self.plan_draw}-{100 * self.ratio:g}.plan"
-
-    @property
-    def plan_draw(self) -> int:
-        """Draw of the calibration that the plan is made from."""
-        return self.draw if METHODS[self.method].calibrated else 0
-
-    @property
-    def _slug(self) -> str:
-        return re.sub(r"\W+", "_", self.method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +69,7 @@ class Study:
             for draw in range(self.draws)
             for method in self.methods
             for ratio in self.ratios
-            for side in _sides(method, draw)
+            for side in sides_of(method, draw)
         ]
 
     def run(self, *, show: bool = True) -> Iterator[list[dict[str, Any]]]:
@@ -161,12 +132,6 @@ class Study:
                 of_ratio = replace(job, ratio=ratio)
                 plan.save(folder / f"{of_ratio.plan_name}.json", overwrite=True)
         return PruningPlan.load(file)
-
-
-def _sides(method: str, draw: int) -> list[Side]:
-    """The sides of a method in a draw: what no draw changes is measured once."""
-    sides: list[Side] = ["sliced"] if METHODS[method].calibrated or draw == 0 else []
-    return [*sides, "reconstructed"] if METHODS[method].reconstructs else sides
 
 
 def _read(file: Path) -> dict[str, Any] | None:
