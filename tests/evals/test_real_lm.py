@@ -194,6 +194,8 @@ def test_what_a_study_finds(llama, corpus, tmp_path):
     found = run(study(llama, corpus, tmp_path), show=False)
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["methods"] == found["methods"]
     assert (tmp_path / f"{NAME}.png").stat().st_size > 5000
+    text = (tmp_path / f"{NAME}.md").read_text()
+    assert "3 x 24 tokens" in text and "| uniform, WandaSP | 1.0 |" in text and "| 40% |" in text
     dense = row_losses(llama, corpus.test)
     assert found["dense"] == pytest.approx(float(dense.mean().exp()))
     magnitude, wanda, short = found["methods"].values()

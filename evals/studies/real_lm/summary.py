@@ -11,7 +11,7 @@ from hipp_ext.evals.studies.real_lm.jobs import SIDES
 from hipp_ext.evals.studies.real_lm.methods import HIPP, METHODS
 from hipp_ext.evals.studies.real_lm.picture import picture
 from hipp_ext.evals.studies.real_lm.study import Study
-from hipp_ext.evals.studies.real_lm.table import print_table
+from hipp_ext.evals.studies.real_lm.table import print_table, section
 from hipp_ext.evals.studies.real_lm.text import perplexity
 from hipp_ext.files import write_atomic
 
@@ -21,12 +21,12 @@ Summary = dict[str, Any]
 
 
 def run(study: Study, name: str = NAME, *, save: bool = False, show: bool = True) -> Summary:
-    """Run what the study's folder lacks; result and picture are up to date after every job.
+    """Run what the study's folder lacks; result, picture and section are up to date after each job.
 
     Args:
         study: what to run.
-        name: name of the result and the picture, which are written to the study's folder.
-        save: write them to evals/studies/results too.
+        name: name of the files in the study's folder: JSON, PNG, and a section for RESULTS.md.
+        save: write the first two to evals/studies/results too.
         show: show a progress bar.
     """
     result: Summary = {}
@@ -35,8 +35,8 @@ def run(study: Study, name: str = NAME, *, save: bool = False, show: bool = True
         result = describe(command_line(), values, "cpu")
         for folder in [study.folder, *([RESULTS] if save else [])]:
             write_atomic(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        if result["methods"]:
-            keep_picture(name, picture(result), save=save, folder=study.folder)
+        keep_picture(name, picture(result), save=save, folder=study.folder)
+        write_atomic(study.folder / f"{name}.md", section(result, name, study.draws))
     print_table(result)
     return result
 
