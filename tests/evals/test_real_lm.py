@@ -75,6 +75,15 @@ def test_calibration_and_test_share_no_word(corpus, tokenizer):
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+def test_another_text_can_be_the_test(numbers, tokenizer, corpus):
+    other = numbers.replace("0", "z")
+    found = Corpus(numbers, tokenizer, SIZE, other)
+    assert words(tokenizer, found.test) == {
+        word.replace("0", "z") for word in words(tokenizer, corpus.test)
+    }
+    assert len(found.rest) == 2 * 50 and found.digest != corpus.digest
+
+
 def test_a_paragraph_that_comes_twice_is_read_once(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one\n\ntwo\n\none\n\n\nthree", encoding="utf-8")
@@ -85,6 +94,8 @@ def test_a_paragraph_that_comes_twice_is_read_once(tmp_path):
 
 def test_texts_that_cannot_be_used(tmp_path, tokenizer, numbers):
     with pytest.raises(DataError, match="too few for 3 test rows"):
+        Corpus(numbers[:140], tokenizer, SIZE)
+    with pytest.raises(DataError, match="leaves 6 rows of 12 tokens to calibrate on; 8 are"):
         Corpus(numbers[:150], tokenizer, SIZE)
     with pytest.raises(DataError, match="UTF-8"):
         read_text(tmp_path / "absent.txt")

@@ -18,6 +18,9 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="File of UTF-8 text. Default: Python's help topics.")
     ] = None,
+    test_text: Annotated[
+        Path | None, typer.Option(help="File of UTF-8 text to test on. Default: part of --text.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help=f"One of: {'; '.join(METHODS)}. Default: all.")
     ] = None,
@@ -42,21 +45,23 @@ def main(
     --ratio 0.2 --draws 1 --out quick`
 
     `python -m hipp_ext.evals.studies.real_lm --text brown.txt --out brown`
+
+    `python -m hipp_ext.evals.studies.real_lm --test-text brown.txt --out from_help_to_brown`
     """
     if reason := smollm2.missing():
         typer.echo(reason, err=True)
         return
-    content = read_text(text)
+    texts = read_text(text), read_text(test_text) if test_text else None
     model, tokenizer = smollm2.load()
     study = Study(
         model=model,
-        corpus=Corpus(content, tokenizer, TextSize()),
+        corpus=Corpus(texts[0], tokenizer, TextSize(), texts[1]),
         folder=out,
         methods=tuple(method or METHODS),
         ratios=tuple(ratio or RATIOS),
         draws=draws,
     )
-    name = "real_lm" if text is None else f"real_lm_{text.stem}"
+    name = "_".join(["real_lm", *(file.stem for file in (text, test_text) if file)])
     run(study, name, save=save)
 
 

@@ -61,28 +61,31 @@ class Corpus:
         text: at least about three times as much as the test and one calibration take.
         tokenizer: the model's own.
         size: rows and lengths.
+        test_text: another text, whose blocks at even distances are the test instead.
 
     Raises:
-        DataError: the text is too short.
+        DataError: a text is too short.
     """
 
-    def __init__(self, text: str, tokenizer: Any, size: TextSize):
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-        ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-        self.size, self.digest = size, hashlib.sha256(text.encode()).hexdigest()
-        blocks = ids[: len(ids) // size.test_length * size.test_length].view(-1, size.test_length)
+    def __init__(self, text: str, tokenizer: Any, size: TextSize, test_text: str | None = None):
+        self.size = size
+        texts = [text] if test_text is None else [text, test_text]
+        self.digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        blocks = _blocks(text, tokenizer, size)
+        tested = blocks if test_text is None else _blocks(test_text, tokenizer, size)
+        chosen = torch.zeros(len(tested), dtype=torch.bool)
+        chosen[(torch.arange(size.test_rows) * len(tested)) // size.test_rows] = True
+        self.test: Int[Tensor, "rows tokens"] = tested[chosen]
+        rest = blocks[~chosen] if test_text is None else blocks
         each = size.test_length // size.length  # calibration rows in a block
-        if (len(blocks) - size.test_rows) * each < size.rows or len(blocks) < 2 * size.test_rows:
+        self.rest: Int[Tensor, "rows tokens"] = rest[:, : each * size.length].reshape(
+            -1, size.length
+        )
+        if len(self.rest) < size.rows:
             raise DataError(
-                f"The text has {len(ids)} tokens: too few for {size.test_rows} test rows of "
-                f"{size.test_length} tokens, as many others between them, and {size.rows} "
-                f"calibration rows of {size.length}."
+                f"The text leaves {len(self.rest)} rows of {size.length} tokens to calibrate on; "
+                f"{size.rows} are needed."
             )
-        chosen = torch.zeros(len(blocks), dtype=torch.bool)
-        chosen[(torch.arange(size.test_rows) * len(blocks)) // size.test_rows] = True
-        self.test: Int[Tensor, "rows tokens"] = blocks[chosen]
-        rest = blocks[~chosen][:, : each * size.length]
-        self.rest: Int[Tensor, "rows tokens"] = rest.reshape(-1, size.length)
 
     def calibration(self, seed: int, batch_size: int = 8) -> Calibration:
         """`size.rows` rows that are not of the test, in the order in which `seed` draws them."""
@@ -92,6 +95,17 @@ class Corpus:
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             for ids in self.rest[drawn].split(batch_size)
         )
+
+
+def _blocks(text: str, tokenizer: Any, size: TextSize) -> Int[Tensor, "blocks tokens"]:
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    ids, length = torch.tensor(encoded["input_ids"], dtype=torch.long), size.test_length
+    if len(ids) < 2 * size.test_rows * length:
+        raise DataError(
+            f"The text has {len(ids)} tokens: too few for {size.test_rows} test rows of {length} "
+            "tokens, and as many others between them."
+        )
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 @torch.no_grad()
