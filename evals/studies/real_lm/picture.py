@@ -9,24 +9,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RED, INK, FAINT = "#c44e52", "#22262b", "#d9dde2"
-# Method -> label, colour and line style. The table has all methods.
+WHOLE = (HIPP, "reconstructed")  # what the product does, drawn bold
+# (method, side) -> label, colour and line style. The table has all methods and sides.
 SHOWN = {
-    "uniform, Magnitude": ("uniform, magnitude", "#9aa0a6", "--"),
-    "torch-pruning": ("torch-pruning's example", "#9aa0a6", ":"),
-    "uniform, WandaSP": ("uniform, Wanda-sp", "#8d7cc0", "-"),
-    "OWL": ("OWL", "#dd8452", "-"),
-    "FLAP adaptive": ("FLAP", "#5b7fc7", "-"),
-    "ShortGPT": ("ShortGPT", "#55a868", "-"),
-    HIPP: ("hipp-ext", RED, "-"),
+    ("uniform, Magnitude", "sliced"): ("uniform, magnitude", "#9aa0a6", "--"),
+    ("torch-pruning", "sliced"): ("torch-pruning", "#9aa0a6", ":"),
+    ("FLAP adaptive", "sliced"): ("FLAP", "#dd8452", "-"),
+    ("OWL", "sliced"): ("OWL", "#5b7fc7", "-"),
+    ("ShortGPT", "sliced"): ("ShortGPT", "#55a868", "-"),
+    ("uniform, WandaSP", "sliced"): ("Wanda-sp", "#8d7cc0", "-"),
+    ("uniform, WandaSP", "reconstructed"): ("Wanda-sp + least squares", "#8d7cc0", "--"),
+    (HIPP, "sliced"): ("hipp-ext, plan alone", RED, "--"),
+    WHOLE: ("hipp-ext", RED, "-"),
 }
 TOP = 100  # times the dense perplexity; what is above leaves the picture
 GAP = 0.06  # least distance of two labels, of the picture's height
 
+Line = tuple[str, str]  # method and side
 Points = list[tuple[float, float, float]]  # removed [%], perplexity, its standard error
 
 
 def picture(result: Mapping[str, Any]) -> "Figure":
-    """One line per method, with least squares at the ratios where that lowers its perplexity.
+    """Perplexity of the methods as they are published, and of hipp-ext with least squares.
 
     Args:
         result: what `summarize` returned.
@@ -36,7 +40,9 @@ def picture(result: Mapping[str, Any]) -> "Figure":
 
     dense, methods = result["dense"], result["methods"]
     lines = {
-        name: [(0.0, dense, 0.0), *_points(methods[name])] for name in SHOWN if name in methods
+        (name, side): [(0.0, dense, 0.0), *_points(methods[name][side])]
+        for name, side in SHOWN
+        if methods.get(name, {}).get(side)
     }
     style: dict[Any, Any] = {"font.size": 10.5, "text.color": INK, "axes.labelcolor": INK}
     style |= {"axes.edgecolor": "#9aa0a6", "xtick.color": "#5f6570", "ytick.color": "#5f6570"}
@@ -65,26 +71,23 @@ def picture(result: Mapping[str, Any]) -> "Figure":
             textcoords="offset points",
             fontsize=9,
         )
-        for name, points in lines.items():
-            _draw(axes, name, points)
+        for line, points in lines.items():
+            _draw(axes, line, points)
         axes.set_xlim(0, max((p[-1][0] for p in lines.values()), default=40.0))
         _label(axes, lines)
     return figure
 
 
-def _points(row: Mapping[str, Any]) -> Points:
-    """The better side at each ratio."""
-    sides = [row["sliced"], row["reconstructed"]]
-    best = {
-        float(ratio): min((s[ratio] for s in sides if ratio in s), key=lambda cell: cell["mean"])
-        for ratio in {*sides[0], *sides[1]}
-    }
-    return [(100 * ratio, best[ratio]["mean"], best[ratio]["se"] or 0.0) for ratio in sorted(best)]
+def _points(cells: Mapping[str, Any]) -> Points:
+    return [
+        (100 * float(ratio), cells[ratio]["mean"], cells[ratio]["se"] or 0.0)
+        for ratio in sorted(cells, key=float)
+    ]
 
 
-def _draw(axes: Any, name: str, points: Points) -> None:
-    _, colour, dashes = SHOWN[name]
-    bold = name == HIPP
+def _draw(axes: Any, line: Line, points: Points) -> None:
+    _, colour, dashes = SHOWN[line]
+    bold = line == WHOLE
     x, y, errors = zip(*points, strict=True)
     axes.errorbar(
         x,
@@ -100,32 +103,33 @@ def _draw(axes: Any, name: str, points: Points) -> None:
     )
 
 
-def _label(axes: Any, lines: Mapping[str, Points]) -> None:
+def _label(axes: Any, lines: Mapping[Line, Points]) -> None:
     """The name and the last perplexity of every line, at its end on the right."""
-    ends = sorted(((points[-1][1], name) for name, points in lines.items()))
+    ends = sorted((points[-1][1], line) for line, points in lines.items())
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((0, value))[1]) for value, _ in ends]
-    for (value, name), height in zip(ends, _apart(wanted), strict=True):
-        text, colour, _ = SHOWN[name]
+    for (value, line), height in zip(ends, _apart(wanted), strict=True):
+        text, colour, _ = SHOWN[line]
         axes.annotate(
             f"{text}  {value:,.0f}",
             (1.015, height),
             xycoords="axes fraction",
             va="center",
             color=colour,
-            fontsize=12.5 if name == HIPP else 10,
-            weight="bold" if name == HIPP else "normal",
+            fontsize=13 if line == WHOLE else 10,
+            weight="bold" if line == WHOLE else "normal",
             annotation_clip=False,
         )
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Ascending heights, moved to be GAP apart and at most 1."""
-    placed: list[float] = []
+    """Ascending heights, moved as little up as down to be GAP apart, and at most 1."""
+    raised: list[float] = []
     for height in heights:
-        placed.append(max(height, placed[-1] + GAP) if placed else height)
-    limit = 1.0
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], limit)
-        limit = placed[i] - GAP
-    return placed
+        raised.append(max(height, raised[-1] + GAP) if raised else height)
+    lowered: list[float] = []
+    for height in reversed(heights):
+        lowered.append(min(height, lowered[-1] - GAP) if lowered else height)
+    placed = [(up + down) / 2 for up, down in zip(raised, reversed(lowered), strict=True)]
+    most = [1 - GAP * above for above in reversed(range(len(placed)))]
+    return [min(height, limit) for height, limit in zip(placed, most, strict=True)]
