@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hipp_ext.allocators import OWL, Uniform
+from hipp_ext.allocators import OWL, FLAPAdaptive, Uniform
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import __main__ as command
 from hipp_ext.evals.studies.real_lm import model as smollm2
+from hipp_ext.evals.studies.real_lm.flap_bias import prune_with_bias
 from hipp_ext.evals.studies.real_lm.methods import HIPP, METHODS, make_plans
 from hipp_ext.evals.studies.real_lm.passes import counted_passes
 from hipp_ext.evals.studies.real_lm.shortgpt import ShortGPT
@@ -150,6 +151,26 @@ def test_shortgpt_removes_the_layer_that_does_least(llama, corpus):
     torch.testing.assert_close(row_losses(small, corpus.test), row_losses(llama, corpus.test))
     plan = ShortGPT(pruning_ratio=0.4, scorer=Magnitude()).plan(llama, calibration=calibration)
     assert plan.pruning_ratio == pytest.approx(2 / 3)
+
+
+def test_flaps_bias_is_the_mean_output_of_what_was_removed(llama, corpus):
+    calibration = corpus.calibration(0)
+    plan = FLAPAdaptive(pruning_ratio=0.4).plan(llama, calibration=calibration)
+    seen: dict[str, list] = {"dense": [], "sliced": [], "with bias": []}
+    first = find_groups(llama)[0].consumer  # on the same inputs in all models
+    models = {"dense": llama, "sliced": prune(llama, plan)}
+    models["with bias"] = prune_with_bias(llama, plan, calibration)
+    for name, model in models.items():
+        model.get_submodule(first).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append(output.flatten(0, 1))
+        )
+        with torch.no_grad():
+            for batch in calibration.batches:
+                model(**batch)
+    means = {name: torch.cat(outputs).mean(0) for name, outputs in seen.items()}
+    torch.testing.assert_close(means["with bias"], means["dense"])
+    assert (means["sliced"] - means["dense"]).abs().max() > 1e-3
+    assert llama.get_submodule(first).bias is None
 
 
 def test_torch_prunings_own_pruner_removes_what_was_asked():

@@ -25,12 +25,14 @@ class Method:
     Attributes:
         make: pruning_ratio=... -> the allocator; None: torch-pruning's own pruner, without a plan.
         calibrated: its plans depend on the calibration.
-        reconstructs: its plans leave layers with fewer units, which least squares can fit.
+        reconstructs: least squares may fit the layers that its plans make narrower.
+        bias: layers get FLAP's bias when they are pruned.
     """
 
     make: Callable[..., Allocator] | None
     calibrated: bool = True
     reconstructs: bool = True
+    bias: bool = False
 
 
 def _hipp(effort: str) -> Method:
@@ -45,6 +47,9 @@ METHODS: Mapping[str, Method] = {
     "uniform, FLAP": Method(make=partial(Uniform, scorer=FLAP())),
     "global threshold": Method(make=partial(GlobalThreshold, scorer=WandaSP())),
     "FLAP adaptive": Method(make=partial(FLAPAdaptive, scorer=FLAP())),
+    "FLAP, with its bias": Method(
+        make=partial(FLAPAdaptive, scorer=FLAP()), reconstructs=False, bias=True
+    ),
     "OWL": Method(make=partial(OWL, scorer=WandaSP())),
     # Layers go whole, so their scores are not read: take those that cost nothing.
     "ShortGPT": Method(make=partial(ShortGPT, scorer=Magnitude()), reconstructs=False),

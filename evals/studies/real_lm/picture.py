@@ -14,7 +14,7 @@ WHOLE = (HIPP, "reconstructed")  # what the product does, drawn bold
 SHOWN = {
     ("uniform, Magnitude", "sliced"): ("uniform, magnitude", "#9aa0a6", "--"),
     ("torch-pruning", "sliced"): ("torch-pruning", "#9aa0a6", ":"),
-    ("FLAP adaptive", "sliced"): ("FLAP", "#dd8452", "-"),
+    ("FLAP, with its bias", "sliced"): ("FLAP", "#dd8452", "-"),
     ("OWL", "sliced"): ("OWL", "#5b7fc7", "-"),
     ("ShortGPT", "sliced"): ("ShortGPT", "#55a868", "-"),
     ("uniform, WandaSP", "sliced"): ("Wanda-sp", "#8d7cc0", "-"),

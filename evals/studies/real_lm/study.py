@@ -12,6 +12,7 @@ from torch import nn
 
 from hipp_ext.budget import check_ratio
 from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.real_lm.flap_bias import prune_with_bias
 from hipp_ext.evals.studies.real_lm.jobs import Job, sides_of
 from hipp_ext.evals.studies.real_lm.methods import METHODS, make_plans
 from hipp_ext.evals.studies.real_lm.stock_pruner import prune_stock, removed
@@ -111,8 +112,15 @@ class Study:
             plan = self._plan(folder, job)
             calibration = self.corpus.calibration(job.draw)
             start = time.perf_counter()
-            small = prune(
-                self.model, plan, reconstruct=job.side == "reconstructed", calibration=calibration
+            small = (
+                prune_with_bias(self.model, plan, calibration)
+                if METHODS[job.method].bias
+                else prune(
+                    self.model,
+                    plan,
+                    reconstruct=job.side == "reconstructed",
+                    calibration=calibration,
+                )
             )
             row["surgery_seconds"] = time.perf_counter() - start
             row |= {"removed": plan.pruning_ratio, **plan.notes}

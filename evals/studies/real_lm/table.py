@@ -23,7 +23,7 @@ is with least-squares reconstruction on the same calibration. Dense: {dense:.2f}
   the test rows: {claims}.
 - torch-pruning is its example for language models, which also removes channels of the residual
   stream; widths are chosen so that the layers lose what is asked. ShortGPT removes whole layers, so
-  nothing is left to reconstruct. FLAP is without its bias, in whose place reconstruction stands.
+  nothing is left to reconstruct. "FLAP adaptive" is FLAP's allocation without its bias.
 """
 
 
