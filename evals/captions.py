@@ -63,7 +63,7 @@ def scenes_task(n: int = 200, *, split: str = "test") -> CaptionTask:
     on.
     """
     from hipp_ext.testbed import world
-    from hipp_ext.testbed.model import DESCRIBE
+    from hipp_ext.testbed.quiz import DESCRIBE
 
     def png(scene: world.Scene) -> bytes:
         buffer = io.BytesIO()

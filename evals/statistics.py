@@ -155,13 +155,34 @@ def clustered_mean_se(values: np.ndarray, clusters: Sequence[str]) -> float:
     Source: Cochran, Sampling Techniques (3rd ed., 1977), section 6.3: the mean as a ratio of
     cluster totals, linearised.
     """
-    values = np.asarray(values, dtype=float)
-    sums = cluster_sums(np.stack([values, np.ones(len(values))], axis=1), clusters)
-    k = len(sums)
-    if k < 2:
-        return math.nan
-    residuals = sums[:, 0] - values.mean() * sums[:, 1]
-    return math.sqrt(k / (k - 1) * float(np.sum(residuals**2))) / len(values)
+    return mean_of_means_se([(values, clusters)])
+
+
+def mean_of_means_se(samples: Sequence[tuple[np.ndarray, Sequence[str]]]) -> float:
+    """Standard error of the mean of the samples' means when whole clusters are drawn, in closed
+    form; NaN if a sample has fewer than two clusters.
+
+    A cluster that several samples have is drawn once for all of them, so what moves their means
+    together is counted. Without common clusters it is the root of the sum of the samples' squared
+    standard errors, divided by their number.
+
+    Args:
+        samples: the values and the cluster of each value, for every sample.
+
+    Source: as `clustered_mean_se`, with the linearised residuals added over the samples.
+    """
+    residuals: dict[str, float] = {}
+    for given, clusters in samples:
+        values = np.asarray(given, dtype=float)
+        sums = cluster_sums(np.stack([values, np.ones(len(values))], axis=1), clusters)
+        k = len(sums)
+        if k < 2:
+            return math.nan
+        weight = math.sqrt(k / (k - 1)) / len(values) / len(samples)
+        own = weight * (sums[:, 0] - values.mean() * sums[:, 1])
+        for cluster, residual in zip(dict.fromkeys(clusters), own, strict=True):
+            residuals[cluster] = residuals.get(cluster, 0.0) + float(residual)
+    return math.hypot(*residuals.values())
 
 
 @dataclass(frozen=True, kw_only=True)

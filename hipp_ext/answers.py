@@ -19,7 +19,8 @@ from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
-from hipp_ext.scorers.base import evaluating, forward, valid_tokens
+from hipp_ext.replay import decoder_inputs
+from hipp_ext.scorers.base import evaluating, valid_tokens
 
 SIMPLE_INPUTS = {
     "inputs_embeds",
@@ -80,7 +81,7 @@ class AnswerLogits:
         self._limits = (size, memory_limit // _cache_bytes(model))
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
-                inputs, position = _decoder_inputs(model, batch), _answer_positions(batch)
+                inputs, position = decoder_inputs(model, batch), _answer_positions(batch)
                 index = range(n_seen, n_seen + len(position))
                 n_seen += len(position)
                 causal = share and _plainly_causal(model, inputs)
@@ -111,7 +112,8 @@ class AnswerLogits:
         return self._read(model, decoder(model)(**inputs).last_hidden_state, position)
 
     def _read(self, model: nn.Module, hidden: Tensor, position: Tensor) -> Tensor:
-        return self._head(model, hidden[torch.arange(len(position)), position.to(hidden.device)])
+        rows = torch.arange(len(position))
+        return self._head(model, hidden[rows, position.to(hidden.device)]).cpu()
 
     def _check(
         self, model: nn.Module, batch: Batch, inputs: dict[str, Any], position: Tensor, share: bool
@@ -324,28 +326,6 @@ def _stack_position_ids(examples: Iterable[_Example], part: slice, length: int) 
         ids = example.position_ids[..., part]
         padded.append(nn.functional.pad(ids, (0, length - ids.shape[-1])))
     return torch.stack(padded, -2)
-
-
-class _Captured(Exception):
-    """Ends a forward pass once the inputs of the language tower are known."""
-
-
-def _decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    captured: dict[str, Any] = {}
-
-    def capture(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        assert not args, "transformers calls its decoders with keywords"
-        captured.update(kwargs)
-        raise _Captured
-
-    handle = decoder(model).register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        forward(model, batch)
-    except _Captured:
-        pass
-    finally:
-        handle.remove()
-    return captured
 
 
 def _answer_positions(batch: Batch) -> Int[Tensor, " batch"]:

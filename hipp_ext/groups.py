@@ -134,7 +134,7 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     """The layers of a tower, in order."""
-    root = decoder(model) if tower == "language" else _vision_tower(model)
+    root = tower_root(model, tower)
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
     if len(lists) != 1:
         names = KINDS["attention"].names
@@ -145,6 +145,11 @@ def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
             f"{names.consumers}. Modules of the tower: {_listing(root)}"
         )
     return lists[0]
+
+
+def tower_root(model: nn.Module, tower: Tower) -> nn.Module:
+    """The module that holds the layers of a tower."""
+    return decoder(model) if tower == "language" else _vision_tower(model)
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -345,4 +350,5 @@ __all__ = [
     "sync_sizes",
     "total_parameters",
     "tower_layers",
+    "tower_root",
 ]

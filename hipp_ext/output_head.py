@@ -41,7 +41,7 @@ class OutputHead:
     def __call__(
         self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]
     ) -> Float[Tensor, "rows vocabulary"]:
-        """The logits for hidden states after the language tower, float32, on the CPU."""
+        """The logits for hidden states after the language tower, float32, on the head's device."""
         return self.of(project(model, hidden))
 
     def of(self, projected: Tensor) -> Tensor:
@@ -51,29 +51,34 @@ class OutputHead:
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The result of the output embeddings for hidden states, float32, on the CPU."""
-    return model.get_output_embeddings()(hidden).float().cpu()  # type: ignore[operator]
+    """The result of the output embeddings for hidden states, float32, on their device."""
+    return model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
 
 
 @torch.no_grad()
 def fit_output_head(
-    model: nn.Module, batch: Batch, positions: Int[Tensor, " rows"]
-) -> tuple[OutputHead, Float[Tensor, "rows vocabulary"]]:
-    """The head of the model, and the model's own logits at one position of every row.
+    model: nn.Module,
+    batch: Batch,
+    positions: Int[Tensor, " positions"],
+    rows: Int[Tensor, " positions"] | None = None,
+) -> tuple[OutputHead, Float[Tensor, "positions vocabulary"]]:
+    """The head of the model, and the model's own logits at some positions.
 
-    Cost: one forward pass.
+    Cost: one forward pass, with the logits from the first of the positions on.
 
     Args:
         model: a model in eval mode.
         batch: inputs of the model's forward.
-        positions: position of the logits in each row.
+        positions: position of the logits in its row.
+        rows: row of each position; None: every row has one.
 
     Raises:
         UnsupportedModelError: no scale, with or without a soft cap of its configuration, gives the
             model's logits.
     """
-    hidden, logits = _run(model, batch, positions)
-    projected = project(model, hidden)
+    rows = torch.arange(len(positions)) if rows is None else rows
+    hidden, logits = _run(model, batch, rows, positions)
+    projected = project(model, hidden).cpu()
     candidates = [
         OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))
     ]
@@ -96,7 +101,7 @@ def tolerance(model: nn.Module, logits: Tensor, roundings: int = 4) -> float:
     return roundings * max(FLOAT32_NOISE, precision) * max(float(logits.abs().max()), 1e-6)
 
 
-def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and float32 logits on the CPU at `positions`, from one forward pass."""
     seen: list[Any] = []
     handle = decoder(model).register_forward_hook(lambda _, __, output: seen.append(output))
@@ -119,9 +124,8 @@ def _run(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Ten
             f"{type(model).__name__} has no logits of its decoder's last hidden states; a model "
             "with a language head is needed."
         )
-    rows = torch.arange(len(positions))
     logits = logits[:, -last:].cpu()[rows, positions - length].float()
-    return hidden[rows, positions.to(hidden.device)], logits
+    return hidden[rows.to(hidden.device), positions.to(hidden.device)], logits
 
 
 def _scale(projected: Tensor, logits: Tensor, cap: float | None) -> float:

@@ -12,11 +12,11 @@ FIRST, EVERY = 15.0, 30.0  # seconds until the first line without a terminal, an
 
 @contextlib.contextmanager
 def counting(show: bool, what: str) -> Iterator[Tick]:
-    """Yield `tick(done, total)`, to be called after every group; it reports on stderr.
+    """Yield `tick(done, total)`, to be called after each of them; it reports on stderr.
 
     Args:
         show: False: nothing is shown.
-        what: name of the measurement.
+        what: name of the measurement, and what is counted: "measuring sensitivity, group".
     """
     if not show:
         yield lambda done, total: None
@@ -24,7 +24,7 @@ def counting(show: bool, what: str) -> Iterator[Tick]:
         from rich.console import Console
 
         with _bar(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"{what}, group", total=None)
+            task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
         yield _lines(what)
@@ -70,7 +70,7 @@ def _lines(what: str) -> Tick:
         if now >= due and done < total:
             left = (now - start) / done * (total - done)
             print(
-                f"hipp: {what}: group {done} of {total}, about {max(1, round(left / 60))} min left",
+                f"hipp: {what} {done} of {total}, about {max(1, round(left / 60))} min left",
                 file=sys.stderr,
                 flush=True,
             )

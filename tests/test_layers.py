@@ -32,6 +32,7 @@ ORDER = (
     "scorers",
     "output_head",
     "answers",
+    "likelihood",
     "sensitivity",
     "allocators",
     "preference",

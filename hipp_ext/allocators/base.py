@@ -60,7 +60,7 @@ class Allocator(abc.ABC):
             processor: processor of a vision-language model; None: the one beside its weights.
             calibration: a Calibration, or batches of the tensors that the model's forward takes,
                 for all tasks or by task; None: the testbed's, through `processor`.
-            progress: show on stderr how many groups are measured.
+            progress: show on stderr what is measured, and how long it will take.
 
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
@@ -92,7 +92,7 @@ class Allocator(abc.ABC):
             groups: groups to be pruned.
             scores: group name -> score per unit, higher = keep.
             calibration: checked batches; None where neither this nor the scorer needs any.
-            progress: show on stderr how many groups are measured.
+            progress: show on stderr what is measured, and how long it will take.
         """
         return None
 

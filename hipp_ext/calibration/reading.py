@@ -27,12 +27,14 @@ class Reader(Fitter):
 
     Attributes:
         batch_size: rows of a batch.
+        answered: leave out rows without an answer.
     """
 
     batch_size: int
+    answered: bool = False
 
-    def read(self, path: Path, rows: int) -> tuple[list[Batch], list[str]]:
-        """The batches of a file, and a line for each row that was left out.
+    def read(self, path: Path, rows: int) -> tuple[list[Row], list[str]]:
+        """The rows of a file that can be used, and a line for each that was left out.
 
         Raises:
             CalibrationError: the file is of no kind that is read, or none of its rows fits.
@@ -45,14 +47,17 @@ class Reader(Fitter):
         fitting, skipped = list[Row](), []
         for number, record in records:
             try:
-                fitting.append(self.fit(record))
+                row = self.fit(record)
+                if self.answered and row.answer is None:
+                    raise DataError("it has no answer")
+                fitting.append(row)
             except DataError as error:
                 skipped.append(f"row {number}: {shown(error, 300)}")
         if not fitting:
             raise CalibrationError(
                 f"None of the {len(records)} rows of {shown(path)} can be used. {listed(skipped)}"
             )
-        return self._batches(fitting), skipped
+        return fitting, skipped
 
     def _text_file(self, path: Path, rows: int) -> list[Record]:
         """Chunks of `length` tokens, evenly spaced; a rest is left out, unless it is all."""
@@ -70,16 +75,18 @@ class Reader(Fitter):
         picks = spaced(len(chunks), rows)
         return [(i + 1, (*beginning, *chunks[i])) for i in picks]
 
-    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
-        """Batches of rows of similar length; texts, chats, pictures and answers apart."""
-        batches = []
-        rows = sorted(rows, key=lambda row: (*row.kind, row.tokens))
-        for _, alike in itertools.groupby(rows, lambda row: row.kind):
+    def groups(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The numbers of the rows of each batch: rows of similar length; texts, chats, pictures
+        and answers apart."""
+        groups = list[list[int]]()
+        order = sorted(range(len(rows)), key=lambda i: (*rows[i].kind, rows[i].tokens))
+        for _, alike in itertools.groupby(order, lambda i: rows[i].kind):
             while some := list(itertools.islice(alike, self.batch_size)):
-                batches.append(self._batch(some))
-        return batches
+                groups.append(some)
+        return groups
 
-    def _batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """The batch of rows that `groups` puts together."""
         if texts := [row.ids for row in rows if row.ids]:
             # The first half of a text is what its second half follows from.
             labels = [[-100] * ((len(t) + 1) // 2) + list(t[(len(t) + 1) // 2 :]) for t in texts]
@@ -88,6 +95,42 @@ class Reader(Fitter):
         pictures = [self.pictures(row.sources) for row in rows]
         rendered = [row.rendered for row in rows]
         return cut(encode_rendered(self.processor, rendered, pictures, answers), self.length)
+
+
+def make_reader(
+    file: Path,
+    processor: Any,
+    *,
+    image_folder: str | Path | None,
+    sequence_length: int | None,
+    batch_size: int,
+    answered: bool = False,
+) -> Reader:
+    """The reader of a file, with the defaults of `Calibration.from_file`, which has the options."""
+    if processor is None:
+        raise CalibrationError(
+            "No processor was given, and none lies beside the model's weights: pass processor=."
+        )
+    if sequence_length is None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        sequence_length = int(min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH)))
+    return Reader(
+        processor=processor,
+        folder=Path(image_folder or (file if file.is_dir() else file.parent)),
+        length=whole_option("sequence_length", sequence_length, CalibrationError, 2),
+        batch_size=whole_option("batch_size", batch_size, CalibrationError, 1),
+        answered=answered,
+    )
+
+
+def warn_left_out(lines: Sequence[str], used: int, file: Path, what: str) -> None:
+    """Warn that rows of the file were left out of `what`, if any were."""
+    if lines:
+        warnings.warn(
+            f"{len(lines)} of {len(lines) + used} rows of {shown(file)} were left out of the "
+            f"{what}: {listed(lines)}",
+            stacklevel=4,
+        )
 
 
 def read_files(
@@ -99,35 +142,23 @@ def read_files(
     batch_size: int,
 ) -> tuple[dict[Task, tuple[Batch, ...]], tuple[str, ...]]:
     """Batches by task, and rows left out; see `Calibration.from_file`. A file is read once."""
-    if processor is None:
-        raise CalibrationError(
-            "No processor was given, and none lies beside the model's weights: pass processor=."
-        )
-    if sequence_length is None:
-        tokenizer = getattr(processor, "tokenizer", processor)
-        sequence_length = int(min(LENGTH, getattr(tokenizer, "model_max_length", LENGTH)))
     rows = whole_option("rows", ROWS if rows is None else rows, CalibrationError, 1)
-    length = whole_option("sequence_length", sequence_length, CalibrationError, 2)
-    batch_size = whole_option("batch_size", batch_size, CalibrationError, 1)
     read: dict[Path, tuple[Batch, ...]] = {}
     skipped: list[str] = []
     for file in dict.fromkeys(map(Path, paths.values())):
-        reader = Reader(
-            processor=processor,
-            folder=Path(image_folder or (file if file.is_dir() else file.parent)),
-            length=length,
+        reader = make_reader(
+            file,
+            processor,
+            image_folder=image_folder,
+            sequence_length=sequence_length,
             batch_size=batch_size,
         )
-        batches, left_out = reader.read(file, rows)
-        read[file] = tuple(batches)
+        fitting, left_out = reader.read(file, rows)
+        read[file] = tuple(
+            reader.batch([fitting[i] for i in own]) for own in reader.groups(fitting)
+        )
         skipped += [f"{shown(file)}, {line}" for line in left_out]
-        if left_out:
-            total = len(left_out) + sum(len(batch["input_ids"]) for batch in batches)
-            warnings.warn(
-                f"{len(left_out)} of {total} rows of {shown(file)} were left out of the "
-                f"calibration: {listed(left_out)}",
-                stacklevel=3,
-            )
+        warn_left_out(left_out, len(fitting), file, "calibration")
     return {task: read[Path(path)] for task, path in paths.items()}, tuple(skipped)
 
 

@@ -33,6 +33,7 @@ def fit(
             "--mrs", help="Also give the policy MRS: each group's sensitivity under attack."
         ),
     ] = False,
+    effort: opt.EffortOption = None,
     seed: Annotated[
         int,
         opt.method_option(
@@ -50,6 +51,7 @@ def fit(
     ] = "parameters",
     pope: opt.Pope = None,
     scienceqa: opt.ScienceQA = None,
+    references: opt.References = None,
     questions: opt.Questions = 192,
     robustness_on: opt.RobustnessOn = "pope",
     calibration: opt.CalibrationFiles = None,
@@ -68,6 +70,7 @@ def fit(
 
     - `hipp fit testbed --out planner`
     - `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --scienceqa SQA_VAL.tsv --out planner`
+    - `hipp fit ./llava-1.5-7b-hf --pope POPE_train.tsv --references captions.jsonl --out planner`
     - `torchrun --nproc-per-node 8 -m hipp_ext fit ./llava-1.5-7b-hf --out planner`
     """
     from hipp_ext.budget import Bounds
@@ -76,22 +79,27 @@ def fit(
     from hipp_ext.planner.evaluation import Workers
     from hipp_ext.scorers import MRS
 
-    read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
+    read_data = opt.read_calibration(
+        calibration, image_folder, calibration_rows, sequence_length, references=references
+    )
+    asked = opt.QuestionFiles(
+        pope=pope, scienceqa=scienceqa, references=references, image_folder=image_folder
+    )
     check_cost(cost)
     settings = FitSettings(steps=steps, seed=seed)
     workers = Workers.join()
     console.require_model(model)
     require_new(out, overwrite)
-    opt.check_questions(pope, scienceqa)
     if workers.count > 1 and device is None:
         device = console.own_device()
     loaded, processor = console.load_model(model, device, dtype, spread=True)
-    evaluator = make_evaluator(loaded, processor, pope, scienceqa, questions, out, robustness_on)
+    evaluator = make_evaluator(loaded, processor, asked, questions, out, robustness_on)
     planner = HiPPPlanner(
         Preference(1, 1, 1),
         pruning_ratio=pruning_ratio,
         mrs=MRS() if mrs else None,
         bounds=Bounds(**opt.read_bounds(round_to, drop)),
+        effort=effort or "anchored",
         cache=cache or True,
     )
     running = out.with_name(out.name + ".fit")
@@ -116,36 +124,42 @@ def fit(
 def make_evaluator(
     model: Any,
     processor: Any,
-    pope: Path | None,
-    scienceqa: Path | None,
+    files: opt.QuestionFiles,
     n: int,
     out: Path,
     robustness: opt.RobustnessTest,
 ) -> Any:
-    """The evaluator of plans: on two files, or on the testbed's questions.
+    """The evaluator of plans: on the user's files, or on the testbed's questions.
 
     Args:
         model: the dense model.
         processor: its processor.
-        pope: POPE-like TSV; None: the testbed's.
-        scienceqa: multiple-choice TSV; None: the testbed's.
+        files: the files; without a POPE-like one the testbed's questions are taken.
         n: questions per task.
         out: the planner's folder; pictures of the TSVs are unpacked beside it.
         robustness: what robustness is measured on.
     """
     from hipp_ext.evals.evaluator import Evaluator, search_evaluator
     from hipp_ext.evals.questions import table_questions
+    from hipp_ext.evals.references import References
     from hipp_ext.evals.tables import read_table
     from hipp_ext.testbed import is_testbed
 
-    opt.check_questions(pope, scienceqa)
-    if pope is None or scienceqa is None:
+    references: Any = ()
+    if files.references is not None:
+        references = References.from_file(
+            files.references, processor, image_folder=files.image_folder, rows=n
+        )
+    if files.pope is None:
         if not is_testbed(model):
             console.warn(
                 "plans are evaluated on the built-in questions about a toy world. Pass your own "
                 "by --pope and --scienceqa."
             )
-        return search_evaluator(model, processor, n, robustness=robustness)
+        return search_evaluator(model, processor, n, robustness=robustness, references=references)
     images = out.with_name(out.name + ".images")
-    tasks = [table_questions(read_table(path, images))[:n] for path in (pope, scienceqa)]
-    return Evaluator(model, processor, *tasks, robustness=robustness)
+    pope, choice = (
+        table_questions(read_table(path, images))[:n] if path else []
+        for path in (files.pope, files.scienceqa)
+    )
+    return Evaluator(model, processor, pope, choice, references=references, robustness=robustness)

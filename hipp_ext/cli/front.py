@@ -44,6 +44,8 @@ def front(
     ] = None,
     pope: opt.Pope = None,
     scienceqa: opt.ScienceQA = None,
+    references: opt.References = None,
+    image_folder: opt.ImageFolder = None,
     questions: opt.Questions = 192,
     robustness_on: opt.RobustnessOn = "pope",
     device: Devices = None,
@@ -63,6 +65,9 @@ def front(
     from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
     from hipp_ext.planner import HiPPPlanner
 
+    asked = opt.QuestionFiles(
+        pope=pope, scienceqa=scienceqa, references=references, image_folder=image_folder
+    )
     for file in (picture, json_file):
         if file is not None:
             require_new_file(file, overwrite)
@@ -77,9 +82,7 @@ def front(
         loaded, evaluator = None, None
         if model:
             loaded, processor = load_model(model, device, dtype, spread=True)
-            evaluator = make_evaluator(
-                loaded, processor, pope, scienceqa, questions, planner, robustness_on
-            )
+            evaluator = make_evaluator(loaded, processor, asked, questions, planner, robustness_on)
         answers = answer(fitted, preference, loaded, evaluator)
     print_front(fitted, answers)
     if picture:

@@ -3,6 +3,7 @@
 import ast
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
 TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
+Effort = Literal["fisher", "anchored", "measured"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -63,6 +65,14 @@ DropOption = Annotated[
         help="What may go as a whole: none, blocks (attention or FFN) or layers. Default: none.",
     ),
 ]
+EffortOption = Annotated[
+    Effort | None,
+    method_option(
+        metavar="NAME",
+        help="How the sensitivity of the groups is found: fisher (one backward pass), anchored "
+        "(10 forward passes at most) or measured (2.5 for each group). Default: anchored.",
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Folder for measured signals. Default: ~/.cache/hipp-ext."),
@@ -78,6 +88,14 @@ ScienceQA = Annotated[
     question_option(
         metavar="FILE",
         help="Multiple-choice TSV to evaluate plans on. Default: the testbed's questions.",
+    ),
+]
+References = Annotated[
+    Path | None,
+    question_option(
+        metavar="FILE",
+        help="Open questions with answers, such as captions, in the files of --calibration: how "
+        "likely a plan finds the answers counts for utility. Default: none.",
     ),
 ]
 Questions = Annotated[
@@ -135,11 +153,13 @@ def read_calibration(
     image_folder: Path | None,
     rows: int | None,
     sequence_length: int | None,
+    *,
+    references: Path | None = None,
 ) -> Callable[[Any, Any], Any]:
     """Check the four options; the result makes their Calibration of a model and its processor.
 
     That is None where no option was given, and raises CalibrationError or DataError where the file
-    cannot be used.
+    cannot be used. `image_folder` may be given for `references` alone.
 
     Raises:
         CalibrationError: the options do not go together.
@@ -147,7 +167,7 @@ def read_calibration(
     files = files or []
     named = [file.partition("=") for file in files]
     by_task = {task: path for task, _, path in named if task in TASKS and path}
-    if not files and (image_folder or sequence_length):
+    if not files and ((image_folder and references is None) or sequence_length):
         raise CalibrationError(
             "--image-folder and --sequence-length describe the rows of --calibration FILE: give a "
             "file as well."
@@ -185,13 +205,33 @@ def read_bounds(round_to: int | None, drop: Drop | None) -> dict[str, Any]:
     return {k: v for k, v in {"round_to": round_to, "drop": drop}.items() if v is not None}
 
 
-def check_questions(pope: Path | None, scienceqa: Path | None) -> None:
-    """Raise DataError if only one of the two files is given."""
-    if (pope is None) != (scienceqa is None):
-        raise DataError(
-            "Give both --pope and --scienceqa, or neither. Without them the testbed's questions "
-            "are used."
-        )
+@dataclass(frozen=True, kw_only=True)
+class QuestionFiles:
+    """The files that plans are evaluated on.
+
+    Attributes:
+        pope: POPE-like TSV; None: the testbed's questions.
+        scienceqa: multiple-choice TSV; None: the testbed's questions, or none beside `pope`.
+        references: open questions with their answers; None: none.
+        image_folder: folder of the pictures of `references`; None: the folder of the file.
+
+    Raises:
+        DataError: only one of the objectives has questions.
+    """
+
+    pope: Path | None = None
+    scienceqa: Path | None = None
+    references: Path | None = None
+    image_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.pope is None and self.scienceqa is None:
+            return
+        if self.pope is None or (self.scienceqa is None and self.references is None):
+            raise DataError(
+                "Give both --pope and --scienceqa, or neither; --references may stand for "
+                "--scienceqa. Without --pope and --scienceqa the testbed's questions are used."
+            )
 
 
 def registered(kind: Literal["scorer", "allocator"], name: str) -> Any:

@@ -57,6 +57,7 @@ def plan(
             f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio).",
         ),
     ] = "planner",
+    effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
     image_folder: opt.ImageFolder = None,
     calibration_rows: opt.CalibrationRows = None,
@@ -95,6 +96,7 @@ def plan(
         maker.pruning_ratio = maker.pruning_ratio if pruning_ratio is None else pruning_ratio
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
+        maker.effort = effort or maker.effort
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -117,7 +119,13 @@ def plan(
                 f"--allocator {allocator} needs --pruning-ratio: only the planner can choose the "
                 "ratio."
             )
-        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds))
+        chosen = {"effort": effort} if effort else {}
+        if chosen and allocator != "sensitivity":
+            raise PlanError(
+                f"--allocator {allocator} and --effort exclude each other: only the planner and "
+                "sensitivity measure the groups."
+            )
+        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     options["calibration"] = read_data(loaded, processor)
     made = maker.plan(loaded, processor=processor, progress=True, **options)

@@ -29,7 +29,7 @@ from hipp_ext.planner.storage import read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.quantities import whole
 from hipp_ext.scorers import MRS, Scorer
-from hipp_ext.sensitivity.measured import levels_for
+from hipp_ext.sensitivity.efforts import Effort, check_effort
 from hipp_ext.units import plan_from_counts
 
 Log = Callable[[str], None]
@@ -57,13 +57,16 @@ class HiPPPlanner:
         mrs: also shows the policy the sensitivity of every group under attack; the calibration
             needs labels.
         bounds: rounding and floors of the keep counts.
+        effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
+            (and a measured point for each group) or "measured" (five of them), see
+            `measure_sensitivity`.
         seed: random seed of the untrained policy.
         cache: folder where signals are kept for this model and calibration, across processes. True:
             ~/.cache/hipp-ext (or under XDG_CACHE_HOME), as the commands do; None or False: nowhere.
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1).
+        BudgetError: pruning_ratio is outside [0, 1), or the effort is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -83,6 +86,7 @@ class HiPPPlanner:
         scorer: Scorer | None = None,
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
+        effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
     ):
@@ -91,6 +95,7 @@ class HiPPPlanner:
             raise TypeError(f"bounds={bounds!r}: hipp_ext.budget.Bounds are needed.")
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
+        check_effort(effort)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
@@ -103,6 +108,7 @@ class HiPPPlanner:
                 f"there are {features}."
             )
         self.scorer, self.mrs, self.bounds = scorer, mrs, bounds or Bounds()
+        self.effort: Effort = effort
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -142,8 +148,7 @@ class HiPPPlanner:
                 policy's: its reward is known (see `answers`). With a fixed pruning_ratio it removes
                 that much or more.
             log: called with a line before each measurement.
-            progress: show on stderr how many groups are measured, which takes minutes on a large
-                model.
+            progress: show on stderr what is measured, and how long it will take.
 
         Raises:
             BudgetError: pruning_ratio cannot be met within the bounds.
@@ -181,7 +186,8 @@ class HiPPPlanner:
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(self, signals: Signals, preference: Preference) -> KeepCounts:
         limit = largest_ratio(signals.groups, self.bounds)
-        ratio, allocation = self.policy.decide(signals, preference, self.pruning_ratio, limit)
+        seen = signals.within(self.bounds)
+        ratio, allocation = self.policy.decide(seen, preference, self.pruning_ratio, limit)
         return keep_counts(signals.groups, allocation, ratio, self.bounds)
 
     @torch.inference_mode(False)
@@ -204,9 +210,8 @@ class HiPPPlanner:
             raise CalibrationError(
                 f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
             )
-        levels = levels_for(self.bounds)
         before, asked = self._signals_of(model), rows or self._rows
-        if before and before.levels < len(levels):
+        if before and before.effort != self.effort:
             before = None
         # Without a calibration, any signals of the model will do, unless rows or a processor ask
         # for certain built-in questions.
@@ -218,7 +223,7 @@ class HiPPPlanner:
             return before
         if before and log:
             log("another calibration than that of the known signals: measuring again")
-        options: Any = {"mrs": self.mrs, "levels": levels, "log": log, "progress": progress}
+        options: Any = {"mrs": self.mrs, "effort": self.effort, "log": log, "progress": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **options)
         else:
@@ -290,7 +295,7 @@ class HiPPPlanner:
         )
         signals = workers.share(mine)
         problem = FitProblem(
-            signals=signals,
+            signals=signals.within(self.bounds),
             settings=settings or FitSettings(),
             cost=cost_of(signals.groups, cost),
             bounds=self.bounds,

@@ -83,6 +83,7 @@ class FitProblem:
             "cost": self.cost.name,
             "mrs": self.mrs,
             "scorer": self.signals.scorer,
+            "effort": self.signals.effort,
             "model": self.signals.digest,
             "calibration": self.signals.calibration,
             "evaluator": evaluator,

@@ -5,7 +5,7 @@ A file is sealed safetensors, whose header says what the signals belong to.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +22,11 @@ from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.columns import TRANSFORMS
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
 from hipp_ext.scorers import MRS
-from hipp_ext.sensitivity.measured import DROP_LEVELS, PRUNE_LEVELS
+from hipp_ext.sensitivity.curves import LEVELS
+from hipp_ext.sensitivity.efforts import Effort
+from hipp_ext.sensitivity.positions import positions_digest
 
-FORMAT = 1  # part of every file's name: increases when the meaning of signals changes
+FORMAT = 2  # part of every file's name: increases when the meaning of signals changes
 
 
 def default_cache() -> Path:
@@ -38,27 +40,29 @@ def cached_signals(
     folder: Path,
     *,
     mrs: MRS | None = None,
-    levels: Sequence[float] = PRUNE_LEVELS,
+    effort: Effort = "anchored",
     log: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Signals:
     """The signals of this model on this calibration, from `folder` or measured (by WandaSP).
 
     The name of a file is a digest of the model's groups, of a sample of all its weights, of the
-    calibration's tensors, of how MRS is measured and of the levels. Signals are measured again
+    calibration's tensors, of the positions that count in them, of the effort and of how MRS is
+    measured. Signals are measured again
     where a file is not as it was written, or holds other signals than its name says. If the folder
     cannot be written, the signals are not kept. Arguments as for `measure_signals`.
     """
     log = log or (lambda _: None)
     groups, given = find_groups(model), Calibration.of(model, calibration)
-    expected = model_digest(model, groups), given.digest
-    key = f"{FORMAT} {expected[0]} {expected[1]} {mrs and mrs.name} {len(levels)}"
+    expected = model_digest(model, groups), given.digest, effort
+    counted = positions_digest(model, given)
+    key = f"{FORMAT} {' '.join(expected)} {counted} {mrs and mrs.name}"
     path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
             signals = read_signals(path)
-            found = signals.digest, signals.calibration, "mrs" in signals.columns, signals.levels
-            if found != (*expected, mrs is not None, len(levels)) or signals.groups != groups:
+            found = signals.digest, signals.calibration, signals.effort, "mrs" in signals.columns
+            if found != (*expected, mrs is not None) or signals.groups != groups:
                 raise CheckpointError("it holds other signals than its name says")
         except (CheckpointError, ValidationError, KeyError, TypeError) as error:
             log(f"{path} is damaged ({type(error).__name__}): measuring again")
@@ -66,7 +70,7 @@ def cached_signals(
             log(f"signals as measured before: {path}")
             return signals
     signals = measure_signals(
-        model, given, mrs=mrs, groups=groups, levels=levels, log=log, progress=progress
+        model, given, mrs=mrs, groups=groups, effort=effort, log=log, progress=progress
     )
     try:
         write_atomic(path, sealed_signals(signals))
@@ -101,6 +105,7 @@ class SignalsHeader(BaseModel):
         tuple[Group, ...], Field(max_length=MAX_GROUPS), AfterValidator(_check_groups)
     ]
     scorer: str
+    effort: Effort
     digest: str
     calibration: str
 
@@ -114,8 +119,7 @@ class SignalsHeader(BaseModel):
         n = len(self.groups)
         shapes: dict[str, tuple[int, ...]] = {f"scores.{g.name}": (g.width,) for g in self.groups}
         shapes |= {k: (n,) for name in TRANSFORMS if (k := f"columns.{name}") in tensors}
-        drops = tensors["sensitivity"].shape[-1:] == (len(DROP_LEVELS),)
-        shapes["sensitivity"] = (len(TASKS), n, len(DROP_LEVELS if drops else PRUNE_LEVELS))
+        shapes["sensitivity"] = (len(TASKS), n, len(LEVELS))
         for name, shape in shapes.items():
             values = tensors[name]
             if (

@@ -1,5 +1,6 @@
 """Scores and measurements -> the policy's state: one token per group, comparable across models."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.allocators.sensitivity import cheapest_logits
+from hipp_ext.allocators.sensitivity import allowed_levels, cheapest_logits
+from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
 from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_kind, measure_columns, standardise
-from hipp_ext.progress import counting
 from hipp_ext.scorers import MRS, Scorer, WandaSP
-from hipp_ext.sensitivity.measured import PRUNE_LEVELS, measure_sensitivity
+from hipp_ext.sensitivity.curves import LEVELS
+from hipp_ext.sensitivity.efforts import Effort, measure_sensitivity
 
-FEATURE_LEVELS = (1, 3)  # of PRUNE_LEVELS: those that a state token and the curvature are read from
+FEATURE_LEVELS = (1, 3)  # of LEVELS: those that a state token and the curvature are read from
 PLACES = ("attention", "ffn")  # of the blocks in a layer, by which a state token tells them apart
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 # of a state token, without the optional columns
@@ -35,8 +37,9 @@ class Signals:
         groups: the groups, in order.
         scores: group name -> score per unit, which ranks the units.
         scorer: name of the scorer of `scores`.
-        sensitivity: (tasks, groups, levels) KL divergence [nats] of the answers from dense when one
-            group loses its lowest units, see `measure_sensitivity`.
+        sensitivity: (tasks, groups, levels) KL divergence [nats] of the outputs from dense when one
+            group loses its lowest units, at LEVELS, see `measure_sensitivity`.
+        effort: how the sensitivity was found.
         columns: name -> (groups,) further signals, see `measure_columns`.
         digest: digest of the groups and the weights that they were measured on.
         calibration: digest of the calibration.
@@ -46,14 +49,10 @@ class Signals:
     scores: Mapping[str, Tensor]
     scorer: str
     sensitivity: Float[Tensor, "tasks groups levels"]
+    effort: Effort
     columns: Mapping[str, Float[Tensor, " groups"]]
     digest: str
     calibration: str
-
-    @property
-    def levels(self) -> int:
-        """Number of levels of the sensitivity; the last of DROP_LEVELS drops a block."""
-        return self.sensitivity.shape[2]
 
     @property
     def visual(self) -> Float[Tensor, " groups"]:
@@ -95,6 +94,10 @@ class Signals:
         ]
         return torch.stack([f.float() for f in features], 1)
 
+    def within(self, bounds: Bounds) -> "Signals":
+        """The signals with the levels that `bounds` allow."""
+        return dataclasses.replace(self, sensitivity=allowed_levels(self.sensitivity, bounds))
+
     def prior(
         self, ratios: Float[Tensor, " batch"], robustness_weights: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups"]:
@@ -116,7 +119,7 @@ class Signals:
     @functools.cached_property
     def curvature(self) -> Float[Tensor, " groups"]:
         """KL [nats] per squared fraction removed, mean over tasks and FEATURE_LEVELS; above 0."""
-        removed = torch.tensor([PRUNE_LEVELS[i] for i in FEATURE_LEVELS])
+        removed = torch.tensor([LEVELS[i] for i in FEATURE_LEVELS])
         return (self.sensitivity.mean(0)[:, FEATURE_LEVELS] / removed.square()).mean(1) + 1e-6
 
 
@@ -135,7 +138,7 @@ def measure_signals(
     scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
-    levels: Sequence[float] = PRUNE_LEVELS,
+    effort: Effort = "anchored",
     log: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Signals:
@@ -147,9 +150,9 @@ def measure_signals(
         scorer: scorer that ranks the units of a group; None: WandaSP.
         mrs: also measures module robustness sensitivity; needs labels in the batches.
         groups: groups to be pruned; None: those of the language tower.
-        levels: levels of the sensitivity, see `measure_sensitivity`.
+        effort: how the sensitivity is found, see `measure_sensitivity`.
         log: called with a line before each measurement.
-        progress: show on stderr how many groups are measured, which takes minutes on a large model.
+        progress: show on stderr what is measured, and how long it will take.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
     if any(g.tower != "language" for g in groups):
@@ -161,15 +164,17 @@ def measure_signals(
     log(f"scoring units ({scorer.name})")
     scores = scorer(model, given, groups=groups)
     columns = measure_columns(model, given, groups, mrs, log)
-    log("measuring the sensitivity of every group")
-    with counting(progress, "measuring sensitivity") as tick:
-        sensitivity = measure_sensitivity(model, given, groups, scores, tick, levels=levels)
+    log(f"sensitivity of every group ({effort})")
+    sensitivity = measure_sensitivity(
+        model, given, groups, scores, effort=effort, progress=progress
+    )
     return Signals(
         groups=groups,
         scores=scores,
         scorer=scorer.name,
         columns=columns,
         sensitivity=sensitivity,
+        effort=effort,
         digest=model_digest(model, groups),
         calibration=given.digest,
     )

@@ -21,6 +21,7 @@ from hipp_ext.planner.signal_cache import read_signals, sealed_signals
 from hipp_ext.planner.state import FEATURES
 from hipp_ext.preference import Preference
 from hipp_ext.scorers import MRS, Scorer
+from hipp_ext.sensitivity.efforts import Effort
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
 HISTORY = ("ranking", "cost", "dense", "evaluator")  # fields of FitHistory beside its archive
@@ -43,6 +44,7 @@ class Header(BaseModel):
     bounds: Bounds
     policy_width: Annotated[int, Field(ge=1, le=4096)]
     scorer: str | None
+    effort: Effort
     mrs: str | None
     ranking: str | None
     plans: int
@@ -68,6 +70,7 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         bounds=planner.bounds,
         policy_width=planner.policy.width,
         scorer=planner.scorer and planner.scorer.name,
+        effort=planner.effort,
         mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
         **{name: getattr(history, name) for name in HISTORY},
@@ -109,6 +112,7 @@ def read_planner(
             bounds=header.bounds,
             scorer=scorer,
             mrs=mrs,
+            effort=header.effort,
             policy=policy,
         )
         if SIGNALS in header.files:

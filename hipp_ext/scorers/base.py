@@ -192,9 +192,6 @@ class InputMoments:
         return (self.square_sum / max(self.tokens, 1) - mean.square()).clamp_min(0)
 
 
-TokenFilter = Callable[[Batch], Tensor]
-
-
 def valid_tokens(batch: Batch) -> Tensor:
     """(batch, tokens) mask of tokens that are not padding."""
     mask = batch.get("attention_mask")
@@ -219,17 +216,15 @@ def input_moments(
         of_batch = x.shape[0], *(s.double().cpu() for s in sums)
         totals[group.name] = [t + b for t, b in zip(totals[group.name], of_batch, strict=True)]
 
-    visit_inputs(model, groups, batches, add)
+    _visit_inputs(model, groups, batches, add)
     return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}
 
 
-@torch.no_grad()
-def visit_inputs(
+def _visit_inputs(
     model: nn.Module,
     groups: Groups,
     batches: Sequence[Batch],
     visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
-    tokens: TokenFilter = valid_tokens,
 ) -> None:
     """Call `visit` with every group and its consumer's inputs, in one forward pass per batch.
 
@@ -238,9 +233,8 @@ def visit_inputs(
         groups: groups whose consumers are watched.
         batches: calibration batches.
         visit: function of a group and its inputs (tokens, columns), in the model's dtype and on
-            the layer's device.
-        tokens: mask of the language tower's tokens to pass; default: all but padding. Vision
-            towers pass all patches.
+            the layer's device. Of the language tower's tokens it gets all but padding, of a vision
+            tower's all patches.
     """
     counted = torch.empty(0)  # mask of the tokens of the batch that is running
 
@@ -254,5 +248,5 @@ def visit_inputs(
             hook = consumer.register_forward_pre_hook(functools.partial(look, g))
             stack.callback(hook.remove)
         for batch in batches:
-            counted = tokens(batch)
+            counted = valid_tokens(batch)
             forward_hidden(model, batch)

@@ -1,105 +1,126 @@
-"""Measured sensitivity: the KL divergence of the answers when one group is pruned alone."""
+"""Measured sensitivity: the KL divergence of the outputs when one group alone is pruned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.answers import AnswerLogits
-from hipp_ext.budget import Bounds
-from hipp_ext.calibration import TASKS, Calibration, CalibrationLike
-from hipp_ext.groups import Group, gated
-from hipp_ext.progress import Tick
-from hipp_ext.units import check_scores, unit_order
-from hipp_ext.verification import verify_groups
+from hipp_ext.groups import Group, decoder, gated, tower_layers
+from hipp_ext.modes import evaluating
+from hipp_ext.output_head import OutputHead
+from hipp_ext.replay import starting_at
+from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
+from hipp_ext.units import unit_order
 
-PRUNE_LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # removed fractions of a group's units
-DROP_LEVELS = (*PRUNE_LEVELS, 1.0)  # and the block dropped
+DENSE_BYTES = 1 << 30  # of the dense model's log probabilities that are kept, of one batch
 
 
-def levels_for(bounds: Bounds) -> tuple[float, ...]:
-    """The levels that an allocation within `bounds` needs."""
-    return PRUNE_LEVELS if bounds.drop == "none" else DROP_LEVELS
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A measurement: a group that loses its lowest units.
+
+    Attributes:
+        group: the group.
+        removed: number of units that it loses, from 1; all of them drop its block.
+    """
+
+    group: Group
+    removed: int
 
 
-def measure_sensitivity(
+@torch.no_grad()
+def measure_points(
     model: nn.Module,
-    calibration: CalibrationLike,
-    groups: Sequence[Group],
+    replay: CalibrationReplay,
+    points: Sequence[Point],
     scores: Mapping[str, Tensor],
-    tick: Tick = lambda done, total: None,
-    *,
-    levels: Sequence[float] = PRUNE_LEVELS,
-) -> Float[Tensor, "tasks groups levels"]:
-    """Mean KL [nats] of each task's answers from dense when one group loses its lowest units.
+    batches: Sequence[ReplayBatch],
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Float[Tensor, "points tasks"]:
+    """Mean KL [nats per counted position] from the dense model, for each point and task.
 
-    It is measured for one group after the other. A group of one unit can only be dropped; at other
-    levels it gets the median of the others as a neutral value.
+    A measurement starts at the pruned layer: what the layer below puts out does not change, and is
+    computed once per batch. So a point costs half a forward pass over `batches` on average.
 
     Args:
         model: masked while it is measured, otherwise left as it was found.
-        calibration: a Calibration, or batches by task.
-        groups: groups to be pruned.
+        replay: the calibration.
+        points: what is removed, one group at a time.
         scores: group name -> score per unit, higher = keep.
-        tick: called with (measured, all) after each group.
-        levels: removed fractions of a group's units; 1 drops the block.
+        batches: batches of `replay` to measure on; each task needs one.
+        tick: called with (measurements done, all).
     """
-    check_scores(groups, scores)
-    verify_groups(model, groups)
-    given = Calibration.of(model, calibration)
-    answers = AnswerLogits(model, given.batches)
-    dense = answers(model).log_softmax(-1)
-    rows = _rows_of_tasks(given)
-    result = torch.zeros(len(TASKS), len(groups), len(levels))
-    prunable = [i for i, g in enumerate(groups) if g.width > 1 or 1 in levels]
-    for number, i in enumerate(prunable, 1):
-        group, known = groups[i], {}
-        width, order = group.width, unit_order(scores[group.name])
-        for j, level in enumerate(levels):
-            keep = 0 if level == 1 else max(1, min(width - 1, round(width * (1 - level))))
-            if keep == width:  # it has one unit
-                continue
-            if keep not in known:
-                mask = torch.zeros(width, dtype=torch.bool)
-                mask[order[:keep]] = True
-                each = divergence(model, {group: mask}, answers, dense)
-                means = torch.stack([each[of_task].mean() for of_task in rows])
-                known[keep] = means.clamp_min(0)
-            # Few units cannot lose exactly a quarter: scale the measured KL to the level.
-            result[:, i, j] = known[keep] * (level / (1 - keep / width)) ** 2
-        tick(number, len(prunable))
-    several = [i for i, g in enumerate(groups) if g.width > 1]
-    single = [i for i, g in enumerate(groups) if g.width == 1]
-    for j, level in enumerate(levels):
-        if several and single and level < 1:
-            result[:, single, j] = result[:, several, j].median(1, keepdim=True).values
-    return result
+    kl = torch.zeros(len(points), sum(batch.size for batch in batches))
+    done, start = 0, 0
+    with evaluating(model):
+        for batch in batches:
+            outputs, dense = _dense(model, replay.head, batch)
+            for number, point in enumerate(points):
+                hidden = _pruned(model, batch, point, scores, outputs)
+                kl[number, start : start + batch.size] = batch.per_row(dense.divergence(hidden))
+                done += 1
+                tick(done, len(points) * len(batches))
+            start += batch.size
+    return replay.by_task(kl.T, tuple(batches)).T.clamp_min(0)
 
 
-def divergence(
-    model: nn.Module,
-    masks: Mapping[Group, Bool[Tensor, " width"]],
-    answers: AnswerLogits,
-    dense: Float[Tensor, "rows vocabulary"],
-) -> Float[Tensor, " rows"]:
-    """KL [nats] of every row's answer, with some units masked, from the dense model's.
+class _Dense:
+    """The dense model's distributions at the counted positions of a batch.
 
-    Args:
-        model: masked for the measurement.
-        masks: keep mask of each group that loses units.
-        answers: reader of the answers of the calibration rows.
-        dense: log probabilities of the dense model's answers.
+    They are kept where they take at most DENSE_BYTES, else computed from the hidden states again.
     """
-    with gated(model, masks):
-        pruned = answers(model).log_softmax(-1)
-    return (dense.exp() * (dense - pruned)).sum(-1)
+
+    def __init__(self, model: nn.Module, head: OutputHead, hidden: Tensor):
+        self._model, self._head = model, head
+        self._hidden = list(chunks(model, hidden))
+        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._kept = None
+        if 4 * len(hidden) * vocabulary <= DENSE_BYTES:
+            self._kept = [self._log_probs(part) for part in self._hidden]
+
+    def divergence(self, hidden: Float[Tensor, "P hidden"]) -> Float[Tensor, " P"]:
+        """KL [nats] of each position's distribution from that of other hidden states."""
+        parts = []
+        for number, other in enumerate(chunks(self._model, hidden)):
+            if self._kept is not None:
+                dense = self._kept[number]
+            else:
+                dense = self._log_probs(self._hidden[number])
+            parts.append((dense.exp() * (dense - self._log_probs(other))).sum(-1))
+        return torch.cat(parts)
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        return self._head(self._model, hidden).log_softmax(-1)
 
 
-def _rows_of_tasks(calibration: Calibration) -> list[Tensor]:
-    """For each task, a mask of the rows of `calibration.batches` that are its own."""
-    owners = [{id(batch) for batch in calibration.by_task[task]} for task in TASKS]
-    return [
-        torch.tensor([id(b) in owner for b in calibration.batches for _ in b["input_ids"]])
-        for owner in owners
+def _dense(model: nn.Module, head: OutputHead, batch: ReplayBatch) -> tuple[list, _Dense]:
+    """What each layer puts out, and the distributions, without any pruning."""
+    outputs: list = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+        for layer in tower_layers(model, "language")
     ]
+    try:
+        hidden = decoder(model)(**batch.inputs).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs, _Dense(model, head, batch.counted(hidden))
+
+
+def _pruned(
+    model: nn.Module,
+    batch: ReplayBatch,
+    point: Point,
+    scores: Mapping[str, Tensor],
+    outputs: Sequence,
+) -> Float[Tensor, "P hidden"]:
+    """Hidden states at the counted positions, with one group pruned."""
+    group, layers = point.group, tower_layers(model, "language")
+    mask = torch.ones(group.width, dtype=torch.bool)
+    mask[unit_order(scores[group.name])[group.width - point.removed :]] = False
+    below = outputs[group.layer - 1] if group.layer else None
+    with gated(model, {group: mask}), starting_at(layers, group.layer, below):
+        return batch.counted(decoder(model)(**batch.inputs).last_hidden_state)

@@ -44,9 +44,10 @@ def prune(
             costs the memory of the small model; in place, `model` is no longer available as the
             dense one.
         reconstruct: also fit the layers that read the units (o_proj, down_proj) to the calibration,
-            so that their outputs come as close to the dense ones as the units that stay allow; no
-            training. Logits then differ from those under `masked`. Gradients of those weights are
-            dropped, they belong to other values; requires_grad stays. For its cost see
+            from the bottom of the model to its top, so that they make up for what their block lost
+            and for part of what was lost below; no training. Logits then differ from those under
+            `masked`. Gradients of those weights are dropped, they belong to other values;
+            requires_grad stays. For its cost see
             `hipp_ext.surgery.reconstruct.reconstructed_weights`.
         calibration: batches to reconstruct on; None: the testbed's, through `processor`. Not read
             otherwise.

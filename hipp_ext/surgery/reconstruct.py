@@ -1,29 +1,29 @@
-"""Least squares instead of training: a consumer that lost inputs is fitted to its dense outputs."""
+"""Least squares instead of training: consumers that lost inputs make up for them, bottom to top."""
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, linear
+from hipp_ext.groups import Group, Tower, linear
+from hipp_ext.kinds import KINDS
+from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
-from hipp_ext.scorers.base import valid_tokens, visit_inputs
-from hipp_ext.units import unit_entries
+from hipp_ext.surgery.consumers import Consumer, lacking_outputs, standing_in
+from hipp_ext.surgery.least_squares import RIDGE, Products, improved
+from hipp_ext.surgery.streams import Stream, streams
 
-RIDGE = 1e-2
 ROWS = (
     256  # of built-in calibration: with 64, the testbed's models knew fewer facts than sliced ones
 )
 HELD_OUT = 4  # one row of so many is held out, to see whether a fit carries over
 MIN_ROWS = 8  # with fewer, what is held out tells nothing: about a hundred tokens, much alike
-PULLS = (1.0, 10.0, 100.0)  # times the ridge, of which held-out rows choose one
-MEMORY_LIMIT = 2 * 2**30  # [bytes]
+TOWERS: tuple[Tower, ...] = ("vision", "language")  # in the order in which a model runs them
 _log = logging.getLogger(__name__)
 
 
@@ -35,30 +35,31 @@ def reconstructed_weights(
     batches: Sequence[Batch],
     *,
     ridge: float = RIDGE,
-    memory_limit: int = MEMORY_LIMIT,
 ) -> dict[str, Tensor]:
     """Consumer name -> its weight (out, kept columns), dtype and device as before.
 
-    For a consumer (o_proj, down_proj) with weight W and dense inputs X (tokens x columns, padding
-    excluded), and S the kept columns:
+    Consumers (o_proj, down_proj) are fitted one after the other, from the bottom of the model to
+    its top, on what the model computes that is pruned and reconstructed below. For one with weight
+    W and inputs X (tokens x columns, padding excluded), of which the columns S are kept:
 
-        W' = argmin ||X W^T - X_S W'^T||^2 + lambda ||W' - W_S||^2,
+        W' = argmin ||X W^T + DRIFT * (H - H') - X_S W'^T||^2 + lambda ||W' - W_S||^2,
 
-    lambda = `ridge` times the mean square sum of a column of X. W' is used where it carries over: a
-    first solution without every HELD_OUT-th row of the calibration must bring the outputs on these
-    rows nearer to the dense ones than plain slicing does. Of PULLS times the ridge, the one with
+    where H and H' are the residual streams that the block reads in the dense and in the pruned
+    model (no drift is made up for where the block's outputs are normed or scaled before they are
+    added), and lambda is `ridge` times the mean square sum of a column of X_S. W' is used where it
+    carries over: a first solution without every HELD_OUT-th row of the calibration must bring the
+    outputs on these rows nearer to the target than W_S does. Of PULLS times the ridge, the one with
     the least error there is used for all rows. With fewer than MIN_ROWS rows none is held out. On
-    the
-    whole calibration the outputs are never further away than after slicing: where they would be
+    the whole calibration the outputs are never further away than with W_S: where they would be
     (after rounding to a narrow dtype, or a solution that is not finite), W_S is used. The number of
     fitted layers is logged. Biases stay as they are. Groups that keep everything, or nothing, are
     left out. The model is left as it was.
 
-    Cost: one forward pass over the calibration for every chunk of groups whose Gram matrices (two
-        of
-    4 * columns^2 bytes each, on the layer's device) fit into `memory_limit`, one group at least;
-    and some 50 * columns^2 bytes while a group is solved in float64. LLaVA-1.5-7B needs 34 GB of
-    Gram matrices, so twenty passes at 2 GiB, and 6 GB for a down_proj.
+    Cost: some five passes of the calibration through the pruned towers, whatever their depth:
+    three in the pruned model, less than two in the dense one. While a group is solved, some
+    40 * columns^2 bytes in float64. Three hidden states of every calibration token are kept on the
+    model's device: what goes into the tower, and what has come out of the last layer in either
+    model. For LLaVA-1.5-7B and 256 rows of 700 tokens they are 4 GB.
 
     Args:
         model: the dense model.
@@ -67,7 +68,6 @@ def reconstructed_weights(
         batches: calibration. Only what it shows is reconstructed, so it should be like the data
             that the model will see, and there should be much of it.
         ridge: pull towards the sliced weight; 0 relies on the calibration alone.
-        memory_limit: limit for the Gram matrices [bytes].
 
     Warns:
         UserWarning: layers have more kept columns than the calibration has tokens, or the
@@ -76,160 +76,124 @@ def reconstructed_weights(
     Raises:
         UnsupportedModelError: activations are NaN or infinite on this calibration.
 
-    Source: the layer-wise reconstruction objective of OSSCAR (arXiv 2403.12983).
-    Differs from the paper: the plan chooses the units, beforehand; rows are held out. The ridge
-        pulls
-    towards the sliced weight, which is safer in directions that the calibration does not show. All
-    groups are solved on the dense model's inputs. Inputs from earlier fitted layers, and FLAP's
-    bias (arXiv 2312.11983), were tried: see evals/studies/LOG.md.
+    Source: the layer-wise objective of OSSCAR (arXiv 2403.12983), on the inputs of the model that
+    is pruned below as in SparseGPT (arXiv 2301.00774).
+    Differs from the papers: the plan chooses the units, beforehand; rows are held out. Half of the
+    drift is made up for. The ridge pulls towards the sliced weight, which is safer in directions
+    that the calibration does not show. Dense inputs, dense outputs as the target (as in GPTAQ,
+    arXiv 2504.02692) and FLAP's bias (arXiv 2312.11983) were tried: see evals/studies/LOG.md.
     """
-    shrunken = {
-        g: torch.tensor(e.kept)
+    consumers = {
+        g: Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
         for g, e in zip(groups, plan.groups, strict=True)
-        if 0 < e.keep < e.width
+        if e.keep < e.width
     }
-    if shrunken and (rows := sum(len(b["input_ids"]) for b in batches)) < MIN_ROWS:
+    to_fit = [g for g, c in consumers.items() if len(c.kept)]
+    rows = sum(len(b["input_ids"]) for b in batches)
+    if to_fit and rows < MIN_ROWS:
         warnings.warn(
             f"A calibration of {rows} rows is too little to hold any out and see whether the "
             f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
-    weights: dict[str, Tensor] = {}
-    fitted, few = 0, {}
-    for chunk in _chunks(list(shrunken), memory_limit):
-        grams = _grams(model, chunk, batches)
-        for g in chunk:
-            kept, products = unit_entries(shrunken[g], g.columns), grams.pop(g.name)
-            if products.tokens < len(kept):
-                few[g.consumer] = f"{products.tokens} tokens for {len(kept)} columns"
-            weights[g.consumer], better = _fit(
-                g, linear(model, g.consumer).weight, products, kept, ridge
-            )
-            fitted += better
-    if few:
-        name, counts = next(iter(few.items()))
-        warnings.warn(
-            f"{len(few)} of {len(shrunken)} layers are fitted to fewer tokens than they have "
-            "columns "
-            f"({counts} in {name}): give more calibration, or expect little of the reconstruction.",
-            stacklevel=2,
-        )
-    _log.info("%d of %d layers were reconstructed", fitted, len(shrunken))
-    return weights
+    with evaluating(model):
+        _fit_towers(model, consumers, batches, held_out=rows >= MIN_ROWS, ridge=ridge)
+    fits = [consumers[g] for g in to_fit]
+    _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
+    _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
+    return {g.consumer: consumers[g].weight for g in to_fit}
 
 
-def _chunks(groups: Sequence[Group], memory_limit: int) -> Iterator[list[Group]]:
-    """The groups in order, in runs whose Gram matrices together stay within the limit."""
-    chunk: list[Group] = []
-    used = 0
-    for g in groups:
-        size = 2 * 4 * (g.width * g.columns) ** 2
-        if chunk and used + size > memory_limit:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(g)
-        used += size
-    if chunk:
-        yield chunk
+def _fit_towers(
+    model: nn.Module,
+    consumers: Mapping[Group, Consumer],
+    batches: Sequence[Batch],
+    *,
+    held_out: bool,
+    ridge: float,
+) -> None:
+    below: list[Consumer] = []  # in the towers that run before
+    for tower in TOWERS:
+        own = {g: c for g, c in consumers.items() if g.tower == tower}
+        if any(len(c.kept) for c in own.values()):
+            dense = streams(model, tower, batches)
+            pruned = [replace(stream) for stream in dense]
+            if below:
+                with standing_in(below):
+                    pruned = streams(model, tower, batches)
+            pairs = list(zip(dense, pruned, strict=True))
+            _fit_tower(own, pairs, held_out=held_out, ridge=ridge)
+        below += own.values()
 
 
-@dataclass
-class _Products:
-    """X^T X of a consumer's inputs X, float32, on the layer's device.
-
-    One of the rows to fit on, one of the rows held out.
-    """
-
-    fitted: Float[Tensor, "columns columns"]
-    held_out: Float[Tensor, "columns columns"]
-    tokens: int = 0
-
-
-def _grams(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
-) -> dict[str, _Products]:
-    """Group name -> the products of its consumer's inputs."""
-    grams: dict[str, _Products] = {}
-    for g in groups:
-        columns = g.width * g.columns
-        empty = torch.zeros(columns, columns, device=linear(model, g.consumer).weight.device)
-        grams[g.name] = _Products(fitted=empty, held_out=empty.clone())
-    rows, done = sum(len(b["input_ids"]) for b in batches), 0
-    current: list[tuple[Tensor, int]] = []  # tokens of the batch that count, rows before it
-
-    def tokens(batch: Batch) -> Tensor:
-        nonlocal done
-        current[:] = [(valid_tokens(batch), done)]
-        done += len(batch["input_ids"])
-        return current[0][0]
-
-    def add(group: Group, x: Tensor) -> None:
-        x, products, (counted, before) = x.float(), grams[group.name], current[0]
-        if group.tower == "language":
-            row = counted.nonzero()[:, 0].to(x.device)
-        else:  # patches, those of a picture side by side
-            row = torch.arange(len(x), device=x.device) * len(counted) // len(x)
-        held = (row + before) % HELD_OUT == HELD_OUT - 1 if rows >= MIN_ROWS else row < 0
-        products.tokens += len(x)
-        for gram, part in ((products.fitted, x[~held]), (products.held_out, x[held])):
-            gram.addmm_(part.T, part)
-
-    visit_inputs(model, groups, batches, add, tokens)
-    return grams
+def _fit_tower(
+    consumers: Mapping[Group, Consumer],
+    pairs: Sequence[tuple[Stream, Stream]],
+    *,
+    held_out: bool,
+    ridge: float,
+) -> None:
+    """Fit a tower's consumers from the bottom to the top, block by block as its layers run them."""
+    order, last = list(KINDS), max(g.layer for g in consumers)
+    for number in range(last + 1):
+        own = [g for g in consumers if g.layer == number]
+        own.sort(key=lambda g: order.index(g.kind))
+        for i, group in enumerate(own):
+            if len(consumers[group].kept):
+                before = [consumers[g] for g in own[:i]]
+                _fit(group, consumers[group], before, pairs, held_out, ridge)
+        for dense, pruned in pairs:
+            dense.pass_layer(number)
+            with standing_in(consumers[g] for g in own):
+                pruned.pass_layer(number)
 
 
 def _fit(
-    group: Group, weight: Tensor, products: _Products, kept: Tensor, ridge: float
-) -> tuple[Tensor, bool]:
-    """The new weight, and whether it is another than the slice."""
-    gram = products.fitted + products.held_out
-    # An entry of a Gram matrix is never larger than those on its diagonal.
-    if not torch.isfinite(gram.diagonal()).all():
+    group: Group,
+    consumer: Consumer,
+    before: Sequence[Consumer],
+    pairs: Sequence[tuple[Stream, Stream]],
+    held_out: bool,
+    ridge: float,
+) -> None:
+    """Replace the weight of `consumer`, where a better one is found.
+
+    Args:
+        group: group of the consumer.
+        consumer: a sliced one.
+        before: those that the layer runs before it.
+        pairs: streams of the dense and of the pruned model, at the group's layer.
+        held_out: hold out every HELD_OUT-th row.
+        ridge: pull towards the slice.
+    """
+    fitted, held = Products.none(consumer.weight), Products.none(consumer.weight)
+    for dense, pruned in pairs:
+        found = lacking_outputs(group, consumer, before, dense, pruned)
+        if found is None:
+            continue
+        x, lacking = found
+        row = dense.row_of(len(x)).to(x.device)
+        later = (row % HELD_OUT == HELD_OUT - 1) & held_out
+        for products, chosen in ((fitted, ~later & (row >= 0)), (held, later & (row >= 0))):
+            products.add(x[chosen], lacking[chosen])
+        consumer.tokens += int((row >= 0).sum())
+    if not (fitted.finite and held.finite):
         raise UnsupportedModelError(
             f"The inputs of {group.consumer} are NaN or infinite on this calibration, so that it "
             "cannot be reconstructed (fp16 overflow? try bfloat16). Nothing was changed."
         )
-    kept = kept.to(weight.device)
-    pull = ridge
-    if bool(products.held_out.diagonal().any()):
-        unseen = {}
-        for pull in (ridge * times for times in PULLS):
-            before, after = _errors(
-                weight, products.held_out, kept, _solve(weight, products.fitted, kept, pull)
-            )
-            if after < before:  # not if it is NaN, as where a factorisation failed
-                unseen[pull] = after
-        if not unseen:
-            _log.debug("%s: no solution carries over to held-out rows", group.consumer)
-            return weight.index_select(1, kept), False
-        pull = min(unseen, key=lambda p: unseen[p])
-    new = _solve(weight, gram, kept, pull)
-    before, after = _errors(weight, gram, kept, new)
-    _log.debug(
-        "%s: squared output error %.4g sliced, %.4g reconstructed, ridge %g",
-        group.consumer,
-        before,
-        after,
-        pull,
-    )
-    return (new, True) if after < before else (weight.index_select(1, kept), False)
+    new = improved(consumer.weight, fitted, held, ridge)
+    _log.debug("%s: %s", group.consumer, "sliced" if new is None else "reconstructed")
+    if new is not None:
+        consumer.weight, consumer.fitted = new, True
 
 
-def _solve(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The ridge solution for the kept columns, in the weight's dtype."""
-    dense, gram = weight.double(), gram.double()
-    missing = dense.index_fill(1, kept, 0) @ gram
-    inner = gram.index_select(0, kept).index_select(1, kept)
-    inner.diagonal().add_(ridge * gram.diagonal().mean())
-    factor, _ = torch.linalg.cholesky_ex(inner)  # should it fail, the errors tell
-    change = torch.cholesky_solve(missing.index_select(1, kept).T, factor).T
-    return (dense.index_select(1, kept) + change).to(weight.dtype)
-
-
-def _errors(weight: Tensor, gram: Tensor, kept: Tensor, new: Tensor) -> tuple[float, float]:
-    """||X D^T||^2 for the difference D of the slice, and of `new`, from the dense weight."""
-    dense, gram = weight.double(), gram.double()
-    lost = dense.index_fill(1, kept, 0)
-    before = float((lost @ gram).mul_(lost).sum())
-    difference = lost.index_add_(1, kept, dense.index_select(1, kept) - new.double())
-    return before, float((difference @ gram).mul_(difference).sum())
+def _warn_of_few_tokens(consumers: Mapping[str, Consumer]) -> None:
+    few = {n: c for n, c in consumers.items() if c.tokens < len(c.kept)}
+    for name, c in list(few.items())[:1]:
+        warnings.warn(
+            f"{len(few)} of {len(consumers)} layers are fitted to fewer tokens than they have "
+            f"columns ({c.tokens} tokens for {len(c.kept)} columns in {name}): give more "
+            "calibration, or expect little of the reconstruction.",
+            stacklevel=3,
+        )

@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 
 from hipp_ext.testbed import facts, world
-from hipp_ext.testbed.model import CHECK, DESCRIBE, WORD
-from hipp_ext.testbed.quiz import ask_fact, ask_presence, choice_stream, facts_of_objects, wordings
+from hipp_ext.testbed.model import CHECK, WORD
+from hipp_ext.testbed.quiz import (
+    DESCRIBE,
+    ask_fact,
+    ask_presence,
+    choice_stream,
+    facts_of_objects,
+    wordings,
+)
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 # A conversation, its scene (None: blank), and whether it has a picture.

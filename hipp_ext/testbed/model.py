@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 # A letter with its full stop is one token, so "A." is next to its option "swamp".
 WORD = re.compile(r"[A-D]\.|\w+|[^\w\s]")
-DESCRIBE = "Describe the image."
 CHECK = "Check the image."
 EMPTY = "nothing"  # the word for a cell without an object
 # The words of LLaVA-1.5. The next token is the answer: Yes, No or the letter of an option.
@@ -32,7 +31,7 @@ def vocabulary() -> list[str]:
         index=0, question="", answer="", category="", options=("",) * 4, hint="."
     )
     texts += [*world.OBJECTS, *facts.EPITHETS, *facts.GENERA, *filter(None, quiz.HINTS)]
-    texts += [DESCRIBE, CHECK, EMPTY, example.prompt, "Yes No A B C D", "USER: ASSISTANT:"]
+    texts += [quiz.DESCRIBE, CHECK, EMPTY, example.prompt, "Yes No A B C D", "USER: ASSISTANT:"]
     texts += ["Is there a cup in the image? Please answer yes or no."]
     words = {word for text in texts for word in WORD.findall(text)} - {"{", "}"}
     return [PAD, BOS, EOS, UNKNOWN, IMAGE, *sorted(words)]

@@ -13,7 +13,9 @@ from hipp_ext.errors import DataError
 from hipp_ext.testbed import facts, world
 
 TASKS = ("POPE", "ScienceQA")
-# POPE: pictures per split.
+CAPTIONS = "Captions"  # open questions, which have an answer and no candidates
+DESCRIBE = "Describe the image."
+# POPE and captions: pictures per split.
 IMAGES = {"calibration": 64, "search": 64, "validation": 64, "test": 250}
 # ScienceQA: questions per split.
 CHOICES = {"calibration": 256, "search": 256, "validation": 256, "test": 800}
@@ -55,7 +57,9 @@ class Question:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The possible answers: Yes and No, or the letters of the options."""
+        """The possible answers: Yes and No, or the letters of the options; none for a caption."""
+        if self.category == CAPTIONS:
+            return ()
         return tuple("ABCD"[: len(self.options)]) or ("Yes", "No")
 
     @property
@@ -76,8 +80,9 @@ def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ..
 
     Args:
         task: "POPE" (per picture 3 present objects, and 3 random, 3 popular and 3 adversarial
-            absent ones, each named once) or "ScienceQA" (2-4 options; a quarter needs the
-            picture, the rest only facts).
+            absent ones, each named once), "ScienceQA" (2-4 options; a quarter needs the
+            picture, the rest only facts) or "Captions" (of POPE's pictures; the answer names all
+            objects in the order of `world.OBJECTS`, and the model was trained on others).
         split: "calibration", "search", "validation" or "test"; they share no picture and no
             wording.
         n: number of questions; None: the default size. More questions are drawn on request.
@@ -85,12 +90,15 @@ def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ..
     Raises:
         DataError: an unknown task or split.
     """
-    if task not in TASKS or split not in world.SPLITS:
+    if task not in (*TASKS, CAPTIONS) or split not in world.SPLITS:
         raise DataError(
-            f"No questions for task {task!r}, split {split!r}: tasks {TASKS}, splits "
+            f"No questions for task {task!r}, split {split!r}: tasks {(*TASKS, CAPTIONS)}, splits "
             f"{world.SPLITS}."
         )
-    if task == "POPE":
+    if task == CAPTIONS:
+        scenes = itertools.islice(world.stream(split), IMAGES[split] if n is None else n)
+        rows = map(ask_caption, scenes)
+    elif task == "POPE":
         groups = pope_groups(split)
         rows = itertools.chain.from_iterable(
             itertools.islice(groups, IMAGES[split]) if n is None else groups
@@ -129,6 +137,12 @@ def ask_presence(scene: world.Scene, name: str, answer: str, category: str) -> Q
     """POPE's question about one object."""
     text = f"Is there a {name} in the image? Please answer yes or no."
     return Question(index=0, question=text, answer=answer, category=category, scene=scene)
+
+
+def ask_caption(scene: world.Scene) -> Question:
+    """The request to describe a picture."""
+    answer = " ".join(scene.present)
+    return Question(index=0, question=DESCRIBE, answer=answer, category=CAPTIONS, scene=scene)
 
 
 def choice_stream(split: str, seed: int = 0) -> Iterator[Question]:

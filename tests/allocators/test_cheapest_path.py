@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from hipp_ext.allocators.cheapest_path import CheapestPath
+from hipp_ext.sensitivity.cheapest_path import CheapestPath
 
 LEVELS = (0.25, 0.5, 0.9)
 COSTS = st.lists(st.integers(1, 10**6), min_size=1, max_size=5)

@@ -10,6 +10,7 @@ from hipp_ext.evals.statistics import (
     clustered_mean_se,
     clustered_se,
     mcnemar_p,
+    mean_of_means_se,
     paired_difference,
     questions_needed,
 )
@@ -60,6 +61,31 @@ def test_closed_form_by_hand():
     # (1/4 + 1/4)) / 4.
     assert clustered_mean_se(np.array([1, 1, 0, 0]), ["a", "b", "b", "b"]) == pytest.approx(0.25)
     assert math.isnan(clustered_mean_se(np.array([1, 0]), ["a", "a"]))
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+def test_the_error_of_a_mean_of_means_counts_what_moves_them_together(shared):
+    rng = np.random.default_rng(3)
+    pictures = rng.normal(0, 1, 300)
+    samples, names = [], [str(n) for n in range(300)]
+    for size, first in ((400, 0), (700, round(150 * (1 - shared)))):
+        seen = first + rng.integers(0, 150, size)  # of the second sample `shared` with the first
+        seen[:2] = first, first + 1
+        samples.append((pictures[seen] + rng.normal(0, 0.3, size), [names[n] for n in seen]))
+    (one, left), (other, right) = samples
+    counts = np.zeros((1100, 4))
+    counts[:400, 0], counts[:400, 1], counts[400:, 2], counts[400:, 3] = one, 1, other, 1
+
+    def both(sums):
+        return (mean(sums[..., :2]) + mean(sums[..., 2:]))[..., None] / 2
+
+    drawn = clustered_se(counts, [*left, *right], both, seed=2, resamples=4000)[0]
+    together = mean_of_means_se(samples)
+    assert together == pytest.approx(drawn, rel=0.05)
+    apart = math.hypot(*(clustered_mean_se(*own) for own in samples)) / 2
+    assert together == pytest.approx(apart) if not shared else together > 1.1 * apart
+    assert mean_of_means_se([samples[0]] * 2) == pytest.approx(clustered_mean_se(one, left))
+    assert math.isnan(mean_of_means_se([samples[0], (np.ones(2), ["a", "a"])]))
 
 
 def test_intervals_cover_and_p_keeps_its_level_where_mcnemar_does_not():

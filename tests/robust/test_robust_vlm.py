@@ -10,7 +10,8 @@ from models import batch, build
 
 from hipp_ext import HiPPPlanner, Preference, masked, testbed
 from hipp_ext.errors import AttackError, CalibrationError, UnsupportedModelError
-from hipp_ext.evals.evaluator import Evaluator, answered
+from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.references import answered
 from hipp_ext.groups import find_groups
 from hipp_ext.image_attacks import answer_losses, pixel_ball
 from hipp_ext.planner import FitSettings

@@ -2,18 +2,21 @@
 where it looked.
 """
 
+import copy
+
 import pytest
 import torch
 from models import batch, build
-from plans import logits, random_plan
+from plans import dropping_plan, logits, random_plan
 from test_scorers import consumer_inputs, left_padded
 from torch import nn
 
 from hipp_ext import PruningPlan, load_pruned, prune, save_pruned
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
 from hipp_ext.groups import find_groups, tower_layers
+from hipp_ext.surgery.least_squares import RIDGE, Products, improved
 from hipp_ext.surgery.masks import match
-from hipp_ext.surgery.reconstruct import RIDGE, _fit, _Products, reconstructed_weights
+from hipp_ext.surgery.reconstruct import reconstructed_weights
 from hipp_ext.units import plan_from_counts
 
 
@@ -34,35 +37,93 @@ def kept_columns(group, entry) -> list[int]:
 
 
 @torch.no_grad()
-def output_error(model: nn.Module, small: nn.Module, group, entry, inputs: dict) -> float:
-    """Distance of the small consumer's outputs from the dense one's, on the dense model's
-    inputs.
+def stream_before(model: nn.Module, group, inputs: dict) -> torch.Tensor:
+    """The residual stream that a group's block reads, (tokens, hidden)."""
+    layer, seen = model.get_submodule(group.block.rpartition(".")[0]), []
+    names = {
+        "attention": ("input_layernorm", "layer_norm1"),
+        "ffn": ("post_attention_layernorm", "layer_norm2"),
+    }
+    norm = next(getattr(layer, n) for n in names[group.place] if hasattr(layer, n))
+    hook = norm.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    model(**inputs)
+    hook.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+@torch.no_grad()
+def problem(model: nn.Module, small: nn.Module, group, entry, inputs: dict, drift=0.5) -> tuple:
+    """Inputs of the small model's consumer; its outputs if nothing of its block were pruned, and
+    half of the drift below made up for; the sliced weight.
     """
-    x = consumer_inputs(model, group, inputs)
-    dense, new = (m.get_submodule(group.consumer).weight.double() for m in (model, small))
-    return float((x[:, kept_columns(group, entry)] @ new.T - x @ dense.T).norm())
+    dense = model.get_submodule(group.consumer).weight.double()
+    whole = copy.deepcopy(small)
+    whole.set_submodule(group.block, model.get_submodule(group.block))
+    wanted = consumer_inputs(whole, group, inputs) @ dense.T
+    if drift:
+        there, here = (stream_before(m, group, inputs) for m in (model, small))
+        wanted += drift * (there - here)
+    return consumer_inputs(small, group, inputs), wanted, dense[:, kept_columns(group, entry)]
+
+
+def output_errors(model: nn.Module, small: nn.Module, group, entry, inputs) -> tuple[float, float]:
+    """How far the outputs of the small model's consumer are from those wanted: as it is, and with
+    its weight only sliced.
+    """
+    x, wanted, sliced = problem(model, small, group, entry, inputs)
+    new = small.get_submodule(group.consumer).weight.detach().double()
+    return float((x @ new.T - wanted).norm()), float((x @ sliced.T - wanted).norm())
+
+
+def check_solution(x, wanted, sliced, actual: torch.Tensor) -> None:
+    """The weight is what a solver of least squares finds, and not the slice."""
+    pull = (RIDGE * x.square().sum(0).mean()).sqrt()
+    left = torch.cat([x, pull * torch.eye(x.shape[1])])
+    expected = torch.linalg.lstsq(left, torch.cat([wanted, pull * sliced.T])).solution.T.float()
+    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(actual, sliced.float(), atol=1e-2)
+
+
+def shrunken(model: nn.Module, plan: PruningPlan) -> list:
+    """Groups that lose units and not all of them, with their entries in the plan."""
+    pairs = zip(match(model, plan), plan.groups, strict=True)
+    return [(g, e) for g, e in pairs if 0 < e.keep < e.width]
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_gqa", "qwen2_5_vl", "llama"])
-def test_weights_solve_the_ridge_problem(name):
+def test_weights_solve_the_ridge_problem_on_the_inputs_of_the_pruned_model(name):
+    model, inputs = build(name), batch(name, size=3, length=19)
+    towers = ("language", "vision") if name == "llava" else ("language",)
+    plan = random_plan(model, towers=towers)
+    small = prune(model, plan, reconstruct=True, calibration=[inputs])
+    for g, entry in shrunken(model, plan):
+        actual = small.get_submodule(g.consumer).weight
+        check_solution(*problem(model, small, g, entry, inputs), actual)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama", "granite_llava"])
+def test_outputs_that_are_normed_or_scaled_make_up_for_no_drift(name):
     model, inputs = build(name), batch(name, size=3, length=19)
     plan = random_plan(model)
     small = prune(model, plan, reconstruct=True, calibration=[inputs])
-    for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        x, dense = (
-            consumer_inputs(model, g, inputs),
-            model.get_submodule(g.consumer).weight.detach().double(),
-        )
-        kept = kept_columns(g, entry)
-        pull = (RIDGE * x.square().sum(0).mean()).sqrt()
-        left = torch.cat([x[:, kept], pull * torch.eye(len(kept))])
-        right = torch.cat([x @ dense.T, pull * dense[:, kept].T])
-        expected = torch.linalg.lstsq(left, right).solution.T.float()
+    for g, entry in shrunken(model, plan):
+        drift = 0.5 if name == "mllama" and g.layer != 1 else 0  # layer 1 has gates
         actual = small.get_submodule(g.consumer).weight
-        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-4), g.name
-        assert entry.keep == entry.width or not torch.allclose(
-            actual, dense[:, kept].float(), atol=1e-2
-        ), g.name
+        check_solution(*problem(model, small, g, entry, inputs, drift), actual)
+
+
+def test_what_a_dropped_block_lacks_reaches_the_layers_above():
+    model, inputs = build("qwen2_5_vl"), batch("qwen2_5_vl", size=3, length=19)
+    plan = dropping_plan(model, "language.1.attention", half=["language.0.ffn", "language.2.ffn"])
+    small = prune(model, plan, reconstruct=True, calibration=[inputs])
+    # A pruned model, with a dropped block and widths of its own, can be pruned again.
+    again = random_plan(small)
+    smaller = prune(small, again, reconstruct=True, calibration=[inputs])
+    for before, after, made in ((model, small, plan), (small, smaller, again)):
+        for g, entry in shrunken(before, made):
+            if g.layer != 1:  # its first norm is gone
+                actual = after.get_submodule(g.consumer).weight
+                check_solution(*problem(before, after, g, entry, inputs), actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,12 +131,12 @@ def test_weights_solve_the_ridge_problem(name):
 def test_outputs_on_the_calibration_are_nearer_to_the_dense_ones(name, dtype):
     model, inputs = build(name).to(dtype), batch(name, size=3, length=19)
     plan = random_plan(model)
-    sliced, fixed = prune(model, plan), prune(model, plan, reconstruct=True, calibration=[inputs])
+    fixed = prune(model, plan, reconstruct=True, calibration=[inputs])
     assert {p.dtype for p in fixed.parameters()} == {dtype}
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
         if entry.keep < entry.width:
-            error = output_error(model, fixed, g, entry, inputs)
-            assert error < 0.98 * output_error(model, sliced, g, entry, inputs), g.name
+            new, sliced = output_errors(model, fixed, g, entry, inputs)
+            assert new < 0.98 * sliced, g.name
 
 
 def test_a_solution_that_rounding_makes_worse_is_not_taken():
@@ -88,11 +149,10 @@ def test_a_solution_that_rounding_makes_worse_is_not_taken():
             layer.mlp.down_proj.weight[:, 1] *= 0.003
     model.to(torch.bfloat16)
     plan = dropping(model, {f"language.{i}.ffn": {1} for i in range(3)})
-    sliced, fixed = prune(model, plan), prune(model, plan, reconstruct=True, calibration=[inputs])
+    fixed = prune(model, plan, reconstruct=True, calibration=[inputs])
     for g, entry in zip(match(model, plan), plan.groups, strict=True):
-        assert output_error(model, fixed, g, entry, inputs) <= output_error(
-            model, sliced, g, entry, inputs
-        ), g.name
+        new, sliced = output_errors(model, fixed, g, entry, inputs)
+        assert new <= 1.001 * sliced, g.name
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_gqa"])
@@ -140,21 +200,6 @@ def test_only_consumers_that_shrink_change():
     assert changed == ["model.language_model.layers.2.mlp.down_proj.weight"]
 
 
-def test_chunks_give_what_one_pass_gives():
-    model, batches = build("llava_gqa"), [batch("llava_gqa", seed=s) for s in range(2)]
-    plan = random_plan(model)
-    match(model, plan)  # verified here, by passes of its own
-    passes = []
-    model.model.language_model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    whole = reconstructed_weights(model, match(model, plan), plan, batches)
-    assert len(passes) == 2
-    parts = reconstructed_weights(
-        model, match(model, plan), plan, batches, memory_limit=2 * 4 * 48**2 - 1
-    )
-    assert len(passes) > 2 + 2 * 2
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-
-
 def test_a_repair_carries_over_to_other_tokens(monkeypatch):
     """Of fewer tokens than columns, least squares learns the calibration by heart; held-out rows
     tell.
@@ -169,14 +214,9 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
     ]
 
     def beside_slicing(calibration) -> list[float]:
-        sliced, small = (
-            prune(model, plan),
-            prune(model, plan, reconstruct=True, calibration=calibration),
-        )
-        return [
-            output_error(model, small, *pair, fresh) / output_error(model, sliced, *pair, fresh)
-            for pair in shrunken
-        ]
+        small = prune(model, plan, reconstruct=True, calibration=calibration)
+        errors = [output_errors(model, small, *pair, fresh) for pair in shrunken]
+        return [new / sliced for new, sliced in errors]
 
     with pytest.warns(
         UserWarning,
@@ -185,7 +225,7 @@ def test_a_repair_carries_over_to_other_tokens(monkeypatch):
         assert max(beside_slicing(short)) < 1.05
     monkeypatch.setattr("hipp_ext.surgery.reconstruct.MIN_ROWS", 99)
     with pytest.warns(UserWarning, match="A calibration of 8 rows is too little to hold any out"):
-        assert max(beside_slicing(short)) > 1.3
+        assert max(beside_slicing(short)) > 1.2
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -193,21 +233,18 @@ def test_a_repair_that_fails_on_held_out_rows_is_not_kept(same):
     """What is lost was twice a column that stays; on the rows held out it still is, or it is the
     opposite.
     """
-    model, x = build("llama"), torch.randn(50, 44)
-    ffn = find_groups(model)[1]
-    weight, kept = model.get_submodule(ffn.consumer).weight.detach(), torch.arange(1, 44)
-    fitted, held_out = x.clone(), x.clone()
-    fitted[:, 0], held_out[:, 0] = 2 * x[:, 1], (2 if same else -2) * x[:, 1]
-    products = _Products(fitted=fitted.T @ fitted, held_out=held_out.T @ held_out)
-    new, repaired = _fit(ffn, weight, products, kept, RIDGE)
-    assert repaired == same and torch.equal(new, weight[:, 1:]) != same
+    x, weight = torch.randn(50, 43), 0.2 * torch.randn(5, 44)
+    fitted, held_out = (Products.none(weight[:, 1:]) for _ in range(2))
+    fitted.add(x, 2 * x[:, :1] @ weight[:, :1].T)
+    held_out.add(x, (2 if same else -2) * x[:, :1] @ weight[:, :1].T)
+    new = improved(weight[:, 1:], fitted, held_out, RIDGE)
+    assert (new is not None) == same
     if same:
         assert torch.allclose(new[:, 0], weight[:, 1] + 2 * weight[:, 0], atol=0.05)
 
 
 def test_with_calibration_enough_every_layer_is_repaired(caplog):
     model, plan = build("llava_gqa"), random_plan(build("llava_gqa"))
-    small = prune(model, plan)
     with caplog.at_level("INFO", "hipp_ext.surgery.reconstruct"):
         fixed = prune(
             model,
@@ -217,12 +254,13 @@ def test_with_calibration_enough_every_layer_is_repaired(caplog):
         )
     shrunken = sum(e.keep < e.width for e in plan.groups)
     fresh = batch("llava_gqa", size=8, length=30, seed=9)
-    better = [
-        output_error(model, fixed, g, e, fresh) < output_error(model, small, g, e, fresh)
+    errors = [
+        output_errors(model, fixed, g, e, fresh)
         for g, e in zip(match(model, plan), plan.groups, strict=True)
         if e.keep < e.width
     ]
-    assert f"{shrunken} of {shrunken} layers were reconstructed" in caplog.text and all(better)
+    assert f"{shrunken} of {shrunken} layers were reconstructed" in caplog.text
+    assert all(new < sliced for new, sliced in errors)
 
 
 def test_padding_does_not_count():

@@ -1,0 +1,66 @@
+"""The language tower, run again from any of its layers on inputs that were computed once."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from hipp_ext.calibration import Batch
+from hipp_ext.groups import decoder
+from hipp_ext.scorers.base import forward
+
+
+class _Captured(Exception):
+    """Ends a forward pass once the inputs of the language tower are known."""
+
+
+def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The keyword arguments that the model calls its language tower with on `batch`.
+
+    Embeddings, projector and vision tower run for them; the layers of the language tower do not.
+    """
+    captured: dict[str, Any] = {}
+
+    def capture(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert not args, "transformers calls its decoders with keywords"
+        captured.update(kwargs)
+        raise _Captured
+
+    handle = decoder(model).register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        forward(model, batch)
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return captured
+
+
+@contextlib.contextmanager
+def starting_at(layers: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
+    """Inside the block the tower starts at layer `start`: those below it compute nothing.
+
+    What a tower does between its layers (features of pictures that are added by layer, for one) is
+    done as usual.
+
+    Args:
+        layers: the layers of the tower, in order.
+        start: index of the first layer that computes.
+        output: what layer `start - 1` returned on the same inputs; ignored where `start` is 0.
+    """
+    below = layers[:start]
+    # accelerate's hooks replace `forward` on the instance, too.
+    own = [layer.__dict__.get("forward") for layer in below]
+    try:
+        for layer in below:
+            # A copy, because a tower may add to it in place.
+            layer.forward = lambda *_, **__: tree_map_only(Tensor, Tensor.clone, output)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, forward_before in zip(below, own, strict=True):
+            if forward_before is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward_before  # type: ignore[method-assign]

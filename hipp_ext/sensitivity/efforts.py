@@ -1,0 +1,103 @@
+"""Sensitivity of all groups at all levels, by an effort: Fisher, anchored or measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hipp_ext.calibration import TASKS, Calibration, CalibrationLike
+from hipp_ext.errors import BudgetError
+from hipp_ext.groups import Group, tower_layers
+from hipp_ext.modes import evaluating
+from hipp_ext.progress import counting
+from hipp_ext.sensitivity.anchors import ANCHOR_LEVELS, MEASURED_LEVELS, anchor_rows, points_at
+from hipp_ext.sensitivity.curves import at_levels, loss_curve
+from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
+from hipp_ext.sensitivity.measured import Point, measure_points
+from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch
+from hipp_ext.units import check_scores
+from hipp_ext.verification import verify_groups
+
+Effort = Literal["fisher", "anchored", "measured"]
+
+
+def check_effort(effort: object) -> None:
+    """Raise BudgetError unless `effort` is one."""
+    if effort not in get_args(Effort):
+        raise BudgetError(f"effort={effort!r}: one of {', '.join(get_args(Effort))} is needed.")
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    calibration: CalibrationLike,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    *,
+    effort: Effort = "anchored",
+    seed: int = 0,
+    progress: bool = False,
+) -> Float[Tensor, "tasks groups levels"]:
+    """Mean KL [nats per counted position] from dense when one group loses its lowest units.
+
+    Levels are LEVELS: removed fractions of a group's units; at 1 the block is dropped. Which
+    positions count is what `counted_positions` says. Efforts, with their cost in forward passes
+    over the calibration:
+
+    - "fisher": second-order estimates from one backward pass; 2 passes, 3 where memory is short.
+    - "anchored": also two measured points of each group, on as many rows as 7 passes allow.
+    - "measured": five measured levels of each group, on all rows; 2.5 passes for each group.
+
+    How estimates and measurements make a curve is what `loss_curve` says.
+
+    Args:
+        model: masked while it is measured, otherwise left as it was found.
+        calibration: a Calibration, or batches by task.
+        groups: groups of the language tower.
+        scores: group name -> score per unit, higher = keep.
+        effort: how much is measured.
+        seed: random seed of the labels of the Fisher estimate.
+        progress: show on stderr what is measured, and how long it will take.
+
+    Raises:
+        UnsupportedModelError: groups do not do what pruning takes them for, weights are offloaded,
+            or the model computes its logits in an unknown way.
+    """
+    check_scores(groups, scores)
+    verify_groups(model, groups)
+    with evaluating(model):
+        replay = CalibrationReplay(model, Calibration.of(model, calibration))
+        with counting(progress, "sensitivity by a backward pass, batch") as tick:
+            found = unit_contributions(model, replay, groups, seed=seed, tick=tick)
+        estimates = [
+            replay.by_task(fisher_curve(found.pop(g.name), scores[g.name])) for g in groups
+        ]
+        del found
+        measured = torch.zeros(0, len(TASKS))
+        points, rows = _points(model, replay, groups, effort)
+        if points:
+            with counting(progress, "measuring sensitivity, point") as tick:
+                measured = measure_points(model, replay, points, scores, rows, tick)
+    known: list[list[dict[int, float]]] = [[{} for _ in TASKS] for _ in groups]
+    index = {g: i for i, g in enumerate(groups)}
+    for point, values in zip(points, measured.tolist(), strict=True):
+        for task, value in enumerate(values):
+            known[index[point.group]][task][point.removed] = value
+    curves = [
+        torch.stack([at_levels(loss_curve(*pair)) for pair in zip(estimate, own, strict=True)])
+        for estimate, own in zip(estimates, known, strict=True)
+    ]
+    return torch.stack(curves, 1)
+
+
+def _points(
+    model: nn.Module, replay: CalibrationReplay, groups: Sequence[Group], effort: Effort
+) -> tuple[list[Point], tuple[ReplayBatch, ...]]:
+    """What an effort measures, and on which rows."""
+    if effort == "fisher":
+        return [], ()
+    if effort == "measured":
+        return points_at(groups, MEASURED_LEVELS), replay.batches
+    points = points_at(groups, ANCHOR_LEVELS)
+    return points, anchor_rows(replay, points, len(tower_layers(model, "language")))

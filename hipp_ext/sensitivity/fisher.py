@@ -1,0 +1,214 @@
+"""Fisher sensitivity: all groups at all levels from one forward and one backward pass."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hipp_ext.groups import Group, decoder, tower_layers
+from hipp_ext.modes import training_only
+from hipp_ext.output_head import OutputHead
+from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
+from hipp_ext.units import unit_order
+
+# Activations of one pass [bytes] above which they are computed again in the backward pass.
+MEMORY_LIMIT = 4 << 30
+
+
+def fisher_curve(
+    contributions: Float[Tensor, "rows width"], score: Float[Tensor, " width"]
+) -> Float[Tensor, "rows removals"]:
+    """KL of each row [nats, summed over its counted positions] by number of removed units.
+
+    Entry k is for the k units with the lowest scores, from 0 (where it is 0) to all. It is the
+    second-order estimate: half the square of the sum of the units' contributions. It grows with k
+    where contributions are independent; removed units that compensate each other may bring it down.
+
+    Args:
+        contributions: see `unit_contributions`.
+        score: score per unit, higher = keep.
+    """
+    removed = contributions.double()[:, unit_order(score).flip(0)].cumsum(1)
+    return nn.functional.pad(removed, (1, 0)).square() / 2
+
+
+def unit_contributions(
+    model: nn.Module,
+    replay: CalibrationReplay,
+    groups: Sequence[Group],
+    *,
+    seed: int = 0,
+    memory_limit: int = MEMORY_LIMIT,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Float[Tensor, "rows width"]]:
+    """Group name -> what a gate on each unit changes, (rows, width) float32; see `fisher_curve`.
+
+    It is the derivative, by the gate, of a random combination of each row's logits: at every
+    counted position a random root of the Fisher information, independent of the others. So the
+    expected product of two units' values is their entry in the Fisher information of the row, which
+    is the second derivative of its KL divergence. All groups and levels share the same numbers.
+
+    Weights get no gradients. Products of activations and gradients are summed in float32. Cost: one
+    forward and one backward pass, in FLOPs two forward passes; three where the activations of a
+    batch take more than `memory_limit`, and are computed again layer by layer.
+
+    Args:
+        model: left as it was found.
+        replay: the calibration.
+        groups: groups of the language tower.
+        seed: random seed of the combinations. On another device they are others.
+        memory_limit: activations of a batch that may be in memory at once [bytes].
+        tick: called with (batches done, all).
+
+    Source: Fisher information and KL, Martens (arXiv 1412.1193); structured removal by it, Optimal
+    BERT Surgeon (arXiv 2203.07259).
+    Differs from the papers: they draw labels from the model's distribution, or take those of the
+    data. Of a model that is sure of its answers a few hundred drawn labels are all the same, and
+    the estimate is a hundred times too small. Random signs on every probability have the same
+    expectation, and a fraction of the variance.
+    """
+    found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    with training_only(model, []), torch.enable_grad():
+        for number, batch in enumerate(replay.batches, 1):
+            recompute = _activation_bytes(model, batch) > memory_limit
+            with _watched(model, groups, batch.size) as sums, _differentiable(model, recompute):
+                hidden = decoder(model)(**batch.inputs).last_hidden_state
+                hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
+            for g in groups:
+                found[g.name].append(sums[g.name].cpu())
+            tick(number, len(replay.batches))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, groups: Sequence[Group], rows: int) -> Iterator[dict[str, Tensor]]:
+    """Yield group name -> (rows, width) sums of input times gradient, filled by a backward pass."""
+    sums: dict[str, Tensor] = {}
+
+    def look(group: Group, _: nn.Module, args: tuple) -> None:
+        x = args[0]
+
+        def add(gradient: Tensor) -> None:
+            products = (x.detach().float() * gradient.float()).view(rows, -1, x.shape[-1]).sum(1)
+            sums[group.name] = products.view(rows, group.width, group.columns).sum(-1)
+
+        if x.requires_grad:  # not in the first pass of a layer that is computed again
+            x.register_hook(add)
+
+    with contextlib.ExitStack() as stack:
+        for g in groups:
+            consumer = model.get_submodule(g.consumer)
+            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
+            stack.callback(hook.remove)
+        yield sums
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module, recompute: bool) -> Iterator[None]:
+    """Inside the block gradients flow down to the inputs of the first layer.
+
+    Args:
+        model: its weights are frozen.
+        recompute: keep only the inputs of each layer, and compute the rest again when it is needed.
+    """
+    layers = tower_layers(model, "language")
+
+    def start(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        hidden = kwargs["hidden_states"].detach().requires_grad_()
+        return args, kwargs | {"hidden_states": hidden}
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(layers[0].register_forward_pre_hook(start, with_kwargs=True).remove)
+        for layer in layers if recompute else ():
+            stack.enter_context(_recomputed(layer))
+        yield
+
+
+@contextlib.contextmanager
+def _recomputed(layer: nn.Module) -> Iterator[None]:
+    """Inside the block the layer's activations are computed again in the backward pass.
+
+    The variant of `checkpoint` is the reentrant one: the other one does not call hooks on tensors
+    of the second pass.
+    """
+    before, own = layer.forward, layer.__dict__.get("forward")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hidden, *rest = args or (kwargs.pop("hidden_states"),)
+        return checkpoint(
+            lambda hidden: before(hidden, *rest, **kwargs), hidden, use_reentrant=True
+        )
+
+    layer.forward = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own  # type: ignore[method-assign]
+
+
+def _root_gradient(
+    model: nn.Module, head: OutputHead, batch: ReplayBatch, hidden: Tensor, seed: int
+) -> Tensor:
+    """Gradient, by the last hidden states, of the logits along random roots of their Fisher."""
+    parts, done = [], 0
+    for part in chunks(model, batch.counted(hidden.detach())):
+        part = part.detach().requires_grad_()
+        logits = head(model, part)
+        positions = range(done, done := done + len(part))
+        signs = torch.stack([_signs(batch, i, seed, logits[0]) for i in positions])
+        root = fisher_root(logits.detach(), signs)
+        parts.append(torch.autograd.grad(logits, part, root)[0])
+    gradient = torch.zeros_like(hidden)
+    rows, places = batch.rows.to(hidden.device), batch.places.to(hidden.device)
+    gradient[rows, places] = torch.cat(parts).to(gradient.device)
+    return gradient
+
+
+def fisher_root(
+    logits: Float[Tensor, "P vocabulary"], signs: Float[Tensor, "P vocabulary"]
+) -> Float[Tensor, "P vocabulary"]:
+    """sqrt(p) s - p (sqrt(p) . s), elementwise but for the dot, for probabilities p and signs s.
+
+    Over random signs its second moment is diag(p) - p p^T, the Fisher information of the logits.
+    """
+    probabilities = logits.softmax(-1)
+    scaled = probabilities.sqrt() * signs
+    return scaled - probabilities * scaled.sum(-1, keepdim=True)
+
+
+def _signs(
+    batch: ReplayBatch, position: int, seed: int, like: Float[Tensor, " vocabulary"]
+) -> Float[Tensor, " vocabulary"]:
+    """Random signs, which depend on the tokens of the position's row, its number there, the seed.
+
+    So a row has the same ones in any batch, with any padding.
+    """
+    row = int(batch.rows[position])
+    number = position - int(torch.searchsorted(batch.rows, row))
+    start = int.from_bytes(batch.row_keys[row][:7], "big") + (seed << 20) + number
+    generator = torch.Generator(like.device).manual_seed(start % 2**63)
+    drawn = torch.randint(2, like.shape, generator=generator, device=like.device)
+    return 2.0 * drawn - 1
+
+
+def _activation_bytes(model: nn.Module, batch: ReplayBatch) -> int:
+    """About what the backward pass of a batch keeps: inputs and outputs of all linear layers."""
+    layers = tower_layers(model, "language")
+    linears = [m for m in layers.modules() if isinstance(m, nn.Linear)]
+    features = sum(m.in_features + m.out_features for m in linears)
+    tokens = next(
+        value.shape[:2].numel()
+        for name in ("inputs_embeds", "input_ids")
+        if isinstance(value := batch.inputs.get(name), Tensor)
+    )
+    return tokens * features * (linears[0].weight.element_size() if linears else 4)

@@ -1,0 +1,179 @@
+"""A calibration as the language tower sees it: inputs, positions that count, output head."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hipp_ext.calibration import TASKS, Batch, Calibration
+from hipp_ext.calibration.records import spaced
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.groups import check_loaded, decoder
+from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
+from hipp_ext.replay import decoder_inputs
+from hipp_ext.scorers.base import valid_tokens
+from hipp_ext.sensitivity.positions import counted_positions
+
+# Inputs of a language tower and the dimension of their rows; None: rows share it.
+ROW_DIMS = {
+    "input_ids": 0,
+    "inputs_embeds": 0,
+    "attention_mask": 0,
+    "position_ids": -2,
+    "cache_position": None,
+}
+CHUNK_BYTES = 1 << 28  # of float32 logits that are in memory at once
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReplayBatch:
+    """One batch of a calibration.
+
+    Attributes:
+        inputs: keyword arguments of the language tower.
+        rows: row of each counted position, shape (positions,), on the CPU.
+        places: place of each counted position in its row.
+        size: number of rows.
+        row_keys: digest of the tokens of each row, without its padding.
+        tasks: for each of TASKS whether the batch belongs to it.
+    """
+
+    inputs: Mapping[str, Any]
+    rows: Int[Tensor, " positions"]
+    places: Int[Tensor, " positions"]
+    size: int
+    row_keys: tuple[bytes, ...]
+    tasks: Bool[Tensor, " tasks"]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether rows can be taken from the inputs: only if all of them are of a known shape."""
+        return all(
+            name in ROW_DIMS or not isinstance(value, Tensor | Mapping | Sequence)
+            for name, value in self.inputs.items()
+        )
+
+    def sample(self, fraction: float) -> "ReplayBatch":
+        """The batch with a fraction of its rows, evenly spaced, one at least."""
+        chosen = torch.tensor(spaced(self.size, max(1, int(fraction * self.size))))
+        taken = torch.isin(self.rows, chosen)
+        return dataclasses.replace(
+            self,
+            inputs={n: _rows_of(n, v, chosen, self.size) for n, v in self.inputs.items()},
+            rows=torch.searchsorted(chosen, self.rows[taken]),
+            places=self.places[taken],
+            size=len(chosen),
+            row_keys=tuple(self.row_keys[i] for i in chosen.tolist()),
+        )
+
+    def counted(self, hidden: Float[Tensor, "rows tokens hidden"]) -> Float[Tensor, "P hidden"]:
+        """The hidden states at the counted positions."""
+        return hidden[self.rows.to(hidden.device), self.places.to(hidden.device)]
+
+    def per_row(self, values: Float[Tensor, " positions"]) -> Float[Tensor, " rows"]:
+        """Sum of the values of each row, on the CPU."""
+        return torch.zeros(self.size).index_add_(0, self.rows, values.float().cpu())
+
+
+class CalibrationReplay:
+    """The batches of a calibration, ready to run through the language tower again and again.
+
+    Embeddings, projector and vision tower run once. What is kept of a batch are the inputs of the
+    language tower.
+
+    Args:
+        model: model to be measured, in eval mode.
+        calibration: checked batches.
+
+    Attributes:
+        batches: the batches, in the calibration's order.
+        head: how the model computes its logits.
+
+    Raises:
+        UnsupportedModelError: weights are offloaded, or the tower, called again, gives other logits
+            than the model.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, calibration: Calibration):
+        check_loaded(model)
+        owners = [{id(batch) for batch in calibration.by_task[task]} for task in TASKS]
+        self.batches = tuple(
+            _replay_batch(model, batch, [id(batch) in own for own in owners])
+            for batch in calibration.batches
+        )
+        self.head = _verified_head(model, calibration.batches[0], self.batches[0])
+
+    def some_batches(self, fraction: float) -> tuple[ReplayBatch, ...]:
+        """A fraction of the batches of each task, evenly spaced, one at least."""
+        chosen = set[int]()
+        for task in range(len(TASKS)):
+            own = [i for i, batch in enumerate(self.batches) if batch.tasks[task]]
+            chosen |= {own[i] for i in spaced(len(own), max(1, int(fraction * len(own))))}
+        return tuple(batch for i, batch in enumerate(self.batches) if i in chosen)
+
+    def by_task(
+        self, values: Float[Tensor, "rows *rest"], batches: tuple[ReplayBatch, ...] | None = None
+    ) -> Float[Tensor, "tasks *rest"]:
+        """Mean over the counted positions of each task, of values that are sums over each row.
+
+        Args:
+            values: for the rows of all batches, one after the other.
+            batches: the batches of the rows; None: all.
+        """
+        batches = self.batches if batches is None else batches
+        sizes = torch.tensor([batch.size for batch in batches])
+        own = torch.stack([batch.tasks for batch in batches]).repeat_interleave(sizes, 0)
+        counts = torch.tensor([len(batch.rows) for batch in batches])
+        positions = counts @ torch.stack([batch.tasks.long() for batch in batches])
+        return torch.stack(
+            [values[own[:, task]].sum(0) / int(positions[task]) for task in range(len(TASKS))]
+        )
+
+
+def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
+    """The part of an input that belongs to some rows."""
+    dim = ROW_DIMS.get(name)
+    if not isinstance(value, Tensor) or dim is None or value.shape[dim] != size:
+        return value
+    return value.index_select(dim, rows.to(value.device))
+
+
+def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tensor]:
+    """The hidden states in parts whose logits take at most CHUNK_BYTES."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    yield from hidden.split(max(1, CHUNK_BYTES // (4 * vocabulary)))
+
+
+def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool]) -> ReplayBatch:
+    rows, places = counted_positions(model, batch).nonzero(as_tuple=True)
+    tokens = zip(batch["input_ids"].cpu(), valid_tokens(batch).cpu(), strict=True)
+    return ReplayBatch(
+        inputs=decoder_inputs(model, batch),
+        rows=rows,
+        places=places,
+        size=len(batch["input_ids"]),
+        row_keys=tuple(
+            hashlib.sha256(ids[valid].numpy().tobytes()).digest() for ids, valid in tokens
+        ),
+        tasks=torch.tensor(tasks),
+    )
+
+
+def _verified_head(model: nn.Module, batch: Batch, replay: ReplayBatch) -> OutputHead:
+    """The model's head, found on the last counted position of each row of a batch."""
+    last = replay.places[replay.rows.bincount().cumsum(0) - 1]
+    head, expected = fit_output_head(model, batch, last)
+    hidden = decoder(model)(**replay.inputs).last_hidden_state
+    again = head(model, hidden[torch.arange(replay.size), last.to(hidden.device)]).cpu()
+    if not float((again - expected).abs().max()) <= tolerance(model, expected, roundings=16):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its language tower, called again with the same inputs, "
+            "returns other logits than the model, so its sensitivity cannot be measured."
+        )
+    return head
