@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import VOCAB, build
+from models import VOCAB, batch, build
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hipp_ext.allocators import OWL, FLAPAdaptive, Uniform
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import __main__ as command
 from hipp_ext.evals.studies.real_lm import model as smollm2
@@ -124,6 +125,19 @@ def test_plans_cost_passes_over_the_calibration(llama, corpus, make, passes):
         assert plan.notes["passes"] == passes and plan.notes["seconds"] > 0
         alone = make(pruning_ratio=ratio).plan(llama, calibration=corpus.calibration(0))
         assert plan.groups == alone.groups
+
+
+def test_what_hipps_efforts_cost(llama):
+    """WandaSP's scores, a forward and a backward pass, then the points that are measured."""
+    rows = [batch("llama", size=8, length=23, seed=seed) for seed in range(8)]
+    passes = {}
+    for effort in ("fisher", "anchored", "measured"):
+        make = METHODS[f"hipp, {effort}"].make
+        plan = make_plans(make, llama, Calibration.from_batches(rows), (0.3,))[0.3]
+        assert plan.pruning_ratio >= 0.3
+        passes[effort] = plan.notes["passes"]
+    # The groups and the output head are verified on a few tokens.
+    assert 3 < passes["fisher"] < 3.5 < passes["anchored"] < 12 < passes["measured"]
 
 
 def test_a_backward_pass_costs_another_one(llama, corpus):
