@@ -31,6 +31,7 @@ ORDER = (
     "attacks",
     "scorers",
     "output_head",
+    "replay",
     "answers",
     "likelihood",
     "sensitivity",

@@ -18,6 +18,7 @@ from hipp_ext.sensitivity.curves import LEVELS
 from hipp_ext.sensitivity.efforts import Effort, check_effort, measure_sensitivity
 
 MAX_LOGIT_FRACTION = 0.998  # the logit of a whole group would be infinite
+STAYS = 1e6  # nats; the loss of what cannot go
 DROPPED_FRACTION = 1e-4  # stays of a group that goes whole, for the same reason
 
 
@@ -105,6 +106,8 @@ def cheapest_logits(
     utility, robustness = sensitivity
     losses = torch.lerp(utility, robustness, robustness_weight)
     levels = LEVELS[: losses.shape[1]]
+    if 1 not in levels:  # a group of one unit stays
+        losses = losses.masked_fill(torch.tensor([[g.width == 1] for g in groups]), STAYS)
     path = CheapestPath([g.parameters for g in groups], levels, losses)
     fractions = path.keep_fractions(torch.tensor([pruning_ratio]))[0]
     least = DROPPED_FRACTION if 1 in levels else 1 - MAX_LOGIT_FRACTION

@@ -22,7 +22,8 @@ from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.curves import LEVELS
 from hipp_ext.sensitivity.efforts import Effort, measure_sensitivity
 
-FEATURE_LEVELS = (1, 3)  # of LEVELS: those that a state token and the curvature are read from
+# of LEVELS: those that a state token and the curvature are read from
+FEATURE_LEVELS = (LEVELS.index(0.25), LEVELS.index(0.5))
 PLACES = ("attention", "ffn")  # of the blocks in a layer, by which a state token tells them apart
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the units, where the importance curve is read
 # of a state token, without the optional columns

@@ -1,14 +1,13 @@
-"""Where sensitivity is measured: which groups at which levels, on which rows."""
+"""What is measured of every group, and on how much of the calibration."""
 
 from collections.abc import Sequence
 
 from hipp_ext.groups import Group
 from hipp_ext.sensitivity.curves import QUARTER, units_at
 from hipp_ext.sensitivity.measured import Point
-from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch
 
-ANCHOR_LEVELS = (QUARTER, 1.0)
-ANCHOR_PASSES = 7.0  # forward passes over the calibration that anchors cost at most
+# Level -> forward passes over the calibration that all groups together may cost there.
+ANCHORS = {QUARTER: 4.5, 1.0: 2.0}
 MEASURED_LEVELS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -21,16 +20,10 @@ def points_at(groups: Sequence[Group], levels: Sequence[float]) -> list[Point]:
     ]
 
 
-def anchor_rows(
-    replay: CalibrationReplay, points: Sequence[Point], layers: int
-) -> tuple[ReplayBatch, ...]:
-    """The rows to measure `points` on: as many as ANCHOR_PASSES allow, of every batch alike.
+def affordable(points: Sequence[Point], layers: int, passes: float) -> float:
+    """The fraction of the calibration on which `points` cost at most so many forward passes.
 
-    Where the batches cannot be taken apart they are some of the batches. There is always a row, or
-    batch, of each task: of very few rows the points may cost more.
+    A point costs a pass through its own layer and those above it.
     """
     cost = sum((layers - point.group.layer) / layers for point in points)
-    fraction = min(1.0, ANCHOR_PASSES / max(cost, 1e-9))
-    if all(batch.divisible for batch in replay.batches):
-        return tuple(batch.sample(fraction) for batch in replay.batches)
-    return replay.some_batches(fraction)
+    return min(1.0, passes / cost)

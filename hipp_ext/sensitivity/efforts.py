@@ -1,6 +1,6 @@
 """Sensitivity of all groups at all levels, by an effort: Fisher, anchored or measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.anchors import ANCHOR_LEVELS, MEASURED_LEVELS, anchor_rows, points_at
+from hipp_ext.sensitivity.anchors import ANCHORS, MEASURED_LEVELS, affordable, points_at
 from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
@@ -46,7 +46,7 @@ def measure_sensitivity(
     over the calibration:
 
     - "fisher": second-order estimates from one backward pass; 2 passes, 3 where memory is short.
-    - "anchored": also two measured points of each group, on as many rows as 7 passes allow.
+    - "anchored": also two measured points of each group, on as many rows as 6.5 passes allow.
     - "measured": five measured levels of each group, on all rows; 2.5 passes for each group.
 
     How estimates and measurements make a curve is what `loss_curve` says.
@@ -74,30 +74,28 @@ def measure_sensitivity(
             replay.by_task(fisher_curve(found.pop(g.name), scores[g.name])) for g in groups
         ]
         del found
-        measured = torch.zeros(0, len(TASKS))
-        points, rows = _points(model, replay, groups, effort)
-        if points:
+        known: dict[Group, list[dict[int, float]]] = {g: [{} for _ in TASKS] for g in groups}
+        for points, rows in _measurements(model, replay, groups, effort):
             with counting(progress, "measuring sensitivity, point") as tick:
                 measured = measure_points(model, replay, points, scores, rows, tick)
-    known: list[list[dict[int, float]]] = [[{} for _ in TASKS] for _ in groups]
-    index = {g: i for i, g in enumerate(groups)}
-    for point, values in zip(points, measured.tolist(), strict=True):
-        for task, value in enumerate(values):
-            known[index[point.group]][task][point.removed] = value
+            for point, values in zip(points, measured.tolist(), strict=True):
+                for task, value in enumerate(values):
+                    known[point.group][task][point.removed] = value
     curves = [
-        torch.stack([at_levels(loss_curve(*pair)) for pair in zip(estimate, own, strict=True)])
-        for estimate, own in zip(estimates, known, strict=True)
+        torch.stack([at_levels(loss_curve(*pair)) for pair in zip(estimate, known[g], strict=True)])
+        for g, estimate in zip(groups, estimates, strict=True)
     ]
     return torch.stack(curves, 1)
 
 
-def _points(
+def _measurements(
     model: nn.Module, replay: CalibrationReplay, groups: Sequence[Group], effort: Effort
-) -> tuple[list[Point], tuple[ReplayBatch, ...]]:
+) -> Iterator[tuple[list[Point], tuple[ReplayBatch, ...]]]:
     """What an effort measures, and on which rows."""
-    if effort == "fisher":
-        return [], ()
     if effort == "measured":
-        return points_at(groups, MEASURED_LEVELS), replay.batches
-    points = points_at(groups, ANCHOR_LEVELS)
-    return points, anchor_rows(replay, points, len(tower_layers(model, "language")))
+        yield points_at(groups, MEASURED_LEVELS), replay.batches
+    elif effort == "anchored":
+        layers = len(tower_layers(model, "language"))
+        for level, passes in ANCHORS.items():
+            points = points_at(groups, [level])
+            yield points, replay.sample(affordable(points, layers, passes))

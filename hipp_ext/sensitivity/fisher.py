@@ -61,7 +61,7 @@ def unit_contributions(
         model: left as it was found.
         replay: the calibration.
         groups: groups of the language tower.
-        seed: random seed of the combinations. On another device they are others.
+        seed: random seed of the combinations.
         memory_limit: activations of a batch that may be in memory at once [bytes].
         tick: called with (batches done, all).
 
@@ -196,9 +196,9 @@ def _signs(
     row = int(batch.rows[position])
     number = position - int(torch.searchsorted(batch.rows, row))
     start = int.from_bytes(batch.row_keys[row][:7], "big") + (seed << 20) + number
-    generator = torch.Generator(like.device).manual_seed(start % 2**63)
-    drawn = torch.randint(2, like.shape, generator=generator, device=like.device)
-    return 2.0 * drawn - 1
+    generator = torch.Generator().manual_seed(start % 2**63)  # the same on all devices
+    drawn = torch.randint(2, like.shape, generator=generator, dtype=torch.int8)
+    return 2.0 * drawn.to(like.device) - 1
 
 
 def _activation_bytes(model: nn.Module, batch: ReplayBatch) -> int:

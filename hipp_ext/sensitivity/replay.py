@@ -27,7 +27,7 @@ ROW_DIMS = {
     "position_ids": -2,
     "cache_position": None,
 }
-CHUNK_BYTES = 1 << 28  # of float32 logits that are in memory at once
+CHUNK_BYTES = 1 << 26  # of float32 logits that are in memory at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,17 +58,17 @@ class ReplayBatch:
             for name, value in self.inputs.items()
         )
 
-    def sample(self, fraction: float) -> "ReplayBatch":
-        """The batch with a fraction of its rows, evenly spaced, one at least."""
-        chosen = torch.tensor(spaced(self.size, max(1, int(fraction * self.size))))
-        taken = torch.isin(self.rows, chosen)
+    def take(self, chosen: Sequence[int]) -> "ReplayBatch":
+        """The batch with some of its rows, which are given in ascending order."""
+        index = torch.tensor(chosen)
+        taken = torch.isin(self.rows, index)
         return dataclasses.replace(
             self,
-            inputs={n: _rows_of(n, v, chosen, self.size) for n, v in self.inputs.items()},
-            rows=torch.searchsorted(chosen, self.rows[taken]),
+            inputs={n: _rows_of(n, v, index, self.size) for n, v in self.inputs.items()},
+            rows=torch.searchsorted(index, self.rows[taken]),
             places=self.places[taken],
             size=len(chosen),
-            row_keys=tuple(self.row_keys[i] for i in chosen.tolist()),
+            row_keys=tuple(self.row_keys[i] for i in chosen),
         )
 
     def counted(self, hidden: Float[Tensor, "rows tokens hidden"]) -> Float[Tensor, "P hidden"]:
@@ -109,13 +109,26 @@ class CalibrationReplay:
         )
         self.head = _verified_head(model, calibration.batches[0], self.batches[0])
 
-    def some_batches(self, fraction: float) -> tuple[ReplayBatch, ...]:
-        """A fraction of the batches of each task, evenly spaced, one at least."""
-        chosen = set[int]()
+    def sample(self, fraction: float) -> tuple[ReplayBatch, ...]:
+        """Batches with a fraction of the rows of each task, evenly spaced, one row at least.
+
+        Where batches cannot be taken apart it is a fraction of the batches.
+        """
+        divisible = all(batch.divisible for batch in self.batches)
+        chosen: dict[int, set[int]] = {}
         for task in range(len(TASKS)):
-            own = [i for i, batch in enumerate(self.batches) if batch.tasks[task]]
-            chosen |= {own[i] for i in spaced(len(own), max(1, int(fraction * len(own))))}
-        return tuple(batch for i, batch in enumerate(self.batches) if i in chosen)
+            own = [
+                (number, row)
+                for number, batch in enumerate(self.batches)
+                for row in range(batch.size if divisible else 1)
+                if batch.tasks[task]
+            ]
+            for i in spaced(len(own), max(1, int(fraction * len(own)))):
+                chosen.setdefault(own[i][0], set()).add(own[i][1])
+        return tuple(
+            self.batches[n].take(sorted(rows)) if divisible else self.batches[n]
+            for n, rows in sorted(chosen.items())
+        )
 
     def by_task(
         self, values: Float[Tensor, "rows *rest"], batches: tuple[ReplayBatch, ...] | None = None

@@ -24,6 +24,7 @@ from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.settings import FitSettings
 from hipp_ext.planner.state import measure_signals
+from hipp_ext.sensitivity.curves import LEVELS
 
 
 def test_fit_learns_what_pays():
@@ -246,7 +247,7 @@ def test_a_fit_may_drop_blocks(model, tmp_path, drop):
     planner.fit(model, Closeness(model), SETTINGS, calibration=BATCHES, progress=False)
     counts = [r.keep_counts for r in planner.archive.records]
     assert (
-        planner.signals.levels == 8
+        planner.signals.sensitivity.shape[2] == len(LEVELS)
         and planner.bounds.allow(planner.signals.groups, np.array(counts)).all()
     )
     assert any(0 in plan for plan in counts)  # with floors of 0.6, large ratios need it

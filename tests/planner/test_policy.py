@@ -6,7 +6,7 @@ import torch
 
 from hipp_ext.planner.grpo import draw_preferences
 from hipp_ext.planner.policy import MAX_RATIO, MIN_COMPRESSION_WEIGHT, new_policy, ratio_of
-from hipp_ext.sensitivity.measured import PRUNE_LEVELS
+from hipp_ext.sensitivity.curves import LEVELS
 
 
 def test_an_untrained_budget_is_the_wish_for_compression(signals):
@@ -64,8 +64,9 @@ def test_logits_cannot_drift_together(signals):
 
 def test_who_wants_one_task_keeps_what_that_task_depends_on(signals):
     """Utility hangs on the first group alone, robustness on the second."""
-    sensitivity = torch.full_like(signals.sensitivity, 1e-3) * torch.tensor(PRUNE_LEVELS)
-    sensitivity[0, 0], sensitivity[1, 1] = torch.tensor(PRUNE_LEVELS), torch.tensor(PRUNE_LEVELS)
+    levels = torch.tensor(LEVELS)[: signals.sensitivity.shape[2]]
+    sensitivity = torch.full_like(signals.sensitivity, 1e-3) * levels
+    sensitivity[0, 0], sensitivity[1, 1] = levels, levels
     columns = {**signals.columns, "visual": torch.zeros_like(signals.visual)}
     apart = dataclasses.replace(signals, sensitivity=sensitivity, columns=columns)
     leans = torch.linspace(0, 1, 11)
