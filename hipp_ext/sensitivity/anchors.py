@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from hipp_ext.groups import Group
-from hipp_ext.sensitivity.curves import ANCHOR_LEVELS, units_at
+from hipp_ext.sensitivity.curves import ANCHOR_LEVEL, units_at
 from hipp_ext.sensitivity.measured import Point
 
 # Level -> forward passes over the calibration that all groups together may cost there.
-PASSES = {**dict.fromkeys(ANCHOR_LEVELS, 3.0), 1.0: 1.5}
+PASSES = {ANCHOR_LEVEL: 6.0, 1.0: 1.5}
 MEASURED_LEVELS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Removed fractions of a group's units; at 1 the block is dropped.
 LEVELS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-ANCHOR_LEVELS = (0.25, 0.5)  # where the size of a curve is taken
+ANCHOR_LEVEL = 0.5  # where the size of a curve is taken
 NARROW = 8  # units: groups of at most so many have curves of their own shapes
 FLOOR = 1e-12  # nats; smaller values are rounding, and are not divided by
 
@@ -41,7 +41,7 @@ def loss_curve(
     """The loss [nats] for every number of removed units of a group, from 0 to all.
 
     It goes through the measured points; where a group is not measured, through the estimate at
-    ANCHOR_LEVELS. Between the points and beyond them it grows with the square of the removed units.
+    ANCHOR_LEVEL. Between the points and beyond them it grows with the square of the removed units.
     A group that is pruned alone loses less than that where many units go. In a plan its neighbours
     are pruned too, and plans made from the exact curves of single groups took too much from the few
     groups that look cheap (evals/studies/LOG.md). Groups of at most NARROW units have the shape of
@@ -57,8 +57,8 @@ def loss_curve(
     shape = estimate.double()
     if width > NARROW:
         shape = torch.arange(width + 1, dtype=torch.float64).square()
-        anchors = (units_at(level, width) for level in ANCHOR_LEVELS)
-        points = points or {k: float(estimate[k]) for k in anchors}
+        anchor = units_at(ANCHOR_LEVEL, width)
+        points = points or {anchor: float(estimate[anchor])}
     curve = _joined(shape, points)
     dropped = max(float(curve[width]), float(estimate[width]))
     curve[width] = measured.get(width, dropped)

@@ -46,7 +46,7 @@ def measure_sensitivity(
     over the calibration:
 
     - "fisher": second-order estimates from one backward pass; 2 passes, 3 where memory is short.
-    - "anchored": also three measured points of each group, on as many rows as 7.5 passes allow.
+    - "anchored": also two measured points of each group, on as many rows as 7.5 passes allow.
     - "measured": five measured levels of each group, on all rows; 2.5 passes for each group.
 
     How estimates and measurements make a curve is what `loss_curve` says.

@@ -138,7 +138,7 @@ def test_lines_tell_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys
         ),
         *(
             f"hipp: measuring sensitivity, point {n} of {points}, about 1 min left"
-            for _ in ("a quarter", "a half", "all")
+            for _ in ("a half", "all")
             for n in range(1, points)
         ),
     ]
