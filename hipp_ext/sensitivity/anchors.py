@@ -24,7 +24,7 @@ def points_at(groups: Sequence[Group], levels: Sequence[float]) -> list[Point]:
 def anchor_rows(
     replay: CalibrationReplay, points: Sequence[Point], layers: int
 ) -> tuple[ReplayBatch, ...]:
-    """The rows to measure `points` on: as many as ANCHOR_PASSES allow, of every batch alike.
+    """The rows to measure `points` on: as many as ANCHOR_PASSES allow, evenly spaced.
 
     Where the batches cannot be taken apart they are some of the batches. There is always a row, or
     batch, of each task: of very few rows the points may cost more.
@@ -32,5 +32,5 @@ def anchor_rows(
     cost = sum((layers - point.group.layer) / layers for point in points)
     fraction = min(1.0, ANCHOR_PASSES / max(cost, 1e-9))
     if all(batch.divisible for batch in replay.batches):
-        return tuple(batch.sample(fraction) for batch in replay.batches)
+        return replay.some_rows(fraction)
     return replay.some_batches(fraction)

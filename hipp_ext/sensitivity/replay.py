@@ -59,9 +59,8 @@ class ReplayBatch:
             for name, value in self.inputs.items()
         )
 
-    def sample(self, fraction: float) -> "ReplayBatch":
-        """The batch with a fraction of its rows, evenly spaced, one at least."""
-        chosen = torch.tensor(spaced(self.size, max(1, int(fraction * self.size))))
+    def take(self, chosen: Int[Tensor, " taken"]) -> "ReplayBatch":
+        """The batch with some of its rows, whose numbers ascend; it must be `divisible`."""
         taken = torch.isin(self.rows, chosen)
         return dataclasses.replace(
             self,
@@ -112,11 +111,21 @@ class CalibrationReplay:
 
     def some_batches(self, fraction: float) -> tuple[ReplayBatch, ...]:
         """A fraction of the batches of each task, evenly spaced, one at least."""
-        chosen = set[int]()
-        for task in range(len(TASKS)):
-            own = [i for i, batch in enumerate(self.batches) if batch.tasks[task]]
-            chosen |= {own[i] for i in spaced(len(own), max(1, int(fraction * len(own))))}
+        chosen = _some([batch.tasks for batch in self.batches], fraction)
         return tuple(batch for i, batch in enumerate(self.batches) if i in chosen)
+
+    def some_rows(self, fraction: float) -> tuple[ReplayBatch, ...]:
+        """A fraction of the rows of each task, evenly spaced over its batches, one at least.
+
+        Batches are left out that have none of them; all others must be `divisible`.
+        """
+        chosen = _some([b.tasks for b in self.batches for _ in range(b.size)], fraction)
+        parts, start = [], 0
+        for batch in self.batches:
+            if rows := [i for i in range(batch.size) if start + i in chosen]:
+                parts.append(batch.take(torch.tensor(rows)))
+            start += batch.size
+        return tuple(parts)
 
     def by_task(
         self, values: Float[Tensor, "rows *rest"], batches: tuple[ReplayBatch, ...] | None = None
@@ -135,6 +144,20 @@ class CalibrationReplay:
         return torch.stack(
             [values[own[:, task]].sum(0) / int(positions[task]) for task in range(len(TASKS))]
         )
+
+
+def _some(tasks: Sequence[Bool[Tensor, " tasks"]], fraction: float) -> set[int]:
+    """Numbers of a fraction of the items of each task, evenly spaced, one at least.
+
+    Args:
+        tasks: for each item, the tasks it belongs to.
+        fraction: fraction of the items.
+    """
+    chosen = set[int]()
+    for task in range(len(TASKS)):
+        own = [i for i, belongs in enumerate(tasks) if belongs[task]]
+        chosen |= {own[i] for i in spaced(len(own), max(1, int(fraction * len(own))))}
+    return chosen
 
 
 def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
