@@ -121,7 +121,7 @@ def test_zeros_stay_finite_and_almost_zero(width):
     for measured in ({}, dict.fromkeys((units_at(level, width) for level in ANCHOR_LEVELS), 0.0)):
         curve = loss_curve(nothing, measured)
         assert torch.isfinite(curve).all()
-        assert 0 <= float(curve.min()) and float(curve.max()) <= FLOOR * width**2
+        assert float(curve.min()) >= 0 and float(curve.max()) <= FLOOR * width**2
 
 
 def test_an_estimate_of_zero_does_not_hide_a_measured_loss():

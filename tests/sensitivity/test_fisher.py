@@ -99,7 +99,7 @@ def test_roots_stay_finite_where_the_model_is_sure():
 @pytest.mark.parametrize("name", ["llama", "llava_gqa"])
 def test_on_average_the_estimate_is_the_second_order_divergence(name):
     """Against the second derivative, by autograd in double precision, of the divergence of the
-    model by a gate on its lowest units; of seeds within four standard errors, which are below 6%.
+    model by a gate on its lowest units: the mean of seeds lies within four standard errors.
     """
     model, given = build(name), batch_for(name, size=3, labels=True)
     groups, seeds = find_groups(model), 80
@@ -156,8 +156,9 @@ def test_contributions_of_all_groups_however_they_are_computed(name):
     assert {n: tuple(c.shape) for n, c in found.items()} == {g.name: (5, g.width) for g in groups}
     assert all(c.dtype == torch.float32 and bool((c != 0).all()) for c in found.values())
     assert_same(contributions_of(model, batches, memory_limit=0), found, 1e-6)
-    model.set_attn_implementation("eager")
-    assert_same(contributions_of(model, batches), found)
+    if name != "mllama":  # whose own logits of pictures differ with the kind of attention
+        model.set_attn_implementation("eager")
+        assert_same(contributions_of(model, batches), found)
 
 
 def test_seeds_draw_other_roots_and_the_same_ones_again(llama):
