@@ -29,8 +29,9 @@ def anchor_rows(
     Where the batches cannot be taken apart they are some of the batches. There is always a row, or
     batch, of each task: of very few rows the points may cost more.
     """
-    cost = sum((layers - point.group.layer) / layers for point in points)
-    fraction = min(1.0, ANCHOR_PASSES / max(cost, 1e-9))
+    # The dense model runs on the rows, too.
+    cost = 1 + sum((layers - point.group.layer) / layers for point in points)
+    fraction = min(1.0, ANCHOR_PASSES / cost)
     if all(batch.divisible for batch in replay.batches):
         return replay.some_rows(fraction)
     return replay.some_batches(fraction)
