@@ -45,6 +45,7 @@ class AsFound:
 
     def __init__(self, name: str):
         self.model = build(name).train()
+        self.model(**batch_for(name))  # transformers adds hooks of its own in the first pass
         self.model.get_output_embeddings().requires_grad_(False)
         next(self.model.children()).training = False
         self._before = self._state()
