@@ -30,6 +30,7 @@ ORDER = (
     "calibration",
     "attacks",
     "scorers",
+    "replay",
     "output_head",
     "answers",
     "likelihood",
