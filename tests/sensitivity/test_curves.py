@@ -75,7 +75,7 @@ def test_without_measurements_a_wide_group_grows_up_to_its_last_unit(data):
 @settings(deadline=None)
 @given(st.data())
 def test_a_wide_group_is_no_cheaper_than_measured_beyond_its_quarter(data):
-    """At the quarter itself the mean of estimate and measurement may be lower."""
+    """At the quarter itself it may be: there it is the mean of estimate and measurement."""
     estimate, measured = drawn(data, WIDE_WIDTHS, MEASURED_LEVELS)
     curve, width = loss_curve(estimate, measured), len(estimate) - 1
     for k, value in measured.items():

@@ -239,6 +239,17 @@ def test_a_pruned_model_is_like_the_masked_one():
     assert_same(contributions_of(small, [given], memory_limit=0), found, 1e-6)
 
 
+@pytest.mark.parametrize(("memory_limit", "runs"), [(0, 2), (1 << 40, 1)])
+def test_layers_run_again_where_memory_is_short(memory_limit, runs):
+    """The first time without a graph of what they compute."""
+    model = build("llama")
+    replay, graphs = replay_of(model, [batch_for("llama")]), []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda _, __, output: graphs.append(output.grad_fn is not None))
+    unit_contributions(model, replay, find_groups(model), memory_limit=memory_limit)
+    assert graphs == [False, True][-runs:]
+
+
 @pytest.mark.parametrize("memory_limit", [0, 1 << 40])
 def test_the_model_is_left_as_it_was_found(memory_limit):
     replay, state = replay_of(build("llava"), [batch_for("llava")]), AsFound("llava")
