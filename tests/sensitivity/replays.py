@@ -70,3 +70,11 @@ class AsFound:
             for name, module in self.model.named_modules()
         ]
         return modules, [(n, p.requires_grad) for n, p in self.model.named_parameters()]
+
+
+def with_dropout() -> nn.Module:
+    """A model in training mode whose attention drops half of its weights there."""
+    model = build("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    return model

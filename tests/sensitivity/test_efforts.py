@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import build
 from plans import random_scores
-from replays import AsFound, batch_for, replay_of
+from replays import AsFound, batch_for, replay_of, with_dropout
 
 from hipp_ext.errors import BudgetError, PlanError
 from hipp_ext.groups import find_groups, tower_layers
@@ -124,6 +124,13 @@ def test_the_model_is_left_as_it_was_found(effort):
     state = AsFound("llava")
     measure(state.model, [batch_for("llava")], effort=effort)
     state.check()
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_nothing_is_dropped_out(llama, effort):
+    batches = [batch_for("llama")]
+    expected = measure(llama, batches, effort=effort)
+    assert torch.equal(measure(with_dropout(), batches, effort=effort), expected)
 
 
 def test_efforts_are_those_of_the_type():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import BUILDERS, PECULIAR, build
 from plans import dropping_plan, logits, random_scores
-from replays import AsFound, batch_for, padded, points_of, replay_of, rows_of
+from replays import AsFound, batch_for, padded, points_of, replay_of, rows_of, with_dropout
 
 from hipp_ext import masked, prune
 from hipp_ext.groups import find_groups, tower_layers
@@ -156,6 +156,15 @@ def test_the_model_is_left_as_it_was_found():
     points = points_of(groups[-2:])
     measure_points(state.model, replay, points, random_scores(groups), replay.batches)
     state.check()
+
+
+def test_nothing_is_dropped_out(llama):
+    groups = find_groups(llama)
+    scores, points = random_scores(groups), points_of(groups)
+    replay = replay_of(llama, [batch_for("llama")])
+    expected = measure_points(llama, replay, points, scores, replay.batches)
+    found = measure_points(with_dropout(), replay, points, scores, replay.batches)
+    assert torch.equal(found, expected)
 
 
 def test_progress_counts_points_and_batches(llama):

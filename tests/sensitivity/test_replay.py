@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build
 from plans import logits
-from replays import batch_for, padded, replay_of, rows_of
+from replays import batch_for, padded, replay_of, rows_of, with_dropout
 
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import UnsupportedModelError
@@ -190,10 +190,7 @@ def test_points_are_those_nearest_to_the_levels_once_each(llama):
 
 def test_a_tower_that_answers_otherwise_the_second_time_is_refused():
     """Dropout, for one."""
-    model = build("llama").train()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    given = batch_for("llama")
+    model, given = with_dropout(), batch_for("llama")
     assert not torch.equal(logits(model, given), logits(model, given))
     with pytest.raises(UnsupportedModelError, match="called again with the same inputs"):
         replay_of(model, [given])
