@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import build
+from models import IMAGE_TOKEN, build
 from plans import logits
 from replays import batch_for, padded, replay_of, rows_of, with_dropout
 
@@ -90,9 +90,12 @@ def test_the_layers_of_the_tower_do_not_run_for_its_inputs(llama):
 def test_rows_of_a_batch_are_a_batch_of_those_rows(name):
     model, given = build(name), padded(batch_for(name, size=4, labels=True))
     given["labels"][1, :7] = -100
-    given["attention_mask"][3, 3:5] = 0
+    given["attention_mask"][3, -4:-2] = 0
+    if name == "qwen2_5_vl":  # has positions in three dimensions then, by row
+        given["mm_token_type_ids"] = (given["input_ids"] == IMAGE_TOKEN).int()
     (whole,) = replay_of(model, [given]).batches
     assert whole.divisible
+    assert (whole.inputs["position_ids"] is not None) == (name == "qwen2_5_vl")
     rows = torch.tensor([1, 3])
     part = whole.take(rows)
     hidden = decoder(model)(**whole.inputs).last_hidden_state
