@@ -23,7 +23,7 @@ def points_at(groups: Sequence[Group], levels: Sequence[float]) -> list[Point]:
 def affordable(points: Sequence[Point], layers: int, passes: float) -> float:
     """The fraction of the calibration on which `points` cost at most so many forward passes.
 
-    A point costs a pass through its own layer and those above it.
+    A point costs a pass through its own layer and those above it, and the dense model runs once.
     """
-    cost = sum((layers - point.group.layer) / layers for point in points)
+    cost = 1 + sum((layers - point.group.layer) / layers for point in points)
     return min(1.0, passes / cost)

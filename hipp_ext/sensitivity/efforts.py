@@ -61,9 +61,11 @@ def measure_sensitivity(
         progress: show on stderr what is measured, and how long it will take.
 
     Raises:
+        BudgetError: the effort is unknown.
         UnsupportedModelError: groups do not do what pruning takes them for, weights are offloaded,
             or the model computes its logits in an unknown way.
     """
+    check_effort(effort)
     check_scores(groups, scores)
     verify_groups(model, groups)
     with evaluating(model):

@@ -87,8 +87,11 @@ def unit_contributions(
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, groups: Sequence[Group], rows: int) -> Iterator[dict[str, Tensor]]:
-    """Yield group name -> (rows, width) sums of input times gradient, filled by a backward pass."""
-    sums: dict[str, Tensor] = {}
+    """Yield group name -> (rows, width) sums of input times gradient, filled by a backward pass.
+
+    They stay 0 where a layer does not run: one that reads pictures, in a batch without any.
+    """
+    sums = {g.name: torch.zeros(rows, g.width) for g in groups}
 
     def look(group: Group, _: nn.Module, args: tuple) -> None:
         x = args[0]

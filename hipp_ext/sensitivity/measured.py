@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -96,17 +97,25 @@ class _Dense:
 
 
 def _dense(model: nn.Module, head: OutputHead, batch: ReplayBatch) -> tuple[list, _Dense]:
-    """What each layer puts out, and the distributions, without any pruning."""
-    outputs: list = []
+    """What each layer puts out, and the distributions, without any pruning.
+
+    A layer that does not run (one that reads pictures, in a batch without any) passes on what the
+    one below puts out.
+    """
+    layers = tower_layers(model, "language")
+    found: dict[int, Any] = {}
     hooks = [
-        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
-        for layer in tower_layers(model, "language")
+        layer.register_forward_hook(lambda _, __, output, i=i: found.update({i: output}))
+        for i, layer in enumerate(layers)
     ]
     try:
         hidden = decoder(model)(**batch.inputs).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
+    outputs: list = []
+    for i in range(len(layers)):
+        outputs.append(found.get(i, outputs[-1] if outputs else None))
     return outputs, _Dense(model, head, batch.counted(hidden))
 
 

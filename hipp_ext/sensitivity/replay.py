@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hipp_ext.calibration import TASKS, Batch, Calibration
 from hipp_ext.calibration.records import spaced
@@ -152,9 +153,15 @@ class CalibrationReplay:
 def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
     """The part of an input that belongs to some rows."""
     dim = ROW_DIMS.get(name)
-    if not isinstance(value, Tensor) or dim is None or value.shape[dim] != size:
+    if dim is None:
         return value
-    return value.index_select(dim, rows.to(value.device))
+
+    def part(tensor: Tensor) -> Tensor:
+        shared = tensor.shape[dim] != size
+        return tensor if shared else tensor.index_select(dim, rows.to(tensor.device))
+
+    # A tower whose layers have masks of several kinds (Gemma 3) is given a mapping of them.
+    return tree_map_only(Tensor, part, value)
 
 
 def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tensor]:
