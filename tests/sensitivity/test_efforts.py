@@ -159,5 +159,6 @@ def test_progress_is_shown_on_request(llama, capsys, monkeypatch):
     measure(llama, batches, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("hipp: sensitivity by a backward pass, batch 1 of 2, about")
-    points = [f" point {n} of 12" for n in range(1, 12)]
-    assert [line.split(",")[1] for line in lines[1:]] == 2 * points  # at a half, and at all units
+    # Half of the units on a row of each batch, all of them on a single row.
+    expected = [f" point {n} of {total}" for total in (12, 6) for n in range(1, total)]
+    assert [line.split(",")[1] for line in lines[1:]] == expected
