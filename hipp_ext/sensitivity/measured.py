@@ -127,7 +127,7 @@ def _pruned(
     outputs: Sequence,
 ) -> Float[Tensor, "P hidden"]:
     """Hidden states at the counted positions, with one group pruned."""
-    group, layers = point.group, tower_layers(model, "language")
+    group, layers = point.group, list(tower_layers(model, "language"))
     mask = torch.ones(group.width, dtype=torch.bool)
     mask[unit_order(scores[group.name])[group.width - point.removed :]] = False
     below = outputs[group.layer - 1] if group.layer else None

@@ -15,6 +15,7 @@ from hipp_ext.evals.studies.real_lm.shortgpt import ShortGPT
 from hipp_ext.groups import find_groups
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import FLAP, Magnitude, WandaSP
+from hipp_ext.sensitivity.efforts import Effort
 from hipp_ext.units import plan_from_counts
 
 
@@ -35,7 +36,7 @@ class Method:
     bias: bool = False
 
 
-def _hipp(effort: str) -> Method:
+def _hipp(effort: Effort) -> Method:
     return Method(make=partial(Sensitivity, effort=effort))
 
 
