@@ -45,23 +45,21 @@ def loss_curve(
     A group that is pruned alone loses less than that where many units go. In a plan its neighbours
     are pruned too, and plans made from the exact curves of single groups took too much from the few
     groups that look cheap (evals/studies/LOG.md). Groups of at most NARROW units have the shape of
-    the estimate instead. Dropping the whole block has a value of its own, because a few units often
-    carry most of a block.
+    the estimate instead.
 
     Args:
         estimate: second-order estimate for every number of removed units.
         measured: number of removed units -> measured loss.
     """
     width = len(estimate) - 1
-    points = {k: value for k, value in measured.items() if k < width}
-    shape = estimate.double()
+    points, shape = dict(measured), estimate.double()
     if width > NARROW:
         shape = torch.arange(width + 1, dtype=torch.float64).square()
         anchor = units_at(ANCHOR_LEVEL, width)
         points = points or {anchor: float(estimate[anchor])}
     curve = _joined(shape, points)
-    dropped = max(float(curve[width]), float(estimate[width]))
-    curve[width] = measured.get(width, dropped)
+    if width not in points:  # a few units often carry most of a block
+        curve[width] = max(float(curve[width]), float(estimate[width]))
     return curve
 
 
