@@ -103,7 +103,7 @@ def test_a_narrow_group_follows_its_estimate_between_measurements():
     # between the factors 2 and 8 it is their geometric mean, and beyond 3 units it stays
     joined = loss_curve(estimate, {1: 2.0, 3: 72.0})
     assert joined.tolist() == pytest.approx([0, 2, 16, 72, 128])
-    assert loss_curve(estimate, {1: 2.0, 4: 5.0}).tolist() == pytest.approx([0, 2, 8, 18, 5])
+    assert loss_curve(estimate, {1: 2.0, 4: 32.0}).tolist() == pytest.approx([0, 2, 8, 18, 32])
 
 
 @pytest.mark.parametrize("width", [1, 2, NARROW, NARROW + 1, 44])
