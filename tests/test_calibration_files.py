@@ -369,7 +369,7 @@ def test_a_text_is_taken_in_chunks(repeats, tokenizer, tmp_path):
     expected = set(tokenizer(words)["input_ids"])
     assert set(ids.unique().tolist()) == expected
     labels = torch.cat([batch["labels"] for batch in calibration.batches])
-    assert (labels[:, :8] == -100).all() and labels[:, 8:].equal(ids[:, 8:])
+    assert (labels[:, 0] == -100).all() and labels[:, 1:].equal(ids[:, 1:])
     (tmp_path / "b.txt").write_text("Is there")
     assert Calibration.from_file(tmp_path / "b.txt", tokenizer).batches[0]["input_ids"].shape == (
         1,

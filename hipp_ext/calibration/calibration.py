@@ -101,7 +101,7 @@ class Calibration:
         - a folder that `datasets` saved to disk, with rows of these shapes.
 
         A chat ends with the last answer that begins within `sequence_length` tokens, and that
-        answer is its `labels`. The labels of a text are its second half. Batches hold rows of
+        answer is its `labels`. The labels of a text are its tokens. Batches hold rows of
         similar length, padded on the left.
 
         Args:

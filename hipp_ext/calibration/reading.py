@@ -88,8 +88,7 @@ class Reader(Fitter):
     def batch(self, rows: Sequence[Row]) -> Batch:
         """The batch of rows that `groups` puts together."""
         if texts := [row.ids for row in rows if row.ids]:
-            # The first half of a text is what its second half follows from.
-            labels = [[-100] * ((len(t) + 1) // 2) + list(t[(len(t) + 1) // 2 :]) for t in texts]
+            labels = [[-100, *t[1:]] for t in texts]  # nothing predicts the first token
             return padded(self.tokenizer, texts, labels)
         answers = [row.answer for row in rows if row.answer is not None] or None
         pictures = [self.pictures(row.sources) for row in rows]
