@@ -57,7 +57,7 @@ def measure_sensitivity(
         groups: groups of the language tower.
         scores: group name -> score per unit, higher = keep.
         effort: how much is measured.
-        seed: random seed of the labels of the Fisher estimate.
+        seed: random seed of the Fisher estimate.
         progress: show on stderr what is measured, and how long it will take.
 
     Raises:
