@@ -69,8 +69,7 @@ EffortOption = Annotated[
     Effort | None,
     method_option(
         metavar="NAME",
-        help="How the sensitivity of the groups is found: fisher (one backward pass), anchored "
-        "(10 forward passes at most) or measured (2.5 for each group). Default: anchored.",
+        help="Sensitivity: fisher (fast), anchored or measured (slow). Default: anchored.",
     ),
 ]
 Cache = Annotated[
@@ -94,8 +93,7 @@ References = Annotated[
     Path | None,
     question_option(
         metavar="FILE",
-        help="Open questions with answers, such as captions, in the files of --calibration: how "
-        "likely a plan finds the answers counts for utility. Default: none.",
+        help="Questions with open answers (captions), which count for utility. Default: none.",
     ),
 ]
 Questions = Annotated[

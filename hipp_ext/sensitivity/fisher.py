@@ -198,7 +198,7 @@ def _signs(
     """
     row = int(batch.rows[position])
     number = position - int(torch.searchsorted(batch.rows, row))
-    start = int.from_bytes(batch.row_keys[row][:7], "big") + (seed << 20) + number
+    start = int(batch.row_keys[row][:14], 16) + (seed << 20) + number
     generator = torch.Generator().manual_seed(start % 2**63)  # the same on all devices
     drawn = torch.randint(2, like.shape, generator=generator, dtype=torch.int8)
     return 2.0 * drawn.to(like.device) - 1

@@ -40,7 +40,7 @@ class ReplayBatch:
         rows: row of each counted position, shape (positions,), on the CPU.
         places: place of each counted position in its row.
         size: number of rows.
-        row_keys: digest of the tokens of each row, without its padding.
+        row_keys: hex digest of the tokens of each row, without its padding.
         tasks: for each of TASKS whether the batch belongs to it.
     """
 
@@ -48,7 +48,7 @@ class ReplayBatch:
     rows: Int[Tensor, " positions"]
     places: Int[Tensor, " positions"]
     size: int
-    row_keys: tuple[bytes, ...]
+    row_keys: tuple[str, ...]
     tasks: Bool[Tensor, " tasks"]
 
     @property
@@ -179,7 +179,7 @@ def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool]) -> ReplayBa
         places=places,
         size=len(batch["input_ids"]),
         row_keys=tuple(
-            hashlib.sha256(ids[valid].numpy().tobytes()).digest() for ids, valid in tokens
+            hashlib.sha256(ids[valid].numpy().tobytes()).hexdigest() for ids, valid in tokens
         ),
         tasks=torch.tensor(tasks),
     )

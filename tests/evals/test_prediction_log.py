@@ -122,9 +122,10 @@ def test_killed_at_random_times(tmp_path, whole, no_locks, monkeypatch):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         answer(file)
-        assert file.read_bytes() == whole and [left.name for left in file.parent.iterdir()] == [
-            file.name
-        ]
+        assert file.read_bytes() == whole
+        left = {path.name for path in file.parent.iterdir()} - {file.name}
+        # Without locks nobody can tell a leftover of the killed process from another one's file.
+        assert not left or (no_locks and all(name.startswith(f".{file.name}.") for name in left))
 
 
 def test_two_processes_at_once(tmp_path, whole):
