@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
-from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
+from hipp_ext.output_head import OutputHead, fit_output_head, logit_bytes, tolerance
 from hipp_ext.replay import decoder_inputs
 from hipp_ext.scorers.base import evaluating, valid_tokens
 
@@ -56,8 +56,7 @@ class AnswerLikelihood:
         self, model: nn.Module, batches: Sequence[Batch], *, memory_limit: int = LOGIT_BYTES
     ):
         check_loaded(model)
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-        self._chunk = max(1, memory_limit // (4 * vocabulary))
+        self._chunk = max(1, memory_limit // logit_bytes(model))
         self._head = OutputHead()
         self._batches: list[tuple[dict[str, Any], _Tokens]] = []
         with torch.no_grad(), evaluating(model):

@@ -55,6 +55,11 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
 
 
+def logit_bytes(model: nn.Module) -> int:
+    """Bytes of the float32 logits of one position."""
+    return 4 * model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+
+
 @torch.no_grad()
 def fit_output_head(
     model: nn.Module,

@@ -1,7 +1,7 @@
 """The language tower, run again from any of its layers on inputs that were computed once."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,20 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block `layer` computes `forward`; its hooks run as before."""
+    own = layer.__dict__.get("forward")  # accelerate's hooks replace it on the instance, too
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def starting_at(layers: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
     """Inside the block the tower starts at layer `start`: those below it compute nothing.
 
@@ -50,17 +64,12 @@ def starting_at(layers: Sequence[nn.Module], start: int, output: Any) -> Iterato
         start: index of the first layer that computes.
         output: what layer `start - 1` returned on the same inputs; ignored where `start` is 0.
     """
-    below = layers[:start]
-    # accelerate's hooks replace `forward` on the instance, too.
-    own = [layer.__dict__.get("forward") for layer in below]
-    try:
-        for layer in below:
-            # A copy, because a tower may add to it in place.
-            layer.forward = lambda *_, **__: tree_map_only(Tensor, Tensor.clone, output)  # type: ignore[method-assign]
+
+    def skip(*_: Any, **__: Any) -> Any:
+        # A copy, because a tower may add to it in place.
+        return tree_map_only(Tensor, Tensor.clone, output)
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers[:start]:
+            stack.enter_context(replaced_forward(layer, skip))
         yield
-    finally:
-        for layer, forward_before in zip(below, own, strict=True):
-            if forward_before is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward_before  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ class HiPPPlanner:
             needs labels.
         bounds: rounding and floors of the keep counts.
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
-            (and a measured point for each group) or "measured" (five of them), see
+            (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
         seed: random seed of the untrained policy.
         cache: folder where signals are kept for this model and calibration, across processes. True:

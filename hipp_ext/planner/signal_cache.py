@@ -48,9 +48,9 @@ def cached_signals(
 
     The name of a file is a digest of the model's groups, of a sample of all its weights, of the
     calibration's tensors, of the positions that count in them, of the effort and of how MRS is
-    measured. Signals are measured again
-    where a file is not as it was written, or holds other signals than its name says. If the folder
-    cannot be written, the signals are not kept. Arguments as for `measure_signals`.
+    measured. Signals are measured again where a file is not as it was written, or holds other
+    signals than its name says. If the folder cannot be written, the signals are not kept. Arguments
+    as for `measure_signals`.
     """
     log = log or (lambda _: None)
     groups, given = find_groups(model), Calibration.of(model, calibration)

@@ -75,7 +75,6 @@ def measure_sensitivity(
         estimates = [
             replay.by_task(fisher_curve(found.pop(g.name), scores[g.name])) for g in groups
         ]
-        del found
         known: dict[Group, list[dict[int, float]]] = {g: [{} for _ in TASKS] for g in groups}
         for points, rows in _measurements(model, replay, groups, effort):
             with counting(progress, "measuring sensitivity, point") as tick:

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from hipp_ext.groups import Group, decoder, tower_layers
 from hipp_ext.modes import training_only
 from hipp_ext.output_head import OutputHead
+from hipp_ext.progress import Tick
+from hipp_ext.replay import replaced_forward
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
@@ -44,7 +46,7 @@ def unit_contributions(
     *,
     seed: int = 0,
     memory_limit: int = MEMORY_LIMIT,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    tick: Tick = lambda done, total: None,
 ) -> dict[str, Float[Tensor, "rows width"]]:
     """Group name -> what a gate on each unit changes, (rows, width) float32; see `fisher_curve`.
 
@@ -130,33 +132,24 @@ def _differentiable(model: nn.Module, recompute: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(layers[0].register_forward_pre_hook(start, with_kwargs=True).remove)
         for layer in layers if recompute else ():
-            stack.enter_context(_recomputed(layer))
+            stack.enter_context(replaced_forward(layer, _recomputing(layer.forward)))
         yield
 
 
-@contextlib.contextmanager
-def _recomputed(layer: nn.Module) -> Iterator[None]:
-    """Inside the block the layer's activations are computed again in the backward pass.
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a layer whose activations are computed again in the backward pass.
 
     The variant of `checkpoint` is the reentrant one: the other one does not call hooks on tensors
     of the second pass.
     """
-    before, own = layer.forward, layer.__dict__.get("forward")
 
     def run(*args: Any, **kwargs: Any) -> Any:
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         return checkpoint(
-            lambda hidden: before(hidden, *rest, **kwargs), hidden, use_reentrant=True
+            lambda hidden: forward(hidden, *rest, **kwargs), hidden, use_reentrant=True
         )
 
-    layer.forward = run  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own  # type: ignore[method-assign]
+    return run
 
 
 def _root_gradient(

@@ -1,16 +1,17 @@
 """Measured sensitivity: the KL divergence of the outputs when one group alone is pruned."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hipp_ext.groups import Group, decoder, gated, tower_layers
 from hipp_ext.modes import evaluating
-from hipp_ext.output_head import OutputHead
+from hipp_ext.output_head import OutputHead, logit_bytes
+from hipp_ext.progress import Tick
 from hipp_ext.replay import starting_at
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
@@ -38,7 +39,7 @@ def measure_points(
     points: Sequence[Point],
     scores: Mapping[str, Tensor],
     batches: Sequence[ReplayBatch],
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    tick: Tick = lambda done, total: None,
 ) -> Float[Tensor, "points tasks"]:
     """Mean KL [nats per counted position] from the dense model, for each point and task.
 
@@ -53,13 +54,18 @@ def measure_points(
         batches: batches of `replay` to measure on; each task needs one.
         tick: called with (measurements done, all).
     """
+    layers = list(tower_layers(model, "language"))
+    masks = [_kept_mask(point, scores) for point in points]
     kl = torch.zeros(len(points), sum(batch.size for batch in batches))
     done, start = 0, 0
     with evaluating(model):
         for batch in batches:
-            outputs, dense = _dense(model, replay.head, batch)
-            for number, point in enumerate(points):
-                hidden = _pruned(model, batch, point, scores, outputs)
+            outputs, dense = _dense(model, replay.head, batch, layers)
+            for number, (point, mask) in enumerate(zip(points, masks, strict=True)):
+                first = point.group.layer
+                below = outputs[first - 1] if first else None
+                with gated(model, {point.group: mask}), starting_at(layers, first, below):
+                    hidden = batch.counted(decoder(model)(**batch.inputs).last_hidden_state)
                 kl[number, start : start + batch.size] = batch.per_row(dense.divergence(hidden))
                 done += 1
                 tick(done, len(points) * len(batches))
@@ -76,9 +82,8 @@ class _Dense:
     def __init__(self, model: nn.Module, head: OutputHead, hidden: Tensor):
         self._model, self._head = model, head
         self._hidden = list(chunks(model, hidden))
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self._kept = None
-        if 4 * len(hidden) * vocabulary <= DENSE_BYTES:
+        if len(hidden) * logit_bytes(model) <= DENSE_BYTES:
             self._kept = [self._log_probs(part) for part in self._hidden]
 
     def divergence(self, hidden: Float[Tensor, "P hidden"]) -> Float[Tensor, " P"]:
@@ -96,13 +101,14 @@ class _Dense:
         return self._head(self._model, hidden).log_softmax(-1)
 
 
-def _dense(model: nn.Module, head: OutputHead, batch: ReplayBatch) -> tuple[list, _Dense]:
+def _dense(
+    model: nn.Module, head: OutputHead, batch: ReplayBatch, layers: Sequence[nn.Module]
+) -> tuple[list, _Dense]:
     """What each layer puts out, and the distributions, without any pruning.
 
     A layer that does not run (one that reads pictures, in a batch without any) passes on what the
     one below puts out.
     """
-    layers = tower_layers(model, "language")
     found: dict[int, Any] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, output, i=i: found.update({i: output}))
@@ -119,17 +125,9 @@ def _dense(model: nn.Module, head: OutputHead, batch: ReplayBatch) -> tuple[list
     return outputs, _Dense(model, head, batch.counted(hidden))
 
 
-def _pruned(
-    model: nn.Module,
-    batch: ReplayBatch,
-    point: Point,
-    scores: Mapping[str, Tensor],
-    outputs: Sequence,
-) -> Float[Tensor, "P hidden"]:
-    """Hidden states at the counted positions, with one group pruned."""
-    group, layers = point.group, list(tower_layers(model, "language"))
+def _kept_mask(point: Point, scores: Mapping[str, Tensor]) -> Bool[Tensor, " width"]:
+    """True for the units that stay."""
+    group = point.group
     mask = torch.ones(group.width, dtype=torch.bool)
     mask[unit_order(scores[group.name])[group.width - point.removed :]] = False
-    below = outputs[group.layer - 1] if group.layer else None
-    with gated(model, {group: mask}), starting_at(layers, group.layer, below):
-        return batch.counted(decoder(model)(**batch.inputs).last_hidden_state)
+    return mask

@@ -15,7 +15,7 @@ from hipp_ext.calibration import TASKS, Batch, Calibration
 from hipp_ext.calibration.records import spaced
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
-from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
+from hipp_ext.output_head import OutputHead, fit_output_head, logit_bytes, tolerance
 from hipp_ext.replay import decoder_inputs
 from hipp_ext.scorers.base import valid_tokens
 from hipp_ext.sensitivity.positions import counted_positions
@@ -166,8 +166,7 @@ def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
 
 def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tensor]:
     """The hidden states in parts whose logits take at most CHUNK_BYTES."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    yield from hidden.split(max(1, CHUNK_BYTES // (4 * vocabulary)))
+    yield from hidden.split(max(1, CHUNK_BYTES // logit_bytes(model)))
 
 
 def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool]) -> ReplayBatch:
