@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS
+from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
 from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice
 
 Tower = Literal["language", "vision"]
@@ -38,6 +38,9 @@ class Group:
         unit_flops: floating-point operations per token that leave with one unit (two per
             multiply-accumulate of its weights); attention over the context comes on top, see
             `context_flops`.
+        stock_counts: keep counts that the model's configuration can name for all layers alike, so
+            that stock transformers builds such a model; None: any count.
+        removable: whether stock transformers builds the model without this layer.
     """
 
     tower: Tower
@@ -47,6 +50,8 @@ class Group:
     owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
+    stock_counts: tuple[int, ...] | None = None
+    removable: bool = True
 
     @property
     def name(self) -> str:
@@ -112,13 +117,21 @@ def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tu
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
     for tower in towers:
-        for index, layer in enumerate(tower_layers(model, tower)):
-            groups += [
-                _map_block(tower, index, kind, block, names[block])
-                for kind, block in _find_blocks(layer, names)
-                if not isinstance(block, Skip)
-            ]
+        layers = tower_layers(model, tower)
+        config, first = tower_config(model.config, tower), first_removable_layer(model.config)
+        for index, layer in enumerate(layers):
+            removable = tower == "language" and index >= first and not other_parts(layer)
+            for kind, block in _find_blocks(layer, names):
+                if not isinstance(block, Skip):
+                    group = _map_block(tower, index, kind, block, names[block])
+                    counts = _stock_counts(config, group, block)
+                    groups.append(replace(group, stock_counts=counts, removable=removable))
     return tuple(groups)
+
+
+def tower_config(config: Any, tower: Tower) -> Any:
+    """The part of a model's configuration that describes a tower."""
+    return config.get_text_config() if tower == "language" else config.vision_config
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
@@ -232,6 +245,16 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         unit_parameters=weights + biases,
         unit_flops=2 * weights,
     )
+
+
+def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
+    """See `Group.stock_counts`; only its width where the configuration names no width at all."""
+    kind = KINDS[group.kind]
+    common = kind.common_width(config, group.tower)
+    if common is None:
+        return (group.width,)
+    counts = kind.stock_counts(config, group.tower, common, block, group.columns)
+    return counts and tuple(n for n in counts if n < group.width) + (group.width,)
 
 
 def _listing(module: nn.Module, limit: int = 30) -> str:
