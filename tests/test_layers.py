@@ -26,6 +26,8 @@ ORDER = (
     "budget.uniform",
     "budget.counts",
     "budget",
+    "latency_table",
+    "limits",
     "calibration.processors",
     "calibration.batches",
     "calibration.encoding",
