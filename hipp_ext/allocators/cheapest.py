@@ -54,7 +54,8 @@ def expected_losses(
     removed = 1 - counts / [g.width for g in groups]
     curves = np.pad(losses.double().numpy(), [(0, 0), (1, 0)])
     levels = [0.0, *LEVELS]
-    return sum(np.interp(removed[:, i], levels, curve) for i, curve in enumerate(curves))
+    each = [np.interp(removed[:, i], levels, curve) for i, curve in enumerate(curves)]
+    return np.sum(each, axis=0)
 
 
 def stock_plans(

@@ -54,7 +54,7 @@ def uniform_counts(
         candidates, fits = _candidates(groups, targets[rows], bounds, cost)
         far = np.where(fits, distances(groups, candidates, logits[rows, None]), np.inf)
         nearest = np.take_along_axis(candidates, far.argmin(1)[:, None, None], 1)[:, 0]
-        found.append(np.where(fits.any(1)[:, None], nearest, bounds.smallest(groups)))
+        found.append(np.where(fits.any(1, keepdims=True), nearest, bounds.smallest(groups)))
     return np.concatenate(found)
 
 
@@ -106,4 +106,4 @@ def _dominated(combinations: np.ndarray, last: np.ndarray) -> np.ndarray:
     """(targets, combinations) bool: whether another combination keeps more and nothing less."""
     more = (combinations[None] >= combinations[:, None]).all(-1)
     more &= (combinations[None] > combinations[:, None]).any(-1)  # (one, another)
-    return (more & (last[:, None, :] >= last[:, :, None])).any(-1)
+    return np.asarray((more & (last[:, None, :] >= last[:, :, None])).any(-1))
