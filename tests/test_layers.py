@@ -58,6 +58,7 @@ ORDER = (
     "robust",
     "evals",
     "integrations",
+    "evals.runtimes",
     "evals.demo",
     "cli",
     "__main__",
