@@ -2,8 +2,8 @@
 
 A decoder layer has two groups. In the attention group a unit is a whole KV group: one key head, one
 value head and every query head that shares them (one of each under multi-head attention); or, as a
-finer unit, a query head. In the FFN group a unit is a channel. Groups are found by structure (which linear layers a block holds),
-not by a list of class names.
+finer unit, a query head. In the FFN group a unit is a channel. Groups are found by structure (which
+linear layers a block holds), not by a list of class names.
 """
 
 import contextlib
@@ -106,9 +106,7 @@ class Group:
 
 
 def find_groups(
-    model: nn.Module,
-    towers: Sequence[Tower] = ("language",),
-    attention_unit: AttentionUnit = "kv",
+    model: nn.Module, towers: Sequence[Tower] = ("language",), attention_unit: AttentionUnit = "kv"
 ) -> tuple[Group, ...]:
     """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
 

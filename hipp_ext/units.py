@@ -61,8 +61,8 @@ def plan_from_counts(
 
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
-            block is dropped) to its width, the same for each of its sections; scores are missing for a group, have another length than
-            its width, or are not finite.
+            block is dropped) to its width, or that its sections cannot share equally; scores are
+            missing for a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
     keep_counts = _checked_counts(groups, counts)
@@ -100,8 +100,8 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
             )
         if keep % g.sections:
             raise PlanError(
-                f"{g.name} cannot keep {keep} of {g.width} units: each of its {g.sections} sections "
-                f"keeps the same number, so a multiple of {g.sections} is needed."
+                f"{g.name} cannot keep {keep} of {g.width} units: its {g.sections} sections keep "
+                f"the same number each, so a multiple of {g.sections} is needed."
             )
         checked.append(keep)
     return checked

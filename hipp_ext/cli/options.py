@@ -39,6 +39,7 @@ TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which import
 Drop = Literal["none", "blocks", "layers"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
+AttentionUnit = Literal["kv", "query"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -63,6 +64,14 @@ DropOption = Annotated[
     size_option(
         metavar="WHAT",
         help="What may go as a whole: none, blocks (attention or FFN) or layers. Default: none.",
+    ),
+]
+AttentionUnitOption = Annotated[
+    AttentionUnit | None,
+    method_option(
+        metavar="UNIT",
+        help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
+        "every KV group; keys and values stay). Default: kv.",
     ),
 ]
 EffortOption = Annotated[

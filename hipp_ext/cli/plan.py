@@ -57,6 +57,7 @@ def plan(
             f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio).",
         ),
     ] = "planner",
+    attention_unit: opt.AttentionUnitOption = None,
     effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
     image_folder: opt.ImageFolder = None,
@@ -96,6 +97,7 @@ def plan(
         maker.pruning_ratio = maker.pruning_ratio if pruning_ratio is None else pruning_ratio
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
+        maker.attention_unit = attention_unit or maker.attention_unit
         maker.effort = effort or maker.effort
         if best_evaluated and not len(maker.archive):
             raise PlanError(
@@ -125,6 +127,7 @@ def plan(
                 f"--allocator {allocator} and --effort exclude each other: only the planner and "
                 "sensitivity measure the groups."
             )
+        chosen |= {"attention_unit": attention_unit} if attention_unit else {}
         maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     options["calibration"] = read_data(loaded, processor)

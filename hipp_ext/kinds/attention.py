@@ -5,7 +5,6 @@ Kind "query_heads": a unit is a query head; keys and values stay.
 """
 
 from dataclasses import replace
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -137,9 +137,7 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     towers = known_towers(model)
     groups = find_groups(model, towers)
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
-    widths = [
-        GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups
-    ]
+    widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
         widths += [
             GroupWidth(tower=tower, layer=layer, kind=kind, width=0)

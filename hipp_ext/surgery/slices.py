@@ -23,9 +23,10 @@ def sliced(
 
     On entry the units of every group are sorted in place, best first, so the units that any plan
     keeps are the first ones: a plan is a view of each weight, no number is copied, and a forward
-    costs what the pruned model's costs. (Of query heads, whose first ones of every section stay,
-    the kept weights are copied once per plan.) On exit, whatever happened inside, weights and sizes are
-    what they were, to the bit. No second copy of the weights is needed (but of those of query heads).
+    costs what the pruned model's costs. (Of query heads the first ones of every section stay: their
+    weights are copied for every plan.) On exit, whatever happened inside, weights and sizes are
+    what they were, to the bit. No second copy of the weights is needed, but of those of query
+    heads.
 
     Outputs equal those of `prune(model, plan_from_counts(groups, keep_counts, scores))` up to the
     order of summation. Not for training, and not for a static cache: the model's config goes on
@@ -58,7 +59,9 @@ def sliced(
             not 0 <= k <= g.width or k % g.sections
             for k, g in zip(keep_counts, groups, strict=True)
         ):
-            sizes = [f"{g.sections} x " * (g.sections > 1) + f"{g.width // g.sections}" for g in groups]
+            sizes = [
+                f"{g.sections} x " * (g.sections > 1) + f"{g.width // g.sections}" for g in groups
+            ]
             raise PlanError(
                 f"Keep counts {list(keep_counts)} do not fit groups of [{', '.join(sizes)}] units."
             )
