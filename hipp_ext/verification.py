@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Slice, linear, not_plain, sync_sizes
+from hipp_ext.groups import Group, Slice, block_of, linear, not_plain, sync_sizes
 from hipp_ext.modes import evaluating
 
 TOKENS = 4
@@ -34,9 +34,9 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     it.
 
     Cost: three forward passes over four tokens, the first time that a model is seen with groups of
-    these kinds; no weight is changed, and none is copied but those of the layer of query heads that
-    is running. Groups of the vision tower are left out, and so are models that could not be pruned
-    anyway (quantised, adapted, offloaded, with shared weights).
+    these kinds; no weight is changed, and none is copied but those of the query heads of the block
+    that is running. Groups of the vision tower are left out, and so are models that could not be
+    pruned anyway (quantised, adapted, offloaded, with shared weights).
     """
     several = [g for g in groups if g.tower == "language" and g.width > 1]
     kinds = {g.kind for g in several}
@@ -139,11 +139,11 @@ def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 @contextlib.contextmanager
 def _cut_while_running(model: nn.Module, group: Group, part: Slice) -> Iterator[None]:
-    """Inside the block a parameter is without the first units while its layer runs.
+    """Inside the `with` block a parameter is without the first units while its block runs.
 
     It is a view where there is one section, else a copy.
     """
-    parameter, layer = model.get_parameter(part.parameter), linear(model, part.layer)
+    parameter, block = model.get_parameter(part.parameter), block_of(model, group)
     whole, dim = parameter.data, part.dim
 
     def cut(*_: Any) -> None:
@@ -154,7 +154,7 @@ def _cut_while_running(model: nn.Module, group: Group, part: Slice) -> Iterator[
     def restore(*_: Any) -> None:
         parameter.data = whole
 
-    with layer.register_forward_pre_hook(cut), layer.register_forward_hook(restore):
+    with block.register_forward_pre_hook(cut), block.register_forward_hook(restore):
         try:
             yield
         finally:
