@@ -92,9 +92,8 @@ def test_pruned_is_masked_is_zeroed(case, left_padded):
             removed += sum(p.numel() for layer in rest for p in layer.parameters())
             norms = [getattr(block, n, None) for n in ("q_norm", "k_norm")]
             removed += sum(p.numel() for n in norms if n is not None for p in n.parameters())
-            removed += model.get_submodule(
-                g.block.rpartition(".")[0]
-            ).input_layernorm.weight.numel()
+            layer = model.get_submodule(g.block.rpartition(".")[0])
+            removed += layer.input_layernorm.weight.numel()
             continue
         own = small.get_submodule(g.block)
         assert own.num_key_value_groups * g.sections == e.keep
@@ -128,9 +127,11 @@ def test_sliced_is_pruned_plan_after_plan_and_leaves_no_trace(name, data):
 
 def test_slices_refuse_counts_that_sections_cannot_share():
     groups = GROUPS["llama"]
-    with sliced(MODELS["llama"], groups, random_scores(groups)) as shrink:
-        with pytest.raises(PlanError, match=r"do not fit groups of \[3 x 2, 44, 3 x 2"):
-            shrink([4, 44] * 3)
+    with (
+        sliced(MODELS["llama"], groups, random_scores(groups)) as shrink,
+        pytest.raises(PlanError, match=r"do not fit groups of \[3 x 2, 44, 3 x 2"),
+    ):
+        shrink([4, 44] * 3)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -150,12 +151,11 @@ def test_the_small_model_generates_what_the_masked_one_does(name, implementation
 @pytest.mark.parametrize("name", [*NAMES, "smolvlm", "mistral", "gemma3", "mllama"])
 def test_saved_is_loaded_to_the_bit(name, tmp_path):
     model, inputs = build(name), batch(name)
-    for number, steps in enumerate([(1, 2, 3), (1,)]):
-        plan = query_plan(model, steps=(*steps, 4) if number else steps)
-        if number:  # every KV group is left with one query head; a block is dropped
-            groups = find_groups(model, attention_unit="query")
-            counts = [g.sections if g.sections > 1 else g.width for g in groups]
-            plan = plan_from_counts(groups, [*counts[:2], 0, *counts[3:]], random_scores(groups))
+    groups = find_groups(model, attention_unit="query")
+    # Every KV group is left with one query head, and a block is dropped.
+    counts = [g.sections if g.place == "attention" else g.width for g in groups]
+    dropping = plan_from_counts(groups, [*counts[:2], 0, *counts[3:]], random_scores(groups))
+    for number, plan in enumerate((query_plan(model), dropping)):
         small = prune(model, plan)
         folder = save_pruned(small, tmp_path / str(number))
         loaded = load_pruned(folder)
@@ -200,8 +200,9 @@ def test_padding_ends_at_the_most_query_heads_of_any_layer(name, repeat, tmp_pat
     """Where the configuration can say so: Qwen2.5-VL has no head_dim, and gets its heads back."""
     model, inputs = build(name), batch(name)
     groups = find_groups(model, attention_unit="query")
-    counts = [g.sections * (1 + (repeat > 1) * (g.layer % 2)) for g in groups]
-    counts = [k if g.sections > 1 or name == "llava_mqa" else 30 for k, g in zip(counts, groups)]
+    counts = [
+        30 if g.place == "ffn" else g.sections * (1 + (repeat > 1) * (g.layer % 2)) for g in groups
+    ]
     small = prune(model, plan_from_counts(groups, counts, random_scores(groups)))
     padded = pad_to_uniform(small)
     padded.save_pretrained(tmp_path / "padded")
