@@ -115,8 +115,9 @@ def find_groups(
             LLaVA, LLaVA-NeXT, Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
         towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone by default.
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
-            which every KV group of a layer keeps the same number; keys and values stay. Where no
-            query heads share keys (multi-head attention), both are the same: KV groups.
+            which every KV group of a layer keeps the same number. Keys and values then are not
+            prunable parameters: they stay, but for those of a dropped block. Where no query heads
+            share keys (multi-head attention), both units are the same: KV groups.
 
     Raises:
         BudgetError: the attention unit is unknown.

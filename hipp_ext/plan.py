@@ -5,6 +5,7 @@ JSON, one group a line; the kept units are written as ranges ("0-5,8"), which st
 well.
 """
 
+import bisect
 import itertools
 import json
 from collections import Counter
@@ -71,15 +72,21 @@ class PlanGroup:
             raise PlanError(
                 f"{self.name}: {self.width} units cannot be divided into {self.sections} sections."
             )
-        if self.sections > 1:
-            size = self.width // self.sections
-            found = Counter(unit // size for unit in self.kept)
-            counts = [found[section] for section in range(self.sections)]
-            if len(set(counts)) > 1:
-                raise PlanError(
-                    f"{self.name}: each of the {self.sections} sections of {size} units must keep "
-                    f"the same number; they keep {_short(counts[:100])}."
-                )
+        size, each = self.width // self.sections, len(self.kept) // self.sections
+        if self.sections == 1 or (
+            len(self.kept) == each * self.sections
+            and all(unit // size == place // each for place, unit in enumerate(self.kept))
+        ):
+            return
+        starts = range(0, size * min(self.sections, 100), size)
+        counts = [
+            bisect.bisect_left(self.kept, start + size) - bisect.bisect_left(self.kept, start)
+            for start in starts
+        ]
+        raise PlanError(
+            f"{self.name}: each of the {self.sections} sections of {size} units must keep the same "
+            f"number; they keep {counts}{', ...' if self.sections > 100 else ''}."
+        )
 
     @property
     def name(self) -> str:
