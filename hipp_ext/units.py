@@ -22,7 +22,7 @@ def unit_order(scores: Float[Tensor, " width"], sections: int = 1) -> Int[Tensor
     With several sections: the best of every section, then the second of every section, and so on,
     so that the units of a rank stay or leave together. See `Group.sections`.
     """
-    ranked = torch.argsort(scores.view(sections, -1), dim=1, descending=True, stable=True)
+    ranked = torch.argsort(scores.reshape(sections, -1), dim=1, descending=True, stable=True)
     first = torch.arange(sections, device=scores.device) * ranked.shape[1]
     return (ranked + first[:, None]).T.flatten()
 

@@ -1,6 +1,7 @@
 """Query heads as units: what they own, how they are ranked, planned and scored."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from hipp_ext import HiPPPlanner, Preference, PruningPlan, masked, prune
 from hipp_ext.allocators import ALLOCATORS, GlobalThreshold, Sensitivity, Uniform
 from hipp_ext.budget import Bounds, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration
+from hipp_ext.cli import options
 from hipp_ext.errors import BudgetError, PlanError, UnsupportedModelError
-from hipp_ext.groups import find_groups, query_groups
+from hipp_ext.groups import AttentionUnit, find_groups, query_groups
 from hipp_ext.plan import PlanGroup
 from hipp_ext.planner.cost import cost_of
 from hipp_ext.planner.signal_cache import cached_signals
@@ -378,3 +380,7 @@ def test_visual_sensitivity_and_efforts_take_query_heads():
         allocator = Sensitivity(pruning_ratio=0.4, effort=effort, attention_unit="query")
         plan = allocator.plan(model, calibration=data)
         assert meets(GROUPS["qwen2_5_vl"], [e.keep for e in plan.groups], 0.4, Bounds())
+
+
+def test_the_commands_offer_the_units_there_are():
+    assert get_args(options.AttentionUnit) == get_args(AttentionUnit)

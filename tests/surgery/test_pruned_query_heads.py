@@ -251,16 +251,3 @@ def test_in_place_gradients_and_training():
         for part in g.owns:
             gradient = model.get_parameter(part.parameter).grad
             assert gradient.shape[part.dim] == g.width * part.size and gradient.abs().sum() > 0
-
-
-def test_a_folder_of_packed_weights_needs_the_manifest(tmp_path):
-    """Widths come from shapes; where they are packed, from hipp_ext.json."""
-    from hipp_ext.model_folder import read_folder
-    from hipp_ext.surgery.checkpoint import _named_widths
-
-    model = build("llava_gqa")
-    small = prune(model, query_plan(model))
-    folder = read_folder(save_pruned(small, tmp_path / "folder"))
-    named = _named_widths(folder, small)
-    for e in small.hipp_plan.groups:
-        assert named.get(e.name, e.width) == e.keep
