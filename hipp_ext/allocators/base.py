@@ -10,7 +10,7 @@ from torch import nn
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import find_groups
+from hipp_ext.groups import AttentionUnit, check_attention_unit, find_groups
 from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
@@ -31,20 +31,24 @@ class Allocator(abc.ABC):
         pruning_ratio: removed fraction of the prunable parameters, in [0, 1).
         scorer: scorer that ranks the units of a group; None: WandaSP.
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
+        attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or bounds are not Bounds.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or the attention unit
+            is unknown.
     """
 
     pruning_ratio: float
     scorer: Scorer | None = None
     bounds: Bounds | None = None
+    attention_unit: AttentionUnit = "kv"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
     def __post_init__(self) -> None:
         check_ratio(self.pruning_ratio)
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
+        check_attention_unit(self.attention_unit)
 
     def plan(
         self,
@@ -72,7 +76,8 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups, scorer = find_groups(model), self.scorer or WandaSP()
+        groups = find_groups(model, attention_unit=self.attention_unit)
+        scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)
         excess = (limits or Limits()).check(model, groups)

@@ -33,6 +33,7 @@ def fit(
             "--mrs", help="Also give the policy MRS: each group's sensitivity under attack."
         ),
     ] = False,
+    attention_unit: opt.AttentionUnitOption = None,
     effort: opt.EffortOption = None,
     seed: Annotated[
         int,
@@ -100,6 +101,7 @@ def fit(
         pruning_ratio=pruning_ratio,
         mrs=MRS() if mrs else None,
         bounds=Bounds(**opt.read_bounds(round_to, drop, shape)),
+        attention_unit=attention_unit or "kv",
         effort=effort or "anchored",
         cache=cache or True,
     )

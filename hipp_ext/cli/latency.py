@@ -51,9 +51,7 @@ def latency(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE", help="Weights in --runtime: f32, f16, bf16 or q8_0."
-        ),
+        typer.Option(metavar="TYPE", help="Weights in --runtime: f32, f16, bf16 or q8_0."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads in --runtime. Default: all cores.")
@@ -130,8 +128,8 @@ def _in_runtime(
     import json
     from dataclasses import asdict
 
-    from hipp_ext.evals.runtimes.blocks import measure_blocks
     from hipp_ext.evals.runtimes import measure_folders
+    from hipp_ext.evals.runtimes.blocks import measure_blocks
     from hipp_ext.evals.runtimes.table import print_blocks, print_figures
     from hipp_ext.files import write_atomic
 

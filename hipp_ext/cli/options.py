@@ -44,6 +44,7 @@ Cost = Literal["parameters", "latency"]
 Phase = Literal["decode", "prefill"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
+AttentionUnit = Literal["kv", "query"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -106,6 +107,14 @@ CostOption = Annotated[
     size_option(
         metavar="WHAT",
         help="What --pruning-ratio is a fraction of: parameters, or the dense model's latency.",
+    ),
+]
+AttentionUnitOption = Annotated[
+    AttentionUnit | None,
+    method_option(
+        metavar="UNIT",
+        help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
+        "every KV group; keys and values stay). Default: kv.",
     ),
 ]
 EffortOption = Annotated[

@@ -64,6 +64,7 @@ def plan(
             f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio).",
         ),
     ] = "planner",
+    attention_unit: opt.AttentionUnitOption = None,
     effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
     image_folder: opt.ImageFolder = None,
@@ -106,6 +107,7 @@ def plan(
         maker.pruning_ratio = maker.pruning_ratio if ratio is None else ratio
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
+        maker.attention_unit = attention_unit or maker.attention_unit
         maker.effort = effort or maker.effort
         if best_evaluated and not len(maker.archive):
             raise PlanError(
@@ -135,6 +137,7 @@ def plan(
                 f"--allocator {allocator} and --effort exclude each other: only the planner and "
                 "sensitivity measure the groups."
             )
+        chosen |= {"attention_unit": attention_unit} if attention_unit else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}

@@ -105,6 +105,10 @@ class BlockKind(abc.ABC):
         """Whether the consumer reads as many numbers as the producers make of the units."""
         return True
 
+    def sections(self, block: Any) -> int:
+        """Number of equal sections of the units, of which all must keep the same number."""
+        return 1
+
     @abc.abstractmethod
     def width(self, block: Any, name: str) -> int:
         """Number of units of a block. Raises UnsupportedModelError where it cannot be told."""

@@ -11,7 +11,7 @@ from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
-from hipp_ext.groups import find_groups
+from hipp_ext.groups import AttentionUnit, Group, check_attention_unit, find_groups
 from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
@@ -58,6 +58,7 @@ class HiPPPlanner:
         mrs: also shows the policy the sensitivity of every group under attack; the calibration
             needs labels.
         bounds: rounding and floors of the keep counts.
+        attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
             (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
@@ -67,7 +68,7 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort or attention unit is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -87,6 +88,7 @@ class HiPPPlanner:
         scorer: Scorer | None = None,
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
+        attention_unit: AttentionUnit = "kv",
         effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
@@ -97,6 +99,7 @@ class HiPPPlanner:
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
         check_effort(effort)
+        check_attention_unit(attention_unit)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
@@ -110,6 +113,7 @@ class HiPPPlanner:
             )
         self.scorer, self.mrs, self.bounds = scorer, mrs, bounds or Bounds()
         self.effort: Effort = effort
+        self.attention_unit: AttentionUnit = attention_unit
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -166,7 +170,7 @@ class HiPPPlanner:
         preference = self.preference if preference is None else preference
         _check_preference(preference)
         self._check_reach(model)
-        groups = find_groups(model)
+        groups = self._groups(model)
         excess = (limits or Limits()).check(model, groups)
         check_reachable(excess, groups, self.bounds)
         signals = self.measure(
@@ -188,7 +192,10 @@ class HiPPPlanner:
         """Raise BudgetError if pruning_ratio cannot be met, before anything is measured."""
         check_model(model)
         if self.pruning_ratio is not None:
-            keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
+            keep_counts(self._groups(model), None, self.pruning_ratio, self.bounds)
+
+    def _groups(self, model: nn.Module) -> tuple[Group, ...]:
+        return find_groups(model, attention_unit=self.attention_unit)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(
@@ -224,7 +231,8 @@ class HiPPPlanner:
                 f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
             )
         before, asked = self._signals_of(model), rows or self._rows
-        if before and before.effort != self.effort:
+        groups = self._groups(model)
+        if before and (before.effort != self.effort or before.groups != groups):
             before = None
         # Without a calibration, any signals of the model will do, unless rows or a processor ask
         # for certain built-in questions.
@@ -236,7 +244,8 @@ class HiPPPlanner:
             return before
         if before and log:
             log("another calibration than that of the known signals: measuring again")
-        options: Any = {"mrs": self.mrs, "effort": self.effort, "log": log, "progress": progress}
+        options: Any = {"mrs": self.mrs, "effort": self.effort, "groups": groups}
+        options |= {"log": log, "progress": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **options)
         else:

@@ -17,7 +17,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, total_parameters
-from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_kind, measure_columns, standardise
+from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_place, measure_columns, standardise
 from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.curves import LEVELS
 from hipp_ext.sensitivity.efforts import Effort, measure_sensitivity
@@ -65,7 +65,7 @@ class Signals:
     @functools.cached_property
     def visual_rank(self) -> Float[Tensor, " groups"]:
         """The visual signal as the policy sees it."""
-        return by_kind(self.visual, self.groups)
+        return by_place(self.visual, self.groups)
 
     @functools.cached_property
     def ranking(self) -> str:

@@ -26,7 +26,8 @@ class Point:
 
     Attributes:
         group: the group.
-        removed: number of units that it loses, from 1; all of them drop its block.
+        removed: number of units that it loses, the same of each of its sections, from 1; all of
+            them drop its block.
     """
 
     group: Group
@@ -134,5 +135,6 @@ def _kept_mask(point: Point, scores: Mapping[str, Tensor]) -> Bool[Tensor, " wid
     """True for the units that stay."""
     group = point.group
     mask = torch.ones(group.width, dtype=torch.bool)
-    mask[unit_order(scores[group.name])[group.width - point.removed :]] = False
+    order = unit_order(scores[group.name], group.sections)
+    mask[order[group.width - point.removed :]] = False
     return mask
