@@ -22,10 +22,10 @@ from hipp_ext.units import plan_from_counts
 FAMILIES = sorted(BUILDERS | PECULIAR)
 
 
-def shaped(family, shape, fraction=0.6):
+def shaped(family, shape, unit="kv", fraction=0.6):
     """The model of a family, and it pruned by `fraction` of what the shape lets go."""
     model = build(family)
-    groups, bounds = find_groups(model), Bounds(shape=shape)
+    groups, bounds = find_groups(model, attention_unit=unit), Bounds(shape=shape)
     ratio = fraction * largest_ratio(groups, bounds)
     counts = keep_counts(groups, None, ratio, bounds)
     plan = plan_from_counts(groups, counts, random_scores(groups))
@@ -33,9 +33,11 @@ def shaped(family, shape, fraction=0.6):
 
 
 @pytest.mark.parametrize("shape", ["uniform", "layers"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stock_transformers_loads_what_is_left(family, shape, tmp_path):
-    model, plan, small = shaped(family, shape)
+@pytest.mark.parametrize(
+    ("family", "unit"), [*((f, "kv") for f in FAMILIES), ("llava_gqa", "query"), ("llama", "query")]
+)
+def test_stock_transformers_loads_what_is_left(family, unit, shape, tmp_path):
+    model, plan, small = shaped(family, shape, unit)
     inputs = batch(family)
     with masked(model, plan):
         expected = logits(model, inputs)
