@@ -1,0 +1,142 @@
+"""Whether llama.cpp makes the same token ids of a text as transformers; asked of llama.cpp."""
+
+import json
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.integrations.llama_cpp_file import Entry, write_gguf
+from hipp_ext.integrations.llama_cpp_pretokenizers import PROBE
+
+_WIDTH = 32
+TEXTS = (
+    PROBE,
+    "The quick brown fox jumps over the lazy dog. 0 1 22 333 4444 55555",
+    "import os\nfor i in range(10):\n    if i % 2 == 0:\n        print(f\"{i}\")\n",
+    "\u6625\u7720\u4e0d\u89c9\u6653\uff0c\u5904\u5904\u95fb\u557c\u9e1f\u3002\u3072\u3089\u304c"
+    "\u306a \uac00\ub098\ub2e4",
+    "\U0001f1ea\U0001f1fa \U0001f469\u200d\U0001f4bb caf\u00e9 \u201cquotes\u201d \u2014 \u2026",
+    "a  b   c    d\t\te \n f\n\n\ng\n",
+)
+LEADING = (" one space", "   three spaces", "\n line")
+NOT_COMPARED = (
+    "token ids were not compared with llama.cpp's: xllamacpp cannot be imported here (pip install "
+    "xllamacpp)."
+)
+
+
+def compare_ids(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[str]:
+    """What a user must know of how llama.cpp tokenizes, by comparison with `tokenizer`.
+
+    A file of the tokenizer alone, with next to no weights, is given to llama.cpp. Letters, digits,
+    code, CJK, emoji and runs of spaces must get the same ids, and every special token its own; what
+    differs only beside special tokens or behind leading spaces is told.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        rows: number of tokens of the model.
+        add: adds the tokenizer's fields to a gguf.GGUFWriter.
+
+    Returns:
+        Notes; without xllamacpp, one that says that nothing was compared.
+
+    Raises:
+        UnsupportedModelError: ids differ, or llama.cpp refuses the tokenizer.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        return [NOT_COMPARED]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.gguf"
+        _write_tiny(path, rows, add)
+        server = _serve(xllamacpp, path)
+
+        def ids(text: str, special: bool = False) -> list[int]:
+            return _ask(server.listening_address, text, special)
+
+        _require_equal(tokenizer, ids)
+        return list(_notes(tokenizer, ids))
+
+
+def _require_equal(tokenizer: Any, ids: Callable[..., list[int]]) -> None:
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    for text in (*TEXTS, *specials):
+        _check(text, tokenizer(text, add_special_tokens=False)["input_ids"], ids(text))
+    _check(TEXTS[1], tokenizer(TEXTS[1])["input_ids"], ids(TEXTS[1], True))
+
+
+def _check(text: str, expected: list[int], found: list[int]) -> None:
+    if expected == found:
+        return
+    pairs = enumerate(zip([*expected, None], [*found, None], strict=False))
+    place, (ours, theirs) = next(item for item in pairs if item[1][0] != item[1][1])
+    raise UnsupportedModelError(
+        f"llama.cpp would tokenize {text[:60]!r} otherwise than transformers: token {place} would "
+        f"be {theirs} and is {ours}. If a GGUF file of the unpruned model exists, take the "
+        "tokenizer from it: --tokenizer-from FILE."
+    )
+
+
+def _notes(tokenizer: Any, ids: Callable[..., list[int]]) -> Iterator[str]:
+    def differ(text: str) -> bool:
+        return tokenizer(text, add_special_tokens=False)["input_ids"] != ids(text)
+
+    if odd := [text for text in LEADING if differ(text)]:
+        yield f"llama.cpp tokenizes a text that begins with spaces otherwise ({odd[0]!r})."
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    if odd := [token for token in specials if differ(f"one {token} two") or differ(f"{token}x")]:
+        yield (
+            f"llama.cpp tokenizes text beside {len(odd)} of {len(specials)} special tokens "
+            f"otherwise ({', '.join(odd[:3])}): it puts a space behind them, or keeps one that "
+            "transformers takes away."
+        )
+
+
+def _write_tiny(path: Path, rows: int, add: Callable[[Any], None]) -> None:
+    def fields(writer: Any) -> None:
+        writer.add_block_count(1)
+        writer.add_context_length(_WIDTH)
+        writer.add_embedding_length(_WIDTH)
+        writer.add_feed_forward_length(_WIDTH)
+        writer.add_head_count(1)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(rows)
+        add(writer)
+
+    square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (rows, _WIDTH), "output_norm": (_WIDTH,)}
+    shapes |= {f"blk.0.{name}": (_WIDTH, _WIDTH) for name in square}
+    shapes |= {f"blk.0.{name}": (_WIDTH,) for name in ("attn_norm", "ffn_norm")}
+    made = [
+        Entry(name=f"{name}.weight", shape=shape, read=lambda s=shape: torch.zeros(s))
+        for name, shape in shapes.items()
+    ]
+    write_gguf(path, "llama", fields, made, "f16")
+
+
+def _serve(xllamacpp: Any, path: Path) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_gpu_layers, params.warmup = _WIDTH, 0, False
+    params.fit_params, params.verbosity, params.ui = False, -1, False
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"llama.cpp refuses the tokenizer: {error}") from error
+
+
+def _ask(address: str, text: str, special: bool) -> list[int]:
+    body = json.dumps({"content": text, "add_special": special, "parse_special": True}).encode()
+    asked = urllib.request.Request(
+        f"{address}/tokenize", body, {"Content-Type": "application/json"}
+    )
+    # Not through a proxy that the environment names: the server is in this process.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(asked) as answer:
+        return json.load(answer)["tokens"]
