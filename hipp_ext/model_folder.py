@@ -178,9 +178,7 @@ def shapes_in(
     model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None
 ) -> dict[str, tuple[int, ...]]:
     """Parameter or buffer name in `model` -> its shape in the weights, as `keys_in`."""
-    return {
-        name: folder.shapes[key] for name, key in keys_in(model, folder, key_mapping).items()
-    }
+    return {name: folder.shapes[key] for name, key in keys_in(model, folder, key_mapping).items()}
 
 
 @contextlib.contextmanager

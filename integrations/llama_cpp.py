@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
+from hipp_ext.errors import CheckpointError, HippError, OutputExistsError, UnsupportedModelError
 from hipp_ext.files import require_new_file
 from hipp_ext.integrations.llama_cpp_decoder import Decoder, read_decoder
 from hipp_ext.integrations.llama_cpp_file import (
@@ -126,16 +126,21 @@ def _tokenizer(
     decoder: Decoder, tokenizer_from: str | Path | None
 ) -> tuple[Callable[[Any], None], list[str]]:
     """(what adds the tokenizer to a writer, notes)."""
-    own = load_tokenizer(decoder.folder.path) if tokenizer_from is None else None
+    rows = decoder.vocabulary
+    own = load_tokenizer(decoder.folder.path)
     if tokenizer_from is not None:
-        return copied_tokenizer(tokenizer_from, decoder.vocabulary), []
+        copied = copied_tokenizer(tokenizer_from, rows)
+        try:
+            return copied, [] if own is None else compare_ids(own, rows, copied)
+        except UnsupportedModelError as error:
+            return copied, [f"{tokenizer_from} has another tokenizer than the folder: {error}"]
     if own is None:
         raise CheckpointError(
             f"{decoder.folder.path} has no tokenizer (tokenizer.json or tokenizer.model). Save one "
             "into it, or take that of a GGUF file of the unpruned model: --tokenizer-from FILE."
         )
-    vocabulary = make_vocabulary(own, decoder.vocabulary, _ends(decoder))
-    return vocabulary.add, compare_ids(own, decoder.vocabulary, vocabulary.add)
+    vocabulary = make_vocabulary(own, rows, _ends(decoder))
+    return vocabulary.add, compare_ids(own, rows, vocabulary.add)
 
 
 def _ends(decoder: Decoder) -> list[int]:
@@ -154,7 +159,9 @@ def _ends(decoder: Decoder) -> list[int]:
 
 
 def _on_types(made: list[Entry], wanted: WeightType) -> list[str]:
-    kept = [e for e in made if len(e.shape) > 1 and stored_type(e, wanted) != wanted and not e.exact]
+    kept = [
+        e for e in made if len(e.shape) > 1 and stored_type(e, wanted) != wanted and not e.exact
+    ]
     if not kept:
         return []
     share = sum(e.parameters for e in kept) / sum(e.parameters for e in made)
@@ -177,4 +184,3 @@ def _on_pictures(decoder: Decoder, mmproj: str | Path | None) -> list[str]:
         "The file holds the language tower. The mmproj of the unpruned model goes on working with "
         "it."
     ]
-

@@ -199,7 +199,7 @@ def _widths(
             )
     if query % head_dim or key % head_dim or (key and query % key) or (query and not key):
         raise damaged(
-            folder.path, f"{layer} has {query} rows of queries and {key} of keys, with heads of "
-            f"{head_dim}."
+            folder.path,
+            f"{layer} has {query} rows of queries and {key} of keys, with heads of {head_dim}.",
         )
     return Layer(heads=query // head_dim, kv_heads=key // head_dim, channels=channels)

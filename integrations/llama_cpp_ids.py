@@ -17,7 +17,7 @@ _WIDTH = 32
 TEXTS = (
     PROBE,
     "The quick brown fox jumps over the lazy dog. 0 1 22 333 4444 55555",
-    "import os\nfor i in range(10):\n    if i % 2 == 0:\n        print(f\"{i}\")\n",
+    'import os\nfor i in range(10):\n    if i % 2 == 0:\n        print(f"{i}")\n',
     "\u6625\u7720\u4e0d\u89c9\u6653\uff0c\u5904\u5904\u95fb\u557c\u9e1f\u3002\u3072\u3089\u304c"
     "\u306a \uac00\ub098\ub2e4",
     "\U0001f1ea\U0001f1fa \U0001f469\u200d\U0001f4bb caf\u00e9 \u201cquotes\u201d \u2014 \u2026",
@@ -78,8 +78,8 @@ def _check(text: str, expected: list[int], found: list[int]) -> None:
     place, (ours, theirs) = next(item for item in pairs if item[1][0] != item[1][1])
     raise UnsupportedModelError(
         f"llama.cpp would tokenize {text[:60]!r} otherwise than transformers: token {place} would "
-        f"be {theirs} and is {ours}. If a GGUF file of the unpruned model exists, take the "
-        "tokenizer from it: --tokenizer-from FILE."
+        f"be {theirs} and is {ours}. If a GGUF file of the unpruned model exists, its tokenizer "
+        "can be taken: --tokenizer-from FILE."
     )
 
 

@@ -38,11 +38,8 @@ def entries(decoder: Decoder, read: Read) -> list[Entry]:
         for name, key in decoder.ends.items()
     ]
     if (factors := rope_factors(decoder.config)) is not None:
-        found.append(
-            Entry(
-                name="rope_freqs.weight", shape=tuple(factors.shape), read=lambda: factors, exact=True
-            )
-        )
+        shape = tuple(factors.shape)
+        found.append(Entry(name="rope_freqs.weight", shape=shape, read=lambda: factors, exact=True))
     for number in range(len(decoder.layers)):
         found += _layer_entries(decoder, number, read)
     return found

@@ -153,9 +153,7 @@ def _steps(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _byte_level(
-    backend: Any, spec: Mapping[str, Any], model: Mapping[str, Any]
-) -> dict[str, Any]:
+def _byte_level(backend: Any, spec: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     normalizers = _steps({"normalizer": spec.get("normalizer")})
     # Text that is not in NFC already gets other ids in llama.cpp, which normalises nothing.
     odd = [step["type"] for step in normalizers if step["type"] != "NFC"]
@@ -285,7 +283,7 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
     for before in (False, True):
         for behind in (False, True):
             expected = [*([bos] if before else []), *plain, *([eos] if behind else [])]
-            if whole == expected and not (None in expected):
+            if whole == expected and None not in expected:
                 return before, behind
     raise UnsupportedModelError(
         f"The tokenizer makes {whole} of a text of the ids {plain}: only a token of beginning "

@@ -268,12 +268,29 @@ def test_a_folder_without_a_tokenizer_says_where_to_take_one_from(tmp_path, llam
     assert largest_difference(model, done.path, prompts(3)) < 1e-4
 
 
+def test_a_tokenizer_that_is_not_the_folder_s_is_told(tmp_path, llama):
+    same = export_gguf(llama, tmp_path / "same.gguf").path
+    assert export_gguf(llama, tmp_path / "a.gguf", tokenizer_from=same).notes == ()
+    other = save_pruned(build("llama"), tmp_path / "model", tiny_tokenizer(70))
+    source = export_gguf(other, tmp_path / "other.gguf").path
+    (note,) = export_gguf(llama, tmp_path / "b.gguf", tokenizer_from=source).notes
+    assert "other.gguf has another tokenizer than the folder" in note
+
+
 def test_files_that_no_tokenizer_can_be_taken_from(tmp_path, llama):
     with pytest.raises(DataError, match="cannot be read"):
         export_gguf(llama, tmp_path / "a.gguf", tokenizer_from=tmp_path / "nothing.gguf")
-    (tmp_path / "other.gguf").write_bytes(b"GGUF" + bytes(range(200)))
-    with pytest.raises(CheckpointError, match="is no GGUF file, or is damaged"):
-        export_gguf(llama, tmp_path / "a.gguf", tokenizer_from=tmp_path / "other.gguf")
+    whole = export_gguf(llama, tmp_path / "whole.gguf").path.read_bytes()
+    wrong = {
+        b"GGUF" + bytes(range(200)): "does not begin with GGUF",
+        whole[:700]: "bytes are needed where",
+        whole[:24] + b"\xff" * 8 + whole[32:]: "bytes are needed where",
+        whole.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"): "of 0 tokens",
+    }
+    for content, match in wrong.items():
+        (tmp_path / "wrong.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=match):
+            export_gguf(llama, tmp_path / "a.gguf", tokenizer_from=tmp_path / "wrong.gguf")
     larger = LlamaForCausalLM(copy.deepcopy(build("llama").config))
     larger.resize_token_embeddings(120)
     source = export_gguf(save(larger, tmp_path / "larger"), tmp_path / "larger.gguf").path
@@ -304,4 +321,3 @@ def test_more_tokens_than_rows_is_another_model(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(larger))
     with pytest.raises(CheckpointError, match="a token 97, and the model 97 rows"):
         export_gguf(folder, tmp_path / "a.gguf")
-
