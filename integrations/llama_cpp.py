@@ -8,15 +8,17 @@ model's own. Of a vision-language model the file holds the language tower; llama
 from a second file, the mmproj.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError, UnsupportedModelError
-from hipp_ext.files import require_new_file
+from hipp_ext.files import new_file, require_new_file
 from hipp_ext.integrations.llama_cpp_decoder import Decoder, read_decoder
 from hipp_ext.integrations.llama_cpp_file import (
+    TYPES,
     Entry,
     WeightType,
     load_gguf,
@@ -91,13 +93,9 @@ def export_gguf(
         WriteError: the disk is full, or a file cannot be written.
         MissingExtraError: gguf is not installed.
     """
-    if type not in get_args(WeightType):
-        raise HippError(f"type {type!r}: expected {', '.join(get_args(WeightType))}.")
-    outputs = [Path(path) for path in (output, mmproj) if path is not None]
-    for path in outputs:
-        require_new_file(path, overwrite)
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise OutputExistsError(f"{output} is to be the model and the mmproj: give two names.")
+    if type not in TYPES:
+        raise HippError(f"type {type!r}: expected {', '.join(TYPES)}.")
+    outputs = _outputs(output, mmproj, overwrite)
     load_gguf()
     source = read_folder(folder)
     decoder = read_decoder(source)
@@ -108,11 +106,13 @@ def export_gguf(
         add_sizes(writer, decoder)
         add_tokenizer(writer)
 
-    if mmproj is not None:
-        write_mmproj(source, Path(mmproj), "f32" if type == "f32" else "f16", progress=progress)
-    with stored_tensors(source) as read:
-        made = entries(decoder, read)
-        write_gguf(Path(output), decoder.architecture, fields, made, type, progress=progress)
+    # Both files appear at the end, and neither without the other.
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(new_file(path)) for path in outputs]
+        if mmproj is not None:
+            write_mmproj(source, files[1], "f32" if type == "f32" else "f16", progress=progress)
+        made = entries(decoder, stack.enter_context(stored_tensors(source)))
+        write_gguf(files[0], decoder.architecture, fields, made, type, progress=progress)
     return GGUFExport(
         path=Path(output),
         architecture=decoder.architecture,
@@ -120,6 +120,16 @@ def export_gguf(
         bytes=Path(output).stat().st_size,
         notes=(*notes, *_on_types(made, type), *_on_pictures(decoder, mmproj)),
     )
+
+
+def _outputs(output: str | Path, mmproj: str | Path | None, overwrite: bool) -> list[Path]:
+    """The files to write, which may be written."""
+    paths = [Path(path) for path in (output, mmproj) if path is not None]
+    for path in paths:
+        require_new_file(path, overwrite)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise OutputExistsError(f"{output} is to be the model and the mmproj: give two names.")
+    return paths
 
 
 def _tokenizer(

@@ -4,14 +4,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hipp_ext.errors import DataError, MissingExtraError
-from hipp_ext.files import new_file
 from hipp_ext.progress import progress_bar
 
 WeightType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -65,7 +64,7 @@ def stored_type(entry: Entry, wanted: WeightType) -> WeightType:
 
 
 def write_gguf(
-    path: Path,
+    file: BinaryIO,
     architecture: str,
     fields: Callable[[Any], None],
     entries: Sequence[Entry],
@@ -73,10 +72,10 @@ def write_gguf(
     *,
     progress: bool = False,
 ) -> None:
-    """Write `path` as a whole or not at all.
+    """Write a GGUF file, tensor by tensor.
 
     Args:
-        path: the file; an existing one is replaced.
+        file: open for writing, and empty.
         architecture: what the file calls the kind of its model.
         fields: adds the metadata to a gguf.GGUFWriter.
         entries: the tensors, in the order of the file.
@@ -85,7 +84,6 @@ def write_gguf(
 
     Raises:
         DataError: a value is too large for f16.
-        WriteError: the disk is full, or `path` cannot be written.
     """
     gguf = load_gguf()
     kinds = {name: gguf.GGMLQuantizationType[name.upper()] for name in TYPES}
@@ -96,15 +94,15 @@ def write_gguf(
     for entry in entries:
         kind = kinds[stored_type(entry, wanted)]
         size = _bytes(gguf, entry.shape, kind)
-        writer.add_tensor_info(entry.name, entry.shape, _numpy_float(), size, raw_dtype=kind)
-    with new_file(path) as file, progress_bar(progress, "tensors", len(entries)) as advance:
-        # The writer opens a path itself, and this file has none yet.
-        writer.fout, writer.state = [file], type(writer.state).EMPTY
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        # Not by write_tensor_data: numpy's tofile reports a full disk without its error number.
-        _pad(file, writer.data_alignment)
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, raw_dtype=kind)
+    # The writer would open a path itself, and until it is whole this file has none.
+    writer.fout, writer.state = [file], type(writer.state).EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    # Not by write_tensor_data: numpy's tofile reports a full disk without its error number.
+    _pad(file, writer.data_alignment)
+    with progress_bar(progress, "tensors", len(entries)) as advance:
         for done, entry in enumerate(entries, 1):
             kind = stored_type(entry, wanted)
             file.write(_packed(gguf, entry, kinds[kind], kind).data)
@@ -136,12 +134,6 @@ def _file_types(gguf: Any) -> Mapping[str, int]:
         "bf16": types.MOSTLY_BF16,
         "q8_0": types.MOSTLY_Q8_0,
     }
-
-
-def _numpy_float() -> Any:
-    import numpy as np
-
-    return np.dtype(np.float32)
 
 
 def _pad(file: Any, alignment: int) -> None:

@@ -117,7 +117,8 @@ def _write_tiny(path: Path, rows: int, add: Callable[[Any], None]) -> None:
         Entry(name=f"{name}.weight", shape=shape, read=lambda s=shape: torch.zeros(s))
         for name, shape in shapes.items()
     ]
-    write_gguf(path, "llama", fields, made, "f16")
+    with path.open("wb") as file:
+        write_gguf(file, "llama", fields, made, "f16")
 
 
 def _serve(xllamacpp: Any, path: Path) -> Any:

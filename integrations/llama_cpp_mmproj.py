@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import CheckpointError, UnsupportedModelError
-from hipp_ext.groups import tower_layers, tower_root
+from hipp_ext.groups import tower_layers
 from hipp_ext.integrations.llama_cpp_decoder import build
 from hipp_ext.integrations.llama_cpp_file import BLOCK, Entry, WeightType, write_gguf
 from hipp_ext.model_folder import ModelFolder, keys_in, stored_tensors
@@ -21,6 +21,7 @@ _ENDS = {
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
 }
+_EXACT = ("v.class_embd", "v.position_embd.weight")  # they are added to what is computed
 _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 # The first files of this kind called fc1 ffn_down. llama.cpp swaps the two where ffn_down reads the
 # residual stream; by their right names, an FFN pruned to its width would be swapped as well.
@@ -67,16 +68,16 @@ def vision_refusals(config: Any) -> tuple[str, ...]:
 
 
 def write_mmproj(
-    folder: ModelFolder, path: Path, wanted: WeightType, *, progress: bool = False
+    folder: ModelFolder, file: BinaryIO, wanted: WeightType, *, progress: bool = False
 ) -> None:
-    """Write the mmproj of a model folder, whole or not at all.
+    """Write the mmproj of a model folder.
 
     Layers behind the one that the projector reads are left out. FFNs are as wide as they are; heads
     that were pruned become zeros, since all layers have one number of them.
 
     Args:
         folder: a model folder.
-        path: the file; an existing one is replaced.
+        file: open for writing, and empty.
         wanted: type of the weights, "f32" or "f16".
         progress: whether a progress bar is shown.
 
@@ -110,7 +111,7 @@ def write_mmproj(
 
     with stored_tensors(folder) as read:
         made = [*_entries(folder, model, depth, read)]
-        write_gguf(path, "clip", fields, made, wanted, progress=progress)
+        write_gguf(file, "clip", fields, made, wanted, progress=progress)
 
 
 def _depth(config: Any) -> int:
@@ -146,33 +147,25 @@ def _entries(
     folder: ModelFolder, model: nn.Module, depth: int, read: Callable[[str], Tensor]
 ) -> Iterator[Entry]:
     keys, shapes = keys_in(model, folder), folder.shapes
-    modules = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     layers = tower_layers(model, "vision")
-    above = modules[layers].removesuffix(".encoder.layers")
-    assert modules[tower_root(model, "vision")] in above
+    above = names[layers].removesuffix(".encoder.layers")
+    projector = next(name for name in names.values() if name.endswith("multi_modal_projector"))
     wanted = {f"{above}.{name}": ours for name, ours in _ENDS.items()}
-    projector = next(n for n, _ in model.named_modules() if n.endswith("multi_modal_projector"))
-    for name, ours in _PROJECTOR.items():
-        for part in ("weight", "bias"):
-            wanted[f"{projector}.{name}.{part}"] = f"{ours}.{part}"
+    wanted |= {f"{projector}.{name}.weight": f"{ours}.weight" for name, ours in _PROJECTOR.items()}
+    if missing := [name for name in wanted if name not in keys]:
+        raise CheckpointError(f"{folder.path} is incomplete: no weights for {missing[:4]}.")
     for name, ours in wanted.items():
-        if (key := keys.get(name)) is not None:
-            yield Entry(
-                name=ours,
-                shape=shapes[key],
-                read=functools.partial(read, key),
-                exact=ours.startswith(("v.class", "v.position")),
-            )
-        elif not name.endswith("linear_1.bias") and not name.endswith("linear_2.bias"):
-            raise CheckpointError(f"{folder.path} is incomplete: no weights for {name}.")
-    hidden = layers[0].layer_norm1.weight.numel()  # type: ignore[union-attr, operator]
+        shape, load = shapes[keys[name]], functools.partial(read, keys[name])
+        yield Entry(name=ours, shape=shape, read=load, exact=ours in _EXACT)
+    for name, ours in _PROJECTOR.items():
+        shape = shapes[keys[f"{projector}.{name}.weight"]][:1]
+        load = _filled(read, keys.get(f"{projector}.{name}.bias"), shape)
+        yield Entry(name=f"{ours}.bias", shape=shape, read=load)
+    hidden = shapes[keys[f"{above}.embeddings.class_embedding"]][0]
     for number in range(depth):
-        own = {
-            name: keys[f"{modules[layers[number]]}.{name}"]
-            for part in _PARTS
-            for name in (f"{part}.weight", f"{part}.bias")
-            if f"{modules[layers[number]]}.{name}" in keys
-        }
+        prefix = f"{names[layers[number]]}."
+        own = {name.removeprefix(prefix): key for name, key in keys.items() if prefix in name}
         yield from _layer(number, own, shapes, hidden, read)
 
 
@@ -183,7 +176,7 @@ def _layer(
     hidden: int,
     read: Callable[[str], Tensor],
 ) -> Iterator[Entry]:
-    """The tensors of a layer, what was pruned of its heads or dropped filled with zeros."""
+    """The tensors of a layer; what was pruned of its heads, or dropped, is zero."""
     channels = shapes[own["mlp.fc1.weight"]][0] if "mlp.fc1.weight" in own else BLOCK
     full = {"self_attn": (hidden, hidden), "mlp.fc1": (channels, hidden)}
     full |= {"mlp.fc2": (hidden, channels)}
@@ -191,20 +184,20 @@ def _layer(
         whole = full.get(part) or full.get(part.partition(".")[0]) or (hidden,)
         for kind in ("weight", "bias"):
             shape = whole if kind == "weight" else whole[:1]
-            key = own.get(f"{part}.{kind}")
-            load: Callable[[], Tensor] = (
-                functools.partial(torch.zeros, shape)
-                if key is None
-                else functools.partial(_filled, functools.partial(read, key), shape)
-            )
+            load = _filled(read, own.get(f"{part}.{kind}"), shape)
             yield Entry(name=f"v.blk.{number}.{ours}.{kind}", shape=shape, read=load)
 
 
-def _filled(load: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A tensor with zeros behind its rows and columns."""
-    tensor = load()
-    if tuple(tensor.shape) == shape:
-        return tensor
-    filled = tensor.new_zeros(shape)
-    filled[tuple(slice(size) for size in tensor.shape)] = tensor
-    return filled
+def _filled(
+    read: Callable[[str], Tensor], key: str | None, shape: tuple[int, ...]
+) -> Callable[[], Tensor]:
+    """What reads a tensor and puts zeros behind its rows and columns, or all zeros without one."""
+
+    def load() -> Tensor:
+        found = torch.zeros(shape)
+        if key is not None:
+            tensor = read(key)
+            found[tuple(slice(size) for size in tensor.shape)] = tensor
+        return found
+
+    return load

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from hipp_ext.integrations.llama_cpp_tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Vocabulary,
     load_tokenizer,
     make_vocabulary,
 )
@@ -73,7 +73,7 @@ def test_byte_level_bpe_by_every_name(name):
     tokenizer = wrapped(byte_level(known.make, known.whole_words))
     tokenizer.add_tokens(["<|tool|>"])
     vocabulary = make_vocabulary(tokenizer, ROWS, [0])
-    assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
+    assert (vocabulary.kind.model, vocabulary.kind.pre) == ("gpt2", name)
     assert compare_ids(tokenizer, ROWS, vocabulary.add) == []
     count = len(tokenizer)
     assert [vocabulary.types[i] for i in (0, 2, count - 1, count)] == [
@@ -88,7 +88,7 @@ def test_byte_level_bpe_by_every_name(name):
 def test_a_wrong_name_is_found_out_by_llama_cpp():
     tokenizer = wrapped(byte_level(PRE_TOKENIZERS["gpt-2"].make))
     right = make_vocabulary(tokenizer, ROWS, [0])
-    wrong = Vocabulary(**{**vars(right), "pre": "qwen2"})
+    wrong = replace(right, kind=replace(right.kind, pre="qwen2"))
     with pytest.raises(UnsupportedModelError, match="otherwise than transformers: token .* would"):
         compare_ids(tokenizer, ROWS, wrong.add)
 
@@ -96,7 +96,7 @@ def test_a_wrong_name_is_found_out_by_llama_cpp():
 def test_a_name_that_llama_cpp_does_not_have():
     tokenizer = wrapped(byte_level(PRE_TOKENIZERS["gpt-2"].make))
     vocabulary = make_vocabulary(tokenizer, ROWS, [0])
-    wrong = Vocabulary(**{**vars(vocabulary), "pre": "nobody"})
+    wrong = replace(vocabulary, kind=replace(vocabulary.kind, pre="nobody"))
     with pytest.raises(UnsupportedModelError, match="llama.cpp refuses the tokenizer"):
         compare_ids(tokenizer, ROWS, wrong.add)
 
@@ -106,7 +106,7 @@ def test_the_rule_of_transformers_own_qwen_has_its_name():
     merges = [tuple(pair) for pair in trained["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
     vocabulary = make_vocabulary(tokenizer, ROWS, [0])
-    assert vocabulary.pre == "qwen2" and compare_ids(tokenizer, ROWS, vocabulary.add) == []
+    assert vocabulary.kind.pre == "qwen2" and compare_ids(tokenizer, ROWS, vocabulary.add) == []
 
 
 def _dashes(library: Any) -> Any:
@@ -142,7 +142,7 @@ def test_sentencepiece_bpe(tmp_path):
     tokenizer = LlamaTokenizer.from_pretrained(tmp_path / "model", add_bos_token=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     vocabulary = make_vocabulary(tokenizer, ROWS, [2])
-    assert (vocabulary.model, vocabulary.bos, vocabulary.eos) == ("llama", True, False)
+    assert (vocabulary.kind.model, vocabulary.bos, vocabulary.eos) == ("llama", True, False)
     assert [vocabulary.types[i] for i in (0, 1, 3, 300, 700)] == [
         UNKNOWN,
         CONTROL,
@@ -175,7 +175,7 @@ def test_sentencepiece_as_llama_2_wrote_it(tmp_path):
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     vocabulary = make_vocabulary(tokenizer, ROWS, [2])
-    assert vocabulary.flags == {"add_space_prefix": True}
+    assert vocabulary.kind.flags == {"add_space_prefix": True}
     assert compare_ids(tokenizer, ROWS, vocabulary.add) == []
 
 
@@ -196,7 +196,7 @@ def test_unigram(scheme):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     vocabulary = make_vocabulary(tokenizer, 97, [2])
-    assert (vocabulary.model, vocabulary.types[0]) == ("t5", UNKNOWN)
+    assert (vocabulary.kind.model, vocabulary.types[0]) == ("t5", UNKNOWN)
     assert bool(compare_ids(tokenizer, 97, vocabulary.add)) == (scheme == "always")
 
 
@@ -208,8 +208,8 @@ def test_unigram_with_sentencepiece_s_normalisation(tmp_path):
     trained.rename(tmp_path / "model/spiece.model")
     tokenizer = T5Tokenizer.from_pretrained(tmp_path / "model", extra_ids=0)
     vocabulary = make_vocabulary(tokenizer, ROWS, [1])
-    assert (vocabulary.model, vocabulary.bos, vocabulary.eos) == ("t5", False, True)
-    assert len(vocabulary.charsmap) > 1000
+    assert (vocabulary.kind.model, vocabulary.bos, vocabulary.eos) == ("t5", False, True)
+    assert len(vocabulary.kind.charsmap) > 1000
     assert compare_ids(tokenizer, ROWS, vocabulary.add) == []
 
 
