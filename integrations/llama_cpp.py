@@ -182,8 +182,20 @@ def _on_types(made: list[Entry], wanted: WeightType) -> list[str]:
 
 
 def _on_pictures(decoder: Decoder, mmproj: str | Path | None) -> list[str]:
-    if getattr(decoder.whole, "vision_config", None) is None or mmproj is not None:
+    vision = getattr(decoder.whole, "vision_config", None)
+    if vision is None:
         return []
+    notes = [] if mmproj is not None else _on_mmproj(decoder)
+    if getattr(vision, "model_type", None) == "clip_vision_model":
+        notes.append(
+            "llama.cpp (seen in b11549, its issue 25814) puts CLIP's class token behind the "
+            "patches and loses the first patch: answers about pictures differ a little from those "
+            "of transformers, with every mmproj."
+        )
+    return notes
+
+
+def _on_mmproj(decoder: Decoder) -> list[str]:
     plan = read_plan(decoder.folder.path)
     if plan is not None and any(g.tower == "vision" and g.keep < g.width for g in plan.groups):
         return [

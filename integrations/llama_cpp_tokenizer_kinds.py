@@ -89,7 +89,7 @@ def _steps(*parts: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _byte_level(
     backend: Any, model: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]]
 ) -> Kind:
-    # Text that is not in NFC already gets other ids in llama.cpp, which normalises nothing.
+    # llama.cpp normalises nothing; that matters to few texts, and compare_ids tells of it.
     odd = [step["type"] for step in normalizers if step["type"] != "NFC"]
     odd += [name for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if odd:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command import hipp
 from gguf import GGMLQuantizationType, GGUFReader
-from llama_cpp_runtime import largest_difference, prompts, save, tiny_tokenizer
+from llama_cpp_runtime import largest_difference, prompts, qwen2, save, tiny_tokenizer
 from models import _text, build
 from plans import dropping_plan, random_plan
 from safetensors.torch import load_file, save_file
@@ -90,7 +90,7 @@ def llama(tmp_path_factory) -> Path:
     ids=[f"{n}-{getattr(m, '__name__', 'dropped')}-{i}" for i, (n, m, _) in enumerate(CASES)],
 )
 def test_llama_cpp_answers_as_transformers_does(tmp_path, name, make, architecture):
-    model = build(name)
+    model = qwen2() if name == "qwen2" else build(name)
     plan = make(model)
     folder = save(model if plan is None else prune(model, plan), tmp_path / "model")
     done = export_gguf(folder, tmp_path / "model.gguf", type="f32")
@@ -149,7 +149,8 @@ def test_the_types_of_weights(tmp_path, kind, tolerance):
     assert any("1 matrices" in note and "--round-to 32" in note for note in done.notes) == (
         kind == "q8_0"
     )
-    assert largest_difference(load_pruned(folder), done.path, prompts(6)) < tolerance
+    worst = largest_difference(load_pruned(folder), done.path, prompts(6), same=False)
+    assert worst < tolerance
 
 
 def test_a_llava_says_what_becomes_of_its_vision_tower(tmp_path):
@@ -188,10 +189,10 @@ def test_an_unknown_type_is_refused(tmp_path, llama):
 
 def test_a_full_disk_leaves_nothing(tmp_path, llama):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
         with pytest.raises(WriteError, match="a.gguf could not be written: File too large"):
-            export_gguf(llama, tmp_path / "a.gguf", type="f32", tokenizer_from=None)
+            export_gguf(llama, tmp_path / "a.gguf", type="f32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,10 @@ CONFIGS = [
     ),
     (LlamaConfig(num_hidden_layers=513), "has 513 layers, and 512 are the most"),
     (LlamaConfig(quantization_config={"quant_method": "gptq"}), "weights are quantised"),
-    (AutoConfig.for_model("bert"), "language tower is bert, which has a graph of its own"),
+    (
+        AutoConfig.for_model("bert", hidden_act="silu"),
+        "language tower is bert, which has a graph of its own",
+    ),
     (LlavaConfig(text_config=MistralConfig(sliding_window=64)), "sliding window of 64"),
 ]
 

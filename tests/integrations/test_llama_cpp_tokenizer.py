@@ -60,7 +60,7 @@ def sentencepieces(folder: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
         input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "trained"),
-        vocab_size=700,
+        vocab_size=600,
         minloglevel=2,
         **options,
     )
@@ -106,7 +106,8 @@ def test_the_rule_of_transformers_own_qwen_has_its_name():
     merges = [tuple(pair) for pair in trained["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
     vocabulary = make_vocabulary(tokenizer, ROWS, [0])
-    assert vocabulary.kind.pre == "qwen2" and compare_ids(tokenizer, ROWS, vocabulary.add) == []
+    (note,) = compare_ids(tokenizer, ROWS, vocabulary.add)
+    assert vocabulary.kind.pre == "qwen2" and "NFC" in note
 
 
 def _dashes(library: Any) -> Any:
@@ -143,7 +144,7 @@ def test_sentencepiece_bpe(tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     vocabulary = make_vocabulary(tokenizer, ROWS, [2])
     assert (vocabulary.kind.model, vocabulary.bos, vocabulary.eos) == ("llama", True, False)
-    assert [vocabulary.types[i] for i in (0, 1, 3, 300, 700)] == [
+    assert [vocabulary.types[i] for i in (0, 1, 3, 300, 600)] == [
         UNKNOWN,
         CONTROL,
         BYTE,
