@@ -1,10 +1,11 @@
 """Whether llama.cpp makes the same token ids of a text as transformers; asked of llama.cpp."""
 
 import json
+import subprocess
+import sys
 import tempfile
 import unicodedata
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.files.temporaries import write_errors
+from hipp_ext.integrations.llama_cpp_ask import NO_LLAMA_CPP
 from hipp_ext.integrations.llama_cpp_file import Entry, write_gguf
 from hipp_ext.integrations.llama_cpp_pretokenizers import PROBE
 
@@ -28,9 +30,11 @@ TEXTS = (
 LEADING = (" one space", "   three spaces", "\n line")
 DECOMPOSED = "e\u0301 a\u0308 o\u0302"
 NOT_COMPARED = (
-    "token ids were not compared with llama.cpp's: xllamacpp cannot be imported here (pip install "
+    "Token ids were not compared with llama.cpp's: xllamacpp cannot be imported here (pip install "
     "xllamacpp)."
 )
+
+Ids = Mapping[tuple[str, bool], list[int]]  # of a text, with or without special tokens around it
 
 
 def compare_ids(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[str]:
@@ -51,29 +55,22 @@ def compare_ids(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[s
     Raises:
         UnsupportedModelError: ids differ, or llama.cpp refuses the tokenizer.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        return [NOT_COMPARED]
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    equal = [(unicodedata.normalize("NFC", text), False) for text in TEXTS]
+    equal += [(token, False) for token in specials] + [(TEXTS[1], True)]
+    beside = {token: (f"one {token} two", f"{token}x") for token in specials}
+    others = [*LEADING, DECOMPOSED, *(text for texts in beside.values() for text in texts)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.gguf"
         with write_errors(path):
             _write_tiny(path, rows, add)
-        server = _serve(xllamacpp, path)
-
-        def ids(text: str, special: bool = False) -> list[int]:
-            return _ask(server.listening_address, text, special)
-
-        _require_equal(tokenizer, ids)
-        return list(_notes(tokenizer, ids))
-
-
-def _require_equal(tokenizer: Any, ids: Callable[..., list[int]]) -> None:
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    composed = [unicodedata.normalize("NFC", text) for text in TEXTS]
-    for text in (*composed, *specials):
-        _check(text, tokenizer(text, add_special_tokens=False)["input_ids"], ids(text))
-    _check(TEXTS[1], tokenizer(TEXTS[1])["input_ids"], ids(TEXTS[1], True))
+        ids = _ask(path, [*equal, *((text, False) for text in others)])
+    if ids is None:
+        return [NOT_COMPARED]
+    for text, special in equal:
+        ours = tokenizer(text, add_special_tokens=special)["input_ids"]
+        _check(text, ours, ids[text, special])
+    return list(_notes(tokenizer, ids, beside))
 
 
 def _check(text: str, expected: list[int], found: list[int]) -> None:
@@ -88,21 +85,42 @@ def _check(text: str, expected: list[int], found: list[int]) -> None:
     )
 
 
-def _notes(tokenizer: Any, ids: Callable[..., list[int]]) -> Iterator[str]:
-    def differ(text: str) -> bool:
-        return tokenizer(text, add_special_tokens=False)["input_ids"] != ids(text)
+def _notes(tokenizer: Any, ids: Ids, beside: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    def differ(*texts: str) -> bool:
+        return any(
+            tokenizer(text, add_special_tokens=False)["input_ids"] != ids[text, False]
+            for text in texts
+        )
 
     if odd := [text for text in LEADING if differ(text)]:
         yield f"llama.cpp tokenizes a text that begins with spaces otherwise ({odd[0]!r})."
     if differ(DECOMPOSED):
         yield "llama.cpp tokenizes letters with separate accents (not in Unicode's NFC) otherwise."
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    if odd := [token for token in specials if differ(f"one {token} two") or differ(f"{token}x")]:
+    if odd := [token for token, texts in beside.items() if differ(*texts)]:
         yield (
-            f"llama.cpp tokenizes text beside {len(odd)} of {len(specials)} special tokens "
+            f"llama.cpp tokenizes text beside {len(odd)} of {len(beside)} special tokens "
             f"otherwise ({', '.join(odd[:3])}): it puts a space behind them, or keeps one that "
             "transformers takes away."
         )
+
+
+def _ask(path: Path, asked: Sequence[tuple[str, bool]]) -> Ids | None:
+    """llama.cpp's ids; None without llama.cpp."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hipp_ext.integrations.llama_cpp_ask"],
+        input=json.dumps({"file": str(path), "texts": asked}),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == NO_LLAMA_CPP:
+        return None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        why = next((line for line in lines if "error" in line), lines[-1] if lines else "")
+        raise UnsupportedModelError(
+            f"llama.cpp refuses the tokenizer (exit code {done.returncode}): {why}"
+        )
+    return dict(zip(asked, json.loads(done.stdout), strict=True))
 
 
 def _write_tiny(path: Path, rows: int, add: Callable[[Any], None]) -> None:
@@ -126,25 +144,3 @@ def _write_tiny(path: Path, rows: int, add: Callable[[Any], None]) -> None:
     ]
     with path.open("wb") as file:
         write_gguf(file, "llama", fields, made, "f16")
-
-
-def _serve(xllamacpp: Any, path: Path) -> Any:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_gpu_layers, params.warmup = _WIDTH, 0, False
-    params.fit_params, params.verbosity, params.ui = False, -1, False
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise UnsupportedModelError(f"llama.cpp refuses the tokenizer: {error}") from error
-
-
-def _ask(address: str, text: str, special: bool) -> list[int]:
-    body = json.dumps({"content": text, "add_special": special, "parse_special": True}).encode()
-    asked = urllib.request.Request(
-        f"{address}/tokenize", body, {"Content-Type": "application/json"}
-    )
-    # Not through a proxy that the environment names: the server is in this process.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(asked) as answer:
-        return json.load(answer)["tokens"]

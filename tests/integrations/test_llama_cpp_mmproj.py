@@ -74,8 +74,8 @@ def picture(seed: int) -> Image.Image:
 
 
 def class_token_last(model: nn.Module) -> nn.Module:
-    """`model`, seeing as llama.cpp does (b11549): its graph puts the class token behind the patches,
-    its positions and the choice of features are those of a class token in front.
+    """`model`, seeing as llama.cpp does (b11549): the class token stands behind the patches, and
+    positions and features are chosen as if it stood in front.
 
     Source: llama.cpp issue 25814.
     """
