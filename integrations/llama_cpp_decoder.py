@@ -88,14 +88,6 @@ def read_decoder(folder: ModelFolder) -> Decoder:
     layers = tower_layers(model, "language")
     text: Any = whole.get_text_config(decoder=True)
     head_dim = layers[0].self_attn.head_dim  # type: ignore[union-attr]
-    ends = {
-        "token_embd.weight": f"{modules[model.get_input_embeddings()]}.weight",
-        "output_norm.weight": f"{modules[tower_root(model, 'language')]}.norm.weight",
-    }
-    if not text.tie_word_embeddings:
-        ends["output.weight"] = f"{modules[model.get_output_embeddings()]}.weight"
-    if missing := sorted(name for name in ends.values() if name not in keys):
-        raise CheckpointError(f"{folder.path} is incomplete: no weights for {missing}.")
     dropped = _dropped(folder, whole)
     names = tuple(
         _layer_names(folder, keys, modules[layer], {k for i, k in dropped if i == number})
@@ -111,7 +103,7 @@ def read_decoder(folder: ModelFolder) -> Decoder:
             for found, layer in zip(names, layers, strict=True)
         ),
         names=names,
-        ends={name: keys[stored] for name, stored in ends.items()},
+        ends=_ends(folder, keys, model),
     )
 
 
@@ -136,6 +128,24 @@ def build(folder: ModelFolder) -> tuple[Any, Any]:
         raise
     except Exception as error:  # transformers and its models raise many kinds
         raise damaged(folder.path, error) from error
+
+
+def _ends(folder: ModelFolder, keys: Mapping[str, str], model: Any) -> dict[str, str]:
+    """Name in llama.cpp -> name in the weights, for what stands before and behind the layers."""
+    modules = {module: name for name, module in model.named_modules()}
+    embedding = f"{modules[model.get_input_embeddings()]}.weight"
+    head = f"{modules[model.get_output_embeddings()]}.weight"
+    tied = model.config.tie_word_embeddings
+    found = {
+        # Of tied weights either may be stored; if both are, transformers uses both.
+        "token_embd.weight": head if tied and embedding not in keys else embedding,
+        "output_norm.weight": f"{modules[tower_root(model, 'language')]}.norm.weight",
+    }
+    if not tied or {head, embedding} <= keys.keys():
+        found["output.weight"] = head
+    if missing := sorted(name for name in found.values() if name not in keys):
+        raise CheckpointError(f"{folder.path} is incomplete: no weights for {missing}.")
+    return {name: keys[stored] for name, stored in found.items()}
 
 
 def _dropped(folder: ModelFolder, config: Any) -> set[tuple[int, str]]:

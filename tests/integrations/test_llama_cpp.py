@@ -5,6 +5,7 @@ import functools
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hipp_ext.errors import (
     CheckpointError,
     DataError,
     HippError,
+    MissingExtraError,
     OutputExistsError,
     UnsupportedModelError,
     WriteError,
@@ -128,6 +130,14 @@ def test_scaled_positions_biases_and_tied_embeddings(tmp_path, rope):
     names = {tensor.name for tensor in GGUFReader(done.path).tensors}
     assert "output.weight" not in names and "blk.0.ffn_gate.bias" in names
     assert largest_difference(load_pruned(folder), done.path, prompts(8)) < 1e-4
+    # The file may also hold the one that is tied to the other, or both.
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for own in ({}, {"model.embed_tokens.weight": embedding}):
+        own |= {"lm_head.weight": embedding.clone() if own else embedding * 1.5}
+        save_file(tensors | own, folder / "model.safetensors", metadata={"format": "pt"})
+        export_gguf(folder, done.path, type="f32", overwrite=True)
+        assert largest_difference(load_pruned(folder), done.path, prompts(4)) < 1e-4
 
 
 # Rounding of tiny models with large weights, over one to two dozen layers' worth of products.
@@ -180,6 +190,12 @@ def test_an_existing_file_stays_unless_overwriting_is_asked_for(tmp_path, llama)
     assert GGUFReader(output).get_field("general.architecture").contents() == "deci"
     with pytest.raises(OutputExistsError, match="two names"):
         export_gguf(llama, output, mmproj=output, overwrite=True)
+
+
+def test_a_missing_gguf_names_the_extra(tmp_path, llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "hipp-ext\[gguf\]"'):
+        export_gguf(llama, tmp_path / "a.gguf")
 
 
 def test_an_unknown_type_is_refused(tmp_path, llama):
