@@ -162,8 +162,8 @@ def _ends(decoder: Decoder) -> list[int]:
         getattr(decoder.config, "eos_token_id", None),
         getattr(decoder.whole, "eos_token_id", None),
     ):
-        found = value if isinstance(value, list) else [value]
-        if found and all(isinstance(number, int) for number in found):
+        found = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+        if found:
             return found
     return []
 

@@ -87,7 +87,8 @@ def read_decoder(folder: ModelFolder) -> Decoder:
     modules = {module: name for name, module in model.named_modules()}
     layers = tower_layers(model, "language")
     text: Any = whole.get_text_config(decoder=True)
-    head_dim = layers[0].self_attn.head_dim  # type: ignore[union-attr]
+    first: Any = layers[0]
+    head_dim: int = first.self_attn.head_dim
     dropped = _dropped(folder, whole)
     names = tuple(
         _layer_names(folder, keys, modules[layer], {k for i, k in dropped if i == number})

@@ -1,8 +1,8 @@
-"""One GGUF file, written tensor by tensor: never more than one of them is in memory."""
+"""One GGUF file, written tensor by tensor, so that never more than one of them is in memory."""
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -15,6 +15,7 @@ from hipp_ext.progress import progress_bar
 
 WeightType = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES: tuple[WeightType, ...] = ("f32", "f16", "bf16", "q8_0")
+_NUMBERS_AT_ONCE = 1 << 22
 BLOCK = 32  # columns that share a scale in q8_0
 
 
@@ -105,20 +106,25 @@ def write_gguf(
     with progress_bar(progress, "tensors", len(entries)) as advance:
         for done, entry in enumerate(entries, 1):
             kind = stored_type(entry, wanted)
-            file.write(_packed(gguf, entry, kinds[kind], kind).data)
+            for part in _packed(gguf, entry, kinds[kind], kind):
+                file.write(part)
             _pad(file, writer.data_alignment)
             advance(done, "")
 
 
-def _packed(gguf: Any, entry: Entry, kind: Any, name: WeightType) -> Any:
-    tensor = entry.read().float().contiguous()
+def _packed(gguf: Any, entry: Entry, kind: Any, name: WeightType) -> Iterator[Any]:
+    """The bytes of a tensor, some rows at a time: packing takes several times their memory."""
+    tensor = entry.read()
     assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-    if name == "f16" and not largest <= torch.finfo(torch.float16).max:
-        raise DataError(
-            f"{entry.name} has a value of {largest:.4g}, and f16 ends at 65504. Choose bf16 or f32."
-        )
-    return gguf.quants.quantize(tensor.numpy(), kind).reshape(-1).view("uint8")
+    for rows in tensor.split(max(1, _NUMBERS_AT_ONCE // math.prod(entry.shape[1:]))):
+        rows = rows.float().contiguous()
+        largest = float(rows.abs().max())
+        if name == "f16" and not largest <= torch.finfo(torch.float16).max:
+            raise DataError(
+                f"{entry.name} has a value of {largest:.4g}, and f16 ends at 65504. Choose bf16 or "
+                "f32."
+            )
+        yield gguf.quants.quantize(rows.numpy(), kind).reshape(-1).view("uint8").data
 
 
 def _bytes(gguf: Any, shape: tuple[int, ...], kind: Any) -> int:

@@ -26,8 +26,8 @@ def gguf(
         typer.Option(
             "--type",
             metavar="TYPE",
-            help="Type of the weights: f32, f16, bf16 or q8_0. Default: f16. In q8_0, matrices "
-            "whose rows are no multiple of 32 long stay in f16.",
+            help="Type of the weights: f32, f16, bf16 or q8_0 (matrices whose rows are no multiple "
+            "of 32 long then stay in f16).",
         ),
     ] = "f16",
     tokenizer_from: Annotated[

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import hipp
 from gguf import GGMLQuantizationType, GGUFReader
-from llama_cpp_runtime import largest_difference, prompts, qwen2, save, tiny_tokenizer
+from llama_cpp_runtime import largest_difference, no_text, prompts, qwen2, save, tiny_tokenizer
 from models import _text, build
 from plans import dropping_plan, random_plan
 from safetensors.torch import load_file, save_file
@@ -97,7 +97,9 @@ def test_llama_cpp_answers_as_transformers_does(tmp_path, name, make, architectu
     folder = save(model if plan is None else prune(model, plan), tmp_path / "model")
     done = export_gguf(folder, tmp_path / "model.gguf", type="f32")
     assert done.architecture == architecture
-    assert largest_difference(load_pruned(folder), done.path, prompts()) < 1e-4
+    banned = no_text(folder) if name == "qwen2" else ()
+    worst = largest_difference(load_pruned(folder), done.path, prompts(), banned=banned)
+    assert worst < 1e-4
 
 
 @pytest.mark.parametrize(
