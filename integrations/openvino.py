@@ -14,13 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from hipp_ext.calibration import find_processor
-from hipp_ext.errors import (
-    CheckpointError,
-    HippError,
-    MissingExtraError,
-    OutputExistsError,
-    UnsupportedModelError,
-)
+from hipp_ext.errors import CheckpointError, HippError, OutputExistsError, UnsupportedModelError
 from hipp_ext.files import new_folder, require_new
 from hipp_ext.integrations.openvino_check import check_decoder, check_module
 from hipp_ext.integrations.openvino_graphs import (
@@ -29,6 +23,7 @@ from hipp_ext.integrations.openvino_graphs import (
     embedding_graph,
     picture_graph,
 )
+from hipp_ext.integrations.openvino_host import load
 from hipp_ext.integrations.openvino_refusals import refusals
 from hipp_ext.integrations.openvino_tokenizer import write_tokenizer
 from hipp_ext.surgery.checkpoint import load_pruned, settings_as_they_are
@@ -74,7 +69,7 @@ def export_openvino(
     require_new(output, overwrite)
     if Path(folder).resolve().is_relative_to(Path(output).resolve()):
         raise OutputExistsError(f"{output} is, or holds, the model to export: choose another name.")
-    openvino = _load_openvino()
+    openvino = load()
     model = load_pruned(folder, dtype=torch.float32)
     if reasons := refusals(model.config):
         raise UnsupportedModelError(
@@ -88,14 +83,6 @@ def export_openvino(
             openvino.save_model(graph, new / f"{name}.xml", compress_to_fp16=type == "f16")
         _write_settings(model, processor, new)
     return Path(output)
-
-
-def _load_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino") from error
-    return openvino
 
 
 def _graphs(model: Any) -> Iterator[tuple[str, Any]]:

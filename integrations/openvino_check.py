@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.integrations.openvino_host import load
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 TOLERANCE = 1e-3  # more than another order of summation makes, less than a wrong graph does
@@ -18,13 +19,11 @@ def check_decoder(graph: Any, model: Any) -> None:
 
     `graph` goes token by token with its state, `model` over the whole text at once.
     """
-    import openvino
-
     last = STEPS[-1][1]
     embedding = model.get_input_embeddings()
     ids = (torch.arange(2 * last) * 7919 % embedding.num_embeddings).reshape(2, last)
     inputs = embedding(ids) if "inputs_embeds" in graph.inputs[0].names else ids
-    request = openvino.compile_model(graph, "CPU", EXACT).create_infer_request()
+    request = load().compile_model(graph, "CPU", EXACT).create_infer_request()
     logits = [_step(request, inputs, start, stop) for start, stop in STEPS]
     whole = model.get_decoder()(
         inputs_embeds=embedding(ids), attention_mask=torch.ones_like(ids), use_cache=False
@@ -37,9 +36,7 @@ def check_decoder(graph: Any, model: Any) -> None:
 @torch.no_grad()
 def check_module(graph: Any, module: nn.Module, example: Tensor, name: str) -> None:
     """Raise UnsupportedModelError unless `graph` gives what `module` gives for `example`."""
-    import openvino
-
-    found = torch.from_numpy(openvino.compile_model(graph, "CPU", EXACT)([example.numpy()])[0])
+    found = torch.from_numpy(load().compile_model(graph, "CPU", EXACT)([example.numpy()])[0])
     wanted = module(example)
     _judge(name, ((found - wanted).abs().max() / wanted.abs().max()).item())
 

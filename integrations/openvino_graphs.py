@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.groups import block_of, find_groups
+from hipp_ext.integrations.openvino_host import load
 
 BATCH, TOKENS, PAST = 2, 5, 3  # of the example that is traced; all of them are dynamic
 
@@ -162,43 +164,35 @@ def _causal(attention_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _convert(module: nn.Module, example: tuple[Any, ...], dynamic: Mapping[str, Any]) -> Any:
-    import openvino
-
     with torch.no_grad():
         program = torch.export.export(module.eval(), example, dynamic_shapes=dict(dynamic))
-    return openvino.convert_model(program)
+    return load().convert_model(program)
 
 
 def _keep_state(graph: Any, decoder: Decoder) -> None:
     """Make state of the keys and values, in the rows that beam_idx names."""
-    import numpy as np
-    import openvino
-    from openvino import opset13 as ops
-    from openvino.passes import MakeStateful, Manager
-
+    ops, passes = load("openvino.opset13"), load("openvino.passes")
     past, present = decoder.names("past_key_values"), decoder.names("present")
     beam = ops.parameter([-1], np.int32, "beam_idx")
     _rename(beam.output(0), "beam_idx")
     shapes = [[-1, heads, -1, size] for _, heads, size in decoder.cached for _ in "kv"]
     for name, shape in zip(past, shapes, strict=True):
         port = graph.input(name)
-        port.get_node().set_partial_shape(openvino.PartialShape(shape))
+        port.get_node().set_partial_shape(load().PartialShape(shape))
         readers = port.get_target_inputs()
         rows = ops.gather(port, beam, ops.constant(0))
         for reader in readers:
             reader.replace_source_output(rows.output(0))
     graph.add_parameters([beam])
-    manager = Manager()
-    manager.register_pass(MakeStateful(dict(zip(past, present, strict=True))))
+    manager = passes.Manager()
+    manager.register_pass(passes.MakeStateful(dict(zip(past, present, strict=True))))
     manager.run_passes(graph)
     _begin_empty(graph)
 
 
 def _begin_empty(graph: Any) -> None:
     """Let the state of a new text hold no token, in as many rows as the inputs have."""
-    import numpy as np
-    from openvino import opset13 as ops
-
+    ops = load("openvino.opset13")
     shape = ops.shape_of(graph.inputs[0].get_node(), "i64")
     batch = ops.gather(shape, ops.constant([0]), ops.constant(0))
     for node in graph.get_ordered_ops():

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.errors import MissingExtraError, UnsupportedModelError
+from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.integrations.openvino_host import load
 
 # Letters of several scripts, digits, runs of spaces, contractions, marks and emoji.
 TEXTS = (
@@ -22,13 +23,9 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
             text than the tokenizer does on mixed text.
         MissingExtraError: openvino_tokenizers is not installed.
     """
+    openvino, tokenizers = load(), load("openvino_tokenizers")
     try:
-        import openvino
-        from openvino_tokenizers import convert_tokenizer
-    except ImportError as error:
-        raise MissingExtraError("openvino_tokenizers", "openvino") from error
-    try:
-        encode, decode = convert_tokenizer(
+        encode, decode = tokenizers.convert_tokenizer(
             tokenizer, with_detokenizer=True, skip_special_tokens=True
         )
     except Exception as error:  # it raises whatever its reader of tokenizer.json meets
@@ -42,9 +39,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _compare(tokenizer: Any, encode: Any, decode: Any) -> None:
-    import openvino
-
-    encode, decode = (openvino.compile_model(graph, "CPU") for graph in (encode, decode))
+    encode, decode = (load().compile_model(graph, "CPU") for graph in (encode, decode))
     for text in TEXTS:
         wanted = tokenizer(text).input_ids
         ids = encode([text])["input_ids"]
