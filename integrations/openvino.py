@@ -17,13 +17,9 @@ from hipp_ext.calibration import find_processor
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError, UnsupportedModelError
 from hipp_ext.files import new_folder, require_new
 from hipp_ext.integrations.openvino_check import check_decoder, check_module
-from hipp_ext.integrations.openvino_graphs import (
-    Pictures,
-    decoder_graph,
-    embedding_graph,
-    picture_graph,
-)
+from hipp_ext.integrations.openvino_graphs import decoder_graph, embedding_graph, picture_graph
 from hipp_ext.integrations.openvino_host import load
+from hipp_ext.integrations.openvino_modules import Pictures
 from hipp_ext.integrations.openvino_refusals import refusals
 from hipp_ext.integrations.openvino_tokenizer import write_tokenizer
 from hipp_ext.surgery.checkpoint import load_pruned, settings_as_they_are
