@@ -14,7 +14,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# Exported models in OpenVINO, whose packages (210 MB) lie in a folder beside the environment.
+# Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
 test-openvino: $(STAMP) $(OPENVINO)/.installed
 	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino.py
 
@@ -45,9 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
-# Without dependencies: numpy is there, and openvino needs nothing else.
+# Without dependencies: numpy is there, and openvino-telemetry, which would report conversions, is optional.
 $(OPENVINO)/.installed: constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(OPENVINO) openvino openvino-genai openvino-telemetry openvino-tokenizers
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(OPENVINO) openvino openvino-genai openvino-tokenizers
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ from hipp_ext.integrations.openvino_host import load
 from hipp_ext.integrations.openvino_modules import Pictures
 from hipp_ext.integrations.openvino_refusals import refusals
 from hipp_ext.integrations.openvino_tokenizer import write_tokenizer
+from hipp_ext.model_folder import damaged, model_class, read_folder
 from hipp_ext.surgery.checkpoint import load_pruned, settings_as_they_are
 
 __all__ = ["WeightType", "export_openvino", "refusals"]
@@ -66,11 +67,11 @@ def export_openvino(
     if Path(folder).resolve().is_relative_to(Path(output).resolve()):
         raise OutputExistsError(f"{output} is, or holds, the model to export: choose another name.")
     openvino = load()
-    model = load_pruned(folder, dtype=torch.float32)
-    if reasons := refusals(model.config):
+    if reasons := refusals(_read_config(folder)):
         raise UnsupportedModelError(
             f"{folder} cannot be exported to OpenVINO: {'; '.join(reasons)}."
         )
+    model = load_pruned(folder, dtype=torch.float32)
     if (processor := find_processor(model)) is None:
         raise CheckpointError(f"{folder} holds no tokenizer. Save it there, and export again.")
     with new_folder(output, overwrite) as new:
@@ -79,6 +80,15 @@ def export_openvino(
             openvino.save_model(graph, new / f"{name}.xml", compress_to_fp16=type == "f16")
         _write_settings(model, processor, new)
     return Path(output)
+
+
+def _read_config(folder: str | Path) -> Any:
+    """The configuration, before memory is taken for the weights."""
+    read = read_folder(folder)
+    try:
+        return model_class(read).config_class.from_pretrained(folder, local_files_only=True)
+    except (TypeError, ValueError, KeyError) as error:
+        raise damaged(read.path, error) from error
 
 
 def _graphs(model: Any) -> Iterator[tuple[str, Any]]:
