@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPENVINO := .openvino
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test fuzz check wheel smollm2 clean
+.PHONY: demo test test-openvino fuzz check wheel smollm2 clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
+test-openvino: $(STAMP) $(OPENVINO)/.installed
+	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino.py
 
 # Damaged files for every reader; goes on where the last run of the same code stopped. `make fuzz FUZZ="--reader plan --cases 500"`.
 fuzz: $(STAMP)
@@ -40,5 +45,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
+# Without dependencies: numpy is there, and openvino-telemetry, which would report conversions, is optional.
+$(OPENVINO)/.installed: constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(OPENVINO) openvino openvino-genai openvino-tokenizers
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENVINO) build dist outputs .pytest_cache .ruff_cache .hypothesis
