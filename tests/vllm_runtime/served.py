@@ -1,0 +1,91 @@
+"""Greedy answers of a model folder, by vLLM and by transformers."""
+
+import gc
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TOKENS = 6  # of an answer
+
+
+class Answer(NamedTuple):
+    """Token ids, and their log probabilities [nats]."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def by_vllm(folder: Path, prompts: list[Any], **options: Any) -> list[Answer]:
+    """Answers of vLLM. A prompt is a list of token ids, or (text, picture)."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = dict(
+        enforce_eager=True, max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.5
+    )
+    if isinstance(prompts[0], list):
+        settings["skip_tokenizer_init"] = True
+    llm = LLM(str(folder), **settings | options)
+    try:
+        greedy = SamplingParams(
+            temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, detokenize=False
+        )
+        outputs = llm.generate([_vllm_prompt(p) for p in prompts], greedy, use_tqdm=False)
+        return [_answer(output.outputs[0]) for output in outputs]
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _vllm_prompt(prompt: Any) -> dict[str, Any]:
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    text, picture = prompt
+    return {"prompt": text, "multi_modal_data": {"image": picture}}
+
+
+def _answer(output: Any) -> Answer:
+    tokens = list(output.token_ids)
+    return Answer(tokens, [p[t].logprob for t, p in zip(tokens, output.logprobs, strict=True)])
+
+
+@torch.no_grad()
+def by_transformers(model: Any, prompts: list[Any], processor: Any = None) -> list[Answer]:
+    """Answers of `model`, prompt by prompt."""
+    return [_generated(model, _inputs(p, processor)) for p in prompts]
+
+
+def _inputs(prompt: Any, processor: Any) -> dict[str, Any]:
+    if isinstance(prompt, list):
+        ids = torch.tensor([prompt])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text, picture = prompt
+    return processor(text=text, images=[picture], return_tensors="pt", add_special_tokens=True)
+
+
+def _generated(model: Any, inputs: dict[str, Any]) -> Answer:
+    # A token that ends answers must not end this one, as with vLLM's ignore_eos.
+    out = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        eos_token_id=-1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = out.sequences[0, -TOKENS:].tolist()
+    logprobs = [row[0].log_softmax(-1)[t].item() for row, t in zip(out.logits, tokens, strict=True)]
+    return Answer(tokens, logprobs)
+
+
+def largest_difference(ours: list[Answer], theirs: list[Answer]) -> float:
+    """Of log probabilities [nats]; the tokens must be the same."""
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    pairs = [
+        pair
+        for a, b in zip(ours, theirs, strict=True)
+        for pair in zip(a.logprobs, b.logprobs, strict=True)
+    ]
+    return max(abs(a - b) for a, b in pairs)
