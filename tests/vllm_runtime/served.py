@@ -21,9 +21,7 @@ def by_vllm(folder: Path, prompts: list[Any], **options: Any) -> list[Answer]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings = dict(
-        enforce_eager=True, max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.5
-    )
+    settings = dict(dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
     if isinstance(prompts[0], list):
         settings["skip_tokenizer_init"] = True
     llm = LLM(str(folder), **settings | options)
