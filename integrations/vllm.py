@@ -86,8 +86,10 @@ def needs_own_layers(config: Any) -> bool:
     values = vars(config)
     if getattr(config, "is_heterogeneous", False):
         return True
-    derived = str(values.get("model_type", "")).startswith("qwen2")
-    return derived and head_dim(config) * values["num_attention_heads"] != values["hidden_size"]
+    return (
+        config.model_type.startswith("qwen2")
+        and head_dim(config) * values["num_attention_heads"] != values["hidden_size"]
+    )
 
 
 def undivided(config: Any, ranks: int) -> list[str]:

@@ -1,6 +1,8 @@
 """Greedy answers of a model folder, by vLLM and by transformers."""
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,25 +18,32 @@ class Answer(NamedTuple):
     logprobs: list[float]
 
 
-def by_vllm(folder: Path, prompts: list[Any], **options: Any) -> list[Answer]:
-    """Answers of vLLM. A prompt is a list of token ids, or (text, picture)."""
-    from vllm import LLM, SamplingParams
+@contextlib.contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM with the model of a folder, in this process, on the CPU."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = dict(dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
-    if isinstance(prompts[0], list):
-        settings["skip_tokenizer_init"] = True
-    llm = LLM(str(folder), **settings | options)
     try:
-        greedy = SamplingParams(
-            temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, detokenize=False
-        )
-        outputs = llm.generate([_vllm_prompt(p) for p in prompts], greedy, use_tqdm=False)
-        return [_answer(output.outputs[0]) for output in outputs]
-    finally:
+        llm = LLM(str(folder), **settings | options)
+        yield llm
         del llm
+    finally:
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def by_vllm(folder: Path, prompts: list[Any], **options: Any) -> list[Answer]:
+    """Answers of vLLM. A prompt is a list of token ids, or (text, picture)."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(
+        temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True, detokenize=False
+    )
+    with engine(folder, skip_tokenizer_init=isinstance(prompts[0], list), **options) as llm:
+        outputs = llm.generate([_vllm_prompt(p) for p in prompts], greedy, use_tqdm=False)
+    return [_answer(output.outputs[0]) for output in outputs]
 
 
 def _vllm_prompt(prompt: Any) -> dict[str, Any]:

@@ -23,4 +23,6 @@ def test_the_answers_are_those_of_transformers(name, tmp_path):
     subprocess.run([python, script, folder, name], check=True, cwd=Path(__file__).parents[2])
     _, processor, prompts = testbed()
     theirs = by_transformers(load_pruned(folder), prompts, processor)
-    assert largest_difference(by_vllm(folder, prompts), theirs) < TOLERANCE[name]
+    difference = largest_difference(by_vllm(folder, prompts), theirs)
+    print(f"{name}: {difference:.1e} nats")
+    assert difference < TOLERANCE[name]

@@ -27,4 +27,6 @@ def test_the_answers_are_those_of_transformers(name, shape, tmp_path):
     save_pruned(prune(model, SHAPES[shape](model)), tmp_path / "pruned")
     prompts = texts()
     theirs = by_transformers(load_pruned(tmp_path / "pruned"), prompts)
-    assert largest_difference(by_vllm(tmp_path / "pruned", prompts), theirs) < 1e-3
+    difference = largest_difference(by_vllm(tmp_path / "pruned", prompts), theirs)
+    print(f"{name} {shape}: {difference:.1e} nats")
+    assert difference < 1e-3
