@@ -25,7 +25,7 @@ from hipp_ext.testbed.conversations import (
     reading,
     with_prior,
 )
-from hipp_ext.testbed.model import EMPTY, build_model, build_processor
+from hipp_ext.testbed.model import EMPTY, build_model, build_processor, use_hub_names
 from hipp_ext.training import lr_factor, make_optimizers, step_optimizers
 
 LR, MUON_LR = 2e-3, 0.02  # peak learning rates
@@ -84,24 +84,9 @@ def train(
                     model, processor, count, sources, seed + number, scale, show
                 )
         model.save_pretrained(folder)
-        _name_as_on_the_hub(folder / "model.safetensors")
+        use_hub_names(folder / "model.safetensors")
         processor.save_pretrained(folder)
     return losses
-
-
-def _name_as_on_the_hub(file: Path) -> None:
-    """Give the vision tower's weights the names that LLaVA's have on the Hugging Face hub.
-
-    transformers loads both, and writes what it loaded; runtimes such as vLLM load the hub's alone.
-    """
-    from safetensors.torch import load_file, save_file
-
-    prefix = "vision_tower."
-    weights = {
-        f"{prefix}vision_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: t
-        for name, t in load_file(file).items()
-    }
-    save_file(weights, file, {"format": "pt"})
 
 
 def _initialise(model: Any, seed: int) -> None:

@@ -39,16 +39,15 @@ def main(folder: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as dense:  # llm-compressor wants a model from a disk
         save_pruned(noisy(model), dense, processor, overwrite=True)
         model = LlavaForConditionalGeneration.from_pretrained(dense)
-    groups = find_groups(model)
-    counts = keep_counts(
-        groups, [float(i % 3) for i in range(len(groups))], 0.4, Bounds(round_to=round_to)
-    )
-    plan = plan_from_counts(groups, counts, random_scores(groups))
-    modifiers = [
-        HippStructuredPruningModifier(plan=plan),
-        QuantizationModifier(**arguments, ignore=IGNORE),
-    ]
-    oneshot(model=model, recipe=modifiers, pipeline="datafree")
+        groups = find_groups(model)
+        allocation = [float(i % 3) for i in range(len(groups))]
+        counts = keep_counts(groups, allocation, 0.4, Bounds(round_to=round_to))
+        plan = plan_from_counts(groups, counts, random_scores(groups))
+        modifiers = [
+            HippStructuredPruningModifier(plan=plan),
+            QuantizationModifier(**arguments, ignore=IGNORE),
+        ]
+        oneshot(model=model, recipe=modifiers, pipeline="datafree")
     save_pruned(model, folder, processor)
 
 

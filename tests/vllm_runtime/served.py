@@ -61,6 +61,7 @@ def _answer(output: Any) -> Answer:
 @torch.no_grad()
 def by_transformers(model: Any, prompts: list[Any], processor: Any = None) -> list[Answer]:
     """Answers of `model`, prompt by prompt."""
+    model.generation_config.eos_token_id = None  # ends no answer, as with vLLM's ignore_eos
     return [_generated(model, _inputs(p, processor)) for p in prompts]
 
 
@@ -73,12 +74,10 @@ def _inputs(prompt: Any, processor: Any) -> dict[str, Any]:
 
 
 def _generated(model: Any, inputs: dict[str, Any]) -> Answer:
-    # A token that ends answers must not end this one, as with vLLM's ignore_eos.
     out = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=TOKENS,
-        eos_token_id=-1,
         output_logits=True,
         return_dict_in_generate=True,
     )

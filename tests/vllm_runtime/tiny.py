@@ -3,7 +3,9 @@
 Weights are random, pictures are random dots, and words are numbers.
 """
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +32,13 @@ def tokenizer(*special: str, **extra: Any) -> Any:
     vocabulary = {word: i for i, word in enumerate([PAD, BOS, EOS, UNKNOWN, *special, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=list(special),
         padding_side="left",
         model_max_length=256,
         **extra,
@@ -131,6 +133,16 @@ def _clip(cls: str = "CLIPVisionConfig") -> Any:
     )
 
 
+def as_on_the_hub(model: Any) -> Any:
+    """A LLaVA, loaded from a folder in which its vision tower has the hub's names."""
+    from hipp_ext.testbed.model import use_hub_names
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        use_hub_names(Path(folder) / "model.safetensors")
+        return type(model).from_pretrained(folder)
+
+
 GREY = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
@@ -139,7 +151,7 @@ def testbed() -> tuple[Any, Any, list[Any]]:
     from hipp_ext.testbed.model import build_model, build_processor, vocabulary
 
     prompts = questions("<image>", 40, vocabulary=vocabulary()[5:])
-    return build_model(heads=4), build_processor(), prompts
+    return as_on_the_hub(build_model(heads=4)), build_processor(), prompts
 
 
 def llava_next() -> tuple[Any, Any, list[Any]]:
@@ -171,7 +183,8 @@ def llava_next() -> tuple[Any, Any, list[Any]]:
         image_token_id=words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[32, 64], [64, 32]],
     )
-    return LlavaNextForConditionalGeneration(config), processor, questions("<image>", 48)
+    model = as_on_the_hub(LlavaNextForConditionalGeneration(config))
+    return model, processor, questions("<image>", 48)
 
 
 def qwen2_5_vl() -> tuple[Any, Any, list[Any]]:
@@ -322,7 +335,8 @@ def llava_onevision() -> tuple[Any, Any, list[Any]]:
         image_grid_pinpoints=pins,
         vision_feature_layer=-1,
     )
-    return LlavaOnevisionForConditionalGeneration(config), processor, questions("<image>", 48)
+    model = as_on_the_hub(LlavaOnevisionForConditionalGeneration(config))
+    return model, processor, questions("<image>", 48)
 
 
 def internvl() -> tuple[Any, Any, list[Any]]:
@@ -367,7 +381,8 @@ def gemma3() -> tuple[Any, Any, list[Any]]:
     import transformers
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    marks = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    lines = ["\n" * i for i in range(1, 5)]
+    marks = ("<start_of_image>", "<end_of_image>", "<image_soft_token>", *lines)
     named = dict(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
     )
