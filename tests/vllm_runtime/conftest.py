@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _processors_are_written_by_the_tests():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no processor was given")
