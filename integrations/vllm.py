@@ -49,8 +49,17 @@ SERVED = {
 
 
 def register() -> None:
-    """Register the per-layer models with vLLM, by name, in place of its own of the same names."""
-    from vllm import ModelRegistry
+    """Register the per-layer models with vLLM, by name, in place of its own of the same names.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+    """
+    try:
+        from vllm import ModelRegistry
+    except ModuleNotFoundError as error:
+        from hipp_ext.errors import MissingExtraError
+
+        raise MissingExtraError(error.name or "vllm", "vllm") from error
 
     for architecture, where in CLASSES.items():
         ModelRegistry.register_model(architecture, where)

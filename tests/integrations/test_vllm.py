@@ -8,6 +8,7 @@ import copy
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from plans import dropping_plan, random_plan
 from transformers import AutoConfig
 
 from hipp_ext import pad_to_uniform, prune, save_pruned
-from hipp_ext.errors import CheckpointError
+from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.integrations import vllm as plugin
 from hipp_ext.model_folder import MANIFEST
 
@@ -39,6 +40,12 @@ def configs():
 def test_vllm_finds_the_plug_in():
     found = entry_points(group="vllm.general_plugins", name="hipp")
     assert {entry.load() for entry in found} == {plugin.register}
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_extra_is_named():
+    with pytest.raises(MissingExtraError, match=r'pip install "hipp-ext\[vllm\]"'):
+        plugin.register()
 
 
 def test_importing_the_plug_in_costs_nothing():
