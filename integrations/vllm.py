@@ -8,6 +8,7 @@ of these architectures is loaded, and a model that was not pruned is built of vL
 
 # pyright: reportMissingImports=false
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,6 @@ def register() -> None:
         from hipp_ext.errors import MissingExtraError
 
         raise MissingExtraError(error.name or "vllm", "vllm") from error
-
     for architecture, where in CLASSES.items():
         ModelRegistry.register_model(architecture, where)
 
@@ -71,8 +71,6 @@ def layer_config(config: Any, layer: int) -> Any:
     Its `head_dim` is that of the dense model, which vLLM would otherwise derive from the number of
     heads that are left. `skip` lists the blocks of the layer that were dropped.
     """
-    import copy
-
     heterogeneous = getattr(config, "is_heterogeneous", False)
     own = config.per_layer_config[layer] if heterogeneous else copy.copy(config)
     own.head_dim = head_dim(config)
