@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plans import random_scores  # noqa: E402
-from tiny import noisy, testbed  # noqa: E402
+from tiny import llava, noisy  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 from hipp_ext import save_pruned  # noqa: E402
@@ -35,7 +35,7 @@ QUANTISERS = {
 def main(folder: str, name: str) -> None:
     """Write the model of QUANTISERS `name` to `folder`."""
     arguments, round_to = QUANTISERS[name]
-    model, processor, _ = testbed()
+    model, processor, _ = llava()
     with tempfile.TemporaryDirectory() as dense:  # llm-compressor wants a model from a disk
         save_pruned(noisy(model), dense, processor, overwrite=True)
         model = LlavaForConditionalGeneration.from_pretrained(dense)

@@ -6,7 +6,7 @@ import pytest
 from plans import random_plan
 from served import engine
 from shapes import SHAPES
-from tiny import TEXT, noisy, testbed
+from tiny import TEXT, llava, noisy
 
 from hipp_ext import prune, save_pruned
 from hipp_ext.errors import CheckpointError, UnsupportedModelError
@@ -40,7 +40,7 @@ def test_layers_without_attention_have_no_cache(tmp_path):
 
 
 def test_a_pruned_vision_tower_is_refused(tmp_path):
-    model, processor, _ = testbed()
+    model, processor, _ = llava()
     plan = random_plan(model, 0.4, towers=("language", "vision"))
     save_pruned(prune(model, plan), tmp_path / "pruned", processor)
     with (
@@ -51,7 +51,7 @@ def test_a_pruned_vision_tower_is_refused(tmp_path):
 
 
 def test_a_damaged_folder_is_refused(tmp_path):
-    model, processor, _ = testbed()
+    model, processor, _ = llava()
     folder = save_pruned(prune(model, SHAPES["free"](model)), tmp_path / "pruned", processor)
     manifest = json.loads((folder / "hipp_ext.json").read_text())
     (folder / "hipp_ext.json").write_text(json.dumps(manifest | {"format": 2}))

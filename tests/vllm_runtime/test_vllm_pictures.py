@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 
 from hipp_ext import load_pruned, prune, save_pruned
 
-CASES = [("testbed", "blocks"), ("qwen2_5_vl", "uniform"), *((name, "free") for name in PICTURES)]
+CASES = [("llava", "blocks"), ("qwen2_5_vl", "uniform"), *((name, "free") for name in PICTURES)]
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

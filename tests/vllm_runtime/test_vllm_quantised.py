@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from served import by_transformers, by_vllm, largest_difference
-from tiny import testbed
+from tiny import llava
 
 from hipp_ext import load_pruned
 
@@ -21,7 +21,7 @@ def test_the_answers_are_those_of_transformers(name, tmp_path):
     python = os.environ.get("HIPP_PYTHON", ".venv/bin/python")
     folder = tmp_path / name
     subprocess.run([python, script, folder, name], check=True, cwd=Path(__file__).parents[2])
-    _, processor, prompts = testbed()
+    _, processor, prompts = llava()
     theirs = by_transformers(load_pruned(folder), prompts, processor)
     difference = largest_difference(by_vllm(folder, prompts), theirs)
     print(f"{name}: {difference:.1e} nats")

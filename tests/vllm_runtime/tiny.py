@@ -146,7 +146,7 @@ def as_on_the_hub(model: Any) -> Any:
 GREY = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def testbed() -> tuple[Any, Any, list[Any]]:
+def llava() -> tuple[Any, Any, list[Any]]:
     """The testbed's model, untrained and with heads of 32."""
     from hipp_ext.testbed.model import build_model, build_processor, vocabulary
 
@@ -412,7 +412,7 @@ TEXT: dict[str, Callable[[], Any]] = {
     "gemma3_text": gemma3_text,
 }
 PICTURES: dict[str, Callable[[], tuple[Any, Any, list[Any]]]] = {
-    "testbed": testbed,
+    "llava": llava,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "llava_next": llava_next,
