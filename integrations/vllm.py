@@ -6,9 +6,8 @@ Only names are registered: torch, vLLM's models and hipp-ext's core are imported
 of these architectures is loaded, and a model that was not pruned is built of vLLM's own layers.
 """
 
-# pyright: reportMissingImports=false
-
 import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,13 @@ def register() -> None:
         MissingExtraError: vLLM is not installed.
     """
     try:
-        from vllm import ModelRegistry
+        registry = import_module("vllm").ModelRegistry
     except ModuleNotFoundError as error:
         from hipp_ext.errors import MissingExtraError
 
         raise MissingExtraError(error.name or "vllm", "vllm") from error
     for architecture, where in CLASSES.items():
-        ModelRegistry.register_model(architecture, where)
+        registry.register_model(architecture, where)
 
 
 def layer_config(config: Any, layer: int) -> Any:
