@@ -153,20 +153,7 @@ def _language_refusals(config: Any) -> tuple[str, ...]:
 
 def _vision_refusals(config: Any, folder: Path) -> tuple[str, ...]:
     """vLLM builds vision towers with one width, that of the configuration."""
-    vision = getattr(config, "vision_config", None)
-    if vision is None or not (folder / MANIFEST).is_file():
-        return ()
-    from hipp_ext.kinds import KINDS
-    from hipp_ext.model_folder import read_folder
-
-    manifest = read_folder(folder).manifest
-    assert manifest is not None
-    pruned = [
-        group.name
-        for group in manifest.groups
-        if group.tower == "vision"
-        and group.width != KINDS[group.kind].common_width(vision, "vision")
-    ]
+    pruned = pruned_vision_blocks(config, folder)
     if not pruned:
         return ()
     return (
@@ -174,3 +161,25 @@ def _vision_refusals(config: Any, folder: Path) -> tuple[str, ...]:
         "vLLM builds vision towers of one width. Prune the language tower alone, or save what "
         "pad_to_uniform(model) returns.",
     )
+
+
+def pruned_vision_blocks(config: Any, folder: Path) -> list[str]:
+    """Names of the blocks of a vision tower that are narrower than its configuration says.
+
+    Raises:
+        CheckpointError: a file of the folder is damaged.
+    """
+    vision = getattr(config, "vision_config", None)
+    if vision is None or not (folder / MANIFEST).is_file():
+        return []
+    from hipp_ext.kinds import KINDS
+    from hipp_ext.model_folder import read_folder
+
+    manifest = read_folder(folder).manifest
+    assert manifest is not None
+    return [
+        group.name
+        for group in manifest.groups
+        if group.tower == "vision"
+        and group.width != KINDS[group.kind].common_width(vision, "vision")
+    ]

@@ -28,17 +28,18 @@ def prepare(folder: str, serving: "Serving") -> str:
 def load(file: str, serving: "Serving") -> "Generate":
     """A function (token ids, new tokens) -> (seconds to the first, seconds per further token)."""
     try:
-        import xllamacpp
+        import xllamacpp  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MissingExtraError("xllamacpp", "gguf") from None
-    params = xllamacpp.CommonParams()
+    runtime: Any = xllamacpp
+    params = runtime.CommonParams()
     params.model.path = file
     params.n_ctx = serving.tokens + serving.new_tokens + 8
     params.n_batch = params.n_ubatch = max(serving.tokens, 32)
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = serving.threads
     params.warmup = False
-    server = xllamacpp.Server(params)
+    server = runtime.Server(params)
 
     def generate(ids: Any, new_tokens: int) -> tuple[float, float]:
         order = {"prompt": list(ids), "n_predict": new_tokens, "temperature": 0}

@@ -106,7 +106,7 @@ def latency(
             threads=threads or len(os.sched_getaffinity(0)),
             seed=seed,
         )
-        _in_runtime(folders, serving, per_block, out, overwrite)
+        _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out, overwrite)
         return
     if weights or threads:
         raise DataError("--weights and --threads belong to --runtime or --per-block.")

@@ -140,6 +140,8 @@ def plan(
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
+    if serve in ("vllm", "gguf"):
+        _require_served(loaded, serve)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}
     made = maker.plan(loaded, processor=processor, progress=True, **options)
     made.save(out, overwrite)
@@ -147,6 +149,16 @@ def plan(
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
     _print_plan(made)
+
+
+def _require_served(model: Any, serve: str) -> None:
+    """Raise PlanError where the runtime could not serve the model with uneven layers."""
+    from hipp_ext.integrations.serving import pruned_refusals
+
+    if reasons := pruned_refusals(model.config, serve):  # type: ignore[arg-type]
+        raise PlanError(
+            f"--serve {serve}: {'; '.join(reasons)}. Take --serve stock, or leave --serve out."
+        )
 
 
 def _notes(

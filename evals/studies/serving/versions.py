@@ -89,7 +89,7 @@ def about(folder: Path) -> Path:
 
 def _pruned(model: Any, corpus: Corpus, versions: list[Version]) -> Iterator[tuple[Version, Any]]:
     calibration, groups = corpus.calibration(0), find_groups(model)
-    allocator, scorer = Sensitivity(pruning_ratio=0.0), WandaSP()
+    allocator, scorer = Sensitivity(pruning_ratio=0.0, effort="fisher"), WandaSP()
     scores = scorer(model, calibration, groups=groups)
     measured = allocator.measure(model, groups, scores, calibration, progress=True)
     for version in versions:
