@@ -16,7 +16,7 @@ test: $(STAMP)
 
 # Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
 test-openvino: $(STAMP) $(OPENVINO)/.installed
-	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino.py
+	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino*.py
 
 # Damaged files for every reader; goes on where the last run of the same code stopped. `make fuzz FUZZ="--reader plan --cases 500"`.
 fuzz: $(STAMP)
