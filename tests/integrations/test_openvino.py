@@ -155,7 +155,7 @@ def test_a_llava_answers_in_openvino_genai_as_in_transformers(pruned, exported):
     model, processor = pruned
     pipeline = openvino_genai.VLMPipeline(exported, "CPU", **EXACT)
     settings = openvino_genai.GenerationConfig(
-        max_new_tokens=6, ignore_eos=True, apply_chat_template=False
+        max_new_tokens=6, ignore_eos=True, apply_chat_template=False, logprobs=1
     )
     for question in testbed.questions("POPE", "test", 20):
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
