@@ -118,7 +118,8 @@ def _language(plan: PruningPlan, kind: str) -> list[Any]:
 
 
 def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str) -> Any:
-    rows = [_language(plan, kind) for plan in plans.values()]
+    shown = {name: row for name, plan in plans.items() if (row := _language(plan, kind))}
+    rows = list(shown.values())
     image = axes.imshow(
         [[g.keep / g.width for g in row] for row in rows],
         vmin=0,
@@ -139,14 +140,16 @@ def _heatmap(axes: Any, plans: Mapping[str, PruningPlan], kind: str) -> Any:
             )
     axes.set_title(f"{kind}, of {rows[0][0].width} {KINDS[kind].unit}", fontsize=10)
     axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 12)))
-    axes.set_yticks(range(len(plans)), [label(name) for name in plans])
+    axes.set_yticks(range(len(rows)), [label(name) for name in shown])
     axes.grid(False)
     return image
 
 
 def _bars_below(axes: Any, values: Sequence[float], kind: str) -> None:
     axes.bar(range(len(values)), values, width=0.82, color=COLOURS[1])
-    axes.set_ylabel("visual flow" if kind == "attention" else "visual drift", fontsize=8)
+    axes.set_ylabel(
+        "visual flow" if KINDS[kind].place == "attention" else "visual drift", fontsize=8
+    )
     axes.set_xlabel("layer")
     axes.tick_params(axis="y", labelsize=7)
 

@@ -279,7 +279,7 @@ def _fit(folder: Path) -> Fit:
                 for g, v in zip(signals.groups, signals.visual, strict=True)
                 if g.kind == kind
             ]
-            for kind in VisualSensitivity.kinds
+            for kind in dict.fromkeys(g.kind for g in signals.groups if VisualSensitivity.scores(g))
         }
     return Fit(
         name=folder.resolve().parent.name if folder.name == "planner" else folder.name,

@@ -1,27 +1,28 @@
 """A transformers model -> its groups: what can go, what must go together, and what one unit costs.
 
 A decoder layer has two groups. In the attention group a unit is a whole KV group: one key head, one
-value head and every query head that shares them (one of each under multi-head attention). In the
-FFN group a unit is a channel. Groups are found by structure (which linear layers a block holds),
-not by a list of class names.
+value head and every query head that shares them (one of each under multi-head attention); or, as a
+finer unit, a query head. In the FFN group a unit is a channel. Groups are found by structure (which
+linear layers a block holds), not by a list of class names.
 """
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice
+from hipp_ext.errors import BudgetError, UnsupportedModelError
+from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
+from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
 
 Tower = Literal["language", "vision"]
+AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,20 @@ class Group:
     Attributes:
         tower: "language" or "vision".
         layer: index of the layer in its tower, from 0.
-        kind: a key of KINDS: "attention" (unit: a KV group), "ffn" (unit: a channel).
+        kind: a key of KINDS: "attention" (unit: a KV group), "query_heads" (unit: a query head of
+            the same block), "ffn" (unit: a channel).
         width: number of units.
         owns: what one unit owns: the rows that compute it, then the columns that read it.
         unit_parameters: parameters that leave with one unit, biases included.
         unit_flops: floating-point operations per token that leave with one unit (two per
             multiply-accumulate of its weights); attention over the context comes on top, see
             `context_flops`.
+        sections: the units lie in so many equal sections, one after the other, and every section
+            keeps the same number of units: query heads in one section per KV group, which must all
+            be shared by equally many. Other units are free (1).
+        stock_counts: keep counts that the model's configuration can name for all layers alike, so
+            that stock transformers builds such a model; None: any count.
+        removable: whether stock transformers builds the model without this layer.
     """
 
     tower: Tower
@@ -47,6 +55,9 @@ class Group:
     owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
+    sections: int = 1
+    stock_counts: tuple[int, ...] | None = None
+    removable: bool = True
 
     @property
     def name(self) -> str:
@@ -93,32 +104,72 @@ class Group:
         return KINDS[self.kind].context_flops(self.columns, context)
 
     def multiple(self, round_to: int) -> int:
-        """Smallest number of units whose columns together are a multiple of `round_to`."""
-        return round_to // math.gcd(round_to, self.columns)
+        """Smallest number of units, the same of every section, whose columns together are a
+        multiple of `round_to`.
+        """
+        return math.lcm(round_to // math.gcd(round_to, self.columns), self.sections)
 
 
-def find_groups(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[Group, ...]:
+def find_groups(
+    model: nn.Module, towers: Sequence[Tower] = ("language",), attention_unit: AttentionUnit = "kv"
+) -> tuple[Group, ...]:
     """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
 
     Args:
         model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3,
             LLaVA, LLaVA-NeXT, Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
         towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone by default.
+        attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
+            which every KV group of a layer keeps the same number. Keys and values then are not
+            prunable parameters: they stay, but for those of a dropped block. Where no query heads
+            share keys (multi-head attention), both units are the same: KV groups.
 
     Raises:
+        BudgetError: the attention unit is unknown.
         UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be
             mapped. Nothing is ever skipped in silence; the message lists the modules in question.
     """
+    check_attention_unit(attention_unit)
+    return _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, attention_unit))
+
+
+def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
+    """The query heads of all attention blocks, also of those where no heads share keys."""
+    query = KINDS["query_heads"]
+    found = _find_groups(model, towers, lambda kind, _: query if kind.name == "attention" else kind)
+    return tuple(g for g in found if g.kind == query.name)
+
+
+def _find_groups(
+    model: nn.Module, towers: Sequence[Tower], unit_of: Callable[[BlockKind, nn.Module], BlockKind]
+) -> tuple[Group, ...]:
+    """All groups; `unit_of` says by which kind a block is divided into units."""
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
     for tower in towers:
-        for index, layer in enumerate(tower_layers(model, tower)):
-            groups += [
-                _map_block(tower, index, kind, block, names[block])
-                for kind, block in _find_blocks(layer, names)
-                if not isinstance(block, Skip)
-            ]
+        layers = tower_layers(model, tower)
+        config, first = tower_config(model.config, tower), first_removable_layer(model.config)
+        for index, layer in enumerate(layers):
+            removable = tower == "language" and index >= first and not other_parts(layer)
+            for kind, block in _find_blocks(layer, names):
+                if not isinstance(block, Skip):
+                    group = _map_block(tower, index, unit_of(kind, block), block, names[block])
+                    counts = _stock_counts(config, group, block)
+                    groups.append(replace(group, stock_counts=counts, removable=removable))
     return tuple(groups)
+
+
+def tower_config(config: Any, tower: Tower) -> Any:
+    """The part of a model's configuration that describes a tower."""
+    return config.get_text_config() if tower == "language" else config.vision_config
+
+
+def check_attention_unit(unit: object) -> None:
+    """Raise BudgetError unless `unit` is one of AttentionUnit."""
+    if unit not in get_args(AttentionUnit):
+        raise BudgetError(
+            f"attention_unit={unit!r}: one of {', '.join(get_args(AttentionUnit))} is needed."
+        )
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
@@ -212,6 +263,12 @@ def _find_blocks(
     return [(kind, block) for kind, blocks in found.items() for block in blocks]
 
 
+def _in_unit(kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit) -> BlockKind:
+    """The kind whose units an attention block is divided into; other kinds as they are."""
+    divided = attention_unit == "query" and kind.name == "attention" and shares_keys(block)
+    return KINDS["query_heads"] if divided else kind
+
+
 def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name: str) -> Group:
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
@@ -231,7 +288,18 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         owns=owns,
         unit_parameters=weights + biases,
         unit_flops=2 * weights,
+        sections=kind.sections(block),
     )
+
+
+def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
+    """See `Group.stock_counts`; only its width where the configuration names no width at all."""
+    kind = KINDS[group.kind]
+    common = kind.common_width(config, group.tower)
+    if common is None:
+        return (group.width,)
+    counts = kind.stock_counts(config, group.tower, common, block, group.columns)
+    return counts and tuple(n for n in counts if n < group.width) + (group.width,)
 
 
 def _listing(module: nn.Module, limit: int = 30) -> str:
@@ -334,11 +402,13 @@ def check_loaded(model: nn.Module, name: str = "") -> None:
 
 
 __all__ = [
+    "AttentionUnit",
     "Group",
     "Kind",
     "Slice",
     "Tower",
     "block_of",
+    "check_attention_unit",
     "check_loaded",
     "check_plain",
     "decoder",
@@ -347,6 +417,7 @@ __all__ = [
     "gated",
     "linear",
     "not_plain",
+    "query_groups",
     "sync_sizes",
     "total_parameters",
     "tower_layers",

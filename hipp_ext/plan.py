@@ -5,6 +5,7 @@ JSON, one group a line; the kept units are written as ranges ("0-5,8"), which st
 well.
 """
 
+import bisect
 import itertools
 import json
 from collections import Counter
@@ -18,7 +19,8 @@ from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
-from hipp_ext.groups import Kind, Tower
+from hipp_ext.groups import AttentionUnit, Kind, Tower
+from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
 
 FORMAT = 1
@@ -31,7 +33,8 @@ MAX_BYTES, MAX_GROUPS, MAX_UNITS, MAX_FIELDS = 32 << 20, 20_000, 10_000_000, 20
 class PlanGroup:
     """One group of a plan: `keep` of `width` units stay, namely those in `kept` (sorted indices).
 
-    Where none stays, the block is dropped.
+    Where none stays, the block is dropped. With several `sections` (query heads, see
+    `Group.sections`) each of them keeps the same number.
     """
 
     tower: Tower
@@ -40,9 +43,10 @@ class PlanGroup:
     width: int
     kept: tuple[int, ...]
     unit_parameters: int
+    sections: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("layer", "width", "unit_parameters"):
+        for name in ("layer", "width", "unit_parameters", "sections"):
             object.__setattr__(
                 self, name, _whole(getattr(self, name), name)
             )  # numpy's numbers are no JSON
@@ -61,11 +65,38 @@ class PlanGroup:
                 f"{self.name}: kept units must be distinct, sorted and below {self.width}: "
                 f"{_short(kept[:100])}"
             )
+        self._check_sections()
+
+    def _check_sections(self) -> None:
+        if self.sections < 1 or self.width % self.sections:
+            raise PlanError(
+                f"{self.name}: {self.width} units cannot be divided into {self.sections} sections."
+            )
+        size, each = self.width // self.sections, len(self.kept) // self.sections
+        if self.sections == 1 or (
+            len(self.kept) == each * self.sections
+            and all(unit // size == place // each for place, unit in enumerate(self.kept))
+        ):
+            return
+        starts = range(0, size * min(self.sections, 100), size)
+        counts = [
+            bisect.bisect_left(self.kept, start + size) - bisect.bisect_left(self.kept, start)
+            for start in starts
+        ]
+        raise PlanError(
+            f"{self.name}: each of the {self.sections} sections of {size} units must keep the same "
+            f"number; they keep {counts}{', ...' if self.sections > 100 else ''}."
+        )
 
     @property
     def name(self) -> str:
         """Key of the group, such as "language.3.ffn"; the same as `Group.name`."""
         return f"{self.tower}.{self.layer}.{self.kind}"
+
+    @property
+    def place(self) -> str:
+        """Place of the block in its layer, "attention" or "ffn"; the same as `Group.place`."""
+        return KINDS[self.kind].place
 
     @property
     def keep(self) -> int:
@@ -119,6 +150,11 @@ class PruningPlan:
         return tuple(dict.fromkeys(g.tower for g in self.groups))
 
     @property
+    def attention_unit(self) -> AttentionUnit:
+        """The unit of its attention groups: "query" if any of them are query heads."""
+        return "query" if any(g.kind == "query_heads" for g in self.groups) else "kv"
+
+    @property
     def keep_counts(self) -> dict[str, int]:
         """Group name -> number of units that stay."""
         return {g.name: g.keep for g in self.groups}
@@ -147,6 +183,7 @@ class PruningPlan:
                     "kept": _ranges(g.kept),
                     "unit_parameters": g.unit_parameters,
                 }
+                | ({"sections": g.sections} if g.sections > 1 else {})
             )
             for g in self.groups
         ]
@@ -226,6 +263,7 @@ class _GroupFile(_Strict):
     keep: int
     kept: str = Field(pattern=r"^(\d+(-\d+)?(,\d+(-\d+)?)*)?$")  # empty: the block is dropped
     unit_parameters: int = Field(ge=1, lt=2**63)
+    sections: int = Field(default=1, ge=1, le=MAX_UNITS)
 
     def build(self) -> PlanGroup:
         name, spans = f"{self.tower}.{self.layer}.{self.kind}", self._spans()
@@ -240,6 +278,7 @@ class _GroupFile(_Strict):
             width=self.width,
             kept=kept,
             unit_parameters=self.unit_parameters,
+            sections=self.sections,
         )
 
     def _spans(self) -> list[tuple[int, int]]:

@@ -16,14 +16,20 @@ Scores = Mapping[str, Float[Tensor, " width"]]
 KeepMasks = dict[str, Bool[Tensor, " width"]]
 
 
-def unit_order(scores: Float[Tensor, " width"]) -> Int[Tensor, " width"]:
-    """Indices of the units, highest score first; among equals the lower index comes first."""
-    return torch.argsort(scores, descending=True, stable=True)
+def unit_order(scores: Float[Tensor, " width"], sections: int = 1) -> Int[Tensor, " width"]:
+    """Indices of the units, highest score first; among equals the lower index comes first.
+
+    With several sections: the best of every section, then the second of every section, and so on,
+    so that the units of a rank stay or leave together. See `Group.sections`.
+    """
+    ranked = torch.argsort(scores.reshape(sections, -1), dim=1, descending=True, stable=True)
+    first = torch.arange(sections, device=scores.device) * ranked.shape[1]
+    return (ranked + first[:, None]).T.flatten()
 
 
-def top_units(scores: Float[Tensor, " width"], keep: int) -> tuple[int, ...]:
-    """Sorted indices of the `keep` units with the highest scores."""
-    return tuple(sorted(unit_order(scores)[:keep].tolist()))
+def top_units(scores: Float[Tensor, " width"], keep: int, sections: int = 1) -> tuple[int, ...]:
+    """Sorted indices of the `keep` units with the highest scores, the same number per section."""
+    return tuple(sorted(unit_order(scores, sections)[:keep].tolist()))
 
 
 def unit_entries(units: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entries"]:
@@ -55,8 +61,8 @@ def plan_from_counts(
 
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
-            block is dropped) to its width; scores are missing for a group, have another length than
-            its width, or are not finite.
+            block is dropped) to its width, or that its sections cannot share equally; scores are
+            missing for a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
     keep_counts = _checked_counts(groups, counts)
@@ -67,8 +73,9 @@ def plan_from_counts(
                 layer=g.layer,
                 kind=g.kind,
                 width=g.width,
-                kept=top_units(scores[g.name], k),
+                kept=top_units(scores[g.name], k, g.sections),
                 unit_parameters=g.unit_parameters,
+                sections=g.sections,
             )
             for g, k in zip(groups, keep_counts, strict=True)
         ),
@@ -90,6 +97,11 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
             raise PlanError(
                 f"{g.name} cannot keep {given!r} of {g.width} units: a whole number from 0 to "
                 f"{g.width} is needed."
+            )
+        if keep % g.sections:
+            raise PlanError(
+                f"{g.name} cannot keep {keep} of {g.width} units: its {g.sections} sections keep "
+                f"the same number each, so a multiple of {g.sections} is needed."
             )
         checked.append(keep)
     return checked

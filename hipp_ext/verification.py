@@ -3,41 +3,44 @@ tokens.
 
 Groups are found by the names and shapes of layers, and a shape can mislead: heads that are
     subtracted from one another, a norm
-for every head, sizes that a forward takes from elsewhere. So one unit of every group is taken out
-in two ways, by masking what it puts out and by slicing its weights, and both must give the same
-logits.
+for every head, sizes that a forward takes from elsewhere. So one unit of every group (of every
+section of it) is taken out in two ways, by masking what it puts out and by slicing its weights, and
+both must give the same logits.
 """
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, linear, not_plain, sync_sizes
+from hipp_ext.groups import Group, Slice, block_of, linear, not_plain, sync_sizes
 from hipp_ext.modes import evaluating
 
 TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order
 ROUNDINGS = 8  # the same in half precision, in units of its precision
 
-_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Model -> the kinds of its groups that were verified.
+_verified: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     """Raise UnsupportedModelError if removing a unit of every group gives other logits than masking
     it.
 
-    Cost: three forward passes over four tokens, the first time that a model is seen; no weight is
-        copied or changed. Groups of
-    the vision tower are left out, and so are models that could not be pruned anyway (quantised,
-    adapted, offloaded, with shared weights).
+    Cost: three forward passes over four tokens, the first time that a model is seen with groups of
+    these kinds; no weight is changed, and none is copied but those of the query heads of the block
+    that is running. Groups of the vision tower are left out, and so are models that could not be
+    pruned anyway (quantised, adapted, offloaded, with shared weights).
     """
     several = [g for g in groups if g.tower == "language" and g.width > 1]
-    if model in _verified or not several or not _sliceable(model, several):
+    kinds = {g.kind for g in several}
+    if kinds <= _verified.get(model, set()) or not _sliceable(model, several):
         return
     try:
         dense = _logits(model)
@@ -48,7 +51,7 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
             "what pruning takes them for was not checked.",
             stacklevel=2,
         )
-        _verified.add(model)
+        _verified.setdefault(model, set()).update(kinds)
         return
     if not torch.isfinite(dense).all():
         return  # for those to say who measure activations
@@ -67,7 +70,7 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
             "masked (the logits go up to "
             f"{float(dense.abs().max()):.3g})."
         )
-    _verified.add(model)
+    _verified.setdefault(model, set()).update(kinds)
 
 
 def _refusal(model: nn.Module) -> str:
@@ -106,12 +109,16 @@ def _logits(model: nn.Module) -> Tensor:
 
 
 def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The logits with the first unit of every group masked."""
+    """The logits with the first unit of every group, and section, masked."""
 
-    def mask(columns: int) -> Any:
-        return lambda _, args: (nn.functional.pad(args[0][..., columns:], (columns, 0)), *args[1:])
+    def mask(group: Group) -> Any:
+        def close(_: nn.Module, args: tuple) -> tuple:
+            sections = args[0].unflatten(-1, (group.sections, -1))[..., group.columns :]
+            return (nn.functional.pad(sections, (group.columns, 0)).flatten(-2), *args[1:])
 
-    handles = [linear(model, g.consumer).register_forward_pre_hook(mask(g.columns)) for g in groups]
+        return close
+
+    handles = [linear(model, g.consumer).register_forward_pre_hook(mask(g)) for g in groups]
     try:
         return _logits(model)
     finally:
@@ -120,19 +127,35 @@ def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 
 def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The logits with the first unit of every group sliced out; parameters are views meanwhile."""
-    whole: list[tuple[Tensor, Tensor]] = []
-    try:
+    """The logits with the first unit of every group, and section, sliced out."""
+    with contextlib.ExitStack() as stack:
         for g in groups:
             for part in g.owns:
-                parameter = model.get_parameter(part.parameter)
-                whole.append((parameter, parameter.data))
-                length = parameter.shape[part.dim] - part.size
-                parameter.data = parameter.data.narrow(part.dim, part.size, length)
-            sync_sizes(model, g, g.width - 1)
+                stack.enter_context(_cut_while_running(model, g, part))
+            stack.callback(sync_sizes, model, g, g.width)
+            sync_sizes(model, g, g.width - g.sections)
         return _logits(model)
-    finally:
-        for parameter, data in whole:
-            parameter.data = data
-        for g in groups:
-            sync_sizes(model, g, g.width)
+
+
+@contextlib.contextmanager
+def _cut_while_running(model: nn.Module, group: Group, part: Slice) -> Iterator[None]:
+    """Inside the `with` block a parameter is without the first units while its block runs.
+
+    It is a view where there is one section, else a copy.
+    """
+    parameter, block = model.get_parameter(part.parameter), block_of(model, group)
+    whole, dim = parameter.data, part.dim
+
+    def cut(*_: Any) -> None:
+        sections = whole.unflatten(dim, (group.sections, -1))
+        left = sections.narrow(dim + 1, part.size, sections.shape[dim + 1] - part.size)
+        parameter.data = left.flatten(dim, dim + 1)
+
+    def restore(*_: Any) -> None:
+        parameter.data = whole
+
+    with block.register_forward_pre_hook(cut), block.register_forward_hook(restore):
+        try:
+            yield
+        finally:
+            parameter.data = whole

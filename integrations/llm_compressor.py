@@ -29,9 +29,10 @@ from torch import nn
 
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import RecipeError
-from hipp_ext.groups import find_groups
+from hipp_ext.groups import AttentionUnit, find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
 from hipp_ext.integrations.llm_compressor_host import (
+    check_compensation,
     check_group_sizes,
     check_mixing,
     check_order,
@@ -58,8 +59,8 @@ PLANNING_BATCHES = 32  # of the calibration; a plan needs fewer samples than a q
 
 
 class HippStructuredPruningModifier(Modifier):
-    """Prunes whole KV groups and FFN channels, as `hipp_ext.prune` does, at the start of an
-    llm-compressor recipe.
+    """Prunes whole KV groups, or query heads, and FFN channels, as `hipp_ext.prune` does, at the
+    start of an llm-compressor recipe.
 
         oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan),
         QuantizationModifier(...)])
@@ -82,12 +83,15 @@ class HippStructuredPruningModifier(Modifier):
             recipe's quantisers need.
         pruning_ratio: with a preference: parameters removed / prunable parameters, in [0, 1); None:
             the policy decides.
+        attention_unit: with a preference: "kv" (whole KV groups) or "query" (query heads). None:
+            "kv".
 
     Raises:
         PlanError: the plan does not fit the model, or is no plan.
         RecipeError: the model is quantised already; a layer's columns do not divide into
             quantisation groups (the message names the groups and a round_to that works); another
-            modifier would fill or did fill zeros again.
+            modifier would fill or did fill zeros again (with mode="mask" and query heads, one that
+            makes up for errors).
         BudgetError, CalibrationError, UnsupportedModelError: as `HiPPPlanner.plan` and `prune`.
             Before any of these, nothing was pruned.
     """
@@ -97,6 +101,7 @@ class HippStructuredPruningModifier(Modifier):
     mode: Literal["shrink", "mask"] = "shrink"
     round_to: int | None = Field(default=None, ge=1)
     pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
+    attention_unit: AttentionUnit | None = None
     _zeros: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("plan", mode="before")
@@ -129,9 +134,11 @@ class HippStructuredPruningModifier(Modifier):
     def _one_source(self) -> "HippStructuredPruningModifier":
         if (self.plan is None) == (self.preference is None):
             raise ValueError("Exactly one of plan and preference is needed.")
-        if self.plan is not None and (self.round_to is not None or self.pruning_ratio is not None):
+        of_preference = (self.round_to, self.pruning_ratio, self.attention_unit)
+        if self.plan is not None and any(option is not None for option in of_preference):
             raise ValueError(
-                "round_to and pruning_ratio go with a preference; a plan already says what stays."
+                "round_to, pruning_ratio and attention_unit go with a preference; a plan already "
+                "says what stays."
             )
         return self
 
@@ -145,6 +152,8 @@ class HippStructuredPruningModifier(Modifier):
         plan = self._make_plan(model, state.data.calib, sizes)
         groups = match(model, plan)
         check_group_sizes(groups, plan, sizes)
+        if self.mode == "mask" and plan.attention_unit == "query":
+            check_compensation(self)
         with disable_onloading():  # the weights themselves, wherever llm-compressor keeps them
             if self.mode == "shrink":
                 prune(model, plan, inplace=True)
@@ -179,7 +188,9 @@ class HippStructuredPruningModifier(Modifier):
         if self.plan is not None:
             return PruningPlan.load(self.plan)
         assert self.preference is not None
-        round_to = self.round_to or round_to_for(find_groups(model), sizes)
+        unit = self.attention_unit or "kv"
+        groups = find_groups(model, attention_unit=unit)
+        round_to = self.round_to or round_to_for(groups, sizes)
         batches = (
             None if calibration is None else list(itertools.islice(calibration, PLANNING_BATCHES))
         )
@@ -187,6 +198,7 @@ class HippStructuredPruningModifier(Modifier):
             Preference(**self.preference),
             pruning_ratio=self.pruning_ratio,
             bounds=Bounds(round_to=round_to),
+            attention_unit=unit,
         )
         return planner.plan(model, calibration=batches)
 

@@ -35,7 +35,8 @@ def sparsity_per_layer(
     Args:
         plan: its keep counts are used, not which units stay.
         tower: "language" or "vision".
-        kind: only the "attention" or only the "ffn" groups; None: both together, by parameters.
+        kind: only the groups of this kind, such as "attention" or "ffn"; None: all together, by
+            parameters.
 
     Raises:
         PlanError: the plan has no such groups.

@@ -21,6 +21,8 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.checkpoint import check_saveable, complete_folder, settings_as_they_are
 
 LOG_SWITCH = "LLM_COMPRESSOR_LOG_DISABLED"
+# Modifiers that change weights so that errors elsewhere in a row are made up for.
+COMPENSATING = ("GPTQModifier", "SparseGPTModifier")
 
 
 def import_llmcompressor() -> ModuleType:
@@ -97,6 +99,24 @@ def check_mixing(modifier: Any) -> None:
                 "rotates units into each other, "
                 'and what was zero is filled again. Use mode="shrink", or leave one of them out. '
                 "Nothing was pruned."
+            )
+
+
+def check_compensation(modifier: Any) -> None:
+    """Raise RecipeError where another modifier of the recipe would fill the columns of query heads
+    that are set to zero.
+
+    Without its query rows a head still puts out the mean of its values: its input to o_proj is not
+    zero, and what makes up for errors by means of the inputs gives its columns weights again.
+    """
+    for other in other_modifiers(modifier):
+        name = type(other).__name__
+        if name in COMPENSATING:
+            raise RecipeError(
+                f'{type(modifier).__name__} with mode="mask" and query heads, and {name} in one '
+                f"recipe: {name} makes up for errors in o_proj, and fills the columns of heads "
+                'that are gone. Use mode="shrink", or a plan of whole KV groups. Nothing was '
+                "pruned."
             )
 
 

@@ -134,8 +134,8 @@ class PlanPruner:
         Histories of the stock pruner are understood as far as they remove whole units.
 
         Raises:
-            PlanError: an entry is not about a group of the plan, or removes parts of units (nothing
-                was changed).
+            PlanError: an entry is not about a group of the plan, or removes parts of units, or
+                other numbers of query heads from every KV group (nothing was changed).
         """
         self._check_not_done()
         groups = match(self.model, self.plan)
@@ -167,7 +167,7 @@ class PlanPruner:
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
-        groups = find_groups(self.model, self.plan.towers)
+        groups = find_groups(self.model, self.plan.towers, self.plan.attention_unit)
         entries = [
             PlanGroup(
                 tower=g.tower,
@@ -175,6 +175,7 @@ class PlanPruner:
                 kind=g.kind,
                 width=g.width,
                 unit_parameters=g.unit_parameters,
+                sections=g.sections,
                 kept=tuple(kept.get(g.name, range(g.width))),
             )
             for g in groups
@@ -226,7 +227,8 @@ class UnitGroup(tp.Group):
         """Remove the planned units, or those whose input columns of the group's root are `idxs`.
 
         Raises:
-            PlanError: `idxs` are not whole units, or the group was pruned before.
+            PlanError: `idxs` are not whole units (or not the same number of query heads from every
+                KV group), or the group was pruned before.
         """
         group, model = self._unit_group, self._pruner.model
         if linear(model, group.consumer).in_features != group.width * group.columns:

@@ -7,7 +7,7 @@ scores = TorchPruningScorer(tp.importance.LAMPImportance())(model)
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, MissingExtraError, PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, linear
+from hipp_ext.groups import AttentionUnit, Group, block_of, find_groups, linear
+from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating, training_only
 from hipp_ext.scorers.base import Scorer, forward, per_unit, require_labels
 from hipp_ext.scorers.gates import GatedGroup, Loss, unit_taylor
@@ -36,7 +37,8 @@ IN_HANDLERS = (
     tp.prune_linear_in_channels,
 )
 CHANNEL_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-GROUP_KEY = re.compile(r"(language|vision)\.\d+\.(attention|ffn)")
+UNITS: tuple[AttentionUnit, ...] = get_args(AttentionUnit)
+GROUP_KEY = re.compile(rf"(language|vision)\.\d+\.({'|'.join(KINDS)})")
 
 
 class HippImportance(tp.importance.Importance):
@@ -46,9 +48,9 @@ class HippImportance(tp.importance.Importance):
         scores: scores by group or by layer, higher = keep; both kinds may be mixed. A group such as
             "language.3.ffn" has (width,) scores, as every scorer returns them, and
             "language.3.attention" also (query heads,), because the stock pruner removes single
-            query heads. A layer such as "layer1.0.conv2", any convolution, linear layer or batch
-            norm, has (output channels,). Where several scored layers are coupled (a residual
-            stream), a channel's score is their mean.
+            query heads; "language.3.query_heads" is the same. A layer such as "layer1.0.conv2", any
+            convolution, linear layer or batch norm, has (output channels,). Where several scored
+            layers are coupled (a residual stream), a channel's score is their mean.
         model: model that the names belong to; None: the model that torch-pruning traced.
         skip_unscored: leave groups without any scores as they are, instead of raising.
 
@@ -158,7 +160,7 @@ class HippImportance(tp.importance.Importance):
         }
         keys = [k for k in self.scores if k not in layers]
         towers: Any = tuple(dict.fromkeys(k.split(".")[0] for k in keys if GROUP_KEY.fullmatch(k)))
-        groups = {g.name: g for g in find_groups(model, towers)} if towers else {}
+        groups = {g.name: g for unit in UNITS for g in find_groups(model, towers, unit) if towers}
         if unknown := [k for k in keys if k not in groups]:
             raise PlanError(
                 f"Scores for {unknown[:4]}, which are neither groups nor layers (conv, linear, "
@@ -331,7 +333,7 @@ def _check_length(key: str, values: Tensor, allowed: Sequence[int], what: str) -
 def _per_column(model: nn.Module, group: Group, values: Tensor) -> Tensor:
     if group.kind != "attention":
         _check_length(group.name, values, [group.width], "units")
-        return values
+        return values.repeat_interleave(group.columns)
     heads = group.width * group.columns // block_of(model, group).head_dim
     _check_length(
         group.name, values, list(dict.fromkeys([group.width, heads])), "KV groups or query heads"

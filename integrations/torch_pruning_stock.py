@@ -87,6 +87,11 @@ def _stock_fails(model: nn.Module, group: Group, keep: int) -> str | None:
             "its weights are frozen; the stock pruner traces through gradients, and unfreezes what "
             "it prunes."
         )
+    if group.kind == "query_heads":
+        return (
+            "it does not keep the number of query heads that share a key head, and leaves layers "
+            "whole where one of them would be left."
+        )
     if group.kind == "attention" and group.columns != group.rows[1]:
         return (
             f"{group.columns // group.rows[1]} query heads share a key head. The stock pruner "
@@ -123,7 +128,7 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
             silently).
         UnsupportedModelError: what is left of a group cannot be mapped.
     """
-    groups = {g.name: g for g in find_groups(model, plan.towers)}
+    groups = {g.name: g for g in find_groups(model, plan.towers, plan.attention_unit)}
     wrong = [
         f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "
         f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} "

@@ -28,6 +28,18 @@ def random_plan(
     return plan_from_counts(groups, counts, scores)
 
 
+def query_plan(model: nn.Module, seed: int = 0, steps=(1, 2, 3)) -> PruningPlan:
+    """Some of the query heads of every KV group, and of the channels; layer after layer another
+    number.
+    """
+    groups = find_groups(model, attention_unit="query")
+    counts = [
+        max(1, g.width // g.sections * steps[(i + seed) % len(steps)] // max(steps)) * g.sections
+        for i, g in enumerate(groups)
+    ]
+    return plan_from_counts(groups, counts, random_scores(groups, seed))
+
+
 @torch.no_grad()
 def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
     """Logits of one forward pass without a cache."""

@@ -71,5 +71,7 @@ def test_without_it_the_layer_has_no_block_in_one_place():
 
 
 def test_a_scorer_of_some_kinds_refuses_the_others(model):
-    with pytest.raises(UnsupportedModelError, match=r"attention, ffn only.*0\.shared_expert"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"attention, query_heads, ffn only.*0\.shared_expert"
+    ):
         VisualSensitivity()(model, [batch("llama")])

@@ -9,6 +9,7 @@ from hipp_ext.allocators.base import Allocator
 from hipp_ext.allocators.levels import Levels
 from hipp_ext.budget import Bounds
 from hipp_ext.scorers.base import Groups, Scores
+from hipp_ext.units import unit_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ def counts_by_threshold(
     """
     levels, values = Levels.of(groups, bounds or Bounds()), []
     for group, counts in zip(groups, levels.counts, strict=True):
-        ranked = np.sort(scores[group.name].double().numpy())[::-1]
+        of_units = scores[group.name].double()
+        ranked = of_units[unit_order(of_units, group.sections)].numpy()
         total = np.append(0.0, np.cumsum(ranked))[counts]
         values.append(np.diff(total) / np.diff(counts))
     return levels.fill(levels.least, levels.budget(pruning_ratio), values)

@@ -2,14 +2,24 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from hipp_ext.kinds.attention import Attention
+from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
 from hipp_ext.kinds.base import BlockKind, Skip, Slice
 from hipp_ext.kinds.ffn import FFN
 
-__all__ = ["FFN", "KINDS", "Attention", "BlockKind", "Kind", "Skip", "Slice"]
+__all__ = [
+    "FFN",
+    "KINDS",
+    "Attention",
+    "BlockKind",
+    "Kind",
+    "QueryHeads",
+    "Skip",
+    "Slice",
+    "shares_keys",
+]
 
 # In the order in which a layer runs them. A new kind is registered here.
-KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (Attention(), FFN())}
+KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (Attention(), QueryHeads(), FFN())}
 
 if TYPE_CHECKING:
     Kind = str

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Calibration, image_token_id
+from hipp_ext.families import BLOCKS
 from hipp_ext.groups import Group
-from hipp_ext.kinds import KINDS
 from hipp_ext.scorers import MRS, SynFlow, VisualSensitivity
 
 Column = Float[Tensor, " groups"]
@@ -55,18 +55,18 @@ def standardise(x: Tensor) -> Tensor:
     return (x - x.mean()) / deviation if float(deviation) > 1e-6 else x * 0
 
 
-def by_kind(values: Column, groups: Sequence[Group]) -> Column:
-    """Logs, standardised within each kind of group: flow and drift are different quantities."""
+def by_place(values: Column, groups: Sequence[Group]) -> Column:
+    """Logs, standardised within each place in a layer: flow and drift are different quantities."""
     result = torch.zeros(len(groups))
-    for kind in KINDS:
-        rows = torch.tensor([i for i, g in enumerate(groups) if g.kind == kind], dtype=torch.long)
+    for place in BLOCKS:
+        rows = torch.tensor([i for i, g in enumerate(groups) if g.place == place]).long()
         if len(rows) and float(values[rows].max()) > 0:
             result[rows] = standardise((values[rows] + 1e-9).log())
     return result
 
 
 TRANSFORMS: dict[str, Callable[[Column, Sequence[Group]], Column]] = {
-    "visual": by_kind,
+    "visual": by_place,
     "synflow": lambda values, _: standardise(values),
     "mrs": lambda values, _: standardise((values + 1e-6).log()),
 }

@@ -11,7 +11,8 @@ from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
-from hipp_ext.groups import find_groups
+from hipp_ext.groups import AttentionUnit, Group, check_attention_unit, find_groups
+from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
 from hipp_ext.planner.archive import Archive
@@ -57,6 +58,7 @@ class HiPPPlanner:
         mrs: also shows the policy the sensitivity of every group under attack; the calibration
             needs labels.
         bounds: rounding and floors of the keep counts.
+        attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
             (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
@@ -66,7 +68,7 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort or attention unit is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -86,6 +88,7 @@ class HiPPPlanner:
         scorer: Scorer | None = None,
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
+        attention_unit: AttentionUnit = "kv",
         effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
@@ -96,6 +99,7 @@ class HiPPPlanner:
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
         check_effort(effort)
+        check_attention_unit(attention_unit)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
@@ -109,6 +113,7 @@ class HiPPPlanner:
             )
         self.scorer, self.mrs, self.bounds = scorer, mrs, bounds or Bounds()
         self.effort: Effort = effort
+        self.attention_unit: AttentionUnit = attention_unit
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -128,6 +133,7 @@ class HiPPPlanner:
         rows: int | None = None,
         preference: Preference | None = None,
         best_evaluated: bool = False,
+        limits: Limits | None = None,
         log: Log | None = None,
         progress: bool = False,
     ) -> PruningPlan:
@@ -147,14 +153,16 @@ class HiPPPlanner:
             best_evaluated: return the best plan that `fit` evaluated on this model instead of the
                 policy's: its reward is known (see `answers`). With a fixed pruning_ratio it removes
                 that much or more.
+            limits: memory and latency that the pruned model must not exceed: then more is removed
+                than the policy or pruning_ratio says, if that is needed.
             log: called with a line before each measurement.
             progress: show on stderr what is measured, and how long it will take.
 
         Raises:
-            BudgetError: pruning_ratio cannot be met within the bounds.
+            BudgetError: pruning_ratio or a limit cannot be met within the bounds.
             CalibrationError: there is no calibration, or it does not fit the model.
             PlanError: `best_evaluated`, and the planner was not fitted, or not on this model with
-                these scores, or no evaluated plan removes enough within the bounds.
+                these scores, or no evaluated plan removes enough within the bounds and limits.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         if best_evaluated and not len(self.archive):
@@ -162,6 +170,9 @@ class HiPPPlanner:
         preference = self.preference if preference is None else preference
         _check_preference(preference)
         self._check_reach(model)
+        groups = self._groups(model)
+        excess = (limits or Limits()).check(model, groups)
+        check_reachable(excess, groups, self.bounds)
         signals = self.measure(
             model,
             processor=processor,
@@ -172,23 +183,32 @@ class HiPPPlanner:
         )
         if best_evaluated:
             self._fitted_signals()
-            counts = self._best(signals, preference)
+            counts = self._best(signals, preference, excess)
         else:
-            counts = self._decide(signals, preference)
+            counts = self._decide(signals, preference, excess)
         return self._plan(signals, counts, preference)
 
     def _check_reach(self, model: nn.Module) -> None:
         """Raise BudgetError if pruning_ratio cannot be met, before anything is measured."""
         check_model(model)
         if self.pruning_ratio is not None:
-            keep_counts(find_groups(model), None, self.pruning_ratio, self.bounds)
+            keep_counts(self._groups(model), None, self.pruning_ratio, self.bounds)
+
+    def _groups(self, model: nn.Module) -> tuple[Group, ...]:
+        return find_groups(model, attention_unit=self.attention_unit)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
-    def _decide(self, signals: Signals, preference: Preference) -> KeepCounts:
-        limit = largest_ratio(signals.groups, self.bounds)
-        seen = signals.within(self.bounds)
-        ratio, allocation = self.policy.decide(seen, preference, self.pruning_ratio, limit)
-        return keep_counts(signals.groups, allocation, ratio, self.bounds)
+    def _decide(
+        self, signals: Signals, preference: Preference, excess: Excess = no_excess
+    ) -> KeepCounts:
+        limit, seen = largest_ratio(signals.groups, self.bounds), signals.within(self.bounds)
+
+        def counts_at(pruning_ratio: float) -> KeepCounts:
+            _, allocation = self.policy.decide(seen, preference, pruning_ratio, limit)
+            return keep_counts(signals.groups, allocation, pruning_ratio, self.bounds)
+
+        ratio, _ = self.policy.decide(seen, preference, self.pruning_ratio, limit)
+        return counts_within(excess, counts_at, ratio, limit)
 
     @torch.inference_mode(False)
     def measure(
@@ -211,7 +231,8 @@ class HiPPPlanner:
                 f"rows={rows!r}: a whole number of 2 or more is needed, a question for each task."
             )
         before, asked = self._signals_of(model), rows or self._rows
-        if before and before.effort != self.effort:
+        groups = self._groups(model)
+        if before and (before.effort != self.effort or before.groups != groups):
             before = None
         # Without a calibration, any signals of the model will do, unless rows or a processor ask
         # for certain built-in questions.
@@ -223,7 +244,8 @@ class HiPPPlanner:
             return before
         if before and log:
             log("another calibration than that of the known signals: measuring again")
-        options: Any = {"mrs": self.mrs, "effort": self.effort, "log": log, "progress": progress}
+        options: Any = {"mrs": self.mrs, "effort": self.effort, "groups": groups}
+        options |= {"log": log, "progress": progress}
         if self.cache is not None and self.scorer is None:
             self.signals = cached_signals(model, given, self.cache, **options)
         else:
@@ -341,9 +363,11 @@ class HiPPPlanner:
         )
         return Answers(policy=policy, best_evaluated=best)
 
-    def _best(self, signals: Signals, preference: Preference) -> KeepCounts:
+    def _best(
+        self, signals: Signals, preference: Preference, excess: Excess = no_excess
+    ) -> KeepCounts:
         bounds, ratio = self.bounds, self.pruning_ratio
-        return self.history.best(preference, signals.groups, bounds, ratio).keep_counts
+        return self.history.best(preference, signals.groups, bounds, ratio, excess).keep_counts
 
     def _fitted_signals(self) -> Signals:
         """The signals, if the archive's plans keep the units that they were evaluated with."""

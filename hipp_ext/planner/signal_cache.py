@@ -5,7 +5,7 @@ A file is sealed safetensors, whose header says what the signals belong to.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +40,7 @@ def cached_signals(
     folder: Path,
     *,
     mrs: MRS | None = None,
+    groups: Sequence[Group] | None = None,
     effort: Effort = "anchored",
     log: Callable[[str], None] | None = None,
     progress: bool = False,
@@ -53,7 +54,8 @@ def cached_signals(
     as for `measure_signals`.
     """
     log = log or (lambda _: None)
-    groups, given = find_groups(model), Calibration.of(model, calibration)
+    groups = find_groups(model) if groups is None else tuple(groups)
+    given = Calibration.of(model, calibration)
     expected = model_digest(model, groups), given.digest, effort
     counted = positions_digest(model, given)
     key = f"{FORMAT} {' '.join(expected)} {counted} {mrs and mrs.name}"
@@ -87,6 +89,8 @@ def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
             and 1 <= g.width <= MAX_UNITS
             and 0 <= g.layer < 2**31
             and 1 <= g.columns < 2**31
+            and 1 <= g.sections <= g.width
+            and not g.width % g.sections
             and g.unit_flops < 2**62
         ):
             raise ValueError(f"{g.name} is no group of a model")

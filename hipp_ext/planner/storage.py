@@ -12,6 +12,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
+from hipp_ext.groups import AttentionUnit
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
@@ -45,6 +46,7 @@ class Header(BaseModel):
     policy_width: Annotated[int, Field(ge=1, le=4096)]
     scorer: str | None
     effort: Effort
+    attention_unit: AttentionUnit = "kv"
     mrs: str | None
     ranking: str | None
     plans: int
@@ -71,6 +73,7 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         policy_width=planner.policy.width,
         scorer=planner.scorer and planner.scorer.name,
         effort=planner.effort,
+        attention_unit=planner.attention_unit,
         mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
         **{name: getattr(history, name) for name in HISTORY},
@@ -113,6 +116,7 @@ def read_planner(
             scorer=scorer,
             mrs=mrs,
             effort=header.effort,
+            attention_unit=header.attention_unit,
             policy=policy,
         )
         if SIGNALS in header.files:

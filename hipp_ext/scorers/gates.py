@@ -40,6 +40,7 @@ class GatedGroup:
         consumers: all layers that read the units. A unit is removed from the inputs of all of them.
         producer_units: per producer, for each of its output channels the unit that it belongs to,
             or -1. They may be empty where the group has consumers.
+        sections: equal sections of the units that keep the same number each, see `Group.sections`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class GatedGroup:
     producers: tuple[str, ...]
     consumers: tuple[Consumer, ...]
     producer_units: tuple[Tensor, ...] = ()
+    sections: int = 1
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -62,6 +64,7 @@ def gated_group(group: Group) -> GatedGroup:
         width=group.width,
         producers=group.producers,
         consumers=(Consumer(layer=group.consumer, units=units),),
+        sections=group.sections,
     )
 
 

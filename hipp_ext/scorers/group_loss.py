@@ -130,17 +130,19 @@ def removal(
     """
     start, rises = _mean_loss(model, loss, batches), []
     for group, scores in zip(groups, ranking, strict=True):
-        with gated(model, [group], [removal_mask(scores, ratio)]):
+        with gated(model, [group], [removal_mask(scores, ratio, group.sections)]):
             rises.append(max(_mean_loss(model, loss, batches) - start, REMOVAL_FLOOR))
     return rises
 
 
-def removal_mask(scores: Float[Tensor, " width"], ratio: float) -> Float[Tensor, " width"]:
-    """1 for the units that stay when the lowest `ratio` of them go, else 0."""
-    width = len(scores)
+def removal_mask(
+    scores: Float[Tensor, " width"], ratio: float, sections: int = 1
+) -> Float[Tensor, " width"]:
+    """1 for the units that stay when the lowest `ratio` of every section go, else 0."""
+    width = len(scores) // sections
     keep = width if width == 1 else min(width - 1, max(1, round(width * (1 - ratio))))
-    mask = torch.zeros(width)
-    mask[unit_order(scores)[:keep]] = 1
+    mask = torch.zeros(len(scores))
+    mask[unit_order(scores, sections)[: keep * sections]] = 1
     return mask
 
 

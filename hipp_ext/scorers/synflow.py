@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.families import norm_before
-from hipp_ext.groups import Group, linear, tower_layers
+from hipp_ext.groups import Group, block_of, tower_layers
+from hipp_ext.kinds import KINDS
 from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, per_unit
 
 
@@ -55,18 +56,20 @@ class _Block:
     """One linearised block; absolute weights are made in float32 when they are used."""
 
     def __init__(self, model: nn.Module, group: Group):
+        block = block_of(model, group)
+        matched = KINDS[group.kind].match(block)
+        assert matched is not None
         # Attention passes values on (v_proj is the last producer); an FFN its up projection.
-        self.value, self.consumer = (
-            linear(model, group.producers[-1]),
-            consumer_weight(model, group),
-        )
-        self.width, self.repeat = group.width, group.columns // group.rows[-1]
+        self.value, self.consumer = getattr(block, matched[0][-1]), consumer_weight(model, group)
+        # Columns of the consumer that lie side by side, and how often they are repeated.
+        self.size = group.rows[-1]
+        self.repeat = self.consumer.shape[1] // self.value.weight.shape[0]
         norm = norm_before(tower_layers(model, group.tower)[group.layer], group.place)
         self.gain = _gain(norm, torch.ones_like(self.value.weight[0]))
         self.arriving = self.carried = self.gain
 
     def into(self, x: Tensor) -> Tensor:
-        values = (self.value.weight.float().abs() @ (self.gain * x)).view(self.width, 1, -1)
+        values = (self.value.weight.float().abs() @ (self.gain * x)).view(-1, 1, self.size)
         return values.expand(-1, self.repeat, -1).reshape(-1)
 
     def out(self, carried: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class _Block:
         return self.consumer.float().abs().T @ y
 
     def back_into(self, carried: Tensor) -> Tensor:
-        summed = carried.view(self.width, self.repeat, -1).sum(1).reshape(-1)
+        summed = carried.view(-1, self.repeat, self.size).sum(1).reshape(-1)
         return self.gain * (self.value.weight.float().abs().T @ summed)
 
 

@@ -35,13 +35,13 @@ PROBE = "hipp_visual_probe"
 
 @dataclass(frozen=True, kw_only=True)
 class VisualSensitivity(Scorer):
-    """Visual flow per KV group and visual drift per FFN channel. Higher = keep.
+    """Visual flow per KV group or query head, visual drift per FFN channel. Higher = keep.
 
     Both are relative to the hidden state, so they can be compared over layers. They are zero
     without an image.
 
     Attention: mean over the text tokens that can see an image of ||sum_j a_ij v_j W_O|| / ||h_i||,
-    j over vision tokens that are no sinks, summed over the query heads of the KV group. Where a
+    j over vision tokens that are no sinks, summed over the query heads of a KV group. Where a
     layer attends to the image alone (the cross-attention of Llama 3.2 Vision), j runs over all that
     it attends to. FFN: mean over vision tokens of 1 - cos(h, h + FFN(h)), split over channels in
     proportion to their WandaSP score on vision tokens.
@@ -63,7 +63,7 @@ class VisualSensitivity(Scorer):
     """
 
     sink_threshold: float = 20.0
-    kinds: ClassVar[tuple[str, ...]] = ("attention", "ffn")
+    kinds: ClassVar[tuple[str, ...]] = ("attention", "query_heads", "ffn")
 
     @torch.no_grad()
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
@@ -108,7 +108,7 @@ class _Probe:
         self.ffn_output: dict[int, Tensor] = {}
         self.totals: dict[str, Any] = {g.name: 0.0 for g in groups}
         self.counts: dict[str, int] = {g.name: 0 for g in groups}
-        self.squares: dict[str, Any] = {g.name: 0.0 for g in groups if g.kind == "ffn"}
+        self.squares: dict[str, Any] = {g.name: 0.0 for g in groups if g.place == "ffn"}
         self.grams: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -137,7 +137,7 @@ class _Probe:
 
     def _watch(self, stack: contextlib.ExitStack, g: Group, layer: nn.Module) -> None:
         block = block_of(self.model, g)
-        if g.kind == "attention":
+        if g.place == "attention":
             block._hipp_probe = (self, g)
             stack.callback(lambda: delattr(block, "_hipp_probe"))
 
@@ -222,7 +222,7 @@ class _Probe:
         if not self.counts[g.name]:
             return torch.zeros(g.width)
         total, count = self.totals[g.name], self.counts[g.name]
-        if g.kind == "attention":
+        if g.place == "attention":
             return residual_scale(self.layers[g.layer], g.place) * total / count
         share = wanda_score(self.model, g, self.squares[g.name].sqrt())
         return total / count * share / share.sum().clamp_min(1e-30)

@@ -14,9 +14,9 @@ MEASURED_LEVELS = (0.125, 0.25, 0.5, 0.75, 1.0)
 def points_at(groups: Sequence[Group], levels: Sequence[float]) -> list[Point]:
     """The points of all groups nearest to these levels, each once."""
     return [
-        Point(group=g, removed=k)
+        Point(group=g, removed=k * g.sections)
         for g in groups
-        for k in dict.fromkeys(units_at(level, g.width) for level in levels)
+        for k in dict.fromkeys(units_at(level, g.width // g.sections) for level in levels)
     ]
 
 

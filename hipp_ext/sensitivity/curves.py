@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Removed fractions of a group's units; at 1 the block is dropped.
+# Removed fractions of a group's units; at 1 the block is dropped. Where units lie in sections, a
+# curve counts those of one section: the others lose as many.
 LEVELS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 ANCHOR_LEVEL = 0.5  # where the size of a curve is taken
 NARROW = 8  # units: groups of at most so many have curves of their own shapes

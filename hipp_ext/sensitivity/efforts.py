@@ -73,7 +73,8 @@ def measure_sensitivity(
         with counting(progress, "sensitivity by a backward pass, batch") as tick:
             found = unit_contributions(model, replay, groups, seed=seed, tick=tick)
         estimates = [
-            replay.by_task(fisher_curve(found.pop(g.name), scores[g.name])) for g in groups
+            replay.by_task(fisher_curve(found.pop(g.name), scores[g.name], g.sections))
+            for g in groups
         ]
         known: dict[Group, list[dict[int, float]]] = {g: [{} for _ in TASKS] for g in groups}
         for points, rows in _measurements(model, replay, groups, effort):
@@ -81,7 +82,7 @@ def measure_sensitivity(
                 measured = measure_points(model, replay, points, scores, rows, tick)
             for point, values in zip(points, measured.tolist(), strict=True):
                 for task, value in enumerate(values):
-                    known[point.group][task][point.removed] = value
+                    known[point.group][task][point.removed // point.group.sections] = value
     curves = [
         torch.stack([at_levels(loss_curve(*pair)) for pair in zip(estimate, known[g], strict=True)])
         for g, estimate in zip(groups, estimates, strict=True)

@@ -23,19 +23,22 @@ MEMORY_LIMIT = 4 << 30
 
 
 def fisher_curve(
-    contributions: Float[Tensor, "rows width"], score: Float[Tensor, " width"]
+    contributions: Float[Tensor, "rows width"], score: Float[Tensor, " width"], sections: int = 1
 ) -> Float[Tensor, "rows removals"]:
     """KL of each row [nats, summed over its counted positions] by number of removed units.
 
-    Entry k is for the k units with the lowest scores, from 0 (where it is 0) to all. It is the
+    Entry k is for the k units with the lowest scores of each section, from 0 (where it is 0) to
+    all. It is the
     second-order estimate: half the square of the sum of the units' contributions. It grows with k
     where contributions are independent; removed units that compensate each other may bring it down.
 
     Args:
         contributions: see `unit_contributions`.
         score: score per unit, higher = keep.
+        sections: see `Group.sections`.
     """
-    removed = contributions.double()[:, unit_order(score).flip(0)].cumsum(1)
+    ascending = contributions.double()[:, unit_order(score, sections).flip(0)]
+    removed = ascending.cumsum(1)[:, sections - 1 :: sections]
     return nn.functional.pad(removed, (1, 0)).square() / 2
 
 

@@ -18,7 +18,16 @@ from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
 from hipp_ext.files import new_folder, require_new, write_atomic
-from hipp_ext.groups import Group, Tower, block_of, find_groups, find_skips, linear, tower_layers
+from hipp_ext.groups import (
+    Group,
+    Tower,
+    block_of,
+    find_groups,
+    find_skips,
+    linear,
+    query_groups,
+    tower_layers,
+)
 from hipp_ext.kinds import KINDS
 from hipp_ext.model_folder import (
     MANIFEST,
@@ -121,18 +130,31 @@ def complete_folder(model: nn.Module, folder: Path) -> None:
 
 
 def _widths(model: nn.Module) -> list[GroupWidth]:
-    """The width of every group, 0 for dropped blocks."""
+    """The width of every group, 0 for dropped blocks.
+
+    Query heads are listed where KV groups are smaller than the configuration says of all layers.
+    """
     towers = known_towers(model)
-    widths = [
-        GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width)
-        for g in find_groups(model, towers)
-    ]
+    groups = find_groups(model, towers)
+    groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
         widths += [
             GroupWidth(tower=tower, layer=layer, kind=kind, width=0)
             for layer, kind in find_skips(model, tower)
         ]
     return widths
+
+
+def _as_configured(model: Any, queries: Group) -> bool:
+    """Whether a block has as many query heads per KV group as the configuration of its tower says.
+
+    Towers whose configuration names no KV heads have one each.
+    """
+    config = model.config.get_text_config() if queries.tower == "language" else None
+    heads = getattr(config, "num_attention_heads", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return queries.width * kv_heads == heads * queries.sections
 
 
 def check_saveable(model: nn.Module) -> None:
@@ -304,14 +326,16 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
-        for g in _groups(self, folder):
-            width = (
-                _width_in(shapes, self, g)
-                or named.get(g.name)
-                or _configured_width(config, self, g)
-            )
-            if width and width != g.width:
-                resize(self, g, width, _empty)
+        # KV groups first: query heads are found within them.
+        for find in (_groups, _queries):
+            for g in find(self, folder):
+                width = (
+                    _width_in(shapes, self, g)
+                    or named.get(g.name)
+                    or _configured_width(config, self, g)
+                )
+                if width and width != g.width and not width % g.sections:
+                    resize(self, g, width, _empty)
         exact = (
             not folder.quantised
             and not kwargs.get("ignore_mismatched_sizes")
@@ -337,6 +361,11 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return groups
 
 
+def _queries(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
+    """The query heads of the attention blocks among `_groups`."""
+    return query_groups(model, tuple(dict.fromkeys(g.tower for g in _groups(model, folder))))
+
+
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
     named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
@@ -351,21 +380,19 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
-    if {g.name for g in find_groups(model, towers)} != set(widths):
+    queries = {g.name for g in query_groups(model, towers)}
+    if {g.name for g in find_groups(model, towers)} != set(widths) - queries:
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 
 
 def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
     """Units of `group` in the weights; None where they are packed, or do not fit."""
-    shape = shapes.get(f"{group.consumer}.weight", ())
-    if (
-        len(shape) != 2
-        or shape[0] != linear(model, group.consumer).out_features
-        or shape[1] % group.columns
-    ):
+    name, rows = group.producers[-1], group.rows[-1]
+    shape = shapes.get(f"{name}.weight", ())
+    if len(shape) != 2 or shape[1] != linear(model, name).in_features or shape[0] % rows:
         return None
-    return shape[1] // group.columns
+    return shape[0] // rows
 
 
 def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None:
@@ -381,7 +408,8 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     """Whether `plan` may be the one that `model` was pruned by; something else may have saved
     another model over it.
     """
-    groups = {(g.tower, g.layer, g.kind): g.width for g in _groups(model, folder)}
+    found = (*_groups(model, folder), *_queries(model, folder))
+    groups = {(g.tower, g.layer, g.kind): g.width for g in found}
     numbers = layer_numbers(plan, len(tower_layers(model, "language")))
 
     def width(entry: PlanGroup) -> int:
@@ -399,7 +427,7 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     return False
 
 
-def _empty(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
+def _empty(old: nn.Parameter, shape: tuple[int, ...], *_: int) -> torch.Tensor:
     return torch.empty(shape, dtype=old.dtype, device=old.device)
 
 

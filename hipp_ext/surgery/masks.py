@@ -9,7 +9,7 @@ from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, find_groups, gated, linear, not_plain
-from hipp_ext.plan import PruningPlan
+from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.units import keep_masks, unit_entries
 from hipp_ext.verification import verify_groups
 
@@ -91,17 +91,15 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             group of a tower that the plan covers is missing from the plan.
         UnsupportedModelError: see `verify_groups`.
     """
-    found = {g.name: g for g in find_groups(model, plan.towers)}
+    found = {g.name: g for g in find_groups(model, plan.towers, plan.attention_unit)}
     missing = sorted(set(found) - set(plan.keep_counts))
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)
     problems += [f"only in the plan: {unknown[:4]}"] * bool(unknown)
     wrong = [
-        f"{e.name}: plan {e.width} units of {e.unit_parameters} parameters, model "
-        f"{found[e.name].width} units of {found[e.name].unit_parameters}"
+        f"{e.name}: plan {_size(e)} parameters, model {_size(found[e.name])}"
         for e in plan.groups
-        if e.name in found
-        and (e.width, e.unit_parameters) != (found[e.name].width, found[e.name].unit_parameters)
+        if e.name in found and _size(e) != _size(found[e.name])
     ]
     if problems or wrong:
         raise PlanError(
@@ -111,6 +109,12 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     groups = tuple(found[e.name] for e in plan.groups)
     verify_groups(model, groups)
     return groups
+
+
+def _size(group: Group | PlanGroup) -> str:
+    """What a plan's group and a model's group must agree in."""
+    sections = f" in {group.sections} sections" if group.sections > 1 else ""
+    return f"{group.width} units{sections} of {group.unit_parameters}"
 
 
 def check_sliceable(

@@ -17,7 +17,9 @@ from hipp_ext.groups import (
     block_of,
     find_groups,
     find_skips,
+    query_groups,
     sync_sizes,
+    tower_config,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
@@ -26,7 +28,8 @@ from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
-Make = Callable[[nn.Parameter, tuple[int, ...]], torch.Tensor]
+# Old parameter, new shape, dimension that changes, sections of the units -> new values.
+Make = Callable[[nn.Parameter, tuple[int, ...], int, int], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
@@ -44,24 +47,21 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             than the model has.
     """
     model = _with_all_blocks(model)
-    parts = _parts(model)
-    dense = {part: _dense_width(model, part) for part in parts}
-    widths = {part: _narrow_width(model, part, groups) for part, groups in parts.items()}
-    if _misfits(model, parts, widths):
-        narrow, widths = widths, dense
-        for part in parts:
-            trial = widths | {part: narrow[part]}
-            widths = widths if _misfits(model, parts, trial) else trial
-        if wrong := _misfits(model, parts, widths):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be padded: stock transformers would build other "
-                f"shapes for {wrong[:4]}."
-            )
-    _write_widths(model.config, parts, widths)
-    for part, groups in parts.items():
-        for g in groups:
-            resize(model, g, widths[part], _padded)
-    return model
+    wrong: list[str] = []
+    for repeat in _repeats(model):
+        _pad_query_heads(model, repeat)
+        parts = _parts(model)
+        widths = _common_widths(model, parts)
+        if not (wrong := _misfits(model, parts, widths)):
+            _write_widths(model.config, parts, widths)
+            for part, groups in parts.items():
+                for g in groups:
+                    resize(model, g, widths[part], _padded)
+            return model
+    raise UnsupportedModelError(
+        f"{type(model).__name__} cannot be padded: stock transformers would build other "
+        f"shapes for {wrong[:4]}."
+    )
 
 
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
@@ -81,15 +81,53 @@ def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
         shape = list(old.shape)
         shape[part.dim] = width * part.size
         if list(old.shape) != shape:
-            new = nn.Parameter(make(old, tuple(shape)), requires_grad=old.requires_grad)
+            values = make(old, tuple(shape), part.dim, group.sections)
+            new = nn.Parameter(values, requires_grad=old.requires_grad)
             setattr(model.get_submodule(owner), name, new)
     sync_sizes(model, group, width)
 
 
-def _padded(old: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
-    new = old.new_zeros(shape)
-    new[tuple(slice(s) for s in old.shape)] = old.data
-    return new
+def _padded(old: nn.Parameter, shape: tuple[int, ...], dim: int, sections: int) -> torch.Tensor:
+    """The old values, and zeros behind those of each section."""
+    before = old.data.unflatten(dim, (sections, -1))
+    after = list(before.shape)
+    after[dim + 1] = shape[dim] // sections
+    new = old.new_zeros(after)
+    new.narrow(dim + 1, 0, before.shape[dim + 1]).copy_(before)
+    return new.flatten(dim, dim + 1)
+
+
+def _repeats(model: Any) -> list[int]:
+    """Query heads per KV group that all layers can have: the most of any layer, and the dense
+    number.
+    """
+    text = model.config.get_text_config()
+    kv_heads = KINDS["attention"].common_width(text, "language")
+    found = [g.width // g.sections for g in query_groups(model, ("language",))]
+    dense = text.num_attention_heads // kv_heads if kv_heads else max(found)
+    return sorted({max(found), dense})
+
+
+def _pad_query_heads(model: Any, repeat: int) -> None:
+    """Add zero query heads until every KV group of the language tower has `repeat` of them."""
+    for g in query_groups(model, ("language",)):
+        resize(model, g, g.sections * repeat, _padded)
+    text = model.config.get_text_config()
+    kv_heads = KINDS["attention"].common_width(text, "language")
+    if kv_heads and text.num_attention_heads != kv_heads * repeat:
+        _write_widths(model.config, (), {})
+        KINDS["query_heads"].set_common_width(text, "language", kv_heads * repeat)
+
+
+def _common_widths(model: nn.Module, parts: Mapping[Part, Sequence[Group]]) -> dict[Part, int]:
+    """The least widths of all layers that stock transformers builds, else dense ones."""
+    widths = {part: _narrow_width(model, part, groups) for part, groups in parts.items()}
+    if _misfits(model, parts, widths):
+        narrow, widths = widths, {part: _dense_width(model, part) for part in parts}
+        for part in parts:
+            trial = widths | {part: narrow[part]}
+            widths = widths if _misfits(model, parts, trial) else trial
+    return widths
 
 
 def _with_all_blocks(model: Any) -> Any:
@@ -127,13 +165,9 @@ def _parts(model: nn.Module) -> dict[Part, list[Group]]:
     return parts
 
 
-def _part_config(config: Any, part: Part) -> Any:
-    return config.get_text_config() if part[0] == "language" else config.vision_config
-
-
 def _dense_width(model: Any, part: Part) -> int:
     """The width that the configuration names for all layers, which pruning leaves there."""
-    config, kind = _part_config(model.config, part), KINDS[part[1]]
+    config, kind = tower_config(model.config, part[0]), KINDS[part[1]]
     width = kind.common_width(config, part[0])
     if width is None:
         raise UnsupportedModelError(
@@ -146,9 +180,10 @@ def _dense_width(model: Any, part: Part) -> int:
 def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     """The least width that holds all groups and that the configuration can express."""
     first, needed = groups[0], max(g.width for g in groups)
-    config, block = _part_config(model.config, part), block_of(model, first)
-    width = KINDS[part[1]].expressible(config, part[0], needed, block, first.columns)
-    return _dense_width(model, part) if width is None else width
+    config, block = tower_config(model.config, part[0]), block_of(model, first)
+    dense = _dense_width(model, part)
+    counts = KINDS[part[1]].stock_counts(config, part[0], dense, block, first.columns)
+    return needed if counts is None else next(count for count in counts if count >= needed)
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
@@ -156,7 +191,7 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text = config.get_text_config()
     set_layers(text, other_layer_values(text))
     for part in parts:
-        KINDS[part[1]].set_common_width(_part_config(config, part), part[0], widths[part])
+        KINDS[part[1]].set_common_width(tower_config(config, part[0]), part[0], widths[part])
 
 
 def _misfits(

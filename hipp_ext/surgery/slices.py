@@ -23,8 +23,10 @@ def sliced(
 
     On entry the units of every group are sorted in place, best first, so the units that any plan
     keeps are the first ones: a plan is a view of each weight, no number is copied, and a forward
-    costs what the pruned model's costs. On exit, whatever happened inside, weights and sizes are
-    what they were, to the bit. No second copy of the weights is needed.
+    costs what the pruned model's costs. (Of query heads the first ones of every section stay: their
+    weights are copied for every plan.) On exit, whatever happened inside, weights and sizes are
+    what they were, to the bit. No second copy of the weights is needed, but of those of query
+    heads.
 
     Outputs equal those of `prune(model, plan_from_counts(groups, keep_counts, scores))` up to the
     order of summation. Not for training, and not for a static cache: the model's config goes on
@@ -36,14 +38,15 @@ def sliced(
         scores: group name -> score per unit.
 
     Raises:
-        PlanError: scores that do not fit, or keep counts outside 0..width.
+        PlanError: scores that do not fit, or keep counts outside 0..width, or that sections of a
+            group cannot share.
         UnsupportedModelError: a layer is quantised, adapted, or shares its weight. Nothing was
             changed.
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
     weights = [_Weight(model, group, part) for group in groups for part in group.owns]
-    orders = {g.name: unit_order(scores[g.name]) for g in groups}
+    orders = {g.name: _section_by_section(scores[g.name], g.sections) for g in groups}
     skips = {g.name: skip_modules(model, [g]) for g in groups}
     dropped: dict[str, nn.Module] = {}  # what stood where a skip stands now
 
@@ -52,11 +55,16 @@ def sliced(
         dropped.clear()
 
     def shrink(keep_counts: Sequence[int]) -> None:
-        widths = [g.width for g in groups]
         if len(keep_counts) != len(groups) or any(
-            not 0 <= k <= w for k, w in zip(keep_counts, widths, strict=True)
+            not 0 <= k <= g.width or k % g.sections
+            for k, g in zip(keep_counts, groups, strict=True)
         ):
-            raise PlanError(f"Keep counts {list(keep_counts)} do not fit groups of {widths} units.")
+            sizes = [
+                f"{g.sections} x " * (g.sections > 1) + f"{g.width // g.sections}" for g in groups
+            ]
+            raise PlanError(
+                f"Keep counts {list(keep_counts)} do not fit groups of [{', '.join(sizes)}] units."
+            )
         restore_blocks()
         keep = {g: k or g.width for g, k in zip(groups, keep_counts, strict=True)}
         for weight in weights:
@@ -81,6 +89,11 @@ def sliced(
             sync_sizes(model, group, group.width)
 
 
+def _section_by_section(scores: Tensor, sections: int) -> Tensor:
+    """The order of the units, best first within each section."""
+    return unit_order(scores, sections).view(-1, sections).T.flatten()
+
+
 class _Weight:
     """One parameter that units of a group own parts of."""
 
@@ -96,7 +109,10 @@ class _Weight:
         self.parameter.data = self.dense
 
     def show(self, keep: int) -> None:
-        self.parameter.data = self.dense.narrow(self.part.dim, 0, keep * self.part.size)
+        dim, sections = self.part.dim, self.group.sections
+        parts = self.dense.unflatten(dim, (sections, -1))
+        kept = parts.narrow(dim + 1, 0, keep // sections * self.part.size)
+        self.parameter.data = kept.flatten(dim, dim + 1)  # one section: a view
 
     def restore(self, order: Tensor) -> None:
         if self.sorted:

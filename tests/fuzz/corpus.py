@@ -140,6 +140,8 @@ known(
     "plan", "a surrogate as a name", plan_of({}, scorer="\ud800", pruning_ratio=1 - 1 / 9_999_999)
 )
 known("plan", "numbers beyond floats", plan_of({"unit_parameters": 10**400}, pruning_ratio=10**400))
+known("plan", "as many sections as units", plan_of({"sections": 9_999_999}))
+known("plan", "sections beyond numbers", plan_of({"sections": 10**400}))
 known("plan", "a thousand groups of one name", plan_of(*[{}] * 1000))
 
 for number in ("1e308", "-1e308", "Infinity", "-Infinity", "NaN", "1" + "0" * 400, "1e-320"):

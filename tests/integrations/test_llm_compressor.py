@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from models import BUILDERS, IMAGE_TOKEN, batch, build
-from plans import dropping_plan, logits, random_plan
+from plans import dropping_plan, logits, query_plan, random_plan
 from torch.utils.data import DataLoader
 from vlm_tables import save_llava
 
@@ -35,6 +35,7 @@ from hipp_ext.integrations.llm_compressor import (
     validate_calibration,
 )
 from hipp_ext.preference import Preference
+from hipp_ext.scorers import Magnitude
 from hipp_ext.surgery.masks import removed_entries, zero_units
 from hipp_ext.units import plan_from_counts
 
@@ -135,6 +136,56 @@ def test_blocks_that_go_whole_come_back_to_the_bit(dense, tmp_path, mode):
     loaded = load_pruned(tmp_path / "out")
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
     assert loaded.hipp_plan == plan
+
+
+@pytest.mark.parametrize("mode", ["shrink", "mask"])
+@pytest.mark.parametrize("name", ["llava_gqa", "qwen2_5_vl", "llama"])
+def test_query_heads_are_pruned_quantised_and_come_back_to_the_bit(dense, tmp_path, name, mode):
+    model, inputs = dense(name), batch(name, labels=True)
+    plan = query_plan(model)
+    expected = expected_logits(model, plan, mode, inputs)
+    recipe = [HippStructuredPruningModifier(plan=plan, mode=mode), QUANTISERS["W8A8"]()]
+    oneshot(model=model, recipe=recipe[:1], pipeline="basic", **data(name))
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-4)
+    oneshot(model=model, recipe=recipe[1:], output_dir=str(tmp_path / "out"), **data(name))
+    loaded = load_pruned(tmp_path / "out")
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert loaded.hipp_plan == plan
+
+
+def test_packed_weights_of_query_heads_come_back_to_the_bit(dense, tmp_path):
+    """The shapes of packed weights tell no widths."""
+    model, inputs = dense("llava_gqa"), batch("llava_gqa", labels=True)
+    groups = find_groups(model, attention_unit="query")
+    counts = [g.width if g.place == "ffn" else 4 for g in groups]
+    counts[2] = 2
+    plan = plan_from_counts(groups, counts, Magnitude()(model, groups=groups))
+    recipe = [HippStructuredPruningModifier(plan=plan), QUANTISERS["GPTQ"]()]
+    oneshot(model=model, recipe=recipe, output_dir=str(tmp_path / "out"), **data("llava_gqa"))
+    loaded = load_pruned(tmp_path / "out")
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    assert loaded.model.language_model.layers[1].self_attn.num_key_value_groups == 1
+
+
+def test_masked_query_heads_beside_what_would_fill_them_are_refused(dense):
+    for other in (QUANTISERS["GPTQ"](), SparseGPTModifier(sparsity=0.5, targets=["Linear"])):
+        model = dense("llava_gqa")
+        before = copy.deepcopy(model.state_dict())
+        recipe = [HippStructuredPruningModifier(plan=query_plan(model), mode="mask"), other]
+        with pytest.raises(RecipeError, match='mode="mask" and query heads, and .* in one recipe'):
+            oneshot(model=model, recipe=recipe, **data("llava_gqa"))
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_preference_can_ask_for_query_heads(dense):
+    model = dense("llava_gqa")
+    modifier = HippStructuredPruningModifier(
+        preference=Preference(1, 1, 1), pruning_ratio=0.3, attention_unit="query"
+    )
+    oneshot(model=model, recipe=[modifier], pipeline="basic", **data("llava_gqa"))
+    assert model.hipp_plan.attention_unit == "query" and model.hipp_plan.pruning_ratio >= 0.3
+    with pytest.raises(ValueError, match="pruning_ratio and attention_unit go with a preference"):
+        HippStructuredPruningModifier(plan="plan.json", attention_unit="query")
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])

@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from hypothesis import HealthCheck, given, settings
 from models import batch, build
-from plans import dropping_plan, logits, random_plan
+from plans import dropping_plan, logits, query_plan, random_plan
 from surgery.test_prune import MODELS, model_and_plan
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -32,6 +32,7 @@ from hipp_ext.integrations.torch_pruning import (
     confirm,
     to_tp_kwargs,
 )
+from hipp_ext.integrations.torch_pruning_importance import traceless_group
 from hipp_ext.scorers import Magnitude, Taylor
 from hipp_ext.units import plan_from_counts, top_units
 
@@ -80,6 +81,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
             "intermediate_size",
             "num_heads",
             "num_key_value_heads",
+            "num_key_value_groups",
         ):
             assert getattr(module, size, None) == getattr(other, size, None), (name, size)
 
@@ -284,6 +286,55 @@ def test_a_group_can_lose_units_of_ones_own_choice():
         with pytest.raises(PlanError, match=f"{group.name} was pruned already"):
             group.prune()
     assert_same(model, own)
+
+
+@pytest.mark.parametrize("name", ["llava_gqa", "llava_mqa", "qwen2_5_vl", "llama", "qwen3"])
+def test_query_heads_go_the_same_way_through_plan_pruner(name):
+    model, inputs = build(name), batch(name)
+    plan, step_by_step, again = query_plan(model), copy.deepcopy(model), copy.deepcopy(model)
+    small = prune(model, plan)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"language\.\d\.query_heads: it does not keep the number.*Use PlanPruner",
+    ):
+        to_tp_kwargs(plan, model)
+    pruner = PlanPruner(model, inputs, plan=plan)
+    pruner.step()
+    assert_same(model, small)
+    assert model.hipp_plan == plan and model.config.to_dict() == small.config.to_dict()
+    confirm(model, plan)
+    for group in PlanPruner(step_by_step, inputs, plan=plan).step(interactive=True):
+        group.prune()
+    assert_same(step_by_step, small)
+    assert step_by_step.hipp_plan == plan
+    PlanPruner(again, inputs, plan=plan).load_pruning_history(pruner.pruning_history())
+    assert_same(again, small)
+
+
+def test_every_kv_group_loses_the_same_number_of_query_heads():
+    model, plan = build("llava_gqa"), query_plan(build("llava_gqa"))
+    before = copy.deepcopy(model)
+    for group in PlanPruner(model, plan=plan).step(interactive=True):
+        if group.name == "language.0.query_heads":
+            with pytest.raises(PlanError, match=r"must keep the same number; they keep \[3, 4\]"):
+                group.prune(range(6))
+    with pytest.raises(PlanError, match="must keep the same number"):
+        PlanPruner(model, plan=plan).load_pruning_history([[O_PROJ, False, list(range(6))]])
+    assert_same(model, before)
+
+
+def test_scores_of_query_heads_are_an_importance():
+    model = build("llava_gqa")
+    scores = {"language.0.query_heads": torch.arange(8.0)}
+    importance = HippImportance(scores, model=model)
+    group = traceless_group(model, find_groups(model, attention_unit="query")[0])
+    assert torch.equal(importance(group), torch.arange(8.0).repeat_interleave(6))
+    with pytest.raises(PlanError, match=r"language\.0\.query_heads has 8 units, and 2 scores"):
+        HippImportance({"language.0.query_heads": torch.ones(2)}, model=model)
+    ranked = TorchPruningScorer(tp.importance.MagnitudeImportance())(
+        model, groups=find_groups(model, attention_unit="query")
+    )
+    assert ranked["language.0.query_heads"].shape == (8,)
 
 
 def test_the_history_is_plain_json_and_can_be_done_again():

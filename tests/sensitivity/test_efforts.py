@@ -78,7 +78,8 @@ def test_the_same_seed_gives_the_same_losses(llama, effort):
     batches = [batch_for("llama", size=3)]
     first, again = (measure(llama, batches, effort=effort, seed=3) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, measure(llama, batches, effort=effort, seed=4))
+    if effort != "measured":  # whose points come without the estimate
+        assert not torch.equal(first, measure(llama, batches, effort=effort, seed=4))
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

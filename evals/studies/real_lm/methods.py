@@ -12,7 +12,7 @@ from hipp_ext.allocators import OWL, Allocator, FLAPAdaptive, GlobalThreshold, S
 from hipp_ext.calibration import Calibration
 from hipp_ext.evals.studies.real_lm.passes import counted_passes
 from hipp_ext.evals.studies.real_lm.shortgpt import ShortGPT
-from hipp_ext.groups import find_groups
+from hipp_ext.groups import AttentionUnit, find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import FLAP, Magnitude, WandaSP
 from hipp_ext.sensitivity.efforts import Effort
@@ -36,8 +36,8 @@ class Method:
     bias: bool = False
 
 
-def _hipp(effort: Effort) -> Method:
-    return Method(make=partial(Sensitivity, effort=effort))
+def _hipp(effort: Effort, attention_unit: AttentionUnit = "kv") -> Method:
+    return Method(make=partial(Sensitivity, effort=effort, attention_unit=attention_unit))
 
 
 HIPP = "hipp, anchored"
@@ -55,6 +55,7 @@ METHODS: Mapping[str, Method] = {
     # Layers go whole, so their scores are not read: take those that cost nothing.
     "ShortGPT": Method(make=partial(ShortGPT, scorer=Magnitude()), reconstructs=False),
     "hipp, fisher": _hipp("fisher"),
+    "hipp, query heads": _hipp("fisher", "query"),
     HIPP: _hipp("anchored"),
     "hipp, measured": _hipp("measured"),
 }
@@ -68,10 +69,15 @@ def make_plans(
 ) -> dict[float, PruningPlan]:
     """Ratio -> the plan that `make(pruning_ratio=ratio).plan(model)` returns.
 
+    The ratio counts the parameters of KV groups and FFN, for query heads as well: with either unit
+    the same number of parameters goes.
+
     What does not depend on the ratio is measured once. The notes of a plan say what it would have
     cost alone: "seconds", and "passes", forward passes over the calibration.
     """
-    allocator, groups = make(pruning_ratio=ratios[0]), find_groups(model)
+    allocator = make(pruning_ratio=ratios[0])
+    groups = find_groups(model, attention_unit=allocator.attention_unit)
+    larger = total_parameters(find_groups(model)) / total_parameters(groups)
     scorer: Any = allocator.scorer or WandaSP()
     tokens = sum(batch["input_ids"].numel() for batch in calibration.batches)
     start = time.perf_counter()
@@ -82,7 +88,8 @@ def make_plans(
     plans = {}
     for ratio in ratios:
         start = time.perf_counter()
-        counts = replace(allocator, pruning_ratio=ratio).keep_counts(groups, scores, measured)
+        of_ratio = replace(allocator, pruning_ratio=ratio * larger)
+        counts = of_ratio.keep_counts(groups, scores, measured)
         cost = {
             "seconds": shared + time.perf_counter() - start,
             "passes": passes.over(groups, tokens),

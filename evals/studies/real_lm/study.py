@@ -18,6 +18,7 @@ from hipp_ext.evals.studies.real_lm.methods import METHODS, make_plans
 from hipp_ext.evals.studies.real_lm.stock_pruner import prune_stock, removed
 from hipp_ext.evals.studies.real_lm.text import Corpus, row_losses
 from hipp_ext.files import write_atomic
+from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.plan import PruningPlan
 from hipp_ext.progress import progress_bar
 from hipp_ext.runs import RunFolder
@@ -123,9 +124,15 @@ class Study:
                 )
             )
             row["surgery_seconds"] = time.perf_counter() - start
-            row |= {"removed": plan.pruning_ratio, **plan.notes}
+            row |= {"removed": self._removed(plan), **plan.notes}
         row["losses"] = row_losses(small, self.corpus.test).tolist()
         return row
+
+    def _removed(self, plan: PruningPlan) -> float:
+        """Removed parameters over those of all KV groups and FFN channels, whatever the unit."""
+        total = total_parameters(find_groups(self.model))
+        removed = sum((g.width - g.keep) * g.unit_parameters for g in plan.groups)
+        return removed / total
 
     def _plan(self, folder: RunFolder, job: Job) -> PruningPlan:
         """The plan of a job; where its file is missing, the plans of all ratios are made."""
