@@ -17,7 +17,7 @@ test: $(STAMP)
 
 # Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
 test-openvino: $(STAMP) $(OPENVINO)/.installed
-	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino.py
+	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino*.py
 
 # Pruned models in vLLM on CPUs, in an environment of its own. Quantised ones are made in the first.
 test-vllm: $(STAMP) $(VLLM)/.installed

@@ -40,8 +40,7 @@ def export_openvino(
     are dynamic, and the cache is state. The tokenizer and the configurations lie beside them.
     Graphs and tokenizer are compared with transformers before the folder appears.
 
-    The model is loaded in float32, and its graphs, which share that memory, are compiled once:
-    about twice its size in float32 is needed.
+    The model is loaded in float32, and its graphs are compiled once to compare them.
 
     Args:
         folder: from `save_pruned`, or any transformers folder of a model that `refusals` allows.
