@@ -78,7 +78,9 @@ def test_the_same_seed_gives_the_same_losses(llama, effort):
     batches = [batch_for("llama", size=3)]
     first, again = (measure(llama, batches, effort=effort, seed=3) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, measure(llama, batches, effort=effort, seed=4))
+    # Five levels of three units are all measured: the estimate's seed then counts for nothing.
+    if effort != "measured":
+        assert not torch.equal(first, measure(llama, batches, effort=effort, seed=4))
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
