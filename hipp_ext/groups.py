@@ -9,8 +9,8 @@ linear layers a block holds), not by a list of class names.
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS
+from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
 from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
 
 Tower = Literal["language", "vision"]
@@ -43,6 +43,9 @@ class Group:
         sections: the units lie in so many equal sections, one after the other, and every section
             keeps the same number of units: query heads in one section per KV group, which must all
             be shared by equally many. Other units are free (1).
+        stock_counts: keep counts that the model's configuration can name for all layers alike, so
+            that stock transformers builds such a model; None: any count.
+        removable: whether stock transformers builds the model without this layer.
     """
 
     tower: Tower
@@ -53,6 +56,8 @@ class Group:
     unit_parameters: int
     unit_flops: int
     sections: int = 1
+    stock_counts: tuple[int, ...] | None = None
+    removable: bool = True
 
     @property
     def name(self) -> str:
@@ -125,26 +130,38 @@ def find_groups(
             mapped. Nothing is ever skipped in silence; the message lists the modules in question.
     """
     check_attention_unit(attention_unit)
-    names = {module: name for name, module in model.named_modules()}
-    groups: list[Group] = []
-    for tower in towers:
-        for index, layer in enumerate(tower_layers(model, tower)):
-            groups += [
-                _map_block(tower, index, _in_unit(kind, block, attention_unit), block, names[block])
-                for kind, block in _find_blocks(layer, names)
-                if not isinstance(block, Skip)
-            ]
-    return tuple(groups)
+    return _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, attention_unit))
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
     """The query heads of all attention blocks, also of those where no heads share keys."""
     query = KINDS["query_heads"]
-    return tuple(
-        _map_block(g.tower, g.layer, query, block_of(model, g), g.block)
-        for g in find_groups(model, towers)
-        if g.kind == "attention"
-    )
+    found = _find_groups(model, towers, lambda kind, _: query if kind.name == "attention" else kind)
+    return tuple(g for g in found if g.kind == query.name)
+
+
+def _find_groups(
+    model: nn.Module, towers: Sequence[Tower], unit_of: Callable[[BlockKind, nn.Module], BlockKind]
+) -> tuple[Group, ...]:
+    """All groups; `unit_of` says by which kind a block is divided into units."""
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[Group] = []
+    for tower in towers:
+        layers = tower_layers(model, tower)
+        config, first = tower_config(model.config, tower), first_removable_layer(model.config)
+        for index, layer in enumerate(layers):
+            removable = tower == "language" and index >= first and not other_parts(layer)
+            for kind, block in _find_blocks(layer, names):
+                if not isinstance(block, Skip):
+                    group = _map_block(tower, index, unit_of(kind, block), block, names[block])
+                    counts = _stock_counts(config, group, block)
+                    groups.append(replace(group, stock_counts=counts, removable=removable))
+    return tuple(groups)
+
+
+def tower_config(config: Any, tower: Tower) -> Any:
+    """The part of a model's configuration that describes a tower."""
+    return config.get_text_config() if tower == "language" else config.vision_config
 
 
 def check_attention_unit(unit: object) -> None:
@@ -273,6 +290,16 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         unit_flops=2 * weights,
         sections=kind.sections(block),
     )
+
+
+def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
+    """See `Group.stock_counts`; only its width where the configuration names no width at all."""
+    kind = KINDS[group.kind]
+    common = kind.common_width(config, group.tower)
+    if common is None:
+        return (group.width,)
+    counts = kind.stock_counts(config, group.tower, common, block, group.columns)
+    return counts and tuple(n for n in counts if n < group.width) + (group.width,)
 
 
 def _listing(module: nn.Module, limit: int = 30) -> str:

@@ -5,17 +5,18 @@ Configuration and weights must agree before memory is taken, weights are safeten
 folder, and no code of the folder is run.
 """
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from hipp_ext.errors import CheckpointError
 from hipp_ext.groups import Kind, Tower
@@ -143,10 +144,10 @@ def model_class(folder: ModelFolder) -> Any:
     )
 
 
-def shapes_in(
-    model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None
-) -> dict[str, tuple[int, ...]]:
-    """Parameter or buffer name in `model` -> its shape in the weights, for those stored one to one.
+def keys_in(
+    model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Parameter or buffer name in `model` -> its name in the weights, for those stored one to one.
 
     Names in files and in models differ; transformers' own renaming on loading is used.
     """
@@ -169,8 +170,39 @@ def shapes_in(
         if name not in state and key in state:
             name, converter = rename_source_key(key, [], [], prefix, state)
         if converter is None and name in state:
-            found[name] = folder.shapes[key]
+            found[name] = key
     return found
+
+
+def shapes_in(
+    model: nn.Module, folder: ModelFolder, key_mapping: dict[str, str] | None
+) -> dict[str, tuple[int, ...]]:
+    """Parameter or buffer name in `model` -> its shape in the weights, as `keys_in`."""
+    return {name: folder.shapes[key] for name, key in keys_in(model, folder, key_mapping).items()}
+
+
+@contextlib.contextmanager
+def stored_tensors(folder: ModelFolder) -> Iterator[Callable[[str], Tensor]]:
+    """Yield a function: name in the weights -> tensor, read from its file when it is asked for.
+
+    Raises:
+        CheckpointError: (of that function) the tensor cannot be read.
+    """
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        places = {}
+        for name in _weight_files(folder.path, None):
+            file = stack.enter_context(safe_open(str(folder.path / name), "pt"))
+            places |= dict.fromkeys(file.keys(), file)
+
+        def read(key: str) -> Tensor:
+            try:
+                return places[key].get_tensor(key)
+            except Exception as error:  # an error class of its own, without a public name
+                raise damaged(folder.path, f"{key}: {error}") from None
+
+        yield read
 
 
 def check_sizes(

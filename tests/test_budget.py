@@ -1,6 +1,7 @@
 """Laws of the budget: exact, monotone, bounded, or an error that says why not."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipp_ext.budget import Bounds, Cost, keep_counts, max_ratio
+from hipp_ext.budget import Bounds, Cost, keep_counts, largest_ratio, many_keep_counts, max_ratio
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, Slice, total_parameters
 
@@ -245,3 +246,107 @@ def test_a_block_goes_where_the_allocation_says_so_and_only_where_it_may():
         keep_counts(groups, None, 0.99, Bounds(drop="blocks"))
     with pytest.raises(BudgetError, match="drop='heads': one of"):
         Bounds(drop="heads")
+
+
+HEADS = (None, (1, 2, 3, 4, 6, 12), (4, 12), (12,))
+
+
+def alike(layers: int, stock_counts=None, channels: int = 97) -> tuple[Group, ...]:
+    """Layers of twelve heads and some channels."""
+    blocks = [
+        (replace(group(i, "attention", 12, 640, 5), stock_counts=stock_counts), i)
+        for i in range(layers)
+    ]
+    return tuple(g for a, i in blocks for g in (a, group(i, "ffn", channels, 30)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.sampled_from(HEADS), st.sampled_from([1, 10]), st.data())
+def test_a_uniform_plan_is_alike_in_all_layers_and_meets_the_budget(layers, heads, round_to, data):
+    groups, bounds = alike(layers, heads), Bounds(shape="uniform", round_to=round_to)
+    logits = data.draw(st.lists(st.floats(-9, 9), min_size=len(groups), max_size=len(groups)))
+    ratio = data.draw(st.floats(0, 1)) * largest_ratio(groups, bounds)
+    counts = keep_counts(groups, logits, ratio, bounds)
+    assert counts == counts[:2] * layers
+    assert heads is None or counts[0] in heads
+    assert bounds.allow(groups, np.array([counts]))[0]
+    cost, target = Cost.parameters(groups), (1 - ratio) * total_parameters(groups) + 1e-6
+    assert cost(counts) <= target
+    for members, allowed in bounds.uniform_parts(groups):
+        larger = allowed[allowed > counts[members[0]]]
+        if len(larger):  # the next allowed count of a part would break the budget
+            raised = np.array(counts)
+            raised[members] = larger[0]
+            assert cost(raised) > target
+    many = many_keep_counts(groups, np.array([logits] * 2), np.array([ratio, 0.0]), bounds)
+    assert tuple(many[0]) == counts and tuple(many[1]) == tuple(g.width for g in groups)
+
+
+def test_a_uniform_plan_follows_the_allocation():
+    groups = alike(4)
+    for fraction in (0.3, 0.5, 0.8):
+        heads, rest = (
+            keep_counts(groups, [a, b] * 4, 1 - fraction, Bounds(shape="uniform"))[:2]
+            for a, b in ((2, -2), (-2, 2))
+        )
+        assert heads[0] > rest[0] and heads[1] < rest[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 6), st.data())
+def test_a_plan_of_layers_drops_those_with_the_lowest_allocation(layers, data):
+    groups, bounds = alike(layers), Bounds(shape="layers")
+    order = data.draw(st.permutations(range(layers)))
+    ratio = data.draw(st.floats(0, 1)) * largest_ratio(groups, bounds)
+    counts = keep_counts(groups, [float(order[g.layer]) for g in groups], ratio, bounds)
+    gone = {order[g.layer] for g, k in zip(groups, counts, strict=True) if k == 0}
+    assert all(k in (0, g.width) for g, k in zip(groups, counts, strict=True))
+    assert gone == set(range(len(gone))) and len(gone) == math.ceil(ratio * layers - 1e-9)
+    assert bounds.allow(groups, np.array([counts]))[0]
+
+
+def test_a_layer_that_stock_transformers_needs_stays():
+    groups = [replace(g, removable=g.layer > 1) for g in alike(4)]
+    bounds = Bounds(shape="layers")
+    assert max_ratio(groups, bounds) == 0.5
+    counts = keep_counts(groups, [-g.layer for g in groups], 0.5, bounds)
+    assert [k > 0 for k in counts] == [True] * 4 + [False] * 4
+    assert not bounds.allow(groups, np.array([[0, 0, 12, 97, 12, 97, 12, 97]]))[0]
+
+
+def test_of_two_stock_shapes_the_one_nearer_to_the_allocation_is_taken():
+    groups, stock = alike(4), Bounds(shape="stock")
+    layers = [9.0, 9.0, -9.0, -9.0, 9.0, 9.0, 9.0, 9.0]
+    for logits, shape in (([0.0] * 8, "uniform"), (layers, "layers")):
+        counts = keep_counts(groups, logits, 0.25, stock)
+        assert counts == keep_counts(groups, logits, 0.25, Bounds(shape=shape))
+        assert stock.allow(groups, np.array([counts]))[0]
+        many = many_keep_counts(groups, np.array([logits]), np.array([0.25]), stock)
+        assert tuple(many[0]) == counts
+    assert max_ratio(groups, stock) == max_ratio(groups, Bounds(shape="uniform"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "square"}, "one of"),
+        ({"shape": "uniform", "drop": "layers"}, "exclude each other"),
+        ({"shape": "stock", "drop": "blocks"}, "exclude each other"),
+        ({"shape": "layers", "drop": "blocks"}, "drops whole layers"),
+        ({"shape": "layers", "min_keep": 0.5}, "drops whole layers"),
+        ({"shape": "layers", "max_keep": 0.5}, "drops whole layers"),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(BudgetError, match=message):
+        Bounds(**options)
+
+
+def test_uneven_layers_have_no_uniform_plan():
+    groups = (*alike(2), *alike(1, channels=50))
+    with pytest.raises(BudgetError, match=r"equal widths .* \[50, 97\]"):
+        keep_counts(groups, None, 0.3, Bounds(shape="uniform"))
+    with pytest.raises(BudgetError, match="No keep count of the attention groups"):
+        keep_counts(alike(2, (12,)), None, 0.3, Bounds(shape="uniform", max_keep=0.5))
+    with pytest.raises(BudgetError, match="and shape uniform: at most"):
+        keep_counts(alike(2), None, 0.95, Bounds(shape="uniform"))

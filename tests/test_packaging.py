@@ -48,6 +48,8 @@ def test_the_core_imports_no_host_and_no_heavy_extra():
         "llmcompressor",
         "vlmeval",
         "lm_eval",
+        "gguf",
+        "xllamacpp",
         "torchattacks",
         "torchvision",
         "pandas",

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
-from hipp_ext import testbed
+from hipp_ext import save_pruned, testbed
 from hipp_ext.calibration import encode
 from hipp_ext.errors import CalibrationError, CheckpointError, DataError, OutputExistsError
 from hipp_ext.evals.evaluator import Evaluator
@@ -247,6 +248,23 @@ def test_the_package_stays_small():
     assert sum(file.stat().st_size for file in testbed.WEIGHTS.iterdir()) <= 8_000_000
 
 
+def _vision_names(folder):
+    """Beginnings of the names of the vision tower's weights in a file."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "vision" in name]  # noqa: SIM118 - no mapping
+    return {".".join(name.split(".")[:3]) for name in names}
+
+
+def test_the_vision_tower_is_stored_under_the_hubs_names(loaded, tmp_path):
+    """vLLM and others know no other ones for LLaVA; what is saved from the model keeps them."""
+    names = _vision_names(testbed.WEIGHTS)
+    prefix = "vision_tower.vision_model."
+    parts = ("embeddings", "encoder", "post_layernorm", "pre_layrnorm")
+    assert names == {f"{prefix}{part}" for part in parts}
+    model, processor = loaded
+    assert _vision_names(save_pruned(model, tmp_path / "saved", processor)) == names
+
+
 def test_training_is_deterministic_and_writes_what_load_reads(tmp_path):
     state = torch.random.get_rng_state()
     sizes = dict(
@@ -268,6 +286,7 @@ def test_training_is_deterministic_and_writes_what_load_reads(tmp_path):
     assert losses[0] == losses[1] != losses[2]
     first, second = (testbed.load(folder=tmp_path / name)[0].state_dict() for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
+    assert _vision_names(tmp_path / "a") == _vision_names(testbed.WEIGHTS)
     with pytest.raises(OutputExistsError):
         testbed.train(tmp_path / "a", **sizes)
 

@@ -1,16 +1,17 @@
 """The base class of allocators."""
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from hipp_ext.budget import Bounds, check_ratio, keep_counts
+from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import AttentionUnit, check_attention_unit, find_groups
+from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
 from hipp_ext.scorers.base import Groups, Scores
@@ -55,6 +56,7 @@ class Allocator(abc.ABC):
         *,
         processor: Any = None,
         calibration: CalibrationLike | None = None,
+        limits: Limits | None = None,
         progress: bool = False,
     ) -> PruningPlan:
         """The plan for `model`, which is never changed.
@@ -64,22 +66,32 @@ class Allocator(abc.ABC):
             processor: processor of a vision-language model; None: the one beside its weights.
             calibration: a Calibration, or batches of the tensors that the model's forward takes,
                 for all tasks or by task; None: the testbed's, through `processor`.
+            limits: memory and latency that the pruned model must not exceed: then more than
+                pruning_ratio is removed, if that is needed.
             progress: show on stderr what is measured, and how long it will take.
 
         Raises:
-            BudgetError: pruning_ratio cannot be met within the bounds.
+            BudgetError: pruning_ratio or a limit cannot be met within the bounds.
             CalibrationError: no calibration where one is needed, or batches that do not fit.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
         groups = find_groups(model, attention_unit=self.attention_unit)
         scorer = self.scorer or WandaSP()
-        keep_counts(groups, None, self.pruning_ratio, self.bounds)  # raises before measuring
+        # What cannot be met is refused before anything is measured.
+        keep_counts(groups, None, self.pruning_ratio, self.bounds)
+        excess = (limits or Limits()).check(model, groups)
+        check_reachable(excess, groups, self.bounds)
         needed = self.needs_calibration or scorer.needs_calibration
         given = Calibration.of(model, calibration, processor) if needed else None
         scores = scorer(model, given, groups=groups)
         measured = self.measure(model, groups, scores, given, progress)
-        counts = self.keep_counts(groups, scores, measured)
+        counts = counts_within(
+            excess,
+            lambda ratio: replace(self, pruning_ratio=ratio).keep_counts(groups, scores, measured),
+            self.pruning_ratio,
+            largest_ratio(groups, self.bounds),
+        )
         return plan_from_counts(groups, counts, scores, scorer=scorer.name)
 
     def measure(

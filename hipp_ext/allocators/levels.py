@@ -33,8 +33,15 @@ class Levels:
         """The levels of `groups` within `bounds`.
 
         Raises:
-            BudgetError: the bounds let layers be dropped, whose blocks have no levels of their own.
+            BudgetError: the bounds let layers be dropped, whose blocks have no levels of their own,
+                or layers have to be alike.
         """
+        if bounds.shape != "free":
+            raise BudgetError(
+                f"shape={bounds.shape!r} needs an allocator that gives every group a fraction "
+                "(Uniform, OWL, Sensitivity, HiPPPlanner); one threshold over all units makes "
+                "every layer different."
+            )
         if bounds.drop == "layers":
             raise BudgetError(
                 "drop='layers' needs an allocator that gives every group a fraction (Uniform, OWL, "

@@ -13,6 +13,7 @@ from hipp_ext import __version__
 from hipp_ext.cli.console import plain_warnings
 from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.evals import evals_app
+from hipp_ext.cli.export import export_app
 from hipp_ext.cli.fit import fit_app
 from hipp_ext.cli.front import front_app
 from hipp_ext.cli.latency import latency_app
@@ -34,6 +35,7 @@ app = typer.Typer(
 for commands in (demo_app, plan_app, fit_app, front_app, prune_app, recover_app, evals_app):
     app.add_typer(commands)
 app.add_typer(latency_app)
+app.add_typer(export_app, name="export")
 app.add_typer(robust_app, name="robust")
 app.add_typer(testbed_app, name="testbed")
 

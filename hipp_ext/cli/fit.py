@@ -44,6 +44,7 @@ def fit(
     pruning_ratio: opt.Ratio = None,
     round_to: opt.RoundTo = None,
     drop: opt.DropOption = None,
+    shape: opt.ShapeOption = None,
     cost: Annotated[
         str,
         opt.size_option(
@@ -99,7 +100,7 @@ def fit(
         Preference(1, 1, 1),
         pruning_ratio=pruning_ratio,
         mrs=MRS() if mrs else None,
-        bounds=Bounds(**opt.read_bounds(round_to, drop)),
+        bounds=Bounds(**opt.read_bounds(round_to, drop, shape)),
         attention_unit=attention_unit or "kv",
         effort=effort or "anchored",
         cache=cache or True,

@@ -1,7 +1,9 @@
 """`hipp latency`: what a model and its pruned versions cost to run."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +12,8 @@ from hipp_ext.errors import DataError
 from hipp_ext.files import require_new_file
 
 latency_app = typer.Typer()
+Runtime = Literal["transformers", "llama.cpp", "vllm"]
+ROUNDS = 3
 
 
 @latency_app.command("latency")
@@ -29,6 +33,29 @@ def latency(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per run.")] = 33,
     repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two warm-ups.")] = 9,
     seed: Annotated[int, typer.Option(help="Random seed of pictures and prompts.")] = 0,
+    per_block: Annotated[
+        bool,
+        typer.Option(
+            "--per-block",
+            help="Measure how long the blocks of the first model take, for `hipp plan "
+            "--latency-from`.",
+        ),
+    ] = False,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measure in transformers, llama.cpp or vllm, on text prompts, each model in a "
+            "process of its own. Default: in this process, by transformers.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Weights in --runtime: f32, f16, bf16 or q8_0."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads in --runtime. Default: all cores.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[
@@ -45,12 +72,17 @@ def latency(
     `hipp latency ./llava-1.5-7b-hf ./pruned --dtype bfloat16 -o latency.json`
 
     `hipp latency testbed --plan plan.json`
+
+    `hipp latency ./dense ./pruned --runtime llama.cpp --weights q8_0`
+
+    `hipp latency ./dense --per-block --runtime llama.cpp -o latency-table.json`
     """
     import shlex
     import sys
 
     from hipp_ext.evals.generation import Workload
     from hipp_ext.evals.latency import run
+    from hipp_ext.evals.runtimes import Serving
 
     check_dtype(dtype)
     if out is not None:
@@ -58,6 +90,26 @@ def latency(
     folders = {Path(m).resolve().name or m: model_folder(m) for m in models}
     if len(folders) < len(models):
         raise DataError(f"two folders of one name: {', '.join(models)}. Rename one")
+    if runtime or per_block:
+        if plan or device or dtype or rows > 1:
+            raise DataError(
+                "--runtime and --per-block measure saved folders, one prompt at a time, on the CPU "
+                "or where the runtime runs: omit --plan, --device, --dtype (see --weights), --rows."
+            )
+        serving = Serving(
+            runtime=runtime or "transformers",
+            weights=weights,
+            tokens=tokens,
+            new_tokens=new_tokens,
+            repeats=max(1, repeats // ROUNDS),
+            rounds=ROUNDS,
+            threads=threads or len(os.sched_getaffinity(0)),
+            seed=seed,
+        )
+        _in_runtime(folders, serving, per_block, out, overwrite)
+        return
+    if weights or threads:
+        raise DataError("--weights and --threads belong to --runtime or --per-block.")
     run(
         folders,
         plan or (),
@@ -67,3 +119,29 @@ def latency(
         command=shlex.join(["hipp", *sys.argv[1:]]),
         out=out,
     )
+
+
+def _in_runtime(
+    folders: Mapping[str, Path], serving: Any, per_block: bool, out: Path | None, overwrite: bool
+) -> None:
+    """Measure in a runtime, and print and write what was found."""
+    import json
+    from dataclasses import asdict
+
+    from hipp_ext.evals.runtimes import measure_folders
+    from hipp_ext.evals.runtimes.blocks import measure_blocks
+    from hipp_ext.evals.runtimes.table import print_blocks, print_figures
+    from hipp_ext.files import write_atomic
+
+    if per_block:
+        if len(folders) > 1:
+            raise DataError("--per-block measures one model: give its folder alone.")
+        table = measure_blocks(next(iter(folders.values())), serving)
+        if out is not None:
+            table.save(out)
+        print_blocks(table)
+        return
+    found = measure_folders(folders, serving)
+    if out is not None:
+        write_atomic(out, json.dumps({"serving": asdict(serving), "models": found}, indent=1))
+    print_figures(found, serving)

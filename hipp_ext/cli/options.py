@@ -30,6 +30,7 @@ ALLOCATORS = _names("hipp_ext.allocators", "ALLOCATORS")
 # Options by the panel that they have in the help.
 method_option = functools.partial(typer.Option, rich_help_panel="Method")
 size_option = functools.partial(typer.Option, rich_help_panel="Size")
+limit_option = functools.partial(typer.Option, rich_help_panel="Limits")
 question_option = functools.partial(typer.Option, rich_help_panel="Questions")
 _weight = functools.partial(typer.Option, rich_help_panel="Preference", metavar="W")
 _calibration = functools.partial(typer.Option, rich_help_panel="Calibration")
@@ -37,6 +38,10 @@ _calibration = functools.partial(typer.Option, rich_help_panel="Calibration")
 DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
 TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
+Shape = Literal["free", "uniform", "layers", "stock"]
+Serve = Literal["any", "stock", "vllm", "gguf"]
+Cost = Literal["parameters", "latency"]
+Phase = Literal["decode", "prefill"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
 AttentionUnit = Literal["kv", "query"]
@@ -64,6 +69,44 @@ DropOption = Annotated[
     size_option(
         metavar="WHAT",
         help="What may go as a whole: none, blocks (attention or FFN) or layers. Default: none.",
+    ),
+]
+ShapeOption = Annotated[
+    Shape | None,
+    size_option(
+        metavar="SHAPE",
+        help="free: every layer its own widths; uniform: one for all; layers: whole layers go; "
+        "stock: the better of the last two. Default: free.",
+    ),
+]
+ServeOption = Annotated[
+    Serve,
+    size_option(
+        metavar="RUNTIME",
+        help="Plan for what will serve the model: any, stock (transformers without hipp-ext), "
+        "vllm or gguf (llama.cpp).",
+    ),
+]
+MaxMemory = Annotated[
+    float | None,
+    limit_option(metavar="MB", help="Largest size of all weights [10^6 bytes]; more is removed."),
+]
+MaxLatency = Annotated[
+    float | None,
+    limit_option(metavar="MS", help="Longest time by --latency-from; more is removed."),
+]
+LatencyFrom = Annotated[
+    Path | None,
+    limit_option(metavar="TABLE", help="Times that `hipp latency --per-block` measured."),
+]
+LatencyOf = Annotated[
+    Phase, limit_option(metavar="PHASE", help="decode (a further token) or prefill (the prompt).")
+]
+CostOption = Annotated[
+    Cost,
+    size_option(
+        metavar="WHAT",
+        help="What --pruning-ratio is a fraction of: parameters, or the dense model's latency.",
     ),
 ]
 AttentionUnitOption = Annotated[
@@ -207,9 +250,60 @@ def read_preference(
     return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
 
 
-def read_bounds(round_to: int | None, drop: Drop | None) -> dict[str, Any]:
-    """The arguments of Bounds that were given."""
-    return {k: v for k, v in {"round_to": round_to, "drop": drop}.items() if v is not None}
+def read_bounds(
+    round_to: int | None, drop: Drop | None, shape: Shape | None = None, serve: Serve = "any"
+) -> dict[str, Any]:
+    """The arguments of Bounds that were given, or that a runtime needs.
+
+    Raises:
+        PlanError: stock transformers is to serve free shapes.
+    """
+    if serve == "stock":
+        if shape == "free" or drop not in (None, "none"):
+            raise PlanError(
+                "--serve stock needs layers that are all alike: omit --drop, and take --shape "
+                "uniform, layers or stock (the default)."
+            )
+        shape = shape or "stock"
+    given = {"round_to": round_to, "drop": drop, "shape": shape}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def read_limits(
+    max_memory_mb: float | None,
+    max_latency_ms: float | None,
+    table: Path | None,
+    phase: Phase,
+    cost: Cost,
+    pruning_ratio: float | None,
+) -> tuple[Any, float | None]:
+    """(Limits, pruning_ratio in parameters) of the options.
+
+    Raises:
+        BudgetError, DataError: a limit is no positive number, or the table is none.
+        PlanError: a ratio of latency, or a table, is not complete.
+    """
+    from hipp_ext.budget import check_ratio
+    from hipp_ext.latency_table import LatencyTable
+    from hipp_ext.limits import Limits
+
+    if pruning_ratio is not None:
+        check_ratio(pruning_ratio)
+    latency = None if table is None else LatencyTable.load(table)
+    if cost == "latency":
+        if latency is None or pruning_ratio is None or max_latency_ms is not None:
+            raise PlanError(
+                "--cost latency needs --pruning-ratio, which is then a fraction of the latency, "
+                "and --latency-from; it excludes --max-latency-ms."
+            )
+        max_latency_ms = (1 - pruning_ratio) * latency.dense_ms(phase)
+        pruning_ratio = 0.0
+    elif latency is not None and max_latency_ms is None:
+        raise PlanError("--latency-from needs --max-latency-ms, or --cost latency.")
+    limits = Limits(
+        max_memory_mb=max_memory_mb, max_latency_ms=max_latency_ms, latency=latency, phase=phase
+    )
+    return limits, pruning_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

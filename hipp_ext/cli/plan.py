@@ -30,6 +30,13 @@ def plan(
     pruning_ratio: opt.Ratio = None,
     round_to: opt.RoundTo = None,
     drop: opt.DropOption = None,
+    shape: opt.ShapeOption = None,
+    serve: opt.ServeOption = "any",
+    cost: opt.CostOption = "parameters",
+    max_memory_mb: opt.MaxMemory = None,
+    max_latency_ms: opt.MaxLatency = None,
+    latency_from: opt.LatencyFrom = None,
+    latency_of: opt.LatencyOf = "decode",
     planner: Annotated[
         Path | None,
         opt.method_option(
@@ -76,8 +83,9 @@ def plan(
     - `hipp plan ./llava-1.5-7b-hf -u 0.4 -r 0.4 -c 0.2 --round-to 64 -o plan.json`
     - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
+    - `hipp plan ./llava-1.5-7b-hf --serve stock --max-memory-mb 10000`
     """
-    from hipp_ext.budget import Bounds, check_ratio
+    from hipp_ext.budget import Bounds
     from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
@@ -85,16 +93,18 @@ def plan(
     preference = opt.read_preference(*weights)
     require_model(model)
     require_new_file(out, overwrite)
-    if pruning_ratio is not None:
-        check_ratio(pruning_ratio)
-    bounds = opt.read_bounds(round_to, drop)
+    limits, ratio = opt.read_limits(
+        max_memory_mb, max_latency_ms, latency_from, latency_of, cost, pruning_ratio
+    )
+    limited = max_memory_mb is not None or limits.max_latency_ms is not None
+    bounds = opt.read_bounds(round_to, drop, shape, serve)
     ranking = opt.registered("scorer", scorer)() if scorer else None
     if allocator == "planner":
         preference = preference or opt.DEFAULT_PREFERENCE
         maker: Any = HiPPPlanner(preference, scorer=ranking)
         if planner:
             maker = HiPPPlanner.load(planner, scorer=ranking)
-        maker.pruning_ratio = maker.pruning_ratio if pruning_ratio is None else pruning_ratio
+        maker.pruning_ratio = maker.pruning_ratio if ratio is None else ratio
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
         maker.attention_unit = attention_unit or maker.attention_unit
@@ -116,10 +126,10 @@ def plan(
                     f"--allocator {allocator} and {name} exclude each other: omit one of them."
                 )
         kind, options = opt.registered("allocator", allocator), {}
-        if pruning_ratio is None:
+        if ratio is None and not limited:
             raise PlanError(
-                f"--allocator {allocator} needs --pruning-ratio: only the planner can choose the "
-                "ratio."
+                f"--allocator {allocator} needs --pruning-ratio or a limit: only the planner can "
+                "choose the ratio."
             )
         chosen = {"effort": effort} if effort else {}
         if chosen and allocator != "sensitivity":
@@ -128,12 +138,12 @@ def plan(
                 "sensitivity measure the groups."
             )
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
-        maker = kind(pruning_ratio=pruning_ratio, scorer=ranking, bounds=Bounds(**bounds), **chosen)
+        maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
-    options["calibration"] = read_data(loaded, processor)
+    options |= {"calibration": read_data(loaded, processor), "limits": limits}
     made = maker.plan(loaded, processor=processor, progress=True, **options)
     made.save(out, overwrite)
-    for line in _notes(maker, weights, pruning_ratio, preference):
+    for line in _notes(maker, weights, ratio, preference):
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
     _print_plan(made)

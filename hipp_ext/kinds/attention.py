@@ -43,6 +43,18 @@ class _Heads(BlockKind):
         """Scores and weighted sum over `context` keys."""
         return 4 * columns * context
 
+    def stock_counts(
+        self, config: Any, tower: str, common: int, block: Any, columns: int
+    ) -> tuple[int, ...]:
+        """Others than `common` only where the query heads divide the hidden size, and where this
+        kind of configuration has a field for the head dimension."""
+        named = hasattr(type(config), "head_dim") and config.head_dim is not None
+        if tower == "vision" or not named:
+            return (common,)  # the head dimension is derived from the number of heads
+        heads = columns // block.head_dim  # query heads of a unit
+        fewer = (n for n in range(1, common) if config.hidden_size % (n * heads) == 0)
+        return (*fewer, common)
+
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
         return SkipAttention(Attention.name, block)
@@ -80,17 +92,6 @@ class Attention(_Heads):
     def common_width(self, config: Any, tower: str) -> int | None:
         """KV heads, or heads where the configuration names no others; vision towers name heads."""
         return super().common_width(config, tower) if tower == "language" else _heads(config)
-
-    def expressible(
-        self, config: Any, tower: str, needed: int, block: Any, columns: int
-    ) -> int | None:
-        """Only with a head_dim of its own, and where the query heads divide the hidden size."""
-        common = self.common_width(config, tower)
-        if tower == "vision" or common is None or getattr(config, "head_dim", None) is None:
-            return None  # the head dimension is derived from the number of heads
-        repeat = columns // block.head_dim  # query heads of a KV group
-        divides = (w for w in range(needed, common) if config.hidden_size % (w * repeat) == 0)
-        return next(divides, None)
 
     def set_common_width(self, config: Any, tower: str, width: int) -> None:
         """As many query heads per KV group as before. A vision tower's heads stay."""

@@ -138,14 +138,21 @@ class BlockKind(abc.ABC):
         sizes = [getattr(config, field, None) for field in self.fields]
         return next((size for size in sizes if isinstance(size, int)), None)
 
-    def expressible(
-        self, config: Any, tower: str, needed: int, block: Any, columns: int
-    ) -> int | None:
-        """Least number of units, at least `needed`, that the configuration of a tower can name.
+    def stock_counts(
+        self, config: Any, tower: str, common: int, block: Any, columns: int
+    ) -> tuple[int, ...] | None:
+        """Numbers of units that the configuration of a tower can name for all layers, ascending.
 
-        None where it can name no other than the common width.
+        None: any number.
+
+        Args:
+            config: configuration of the tower.
+            tower: "language" or "vision".
+            common: the number that it names now, which is the last of the result.
+            block: a block of the tower.
+            columns: columns of one unit.
         """
-        return needed
+        return None
 
     def set_common_width(self, config: Any, tower: str, width: int) -> None:
         """Have the configuration of a tower name `width` units for all layers."""

@@ -8,6 +8,7 @@ import numpy as np
 from hipp_ext.budget import Bounds, parameters_left
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group, total_parameters
+from hipp_ext.limits import Excess, no_excess
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.evaluation import KeepCounts
 from hipp_ext.planner.reward import Reward, best_for
@@ -44,6 +45,7 @@ class FitHistory:
         groups: Sequence[Group],
         bounds: Bounds,
         pruning_ratio: float | None,
+        excess: Excess = no_excess,
     ) -> Record:
         """The evaluated plan that is best for a preference.
 
@@ -52,9 +54,10 @@ class FitHistory:
             groups: groups of the model.
             bounds: bounds that the plan must meet.
             pruning_ratio: least fraction of the parameters that it removes; None: any.
+            excess: tells which limit a plan exceeds.
 
         Raises:
-            PlanError: no evaluated plan meets the bounds and the ratio.
+            PlanError: no evaluated plan meets the bounds, the ratio and the limits.
         """
         known = self.archive.measured
         allowed = bounds.allow(groups, np.array([r.keep_counts for r in known]))
@@ -67,6 +70,13 @@ class FitHistory:
         if not enough:
             raise PlanError(
                 f"None of {len(within)} evaluated plans removes {pruning_ratio:g} or more."
+            )
+        reasons = [excess(r.keep_counts) for r in enough]
+        enough = [r for r, reason in zip(enough, reasons, strict=True) if not reason]
+        if not enough:
+            raise PlanError(
+                f"None of {len(reasons)} evaluated plans meets the limits; of the first one, "
+                f"{reasons[0]}."
             )
         rewards, ends = [r.reward for r in enough], self.archive.nadir_and_ideal()
         return enough[best_for(rewards, preference.as_tuple(), ends)]

@@ -12,6 +12,7 @@ from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import AttentionUnit, Group, check_attention_unit, find_groups
+from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
 from hipp_ext.planner.archive import Archive
@@ -132,6 +133,7 @@ class HiPPPlanner:
         rows: int | None = None,
         preference: Preference | None = None,
         best_evaluated: bool = False,
+        limits: Limits | None = None,
         log: Log | None = None,
         progress: bool = False,
     ) -> PruningPlan:
@@ -151,14 +153,16 @@ class HiPPPlanner:
             best_evaluated: return the best plan that `fit` evaluated on this model instead of the
                 policy's: its reward is known (see `answers`). With a fixed pruning_ratio it removes
                 that much or more.
+            limits: memory and latency that the pruned model must not exceed: then more is removed
+                than the policy or pruning_ratio says, if that is needed.
             log: called with a line before each measurement.
             progress: show on stderr what is measured, and how long it will take.
 
         Raises:
-            BudgetError: pruning_ratio cannot be met within the bounds.
+            BudgetError: pruning_ratio or a limit cannot be met within the bounds.
             CalibrationError: there is no calibration, or it does not fit the model.
             PlanError: `best_evaluated`, and the planner was not fitted, or not on this model with
-                these scores, or no evaluated plan removes enough within the bounds.
+                these scores, or no evaluated plan removes enough within the bounds and limits.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         if best_evaluated and not len(self.archive):
@@ -166,6 +170,9 @@ class HiPPPlanner:
         preference = self.preference if preference is None else preference
         _check_preference(preference)
         self._check_reach(model)
+        groups = self._groups(model)
+        excess = (limits or Limits()).check(model, groups)
+        check_reachable(excess, groups, self.bounds)
         signals = self.measure(
             model,
             processor=processor,
@@ -176,9 +183,9 @@ class HiPPPlanner:
         )
         if best_evaluated:
             self._fitted_signals()
-            counts = self._best(signals, preference)
+            counts = self._best(signals, preference, excess)
         else:
-            counts = self._decide(signals, preference)
+            counts = self._decide(signals, preference, excess)
         return self._plan(signals, counts, preference)
 
     def _check_reach(self, model: nn.Module) -> None:
@@ -191,11 +198,17 @@ class HiPPPlanner:
         return find_groups(model, attention_unit=self.attention_unit)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
-    def _decide(self, signals: Signals, preference: Preference) -> KeepCounts:
-        limit = largest_ratio(signals.groups, self.bounds)
-        seen = signals.within(self.bounds)
-        ratio, allocation = self.policy.decide(seen, preference, self.pruning_ratio, limit)
-        return keep_counts(signals.groups, allocation, ratio, self.bounds)
+    def _decide(
+        self, signals: Signals, preference: Preference, excess: Excess = no_excess
+    ) -> KeepCounts:
+        limit, seen = largest_ratio(signals.groups, self.bounds), signals.within(self.bounds)
+
+        def counts_at(pruning_ratio: float) -> KeepCounts:
+            _, allocation = self.policy.decide(seen, preference, pruning_ratio, limit)
+            return keep_counts(signals.groups, allocation, pruning_ratio, self.bounds)
+
+        ratio, _ = self.policy.decide(seen, preference, self.pruning_ratio, limit)
+        return counts_within(excess, counts_at, ratio, limit)
 
     @torch.inference_mode(False)
     def measure(
@@ -350,9 +363,11 @@ class HiPPPlanner:
         )
         return Answers(policy=policy, best_evaluated=best)
 
-    def _best(self, signals: Signals, preference: Preference) -> KeepCounts:
+    def _best(
+        self, signals: Signals, preference: Preference, excess: Excess = no_excess
+    ) -> KeepCounts:
         bounds, ratio = self.bounds, self.pruning_ratio
-        return self.history.best(preference, signals.groups, bounds, ratio).keep_counts
+        return self.history.best(preference, signals.groups, bounds, ratio, excess).keep_counts
 
     def _fitted_signals(self) -> Signals:
         """The signals, if the archive's plans keep the units that they were evaluated with."""

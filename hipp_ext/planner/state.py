@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hipp_ext.allocators.sensitivity import allowed_levels, cheapest_logits
+from hipp_ext.allocators.cheapest import cheapest_logits, task_losses
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
@@ -44,6 +44,7 @@ class Signals:
         columns: name -> (groups,) further signals, see `measure_columns`.
         digest: digest of the groups and the weights that they were measured on.
         calibration: digest of the calibration.
+        bounds: which keep counts the prior chooses among.
     """
 
     groups: tuple[Group, ...]
@@ -54,6 +55,7 @@ class Signals:
     columns: Mapping[str, Float[Tensor, " groups"]]
     digest: str
     calibration: str
+    bounds: Bounds = Bounds()
 
     @property
     def visual(self) -> Float[Tensor, " groups"]:
@@ -96,15 +98,22 @@ class Signals:
         return torch.stack([f.float() for f in features], 1)
 
     def within(self, bounds: Bounds) -> "Signals":
-        """The signals with the levels that `bounds` allow."""
-        return dataclasses.replace(self, sensitivity=allowed_levels(self.sensitivity, bounds))
+        """The signals of a planner that keeps to `bounds`."""
+        return dataclasses.replace(self, bounds=bounds)
 
     def prior(
         self, ratios: Float[Tensor, " batch"], robustness_weights: Float[Tensor, " batch"]
     ) -> Float[Tensor, "batch groups"]:
         """Allocation logits of the allocator `Sensitivity`, at each pruning_ratio and weight."""
         pairs = zip(ratios.tolist(), robustness_weights.tolist(), strict=True)
-        return torch.stack([cheapest_logits(self.groups, self.sensitivity, *p) for p in pairs])
+        return torch.stack(
+            [
+                cheapest_logits(
+                    self.groups, task_losses(self.sensitivity, weight), ratio, self.bounds
+                )
+                for ratio, weight in pairs
+            ]
+        )
 
     @functools.cached_property
     def soft_prior(self) -> Float[Tensor, " groups"]:

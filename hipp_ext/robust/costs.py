@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hipp_ext.budget import Cost, Factor, Term
+from hipp_ext.budget import Cost
+from hipp_ext.budget.cost import Factor, Term
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.modes import call, evaluating
 from hipp_ext.scorers.channels import ChannelGroup, require_removable

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hipp_ext.groups import Group, decoder, gated, tower_layers
 from hipp_ext.modes import evaluating
@@ -85,21 +86,25 @@ class _Dense:
         self._hidden = list(chunks(model, hidden))
         self._kept = None
         if len(hidden) * logit_bytes(model) <= DENSE_BYTES:
-            self._kept = [self._log_probs(part) for part in self._hidden]
+            self._kept = [self._distribution(part) for part in self._hidden]
 
     def divergence(self, hidden: Float[Tensor, "P hidden"]) -> Float[Tensor, " P"]:
         """KL [nats] of each position's distribution from that of other hidden states."""
         parts = []
         for number, other in enumerate(chunks(self._model, hidden)):
             if self._kept is not None:
-                dense = self._kept[number]
+                probabilities, entropy = self._kept[number]
             else:
-                dense = self._log_probs(self._hidden[number])
-            parts.append((dense.exp() * (dense - self._log_probs(other))).sum(-1))
+                probabilities, entropy = self._distribution(self._hidden[number])
+            logits = self._head(self._model, other)
+            parts.append(cross_entropy(logits, probabilities, reduction="none") - entropy)
         return torch.cat(parts)
 
-    def _log_probs(self, hidden: Tensor) -> Tensor:
-        return self._head(self._model, hidden).log_softmax(-1)
+    def _distribution(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(probabilities, entropy) at each position."""
+        logits = self._head(self._model, hidden)
+        probabilities = logits.softmax(-1)
+        return probabilities, cross_entropy(logits, probabilities, reduction="none")
 
 
 def _dense(

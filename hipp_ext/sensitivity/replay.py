@@ -126,10 +126,11 @@ class CalibrationReplay:
             ]
             for i in spaced(len(own), max(1, int(fraction * len(own)))):
                 chosen.setdefault(own[i][0], set()).add(own[i][1])
-        return tuple(
+        taken = [
             self.batches[n].take(sorted(rows)) if divisible else self.batches[n]
             for n, rows in sorted(chosen.items())
-        )
+        ]
+        return _joined(taken, max(batch.size for batch in self.batches)) if divisible else (*taken,)
 
     def by_task(
         self, values: Float[Tensor, "rows *rest"], batches: tuple[ReplayBatch, ...] | None = None
@@ -162,6 +163,55 @@ def _rows_of(name: str, value: Any, rows: Tensor, size: int) -> Any:
 
     # A tower whose layers have masks of several kinds (Gemma 3) is given a mapping of them.
     return tree_map_only(Tensor, part, value)
+
+
+def _joined(batches: Sequence[ReplayBatch], limit: int) -> tuple[ReplayBatch, ...]:
+    """The batches, those that follow each other as one if their rows are alike, up to `limit`."""
+    found: list[ReplayBatch] = []
+    for batch in batches:
+        if found and found[-1].size + batch.size <= limit and (both := _join(found[-1], batch)):
+            found[-1] = both
+        else:
+            found.append(batch)
+    return tuple(found)
+
+
+def _join(one: ReplayBatch, other: ReplayBatch) -> ReplayBatch | None:
+    """The rows of both; None where their inputs differ in more than the rows."""
+    if one.inputs.keys() != other.inputs.keys() or not torch.equal(one.tasks, other.tasks):
+        return None
+    inputs = {}
+    for name, value in one.inputs.items():
+        joined = _join_input(ROW_DIMS.get(name), value, other.inputs[name], one.size, other.size)
+        if joined is _DIFFERENT:
+            return None
+        inputs[name] = joined
+    return dataclasses.replace(
+        one,
+        inputs=inputs,
+        rows=torch.cat([one.rows, other.rows + one.size]),
+        places=torch.cat([one.places, other.places]),
+        size=one.size + other.size,
+        row_keys=one.row_keys + other.row_keys,
+    )
+
+
+_DIFFERENT = object()
+
+
+def _join_input(dim: int | None, one: Any, other: Any, rows: int, other_rows: int) -> Any:
+    """An input of both batches; _DIFFERENT where there is none."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        joined = {k: _join_input(dim, one[k], other[k], rows, other_rows) for k in one}
+        return _DIFFERENT if any(v is _DIFFERENT for v in joined.values()) else joined
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one if type(one) is type(other) and one == other else _DIFFERENT
+    if dim is not None and (one.shape[dim], other.shape[dim]) == (rows, other_rows):
+        shapes = [list(value.shape) for value in (one, other)]
+        for shape in shapes:
+            del shape[dim]
+        return torch.cat([one, other], dim) if shapes[0] == shapes[1] else _DIFFERENT
+    return one if one.shape == other.shape and torch.equal(one, other) else _DIFFERENT
 
 
 def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tensor]:

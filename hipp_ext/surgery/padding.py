@@ -19,6 +19,7 @@ from hipp_ext.groups import (
     find_skips,
     query_groups,
     sync_sizes,
+    tower_config,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
@@ -164,13 +165,9 @@ def _parts(model: nn.Module) -> dict[Part, list[Group]]:
     return parts
 
 
-def _part_config(config: Any, part: Part) -> Any:
-    return config.get_text_config() if part[0] == "language" else config.vision_config
-
-
 def _dense_width(model: Any, part: Part) -> int:
     """The width that the configuration names for all layers, which pruning leaves there."""
-    config, kind = _part_config(model.config, part), KINDS[part[1]]
+    config, kind = tower_config(model.config, part[0]), KINDS[part[1]]
     width = kind.common_width(config, part[0])
     if width is None:
         raise UnsupportedModelError(
@@ -183,9 +180,10 @@ def _dense_width(model: Any, part: Part) -> int:
 def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     """The least width that holds all groups and that the configuration can express."""
     first, needed = groups[0], max(g.width for g in groups)
-    config, block = _part_config(model.config, part), block_of(model, first)
-    width = KINDS[part[1]].expressible(config, part[0], needed, block, first.columns)
-    return _dense_width(model, part) if width is None else width
+    config, block = tower_config(model.config, part[0]), block_of(model, first)
+    dense = _dense_width(model, part)
+    counts = KINDS[part[1]].stock_counts(config, part[0], dense, block, first.columns)
+    return needed if counts is None else next(count for count in counts if count >= needed)
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
@@ -193,7 +191,7 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text = config.get_text_config()
     set_layers(text, other_layer_values(text))
     for part in parts:
-        KINDS[part[1]].set_common_width(_part_config(config, part), part[0], widths[part])
+        KINDS[part[1]].set_common_width(tower_config(config, part[0]), part[0], widths[part])
 
 
 def _misfits(

@@ -1,6 +1,7 @@
 """The tiny LLaVA: a `LlavaForConditionalGeneration` and a `LlavaProcessor`, built from nothing."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.testbed import facts, quiz, world
@@ -144,3 +145,18 @@ def build_model(
         eos_token_id=text.eos_token_id,
     )
     return model
+
+
+def use_hub_names(file: Path) -> None:
+    """Give a LLaVA's vision tower in a file of weights the names it has on the Hugging Face hub.
+
+    transformers loads both, and writes what it loaded; runtimes such as vLLM load the hub's alone.
+    """
+    from safetensors.torch import load_file, save_file
+
+    prefix = "vision_tower."
+    weights = {
+        f"{prefix}vision_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: t
+        for name, t in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})

@@ -25,7 +25,7 @@ from hipp_ext.testbed.conversations import (
     reading,
     with_prior,
 )
-from hipp_ext.testbed.model import EMPTY, build_model, build_processor
+from hipp_ext.testbed.model import EMPTY, build_model, build_processor, use_hub_names
 from hipp_ext.training import lr_factor, make_optimizers, step_optimizers
 
 LR, MUON_LR = 2e-3, 0.02  # peak learning rates
@@ -84,6 +84,7 @@ def train(
                     model, processor, count, sources, seed + number, scale, show
                 )
         model.save_pretrained(folder)
+        use_hub_names(folder / "model.safetensors")
         processor.save_pretrained(folder)
     return losses
 

@@ -247,6 +247,52 @@ def read_classifier(folder: Path) -> Any:
     return load_classifier(folder / "classifier")
 
 
+def make_gguf(folder: Path) -> None:
+    """A pruned Llama with a tokenizer, and its GGUF file."""
+    from llama_cpp_runtime import save
+    from models import build
+    from plans import random_plan
+
+    from hipp_ext import prune
+    from hipp_ext.integrations.llama_cpp import export_gguf
+
+    model = build("llama")
+    save(prune(model, random_plan(model)), folder / "model")
+    export_gguf(folder / "model", folder / "source.gguf")
+
+
+def make_source(folder: Path) -> None:
+    make_gguf(folder)
+    shutil.rmtree(folder / "model")
+
+
+@TABLE.reads("gguf", make_source, errors=("CheckpointError", "DataError"))
+def read_gguf(folder: Path) -> None:
+    """Take the tokenizer of it."""
+    from hipp_ext.integrations.llama_cpp_source import copied_tokenizer
+
+    copied_tokenizer(folder / "source.gguf", 97)
+
+
+@TABLE.reads(
+    "export", make_gguf, errors=("CheckpointError", "DataError", "UnsupportedModelError"), share=0.2
+)
+def read_export(folder: Path) -> Any:
+    """What `hipp export gguf` does with a model's folder."""
+    from hipp_ext.integrations.llama_cpp_decoder import read_decoder
+    from hipp_ext.integrations.llama_cpp_tensors import entries
+    from hipp_ext.integrations.llama_cpp_tokenizer import load_tokenizer, make_vocabulary
+    from hipp_ext.model_folder import read_folder, stored_tensors
+
+    source = read_folder(folder / "model")
+    decoder = read_decoder(source)
+    with stored_tensors(source) as read:
+        for entry in entries(decoder, read):
+            assert entry.read().shape == entry.shape, entry.name
+    tokenizer = load_tokenizer(source.path)
+    return tokenizer and make_vocabulary(tokenizer, decoder.vocabulary, [2])
+
+
 # --- states of training
 
 

@@ -78,8 +78,7 @@ def test_the_same_seed_gives_the_same_losses(llama, effort):
     batches = [batch_for("llama", size=3)]
     first, again = (measure(llama, batches, effort=effort, seed=3) for _ in range(2))
     assert torch.equal(first, again)
-    # Five levels of three units are all measured: the estimate's seed then counts for nothing.
-    if effort != "measured":
+    if effort != "measured":  # whose points come without the estimate
         assert not torch.equal(first, measure(llama, batches, effort=effort, seed=4))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import IMAGE_TOKEN, build
+from models import IMAGE_TOKEN, batch, build
 from plans import logits
 from replays import batch_for, padded, replay_of, rows_of, with_dropout
 
@@ -125,13 +125,35 @@ def test_a_fraction_of_the_rows(llama, given_sizes, fraction):
 
 
 def test_rows_are_taken_of_each_task(llama):
-    """Few rows of one task, and many of the other."""
+    """Few rows of one task, and many of the other; rows of a task run together."""
     few, many = batches_of(2), batches_of(8, 8, 8, 8, seed=1)
     replay = replay_of(llama, {"utility": few, "robustness": many})
     rows = replay.sample(0.25)
-    assert [(b.size, b.tasks.tolist()) for b in rows] == [(1, [True, False])] + [
-        (2, [False, True])
-    ] * 4
+    assert [(b.size, b.tasks.tolist()) for b in rows] == [(1, [True, False]), (8, [False, True])]
+    assert rows[1].row_keys == tuple(k for b in replay.batches[1:] for k in b.row_keys[::4])
+
+
+def test_rows_of_unlike_batches_stay_apart(llama):
+    """Rows of other lengths, or more of them than any batch had."""
+    one, other, long = *batches_of(4, 4), batch("llama", size=4, length=11)
+    replay = replay_of(llama, [one, long, other])
+    assert sizes(replay.sample(0.5)) == [2, 2, 2]
+    assert sizes(replay_of(llama, [one, other, long]).sample(0.5)) == [4, 2]
+    assert sizes(replay_of(llama, [one, other]).sample(1.0)) == [4, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_5_vl", "gemma3"])
+def test_joined_rows_measure_as_they_did_apart(family):
+    model = build(family)
+    batches = [batch(family, size=2, seed=seed) for seed in range(2)]
+    replay = replay_of(model, batches)
+    (joined,) = replay.sample(0.5)
+    apart = [b.take([0]) for b in replay.batches]
+    hidden = decoder(model)(**joined.inputs).last_hidden_state
+    for row, single in enumerate(apart):
+        alone = decoder(model)(**single.inputs).last_hidden_state
+        torch.testing.assert_close(hidden[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_means_are_over_the_positions_of_each_task(llama):

@@ -1,0 +1,57 @@
+"""Figures of models in a runtime, and times of blocks, as tables of text."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hipp_ext.evals.runtimes import Serving
+from hipp_ext.evals.text_table import print_table, text_table
+from hipp_ext.files.untrusted import short_name
+from hipp_ext.latency_table import LatencyTable
+
+COLUMNS = ("model", "prompt [ms]", "further token [ms]", "faster (prompt, further)", "memory [MiB]")
+
+
+def print_figures(found: Mapping[str, Mapping[str, Any]], serving: Serving) -> None:
+    """One line per model of `measure_folders`."""
+    title = (
+        f"{serving.runtime} {serving.weights}, {serving.threads} threads, prompt of "
+        f"{serving.tokens} tokens; median (least to most) of {serving.rounds} rounds"
+    )
+    print_table(
+        text_table(COLUMNS, [_cells(name, row) for name, row in found.items()], title=title)
+    )
+
+
+def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    faster = ""
+    if "prefill_speedup" in row:
+        pairs = (row["prefill_speedup"], row["decode_speedup"])
+        faster = ", ".join(f"{pair['median']:.2f}x" for pair in pairs)
+    return [
+        short_name(name),
+        _spread(row["prefill_ms"]),
+        _spread(row["decode_ms"]),
+        faster,
+        f"{statistics.median(row['memory_mib']):.0f}",
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def print_blocks(table: LatencyTable) -> None:
+    """Times of one block of each kind, by units."""
+    rows = [
+        [kind, str(units), f"{ms:.3f}", f"{prefill:.2f}"]
+        for kind, entries in table.decode.blocks.items()
+        for (units, ms), (_, prefill) in zip(entries, table.prefill.blocks[kind], strict=True)
+    ]
+    rows.append(["the rest", "", f"{table.decode.rest_ms:.3f}", f"{table.prefill.rest_ms:.2f}"])
+    rows.append(
+        ["the model", "", f"{table.dense_ms('decode'):.3f}", f"{table.dense_ms('prefill'):.2f}"]
+    )
+    title = f"times in {table.runtime}, {table.layers} layers"
+    columns = ("block", "units", "further token [ms]", "prompt [ms]")
+    print_table(text_table(columns, rows, title=title))

@@ -1,0 +1,106 @@
+"""The models that the study serves: SmolLM2 dense, and pruned in three shapes at three ratios."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hipp_ext.allocators import Sensitivity
+from hipp_ext.budget import Bounds, Shape
+from hipp_ext.evals.studies.real_lm.text import Corpus, perplexity, row_losses
+from hipp_ext.files import write_atomic
+from hipp_ext.groups import find_groups
+from hipp_ext.progress import progress_bar
+from hipp_ext.scorers import WandaSP
+from hipp_ext.surgery.checkpoint import save_pruned
+from hipp_ext.surgery.prune import prune
+from hipp_ext.units import plan_from_counts
+
+RATIOS = (0.2, 0.3, 0.4)
+ROUND_TO = 32  # columns of a block of q8_0
+SHAPES: dict[str, Bounds] = {
+    "free": Bounds(round_to=ROUND_TO),
+    "free, any width": Bounds(),
+    "uniform": Bounds(shape="uniform", round_to=ROUND_TO),
+    "layers": Bounds(shape="layers"),
+}
+ODD_RATIO = 0.3  # the only one at which "free, any width" is measured
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One model of the study.
+
+    Attributes:
+        shape: key of SHAPES; None: the dense model.
+        ratio: pruning_ratio.
+    """
+
+    shape: str | None = None
+    ratio: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name in tables, and of its folder."""
+        return DENSE if self.shape is None else f"{self.ratio:.0%} {self.shape}"
+
+
+def all_versions() -> list[Version]:
+    """The dense model first."""
+    pruned = [
+        Version(shape=shape, ratio=ratio)
+        for ratio in RATIOS
+        for shape in SHAPES
+        if shape != "free, any width" or ratio == ODD_RATIO
+    ]
+    return [Version(), *pruned]
+
+
+def make_versions(folder: Path, model: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Path]:
+    """Name -> model folder, below `folder`; those that are there already are not made again.
+
+    Beside each lies a JSON file with its perplexity on the corpus's test and its size. All plans
+    are those of `Sensitivity`, measured once, and reconstructed on the same calibration.
+    """
+    versions = all_versions()
+    made = {v.name: folder / v.name.replace(" ", "_").replace(",", "") for v in versions}
+    missing = [v for v in versions if not about(made[v.name]).exists()]
+    if missing:
+        pruned = _pruned(model, corpus, missing)
+        with progress_bar(True, "models", len(versions), len(versions) - len(missing)) as update:
+            for number, (version, small) in enumerate(pruned, len(versions) - len(missing) + 1):
+                save_pruned(small, made[version.name], tokenizer, overwrite=True)
+                losses = row_losses(small, corpus.test).tolist()
+                facts = {
+                    "perplexity": perplexity(losses),
+                    "parameters": sum(p.numel() for p in small.parameters()),
+                }
+                write_atomic(about(made[version.name]), json.dumps(facts))
+                update(number, version.name)
+    return made
+
+
+def about(folder: Path) -> Path:
+    """The file with what is known of a version."""
+    return folder.with_suffix(".json")
+
+
+def _pruned(model: Any, corpus: Corpus, versions: list[Version]) -> Iterator[tuple[Version, Any]]:
+    calibration, groups = corpus.calibration(0), find_groups(model)
+    allocator, scorer = Sensitivity(pruning_ratio=0.0), WandaSP()
+    scores = scorer(model, calibration, groups=groups)
+    measured = allocator.measure(model, groups, scores, calibration, progress=True)
+    for version in versions:
+        if version.shape is None:
+            yield version, model
+            continue
+        bounds = SHAPES[version.shape]
+        chosen = replace(allocator, pruning_ratio=version.ratio, bounds=bounds)
+        counts = chosen.keep_counts(groups, scores, measured)
+        plan = plan_from_counts(groups, counts, scores, scorer=scorer.name)
+        yield version, prune(model, plan, reconstruct=True, calibration=calibration)
+
+
+__all__ = ["Shape", "Version", "about", "all_versions", "make_versions"]

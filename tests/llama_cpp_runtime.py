@@ -1,0 +1,164 @@
+"""Tiny models with a tokenizer, and llama.cpp itself, in this process, to run their GGUF files."""
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+from models import _text
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from hipp_ext import save_pruned
+from hipp_ext.integrations.llama_cpp_pretokenizers import PRE_TOKENIZERS
+
+EOS = 2
+_TEXT = "the cat sat on a mat and 12 dogs ran, as quick foxes jump over it. why? to be, or not"
+
+
+def tiny_tokenizer(size: int = 90, pixels: bool = False) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer for the tiny models: <unk>, <s> and </s> are their ids 0, 1 and 2."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    special = ["<unk>", "<s>", "</s>", "<a>", "<b>", "<image>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, unk_token="<unk>", special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One of Qwen2's kind, with some 300 tokens: <|end|> is its token 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS["qwen2"].make(pre_tokenizers)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|a|>", "<|b|>", "<|end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def qwen2() -> nn.Module:
+    """A Qwen2 that is large enough for a tokenizer of its own kind."""
+    config = _text(Qwen2Config, kv_heads=2)
+    config.vocab_size = 320
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn_like(parameter)
+    return model
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    """Write a tiny model and a tokenizer that transformers takes for its own."""
+    own = byte_tokenizer() if model.config.model_type == "qwen2" else tiny_tokenizer()  # type: ignore[union-attr]
+    return save_pruned(model, folder, own)
+
+
+def serve(path: Path, mmproj: Path | None = None) -> Any:
+    """llama.cpp with a file, in full precision."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    if mmproj is not None:
+        params.mmproj.path = str(mmproj)
+        params.mmproj_use_gpu = False
+    params.n_ctx, params.n_gpu_layers, params.warmup, params.verbosity = 256, 0, False, -1
+    params.fit_params, params.ui = False, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = off
+    return xllamacpp.Server(params)
+
+
+def no_text(folder: Path) -> list[int]:
+    """Tokens of a model with `byte_tokenizer` that are parts of characters, of which llama.cpp's
+    server tells nothing, or special ones: it takes <|endoftext|> for an end, too.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [number for token, number in tokenizer.get_vocab().items() if not token.isascii()]
+    return [*parts, *tokenizer.added_tokens_decoder]
+
+
+def greedy(
+    server: Any, prompt: Any, tokens: int = 8, banned: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """The likeliest continuation: per token its id, and ids and log probabilities of five."""
+    asked = {
+        "prompt": prompt,
+        "temperature": 0,
+        "n_probs": 5,
+        "n_predict": tokens,
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "logit_bias": [[number, False] for number in banned],
+    }
+    return ask(server, "completion", asked)["completion_probabilities"]
+
+
+def ask(server: Any, path: str, body: Any = None) -> Any:
+    """The answer of llama.cpp's server."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.listening_address}/{path}", data, headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request) as answer:
+        return json.load(answer)
+
+
+@torch.no_grad()
+def largest_difference(
+    model: nn.Module,
+    path: Path,
+    prompts: Sequence[list[int]],
+    *,
+    same: bool = True,
+    banned: Sequence[int] = (),
+) -> float:
+    """Largest difference of log probabilities between llama.cpp and `model` [nats].
+
+    The greedy tokens of every prompt must be the same, unless `same` is False. The end of a text
+    and `banned` are never taken.
+    """
+    server, worst = serve(path), 0.0
+    for prompt in prompts:
+        steps = greedy(server, prompt, banned=banned)
+        ids = torch.tensor([[*prompt, *(step["id"] for step in steps)]])
+        log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        taken = [step["id"] for step in steps]
+        assert not same or _likeliest(log_probs, banned) == taken
+        worst = max(worst, _compare(steps, log_probs))
+    return worst
+
+
+def _likeliest(log_probs: torch.Tensor, banned: Sequence[int]) -> list[int]:
+    allowed = log_probs.clone()
+    allowed[:, [EOS, *banned]] = -torch.inf
+    return allowed.argmax(-1).tolist()
+
+
+def _compare(steps: Sequence[dict[str, Any]], log_probs: torch.Tensor) -> float:
+    return max(
+        abs(top["logprob"] - float(expected[top["id"]]))
+        for step, expected in zip(steps, log_probs, strict=True)
+        for top in step["top_logprobs"]
+    )
+
+
+def prompts(count: int = 20, vocabulary: int = 97) -> list[list[int]]:
+    """Random prompts of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(6, vocabulary, (3 + i % 7,), generator=generator).tolist()
+        for i in range(count)
+    ]

@@ -1,0 +1,59 @@
+"""What is built of a folder in vLLM, and what is refused when it is loaded."""
+
+import json
+
+import pytest
+from plans import random_plan
+from served import engine
+from shapes import SHAPES
+from tiny import TEXT, llava, noisy
+
+from hipp_ext import prune, save_pruned
+from hipp_ext.errors import CheckpointError, UnsupportedModelError
+
+STOCK = "vllm.model_executor.models"
+OURS = "hipp_ext.integrations.vllm_layers"
+
+
+def homes(model) -> set[str]:
+    """Modules that the classes of a language model's layers come from."""
+    return {type(layer).__module__ for layer in model.model.layers}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_only_a_model_with_different_layers_gets_layers_of_ours(name, tmp_path):
+    model = noisy(TEXT[name]())
+    save_pruned(model, tmp_path / "dense")
+    save_pruned(prune(model, SHAPES["blocks"](model)), tmp_path / "pruned")
+    with engine(tmp_path / "dense", skip_tokenizer_init=True) as llm:
+        assert llm.apply_model(homes) == [{f"{STOCK}.{name}"}]
+    with engine(tmp_path / "pruned", skip_tokenizer_init=True) as llm:
+        assert llm.apply_model(homes) == [{OURS}]
+
+
+def test_layers_without_attention_have_no_cache(tmp_path):
+    model = noisy(TEXT["llama"]())
+    save_pruned(prune(model, SHAPES["blocks"](model)), tmp_path / "pruned")
+    with engine(tmp_path / "pruned", skip_tokenizer_init=True) as llm:
+        context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    assert sorted(context) == [f"model.layers.{i}.self_attn.attn" for i in (1, 3)]
+
+
+def test_a_pruned_vision_tower_is_refused(tmp_path):
+    model, processor, _ = llava()
+    plan = random_plan(model, 0.4, towers=("language", "vision"))
+    save_pruned(prune(model, plan), tmp_path / "pruned", processor)
+    with (
+        pytest.raises(UnsupportedModelError, match="The vision tower was pruned"),
+        engine(tmp_path / "pruned"),
+    ):
+        pass
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    model, processor, _ = llava()
+    folder = save_pruned(prune(model, SHAPES["free"](model)), tmp_path / "pruned", processor)
+    manifest = json.loads((folder / "hipp_ext.json").read_text())
+    (folder / "hipp_ext.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(CheckpointError, match="of another format"), engine(folder):
+        pass
