@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, linear, sync_sizes
+from hipp_ext.groups import Group, block_of, find_groups, linear, query_groups, sync_sizes
 from hipp_ext.integrations.torch_pruning_importance import HippImportance
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.layer_config import write_layer_config
@@ -128,7 +128,8 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
             silently).
         UnsupportedModelError: what is left of a group cannot be mapped.
     """
-    groups = {g.name: g for g in find_groups(model, plan.towers, plan.attention_unit)}
+    found = find_groups(model, plan.towers)
+    groups = {g.name: g for g in (*found, *query_groups(model, plan.towers))}
     wrong = [
         f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "
         f"{groups[e.name].unit_parameters if e.name in groups else 0} parameters, planned {e.keep} "
@@ -137,11 +138,11 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
         if e.name not in groups
         or (groups[e.name].width, groups[e.name].unit_parameters) != (e.keep, e.unit_parameters)
     ]
-    if wrong or len(groups) != len(plan.groups):
+    if wrong or len(found) != len(plan.groups):
         raise PlanError(
             f"The model is not what the plan says: {'; '.join(wrong[:4]) or 'it has other groups'}."
         )
-    for group in groups.values():
-        sync_sizes(model, group, group.width)
+    for entry in plan.groups:
+        sync_sizes(model, groups[entry.name], entry.keep)
     write_layer_config(model)
     setattr(model, PLAN_ATTRIBUTE, plan)

@@ -396,3 +396,21 @@ def test_plans_without_attention_are_drawn():
     plan = PruningPlan(groups=groups)
     figure = keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]})
     assert png(figure, dpi=30)[:4] == b"\x89PNG" and "ffn, of 8 channels" in svg(figure)
+
+
+def test_plans_of_both_units_of_attention_are_drawn_apart():
+    plans = {}
+    for kind, sections in (("attention", 1), ("query_heads", 2)):
+        group = PlanGroup(
+            tower="language",
+            layer=0,
+            kind=kind,
+            width=4 * sections,
+            kept=tuple(range(0, 4 * sections, 4)),
+            unit_parameters=3,
+            sections=sections,
+        )
+        plans[kind] = PruningPlan(groups=(group,))
+    drawn = svg(keeps_figure(plans, {"query_heads": [0.3]}))
+    assert "attention, of 4 KV groups" in drawn and "query_heads, of 8 query heads" in drawn
+    assert drawn.count("visual flow") == 1
