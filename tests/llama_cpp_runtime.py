@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 import xllamacpp
-from models import _text
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from hipp_ext import save_pruned
-from hipp_ext.integrations.llama_cpp_pretokenizers import PRE_TOKENIZERS
 
 EOS = 2
 _TEXT = "the cat sat on a mat and 12 dogs ran, as quick foxes jump over it. why? to be, or not"
@@ -34,35 +32,9 @@ def tiny_tokenizer(size: int = 90, pixels: bool = False) -> PreTrainedTokenizerF
     )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One of Qwen2's kind, with some 300 tokens: <|end|> is its token 2."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS["qwen2"].make(pre_tokenizers)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|a|>", "<|b|>", "<|end|>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-def qwen2() -> nn.Module:
-    """A Qwen2 that is large enough for a tokenizer of its own kind."""
-    config = _text(Qwen2Config, kv_heads=2)
-    config.vocab_size = 320
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.15 * torch.randn_like(parameter)
-    return model
-
-
 def save(model: nn.Module, folder: Path) -> Path:
-    """Write a tiny model and a tokenizer that transformers takes for its own."""
-    own = byte_tokenizer() if model.config.model_type == "qwen2" else tiny_tokenizer()  # type: ignore[union-attr]
-    return save_pruned(model, folder, own)
+    """Write a tiny model and its tokenizer."""
+    return save_pruned(model, folder, tiny_tokenizer())
 
 
 def serve(path: Path, mmproj: Path | None = None) -> Any:
@@ -81,18 +53,7 @@ def serve(path: Path, mmproj: Path | None = None) -> Any:
     return xllamacpp.Server(params)
 
 
-def no_text(folder: Path) -> list[int]:
-    """Tokens of a model with `byte_tokenizer` that are parts of characters, of which llama.cpp's
-    server tells nothing, or special ones: it takes <|endoftext|> for an end, too.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [number for token, number in tokenizer.get_vocab().items() if not token.isascii()]
-    return [*parts, *tokenizer.added_tokens_decoder]
-
-
-def greedy(
-    server: Any, prompt: Any, tokens: int = 8, banned: Sequence[int] = ()
-) -> list[dict[str, Any]]:
+def greedy(server: Any, prompt: Any, tokens: int = 8) -> list[dict[str, Any]]:
     """The likeliest continuation: per token its id, and ids and log probabilities of five."""
     asked = {
         "prompt": prompt,
@@ -101,7 +62,6 @@ def greedy(
         "n_predict": tokens,
         "ignore_eos": True,
         "cache_prompt": False,
-        "logit_bias": [[number, False] for number in banned],
     }
     return ask(server, "completion", asked)["completion_probabilities"]
 
@@ -118,32 +78,27 @@ def ask(server: Any, path: str, body: Any = None) -> Any:
 
 @torch.no_grad()
 def largest_difference(
-    model: nn.Module,
-    path: Path,
-    prompts: Sequence[list[int]],
-    *,
-    same: bool = True,
-    banned: Sequence[int] = (),
+    model: nn.Module, path: Path, prompts: Sequence[list[int]], *, same: bool = True
 ) -> float:
     """Largest difference of log probabilities between llama.cpp and `model` [nats].
 
     The greedy tokens of every prompt must be the same, unless `same` is False. The end of a text
-    and `banned` are never taken.
+    is never taken.
     """
     server, worst = serve(path), 0.0
     for prompt in prompts:
-        steps = greedy(server, prompt, banned=banned)
+        steps = greedy(server, prompt)
         ids = torch.tensor([[*prompt, *(step["id"] for step in steps)]])
         log_probs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         taken = [step["id"] for step in steps]
-        assert not same or _likeliest(log_probs, banned) == taken
+        assert not same or _likeliest(log_probs) == taken
         worst = max(worst, _compare(steps, log_probs))
     return worst
 
 
-def _likeliest(log_probs: torch.Tensor, banned: Sequence[int]) -> list[int]:
+def _likeliest(log_probs: torch.Tensor) -> list[int]:
     allowed = log_probs.clone()
-    allowed[:, [EOS, *banned]] = -torch.inf
+    allowed[:, EOS] = -torch.inf
     return allowed.argmax(-1).tolist()
 
 
