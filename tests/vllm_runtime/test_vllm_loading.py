@@ -6,7 +6,8 @@ import pytest
 from plans import random_plan
 from served import engine
 from shapes import SHAPES
-from tiny import TEXT, llava, noisy
+from tiny import TEXT, noisy
+from tiny_llava import llava
 
 from hipp_ext import prune, save_pruned
 from hipp_ext.errors import CheckpointError, UnsupportedModelError
