@@ -16,7 +16,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.integrations.vllm import MANIFEST, layer_config, needs_own_layers, refusals, undivided
+from hipp_ext.integrations.vllm import MANIFEST, refusals
+from hipp_ext.integrations.vllm_config import layer_config, needs_own_layers, undivided
 
 
 def per_layer(stock: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from hipp_ext import pad_to_uniform, prune, save_pruned
 from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.integrations import vllm as plugin
+from hipp_ext.integrations import vllm_config
 from hipp_ext.model_folder import MANIFEST
 
 PLACE = Path(plugin.__file__).parent
@@ -58,6 +59,7 @@ def test_importing_the_plug_in_costs_nothing():
         "hipp_ext",
         "hipp_ext.integrations",
         "hipp_ext.integrations.vllm",
+        "hipp_ext.integrations.vllm_config",
     ]
 
 
@@ -66,42 +68,42 @@ def test_every_registered_name_is_a_class_of_its_module():
         module, name = place.split(":")
         tree = ast.parse((PLACE / f"{module.rpartition('.')[2]}.py").read_text())
         assert name in [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert set(plugin.CLASSES) <= set(plugin.SERVED)
+    assert set(plugin.CLASSES) <= set(vllm_config.SERVED)
     assert plugin.MANIFEST == MANIFEST
 
 
 def test_a_layers_configuration_has_its_own_widths_and_the_dense_head_dim(configs):
     for name in (*SERVED, "gemma3"):
         text = configs[name].get_text_config()
-        own = [plugin.layer_config(text, i) for i in range(text.num_hidden_layers)]
+        own = [vllm_config.layer_config(text, i) for i in range(text.num_hidden_layers)]
         assert [c.skip for c in own][:2] == [[], ["attention"]], name
         dense = build(name).config.get_text_config()
         heads = dense.num_attention_heads, dense.num_key_value_heads
         assert own[0].num_key_value_heads == max(1, heads[1] // 2)
         assert own[0].num_attention_heads * heads[1] == own[0].num_key_value_heads * heads[0]
         head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // heads[0]
-        assert {c.head_dim for c in own} == {head_dim} == {plugin.head_dim(text)}
+        assert {c.head_dim for c in own} == {head_dim} == {vllm_config.head_dim(text)}
         assert {c.hidden_size for c in own} == {dense.hidden_size}
 
 
 def test_only_pruned_models_need_layers_of_their_own(configs):
     for name in SERVED:
-        assert plugin.needs_own_layers(configs[name].get_text_config())
+        assert vllm_config.needs_own_layers(configs[name].get_text_config())
     for name in ("llama", "qwen3", "mistral", "llava"):
-        assert not plugin.needs_own_layers(build(name).config.get_text_config())
+        assert not vllm_config.needs_own_layers(build(name).config.get_text_config())
     # Fewer heads in all layers alike: vLLM's Qwen2 would derive another head_dim from them.
     qwen2 = build("qwen2").config
-    assert not plugin.needs_own_layers(qwen2)
+    assert not vllm_config.needs_own_layers(qwen2)
     qwen2.num_attention_heads = qwen2.num_key_value_heads = 2
-    assert plugin.needs_own_layers(qwen2)
-    assert plugin.layer_config(qwen2, 0).head_dim == 10
+    assert vllm_config.needs_own_layers(qwen2)
+    assert vllm_config.layer_config(qwen2, 0).head_dim == 10
 
 
 def test_what_ranks_do_not_divide_is_named_by_layer(configs):
     text = configs["llama"].get_text_config()  # 6 heads in 3 KV groups, 44 channels; half: 2 and 1
-    assert plugin.undivided(text, 1) == []
-    assert plugin.undivided(text, 2) == ["layer 2 has 6 query heads and 3 KV heads"]
-    assert plugin.undivided(text, 3) == [
+    assert vllm_config.undivided(text, 1) == []
+    assert vllm_config.undivided(text, 2) == ["layer 2 has 6 query heads and 3 KV heads"]
+    assert vllm_config.undivided(text, 3) == [
         "layer 0 has 2 query heads and 1 KV heads, 44 FFN channels",
         "layer 1 has 44 FFN channels",
         "layer 2 has 44 FFN channels",

@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plans import random_scores  # noqa: E402
-from tiny import llava, noisy  # noqa: E402
+from tiny import noisy  # noqa: E402
+from tiny_llava import llava  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 from hipp_ext import save_pruned  # noqa: E402
@@ -48,7 +49,7 @@ def main(folder: str, name: str) -> None:
             QuantizationModifier(**arguments, ignore=IGNORE),
         ]
         oneshot(model=model, recipe=modifiers, pipeline="datafree")
-    save_pruned(model, folder, processor)
+        save_pruned(model, folder, processor)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from plans import random_plan
-from served import engine
+from plans import dropping_plan, random_plan
+from served import by_transformers, by_vllm, engine, largest_difference
 from shapes import SHAPES
-from tiny import TEXT, llava, noisy
+from tiny import TEXT, noisy, sizes, texts
+from tiny_llava import llava
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hipp_ext import prune, save_pruned
 from hipp_ext.errors import CheckpointError, UnsupportedModelError
@@ -37,6 +39,17 @@ def test_layers_without_attention_have_no_cache(tmp_path):
     with engine(tmp_path / "pruned", skip_tokenizer_init=True) as llm:
         context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     assert sorted(context) == [f"model.layers.{i}.self_attn.attn" for i in (1, 3)]
+
+
+def test_two_ranks_share_what_they_divide(tmp_path):
+    config = LlamaConfig(**sizes(num_attention_heads=8, num_key_value_heads=4))
+    model, prompts = noisy(LlamaForCausalLM(config)), texts()
+    half = ("language.0.attention", "language.1.ffn")
+    small = prune(model, dropping_plan(model, "language.2.attention", half=half))
+    save_pruned(small, tmp_path / "pruned")
+    ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    ours = by_vllm(tmp_path / "pruned", prompts, **ranks)
+    assert largest_difference(ours, by_transformers(small, prompts)) < 1e-3
 
 
 def test_a_pruned_vision_tower_is_refused(tmp_path):

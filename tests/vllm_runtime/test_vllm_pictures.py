@@ -1,14 +1,44 @@
 """Models that see, in vLLM, answer questions about pictures as they do in transformers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from served import by_transformers, by_vllm, largest_difference
 from shapes import SHAPES
-from tiny import PICTURES, noisy
+from tiny import noisy
+from tiny_idefics3 import idefics3, smolvlm
+from tiny_llava import gemma3, internvl, llava, llava_next, llava_onevision
+from tiny_qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 from transformers import AutoProcessor
 
 from hipp_ext import load_pruned, prune, save_pruned
 
-CASES = [("llava", "blocks"), ("qwen2_5_vl", "uniform"), *((name, "free") for name in PICTURES)]
+BUILDERS: tuple[Callable[[], tuple[Any, Any, list[Any]]], ...] = (
+    llava,
+    llava_next,
+    llava_onevision,
+    internvl,
+    gemma3,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    idefics3,
+    smolvlm,
+)
+PICTURES = {builder.__name__: builder for builder in BUILDERS}
+OTHERS = [
+    ("llava", "blocks"),
+    ("gemma3", "blocks"),
+    ("qwen2_5_vl", "uniform"),
+    ("qwen2_5_vl", "blocks"),
+]
+CASES = [
+    *((name, "free") for name in PICTURES),
+    *OTHERS,
+    ("qwen3_vl", "blocks"),
+    ("smolvlm", "blocks"),
+]
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)

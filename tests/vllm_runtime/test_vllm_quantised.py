@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from served import by_transformers, by_vllm, largest_difference
-from tiny import llava
+from tiny_llava import llava
 
 from hipp_ext import load_pruned
 
