@@ -1,0 +1,98 @@
+"""Models measured in the runtimes that serve them, each in a process of its own."""
+
+import json
+
+import pytest
+from command import hipp
+from llama_cpp_runtime import save
+from models import build
+from plans import random_plan
+
+from hipp_ext import prune
+from hipp_ext.errors import DataError
+from hipp_ext.evals.runtimes import Serving, measure_folders
+from hipp_ext.evals.runtimes.blocks import measure_blocks
+from hipp_ext.groups import find_groups
+from hipp_ext.latency_table import LatencyTable
+
+QUICK = {"tokens": 24, "new_tokens": 4, "repeats": 1, "rounds": 1}
+MODEL = build("llama")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny Llama, dense and pruned."""
+    place = tmp_path_factory.mktemp("folders")
+    small = prune(MODEL, random_plan(MODEL))
+    return {"dense": save(MODEL, place / "dense"), "pruned": save(small, place / "pruned")}
+
+
+@pytest.mark.parametrize("weights", ["f32", "f16"])
+def test_llama_cpp_is_measured(folders, weights):
+    serving = Serving(runtime="llama.cpp", weights=weights, **QUICK)
+    found = measure_folders(folders, serving, show=False)
+    assert list(found) == ["dense", "pruned"]
+    for figures in found.values():
+        assert all(len(figures[key]) == 1 for key in ("prefill_ms", "decode_ms", "memory_mib"))
+        assert min(*figures["prefill_ms"], *figures["decode_ms"]) > 0
+    dense, pruned = found.values()
+    speed = dense["decode_ms"][0] / pruned["decode_ms"][0]
+    assert pruned["decode_speedup"]["median"] == pytest.approx(speed)
+    assert "decode_speedup" not in dense
+
+
+def test_blocks_are_measured_in_transformers(folders, tmp_path):
+    """The table is one of this model, and the command writes the same kind."""
+    table = measure_blocks(folders["dense"], Serving(**QUICK), show=False)
+    groups = find_groups(MODEL)
+    table.check(groups)
+    dense = table.latency(groups, [g.width for g in groups], "decode")
+    assert dense == pytest.approx(table.dense_ms("decode")) and dense > 0
+    assert [units for units, _ in table.prefill.blocks["attention"]] == [1, 2, 3]
+    assert table.conditions["model"] == "dense" and table.conditions["weights"] == "f32"
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+
+
+def test_layers_that_differ_have_no_table(folders):
+    with pytest.raises(DataError, match="measure the dense model"):
+        measure_blocks(folders["pruned"], Serving(**QUICK), show=False)
+
+
+def test_what_fails_in_a_runtime_is_reported(folders):
+    (folders["dense"].parent / "empty").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match="empty could not be measured in llama.cpp: .*config.json"):
+        measure_folders(
+            {"empty": folders["dense"].parent / "empty"},
+            Serving(runtime="llama.cpp", **QUICK),
+            show=False,
+        )
+    with pytest.raises(DataError, match="could not be measured in vllm: .*hipp-ext.vllm"):
+        measure_folders({"dense": folders["dense"]}, Serving(runtime="vllm", **QUICK), show=False)
+    with pytest.raises(DataError, match="vllm is measured with f32, bf16, f16"):
+        Serving(runtime="vllm", weights="q8_0")
+
+
+def test_the_command_compares_folders_in_a_runtime(folders, tmp_path):
+    names = [str(folder) for folder in folders.values()]
+    options = ["--tokens", "24", "--new-tokens", "4", "--repeats", "3", "--threads", "1"]
+    shown = hipp(
+        "latency", *names, "--runtime", "llama.cpp", *options, "-o", str(tmp_path / "found.json")
+    )
+    assert "llama.cpp f16" in shown and "dense" in shown and "pruned" in shown
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["models"]["pruned"]["decode_ms"]) == found["serving"]["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runtime", "llama.cpp", "--dtype", "float16"], "see --weights"),
+        (["--weights", "q8_0"], "belong to --runtime"),
+        (["--per-block", "--runtime", "llama.cpp"], "give its folder alone"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(folders, options, message):
+    names = [str(folder) for folder in folders.values()]
+    with pytest.raises(DataError, match=message):
+        hipp("latency", *names, *options)
