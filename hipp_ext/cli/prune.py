@@ -82,6 +82,18 @@ def prune(
         f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters "
         f"({100 * (1 - after / before):.1f}% removed in total)"
     )
+    typer.echo(_served(out))
+
+
+def _served(folder: Path) -> str:
+    """A line on which runtimes take the folder."""
+    from hipp_ext.integrations.serving import check_serving
+
+    verdicts = check_serving(folder)
+    taking = ", ".join(v.runtime for v in verdicts if not v.reasons)
+    others = ", ".join(v.runtime for v in verdicts if v.reasons)
+    why = f"; `hipp check-serving {folder}` says why not by {others}" if others else ""
+    return f"can be served by {taking}{why}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from command import hipp
 from gguf import GGMLQuantizationType, GGUFReader
 from llama_cpp_runtime import largest_difference, prompts, save, tiny_tokenizer
 from models import _text, build
-from plans import dropping_plan, random_plan
+from plans import dropping_plan, random_plan, random_scores
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,6 +57,13 @@ def _dropping(model: nn.Module, names: tuple[str, ...]) -> PruningPlan:
     return dropping_plan(model, *names, half=("language.1.ffn",))
 
 
+def query_heads(model: nn.Module) -> PruningPlan:
+    """Fewer query heads in some layers, all keys and values."""
+    groups = find_groups(model, attention_unit="query")
+    counts = [g.width - (g.layer > 0) * g.sections for g in groups]
+    return plan_from_counts(groups, counts, random_scores(groups))
+
+
 LAYER = without("language.1.attention", "language.1.ffn")
 BLOCKS = without("language.1.attention", "language.2.ffn")
 FIRST = without("language.0.attention", "language.2.attention", "language.2.ffn")
@@ -66,6 +73,7 @@ CASES = [
     ("llama", uniform, "llama"),
     ("llama", LAYER, "llama"),
     ("llama", BLOCKS, "deci"),
+    ("llama", query_heads, "deci"),
     ("llama", FIRST, "deci"),
     ("mistral", random_plan, "deci"),
     ("mistral", whole, "llama"),

@@ -89,7 +89,8 @@ def test_a_plan_for_a_runtime(tmp_path):
     plan = tmp_path / "plan.json"
     options = ["--pruning-ratio", "0.3", "--effort", "fisher", "--calibration-rows", "8"]
     hipp("plan", "testbed", "--serve", "stock", *options, "-o", plan)
-    hipp("prune", "testbed", plan, "-o", tmp_path / "small")
+    shown = hipp("prune", "testbed", plan, "-o", tmp_path / "small")
+    assert "can be served by transformers, hipp-ext, vllm, llama.cpp, openvino\n" in shown
     assert served(tmp_path / "small") == EVERYTHING
     assert load_pruned(tmp_path / "small").hipp_plan.pruning_ratio >= 0.3
     with pytest.raises(PlanError, match="--serve gguf: .*norms of queries"):

@@ -21,6 +21,13 @@ def uniform(model: Any) -> PruningPlan:
     return plan_from_counts(groups, [g.width // 2 for g in groups], random_scores(groups))
 
 
+def query_heads(model: Any) -> PruningPlan:
+    """Fewer query heads in all layers but the first, all keys and values."""
+    groups = find_groups(model, attention_unit="query")
+    counts = [g.width - (g.layer > 0) * g.sections for g in groups]
+    return plan_from_counts(groups, counts, random_scores(groups))
+
+
 def layers(model: Any) -> PruningPlan:
     """One layer less."""
     return dropping_plan(model, "language.1.attention", "language.1.ffn")
@@ -36,6 +43,7 @@ def blocks(model: Any) -> PruningPlan:
 SHAPES: dict[str, Callable[[Any], PruningPlan]] = {
     "free": free,
     "uniform": uniform,
+    "query heads": query_heads,
     "layers": layers,
     "blocks": blocks,
 }
