@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch  # noqa: E402
 from plans import random_scores  # noqa: E402
 from tiny import noisy  # noqa: E402
-from tiny_llava import llava  # noqa: E402
+from tiny_llava import llava, llava_72  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 from hipp_ext import save_pruned  # noqa: E402
@@ -26,17 +27,18 @@ from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E
 
 IGNORE = ["re:.*lm_head", "re:.*vision.*", "re:.*projector.*"]
 GROUP = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
-# Quantiser, and the multiple that columns are rounded to: vLLM's CPU kernel for 4 bits wants 32.
+# Model, quantiser, and the multiple of columns that stay: vLLM's CPU kernel for 4 bits wants 32.
 QUANTISERS = {
-    "W8A8": (dict(scheme="W8A8", targets=["Linear"]), 1),
-    "W4A16": (dict(config_groups={"group_0": dict(targets=["Linear"], weights=GROUP)}), 32),
+    "W8A8": (llava_72, dict(scheme="W8A8", targets=["Linear"]), 1),
+    "W4A16": (llava, dict(config_groups={"group_0": dict(targets=["Linear"], weights=GROUP)}), 32),
 }
 
 
 def main(folder: str, name: str) -> None:
     """Write the model of QUANTISERS `name` to `folder`."""
-    arguments, round_to = QUANTISERS[name]
-    model, processor, _ = llava()
+    build, arguments, round_to = QUANTISERS[name]
+    torch.manual_seed(0)
+    model, processor, _ = build()
     with tempfile.TemporaryDirectory() as dense:  # llm-compressor wants a model from a disk
         save_pruned(noisy(model), dense, processor, overwrite=True)
         model = LlavaForConditionalGeneration.from_pretrained(dense)

@@ -40,6 +40,20 @@ def llava() -> tuple[Any, Any, list[Any]]:
     return as_on_the_hub(build_model(heads=4)), build_processor(), prompts
 
 
+def llava_72() -> tuple[Any, Any, list[Any]]:
+    """The same with a hidden size of 72.
+
+    vLLM's 8-bit kernels for multiples of 32 compute in 16 bits on CPUs that have AMX; those for
+    other sizes compute in 32 bits everywhere.
+    """
+    from transformers import LlamaConfig, LlavaForConditionalGeneration
+
+    model, processor, prompts = llava()
+    own = sizes(hidden_size=72, vocab_size=model.config.text_config.vocab_size)
+    model.config.text_config = LlamaConfig(**own)
+    return as_on_the_hub(LlavaForConditionalGeneration(model.config)), processor, prompts
+
+
 def llava_next() -> tuple[Any, Any, list[Any]]:
     from transformers import (
         LlamaConfig,
