@@ -18,6 +18,7 @@ SHOWN = {
     ("OWL", "sliced"): ("OWL", "#5b7fc7", "-"),
     ("ShortGPT", "sliced"): ("ShortGPT", "#55a868", "-"),
     ("uniform, WandaSP", "sliced"): ("Wanda-sp", "#8d7cc0", "-"),
+    ("global threshold", "sliced"): ("global threshold", "#a0785a", "-"),
     ("FLAP adaptive", "reconstructed"): ("FLAP + least squares", "#dd8452", "--"),
     (HIPP, "sliced"): ("hipp-ext, plan alone", RED, "--"),
     WHOLE: ("hipp-ext", RED, "-"),
