@@ -320,3 +320,10 @@ def test_help_lists_every_scorer_and_allocator():
 def test_help_as_a_process_of_its_own(tmp_path):
     done = hipp("--help", cwd=tmp_path)
     assert done.returncode == 0 and "Usage:" in done.stdout
+
+
+def test_what_llama_cpp_serves_has_widths_of_whole_blocks():
+    assert options.read_bounds(None, None, None, "gguf") == {"round_to": 32}
+    assert options.read_bounds(64, None, None, "gguf") == {"round_to": 64}
+    assert options.read_bounds(None, None, None, "vllm") == {}
+    assert options.read_bounds(None, None, None, "stock") == {"shape": "stock"}

@@ -36,6 +36,7 @@ _weight = functools.partial(typer.Option, rich_help_panel="Preference", metavar=
 _calibration = functools.partial(typer.Option, rich_help_panel="Calibration")
 
 DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
+GGUF_BLOCK = 32  # columns of a block of q8_0: other widths stay in f16, and are slower
 TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
 Shape = Literal["free", "uniform", "layers", "stock"]
@@ -84,7 +85,7 @@ ServeOption = Annotated[
     size_option(
         metavar="RUNTIME",
         help="Plan for what will serve the model: any, stock (transformers without hipp-ext), "
-        "vllm or gguf (llama.cpp).",
+        "vllm or gguf (llama.cpp; then --round-to is 32 by default).",
     ),
 ]
 MaxMemory = Annotated[
@@ -265,6 +266,8 @@ def read_bounds(
                 "uniform, layers or stock (the default)."
             )
         shape = shape or "stock"
+    if serve == "gguf" and round_to is None:
+        round_to = GGUF_BLOCK
     given = {"round_to": round_to, "drop": drop, "shape": shape}
     return {k: v for k, v in given.items() if v is not None}
 
