@@ -65,7 +65,8 @@ def latency(
 ) -> None:
     """Measure first-token time, time per further token, peak memory and FLOPs.
 
-    The first model is compared with the others. `hipp report` reads the file of `--out`.
+    The first model is compared with the others. `hipp report` reads the file of `--out`, unless it
+    was measured in a `--runtime`.
 
     Examples:
 
@@ -102,11 +103,11 @@ def latency(
             tokens=tokens,
             new_tokens=new_tokens,
             repeats=max(1, repeats // ROUNDS),
-            rounds=ROUNDS,
+            rounds=min(ROUNDS, repeats),
             threads=threads or len(os.sched_getaffinity(0)),
             seed=seed,
         )
-        _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out, overwrite)
+        _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out)
         return
     if weights or threads:
         raise DataError("--weights and --threads belong to --runtime or --per-block.")
@@ -122,7 +123,7 @@ def latency(
 
 
 def _in_runtime(
-    folders: Mapping[str, Path], serving: Any, per_block: bool, out: Path | None, overwrite: bool
+    folders: Mapping[str, Path], serving: Any, per_block: bool, out: Path | None
 ) -> None:
     """Measure in a runtime, and print and write what was found."""
     import json
