@@ -53,8 +53,13 @@ def serve(path: Path, mmproj: Path | None = None) -> Any:
     return xllamacpp.Server(params)
 
 
-def greedy(server: Any, prompt: Any, tokens: int = 8) -> list[dict[str, Any]]:
-    """The likeliest continuation: per token its id, and ids and log probabilities of five."""
+def greedy(
+    server: Any, prompt: Any, tokens: int = 8, banned: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """The likeliest continuation: per token its id, and ids and log probabilities of five.
+
+    Without `banned` tokens, whose log probabilities are told all the same.
+    """
     asked = {
         "prompt": prompt,
         "temperature": 0,
@@ -62,6 +67,7 @@ def greedy(server: Any, prompt: Any, tokens: int = 8) -> list[dict[str, Any]]:
         "n_predict": tokens,
         "ignore_eos": True,
         "cache_prompt": False,
+        "logit_bias": [[token, False] for token in banned],
     }
     return ask(server, "completion", asked)["completion_probabilities"]
 
