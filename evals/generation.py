@@ -19,6 +19,7 @@ import torch
 
 from hipp_ext.calibration import check_processor, encode, find_processor
 from hipp_ext.evals.measuring import ratio, timed
+from hipp_ext.limits import weight_bytes
 
 QUESTION = "Is there a cup in the image? Please answer yes or no."
 
@@ -174,8 +175,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def weights_mib(model: Any) -> float:
     """Size of parameters and buffers [MiB]; tied ones count once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values()) / 2**20
+    return weight_bytes(model) / 2**20
 
 
 @torch.inference_mode()

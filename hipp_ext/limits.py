@@ -123,5 +123,5 @@ def counts_within(
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; tied ones count once."""
-    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())

@@ -20,10 +20,7 @@ from hipp_ext.surgery.checkpoint import load_pruned, save_pruned
 from hipp_ext.surgery.prune import prune
 from hipp_ext.units import plan_from_counts
 
-FRACTIONS = (
-    0.5,
-    0.25,
-)  # of the units, for which a kind of block is measured beside its whole width
+FRACTIONS = (0.5, 0.25)  # of the units, that the narrower versions keep
 
 
 def measure_blocks(folder: Path, serving: Serving, *, show: bool = True) -> LatencyTable:

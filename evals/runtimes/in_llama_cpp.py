@@ -15,9 +15,7 @@ _KEPT: list[Any] = []  # the temporary folder of the file, which lives as long a
 
 
 def prepare(folder: str, serving: "Serving") -> str:
-    """A GGUF file of the folder; a file is taken as it is."""
-    if Path(folder).is_file():
-        return folder
+    """A GGUF file of the folder."""
     from hipp_ext.integrations.llama_cpp import export_gguf
 
     _KEPT.append(place := tempfile.TemporaryDirectory())

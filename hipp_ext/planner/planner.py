@@ -207,8 +207,9 @@ class HiPPPlanner:
             _, allocation = self.policy.decide(seen, preference, pruning_ratio, limit)
             return keep_counts(signals.groups, allocation, pruning_ratio, self.bounds)
 
-        ratio, _ = self.policy.decide(seen, preference, self.pruning_ratio, limit)
-        return counts_within(excess, counts_at, ratio, limit)
+        ratio, allocation = self.policy.decide(seen, preference, self.pruning_ratio, limit)
+        counts = keep_counts(signals.groups, allocation, ratio, self.bounds)
+        return counts_within(excess, counts_at, ratio, limit) if excess(counts) else counts
 
     @torch.inference_mode(False)
     def measure(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.allocators import Sensitivity
-from hipp_ext.budget import Bounds, Shape
+from hipp_ext.budget import Bounds
 from hipp_ext.evals.studies.real_lm.text import Corpus, perplexity, row_losses
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
@@ -101,6 +101,3 @@ def _pruned(model: Any, corpus: Corpus, versions: list[Version]) -> Iterator[tup
         counts = chosen.keep_counts(groups, scores, measured)
         plan = plan_from_counts(groups, counts, scores, scorer=scorer.name)
         yield version, prune(model, plan, reconstruct=True, calibration=calibration)
-
-
-__all__ = ["Shape", "Version", "about", "all_versions", "make_versions"]
