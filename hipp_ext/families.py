@@ -11,7 +11,20 @@ from typing import Any
 
 from torch import nn
 
-VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+# What leads from the vision tower to the language tower; some of it lies in the vision tower.
+PROJECTORS = (
+    "multi_modal_projector",
+    "merger",
+    "deepstack_merger_list",
+    "vision_adapter",
+    "vision_projection",
+    "projector",
+    "aligner",
+    "connector",
+    "mm_projector",
+)
+HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
@@ -42,21 +55,41 @@ class BlockNames:
 BLOCKS = {
     "attention": BlockNames(
         producers=(("q_proj", "k_proj", "v_proj"),),
-        consumers=("o_proj", "out_proj"),
-        norms_before=("input_layernorm", "attention_layernorm", "layer_norm1"),
+        consumers=("o_proj", "out_proj", "projection_layer", "proj"),
+        norms_before=(
+            "input_layernorm",
+            "attention_layernorm",
+            "layer_norm1",
+            "norm1",
+            "layernorm_before",
+            "attention_norm",
+            "rms_norm1",
+        ),
         norms_after=("post_attention_layernorm",),
         gate="cross_attn_attn_gate",
         skip="attention",
     ),
     "ffn": BlockNames(
-        producers=(("gate_proj", "up_proj"), ("up_proj",), ("fc1",)),
-        consumers=("down_proj", "fc2"),
+        producers=(
+            ("gate_proj", "up_proj"),
+            ("up_proj",),
+            ("fc1",),
+            ("linear_fc1",),
+            ("linear_1",),
+            ("linear1",),
+            ("0",),  # of a sequence: linear layer, activation, linear layer
+        ),
+        consumers=("down_proj", "fc2", "linear_fc2", "linear_2", "linear2", "2"),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
             "feedforward_layernorm",
             "post_attention_layernorm",
             "layer_norm2",
+            "norm2",
+            "layernorm_after",
+            "ffn_norm",
+            "rms_norm2",
         ),
         norms_after=("post_feedforward_layernorm",),
         gate="cross_attn_mlp_gate",

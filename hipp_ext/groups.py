@@ -18,10 +18,19 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
+from hipp_ext.families import first_removable_layer, other_parts
 from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
+from hipp_ext.towers import (
+    Tower,
+    check_towers,
+    decoder,
+    listing,
+    picture_tokens,
+    projected_tokens,
+    projector_blocks,
+    vision_tower,
+)
 
-Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
 
 
@@ -30,8 +39,8 @@ class Group:
     """Units that a plan chooses among.
 
     Attributes:
-        tower: "language" or "vision".
-        layer: index of the layer in its tower, from 0.
+        tower: "language", "vision" or "projector" (the MLP between the two).
+        layer: index of the layer in its tower, from 0; of the projector's MLPs, one after another.
         kind: a key of KINDS: "attention" (unit: a KV group), "query_heads" (unit: a query head of
             the same block), "ffn" (unit: a channel).
         width: number of units.
@@ -46,6 +55,9 @@ class Group:
         stock_counts: keep counts that the model's configuration can name for all layers alike, so
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
+        least: units that always stay; 0: the block may be dropped, since all it does is add to a
+            residual stream.
+        picture_tokens: how many tokens of a picture pass the units; 0: the tokens of a prompt do.
     """
 
     tower: Tower
@@ -58,6 +70,8 @@ class Group:
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
+    least: int = 0
+    picture_tokens: int = 0
 
     @property
     def name(self) -> str:
@@ -118,19 +132,23 @@ def find_groups(
     Args:
         model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3,
             LLaVA, LLaVA-NeXT, Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
-        towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone by default.
+        towers: which parts to search, in this order: "language", "vision" and "projector", the MLP
+            between the two. By default those that see pictures are left alone. The layers of a
+            vision tower that nothing reads (LLaVA's last one) have groups like the others.
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
             share keys (multi-head attention), both units are the same: KV groups.
 
     Raises:
-        BudgetError: the attention unit is unknown.
+        BudgetError: the attention unit or a tower is unknown.
         UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be
             mapped. Nothing is ever skipped in silence; the message lists the modules in question.
     """
     check_attention_unit(attention_unit)
-    return _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, attention_unit))
+    return _find_groups(
+        model, check_towers(towers), lambda kind, block: _in_unit(kind, block, attention_unit)
+    )
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
@@ -147,7 +165,11 @@ def _find_groups(
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
     for tower in towers:
+        if tower == "projector":
+            groups += _projector_groups(model, names)
+            continue
         layers = tower_layers(model, tower)
+        seen = 0 if tower == "language" else picture_tokens(model.config)
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
         for index, layer in enumerate(layers):
             removable = tower == "language" and index >= first and not other_parts(layer)
@@ -155,12 +177,25 @@ def _find_groups(
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, names[block])
                     counts = _stock_counts(config, group, block)
-                    groups.append(replace(group, stock_counts=counts, removable=removable))
+                    changes: Any = {"stock_counts": counts, "removable": removable}
+                    groups.append(replace(group, picture_tokens=seen, **changes))
     return tuple(groups)
+
+
+def _projector_groups(model: Any, names: dict[nn.Module, str]) -> list[Group]:
+    """The groups of the projector: its configuration names no width, and it cannot be dropped."""
+    kind, found = KINDS["ffn"], []
+    for index, block in enumerate(projector_blocks(model)):
+        group = _map_block("projector", index, kind, block, names[block])
+        own: Any = {"stock_counts": (group.width,), "removable": False, "least": 1}
+        found.append(replace(group, picture_tokens=projected_tokens(model.config), **own))
+    return found
 
 
 def tower_config(config: Any, tower: Tower) -> Any:
     """The part of a model's configuration that describes a tower."""
+    if tower == "projector":
+        return config
     return config.get_text_config() if tower == "language" else config.vision_config
 
 
@@ -174,6 +209,8 @@ def check_attention_unit(unit: object) -> None:
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
     """(layer, kind) of every block of a tower that was dropped."""
+    if tower == "projector":
+        return []
     return [
         (index, kind.name)
         for index, layer in enumerate(tower_layers(model, tower))
@@ -184,43 +221,32 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
-    """The layers of a tower, in order."""
+    """The layers of a tower, in order; the MLPs of a projector.
+
+    A vision tower may have two lists of them, one after the other (Llama 3.2 Vision).
+    """
+    if tower == "projector":
+        return nn.ModuleList(projector_blocks(model))
     root = tower_root(model, tower)
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
+    if tower == "vision" and len(lists) > 1:
+        return nn.ModuleList(layer for layers in lists for layer in layers)
     if len(lists) != 1:
         names = KINDS["attention"].names
         raise UnsupportedModelError(
             f"{_adapters(root)}Looked for the layers of the {tower} tower of "
             f"{type(model).__name__} "
             f"and found {len(lists)} lists of blocks with {names.producers[0]} and one of "
-            f"{names.consumers}. Modules of the tower: {_listing(root)}"
+            f"{names.consumers}. Modules of the tower: {listing(root)}"
         )
     return lists[0]
 
 
 def tower_root(model: nn.Module, tower: Tower) -> nn.Module:
-    """The module that holds the layers of a tower."""
-    return decoder(model) if tower == "language" else _vision_tower(model)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The language tower: the module that turns input embeddings into hidden states."""
-    get_decoder = getattr(model, "get_decoder", None)
-    if get_decoder is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model with a decoder."
-        )
-    return get_decoder()
-
-
-def _vision_tower(model: nn.Module) -> nn.Module:
-    for path in VISION_TOWERS:
-        for root in (model, getattr(model, "model", None)):
-            if isinstance(getattr(root, path, None), nn.Module):
-                return getattr(root, path)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}"
-    )
+    """The module that holds the layers of a tower; of a projector, the model."""
+    if tower == "projector":
+        return model
+    return decoder(model) if tower == "language" else vision_tower(model)
 
 
 def _adapters(root: nn.Module) -> str:
@@ -258,7 +284,7 @@ def _find_blocks(
             f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(blocks)} "
             f"{kind.name} blocks that can be mapped; one with linear layers {' + '.join(known)} -> "
             f"{' or '.join(kind.names.consumers)} is needed (mixtures of experts and fused "
-            f"projections are not supported). Its modules: {_listing(layer)}"
+            f"projections are not supported). Its modules: {listing(layer)}"
         )
     return [(kind, block) for kind, blocks in found.items() for block in blocks]
 
@@ -300,12 +326,6 @@ def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...
         return (group.width,)
     counts = kind.stock_counts(config, group.tower, common, block, group.columns)
     return counts and tuple(n for n in counts if n < group.width) + (group.width,)
-
-
-def _listing(module: nn.Module, limit: int = 30) -> str:
-    names = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n]
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -411,6 +431,7 @@ __all__ = [
     "check_attention_unit",
     "check_loaded",
     "check_plain",
+    "check_towers",
     "decoder",
     "find_groups",
     "find_skips",

@@ -15,6 +15,7 @@ ORDER = (
     "progress",
     "families",
     "kinds",
+    "towers",
     "groups",
     "model_folder",
     "modes",

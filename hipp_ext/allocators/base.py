@@ -10,7 +10,7 @@ from torch import nn
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import AttentionUnit, check_attention_unit, find_groups
+from hipp_ext.groups import AttentionUnit, Tower, check_attention_unit, check_towers, find_groups
 from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
@@ -32,16 +32,19 @@ class Allocator(abc.ABC):
         scorer: scorer that ranks the units of a group; None: WandaSP.
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        towers: what is pruned, under one budget: "language", "vision", "projector" or several of
+            them, see `find_groups`.
 
     Raises:
         BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or the attention unit
-            is unknown.
+            or a tower is unknown.
     """
 
     pruning_ratio: float
     scorer: Scorer | None = None
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
+    towers: tuple[Tower, ...] = ("language",)
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class Allocator(abc.ABC):
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
         check_attention_unit(self.attention_unit)
+        object.__setattr__(self, "towers", check_towers(self.towers))
 
     def plan(
         self,
@@ -76,7 +80,7 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups = find_groups(model, attention_unit=self.attention_unit)
+        groups = find_groups(model, self.towers, self.attention_unit)
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)

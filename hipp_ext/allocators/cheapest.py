@@ -101,5 +101,8 @@ def _free_fractions(
         levels, losses = LEVELS[:whole], losses[:, :whole]
         # A group of one unit stays.
         losses = losses.masked_fill(torch.tensor([[g.width == 1] for g in groups]), STAYS)
+    else:
+        losses = losses.clone()
+        losses[[g.least > 0 for g in groups], LEVELS.index(1.0)] = STAYS
     path = CheapestPath([g.parameters for g in groups], levels, losses)
     return path.keep_fractions(torch.tensor([pruning_ratio]))[0]

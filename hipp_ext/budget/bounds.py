@@ -139,7 +139,9 @@ class Bounds:
             raise BudgetError(f"min_keep names groups that are not there: {sorted(unknown)}.")
         step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
         fractions = [self._min_keep(g.name) for g in groups]
-        return _least(fractions, [g.width for g in groups], step), step
+        least = _least(fractions, [g.width for g in groups], step)
+        floors = -(-np.array([g.least for g in groups], dtype=np.int64) // step) * step
+        return np.maximum(least, np.minimum(floors, [g.width for g in groups])), step
 
     def most(self, groups: Sequence[Group]) -> np.ndarray:
         """Largest allowed keep count of every group."""
@@ -213,10 +215,12 @@ class Bounds:
 
         With shape="layers" a layer that the configuration of the tower cannot leave out has none.
         """
+        stays = np.array([g.least > 0 for g in groups])
         if self.drop == "blocks":
-            return np.eye(len(groups), dtype=bool)
+            return np.eye(len(groups), dtype=bool)[~stays]
         layers = [(g.tower, g.layer) for g in groups]
         parts = np.array([[at == layer for at in layers] for layer in dict.fromkeys(layers)])
+        parts = parts[(~stays | ~parts).all(1)]
         if self.shape == "free":
             return parts
         goes = np.array([g.removable for g in groups])

@@ -27,6 +27,7 @@ def plan(
     utility: opt.Utility = None,
     robustness: opt.Robustness = None,
     compression: opt.Compression = None,
+    towers: opt.TowersOption = None,
     pruning_ratio: opt.Ratio = None,
     round_to: opt.RoundTo = None,
     drop: opt.DropOption = None,
@@ -84,11 +85,13 @@ def plan(
     - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     - `hipp plan ./llava-1.5-7b-hf --serve stock --max-memory-mb 10000`
+    - `hipp plan ./llava-1.5-7b-hf --towers language,vision,projector --pruning-ratio 0.3`
     """
     from hipp_ext.budget import Bounds
     from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
+    asked = opt.read_towers(towers)
     weights = (utility, robustness, compression)
     preference = opt.read_preference(*weights)
     require_model(model)
@@ -109,6 +112,7 @@ def plan(
         maker.cache = cache or maker.cache
         maker.attention_unit = attention_unit or maker.attention_unit
         maker.effort = effort or maker.effort
+        maker.towers = asked or maker.towers
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -138,6 +142,7 @@ def plan(
                 "sensitivity measure the groups."
             )
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
+        chosen |= {"towers": asked} if asked else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     if serve in ("vllm", "gguf"):

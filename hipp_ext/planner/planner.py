@@ -11,7 +11,14 @@ from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
-from hipp_ext.groups import AttentionUnit, Group, check_attention_unit, find_groups
+from hipp_ext.groups import (
+    AttentionUnit,
+    Group,
+    Tower,
+    check_attention_unit,
+    check_towers,
+    find_groups,
+)
 from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
@@ -22,7 +29,7 @@ from hipp_ext.planner.fit import run_fit
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.problem import FitProblem
-from hipp_ext.planner.reward import Evaluator, Reward
+from hipp_ext.planner.reward import Evaluator, Reward, check_evaluator
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.signal_cache import cached_signals, default_cache
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
@@ -59,6 +66,8 @@ class HiPPPlanner:
             needs labels.
         bounds: rounding and floors of the keep counts.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        towers: what is pruned, under one budget: "language", "vision", "projector" or several of
+            them, see `find_groups`.
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
             (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
@@ -68,7 +77,8 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort or attention unit is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort, attention unit or a tower is
+            unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -89,6 +99,7 @@ class HiPPPlanner:
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
         attention_unit: AttentionUnit = "kv",
+        towers: Sequence[Tower] = ("language",),
         effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
@@ -114,6 +125,7 @@ class HiPPPlanner:
         self.scorer, self.mrs, self.bounds = scorer, mrs, bounds or Bounds()
         self.effort: Effort = effort
         self.attention_unit: AttentionUnit = attention_unit
+        self.towers = check_towers(towers)
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -195,7 +207,7 @@ class HiPPPlanner:
             keep_counts(self._groups(model), None, self.pruning_ratio, self.bounds)
 
     def _groups(self, model: nn.Module) -> tuple[Group, ...]:
-        return find_groups(model, attention_unit=self.attention_unit)
+        return find_groups(model, self.towers, self.attention_unit)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(
@@ -286,7 +298,8 @@ class HiPPPlanner:
             model: sliced while plans are evaluated, see `sliced`; otherwise left as it was.
             evaluator: model -> {"utility": ..., "robustness": ...}, higher = better, on the same
                 data at every call. "utility_se" and "robustness_se" give the front its error bars.
-                Its attribute `digest`, if it has one, identifies the data.
+                Its attribute `digest`, if it has one, identifies the data; `towers` says of which
+                towers it can evaluate plans.
             settings: how many plans, how they are drawn, the seed; None: the defaults.
             folder: folder of checkpoint and archive, from which an interrupted fit (ctrl-C or
                 kill -9) resumes and ends as if it had not been interrupted. None: nothing is kept.
@@ -302,10 +315,12 @@ class HiPPPlanner:
             BudgetError: pruning_ratio cannot be met within the bounds, or the cost is unknown.
             CalibrationError: as for `plan`.
             CheckpointError: `folder` holds another fit, or is damaged.
-            DataError: the evaluator returns something else than finite numbers.
+            DataError: the evaluator returns something else than finite numbers, or it computes
+                what comes before the language tower only once, and the towers are others.
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
+        check_evaluator(evaluator, self.towers)
         self._check_reach(model)
         workers = Workers()
         mine = self.measure(
@@ -404,6 +419,7 @@ class HiPPPlanner:
                     "A plan keeps other units than this planner's scores rank first; evaluate it "
                     "under masked()."
                 )
+        check_evaluator(evaluator, self.towers)
         cost = cost_of(signals.groups, self.history.cost or "parameters")
         with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(kept) for kept in counts]

@@ -96,6 +96,11 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)
     problems += [f"only in the plan: {unknown[:4]}"] * bool(unknown)
+    problems += [
+        f"{e.name} keeps {e.keep} units and needs {found[e.name].least}"
+        for e in plan.groups
+        if e.name in found and e.keep < found[e.name].least
+    ]
     wrong = [
         f"{e.name}: plan {_size(e)} parameters, model {_size(found[e.name])}"
         for e in plan.groups

@@ -38,8 +38,8 @@ def sliced(
         scores: group name -> score per unit.
 
     Raises:
-        PlanError: scores that do not fit, or keep counts outside 0..width, or that sections of a
-            group cannot share.
+        PlanError: scores that do not fit, or keep counts outside least..width, or that sections of
+            a group cannot share.
         UnsupportedModelError: a layer is quantised, adapted, or shares its weight. Nothing was
             changed.
     """
@@ -56,7 +56,7 @@ def sliced(
 
     def shrink(keep_counts: Sequence[int]) -> None:
         if len(keep_counts) != len(groups) or any(
-            not 0 <= k <= g.width or k % g.sections
+            not g.least <= k <= g.width or k % g.sections
             for k, g in zip(keep_counts, groups, strict=True)
         ):
             sizes = [
