@@ -76,7 +76,9 @@ def projector_blocks(model: nn.Module) -> list[nn.Module]:
 def picture_tokens(config: Any) -> int:
     """Patches of a picture in the vision tower; PICTURE_PATCHES where any size is taken."""
     vision = getattr(config, "vision_config", None)
-    size, patch = (_side(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    size, patch = (
+        first_number(getattr(vision, name, None)) for name in ("image_size", "patch_size")
+    )
     return (size // patch) ** 2 if size and patch else PICTURE_PATCHES
 
 
@@ -91,8 +93,8 @@ def projected_tokens(config: Any) -> int:
     return int(picture_tokens(config) * (ratio**2 if isinstance(ratio, float) else 1))
 
 
-def _side(size: Any) -> int:
-    """A side of what may be given by one number or two."""
+def first_number(size: Any) -> int:
+    """The first of what may be given by one number or two; 0 where there is none."""
     first = size[0] if isinstance(size, list | tuple) and size else size
     return first if isinstance(first, int) else 0
 

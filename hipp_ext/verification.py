@@ -1,76 +1,89 @@
 """Are the groups of a model what pruning takes them for? Asked once of every model, on a few random
-tokens.
+tokens, and on a random picture where units see pictures.
 
 Groups are found by the names and shapes of layers, and a shape can mislead: heads that are
     subtracted from one another, a norm
 for every head, sizes that a forward takes from elsewhere. So one unit of every group (of every
 section of it) is taken out in two ways, by masking what it puts out and by slicing its weights, and
-both must give the same logits.
+both must give the same logits, or features of the picture.
 """
 
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, block_of, linear, not_plain, sync_sizes
+from hipp_ext.groups import Group, Tower, block_of, linear, not_plain, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, without_first
 from hipp_ext.modes import evaluating
+from hipp_ext.random_picture import picture_features
 
 TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order
 ROUNDINGS = 8  # the same in half precision, in units of its precision
 
-# Model -> the kinds of its groups that were verified.
-_verified: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# Model -> the towers and kinds of its groups that were verified.
+_verified: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+Outputs = Callable[[], list[Tensor]]
 
 
 def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Raise UnsupportedModelError if removing a unit of every group gives other logits than masking
-    it.
+    """Raise UnsupportedModelError if removing a unit of every group gives other outputs than
+    masking it.
 
     Cost: three forward passes over four tokens, the first time that a model is seen with groups of
-    these kinds; no weight is changed, and none is copied but those of the query heads of the block
-    that is running. Groups of the vision tower are left out, and so are models that could not be
-    pruned anyway (quantised, adapted, offloaded, with shared weights).
+    these kinds; of groups that see pictures, three passes of a picture through vision tower and
+    projector. No weight is changed, and none is copied but those of the query heads of the block
+    that is running. Models that could not be pruned anyway (quantised, adapted, offloaded, with
+    shared weights) are left out.
     """
-    several = [g for g in groups if g.tower == "language" and g.width > 1]
-    kinds = {g.kind for g in several}
-    if kinds <= _verified.get(model, set()) or not _sliceable(model, several):
+    several = [g for g in groups if g.width > 1]
+    reading = [g for g in several if g.tower == "language"]
+    seeing = [g for g in several if g.tower != "language"]
+    towers: tuple[Tower, ...] = tuple(dict.fromkeys(g.tower for g in seeing))
+    _verify(model, reading, "run on tokens alone", lambda: [_logits(model)])
+    _verify(model, seeing, "take a random picture", lambda: picture_features(model, towers))
+
+
+def _verify(model: nn.Module, groups: Sequence[Group], what: str, outputs: Outputs) -> None:
+    """Compare the outputs of the model with units masked to those with units sliced out."""
+    kinds = {(g.tower, g.kind) for g in groups}
+    if kinds <= _verified.get(model, set()) or not _sliceable(model, groups):
         return
     try:
-        dense = _logits(model)
-    except Exception as error:  # whatever the forward of a model raises that wants more than tokens
+        dense = outputs()
+    except Exception as error:  # whatever the forward of a model raises that wants more
         warnings.warn(
-            f"{type(model).__name__} does not run on tokens alone ({type(error).__name__}: "
-            f"{error}): whether its layers are "
-            "what pruning takes them for was not checked.",
-            stacklevel=2,
+            f"{type(model).__name__} does not {what} ({type(error).__name__}: "
+            f"{error}): whether its layers are what pruning takes them for was not checked.",
+            stacklevel=4,
         )
         _verified.setdefault(model, set()).update(kinds)
         return
-    if not torch.isfinite(dense).all():
+    if not all(bool(torch.isfinite(values).all()) for values in dense):
         return  # for those to say who measure activations
-    masked = _masked(model, several)
+    masked = _masked(model, groups, outputs)
     try:
-        sliced = _sliced(model, several)
+        sliced = _sliced(model, groups, outputs)
     except Exception as error:
         raise UnsupportedModelError(
             f"{_refusal(model)} it does not run: {type(error).__name__}: {error}"
         ) from error
-    allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * float(dense.abs().max())
-    difference = float((masked - sliced).abs().max())
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"{_refusal(model)} its logits differ by {difference:.3g} from those with the unit "
-            "masked (the logits go up to "
-            f"{float(dense.abs().max()):.3g})."
-        )
+    for whole, one, other in zip(dense, masked, sliced, strict=True):
+        largest = float(whole.abs().max())
+        allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(whole.dtype).eps) * largest
+        difference = float((one - other).abs().max())
+        if not difference <= allowed:
+            name = "logits" if groups[0].tower == "language" else "features of a picture"
+            raise UnsupportedModelError(
+                f"{_refusal(model)} its {name} differ by {difference:.3g} from those with the unit "
+                f"masked (they go up to {largest:.3g})."
+            )
     _verified.setdefault(model, set()).update(kinds)
 
 
@@ -109,8 +122,8 @@ def _logits(model: nn.Module) -> Tensor:
         return model(input_ids=ids, use_cache=False)[0]
 
 
-def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The logits with the first unit of every group, and section, masked."""
+def _masked(model: nn.Module, groups: Sequence[Group], outputs: Outputs) -> list[Tensor]:
+    """The outputs with the first unit of every group, and section, masked."""
 
     def mask(group: Group) -> Any:
         def close(_: nn.Module, args: tuple) -> tuple:
@@ -121,21 +134,21 @@ def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
     handles = [linear(model, g.consumer).register_forward_pre_hook(mask(g)) for g in groups]
     try:
-        return _logits(model)
+        return outputs()
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The logits with the first unit of every group, and section, sliced out."""
+def _sliced(model: nn.Module, groups: Sequence[Group], outputs: Outputs) -> list[Tensor]:
+    """The outputs with the first unit of every group, and section, sliced out."""
     with contextlib.ExitStack() as stack:
         for g in groups:
             stack.callback(sync_sizes, model, g, g.width)
             for slices in g.cuts:
                 stack.enter_context(_cut_while_running(model, g, slices))
             sync_sizes(model, g, g.width - g.sections)
-        return _logits(model)
+        return outputs()
 
 
 @contextlib.contextmanager

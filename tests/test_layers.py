@@ -19,6 +19,7 @@ ORDER = (
     "groups",
     "model_folder",
     "modes",
+    "random_picture",
     "verification",
     "plan",
     "units",

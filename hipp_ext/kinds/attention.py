@@ -4,13 +4,14 @@ Kind "attention": a unit is a KV group, one key and value head with all query he
 Kind "query_heads": a unit is a query head; keys and values stay.
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS
+from hipp_ext.families import BLOCKS, HEAD_DIMS, HEADS
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -98,8 +99,13 @@ class _Heads(BlockKind):
                 block.config = _SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
-        """A module that returns nothing and keeps the cache counting."""
-        return SkipAttention(Attention.name, block)
+        """A module that returns nothing and keeps the cache counting.
+
+        Some vision towers (Qwen-VL, GLM-4V) expect a tensor of their attention, and no pair.
+        """
+        returned = inspect.signature(type(block).forward).return_annotation
+        alone = returned in (Tensor, "torch.Tensor", "Tensor")
+        return (Skip if alone else SkipAttention)(Attention.name, block)
 
 
 class Attention(_Heads):
@@ -130,9 +136,13 @@ class Attention(_Heads):
         return super().parts(block, layer, width)
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
-        """Numbers of query heads and KV heads."""
+        """Numbers of query heads and KV heads, and of the numbers that all heads put out."""
         heads = width * columns // head_dim(block)
-        return {"num_heads": heads, "num_key_value_heads": width}
+        sizes = {"num_heads": heads, "num_key_value_heads": width}
+        # InternVL and Janus gather the heads by what is elsewhere the hidden size.
+        _, consumer = self.matched(block)
+        gathers = consumer == "projection_layer"
+        return sizes | ({"embed_dim": width * columns} if gathers else {})
 
     def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
@@ -252,5 +262,6 @@ def head_dim(block: Any) -> int:
 
 
 def _heads(config: Any) -> int | None:
-    heads = getattr(config, "num_attention_heads", None)
-    return heads if isinstance(heads, int) else None
+    """Number of heads of a vision tower, if its configuration names it."""
+    sizes = [getattr(config, name, None) for name in HEADS]
+    return next((heads for heads in sizes if isinstance(heads, int)), None)

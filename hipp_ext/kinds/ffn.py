@@ -34,7 +34,14 @@ class FFN(BlockKind):
         return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
-        """No other parameter may have an entry for every channel."""
+        """No other parameter may have an entry for every channel.
+
+        As many entries may also be those of the block's input, which a projector norms itself;
+        verification then tells.
+        """
+        producers, _ = self.matched(block)
+        if getattr(block, producers[0]).in_features == width:
+            return
         known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
         for part, parameter in block.named_parameters():
             if part.partition(".")[0] not in known and width in parameter.shape:

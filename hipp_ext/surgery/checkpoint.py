@@ -42,7 +42,12 @@ from hipp_ext.model_folder import (
 )
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
-from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
+from hipp_ext.surgery.layer_config import (
+    allot_caches_late,
+    built_widths,
+    configured_skips,
+    quiet_width_warnings,
+)
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize, resized_shape
 
@@ -137,13 +142,21 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     towers = known_towers(model)
     groups = find_groups(model, towers)
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
-    widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
+    found = [((g.tower, g.layer, g.kind), g.width) for g in groups]
     for tower in towers:
-        widths += [
-            GroupWidth(tower=tower, layer=layer, kind=kind, width=0)
-            for layer, kind in find_skips(model, tower)
-        ]
-    return widths
+        found += [((tower, layer, kind), 0) for layer, kind in find_skips(model, tower)]
+    seeing = [tower for tower in towers if tower != "language"]
+    stock = built_widths(model, seeing) if seeing else {}
+    return [
+        GroupWidth(
+            tower=tower,
+            layer=layer,
+            kind=kind,
+            width=width,
+            stock=stock.get(f"{tower}.{layer}.{kind}"),
+        )
+        for (tower, layer, kind), width in found
+    ]
 
 
 def _as_configured(model: Any, queries: Group) -> bool:
@@ -349,7 +362,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
 def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     """Those that can be mapped. An ordinary folder may hold a model that has none."""
-    towers: tuple[Tower, ...] = ("language", "vision")
+    towers: tuple[Tower, ...] = ("language", "vision", "projector")
     groups: tuple[Group, ...] = ()
     required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
     for tower in towers:

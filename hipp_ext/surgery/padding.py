@@ -2,8 +2,9 @@
 width.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hipp_ext.groups import (
 from hipp_ext.kinds import KINDS, Skip
 from hipp_ext.kinds.slices import Slice, change_units, padded_units
 from hipp_ext.surgery.drop import replace_modules
-from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_layers
+from hipp_ext.surgery.layer_config import built_shapes, built_widths, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
@@ -48,10 +49,11 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             than the model has.
     """
     model = _with_all_blocks(model)
+    unnamed = _pad_unnamed(model)
     wrong: list[str] = []
     for repeat in _repeats(model):
         _pad_query_heads(model, repeat)
-        parts = _parts(model)
+        parts = _parts(model, unnamed)
         widths = _common_widths(model, parts)
         if not (wrong := _misfits(model, parts, widths)):
             _write_widths(model.config, parts, widths)
@@ -67,11 +69,13 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
-    try:
-        find_groups(model, ("vision",))
-    except UnsupportedModelError:
-        return ("language",)
-    return ("language", "vision")
+    found: list[Tower] = ["language"]
+    others: tuple[Tower, ...] = ("vision", "projector")
+    for tower in others:
+        with contextlib.suppress(UnsupportedModelError):
+            find_groups(model, (tower,))
+            found.append(tower)
+    return tuple(found)
 
 
 def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
@@ -159,11 +163,27 @@ def _with_all_blocks(model: Any) -> Any:
     return model
 
 
-def _parts(model: nn.Module) -> dict[Part, list[Group]]:
+def _parts(model: nn.Module, unnamed: Collection[Part]) -> dict[Part, list[Group]]:
     parts: dict[Part, list[Group]] = {}
     for g in find_groups(model, known_towers(model)):
-        parts.setdefault((g.tower, g.kind), []).append(g)
+        if (g.tower, g.kind) not in unnamed:
+            parts.setdefault((g.tower, g.kind), []).append(g)
     return parts
+
+
+def _pad_unnamed(model: Any) -> set[Part]:
+    """Bring the parts whose width no field of the configuration names to what stock transformers
+    builds: projectors, and FFN of vision tower whose width follows from other sizes (Qwen2-VL,
+    GLM-4V). Returns these parts.
+    """
+    towers: list[Tower] = [tower for tower in known_towers(model) if tower != "language"]
+    stock, found = built_widths(model, towers) if towers else {}, set[Part]()
+    for g in find_groups(model, towers) if towers else ():
+        width, config = stock.get(g.name), tower_config(model.config, g.tower)
+        if g.tower == "projector" or KINDS[g.kind].common_width(config, g.tower) != width:
+            found.add((g.tower, g.kind))
+            resize(model, g, width or g.width, _padded)
+    return found
 
 
 def _dense_width(model: Any, part: Part) -> int:
