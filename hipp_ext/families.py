@@ -26,6 +26,8 @@ PROJECTORS = (
     "connector",
     "mm_projector",
 )
+# Consumers of attention blocks that gather the heads by an attribute, `embed_dim`.
+GATHERED = ("projection_layer",)
 HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -66,7 +68,7 @@ BLOCKS = {
         producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("qkv",)),
         fused={"qkv_proj": "parts", "qkv": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "projection_layer", "proj"),
+        consumers=("o_proj", "out_proj", *GATHERED, "proj"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",

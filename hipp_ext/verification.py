@@ -21,7 +21,7 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, Tower, block_of, linear, not_plain, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, without_first
 from hipp_ext.modes import evaluating
-from hipp_ext.random_picture import picture_features
+from hipp_ext.random_picture import picture_features, random_picture
 
 TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order
@@ -46,16 +46,24 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     reading = [g for g in several if g.tower == "language"]
     seeing = [g for g in several if g.tower != "language"]
     towers: tuple[Tower, ...] = tuple(dict.fromkeys(g.tower for g in seeing))
-    _verify(model, reading, "run on tokens alone", lambda: [_logits(model)])
-    _verify(model, seeing, "take a random picture", lambda: picture_features(model, towers))
+    _verify(model, reading, "run on tokens alone", lambda: lambda: [_logits(model)])
+
+    def looks() -> Outputs:
+        picture = random_picture(model)
+        return lambda: picture_features(model, picture, towers)
+
+    _verify(model, seeing, "take a random picture", looks)
 
 
-def _verify(model: nn.Module, groups: Sequence[Group], what: str, outputs: Outputs) -> None:
+def _verify(
+    model: nn.Module, groups: Sequence[Group], what: str, runs: Callable[[], Outputs]
+) -> None:
     """Compare the outputs of the model with units masked to those with units sliced out."""
     kinds = {(g.tower, g.kind) for g in groups}
     if kinds <= _verified.get(model, set()) or not _sliceable(model, groups):
         return
     try:
+        outputs = runs()
         dense = outputs()
     except Exception as error:  # whatever the forward of a model raises that wants more
         warnings.warn(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS, HEADS
+from hipp_ext.families import BLOCKS, GATHERED, HEAD_DIMS, HEADS
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -139,10 +139,8 @@ class Attention(_Heads):
         """Numbers of query heads and KV heads, and of the numbers that all heads put out."""
         heads = width * columns // head_dim(block)
         sizes = {"num_heads": heads, "num_key_value_heads": width}
-        # InternVL and Janus gather the heads by what is elsewhere the hidden size.
         _, consumer = self.matched(block)
-        gathers = consumer == "projection_layer"
-        return sizes | ({"embed_dim": width * columns} if gathers else {})
+        return sizes | ({"embed_dim": width * columns} if consumer in GATHERED else {})
 
     def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""

@@ -23,10 +23,11 @@ class FFN(BlockKind):
         return getattr(block, self.matched(block)[1]).in_features
 
     def parts(self, block: Any, layer: str, width: int) -> list[int]:
-        """A row per channel, of the gate and of the up projection where both are in one layer."""
-        if self.names.fused.get(layer) == "parts":
-            return [1] * (getattr(block, layer).out_features // width)
-        return super().parts(block, layer, width)
+        """A row per channel, of the gate and of the up projection where both are in one layer.
+
+        Some projectors (Aya Vision) have both in a layer whose name does not tell.
+        """
+        return [1] * (getattr(block, layer).out_features // width)
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
         """The up projection."""

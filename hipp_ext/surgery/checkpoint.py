@@ -142,21 +142,15 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     towers = known_towers(model)
     groups = find_groups(model, towers)
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
-    found = [((g.tower, g.layer, g.kind), g.width) for g in groups]
+    widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
-        found += [((tower, layer, kind), 0) for layer, kind in find_skips(model, tower)]
-    seeing = [tower for tower in towers if tower != "language"]
+        widths += [
+            GroupWidth(tower=tower, layer=layer, kind=kind, width=0)
+            for layer, kind in find_skips(model, tower)
+        ]
+    seeing: list[Tower] = [tower for tower in towers if tower != "language"]
     stock = built_widths(model, seeing) if seeing else {}
-    return [
-        GroupWidth(
-            tower=tower,
-            layer=layer,
-            kind=kind,
-            width=width,
-            stock=stock.get(f"{tower}.{layer}.{kind}"),
-        )
-        for (tower, layer, kind), width in found
-    ]
+    return [w.model_copy(update={"stock": stock.get(w.name)}) for w in widths]
 
 
 def _as_configured(model: Any, queries: Group) -> bool:
