@@ -18,8 +18,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
+from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts, varies_by_itself
+from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys, shares_with_layers
 
 Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
@@ -46,6 +46,7 @@ class Group:
         stock_counts: keep counts that the model's configuration can name for all layers alike, so
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
+        droppable: whether the model works without this block.
     """
 
     tower: Tower
@@ -58,6 +59,7 @@ class Group:
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
+    droppable: bool = True
 
     @property
     def name(self) -> str:
@@ -130,7 +132,8 @@ def find_groups(
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
-            share keys (multi-head attention), both units are the same: KV groups.
+            share keys (multi-head attention), both units are the same: KV groups. Where layers
+            share keys and values with each other (Gemma 3n, Gemma 4), they are query heads always.
 
     Raises:
         BudgetError: the attention unit is unknown.
@@ -157,8 +160,9 @@ def _find_groups(
     for tower in towers:
         layers = tower_layers(model, tower)
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
+        fixed = tower != "language" or varies_by_itself(config)
         for index, layer in enumerate(layers):
-            removable = tower == "language" and index >= first and not other_parts(layer)
+            removable = not fixed and index >= first and not other_parts(layer)
             for kind, block in _find_blocks(layer, names):
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, names[block])
@@ -273,7 +277,9 @@ def _find_blocks(
 
 def _in_unit(kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit) -> BlockKind:
     """The kind whose units an attention block is divided into; other kinds as they are."""
-    divided = attention_unit == "query" and kind.name == "attention" and shares_keys(block)
+    if kind.name != "attention" or isinstance(block, Skip):
+        return kind
+    divided = (attention_unit == "query" and shares_keys(block)) or shares_with_layers(block)
     return KINDS["query_heads"] if divided else kind
 
 
@@ -296,12 +302,15 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         unit_parameters=parameters,
         unit_flops=2 * multiplied,
         sections=kind.sections(block),
+        droppable=kind.droppable(block),
     )
 
 
 def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
     """See `Group.stock_counts`; only its width where the configuration names no width at all."""
     kind = KINDS[group.kind]
+    if varies_by_itself(config):
+        return (group.width,)
     common = kind.common_width(config, group.tower)
     if common is None:
         return (group.width,)

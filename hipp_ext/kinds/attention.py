@@ -7,10 +7,11 @@ Kind "query_heads": a unit is a query head; keys and values stay.
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS
+from hipp_ext.families import BLOCKS, HEAD_DIMS, borrowed_kv_heads, borrows_keys, lends_keys
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -30,6 +31,8 @@ class _Heads(BlockKind):
         producers, _ = self.matched(block)
         if len(producers) > 1:
             return block.k_proj.out_features // head_dim(block)
+        if borrows_keys(block):
+            return borrowed_kv_heads(block)
         heads = getattr(block, producers[0]).out_features // head_dim(block)
         return (heads - self.query_heads(block)) // 2
 
@@ -58,15 +61,23 @@ class _Heads(BlockKind):
                 )
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
-        """The value projection."""
+        """The value projection; that of the keys where they are the values; the identity where the
+        values come from an earlier layer.
+        """
         producers, _ = self.matched(block)
         weight, size = getattr(block, producers[-1]).weight, head_dim(block)
+        if borrows_keys(block):
+            return torch.eye(self.kv_heads(block) * size, weight.shape[1]).to(weight), size
         if len(producers) == 1:
             heads = self.kv_heads(block)
             if self.names.fused[producers[0]] == "units":
                 weight = weight.unflatten(0, (heads, -1))[:, -size:].flatten(0, 1)
             weight = weight[-heads * size :]
         return weight, size
+
+    def droppable(self, block: Any) -> bool:
+        """Not where later layers need the keys and values."""
+        return not lends_keys(block)
 
     def context_flops(self, columns: int, context: int) -> int:
         """Scores and weighted sum over `context` keys."""
@@ -182,7 +193,7 @@ class QueryHeads(_Heads):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
         producers, _ = self.matched(block)
-        if len(producers) == 1 and self.names.fused[producers[0]] == "units":
+        if self.names.fused.get(producers[0]) == "units":
             raise UnsupportedModelError(
                 f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
                 "its query heads cannot go alone. Use attention_unit='kv'."
@@ -227,7 +238,7 @@ class SkipAttention(Skip):
         self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
     ) -> tuple[Tensor, None]:
         """(zeros of the shape of `hidden_states`, no attention weights)."""
-        if past_key_values is not None:
+        if past_key_values is not None and not borrows_keys(self):
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
             past_key_values.update(zeros, zeros, self.layer_idx)
@@ -238,6 +249,11 @@ def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
     kind = Attention()
     return kind.query_heads(block) > kind.kv_heads(block)
+
+
+def shares_with_layers(block: Any) -> bool:
+    """Whether an attention block shares keys and values with other layers."""
+    return lends_keys(block) or borrows_keys(block)
 
 
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:

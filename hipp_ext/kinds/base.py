@@ -100,6 +100,10 @@ class BlockKind(abc.ABC):
         side by side in what is read.
         """
 
+    def droppable(self, block: Any) -> bool:
+        """Whether the model works without the block."""
+        return True
+
     def sections(self, block: Any) -> int:
         """Number of equal sections of the units, of which all must keep the same number."""
         return 1

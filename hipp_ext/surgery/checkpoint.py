@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.files import new_folder, require_new, write_atomic
 from hipp_ext.groups import (
     Group,
@@ -136,7 +137,12 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     """
     towers = known_towers(model)
     groups = find_groups(model, towers)
-    groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    known = {g.name for g in groups}
+    groups += tuple(
+        g
+        for g in query_groups(model, towers)
+        if g.name not in known and not _as_configured(model, g)
+    )
     widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
         widths += [
@@ -152,6 +158,8 @@ def _as_configured(model: Any, queries: Group) -> bool:
     Towers whose configuration names no KV heads have one each.
     """
     config = model.config.get_text_config() if queries.tower == "language" else None
+    if config is not None and varies_by_itself(config):
+        return False
     heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return queries.width * kv_heads == heads * queries.sections
@@ -368,10 +376,12 @@ def _queries(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
 
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
-        named |= {g.name for g in folder.manifest.groups if not g.width}
-    return [g for g in _groups(model, folder) if g.name in named] if named else []
+        listed = [g for g in folder.manifest.groups if not g.width]
+        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+    groups = _groups(model, folder) if gone else ()
+    return [g for g in groups if (g.tower, g.layer, g.place) in gone]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
@@ -380,8 +390,9 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
-    queries = {g.name for g in query_groups(model, towers)}
-    if {g.name for g in find_groups(model, towers)} != set(widths) - queries:
+    groups = {g.name for g in find_groups(model, towers)}
+    queries = {g.name for g in query_groups(model, towers)} - groups
+    if groups != set(widths) - queries:
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 

@@ -4,7 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from hipp_ext.families import drop_layers, first_removable_layer, other_parts, own_norms
+from hipp_ext.families import (
+    drop_layers,
+    first_removable_layer,
+    other_parts,
+    own_norms,
+    varies_by_itself,
+)
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.kinds import KINDS
 from hipp_ext.plan import PruningPlan
@@ -41,7 +47,7 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
     """
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = {e.layer for e in plan.groups if e.tower == "language"} - kept
-    if not gone:
+    if not gone or varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
         return []
     layers = tower_layers(model, "language")
     first = first_removable_layer(model.config)

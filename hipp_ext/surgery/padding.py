@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.groups import (
     Group,
     Kind,
@@ -47,6 +48,10 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
         UnsupportedModelError: even with dense widths stock transformers would build other shapes
             than the model has.
     """
+    if varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be padded: its layers differ before they are pruned."
+        )
     model = _with_all_blocks(model)
     wrong: list[str] = []
     for repeat in _repeats(model):
