@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+
 from zoo.family import Family
 from zoo.language import LANGUAGE_MODELS
 from zoo.vision_language import VISION_LANGUAGE_MODELS

@@ -1,13 +1,15 @@
 """What a family says of itself: a configuration, and what its forward takes besides text."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto import modeling_auto
+
 from zoo.sizes import BOS, IMAGE, LANGUAGE, TEXT, VOCAB, small
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
@@ -32,6 +34,11 @@ class Family:
     inputs: Inputs = lambda rows, generator: {}
 
     @property
+    def cls(self) -> Any:
+        """The model's class."""
+        return getattr(transformers, self.architecture)
+
+    @property
     def sees(self) -> bool:
         """Whether the model takes more than text."""
         return len(self.prompt) > 1
@@ -41,7 +48,7 @@ class Family:
         in the logits.
         """
         torch.manual_seed(seed)
-        model = getattr(transformers, self.architecture)(self.configuration()).float().eval()
+        model = self.cls(self.configuration()).float().eval()
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -53,7 +60,10 @@ class Family:
         text = torch.randint(TEXT, VOCAB, (rows, length), generator=generator)
         ids = torch.cat([torch.tensor([self.prompt] * rows), text], 1)
         mask = torch.ones_like(ids)
-        return {"input_ids": ids, "attention_mask": mask} | self.inputs(rows, generator)
+        batch = {"input_ids": ids, "attention_mask": mask} | self.inputs(rows, generator)
+        if "mm_token_type_ids" in inspect.signature(self.cls.forward).parameters:
+            batch["mm_token_type_ids"] = (ids == IMAGE).long()
+        return batch
 
 
 def language(name: str, **given: Any) -> Family:
@@ -81,15 +91,11 @@ def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def pixels(*shape: int, **more: Any) -> Inputs:
-    """pixel_values of a shape, one per row, and other values that are the same for every row."""
+def pixels(*shape: int, name: str = "pixel_values", **more: Any) -> Inputs:
+    """Pictures of a shape, one per row, and other values that are the same for every row."""
 
     def make(rows: int, generator: torch.Generator) -> dict[str, Any]:
-        values = {"pixel_values": torch.randn(rows, *shape, generator=generator)}
-        return values | {name: _per_row(value, rows) for name, value in more.items()}
+        values = {name: torch.randn(rows, *shape, generator=generator)}
+        return values | {key: torch.tensor([value] * rows) for key, value in more.items()}
 
     return make
-
-
-def _per_row(value: Any, rows: int) -> Tensor:
-    return torch.tensor(value).expand(rows, *torch.tensor(value).shape).clone()

@@ -161,5 +161,7 @@ def small(cls: type, defaults: dict[str, Any] = LANGUAGE, **given: Any) -> Any:
         of_part = LANGUAGE if name in ("text_config", "encoder_config") else VISION
         named = own.pop("model_type", None)
         parts[name] = small(named or part, of_part, **own)
-    values = {name: value for name, value in defaults.items() if name in fields and name not in parts}
+    values = {
+        name: value for name, value in defaults.items() if name in fields and name not in parts
+    }
     return cls(**values | parts | given)
