@@ -5,10 +5,12 @@ from typing import Any
 from torch import nn
 
 from zoo.family import Family
+from zoo.grids import GRIDS
 from zoo.language import LANGUAGE_MODELS
-from zoo.vision_language import VISION_LANGUAGE_MODELS
+from zoo.others import OTHERS
+from zoo.wrappers import WRAPPERS
 
-FAMILIES: dict[str, Family] = VISION_LANGUAGE_MODELS | LANGUAGE_MODELS
+FAMILIES: dict[str, Family] = WRAPPERS | GRIDS | OTHERS | LANGUAGE_MODELS
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

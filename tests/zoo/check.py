@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-import zoo
-from zoo.checks import CHECKS, Case, NotApplicable, Wrong
 
+import zoo
 from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
+from zoo.checks import CHECKS, Case, NotApplicable, Wrong
 
 SECONDS = 60  # a check that takes longer is a crash
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo.family import Family
-from zoo.sizes import PAD
 
 from hipp_ext import (
     HiPPPlanner,
@@ -34,6 +32,8 @@ from hipp_ext.groups import Group, find_groups
 from hipp_ext.scorers import Magnitude, WandaSP
 from hipp_ext.surgery.slices import sliced
 from hipp_ext.units import plan_from_counts
+from zoo.family import Family
+from zoo.sizes import PAD
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 RATIO = 0.3
@@ -168,10 +168,9 @@ def check_smaller(case: Case) -> None:
     """Exactly the parameters are gone that the plan removes."""
     sizes = [sum(p.numel() for p in m.parameters()) for m in (case.model, case.pruned)]
     total = sum(g.parameters for g in case.groups)
-    if sizes[0] - sizes[1] != total - case.plan.kept_parameters:
-        raise Wrong(
-            f"{sizes[0] - sizes[1]} parameters are gone, {total - case.plan.kept_parameters} planned"
-        )
+    gone, planned = sizes[0] - sizes[1], total - case.plan.kept_parameters
+    if gone != planned:
+        raise Wrong(f"{gone} parameters are gone, {planned} planned")
 
 
 def check_reload(case: Case) -> None:
@@ -281,9 +280,8 @@ def _check_generation(case: Case, **options: Any) -> None:
         raise NotApplicable(f"dense: {type(error).__name__}: {error}") from error
     got = _generated(case.pruned, case.batch, **options)
     if not torch.equal(got, expected):
-        raise Wrong(
-            f"tokens {got[:, -NEW_TOKENS:].tolist()} instead of {expected[:, -NEW_TOKENS:].tolist()}"
-        )
+        new = [tokens[:, -NEW_TOKENS:].tolist() for tokens in (got, expected)]
+        raise Wrong(f"tokens {new[0]} instead of {new[1]}")
 
 
 def check_generate(case: Case) -> None:

@@ -89,13 +89,3 @@ def sees(name: str, prompt: int | tuple[int, ...], inputs: Inputs, **given: Any)
 def _copied(value: Any) -> Any:
     """`small` takes dictionaries apart."""
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def pixels(*shape: int, name: str = "pixel_values", **more: Any) -> Inputs:
-    """Pictures of a shape, one per row, and other values that are the same for every row."""
-
-    def make(rows: int, generator: torch.Generator) -> dict[str, Any]:
-        values = {name: torch.randn(rows, *shape, generator=generator)}
-        return values | {key: torch.tensor([value] * rows) for key, value in more.items()}
-
-    return make

@@ -1,4 +1,4 @@
-"""Small configurations of transformers' own classes: every size different, where a class lets it."""
+"""Small configurations of transformers' own classes: all sizes different where a class lets it."""
 
 import dataclasses
 from typing import Any
@@ -111,8 +111,8 @@ LANGUAGE = TOKENS | dict(
     linear_key_head_dim=6,
     linear_value_head_dim=10,
     lru_width=HIDDEN,
-    # dropout, of which eval mode makes nothing
     use_mamba_kernels=False,
+    # Gemma 3n
     laurel_rank=5,
 )
 # Fields of vision and audio towers.
