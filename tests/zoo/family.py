@@ -49,6 +49,7 @@ class Family:
         """
         torch.manual_seed(seed)
         model = self.cls(self.configuration()).float().eval()
+        model.config.architectures = [self.architecture]  # as in every folder
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
