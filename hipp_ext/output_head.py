@@ -33,10 +33,14 @@ class OutputHead:
     Attributes:
         scale: factor on the result of the output embeddings.
         cap: c in c * tanh(logits / c); None for no cap.
+        forbidden: tokens that the model never answers (the pictures' own tokens of Chameleon).
+        least: the logit of such tokens.
     """
 
     scale: float = 1.0
     cap: float | None = None
+    forbidden: tuple[int, ...] = ()
+    least: float = 0.0
 
     def __call__(
         self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]
@@ -47,7 +51,11 @@ class OutputHead:
     def of(self, projected: Tensor) -> Tensor:
         """The logits, computed from the result of the output embeddings."""
         logits = projected * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        if not self.forbidden:
+            return logits
+        columns = torch.tensor(self.forbidden, device=logits.device)
+        return logits.index_fill(-1, columns, self.least)
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -84,8 +92,17 @@ def fit_output_head(
     rows = torch.arange(len(positions)) if rows is None else rows
     hidden, logits = _run(model, batch, rows, positions)
     projected = project(model, hidden).cpu()
+    real = ~_forbidden(logits)
+    least = float(logits.min()) if not real.all() else 0.0
+    forbidden = tuple(torch.where(real, 0, 1).nonzero()[:, 0].tolist())
     candidates = [
-        OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))
+        OutputHead(
+            scale=_scale(projected[:, real], logits[:, real], cap),
+            cap=cap,
+            forbidden=forbidden,
+            least=least,
+        )
+        for cap in (None, *_caps(model))
     ]
     errors = [float((head.of(projected) - logits).abs().max()) for head in candidates]
     error, head = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
@@ -95,7 +112,7 @@ def fit_output_head(
             f"{type(model).__name__} computes its logits in an unknown way: its output "
             "embeddings, applied to the last hidden states and scaled by "
             f"{head.scale:.4g}{capped}, still differ from model(**batch).logits by {error:.3g} "
-            f"(the logits go up to {float(logits.abs().max()):.3g})."
+            f"(the logits go up to {float(logits[:, real].abs().max()):.3g})."
         )
     return head, logits
 
@@ -103,7 +120,15 @@ def fit_output_head(
 def tolerance(model: nn.Module, logits: Tensor, roundings: int = 4) -> float:
     """Largest difference in logits due to `roundings` more roundings in the model's precision."""
     precision = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
-    return roundings * max(FLOAT32_NOISE, precision) * max(float(logits.abs().max()), 1e-6)
+    largest = float(logits[:, ~_forbidden(logits)].abs().max())
+    return roundings * max(FLOAT32_NOISE, precision) * max(largest, 1e-6)
+
+
+def _forbidden(logits: Tensor) -> Tensor:
+    """Tokens that have the least logit there is, in float32 or half precision, in every row."""
+    return logits.amax(0) <= max(
+        torch.finfo(dtype).min for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    )
 
 
 def _run(model: nn.Module, batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ GRIDS: dict[str, Family] = {
         ),
     ),
     "paddleocr_vl": sees(
-        "paddleocr_vl", AROUND, grid(shape=(32, 3, 8, 8)), text_config=dict(rope_parameters=MROPE)
+        "paddleocr_vl", AROUND, grid(shape=(3, 8, 8)), text_config=dict(rope_parameters=MROPE)
     ),
     "exaone4_5": wrapped(
         "exaone4_5",
@@ -123,7 +123,7 @@ GRIDS: dict[str, Family] = {
     "kimi_k25": sees(
         "kimi_k25",
         4,
-        grid(shape=(32, 3, 8, 8)),
+        grid(shape=(3, 8, 8)),
         text_config={"model_type": "deepseek_v3", "num_key_value_heads": 8},
         image_token_id=IMAGE,
         vision_config=dict(pos_emb_height=4, pos_emb_width=4),

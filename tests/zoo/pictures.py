@@ -22,7 +22,7 @@ def grid(channels: int = 3 * 2 * 8 * 8, shape: tuple[int, ...] = (), **more: int
     """Patches of all pictures in a row, 4 x 4 of each, as the Qwen models take them."""
 
     def make(rows: int, generator: torch.Generator) -> dict[str, Any]:
-        values = torch.randn(shape or (rows * 16, channels), generator=generator)
+        values = torch.randn(rows * 16, *(shape or (channels,)), generator=generator)
         others = {name: torch.tensor([value] * rows) for name, value in more.items()}
         return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 4, 4]] * rows)} | others
 

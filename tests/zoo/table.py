@@ -1,6 +1,5 @@
 """docs/families.md: what can be pruned in every family. `python tests/zoo/table.py` rewrites it."""
 
-import inspect
 import os
 import re
 import sys
@@ -12,14 +11,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from torch import nn
-from zoo import FAMILIES
-from zoo.family import Family
 
 from hipp_ext import groups as mapping
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.integrations.serving import pruned_refusals
 from hipp_ext.kinds import KINDS
+from zoo import FAMILIES
+from zoo.family import Family
 
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 COMMAND = ".venv/bin/python tests/zoo/table.py"
@@ -66,7 +65,9 @@ def line(name: str, family: Family, model: nn.Module) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def mapped(model: nn.Module, tower: mapping.Tower = "language") -> tuple[Sequence[Group], list[str]]:
+def mapped(
+    model: nn.Module, tower: mapping.Tower = "language"
+) -> tuple[Sequence[Group], list[str]]:
     """The groups of a tower, and what has none, with the reason."""
     try:
         return find_groups(model, (tower,)), []
