@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS
+from hipp_ext.families import BLOCKS, common_value, field_name
 from hipp_ext.kinds.base import BlockKind, Skip, Slice
 
 
@@ -21,9 +21,8 @@ class _Heads(BlockKind):
     names = BLOCKS["attention"]
 
     def passes_on(self, block: Any) -> bool:
-        """One number per query channel."""
-        _, consumer = self.match(block) or ([], "")
-        return getattr(block, consumer).in_features == block.q_proj.out_features
+        """One number per query channel; queries may come with as many gates (Qwen3.5)."""
+        return block.q_proj.out_features in (n := _consumer(block).in_features, 2 * n)
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Only the parameters of a norm that all heads share, head_dim long, may stand beside the
@@ -48,7 +47,7 @@ class _Heads(BlockKind):
     ) -> tuple[int, ...]:
         """Others than `common` only where the query heads divide the hidden size, and where this
         kind of configuration has a field for the head dimension."""
-        named = hasattr(type(config), "head_dim") and config.head_dim is not None
+        named = hasattr(type(config), "head_dim") and common_value(config, "head_dim") is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
         heads = columns // block.head_dim  # query heads of a unit
@@ -67,6 +66,13 @@ class Attention(_Heads):
     unit = "KV groups"
     fields = ("num_key_value_heads", "num_attention_heads")
 
+    def find(self, layer: nn.Module) -> list[nn.Module]:
+        """Children of the layer, or of its child `attn` (GPT-Neo)."""
+        deeper = getattr(layer, "attn", None)
+        return super().find(layer) or (
+            super().find(deeper) if isinstance(deeper, nn.Module) else []
+        )
+
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
         head_dim = getattr(block, "head_dim", None)
@@ -78,7 +84,9 @@ class Attention(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        return {"num_heads": width * columns // block.head_dim, "num_key_value_heads": width}
+        heads = width * columns // block.head_dim
+        named = {"num_key_value_heads": width, "embed_dim": width * columns}
+        return {"num_heads": heads, "num_attention_heads": heads, **named}
 
     def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
@@ -87,7 +95,7 @@ class Attention(_Heads):
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """KV heads, or heads where the configuration names no others."""
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return common_value(config, "num_key_value_heads") or config.num_attention_heads
 
     def common_width(self, config: Any, tower: str) -> int | None:
         """KV heads, or heads where the configuration names no others; vision towers name heads."""
@@ -98,7 +106,8 @@ class Attention(_Heads):
         if tower == "language":
             kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             repeat = config.num_attention_heads // kv_heads
-            config.num_key_value_heads = width
+            if field_name(config, "num_key_value_heads"):
+                config.num_key_value_heads = width
             config.num_attention_heads = width * repeat
 
 
@@ -119,7 +128,7 @@ class QueryHeads(_Heads):
 
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
-        return block.q_proj.out_features // block.head_dim
+        return _consumer(block).in_features // block.head_dim
 
     def sections(self, block: Any) -> int:
         """Number of KV groups: query heads of a group lie side by side."""
@@ -137,7 +146,8 @@ class QueryHeads(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads, and of those that share a key head."""
-        return {"num_heads": width, "num_key_value_groups": width // _kv_heads(block)}
+        named = {"num_key_value_groups": width // _kv_heads(block), "embed_dim": width * columns}
+        return {"num_heads": width, "num_attention_heads": width, **named}
 
 
 class SkipAttention(Skip):
@@ -160,7 +170,11 @@ class SkipAttention(Skip):
 
 def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
-    return block.q_proj.out_features > block.k_proj.out_features
+    return _consumer(block).in_features > block.v_proj.out_features
+
+
+def _consumer(block: Any) -> nn.Linear:
+    return next(getattr(block, n) for n in BLOCKS["attention"].consumers if hasattr(block, n))
 
 
 def _kv_heads(block: Any) -> int:
@@ -168,5 +182,5 @@ def _kv_heads(block: Any) -> int:
 
 
 def _heads(config: Any) -> int | None:
-    heads = getattr(config, "num_attention_heads", None)
+    heads = common_value(config, "num_attention_heads")
     return heads if isinstance(heads, int) else None
