@@ -5,17 +5,21 @@ This is the only table of such facts. A model family that needs another name or 
 here; everything else in the library finds its way by structure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+
+Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
 VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
-FIELD_NAMES = {"intermediate_size": ("ffn_dim", "n_inner")}  # of OPT; of GPT-J
+# Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
+FIELD_NAMES = {"intermediate_size": ("ffn_dim", "n_inner", "shared_intermediate_size")}
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
 SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
@@ -27,6 +31,10 @@ class BlockNames:
 
     Attributes:
         producers: sets of linear layers whose outputs belong to units; a block has one of the sets.
+        fused: for a set of one layer that holds several projections: how its rows lie. "parts": all
+            rows of the first projection, then all of the next (queries, keys, values; gate, up).
+            "units": the rows of a unit side by side.
+        gates: linear layers that some blocks have beside, with rows for every unit.
         consumers: the linear layer that reads the units; a block has one of them.
         norms_before: norms of a block's input, most specific name first.
         norms_after: norms of a block's output, before it is added to the residual stream.
@@ -35,6 +43,8 @@ class BlockNames:
     """
 
     producers: tuple[tuple[str, ...], ...]
+    fused: Mapping[str, Layout]
+    gates: tuple[str, ...]
     consumers: tuple[str, ...]
     norms_before: tuple[str, ...]
     norms_after: tuple[str, ...]
@@ -45,7 +55,9 @@ class BlockNames:
 # By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
-        producers=(("q_proj", "k_proj", "v_proj"),),
+        producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
+        fused={"qkv_proj": "parts", "query_key_value": "units"},
+        gates=("gate_proj", "g_proj"),
         consumers=("o_proj", "out_proj", "dense"),
         norms_before=(
             "input_layernorm",
@@ -54,20 +66,24 @@ BLOCKS = {
             "operator_norm",
             "temporal_pre_norm",
         ),
-        norms_after=("post_attention_layernorm",),
+        norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
         skip="attention",
     ),
     "ffn": BlockNames(
         producers=(
             ("gate_proj", "up_proj"),
+            ("gate_up_proj",),
+            ("input_linear",),
             ("w1", "w3"),
             ("up_proj",),
             ("fc1",),
             ("c_fc",),
             ("fc_in",),
         ),
-        consumers=("down_proj", "w2", "fc2", "c_proj", "fc_out"),
+        fused={"gate_up_proj": "parts", "input_linear": "parts"},
+        gates=(),
+        consumers=("down_proj", "w2", "fc2", "c_proj", "fc_out", "output_linear"),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
@@ -77,7 +93,7 @@ BLOCKS = {
             "ffn_norm",
             "channel_pre_norm",
         ),
-        norms_after=("post_feedforward_layernorm",),
+        norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
         skip="mlp",
     ),
@@ -118,7 +134,7 @@ def common_value(config: Any, name: str) -> Any:
 
 def field_name(config: Any, name: str) -> str:
     """What a configuration calls the field `name`; empty if it has no such field."""
-    known = (name, *FIELD_NAMES.get(name, ()))
+    known = (*FIELD_NAMES.get(name, ()), name)
     return next((n for n in known if n in vars(config) or n in config.attribute_map), "")
 
 
@@ -148,6 +164,18 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
         elif isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+
+
+def norm_after(layer: nn.Module, place: str) -> nn.Module | None:
+    """The norm of a block's output before it is added; None where it is added as it is."""
+    ffn_input = norm_before(layer, "ffn")
+    after = (getattr(layer, n) for n in norms_after(layer, place))
+    return next((norm for norm in after if norm is not ffn_input), None)
+
+
+def norms_after(layer: nn.Module, place: str) -> list[str]:
+    """Names of the norms behind a block."""
+    return [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:

@@ -88,14 +88,22 @@ class Group:
         return KINDS[self.kind].place
 
     @functools.cached_property
-    def producers(self) -> tuple[str, ...]:
-        """Names of the linear layers whose output rows belong to the units."""
-        return tuple(dict.fromkeys(part.layer for part in self.owns[:-1]))
+    def produced(self) -> tuple[Slice, ...]:
+        """What units own of the weights of the linear layers that compute them."""
+        return tuple(p for p in self.owns[:-1] if p.linear and p.parameter.endswith(".weight"))
 
     @functools.cached_property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of each producer that one unit owns, in the order of `producers`."""
-        return tuple(p.size for p in self.owns[:-1] if p.parameter.endswith(".weight"))
+    def producers(self) -> tuple[str, ...]:
+        """Names of the linear layers whose output rows belong to the units."""
+        return tuple(dict.fromkeys(part.layer for part in self.produced))
+
+    @functools.cached_property
+    def cuts(self) -> tuple[tuple[Slice, ...], ...]:
+        """What units own, parameter by parameter: fused projections hold several slices."""
+        found: dict[str, list[Slice]] = {}
+        for part in self.owns:
+            found.setdefault(part.parameter, []).append(part)
+        return tuple(map(tuple, found.values()))
 
     @property
     def consumer(self) -> str:
@@ -165,9 +173,7 @@ def find_groups(
     return groups
 
 
-def left_whole(
-    model: nn.Module, towers: Sequence[Tower] = ("language",)
-) -> tuple[LeftWhole, ...]:
+def left_whole(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[LeftWhole, ...]:
     """The parts of layers that no group has units of; see `find_groups`.
 
     Norms, gates and other vectors are not listed, nor is what lies outside the layers.
@@ -349,21 +355,20 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
     kind.check_rest(block, name, width)
-    weights = biases = 0
+    parameters = multiplied = 0
     for part in owns:
-        layer: Any = block.get_submodule(part.layer.removeprefix(f"{name}."))
-        if part.parameter.endswith(".bias"):
-            biases += part.size
-        else:
-            weights += part.size * (layer.in_features, layer.out_features)[part.dim]
+        parameter = block.get_parameter(part.parameter.removeprefix(f"{name}."))
+        size = parameter.numel() // parameter.shape[part.dim] * part.size
+        parameters += size
+        multiplied += size if part.linear and parameter.ndim > 1 else 0
     return Group(
         tower=tower,
         layer=index,
         kind=kind.name,
         width=width,
         owns=owns,
-        unit_parameters=weights + biases,
-        unit_flops=2 * weights,
+        unit_parameters=parameters,
+        unit_flops=2 * multiplied,
         sections=kind.sections(block),
     )
 
@@ -402,8 +407,15 @@ def total_parameters(groups: Iterable[Group]) -> int:
 
 
 def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
-    """Bring the size attributes of the linear layers and block of `group` in line with `width`."""
-    KINDS[group.kind].resize(block_of(model, group), group.owns, width)
+    """Bring the size attributes of the linear layers and block of `group` in line with `width`.
+
+    Those of the linear layers follow their weights.
+    """
+    for part in group.owns:
+        layer = model.get_submodule(part.layer)
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+    KINDS[group.kind].resize(block_of(model, group), group.columns, width)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, SIDE_PATHS, is_norm, norm_before
+from hipp_ext.families import BLOCKS, SIDE_PATHS, norm_before, norms_after
 from hipp_ext.kinds import KINDS, BlockKind, Skip
 
 UNKNOWN = "no block of a known kind"
@@ -67,8 +67,7 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
     FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
     """
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
-    after = [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
-    names = [n for n in after if getattr(layer, n) is not ffn_input]
+    names = [n for n in norms_after(layer, place) if getattr(layer, n) is not ffn_input]
     if before is not None and ffn_input is not None and not parts_of(layer).others:
         names += [n for n, child in layer.named_children() if child is before]
     return names

@@ -37,16 +37,6 @@ def unit_entries(units: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entrie
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
-def take_units(values: Tensor, units: Int[Tensor, " kept"], size: int, dim: int) -> Tensor:
-    """The rows (dim 0) or columns (dim 1) that `units` own, in their order; a copy.
-
-    As blocks of whole units: copying a head at once is several times faster than copying its
-        columns.
-    """
-    blocks = values.unflatten(dim, (-1, size))
-    return blocks.index_select(dim, units.to(values.device)).flatten(dim, dim + 1)
-
-
 def plan_from_counts(
     groups: Sequence[Group],
     counts: Sequence[Any],

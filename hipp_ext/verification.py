@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Slice, block_of, linear, not_plain, sync_sizes
+from hipp_ext.groups import Group, block_of, linear, not_plain, sync_sizes
+from hipp_ext.kinds.slices import Slice, change_units, without_first
 from hipp_ext.modes import evaluating
 
 TOKENS = 4
@@ -130,26 +131,24 @@ def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """The logits with the first unit of every group, and section, sliced out."""
     with contextlib.ExitStack() as stack:
         for g in groups:
-            for part in g.owns:
-                stack.enter_context(_cut_while_running(model, g, part))
             stack.callback(sync_sizes, model, g, g.width)
+            for slices in g.cuts:
+                stack.enter_context(_cut_while_running(model, g, slices))
             sync_sizes(model, g, g.width - g.sections)
         return _logits(model)
 
 
 @contextlib.contextmanager
-def _cut_while_running(model: nn.Module, group: Group, part: Slice) -> Iterator[None]:
+def _cut_while_running(model: nn.Module, group: Group, slices: Sequence[Slice]) -> Iterator[None]:
     """Inside the `with` block a parameter is without the first units while its block runs.
 
-    It is a view where there is one section, else a copy.
+    It is a view where the units lie in one piece, else a copy.
     """
-    parameter, block = model.get_parameter(part.parameter), block_of(model, group)
-    whole, dim = parameter.data, part.dim
+    parameter, block = model.get_parameter(slices[0].parameter), block_of(model, group)
+    whole = parameter.data
 
     def cut(*_: Any) -> None:
-        sections = whole.unflatten(dim, (group.sections, -1))
-        left = sections.narrow(dim + 1, part.size, sections.shape[dim + 1] - part.size)
-        parameter.data = left.flatten(dim, dim + 1)
+        parameter.data = change_units(whole, slices, group.width, without_first(group.sections))
 
     def restore(*_: Any) -> None:
         parameter.data = whole

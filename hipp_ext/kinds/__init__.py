@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Literal
 
 from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
-from hipp_ext.kinds.base import BlockKind, Skip, Slice
+from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.ffn import FFN
+from hipp_ext.kinds.slices import Slice
 
 __all__ = [
     "FFN",

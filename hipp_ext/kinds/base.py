@@ -2,35 +2,13 @@
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BlockNames, common_value, field_name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """What every unit of a group owns of one parameter.
-
-    Unit u owns the entries u * size to (u + 1) * size - 1 along `dim`.
-
-    Attributes:
-        parameter: name of the parameter in the model.
-        dim: 0 for rows (what computes the unit), 1 for columns (what reads it).
-        size: rows or columns of one unit.
-    """
-
-    parameter: str
-    dim: int
-    size: int
-
-    @property
-    def layer(self) -> str:
-        """Name of the linear layer that holds the parameter."""
-        return self.parameter.rpartition(".")[0]
+from hipp_ext.kinds.slices import Slice
 
 
 class BlockKind(abc.ABC):
@@ -79,31 +57,48 @@ class BlockKind(abc.ABC):
         Raises:
             UnsupportedModelError: the units do not divide the block's linear layers.
         """
-        matched = self.match(block)
-        assert matched is not None
-        producers, consumer = matched
-        sizes = [(p, getattr(block, p).out_features) for p in producers]
-        sizes.append((consumer, getattr(block, consumer).in_features))
-        if any(size % width for _, size in sizes) or not self.passes_on(block):
+        producers, consumer = self.matched(block)
+        gates = [n for n in self.names.gates if isinstance(getattr(block, n, None), nn.Linear)]
+        layers = [n for n in (*producers, *gates) if n != consumer]
+        sizes = {n: self.parts(block, n, width) for n in layers}
+        columns, rest = divmod(getattr(block, consumer).in_features, width)
+        if rest or any(sum(p) * width != getattr(block, n).out_features for n, p in sizes.items()):
             listed = ", ".join(
                 f"{name}.{n} {getattr(block, n).in_features}->{getattr(block, n).out_features}"
-                for n in (*producers, consumer)
+                for n in (*layers, consumer)
             )
             raise UnsupportedModelError(
                 f"{name}: {width} units do not divide its linear layers: {listed}"
             )
         rows = [
-            Slice(parameter=f"{name}.{p}.{part}", dim=0, size=size // width)
-            for p, size in sizes[:-1]
+            Slice(parameter=f"{name}.{n}.{part}", dim=0, size=size, start=width * sum(before))
+            for n, parts in sizes.items()
             for part in ("weight", "bias")
-            if part == "weight" or getattr(block, p).bias is not None
+            if getattr(block, n)._parameters.get(part) is not None
+            for size, before in ((size, parts[:i]) for i, size in enumerate(parts))
         ]
-        columns = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=sizes[-1][1] // width)
-        return (*rows, columns)
+        read = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=columns)
+        return (*rows, *self.extras(block, name, width), read)
 
-    def passes_on(self, block: Any) -> bool:
-        """Whether the consumer reads as many numbers as the producers make of the units."""
-        return True
+    def matched(self, block: nn.Module) -> tuple[list[str], str]:
+        """(producers, consumer) of a block that has this kind's shape; see `match`."""
+        found = self.match(block)
+        assert found is not None, type(block)
+        return found
+
+    def parts(self, block: Any, layer: str, width: int) -> list[int]:
+        """Rows of one unit in each of the projections that lie one after the other in a layer."""
+        return [getattr(block, layer).out_features // width]
+
+    def extras(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
+        """What units own of parameters that belong to no linear layer: sinks, norms per head."""
+        return ()
+
+    @abc.abstractmethod
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """Weight whose outputs, gates and softmax apart, the consumer reads; and its rows that lie
+        side by side in what is read.
+        """
 
     def sections(self, block: Any) -> int:
         """Number of equal sections of the units, of which all must keep the same number."""
@@ -165,12 +160,9 @@ class BlockKind(abc.ABC):
         """What stands in a dropped block's place."""
         return Skip(self.name, block)
 
-    def resize(self, block: Any, owns: tuple[Slice, ...], width: int) -> None:
-        """Bring the size attributes of a block and its linear layers in line with `width` units."""
-        for part in owns:
-            layer = getattr(block, part.layer.rpartition(".")[2])
-            setattr(layer, ("out_features", "in_features")[part.dim], width * part.size)
-        for attribute, size in self.attributes(block, owns[-1].size, width).items():
+    def resize(self, block: Any, columns: int, width: int) -> None:
+        """Bring the size attributes of a block in line with `width` units of `columns` columns."""
+        for attribute, size in self.attributes(block, columns, width).items():
             if isinstance(getattr(block, attribute, None), int):
                 setattr(block, attribute, size)
 

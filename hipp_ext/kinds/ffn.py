@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
@@ -24,9 +24,18 @@ class FFN(BlockKind):
 
     def width(self, block: Any, name: str) -> int:
         """Number of channels."""
-        matched = self.match(block)
-        assert matched is not None
-        return getattr(block, matched[1]).in_features
+        return getattr(block, self.matched(block)[1]).in_features
+
+    def parts(self, block: Any, layer: str, width: int) -> list[int]:
+        """A row per channel, of the gate and of the up projection where both are in one layer."""
+        if self.names.fused.get(layer) == "parts":
+            return [1] * (getattr(block, layer).out_features // width)
+        return super().parts(block, layer, width)
+
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """The up projection."""
+        producers, consumer = self.matched(block)
+        return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """No other parameter may have an entry for every channel."""

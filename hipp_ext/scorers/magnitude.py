@@ -28,8 +28,9 @@ class Magnitude(Scorer):
         scores = {}
         for g in groups:
             squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
-            for name in g.producers:
-                rows = sum_of_squares(linear(model, name).weight, 1)
-                squares = squares + rows.view(g.width, -1).sum(1)
+            for part in g.produced:
+                weight = linear(model, part.layer).weight
+                rows = weight.narrow(part.dim, part.start, g.width * part.size)
+                squares = squares + sum_of_squares(rows, 1).view(g.width, -1).sum(1)
             scores[g.name] = squares.sqrt()
         return scores

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import crosses, residual_scale
+from hipp_ext.families import crosses, norm_after, residual_scale
 from hipp_ext.groups import Group, block_of, decoder, tower_layers
 from hipp_ext.scorers.base import (
     Groups,
@@ -152,7 +152,7 @@ class _Probe:
             return
         consumer = self.model.get_submodule(g.consumer)
         # Gemma norms what a block returns before it is added.
-        added = getattr(layer, "post_feedforward_layernorm", block)
+        added = norm_after(layer, g.place) or block
         for hook in (
             consumer.register_forward_pre_hook(partial(self._channels, g)),
             layer.register_forward_hook(partial(self._drift, g)),

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from hipp_ext.groups import (
     block_of,
     find_groups,
     find_skips,
-    linear,
     query_groups,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS
+from hipp_ext.kinds.slices import Slice
 from hipp_ext.model_folder import (
     MANIFEST,
     GroupWidth,
@@ -44,7 +44,7 @@ from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
+from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize, resized_shape
 
 __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
@@ -389,11 +389,15 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
 
 def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
     """Units of `group` in the weights; None where they are packed, or do not fit."""
-    name, rows = group.producers[-1], group.rows[-1]
-    shape = shapes.get(f"{name}.weight", ())
-    if len(shape) != 2 or shape[1] != linear(model, name).in_features or shape[0] % rows:
+    slices = next(s for s in reversed(group.cuts) if s[0] in group.produced)
+    name, dim = slices[0].parameter, slices[0].dim
+    built, shape = list(model.get_parameter(name).shape), list(shapes.get(name, ()))
+    size = sum(part.size for part in slices)
+    # A weight in the built shape but for its units; packed ones have others.
+    if built[:dim] + built[dim + 1 :] != shape[:dim] + shape[dim + 1 :]:
         return None
-    return shape[0] // rows
+    units, rest = divmod(shape[dim] - built[dim], size)
+    return None if rest or len(shape) != len(built) else group.width + units
 
 
 def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None:
@@ -428,7 +432,8 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     return False
 
 
-def _empty(old: nn.Parameter, shape: tuple[int, ...], *_: int) -> torch.Tensor:
+def _empty(old: nn.Parameter, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
+    shape = resized_shape(old.shape, slices, group, width)
     return torch.empty(shape, dtype=old.dtype, device=old.device)
 
 

@@ -73,9 +73,11 @@ def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:
 
 def layer_numbers(plan: PruningPlan, layers: int) -> dict[int, int]:
     """Layer number of the dense language tower -> number in a pruned one that has `layers`
-    layers.
+    layers. A layer of which the plan names no group is one of a hybrid, which keeps all layers.
     """
     numbers = sorted({e.layer for e in plan.groups if e.tower == "language"})
+    if plan.left_whole or numbers != list(range(len(numbers))):
+        return {n: n for n in numbers}
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = [n for n in numbers if n not in kept]
     left = gone[: max(0, layers - len(kept))]  # those that could not be removed are the first ones

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
@@ -64,9 +65,10 @@ def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
         removed = (~mask).nonzero()[:, 0]
         if not len(removed):
             continue
-        for part in group.owns:
-            index = unit_entries(removed.to(model.get_parameter(part.parameter).device), part.size)
-            entries[part.parameter] = index if part.dim == 0 else (slice(None), index)
+        for parts in group.cuts:
+            units = removed.to(model.get_parameter(parts[0].parameter).device)
+            index = torch.cat([part.start + unit_entries(units, part.size) for part in parts])
+            entries[parts[0].parameter] = (*[slice(None)] * parts[0].dim, index)
         if not mask.any() and linear(model, group.consumer).bias is not None:
             entries[f"{group.consumer}.bias"] = slice(None)
     return entries

@@ -23,13 +23,14 @@ from hipp_ext.groups import (
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
+from hipp_ext.kinds.slices import Slice, change_units, padded_units
 from hipp_ext.surgery.drop import replace_modules
 from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
-# Old parameter, new shape, dimension that changes, sections of the units -> new values.
-Make = Callable[[nn.Parameter, tuple[int, ...], int, int], torch.Tensor]
+# Old parameter, all slices of a group in it, the group, its new width -> new values.
+Make = Callable[[nn.Parameter, Sequence[Slice], Group, int], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
@@ -74,27 +75,27 @@ def known_towers(model: nn.Module) -> tuple[Tower, ...]:
 
 
 def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
-    """Give the layers of `group` `width` units; `make` turns an old parameter into a new shape."""
-    for part in group.owns:
-        owner, _, name = part.parameter.rpartition(".")
-        old = model.get_parameter(part.parameter)
-        shape = list(old.shape)
-        shape[part.dim] = width * part.size
-        if list(old.shape) != shape:
-            values = make(old, tuple(shape), part.dim, group.sections)
-            new = nn.Parameter(values, requires_grad=old.requires_grad)
-            setattr(model.get_submodule(owner), name, new)
+    """Give the layers of `group` `width` units; `make` turns an old parameter into a new one."""
+    for slices in group.cuts if width != group.width else ():
+        owner, _, name = slices[0].parameter.rpartition(".")
+        old = model.get_parameter(slices[0].parameter)
+        new = nn.Parameter(make(old, slices, group, width), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(owner), name, new)
     sync_sizes(model, group, width)
 
 
-def _padded(old: nn.Parameter, shape: tuple[int, ...], dim: int, sections: int) -> torch.Tensor:
+def resized_shape(
+    shape: Sequence[int], slices: Sequence[Slice], group: Group, width: int
+) -> tuple[int, ...]:
+    """The shape of a parameter when `group` has `width` units."""
+    new = list(shape)
+    new[slices[0].dim] += (width - group.width) * sum(part.size for part in slices)
+    return tuple(new)
+
+
+def _padded(old: nn.Parameter, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
     """The old values, and zeros behind those of each section."""
-    before = old.data.unflatten(dim, (sections, -1))
-    after = list(before.shape)
-    after[dim + 1] = shape[dim] // sections
-    new = old.new_zeros(after)
-    new.narrow(dim + 1, 0, before.shape[dim + 1]).copy_(before)
-    return new.flatten(dim, dim + 1)
+    return change_units(old.data, slices, group.width, padded_units(width, group.sections))
 
 
 def _repeats(model: Any) -> list[int]:
@@ -200,10 +201,9 @@ def _misfits(
     """Names whose shapes in the padded model differ from those that stock transformers builds."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for part, groups in parts.items():
-        for owned in (owned for g in groups for owned in g.owns):
-            shape = list(wanted[owned.parameter])
-            shape[owned.dim] = widths[part] * owned.size
-            wanted[owned.parameter] = tuple(shape)
+        for group, slices in ((g, slices) for g in groups for slices in g.cuts):
+            name = slices[0].parameter
+            wanted[name] = resized_shape(wanted[name], slices, group, widths[part])
     config = copy.deepcopy(model.config)
     try:
         _write_widths(config, parts, widths)
