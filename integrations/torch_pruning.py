@@ -167,7 +167,8 @@ class PlanPruner:
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
-        groups = find_groups(self.model, self.plan.towers, self.plan.attention_unit)
+        plan = self.plan
+        groups = find_groups(self.model, plan.towers, plan.attention_unit, partial="report")
         entries = [
             PlanGroup(
                 tower=g.tower,

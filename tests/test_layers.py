@@ -15,6 +15,7 @@ ORDER = (
     "progress",
     "families",
     "kinds",
+    "layer_parts",
     "groups",
     "model_folder",
     "modes",

@@ -34,6 +34,7 @@ def fit(
         ),
     ] = False,
     attention_unit: opt.AttentionUnitOption = None,
+    partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     seed: Annotated[
         int,
@@ -102,6 +103,7 @@ def fit(
         mrs=MRS() if mrs else None,
         bounds=Bounds(**opt.read_bounds(round_to, drop, shape)),
         attention_unit=attention_unit or "kv",
+        partial=partial,
         effort=effort or "anchored",
         cache=cache or True,
     )

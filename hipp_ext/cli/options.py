@@ -46,6 +46,7 @@ Phase = Literal["decode", "prefill"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
 AttentionUnit = Literal["kv", "query"]
+Partial = Literal["refuse", "report"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -116,6 +117,14 @@ AttentionUnitOption = Annotated[
         metavar="UNIT",
         help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
         "every KV group; keys and values stay). Default: kv.",
+    ),
+]
+PartialOption = Annotated[
+    Partial,
+    method_option(
+        metavar="CHOICE",
+        help="What to do about parts of layers that cannot be pruned (state-space mixers, linear "
+        "attention): refuse, or report them and prune the others.",
     ),
 ]
 EffortOption = Annotated[

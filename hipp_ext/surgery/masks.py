@@ -93,7 +93,9 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             group of a tower that the plan covers is missing from the plan.
         UnsupportedModelError: see `verify_groups`.
     """
-    found = {g.name: g for g in find_groups(model, plan.towers, plan.attention_unit)}
+    # What a plan has no groups of was left whole when it was made: it says so.
+    mapped = find_groups(model, plan.towers, plan.attention_unit, partial="report")
+    found = {g.name: g for g in mapped}
     missing = sorted(set(found) - set(plan.keep_counts))
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)

@@ -68,7 +68,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
     try:
-        find_groups(model, ("vision",))
+        find_groups(model, ("vision",), partial="report")
     except UnsupportedModelError:
         return ("language",)
     return ("language", "vision")
@@ -104,7 +104,7 @@ def _repeats(model: Any) -> list[int]:
     """
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
-    found = [g.width // g.sections for g in query_groups(model, ("language",))]
+    found = [g.width // g.sections for g in query_groups(model, ("language",))] or [1]
     dense = text.num_attention_heads // kv_heads if kv_heads else max(found)
     return sorted({max(found), dense})
 
@@ -161,7 +161,7 @@ def _with_all_blocks(model: Any) -> Any:
 
 def _parts(model: nn.Module) -> dict[Part, list[Group]]:
     parts: dict[Part, list[Group]] = {}
-    for g in find_groups(model, known_towers(model)):
+    for g in find_groups(model, known_towers(model), partial="report"):
         parts.setdefault((g.tower, g.kind), []).append(g)
     return parts
 
