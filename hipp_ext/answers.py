@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
@@ -234,7 +235,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether the decoder takes one padding mask and attends to all earlier tokens."""
+    """Whether the decoder takes one padding mask and attends to all earlier tokens in all layers."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
     window = getattr(_config(model), "sliding_window", None)
     others = [value for name, value in inputs.items() if name not in SIMPLE_INPUTS]
@@ -244,6 +245,11 @@ def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
         # Several masks come as a dictionary.
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         and (window is None or window >= embeds.shape[1])
+        # Linear attention, state spaces and convolutions keep a state instead.
+        and not any(
+            isinstance(layer, LinearAttentionCacheLayerMixin)
+            for layer in DynamicCache(config=_config(model)).layers
+        )
     )
 
 

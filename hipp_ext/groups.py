@@ -311,7 +311,17 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
-    return get_decoder()
+    tower = get_decoder()
+    if any(getattr(m, "is_encoder_decoder", False) for m in (model.config, tower.config)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder ({type(tower).__name__}) that "
+            "reads what the encoder makes of the prompt; only decoders that read the prompt "
+            "themselves are supported."
+        )
+    # BLIP-2's is a language model with a head of its own.
+    while tower is not model and (inner := tower.get_decoder()) is not tower:
+        tower = inner
+    return tower
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:

@@ -35,6 +35,11 @@ def test_it_is_pruned_rightly_or_refused_by_name(case):
             CHECKS[law](case)
 
 
+@pytest.mark.parametrize("name", ["blip2", "lfm2_vl"])
+def test_signals_are_measured_where_rows_lie_in_one_or_layers_keep_a_state(name):
+    CHECKS["planner"](Case(family=FAMILIES[name]))
+
+
 def test_the_page_says_what_is_so(case, request):
     name = next(n for n, f in FAMILIES.items() if f is case.family)
     row = line(name, case.family, case.model)

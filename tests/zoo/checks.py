@@ -202,7 +202,8 @@ def check_sliced(case: Case) -> None:
 def check_drop(case: Case) -> None:
     """Blocks that keep nothing leave; reload too."""
     counts = [g.width for g in case.groups]
-    counts[0] = counts[-1] = 0
+    for group in {0, len(counts) - 1} if len(counts) > 2 else {0}:
+        counts[group] = 0
     plan = plan_from_counts(
         case.groups, counts, {g.name: torch.arange(float(g.width)) for g in case.groups}
     )
