@@ -12,9 +12,8 @@ if __name__ == "__main__":
 
 from torch import nn
 
-from hipp_ext import groups as mapping
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, find_groups
+from hipp_ext.groups import Group, Tower, find_groups, left_whole
 from hipp_ext.integrations.serving import pruned_refusals
 from hipp_ext.kinds import KINDS
 from zoo import FAMILIES
@@ -22,6 +21,16 @@ from zoo.family import Family
 
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 COMMAND = ".venv/bin/python tests/zoo/table.py"
+COLUMNS = (
+    "class in transformers",
+    "attention",
+    "FFN",
+    "experts",
+    "vision",
+    "drop",
+    "export",
+    "left whole, or why it is refused",
+)
 HEAD = f"""# Model families
 
 What hipp-ext prunes in each of {len(FAMILIES)} families of transformers, tried on tiny models with
@@ -37,8 +46,8 @@ answers). `{COMMAND}` writes this page, and a test compares it with the code.
 - **left whole, or why it is refused**: parts without units. A family that has both kinds of parts
   needs `partial="report"` (`--partial report`).
 
-| family | class in transformers | attention | FFN | experts | vision | drop | export | left whole, or why it is refused |
-|---|---|---|---|---|---|---|---|---|
+{" | ".join(("| family", *COLUMNS))} |
+{"|---" * (len(COLUMNS) + 1)}|
 """
 WORDS = 140  # characters of a reason
 
@@ -65,14 +74,16 @@ def line(name: str, family: Family, model: nn.Module) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def mapped(
-    model: nn.Module, tower: mapping.Tower = "language"
-) -> tuple[Sequence[Group], list[str]]:
+def mapped(model: nn.Module, tower: Tower = "language") -> tuple[Sequence[Group], list[str]]:
     """The groups of a tower, and what has none, with the reason."""
     try:
-        return find_groups(model, (tower,)), []
+        groups = find_groups(model, (tower,), partial="report")
     except UnsupportedModelError as error:
         return (), [short(str(error))]
+    alike: dict[str, str] = {}
+    for part in left_whole(model, (tower,)):
+        alike.setdefault(part.type, part.reason.removeprefix(f"{part.module}."))
+    return groups, [short(f"{kind}: {reason}") for kind, reason in alike.items()]
 
 
 def units(groups: Iterable[Group]) -> str:
@@ -84,7 +95,11 @@ def has_query_heads(model: nn.Module, groups: Sequence[Group]) -> bool:
     """Whether attention can be divided into query heads as well as into KV groups."""
     if not any(g.kind == "attention" for g in groups):
         return False
-    return any(g.kind == "query_heads" for g in find_groups(model, attention_unit="query"))
+    try:
+        queries = find_groups(model, attention_unit="query", partial="report")
+    except UnsupportedModelError:  # a KV group's queries, keys and values side by side
+        return False
+    return any(g.kind == "query_heads" for g in queries)
 
 
 def dropped(groups: Sequence[Group]) -> str:
@@ -97,13 +112,14 @@ def dropped(groups: Sequence[Group]) -> str:
 def exports(model: nn.Module) -> str:
     """Runtimes that serve a model of the family with uneven layers."""
     names = {"gguf": "GGUF", "vllm": "vLLM"}
-    able = [n for key, n in names.items() if not pruned_refusals(model.config, key)]  # type: ignore[arg-type]
-    return ", ".join(able)
+    refused = {key: pruned_refusals(model.config, key) for key in names}  # type: ignore[arg-type]
+    return ", ".join(name for key, name in names.items() if not refused[key])
 
 
 def short(text: str) -> str:
     """The first clause of a message, without the numbers of layers."""
-    text = re.sub(r"\s+", " ", text.split(" Its modules:")[0].split(" Modules of the tower:")[0])
+    text = re.split(r" (?:Its modules|Modules of the tower|Linear layers of known)\b", text)[0]
+    text = re.sub(r"\.\d+\b", "", text)
     return text if len(text) <= WORDS else text[:WORDS].rsplit(" ", 1)[0] + " ..."
 
 
