@@ -311,7 +311,10 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
-    return get_decoder()
+    found, inner = None, get_decoder()
+    while inner is not found:  # BLIP-2 gives a language model with a head
+        found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
+    return inner
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:

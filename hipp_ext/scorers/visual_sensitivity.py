@@ -152,7 +152,7 @@ class _Probe:
             return
         consumer = self.model.get_submodule(g.consumer)
         # Gemma norms what a block returns before it is added.
-        added = norm_after(layer, g.place) or block
+        added = norm_after(layer, g.place) or (consumer if block is layer else block)
         for hook in (
             consumer.register_forward_pre_hook(partial(self._channels, g)),
             layer.register_forward_hook(partial(self._drift, g)),
@@ -201,13 +201,14 @@ class _Probe:
         return hidden.abs().amax(-1) > self.sink_threshold * hidden.square().mean(-1).sqrt()
 
     def _channels(self, g: Group, _: nn.Module, args: tuple) -> None:
-        x = args[0][self.batch.vision.to(args[0].device)]
+        vision = self.batch.vision.to(args[0].device)
+        x = args[0].reshape(*vision.shape, -1)[vision]  # OPT's have no dimension of rows
         self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
 
     def _keep_output(
         self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Tensor
     ) -> None:
-        self.ffn_output[g.layer] = output * multiplier
+        self.ffn_output[g.layer] = output.reshape(*self.batch.vision.shape, -1) * multiplier
 
     def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
