@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
@@ -237,19 +236,18 @@ def _config(model: nn.Module) -> Any:
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether the decoder takes one padding mask and attends to all earlier tokens in all layers."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
-    window = getattr(_config(model), "sliding_window", None)
+    config = _config(model)
+    window = common_value(config, "sliding_window")
+    # Layers of other types keep a state instead of keys and values.
+    types = set(getattr(config, "layer_types", None) or ())
     others = [value for name, value in inputs.items() if name not in SIMPLE_INPUTS]
     return (
         embeds is not None
+        and types <= {"full_attention", "sliding_attention"}
         and not any(isinstance(value, Tensor | list | tuple | dict) for value in others)
         # Several masks come as a dictionary.
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         and (window is None or window >= embeds.shape[1])
-        # Linear attention, state spaces and convolutions keep a state instead.
-        and not any(
-            isinstance(layer, LinearAttentionCacheLayerMixin)
-            for layer in DynamicCache(config=_config(model)).layers
-        )
     )
 
 

@@ -311,17 +311,16 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
-    tower = get_decoder()
-    if any(getattr(m, "is_encoder_decoder", False) for m in (model.config, tower.config)):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder ({type(tower).__name__}) that "
-            "reads what the encoder makes of the prompt; only decoders that read the prompt "
-            "themselves are supported."
+            f"{type(model).__name__} has an encoder and a decoder that reads what the encoder "
+            "makes of the prompt; only decoders that read the prompt themselves are supported. "
+            f"Its modules: {_listing(model)}"
         )
-    # BLIP-2's is a language model with a head of its own.
-    while tower is not model and (inner := tower.get_decoder()) is not tower:
-        tower = inner
-    return tower
+    found, inner = None, get_decoder()
+    while inner is not found:  # BLIP-2 gives a language model with a head
+        found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
+    return inner
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:

@@ -271,7 +271,7 @@ def test_a_model_without_some_blocks_answers_the_same(name):
 def test_tokens_that_are_never_answered_are_no_part_of_the_head():
     model, inputs = zoo.build("chameleon"), zoo.batch("chameleon")
     head, logits = fit_output_head(model, inputs, torch.tensor([10, 10]))
-    assert head.scale == 1 and head.forbidden == tuple(range(20, 31))
+    assert head.scale == 1 and head.blocked == tuple(range(20, 31))
     assert torch.equal(logits[:, 20:31], torch.full((2, 11), torch.finfo(torch.float32).min))
 
     def square(_, __, output):

@@ -201,17 +201,14 @@ class _Probe:
         return hidden.abs().amax(-1) > self.sink_threshold * hidden.square().mean(-1).sqrt()
 
     def _channels(self, g: Group, _: nn.Module, args: tuple) -> None:
-        x = self._by_token(args[0])[self.batch.vision.to(args[0].device)]
+        vision = self.batch.vision.to(args[0].device)
+        x = args[0].reshape(*vision.shape, -1)[vision]  # OPT's have no dimension of rows
         self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
 
     def _keep_output(
         self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Tensor
     ) -> None:
-        self.ffn_output[g.layer] = self._by_token(output) * multiplier
-
-    def _by_token(self, values: Tensor) -> Float[Tensor, "batch tokens channels"]:
-        """OPT passes the tokens of all rows in one."""
-        return values.reshape(*self.batch.vision.shape, values.shape[-1])
+        self.ffn_output[g.layer] = output.reshape(*self.batch.vision.shape, -1) * multiplier
 
     def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
