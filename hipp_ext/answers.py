@@ -234,7 +234,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether the decoder takes one padding mask and attends to all earlier tokens in all layers."""
+    """Whether the decoder takes one padding mask and attends to all earlier tokens."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
     config = _config(model)
     window = common_value(config, "sliding_window")

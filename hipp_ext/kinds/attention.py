@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS, common_value, field_name
+from hipp_ext.families import BLOCKS, HEAD_DIMS, VALUE_DIM, common_value, field_name
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -22,8 +22,8 @@ class _Heads(BlockKind):
     names = BLOCKS["attention"]
 
     def query_heads(self, block: Any) -> int:
-        """Number of query heads: the consumer reads head_dim numbers of each."""
-        return getattr(block, self.matched(block)[1]).in_features // head_dim(block)
+        """Number of query heads: the consumer reads as many numbers of each as a value has."""
+        return getattr(block, self.matched(block)[1]).in_features // value_dim(block)
 
     def kv_heads(self, block: Any) -> int:
         """Number of key heads, and of value heads."""
@@ -60,7 +60,7 @@ class _Heads(BlockKind):
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
         """The value projection."""
         producers, _ = self.matched(block)
-        weight, size = getattr(block, producers[-1]).weight, head_dim(block)
+        weight, size = getattr(block, producers[-1]).weight, value_dim(block)
         if len(producers) == 1:
             heads = self.kv_heads(block)
             if self.names.fused[producers[0]] == "units":
@@ -80,7 +80,7 @@ class _Heads(BlockKind):
         named = hasattr(type(config), "head_dim") and common_value(config, "head_dim") is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
-        heads = columns // head_dim(block)  # query heads of a unit
+        heads = columns // value_dim(block)  # query heads of a unit
         fewer = (n for n in range(1, common) if config.hidden_size % (n * heads) == 0)
         return (*fewer, common)
 
@@ -92,7 +92,7 @@ class _Heads(BlockKind):
         producers, _ = self.matched(block)
         if self.names.fused.get(producers[0]) == "parts" and hasattr(block, "config"):
             shared = getattr(block.config, "_shared", block.config)
-            heads = width * columns // head_dim(block)
+            heads = width * columns // value_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
                 block.config = _SizedConfig(shared, num_attention_heads=heads)
@@ -120,9 +120,9 @@ class Attention(_Heads):
         """Number of KV groups."""
         producers, consumer = self.matched(block)
         keys = getattr(block, producers[0 if len(producers) == 1 else 1])
-        sizes = keys.out_features, getattr(block, consumer).in_features
-        size = head_dim(block)
-        if not size or any(rows % size for rows in sizes) or not self.kv_heads(block):
+        size, read = head_dim(block), getattr(block, consumer).in_features
+        rest = size and (keys.out_features % size or read % value_dim(block))
+        if not size or rest or not self.kv_heads(block):
             raise UnsupportedModelError(
                 f"{name} ({type(block).__name__}) has no head_dim that divides its "
                 f"{producers[0 if len(producers) == 1 else 1]} and {consumer}."
@@ -138,13 +138,13 @@ class Attention(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // head_dim(block)
+        heads = width * columns // value_dim(block)
         named = {"num_key_value_heads": width, "embed_dim": width * columns}
         return {"num_heads": heads, "num_attention_heads": heads, **named}
 
     def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // head_dim(block)
+        heads = width * columns // value_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
@@ -260,6 +260,12 @@ def head_dim(block: Any) -> int:
     """Numbers per head of an attention block; 0 where it does not say."""
     sizes = [getattr(block, name, None) for name in HEAD_DIMS]
     return next((size for size in sizes if isinstance(size, int)), 0)
+
+
+def value_dim(block: Any) -> int:
+    """Numbers per value of an attention block, which may be fewer than of a key (MiMo)."""
+    size = getattr(block, VALUE_DIM, None)
+    return size if isinstance(size, int) else head_dim(block)
 
 
 def _heads(config: Any) -> int | None:

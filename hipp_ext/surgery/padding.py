@@ -184,7 +184,8 @@ def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     config, block = tower_config(model.config, part[0]), block_of(model, first)
     dense = _dense_width(model, part)
     counts = KINDS[part[1]].stock_counts(config, part[0], dense, block, first.columns)
-    return needed if counts is None else next(count for count in counts if count >= needed)
+    # Where no count is large enough, as in layers of two kinds, `_misfits` finds it out.
+    return needed if counts is None else next((n for n in counts if n >= needed), needed)
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
