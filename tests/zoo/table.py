@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Tower, find_groups, left_whole
+from hipp_ext.groups import Group, LeftWhole, Tower, find_groups, left_whole
 from hipp_ext.integrations.serving import pruned_refusals
 from hipp_ext.kinds import KINDS
 from zoo import FAMILIES
@@ -76,12 +76,16 @@ def line(name: str, family: Family, model: nn.Module) -> str:
 
 def mapped(model: nn.Module, tower: Tower = "language") -> tuple[Sequence[Group], list[str]]:
     """The groups of a tower, and what has none, with the reason."""
+    groups: Sequence[Group] = ()
+    parts: Sequence[LeftWhole] = ()
     try:
+        parts = left_whole(model, (tower,))
         groups = find_groups(model, (tower,), partial="report")
     except UnsupportedModelError as error:
-        return (), [short(str(error))]
+        if not parts:
+            return (), [short(str(error))]
     alike: dict[str, str] = {}
-    for part in left_whole(model, (tower,)):
+    for part in parts:
         alike.setdefault(part.type, part.reason.removeprefix(f"{part.module}."))
     return groups, [short(f"{kind}: {reason}") for kind, reason in alike.items()]
 
@@ -119,6 +123,10 @@ def exports(model: nn.Module) -> str:
 def short(text: str) -> str:
     """The first clause of a message, without the numbers of layers."""
     text = re.split(r" (?:Its modules|Modules of the tower|Linear layers of known)\b", text)[0]
+    text = re.sub(
+        r"^Looked for the layers .* and found (\d+) lists of .*", r"\1 lists of layers", text
+    )
+    text = re.sub(r"^\w+ has no vision tower; .*", "no vision tower", text)
     text = re.sub(r"\.\d+\b", "", text)
     return text if len(text) <= WORDS else text[:WORDS].rsplit(" ", 1)[0] + " ..."
 
