@@ -17,6 +17,8 @@ VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
+# Configuration fields that have the width of an FFN computed from the one that is named (LFM2).
+ROUNDING = ("block_auto_adjust_ff_dim",)
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 # Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BlockNames, common_value, field_name
+from hipp_ext.families import ROUNDING, BlockNames, common_value, field_name
 from hipp_ext.kinds.slices import Slice
 
 
@@ -155,6 +155,9 @@ class BlockKind(abc.ABC):
         name = field_name(config, self.fields[0]) or self.fields[0]
         before = getattr(config, name, None)
         setattr(config, name, [width] * len(before) if isinstance(before, list) else width)
+        for name in ROUNDING:
+            if hasattr(config, name):
+                setattr(config, name, False)
 
     def skip(self, block: Any) -> "Skip":
         """What stands in a dropped block's place."""
