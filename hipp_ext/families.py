@@ -14,15 +14,24 @@ from torch import nn
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
 VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+# Inputs of a model's forward that hold pictures; those of videos have names of their own.
+PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
 # Configuration fields that have the width of an FFN computed from the one that is named (LFM2).
 ROUNDING = ("block_auto_adjust_ff_dim",)
+# Attention blocks whose fused projection lies in several parts, each with queries, keys and values.
+SCATTERED = ("CodeGenAttention",)
+LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
+# Arguments of attention blocks: a bias for every head, which the model makes of their number.
+HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 # Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
-FIELD_NAMES = {"intermediate_size": ("ffn_dim", "n_inner", "shared_intermediate_size")}
+FIELD_NAMES = {
+    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size")
+}
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
 SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
@@ -61,13 +70,14 @@ BLOCKS = {
         producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
         fused={"qkv_proj": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "dense"),
+        consumers=("o_proj", "out_proj", "dense", "Wo"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
             "layer_norm1",
             "operator_norm",
             "temporal_pre_norm",
+            "attn_norm",
         ),
         norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
@@ -83,10 +93,21 @@ BLOCKS = {
             ("fc1",),
             ("c_fc",),
             ("fc_in",),
+            ("dense_h_to_4h",),
+            ("Wi",),
         ),
-        fused={"gate_up_proj": "parts", "input_linear": "parts"},
+        fused={"gate_up_proj": "parts", "input_linear": "parts", "Wi": "parts"},
         gates=(),
-        consumers=("down_proj", "w2", "fc2", "c_proj", "fc_out", "output_linear"),
+        consumers=(
+            "down_proj",
+            "w2",
+            "fc2",
+            "c_proj",
+            "fc_out",
+            "output_linear",
+            "dense_4h_to_h",
+            "Wo",
+        ),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
@@ -95,6 +116,7 @@ BLOCKS = {
             "layer_norm2",
             "ffn_norm",
             "channel_pre_norm",
+            "mlp_norm",
         ),
         norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",

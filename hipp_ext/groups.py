@@ -19,8 +19,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import BLOCKS, LAYER_LISTS, VISION_TOWERS, first_removable_layer
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
+from hipp_ext.families import (
+    BLOCKS,
+    LAYER_LISTS,
+    LINEAR_LAYERS,
+    VISION_TOWERS,
+    first_removable_layer,
+)
+from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, divides_into_queries, shares_keys
 from hipp_ext.layer_parts import UNKNOWN, parts_of
 
 Tower = Literal["language", "vision"]
@@ -194,11 +200,15 @@ def left_whole_lines(left: Iterable[LeftWhole]) -> list[str]:
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
-    """The query heads of all attention blocks, also of those where no heads share keys."""
+    """The query heads of all attention blocks that have them apart from keys and values, also of
+    those where no heads share keys.
+    """
     query = KINDS["query_heads"]
-    found, _ = _find_groups(
-        model, towers, lambda kind, _: query if kind.name == "attention" else kind
-    )
+
+    def unit_of(kind: BlockKind, block: nn.Module) -> BlockKind:
+        return query if kind.name == "attention" and divides_into_queries(block) else kind
+
+    found, _ = _find_groups(model, towers, unit_of)
     return tuple(g for g in found if g.kind == query.name)
 
 
@@ -318,6 +328,8 @@ def decoder(model: nn.Module) -> nn.Module:
             f"Its modules: {_listing(model)}"
         )
     found, inner = None, get_decoder()
+    if isinstance(inner, nn.Linear):  # what ModernBERT calls its decoder is its head
+        inner = model.base_model
     while inner is not found:  # BLIP-2 gives a language model with a head
         found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
     return inner
@@ -481,7 +493,8 @@ def not_plain(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
     if hasattr(module, "quantization_scheme"):  # its scales would stay behind
         return "that is quantised"
-    if type(module) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point():
+    linear = type(module) is nn.Linear or type(module).__name__ in LINEAR_LAYERS
+    if linear and type(weight) is nn.Parameter and weight.is_floating_point():
         return ""
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
+from hipp_ext.kinds.attention import Attention, QueryHeads, divides_into_queries, shares_keys
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.ffn import FFN
 from hipp_ext.kinds.slices import Slice
@@ -16,6 +16,7 @@ __all__ = [
     "QueryHeads",
     "Skip",
     "Slice",
+    "divides_into_queries",
     "shares_keys",
 ]
 

@@ -4,13 +4,22 @@ Kind "attention": a unit is a KV group, one key and value head with all query he
 Kind "query_heads": a unit is a query head; keys and values stay.
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS, VALUE_DIM, common_value, field_name
+from hipp_ext.families import (
+    BLOCKS,
+    HEAD_BIASES,
+    HEAD_DIMS,
+    SCATTERED,
+    VALUE_DIM,
+    common_value,
+    field_name,
+)
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -44,6 +53,19 @@ class _Heads(BlockKind):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Only what heads own, and the parameters of a norm that all heads share, head_dim long,
         may stand beside the projections: not those in a list of norms, for one."""
+        if type(block).__name__ in SCATTERED:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}): the rows of its heads are scattered over parts "
+                "of one projection."
+            )
+        taken = inspect.signature(type(block).forward).parameters
+        biased = getattr(getattr(block, "config", None), "alibi", True)  # Falcon's may be without
+        if biased and any(name in taken for name in HEAD_BIASES):
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) is given a bias for every head "
+                f"({' or '.join(HEAD_BIASES)}), which the model makes of the number of heads that "
+                "its configuration names."
+            )
         producers, consumer = self.matched(block)
         for part, parameter in block.named_parameters():
             owner, *rest = part.split(".")
@@ -191,7 +213,7 @@ class QueryHeads(_Heads):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
         producers, _ = self.matched(block)
-        if len(producers) == 1 and self.names.fused[producers[0]] == "units":
+        if not divides_into_queries(block):
             raise UnsupportedModelError(
                 f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
                 "its query heads cannot go alone. Use attention_unit='kv'."
@@ -249,6 +271,12 @@ def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
     kind = Attention()
     return kind.query_heads(block) > kind.kv_heads(block)
+
+
+def divides_into_queries(block: Any) -> bool:
+    """Whether query heads of an attention block can go without their keys and values."""
+    producers, _ = Attention().matched(block)
+    return len(producers) > 1 or Attention.names.fused[producers[0]] != "units"
 
 
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:

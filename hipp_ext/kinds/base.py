@@ -1,9 +1,11 @@
 """What a kind of block has to say about itself, and what is the same for all of them."""
 
 import abc
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
@@ -187,7 +189,11 @@ class Skip(nn.Module):
             {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
         )
         self.training = block.training
+        # MPT's and Bloom's blocks are called with the residual stream and add to it themselves.
+        self.adds = "residual" in list(inspect.signature(block.forward).parameters)[:2]
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Zeros of the shape of `hidden_states`, without memory of their own."""
-        return hidden_states.new_zeros(()).expand_as(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block would return if it added nothing: zeros, or the residual stream."""
+        if self.adds:
+            return kwargs["residual"] if "residual" in kwargs else args[0]
+        return torch.zeros_like(hidden_states)  # with memory: Falcon adds in place

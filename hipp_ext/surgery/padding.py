@@ -159,23 +159,43 @@ def _with_all_blocks(model: Any) -> Any:
     return model
 
 
-def _parts(model: nn.Module) -> dict[Part, list[Group]]:
+def _parts(model: Any) -> dict[Part, list[Group]]:
+    """The groups by entries of the configuration, but for those that are as wide as stock
+    transformers builds them: the entry need not say so (GLM-4V's vision tower).
+    """
     parts: dict[Part, list[Group]] = {}
     for g in find_groups(model, known_towers(model), partial="report"):
         parts.setdefault((g.tower, g.kind), []).append(g)
-    return parts
+    config = copy.deepcopy(model.config)
+    _write_widths(config, (), {})
+    built = built_shapes(model, config)
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    names = {part: [s.parameter for g in groups for s in g.owns] for part, groups in parts.items()}
+    changed = [part for part in parts if any(own[n] != built.get(n) for n in names[part])]
+    return {part: parts[part] for part in changed}
 
 
 def _dense_width(model: Any, part: Part) -> int:
-    """The width that the configuration names for all layers, which pruning leaves there."""
+    """The width that the configuration names for all layers, which pruning leaves there; else the
+    one that stock transformers builds (MPT and Bloom have a factor, or nothing).
+    """
     config, kind = tower_config(model.config, part[0]), KINDS[part[1]]
     width = kind.common_width(config, part[0])
-    if width is None:
+    if width is not None:
+        return width
+    built = built_shapes(model, model.config)
+    groups = find_groups(model, (part[0],), partial="report")
+    widths = {
+        built[g.owns[-1].parameter][g.owns[-1].dim] // g.columns
+        for g in groups
+        if g.kind == part[1] and g.owns[-1].parameter in built
+    }
+    if len(widths) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no "
             f"{' or '.join(kind.fields)}."
         )
-    return width
+    return widths.pop()
 
 
 def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
@@ -193,7 +213,9 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text = config.get_text_config()
     set_layers(text, other_layer_values(text))
     for part in parts:
-        KINDS[part[1]].set_common_width(tower_config(config, part[0]), part[0], widths[part])
+        of_tower, kind = tower_config(config, part[0]), KINDS[part[1]]
+        if kind.common_width(of_tower, part[0]) is not None:
+            kind.set_common_width(of_tower, part[0], widths[part])
 
 
 def _misfits(
