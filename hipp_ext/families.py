@@ -6,7 +6,7 @@ here; everything else in the library finds its way by structure.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -63,6 +63,14 @@ BLOCKS = {
         skip="mlp",
     ),
 }
+
+# Attention whose queries, keys and values are up-projected from latents.
+LATENT_ATTENTION = replace(
+    BLOCKS["attention"],
+    producers=(("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj")),
+    consumers=("o_proj",),
+)
+LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"}
 
 
 def norm_before(layer: nn.Module, place: str) -> nn.Module | None:

@@ -101,7 +101,7 @@ class Group:
 
     def context_flops(self, context: int) -> int:
         """FLOPs per token and unit over `context` keys; 0 where units look at no other tokens."""
-        return KINDS[self.kind].context_flops(self.columns, context)
+        return KINDS[self.kind].context_flops(self.owns, context)
 
     def multiple(self, round_to: int) -> int:
         """Smallest number of units, the same of every section, whose columns together are a

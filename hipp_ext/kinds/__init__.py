@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
 from hipp_ext.kinds.base import BlockKind, Skip, Slice
 from hipp_ext.kinds.ffn import FFN
+from hipp_ext.kinds.latent import LatentAttention
 
 __all__ = [
     "FFN",
@@ -12,6 +13,7 @@ __all__ = [
     "Attention",
     "BlockKind",
     "Kind",
+    "LatentAttention",
     "QueryHeads",
     "Skip",
     "Slice",
@@ -19,7 +21,9 @@ __all__ = [
 ]
 
 # In the order in which a layer runs them. A new kind is registered here.
-KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (Attention(), QueryHeads(), FFN())}
+KINDS: dict[str, BlockKind] = {
+    kind.name: kind for kind in (Attention(), QueryHeads(), LatentAttention(), FFN())
+}
 
 if TYPE_CHECKING:
     Kind = str

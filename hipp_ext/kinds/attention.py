@@ -39,9 +39,9 @@ class _Heads(BlockKind):
                     "go."
                 )
 
-    def context_flops(self, columns: int, context: int) -> int:
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
-        return 4 * columns * context
+        return 4 * owns[-1].size * context
 
     def stock_counts(
         self, config: Any, tower: str, common: int, block: Any, columns: int

@@ -117,8 +117,8 @@ class BlockKind(abc.ABC):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Raise UnsupportedModelError where other parameters of the block may belong to units."""
 
-    def context_flops(self, columns: int, context: int) -> int:
-        """FLOPs per token and unit that grow with the number of keys; `columns`: of one unit."""
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
+        """FLOPs per token and unit that grow with the number of keys; `owns`: of one unit."""
         return 0
 
     def attributes(self, block: Any, columns: int, width: int) -> Mapping[str, int]:

@@ -99,22 +99,25 @@ def _padded(old: nn.Parameter, shape: tuple[int, ...], dim: int, sections: int) 
 
 def _repeats(model: Any) -> list[int]:
     """Query heads per KV group that all layers can have: the most of any layer, and the dense
-    number.
+    number. One where no block has query heads of its own (MLA).
     """
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
     found = [g.width // g.sections for g in query_groups(model, ("language",))]
+    if not found:
+        return [1]
     dense = text.num_attention_heads // kv_heads if kv_heads else max(found)
     return sorted({max(found), dense})
 
 
 def _pad_query_heads(model: Any, repeat: int) -> None:
     """Add zero query heads until every KV group of the language tower has `repeat` of them."""
-    for g in query_groups(model, ("language",)):
+    groups = query_groups(model, ("language",))
+    for g in groups:
         resize(model, g, g.sections * repeat, _padded)
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
-    if kv_heads and text.num_attention_heads != kv_heads * repeat:
+    if groups and kv_heads and text.num_attention_heads != kv_heads * repeat:
         _write_widths(model.config, (), {})
         KINDS["query_heads"].set_common_width(text, "language", kv_heads * repeat)
 
