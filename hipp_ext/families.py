@@ -70,6 +70,10 @@ LATENT_ATTENTION = replace(
     producers=(("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj")),
     consumers=("o_proj",),
 )
+# Parts of a mixture of experts, which are children of the block.
+EXPERTS = "experts"
+ROUTERS = ("gate", "router")
+SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
 LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"}
 
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hipp_ext.groups import Group, decoder, tower_layers
-from hipp_ext.modes import training_only
+from hipp_ext.modes import replaced_forward, training_only
 from hipp_ext.output_head import OutputHead
 from hipp_ext.progress import Tick
-from hipp_ext.replay import replaced_forward
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
