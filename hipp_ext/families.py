@@ -5,15 +5,18 @@ This is the only table of such facts. A model family that needs another name or 
 here; everything else in the library finds its way by structure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+
+Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
 VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 
 
@@ -23,6 +26,10 @@ class BlockNames:
 
     Attributes:
         producers: sets of linear layers whose outputs belong to units; a block has one of the sets.
+        fused: for a set of one layer that holds several projections: how its rows lie. "parts": all
+            rows of the first projection, then all of the next (queries, keys, values; gate, up).
+            "units": the rows of a unit side by side.
+        gates: linear layers that some blocks have beside, with rows for every unit.
         consumers: the linear layer that reads the units; a block has one of them.
         norms_before: norms of a block's input, most specific name first.
         norms_after: norms of a block's output, before it is added to the residual stream.
@@ -31,6 +38,8 @@ class BlockNames:
     """
 
     producers: tuple[tuple[str, ...], ...]
+    fused: Mapping[str, Layout]
+    gates: tuple[str, ...]
     consumers: tuple[str, ...]
     norms_before: tuple[str, ...]
     norms_after: tuple[str, ...]
@@ -41,15 +50,19 @@ class BlockNames:
 # By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
-        producers=(("q_proj", "k_proj", "v_proj"),),
+        producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
+        fused={"qkv_proj": "parts", "query_key_value": "units"},
+        gates=("gate_proj", "g_proj"),
         consumers=("o_proj", "out_proj"),
         norms_before=("input_layernorm", "attention_layernorm", "layer_norm1"),
-        norms_after=("post_attention_layernorm",),
+        norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
         skip="attention",
     ),
     "ffn": BlockNames(
-        producers=(("gate_proj", "up_proj"), ("up_proj",), ("fc1",)),
+        producers=(("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("fc1",)),
+        fused={"gate_up_proj": "parts"},
+        gates=(),
         consumers=("down_proj", "fc2"),
         norms_before=(
             "pre_feedforward_layernorm",
@@ -58,7 +71,7 @@ BLOCKS = {
             "post_attention_layernorm",
             "layer_norm2",
         ),
-        norms_after=("post_feedforward_layernorm",),
+        norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
         skip="mlp",
     ),
@@ -73,6 +86,10 @@ LATENT_ATTENTION = replace(
 # Parts of a mixture of experts, which are children of the block.
 EXPERTS = "experts"
 ROUTERS = ("gate", "router")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configuration fields
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+# Mixtures that return their router's scores beside their outputs.
+ROUTED_WITH_LOGITS = ("GptOssMLP", "Llama4TextMoe")
 SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
 LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"}
 
@@ -91,8 +108,7 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
     FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
     """
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
-    after = [n for n in BLOCKS[place].norms_after if _is_norm(layer, n)]
-    names = [n for n in after if getattr(layer, n) is not ffn_input]
+    names = [n for n in _norms_after(layer, place) if getattr(layer, n) is not ffn_input]
     if before is not None and ffn_input is not None and not other_parts(layer):
         names += [n for n, child in layer.named_children() if child is before]
     return names
@@ -101,7 +117,7 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
 def other_parts(layer: nn.Module) -> list[str]:
     """Names of the weights of a layer that belong neither to its blocks nor to their norms."""
     norms = {n for names in BLOCKS.values() for n in (*names.norms_before, *names.norms_after)}
-    consumers = {name for names in BLOCKS.values() for name in names.consumers}
+    consumers = {EXPERTS, *(name for names in BLOCKS.values() for name in names.consumers)}
     known = norms | {
         n for n, c in layer.named_children() if consumers & set(dict(c.named_children()))
     }
@@ -145,6 +161,17 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
         elif isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+
+
+def norm_after(layer: nn.Module, place: str) -> nn.Module | None:
+    """The norm of a block's output before it is added; None where it is added as it is."""
+    ffn_input = norm_before(layer, "ffn")
+    after = (getattr(layer, n) for n in _norms_after(layer, place))
+    return next((norm for norm in after if norm is not ffn_input), None)
+
+
+def _norms_after(layer: nn.Module, place: str) -> list[str]:
+    return [n for n in BLOCKS[place].norms_after if _is_norm(layer, n)]
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:

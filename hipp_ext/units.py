@@ -37,16 +37,6 @@ def unit_entries(units: Int[Tensor, " kept"], size: int) -> Int[Tensor, " entrie
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
-def take_units(values: Tensor, units: Int[Tensor, " kept"], size: int, dim: int) -> Tensor:
-    """The rows (dim 0) or columns (dim 1) that `units` own, in their order; a copy.
-
-    As blocks of whole units: copying a head at once is several times faster than copying its
-        columns.
-    """
-    blocks = values.unflatten(dim, (-1, size))
-    return blocks.index_select(dim, units.to(values.device)).flatten(dim, dim + 1)
-
-
 def plan_from_counts(
     groups: Sequence[Group],
     counts: Sequence[Any],
@@ -61,7 +51,8 @@ def plan_from_counts(
 
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
-            block is dropped) to its width, or that its sections cannot share equally; scores are
+            block is dropped) to its width, or that its sections cannot share equally, or with which
+            its block does not work; scores are
             missing for a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
@@ -102,6 +93,10 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
             raise PlanError(
                 f"{g.name} cannot keep {keep} of {g.width} units: its {g.sections} sections keep "
                 f"the same number each, so a multiple of {g.sections} is needed."
+            )
+        if 0 < keep < g.least:
+            raise PlanError(
+                f"{g.name} cannot keep {keep} of {g.width} units: it needs {g.least} or none."
             )
         checked.append(keep)
     return checked

@@ -167,7 +167,9 @@ class PlanPruner:
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
-        groups = find_groups(self.model, self.plan.towers, self.plan.attention_unit)
+        groups = find_groups(
+            self.model, self.plan.towers, self.plan.attention_unit, self.plan.expert_unit
+        )
         entries = [
             PlanGroup(
                 tower=g.tower,
@@ -265,8 +267,9 @@ def _owner(groups: Sequence[Group], name: str, is_out: bool) -> tuple[Group, int
     for group in groups:
         if not is_out and name == group.consumer:
             return group, group.columns
-        if is_out and name in group.producers:
-            return group, group.rows[group.producers.index(name)]
+        rows = [part.size for part in group.produced if part.layer == name]
+        if is_out and len(rows) == 1:  # not a fused projection, whose units own several parts
+            return group, rows[0]
     side = "output" if is_out else "input"
     raise PlanError(
         f"The {side} channels of {name} belong to no group of the plan, whose groups are "

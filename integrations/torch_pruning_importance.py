@@ -297,11 +297,12 @@ def traceless_group(
     members: list[tuple[Any, Any, list[int], list[int]]] = [
         (consumer, tp.prune_linear_in_channels, columns, list(columns))
     ]
-    for name, rows in zip(group.producers, group.rows, strict=True):
-        node = tp.Node(linear(model, name), grad_fn=None, name=name)  # type: ignore[arg-type]
+    for part in group.produced:
+        node = tp.Node(linear(model, part.layer), grad_fn=None, name=part.layer)  # type: ignore[arg-type]
         # A shared key or value belongs to its unit's first query head, so that it counts once.
-        roots = [u * group.columns + i for u in units for i in range(rows)]
-        members.append((node, tp.prune_linear_out_channels, columns_of(units, rows), roots))
+        roots = [u * group.columns + i for u in units for i in range(part.size)]
+        rows = [part.start + row for row in columns_of(units, part.size)]
+        members.append((node, tp.prune_linear_out_channels, rows, roots))
     for node, handler, channels, roots in members:
         result.add_dep(
             tp.Dependency(tp.prune_linear_in_channels, handler, source=consumer, target=node),

@@ -8,6 +8,7 @@ from torch import nn
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, block_of, find_groups, linear, query_groups, sync_sizes
 from hipp_ext.integrations.torch_pruning_importance import HippImportance
+from hipp_ext.kinds import shares_keys
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.layer_config import write_layer_config
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, check_sliceable, match
@@ -92,11 +93,13 @@ def _stock_fails(model: nn.Module, group: Group, keep: int) -> str | None:
             "it does not keep the number of query heads that share a key head, and leaves layers "
             "whole where one of them would be left."
         )
-    if group.kind == "attention" and group.columns != group.rows[1]:
+    if len(group.produced) > len(group.producers):
+        return "its projections are fused in one layer, which it cuts anywhere."
+    if group.kind == "attention" and shares_keys(block_of(model, group)):
         return (
-            f"{group.columns // group.rows[1]} query heads share a key head. The stock pruner "
-            "removes query heads only, never "
-            "a key head with all its query heads, and does not come back where two share one."
+            f"{group.columns // group.produced[1].size} query heads share a key head. The stock "
+            "pruner removes query heads only, never a key head with all its query heads, and does "
+            "not come back where two share one."
         )
     return None
 

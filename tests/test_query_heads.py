@@ -55,7 +55,7 @@ def test_a_unit_is_a_query_head_and_keys_and_values_belong_to_nobody(name):
         assert g.name == f"language.{g.layer}.query_heads"
         assert (g.width, g.sections) == (heads, kv_heads) and kv.width == kv_heads
         assert g.producers == (f"{g.block}.q_proj",) and g.consumer == kv.consumer
-        assert g.rows == (block.head_dim,) and g.columns == block.head_dim
+        assert [p.size for p in g.produced] == [block.head_dim] == [g.columns]
         owned = sum(p.numel() for p in block.q_proj.parameters()) + block.o_proj.weight.numel()
         assert g.parameters == owned
         # With every query head of a group gone, only its key and value are left of the group.

@@ -163,7 +163,7 @@ def eager_flow(model, inputs, group) -> torch.Tensor:
     for hook in hooks:
         hook.remove()
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-    head_dim, repeat = block.head_dim, group.rows[0] // block.head_dim
+    head_dim, repeat = block.head_dim, group.produced[0].size // block.head_dim
     total, count = torch.zeros(group.width), 0
     for b in range(len(ids)):
         vision = (ids[b] == IMAGE_TOKEN).nonzero().flatten()

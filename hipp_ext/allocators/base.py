@@ -10,7 +10,7 @@ from torch import nn
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import AttentionUnit, check_attention_unit, find_groups
+from hipp_ext.groups import AttentionUnit, ExpertUnit, check_units, find_groups
 from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
@@ -32,23 +32,25 @@ class Allocator(abc.ABC):
         scorer: scorer that ranks the units of a group; None: WandaSP.
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or the attention unit
-            is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit is
+            unknown.
     """
 
     pruning_ratio: float
     scorer: Scorer | None = None
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
+    expert_unit: ExpertUnit = "expert"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
     def __post_init__(self) -> None:
         check_ratio(self.pruning_ratio)
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
-        check_attention_unit(self.attention_unit)
+        check_units(self.attention_unit, self.expert_unit)
 
     def plan(
         self,
@@ -76,7 +78,9 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups = find_groups(model, attention_unit=self.attention_unit)
+        groups = find_groups(
+            model, attention_unit=self.attention_unit, expert_unit=self.expert_unit
+        )
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)

@@ -3,17 +3,22 @@
 from typing import TYPE_CHECKING, Literal
 
 from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
-from hipp_ext.kinds.base import BlockKind, Skip, Slice
+from hipp_ext.kinds.base import BlockKind, Look, Skip
+from hipp_ext.kinds.experts import ExpertChannels, Experts
 from hipp_ext.kinds.ffn import FFN
 from hipp_ext.kinds.latent import LatentAttention
+from hipp_ext.kinds.slices import Slice
 
 __all__ = [
     "FFN",
     "KINDS",
     "Attention",
     "BlockKind",
+    "ExpertChannels",
+    "Experts",
     "Kind",
     "LatentAttention",
+    "Look",
     "QueryHeads",
     "Skip",
     "Slice",
@@ -22,7 +27,8 @@ __all__ = [
 
 # In the order in which a layer runs them. A new kind is registered here.
 KINDS: dict[str, BlockKind] = {
-    kind.name: kind for kind in (Attention(), QueryHeads(), LatentAttention(), FFN())
+    kind.name: kind
+    for kind in (Attention(), QueryHeads(), LatentAttention(), FFN(), Experts(), ExpertChannels())
 }
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS
-from hipp_ext.kinds.base import BlockKind, Skip, Slice
+from hipp_ext.families import BLOCKS, HEAD_DIMS
+from hipp_ext.kinds.base import BlockKind, Skip
+from hipp_ext.kinds.slices import Slice
 
 
 class _Heads(BlockKind):
@@ -20,24 +21,52 @@ class _Heads(BlockKind):
     place = "attention"
     names = BLOCKS["attention"]
 
-    def passes_on(self, block: Any) -> bool:
-        """One number per query channel."""
-        _, consumer = self.match(block) or ([], "")
-        return getattr(block, consumer).in_features == block.q_proj.out_features
+    def query_heads(self, block: Any) -> int:
+        """Number of query heads: the consumer reads head_dim numbers of each."""
+        return getattr(block, self.matched(block)[1]).in_features // head_dim(block)
+
+    def kv_heads(self, block: Any) -> int:
+        """Number of key heads, and of value heads."""
+        producers, _ = self.matched(block)
+        if len(producers) > 1:
+            return block.k_proj.out_features // head_dim(block)
+        heads = getattr(block, producers[0]).out_features // head_dim(block)
+        return (heads - self.query_heads(block)) // 2
+
+    def extras(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
+        """A sink per query head, and the rows of norms that have their own gain for every head."""
+        return tuple(
+            Slice(parameter=f"{name}.{part}", dim=0, size=len(parameter) // width, linear=False)
+            for part, parameter in block.named_parameters()
+            if _has_entry_per_head(part, parameter)
+        )
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
-        """Only the parameters of a norm that all heads share, head_dim long, may stand beside the
-        projections: not those in a list of norms, nor those of the block itself (sinks)."""
+        """Only what heads own, and the parameters of a norm that all heads share, head_dim long,
+        may stand beside the projections: not those in a list of norms, for one."""
+        producers, consumer = self.matched(block)
         for part, parameter in block.named_parameters():
             owner, *rest = part.split(".")
-            if owner in (*self.names.producers[0], *self.names.consumers):
+            projection = owner in (*producers, *self.names.gates, consumer)
+            if projection or _has_entry_per_head(part, parameter):
                 continue
-            if len(rest) != 1 or parameter.shape != (block.head_dim,):
+            if len(rest) != 1 or parameter.shape != (head_dim(block),):
                 raise UnsupportedModelError(
                     f"{name}.{part} has shape {tuple(parameter.shape)}: only the parameters of a "
-                    f"norm that all heads share, of shape ({block.head_dim},), can stay when heads "
-                    "go."
+                    f"norm that all heads share, of shape ({head_dim(block)},), can stay when "
+                    "heads go."
                 )
+
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """The value projection."""
+        producers, _ = self.matched(block)
+        weight, size = getattr(block, producers[-1]).weight, head_dim(block)
+        if len(producers) == 1:
+            heads = self.kv_heads(block)
+            if self.names.fused[producers[0]] == "units":
+                weight = weight.unflatten(0, (heads, -1))[:, -size:].flatten(0, 1)
+            weight = weight[-heads * size :]
+        return weight, size
 
     def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
@@ -51,9 +80,22 @@ class _Heads(BlockKind):
         named = hasattr(type(config), "head_dim") and config.head_dim is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
-        heads = columns // block.head_dim  # query heads of a unit
+        heads = columns // head_dim(block)  # query heads of a unit
         fewer = (n for n in range(1, common) if config.hidden_size % (n * heads) == 0)
         return (*fewer, common)
+
+    def resize(self, block: Any, columns: int, width: int) -> None:
+        """Blocks with fused projections (Phi-3) read their number of heads from the
+        configuration that all layers share: such a block gets a view of its own.
+        """
+        super().resize(block, columns, width)
+        producers, _ = self.matched(block)
+        if self.names.fused.get(producers[0]) == "parts" and hasattr(block, "config"):
+            shared = getattr(block.config, "_shared", block.config)
+            heads = width * columns // head_dim(block)
+            block.config = shared
+            if getattr(shared, "num_attention_heads", heads) != heads:
+                block.config = _SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
@@ -69,20 +111,32 @@ class Attention(_Heads):
 
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
-        head_dim = getattr(block, "head_dim", None)
-        if not isinstance(head_dim, int) or block.k_proj.out_features % head_dim:
+        producers, consumer = self.matched(block)
+        keys = getattr(block, producers[0 if len(producers) == 1 else 1])
+        sizes = keys.out_features, getattr(block, consumer).in_features
+        size = head_dim(block)
+        if not size or any(rows % size for rows in sizes) or not self.kv_heads(block):
             raise UnsupportedModelError(
-                f"{name} ({type(block).__name__}) has no head_dim that divides its k_proj."
+                f"{name} ({type(block).__name__}) has no head_dim that divides its "
+                f"{producers[0 if len(producers) == 1 else 1]} and {consumer}."
             )
-        return _kv_heads(block)
+        return self.kv_heads(block)
+
+    def parts(self, block: Any, layer: str, width: int) -> list[int]:
+        """Rows of a KV group: of queries, keys and values in turn where they are in one layer."""
+        if self.names.fused.get(layer) == "parts":
+            size = head_dim(block)
+            return [self.query_heads(block) // width * size, size, size]
+        return super().parts(block, layer, width)
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        return {"num_heads": width * columns // block.head_dim, "num_key_value_heads": width}
+        heads = width * columns // head_dim(block)
+        return {"num_heads": heads, "num_key_value_heads": width}
 
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // block.head_dim
+        heads = width * columns // head_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
@@ -119,25 +173,47 @@ class QueryHeads(_Heads):
 
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
-        return block.q_proj.out_features // block.head_dim
+        return self.query_heads(block)
 
     def sections(self, block: Any) -> int:
         """Number of KV groups: query heads of a group lie side by side."""
-        return _kv_heads(block)
+        return self.kv_heads(block)
 
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
-        of_groups = super().owns(block, name, _kv_heads(block))
-        repeat = width // _kv_heads(block)
+        producers, _ = self.matched(block)
+        if len(producers) == 1 and self.names.fused[producers[0]] == "units":
+            raise UnsupportedModelError(
+                f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
+                "its query heads cannot go alone. Use attention_unit='kv'."
+            )
+        keys = (f"{name}.k_proj.", f"{name}.v_proj.", f"{name}.k_norm.")
+        of_groups = Attention().owns(block, name, self.kv_heads(block))
+        repeat = width // self.kv_heads(block)
         return tuple(
             replace(part, size=part.size // repeat)
             for part in of_groups
-            if part.dim == 1 or part.layer.endswith(".q_proj")
+            if not part.parameter.startswith(keys) and (not part.start or part.dim == 1)
         )
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads, and of those that share a key head."""
-        return {"num_heads": width, "num_key_value_groups": width // _kv_heads(block)}
+        return {"num_heads": width, "num_key_value_groups": width // self.kv_heads(block)}
+
+
+class _SizedConfig:
+    """A configuration in which some sizes are others than in the one it is a view of."""
+
+    def __init__(self, shared: Any, **sizes: int):
+        self.__dict__.update(_shared=shared, **sizes)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared" or name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._shared, name, value)
 
 
 class SkipAttention(Skip):
@@ -160,11 +236,19 @@ class SkipAttention(Skip):
 
 def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
-    return block.q_proj.out_features > block.k_proj.out_features
+    kind = Attention()
+    return kind.query_heads(block) > kind.kv_heads(block)
 
 
-def _kv_heads(block: Any) -> int:
-    return block.k_proj.out_features // block.head_dim
+def _has_entry_per_head(part: str, parameter: Tensor) -> bool:
+    """Whether a parameter of an attention block has an entry, or a row, for every head."""
+    return part == "sinks" or (part.startswith(("q_norm.", "k_norm.")) and parameter.ndim == 2)
+
+
+def head_dim(block: Any) -> int:
+    """Numbers per head of an attention block; 0 where it does not say."""
+    sizes = [getattr(block, name, None) for name in HEAD_DIMS]
+    return next((size for size in sizes if isinstance(size, int)), 0)
 
 
 def _heads(config: Any) -> int | None:

@@ -1,43 +1,28 @@
 """What a kind of block has to say about itself, and what is the same for all of them."""
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BlockNames
+from hipp_ext.kinds.slices import Slice
 
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """What every unit of a group owns of one parameter.
-
-    Unit u owns the entries u * size to (u + 1) * size - 1 along `dim`.
-
-    Attributes:
-        parameter: name of the parameter in the model.
-        dim: 0 for rows (what computes the unit), 1 for columns (what reads it).
-        size: rows or columns of one unit.
-    """
-
-    parameter: str
-    dim: int
-    size: int
-
-    @property
-    def layer(self) -> str:
-        """Name of the linear layer that holds the parameter."""
-        return self.parameter.rpartition(".")[0]
+# (inputs of a consumer (..., inputs), the tokens of the block's call that they belong to, which of
+# the consumer's inputs they are) -> what takes their place, None: they stay. The tokens are None
+# where all are there, in order.
+Look = Callable[[Tensor, Tensor | None, slice], Tensor | None]
 
 
 class BlockKind(abc.ABC):
     """One prunable kind of block: a kind answers these questions, and nothing else asks what it is.
 
-    A kind's units are read by one linear layer of the block, its consumer; a unit is masked by
-    zeroing the consumer's inputs.
+    A kind's units are read by one linear layer of the block, its consumer, whose inputs are watched
+    and changed by `watch`. A unit is masked by zeroing its inputs, where `mask` says nothing else.
 
     Attributes:
         name: name of the kind in groups, plans and manifests.
@@ -46,6 +31,9 @@ class BlockKind(abc.ABC):
         names: what transformers calls the parts of such a block.
         unit: what the units are called, in the plural.
         fields: configuration fields that hold the width of all layers, the decisive one first.
+        linear: whether linear layers compute and read the units.
+        neutral_zeros: whether a unit whose parameters are all zero changes nothing.
+        rounded: whether the sizes of matrices depend on the number of units.
     """
 
     name: ClassVar[str]
@@ -53,6 +41,9 @@ class BlockKind(abc.ABC):
     names: ClassVar[BlockNames]
     unit: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
+    linear: ClassVar[bool] = True
+    neutral_zeros: ClassVar[bool] = True
+    rounded: ClassVar[bool] = True
 
     def find(self, layer: nn.Module) -> list[nn.Module]:
         """The blocks of this kind in a layer, dropped ones included: children of the layer."""
@@ -79,35 +70,92 @@ class BlockKind(abc.ABC):
         Raises:
             UnsupportedModelError: the units do not divide the block's linear layers.
         """
-        matched = self.match(block)
-        assert matched is not None
-        producers, consumer = matched
-        sizes = [(p, getattr(block, p).out_features) for p in producers]
-        sizes.append((consumer, getattr(block, consumer).in_features))
-        if any(size % width for _, size in sizes) or not self.passes_on(block):
+        producers, consumer = self.matched(block)
+        gates = [n for n in self.names.gates if isinstance(getattr(block, n, None), nn.Linear)]
+        layers = [n for n in (*producers, *gates) if n != consumer]
+        sizes = {n: self.parts(block, n, width) for n in layers}
+        columns, rest = divmod(getattr(block, consumer).in_features, width)
+        if rest or any(sum(p) * width != getattr(block, n).out_features for n, p in sizes.items()):
             listed = ", ".join(
                 f"{name}.{n} {getattr(block, n).in_features}->{getattr(block, n).out_features}"
-                for n in (*producers, consumer)
+                for n in (*layers, consumer)
             )
             raise UnsupportedModelError(
                 f"{name}: {width} units do not divide its linear layers: {listed}"
             )
         rows = [
-            Slice(parameter=f"{name}.{p}.{part}", dim=0, size=size // width)
-            for p, size in sizes[:-1]
+            Slice(parameter=f"{name}.{n}.{part}", dim=0, size=size, start=width * sum(before))
+            for n, parts in sizes.items()
             for part in ("weight", "bias")
-            if part == "weight" or getattr(block, p).bias is not None
+            if getattr(block, n)._parameters.get(part) is not None
+            for size, before in ((size, parts[:i]) for i, size in enumerate(parts))
         ]
-        columns = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=sizes[-1][1] // width)
-        return (*rows, columns)
+        read = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=columns)
+        return (*rows, *self.extras(block, name, width), read)
 
-    def passes_on(self, block: Any) -> bool:
-        """Whether the consumer reads as many numbers as the producers make of the units."""
-        return True
+    def matched(self, block: nn.Module) -> tuple[list[str], str]:
+        """(producers, consumer) of a block that has this kind's shape; see `match`."""
+        found = self.match(block)
+        assert found is not None, type(block)
+        return found
+
+    def parts(self, block: Any, layer: str, width: int) -> list[int]:
+        """Rows of one unit in each of the projections that lie one after the other in a layer."""
+        return [getattr(block, layer).out_features // width]
+
+    def extras(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
+        """What units own of parameters that belong to no linear layer: sinks, norms per head."""
+        return ()
+
+    @abc.abstractmethod
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """Weight whose outputs, gates and softmax apart, the consumer reads; and its rows that lie
+        side by side in what is read.
+        """
 
     def sections(self, block: Any) -> int:
         """Number of equal sections of the units, of which all must keep the same number."""
         return 1
+
+    def least(self, block: Any) -> int:
+        """The smallest number of units with which the block works."""
+        return self.sections(block)
+
+    def inputs(self, block: Any, owns: tuple[Slice, ...]) -> int:
+        """Inputs of the consumer that belong to one unit."""
+        return owns[-1].size
+
+    def active_share(self, block: Any, part: Slice) -> float:
+        """The part of the entries of `part` that one token is multiplied by, on average, less what
+        others are multiplied by instead when the unit is gone.
+        """
+        return 1.0
+
+    def reading_weight(self, block: Any, consumer: Any) -> Tensor:
+        """Weight (outputs, inputs of all units) of the linear layer that reads the units."""
+        return consumer.weight
+
+    @contextlib.contextmanager
+    def watch(self, block: Any, consumer: Any, look: Look) -> Iterator[None]:
+        """Inside the `with` block `look` sees the inputs of the consumer, and may change them."""
+
+        def hook(_: nn.Module, args: tuple) -> tuple | None:
+            found = look(args[0], None, slice(None))
+            return None if found is None else (found, *args[1:])
+
+        with consumer.register_forward_pre_hook(hook):
+            yield
+
+    def mask(
+        self, block: Any, consumer: Any, inputs: int, mask: Bool[Tensor, " width"]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside the `with` block the block computes as if it had only the units of `mask`."""
+        columns = mask.to(next(block.parameters()).device).repeat_interleave(inputs)
+        return self.watch(block, consumer, lambda x, _, part: x * columns[part].to(x))
+
+    def output(self, block: Any, consumer: Any) -> nn.Module:
+        """The module whose output is what the block adds."""
+        return consumer
 
     @abc.abstractmethod
     def width(self, block: Any, name: str) -> int:
@@ -125,8 +173,15 @@ class BlockKind(abc.ABC):
         """Size attributes of the block when it has `width` units of `columns` columns each."""
         return {}
 
-    def config(self, block: Any, columns: int, width: int) -> Mapping[str, int]:
-        """What the configuration of a layer says of a block with `width` units."""
+    def config(self, block: Any, columns: int, width: int, named: Any) -> Mapping[str, int]:
+        """What the configuration of a layer says of a block with `width` units.
+
+        Args:
+            block: the block.
+            columns: columns of one unit.
+            width: number of units.
+            named: configuration of the tower, for the names of its fields.
+        """
         return {self.fields[0]: width}
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
@@ -162,12 +217,9 @@ class BlockKind(abc.ABC):
         """What stands in a dropped block's place."""
         return Skip(self.name, block)
 
-    def resize(self, block: Any, owns: tuple[Slice, ...], width: int) -> None:
-        """Bring the size attributes of a block and its linear layers in line with `width` units."""
-        for part in owns:
-            layer = getattr(block, part.layer.rpartition(".")[2])
-            setattr(layer, ("out_features", "in_features")[part.dim], width * part.size)
-        for attribute, size in self.attributes(block, owns[-1].size, width).items():
+    def resize(self, block: Any, columns: int, width: int) -> None:
+        """Bring the size attributes of a block in line with `width` units of `columns` columns."""
+        for attribute, size in self.attributes(block, columns, width).items():
             if isinstance(getattr(block, attribute, None), int):
                 setattr(block, attribute, size)
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
 from hipp_ext.kinds.base import BlockKind
@@ -18,9 +20,18 @@ class FFN(BlockKind):
 
     def width(self, block: Any, name: str) -> int:
         """Number of channels."""
-        matched = self.match(block)
-        assert matched is not None
-        return getattr(block, matched[1]).in_features
+        return getattr(block, self.matched(block)[1]).in_features
+
+    def parts(self, block: Any, layer: str, width: int) -> list[int]:
+        """A row per channel, of the gate and of the up projection where both are in one layer."""
+        if self.names.fused.get(layer) == "parts":
+            return [1] * (getattr(block, layer).out_features // width)
+        return super().parts(block, layer, width)
+
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """The up projection."""
+        producers, consumer = self.matched(block)
+        return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """No other parameter may have an entry for every channel."""

@@ -6,10 +6,13 @@ latents, and what is rotated, stay.
 
 from typing import Any
 
+from torch import Tensor
+
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import LATENT_ATTENTION, LATENT_PARTS
 from hipp_ext.kinds.attention import SkipAttention
-from hipp_ext.kinds.base import BlockKind, Skip, Slice
+from hipp_ext.kinds.base import BlockKind, Skip
+from hipp_ext.kinds.slices import Slice
 
 
 class LatentAttention(BlockKind):
@@ -45,6 +48,14 @@ class LatentAttention(BlockKind):
                     f"{name}.{part}: it is not known whether it has entries for the {width} heads."
                 )
 
+    def passed_on(self, block: Any) -> tuple[Tensor, int]:
+        """Absolute weights from the hidden states to the values of all heads, over the latent."""
+        heads = self.width(block, "")
+        values = block.kv_b_proj.weight.unflatten(0, (heads, -1))[:, -block.v_head_dim :]
+        latent = block.kv_a_proj_with_mqa.weight[: values.shape[-1]]
+        gain = block.kv_a_layernorm.weight.abs()
+        return (values.flatten(0, 1).abs() * gain) @ latent.abs(), block.v_head_dim
+
     def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores over a head's key dimensions, weighted sum over its value dimensions."""
         return 2 * (owns[0].size + owns[-1].size) * context
@@ -53,7 +64,7 @@ class LatentAttention(BlockKind):
         """Number of heads."""
         return {"num_heads": width, "num_key_value_heads": width}
 
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Number of heads, which all have a key and a value."""
         return dict.fromkeys(self.fields, width)
 

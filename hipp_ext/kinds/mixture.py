@@ -10,6 +10,7 @@ its down projection.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.families import EXPERTS, ROUTERS, SHARED_EXPERTS
+from hipp_ext.kinds.slices import tensors_of
 from hipp_ext.modes import replaced_forward
 
 # (inputs z_e (tokens, columns), the tokens they belong to, the expert e) -> what takes their place.
@@ -73,6 +75,11 @@ class Mixture:
     def width(self) -> int:
         """Channels of an expert."""
         return self.experts.down_proj.shape[self.channel_dim]
+
+    @property
+    def hidden(self) -> int:
+        """Size of the hidden states."""
+        return self.experts.down_proj.shape[3 - self.channel_dim]
 
     @property
     def transposed(self) -> bool:
@@ -143,6 +150,19 @@ class Mixture:
         """Names of the parts of the block that every token passes."""
         return [n for n in SHARED_EXPERTS if isinstance(getattr(self.block, n, None), nn.Module)]
 
+    @functools.cached_property
+    def routed(self) -> dict[str, int]:
+        """Parameter or buffer of the block with an entry for every expert, those of the experts
+        apart -> the dimension along which the entries lie.
+        """
+        others = (EXPERTS, *self.shared())
+        tensors = [*self.block.named_parameters(), *self.block.named_buffers()]
+        return {
+            name: tensor.shape.index(self.count)
+            for name, tensor in tensors
+            if name.partition(".")[0] not in others and self.count in tensor.shape
+        }
+
     def inner(self, expert: int, x: Float[Tensor, "tokens hidden"]) -> Tensor:
         """The channels of an expert, for its tokens."""
         weight = getattr(self.experts, self.up)[expert]
@@ -212,9 +232,7 @@ def _run_sorted(mixture: Mixture, taps: list[Tap], hidden: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def routed_among(
-    mixture: Mixture, owned: dict[str, int], kept: Int[Tensor, " kept"]
-) -> Iterator[None]:
+def routed_among(mixture: Mixture, kept: Int[Tensor, " kept"]) -> Iterator[None]:
     """Inside the block tokens are sent to the experts `kept` alone, as if there were no others.
 
     The router decides with its rows of these experts, exactly as after pruning, and where it sends
@@ -222,19 +240,17 @@ def routed_among(
 
     Args:
         mixture: the mixture.
-        owned: parameter or buffer of the block, apart from those of the experts -> the dimension
-            that has an entry for every expert.
         kept: numbers of the experts, ascending.
     """
-    block, experts = mixture.block, mixture.experts
+    block, experts, count = mixture.block, mixture.experts, mixture.count
     router = getattr(block, mixture.router)
     counting = [m for m in (block, router) if isinstance(getattr(m, "num_experts", None), int)]
     whole: dict[tuple[str, str], Tensor] = {}
 
     def restrict(*_: Any) -> None:
-        for name, dim in owned.items():
+        for name, dim in mixture.routed.items():
             owner, _, attribute = name.rpartition(".")
-            store = _store(block.get_submodule(owner), attribute)
+            store = tensors_of(block.get_submodule(owner), attribute)
             whole[owner, attribute] = store[attribute]
             store[attribute] = store[attribute].index_select(dim, kept.to(store[attribute].device))
         for module in counting:
@@ -242,21 +258,21 @@ def routed_among(
 
     def restore(*_: Any) -> None:
         for (owner, attribute), tensor in whole.items():
-            _store(block.get_submodule(owner), attribute)[attribute] = tensor
+            tensors_of(block.get_submodule(owner), attribute)[attribute] = tensor
         whole.clear()
         for module in counting:
-            module.num_experts = mixture.count
+            module.num_experts = count
 
     def translate(_: nn.Module, args: tuple) -> tuple:
         if not mixture.sorted_inputs:
             hidden, index, *weights = args
             return (hidden, kept.to(index.device)[index], *weights)
         x = args[0].view(len(kept), -1, args[0].shape[-1])
-        everywhere = x.new_zeros(mixture.count, *x.shape[1:])
+        everywhere = x.new_zeros(count, *x.shape[1:])
         return (everywhere.index_copy(0, kept.to(x.device), x).flatten(0, 1),)
 
     def select(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        of_experts = output.view(mixture.count, -1, output.shape[-1])
+        of_experts = output.view(count, -1, output.shape[-1])
         return of_experts.index_select(0, kept.to(output.device)).flatten(0, 1)
 
     with contextlib.ExitStack() as stack:
@@ -266,8 +282,3 @@ def routed_among(
         if mixture.sorted_inputs:
             stack.callback(experts.register_forward_hook(select).remove)
         yield
-
-
-def _store(module: nn.Module, name: str) -> dict[str, Any]:
-    """The dict in which a module keeps a parameter or buffer."""
-    return module._parameters if name in module._parameters else module._buffers

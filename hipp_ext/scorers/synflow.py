@@ -57,19 +57,17 @@ class _Block:
 
     def __init__(self, model: nn.Module, group: Group):
         block = block_of(model, group)
-        matched = KINDS[group.kind].match(block)
-        assert matched is not None
-        # Attention passes values on (v_proj is the last producer); an FFN its up projection.
-        self.value, self.consumer = getattr(block, matched[0][-1]), consumer_weight(model, group)
-        # Columns of the consumer that lie side by side, and how often they are repeated.
-        self.size = group.rows[-1]
-        self.repeat = self.consumer.shape[1] // self.value.weight.shape[0]
+        # Attention passes values on, an FFN its up projection. Columns of the consumer that lie
+        # side by side, and how often they are repeated.
+        self.value, self.size = KINDS[group.kind].passed_on(block)
+        self.consumer = consumer_weight(model, group)
+        self.repeat = self.consumer.shape[1] // self.value.shape[0]
         norm = norm_before(tower_layers(model, group.tower)[group.layer], group.place)
-        self.gain = _gain(norm, torch.ones_like(self.value.weight[0]))
+        self.gain = _gain(norm, torch.ones_like(self.value[0]))
         self.arriving = self.carried = self.gain
 
     def into(self, x: Tensor) -> Tensor:
-        values = (self.value.weight.float().abs() @ (self.gain * x)).view(-1, 1, self.size)
+        values = (self.value.float().abs() @ (self.gain * x)).view(-1, 1, self.size)
         return values.expand(-1, self.repeat, -1).reshape(-1)
 
     def out(self, carried: Tensor) -> Tensor:
@@ -80,7 +78,7 @@ class _Block:
 
     def back_into(self, carried: Tensor) -> Tensor:
         summed = carried.view(-1, self.repeat, self.size).sum(1).reshape(-1)
-        return self.gain * (self.value.weight.float().abs().T @ summed)
+        return self.gain * (self.value.float().abs().T @ summed)
 
 
 def _gain(norm: nn.Module | None, ones: Tensor) -> Tensor:

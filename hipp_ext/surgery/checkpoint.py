@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from hipp_ext.groups import (
     Group,
     Tower,
     block_of,
+    channel_groups,
     find_groups,
     find_skips,
-    linear,
     query_groups,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS
+from hipp_ext.kinds.slices import Slice, tensor_in
 from hipp_ext.model_folder import (
     MANIFEST,
     GroupWidth,
@@ -44,7 +45,7 @@ from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize
+from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize, resized_shape
 
 __all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
@@ -132,11 +133,15 @@ def complete_folder(model: nn.Module, folder: Path) -> None:
 def _widths(model: nn.Module) -> list[GroupWidth]:
     """The width of every group, 0 for dropped blocks.
 
-    Query heads are listed where KV groups are smaller than the configuration says of all layers.
+    Query heads and channels of experts are listed where KV groups and experts are smaller than the
+    configuration says of all layers.
     """
     towers = known_towers(model)
     groups = find_groups(model, towers)
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    config = model.config.get_text_config()
+    channels = KINDS["expert_channels"].common_width(config, "language")
+    groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
     widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
         widths += [
@@ -327,7 +332,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
-        for find in (_groups, _queries):
+        for find in (_groups, _within):
             for g in find(self, folder):
                 width = (
                     _width_in(shapes, self, g)
@@ -361,9 +366,10 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return groups
 
 
-def _queries(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
-    """The query heads of the attention blocks among `_groups`."""
-    return query_groups(model, tuple(dict.fromkeys(g.tower for g in _groups(model, folder))))
+def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
+    """The query heads, and the channels of experts, of the blocks among `_groups`."""
+    towers = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
+    return query_groups(model, towers) + channel_groups(model, towers)
 
 
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
@@ -380,19 +386,26 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
-    queries = {g.name for g in query_groups(model, towers)}
-    if {g.name for g in find_groups(model, towers)} != set(widths) - queries:
+    within = {g.name for g in query_groups(model, towers) + channel_groups(model, towers)}
+    if {g.name for g in find_groups(model, towers)} != set(widths) - within:
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 
 
 def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
     """Units of `group` in the weights; None where they are packed, or do not fit."""
-    name, rows = group.producers[-1], group.rows[-1]
-    shape = shapes.get(f"{name}.weight", ())
-    if len(shape) != 2 or shape[1] != linear(model, name).in_features or shape[0] % rows:
+    stored = [s for s in reversed(group.cuts) if s[0].parameter in shapes]
+    slices = next((s for s in stored if s[0] in group.produced or not group.is_linear), None)
+    if slices is None:
         return None
-    return shape[0] // rows
+    name, dim = slices[0].parameter, slices[0].dim
+    built, shape = list(tensor_in(model, name).shape), list(shapes[name])
+    size = sum(part.size for part in slices)
+    # A weight in the built shape but for its units; packed ones have others.
+    if built[:dim] + built[dim + 1 :] != shape[:dim] + shape[dim + 1 :]:
+        return None
+    units, rest = divmod(shape[dim] - built[dim], size)
+    return None if rest or len(shape) != len(built) else group.width + units
 
 
 def _configured_width(config: Any, model: nn.Module, group: Group) -> int | None:
@@ -408,7 +421,7 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     """Whether `plan` may be the one that `model` was pruned by; something else may have saved
     another model over it.
     """
-    found = (*_groups(model, folder), *_queries(model, folder))
+    found = (*_groups(model, folder), *_within(model, folder))
     groups = {(g.tower, g.layer, g.kind): g.width for g in found}
     numbers = layer_numbers(plan, len(tower_layers(model, "language")))
 
@@ -427,7 +440,8 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     return False
 
 
-def _empty(old: nn.Parameter, shape: tuple[int, ...], *_: int) -> torch.Tensor:
+def _empty(old: torch.Tensor, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
+    shape = resized_shape(old.shape, slices, group, width)
     return torch.empty(shape, dtype=old.dtype, device=old.device)
 
 

@@ -37,8 +37,9 @@ def write_layer_config(model: nn.Module) -> None:
 def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Layer -> what its configuration has to say of its blocks."""
     layers: dict[int, dict[str, Any]] = {}
+    named: Any = model.config.get_text_config()  # type: ignore[union-attr]
     for g in find_groups(model):
-        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width)
+        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width, named)
         layers.setdefault(g.layer, {}).update(sizes)
     for layer, kind in find_skips(model):
         layers.setdefault(layer, {}).setdefault("skip", []).append(KINDS[kind].names.skip)
@@ -49,9 +50,10 @@ def _write_alike(model: Any, config: Any, layers: Mapping[int, dict[str, Any]]) 
     """Write one set of sizes for all layers, if all have it and transformers builds the model
     so.
     """
-    first, *others = layers.values()
-    if "skip" in first or any(values != first for values in others):
-        return False
+    first: dict[str, Any] = {}
+    for sizes in layers.values():  # layers of different kinds say different things
+        if "skip" in sizes or any(first.setdefault(k, v) != v for k, v in sizes.items()):
+            return False
     before = {key: getattr(config, key) for key in first if hasattr(config, key)}
     if before == first and not getattr(config, "is_heterogeneous", False):
         return True

@@ -3,6 +3,7 @@ width.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hipp_ext.groups import (
     Kind,
     Tower,
     block_of,
+    channel_groups,
     find_groups,
     find_skips,
     query_groups,
@@ -23,13 +25,14 @@ from hipp_ext.groups import (
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
+from hipp_ext.kinds.slices import Slice, change_units, padded_units, tensors_of
 from hipp_ext.surgery.drop import replace_modules
 from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
-# Old parameter, new shape, dimension that changes, sections of the units -> new values.
-Make = Callable[[nn.Parameter, tuple[int, ...], int, int], torch.Tensor]
+# Old parameter, all slices of a group in it, the group, its new width -> new values.
+Make = Callable[[torch.Tensor, Sequence[Slice], Group, int], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
@@ -44,12 +47,15 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedModelError: even with dense widths stock transformers would build other shapes
-            than the model has.
+            than the model has; or layers differ in their number of experts, none of which can be
+            added without effect.
     """
     model = _with_all_blocks(model)
+    _check_experts(model)
     wrong: list[str] = []
-    for repeat in _repeats(model):
+    for repeat, channels in itertools.product(_repeats(model), _channel_widths(model)):
         _pad_query_heads(model, repeat)
+        _pad_channels(model, channels)
         parts = _parts(model)
         widths = _common_widths(model, parts)
         if not (wrong := _misfits(model, parts, widths)):
@@ -64,6 +70,21 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
     )
 
 
+def _check_experts(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where layers differ in units that cannot be padded."""
+    counts: dict[Kind, set[int]] = {}
+    for g in find_groups(model):
+        if not KINDS[g.kind].neutral_zeros:
+            counts.setdefault(g.kind, set()).add(g.width)
+    for kind, found in counts.items():
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be padded: its layers have {sorted(found)} "
+                f"{KINDS[kind].unit}, and a router would send tokens to added ones. Plan with "
+                "shape='uniform', or with expert_unit='channel'."
+            )
+
+
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
     try:
@@ -74,27 +95,30 @@ def known_towers(model: nn.Module) -> tuple[Tower, ...]:
 
 
 def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
-    """Give the layers of `group` `width` units; `make` turns an old parameter into a new shape."""
-    for part in group.owns:
-        owner, _, name = part.parameter.rpartition(".")
-        old = model.get_parameter(part.parameter)
-        shape = list(old.shape)
-        shape[part.dim] = width * part.size
-        if list(old.shape) != shape:
-            values = make(old, tuple(shape), part.dim, group.sections)
-            new = nn.Parameter(values, requires_grad=old.requires_grad)
-            setattr(model.get_submodule(owner), name, new)
+    """Give the layers of `group` `width` units; `make` turns an old parameter into a new one."""
+    for slices in group.cuts if width != group.width else ():
+        owner, _, name = slices[0].parameter.rpartition(".")
+        store = tensors_of(model.get_submodule(owner), name)
+        old: Any = store[name]
+        new = make(old, slices, group, width)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        store[name] = new
     sync_sizes(model, group, width)
 
 
-def _padded(old: nn.Parameter, shape: tuple[int, ...], dim: int, sections: int) -> torch.Tensor:
+def resized_shape(
+    shape: Sequence[int], slices: Sequence[Slice], group: Group, width: int
+) -> tuple[int, ...]:
+    """The shape of a parameter when `group` has `width` units."""
+    new = list(shape)
+    new[slices[0].dim] += (width - group.width) * sum(part.size for part in slices)
+    return tuple(new)
+
+
+def _padded(old: torch.Tensor, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
     """The old values, and zeros behind those of each section."""
-    before = old.data.unflatten(dim, (sections, -1))
-    after = list(before.shape)
-    after[dim + 1] = shape[dim] // sections
-    new = old.new_zeros(after)
-    new.narrow(dim + 1, 0, before.shape[dim + 1]).copy_(before)
-    return new.flatten(dim, dim + 1)
+    return change_units(old.data, slices, group.width, padded_units(width, group.sections))
 
 
 def _repeats(model: Any) -> list[int]:
@@ -122,11 +146,34 @@ def _pad_query_heads(model: Any, repeat: int) -> None:
         KINDS["query_heads"].set_common_width(text, "language", kv_heads * repeat)
 
 
+def _channel_widths(model: Any) -> list[int]:
+    """Channels that all experts can have: the most of any layer, and the dense number."""
+    found = [g.width for g in channel_groups(model, ("language",))]
+    if not found:
+        return [0]
+    config = model.config.get_text_config()
+    dense = KINDS["expert_channels"].common_width(config, "language") or max(found)
+    return sorted({max(found), dense})
+
+
+def _pad_channels(model: Any, width: int) -> None:
+    """Add channels of zeros until all experts have `width` of them."""
+    groups = channel_groups(model, ("language",))
+    for g in groups:
+        resize(model, g, width, _padded)
+    text, kind = model.config.get_text_config(), KINDS["expert_channels"]
+    if groups and kind.common_width(text, "language") != width:
+        _write_widths(model.config, (), {})
+        kind.set_common_width(text, "language", width)
+
+
 def _common_widths(model: nn.Module, parts: Mapping[Part, Sequence[Group]]) -> dict[Part, int]:
     """The least widths of all layers that stock transformers builds, else dense ones."""
     widths = {part: _narrow_width(model, part, groups) for part, groups in parts.items()}
     if _misfits(model, parts, widths):
-        narrow, widths = widths, {part: _dense_width(model, part) for part in parts}
+        fixed = {p for p in parts if not KINDS[p[1]].neutral_zeros}
+        dense = {p: widths[p] if p in fixed else _dense_width(model, p) for p in parts}
+        narrow, widths = widths, dense
         for part in parts:
             trial = widths | {part: narrow[part]}
             widths = widths if _misfits(model, parts, trial) else trial
@@ -203,10 +250,9 @@ def _misfits(
     """Names whose shapes in the padded model differ from those that stock transformers builds."""
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for part, groups in parts.items():
-        for owned in (owned for g in groups for owned in g.owns):
-            shape = list(wanted[owned.parameter])
-            shape[owned.dim] = widths[part] * owned.size
-            wanted[owned.parameter] = tuple(shape)
+        for group, slices in ((g, slices) for g in groups for slices in g.cuts):
+            name = slices[0].parameter
+            wanted[name] = resized_shape(wanted[name], slices, group, widths[part])
     config = copy.deepcopy(model.config)
     try:
         _write_widths(config, parts, widths)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
-from hipp_ext.groups import Group, Slice, sync_sizes
+from hipp_ext.groups import Group, sync_sizes
+from hipp_ext.kinds.slices import Slice, change_units, chosen_units, tensor_in, tensors_of
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.drop import removable_layers, remove_layers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import write_layer_config
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, Model, check_sliceable, loaded_plan, match
 from hipp_ext.surgery.reconstruct import ROWS, reconstructed_weights
-from hipp_ext.units import take_units
 
 
 def prune(
@@ -72,9 +72,9 @@ def prune(
         batches = Calibration.of(model, calibration, processor, rows=ROWS).batches
     fitted = reconstructed_weights(model, groups, plan, batches) if reconstruct else {}
 
-    def successor(part: _Part) -> nn.Parameter:
-        old = model.get_parameter(part.owned.parameter)
-        weight = fitted.pop(part.owned.layer, None) if part.owned.dim == 1 else None
+    def successor(part: _Part) -> Tensor:
+        old = tensor_in(model, part.parameter)
+        weight = fitted.pop(part.slices[0].layer, None) if part.is_read else None
         if weight is None:
             return _select(old, part)
         return nn.Parameter(weight, requires_grad=old.requires_grad)
@@ -83,14 +83,15 @@ def prune(
     if inplace:
         # One at a time, each old weight let go before the next is sliced: the memory of one weight.
         for part in parts:
-            owner, attribute = part.owned.parameter.rsplit(".", 1)
-            setattr(model.get_submodule(owner), attribute, successor(part))
+            owner, attribute = part.parameter.rsplit(".", 1)
+            store = tensors_of(model.get_submodule(owner), attribute)
+            store[attribute] = successor(part)
         replace_modules(model, skips)
     else:
         # What goes is not copied: the memo hands deepcopy what takes its place.
         memo: dict[int, Any] = {id(model.get_submodule(n)): new for n, new in skips.items()}
         for part in parts:
-            memo[id(model.get_parameter(part.owned.parameter))] = successor(part)
+            memo[id(tensor_in(model, part.parameter))] = successor(part)
         model = copy.deepcopy(model, memo)
         forget_bound_methods(model)
     counts = plan.keep_counts
@@ -117,23 +118,36 @@ def forget_bound_methods(model: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """A parameter that loses units; those of `kept` stay."""
+    """A parameter of `width` units that loses some; those of `kept` stay."""
 
-    owned: Slice
+    slices: tuple[Slice, ...]
+    width: int
     kept: Tensor
+    is_read: bool  # it is the consumer's weight
+
+    @property
+    def parameter(self) -> str:
+        return self.slices[0].parameter
+
+    def select(self, values: Tensor) -> Tensor:
+        return change_units(values, self.slices, self.width, chosen_units(self.kept))
 
 
 def _parts(groups: Sequence[Group], plan: PruningPlan) -> list[_Part]:
     kept = {e.name: torch.tensor(e.kept) for e in plan.groups}
-    return [_Part(owned=part, kept=kept[g.name]) for g in groups for part in g.owns]
+    return [
+        _Part(slices=s, width=g.width, kept=kept[g.name], is_read=s[-1] is g.owns[-1])
+        for g in groups
+        for s in g.cuts
+    ]
 
 
 @torch.no_grad()
-def _select(parameter: nn.Parameter, part: _Part) -> nn.Parameter:
-    """What stays of `parameter`, its gradient along with it."""
-    size, dim = part.owned.size, part.owned.dim
-    taken = take_units(parameter.detach(), part.kept, size, dim)
-    new = nn.Parameter(taken, requires_grad=parameter.requires_grad)
+def _select(parameter: Tensor, part: _Part) -> Tensor:
+    """What stays of a parameter, its gradient along with it, or of a buffer."""
+    if not isinstance(parameter, nn.Parameter):
+        return part.select(parameter)
+    new = nn.Parameter(part.select(parameter.detach()), requires_grad=parameter.requires_grad)
     if parameter.grad is not None:
-        new.grad = take_units(parameter.grad, part.kept, size, dim)
+        new.grad = part.select(parameter.grad)
     return new

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group, Slice, sync_sizes
+from hipp_ext.groups import Group, sync_sizes
+from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, first_units, tensor_in
 from hipp_ext.surgery.drop import replace_modules, skip_modules
 from hipp_ext.surgery.masks import check_sliceable
-from hipp_ext.units import check_scores, take_units, unit_order
+from hipp_ext.units import check_scores, unit_order
 
 Shrink = Callable[[Sequence[int]], None]
 
@@ -23,10 +24,10 @@ def sliced(
 
     On entry the units of every group are sorted in place, best first, so the units that any plan
     keeps are the first ones: a plan is a view of each weight, no number is copied, and a forward
-    costs what the pruned model's costs. (Of query heads the first ones of every section stay: their
-    weights are copied for every plan.) On exit, whatever happened inside, weights and sizes are
-    what they were, to the bit. No second copy of the weights is needed, but of those of query
-    heads.
+    costs what the pruned model's costs. (Of query heads the first ones of every section stay, of
+    fused projections those of every part: such weights are copied for every plan.) On exit,
+    whatever happened inside, weights and sizes are what they were, to the bit. No second copy of
+    other weights is needed.
 
     Outputs equal those of `prune(model, plan_from_counts(groups, keep_counts, scores))` up to the
     order of summation. Not for training, and not for a static cache: the model's config goes on
@@ -45,7 +46,7 @@ def sliced(
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
-    weights = [_Weight(model, group, part) for group in groups for part in group.owns]
+    weights = [_Weight(model, group, part) for group in groups for part in group.cuts]
     orders = {g.name: _section_by_section(scores[g.name], g.sections) for g in groups}
     skips = {g.name: skip_modules(model, [g]) for g in groups}
     dropped: dict[str, nn.Module] = {}  # what stood where a skip stands now
@@ -56,11 +57,14 @@ def sliced(
 
     def shrink(keep_counts: Sequence[int]) -> None:
         if len(keep_counts) != len(groups) or any(
-            not 0 <= k <= g.width or k % g.sections
+            not 0 <= k <= g.width or k % g.sections or 0 < k < g.least
             for k, g in zip(keep_counts, groups, strict=True)
         ):
             sizes = [
-                f"{g.sections} x " * (g.sections > 1) + f"{g.width // g.sections}" for g in groups
+                f"{g.sections} x " * (g.sections > 1)
+                + f"{g.width // g.sections}"
+                + f", {g.least} at least" * (g.least > g.sections)
+                for g in groups
             ]
             raise PlanError(
                 f"Keep counts {list(keep_counts)} do not fit groups of [{', '.join(sizes)}] units."
@@ -97,9 +101,9 @@ def _section_by_section(scores: Tensor, sections: int) -> Tensor:
 class _Weight:
     """One parameter that units of a group own parts of."""
 
-    def __init__(self, model: nn.Module, group: Group, part: Slice):
-        self.group, self.part = group, part
-        self.parameter = model.get_parameter(part.parameter)
+    def __init__(self, model: nn.Module, group: Group, slices: Sequence[Slice]):
+        self.group, self.slices = group, slices
+        self.parameter = tensor_in(model, slices[0].parameter)
         self.dense = self.parameter.data  # the whole weight: as it came, sorted, as it came
         self.sorted = False
 
@@ -109,10 +113,7 @@ class _Weight:
         self.parameter.data = self.dense
 
     def show(self, keep: int) -> None:
-        dim, sections = self.part.dim, self.group.sections
-        parts = self.dense.unflatten(dim, (sections, -1))
-        kept = parts.narrow(dim + 1, 0, keep // sections * self.part.size)
-        self.parameter.data = kept.flatten(dim, dim + 1)  # one section: a view
+        self.parameter.data = self._changed(first_units(keep, self.group.sections))
 
     def restore(self, order: Tensor) -> None:
         if self.sorted:
@@ -120,4 +121,7 @@ class _Weight:
         self.parameter.data = self.dense
 
     def _permuted(self, order: Tensor) -> Tensor:
-        return take_units(self.dense, order, self.part.size, self.part.dim)
+        return self._changed(chosen_units(order))
+
+    def _changed(self, change: Change) -> Tensor:
+        return change_units(self.dense, self.slices, self.group.width, change)

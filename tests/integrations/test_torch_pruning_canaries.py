@@ -61,10 +61,10 @@ def stock(model: nn.Module, inputs: dict, **arguments):
     producers = {model.get_submodule(n) for g in find_groups(model) for n in g.producers}
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding | nn.Conv2d)]
     heads = {
-        model.get_submodule(n): g.width * rows // g.rows[1]
+        model.get_submodule(part.layer): g.width * part.size // g.produced[1].size
         for g in find_groups(model)
         if g.kind == "attention"
-        for n, rows in zip(g.producers, g.rows, strict=True)
+        for part in g.produced
     }
     usual = dict(
         importance=tp.importance.GroupMagnitudeImportance(),

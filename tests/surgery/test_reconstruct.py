@@ -164,7 +164,7 @@ def test_a_duplicate_can_go_without_a_trace(name):
     )
     with torch.no_grad():
         for layer, rows in (
-            (attention.q_proj, find_groups(model)[2].rows[0]),
+            (attention.q_proj, find_groups(model)[2].produced[0].size),
             (attention.k_proj, attention.head_dim),
             (attention.v_proj, attention.head_dim),
             (ffn.gate_proj, 1),
