@@ -8,7 +8,6 @@ linear layers a block holds), not by a list of class names.
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -145,11 +144,9 @@ class Group:
 
     def multiple(self, round_to: int) -> int:
         """Smallest number of units, the same of every section, whose columns together are a
-        multiple of `round_to`, where columns are what the units differ in.
+        multiple of `round_to`, where the sizes of matrices depend on the number of units.
         """
-        if not KINDS[self.kind].rounded:
-            return self.sections
-        return math.lcm(round_to // math.gcd(round_to, self.columns), self.sections)
+        return KINDS[self.kind].multiple(self.columns, round_to, self.sections)
 
 
 def find_groups(

@@ -95,7 +95,7 @@ class _Heads(BlockKind):
             heads = width * columns // head_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
-                block.config = _SizedConfig(shared, num_attention_heads=heads)
+                block.config = SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
@@ -201,7 +201,7 @@ class QueryHeads(_Heads):
         return {"num_heads": width, "num_key_value_groups": width // self.kv_heads(block)}
 
 
-class _SizedConfig:
+class SizedConfig:
     """A configuration in which some sizes are others than in the one it is a view of."""
 
     def __init__(self, shared: Any, **sizes: int):

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +34,6 @@ class BlockKind(abc.ABC):
         fields: configuration fields that hold the width of all layers, the decisive one first.
         linear: whether linear layers compute and read the units.
         neutral_zeros: whether a unit whose parameters are all zero changes nothing.
-        rounded: whether the sizes of matrices depend on the number of units.
     """
 
     name: ClassVar[str]
@@ -43,7 +43,6 @@ class BlockKind(abc.ABC):
     fields: ClassVar[tuple[str, ...]]
     linear: ClassVar[bool] = True
     neutral_zeros: ClassVar[bool] = True
-    rounded: ClassVar[bool] = True
 
     def find(self, layer: nn.Module) -> list[nn.Module]:
         """The blocks of this kind in a layer, dropped ones included: children of the layer."""
@@ -121,6 +120,12 @@ class BlockKind(abc.ABC):
         """The smallest number of units with which the block works."""
         return self.sections(block)
 
+    def multiple(self, columns: int, round_to: int, sections: int) -> int:
+        """Smallest number of units, the same of every section, whose columns together are a
+        multiple of `round_to`.
+        """
+        return math.lcm(round_to // math.gcd(round_to, columns), sections)
+
     def inputs(self, block: Any, owns: tuple[Slice, ...]) -> int:
         """Inputs of the consumer that belong to one unit."""
         return owns[-1].size
@@ -183,6 +188,10 @@ class BlockKind(abc.ABC):
             named: configuration of the tower, for the names of its fields.
         """
         return {self.fields[0]: width}
+
+    def named(self, config: Any) -> str:
+        """The field of a configuration that holds the number of units of all layers."""
+        return self.fields[0]
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """Number of units that a layer's configuration asks for; the reverse of `config`."""

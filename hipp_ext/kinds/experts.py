@@ -7,6 +7,7 @@ Experts that every token passes (shared experts) belong to no unit; they leave w
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS, EXPERT_COUNTS, EXPERT_WIDTHS, EXPERTS, ROUTED_WITH_LOGITS
+from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
 from hipp_ext.kinds.mixture import Mixture, routed_among, tapped
 from hipp_ext.kinds.slices import Slice
 
+ALIGNED_BYTES = 16  # rows of matrices that torch.grouped_mm multiplies are multiples of it
+ALIGNED = 8  # numbers in half precision
 _NAMES = replace(
     BLOCKS["ffn"], producers=(("a router (gate, router)", EXPERTS),), fused={}, consumers=(EXPERTS,)
 )
@@ -83,13 +87,17 @@ class _Mixtures(BlockKind):
         sizes = {EXPERT_COUNTS: mixture.count, EXPERT_WIDTHS: mixture.width}
         return {_field(named, fields): size for fields, size in sizes.items()}
 
+    def named(self, config: Any) -> str:
+        """The field of a configuration that holds the number of units of all layers."""
+        return _field(config, self.fields)
+
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """See `common_width`."""
-        return getattr(config, _field(config, self.fields))
+        return getattr(config, self.named(config))
 
     def set_common_width(self, config: Any, tower: str, width: int) -> None:
         """In the field that the configuration has for it."""
-        setattr(config, _field(config, self.fields), width)
+        setattr(config, self.named(config), width)
 
     def resize(self, block: Any, columns: int, width: int) -> None:
         """Of the block, its experts and its router."""
@@ -114,7 +122,6 @@ class Experts(_Mixtures):
     unit = "experts"
     fields = EXPERT_COUNTS
     neutral_zeros = False  # a router may send tokens to an expert of zeros
-    rounded = False  # the matrices of an expert stay as they are
 
     def width(self, block: Any, name: str) -> int:
         """Number of routed experts."""
@@ -131,6 +138,10 @@ class Experts(_Mixtures):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """Entries of the router, then the expert's weights, those that read its channels last."""
         return _experts(mixture_of(block), name)
+
+    def multiple(self, columns: int, round_to: int, sections: int) -> int:
+        """The matrices of an expert stay as they are, whatever `round_to` says."""
+        return sections
 
     def active_share(self, block: Any, part: Slice) -> float:
         """Only entries of the router count: as many experts as before compute for a token."""
@@ -210,6 +221,23 @@ class ExpertChannels(_Mixtures):
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Channels of each expert, under the names that models have for them."""
         return dict.fromkeys(("intermediate_dim", "intermediate_size", "expert_dim"), width)
+
+    def multiple(self, columns: int, round_to: int, sections: int) -> int:
+        """Channels of every expert, in whole numbers of ALIGNED ones."""
+        return math.lcm(round_to, ALIGNED)
+
+    def resize(self, block: Any, columns: int, width: int) -> None:
+        """Experts whose rows are not aligned compute one after the other: fused kernels refuse
+        them.
+        """
+        super().resize(block, columns, width)
+        experts = block.experts
+        config = getattr(experts, "config", None)
+        if config is None:
+            return
+        experts.config = shared = getattr(config, "_shared", config)
+        if width * experts.down_proj.element_size() % ALIGNED_BYTES:
+            experts.config = SizedConfig(shared, _experts_implementation="eager")
 
     def unit_by_unit(self, mixture: Mixture, values: Tensor) -> Tensor:
         """A channel's columns of all experts side by side; biases have none."""

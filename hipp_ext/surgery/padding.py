@@ -147,13 +147,20 @@ def _pad_query_heads(model: Any, repeat: int) -> None:
 
 
 def _channel_widths(model: Any) -> list[int]:
-    """Channels that all experts can have: the most of any layer, and the dense number."""
-    found = [g.width for g in channel_groups(model, ("language",))]
-    if not found:
+    """Channels that all experts can have: the most of any layer, aligned, and the dense number.
+
+    Only the dense one where other blocks are built from the same entry of the configuration.
+    """
+    groups = channel_groups(model, ("language",))
+    if not groups:
         return [0]
-    config = model.config.get_text_config()
-    dense = KINDS["expert_channels"].common_width(config, "language") or max(found)
-    return sorted({max(found), dense})
+    config, kind = model.config.get_text_config(), KINDS["expert_channels"]
+    most, step = max(g.width for g in groups), groups[0].multiple(1)
+    dense = kind.common_width(config, "language") or most
+    others = {n for g in find_groups(model) if g.is_linear for n in KINDS[g.kind].fields}
+    if kind.named(config) in others:
+        return [dense]
+    return sorted({min(-(-most // step) * step, dense), dense})
 
 
 def _pad_channels(model: Any, width: int) -> None:
