@@ -94,9 +94,7 @@ def fit_output_head(
     free = (logits > BLOCKED).any(0)
     blocked = tuple((~free).nonzero()[:, 0].tolist())
     candidates = [
-        OutputHead(
-            scale=_scale(projected[:, free], logits[:, free], cap), cap=cap, blocked=blocked
-        )
+        OutputHead(scale=_scale(projected[:, free], logits[:, free], cap), cap=cap, blocked=blocked)
         for cap in (None, *_caps(model))
     ]
     errors = [float((head.of(projected) - logits)[:, free].abs().max()) for head in candidates]

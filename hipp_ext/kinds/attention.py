@@ -68,9 +68,9 @@ class _Heads(BlockKind):
             weight = weight[-heads * size :]
         return weight, size
 
-    def context_flops(self, columns: int, context: int) -> int:
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
-        return 4 * columns * context
+        return 4 * owns[-1].size * context
 
     def stock_counts(
         self, config: Any, tower: str, common: int, block: Any, columns: int
@@ -95,7 +95,7 @@ class _Heads(BlockKind):
             heads = width * columns // head_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
-                block.config = _SizedConfig(shared, num_attention_heads=heads)
+                block.config = SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
@@ -142,7 +142,7 @@ class Attention(_Heads):
         named = {"num_key_value_heads": width, "embed_dim": width * columns}
         return {"num_heads": heads, "num_attention_heads": heads, **named}
 
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
         heads = width * columns // head_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
@@ -212,7 +212,7 @@ class QueryHeads(_Heads):
         return {"num_heads": width, "num_attention_heads": width, **named}
 
 
-class _SizedConfig:
+class SizedConfig:
     """A configuration in which some sizes are others than in the one it is a view of."""
 
     def __init__(self, shared: Any, **sizes: int):
