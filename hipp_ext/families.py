@@ -6,7 +6,7 @@ here; everything else in the library finds its way by structure.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -123,6 +123,22 @@ BLOCKS = {
         skip="mlp",
     ),
 }
+
+# Attention whose queries, keys and values are up-projected from latents.
+LATENT_ATTENTION = replace(
+    BLOCKS["attention"],
+    producers=(("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj")),
+    consumers=("o_proj",),
+)
+# Parts of a mixture of experts, which are children of the block.
+EXPERTS = "experts"
+ROUTERS = ("gate", "router")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configuration fields
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+# Mixtures that return their router's scores beside their outputs.
+ROUTED_WITH_LOGITS = ("GptOssMLP", "Llama4TextMoe")
+SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
+LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"}
 
 
 def norm_before(layer: nn.Module, place: str) -> nn.Module | None:

@@ -8,14 +8,13 @@ linear layers a block holds), not by a list of class names.
 
 import contextlib
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
@@ -26,11 +25,13 @@ from hipp_ext.families import (
     VISION_TOWERS,
     first_removable_layer,
 )
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, divides_into_queries, shares_keys
+from hipp_ext.kinds import KINDS, BlockKind, Kind, Look, Skip, Slice, shares_keys
+from hipp_ext.kinds.slices import tensor_in
 from hipp_ext.layer_parts import UNKNOWN, parts_of
 
 Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
+ExpertUnit = Literal["expert", "channel"]  # experts, or channels of all experts of a layer
 Partial = Literal["refuse", "report"]  # what is done about parts that can only stay whole
 
 
@@ -57,13 +58,20 @@ class Group:
         tower: "language" or "vision".
         layer: index of the layer in its tower, from 0.
         kind: a key of KINDS: "attention" (unit: a KV group), "query_heads" (unit: a query head of
-            the same block), "ffn" (unit: a channel).
+            the same block), "latent_attention" (unit: a head), "ffn" (unit: a channel), "experts"
+            (unit: an expert), "expert_channels" (unit: a channel of all experts of the block).
         width: number of units.
         owns: what one unit owns: the rows that compute it, then the columns that read it.
         unit_parameters: parameters that leave with one unit, biases included.
         unit_flops: floating-point operations per token that leave with one unit (two per
             multiply-accumulate of its weights); attention over the context comes on top, see
             `context_flops`.
+        unit_active: parameters that compute for a token and leave with one unit; 0: all of the
+            unit's. In a mixture of experts a token meets few of the experts, and others instead of
+            those that left.
+        inputs: inputs of the consumer that belong to one unit, side by side; 0: its columns.
+        least: the smallest keep count, apart from 0, with which the block works: every token is
+            sent to so many experts. At least one unit of every section.
         sections: the units lie in so many equal sections, one after the other, and every section
             keeps the same number of units: query heads in one section per KV group, which must all
             be shared by equally many. Other units are free (1).
@@ -79,9 +87,16 @@ class Group:
     owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
+    unit_active: int = 0
+    inputs: int = 0
+    least: int = 1
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
+        object.__setattr__(self, "inputs", self.inputs or self.columns)
 
     @property
     def name(self) -> str:
@@ -99,6 +114,12 @@ class Group:
         return tuple(p for p in self.owns[:-1] if p.linear and p.parameter.endswith(".weight"))
 
     @functools.cached_property
+    def producing(self) -> tuple[str, ...]:
+        """Names of the weights that compute the units, and of those that route to them."""
+        parts = self.produced if self.is_linear else self.owns[:-1]
+        return tuple(dict.fromkeys(p.parameter for p in parts if "bias" not in p.parameter))
+
+    @functools.cached_property
     def producers(self) -> tuple[str, ...]:
         """Names of the linear layers whose output rows belong to the units."""
         return tuple(dict.fromkeys(part.layer for part in self.produced))
@@ -110,6 +131,16 @@ class Group:
         for part in self.owns:
             found.setdefault(part.parameter, []).append(part)
         return tuple(map(tuple, found.values()))
+
+    @functools.cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules that compute the units or read them."""
+        return tuple(dict.fromkeys(part.layer for part in self.owns if part.linear))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether linear layers compute and read the units: not so in mixtures of experts."""
+        return KINDS[self.kind].linear
 
     @property
     def consumer(self) -> str:
@@ -133,19 +164,20 @@ class Group:
 
     def context_flops(self, context: int) -> int:
         """FLOPs per token and unit over `context` keys; 0 where units look at no other tokens."""
-        return KINDS[self.kind].context_flops(self.columns, context)
+        return KINDS[self.kind].context_flops(self.owns, context)
 
     def multiple(self, round_to: int) -> int:
         """Smallest number of units, the same of every section, whose columns together are a
-        multiple of `round_to`.
+        multiple of `round_to`, where the sizes of matrices depend on the number of units.
         """
-        return math.lcm(round_to // math.gcd(round_to, self.columns), self.sections)
+        return KINDS[self.kind].multiple(self.columns, round_to, self.sections)
 
 
 def find_groups(
     model: nn.Module,
     towers: Sequence[Tower] = ("language",),
     attention_unit: AttentionUnit = "kv",
+    expert_unit: ExpertUnit = "expert",
     partial: Partial = "refuse",
 ) -> tuple[Group, ...]:
     """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
@@ -158,21 +190,24 @@ def find_groups(
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
             share keys (multi-head attention), both units are the same: KV groups.
+        expert_unit: units of mixtures of experts. "expert": whole routed experts, of which at least
+            as many stay as a token is sent to. "channel": a channel of all routed experts of a
+            layer at once; all experts stay. Experts that every token passes are no prunable
+            parameters: they stay, but for those of a dropped block.
         partial: what to do where parts of layers cannot be divided into units, such as state-space
             mixers and linear attention. "refuse": raise. "report": find the groups of the other
             blocks; `left_whole` says what stays.
 
     Raises:
-        BudgetError: the attention unit, or `partial`, is unknown.
+        BudgetError: a unit, or `partial`, is unknown.
         UnsupportedModelError: no layers were found, or parts of them cannot be divided into units,
             and partial is "refuse". Nothing is ever skipped in silence; the message lists the
             modules in question.
     """
-    check_attention_unit(attention_unit)
+    check_units(attention_unit, expert_unit)
     check_partial(partial)
-    groups, left = _find_groups(
-        model, towers, lambda kind, block: _in_unit(kind, block, attention_unit)
-    )
+    units = attention_unit, expert_unit
+    groups, left = _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
     adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
     if left and (partial == "refuse" or adapted or not groups):
         raise UnsupportedModelError(_refusal(model, towers, left, bool(groups)))
@@ -203,13 +238,22 @@ def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]
     """The query heads of all attention blocks that have them apart from keys and values, also of
     those where no heads share keys.
     """
-    query = KINDS["query_heads"]
+    return _in_other_units(model, towers, "attention", "query_heads")
 
+
+def channel_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
+    """The channels of all mixtures of experts."""
+    return _in_other_units(model, towers, "experts", "expert_channels")
+
+
+def _in_other_units(
+    model: nn.Module, towers: Sequence[Tower], usual: Kind, other: Kind
+) -> tuple[Group, ...]:
     def unit_of(kind: BlockKind, block: nn.Module) -> BlockKind:
-        return query if kind.name == "attention" and divides_into_queries(block) else kind
+        return KINDS[other] if kind.name == usual and KINDS[other].divides(block) else kind
 
     found, _ = _find_groups(model, towers, unit_of)
-    return tuple(g for g in found if g.kind == query.name)
+    return tuple(g for g in found if g.kind == other)
 
 
 def _find_groups(
@@ -266,12 +310,12 @@ def tower_config(config: Any, tower: Tower) -> Any:
     return config.get_text_config() if tower == "language" else config.vision_config
 
 
-def check_attention_unit(unit: object) -> None:
-    """Raise BudgetError unless `unit` is one of AttentionUnit."""
-    if unit not in get_args(AttentionUnit):
-        raise BudgetError(
-            f"attention_unit={unit!r}: one of {', '.join(get_args(AttentionUnit))} is needed."
-        )
+def check_units(attention_unit: object, expert_unit: object) -> None:
+    """Raise BudgetError unless they are one of AttentionUnit and one of ExpertUnit."""
+    given = {"attention_unit": attention_unit, "expert_unit": expert_unit}
+    for (name, unit), units in zip(given.items(), (AttentionUnit, ExpertUnit), strict=True):
+        if unit not in get_args(units):
+            raise BudgetError(f"{name}={unit!r}: one of {', '.join(get_args(units))} is needed.")
 
 
 def check_partial(partial: object) -> None:
@@ -366,22 +410,30 @@ def _is_tower(layers: nn.ModuleList) -> bool:
     return any(kind.find(layer) for layer in layers for kind in kinds)
 
 
-def _in_unit(kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit) -> BlockKind:
-    """The kind whose units an attention block is divided into; other kinds as they are."""
-    divided = attention_unit == "query" and kind.name == "attention" and shares_keys(block)
-    return KINDS["query_heads"] if divided else kind
+def _in_unit(
+    kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit, expert_unit: ExpertUnit
+) -> BlockKind:
+    """The kind whose units a block is divided into, where it can be divided in two ways."""
+    if attention_unit == "query" and kind.name == "attention" and shares_keys(block):
+        return KINDS["query_heads"]
+    if expert_unit == "channel" and kind.name == "experts":
+        return KINDS["expert_channels"]
+    return kind
 
 
 def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name: str) -> Group:
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
     kind.check_rest(block, name, width)
-    parameters = multiplied = 0
+    parameters, active, multiplied = 0, 0.0, 0.0
     for part in owns:
-        parameter = block.get_parameter(part.parameter.removeprefix(f"{name}."))
+        parameter = tensor_in(block, part.parameter.removeprefix(f"{name}."))
         size = parameter.numel() // parameter.shape[part.dim] * part.size
+        size *= isinstance(parameter, nn.Parameter)
         parameters += size
-        multiplied += size if part.linear and parameter.ndim > 1 else 0
+        active += size * kind.active_share(block, part)
+        if part.linear and parameter.ndim > 1:
+            multiplied += size * kind.active_share(block, part)
     return Group(
         tower=tower,
         layer=index,
@@ -389,7 +441,10 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         width=width,
         owns=owns,
         unit_parameters=parameters,
-        unit_flops=2 * multiplied,
+        unit_active=round(active),
+        unit_flops=round(2 * multiplied),
+        inputs=kind.inputs(block, owns),
+        least=kind.least(block),
         sections=kind.sections(block),
     )
 
@@ -439,36 +494,52 @@ def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
     KINDS[group.kind].resize(block_of(model, group), group.columns, width)
 
 
+def watching(model: nn.Module, group: Group, look: Look) -> contextlib.AbstractContextManager[None]:
+    """Inside the `with` block `look` sees, and may change, what a group's units are read by.
+
+    See `hipp_ext.kinds.Look`.
+    """
+    block, consumer = block_of(model, group), model.get_submodule(group.consumer)
+    return KINDS[group.kind].watch(block, consumer, look)
+
+
+def reading_weight(model: nn.Module, group: Group) -> Float[Tensor, "outputs inputs"]:
+    """Weight of the linear layer that reads a group's units, whose inputs lie side by side.
+
+    Of a mixture of experts it is put together of their down projections: a copy.
+    """
+    consumer = model.get_submodule(group.consumer)
+    return KINDS[group.kind].reading_weight(block_of(model, group), consumer)
+
+
 @contextlib.contextmanager
 def gated(model: nn.Module, keep_masks: Mapping[Group, Bool[Tensor, " width"]]) -> Iterator[None]:
     """Inside the block, units whose mask is False add nothing to what the model computes.
 
-    The inputs of every consumer are multiplied by the mask; where no unit is kept, the consumer's
-    output is zero, its bias included.
+    The inputs of every consumer are multiplied by the mask; of a mixture of experts, tokens are
+    sent to the experts that are left. Where no unit is kept, the block adds nothing, its biases
+    included.
     """
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for group, mask in keep_masks.items():
             if bool(mask.all()):
                 continue
-            consumer = linear(model, group.consumer)
+            kind, block = KINDS[group.kind], block_of(model, group)
+            consumer = model.get_submodule(group.consumer)
             check_loaded(model, group.consumer)
-            if not mask.any():
-                handles.append(
-                    consumer.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
-                )
-                continue
-            columns = mask.to(consumer.weight.device, consumer.weight.dtype)
-            columns = columns.repeat_interleave(group.columns)
-            handles.append(
-                consumer.register_forward_pre_hook(
-                    lambda _, args, m=columns: (args[0] * m, *args[1:])
-                )
-            )
+            if mask.any():
+                stack.enter_context(kind.mask(block, consumer, group.inputs, mask))
+            else:
+                ends = kind.output(block, consumer)
+                stack.enter_context(ends.register_forward_hook(_nothing))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _nothing(_: nn.Module, __: tuple, output: Any) -> Any:
+    """Zeros instead of what a module puts out, or of the first part of it."""
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
@@ -478,24 +549,30 @@ def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
     Layers that are quantised, adapted or parametrised are not.
     """
     for group in groups:
-        for name in (*group.producers, group.consumer):
-            if reason := not_plain(module := model.get_submodule(name)):
+        for name in group.layers:
+            if reason := not_plain(module := model.get_submodule(name), group.is_linear):
                 raise UnsupportedModelError(
                     f"{name} is a {type(module).__name__} {reason}. Score, plan and prune the "
                     "floating-point model, before it is quantised or given adapters."
                 )
 
 
-def not_plain(module: nn.Module) -> str:
-    """Why the entries of a layer's weight are not the numbers it computes with; empty if they
+def not_plain(module: nn.Module, required: bool = True) -> str:
+    """Why the entries of a module's parameters are not the numbers it computes with; empty if they
     are.
+
+    Args:
+        module: the module.
+        required: whether it has to be a linear layer; otherwise it may be any.
     """
-    weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
     if hasattr(module, "quantization_scheme"):  # its scales would stay behind
         return "that is quantised"
+    weights = [p for p in module._parameters.values() if p is not None]
+    plain = all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
     linear = type(module) is nn.Linear or type(module).__name__ in LINEAR_LAYERS
-    if linear and type(weight) is nn.Parameter and weight.is_floating_point():
+    if plain and (weights or not required) and (linear or not required):
         return ""
+    weight = getattr(module, "weight", weights[0] if weights else None)
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
 
 
@@ -513,6 +590,7 @@ def check_loaded(model: nn.Module, name: str = "") -> None:
 
 __all__ = [
     "AttentionUnit",
+    "ExpertUnit",
     "Group",
     "Kind",
     "LeftWhole",
@@ -520,10 +598,11 @@ __all__ = [
     "Slice",
     "Tower",
     "block_of",
-    "check_attention_unit",
+    "channel_groups",
     "check_loaded",
     "check_partial",
     "check_plain",
+    "check_units",
     "decoder",
     "find_groups",
     "find_skips",
@@ -533,8 +612,10 @@ __all__ = [
     "linear",
     "not_plain",
     "query_groups",
+    "reading_weight",
     "sync_sizes",
     "total_parameters",
     "tower_layers",
     "tower_root",
+    "watching",
 ]

@@ -99,10 +99,10 @@ def _rest(
 ) -> Iterator[tuple[nn.Module, str]]:
     """The outermost modules with weights that lie outside the blocks, and why they stay whole."""
     for name, child in module.named_children():
+        if child in covered or name in SIDE_PATHS:
+            continue
         if child in refused:
             yield child, refused[child]
-        elif child in covered or name in SIDE_PATHS:
-            continue
         elif any(inner in covered or inner in refused for inner in child.modules()):
             yield from _rest(child, covered, refused)
         elif any(p.ndim > 1 for p in child.parameters()):

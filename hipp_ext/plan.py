@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
-from hipp_ext.groups import AttentionUnit, Kind, LeftWhole, Tower
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, LeftWhole, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
 
@@ -155,6 +155,11 @@ class PruningPlan:
     def attention_unit(self) -> AttentionUnit:
         """The unit of its attention groups: "query" if any of them are query heads."""
         return "query" if any(g.kind == "query_heads" for g in self.groups) else "kv"
+
+    @property
+    def expert_unit(self) -> ExpertUnit:
+        """The unit of its mixtures of experts: "channel" if any of them are channels."""
+        return "channel" if any(g.kind == "expert_channels" for g in self.groups) else "expert"
 
     @property
     def keep_counts(self) -> dict[str, int]:

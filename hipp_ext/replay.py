@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import decoder
+from hipp_ext.modes import replaced_forward
 from hipp_ext.scorers.base import forward
 
 
@@ -38,20 +39,6 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     finally:
         handle.remove()
     return captured
-
-
-@contextlib.contextmanager
-def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block `layer` computes `forward`; its hooks run as before."""
-    own = layer.__dict__.get("forward")  # accelerate's hooks replace it on the instance, too
-    layer.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

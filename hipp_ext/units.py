@@ -54,7 +54,8 @@ def plan_from_counts(
 
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
-            block is dropped) to its width, or that its sections cannot share equally; scores are
+            block is dropped) to its width, or that its sections cannot share equally, or with which
+            its block does not work; scores are
             missing for a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
@@ -96,6 +97,10 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
             raise PlanError(
                 f"{g.name} cannot keep {keep} of {g.width} units: its {g.sections} sections keep "
                 f"the same number each, so a multiple of {g.sections} is needed."
+            )
+        if 0 < keep < g.least:
+            raise PlanError(
+                f"{g.name} cannot keep {keep} of {g.width} units: it needs {g.least} or none."
             )
         checked.append(keep)
     return checked

@@ -168,7 +168,8 @@ class PlanPruner:
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
         plan = self.plan
-        groups = find_groups(self.model, plan.towers, plan.attention_unit, partial="report")
+        units = plan.attention_unit, plan.expert_unit
+        groups = find_groups(self.model, plan.towers, *units, partial="report")
         entries = [
             PlanGroup(
                 tower=g.tower,

@@ -12,9 +12,10 @@ from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
 from hipp_ext.groups import (
     AttentionUnit,
+    ExpertUnit,
     Partial,
-    check_attention_unit,
     check_partial,
+    check_units,
     find_groups,
     left_whole,
 )
@@ -39,18 +40,20 @@ class Allocator(abc.ABC):
         scorer: scorer that ranks the units of a group; None: WandaSP.
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
         partial: "refuse" or "report" a model with parts that can only stay whole, see
             `find_groups`; the plan's `left_whole` lists them.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or the attention unit
-            or `partial` is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit or `partial`
+            is unknown.
     """
 
     pruning_ratio: float
     scorer: Scorer | None = None
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
+    expert_unit: ExpertUnit = "expert"
     partial: Partial = "refuse"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
@@ -58,7 +61,7 @@ class Allocator(abc.ABC):
         check_ratio(self.pruning_ratio)
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
-        check_attention_unit(self.attention_unit)
+        check_units(self.attention_unit, self.expert_unit)
         check_partial(self.partial)
 
     def plan(
@@ -87,7 +90,8 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups = find_groups(model, attention_unit=self.attention_unit, partial=self.partial)
+        units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
+        groups = find_groups(model, partial=self.partial, **units)
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)

@@ -65,6 +65,7 @@ def plan(
         ),
     ] = "planner",
     attention_unit: opt.AttentionUnitOption = None,
+    expert_unit: opt.ExpertUnitOption = None,
     partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
@@ -110,6 +111,7 @@ def plan(
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
         maker.attention_unit = attention_unit or maker.attention_unit
+        maker.expert_unit = expert_unit or maker.expert_unit
         maker.effort = effort or maker.effort
         maker.partial = partial if partial != "refuse" else maker.partial
         if best_evaluated and not len(maker.archive):
@@ -141,6 +143,7 @@ def plan(
                 "sensitivity measure the groups."
             )
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
+        chosen |= {"expert_unit": expert_unit} if expert_unit else {}
         chosen |= {"partial": partial}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)

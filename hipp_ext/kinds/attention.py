@@ -90,9 +90,9 @@ class _Heads(BlockKind):
             weight = weight[-heads * size :]
         return weight, size
 
-    def context_flops(self, columns: int, context: int) -> int:
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
-        return 4 * columns * context
+        return 4 * owns[-1].size * context
 
     def stock_counts(
         self, config: Any, tower: str, common: int, block: Any, columns: int
@@ -117,7 +117,7 @@ class _Heads(BlockKind):
             heads = width * columns // value_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
-                block.config = _SizedConfig(shared, num_attention_heads=heads)
+                block.config = SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting."""
@@ -164,7 +164,7 @@ class Attention(_Heads):
         named = {"num_key_value_heads": width, "embed_dim": width * columns}
         return {"num_heads": heads, "num_attention_heads": heads, **named}
 
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
+    def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
         heads = width * columns // value_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
@@ -202,6 +202,11 @@ class QueryHeads(_Heads):
         """None: `Attention` finds the blocks, and `find_groups` is told which unit to take."""
         return []
 
+    def divides(self, block: Any) -> bool:
+        """Not where a KV group's queries, keys and values lie side by side in one layer."""
+        producers, _ = self.matched(block)
+        return len(producers) > 1 or self.names.fused[producers[0]] != "units"
+
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
         return self.query_heads(block)
@@ -213,7 +218,7 @@ class QueryHeads(_Heads):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
         producers, _ = self.matched(block)
-        if not divides_into_queries(block):
+        if not self.divides(block):
             raise UnsupportedModelError(
                 f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
                 "its query heads cannot go alone. Use attention_unit='kv'."
@@ -234,7 +239,7 @@ class QueryHeads(_Heads):
         return {"num_heads": width, "num_attention_heads": width, **named}
 
 
-class _SizedConfig:
+class SizedConfig:
     """A configuration in which some sizes are others than in the one it is a view of."""
 
     def __init__(self, shared: Any, **sizes: int):
@@ -271,12 +276,6 @@ def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
     kind = Attention()
     return kind.query_heads(block) > kind.kv_heads(block)
-
-
-def divides_into_queries(block: Any) -> bool:
-    """Whether query heads of an attention block can go without their keys and values."""
-    producers, _ = Attention().matched(block)
-    return len(producers) > 1 or Attention.names.fused[producers[0]] != "units"
 
 
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:

@@ -44,7 +44,7 @@ def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     layers: dict[int, dict[str, Any]] = {}
     for g in find_groups(model, partial="report"):
-        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width)
+        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width, config)
         # A field that the configuration does not have would count as one of all layers.
         known = {n: size for k, size in sizes.items() if (n := field_name(config, k))}
         layers.setdefault(g.layer, {}).update(known)
@@ -57,9 +57,10 @@ def _write_alike(model: Any, config: Any, layers: Mapping[int, dict[str, Any]]) 
     """Write one set of sizes for all layers, if all have it and transformers builds the model
     so.
     """
-    first, *others = layers.values()
-    if "skip" in first or any(values != first for values in others):
-        return False
+    first: dict[str, Any] = {}
+    for sizes in layers.values():  # layers of different kinds say different things
+        if "skip" in sizes or any(first.setdefault(k, v) != v for k, v in sizes.items()):
+            return False
     before = {key: getattr(config, key) for key in first if hasattr(config, key)}
     if before == first and not getattr(config, "is_heterogeneous", False):
         return True
