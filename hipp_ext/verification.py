@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, block_of, linear, not_plain, sync_sizes
-from hipp_ext.kinds.slices import Slice, change_units, without_first
+from hipp_ext.groups import Group, block_of, gated, not_plain, sync_sizes
+from hipp_ext.kinds.slices import Slice, change_units, tensor_in, without_first
 from hipp_ext.modes import evaluating
 
 TOKENS = 4
@@ -39,7 +39,7 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     that is running. Groups of the vision tower are left out, and so are models that could not be
     pruned anyway (quantised, adapted, offloaded, with shared weights).
     """
-    several = [g for g in groups if g.tower == "language" and g.width > 1]
+    several = [g for g in groups if g.tower == "language" and g.width - g.sections >= g.least]
     kinds = {g.kind for g in several}
     if kinds <= _verified.get(model, set()) or not _sliceable(model, several):
         return
@@ -56,39 +56,39 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
         return
     if not torch.isfinite(dense).all():
         return  # for those to say who measure activations
-    masked = _masked(model, several)
-    try:
-        sliced = _sliced(model, several)
-    except Exception as error:
+    if fault := _fault(model, several, dense):
+        first = next((g for g in several if _fault(model, [g], dense)), several[0])
         raise UnsupportedModelError(
-            f"{_refusal(model)} it does not run: {type(error).__name__}: {error}"
-        ) from error
-    allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * float(dense.abs().max())
-    difference = float((masked - sliced).abs().max())
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"{_refusal(model)} its logits differ by {difference:.3g} from those with the unit "
-            "masked (the logits go up to "
-            f"{float(dense.abs().max()):.3g})."
+            f"The layers of {type(model).__name__} look like those of a model that can be pruned, "
+            f"and are not: with a unit of every group sliced out, {fault}. The first block of that "
+            f"sort is {first.block} ({type(block_of(model, first)).__name__})."
         )
     _verified.setdefault(model, set()).update(kinds)
 
 
-def _refusal(model: nn.Module) -> str:
+def _fault(model: nn.Module, groups: Sequence[Group], dense: Tensor) -> str:
+    """What goes wrong when units of `groups` are sliced out instead of masked; empty: nothing."""
+    masked = _masked(model, groups)
+    try:
+        sliced = _sliced(model, groups)
+    except Exception as error:  # whatever the forward of a model raises
+        return f"it does not run: {type(error).__name__}: {str(error).rstrip('. ')}"
+    largest, difference = float(dense.abs().max()), float((masked - sliced).abs().max())
+    if difference <= max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * largest:
+        return ""
     return (
-        f"The layers of {type(model).__name__} look like those of a model that can be pruned, and "
-        "are not: with a unit of "
-        "every group sliced out,"
+        f"its logits differ by {difference:.3g} from those with the unit masked (the logits go up "
+        f"to {largest:.3g})"
     )
 
 
 def _sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
-    layers = [model.get_submodule(name) for g in groups for name in (*g.producers, g.consumer)]
-    weights = {id(getattr(layer, "weight", None)) for layer in layers}
-    shared = len(weights) < len(layers)
+    parameters = [slices[0].parameter for g in groups for slices in g.cuts]
+    shared = len({id(tensor_in(model, name)) for name in parameters}) < len(parameters)
+    layers = [(model.get_submodule(name), g.is_linear) for g in groups for name in g.layers]
     return (
         not shared
-        and not any(map(not_plain, layers))
+        and not any(not_plain(layer, linear) for layer, linear in layers)
         and not any(p.is_meta for p in model.parameters())
     )
 
@@ -111,20 +111,13 @@ def _logits(model: nn.Module) -> Tensor:
 
 def _masked(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """The logits with the first unit of every group, and section, masked."""
-
-    def mask(group: Group) -> Any:
-        def close(_: nn.Module, args: tuple) -> tuple:
-            sections = args[0].unflatten(-1, (group.sections, -1))[..., group.columns :]
-            return (nn.functional.pad(sections, (group.columns, 0)).flatten(-2), *args[1:])
-
-        return close
-
-    handles = [linear(model, g.consumer).register_forward_pre_hook(mask(g)) for g in groups]
-    try:
+    masks = {}
+    for g in groups:
+        masks[g] = torch.ones(g.sections, g.width // g.sections, dtype=torch.bool)
+        masks[g][:, 0] = False
+        masks[g] = masks[g].flatten()
+    with gated(model, masks):
         return _logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sliced(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -144,7 +137,7 @@ def _cut_while_running(model: nn.Module, group: Group, slices: Sequence[Slice]) 
 
     It is a view where the units lie in one piece, else a copy.
     """
-    parameter, block = model.get_parameter(slices[0].parameter), block_of(model, group)
+    parameter, block = tensor_in(model, slices[0].parameter), block_of(model, group)
     whole = parameter.data
 
     def cut(*_: Any) -> None:

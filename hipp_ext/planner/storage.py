@@ -12,7 +12,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
-from hipp_ext.groups import AttentionUnit
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
@@ -47,6 +47,8 @@ class Header(BaseModel):
     scorer: str | None
     effort: Effort
     attention_unit: AttentionUnit = "kv"
+    expert_unit: ExpertUnit = "expert"
+    partial: Partial = "refuse"
     mrs: str | None
     ranking: str | None
     plans: int
@@ -74,6 +76,8 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         scorer=planner.scorer and planner.scorer.name,
         effort=planner.effort,
         attention_unit=planner.attention_unit,
+        expert_unit=planner.expert_unit,
+        partial=planner.partial,
         mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
         **{name: getattr(history, name) for name in HISTORY},
@@ -117,6 +121,8 @@ def read_planner(
             mrs=mrs,
             effort=header.effort,
             attention_unit=header.attention_unit,
+            expert_unit=header.expert_unit,
+            partial=header.partial,
             policy=policy,
         )
         if SIGNALS in header.files:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hipp_ext.families import borrows_keys
-from hipp_ext.groups import Group, decoder, tower_layers
-from hipp_ext.modes import training_only
+from hipp_ext.groups import Group, decoder, tower_layers, watching
+from hipp_ext.kinds.mixture import Mixture
+from hipp_ext.modes import replaced_forward, training_only
 from hipp_ext.output_head import OutputHead
 from hipp_ext.progress import Tick
-from hipp_ext.replay import replaced_forward
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
@@ -85,7 +85,7 @@ def unit_contributions(
     with training_only(model, []), torch.enable_grad():
         for number, batch in enumerate(replay.batches, 1):
             recompute = apart and _activation_bytes(model, batch) > memory_limit
-            with _watched(model, groups, batch.size) as sums, _differentiable(model, recompute):
+            with _watched(model, groups, batch) as sums, _differentiable(model, recompute):
                 hidden = decoder(model)(**batch.inputs).last_hidden_state
                 hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
             for g in groups:
@@ -95,28 +95,34 @@ def unit_contributions(
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, groups: Sequence[Group], rows: int) -> Iterator[dict[str, Tensor]]:
+def _watched(
+    model: nn.Module, groups: Sequence[Group], batch: ReplayBatch
+) -> Iterator[dict[str, Tensor]]:
     """Yield group name -> (rows, width) sums of input times gradient, filled by a backward pass.
 
     They stay 0 where a layer does not run: one that reads pictures, in a batch without any.
     """
+    rows, length = batch.size, _tokens(batch) // batch.size
     sums = {g.name: torch.zeros(rows, g.width) for g in groups}
 
-    def look(group: Group, _: nn.Module, args: tuple) -> None:
-        x = args[0]
-
+    def look(group: Group, x: Tensor, tokens: Tensor | None, part: slice) -> None:
         def add(gradient: Tensor) -> None:
-            products = (x.detach().float() * gradient.float()).view(rows, -1, x.shape[-1]).sum(1)
-            sums[group.name] = products.view(rows, group.width, group.columns).sum(-1)
+            products = x.detach().float() * gradient.float()
+            if tokens is None:
+                of_rows = products.view(rows, -1, x.shape[-1]).sum(1)
+            else:
+                of_rows = products.new_zeros(rows, x.shape[-1])
+                of_rows.index_add_(0, tokens // length, products)
+            units = torch.arange(group.width, device=x.device).repeat_interleave(group.inputs)[part]
+            found = sums[group.name].to(x.device)
+            sums[group.name] = found.index_add(1, units, of_rows)
 
         if x.requires_grad:  # not in the first pass of a layer that is computed again
             x.register_hook(add)
 
     with contextlib.ExitStack() as stack:
         for g in groups:
-            consumer = model.get_submodule(g.consumer)
-            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
-            stack.callback(hook.remove)
+            stack.enter_context(watching(model, g, functools.partial(look, g)))
         yield sums
 
 
@@ -209,9 +215,15 @@ def _activation_bytes(model: nn.Module, batch: ReplayBatch) -> int:
     layers = tower_layers(model, "language")
     linears = [m for m in layers.modules() if isinstance(m, nn.Linear)]
     features = sum(m.in_features + m.out_features for m in linears)
-    tokens = next(
+    for mixture in filter(None, map(Mixture.of, layers.modules())):
+        features += mixture.top_k * (4 * mixture.width + 2 * mixture.hidden)
+    return _tokens(batch) * features * (linears[0].weight.element_size() if linears else 4)
+
+
+def _tokens(batch: ReplayBatch) -> int:
+    """Number of tokens of a batch, padding included."""
+    return next(
         value.shape[:2].numel()
         for name in ("inputs_embeds", "input_ids")
         if isinstance(value := batch.inputs.get(name), Tensor)
     )
-    return tokens * features * (linears[0].weight.element_size() if linears else 4)
