@@ -6,7 +6,7 @@ here; everything else in the library finds its way by structure.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -26,13 +26,28 @@ PROJECTORS = (
     "connector",
     "mm_projector",
 )
-# Consumers of attention blocks that gather the heads by an attribute, `embed_dim`.
-GATHERED = ("projection_layer",)
 HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
+# Inputs of a model's forward that hold pictures; those of videos have names of their own.
+PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
+# Configuration fields that have the width of an FFN computed from the one that is named (LFM2).
+ROUNDING = ("block_auto_adjust_ff_dim",)
+# Attention blocks whose fused projection lies in several parts, each with queries, keys and values.
+SCATTERED = ("CodeGenAttention",)
+LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
+# Arguments of attention blocks: a bias for every head, which the model makes of their number.
+HEAD_BIASES = ("alibi", "position_bias")
+VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
+# Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
+FIELD_NAMES = {
+    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size")
+}
+LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
+# Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
+SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +80,17 @@ class BlockNames:
 # By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
-        producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("qkv",)),
+        producers=(
+            ("q_proj", "k_proj", "v_proj"),
+            ("q_proj", "k_proj"),  # values are the keys (Gemma 4)
+            ("q_proj",),  # keys and values are those of an earlier layer (Gemma 3n, Gemma 4)
+            ("qkv_proj",),
+            ("query_key_value",),
+            ("qkv",),
+        ),
         fused={"qkv_proj": "parts", "qkv": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", *GATHERED, "proj"),
+        consumers=("o_proj", "out_proj", "dense", "Wo", "proj", "projection_layer"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
@@ -77,6 +99,9 @@ BLOCKS = {
             "layernorm_before",
             "attention_norm",
             "rms_norm1",
+            "operator_norm",
+            "temporal_pre_norm",
+            "attn_norm",
         ),
         norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
@@ -86,16 +111,35 @@ BLOCKS = {
         producers=(
             ("gate_proj", "up_proj"),
             ("gate_up_proj",),
+            ("input_linear",),
+            ("w1", "w3"),
             ("up_proj",),
             ("fc1",),
+            ("c_fc",),
+            ("fc_in",),
+            ("dense_h_to_4h",),
+            ("Wi",),
             ("linear_fc1",),
             ("linear_1",),
             ("linear1",),
             ("0",),  # of a sequence: linear layer, activation, linear layer
         ),
-        fused={"gate_up_proj": "parts"},
+        fused={"gate_up_proj": "parts", "input_linear": "parts", "Wi": "parts"},
         gates=(),
-        consumers=("down_proj", "fc2", "linear_fc2", "linear_2", "linear2", "2"),
+        consumers=(
+            "down_proj",
+            "w2",
+            "fc2",
+            "c_proj",
+            "fc_out",
+            "output_linear",
+            "dense_4h_to_h",
+            "Wo",
+            "linear_fc2",
+            "linear_2",
+            "linear2",
+            "2",
+        ),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
@@ -106,6 +150,8 @@ BLOCKS = {
             "layernorm_after",
             "ffn_norm",
             "rms_norm2",
+            "channel_pre_norm",
+            "mlp_norm",
         ),
         norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
@@ -113,35 +159,28 @@ BLOCKS = {
     ),
 }
 
+# Attention whose queries, keys and values are up-projected from latents.
+LATENT_ATTENTION = replace(
+    BLOCKS["attention"],
+    producers=(("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj")),
+    consumers=("o_proj",),
+)
+# Parts of a mixture of experts, which are children of the block.
+EXPERTS = "experts"
+ROUTERS = ("gate", "router")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configuration fields
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+# Mixtures that return their router's scores beside their outputs.
+ROUTED_WITH_LOGITS = ("GptOssMLP", "Llama4TextMoe")
+SHARED_EXPERTS = ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate")
+LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "indexer"}
+
 
 def norm_before(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's input; None where blocks norm their outputs or share another's norm."""
     found = _norm_names(layer, place)
     # Without a norm before attention, the norm behind it belongs to its output (EXAONE 4, OLMo 2).
     return getattr(layer, found[0]) if found and _norm_names(layer, "attention") else None
-
-
-def own_norms(layer: nn.Module, place: str) -> list[str]:
-    """Names of the norms of `layer` that serve its block in this place alone, before or after it.
-
-    They can leave with the block. A norm that several parts of a layer read stays: attention and
-    FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
-    """
-    before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
-    names = [n for n in _norms_after(layer, place) if getattr(layer, n) is not ffn_input]
-    if before is not None and ffn_input is not None and not other_parts(layer):
-        names += [n for n, child in layer.named_children() if child is before]
-    return names
-
-
-def other_parts(layer: nn.Module) -> list[str]:
-    """Names of the weights of a layer that belong neither to its blocks nor to their norms."""
-    norms = {n for names in BLOCKS.values() for n in (*names.norms_before, *names.norms_after)}
-    consumers = {name for names in BLOCKS.values() for name in names.consumers}
-    known = norms | {
-        n for n, c in layer.named_children() if consumers & set(dict(c.named_children()))
-    }
-    return [n for n, _ in layer.named_parameters() if n.partition(".")[0] not in known]
 
 
 def residual_scale(layer: nn.Module, place: str) -> float:
@@ -153,6 +192,45 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     if gate is not None:
         return float(gate.detach().tanh().abs())
     return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def lends_keys(block: Any) -> bool:
+    """Whether later layers attend to the keys and values of an attention block (Gemma 3n)."""
+    shared = getattr(getattr(block, "config", None), "num_kv_shared_layers", 0)
+    return bool(shared and getattr(block, "store_full_length_kv", False))
+
+
+def borrows_keys(block: Any) -> bool:
+    """Whether an attention block attends to the keys and values of an earlier layer."""
+    return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def borrowed_kv_heads(block: Any) -> int:
+    """Number of key heads that an attention block borrows: none is ever pruned."""
+    config = block.config
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[block.layer_idx]
+    return config.num_key_value_heads
+
+
+def common_value(config: Any, name: str) -> Any:
+    """What a configuration says in a field of all layers; None where it has none, or they differ.
+
+    Gemma 3n has a list of widths. Gemma 4 raises where layers differ.
+    """
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    if not isinstance(value, list):
+        return value
+    return value[0] if value and value.count(value[0]) == len(value) else None
+
+
+def field_name(config: Any, name: str) -> str:
+    """What a configuration calls the field `name`; empty if it has no such field."""
+    known = (*FIELD_NAMES.get(name, ()), name)
+    return next((n for n in known if n in vars(config) or n in config.attribute_map), "")
 
 
 def crosses(layer: nn.Module) -> bool:
@@ -171,6 +249,20 @@ def first_removable_layer(config: Any) -> int:
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
+def varies_by_itself(config: Any) -> bool:
+    """Whether layers differ in size before anything is pruned (Gemma 4).
+
+    Such a class reads its `per_layer_config` by types of layers, which must stay alike in it, and
+    sizes that vary cannot be read for all layers. Pruning leaves it as it is.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    if config.allow_global_per_layer_attribute_access:  # pruning sets it
+        return False
+    own = config.to_dict()["per_layer_config"].values()
+    return any("head_dim" in values for values in own)
+
+
 def drop_layers(config: Any, removed: Sequence[int]) -> None:
     """Take the layers `removed` out of everything that a text configuration says layer by layer."""
     count = config.num_hidden_layers
@@ -186,17 +278,19 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's output before it is added; None where it is added as it is."""
     ffn_input = norm_before(layer, "ffn")
-    after = (getattr(layer, n) for n in _norms_after(layer, place))
+    after = (getattr(layer, n) for n in norms_after(layer, place))
     return next((norm for norm in after if norm is not ffn_input), None)
 
 
-def _norms_after(layer: nn.Module, place: str) -> list[str]:
-    return [n for n in BLOCKS[place].norms_after if _is_norm(layer, n)]
+def norms_after(layer: nn.Module, place: str) -> list[str]:
+    """Names of the norms behind a block."""
+    return [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:
-    return [name for name in BLOCKS[place].norms_before if _is_norm(layer, name)]
+    return [name for name in BLOCKS[place].norms_before if is_norm(layer, name)]
 
 
-def _is_norm(layer: nn.Module, name: str) -> bool:
+def is_norm(layer: nn.Module, name: str) -> bool:
+    """Whether `layer` has a norm called `name`; some layers have None instead."""
     return isinstance(getattr(layer, name, None), nn.Module)

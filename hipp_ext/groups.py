@@ -8,18 +8,35 @@ linear layers a block holds), not by a list of class names.
 
 import contextlib
 import functools
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import first_removable_layer, other_parts
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Skip, Slice, shares_keys
+from hipp_ext.families import (
+    BLOCKS,
+    LAYER_LISTS,
+    LINEAR_LAYERS,
+    first_removable_layer,
+    varies_by_itself,
+)
+from hipp_ext.kinds import (
+    KINDS,
+    BlockKind,
+    Kind,
+    Look,
+    Skip,
+    Slice,
+    shares_keys,
+    shares_with_layers,
+)
+from hipp_ext.kinds.slices import tensor_in
+from hipp_ext.layer_parts import UNKNOWN, parts_of
 from hipp_ext.towers import (
     Tower,
     check_towers,
@@ -32,6 +49,23 @@ from hipp_ext.towers import (
 )
 
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
+ExpertUnit = Literal["expert", "channel"]  # experts, or channels of all experts of a layer
+Partial = Literal["refuse", "report"]  # what is done about parts that can only stay whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftWhole:
+    """A part of a layer that no group has units of: it stays as it is.
+
+    Attributes:
+        module: name of the module.
+        type: its class.
+        reason: why it cannot be divided into units.
+    """
+
+    module: str
+    type: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +76,27 @@ class Group:
         tower: "language", "vision" or "projector" (the MLP between the two).
         layer: index of the layer in its tower, from 0; of the projector's MLPs, one after another.
         kind: a key of KINDS: "attention" (unit: a KV group), "query_heads" (unit: a query head of
-            the same block), "ffn" (unit: a channel).
+            the same block), "latent_attention" (unit: a head), "ffn" (unit: a channel), "experts"
+            (unit: an expert), "expert_channels" (unit: a channel of all experts of the block).
         width: number of units.
         owns: what one unit owns: the rows that compute it, then the columns that read it.
         unit_parameters: parameters that leave with one unit, biases included.
         unit_flops: floating-point operations per token that leave with one unit (two per
             multiply-accumulate of its weights); attention over the context comes on top, see
             `context_flops`.
+        unit_active: parameters that compute for a token and leave with one unit; 0: all of the
+            unit's. In a mixture of experts a token meets few of the experts, and others instead of
+            those that left.
+        inputs: inputs of the consumer that belong to one unit, side by side; 0: its columns.
+        least: the smallest keep count, apart from 0, with which the block works: every token is
+            sent to so many experts. At least one unit of every section.
         sections: the units lie in so many equal sections, one after the other, and every section
             keeps the same number of units: query heads in one section per KV group, which must all
             be shared by equally many. Other units are free (1).
         stock_counts: keep counts that the model's configuration can name for all layers alike, so
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
-        least: units that always stay; 0: the block may be dropped, since all it does is add to a
-            residual stream.
+        droppable: whether the model works without this block.
         picture_tokens: how many tokens of a picture pass the units; 0: the tokens of a prompt do.
     """
 
@@ -67,11 +107,18 @@ class Group:
     owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
+    unit_active: int = 0
+    inputs: int = 0
+    least: int = 1
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
-    least: int = 0
+    droppable: bool = True
     picture_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
+        object.__setattr__(self, "inputs", self.inputs or self.columns)
 
     @property
     def name(self) -> str:
@@ -89,6 +136,12 @@ class Group:
         return tuple(p for p in self.owns[:-1] if p.linear and p.parameter.endswith(".weight"))
 
     @functools.cached_property
+    def producing(self) -> tuple[str, ...]:
+        """Names of the weights that compute the units, and of those that route to them."""
+        parts = self.produced if self.is_linear else self.owns[:-1]
+        return tuple(dict.fromkeys(p.parameter for p in parts if "bias" not in p.parameter))
+
+    @functools.cached_property
     def producers(self) -> tuple[str, ...]:
         """Names of the linear layers whose output rows belong to the units."""
         return tuple(dict.fromkeys(part.layer for part in self.produced))
@@ -100,6 +153,16 @@ class Group:
         for part in self.owns:
             found.setdefault(part.parameter, []).append(part)
         return tuple(map(tuple, found.values()))
+
+    @functools.cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules that compute the units or read them."""
+        return tuple(dict.fromkeys(part.layer for part in self.owns if part.linear))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether linear layers compute and read the units: not so in mixtures of experts."""
+        return KINDS[self.kind].linear
 
     @property
     def consumer(self) -> str:
@@ -123,17 +186,21 @@ class Group:
 
     def context_flops(self, context: int) -> int:
         """FLOPs per token and unit over `context` keys; 0 where units look at no other tokens."""
-        return KINDS[self.kind].context_flops(self.columns, context)
+        return KINDS[self.kind].context_flops(self.owns, context)
 
     def multiple(self, round_to: int) -> int:
         """Smallest number of units, the same of every section, whose columns together are a
-        multiple of `round_to`.
+        multiple of `round_to`, where the sizes of matrices depend on the number of units.
         """
-        return math.lcm(round_to // math.gcd(round_to, self.columns), self.sections)
+        return KINDS[self.kind].multiple(self.columns, round_to, self.sections)
 
 
 def find_groups(
-    model: nn.Module, towers: Sequence[Tower] = ("language",), attention_unit: AttentionUnit = "kv"
+    model: nn.Module,
+    towers: Sequence[Tower] = ("language",),
+    attention_unit: AttentionUnit = "kv",
+    expert_unit: ExpertUnit = "expert",
+    partial: Partial = "refuse",
 ) -> tuple[Group, ...]:
     """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
 
@@ -146,32 +213,82 @@ def find_groups(
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
-            share keys (multi-head attention), both units are the same: KV groups.
+            share keys (multi-head attention), both units are the same: KV groups. Where layers
+            share keys and values with each other (Gemma 3n, Gemma 4), they are query heads always.
+        expert_unit: units of mixtures of experts. "expert": whole routed experts, of which at least
+            as many stay as a token is sent to. "channel": a channel of all routed experts of a
+            layer at once; all experts stay. Experts that every token passes are no prunable
+            parameters: they stay, but for those of a dropped block.
+        partial: what to do where parts of layers cannot be divided into units, such as state-space
+            mixers and linear attention. "refuse": raise. "report": find the groups of the other
+            blocks; `left_whole` says what stays.
 
     Raises:
-        BudgetError: the attention unit or a tower is unknown.
-        UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be
-            mapped. Nothing is ever skipped in silence; the message lists the modules in question.
+        BudgetError: a unit, a tower or `partial` is unknown.
+        UnsupportedModelError: no layers were found, or parts of them cannot be divided into units,
+            and partial is "refuse". Nothing is ever skipped in silence; the message lists the
+            modules in question.
     """
-    check_attention_unit(attention_unit)
-    return _find_groups(
-        model, check_towers(towers), lambda kind, block: _in_unit(kind, block, attention_unit)
-    )
+    check_units(attention_unit, expert_unit)
+    check_partial(partial)
+    towers = check_towers(towers)
+    units = attention_unit, expert_unit
+    groups, left = _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
+    adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
+    if left and (partial == "refuse" or adapted or not groups):
+        raise UnsupportedModelError(_refusal(model, towers, left, bool(groups)))
+    return groups
+
+
+def left_whole(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[LeftWhole, ...]:
+    """The parts of layers that no group has units of; see `find_groups`.
+
+    Norms, gates and other vectors are not listed, nor is what lies outside the layers.
+    """
+    return _find_groups(model, towers, lambda kind, _: kind)[1]
+
+
+def left_whole_lines(left: Iterable[LeftWhole]) -> list[str]:
+    """A line for all parts of a class that stay whole for one reason: the first, and how many."""
+    alike: dict[tuple[str, str], list[LeftWhole]] = {}
+    for part in left:
+        alike.setdefault((part.type, re.sub(r"\.\d+\b", "", part.reason)), []).append(part)
+    return [
+        f"{parts[0].module} ({parts[0].type}{f', and {len(parts) - 1} more' * (len(parts) > 1)}): "
+        f"{parts[0].reason}"
+        for parts in alike.values()
+    ]
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
-    """The query heads of all attention blocks, also of those where no heads share keys."""
-    query = KINDS["query_heads"]
-    found = _find_groups(model, towers, lambda kind, _: query if kind.name == "attention" else kind)
-    return tuple(g for g in found if g.kind == query.name)
+    """The query heads of all attention blocks that have them apart from keys and values, also of
+    those where no heads share keys.
+    """
+    return _in_other_units(model, towers, "attention", "query_heads")
+
+
+def channel_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
+    """The channels of all mixtures of experts."""
+    return _in_other_units(model, towers, "experts", "expert_channels")
+
+
+def _in_other_units(
+    model: nn.Module, towers: Sequence[Tower], usual: Kind, other: Kind
+) -> tuple[Group, ...]:
+    def unit_of(kind: BlockKind, block: nn.Module) -> BlockKind:
+        return KINDS[other] if kind.name == usual and KINDS[other].divides(block) else kind
+
+    found, _ = _find_groups(model, towers, unit_of)
+    return tuple(g for g in found if g.kind == other)
 
 
 def _find_groups(
     model: nn.Module, towers: Sequence[Tower], unit_of: Callable[[BlockKind, nn.Module], BlockKind]
-) -> tuple[Group, ...]:
-    """All groups; `unit_of` says by which kind a block is divided into units."""
+) -> tuple[tuple[Group, ...], tuple[LeftWhole, ...]]:
+    """All groups, and what is left whole; `unit_of` says by which kind a block is divided."""
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
+    left: list[LeftWhole] = []
     for tower in towers:
         if tower == "projector":
             groups += _projector_groups(model, names)
@@ -179,15 +296,45 @@ def _find_groups(
         layers = tower_layers(model, tower)
         seen = 0 if tower == "language" else picture_tokens(model.config)
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
-        for index, layer in enumerate(layers):
-            removable = tower == "language" and index >= first and not other_parts(layer)
-            for kind, block in _find_blocks(layer, names):
+        parts = [parts_of(layer, names[layer]) for layer in layers]
+        # Configurations name the layers of a hybrid by number or by period.
+        alike = tower == "language" and not any(p.left for p in parts)
+        alike = alike and not varies_by_itself(config)
+        for index, own in enumerate(parts):
+            removable = alike and index >= first and not own.others
+            for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
-                    group = _map_block(tower, index, unit_of(kind, block), block, names[block])
+                    group = _map_block(tower, index, unit_of(kind, block), block, name)
                     counts = _stock_counts(config, group, block)
                     changes: Any = {"stock_counts": counts, "removable": removable}
                     groups.append(replace(group, picture_tokens=seen, **changes))
-    return tuple(groups)
+            left += [
+                LeftWhole(module=name, type=type(module).__name__, reason=reason)
+                for module, name, reason in own.left
+            ]
+    return tuple(groups), tuple(left)
+
+
+def _refusal(
+    model: nn.Module, towers: Sequence[Tower], left: Sequence[LeftWhole], others: bool
+) -> str:
+    """Why a model cannot be pruned, or only in part."""
+    listed = "; ".join(left_whole_lines(left))
+    adapters = "".join(dict.fromkeys(_adapters(tower_root(model, tower)) for tower in towers))
+    known = "; ".join(
+        f"{place}: {' or '.join(' + '.join(p) for p in names.producers)} -> "
+        f"{' or '.join(names.consumers)}"
+        for place, names in BLOCKS.items()
+    )
+    known = f" Linear layers of known blocks are, {known}." * (UNKNOWN in listed)
+    accept = (
+        'The other blocks can be pruned: accept this with find_groups(..., partial="report"), '
+        'partial="report" of a planner or allocator, or --partial report.'
+    )
+    return (
+        f"{adapters}{type(model).__name__} has parts that cannot be pruned and would be left "
+        f"whole: {listed}.{known} {accept if others else 'It has no other blocks.'}"
+    )
 
 
 def _projector_groups(model: Any, names: dict[nn.Module, str]) -> list[Group]:
@@ -195,7 +342,7 @@ def _projector_groups(model: Any, names: dict[nn.Module, str]) -> list[Group]:
     kind, found = KINDS["ffn"], []
     for index, block in enumerate(projector_blocks(model)):
         group = _map_block("projector", index, kind, block, names[block])
-        own: Any = {"stock_counts": (group.width,), "removable": False, "least": 1}
+        own: Any = {"stock_counts": (group.width,), "removable": False, "droppable": False}
         found.append(replace(group, picture_tokens=projected_tokens(model.config), **own))
     return found
 
@@ -207,12 +354,18 @@ def tower_config(config: Any, tower: Tower) -> Any:
     return config.get_text_config() if tower == "language" else config.vision_config
 
 
-def check_attention_unit(unit: object) -> None:
-    """Raise BudgetError unless `unit` is one of AttentionUnit."""
-    if unit not in get_args(AttentionUnit):
-        raise BudgetError(
-            f"attention_unit={unit!r}: one of {', '.join(get_args(AttentionUnit))} is needed."
-        )
+def check_units(attention_unit: object, expert_unit: object) -> None:
+    """Raise BudgetError unless they are one of AttentionUnit and one of ExpertUnit."""
+    given = {"attention_unit": attention_unit, "expert_unit": expert_unit}
+    for (name, unit), units in zip(given.items(), (AttentionUnit, ExpertUnit), strict=True):
+        if unit not in get_args(units):
+            raise BudgetError(f"{name}={unit!r}: one of {', '.join(get_args(units))} is needed.")
+
+
+def check_partial(partial: object) -> None:
+    """Raise BudgetError unless `partial` is one of Partial."""
+    if partial not in get_args(Partial):
+        raise BudgetError(f"partial={partial!r}: one of {', '.join(get_args(Partial))} is needed.")
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
@@ -236,7 +389,10 @@ def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     if tower == "projector":
         return nn.ModuleList(projector_blocks(model))
     root = tower_root(model, tower)
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
+    own = [getattr(root, name, None) for name in LAYER_LISTS]
+    lists = [layers for layers in own if isinstance(layers, nn.ModuleList) and len(layers)]
+    if len(lists) != 1:
+        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
     if tower == "vision" and len(lists) > 1:
         return nn.ModuleList(layer for layers in lists for layer in layers)
     if len(lists) != 1:
@@ -273,46 +429,38 @@ def _adapters(root: nn.Module) -> str:
 
 
 def _is_tower(layers: nn.ModuleList) -> bool:
-    """Whether the first layer has an attention block, or had one."""
+    """Whether a layer has an attention block, or had one."""
     kinds = [kind for kind in KINDS.values() if kind.place == "attention"]
-    return len(layers) > 0 and any(kind.find(layers[0]) for kind in kinds)
+    return any(kind.find(layer) for layer in layers for kind in kinds)
 
 
-def _find_blocks(
-    layer: nn.Module, names: dict[nn.Module, str]
-) -> list[tuple[BlockKind, nn.Module]]:
-    """The blocks of a layer: at most one of every kind, at least one in every place."""
-    found = {kind: kind.find(layer) for kind in KINDS.values()}
-    filled = {kind.place for kind, blocks in found.items() if blocks}
-    for kind, blocks in found.items():
-        if len(blocks) == 1 or (not blocks and kind.place in filled):
-            continue
-        known = dict.fromkeys(name for names in kind.names.producers for name in names)
-        raise UnsupportedModelError(
-            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(blocks)} "
-            f"{kind.name} blocks that can be mapped; one with linear layers {' + '.join(known)} -> "
-            f"{' or '.join(kind.names.consumers)} is needed (mixtures of experts and fused "
-            f"projections are not supported). Its modules: {listing(layer)}"
-        )
-    return [(kind, block) for kind, blocks in found.items() for block in blocks]
-
-
-def _in_unit(kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit) -> BlockKind:
-    """The kind whose units an attention block is divided into; other kinds as they are."""
-    divided = attention_unit == "query" and kind.name == "attention" and shares_keys(block)
-    return KINDS["query_heads"] if divided else kind
+def _in_unit(
+    kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit, expert_unit: ExpertUnit
+) -> BlockKind:
+    """The kind whose units a block is divided into, where it can be divided in two ways."""
+    if isinstance(block, Skip):
+        return kind
+    if kind.name == "attention":
+        divided = (attention_unit == "query" and shares_keys(block)) or shares_with_layers(block)
+        return KINDS["query_heads"] if divided else kind
+    if expert_unit == "channel" and kind.name == "experts":
+        return KINDS["expert_channels"]
+    return kind
 
 
 def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name: str) -> Group:
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
     kind.check_rest(block, name, width)
-    parameters = multiplied = 0
+    parameters, active, multiplied = 0, 0.0, 0.0
     for part in owns:
-        parameter = block.get_parameter(part.parameter.removeprefix(f"{name}."))
+        parameter = tensor_in(block, part.parameter.removeprefix(f"{name}."))
         size = parameter.numel() // parameter.shape[part.dim] * part.size
+        size *= isinstance(parameter, nn.Parameter)
         parameters += size
-        multiplied += size if part.linear and parameter.ndim > 1 else 0
+        active += size * kind.active_share(block, part)
+        if part.linear and parameter.ndim > 1:
+            multiplied += size * kind.active_share(block, part)
     return Group(
         tower=tower,
         layer=index,
@@ -320,14 +468,20 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         width=width,
         owns=owns,
         unit_parameters=parameters,
-        unit_flops=2 * multiplied,
+        unit_active=round(active),
+        unit_flops=round(2 * multiplied),
+        inputs=kind.inputs(block, owns),
+        least=kind.least(block),
         sections=kind.sections(block),
+        droppable=kind.droppable(block),
     )
 
 
 def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
     """See `Group.stock_counts`; only its width where the configuration names no width at all."""
     kind = KINDS[group.kind]
+    if varies_by_itself(config):
+        return (group.width,)
     common = kind.common_width(config, group.tower)
     if common is None:
         return (group.width,)
@@ -364,36 +518,52 @@ def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
     KINDS[group.kind].resize(block_of(model, group), group.columns, width)
 
 
+def watching(model: nn.Module, group: Group, look: Look) -> contextlib.AbstractContextManager[None]:
+    """Inside the `with` block `look` sees, and may change, what a group's units are read by.
+
+    See `hipp_ext.kinds.Look`.
+    """
+    block, consumer = block_of(model, group), model.get_submodule(group.consumer)
+    return KINDS[group.kind].watch(block, consumer, look)
+
+
+def reading_weight(model: nn.Module, group: Group) -> Float[Tensor, "outputs inputs"]:
+    """Weight of the linear layer that reads a group's units, whose inputs lie side by side.
+
+    Of a mixture of experts it is put together of their down projections: a copy.
+    """
+    consumer = model.get_submodule(group.consumer)
+    return KINDS[group.kind].reading_weight(block_of(model, group), consumer)
+
+
 @contextlib.contextmanager
 def gated(model: nn.Module, keep_masks: Mapping[Group, Bool[Tensor, " width"]]) -> Iterator[None]:
     """Inside the block, units whose mask is False add nothing to what the model computes.
 
-    The inputs of every consumer are multiplied by the mask; where no unit is kept, the consumer's
-    output is zero, its bias included.
+    The inputs of every consumer are multiplied by the mask; of a mixture of experts, tokens are
+    sent to the experts that are left. Where no unit is kept, the block adds nothing, its biases
+    included.
     """
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for group, mask in keep_masks.items():
             if bool(mask.all()):
                 continue
-            consumer = linear(model, group.consumer)
+            kind, block = KINDS[group.kind], block_of(model, group)
+            consumer = model.get_submodule(group.consumer)
             check_loaded(model, group.consumer)
-            if not mask.any():
-                handles.append(
-                    consumer.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
-                )
-                continue
-            columns = mask.to(consumer.weight.device, consumer.weight.dtype)
-            columns = columns.repeat_interleave(group.columns)
-            handles.append(
-                consumer.register_forward_pre_hook(
-                    lambda _, args, m=columns: (args[0] * m, *args[1:])
-                )
-            )
+            if mask.any():
+                stack.enter_context(kind.mask(block, consumer, group.inputs, mask))
+            else:
+                ends = kind.output(block, consumer)
+                stack.enter_context(ends.register_forward_hook(_nothing))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _nothing(_: nn.Module, __: tuple, output: Any) -> Any:
+    """Zeros instead of what a module puts out, or of the first part of it."""
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
@@ -403,23 +573,30 @@ def check_plain(model: nn.Module, groups: Iterable[Group]) -> None:
     Layers that are quantised, adapted or parametrised are not.
     """
     for group in groups:
-        for name in (*group.producers, group.consumer):
-            if reason := not_plain(module := model.get_submodule(name)):
+        for name in group.layers:
+            if reason := not_plain(module := model.get_submodule(name), group.is_linear):
                 raise UnsupportedModelError(
                     f"{name} is a {type(module).__name__} {reason}. Score, plan and prune the "
                     "floating-point model, before it is quantised or given adapters."
                 )
 
 
-def not_plain(module: nn.Module) -> str:
-    """Why the entries of a layer's weight are not the numbers it computes with; empty if they
+def not_plain(module: nn.Module, required: bool = True) -> str:
+    """Why the entries of a module's parameters are not the numbers it computes with; empty if they
     are.
+
+    Args:
+        module: the module.
+        required: whether it has to be a linear layer; otherwise it may be any.
     """
-    weight = getattr(module, "weight", None)  # a layer that llm-compressor has packed has none
     if hasattr(module, "quantization_scheme"):  # its scales would stay behind
         return "that is quantised"
-    if type(module) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point():
+    weights = [p for p in module._parameters.values() if p is not None]
+    plain = all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
+    linear = type(module) is nn.Linear or type(module).__name__ in LINEAR_LAYERS
+    if plain and (weights or not required) and (linear or not required):
         return ""
+    weight = getattr(module, "weight", weights[0] if weights else None)
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
 
 
@@ -437,24 +614,33 @@ def check_loaded(model: nn.Module, name: str = "") -> None:
 
 __all__ = [
     "AttentionUnit",
+    "ExpertUnit",
     "Group",
     "Kind",
+    "LeftWhole",
+    "Partial",
     "Slice",
     "Tower",
     "block_of",
-    "check_attention_unit",
+    "channel_groups",
     "check_loaded",
+    "check_partial",
     "check_plain",
     "check_towers",
+    "check_units",
     "decoder",
     "find_groups",
     "find_skips",
     "gated",
+    "left_whole",
+    "left_whole_lines",
     "linear",
     "not_plain",
     "query_groups",
+    "reading_weight",
     "sync_sizes",
     "total_parameters",
     "tower_layers",
     "tower_root",
+    "watching",
 ]

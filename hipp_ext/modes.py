@@ -1,7 +1,7 @@
 """Calling a model to measure something, and leaving it as it was."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,3 +52,17 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+
+
+@contextlib.contextmanager
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block `layer` computes `forward`; its hooks run as before."""
+    own = layer.__dict__.get("forward")  # accelerate's hooks replace it on the instance, too
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
-from hipp_ext.groups import AttentionUnit, Kind, Tower
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, LeftWhole, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
 
@@ -114,12 +114,14 @@ class PruningPlan:
         preference: (utility, robustness, compression) it was made for, or None.
         scorer: name of the scorer that ranked the units, or None.
         notes: whatever the maker wants to say; plain JSON values.
+        left_whole: parts of layers that no group has units of, see `find_groups`.
     """
 
     groups: tuple[PlanGroup, ...]
     preference: tuple[float, float, float] | None = None
     scorer: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    left_whole: tuple[LeftWhole, ...] = ()
 
     def __post_init__(self) -> None:
         names = [g.name for g in self.groups]
@@ -151,8 +153,18 @@ class PruningPlan:
 
     @property
     def attention_unit(self) -> AttentionUnit:
-        """The unit of its attention groups: "query" if any of them are query heads."""
-        return "query" if any(g.kind == "query_heads" for g in self.groups) else "kv"
+        """The unit of its attention groups: "query" if all of them are query heads.
+
+        Where only some are (layers that share keys with each other), it makes no difference, or
+        KV groups were asked for.
+        """
+        kinds = {g.kind for g in self.groups} & {"attention", "query_heads"}
+        return "query" if kinds == {"query_heads"} else "kv"
+
+    @property
+    def expert_unit(self) -> ExpertUnit:
+        """The unit of its mixtures of experts: "channel" if any of them are channels."""
+        return "channel" if any(g.kind == "expert_channels" for g in self.groups) else "expert"
 
     @property
     def keep_counts(self) -> dict[str, int]:
@@ -172,6 +184,8 @@ class PruningPlan:
             "scorer": self.scorer,
             "notes": dict(self.notes),
         }
+        if self.left_whole:
+            head["left_whole"] = [asdict(part) for part in self.left_whole]
         lines = [
             json.dumps(
                 {
@@ -212,6 +226,7 @@ class PruningPlan:
             else (data.preference[0], data.preference[1], data.preference[2]),
             scorer=data.scorer,
             notes=data.notes,
+            left_whole=tuple(LeftWhole(**dict(part)) for part in data.left_whole),
         )
         if not abs(plan.pruning_ratio - data.pruning_ratio) <= 1e-9:  # NaN too
             raise PlanError(
@@ -303,12 +318,19 @@ class _GroupFile(_Strict):
         return spans
 
 
+class _LeftWholeFile(_Strict):
+    module: str
+    type: str
+    reason: str
+
+
 class _PlanFile(_Strict):
     format: Literal[1]
     pruning_ratio: float
     preference: list[float] | None = Field(min_length=3, max_length=3)
     scorer: str | None
     notes: dict[str, Any]
+    left_whole: list[_LeftWholeFile] = Field(default=[], max_length=MAX_GROUPS)
     groups: list[_GroupFile]
 
 

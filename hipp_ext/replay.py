@@ -1,7 +1,8 @@
 """The language tower, run again from any of its layers on inputs that were computed once."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import decoder
+from hipp_ext.modes import replaced_forward
 from hipp_ext.scorers.base import forward, forward_hidden
 
 
@@ -23,13 +25,14 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Embeddings, projector and vision tower run for them; the layers of the language tower do not.
     """
     captured: dict[str, Any] = {}
+    tower = decoder(model)
 
     def capture(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        assert not args, "transformers calls its decoders with keywords"
-        captured.update(kwargs)
+        names = inspect.signature(tower.forward).parameters  # some wrappers call by position
+        captured.update(zip(names, args, strict=False), **kwargs)
         raise _Captured
 
-    handle = decoder(model).register_forward_pre_hook(capture, with_kwargs=True)
+    handle = tower.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         forward(model, batch)
     except _Captured:
@@ -48,20 +51,6 @@ def whole_pass(model: nn.Module, batch: Batch) -> Float[Tensor, "rows tokens hid
     finally:
         handle.remove()
     return seen[-1].last_hidden_state
-
-
-@contextlib.contextmanager
-def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block `layer` computes `forward`; its hooks run as before."""
-    own = layer.__dict__.get("forward")  # accelerate's hooks replace it on the instance, too
-    layer.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -35,7 +35,19 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
-    return get_decoder()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder that reads what the encoder "
+            "makes of the prompt; only decoders that read the prompt themselves are supported. "
+            f"Its modules: {listing(model)}"
+        )
+    found: Any = None
+    inner: Any = get_decoder()
+    if isinstance(inner, nn.Linear):  # what ModernBERT calls its decoder is its head
+        inner = model.base_model
+    while inner is not found:  # BLIP-2 gives a language model with a head
+        found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
+    return inner
 
 
 def vision_tower(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, LeftWhole
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.quantities import whole
 
@@ -45,13 +45,17 @@ def plan_from_counts(
     preference: tuple[float, float, float] | None = None,
     scorer: str | None = None,
     notes: Mapping[str, object] | None = None,
+    left_whole: Sequence[LeftWhole] = (),
 ) -> PruningPlan:
     """The plan that keeps, in every group, as many units as `counts` says: those with the highest
     scores.
 
+    Arguments by keyword become attributes of the plan.
+
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
-            block is dropped) to its width, or that its sections cannot share equally; scores are
+            block is dropped) to its width, or that its sections cannot share equally, or with which
+            its block does not work; scores are
             missing for a group, have another length than its width, or are not finite.
     """
     check_scores(groups, scores)
@@ -72,6 +76,7 @@ def plan_from_counts(
         preference=preference,
         scorer=scorer,
         notes=dict(notes or {}),
+        left_whole=tuple(left_whole),
     )
 
 
@@ -92,6 +97,10 @@ def _checked_counts(groups: Sequence[Group], counts: Sequence[Any]) -> list[int]
             raise PlanError(
                 f"{g.name} cannot keep {keep} of {g.width} units: its {g.sections} sections keep "
                 f"the same number each, so a multiple of {g.sections} is needed."
+            )
+        if 0 < keep < g.least:
+            raise PlanError(
+                f"{g.name} cannot keep {keep} of {g.width} units: it needs {g.least} or none."
             )
         checked.append(keep)
     return checked

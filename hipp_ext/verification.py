@@ -1,11 +1,11 @@
 """Are the groups of a model what pruning takes them for? Asked once of every model, on a few random
-tokens, and on a random picture where units see pictures.
+tokens.
 
 Groups are found by the names and shapes of layers, and a shape can mislead: heads that are
     subtracted from one another, a norm
 for every head, sizes that a forward takes from elsewhere. So one unit of every group (of every
 section of it) is taken out in two ways, by masking what it puts out and by slicing its weights, and
-both must give the same logits, or features of the picture.
+both must give the same logits, or features of a random picture where units see pictures.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Tower, block_of, linear, not_plain, sync_sizes
-from hipp_ext.kinds.slices import Slice, change_units, without_first
+from hipp_ext.groups import Group, Tower, block_of, gated, not_plain, sync_sizes
+from hipp_ext.kinds.slices import Slice, change_units, tensor_in, without_first
 from hipp_ext.modes import evaluating
 from hipp_ext.random_picture import picture_features, random_picture
 
@@ -42,7 +42,7 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     that is running. Models that could not be pruned anyway (quantised, adapted, offloaded, with
     shared weights) are left out.
     """
-    several = [g for g in groups if g.width > 1]
+    several = [g for g in groups if g.width - g.sections >= g.least]
     reading = [g for g in several if g.tower == "language"]
     seeing = [g for g in several if g.tower != "language"]
     towers: tuple[Tower, ...] = tuple(dict.fromkeys(g.tower for g in seeing))
@@ -58,7 +58,7 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
 def _verify(
     model: nn.Module, groups: Sequence[Group], what: str, runs: Callable[[], Outputs]
 ) -> None:
-    """Compare the outputs of the model with units masked to those with units sliced out."""
+    """Compare what `runs()` returns with units masked to the same with units sliced out."""
     kinds = {(g.tower, g.kind) for g in groups}
     if kinds <= _verified.get(model, set()) or not _sliceable(model, groups):
         return
@@ -67,49 +67,51 @@ def _verify(
         dense = outputs()
     except Exception as error:  # whatever the forward of a model raises that wants more
         warnings.warn(
-            f"{type(model).__name__} does not {what} ({type(error).__name__}: "
-            f"{error}): whether its layers are what pruning takes them for was not checked.",
+            f"{type(model).__name__} does not {what} ({type(error).__name__}: {error}): whether "
+            "its layers are what pruning takes them for was not checked.",
             stacklevel=4,
         )
         _verified.setdefault(model, set()).update(kinds)
         return
     if not all(bool(torch.isfinite(values).all()) for values in dense):
         return  # for those to say who measure activations
-    masked = _masked(model, groups, outputs)
-    try:
-        sliced = _sliced(model, groups, outputs)
-    except Exception as error:
+    if fault := _fault(model, groups, dense, outputs):
+        first = next((g for g in groups if _fault(model, [g], dense, outputs)), groups[0])
         raise UnsupportedModelError(
-            f"{_refusal(model)} it does not run: {type(error).__name__}: {error}"
-        ) from error
-    for whole, one, other in zip(dense, masked, sliced, strict=True):
-        largest = float(whole.abs().max())
-        allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(whole.dtype).eps) * largest
-        difference = float((one - other).abs().max())
-        if not difference <= allowed:
-            name = "logits" if groups[0].tower == "language" else "features of a picture"
-            raise UnsupportedModelError(
-                f"{_refusal(model)} its {name} differ by {difference:.3g} from those with the unit "
-                f"masked (they go up to {largest:.3g})."
-            )
+            f"The layers of {type(model).__name__} look like those of a model that can be pruned, "
+            f"and are not: with a unit of every group sliced out, {fault}. The first block of that "
+            f"sort is {first.block} ({type(block_of(model, first)).__name__})."
+        )
     _verified.setdefault(model, set()).update(kinds)
 
 
-def _refusal(model: nn.Module) -> str:
-    return (
-        f"The layers of {type(model).__name__} look like those of a model that can be pruned, and "
-        "are not: with a unit of "
-        "every group sliced out,"
-    )
+def _fault(
+    model: nn.Module, groups: Sequence[Group], dense: Sequence[Tensor], outputs: Outputs
+) -> str:
+    """What goes wrong when units of `groups` are sliced out instead of masked; empty: nothing."""
+    masked = _masked(model, groups, outputs)
+    try:
+        sliced = _sliced(model, groups, outputs)
+    except Exception as error:  # whatever the forward of a model raises
+        return f"it does not run: {type(error).__name__}: {str(error).rstrip('. ')}"
+    name = "logits" if groups[0].tower == "language" else "features of a picture"
+    for whole, one, other in zip(dense, masked, sliced, strict=True):
+        largest, difference = float(whole.abs().max()), float((one - other).abs().max())
+        if not difference <= max(TOLERANCE, ROUNDINGS * torch.finfo(whole.dtype).eps) * largest:
+            return (
+                f"its {name} differ by {difference:.3g} from those with the unit masked (the "
+                f"{name} go up to {largest:.3g})"
+            )
+    return ""
 
 
 def _sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
-    layers = [model.get_submodule(name) for g in groups for name in (*g.producers, g.consumer)]
-    weights = {id(getattr(layer, "weight", None)) for layer in layers}
-    shared = len(weights) < len(layers)
+    parameters = [slices[0].parameter for g in groups for slices in g.cuts]
+    shared = len({id(tensor_in(model, name)) for name in parameters}) < len(parameters)
+    layers = [(model.get_submodule(name), g.is_linear) for g in groups for name in g.layers]
     return (
         not shared
-        and not any(map(not_plain, layers))
+        and not any(not_plain(layer, linear) for layer, linear in layers)
         and not any(p.is_meta for p in model.parameters())
     )
 
@@ -132,20 +134,13 @@ def _logits(model: nn.Module) -> Tensor:
 
 def _masked(model: nn.Module, groups: Sequence[Group], outputs: Outputs) -> list[Tensor]:
     """The outputs with the first unit of every group, and section, masked."""
-
-    def mask(group: Group) -> Any:
-        def close(_: nn.Module, args: tuple) -> tuple:
-            sections = args[0].unflatten(-1, (group.sections, -1))[..., group.columns :]
-            return (nn.functional.pad(sections, (group.columns, 0)).flatten(-2), *args[1:])
-
-        return close
-
-    handles = [linear(model, g.consumer).register_forward_pre_hook(mask(g)) for g in groups]
-    try:
+    masks = {}
+    for g in groups:
+        masks[g] = torch.ones(g.sections, g.width // g.sections, dtype=torch.bool)
+        masks[g][:, 0] = False
+        masks[g] = masks[g].flatten()
+    with gated(model, masks):
         return outputs()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sliced(model: nn.Module, groups: Sequence[Group], outputs: Outputs) -> list[Tensor]:
@@ -165,7 +160,7 @@ def _cut_while_running(model: nn.Module, group: Group, slices: Sequence[Slice]) 
 
     It is a view where the units lie in one piece, else a copy.
     """
-    parameter, block = model.get_parameter(slices[0].parameter), block_of(model, group)
+    parameter, block = tensor_in(model, slices[0].parameter), block_of(model, group)
     whole = parameter.data
 
     def cut(*_: Any) -> None:

@@ -10,7 +10,17 @@ from torch import nn
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import AttentionUnit, Tower, check_attention_unit, check_towers, find_groups
+from hipp_ext.groups import (
+    AttentionUnit,
+    ExpertUnit,
+    Partial,
+    Tower,
+    check_partial,
+    check_towers,
+    check_units,
+    find_groups,
+    left_whole,
+)
 from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
@@ -32,27 +42,33 @@ class Allocator(abc.ABC):
         scorer: scorer that ranks the units of a group; None: WandaSP.
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
         towers: what is pruned, under one budget: "language", "vision", "projector" or several of
             them, see `find_groups`.
+        partial: "refuse" or "report" a model with parts that can only stay whole, see
+            `find_groups`; the plan's `left_whole` lists them.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or the attention unit
-            or a tower is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit, a tower or
+            `partial` is unknown.
     """
 
     pruning_ratio: float
     scorer: Scorer | None = None
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
+    expert_unit: ExpertUnit = "expert"
     towers: tuple[Tower, ...] = ("language",)
+    partial: Partial = "refuse"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
     def __post_init__(self) -> None:
         check_ratio(self.pruning_ratio)
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
-        check_attention_unit(self.attention_unit)
+        check_units(self.attention_unit, self.expert_unit)
         object.__setattr__(self, "towers", check_towers(self.towers))
+        check_partial(self.partial)
 
     def plan(
         self,
@@ -80,7 +96,8 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups = find_groups(model, self.towers, self.attention_unit)
+        units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
+        groups = find_groups(model, self.towers, partial=self.partial, **units)
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)
@@ -96,7 +113,8 @@ class Allocator(abc.ABC):
             self.pruning_ratio,
             largest_ratio(groups, self.bounds),
         )
-        return plan_from_counts(groups, counts, scores, scorer=scorer.name)
+        left = left_whole(model)
+        return plan_from_counts(groups, counts, scores, scorer=scorer.name, left_whole=left)
 
     def measure(
         self,

@@ -99,10 +99,10 @@ def _free_fractions(
     if bounds.drop == "none":
         whole = LEVELS.index(1.0)
         levels, losses = LEVELS[:whole], losses[:, :whole]
-        # A group of one unit stays.
-        losses = losses.masked_fill(torch.tensor([[g.width == 1] for g in groups]), STAYS)
+        # A group that cannot lose a unit stays, such as one of a single unit.
+        losses = losses.masked_fill(torch.tensor([[g.width == g.least] for g in groups]), STAYS)
     else:
         losses = losses.clone()
-        losses[[g.least > 0 for g in groups], LEVELS.index(1.0)] = STAYS
+        losses[[not g.droppable for g in groups], LEVELS.index(1.0)] = STAYS
     path = CheapestPath([g.parameters for g in groups], levels, losses)
     return path.keep_fractions(torch.tensor([pruning_ratio]))[0]

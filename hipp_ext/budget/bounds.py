@@ -35,8 +35,8 @@ class Bounds:
         round_to: the input columns that stay are a multiple of this (kernels and quantisation
             groups prefer 64 or 128). A group that stays whole is always allowed. 1: no constraint.
         min_keep: least fraction of the units of a group that stays, in [0, 1]; at least one unit
-            always stays. A mapping from group name to fraction sets it for single groups; the
-            default applies to the others.
+            always stays, and of experts as many as a token is sent to. A mapping from group name
+            to fraction sets it for single groups; the default applies to the others.
         max_keep: largest fraction of the units of a group that stays, in [min_keep, 1].
         drop: "blocks": a group may also keep nothing, then its attention or FFN block is dropped;
             "layers": only both blocks of a layer together; "none": no block is dropped. A tower
@@ -140,8 +140,9 @@ class Bounds:
         step = np.array([g.multiple(self.round_to) for g in groups], dtype=np.int64)
         fractions = [self._min_keep(g.name) for g in groups]
         least = _least(fractions, [g.width for g in groups], step)
-        floors = -(-np.array([g.least for g in groups], dtype=np.int64) // step) * step
-        return np.maximum(least, np.minimum(floors, [g.width for g in groups])), step
+        floors = np.array([g.least for g in groups], dtype=np.int64)
+        floors = np.minimum(-(-floors // step) * step, [g.width for g in groups])
+        return np.maximum(least, floors), step
 
     def most(self, groups: Sequence[Group]) -> np.ndarray:
         """Largest allowed keep count of every group."""
@@ -215,12 +216,11 @@ class Bounds:
 
         With shape="layers" a layer that the configuration of the tower cannot leave out has none.
         """
-        stays = np.array([g.least > 0 for g in groups])
         if self.drop == "blocks":
-            return np.eye(len(groups), dtype=bool)[~stays]
+            return np.eye(len(groups), dtype=bool)[[g.droppable for g in groups]]
         layers = [(g.tower, g.layer) for g in groups]
         parts = np.array([[at == layer for at in layers] for layer in dict.fromkeys(layers)])
-        parts = parts[(~stays | ~parts).all(1)]
+        parts = parts[(np.array([g.droppable for g in groups]) | ~parts).all(1)]
         if self.shape == "free":
             return parts
         goes = np.array([g.removable for g in groups])

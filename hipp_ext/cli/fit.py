@@ -35,6 +35,8 @@ def fit(
         ),
     ] = False,
     attention_unit: opt.AttentionUnitOption = None,
+    expert_unit: opt.ExpertUnitOption = None,
+    partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     seed: Annotated[
         int,
@@ -105,6 +107,8 @@ def fit(
         mrs=MRS() if mrs else None,
         bounds=Bounds(**opt.read_bounds(round_to, drop, shape)),
         attention_unit=attention_unit or "kv",
+        expert_unit=expert_unit or "expert",
+        partial=partial,
         effort=effort or "anchored",
         towers=pruned,
         cache=cache or True,

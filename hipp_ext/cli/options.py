@@ -46,6 +46,8 @@ Phase = Literal["decode", "prefill"]
 RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
 AttentionUnit = Literal["kv", "query"]
+ExpertUnit = Literal["expert", "channel"]
+Partial = Literal["refuse", "report"]
 TOWERS = ("language", "vision", "projector")  # those of hipp_ext.towers, which imports torch
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
@@ -126,6 +128,22 @@ TowersOption = Annotated[
         metavar="LIST",
         help="What is pruned, under one budget: language, vision, projector, or several with "
         "commas between. Default: language.",
+    ),
+]
+ExpertUnitOption = Annotated[
+    ExpertUnit | None,
+    method_option(
+        metavar="UNIT",
+        help="Units of mixtures of experts: expert (whole experts, at least as many stay as a "
+        "token is sent to) or channel (a channel of all experts of a layer). Default: expert.",
+    ),
+]
+PartialOption = Annotated[
+    Partial,
+    method_option(
+        metavar="CHOICE",
+        help="What to do about parts of layers that cannot be pruned (state-space mixers, linear "
+        "attention): refuse, or report them and prune the others.",
     ),
 ]
 EffortOption = Annotated[

@@ -66,6 +66,8 @@ def plan(
         ),
     ] = "planner",
     attention_unit: opt.AttentionUnitOption = None,
+    expert_unit: opt.ExpertUnitOption = None,
+    partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
     image_folder: opt.ImageFolder = None,
@@ -88,6 +90,7 @@ def plan(
     - `hipp plan ./llava-1.5-7b-hf --towers language,vision,projector --pruning-ratio 0.3`
     """
     from hipp_ext.budget import Bounds
+    from hipp_ext.groups import left_whole_lines
     from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
@@ -111,8 +114,10 @@ def plan(
         maker.bounds = dataclasses.replace(maker.bounds, **bounds)
         maker.cache = cache or maker.cache
         maker.attention_unit = attention_unit or maker.attention_unit
+        maker.expert_unit = expert_unit or maker.expert_unit
         maker.effort = effort or maker.effort
         maker.towers = asked or maker.towers
+        maker.partial = partial if partial != "refuse" else maker.partial
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -142,6 +147,8 @@ def plan(
                 "sensitivity measure the groups."
             )
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
+        chosen |= {"expert_unit": expert_unit} if expert_unit else {}
+        chosen |= {"partial": partial}
         chosen |= {"towers": asked} if asked else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
@@ -153,6 +160,8 @@ def plan(
     for line in _notes(maker, weights, ratio, preference):
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
+    for line in left_whole_lines(made.left_whole):
+        typer.echo(f"left whole: {line}")
     _print_plan(made)
 
 

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
-from hipp_ext.kinds.base import BlockKind, Skip
+from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys, shares_with_layers
+from hipp_ext.kinds.base import BlockKind, Look, Skip
+from hipp_ext.kinds.experts import ExpertChannels, Experts
 from hipp_ext.kinds.ffn import FFN
+from hipp_ext.kinds.latent import LatentAttention
 from hipp_ext.kinds.slices import Slice
 
 __all__ = [
@@ -12,15 +14,23 @@ __all__ = [
     "KINDS",
     "Attention",
     "BlockKind",
+    "ExpertChannels",
+    "Experts",
     "Kind",
+    "LatentAttention",
+    "Look",
     "QueryHeads",
     "Skip",
     "Slice",
     "shares_keys",
+    "shares_with_layers",
 ]
 
 # In the order in which a layer runs them. A new kind is registered here.
-KINDS: dict[str, BlockKind] = {kind.name: kind for kind in (Attention(), QueryHeads(), FFN())}
+KINDS: dict[str, BlockKind] = {
+    kind.name: kind
+    for kind in (Attention(), QueryHeads(), LatentAttention(), FFN(), Experts(), ExpertChannels())
+}
 
 if TYPE_CHECKING:
     Kind = str

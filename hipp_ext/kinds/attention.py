@@ -8,10 +8,23 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, GATHERED, HEAD_DIMS, HEADS
+from hipp_ext.families import (
+    BLOCKS,
+    HEAD_BIASES,
+    HEAD_DIMS,
+    HEADS,
+    SCATTERED,
+    VALUE_DIM,
+    borrowed_kv_heads,
+    borrows_keys,
+    common_value,
+    field_name,
+    lends_keys,
+)
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -23,14 +36,16 @@ class _Heads(BlockKind):
     names = BLOCKS["attention"]
 
     def query_heads(self, block: Any) -> int:
-        """Number of query heads: the consumer reads head_dim numbers of each."""
-        return getattr(block, self.matched(block)[1]).in_features // head_dim(block)
+        """Number of query heads: the consumer reads as many numbers of each as a value has."""
+        return getattr(block, self.matched(block)[1]).in_features // value_dim(block)
 
     def kv_heads(self, block: Any) -> int:
         """Number of key heads, and of value heads."""
         producers, _ = self.matched(block)
         if len(producers) > 1:
             return block.k_proj.out_features // head_dim(block)
+        if borrows_keys(block):
+            return borrowed_kv_heads(block)
         heads = getattr(block, producers[0]).out_features // head_dim(block)
         return (heads - self.query_heads(block)) // 2
 
@@ -45,6 +60,19 @@ class _Heads(BlockKind):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Only what heads own, and the parameters of a norm that all heads share, head_dim long,
         may stand beside the projections: not those in a list of norms, for one."""
+        if type(block).__name__ in SCATTERED:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}): the rows of its heads are scattered over parts "
+                "of one projection."
+            )
+        taken = inspect.signature(type(block).forward).parameters
+        biased = getattr(getattr(block, "config", None), "alibi", True)  # Falcon's may be without
+        if biased and any(name in taken for name in HEAD_BIASES):
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) is given a bias for every head "
+                f"({' or '.join(HEAD_BIASES)}), which the model makes of the number of heads that "
+                "its configuration names."
+            )
         producers, consumer = self.matched(block)
         for part, parameter in block.named_parameters():
             owner, *rest = part.split(".")
@@ -59,9 +87,13 @@ class _Heads(BlockKind):
                 )
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
-        """The value projection."""
+        """The value projection; that of the keys where they are the values; the identity where the
+        values come from an earlier layer.
+        """
         producers, _ = self.matched(block)
-        weight, size = getattr(block, producers[-1]).weight, head_dim(block)
+        weight, size = getattr(block, producers[-1]).weight, value_dim(block)
+        if borrows_keys(block):
+            return torch.eye(self.kv_heads(block) * size, weight.shape[1]).to(weight), size
         if len(producers) == 1:
             heads = self.kv_heads(block)
             if self.names.fused[producers[0]] == "units":
@@ -69,19 +101,23 @@ class _Heads(BlockKind):
             weight = weight[-heads * size :]
         return weight, size
 
-    def context_flops(self, columns: int, context: int) -> int:
+    def droppable(self, block: Any) -> bool:
+        """Not where later layers need the keys and values."""
+        return not lends_keys(block)
+
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
-        return 4 * columns * context
+        return 4 * owns[-1].size * context
 
     def stock_counts(
         self, config: Any, tower: str, common: int, block: Any, columns: int
     ) -> tuple[int, ...]:
         """Others than `common` only where the query heads divide the hidden size, and where this
         kind of configuration has a field for the head dimension."""
-        named = hasattr(type(config), "head_dim") and config.head_dim is not None
+        named = hasattr(type(config), "head_dim") and common_value(config, "head_dim") is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
-        heads = columns // head_dim(block)  # query heads of a unit
+        heads = columns // value_dim(block)  # query heads of a unit
         fewer = (n for n in range(1, common) if config.hidden_size % (n * heads) == 0)
         return (*fewer, common)
 
@@ -93,10 +129,10 @@ class _Heads(BlockKind):
         producers, _ = self.matched(block)
         if self.names.fused.get(producers[0]) == "parts" and hasattr(block, "config"):
             shared = getattr(block.config, "_shared", block.config)
-            heads = width * columns // head_dim(block)
+            heads = width * columns // value_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
-                block.config = _SizedConfig(shared, num_attention_heads=heads)
+                block.config = SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
         """A module that returns nothing and keeps the cache counting.
@@ -115,13 +151,20 @@ class Attention(_Heads):
     unit = "KV groups"
     fields = ("num_key_value_heads", "num_attention_heads")
 
+    def find(self, layer: nn.Module) -> list[nn.Module]:
+        """Children of the layer, or of its child `attn` (GPT-Neo)."""
+        deeper = getattr(layer, "attn", None)
+        return super().find(layer) or (
+            super().find(deeper) if isinstance(deeper, nn.Module) else []
+        )
+
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
         producers, consumer = self.matched(block)
         keys = getattr(block, producers[0 if len(producers) == 1 else 1])
-        sizes = keys.out_features, getattr(block, consumer).in_features
-        size = head_dim(block)
-        if not size or any(rows % size for rows in sizes) or not self.kv_heads(block):
+        size, read = head_dim(block), getattr(block, consumer).in_features
+        rest = size and (keys.out_features % size or read % value_dim(block))
+        if not size or rest or not self.kv_heads(block):
             raise UnsupportedModelError(
                 f"{name} ({type(block).__name__}) has no head_dim that divides its "
                 f"{producers[0 if len(producers) == 1 else 1]} and {consumer}."
@@ -136,20 +179,19 @@ class Attention(_Heads):
         return super().parts(block, layer, width)
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
-        """Numbers of query heads and KV heads, and of the numbers that all heads put out."""
-        heads = width * columns // head_dim(block)
-        sizes = {"num_heads": heads, "num_key_value_heads": width}
-        _, consumer = self.matched(block)
-        return sizes | ({"embed_dim": width * columns} if consumer in GATHERED else {})
-
-    def config(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // head_dim(block)
+        heads = width * columns // value_dim(block)
+        named = {"num_key_value_heads": width, "embed_dim": width * columns}
+        return {"num_heads": heads, "num_attention_heads": heads, **named}
+
+    def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
+        """Numbers of query heads and KV heads."""
+        heads = width * columns // value_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """KV heads, or heads where the configuration names no others."""
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return common_value(config, "num_key_value_heads") or config.num_attention_heads
 
     def common_width(self, config: Any, tower: str) -> int | None:
         """KV heads, or heads where the configuration names no others; vision towers name heads."""
@@ -160,7 +202,8 @@ class Attention(_Heads):
         if tower == "language":
             kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             repeat = config.num_attention_heads // kv_heads
-            config.num_key_value_heads = width
+            if field_name(config, "num_key_value_heads"):
+                config.num_key_value_heads = width
             config.num_attention_heads = width * repeat
 
 
@@ -179,6 +222,11 @@ class QueryHeads(_Heads):
         """None: `Attention` finds the blocks, and `find_groups` is told which unit to take."""
         return []
 
+    def divides(self, block: Any) -> bool:
+        """Not where a KV group's queries, keys and values lie side by side in one layer."""
+        producers, _ = self.matched(block)
+        return self.names.fused.get(producers[0]) != "units"
+
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
         return self.query_heads(block)
@@ -190,7 +238,7 @@ class QueryHeads(_Heads):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
         producers, _ = self.matched(block)
-        if len(producers) == 1 and self.names.fused[producers[0]] == "units":
+        if not self.divides(block):
             raise UnsupportedModelError(
                 f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
                 "its query heads cannot go alone. Use attention_unit='kv'."
@@ -206,10 +254,12 @@ class QueryHeads(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads, and of those that share a key head."""
-        return {"num_heads": width, "num_key_value_groups": width // self.kv_heads(block)}
+        repeat = width // self.kv_heads(block)
+        named = {"num_key_value_groups": repeat, "embed_dim": width * columns}
+        return {"num_heads": width, "num_attention_heads": width, **named}
 
 
-class _SizedConfig:
+class SizedConfig:
     """A configuration in which some sizes are others than in the one it is a view of."""
 
     def __init__(self, shared: Any, **sizes: int):
@@ -235,7 +285,7 @@ class SkipAttention(Skip):
         self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
     ) -> tuple[Tensor, None]:
         """(zeros of the shape of `hidden_states`, no attention weights)."""
-        if past_key_values is not None:
+        if past_key_values is not None and not borrows_keys(self):
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
             past_key_values.update(zeros, zeros, self.layer_idx)
@@ -246,6 +296,11 @@ def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
     kind = Attention()
     return kind.query_heads(block) > kind.kv_heads(block)
+
+
+def shares_with_layers(block: Any) -> bool:
+    """Whether an attention block shares keys and values with other layers."""
+    return lends_keys(block) or borrows_keys(block)
 
 
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:
@@ -259,7 +314,13 @@ def head_dim(block: Any) -> int:
     return next((size for size in sizes if isinstance(size, int)), 0)
 
 
+def value_dim(block: Any) -> int:
+    """Numbers per value of an attention block, which may be fewer than of a key (MiMo)."""
+    size = getattr(block, VALUE_DIM, None)
+    return size if isinstance(size, int) else head_dim(block)
+
+
 def _heads(config: Any) -> int | None:
-    """Number of heads of a vision tower, if its configuration names it."""
-    sizes = [getattr(config, name, None) for name in HEADS]
+    """Number of heads of a tower, if its configuration names it."""
+    sizes = [common_value(config, name) for name in HEADS]
     return next((heads for heads in sizes if isinstance(heads, int)), None)

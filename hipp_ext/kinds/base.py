@@ -1,21 +1,31 @@
 """What a kind of block has to say about itself, and what is the same for all of them."""
 
 import abc
-from collections.abc import Mapping
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BlockNames
+from hipp_ext.families import ROUNDING, BlockNames, common_value, field_name
 from hipp_ext.kinds.slices import Slice
+
+# (inputs of a consumer (..., inputs), the tokens of the block's call that they belong to, which of
+# the consumer's inputs they are) -> what takes their place, None: they stay. The tokens are None
+# where all are there, in order.
+Look = Callable[[Tensor, Tensor | None, slice], Tensor | None]
 
 
 class BlockKind(abc.ABC):
     """One prunable kind of block: a kind answers these questions, and nothing else asks what it is.
 
-    A kind's units are read by one linear layer of the block, its consumer; a unit is masked by
-    zeroing the consumer's inputs.
+    A kind's units are read by one linear layer of the block, its consumer, whose inputs are watched
+    and changed by `watch`. A unit is masked by zeroing its inputs, where `mask` says nothing else.
 
     Attributes:
         name: name of the kind in groups, plans and manifests.
@@ -24,6 +34,8 @@ class BlockKind(abc.ABC):
         names: what transformers calls the parts of such a block.
         unit: what the units are called, in the plural.
         fields: configuration fields that hold the width of all layers, the decisive one first.
+        linear: whether linear layers compute and read the units.
+        neutral_zeros: whether a unit whose parameters are all zero changes nothing.
     """
 
     name: ClassVar[str]
@@ -31,6 +43,8 @@ class BlockKind(abc.ABC):
     names: ClassVar[BlockNames]
     unit: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
+    linear: ClassVar[bool] = True
+    neutral_zeros: ClassVar[bool] = True
 
     def find(self, layer: nn.Module) -> list[nn.Module]:
         """The blocks of this kind in a layer, dropped ones included: children of the layer."""
@@ -100,9 +114,63 @@ class BlockKind(abc.ABC):
         side by side in what is read.
         """
 
+    def droppable(self, block: Any) -> bool:
+        """Whether the model works without the block."""
+        return True
+
+    def divides(self, block: Any) -> bool:
+        """Whether a block of this place can be divided into these units."""
+        return True
+
     def sections(self, block: Any) -> int:
         """Number of equal sections of the units, of which all must keep the same number."""
         return 1
+
+    def least(self, block: Any) -> int:
+        """The smallest number of units with which the block works."""
+        return self.sections(block)
+
+    def multiple(self, columns: int, round_to: int, sections: int) -> int:
+        """Smallest number of units, the same of every section, whose columns together are a
+        multiple of `round_to`.
+        """
+        return math.lcm(round_to // math.gcd(round_to, columns), sections)
+
+    def inputs(self, block: Any, owns: tuple[Slice, ...]) -> int:
+        """Inputs of the consumer that belong to one unit."""
+        return owns[-1].size
+
+    def active_share(self, block: Any, part: Slice) -> float:
+        """The part of the entries of `part` that one token is multiplied by, on average, less what
+        others are multiplied by instead when the unit is gone.
+        """
+        return 1.0
+
+    def reading_weight(self, block: Any, consumer: Any) -> Tensor:
+        """Weight (outputs, inputs of all units) of the linear layer that reads the units."""
+        return consumer.weight
+
+    @contextlib.contextmanager
+    def watch(self, block: Any, consumer: Any, look: Look) -> Iterator[None]:
+        """Inside the `with` block `look` sees the inputs of the consumer, and may change them."""
+
+        def hook(_: nn.Module, args: tuple) -> tuple | None:
+            found = look(args[0], None, slice(None))
+            return None if found is None else (found, *args[1:])
+
+        with consumer.register_forward_pre_hook(hook):
+            yield
+
+    def mask(
+        self, block: Any, consumer: Any, inputs: int, mask: Bool[Tensor, " width"]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside the `with` block the block computes as if it had only the units of `mask`."""
+        columns = mask.to(next(block.parameters()).device).repeat_interleave(inputs)
+        return self.watch(block, consumer, lambda x, _, part: x * columns[part].to(x))
+
+    def output(self, block: Any, consumer: Any) -> nn.Module:
+        """The module whose output is what the block adds."""
+        return consumer
 
     @abc.abstractmethod
     def width(self, block: Any, name: str) -> int:
@@ -112,25 +180,37 @@ class BlockKind(abc.ABC):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Raise UnsupportedModelError where other parameters of the block may belong to units."""
 
-    def context_flops(self, columns: int, context: int) -> int:
-        """FLOPs per token and unit that grow with the number of keys; `columns`: of one unit."""
+    def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
+        """FLOPs per token and unit that grow with the number of keys; `owns`: of one unit."""
         return 0
 
     def attributes(self, block: Any, columns: int, width: int) -> Mapping[str, int]:
         """Size attributes of the block when it has `width` units of `columns` columns each."""
         return {}
 
-    def config(self, block: Any, columns: int, width: int) -> Mapping[str, int]:
-        """What the configuration of a layer says of a block with `width` units."""
+    def config(self, block: Any, columns: int, width: int, named: Any) -> Mapping[str, int]:
+        """What the configuration of a layer says of a block with `width` units.
+
+        Args:
+            block: the block.
+            columns: columns of one unit.
+            width: number of units.
+            named: configuration of the tower, for the names of its fields.
+        """
         return {self.fields[0]: width}
+
+    def named(self, config: Any) -> str:
+        """The field of a configuration that holds the number of units of all layers."""
+        return self.fields[0]
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """Number of units that a layer's configuration asks for; the reverse of `config`."""
-        return getattr(config, self.fields[0])
+        return getattr(config, field_name(config, self.fields[0]))
 
     def common_width(self, config: Any, tower: str) -> int | None:
         """Number of units that the configuration of a tower names for all layers, if it does."""
-        sizes = [getattr(config, field, None) for field in self.fields]
+        names = [n for field in self.fields if (n := field_name(config, field))]
+        sizes = [common_value(config, name) for name in names]
         return next((size for size in sizes if isinstance(size, int)), None)
 
     def stock_counts(
@@ -151,7 +231,12 @@ class BlockKind(abc.ABC):
 
     def set_common_width(self, config: Any, tower: str, width: int) -> None:
         """Have the configuration of a tower name `width` units for all layers."""
-        setattr(config, self.fields[0], width)
+        name = field_name(config, self.fields[0]) or self.fields[0]
+        before = getattr(config, name, None)
+        setattr(config, name, [width] * len(before) if isinstance(before, list) else width)
+        for name in ROUNDING:
+            if hasattr(config, name):
+                setattr(config, name, False)
 
     def skip(self, block: Any) -> "Skip":
         """What stands in a dropped block's place."""
@@ -181,7 +266,11 @@ class Skip(nn.Module):
             {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
         )
         self.training = block.training
+        # MPT's and Bloom's blocks are called with the residual stream and add to it themselves.
+        self.adds = "residual" in list(inspect.signature(block.forward).parameters)[:2]
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Zeros of the shape of `hidden_states`, without memory of their own."""
-        return hidden_states.new_zeros(()).expand_as(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block would return if it added nothing: zeros, or the residual stream."""
+        if self.adds:
+            return kwargs["residual"] if "residual" in kwargs else args[0]
+        return torch.zeros_like(hidden_states)  # with memory: Falcon adds in place

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +111,14 @@ def _narrowed(owned: Tensor, part: Slice, sections: int, first: int, count: int 
     start = first * part.size
     length = blocks.shape[dim + 1] - start if count is None else count * part.size
     return blocks.narrow(dim + 1, start, length).flatten(dim, dim + 1)
+
+
+def tensor_in(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a module or of its parts."""
+    owner, _, attribute = name.rpartition(".")
+    return tensors_of(module.get_submodule(owner), attribute)[attribute]
+
+
+def tensors_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dict in which a module keeps a parameter or buffer of its own."""
+    return module._parameters if name in module._parameters else module._buffers

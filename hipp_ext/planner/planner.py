@@ -13,10 +13,13 @@ from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.groups import (
     AttentionUnit,
+    ExpertUnit,
     Group,
+    Partial,
     Tower,
-    check_attention_unit,
+    check_partial,
     check_towers,
+    check_units,
     find_groups,
 )
 from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
@@ -66,8 +69,11 @@ class HiPPPlanner:
             needs labels.
         bounds: rounding and floors of the keep counts.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
+        expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
         towers: what is pruned, under one budget: "language", "vision", "projector" or several of
             them, see `find_groups`.
+        partial: "refuse" or "report" a model with parts that can only stay whole, see
+            `find_groups`; the plan's `left_whole` lists them.
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
             (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
@@ -77,8 +83,8 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort, attention unit or a tower is
-            unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort, a unit, a tower or `partial`
+            is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -99,7 +105,9 @@ class HiPPPlanner:
         mrs: MRS | None = None,
         bounds: Bounds | None = None,
         attention_unit: AttentionUnit = "kv",
+        expert_unit: ExpertUnit = "expert",
         towers: Sequence[Tower] = ("language",),
+        partial: Partial = "refuse",
         effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
@@ -110,7 +118,8 @@ class HiPPPlanner:
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
         check_effort(effort)
-        check_attention_unit(attention_unit)
+        check_units(attention_unit, expert_unit)
+        check_partial(partial)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
@@ -125,7 +134,9 @@ class HiPPPlanner:
         self.scorer, self.mrs, self.bounds = scorer, mrs, bounds or Bounds()
         self.effort: Effort = effort
         self.attention_unit: AttentionUnit = attention_unit
+        self.expert_unit: ExpertUnit = expert_unit
         self.towers = check_towers(towers)
+        self.partial: Partial = partial
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -207,7 +218,8 @@ class HiPPPlanner:
             keep_counts(self._groups(model), None, self.pruning_ratio, self.bounds)
 
     def _groups(self, model: nn.Module) -> tuple[Group, ...]:
-        return find_groups(model, self.towers, self.attention_unit)
+        units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
+        return find_groups(model, self.towers, partial=self.partial, **units)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(
@@ -433,6 +445,7 @@ class HiPPPlanner:
             signals.scores,
             scorer=signals.scorer,
             preference=preference.as_tuple() if preference else None,
+            left_whole=signals.left_whole,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

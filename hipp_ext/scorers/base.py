@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
-from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, linear
+from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, reading_weight, watching
 from hipp_ext.modes import evaluating
 
 Groups = Sequence[Group]
@@ -159,8 +159,8 @@ def _inputs(model: nn.Module, batch: Batch, labels: bool) -> dict[str, Any]:
 
 
 def consumer_weight(model: nn.Module, group: Group) -> Tensor:
-    """Weight (out, width * columns) of the linear layer that reads the group's units."""
-    return linear(model, group.consumer).weight
+    """Weight (out, width * inputs) of the linear layer that reads the group's units."""
+    return reading_weight(model, group)
 
 
 def sum_of_squares(weight: Float[Tensor, "rows columns"], dim: int) -> Tensor:
@@ -169,9 +169,9 @@ def sum_of_squares(weight: Float[Tensor, "rows columns"], dim: int) -> Tensor:
     return torch.stack(tiles).sum(0) if dim == 0 else torch.cat(tiles)
 
 
-def per_unit(values: Float[Tensor, " inputs"], group: Group) -> Float[Tensor, "width columns"]:
+def per_unit(values: Float[Tensor, " columns"], group: Group) -> Float[Tensor, "width inputs"]:
     """Values per input column of the consumer, one row per unit."""
-    return values.view(group.width, group.columns)
+    return values.view(group.width, group.inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,44 +217,63 @@ def input_moments(
         groups: groups whose consumers are watched.
         batches: calibration batches; padding is not counted.
     """
-    totals: dict[str, list[Any]] = {g.name: [0, 0.0, 0.0] for g in groups}
+    size = {g.name: g.width * g.inputs for g in groups}
+    sums = {n: torch.zeros(k, dtype=torch.float64) for n, k in size.items()}
+    squares = {n: torch.zeros(k, dtype=torch.float64) for n, k in size.items()}
 
-    def add(group: Group, x: Tensor) -> None:
-        sums = x.sum(0, dtype=torch.float32), x.float().square().sum(0)
-        of_batch = x.shape[0], *(s.double().cpu() for s in sums)
-        totals[group.name] = [t + b for t, b in zip(totals[group.name], of_batch, strict=True)]
+    def add(group: Group, x: Tensor, part: slice) -> None:
+        sums[group.name][part] += x.sum(0, dtype=torch.float32).double().cpu()
+        squares[group.name][part] += x.float().square().sum(0).double().cpu()
 
-    _visit_inputs(model, groups, batches, add)
-    return {n: InputMoments(tokens=t[0], sum=t[1], square_sum=t[2]) for n, t in totals.items()}
+    tokens = _visit_inputs(model, groups, batches, add)
+    return {
+        g.name: InputMoments(tokens=tokens[g], sum=sums[g.name], square_sum=squares[g.name])
+        for g in groups
+    }
 
 
 def _visit_inputs(
     model: nn.Module,
     groups: Groups,
     batches: Sequence[Batch],
-    visit: Callable[[Group, Float[Tensor, "tokens columns"]], None],
-) -> None:
+    visit: Callable[[Group, Float[Tensor, "tokens columns"], slice], None],
+) -> dict[Group, int]:
     """Call `visit` with every group and its consumer's inputs, in one forward pass per batch.
 
     Args:
         model: put into eval mode for the passes.
         groups: groups whose consumers are watched.
         batches: calibration batches.
-        visit: function of a group and its inputs (tokens, columns), in the model's dtype and on
-            the layer's device. Of the language tower's tokens it gets all but padding, of a vision
-            tower's all patches.
+        visit: function of a group, some inputs of its consumer (tokens, columns) in the model's
+            dtype and on the layer's device, and which columns they are. Of the language tower's
+            tokens it gets all but padding, of a vision tower's all patches. A mixture of experts is
+            shown expert by expert, each with the tokens that are sent to it; the inputs of the
+            others are 0.
+
+    Returns:
+        Number of tokens that each group's block has seen.
     """
     counted = torch.empty(0)  # mask of the tokens of the batch that is running
+    seen = dict.fromkeys(groups, 0)
+    running: set[Group] = set()  # mixtures that the batch has come to
 
-    def look(group: Group, _: nn.Module, args: tuple) -> None:
-        x = args[0].detach().flatten(0, -2)
-        visit(group, x[counted.flatten().to(x.device)] if group.tower == "language" else x)
+    def look(group: Group, x: Tensor, tokens: Tensor | None, part: slice) -> None:
+        x = x.detach().flatten(0, -2)
+        if group.tower == "language":
+            mask = counted.flatten().to(x.device)
+            x = x[mask if tokens is None else mask[tokens]]
+        if tokens is None:
+            seen[group] += len(x)
+        elif group not in running:
+            running.add(group)
+            seen[group] += int(counted.sum())
+        visit(group, x, part)
 
     with contextlib.ExitStack() as stack, evaluating(model):
         for g in groups:
-            consumer = model.get_submodule(g.consumer)
-            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
-            stack.callback(hook.remove)
+            stack.enter_context(watching(model, g, functools.partial(look, g)))
         for batch in batches:
             counted = valid_tokens(batch)
+            running.clear()
             forward_hidden(model, batch)
+    return seen

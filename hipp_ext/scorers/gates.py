@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hipp_ext.errors import CalibrationError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, watching
+from hipp_ext.kinds import Look
 from hipp_ext.modes import training_only
 
 Loss = Callable[[nn.Module, Any], Float[Tensor, ""]]  # (model, batch) -> mean loss
@@ -41,6 +42,7 @@ class GatedGroup:
         producer_units: per producer, for each of its output channels the unit that it belongs to,
             or -1. They may be empty where the group has consumers.
         sections: equal sections of the units that keep the same number each, see `Group.sections`.
+        source: the group of a transformers model, whose kind knows where its units are read.
     """
 
     name: str
@@ -49,22 +51,26 @@ class GatedGroup:
     consumers: tuple[Consumer, ...]
     producer_units: tuple[Tensor, ...] = ()
     sections: int = 1
+    source: Group | None = None
 
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the producers' weights."""
+        if self.source is not None:
+            return self.source.producing
         return tuple(f"{name}.weight" for name in self.producers)
 
 
 def gated_group(group: Group) -> GatedGroup:
     """A group of a transformers model as one whose units can be gated."""
-    units = torch.arange(group.width).repeat_interleave(group.columns)
+    units = torch.arange(group.width).repeat_interleave(group.inputs)
     return GatedGroup(
         name=group.name,
         width=group.width,
         producers=group.producers,
         consumers=(Consumer(layer=group.consumer, units=units),),
         sections=group.sections,
+        source=group,
     )
 
 
@@ -78,6 +84,10 @@ def gated(
     """
     with contextlib.ExitStack() as stack:
         for group, gate in zip(groups, gates, strict=True):
+            if group.source is not None:
+                close = _gate_inputs(group.source, gate)
+                stack.enter_context(watching(model, group.source, close))
+                continue
             for consumer in group.consumers:
                 layer = model.get_submodule(consumer.layer)
                 hook = _before(_gate(layer, consumer.units, gate))
@@ -115,6 +125,16 @@ def unit_taylor(
             for square, gradient in zip(squares, gradients, strict=True):
                 square += gradient.double().square().cpu()
     return [(s / len(batches)).sqrt() for s in squares]
+
+
+def _gate_inputs(group: Group, gate: Tensor) -> Look:
+    """Multiplies what reads the units by their gates."""
+
+    def close(x: Tensor, _: Tensor | None, part: slice) -> Tensor:
+        # Built at every call, because a gate may need its gradient after each of them.
+        return x * gate.to(x.device).repeat_interleave(group.inputs)[part].to(x.dtype)
+
+    return close
 
 
 def _before(close: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple], tuple]:

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.groups import linear
-from hipp_ext.scorers.base import Groups, Scorer, Scores, consumer_weight, per_unit, sum_of_squares
+from hipp_ext.groups import Group
+from hipp_ext.kinds.slices import Slice, tensor_in
+from hipp_ext.scorers.base import Groups, Scorer, Scores
+
+TILE = 64  # units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +31,14 @@ class Magnitude(Scorer):
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         scores = {}
         for g in groups:
-            squares = per_unit(sum_of_squares(consumer_weight(model, g), 0), g).sum(1)
-            for part in g.produced:
-                weight = linear(model, part.layer).weight
-                rows = weight.narrow(part.dim, part.start, g.width * part.size)
-                squares = squares + sum_of_squares(rows, 1).view(g.width, -1).sum(1)
-            scores[g.name] = squares.sqrt()
+            weights = (*g.produced, g.owns[-1]) if g.is_linear else g.owns
+            squares = [_squares(model, g, part) for part in weights if "bias" not in part.parameter]
+            scores[g.name] = torch.stack(squares).sum(0).sqrt()
         return scores
+
+
+def _squares(model: nn.Module, group: Group, part: Slice) -> Float[Tensor, " width"]:
+    """Sum of the squares of what each unit owns there; tile by tile, without a copy of it all."""
+    owned = tensor_in(model, part.parameter).narrow(part.dim, part.start, group.width * part.size)
+    units = owned.unflatten(part.dim, (group.width, part.size)).movedim(part.dim, 0)
+    return torch.cat([tile.float().square().flatten(1).sum(1) for tile in units.split(TILE)])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import crosses, norm_after, residual_scale
-from hipp_ext.groups import Group, block_of, decoder, tower_layers
+from hipp_ext.groups import Group, block_of, decoder, linear, tower_layers, watching
 from hipp_ext.scorers.base import (
     Groups,
     Scorer,
@@ -63,7 +63,14 @@ class VisualSensitivity(Scorer):
     """
 
     sink_threshold: float = 20.0
-    kinds: ClassVar[tuple[str, ...]] = ("attention", "query_heads", "ffn")
+    kinds: ClassVar[tuple[str, ...]] = (
+        "attention",
+        "query_heads",
+        "latent_attention",
+        "ffn",
+        "experts",
+        "expert_channels",
+    )
     towers: ClassVar[tuple[str, ...]] = ("language",)
 
     @torch.no_grad()
@@ -105,7 +112,7 @@ class _Probe:
         self.ffn_output: dict[int, Tensor] = {}
         self.totals: dict[str, Any] = {g.name: 0.0 for g in groups}
         self.counts: dict[str, int] = {g.name: 0 for g in groups}
-        self.squares: dict[str, Any] = {g.name: 0.0 for g in groups if g.place == "ffn"}
+        self.squares: dict[str, Tensor] = {}
         self.grams: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -147,11 +154,14 @@ class _Probe:
             stack.callback(layer.register_forward_pre_hook(remember, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(forget).remove)
             return
-        consumer = self.model.get_submodule(g.consumer)
+        size = g.width * g.inputs
+        self.squares.setdefault(g.name, torch.zeros(size, dtype=torch.float64))
+        stack.enter_context(watching(self.model, g, partial(self._channels, g)))
         # Gemma norms what a block returns before it is added.
-        added = norm_after(layer, g.place) or block
+        added = norm_after(layer, g.place) or (
+            linear(self.model, g.consumer) if block is layer else block
+        )
         for hook in (
-            consumer.register_forward_pre_hook(partial(self._channels, g)),
             layer.register_forward_hook(partial(self._drift, g)),
             added.register_forward_hook(
                 partial(self._keep_output, g, residual_scale(layer, g.place))
@@ -185,8 +195,8 @@ class _Probe:
         context = context.flatten(1, 2).float()  # (batch, heads, text, head_dim)
         if g.name not in self.grams:
             weight = consumer_weight(self.model, g).float()
-            columns = weight.unflatten(1, (-1, head_dim)).transpose(0, 1)
-            # ||c W_O||^2 = c G c, head_dim wide
+            columns = weight.unflatten(1, (-1, value.shape[-1])).transpose(0, 1)
+            # ||c W_O||^2 = c G c, as wide as the values of a head
             self.grams[g.name] = columns.transpose(1, 2) @ columns
         norm = ((context @ self.grams[g.name]) * context).sum(-1).clamp_min(0).sqrt()
         size = hidden.float().norm(dim=-1).to(query.device).gather(1, text).clamp_min(1e-6)
@@ -197,19 +207,23 @@ class _Probe:
     def _sinks(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Bool[Tensor, "batch tokens"]:
         return hidden.abs().amax(-1) > self.sink_threshold * hidden.square().mean(-1).sqrt()
 
-    def _channels(self, g: Group, _: nn.Module, args: tuple) -> None:
-        x = args[0][self.batch.vision.to(args[0].device)]
-        self.squares[g.name] = self.squares[g.name] + x.float().square().sum(0).double().cpu()
+    def _channels(self, g: Group, x: Tensor, tokens: Tensor | None, part: slice) -> None:
+        vision = self.batch.vision.flatten().to(x.device)
+        x = x.flatten(0, -2)[vision if tokens is None else vision[tokens]]
+        self.squares[g.name][part] += x.float().square().sum(0).double().cpu()
 
     def _keep_output(
-        self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Tensor
+        self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Any
     ) -> None:
-        self.ffn_output[g.layer] = output * multiplier
+        added = output[0] if isinstance(output, tuple) else output
+        # OPT's have no dimension of rows.
+        self.ffn_output[g.layer] = added.reshape(*self.batch.vision.shape, -1) * multiplier
 
     def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
         where = self.batch.vision.to(after.device)
-        after, moved = after[where].float(), self.ffn_output.pop(g.layer)[where].float()
+        moved = self.ffn_output.pop(g.layer).view(after.shape)[where].float()
+        after = after[where].float()
         drift = 1 - torch.nn.functional.cosine_similarity(after - moved, after, dim=-1)
         self.totals[g.name] = self.totals[g.name] + float(drift.sum())
         self.counts[g.name] += after.shape[0]

@@ -14,10 +14,18 @@ MEASURED_LEVELS = (0.125, 0.25, 0.5, 0.75, 1.0)
 def points_at(groups: Sequence[Group], levels: Sequence[float]) -> list[Point]:
     """The points of all groups nearest to these levels, each once."""
     return [
-        Point(group=g, removed=k * g.sections)
+        Point(group=g, removed=k)
         for g in groups
-        for k in dict.fromkeys(units_at(level, g.width // g.sections) for level in levels)
+        for k in dict.fromkeys(_removed(g, level) for level in levels)
+        if k
     ]
+
+
+def _removed(group: Group, level: float) -> int:
+    """Number of removed units nearest to a level with which the block works; it may be none."""
+    removed = units_at(level, group.width // group.sections) * group.sections
+    most = (group.width - group.least) // group.sections * group.sections
+    return removed if removed == group.width else min(removed, most)
 
 
 def affordable(points: Sequence[Point], layers: int, passes: float) -> float:

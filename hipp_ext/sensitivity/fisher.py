@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hipp_ext.groups import Group, Tower, tower_layers
-from hipp_ext.modes import training_only
+from hipp_ext.families import borrows_keys
+from hipp_ext.groups import Group, Tower, decoder, tower_layers, watching
+from hipp_ext.kinds.mixture import Mixture
+from hipp_ext.modes import replaced_forward, training_only
 from hipp_ext.output_head import OutputHead
 from hipp_ext.progress import Tick
-from hipp_ext.replay import replaced_forward
 from hipp_ext.sensitivity.picture_rows import picture_rows, picture_token_count
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
@@ -68,7 +69,8 @@ def unit_contributions(
 
     Weights get no gradients. Products of activations and gradients are summed in float32. Cost: one
     forward and one backward pass, in FLOPs two forward passes; three where the activations of a
-    batch take more than `memory_limit`, and are computed again layer by layer.
+    batch take more than `memory_limit`, and are computed again layer by layer (never in models
+    whose layers share keys and values, which keep all activations).
 
     Args:
         model: left as it was found.
@@ -89,9 +91,11 @@ def unit_contributions(
     found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
     towers: tuple[Tower, ...] = tuple(dict.fromkeys(g.tower for g in groups))
     whole = towers != ("language",)
+    # Where layers attend to the keys of others, they cannot be computed again one by one.
+    apart = not any(borrows_keys(m) for m in decoder(model).modules())
     with training_only(model, []), torch.enable_grad():
         for number, batch in enumerate(replay.batches, 1):
-            recompute = _activation_bytes(model, batch, towers) > memory_limit
+            recompute = apart and _activation_bytes(model, batch, towers) > memory_limit
             with _watched(model, groups, batch) as sums, _differentiable(model, towers, recompute):
                 hidden = batch.last_hidden(model, whole)
                 hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
@@ -110,26 +114,29 @@ def _watched(
     They stay 0 where a layer does not run (one that reads pictures, in a batch without any), or
     where nothing reads what it puts out.
     """
-    rows = batch.size
+    rows, length = batch.size, _tokens(batch) // batch.size
     sums = {g.name: torch.zeros(rows, g.width) for g in groups}
     calls = Counter[str]()
 
-    def look(group: Group, _: nn.Module, args: tuple) -> None:
-        x = args[0]
-        row_of = None
-        if group.tower != "language" and batch.batch is not None:
+    def look(group: Group, x: Tensor, tokens: Tensor | None, part: slice) -> None:
+        row_of = None if tokens is None else tokens // length
+        if group.tower != "language":
+            assert batch.batch is not None, "the replay holds whole batches"
             row_of = picture_rows(model, batch.batch, x.shape)
+            row_of = (
+                torch.zeros(x.shape[:-1].numel(), dtype=torch.long) if row_of is None else row_of
+            )
 
         def add(gradient: Tensor) -> None:
             products = x.detach().float() * gradient.float()
-            if group.tower == "language":
-                products = products.view(rows, -1, x.shape[-1]).sum(1)
+            if row_of is None:
+                of_rows = products.view(rows, -1, x.shape[-1]).sum(1)
             else:
-                by_row = torch.zeros(rows, x.shape[-1], device=x.device)
-                first = torch.zeros(x.shape[:-1].numel(), dtype=torch.long)
-                index = first if row_of is None else row_of
-                products = by_row.index_add_(0, index.to(x.device), products.flatten(0, -2))
-            sums[group.name] += products.view(rows, group.width, group.columns).sum(-1).cpu()
+                of_rows = products.new_zeros(rows, x.shape[-1])
+                of_rows.index_add_(0, row_of.to(x.device), products.flatten(0, -2))
+            units = torch.arange(group.width, device=x.device).repeat_interleave(group.inputs)[part]
+            found = sums[group.name].to(x.device)
+            sums[group.name] = found.index_add(1, units, of_rows)
             calls[group.name] += 1
 
         if x.requires_grad:  # not in the first pass of a layer that is computed again
@@ -137,9 +144,7 @@ def _watched(
 
     with contextlib.ExitStack() as stack:
         for g in groups:
-            consumer = model.get_submodule(g.consumer)
-            hook = consumer.register_forward_pre_hook(functools.partial(look, g))
-            stack.callback(hook.remove)
+            stack.enter_context(watching(model, g, functools.partial(look, g)))
         yield sums
     for g in groups:  # a call for every picture: nothing tells whose it was
         if g.tower != "language" and calls[g.name] > 1:
@@ -244,12 +249,7 @@ def _signs(
 
 def _activation_bytes(model: nn.Module, batch: ReplayBatch, towers: Sequence[Tower]) -> int:
     """About what the backward pass of a batch keeps: inputs and outputs of all linear layers."""
-    tokens = next(
-        value.shape[:2].numel()
-        for name in ("inputs_embeds", "input_ids")
-        if isinstance(value := batch.inputs.get(name), Tensor)
-    )
-    total = tokens * _features(model, "language")
+    total = _tokens(batch) * _features(model, "language")
     if "vision" in towers and batch.batch is not None:
         total += picture_token_count(model, batch.batch) * _features(model, "vision")
     return total
@@ -257,6 +257,18 @@ def _activation_bytes(model: nn.Module, batch: ReplayBatch, towers: Sequence[Tow
 
 def _features(model: nn.Module, tower: Tower) -> int:
     """Bytes of the inputs and outputs of all linear layers of a tower, per token."""
-    linears = [m for m in tower_layers(model, tower).modules() if isinstance(m, nn.Linear)]
+    layers = tower_layers(model, tower)
+    linears = [m for m in layers.modules() if isinstance(m, nn.Linear)]
     features = sum(m.in_features + m.out_features for m in linears)
+    for mixture in filter(None, map(Mixture.of, layers.modules())):
+        features += mixture.top_k * (4 * mixture.width + 2 * mixture.hidden)
     return features * (linears[0].weight.element_size() if linears else 4)
+
+
+def _tokens(batch: ReplayBatch) -> int:
+    """Number of tokens of a batch, padding included."""
+    return next(
+        value.shape[:2].numel()
+        for name in ("inputs_embeds", "input_ids")
+        if isinstance(value := batch.inputs.get(name), Tensor)
+    )

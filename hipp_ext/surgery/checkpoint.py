@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.files import new_folder, require_new, write_atomic
 from hipp_ext.groups import (
     Group,
     Tower,
     block_of,
+    channel_groups,
     find_groups,
     find_skips,
     query_groups,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS
-from hipp_ext.kinds.slices import Slice
+from hipp_ext.kinds.slices import Slice, tensor_in
 from hipp_ext.model_folder import (
     MANIFEST,
     GroupWidth,
@@ -137,11 +139,20 @@ def complete_folder(model: nn.Module, folder: Path) -> None:
 def _widths(model: nn.Module) -> list[GroupWidth]:
     """The width of every group, 0 for dropped blocks.
 
-    Query heads are listed where KV groups are smaller than the configuration says of all layers.
+    Query heads and channels of experts are listed where KV groups and experts are smaller than the
+    configuration says of all layers.
     """
     towers = known_towers(model)
-    groups = find_groups(model, towers)
-    groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    groups = find_groups(model, towers, partial="report")
+    known = {g.name for g in groups}
+    groups += tuple(
+        g
+        for g in query_groups(model, towers)
+        if g.name not in known and not _as_configured(model, g)
+    )
+    config = model.config.get_text_config()
+    channels = KINDS["expert_channels"].common_width(config, "language")
+    groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
     widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
     for tower in towers:
         widths += [
@@ -159,6 +170,8 @@ def _as_configured(model: Any, queries: Group) -> bool:
     Towers whose configuration names no KV heads have one each.
     """
     config = model.config.get_text_config() if queries.tower == "language" else None
+    if config is not None and varies_by_itself(config):
+        return False
     heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return queries.width * kv_heads == heads * queries.sections
@@ -182,7 +195,7 @@ def check_saveable(model: nn.Module) -> None:
             "or remove them. Nothing was "
             "written."
         )
-    find_groups(model)
+    find_groups(model, partial="report")
 
 
 @contextlib.contextmanager
@@ -334,7 +347,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
-        for find in (_groups, _queries):
+        for find in (_groups, _within):
             for g in find(self, folder):
                 width = (
                     _width_in(shapes, self, g)
@@ -361,24 +374,27 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
     for tower in towers:
         try:
-            groups += find_groups(model, (tower,))
+            groups += find_groups(model, (tower,), partial="report")
         except UnsupportedModelError:
             if tower in required:
                 raise
     return groups
 
 
-def _queries(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
-    """The query heads of the attention blocks among `_groups`."""
-    return query_groups(model, tuple(dict.fromkeys(g.tower for g in _groups(model, folder))))
+def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
+    """The query heads, and the channels of experts, of the blocks among `_groups`."""
+    towers = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
+    return query_groups(model, towers) + channel_groups(model, towers)
 
 
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
-        named |= {g.name for g in folder.manifest.groups if not g.width}
-    return [g for g in _groups(model, folder) if g.name in named] if named else []
+        listed = [g for g in folder.manifest.groups if not g.width]
+        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+    groups = _groups(model, folder) if gone else ()
+    return [g for g in groups if (g.tower, g.layer, g.place) in gone]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
@@ -387,17 +403,21 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
-    queries = {g.name for g in query_groups(model, towers)}
-    if {g.name for g in find_groups(model, towers)} != set(widths) - queries:
+    found = {g.name for g in find_groups(model, towers, partial="report")}
+    within = {g.name for g in query_groups(model, towers) + channel_groups(model, towers)}
+    if found != set(widths) - (within - found):
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 
 
 def _width_in(shapes: dict[str, tuple[int, ...]], model: nn.Module, group: Group) -> int | None:
     """Units of `group` in the weights; None where they are packed, or do not fit."""
-    slices = next(s for s in reversed(group.cuts) if s[0] in group.produced)
+    stored = [s for s in reversed(group.cuts) if s[0].parameter in shapes]
+    slices = next((s for s in stored if s[0] in group.produced or not group.is_linear), None)
+    if slices is None:
+        return None
     name, dim = slices[0].parameter, slices[0].dim
-    built, shape = list(model.get_parameter(name).shape), list(shapes.get(name, ()))
+    built, shape = list(tensor_in(model, name).shape), list(shapes[name])
     size = sum(part.size for part in slices)
     # A weight in the built shape but for its units; packed ones have others.
     if built[:dim] + built[dim + 1 :] != shape[:dim] + shape[dim + 1 :]:
@@ -419,7 +439,7 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     """Whether `plan` may be the one that `model` was pruned by; something else may have saved
     another model over it.
     """
-    found = (*_groups(model, folder), *_queries(model, folder))
+    found = (*_groups(model, folder), *_within(model, folder))
     groups = {(g.tower, g.layer, g.kind): g.width for g in found}
     numbers = layer_numbers(plan, len(tower_layers(model, "language")))
 
@@ -438,7 +458,7 @@ def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     return False
 
 
-def _empty(old: nn.Parameter, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
+def _empty(old: torch.Tensor, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
     shape = resized_shape(old.shape, slices, group, width)
     return torch.empty(shape, dtype=old.dtype, device=old.device)
 

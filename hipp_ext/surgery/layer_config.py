@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import FIELD_NAMES, field_name, varies_by_itself
 from hipp_ext.groups import Kind, Tower, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
 # What pruning writes into per_layer_config.
-OWN_KEYS = {"skip", *(field for kind in KINDS.values() for field in kind.fields)}
+OWN_KEYS = {
+    "skip",
+    *(n for kind in KINDS.values() for f in kind.fields for n in (f, *FIELD_NAMES.get(f, ()))),
+}
 
 
 def write_layer_config(model: nn.Module) -> None:
@@ -23,15 +27,21 @@ def write_layer_config(model: nn.Module) -> None:
     reads and writes (5.15 and newer) but does not build most models from yet; `load_pruned` does.
     The flag beside it keeps the configuration loadable by `AutoConfig`. Where all layers are alike,
     the configuration says so in its ordinary fields, and stock `from_pretrained` loads the model.
+    Where layers differ before anything is pruned, it is left alone, and hipp_ext.json has the
+    widths.
     """
     _write_vision(model)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    if varies_by_itself(config):
+        allot_caches_late(model)
+        return
     layers = _layers(model)
     rest = other_layer_values(config)
     if not rest and _write_alike(model, config, layers):
         return
     quiet_width_warnings()
-    merged = {i: rest.get(i, {}) | layers.get(i, {}) for i in sorted({*rest, *layers})}
+    own = _own_values(config)
+    merged = {i: own.get(i, {}) | layers.get(i, {}) for i in sorted({*own, *layers})}
     set_layers(config, merged)
     allot_caches_late(model)
 
@@ -62,10 +72,13 @@ def _write_vision(model: Any) -> None:
 
 def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Layer -> what its configuration has to say of its blocks."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     layers: dict[int, dict[str, Any]] = {}
-    for g in find_groups(model):
-        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width)
-        layers.setdefault(g.layer, {}).update(sizes)
+    for g in find_groups(model, partial="report"):
+        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width, config)
+        # A field that the configuration does not have would count as one of all layers.
+        known = {n: size for k, size in sizes.items() if (n := field_name(config, k))}
+        layers.setdefault(g.layer, {}).update(known)
     for layer, kind in find_skips(model):
         layers.setdefault(layer, {}).setdefault("skip", []).append(KINDS[kind].names.skip)
     return layers
@@ -75,9 +88,10 @@ def _write_alike(model: Any, config: Any, layers: Mapping[int, dict[str, Any]]) 
     """Write one set of sizes for all layers, if all have it and transformers builds the model
     so.
     """
-    first, *others = layers.values()
-    if "skip" in first or any(values != first for values in others):
-        return False
+    first: dict[str, Any] = {}
+    for sizes in layers.values():  # layers of different kinds say different things
+        if "skip" in sizes or any(first.setdefault(k, v) != v for k, v in sizes.items()):
+            return False
     before = {key: getattr(config, key) for key in first if hasattr(config, key)}
     if before == first and not getattr(config, "is_heterogeneous", False):
         return True
@@ -127,11 +141,17 @@ def built_widths(model: Any, towers: Sequence[Tower]) -> dict[str, int]:
 
 def other_layer_values(config: Any) -> dict[int, dict[str, Any]]:
     """Layer -> what `config` says of it alone, apart from what pruning writes."""
-    own = config.to_dict().get("per_layer_config") or {}
     rest = {
-        int(i): {k: v for k, v in values.items() if k not in OWN_KEYS} for i, values in own.items()
+        i: {k: v for k, v in values.items() if k not in OWN_KEYS}
+        for i, values in _own_values(config).items()
     }
     return {i: values for i, values in rest.items() if values}
+
+
+def _own_values(config: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> what `config` says of it alone, apart from dropped blocks."""
+    own = config.to_dict().get("per_layer_config") or {}
+    return {int(i): {k: v for k, v in of.items() if k != "skip"} for i, of in own.items()}
 
 
 def configured_skips(config: Any) -> list[tuple[int, Kind]]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, find_groups, gated, linear, not_plain
+from hipp_ext.kinds import KINDS
+from hipp_ext.kinds.slices import tensor_in, tensors_of
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.units import keep_masks, unit_entries
 from hipp_ext.verification import verify_groups
@@ -56,22 +58,38 @@ def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
     """Parameter name -> index of its entries that belong to units `plan` does not keep.
 
     Raises:
-        PlanError, UnsupportedModelError: as `prune`.
+        PlanError, UnsupportedModelError: as `prune`; also where experts are to go, since a router
+            sends tokens to an expert of zeros too.
     """
     groups = match(model, plan)
     check_sliceable(model, groups, plan)
+    for group, entry in zip(groups, plan.groups, strict=True):
+        if 0 < entry.keep < entry.width and not KINDS[group.kind].neutral_zeros:
+            raise UnsupportedModelError(
+                f"{group.name} cannot be set to zero: the router would go on sending tokens there. "
+                "Prune the model, or plan with expert_unit='channel'."
+            )
     entries: dict[str, Any] = {}
     for group, mask in zip(groups, keep_masks(plan).values(), strict=True):
         removed = (~mask).nonzero()[:, 0]
         if not len(removed):
             continue
         for parts in group.cuts:
-            units = removed.to(model.get_parameter(parts[0].parameter).device)
+            units = removed.to(tensor_in(model, parts[0].parameter).device)
             index = torch.cat([part.start + unit_entries(units, part.size) for part in parts])
             entries[parts[0].parameter] = (*[slice(None)] * parts[0].dim, index)
-        if not mask.any() and linear(model, group.consumer).bias is not None:
-            entries[f"{group.consumer}.bias"] = slice(None)
+        if not mask.any():
+            entries |= _whole_output(model, group)
     return entries
+
+
+def _whole_output(model: nn.Module, group: Group) -> dict[str, Any]:
+    """What else has to be zero for a block of `group` without any unit to add nothing."""
+    if group.is_linear:
+        biased = linear(model, group.consumer).bias is not None
+        return {f"{group.consumer}.bias": slice(None)} if biased else {}
+    block = model.get_submodule(group.block)
+    return {f"{group.block}.{name}": slice(None) for name, _ in block.named_parameters()}
 
 
 def loaded_plan(plan: PruningPlan | str | Path) -> PruningPlan:
@@ -93,27 +111,42 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             group of a tower that the plan covers is missing from the plan.
         UnsupportedModelError: see `verify_groups`.
     """
-    found = {g.name: g for g in find_groups(model, plan.towers, plan.attention_unit)}
+    # What a plan has no groups of was left whole when it was made: it says so.
+    units = plan.attention_unit, plan.expert_unit
+    found = {g.name: g for g in find_groups(model, plan.towers, *units, partial="report")}
     missing = sorted(set(found) - set(plan.keep_counts))
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)
     problems += [f"only in the plan: {unknown[:4]}"] * bool(unknown)
-    problems += [
-        f"{e.name} keeps {e.keep} units and needs {found[e.name].least}"
-        for e in plan.groups
-        if e.name in found and e.keep < found[e.name].least
-    ]
     wrong = [
         f"{e.name}: plan {_size(e)} parameters, model {_size(found[e.name])}"
         for e in plan.groups
         if e.name in found and _size(e) != _size(found[e.name])
     ]
+    few = [
+        f"{e.name} keeps {e.keep} of {e.width} {KINDS[e.kind].unit}, and needs "
+        f"{found[e.name].least} or none"
+        for e in plan.groups
+        if e.name in found and 0 < e.keep < found[e.name].least
+    ]
+    if few and not problems and not wrong:
+        raise PlanError(f"The plan leaves too little; nothing was changed. {'; '.join(few[:4])}")
     if problems or wrong:
         raise PlanError(
             f"The plan was made for another model than this {type(model).__name__}; nothing was "
             "changed. " + "; ".join(problems + wrong[:4])
         )
     groups = tuple(found[e.name] for e in plan.groups)
+    needed = [
+        g.name for g, e in zip(groups, plan.groups, strict=True) if not (e.keep or g.droppable)
+    ]
+    if needed:
+        raise PlanError(
+            f"The plan drops {', '.join(needed[:4])}, without which {type(model).__name__} does "
+            "not work, since later layers attend to its keys and values, or nothing else leads "
+            "from the pictures to the language tower: one unit of each section must stay. Nothing "
+            "was changed."
+        )
     verify_groups(model, groups)
     return groups
 
@@ -140,18 +173,20 @@ def check_sliceable(
     for group, entry in zip(groups, entries, strict=True):
         if entry is not None and entry.keep == entry.width:
             continue
-        for name in (*group.producers, group.consumer):
+        for name in group.layers:
             module = model.get_submodule(name)
-            if reason := not_plain(module):
+            if reason := not_plain(module, group.is_linear):
                 raise UnsupportedModelError(
                     f"{name} is a {type(module).__name__} {reason}; only plain floating-point "
                     "nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
                     "Nothing was changed."
                 )
             check_loaded(model, name)
-            if id(module.weight) in shared:
+        for slices in group.cuts:
+            name, _, attribute = slices[0].parameter.rpartition(".")
+            if id(tensors_of(model.get_submodule(name), attribute)[attribute]) in shared:
                 raise UnsupportedModelError(
-                    f"{name} shares its weight with another module and cannot be sliced alone."
+                    f"{name} shares its {attribute} with another module and cannot be sliced alone."
                 )
 
 

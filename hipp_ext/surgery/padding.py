@@ -4,18 +4,21 @@ width.
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.groups import (
     Group,
     Kind,
     Tower,
     block_of,
+    channel_groups,
     find_groups,
     find_skips,
     query_groups,
@@ -24,14 +27,14 @@ from hipp_ext.groups import (
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
-from hipp_ext.kinds.slices import Slice, change_units, padded_units
+from hipp_ext.kinds.slices import Slice, change_units, padded_units, tensors_of
 from hipp_ext.surgery.drop import replace_modules
 from hipp_ext.surgery.layer_config import built_shapes, built_widths, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
 # Old parameter, all slices of a group in it, the group, its new width -> new values.
-Make = Callable[[nn.Parameter, Sequence[Slice], Group, int], torch.Tensor]
+Make = Callable[[torch.Tensor, Sequence[Slice], Group, int], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
@@ -46,14 +49,21 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedModelError: even with dense widths stock transformers would build other shapes
-            than the model has.
+            than the model has; or layers differ in their number of experts, none of which can be
+            added without effect.
     """
+    if varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be padded: its layers differ before they are pruned."
+        )
     model = _with_all_blocks(model)
-    unnamed = _pad_unnamed(model)
+    _check_experts(model)
+    _pad_unnamed(model)
     wrong: list[str] = []
-    for repeat in _repeats(model):
+    for repeat, channels in itertools.product(_repeats(model), _channel_widths(model)):
         _pad_query_heads(model, repeat)
-        parts = _parts(model, unnamed)
+        _pad_channels(model, channels)
+        parts = _parts(model)
         widths = _common_widths(model, parts)
         if not (wrong := _misfits(model, parts, widths)):
             _write_widths(model.config, parts, widths)
@@ -67,13 +77,28 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
     )
 
 
+def _check_experts(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where layers differ in units that cannot be padded."""
+    counts: dict[Kind, set[int]] = {}
+    for g in find_groups(model, partial="report"):
+        if not KINDS[g.kind].neutral_zeros:
+            counts.setdefault(g.kind, set()).add(g.width)
+    for kind, found in counts.items():
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be padded: its layers have {sorted(found)} "
+                f"{KINDS[kind].unit}, and a router would send tokens to added ones. Plan with "
+                "shape='uniform', or with expert_unit='channel'."
+            )
+
+
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
     found: list[Tower] = ["language"]
     others: tuple[Tower, ...] = ("vision", "projector")
     for tower in others:
         with contextlib.suppress(UnsupportedModelError):
-            find_groups(model, (tower,))
+            find_groups(model, (tower,), partial="report")
             found.append(tower)
     return tuple(found)
 
@@ -82,9 +107,12 @@ def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
     """Give the layers of `group` `width` units; `make` turns an old parameter into a new one."""
     for slices in group.cuts if width != group.width else ():
         owner, _, name = slices[0].parameter.rpartition(".")
-        old = model.get_parameter(slices[0].parameter)
-        new = nn.Parameter(make(old, slices, group, width), requires_grad=old.requires_grad)
-        setattr(model.get_submodule(owner), name, new)
+        store = tensors_of(model.get_submodule(owner), name)
+        old: Any = store[name]
+        new = make(old, slices, group, width)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        store[name] = new
     sync_sizes(model, group, width)
 
 
@@ -97,38 +125,72 @@ def resized_shape(
     return tuple(new)
 
 
-def _padded(old: nn.Parameter, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
+def _padded(old: torch.Tensor, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
     """The old values, and zeros behind those of each section."""
     return change_units(old.data, slices, group.width, padded_units(width, group.sections))
 
 
 def _repeats(model: Any) -> list[int]:
     """Query heads per KV group that all layers can have: the most of any layer, and the dense
-    number.
+    number. One where no block has query heads of its own (MLA).
     """
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
     found = [g.width // g.sections for g in query_groups(model, ("language",))]
+    if not found:
+        return [1]
     dense = text.num_attention_heads // kv_heads if kv_heads else max(found)
     return sorted({max(found), dense})
 
 
 def _pad_query_heads(model: Any, repeat: int) -> None:
     """Add zero query heads until every KV group of the language tower has `repeat` of them."""
-    for g in query_groups(model, ("language",)):
+    groups = query_groups(model, ("language",))
+    for g in groups:
         resize(model, g, g.sections * repeat, _padded)
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
-    if kv_heads and text.num_attention_heads != kv_heads * repeat:
+    if groups and kv_heads and text.num_attention_heads != kv_heads * repeat:
         _write_widths(model.config, (), {})
         KINDS["query_heads"].set_common_width(text, "language", kv_heads * repeat)
+
+
+def _channel_widths(model: Any) -> list[int]:
+    """Channels that all experts can have: the most of any layer, aligned, and the dense number.
+
+    Only the dense one where other blocks are built from the same entry of the configuration.
+    """
+    groups = channel_groups(model, ("language",))
+    if not groups:
+        return [0]
+    config, kind = model.config.get_text_config(), KINDS["expert_channels"]
+    most, step = max(g.width for g in groups), groups[0].multiple(1)
+    dense = kind.common_width(config, "language") or most
+    found = find_groups(model, partial="report")
+    others = {n for g in found if g.is_linear for n in KINDS[g.kind].fields}
+    if kind.named(config) in others:
+        return [dense]
+    return sorted({min(-(-most // step) * step, dense), dense})
+
+
+def _pad_channels(model: Any, width: int) -> None:
+    """Add channels of zeros until all experts have `width` of them."""
+    groups = channel_groups(model, ("language",))
+    for g in groups:
+        resize(model, g, width, _padded)
+    text, kind = model.config.get_text_config(), KINDS["expert_channels"]
+    if groups and kind.common_width(text, "language") != width:
+        _write_widths(model.config, (), {})
+        kind.set_common_width(text, "language", width)
 
 
 def _common_widths(model: nn.Module, parts: Mapping[Part, Sequence[Group]]) -> dict[Part, int]:
     """The least widths of all layers that stock transformers builds, else dense ones."""
     widths = {part: _narrow_width(model, part, groups) for part, groups in parts.items()}
     if _misfits(model, parts, widths):
-        narrow, widths = widths, {part: _dense_width(model, part) for part in parts}
+        fixed = {p for p in parts if not KINDS[p[1]].neutral_zeros}
+        dense = {p: widths[p] if p in fixed else _dense_width(model, p) for p in parts}
+        narrow, widths = widths, dense
         for part in parts:
             trial = widths | {part: narrow[part]}
             widths = widths if _misfits(model, parts, trial) else trial
@@ -163,39 +225,56 @@ def _with_all_blocks(model: Any) -> Any:
     return model
 
 
-def _parts(model: nn.Module, unnamed: Collection[Part]) -> dict[Part, list[Group]]:
+def _parts(model: Any) -> dict[Part, list[Group]]:
+    """The groups by entries of the configuration, but for those that are as wide as stock
+    transformers builds them: the entry need not say so (GLM-4V's vision tower).
+    """
     parts: dict[Part, list[Group]] = {}
-    for g in find_groups(model, known_towers(model)):
-        if (g.tower, g.kind) not in unnamed:
-            parts.setdefault((g.tower, g.kind), []).append(g)
-    return parts
+    for g in find_groups(model, known_towers(model), partial="report"):
+        parts.setdefault((g.tower, g.kind), []).append(g)
+    config = copy.deepcopy(model.config)
+    _write_widths(config, (), {})
+    built = built_shapes(model, config)
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    names = {part: [s.parameter for g in groups for s in g.owns] for part, groups in parts.items()}
+    changed = [part for part in parts if any(own[n] != built.get(n) for n in names[part])]
+    return {part: parts[part] for part in changed}
 
 
-def _pad_unnamed(model: Any) -> set[Part]:
+def _pad_unnamed(model: Any) -> None:
     """Bring the parts whose width no field of the configuration names to what stock transformers
     builds: projectors, and FFN of vision tower whose width follows from other sizes (Qwen2-VL,
-    GLM-4V). Returns these parts.
+    GLM-4V).
     """
     towers: list[Tower] = [tower for tower in known_towers(model) if tower != "language"]
-    stock, found = built_widths(model, towers) if towers else {}, set[Part]()
-    for g in find_groups(model, towers) if towers else ():
+    stock = built_widths(model, towers) if towers else {}
+    for g in find_groups(model, towers, partial="report") if towers else ():
         width, config = stock.get(g.name), tower_config(model.config, g.tower)
         if g.tower == "projector" or KINDS[g.kind].common_width(config, g.tower) != width:
-            found.add((g.tower, g.kind))
             resize(model, g, width or g.width, _padded)
-    return found
 
 
 def _dense_width(model: Any, part: Part) -> int:
-    """The width that the configuration names for all layers, which pruning leaves there."""
+    """The width that the configuration names for all layers, which pruning leaves there; else the
+    one that stock transformers builds (MPT and Bloom have a factor, or nothing).
+    """
     config, kind = tower_config(model.config, part[0]), KINDS[part[1]]
     width = kind.common_width(config, part[0])
-    if width is None:
+    if width is not None:
+        return width
+    built = built_shapes(model, model.config)
+    groups = find_groups(model, (part[0],), partial="report")
+    widths = {
+        built[g.owns[-1].parameter][g.owns[-1].dim] // g.columns
+        for g in groups
+        if g.kind == part[1] and g.owns[-1].parameter in built
+    }
+    if len(widths) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no "
             f"{' or '.join(kind.fields)}."
         )
-    return width
+    return widths.pop()
 
 
 def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
@@ -204,7 +283,8 @@ def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     config, block = tower_config(model.config, part[0]), block_of(model, first)
     dense = _dense_width(model, part)
     counts = KINDS[part[1]].stock_counts(config, part[0], dense, block, first.columns)
-    return needed if counts is None else next(count for count in counts if count >= needed)
+    # Where no count is large enough, as in layers of two kinds, `_misfits` finds it out.
+    return needed if counts is None else next((n for n in counts if n >= needed), needed)
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
@@ -212,7 +292,9 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text = config.get_text_config()
     set_layers(text, other_layer_values(text))
     for part in parts:
-        KINDS[part[1]].set_common_width(tower_config(config, part[0]), part[0], widths[part])
+        of_tower, kind = tower_config(config, part[0]), KINDS[part[1]]
+        if kind.common_width(of_tower, part[0]) is not None:
+            kind.set_common_width(of_tower, part[0], widths[part])
 
 
 def _misfits(

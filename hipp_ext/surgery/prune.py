@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.groups import Group, sync_sizes
-from hipp_ext.kinds.slices import Slice, change_units, chosen_units
+from hipp_ext.kinds.slices import Slice, change_units, chosen_units, tensor_in, tensors_of
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.drop import removable_layers, remove_layers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import write_layer_config
@@ -72,8 +72,8 @@ def prune(
         batches = Calibration.of(model, calibration, processor, rows=ROWS).batches
     fitted = reconstructed_weights(model, groups, plan, batches) if reconstruct else {}
 
-    def successor(part: _Part) -> nn.Parameter:
-        old = model.get_parameter(part.parameter)
+    def successor(part: _Part) -> Tensor:
+        old = tensor_in(model, part.parameter)
         weight = fitted.pop(part.slices[0].layer, None) if part.is_read else None
         if weight is None:
             return _select(old, part)
@@ -84,13 +84,14 @@ def prune(
         # One at a time, each old weight let go before the next is sliced: the memory of one weight.
         for part in parts:
             owner, attribute = part.parameter.rsplit(".", 1)
-            setattr(model.get_submodule(owner), attribute, successor(part))
+            store = tensors_of(model.get_submodule(owner), attribute)
+            store[attribute] = successor(part)
         replace_modules(model, skips)
     else:
         # What goes is not copied: the memo hands deepcopy what takes its place.
         memo: dict[int, Any] = {id(model.get_submodule(n)): new for n, new in skips.items()}
         for part in parts:
-            memo[id(model.get_parameter(part.parameter))] = successor(part)
+            memo[id(tensor_in(model, part.parameter))] = successor(part)
         model = copy.deepcopy(model, memo)
         forget_bound_methods(model)
     counts = plan.keep_counts
@@ -142,8 +143,10 @@ def _parts(groups: Sequence[Group], plan: PruningPlan) -> list[_Part]:
 
 
 @torch.no_grad()
-def _select(parameter: nn.Parameter, part: _Part) -> nn.Parameter:
-    """What stays of `parameter`, its gradient along with it."""
+def _select(parameter: Tensor, part: _Part) -> Tensor:
+    """What stays of a parameter, its gradient along with it, or of a buffer."""
+    if not isinstance(parameter, nn.Parameter):
+        return part.select(parameter)
     new = nn.Parameter(part.select(parameter.detach()), requires_grad=parameter.requires_grad)
     if parameter.grad is not None:
         new.grad = part.select(parameter.grad)

@@ -74,7 +74,8 @@ def reconstructed_weights(
             calibration has fewer than MIN_ROWS rows.
 
     Raises:
-        UnsupportedModelError: activations are NaN or infinite on this calibration.
+        UnsupportedModelError: activations are NaN or infinite on this calibration, or experts lose
+            units.
 
     Source: the layer-wise objective of OSSCAR (arXiv 2403.12983), on the inputs of the model that
     is pruned below as in SparseGPT (arXiv 2301.00774).
@@ -83,6 +84,7 @@ def reconstructed_weights(
     that the calibration does not show. Dense inputs, dense outputs as the target (as in GPTAQ,
     arXiv 2504.02692) and FLAP's bias (arXiv 2312.11983) were tried: see evals/studies/LOG.md.
     """
+    _check_linear(groups, plan)
     consumers = {
         g: Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
         for g, e in zip(groups, plan.groups, strict=True)
@@ -102,6 +104,16 @@ def reconstructed_weights(
     _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
     _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
     return {g.consumer: consumers[g].weight for g in to_fit}
+
+
+def _check_linear(groups: Sequence[Group], plan: PruningPlan) -> None:
+    """Raise UnsupportedModelError where others than linear layers lose units."""
+    lost = [g for g, e in zip(groups, plan.groups, strict=True) if e.keep < e.width]
+    if mixtures := [g.name for g in lost if not g.is_linear]:
+        raise UnsupportedModelError(
+            f"{', '.join(mixtures[:4])}: mixtures of experts cannot be reconstructed, only linear "
+            "layers. Prune without reconstruct, or recover the model by training."
+        )
 
 
 def _fit_towers(

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import Group, sync_sizes
-from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, first_units
+from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, first_units, tensor_in
 from hipp_ext.surgery.drop import replace_modules, skip_modules
 from hipp_ext.surgery.masks import check_sliceable
 from hipp_ext.units import check_scores, unit_order
+from hipp_ext.verification import verify_groups
 
 Shrink = Callable[[Sequence[int]], None]
 
@@ -39,13 +40,14 @@ def sliced(
         scores: group name -> score per unit.
 
     Raises:
-        PlanError: scores that do not fit, or keep counts outside least..width, or that sections of
-            a group cannot share.
-        UnsupportedModelError: a layer is quantised, adapted, or shares its weight. Nothing was
-            changed.
+        PlanError: scores that do not fit, or keep counts outside 0..width, or that sections of a
+            group cannot share.
+        UnsupportedModelError: a layer is quantised, adapted, or shares its weight, or see
+            `verify_groups`. Nothing was changed.
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
+    verify_groups(model, groups)
     weights = [_Weight(model, group, part) for group in groups for part in group.cuts]
     orders = {g.name: _section_by_section(scores[g.name], g.sections) for g in groups}
     skips = {g.name: skip_modules(model, [g]) for g in groups}
@@ -57,11 +59,14 @@ def sliced(
 
     def shrink(keep_counts: Sequence[int]) -> None:
         if len(keep_counts) != len(groups) or any(
-            not g.least <= k <= g.width or k % g.sections
+            not (0 if g.droppable else g.least) <= k <= g.width or k % g.sections or 0 < k < g.least
             for k, g in zip(keep_counts, groups, strict=True)
         ):
             sizes = [
-                f"{g.sections} x " * (g.sections > 1) + f"{g.width // g.sections}" for g in groups
+                f"{g.sections} x " * (g.sections > 1)
+                + f"{g.width // g.sections}"
+                + f", {g.least} at least" * (g.least > g.sections)
+                for g in groups
             ]
             raise PlanError(
                 f"Keep counts {list(keep_counts)} do not fit groups of [{', '.join(sizes)}] units."
@@ -100,7 +105,7 @@ class _Weight:
 
     def __init__(self, model: nn.Module, group: Group, slices: Sequence[Slice]):
         self.group, self.slices = group, slices
-        self.parameter = model.get_parameter(slices[0].parameter)
+        self.parameter = tensor_in(model, slices[0].parameter)
         self.dense = self.parameter.data  # the whole weight: as it came, sorted, as it came
         self.sorted = False
 
