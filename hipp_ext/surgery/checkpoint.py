@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -328,8 +328,8 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
-        replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        replace_modules(self, skip_modules(self, _dropped(self, config, folder, shapes)))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
         for find in (_groups, _within):
@@ -372,12 +372,20 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
-def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
+def _dropped(
+    model: nn.Module, config: Any, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
-    if folder.manifest is not None:
-        named |= {g.name for g in folder.manifest.groups if not g.width}
-    return [g for g in _groups(model, folder) if g.name in named] if named else []
+    skips = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    listed = folder.manifest.groups if folder.manifest is not None else ()
+    named = {g.name for g in listed if not g.width}
+
+    def gone(group: Group) -> bool:
+        # The configuration says the same of an FFN and of the experts beside it.
+        stored = any(part.parameter in shapes for part in group.owns)
+        return group.name in named or (group.name in skips and not stored)
+
+    return [g for g in _groups(model, folder) if gone(g)] if named or skips else []
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
