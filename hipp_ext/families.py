@@ -67,7 +67,13 @@ class BlockNames:
 # By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
-        producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
+        producers=(
+            ("q_proj", "k_proj", "v_proj"),
+            ("q_proj", "k_proj"),  # values are the keys (Gemma 4)
+            ("q_proj",),  # keys and values are those of an earlier layer (Gemma 3n, Gemma 4)
+            ("qkv_proj",),
+            ("query_key_value",),
+        ),
         fused={"qkv_proj": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
         consumers=("o_proj", "out_proj", "dense", "Wo"),
@@ -159,6 +165,25 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     return float(getattr(layer, "residual_multiplier", 1.0))
 
 
+def lends_keys(block: Any) -> bool:
+    """Whether later layers attend to the keys and values of an attention block (Gemma 3n)."""
+    shared = getattr(getattr(block, "config", None), "num_kv_shared_layers", 0)
+    return bool(shared and getattr(block, "store_full_length_kv", False))
+
+
+def borrows_keys(block: Any) -> bool:
+    """Whether an attention block attends to the keys and values of an earlier layer."""
+    return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def borrowed_kv_heads(block: Any) -> int:
+    """Number of key heads that an attention block borrows: none is ever pruned."""
+    config = block.config
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[block.layer_idx]
+    return config.num_key_value_heads
+
+
 def common_value(config: Any, name: str) -> Any:
     """What a configuration says in a field of all layers; None where it has none, or they differ.
 
@@ -193,6 +218,20 @@ def first_removable_layer(config: Any) -> int:
     """
     vision = getattr(config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def varies_by_itself(config: Any) -> bool:
+    """Whether layers differ in size before anything is pruned (Gemma 4).
+
+    Such a class reads its `per_layer_config` by types of layers, which must stay alike in it, and
+    sizes that vary cannot be read for all layers. Pruning leaves it as it is.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    if config.allow_global_per_layer_attribute_access:  # pruning sets it
+        return False
+    own = config.to_dict()["per_layer_config"].values()
+    return any("head_dim" in values for values in own)
 
 
 def drop_layers(config: Any, removed: Sequence[int]) -> None:

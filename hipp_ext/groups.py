@@ -24,8 +24,18 @@ from hipp_ext.families import (
     LINEAR_LAYERS,
     VISION_TOWERS,
     first_removable_layer,
+    varies_by_itself,
 )
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Look, Skip, Slice, shares_keys
+from hipp_ext.kinds import (
+    KINDS,
+    BlockKind,
+    Kind,
+    Look,
+    Skip,
+    Slice,
+    shares_keys,
+    shares_with_layers,
+)
 from hipp_ext.kinds.slices import tensor_in
 from hipp_ext.layer_parts import UNKNOWN, parts_of
 
@@ -78,6 +88,7 @@ class Group:
         stock_counts: keep counts that the model's configuration can name for all layers alike, so
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
+        droppable: whether the model works without this block.
     """
 
     tower: Tower
@@ -93,6 +104,7 @@ class Group:
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
+    droppable: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
@@ -189,7 +201,8 @@ def find_groups(
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
-            share keys (multi-head attention), both units are the same: KV groups.
+            share keys (multi-head attention), both units are the same: KV groups. Where layers
+            share keys and values with each other (Gemma 3n, Gemma 4), they are query heads always.
         expert_unit: units of mixtures of experts. "expert": whole routed experts, of which at least
             as many stay as a token is sent to. "channel": a channel of all routed experts of a
             layer at once; all experts stay. Experts that every token passes are no prunable
@@ -269,6 +282,7 @@ def _find_groups(
         parts = [parts_of(layer, names[layer]) for layer in layers]
         # Configurations name the layers of a hybrid by number or by period.
         alike = tower == "language" and not any(p.left for p in parts)
+        alike = alike and not varies_by_itself(config)
         for index, own in enumerate(parts):
             removable = alike and index >= first and not own.others
             for kind, block, name in own.blocks:
@@ -415,8 +429,11 @@ def _in_unit(
     kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit, expert_unit: ExpertUnit
 ) -> BlockKind:
     """The kind whose units a block is divided into, where it can be divided in two ways."""
-    if attention_unit == "query" and kind.name == "attention" and shares_keys(block):
-        return KINDS["query_heads"]
+    if isinstance(block, Skip):
+        return kind
+    if kind.name == "attention":
+        divided = (attention_unit == "query" and shares_keys(block)) or shares_with_layers(block)
+        return KINDS["query_heads"] if divided else kind
     if expert_unit == "channel" and kind.name == "experts":
         return KINDS["expert_channels"]
     return kind
@@ -447,12 +464,15 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         inputs=kind.inputs(block, owns),
         least=kind.least(block),
         sections=kind.sections(block),
+        droppable=kind.droppable(block),
     )
 
 
 def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
     """See `Group.stock_counts`; only its width where the configuration names no width at all."""
     kind = KINDS[group.kind]
+    if varies_by_itself(config):
+        return (group.width,)
     common = kind.common_width(config, group.tower)
     if common is None:
         return (group.width,)

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
@@ -17,8 +18,11 @@ from hipp_ext.families import (
     HEAD_DIMS,
     SCATTERED,
     VALUE_DIM,
+    borrowed_kv_heads,
+    borrows_keys,
     common_value,
     field_name,
+    lends_keys,
 )
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
@@ -39,6 +43,8 @@ class _Heads(BlockKind):
         producers, _ = self.matched(block)
         if len(producers) > 1:
             return block.k_proj.out_features // head_dim(block)
+        if borrows_keys(block):
+            return borrowed_kv_heads(block)
         heads = getattr(block, producers[0]).out_features // head_dim(block)
         return (heads - self.query_heads(block)) // 2
 
@@ -80,15 +86,23 @@ class _Heads(BlockKind):
                 )
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
-        """The value projection."""
+        """The value projection; that of the keys where they are the values; the identity where the
+        values come from an earlier layer.
+        """
         producers, _ = self.matched(block)
         weight, size = getattr(block, producers[-1]).weight, value_dim(block)
+        if borrows_keys(block):
+            return torch.eye(self.kv_heads(block) * size, weight.shape[1]).to(weight), size
         if len(producers) == 1:
             heads = self.kv_heads(block)
             if self.names.fused[producers[0]] == "units":
                 weight = weight.unflatten(0, (heads, -1))[:, -size:].flatten(0, 1)
             weight = weight[-heads * size :]
         return weight, size
+
+    def droppable(self, block: Any) -> bool:
+        """Not where later layers need the keys and values."""
+        return not lends_keys(block)
 
     def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
@@ -205,7 +219,7 @@ class QueryHeads(_Heads):
     def divides(self, block: Any) -> bool:
         """Not where a KV group's queries, keys and values lie side by side in one layer."""
         producers, _ = self.matched(block)
-        return len(producers) > 1 or self.names.fused[producers[0]] != "units"
+        return self.names.fused.get(producers[0]) != "units"
 
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
@@ -265,7 +279,7 @@ class SkipAttention(Skip):
         self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
     ) -> tuple[Tensor, None]:
         """(zeros of the shape of `hidden_states`, no attention weights)."""
-        if past_key_values is not None:
+        if past_key_values is not None and not borrows_keys(self):
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
             past_key_values.update(zeros, zeros, self.layer_idx)
@@ -276,6 +290,11 @@ def shares_keys(block: Any) -> bool:
     """Whether several query heads of an attention block share a key head."""
     kind = Attention()
     return kind.query_heads(block) > kind.kv_heads(block)
+
+
+def shares_with_layers(block: Any) -> bool:
+    """Whether an attention block shares keys and values with other layers."""
+    return lends_keys(block) or borrows_keys(block)
 
 
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:

@@ -114,6 +114,10 @@ class BlockKind(abc.ABC):
         side by side in what is read.
         """
 
+    def droppable(self, block: Any) -> bool:
+        """Whether the model works without the block."""
+        return True
+
     def divides(self, block: Any) -> bool:
         """Whether a block of this place can be divided into these units."""
         return True

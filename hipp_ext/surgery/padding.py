@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.groups import (
     Group,
     Kind,
@@ -50,6 +51,10 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             than the model has; or layers differ in their number of experts, none of which can be
             added without effect.
     """
+    if varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be padded: its layers differ before they are pruned."
+        )
     model = _with_all_blocks(model)
     _check_experts(model)
     wrong: list[str] = []
