@@ -43,8 +43,8 @@ class FFN(BlockKind):
         """
         if getattr(block, "activation_sparsity", 0.0) > 0:
             raise UnsupportedModelError(
-                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean of "
-                "all: without some of them it would keep others."
+                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean "
+                "of all: without some of them it would keep others."
             )
         known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
         for part, parameter in block.named_parameters():
