@@ -40,6 +40,7 @@ LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
+SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 # Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
 FIELD_NAMES = {

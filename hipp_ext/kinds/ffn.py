@@ -47,8 +47,8 @@ class FFN(BlockKind):
         """
         if getattr(block, "activation_sparsity", 0.0) > 0:
             raise UnsupportedModelError(
-                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean of "
-                "all: without some of them it would keep others."
+                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean "
+                "of all: without some of them it would keep others."
             )
         producers, _ = self.matched(block)
         if getattr(block, producers[0]).in_features == width:
