@@ -40,6 +40,7 @@ LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
+SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 # Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
 FIELD_NAMES = {
@@ -194,6 +195,11 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     return float(getattr(layer, "residual_multiplier", 1.0))
 
 
+def norms_residual(layer: nn.Module) -> bool:
+    """Whether the residual stream goes on behind the norms instead of around them (MiniMax)."""
+    return hasattr(layer, "attn_alpha_factor")
+
+
 def lends_keys(block: Any) -> bool:
     """Whether later layers attend to the keys and values of an attention block (Gemma 3n)."""
     shared = getattr(getattr(block, "config", None), "num_kv_shared_layers", 0)
@@ -267,12 +273,15 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
     """Take the layers `removed` out of everything that a text configuration says layer by layer."""
     count = config.num_hidden_layers
     kept = [i for i in range(count) if i not in set(removed)]
+    own = {int(i): of for i, of in (config.to_dict().get("per_layer_config") or {}).items()}
+    config.per_layer_config = None  # entries of layers that are not there are an error
     for name, value in list(vars(config).items()):
         if name in LAYER_NUMBERS and value:
             setattr(config, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+    config.per_layer_config = {kept.index(i): of for i, of in own.items() if i in kept} or None
 
 
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:

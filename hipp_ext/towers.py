@@ -47,7 +47,8 @@ def decoder(model: nn.Module) -> nn.Module:
         inner = model.base_model
     while inner is not found:  # BLIP-2 gives a language model with a head
         found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
-    return inner
+    # Llama 4 gives the language model with its head, which gives itself.
+    return inner.model if getattr(inner, "lm_head", None) is not None else inner
 
 
 def vision_tower(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +12,7 @@ from hipp_ext.groups import Group, gated, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.output_head import OutputHead, logit_bytes
 from hipp_ext.progress import Tick
-from hipp_ext.replay import starting_at
+from hipp_ext.replay import Passed, starting_at
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
@@ -113,14 +112,17 @@ class _Dense:
 def _dense(
     model: nn.Module, head: OutputHead, batch: ReplayBatch, layers: Sequence[nn.Module]
 ) -> tuple[list, _Dense]:
-    """What each layer puts out, and the distributions, without any pruning.
+    """What each layer leaves behind, and the distributions, without any pruning.
 
     A layer that does not run (one that reads pictures, in a batch without any) passes on what the
     one below puts out.
     """
-    found: dict[int, Any] = {}
+    found: dict[int, Passed] = {}
     hooks = [
-        layer.register_forward_hook(lambda _, __, output, i=i: found.update({i: output}))
+        layer.register_forward_hook(
+            lambda _, __, kwargs, output, i=i: found.update({i: Passed.of(kwargs, output)}),
+            with_kwargs=True,
+        )
         for i, layer in enumerate(layers)
     ]
     try:

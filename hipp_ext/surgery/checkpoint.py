@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +343,8 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
-        replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        replace_modules(self, skip_modules(self, _dropped(self, config, folder, shapes)))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
         for find in (_groups, _within):
@@ -387,14 +387,21 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
-def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
+def _dropped(
+    model: nn.Module, config: Any, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
     gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
         listed = [g for g in folder.manifest.groups if not g.width]
         gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
     groups = _groups(model, folder) if gone else ()
-    return [g for g in groups if (g.tower, g.layer, g.place) in gone]
+    # An FFN and the experts beside it have one place.
+    return [
+        g
+        for g in groups
+        if (g.tower, g.layer, g.place) in gone and not any(p.parameter in shapes for p in g.owns)
+    ]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:

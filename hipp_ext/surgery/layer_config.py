@@ -118,6 +118,8 @@ def set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
 def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that stock transformers builds of `config`; empty if it builds none."""
     try:
+        # As it comes out of a file: some classes derive fields from others when they are made.
+        config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             built = type(model)._from_config(config)
     except Exception:  # the class refuses such sizes, or is a wrapper that builds nothing (peft)
