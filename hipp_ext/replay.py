@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -13,7 +14,7 @@ from hipp_ext.calibration import Batch
 from hipp_ext.families import SHARED_KEYS
 from hipp_ext.groups import decoder
 from hipp_ext.modes import replaced_forward
-from hipp_ext.scorers.base import forward
+from hipp_ext.scorers.base import forward, forward_hidden
 
 
 class _Captured(Exception):
@@ -41,6 +42,17 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     finally:
         handle.remove()
     return captured
+
+
+def whole_pass(model: nn.Module, batch: Batch) -> Float[Tensor, "rows tokens hidden"]:
+    """The last hidden states of the language tower, with vision tower and projector run again."""
+    seen: list[Any] = []
+    handle = decoder(model).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        forward_hidden(model, batch)
+    finally:
+        handle.remove()
+    return seen[-1].last_hidden_state
 
 
 @dataclass(frozen=True, kw_only=True)
