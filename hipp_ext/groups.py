@@ -21,7 +21,7 @@ from hipp_ext.errors import BudgetError, UnsupportedModelError
 from hipp_ext.families import BLOCKS, LAYER_LISTS, VISION_TOWERS, first_removable_layer
 from hipp_ext.kinds import KINDS, BlockKind, Kind, Look, Skip, Slice, shares_keys
 from hipp_ext.kinds.slices import tensor_in
-from hipp_ext.layer_parts import UNKNOWN, parts_of
+from hipp_ext.layer_parts import UNKNOWN, missing_block, parts_of, refusal
 
 Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
@@ -241,7 +241,11 @@ def channel_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ..
 def _in_other_units(
     model: nn.Module, towers: Sequence[Tower], usual: Kind, other: Kind
 ) -> tuple[Group, ...]:
-    found, _ = _find_groups(model, towers, lambda k, _: KINDS[other] if k.name == usual else k)
+    def unit(kind: BlockKind, block: nn.Module) -> BlockKind:
+        divisible = kind.name == usual and not refusal(KINDS[other], block)
+        return KINDS[other] if divisible else kind
+
+    found, _ = _find_groups(model, towers, unit)
     return tuple(g for g in found if g.kind == other)
 
 
@@ -257,14 +261,22 @@ def _find_groups(
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
         parts = [parts_of(layer, names[layer]) for layer in layers]
         # Configurations name the layers of a hybrid by number or by period.
-        alike = tower == "language" and not any(p.left for p in parts)
+        alike = not any(p.left for p in parts)
         for index, own in enumerate(parts):
-            removable = alike and index >= first and not own.others
+            removable = tower == "language" and alike and index >= first and not own.others
             for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, name)
                     counts = _stock_counts(config, group, block)
                     groups.append(replace(group, stock_counts=counts, removable=removable))
+            if alike and (lacking := missing_block(own)):
+                left.append(
+                    LeftWhole(
+                        module=names[layers[index]],
+                        type=type(layers[index]).__name__,
+                        reason=f"it has {lacking}",
+                    )
+                )
             left += [
                 LeftWhole(module=name, type=type(module).__name__, reason=reason)
                 for module, name, reason in own.left
@@ -327,6 +339,11 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     """The layers of a tower, in order."""
     root = tower_root(model, tower)
+    if tower == "language" and getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model: its {type(root).__name__} reads "
+            "what an encoder puts out, and only models of one tower of layers are supported."
+        )
     own = [getattr(root, name, None) for name in LAYER_LISTS]
     lists = [layers for layers in own if isinstance(layers, nn.ModuleList) and len(layers)]
     if len(lists) != 1:

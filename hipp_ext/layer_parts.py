@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, SIDE_PATHS, norm_before, norms_after
+from hipp_ext.families import BLOCKS, NORMED_RESIDUAL, SIDE_PATHS, norm_before, norms_after
 from hipp_ext.kinds import KINDS, BlockKind, Skip
 
 UNKNOWN = "no block of a known kind"
@@ -41,7 +41,7 @@ def parts_of(layer: nn.Module, name: str = "") -> LayerParts:
         found = kind.find(layer)
         for block in found:
             reason = f"one of {len(found)} {kind.name} blocks of its layer" * (len(found) > 1)
-            if reason := reason or _refusal(kind, block, names[block]):
+            if reason := reason or refusal(kind, block, names[block]):
                 refused |= dict.fromkeys(_owners(kind, block, layer), reason)
             else:
                 blocks.append((kind, block, names[block]))
@@ -60,6 +60,12 @@ def parts_of(layer: nn.Module, name: str = "") -> LayerParts:
     )
 
 
+def missing_block(parts: LayerParts) -> str:
+    """What a layer lacks that all its parts can be divided of; empty: nothing."""
+    places = {kind.place for kind, _, _ in parts.blocks}
+    return next((f"0 {place} blocks" for place in BLOCKS if place not in places), "")
+
+
 def own_norms(layer: nn.Module, place: str) -> list[str]:
     """Names of the norms of `layer` that serve its block in this place alone, before or after it.
 
@@ -68,12 +74,13 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
     """
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
     names = [n for n in norms_after(layer, place) if getattr(layer, n) is not ffn_input]
-    if before is not None and ffn_input is not None and not parts_of(layer).others:
+    alone = ffn_input is not None and not parts_of(layer).others
+    if before is not None and alone and not hasattr(layer, NORMED_RESIDUAL):
         names += [n for n, child in layer.named_children() if child is before]
     return names
 
 
-def _refusal(kind: BlockKind, block: nn.Module, name: str) -> str:
+def refusal(kind: BlockKind, block: nn.Module, name: str = "") -> str:
     """Why a block cannot be divided into units; empty if it can, or was dropped."""
     if isinstance(block, Skip):
         return ""

@@ -12,6 +12,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,8 +27,19 @@ TOKENS = 4
 TOLERANCE = 4e-4  # of the largest logit: float32 sums in another order
 ROUNDINGS = 8  # the same in half precision, in units of its precision
 
+_switched_off: ContextVar[bool] = ContextVar("verification is switched off", default=False)
 # Model -> the kinds of its groups that were verified.
 _verified: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def without_verification() -> Iterator[None]:
+    """Inside the block `verify_groups` does nothing, for models that are known and large."""
+    token = _switched_off.set(True)
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
 
 
 def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
@@ -37,11 +49,13 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     Cost: three forward passes over four tokens, the first time that a model is seen with groups of
     these kinds; no weight is changed, and none is copied but those of the query heads of the block
     that is running. Groups of the vision tower are left out, and so are models that could not be
-    pruned anyway (quantised, adapted, offloaded, with shared weights).
+    pruned anyway (quantised, adapted, offloaded, with shared weights). Everything that scores,
+    plans, masks, slices or prunes calls it; `without_verification` switches it off.
     """
     several = [g for g in groups if g.tower == "language" and g.width - g.sections >= g.least]
     kinds = {g.kind for g in several}
-    if kinds <= _verified.get(model, set()) or not _sliceable(model, several):
+    known = _switched_off.get() or kinds <= _verified.get(model, set())
+    if known or not _sliceable(model, several):
         return
     try:
         dense = _logits(model)

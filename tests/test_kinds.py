@@ -13,7 +13,7 @@ from torch import nn
 from hipp_ext import masked, prune
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
-from hipp_ext.groups import find_groups, find_skips
+from hipp_ext.groups import find_groups, find_skips, left_whole
 from hipp_ext.kinds import FFN, KINDS, Skip
 from hipp_ext.planner.state import FEATURES, measure_signals
 from hipp_ext.scorers import VisualSensitivity
@@ -49,14 +49,19 @@ def model(monkeypatch):
 
 @torch.no_grad()
 def test_another_kind_is_scored_and_pruned_as_masked(model):
-    groups, inputs = find_groups(model), batch("llama")
+    groups, inputs = find_groups(model, partial="report"), batch("llama")
+    assert {part.module for part in left_whole(model)} == {
+        "model.layers.0.mlp.gate",
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.shared_expert_gate",
+    }
     assert [(g.name, g.width) for g in groups] == [
         ("language.0.attention", 2),
         ("language.0.shared_expert", 36),
         ("language.1.attention", 2),
         ("language.1.ffn", 40),
     ]
-    signals = measure_signals(model, [inputs])
+    signals = measure_signals(model, [inputs], groups=groups)
     assert signals.state.shape == (4, FEATURES) and torch.isfinite(signals.state).all()
     for counts in ([2, 9, 1, 40], [2, 0, 2, 10]):
         plan = plan_from_counts(groups, counts, signals.scores)
@@ -70,7 +75,10 @@ def test_another_kind_is_scored_and_pruned_as_masked(model):
 
 def test_without_it_the_layer_has_no_block_in_one_place(monkeypatch):
     monkeypatch.delitem(KINDS, "experts")
-    with pytest.raises(UnsupportedModelError, match="0 ffn blocks that can be mapped"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.mlp \(Qwen2MoeSparseMoeBlock\): no block of a known kind",
+    ):
         find_groups(text_model("Qwen2Moe", **EXPERTS))
 
 
@@ -78,4 +86,5 @@ def test_a_scorer_of_some_kinds_refuses_the_others(model):
     with pytest.raises(
         UnsupportedModelError, match=r"attention, query_heads, .* only.*0\.shared_expert"
     ):
-        VisualSensitivity()(model, [batch("llama")])
+        groups = find_groups(model, partial="report")
+        VisualSensitivity()(model, [batch("llama")], groups=groups)

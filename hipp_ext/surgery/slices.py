@@ -11,6 +11,7 @@ from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, fir
 from hipp_ext.surgery.drop import replace_modules, skip_modules
 from hipp_ext.surgery.masks import check_sliceable
 from hipp_ext.units import check_scores, unit_order
+from hipp_ext.verification import verify_groups
 
 Shrink = Callable[[Sequence[int]], None]
 
@@ -46,6 +47,7 @@ def sliced(
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
+    verify_groups(model, groups)
     weights = [_Weight(model, group, part) for group in groups for part in group.cuts]
     orders = {g.name: _section_by_section(scores[g.name], g.sections) for g in groups}
     skips = {g.name: skip_modules(model, [g]) for g in groups}
