@@ -41,7 +41,7 @@ def parts_of(layer: nn.Module, name: str = "") -> LayerParts:
         found = kind.find(layer)
         for block in found:
             reason = f"one of {len(found)} {kind.name} blocks of its layer" * (len(found) > 1)
-            if reason := reason or refusal(kind, block, names[block]):
+            if reason := reason or _refusal(kind, block, names[block]):
                 refused |= dict.fromkeys(_owners(kind, block, layer), reason)
             else:
                 blocks.append((kind, block, names[block]))
@@ -70,17 +70,21 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
     """Names of the norms of `layer` that serve its block in this place alone, before or after it.
 
     They can leave with the block. A norm that several parts of a layer read stays: attention and
-    FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
+    FFN side by side (Cohere), attention beside a state-space mixer (Falcon-H1), or experts beside
+    an FFN (Granite).
     """
+    parts = parts_of(layer)
+    if sum(kind.place == place for kind, _, _ in parts.blocks) > 1:
+        return []
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
     names = [n for n in norms_after(layer, place) if getattr(layer, n) is not ffn_input]
-    alone = ffn_input is not None and not parts_of(layer).others
+    alone = ffn_input is not None and not parts.others
     if before is not None and alone and not hasattr(layer, NORMED_RESIDUAL):
         names += [n for n, child in layer.named_children() if child is before]
     return names
 
 
-def refusal(kind: BlockKind, block: nn.Module, name: str = "") -> str:
+def _refusal(kind: BlockKind, block: nn.Module, name: str) -> str:
     """Why a block cannot be divided into units; empty if it can, or was dropped."""
     if isinstance(block, Skip):
         return ""

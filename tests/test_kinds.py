@@ -76,8 +76,7 @@ def test_another_kind_is_scored_and_pruned_as_masked(model):
 def test_without_it_the_layer_has_no_block_in_one_place(monkeypatch):
     monkeypatch.delitem(KINDS, "experts")
     with pytest.raises(
-        UnsupportedModelError,
-        match=r"layers\.0\.mlp \(Qwen2MoeSparseMoeBlock\): no block of a known kind",
+        UnsupportedModelError, match=r"layers.0.mlp \(Qwen2MoeSparseMoeBlock\): no block of"
     ):
         find_groups(text_model("Qwen2Moe", **EXPERTS))
 
@@ -86,5 +85,4 @@ def test_a_scorer_of_some_kinds_refuses_the_others(model):
     with pytest.raises(
         UnsupportedModelError, match=r"attention, query_heads, .* only.*0\.shared_expert"
     ):
-        groups = find_groups(model, partial="report")
-        VisualSensitivity()(model, [batch("llama")], groups=groups)
+        VisualSensitivity()(model, [batch("llama")], groups=find_groups(model, partial="report"))

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.files import new_folder, require_new, write_atomic
 from hipp_ext.groups import (
     Group,
@@ -138,7 +139,12 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     """
     towers = known_towers(model)
     groups = find_groups(model, towers, partial="report")
-    groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    known = {g.name for g in groups}
+    groups += tuple(
+        g
+        for g in query_groups(model, towers)
+        if g.name not in known and not _as_configured(model, g)
+    )
     config = model.config.get_text_config()
     channels = KINDS["expert_channels"].common_width(config, "language")
     groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
@@ -157,6 +163,8 @@ def _as_configured(model: Any, queries: Group) -> bool:
     Towers whose configuration names no KV heads have one each.
     """
     config = model.config.get_text_config() if queries.tower == "language" else None
+    if config is not None and varies_by_itself(config):
+        return False
     heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return queries.width * kv_heads == heads * queries.sections
@@ -328,8 +336,8 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
-        replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        replace_modules(self, skip_modules(self, _dropped(self, config, folder, shapes)))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
         for find in (_groups, _within):
@@ -372,12 +380,21 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
-def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
+def _dropped(
+    model: nn.Module, config: Any, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
-        named |= {g.name for g in folder.manifest.groups if not g.width}
-    return [g for g in _groups(model, folder) if g.name in named] if named else []
+        listed = [g for g in folder.manifest.groups if not g.width]
+        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+    groups = _groups(model, folder) if gone else ()
+    # An FFN and the experts beside it have one place.
+    return [
+        g
+        for g in groups
+        if (g.tower, g.layer, g.place) in gone and not any(p.parameter in shapes for p in g.owns)
+    ]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
@@ -386,9 +403,9 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
+    found = {g.name for g in find_groups(model, towers, partial="report")}
     within = {g.name for g in query_groups(model, towers) + channel_groups(model, towers)}
-    found = find_groups(model, towers, partial="report")
-    if {g.name for g in found} != set(widths) - within:
+    if found != set(widths) - (within - found):
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 

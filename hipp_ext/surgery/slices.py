@@ -42,8 +42,8 @@ def sliced(
     Raises:
         PlanError: scores that do not fit, or keep counts outside 0..width, or that sections of a
             group cannot share.
-        UnsupportedModelError: a layer is quantised, adapted, or shares its weight. Nothing was
-            changed.
+        UnsupportedModelError: a layer is quantised, adapted, or shares its weight, or see
+            `verify_groups`. Nothing was changed.
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
