@@ -47,6 +47,7 @@ FIELD_NAMES = {
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size")
 }
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
+NORMED_RESIDUAL = "mlp_alpha_factor"  # layers that add to what their norm puts out (MiniMax)
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
 SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
 
