@@ -17,7 +17,9 @@ VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
-LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
+# Config fields that list the numbers of some layers, and such that count the first layers.
+LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,12 @@ def first_removable_layer(config: Any) -> int:
 def drop_layers(config: Any, removed: Sequence[int]) -> None:
     """Take the layers `removed` out of everything that a text configuration says layer by layer."""
     count = config.num_hidden_layers
+    if (step := getattr(config, "decoder_sparse_step", 1)) > 1:  # then every layer is named
+        dense = {i for i in range(count) if (i + 1) % step} | set(config.mlp_only_layers)
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    for name in FIRST_LAYERS:
+        if isinstance(first := getattr(config, name, None), int):
+            setattr(config, name, first - sum(i < first for i in removed))
     kept = [i for i in range(count) if i not in set(removed)]
     for name, value in list(vars(config).items()):
         if name in LAYER_NUMBERS and value:

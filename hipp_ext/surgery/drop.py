@@ -1,6 +1,8 @@
 """Blocks and layers that leave whole, because a plan keeps none of their units."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -8,6 +10,7 @@ from hipp_ext.families import drop_layers, first_removable_layer, other_parts, o
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.kinds import KINDS
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.layer_config import built_shapes
 
 
 def skip_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
@@ -37,7 +40,9 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
     """Numbers of the language layers of which `plan` keeps nothing, and which hold nothing else.
 
     Layers with other parts (a state-space mixer, gates) stay, with both blocks skipped, and so do
-    those that the model adds image features after by their number.
+    those that the model adds image features after by their number. All of them stay where
+    transformers would not build the layers that are left, because their numbers decide what they
+    are.
     """
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = {e.layer for e in plan.groups if e.tower == "language"} - kept
@@ -45,7 +50,20 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
         return []
     layers = tower_layers(model, "language")
     first = first_removable_layer(model.config)
-    return [i for i in sorted(gone) if i >= first and not other_parts(layers[i])]
+    numbers = [i for i in sorted(gone) if i >= first and not other_parts(layers[i])]
+    return numbers if _builds_without(model, layers, numbers) else []
+
+
+def _builds_without(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> bool:
+    """Whether transformers builds the layers that are left when those of `numbers` are gone."""
+    if not numbers:
+        return True
+    config = copy.deepcopy(model.config)
+    drop_layers(config.get_text_config(), numbers)
+    built = built_shapes(model, config)
+    prefix = next(name for name, m in model.named_modules() if m is layers)
+    kept = [layer for i, layer in enumerate(layers) if i not in set(numbers)]
+    return all(f"{prefix}.{i}.{n}" in built for i, m in enumerate(kept) for n in m.state_dict())
 
 
 def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:
