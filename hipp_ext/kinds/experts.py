@@ -20,8 +20,10 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS, EXPERT_COUNTS, EXPERT_WIDTHS, EXPERTS, ROUTED_WITH_LOGITS
 from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
-from hipp_ext.kinds.mixture import Mixture, routed_among, tapped
+from hipp_ext.kinds.mixture import Mixture
+from hipp_ext.kinds.routing import routed_among
 from hipp_ext.kinds.slices import Slice
+from hipp_ext.kinds.taps import tapped
 
 ALIGNED_BYTES = 16  # rows of matrices that torch.grouped_mm multiplies are multiples of it
 ALIGNED = 8  # numbers in half precision

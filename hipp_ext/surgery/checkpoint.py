@@ -139,7 +139,7 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     towers = known_towers(model)
     groups = find_groups(model, towers)
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     channels = KINDS["expert_channels"].common_width(config, "language")
     groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
     widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
@@ -368,7 +368,7 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
 
 def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     """The query heads, and the channels of experts, of the blocks among `_groups`."""
-    towers = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
+    towers: tuple = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
