@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import common_value
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
 from hipp_ext.replay import decoder_inputs
@@ -218,8 +219,10 @@ def _prepend(layer: Any, prefix_index: Tensor) -> None:
 def _cache_bytes(model: nn.Module) -> int:
     """Bytes of the keys and values of one token in all layers."""
     config = _config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_heads = common_value(config, "num_attention_heads") or 1
+    # A tower whose layers differ has at most as many key heads as query heads.
+    heads = common_value(config, "num_key_value_heads") or query_heads
+    head_dim = common_value(config, "head_dim") or config.hidden_size // query_heads
     element_size = next(model.parameters()).element_size()
     return 2 * config.num_hidden_layers * heads * head_dim * element_size
 
@@ -233,10 +236,14 @@ def _config(model: nn.Module) -> Any:
 def _plainly_causal(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether the decoder takes one padding mask and attends to all earlier tokens."""
     embeds, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
-    window = getattr(_config(model), "sliding_window", None)
+    config = _config(model)
+    window = common_value(config, "sliding_window")
+    # Layers of other types keep a state instead of keys and values.
+    types = set(getattr(config, "layer_types", None) or ())
     others = [value for name, value in inputs.items() if name not in SIMPLE_INPUTS]
     return (
         embeds is not None
+        and types <= {"full_attention", "sliding_attention"}
         and not any(isinstance(value, Tensor | list | tuple | dict) for value in others)
         # Several masks come as a dictionary.
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))

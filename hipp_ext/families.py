@@ -20,6 +20,13 @@ HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
 # Config fields that list the numbers of some layers, and such that count the first layers.
 LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+# Other names of configuration fields, which count first: of Llama 4, OPT, GPT-J, of hybrid Granite.
+FIELD_NAMES = {
+    "intermediate_size": ("intermediate_size_mlp", "ffn_dim", "n_inner", "shared_intermediate_size")
+}
+LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
+# Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
+SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +62,40 @@ BLOCKS = {
         producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
         fused={"qkv_proj": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj"),
-        norms_before=("input_layernorm", "attention_layernorm", "layer_norm1"),
+        consumers=("o_proj", "out_proj", "dense"),
+        norms_before=(
+            "input_layernorm",
+            "attention_layernorm",
+            "layer_norm1",
+            "operator_norm",
+            "temporal_pre_norm",
+        ),
         norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
         skip="attention",
     ),
     "ffn": BlockNames(
-        producers=(("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",), ("fc1",)),
-        fused={"gate_up_proj": "parts"},
+        producers=(
+            ("gate_proj", "up_proj"),
+            ("gate_up_proj",),
+            ("input_linear",),
+            ("w1", "w3"),
+            ("up_proj",),
+            ("fc1",),
+            ("c_fc",),
+            ("fc_in",),
+        ),
+        fused={"gate_up_proj": "parts", "input_linear": "parts"},
         gates=(),
-        consumers=("down_proj", "fc2"),
+        consumers=("down_proj", "w2", "fc2", "c_proj", "fc_out", "output_linear"),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
             "feedforward_layernorm",
             "post_attention_layernorm",
             "layer_norm2",
+            "ffn_norm",
+            "channel_pre_norm",
         ),
         norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
@@ -103,29 +127,6 @@ def norm_before(layer: nn.Module, place: str) -> nn.Module | None:
     return getattr(layer, found[0]) if found and _norm_names(layer, "attention") else None
 
 
-def own_norms(layer: nn.Module, place: str) -> list[str]:
-    """Names of the norms of `layer` that serve its block in this place alone, before or after it.
-
-    They can leave with the block. A norm that several parts of a layer read stays: attention and
-    FFN side by side (Cohere), or attention beside a state-space mixer (Falcon-H1).
-    """
-    before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
-    names = [n for n in _norms_after(layer, place) if getattr(layer, n) is not ffn_input]
-    if before is not None and ffn_input is not None and not other_parts(layer):
-        names += [n for n, child in layer.named_children() if child is before]
-    return names
-
-
-def other_parts(layer: nn.Module) -> list[str]:
-    """Names of the weights of a layer that belong neither to its blocks nor to their norms."""
-    norms = {n for names in BLOCKS.values() for n in (*names.norms_before, *names.norms_after)}
-    consumers = {EXPERTS, *(name for names in BLOCKS.values() for name in names.consumers)}
-    known = norms | {
-        n for n, c in layer.named_children() if consumers & set(dict(c.named_children()))
-    }
-    return [n for n, _ in layer.named_parameters() if n.partition(".")[0] not in known]
-
-
 def residual_scale(layer: nn.Module, place: str) -> float:
     """What a block's output is multiplied by before it is added to the residual stream.
 
@@ -135,6 +136,26 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     if gate is not None:
         return float(gate.detach().tanh().abs())
     return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def common_value(config: Any, name: str) -> Any:
+    """What a configuration says in a field of all layers; None where it has none, or they differ.
+
+    Gemma 3n has a list of widths. Gemma 4 raises where layers differ.
+    """
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    if not isinstance(value, list):
+        return value
+    return value[0] if value and value.count(value[0]) == len(value) else None
+
+
+def field_name(config: Any, name: str) -> str:
+    """What a configuration calls the field `name`; empty if it has no such field."""
+    known = (*FIELD_NAMES.get(name, ()), name)
+    return next((n for n in known if n in vars(config) or n in config.attribute_map), "")
 
 
 def crosses(layer: nn.Module) -> bool:
@@ -174,17 +195,19 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's output before it is added; None where it is added as it is."""
     ffn_input = norm_before(layer, "ffn")
-    after = (getattr(layer, n) for n in _norms_after(layer, place))
+    after = (getattr(layer, n) for n in norms_after(layer, place))
     return next((norm for norm in after if norm is not ffn_input), None)
 
 
-def _norms_after(layer: nn.Module, place: str) -> list[str]:
-    return [n for n in BLOCKS[place].norms_after if _is_norm(layer, n)]
+def norms_after(layer: nn.Module, place: str) -> list[str]:
+    """Names of the norms behind a block."""
+    return [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:
-    return [name for name in BLOCKS[place].norms_before if _is_norm(layer, name)]
+    return [name for name in BLOCKS[place].norms_before if is_norm(layer, name)]
 
 
-def _is_norm(layer: nn.Module, name: str) -> bool:
+def is_norm(layer: nn.Module, name: str) -> bool:
+    """Whether `layer` has a norm called `name`; some layers have None instead."""
     return isinstance(getattr(layer, name, None), nn.Module)

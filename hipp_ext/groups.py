@@ -8,6 +8,7 @@ linear layers a block holds), not by a list of class names.
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -17,13 +18,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import VISION_TOWERS, first_removable_layer, other_parts
+from hipp_ext.families import BLOCKS, LAYER_LISTS, VISION_TOWERS, first_removable_layer
 from hipp_ext.kinds import KINDS, BlockKind, Kind, Look, Skip, Slice, shares_keys
 from hipp_ext.kinds.slices import tensor_in
+from hipp_ext.layer_parts import UNKNOWN, parts_of
 
 Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
 ExpertUnit = Literal["expert", "channel"]  # experts, or channels of all experts of a layer
+Partial = Literal["refuse", "report"]  # what is done about parts that can only stay whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftWhole:
+    """A part of a layer that no group has units of: it stays as it is.
+
+    Attributes:
+        module: name of the module.
+        type: its class.
+        reason: why it cannot be divided into units.
+    """
+
+    module: str
+    type: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +172,7 @@ def find_groups(
     towers: Sequence[Tower] = ("language",),
     attention_unit: AttentionUnit = "kv",
     expert_unit: ExpertUnit = "expert",
+    partial: Partial = "refuse",
 ) -> tuple[Group, ...]:
     """The groups of `model`, layer by layer, attention before FFN. Dropped blocks have none.
 
@@ -169,15 +188,44 @@ def find_groups(
             as many stay as a token is sent to. "channel": a channel of all routed experts of a
             layer at once; all experts stay. Experts that every token passes are no prunable
             parameters: they stay, but for those of a dropped block.
+        partial: what to do where parts of layers cannot be divided into units, such as state-space
+            mixers and linear attention. "refuse": raise. "report": find the groups of the other
+            blocks; `left_whole` says what stays.
 
     Raises:
-        BudgetError: a unit is unknown.
-        UnsupportedModelError: no layers were found, or a layer has no attention or FFN that can be
-            mapped. Nothing is ever skipped in silence; the message lists the modules in question.
+        BudgetError: a unit, or `partial`, is unknown.
+        UnsupportedModelError: no layers were found, or parts of them cannot be divided into units,
+            and partial is "refuse". Nothing is ever skipped in silence; the message lists the
+            modules in question.
     """
     check_units(attention_unit, expert_unit)
+    check_partial(partial)
     units = attention_unit, expert_unit
-    return _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
+    groups, left = _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
+    adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
+    if left and (partial == "refuse" or adapted or not groups):
+        raise UnsupportedModelError(_refusal(model, towers, left, bool(groups)))
+    return groups
+
+
+def left_whole(model: nn.Module, towers: Sequence[Tower] = ("language",)) -> tuple[LeftWhole, ...]:
+    """The parts of layers that no group has units of; see `find_groups`.
+
+    Norms, gates and other vectors are not listed, nor is what lies outside the layers.
+    """
+    return _find_groups(model, towers, lambda kind, _: kind)[1]
+
+
+def left_whole_lines(left: Iterable[LeftWhole]) -> list[str]:
+    """A line for all parts of a class that stay whole for one reason: the first, and how many."""
+    alike: dict[tuple[str, str], list[LeftWhole]] = {}
+    for part in left:
+        alike.setdefault((part.type, re.sub(r"\.\d+\b", "", part.reason)), []).append(part)
+    return [
+        f"{parts[0].module} ({parts[0].type}{f', and {len(parts) - 1} more' * (len(parts) > 1)}): "
+        f"{parts[0].reason}"
+        for parts in alike.values()
+    ]
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
@@ -193,27 +241,57 @@ def channel_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ..
 def _in_other_units(
     model: nn.Module, towers: Sequence[Tower], usual: Kind, other: Kind
 ) -> tuple[Group, ...]:
-    found = _find_groups(model, towers, lambda k, _: KINDS[other] if k.name == usual else k)
+    found, _ = _find_groups(model, towers, lambda k, _: KINDS[other] if k.name == usual else k)
     return tuple(g for g in found if g.kind == other)
 
 
 def _find_groups(
     model: nn.Module, towers: Sequence[Tower], unit_of: Callable[[BlockKind, nn.Module], BlockKind]
-) -> tuple[Group, ...]:
-    """All groups; `unit_of` says by which kind a block is divided into units."""
+) -> tuple[tuple[Group, ...], tuple[LeftWhole, ...]]:
+    """All groups, and what is left whole; `unit_of` says by which kind a block is divided."""
     names = {module: name for name, module in model.named_modules()}
     groups: list[Group] = []
+    left: list[LeftWhole] = []
     for tower in towers:
         layers = tower_layers(model, tower)
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
-        for index, layer in enumerate(layers):
-            removable = tower == "language" and index >= first and not other_parts(layer)
-            for kind, block in _find_blocks(layer, names):
+        parts = [parts_of(layer, names[layer]) for layer in layers]
+        # Configurations name the layers of a hybrid by number or by period.
+        alike = tower == "language" and not any(p.left for p in parts)
+        for index, own in enumerate(parts):
+            removable = alike and index >= first and not own.others
+            for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
-                    group = _map_block(tower, index, unit_of(kind, block), block, names[block])
+                    group = _map_block(tower, index, unit_of(kind, block), block, name)
                     counts = _stock_counts(config, group, block)
                     groups.append(replace(group, stock_counts=counts, removable=removable))
-    return tuple(groups)
+            left += [
+                LeftWhole(module=name, type=type(module).__name__, reason=reason)
+                for module, name, reason in own.left
+            ]
+    return tuple(groups), tuple(left)
+
+
+def _refusal(
+    model: nn.Module, towers: Sequence[Tower], left: Sequence[LeftWhole], others: bool
+) -> str:
+    """Why a model cannot be pruned, or only in part."""
+    listed = "; ".join(left_whole_lines(left))
+    adapters = "".join(dict.fromkeys(_adapters(tower_root(model, tower)) for tower in towers))
+    known = "; ".join(
+        f"{place}: {' or '.join(' + '.join(p) for p in names.producers)} -> "
+        f"{' or '.join(names.consumers)}"
+        for place, names in BLOCKS.items()
+    )
+    known = f" Linear layers of known blocks are, {known}." * (UNKNOWN in listed)
+    accept = (
+        'The other blocks can be pruned: accept this with find_groups(..., partial="report"), '
+        'partial="report" of a planner or allocator, or --partial report.'
+    )
+    return (
+        f"{adapters}{type(model).__name__} has parts that cannot be pruned and would be left "
+        f"whole: {listed}.{known} {accept if others else 'It has no other blocks.'}"
+    )
 
 
 def tower_config(config: Any, tower: Tower) -> Any:
@@ -227,6 +305,12 @@ def check_units(attention_unit: object, expert_unit: object) -> None:
     for (name, unit), units in zip(given.items(), (AttentionUnit, ExpertUnit), strict=True):
         if unit not in get_args(units):
             raise BudgetError(f"{name}={unit!r}: one of {', '.join(get_args(units))} is needed.")
+
+
+def check_partial(partial: object) -> None:
+    """Raise BudgetError unless `partial` is one of Partial."""
+    if partial not in get_args(Partial):
+        raise BudgetError(f"partial={partial!r}: one of {', '.join(get_args(Partial))} is needed.")
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
@@ -243,7 +327,10 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
     """The layers of a tower, in order."""
     root = tower_root(model, tower)
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
+    own = [getattr(root, name, None) for name in LAYER_LISTS]
+    lists = [layers for layers in own if isinstance(layers, nn.ModuleList) and len(layers)]
+    if len(lists) != 1:
+        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
     if len(lists) != 1:
         names = KINDS["attention"].names
         raise UnsupportedModelError(
@@ -267,7 +354,10 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
-    return get_decoder()
+    found, inner = None, get_decoder()
+    while inner is not found:  # BLIP-2 gives a language model with a head
+        found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
+    return inner
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:
@@ -296,28 +386,9 @@ def _adapters(root: nn.Module) -> str:
 
 
 def _is_tower(layers: nn.ModuleList) -> bool:
-    """Whether the first layer has an attention block, or had one."""
+    """Whether a layer has an attention block, or had one."""
     kinds = [kind for kind in KINDS.values() if kind.place == "attention"]
-    return len(layers) > 0 and any(kind.find(layers[0]) for kind in kinds)
-
-
-def _find_blocks(
-    layer: nn.Module, names: dict[nn.Module, str]
-) -> list[tuple[BlockKind, nn.Module]]:
-    """The blocks of a layer: at most one of every kind, at least one in every place."""
-    found = {kind: kind.find(layer) for kind in KINDS.values()}
-    filled = {kind.place for kind, blocks in found.items() if blocks}
-    for kind, blocks in found.items():
-        if len(blocks) == 1 or (not blocks and kind.place in filled):
-            continue
-        known = dict.fromkeys(name for names in kind.names.producers for name in names)
-        raise UnsupportedModelError(
-            f"{_adapters(layer)}Layer {names[layer]} ({type(layer).__name__}) has {len(blocks)} "
-            f"{kind.name} blocks that can be mapped; one with linear layers {' + '.join(known)} -> "
-            f"{' or '.join(kind.names.consumers)} is needed (mixtures of experts and fused "
-            f"projections are not supported). Its modules: {_listing(layer)}"
-        )
-    return [(kind, block) for kind, blocks in found.items() for block in blocks]
+    return any(kind.find(layer) for layer in layers for kind in kinds)
 
 
 def _in_unit(
@@ -502,17 +573,22 @@ __all__ = [
     "ExpertUnit",
     "Group",
     "Kind",
+    "LeftWhole",
+    "Partial",
     "Slice",
     "Tower",
     "block_of",
     "channel_groups",
     "check_loaded",
+    "check_partial",
     "check_plain",
     "check_units",
     "decoder",
     "find_groups",
     "find_skips",
     "gated",
+    "left_whole",
+    "left_whole_lines",
     "linear",
     "not_plain",
     "query_groups",

@@ -23,6 +23,7 @@ from hipp_ext.scorers.base import forward
 MAX_CAP_SHARE = 0.9
 # Difference of float32 logits due to another order of summation, relative to the largest logit.
 FLOAT32_NOISE = 2.5e-5
+BLOCKED = -1e30  # logits below are of tokens that a model never puts out (Chameleon: pictures)
 SCALE_TOLERANCE = 1e-3  # a measured scale this close to 1 counts as 1, the precision of half floats
 
 
@@ -33,10 +34,12 @@ class OutputHead:
     Attributes:
         scale: factor on the result of the output embeddings.
         cap: c in c * tanh(logits / c); None for no cap.
+        blocked: tokens whose logits are always the least number there is.
     """
 
     scale: float = 1.0
     cap: float | None = None
+    blocked: tuple[int, ...] = ()
 
     def __call__(
         self, model: nn.Module, hidden: Float[Tensor, "rows hidden"]
@@ -47,7 +50,11 @@ class OutputHead:
     def of(self, projected: Tensor) -> Tensor:
         """The logits, computed from the result of the output embeddings."""
         logits = projected * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        if not self.blocked:
+            return logits
+        tokens = torch.tensor(self.blocked, device=logits.device)
+        return logits.index_fill(-1, tokens, torch.finfo(logits.dtype).min)
 
 
 def project(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -84,10 +91,13 @@ def fit_output_head(
     rows = torch.arange(len(positions)) if rows is None else rows
     hidden, logits = _run(model, batch, rows, positions)
     projected = project(model, hidden).cpu()
+    free = (logits > BLOCKED).any(0)
+    blocked = tuple((~free).nonzero()[:, 0].tolist())
     candidates = [
-        OutputHead(scale=_scale(projected, logits, cap), cap=cap) for cap in (None, *_caps(model))
+        OutputHead(scale=_scale(projected[:, free], logits[:, free], cap), cap=cap, blocked=blocked)
+        for cap in (None, *_caps(model))
     ]
-    errors = [float((head.of(projected) - logits).abs().max()) for head in candidates]
+    errors = [float((head.of(projected) - logits)[:, free].abs().max()) for head in candidates]
     error, head = min(zip(errors, candidates, strict=True), key=lambda pair: pair[0])
     if not error <= tolerance(model, logits):
         capped = "" if head.cap is None else f" and capped at {head.cap:g}"
@@ -95,15 +105,17 @@ def fit_output_head(
             f"{type(model).__name__} computes its logits in an unknown way: its output "
             "embeddings, applied to the last hidden states and scaled by "
             f"{head.scale:.4g}{capped}, still differ from model(**batch).logits by {error:.3g} "
-            f"(the logits go up to {float(logits.abs().max()):.3g})."
+            f"(the logits go up to {float(logits[:, free].abs().max()):.3g})."
         )
-    return head, logits
+    # The least number of the model's own precision is another one in float32.
+    return head, logits.masked_fill(~free, torch.finfo(logits.dtype).min)
 
 
 def tolerance(model: nn.Module, logits: Tensor, roundings: int = 4) -> float:
     """Largest difference in logits due to `roundings` more roundings in the model's precision."""
     precision = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
-    return roundings * max(FLOAT32_NOISE, precision) * max(float(logits.abs().max()), 1e-6)
+    largest = float(logits[logits > BLOCKED].abs().max())
+    return roundings * max(FLOAT32_NOISE, precision) * max(largest, 1e-6)
 
 
 def _run(model: nn.Module, batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

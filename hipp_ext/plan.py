@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
-from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, Tower
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, LeftWhole, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
 
@@ -114,12 +114,14 @@ class PruningPlan:
         preference: (utility, robustness, compression) it was made for, or None.
         scorer: name of the scorer that ranked the units, or None.
         notes: whatever the maker wants to say; plain JSON values.
+        left_whole: parts of layers that no group has units of, see `find_groups`.
     """
 
     groups: tuple[PlanGroup, ...]
     preference: tuple[float, float, float] | None = None
     scorer: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    left_whole: tuple[LeftWhole, ...] = ()
 
     def __post_init__(self) -> None:
         names = [g.name for g in self.groups]
@@ -177,6 +179,8 @@ class PruningPlan:
             "scorer": self.scorer,
             "notes": dict(self.notes),
         }
+        if self.left_whole:
+            head["left_whole"] = [asdict(part) for part in self.left_whole]
         lines = [
             json.dumps(
                 {
@@ -217,6 +221,7 @@ class PruningPlan:
             else (data.preference[0], data.preference[1], data.preference[2]),
             scorer=data.scorer,
             notes=data.notes,
+            left_whole=tuple(LeftWhole(**dict(part)) for part in data.left_whole),
         )
         if not abs(plan.pruning_ratio - data.pruning_ratio) <= 1e-9:  # NaN too
             raise PlanError(
@@ -308,12 +313,19 @@ class _GroupFile(_Strict):
         return spans
 
 
+class _LeftWholeFile(_Strict):
+    module: str
+    type: str
+    reason: str
+
+
 class _PlanFile(_Strict):
     format: Literal[1]
     pruning_ratio: float
     preference: list[float] | None = Field(min_length=3, max_length=3)
     scorer: str | None
     notes: dict[str, Any]
+    left_whole: list[_LeftWholeFile] = Field(default=[], max_length=MAX_GROUPS)
     groups: list[_GroupFile]
 
 

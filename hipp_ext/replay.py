@@ -1,6 +1,7 @@
 """The language tower, run again from any of its layers on inputs that were computed once."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,13 +24,14 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Embeddings, projector and vision tower run for them; the layers of the language tower do not.
     """
     captured: dict[str, Any] = {}
+    tower = decoder(model)
 
     def capture(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        assert not args, "transformers calls its decoders with keywords"
-        captured.update(kwargs)
+        names = inspect.signature(tower.forward).parameters  # some wrappers call by position
+        captured.update(zip(names, args, strict=False), **kwargs)
         raise _Captured
 
-    handle = decoder(model).register_forward_pre_hook(capture, with_kwargs=True)
+    handle = tower.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         forward(model, batch)
     except _Captured:

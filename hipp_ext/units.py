@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, LeftWhole
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.quantities import whole
 
@@ -45,9 +45,12 @@ def plan_from_counts(
     preference: tuple[float, float, float] | None = None,
     scorer: str | None = None,
     notes: Mapping[str, object] | None = None,
+    left_whole: Sequence[LeftWhole] = (),
 ) -> PruningPlan:
     """The plan that keeps, in every group, as many units as `counts` says: those with the highest
     scores.
+
+    Arguments by keyword become attributes of the plan.
 
     Raises:
         PlanError: there is no count for a group, or one that is not a whole number from 0 (the
@@ -73,6 +76,7 @@ def plan_from_counts(
         preference=preference,
         scorer=scorer,
         notes=dict(notes or {}),
+        left_whole=tuple(left_whole),
     )
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import RecipeError
-from hipp_ext.groups import AttentionUnit, find_groups
+from hipp_ext.groups import AttentionUnit, Partial, find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
 from hipp_ext.integrations.llm_compressor_host import (
     check_compensation,
@@ -85,6 +85,8 @@ class HippStructuredPruningModifier(Modifier):
             the policy decides.
         attention_unit: with a preference: "kv" (whole KV groups) or "query" (query heads). None:
             "kv".
+        partial: with a preference: "refuse" or "report" a model with parts that can only stay
+            whole, see `find_groups`. None: "refuse".
 
     Raises:
         PlanError: the plan does not fit the model, or is no plan.
@@ -102,6 +104,7 @@ class HippStructuredPruningModifier(Modifier):
     round_to: int | None = Field(default=None, ge=1)
     pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
     attention_unit: AttentionUnit | None = None
+    partial: Partial | None = None
     _zeros: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("plan", mode="before")
@@ -134,11 +137,11 @@ class HippStructuredPruningModifier(Modifier):
     def _one_source(self) -> "HippStructuredPruningModifier":
         if (self.plan is None) == (self.preference is None):
             raise ValueError("Exactly one of plan and preference is needed.")
-        of_preference = (self.round_to, self.pruning_ratio, self.attention_unit)
+        of_preference = (self.round_to, self.pruning_ratio, self.attention_unit, self.partial)
         if self.plan is not None and any(option is not None for option in of_preference):
             raise ValueError(
-                "round_to, pruning_ratio and attention_unit go with a preference; a plan already "
-                "says what stays."
+                "round_to, pruning_ratio, attention_unit and partial go with a preference; a plan "
+                "already says what stays."
             )
         return self
 
@@ -188,8 +191,8 @@ class HippStructuredPruningModifier(Modifier):
         if self.plan is not None:
             return PruningPlan.load(self.plan)
         assert self.preference is not None
-        unit = self.attention_unit or "kv"
-        groups = find_groups(model, attention_unit=unit)
+        unit, partial = self.attention_unit or "kv", self.partial or "refuse"
+        groups = find_groups(model, attention_unit=unit, partial=partial)
         round_to = self.round_to or round_to_for(groups, sizes)
         batches = (
             None if calibration is None else list(itertools.islice(calibration, PLANNING_BATCHES))
@@ -199,6 +202,7 @@ class HippStructuredPruningModifier(Modifier):
             pruning_ratio=self.pruning_ratio,
             bounds=Bounds(round_to=round_to),
             attention_unit=unit,
+            partial=partial,
         )
         return planner.plan(model, calibration=batches)
 

@@ -111,7 +111,7 @@ class _Cache:
 
 
 def _cached(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    for group in find_groups(model):
+    for group in find_groups(model, partial="report"):
         if group.kind == "attention":
             block = block_of(model, group)
             yield group.layer, block.k_proj.out_features // block.head_dim, block.head_dim

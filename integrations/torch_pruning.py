@@ -167,9 +167,9 @@ class PlanPruner:
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
-        groups = find_groups(
-            self.model, self.plan.towers, self.plan.attention_unit, self.plan.expert_unit
-        )
+        plan = self.plan
+        units = plan.attention_unit, plan.expert_unit
+        groups = find_groups(self.model, plan.towers, *units, partial="report")
         entries = [
             PlanGroup(
                 tower=g.tower,

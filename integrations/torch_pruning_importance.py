@@ -160,7 +160,11 @@ class HippImportance(tp.importance.Importance):
         }
         keys = [k for k in self.scores if k not in layers]
         towers: Any = tuple(dict.fromkeys(k.split(".")[0] for k in keys if GROUP_KEY.fullmatch(k)))
-        groups = {g.name: g for unit in UNITS for g in find_groups(model, towers, unit) if towers}
+        groups = {
+            g.name: g
+            for unit in UNITS
+            for g in (find_groups(model, towers, unit, partial="report") if towers else ())
+        }
         if unknown := [k for k in keys if k not in groups]:
             raise PlanError(
                 f"Scores for {unknown[:4]}, which are neither groups nor layers (conv, linear, "

@@ -131,7 +131,7 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
             silently).
         UnsupportedModelError: what is left of a group cannot be mapped.
     """
-    found = find_groups(model, plan.towers)
+    found = find_groups(model, plan.towers, partial="report")
     groups = {g.name: g for g in (*found, *query_groups(model, plan.towers))}
     wrong = [
         f"{e.name} has {groups[e.name].width if e.name in groups else 'no'} units of "

@@ -16,6 +16,7 @@ ORDER = (
     "families",
     "modes",
     "kinds",
+    "layer_parts",
     "groups",
     "model_folder",
     "verification",

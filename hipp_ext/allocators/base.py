@@ -10,7 +10,15 @@ from torch import nn
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import BudgetError
-from hipp_ext.groups import AttentionUnit, ExpertUnit, check_units, find_groups
+from hipp_ext.groups import (
+    AttentionUnit,
+    ExpertUnit,
+    Partial,
+    check_partial,
+    check_units,
+    find_groups,
+    left_whole,
+)
 from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
@@ -33,10 +41,12 @@ class Allocator(abc.ABC):
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
+        partial: "refuse" or "report" a model with parts that can only stay whole, see
+            `find_groups`; the plan's `left_whole` lists them.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit is
-            unknown.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit or `partial`
+            is unknown.
     """
 
     pruning_ratio: float
@@ -44,6 +54,7 @@ class Allocator(abc.ABC):
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
     expert_unit: ExpertUnit = "expert"
+    partial: Partial = "refuse"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
     def __post_init__(self) -> None:
@@ -51,6 +62,7 @@ class Allocator(abc.ABC):
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
         check_units(self.attention_unit, self.expert_unit)
+        check_partial(self.partial)
 
     def plan(
         self,
@@ -78,9 +90,8 @@ class Allocator(abc.ABC):
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         check_model(model)
-        groups = find_groups(
-            model, attention_unit=self.attention_unit, expert_unit=self.expert_unit
-        )
+        units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
+        groups = find_groups(model, partial=self.partial, **units)
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)
@@ -96,7 +107,8 @@ class Allocator(abc.ABC):
             self.pruning_ratio,
             largest_ratio(groups, self.bounds),
         )
-        return plan_from_counts(groups, counts, scores, scorer=scorer.name)
+        left = left_whole(model)
+        return plan_from_counts(groups, counts, scores, scorer=scorer.name, left_whole=left)
 
     def measure(
         self,

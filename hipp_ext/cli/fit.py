@@ -35,6 +35,7 @@ def fit(
     ] = False,
     attention_unit: opt.AttentionUnitOption = None,
     expert_unit: opt.ExpertUnitOption = None,
+    partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     seed: Annotated[
         int,
@@ -104,6 +105,7 @@ def fit(
         bounds=Bounds(**opt.read_bounds(round_to, drop, shape)),
         attention_unit=attention_unit or "kv",
         expert_unit=expert_unit or "expert",
+        partial=partial,
         effort=effort or "anchored",
         cache=cache or True,
     )

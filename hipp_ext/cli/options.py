@@ -47,6 +47,7 @@ RobustnessTest = Literal["pope", "adversarial", "both"]
 Effort = Literal["fisher", "anchored", "measured"]
 AttentionUnit = Literal["kv", "query"]
 ExpertUnit = Literal["expert", "channel"]
+Partial = Literal["refuse", "report"]
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -125,6 +126,14 @@ ExpertUnitOption = Annotated[
         metavar="UNIT",
         help="Units of mixtures of experts: expert (whole experts; as many as a token is sent to "
         "stay at least) or channel (the same channel of all experts of a layer). Default: expert.",
+    ),
+]
+PartialOption = Annotated[
+    Partial,
+    method_option(
+        metavar="CHOICE",
+        help="What to do about parts of layers that cannot be pruned (state-space mixers, linear "
+        "attention): refuse, or report them and prune the others.",
     ),
 ]
 EffortOption = Annotated[

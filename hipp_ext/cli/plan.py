@@ -66,6 +66,7 @@ def plan(
     ] = "planner",
     attention_unit: opt.AttentionUnitOption = None,
     expert_unit: opt.ExpertUnitOption = None,
+    partial: opt.PartialOption = "refuse",
     effort: opt.EffortOption = None,
     calibration: opt.CalibrationFiles = None,
     image_folder: opt.ImageFolder = None,
@@ -87,6 +88,7 @@ def plan(
     - `hipp plan ./llava-1.5-7b-hf --serve stock --max-memory-mb 10000`
     """
     from hipp_ext.budget import Bounds
+    from hipp_ext.groups import left_whole_lines
     from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
@@ -111,6 +113,7 @@ def plan(
         maker.attention_unit = attention_unit or maker.attention_unit
         maker.expert_unit = expert_unit or maker.expert_unit
         maker.effort = effort or maker.effort
+        maker.partial = partial if partial != "refuse" else maker.partial
         if best_evaluated and not len(maker.archive):
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
@@ -141,6 +144,7 @@ def plan(
             )
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
         chosen |= {"expert_unit": expert_unit} if expert_unit else {}
+        chosen |= {"partial": partial}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     if serve in ("vllm", "gguf"):
@@ -151,6 +155,8 @@ def plan(
     for line in _notes(maker, weights, ratio, preference):
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
+    for line in left_whole_lines(made.left_whole):
+        typer.echo(f"left whole: {line}")
     _print_plan(made)
 
 

@@ -52,6 +52,7 @@ def prune(
     - `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned --reconstruct --calibration chats.jsonl`
     - `vlmeval --data POPE --model ./pruned`
     """
+    from hipp_ext.groups import left_whole_lines
     from hipp_ext.plan import PruningPlan
     from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.surgery.prune import prune as prune_model
@@ -77,6 +78,8 @@ def prune(
             processor=processor,
         )
     save_pruned(pruned, out, processor, overwrite=overwrite)
+    for line in left_whole_lines(plan.left_whole):
+        typer.echo(f"left whole: {line}")
     after = sum(p.numel() for p in pruned.parameters())
     typer.echo(
         f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters "

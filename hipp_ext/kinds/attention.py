@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS
+from hipp_ext.families import BLOCKS, HEAD_DIMS, common_value, field_name
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -77,7 +77,7 @@ class _Heads(BlockKind):
     ) -> tuple[int, ...]:
         """Others than `common` only where the query heads divide the hidden size, and where this
         kind of configuration has a field for the head dimension."""
-        named = hasattr(type(config), "head_dim") and config.head_dim is not None
+        named = hasattr(type(config), "head_dim") and common_value(config, "head_dim") is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
         heads = columns // head_dim(block)  # query heads of a unit
@@ -109,6 +109,13 @@ class Attention(_Heads):
     unit = "KV groups"
     fields = ("num_key_value_heads", "num_attention_heads")
 
+    def find(self, layer: nn.Module) -> list[nn.Module]:
+        """Children of the layer, or of its child `attn` (GPT-Neo)."""
+        deeper = getattr(layer, "attn", None)
+        return super().find(layer) or (
+            super().find(deeper) if isinstance(deeper, nn.Module) else []
+        )
+
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
         producers, consumer = self.matched(block)
@@ -132,7 +139,8 @@ class Attention(_Heads):
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
         heads = width * columns // head_dim(block)
-        return {"num_heads": heads, "num_key_value_heads": width}
+        named = {"num_key_value_heads": width, "embed_dim": width * columns}
+        return {"num_heads": heads, "num_attention_heads": heads, **named}
 
     def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
@@ -141,7 +149,7 @@ class Attention(_Heads):
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """KV heads, or heads where the configuration names no others."""
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return common_value(config, "num_key_value_heads") or config.num_attention_heads
 
     def common_width(self, config: Any, tower: str) -> int | None:
         """KV heads, or heads where the configuration names no others; vision towers name heads."""
@@ -152,7 +160,8 @@ class Attention(_Heads):
         if tower == "language":
             kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             repeat = config.num_attention_heads // kv_heads
-            config.num_key_value_heads = width
+            if field_name(config, "num_key_value_heads"):
+                config.num_key_value_heads = width
             config.num_attention_heads = width * repeat
 
 
@@ -198,7 +207,9 @@ class QueryHeads(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads, and of those that share a key head."""
-        return {"num_heads": width, "num_key_value_groups": width // self.kv_heads(block)}
+        repeat = width // self.kv_heads(block)
+        named = {"num_key_value_groups": repeat, "embed_dim": width * columns}
+        return {"num_heads": width, "num_attention_heads": width, **named}
 
 
 class SizedConfig:
@@ -252,5 +263,5 @@ def head_dim(block: Any) -> int:
 
 
 def _heads(config: Any) -> int | None:
-    heads = getattr(config, "num_attention_heads", None)
+    heads = common_value(config, "num_attention_heads")
     return heads if isinstance(heads, int) else None

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BlockNames
+from hipp_ext.families import BlockNames, common_value, field_name
 from hipp_ext.kinds.slices import Slice
 
 # (inputs of a consumer (..., inputs), the tokens of the block's call that they belong to, which of
@@ -189,17 +189,22 @@ class BlockKind(abc.ABC):
         """
         return {self.fields[0]: width}
 
+    def field(self, config: Any, name: str) -> str:
+        """What a configuration calls one of the kind's fields; empty if it has no such field."""
+        return field_name(config, name)
+
     def named(self, config: Any) -> str:
         """The field of a configuration that holds the number of units of all layers."""
-        return self.fields[0]
+        return self.field(config, self.fields[0])
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """Number of units that a layer's configuration asks for; the reverse of `config`."""
-        return getattr(config, self.fields[0])
+        return getattr(config, field_name(config, self.fields[0]))
 
     def common_width(self, config: Any, tower: str) -> int | None:
         """Number of units that the configuration of a tower names for all layers, if it does."""
-        sizes = [getattr(config, field, None) for field in self.fields]
+        names = [n for field in self.fields if (n := field_name(config, field))]
+        sizes = [common_value(config, name) for name in names]
         return next((size for size in sizes if isinstance(size, int)), None)
 
     def stock_counts(
@@ -220,7 +225,9 @@ class BlockKind(abc.ABC):
 
     def set_common_width(self, config: Any, tower: str, width: int) -> None:
         """Have the configuration of a tower name `width` units for all layers."""
-        setattr(config, self.fields[0], width)
+        name = field_name(config, self.fields[0]) or self.fields[0]
+        before = getattr(config, name, None)
+        setattr(config, name, [width] * len(before) if isinstance(before, list) else width)
 
     def skip(self, block: Any) -> "Skip":
         """What stands in a dropped block's place."""

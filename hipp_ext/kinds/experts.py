@@ -17,7 +17,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, EXPERT_COUNTS, EXPERT_WIDTHS, EXPERTS, ROUTED_WITH_LOGITS
+from hipp_ext.families import (
+    BLOCKS,
+    EXPERT_COUNTS,
+    EXPERT_WIDTHS,
+    EXPERTS,
+    ROUTED_WITH_LOGITS,
+    common_value,
+)
 from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
 from hipp_ext.kinds.mixture import Mixture
@@ -89,9 +96,18 @@ class _Mixtures(BlockKind):
         sizes = {EXPERT_COUNTS: mixture.count, EXPERT_WIDTHS: mixture.width}
         return {_field(named, fields): size for fields, size in sizes.items()}
 
+    def field(self, config: Any, name: str) -> str:
+        """Fields are called as in `config`."""
+        return name
+
     def named(self, config: Any) -> str:
         """The field of a configuration that holds the number of units of all layers."""
         return _field(config, self.fields)
+
+    def common_width(self, config: Any, tower: str) -> int | None:
+        """What that field says."""
+        width = common_value(config, self.named(config))
+        return width if isinstance(width, int) else None
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """See `common_width`."""
@@ -286,5 +302,5 @@ def _experts(mixture: Mixture, name: str) -> tuple[Slice, ...]:
 
 def _field(config: Any, fields: tuple[str, ...]) -> str:
     """The configuration's own name of the first of some fields that it has."""
-    name = next((n for n in fields if isinstance(getattr(config, n, None), int)), fields[0])
+    name = next((n for n in fields if isinstance(common_value(config, n), int)), fields[0])
     return config.attribute_map.get(name, name)

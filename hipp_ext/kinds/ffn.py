@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
@@ -17,6 +17,10 @@ class FFN(BlockKind):
     names = BLOCKS["ffn"]
     unit = "channels"
     fields = ("intermediate_size",)
+
+    def find(self, layer: nn.Module) -> list[nn.Module]:
+        """Children of the layer, or the layer itself, if its linear layers lie there (OPT)."""
+        return super().find(layer) or ([layer] if self.match(layer) else [])
 
     def width(self, block: Any, name: str) -> int:
         """Number of channels."""

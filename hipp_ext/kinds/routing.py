@@ -29,7 +29,7 @@ def routed_among(mixture: Mixture, kept: Int[Tensor, " kept"]) -> Iterator[None]
 
     def restrict(*_: Any) -> None:
         for part, dim in mixture.routed.items():
-            owner, _, name = part.rpartition(".")
+            owner, name = part.rpartition(".")[::2]
             store = tensors_of(block.get_submodule(owner), name)
             whole[owner, name] = store[name]
             store[name] = store[name].index_select(dim, kept.to(store[name].device))

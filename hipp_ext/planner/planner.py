@@ -11,7 +11,15 @@ from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
-from hipp_ext.groups import AttentionUnit, ExpertUnit, Group, check_units, find_groups
+from hipp_ext.groups import (
+    AttentionUnit,
+    ExpertUnit,
+    Group,
+    Partial,
+    check_partial,
+    check_units,
+    find_groups,
+)
 from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.answers import Answers, ParetoPlan
@@ -60,6 +68,8 @@ class HiPPPlanner:
         bounds: rounding and floors of the keep counts.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
+        partial: "refuse" or "report" a model with parts that can only stay whole, see
+            `find_groups`; the plan's `left_whole` lists them.
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
             (and two measured points of each group) or "measured" (five of them), see
             `measure_sensitivity`.
@@ -69,7 +79,7 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort or a unit is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort, a unit or `partial` is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -91,6 +101,7 @@ class HiPPPlanner:
         bounds: Bounds | None = None,
         attention_unit: AttentionUnit = "kv",
         expert_unit: ExpertUnit = "expert",
+        partial: Partial = "refuse",
         effort: Effort = "anchored",
         seed: int = 0,
         cache: str | Path | bool | None = True,
@@ -102,6 +113,7 @@ class HiPPPlanner:
             check_ratio(pruning_ratio)
         check_effort(effort)
         check_units(attention_unit, expert_unit)
+        check_partial(partial)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
@@ -117,6 +129,7 @@ class HiPPPlanner:
         self.effort: Effort = effort
         self.attention_unit: AttentionUnit = attention_unit
         self.expert_unit: ExpertUnit = expert_unit
+        self.partial: Partial = partial
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
         self._rows: int | None = None  # of the built-in calibration of the signals, if it is known
@@ -198,7 +211,8 @@ class HiPPPlanner:
             keep_counts(self._groups(model), None, self.pruning_ratio, self.bounds)
 
     def _groups(self, model: nn.Module) -> tuple[Group, ...]:
-        return find_groups(model, attention_unit=self.attention_unit, expert_unit=self.expert_unit)
+        units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
+        return find_groups(model, partial=self.partial, **units)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(
@@ -420,6 +434,7 @@ class HiPPPlanner:
             signals.scores,
             scorer=signals.scorer,
             preference=preference.as_tuple() if preference else None,
+            left_whole=signals.left_whole,
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -17,7 +17,7 @@ from hipp_ext.calibration import TASKS, Calibration, CalibrationLike
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal, unseal
-from hipp_ext.groups import Group, find_groups
+from hipp_ext.groups import Group, LeftWhole, find_groups
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.columns import TRANSFORMS
 from hipp_ext.planner.state import Signals, measure_signals, model_digest
@@ -112,6 +112,7 @@ class SignalsHeader(BaseModel):
     effort: Effort
     digest: str
     calibration: str
+    left_whole: Annotated[tuple[LeftWhole, ...], Field(max_length=MAX_GROUPS)] = ()
 
     def build(self, tensors: Mapping[str, Tensor]) -> Signals:
         """The signals.

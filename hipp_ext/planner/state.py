@@ -16,7 +16,7 @@ from hipp_ext.allocators.cheapest import cheapest_logits, task_losses
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, find_groups, total_parameters
+from hipp_ext.groups import Group, LeftWhole, find_groups, left_whole, total_parameters
 from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_place, measure_columns, standardise
 from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.curves import LEVELS
@@ -44,6 +44,7 @@ class Signals:
         columns: name -> (groups,) further signals, see `measure_columns`.
         digest: digest of the groups and the weights that they were measured on.
         calibration: digest of the calibration.
+        left_whole: parts of layers that no group has units of.
         bounds: which keep counts the prior chooses among.
     """
 
@@ -55,6 +56,7 @@ class Signals:
     columns: Mapping[str, Float[Tensor, " groups"]]
     digest: str
     calibration: str
+    left_whole: tuple[LeftWhole, ...] = ()
     bounds: Bounds = Bounds()
 
     @property
@@ -187,6 +189,7 @@ def measure_signals(
         effort=effort,
         digest=model_digest(model, groups),
         calibration=given.digest,
+        left_whole=left_whole(model),
     )
 
 

@@ -12,7 +12,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
-from hipp_ext.groups import AttentionUnit, ExpertUnit
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
@@ -48,6 +48,7 @@ class Header(BaseModel):
     effort: Effort
     attention_unit: AttentionUnit = "kv"
     expert_unit: ExpertUnit = "expert"
+    partial: Partial = "refuse"
     mrs: str | None
     ranking: str | None
     plans: int
@@ -76,6 +77,7 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         effort=planner.effort,
         attention_unit=planner.attention_unit,
         expert_unit=planner.expert_unit,
+        partial=planner.partial,
         mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
         **{name: getattr(history, name) for name in HISTORY},
@@ -120,6 +122,7 @@ def read_planner(
             effort=header.effort,
             attention_unit=header.attention_unit,
             expert_unit=header.expert_unit,
+            partial=header.partial,
             policy=policy,
         )
         if SIGNALS in header.files:

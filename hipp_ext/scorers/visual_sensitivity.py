@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import crosses, norm_after, residual_scale
-from hipp_ext.groups import Group, block_of, decoder, tower_layers, watching
+from hipp_ext.groups import Group, block_of, decoder, linear, tower_layers, watching
 from hipp_ext.scorers.base import (
     Groups,
     Scorer,
@@ -161,7 +161,9 @@ class _Probe:
         self.squares.setdefault(g.name, torch.zeros(size, dtype=torch.float64))
         stack.enter_context(watching(self.model, g, partial(self._channels, g)))
         # Gemma norms what a block returns before it is added.
-        added = norm_after(layer, g.place) or block
+        added = norm_after(layer, g.place) or (
+            linear(self.model, g.consumer) if block is layer else block
+        )
         for hook in (
             layer.register_forward_hook(partial(self._drift, g)),
             added.register_forward_hook(
@@ -217,7 +219,8 @@ class _Probe:
         self, g: Group, multiplier: float, _: nn.Module, args: tuple, output: Any
     ) -> None:
         added = output[0] if isinstance(output, tuple) else output
-        self.ffn_output[g.layer] = added * multiplier
+        # OPT's have no dimension of rows.
+        self.ffn_output[g.layer] = added.reshape(*self.batch.vision.shape, -1) * multiplier
 
     def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output

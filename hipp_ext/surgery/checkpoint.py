@@ -137,7 +137,7 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     configuration says of all layers.
     """
     towers = known_towers(model)
-    groups = find_groups(model, towers)
+    groups = find_groups(model, towers, partial="report")
     groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     channels = KINDS["expert_channels"].common_width(config, "language")
@@ -180,7 +180,7 @@ def check_saveable(model: nn.Module) -> None:
             "or remove them. Nothing was "
             "written."
         )
-    find_groups(model)
+    find_groups(model, partial="report")
 
 
 @contextlib.contextmanager
@@ -359,7 +359,7 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
     for tower in towers:
         try:
-            groups += find_groups(model, (tower,))
+            groups += find_groups(model, (tower,), partial="report")
         except UnsupportedModelError:
             if tower in required:
                 raise
@@ -387,7 +387,8 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
     within = {g.name for g in query_groups(model, towers) + channel_groups(model, towers)}
-    if {g.name for g in find_groups(model, towers)} != set(widths) - within:
+    found = find_groups(model, towers, partial="report")
+    if {g.name for g in found} != set(widths) - within:
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 

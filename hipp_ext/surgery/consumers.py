@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hipp_ext.families import norm_before, own_norms, residual_scale
+from hipp_ext.families import norm_before, residual_scale
 from hipp_ext.groups import Group
+from hipp_ext.layer_parts import own_norms
 from hipp_ext.surgery.streams import Stream
 from hipp_ext.units import unit_entries
 

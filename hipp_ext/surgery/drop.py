@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from hipp_ext.families import drop_layers, first_removable_layer, other_parts, own_norms
-from hipp_ext.groups import Group, tower_layers
+from hipp_ext.families import drop_layers
+from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.kinds import KINDS
+from hipp_ext.layer_parts import own_norms
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.layer_config import built_shapes
 
@@ -20,9 +21,16 @@ def skip_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Modu
     """
     modules: dict[str, nn.Module] = {}
     for group in groups:
-        layer_name, _, _ = group.block.rpartition(".")
-        modules[group.block] = KINDS[group.kind].skip(model.get_submodule(group.block))
-        for norm in own_norms(model.get_submodule(layer_name), group.place):
+        kind, block = KINDS[group.kind], model.get_submodule(group.block)
+        layer, layer_name = tower_layers(model, group.tower)[group.layer], group.block
+        while model.get_submodule(layer_name) is not layer:
+            layer_name = layer_name.rpartition(".")[0]
+        if block is layer:  # whose linear layers are the block
+            modules |= {name: nn.Identity() for name in group.producers}
+            modules[group.consumer] = kind.skip(model.get_submodule(group.consumer))
+        else:
+            modules[group.block] = kind.skip(block)
+        for norm in own_norms(layer, group.place):
             modules[f"{layer_name}.{norm}"] = nn.Identity()
     return modules
 
@@ -49,8 +57,8 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
     if not gone:
         return []
     layers = tower_layers(model, "language")
-    first = first_removable_layer(model.config)
-    numbers = [i for i in sorted(gone) if i >= first and not other_parts(layers[i])]
+    stay = {g.layer for g in find_groups(model, partial="report") if not g.removable}
+    numbers = sorted(gone - stay)
     return numbers if _builds_without(model, layers, numbers) else []
 
 
@@ -84,9 +92,11 @@ def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:
 
 def layer_numbers(plan: PruningPlan, layers: int) -> dict[int, int]:
     """Layer number of the dense language tower -> number in a pruned one that has `layers`
-    layers.
+    layers. A layer of which the plan names no group is one of a hybrid, which keeps all layers.
     """
     numbers = sorted({e.layer for e in plan.groups if e.tower == "language"})
+    if plan.left_whole or numbers != list(range(len(numbers))):
+        return {n: n for n in numbers}
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = [n for n in numbers if n not in kept]
     left = gone[: max(0, layers - len(kept))]  # those that could not be removed are the first ones

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hipp_ext.families import FIELD_NAMES
 from hipp_ext.groups import Kind, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
 # What pruning writes into per_layer_config.
-OWN_KEYS = {"skip", *(field for kind in KINDS.values() for field in kind.fields)}
+OWN_KEYS = {
+    "skip",
+    *(n for kind in KINDS.values() for f in kind.fields for n in (f, *FIELD_NAMES.get(f, ()))),
+}
 
 
 def write_layer_config(model: nn.Module) -> None:
@@ -29,18 +33,22 @@ def write_layer_config(model: nn.Module) -> None:
     if not rest and _write_alike(model, config, layers):
         return
     quiet_width_warnings()
-    merged = {i: rest.get(i, {}) | layers.get(i, {}) for i in sorted({*rest, *layers})}
+    own = _own_values(config)
+    merged = {i: own.get(i, {}) | layers.get(i, {}) for i in sorted({*own, *layers})}
     set_layers(config, merged)
     allot_caches_late(model)
 
 
 def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Layer -> what its configuration has to say of its blocks."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     layers: dict[int, dict[str, Any]] = {}
-    named: Any = model.config.get_text_config()  # type: ignore[union-attr]
-    for g in find_groups(model):
-        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width, named)
-        layers.setdefault(g.layer, {}).update(sizes)
+    for g in find_groups(model, partial="report"):
+        kind = KINDS[g.kind]
+        sizes = kind.config(block_of(model, g), g.columns, g.width, config)
+        # A field that the configuration does not have would count as one of all layers.
+        known = {n: size for k, size in sizes.items() if (n := kind.field(config, k))}
+        layers.setdefault(g.layer, {}).update(known)
     for layer, kind in find_skips(model):
         layers.setdefault(layer, {}).setdefault("skip", []).append(KINDS[kind].names.skip)
     return layers
@@ -89,11 +97,17 @@ def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 def other_layer_values(config: Any) -> dict[int, dict[str, Any]]:
     """Layer -> what `config` says of it alone, apart from what pruning writes."""
-    own = config.to_dict().get("per_layer_config") or {}
     rest = {
-        int(i): {k: v for k, v in values.items() if k not in OWN_KEYS} for i, values in own.items()
+        i: {k: v for k, v in values.items() if k not in OWN_KEYS}
+        for i, values in _own_values(config).items()
     }
     return {i: values for i, values in rest.items() if values}
+
+
+def _own_values(config: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> what `config` says of it alone, apart from dropped blocks."""
+    own = config.to_dict().get("per_layer_config") or {}
+    return {int(i): {k: v for k, v in of.items() if k != "skip"} for i, of in own.items()}
 
 
 def configured_skips(config: Any) -> list[tuple[int, Kind]]:

@@ -111,9 +111,9 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             group of a tower that the plan covers is missing from the plan.
         UnsupportedModelError: see `verify_groups`.
     """
-    found = {
-        g.name: g for g in find_groups(model, plan.towers, plan.attention_unit, plan.expert_unit)
-    }
+    # What a plan has no groups of was left whole when it was made: it says so.
+    units = plan.attention_unit, plan.expert_unit
+    found = {g.name: g for g in find_groups(model, plan.towers, *units, partial="report")}
     missing = sorted(set(found) - set(plan.keep_counts))
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)

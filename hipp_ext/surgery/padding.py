@@ -73,7 +73,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
 def _check_experts(model: nn.Module) -> None:
     """Raise UnsupportedModelError where layers differ in units that cannot be padded."""
     counts: dict[Kind, set[int]] = {}
-    for g in find_groups(model):
+    for g in find_groups(model, partial="report"):
         if not KINDS[g.kind].neutral_zeros:
             counts.setdefault(g.kind, set()).add(g.width)
     for kind, found in counts.items():
@@ -88,7 +88,7 @@ def _check_experts(model: nn.Module) -> None:
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
     try:
-        find_groups(model, ("vision",))
+        find_groups(model, ("vision",), partial="report")
     except UnsupportedModelError:
         return ("language",)
     return ("language", "vision")
@@ -157,7 +157,8 @@ def _channel_widths(model: Any) -> list[int]:
     config, kind = model.config.get_text_config(), KINDS["expert_channels"]
     most, step = max(g.width for g in groups), groups[0].multiple(1)
     dense = kind.common_width(config, "language") or most
-    others = {n for g in find_groups(model) if g.is_linear for n in KINDS[g.kind].fields}
+    found = find_groups(model, partial="report")
+    others = {KINDS[g.kind].named(config) for g in found if g.is_linear}
     if kind.named(config) in others:
         return [dense]
     return sorted({min(-(-most // step) * step, dense), dense})
@@ -217,7 +218,7 @@ def _with_all_blocks(model: Any) -> Any:
 
 def _parts(model: nn.Module) -> dict[Part, list[Group]]:
     parts: dict[Part, list[Group]] = {}
-    for g in find_groups(model, known_towers(model)):
+    for g in find_groups(model, known_towers(model), partial="report"):
         parts.setdefault((g.tower, g.kind), []).append(g)
     return parts
 

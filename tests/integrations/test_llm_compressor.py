@@ -184,7 +184,7 @@ def test_a_preference_can_ask_for_query_heads(dense):
     )
     oneshot(model=model, recipe=[modifier], pipeline="basic", **data("llava_gqa"))
     assert model.hipp_plan.attention_unit == "query" and model.hipp_plan.pruning_ratio >= 0.3
-    with pytest.raises(ValueError, match="pruning_ratio and attention_unit go with a preference"):
+    with pytest.raises(ValueError, match="attention_unit and partial go with a preference"):
         HippStructuredPruningModifier(plan="plan.json", attention_unit="query")
 
 
