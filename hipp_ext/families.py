@@ -14,15 +14,31 @@ from torch import nn
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
 VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+# Inputs of a model's forward that hold pictures; those of videos have names of their own.
+PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks
+# Configuration fields that have the width of an FFN computed from the one that is named (LFM2).
+ROUNDING = ("block_auto_adjust_ff_dim",)
+# Attention blocks whose fused projection lies in several parts, each with queries, keys and values.
+SCATTERED = ("CodeGenAttention",)
+LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
+# Arguments of attention blocks: a bias for every head, which the model makes of their number.
+HEAD_BIASES = ("alibi", "position_bias")
+VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 # Config fields that list the numbers of some layers, and such that count the first layers.
 LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
-# Other names of configuration fields, which count first: of Llama 4, OPT, GPT-J, of hybrid Granite.
+# Other names of configuration fields, which count first: Llama 4, OPT, GPT-J, Falcon, Granite.
 FIELD_NAMES = {
-    "intermediate_size": ("intermediate_size_mlp", "ffn_dim", "n_inner", "shared_intermediate_size")
+    "intermediate_size": (
+        "intermediate_size_mlp",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "shared_intermediate_size",
+    )
 }
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
@@ -59,16 +75,23 @@ class BlockNames:
 # By place: every layer has an attention block and a feed-forward one.
 BLOCKS = {
     "attention": BlockNames(
-        producers=(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",)),
+        producers=(
+            ("q_proj", "k_proj", "v_proj"),
+            ("q_proj", "k_proj"),  # values are the keys (Gemma 4)
+            ("q_proj",),  # keys and values are those of an earlier layer (Gemma 3n, Gemma 4)
+            ("qkv_proj",),
+            ("query_key_value",),
+        ),
         fused={"qkv_proj": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "dense"),
+        consumers=("o_proj", "out_proj", "dense", "Wo"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
             "layer_norm1",
             "operator_norm",
             "temporal_pre_norm",
+            "attn_norm",
         ),
         norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
@@ -84,10 +107,21 @@ BLOCKS = {
             ("fc1",),
             ("c_fc",),
             ("fc_in",),
+            ("dense_h_to_4h",),
+            ("Wi",),
         ),
-        fused={"gate_up_proj": "parts", "input_linear": "parts"},
+        fused={"gate_up_proj": "parts", "input_linear": "parts", "Wi": "parts"},
         gates=(),
-        consumers=("down_proj", "w2", "fc2", "c_proj", "fc_out", "output_linear"),
+        consumers=(
+            "down_proj",
+            "w2",
+            "fc2",
+            "c_proj",
+            "fc_out",
+            "output_linear",
+            "dense_4h_to_h",
+            "Wo",
+        ),
         norms_before=(
             "pre_feedforward_layernorm",
             "pre_ff_layernorm",
@@ -96,6 +130,7 @@ BLOCKS = {
             "layer_norm2",
             "ffn_norm",
             "channel_pre_norm",
+            "mlp_norm",
         ),
         norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
@@ -138,6 +173,25 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     return float(getattr(layer, "residual_multiplier", 1.0))
 
 
+def lends_keys(block: Any) -> bool:
+    """Whether later layers attend to the keys and values of an attention block (Gemma 3n)."""
+    shared = getattr(getattr(block, "config", None), "num_kv_shared_layers", 0)
+    return bool(shared and getattr(block, "store_full_length_kv", False))
+
+
+def borrows_keys(block: Any) -> bool:
+    """Whether an attention block attends to the keys and values of an earlier layer."""
+    return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def borrowed_kv_heads(block: Any) -> int:
+    """Number of key heads that an attention block borrows: none is ever pruned."""
+    config = block.config
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[block.layer_idx]
+    return config.num_key_value_heads
+
+
 def common_value(config: Any, name: str) -> Any:
     """What a configuration says in a field of all layers; None where it has none, or they differ.
 
@@ -172,6 +226,20 @@ def first_removable_layer(config: Any) -> int:
     """
     vision = getattr(config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def varies_by_itself(config: Any) -> bool:
+    """Whether layers differ in size before anything is pruned (Gemma 4).
+
+    Such a class reads its `per_layer_config` by types of layers, which must stay alike in it, and
+    sizes that vary cannot be read for all layers. Pruning leaves it as it is.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    if config.allow_global_per_layer_attribute_access:  # pruning sets it
+        return False
+    own = config.to_dict()["per_layer_config"].values()
+    return any("head_dim" in values for values in own)
 
 
 def drop_layers(config: Any, removed: Sequence[int]) -> None:

@@ -18,8 +18,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import BLOCKS, LAYER_LISTS, VISION_TOWERS, first_removable_layer
-from hipp_ext.kinds import KINDS, BlockKind, Kind, Look, Skip, Slice, shares_keys
+from hipp_ext.families import (
+    BLOCKS,
+    LAYER_LISTS,
+    LINEAR_LAYERS,
+    VISION_TOWERS,
+    first_removable_layer,
+    varies_by_itself,
+)
+from hipp_ext.kinds import (
+    KINDS,
+    BlockKind,
+    Kind,
+    Look,
+    Skip,
+    Slice,
+    shares_keys,
+    shares_with_layers,
+)
 from hipp_ext.kinds.slices import tensor_in
 from hipp_ext.layer_parts import UNKNOWN, parts_of
 
@@ -72,6 +88,7 @@ class Group:
         stock_counts: keep counts that the model's configuration can name for all layers alike, so
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
+        droppable: whether the model works without this block.
     """
 
     tower: Tower
@@ -87,6 +104,7 @@ class Group:
     sections: int = 1
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
+    droppable: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
@@ -183,7 +201,8 @@ def find_groups(
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
-            share keys (multi-head attention), both units are the same: KV groups.
+            share keys (multi-head attention), both units are the same: KV groups. Where layers
+            share keys and values with each other (Gemma 3n, Gemma 4), they are query heads always.
         expert_unit: units of mixtures of experts. "expert": whole routed experts, of which at least
             as many stay as a token is sent to. "channel": a channel of all routed experts of a
             layer at once; all experts stay. Experts that every token passes are no prunable
@@ -229,7 +248,9 @@ def left_whole_lines(left: Iterable[LeftWhole]) -> list[str]:
 
 
 def query_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ...]:
-    """The query heads of all attention blocks, also of those where no heads share keys."""
+    """The query heads of all attention blocks that have them apart from keys and values, also of
+    those where no heads share keys.
+    """
     return _in_other_units(model, towers, "attention", "query_heads")
 
 
@@ -241,7 +262,10 @@ def channel_groups(model: nn.Module, towers: Sequence[Tower]) -> tuple[Group, ..
 def _in_other_units(
     model: nn.Module, towers: Sequence[Tower], usual: Kind, other: Kind
 ) -> tuple[Group, ...]:
-    found, _ = _find_groups(model, towers, lambda k, _: KINDS[other] if k.name == usual else k)
+    def unit_of(kind: BlockKind, block: nn.Module) -> BlockKind:
+        return KINDS[other] if kind.name == usual and KINDS[other].divides(block) else kind
+
+    found, _ = _find_groups(model, towers, unit_of)
     return tuple(g for g in found if g.kind == other)
 
 
@@ -258,6 +282,7 @@ def _find_groups(
         parts = [parts_of(layer, names[layer]) for layer in layers]
         # Configurations name the layers of a hybrid by number or by period.
         alike = tower == "language" and not any(p.left for p in parts)
+        alike = alike and not varies_by_itself(config)
         for index, own in enumerate(parts):
             removable = alike and index >= first and not own.others
             for kind, block, name in own.blocks:
@@ -354,7 +379,15 @@ def decoder(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder."
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder that reads what the encoder "
+            "makes of the prompt; only decoders that read the prompt themselves are supported. "
+            f"Its modules: {_listing(model)}"
+        )
     found, inner = None, get_decoder()
+    if isinstance(inner, nn.Linear):  # what ModernBERT calls its decoder is its head
+        inner = model.base_model
     while inner is not found:  # BLIP-2 gives a language model with a head
         found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
     return inner
@@ -395,8 +428,11 @@ def _in_unit(
     kind: BlockKind, block: nn.Module, attention_unit: AttentionUnit, expert_unit: ExpertUnit
 ) -> BlockKind:
     """The kind whose units a block is divided into, where it can be divided in two ways."""
-    if attention_unit == "query" and kind.name == "attention" and shares_keys(block):
-        return KINDS["query_heads"]
+    if isinstance(block, Skip):
+        return kind
+    if kind.name == "attention":
+        divided = (attention_unit == "query" and shares_keys(block)) or shares_with_layers(block)
+        return KINDS["query_heads"] if divided else kind
     if expert_unit == "channel" and kind.name == "experts":
         return KINDS["expert_channels"]
     return kind
@@ -427,12 +463,15 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         inputs=kind.inputs(block, owns),
         least=kind.least(block),
         sections=kind.sections(block),
+        droppable=kind.droppable(block),
     )
 
 
 def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...] | None:
     """See `Group.stock_counts`; only its width where the configuration names no width at all."""
     kind = KINDS[group.kind]
+    if varies_by_itself(config):
+        return (group.width,)
     common = kind.common_width(config, group.tower)
     if common is None:
         return (group.width,)
@@ -550,7 +589,8 @@ def not_plain(module: nn.Module, required: bool = True) -> str:
         return "that is quantised"
     weights = [p for p in module._parameters.values() if p is not None]
     plain = all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
-    if plain and (weights or not required) and (type(module) is nn.Linear or not required):
+    linear = type(module) is nn.Linear or type(module).__name__ in LINEAR_LAYERS
+    if plain and (weights or not required) and (linear or not required):
         return ""
     weight = getattr(module, "weight", weights[0] if weights else None)
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"

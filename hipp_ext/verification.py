@@ -56,29 +56,29 @@ def verify_groups(model: nn.Module, groups: Sequence[Group]) -> None:
         return
     if not torch.isfinite(dense).all():
         return  # for those to say who measure activations
-    masked = _masked(model, several)
-    try:
-        sliced = _sliced(model, several)
-    except Exception as error:
+    if fault := _fault(model, several, dense):
+        first = next((g for g in several if _fault(model, [g], dense)), several[0])
         raise UnsupportedModelError(
-            f"{_refusal(model)} it does not run: {type(error).__name__}: {error}"
-        ) from error
-    allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * float(dense.abs().max())
-    difference = float((masked - sliced).abs().max())
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"{_refusal(model)} its logits differ by {difference:.3g} from those with the unit "
-            "masked (the logits go up to "
-            f"{float(dense.abs().max()):.3g})."
+            f"The layers of {type(model).__name__} look like those of a model that can be pruned, "
+            f"and are not: with a unit of every group sliced out, {fault}. The first block of that "
+            f"sort is {first.block} ({type(block_of(model, first)).__name__})."
         )
     _verified.setdefault(model, set()).update(kinds)
 
 
-def _refusal(model: nn.Module) -> str:
+def _fault(model: nn.Module, groups: Sequence[Group], dense: Tensor) -> str:
+    """What goes wrong when units of `groups` are sliced out instead of masked; empty: nothing."""
+    masked = _masked(model, groups)
+    try:
+        sliced = _sliced(model, groups)
+    except Exception as error:  # whatever the forward of a model raises
+        return f"it does not run: {type(error).__name__}: {str(error).rstrip('. ')}"
+    largest, difference = float(dense.abs().max()), float((masked - sliced).abs().max())
+    if difference <= max(TOLERANCE, ROUNDINGS * torch.finfo(dense.dtype).eps) * largest:
+        return ""
     return (
-        f"The layers of {type(model).__name__} look like those of a model that can be pruned, and "
-        "are not: with a unit of "
-        "every group sliced out,"
+        f"its logits differ by {difference:.3g} from those with the unit masked (the logits go up "
+        f"to {largest:.3g})"
     )
 
 

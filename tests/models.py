@@ -252,6 +252,42 @@ def cohere() -> nn.Module:
     return CohereForCausalLM(CohereConfig(**sizes, use_qk_norm=True, pad_token_id=0))
 
 
+SHARING = SIZES | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 64,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": VOCAB,
+    "pad_token_id": 0,
+}
+
+
+def gemma3n() -> nn.Module:
+    """The last layers attend to keys and values of earlier ones."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    extra = dict(laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4)
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**SHARING, **extra))
+
+
+def gemma4() -> nn.Module:
+    """The same, with heads of different lengths and FFNs of different widths."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    extra = dict(use_double_wide_mlp=True, global_head_dim=10)
+    return Gemma4ForCausalLM(Gemma4TextConfig(**SHARING, **extra))
+
+
+def gemma4_equal() -> nn.Module:
+    """Values that are the keys, in some of the layers."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    alone = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    extra = dict(attention_k_eq_v=True, num_global_key_value_heads=1, global_head_dim=10)
+    return Gemma4ForCausalLM(Gemma4TextConfig(**SHARING | alone, **extra))
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llava": llava,
     "llava_gqa": llava_gqa,
@@ -273,6 +309,7 @@ PECULIAR = {
     "granite_swa": granite_swa,
     "cohere": cohere,
 }  # what they do differently is tested where it matters
+SHARED_KEYS = {"gemma3n": gemma3n, "gemma4": gemma4, "gemma4_equal": gemma4_equal}
 IMAGE_TOKENS = {
     "llava": 16,
     "llava_gqa": 16,
@@ -285,11 +322,11 @@ IMAGE_TOKENS = {
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """The model `name` of BUILDERS or PECULIAR in eval mode, random weights by `seed`, biases and
+    """The model `name` of these tables in eval mode, random weights by `seed`, biases and
     norms random too.
     """
     torch.manual_seed(seed)
-    model = (BUILDERS | PECULIAR)[name]().eval()
+    model = (BUILDERS | PECULIAR | SHARED_KEYS)[name]().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Larger than transformers' 0.02, and nowhere exactly 0 or 1, so that a wrong slice shows in

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+import zoo
 from devices import LiveBytes
 from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
 from plans import dropping_plan, random_scores
@@ -12,6 +13,7 @@ from hipp_ext.answers import AnswerLogits
 from hipp_ext.calibration import encode
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import find_groups
+from hipp_ext.output_head import fit_output_head
 from hipp_ext.surgery.slices import sliced
 
 CLIP = dict(
@@ -264,3 +266,17 @@ def test_a_model_without_some_blocks_answers_the_same(name):
     with masked(model, small.hipp_plan):
         expected = AnswerLogits(model, batches)(model)
     assert torch.allclose(answers, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_tokens_that_are_never_answered_are_no_part_of_the_head():
+    model, inputs = zoo.build("chameleon"), zoo.batch("chameleon")
+    head, logits = fit_output_head(model, inputs, torch.tensor([10, 10]))
+    assert head.scale == 1 and head.blocked == tuple(range(20, 31))
+    assert torch.equal(logits[:, 20:31], torch.full((2, 11), torch.finfo(torch.float32).min))
+
+    def square(_, __, output):
+        output.logits = torch.where(output.logits > -1e30, output.logits.square(), output.logits)
+
+    model.register_forward_hook(square)
+    with pytest.raises(UnsupportedModelError, match=r"unknown way.*go up to [0-9.]+\)"):
+        AnswerLogits(model, [inputs])

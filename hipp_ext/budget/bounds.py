@@ -217,9 +217,10 @@ class Bounds:
         With shape="layers" a layer that the configuration of the tower cannot leave out has none.
         """
         if self.drop == "blocks":
-            return np.eye(len(groups), dtype=bool)
+            return np.eye(len(groups), dtype=bool)[[g.droppable for g in groups]]
         layers = [(g.tower, g.layer) for g in groups]
         parts = np.array([[at == layer for at in layers] for layer in dict.fromkeys(layers)])
+        parts = parts[(np.array([g.droppable for g in groups]) | ~parts).all(1)]
         if self.shape == "free":
             return parts
         goes = np.array([g.removable for g in groups])

@@ -9,6 +9,7 @@ from torch import nn
 
 from hipp_ext.calibration.processors import image_token_id
 from hipp_ext.errors import CalibrationError
+from hipp_ext.families import PICTURES
 
 Task = Literal["utility", "robustness"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -46,11 +47,8 @@ def _wrong_for(model: nn.Module, batch: Batch) -> str:
             f"holds token ids from {int(ids.min())} to {int(ids.max())}; the model has {rows}: a "
             "processor of another model?"
         )
-    # Video-LLaVA calls its pictures pixel_values_images; videos have tokens of their own.
-    has_pixels = any(
-        k.startswith("pixel_values") and "video" not in k and v is not None
-        for k, v in batch.items()
-    )
+    # Videos have tokens of their own.
+    has_pixels = any(batch.get(name) is not None for name in PICTURES)
     if token is not None and bool((ids == token).any()) != has_pixels:
         return (
             f"has {int((ids == token).sum())} image tokens (id {token}) and "

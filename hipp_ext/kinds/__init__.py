@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys
+from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys, shares_with_layers
 from hipp_ext.kinds.base import BlockKind, Look, Skip
 from hipp_ext.kinds.experts import ExpertChannels, Experts
 from hipp_ext.kinds.ffn import FFN
@@ -23,6 +23,7 @@ __all__ = [
     "Skip",
     "Slice",
     "shares_keys",
+    "shares_with_layers",
 ]
 
 # In the order in which a layer runs them. A new kind is registered here.

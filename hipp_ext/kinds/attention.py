@@ -4,13 +4,26 @@ Kind "attention": a unit is a KV group, one key and value head with all query he
 Kind "query_heads": a unit is a query head; keys and values stay.
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, HEAD_DIMS, common_value, field_name
+from hipp_ext.families import (
+    BLOCKS,
+    HEAD_BIASES,
+    HEAD_DIMS,
+    SCATTERED,
+    VALUE_DIM,
+    borrowed_kv_heads,
+    borrows_keys,
+    common_value,
+    field_name,
+    lends_keys,
+)
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
 
@@ -22,14 +35,16 @@ class _Heads(BlockKind):
     names = BLOCKS["attention"]
 
     def query_heads(self, block: Any) -> int:
-        """Number of query heads: the consumer reads head_dim numbers of each."""
-        return getattr(block, self.matched(block)[1]).in_features // head_dim(block)
+        """Number of query heads: the consumer reads as many numbers of each as a value has."""
+        return getattr(block, self.matched(block)[1]).in_features // value_dim(block)
 
     def kv_heads(self, block: Any) -> int:
         """Number of key heads, and of value heads."""
         producers, _ = self.matched(block)
         if len(producers) > 1:
             return block.k_proj.out_features // head_dim(block)
+        if borrows_keys(block):
+            return borrowed_kv_heads(block)
         heads = getattr(block, producers[0]).out_features // head_dim(block)
         return (heads - self.query_heads(block)) // 2
 
@@ -44,6 +59,19 @@ class _Heads(BlockKind):
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Only what heads own, and the parameters of a norm that all heads share, head_dim long,
         may stand beside the projections: not those in a list of norms, for one."""
+        if type(block).__name__ in SCATTERED:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}): the rows of its heads are scattered over parts "
+                "of one projection."
+            )
+        taken = inspect.signature(type(block).forward).parameters
+        biased = getattr(getattr(block, "config", None), "alibi", True)  # Falcon's may be without
+        if biased and any(name in taken for name in HEAD_BIASES):
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) is given a bias for every head "
+                f"({' or '.join(HEAD_BIASES)}), which the model makes of the number of heads that "
+                "its configuration names."
+            )
         producers, consumer = self.matched(block)
         for part, parameter in block.named_parameters():
             owner, *rest = part.split(".")
@@ -58,15 +86,23 @@ class _Heads(BlockKind):
                 )
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
-        """The value projection."""
+        """The value projection; that of the keys where they are the values; the identity where the
+        values come from an earlier layer.
+        """
         producers, _ = self.matched(block)
-        weight, size = getattr(block, producers[-1]).weight, head_dim(block)
+        weight, size = getattr(block, producers[-1]).weight, value_dim(block)
+        if borrows_keys(block):
+            return torch.eye(self.kv_heads(block) * size, weight.shape[1]).to(weight), size
         if len(producers) == 1:
             heads = self.kv_heads(block)
             if self.names.fused[producers[0]] == "units":
                 weight = weight.unflatten(0, (heads, -1))[:, -size:].flatten(0, 1)
             weight = weight[-heads * size :]
         return weight, size
+
+    def droppable(self, block: Any) -> bool:
+        """Not where later layers need the keys and values."""
+        return not lends_keys(block)
 
     def context_flops(self, owns: tuple[Slice, ...], context: int) -> int:
         """Scores and weighted sum over `context` keys."""
@@ -80,7 +116,7 @@ class _Heads(BlockKind):
         named = hasattr(type(config), "head_dim") and common_value(config, "head_dim") is not None
         if tower == "vision" or not named:
             return (common,)  # the head dimension is derived from the number of heads
-        heads = columns // head_dim(block)  # query heads of a unit
+        heads = columns // value_dim(block)  # query heads of a unit
         fewer = (n for n in range(1, common) if config.hidden_size % (n * heads) == 0)
         return (*fewer, common)
 
@@ -92,7 +128,7 @@ class _Heads(BlockKind):
         producers, _ = self.matched(block)
         if self.names.fused.get(producers[0]) == "parts" and hasattr(block, "config"):
             shared = getattr(block.config, "_shared", block.config)
-            heads = width * columns // head_dim(block)
+            heads = width * columns // value_dim(block)
             block.config = shared
             if getattr(shared, "num_attention_heads", heads) != heads:
                 block.config = SizedConfig(shared, num_attention_heads=heads)
@@ -120,9 +156,9 @@ class Attention(_Heads):
         """Number of KV groups."""
         producers, consumer = self.matched(block)
         keys = getattr(block, producers[0 if len(producers) == 1 else 1])
-        sizes = keys.out_features, getattr(block, consumer).in_features
-        size = head_dim(block)
-        if not size or any(rows % size for rows in sizes) or not self.kv_heads(block):
+        size, read = head_dim(block), getattr(block, consumer).in_features
+        rest = size and (keys.out_features % size or read % value_dim(block))
+        if not size or rest or not self.kv_heads(block):
             raise UnsupportedModelError(
                 f"{name} ({type(block).__name__}) has no head_dim that divides its "
                 f"{producers[0 if len(producers) == 1 else 1]} and {consumer}."
@@ -138,13 +174,13 @@ class Attention(_Heads):
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // head_dim(block)
+        heads = width * columns // value_dim(block)
         named = {"num_key_value_heads": width, "embed_dim": width * columns}
         return {"num_heads": heads, "num_attention_heads": heads, **named}
 
     def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
-        heads = width * columns // head_dim(block)
+        heads = width * columns // value_dim(block)
         return {"num_attention_heads": heads, "num_key_value_heads": width}
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
@@ -180,6 +216,11 @@ class QueryHeads(_Heads):
         """None: `Attention` finds the blocks, and `find_groups` is told which unit to take."""
         return []
 
+    def divides(self, block: Any) -> bool:
+        """Not where a KV group's queries, keys and values lie side by side in one layer."""
+        producers, _ = self.matched(block)
+        return self.names.fused.get(producers[0]) != "units"
+
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
         return self.query_heads(block)
@@ -191,7 +232,7 @@ class QueryHeads(_Heads):
     def owns(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """A query head's part of what its KV group owns."""
         producers, _ = self.matched(block)
-        if len(producers) == 1 and self.names.fused[producers[0]] == "units":
+        if not self.divides(block):
             raise UnsupportedModelError(
                 f"{name}.{producers[0]} holds a KV group's queries, keys and values side by side: "
                 "its query heads cannot go alone. Use attention_unit='kv'."
@@ -238,7 +279,7 @@ class SkipAttention(Skip):
         self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
     ) -> tuple[Tensor, None]:
         """(zeros of the shape of `hidden_states`, no attention weights)."""
-        if past_key_values is not None:
+        if past_key_values is not None and not borrows_keys(self):
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
             past_key_values.update(zeros, zeros, self.layer_idx)
@@ -251,6 +292,11 @@ def shares_keys(block: Any) -> bool:
     return kind.query_heads(block) > kind.kv_heads(block)
 
 
+def shares_with_layers(block: Any) -> bool:
+    """Whether an attention block shares keys and values with other layers."""
+    return lends_keys(block) or borrows_keys(block)
+
+
 def _has_entry_per_head(part: str, parameter: Tensor) -> bool:
     """Whether a parameter of an attention block has an entry, or a row, for every head."""
     return part == "sinks" or (part.startswith(("q_norm.", "k_norm.")) and parameter.ndim == 2)
@@ -260,6 +306,12 @@ def head_dim(block: Any) -> int:
     """Numbers per head of an attention block; 0 where it does not say."""
     sizes = [getattr(block, name, None) for name in HEAD_DIMS]
     return next((size for size in sizes if isinstance(size, int)), 0)
+
+
+def value_dim(block: Any) -> int:
+    """Numbers per value of an attention block, which may be fewer than of a key (MiMo)."""
+    size = getattr(block, VALUE_DIM, None)
+    return size if isinstance(size, int) else head_dim(block)
 
 
 def _heads(config: Any) -> int | None:

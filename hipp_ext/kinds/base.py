@@ -2,15 +2,17 @@
 
 import abc
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BlockNames, common_value, field_name
+from hipp_ext.families import ROUNDING, BlockNames, common_value, field_name
 from hipp_ext.kinds.slices import Slice
 
 # (inputs of a consumer (..., inputs), the tokens of the block's call that they belong to, which of
@@ -111,6 +113,14 @@ class BlockKind(abc.ABC):
         """Weight whose outputs, gates and softmax apart, the consumer reads; and its rows that lie
         side by side in what is read.
         """
+
+    def droppable(self, block: Any) -> bool:
+        """Whether the model works without the block."""
+        return True
+
+    def divides(self, block: Any) -> bool:
+        """Whether a block of this place can be divided into these units."""
+        return True
 
     def sections(self, block: Any) -> int:
         """Number of equal sections of the units, of which all must keep the same number."""
@@ -228,6 +238,9 @@ class BlockKind(abc.ABC):
         name = field_name(config, self.fields[0]) or self.fields[0]
         before = getattr(config, name, None)
         setattr(config, name, [width] * len(before) if isinstance(before, list) else width)
+        for name in ROUNDING:
+            if hasattr(config, name):
+                setattr(config, name, False)
 
     def skip(self, block: Any) -> "Skip":
         """What stands in a dropped block's place."""
@@ -257,7 +270,11 @@ class Skip(nn.Module):
             {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
         )
         self.training = block.training
+        # MPT's and Bloom's blocks are called with the residual stream and add to it themselves.
+        self.adds = "residual" in list(inspect.signature(block.forward).parameters)[:2]
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Zeros of the shape of `hidden_states`, without memory of their own."""
-        return hidden_states.new_zeros(()).expand_as(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the block would return if it added nothing: zeros, or the residual stream."""
+        if self.adds:
+            return kwargs["residual"] if "residual" in kwargs else args[0]
+        return torch.zeros_like(hidden_states)  # with memory: Falcon adds in place

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hipp_ext.families import borrows_keys
 from hipp_ext.groups import Group, decoder, tower_layers, watching
 from hipp_ext.kinds.mixture import Mixture
 from hipp_ext.modes import replaced_forward, training_only
@@ -60,7 +61,8 @@ def unit_contributions(
 
     Weights get no gradients. Products of activations and gradients are summed in float32. Cost: one
     forward and one backward pass, in FLOPs two forward passes; three where the activations of a
-    batch take more than `memory_limit`, and are computed again layer by layer.
+    batch take more than `memory_limit`, and are computed again layer by layer (never in models
+    whose layers share keys and values, which keep all activations).
 
     Args:
         model: left as it was found.
@@ -78,9 +80,11 @@ def unit_contributions(
     expectation, and a fraction of the variance.
     """
     found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    # Where layers attend to the keys of others, they cannot be computed again one by one.
+    apart = not any(borrows_keys(m) for m in decoder(model).modules())
     with training_only(model, []), torch.enable_grad():
         for number, batch in enumerate(replay.batches, 1):
-            recompute = _activation_bytes(model, batch) > memory_limit
+            recompute = apart and _activation_bytes(model, batch) > memory_limit
             with _watched(model, groups, batch) as sums, _differentiable(model, recompute):
                 hidden = decoder(model)(**batch.inputs).last_hidden_state
                 hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))

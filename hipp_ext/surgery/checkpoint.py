@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CheckpointError, MissingExtraError, PlanError, UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.files import new_folder, require_new, write_atomic
 from hipp_ext.groups import (
     Group,
@@ -138,7 +139,12 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
     """
     towers = known_towers(model)
     groups = find_groups(model, towers, partial="report")
-    groups += tuple(g for g in query_groups(model, towers) if not _as_configured(model, g))
+    known = {g.name for g in groups}
+    groups += tuple(
+        g
+        for g in query_groups(model, towers)
+        if g.name not in known and not _as_configured(model, g)
+    )
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     channels = KINDS["expert_channels"].common_width(config, "language")
     groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
@@ -157,6 +163,8 @@ def _as_configured(model: Any, queries: Group) -> bool:
     Towers whose configuration names no KV heads have one each.
     """
     config = model.config.get_text_config() if queries.tower == "language" else None
+    if config is not None and varies_by_itself(config):
+        return False
     heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return queries.width * kv_heads == heads * queries.sections
@@ -374,10 +382,12 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
 
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    named = {f"language.{layer}.{kind}" for layer, kind in configured_skips(config)}
+    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
-        named |= {g.name for g in folder.manifest.groups if not g.width}
-    return [g for g in _groups(model, folder) if g.name in named] if named else []
+        listed = [g for g in folder.manifest.groups if not g.width]
+        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+    groups = _groups(model, folder) if gone else ()
+    return [g for g in groups if (g.tower, g.layer, g.place) in gone]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
@@ -386,9 +396,9 @@ def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:
         return {}
     widths = {g.name: g.width for g in folder.manifest.groups if g.width}
     towers: tuple = tuple(dict.fromkeys(g.tower for g in folder.manifest.groups))
+    found = {g.name for g in find_groups(model, towers, partial="report")}
     within = {g.name for g in query_groups(model, towers) + channel_groups(model, towers)}
-    found = find_groups(model, towers, partial="report")
-    if {g.name for g in found} != set(widths) - within:
+    if found != set(widths) - (within - found):
         raise PlanError(f"{MANIFEST} lists other groups than the model has.")
     return widths
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hipp_ext.families import drop_layers
+from hipp_ext.families import drop_layers, varies_by_itself
 from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.kinds import KINDS
 from hipp_ext.layer_parts import own_norms
@@ -54,7 +54,7 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
     """
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = {e.layer for e in plan.groups if e.tower == "language"} - kept
-    if not gone:
+    if not gone or varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
         return []
     layers = tower_layers(model, "language")
     stay = {g.layer for g in find_groups(model, partial="report") if not g.removable}

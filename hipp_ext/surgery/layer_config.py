@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hipp_ext.families import FIELD_NAMES
+from hipp_ext.families import FIELD_NAMES, varies_by_itself
 from hipp_ext.groups import Kind, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
@@ -26,8 +26,13 @@ def write_layer_config(model: nn.Module) -> None:
     reads and writes (5.15 and newer) but does not build most models from yet; `load_pruned` does.
     The flag beside it keeps the configuration loadable by `AutoConfig`. Where all layers are alike,
     the configuration says so in its ordinary fields, and stock `from_pretrained` loads the model.
+    Where layers differ before anything is pruned, it is left alone, and hipp_ext.json has the
+    widths.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    if varies_by_itself(config):
+        allot_caches_late(model)
+        return
     layers = _layers(model)
     rest = other_layer_values(config)
     if not rest and _write_alike(model, config, layers):

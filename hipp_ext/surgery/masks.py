@@ -137,6 +137,15 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             "changed. " + "; ".join(problems + wrong[:4])
         )
     groups = tuple(found[e.name] for e in plan.groups)
+    needed = [
+        g.name for g, e in zip(groups, plan.groups, strict=True) if not (e.keep or g.droppable)
+    ]
+    if needed:
+        raise PlanError(
+            f"The plan drops {', '.join(needed[:4])}, whose keys and values later layers of "
+            f"{type(model).__name__} attend to: one unit of each section must stay. Nothing was "
+            "changed."
+        )
     verify_groups(model, groups)
     return groups
 

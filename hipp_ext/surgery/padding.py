@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import varies_by_itself
 from hipp_ext.groups import (
     Group,
     Kind,
@@ -50,6 +51,10 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             than the model has; or layers differ in their number of experts, none of which can be
             added without effect.
     """
+    if varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be padded: its layers differ before they are pruned."
+        )
     model = _with_all_blocks(model)
     _check_experts(model)
     wrong: list[str] = []
@@ -216,23 +221,43 @@ def _with_all_blocks(model: Any) -> Any:
     return model
 
 
-def _parts(model: nn.Module) -> dict[Part, list[Group]]:
+def _parts(model: Any) -> dict[Part, list[Group]]:
+    """The groups by entries of the configuration, but for those that are as wide as stock
+    transformers builds them: the entry need not say so (GLM-4V's vision tower).
+    """
     parts: dict[Part, list[Group]] = {}
     for g in find_groups(model, known_towers(model), partial="report"):
         parts.setdefault((g.tower, g.kind), []).append(g)
-    return parts
+    config = copy.deepcopy(model.config)
+    _write_widths(config, (), {})
+    built = built_shapes(model, config)
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    names = {part: [s.parameter for g in groups for s in g.owns] for part, groups in parts.items()}
+    changed = [part for part in parts if any(own[n] != built.get(n) for n in names[part])]
+    return {part: parts[part] for part in changed}
 
 
 def _dense_width(model: Any, part: Part) -> int:
-    """The width that the configuration names for all layers, which pruning leaves there."""
+    """The width that the configuration names for all layers, which pruning leaves there; else the
+    one that stock transformers builds (MPT and Bloom have a factor, or nothing).
+    """
     config, kind = tower_config(model.config, part[0]), KINDS[part[1]]
     width = kind.common_width(config, part[0])
-    if width is None:
+    if width is not None:
+        return width
+    built = built_shapes(model, model.config)
+    groups = find_groups(model, (part[0],), partial="report")
+    widths = {
+        built[g.owns[-1].parameter][g.owns[-1].dim] // g.columns
+        for g in groups
+        if g.kind == part[1] and g.owns[-1].parameter in built
+    }
+    if len(widths) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be padded: its {type(config).__name__} has no "
             f"{' or '.join(kind.fields)}."
         )
-    return width
+    return widths.pop()
 
 
 def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
@@ -241,7 +266,8 @@ def _narrow_width(model: Any, part: Part, groups: Sequence[Group]) -> int:
     config, block = tower_config(model.config, part[0]), block_of(model, first)
     dense = _dense_width(model, part)
     counts = KINDS[part[1]].stock_counts(config, part[0], dense, block, first.columns)
-    return needed if counts is None else next(count for count in counts if count >= needed)
+    # Where no count is large enough, as in layers of two kinds, `_misfits` finds it out.
+    return needed if counts is None else next((n for n in counts if n >= needed), needed)
 
 
 def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]) -> None:
@@ -249,7 +275,9 @@ def _write_widths(config: Any, parts: Iterable[Part], widths: Mapping[Part, int]
     text = config.get_text_config()
     set_layers(text, other_layer_values(text))
     for part in parts:
-        KINDS[part[1]].set_common_width(tower_config(config, part[0]), part[0], widths[part])
+        of_tower, kind = tower_config(config, part[0]), KINDS[part[1]]
+        if kind.common_width(of_tower, part[0]) is not None:
+            kind.set_common_width(of_tower, part[0], widths[part])
 
 
 def _misfits(

@@ -11,6 +11,7 @@ from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, fir
 from hipp_ext.surgery.drop import replace_modules, skip_modules
 from hipp_ext.surgery.masks import check_sliceable
 from hipp_ext.units import check_scores, unit_order
+from hipp_ext.verification import verify_groups
 
 Shrink = Callable[[Sequence[int]], None]
 
@@ -41,11 +42,12 @@ def sliced(
     Raises:
         PlanError: scores that do not fit, or keep counts outside 0..width, or that sections of a
             group cannot share.
-        UnsupportedModelError: a layer is quantised, adapted, or shares its weight. Nothing was
-            changed.
+        UnsupportedModelError: a layer is quantised, adapted, or shares its weight, or see
+            `verify_groups`. Nothing was changed.
     """
     check_scores(groups, scores)
     check_sliceable(model, groups)
+    verify_groups(model, groups)
     weights = [_Weight(model, group, part) for group in groups for part in group.cuts]
     orders = {g.name: _section_by_section(scores[g.name], g.sections) for g in groups}
     skips = {g.name: skip_modules(model, [g]) for g in groups}

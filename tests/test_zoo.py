@@ -1,0 +1,53 @@
+"""Every family of the zoo: pruned rightly, or refused by a name and a reason; as docs/families.md
+says.
+
+`python tests/zoo/check.py` runs more checks on them, which take longer.
+"""
+
+import contextlib
+
+import pytest
+from zoo import FAMILIES
+from zoo.checks import CHECKS, Case, NotApplicable
+from zoo.table import COMMAND, FILE, HEAD, line
+
+from hipp_ext.errors import UnsupportedModelError
+
+LAWS = ("mask", "smaller", "reload", "generate", "answers")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request) -> Case:
+    return Case(family=FAMILIES[request.param])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_pruned_rightly_or_refused_by_name(case):
+    try:
+        assert case.groups
+    except UnsupportedModelError as error:
+        modules = dict(case.model.named_modules())
+        names = {*modules, *(type(m).__name__ for m in modules.values())} - {""}
+        assert any(name in str(error) for name in names), str(error)
+        return
+    for law in LAWS:
+        with contextlib.suppress(NotApplicable):
+            CHECKS[law](case)
+
+
+@pytest.mark.parametrize("name", ["blip2", "lfm2_vl"])
+def test_signals_are_measured_where_rows_lie_in_one_or_layers_keep_a_state(name):
+    CHECKS["planner"](Case(family=FAMILIES[name]))
+
+
+def test_the_page_says_what_is_so(case, request):
+    name = next(n for n, f in FAMILIES.items() if f is case.family)
+    row = line(name, case.family, case.model)
+    assert row in FILE.read_text("utf-8").splitlines(), f"{COMMAND} rewrites the page: {row}"
+
+
+def test_the_page_has_these_families_and_no_others():
+    text = FILE.read_text("utf-8")
+    assert text.startswith(HEAD), f"{COMMAND} rewrites the page"
+    rows = [row.split(" | ")[0].removeprefix("| ") for row in text[len(HEAD) :].splitlines()]
+    assert rows == list(FAMILIES)
