@@ -108,7 +108,8 @@ def some_plan(groups: tuple[Group, ...], seed: int = 0) -> PruningPlan:
     counts = []
     for i, g in enumerate(groups):
         sections = g.width // g.sections
-        counts.append(g.sections * max(1, min(sections - 1, sections // 2 + (-1, 0, 1)[i % 3])))
+        least = -(-g.least // g.sections)
+        counts.append(g.sections * max(least, min(sections - 1, sections // 2 + (-1, 0, 1)[i % 3])))
     return plan_from_counts(groups, counts, scores)
 
 
