@@ -170,7 +170,13 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     gate = getattr(layer, BLOCKS[place].gate, None)
     if gate is not None:
         return float(gate.detach().tanh().abs())
-    return float(getattr(layer, "residual_multiplier", 1.0))
+    beta = {"attention": "attn_beta_factor", "ffn": "mlp_beta_factor"}[place]  # MiniMax
+    return float(getattr(layer, "residual_multiplier", getattr(layer, beta, 1.0)))
+
+
+def changes_residual(layer: nn.Module) -> bool:
+    """Whether a layer norms and scales the residual stream, also without any block (MiniMax)."""
+    return hasattr(layer, "mlp_alpha_factor")
 
 
 def lends_keys(block: Any) -> bool:

@@ -35,7 +35,11 @@ from hipp_ext.kinds.taps import tapped
 ALIGNED_BYTES = 16  # rows of matrices that torch.grouped_mm multiplies are multiples of it
 ALIGNED = 8  # numbers in half precision
 _NAMES = replace(
-    BLOCKS["ffn"], producers=(("a router (gate, router)", EXPERTS),), fused={}, consumers=(EXPERTS,)
+    BLOCKS["ffn"],
+    producers=(("a router (gate, router)", EXPERTS),),
+    fused={},
+    consumers=(EXPERTS,),
+    skip="moe",
 )
 
 

@@ -356,8 +356,15 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         )
         check_sizes(self, folder, shapes, exact)
 
+    def initialise(self: nn.Module, module: nn.Module) -> None:
+        loaded = getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
+        # Some classes set the row of the padding token to zero, also of loaded embeddings (Youtu).
+        if not (loaded and isinstance(module, nn.Embedding)):
+            stored._init_weights(self, module)
+
+    members = {"__init__": build, "_init_weights": initialise, "__module__": stored.__module__}
     # The same name, so that transformers takes it for the class that config.json names.
-    return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
+    return type(stored.__name__, (stored,), members)
 
 
 def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
