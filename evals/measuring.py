@@ -68,11 +68,10 @@ def describe(command: str, values: Mapping[str, Any], device: str | None = None)
         device: the device that was measured; None: the GPU if there is one.
     """
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
-    return {
-        "command": command,
-        **values,
-        "device": name,
+    about = {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {p: version(p) for p in ("torch", "transformers")},
     }
+    assert not about.keys() & values.keys(), about.keys() & values.keys()
+    return {"command": command, **values, **about}

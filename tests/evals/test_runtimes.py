@@ -1,6 +1,7 @@
 """Models measured in the runtimes that serve them, each in a process of its own."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from command import hipp
@@ -10,8 +11,13 @@ from plans import random_plan
 
 from hipp_ext import prune
 from hipp_ext.errors import DataError
+from hipp_ext.evals.measuring import describe
 from hipp_ext.evals.runtimes import Serving, blocks, measure_folders
 from hipp_ext.evals.runtimes.blocks import measure_blocks
+from hipp_ext.evals.studies.serving.picture import picture
+from hipp_ext.evals.studies.serving.study import summarize
+from hipp_ext.evals.studies.serving.table import section
+from hipp_ext.evals.studies.serving.versions import about
 from hipp_ext.groups import find_groups
 from hipp_ext.latency_table import LatencyTable
 
@@ -38,6 +44,18 @@ def test_llama_cpp_is_measured(folders):
     speed = dense["decode_ms"][0] / pruned["decode_ms"][0]
     assert pruned["decode_speedup"]["median"] == pytest.approx(speed)
     assert "decode_speedup" not in dense
+    # What the study of serving makes of such figures.
+    models = {"dense": folders["dense"], "30% free": folders["pruned"]}
+    for number, folder in enumerate(models.values()):
+        about(folder).write_text(json.dumps({"parameters": 2e6 - number, "perplexity": 16.5}))
+    measured = {
+        "serving": asdict(serving),
+        "models": dict(zip(models, found.values(), strict=True)),
+    }
+    result = describe("the command", summarize(models, {"llama.cpp f32": measured}), "cpu")
+    assert "| 30% free | 2.0M | 16.5 | " in section(result) and f"{speed:.2f}x (" in section(result)
+    (axis,) = picture(result).axes
+    assert axis.get_title() == "llama.cpp f32" and axis.lines[0].get_xdata() == pytest.approx(speed)
 
 
 def test_blocks_are_measured_in_transformers(folders, tmp_path, monkeypatch):

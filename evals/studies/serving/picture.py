@@ -16,14 +16,14 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     """Speed of further tokens over dense, and perplexity; a line joins the ratios of a shape."""
     from matplotlib import pyplot as plt
 
-    settings, versions = result["settings"], result["versions"]
+    settings, facts = result["settings"], result["models"]
     figure, axes = plt.subplots(
         1, len(settings), figsize=(3.6 * len(settings), 3.6), sharey=True, squeeze=False
     )
     for axis, (title, setting) in zip(axes[0], settings.items(), strict=True):
         for shape, color in COLORS.items():
             points = [
-                (row["decode_speedup"]["median"], versions[name]["perplexity"], name)
+                (row["decode_speedup"]["median"], facts[name]["perplexity"], name)
                 for name, row in setting["models"].items()
                 if name != DENSE and name.split(" ", 1)[1] == shape
             ]
@@ -33,7 +33,7 @@ def picture(result: Mapping[str, Any]) -> "Figure":
                 style: Any = {"fontsize": 7, "color": color, "textcoords": "offset points"}
                 for *place, name in points:
                     axis.annotate(name.split()[0], place, (4, -9), **style)
-        axis.plot(1, versions[DENSE]["perplexity"], "k*", label=DENSE)
+        axis.plot(1, facts[DENSE]["perplexity"], "k*", label=DENSE)
         axis.set(title=title, xlabel="speed of further tokens, dense = 1", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("perplexity")

@@ -31,4 +31,4 @@ def measure_setting(folder: Path, models: Mapping[str, Path], serving: Serving) 
 def summarize(models: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of the versions, and their figures in each runtime."""
     facts = {name: json.loads(about(folder).read_text()) for name, folder in models.items()}
-    return {"versions": facts, "settings": dict(settings)}
+    return {"models": facts, "settings": dict(settings)}

@@ -14,7 +14,7 @@ def section(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     head = [*COLUMNS, *(f"{name}: prompt, further, memory" for name in settings)]
     rows = [head, ["---"] * len(head)]
-    for name, facts in result["versions"].items():
+    for name, facts in result["models"].items():
         cells = [name, f"{facts['parameters'] / 1e6:.1f}M", f"{facts['perplexity']:.1f}"]
         rows.append([*cells, *(_cell(s["models"].get(name), name) for s in settings.values())])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
