@@ -7,9 +7,10 @@ plan. Models that llm-compressor quantised are saved and loaded likewise, with c
 
 import contextlib
 import copy
+import functools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,7 @@ def load_pruned(
     plan = read_plan(path)
     model = _from_pretrained(folder, _resizing(stored, folder, kwargs), dtype, kwargs)
     model.__class__ = stored
+    _initialise_as_usual(model)
     if getattr(model.config.get_text_config(), "is_heterogeneous", False):
         allot_caches_late(model)
     if plan is not None and _belongs(plan, model, folder):
@@ -336,6 +338,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
+        _spare_loaded_embeddings(self)
         replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         named = _named_widths(folder, self)
@@ -356,15 +359,29 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
         )
         check_sizes(self, folder, shapes, exact)
 
-    def initialise(self: nn.Module, module: nn.Module) -> None:
-        loaded = getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
-        # Some classes set the row of the padding token to zero, also of loaded embeddings (Youtu).
-        if not (loaded and isinstance(module, nn.Embedding)):
-            stored._init_weights(self, module)
-
-    members = {"__init__": build, "_init_weights": initialise, "__module__": stored.__module__}
     # The same name, so that transformers takes it for the class that config.json names.
-    return type(stored.__name__, (stored,), members)
+    return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
+
+
+def _spare_loaded_embeddings(model: nn.Module) -> None:
+    """Until `_initialise_as_usual`, keep transformers from initialising embeddings that it loaded.
+
+    Some classes set the row of the padding token to zero in any case (Youtu).
+    """
+    for part in model.modules():
+        if initialise := getattr(part, "_init_weights", None):
+            part._init_weights = functools.partial(_unless_loaded, initialise)  # type: ignore
+
+
+def _unless_loaded(initialise: Callable[[nn.Module], None], module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if not (isinstance(module, nn.Embedding) and getattr(weight, "_is_hf_initialized", False)):
+        initialise(module)
+
+
+def _initialise_as_usual(model: nn.Module) -> None:
+    for part in model.modules():
+        part.__dict__.pop("_init_weights", None)
 
 
 def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
