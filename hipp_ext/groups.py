@@ -391,13 +391,14 @@ def decoder(model: nn.Module) -> nn.Module:
             "makes of the prompt; only decoders that read the prompt themselves are supported. "
             f"Its modules: {_listing(model)}"
         )
-    found, inner = None, get_decoder()
+    found: Any = None
+    inner: Any = get_decoder()
     if isinstance(inner, nn.Linear):  # what ModernBERT calls its decoder is its head
         inner = model.base_model
     while inner is not found:  # BLIP-2 gives a language model with a head
         found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
     # Llama 4's language model, which has a head, calls itself the decoder.
-    own = getattr(inner, "model", None)
+    own: Any = getattr(inner, "model", None)
     return own if isinstance(own, nn.Module) and hasattr(inner, "lm_head") else inner
 
 

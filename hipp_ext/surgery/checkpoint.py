@@ -374,8 +374,9 @@ def _spare_loaded_embeddings(model: nn.Module) -> None:
 
 
 def _unless_loaded(initialise: Callable[[nn.Module], None], module: nn.Module) -> None:
-    weight = getattr(module, "weight", None)
-    if not (isinstance(module, nn.Embedding) and getattr(weight, "_is_hf_initialized", False)):
+    # Embeddings of other classes have buffers to be initialised (Gemma 3).
+    plain = type(module) is nn.Embedding
+    if not (plain and getattr(module.weight, "_is_hf_initialized", False)):
         initialise(module)
 
 
@@ -406,12 +407,13 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
 
 def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
+    called = {kind.name: kind.names.skip for kind in KINDS.values()}  # the same for all units
+    gone = {("language", layer, called[kind]) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
         listed = [g for g in folder.manifest.groups if not g.width]
-        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+        gone |= {(g.tower, g.layer, called[g.kind]) for g in listed}
     groups = _groups(model, folder) if gone else ()
-    return [g for g in groups if (g.tower, g.layer, g.place) in gone]
+    return [g for g in groups if (g.tower, g.layer, called[g.kind]) in gone]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A model's widths and dropped blocks in its configuration, and back."""
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -91,10 +92,13 @@ def set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
 
 
 def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that stock transformers builds of `config`; empty if it builds none."""
+    """Shapes of the tensors that stock transformers builds of `config`, once it was written and
+    read; empty if it builds none.
+    """
     try:
+        read = type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
         with torch.device("meta"):
-            built = type(model)._from_config(config)
+            built = type(model)._from_config(read)
     except Exception:  # the class refuses such sizes, or is a wrapper that builds nothing (peft)
         return {}
     return {name: tuple(t.shape) for name, t in built.state_dict().items()}
