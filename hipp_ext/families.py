@@ -174,9 +174,9 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     return float(getattr(layer, "residual_multiplier", getattr(layer, beta, 1.0)))
 
 
-def changes_residual(layer: nn.Module) -> bool:
-    """Whether a layer norms and scales the residual stream, also without any block (MiniMax)."""
-    return hasattr(layer, "mlp_alpha_factor")
+def norms_residual(layer: nn.Module) -> bool:
+    """Whether the residual stream goes on behind the norms instead of around them (MiniMax)."""
+    return hasattr(layer, "attn_alpha_factor")
 
 
 def lends_keys(block: Any) -> bool:
@@ -258,12 +258,15 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
         if isinstance(first := getattr(config, name, None), int):
             setattr(config, name, first - sum(i < first for i in removed))
     kept = [i for i in range(count) if i not in set(removed)]
+    own = {int(i): of for i, of in (config.to_dict().get("per_layer_config") or {}).items()}
+    config.per_layer_config = None  # entries of layers that are not there are an error
     for name, value in list(vars(config).items()):
         if name in LAYER_NUMBERS and value:
             setattr(config, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+    config.per_layer_config = {kept.index(i): of for i, of in own.items() if i in kept} or None
 
 
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:

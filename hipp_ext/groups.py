@@ -23,8 +23,8 @@ from hipp_ext.families import (
     LAYER_LISTS,
     LINEAR_LAYERS,
     VISION_TOWERS,
-    changes_residual,
     first_removable_layer,
+    norms_residual,
     varies_by_itself,
 )
 from hipp_ext.kinds import (
@@ -290,7 +290,7 @@ def _find_groups(
         alike = alike and not varies_by_itself(config)
         for index, own in enumerate(parts):
             removable = alike and index >= first and not own.others
-            removable = removable and not changes_residual(layers[index])
+            removable = removable and not norms_residual(layers[index])
             for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, name)
@@ -397,9 +397,8 @@ def decoder(model: nn.Module) -> nn.Module:
         inner = model.base_model
     while inner is not found:  # BLIP-2 gives a language model with a head
         found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
-    # Llama 4's language model, which has a head, calls itself the decoder.
-    own: Any = getattr(inner, "model", None)
-    return own if isinstance(own, nn.Module) and hasattr(inner, "lm_head") else inner
+    # Llama 4 gives the language model with its head, which gives itself.
+    return inner.model if getattr(inner, "lm_head", None) is not None else inner
 
 
 def _vision_tower(model: nn.Module) -> nn.Module:

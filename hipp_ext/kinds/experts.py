@@ -109,9 +109,9 @@ class _Mixtures(BlockKind):
         return _field(config, self.fields)
 
     def common_width(self, config: Any, tower: str) -> int | None:
-        """What that field says."""
-        width = common_value(config, self.named(config))
-        return width if isinstance(width, int) else None
+        """In the field that the configuration has for it."""
+        size = common_value(config, self.named(config))
+        return size if isinstance(size, int) else None
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """See `common_width`."""

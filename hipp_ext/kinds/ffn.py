@@ -38,7 +38,14 @@ class FFN(BlockKind):
         return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
-        """No other parameter may have an entry for every channel."""
+        """No other parameter may have an entry for every channel, and no channel may depend on what
+        the others are (Gemma 3n keeps those far above the mean).
+        """
+        if getattr(block, "activation_sparsity", 0.0) > 0:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean "
+                "of all: without some of them it would keep others."
+            )
         known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
         for part, parameter in block.named_parameters():
             if part.partition(".")[0] not in known and width in parameter.shape:

@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,8 +339,8 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
         _spare_loaded_embeddings(self)
-        replace_modules(self, skip_modules(self, _dropped(self, config, folder)))
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
+        replace_modules(self, skip_modules(self, _dropped(self, config, folder, shapes)))
         named = _named_widths(folder, self)
         # KV groups first: query heads are found within them.
         for find in (_groups, _within):
@@ -405,7 +405,9 @@ def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
-def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
+def _dropped(
+    model: nn.Module, config: Any, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
     called = {kind.name: kind.names.skip for kind in KINDS.values()}  # the same for all units
     gone = {("language", layer, called[kind]) for layer, kind in configured_skips(config)}
@@ -413,7 +415,12 @@ def _dropped(model: nn.Module, config: Any, folder: ModelFolder) -> list[Group]:
         listed = [g for g in folder.manifest.groups if not g.width]
         gone |= {(g.tower, g.layer, called[g.kind]) for g in listed}
     groups = _groups(model, folder) if gone else ()
-    return [g for g in groups if (g.tower, g.layer, called[g.kind]) in gone]
+    return [
+        g
+        for g in groups
+        if (g.tower, g.layer, called[g.kind]) in gone
+        and not any(p.parameter in shapes for p in g.owns)
+    ]
 
 
 def _named_widths(folder: ModelFolder, model: nn.Module) -> dict[str, int]:

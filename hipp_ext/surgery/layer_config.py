@@ -1,7 +1,6 @@
 """A model's widths and dropped blocks in its configuration, and back."""
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -96,9 +95,10 @@ def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     read; empty if it builds none.
     """
     try:
-        read = type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
+        # As it comes out of a file: some classes derive fields from others when they are made.
+        config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
-            built = type(model)._from_config(read)
+            built = type(model)._from_config(config)
     except Exception:  # the class refuses such sizes, or is a wrapper that builds nothing (peft)
         return {}
     return {name: tuple(t.shape) for name, t in built.state_dict().items()}

@@ -73,9 +73,11 @@ def report(results: dict[str, Any], checks: list[str]) -> str:
     for name, own in results.items():
         cells = [short[own[c][0]] if c in own else " " for c in checks]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-        messages += [
-            f"- {name} {c}: {s}: {m[:400]}" for c, (s, m) in own.items() if s not in ("ok", "n/a")
-        ]
+        said: dict[tuple[str, str], list[str]] = {}
+        for check, (status, message) in own.items():
+            if status not in ("ok", "n/a"):
+                said.setdefault((status, message[:400]), []).append(check)
+        messages += [f"- {name} {', '.join(c)}: {s}: {m}" for (s, m), c in said.items()]
         statuses = {s for c, (s, _) in own.items() if c != "vision"}
         worst = next(s for s in ("WRONG", "crash", "refused", "ok", "n/a") if s in statuses)
         first = (

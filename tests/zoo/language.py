@@ -9,6 +9,7 @@ EXTRA_LATENT = {
     "mistral4": {"architecture": "Mistral4ForCausalLM"},
     "deepseek_v32": {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
     "minicpm3": {"dim_model_base": 24},
+    "youtu": {"tie_word_embeddings": False},  # transformers 5.17 does not tie them again
 }
 GEMMA3N = dict(
     num_hidden_layers=4,

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 97, 48, 44, 2, 8, 4, 16
-EXPERTS, EXPERT_FFN = 12, 20
+EXPERTS, EXPERT_FFN = 8, 20
 # The first tokens of a vocabulary; text starts at TEXT.
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, AUDIO, TEXT = 0, 1, 2, 5, 6, 7, 8, 9, 12
 
