@@ -13,7 +13,20 @@ from torch import nn
 
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
-VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+# What leads from the vision tower to the language tower; some of it lies in the vision tower.
+PROJECTORS = (
+    "multi_modal_projector",
+    "merger",
+    "deepstack_merger_list",
+    "vision_adapter",
+    "vision_projection",
+    "projector",
+    "aligner",
+    "connector",
+    "mm_projector",
+)
+HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
 # Inputs of a model's forward that hold pictures; those of videos have names of their own.
 PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
@@ -27,6 +40,7 @@ LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
+SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 # Config fields that list the numbers of some layers, and such that count the first layers.
 LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
@@ -81,14 +95,19 @@ BLOCKS = {
             ("q_proj",),  # keys and values are those of an earlier layer (Gemma 3n, Gemma 4)
             ("qkv_proj",),
             ("query_key_value",),
+            ("qkv",),
         ),
-        fused={"qkv_proj": "parts", "query_key_value": "units"},
+        fused={"qkv_proj": "parts", "qkv": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "dense", "Wo"),
+        consumers=("o_proj", "out_proj", "dense", "Wo", "proj", "projection_layer"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
             "layer_norm1",
+            "norm1",
+            "layernorm_before",
+            "attention_norm",
+            "rms_norm1",
             "operator_norm",
             "temporal_pre_norm",
             "attn_norm",
@@ -109,6 +128,10 @@ BLOCKS = {
             ("fc_in",),
             ("dense_h_to_4h",),
             ("Wi",),
+            ("linear_fc1",),
+            ("linear_1",),
+            ("linear1",),
+            ("0",),  # of a sequence: linear layer, activation, linear layer
         ),
         fused={"gate_up_proj": "parts", "input_linear": "parts", "Wi": "parts"},
         gates=(),
@@ -121,6 +144,10 @@ BLOCKS = {
             "output_linear",
             "dense_4h_to_h",
             "Wo",
+            "linear_fc2",
+            "linear_2",
+            "linear2",
+            "2",
         ),
         norms_before=(
             "pre_feedforward_layernorm",
@@ -128,7 +155,10 @@ BLOCKS = {
             "feedforward_layernorm",
             "post_attention_layernorm",
             "layer_norm2",
+            "norm2",
+            "layernorm_after",
             "ffn_norm",
+            "rms_norm2",
             "channel_pre_norm",
             "mlp_norm",
         ),
