@@ -230,6 +230,19 @@ def test_padded_for_stock_transformers_and_named_by_check_serving(tmp_path):
         assert not verdicts["hipp-ext"]
 
 
+def test_uniform_plans_of_all_towers_are_loaded_by_stock_transformers(tmp_path):
+    bounds = Bounds(shape="uniform")
+    plan = Uniform(pruning_ratio=0.3, scorer=Magnitude(), bounds=bounds, towers=ALL).plan(LLAVA)
+    assert plan.keep_counts["vision.0.ffn"] == plan.keep_counts["vision.1.ffn"] < 52
+    assert plan.keep_counts["projector.0.ffn"] == 40  # no configuration names its width
+    small = prune(LLAVA, plan)
+    assert small.config.vision_config.intermediate_size == plan.keep_counts["vision.0.ffn"]
+    small.save_pretrained(tmp_path / "stock")
+    stock = type(LLAVA).from_pretrained(tmp_path / "stock").eval()
+    inputs = batch("llava")
+    assert torch.equal(logits(stock, inputs), logits(small, inputs))
+
+
 class Paired(nn.Module):
     """A projector whose channels are multiplied in pairs: none can go alone."""
 
