@@ -1,10 +1,10 @@
 """One budget over vision tower, projector and language tower, against the language tower alone.
 
-Both sides remove the same number of parameters of the testbed's model, from a plan by Fisher
-or anchored sensitivity on the same calibration, without recovery, and answer the same questions of the test
-split. A gain is a paired difference, averaged over draws of the calibration; its standard error
-is that over questions, clustered by picture (each ScienceQA question is a cluster of its own). An
-interrupted study goes on in its folder.
+Both sides remove the same number of parameters of the testbed's model, from a plan by Fisher or
+anchored sensitivity on the same calibration, without recovery, and answer the same questions of the
+test split. A gain is a paired difference, averaged over draws of the calibration; its standard
+error is that over questions, clustered by picture (each ScienceQA question is a cluster of its
+own). An interrupted study goes on in its folder.
 """
 
 import json
