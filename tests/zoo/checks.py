@@ -207,7 +207,8 @@ def check_sliced(case: Case) -> None:
 def check_drop(case: Case) -> None:
     """Blocks that keep nothing leave; reload too."""
     counts = [g.width for g in case.groups]
-    first = 0 if case.groups[0].kind != "query_heads" else 1  # whose keys later layers may share
+    # Attention whose keys later layers share is in query heads, and has to stay.
+    first = next(i for i, g in enumerate(case.groups) if g.kind != "query_heads")
     for group in {first, len(counts) - 1} if len(counts) > 2 else {0}:
         counts[group] = 0
     plan = plan_from_counts(
