@@ -9,7 +9,7 @@ run `vlmeval` on the saved folder.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from hipp_ext.errors import CalibrationError
 from hipp_ext.evals.references import Reference, References, ReferenceTask
 from hipp_ext.evals.statistics import mean_of_means_se
 from hipp_ext.evals.tasks import CandidateTask, Question
+from hipp_ext.groups import Tower, check_towers
 from hipp_ext.image_attacks import ImageAttack
 
 YES_BIAS_WEIGHT = 0.5
@@ -41,7 +42,8 @@ class Evaluator:
     by preferring one answer.
 
     Everything before the language tower is computed once, for `model`. Later calls take that model,
-    masked or pruned in its language tower.
+    masked or pruned in its language tower; with other `towers`, in those too, and then everything
+    is computed at every call.
 
     Args:
         model: the dense model.
@@ -59,8 +61,10 @@ class Evaluator:
             one.
         attack: maps (model, batch with labels) to a batch with other pixel_values. Default: PGD
             with ten steps and a maximum change of 4/255 per pixel.
+        towers: towers that the plans prune: "language", "vision", "projector".
 
     Attributes:
+        towers: the same.
         digest: hash of the questions, their images and answers, `robustness` and `adaptive`. The
             attack's settings are not part of it.
 
@@ -83,7 +87,10 @@ class Evaluator:
         robustness: str = "pope",
         attack: Callable[[nn.Module, Batch], Batch] | None = None,
         adaptive: bool = False,
+        towers: Sequence[Tower] = ("language",),
     ):
+        self.towers = check_towers(towers)
+        whole = self.towers != ("language",)
         if robustness not in ROBUSTNESS:
             raise CalibrationError(
                 f"robustness is one of {', '.join(ROBUSTNESS)}; got {robustness!r}."
@@ -110,15 +117,17 @@ class Evaluator:
             )
         self._tasks: dict[str, CandidateTask] = {}
         if choice:
-            self._tasks["choice"] = CandidateTask(model, processor, choice, batch_size)
+            self._tasks["choice"] = CandidateTask(model, processor, choice, batch_size, whole=whole)
         if robustness != "adversarial":
-            self._tasks["pope"] = CandidateTask(model, processor, pope, batch_size)
+            self._tasks["pope"] = CandidateTask(model, processor, pope, batch_size, whole=whole)
         if robustness != "pope":
             attack = attack or ImageAttack(processor, epsilon=4 / 255, steps=10)
             self._tasks["pope_attacked"] = CandidateTask(
-                model, processor, pope, batch_size, attack, adaptive
+                model, processor, pope, batch_size, attack, adaptive, whole
             )
-        self._references = ReferenceTask(model, references) if references.batches else None
+        self._references = None
+        if references.batches:
+            self._references = ReferenceTask(model, references, whole)
         asked = [f"{name} {task.digest}" for name, task in self._tasks.items()]
         if self._references is not None:
             asked.append(f"references {self._references.digest}")
@@ -188,6 +197,7 @@ def search_evaluator(
     split: str = "search",
     robustness: str = "pope",
     references: Iterable[Reference] | References = (),
+    towers: Sequence[Tower] = ("language",),
 ) -> Evaluator:
     """The evaluator on the testbed: `n` POPE and `n` ScienceQA questions of a split.
 
@@ -195,9 +205,11 @@ def search_evaluator(
         model, processor: see `Evaluator`.
         n: number of questions per task.
         split: split of the testbed.
-        robustness, references: see `Evaluator`.
+        robustness, references, towers: see `Evaluator`.
     """
     from hipp_ext import testbed
 
     pope, choice = testbed.questions("POPE", split, n), testbed.questions("ScienceQA", split, n)
-    return Evaluator(model, processor, pope, choice, references=references, robustness=robustness)
+    return Evaluator(
+        model, processor, pope, choice, references=references, robustness=robustness, towers=towers
+    )

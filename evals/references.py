@@ -194,6 +194,7 @@ class ReferenceTask:
     Args:
         model: the dense model.
         references: the answers.
+        whole: plans may change what comes before the language tower, see `AnswerLikelihood`.
 
     Attributes:
         clusters: the cluster of each answer, in the order of `likelihoods`.
@@ -204,10 +205,10 @@ class ReferenceTask:
         UnsupportedModelError: see `AnswerLikelihood`.
     """
 
-    def __init__(self, model: nn.Module, references: References):
+    def __init__(self, model: nn.Module, references: References, whole: bool = False):
         for index, batch in enumerate(references.batches):
             check_batch(model, batch, index)
-        self._likelihood = AnswerLikelihood(model, references.batches)
+        self._likelihood = AnswerLikelihood(model, references.batches, whole=whole)
         self._order = references.order
         self.clusters = references.clusters
         self.digest = batches_digest(references.batches)

@@ -77,6 +77,7 @@ class CandidateTask:
         batch_size: number of rows per forward pass.
         attack: see `Evaluator`; None: the images are not changed.
         adaptive: attack every model anew, not the dense one once.
+        whole: plans may change what comes before the language tower, see `AnswerLogits`.
 
     Attributes:
         clusters: the picture of each question, in the order of the margins; a question without
@@ -95,6 +96,7 @@ class CandidateTask:
         batch_size: int,
         attack: Callable | None = None,
         adaptive: bool = False,
+        whole: bool = False,
     ):
         self.questions = questions
         # Rows of similar length in one batch need less padding.
@@ -106,15 +108,14 @@ class CandidateTask:
         ]
         self.logits: Callable[[nn.Module], Tensor]
         if attack is None:
-            self.logits = AnswerLogits(model, batches)
+            self.logits = AnswerLogits(model, batches, whole=whole)
         else:
             labelled = [answered(processor, rows) for rows in chunks]
 
             def attacked(model: nn.Module) -> AnswerLogits:
                 moved = [attack(model, batch)["pixel_values"].cpu() for batch in labelled]
-                return AnswerLogits(
-                    model, [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)]
-                )
+                seen = [b | {"pixel_values": m} for b, m in zip(batches, moved, strict=True)]
+                return AnswerLogits(model, seen, whole=whole)
 
             self.logits = (lambda model: attacked(model)(model)) if adaptive else attacked(model)
         tokens = _first_tokens(

@@ -20,7 +20,7 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import common_value
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, tolerance
-from hipp_ext.replay import decoder_inputs
+from hipp_ext.replay import decoder_inputs, whole_pass
 from hipp_ext.scorers.base import evaluating, valid_tokens
 
 SIMPLE_INPUTS = {
@@ -46,13 +46,15 @@ class AnswerLogits:
 
     Args:
         model: the model, which is run once on `batches`. Later calls may prune, mask or slice its
-            language tower only.
+            language tower only, unless `whole` is set.
         batches: inputs of the model's forward.
         share: compute what examples share (everything up to their last image) once per call. The
             logits are the same up to rounding. Models whose decoder is not plainly causal are
             replayed batch by batch instead.
         memory_limit: size of the keys and values of shared prefixes [bytes]. If they need more,
             fewer prefixes run together, but at least one.
+        whole: later calls may also change what comes before the language tower: vision tower and
+            projector run at every call, for every example, and the batches are kept instead.
 
     On the first batch the result is compared with `model(**batch).logits`.
 
@@ -68,11 +70,13 @@ class AnswerLogits:
         *,
         share: bool = True,
         memory_limit: int = MEMORY_LIMIT,
+        whole: bool = False,
     ):
         examples: list[_Example] = []
         prefixes: dict[bytes, Tensor] = {}
         order: list[int] = []  # place of each of `examples` among all examples
         self._replayed: list[tuple[dict[str, Any], Tensor]] = []
+        self._whole: list[tuple[Batch, Tensor]] = []
         replayed_order: list[int] = []
         n_seen = 0
         image_token = image_token_id(model)
@@ -82,9 +86,16 @@ class AnswerLogits:
         self._limits = (size, memory_limit // _cache_bytes(model))
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
-                inputs, position = decoder_inputs(model, batch), _answer_positions(batch)
+                position = _answer_positions(batch)
                 index = range(n_seen, n_seen + len(position))
                 n_seen += len(position)
+                if whole:
+                    if number == 0:
+                        self._head, _ = fit_output_head(model, batch, position)
+                    self._whole.append((batch, position))
+                    replayed_order += index
+                    continue
+                inputs = decoder_inputs(model, batch)
                 causal = share and _plainly_causal(model, inputs)
                 if number == 0 and not self._check(model, batch, inputs, position, causal):
                     share = causal = False
@@ -104,6 +115,7 @@ class AnswerLogits:
         with evaluating(model):
             answers = [self._run(model, batch) for batch in self._batches]
             answers += [self._replay(model, *replayed) for replayed in self._replayed]
+            answers += [self._read(model, whole_pass(model, b), p) for b, p in self._whole]
         return torch.cat(answers)[self._order]
 
     def _run(self, model: nn.Module, batch: "_PrefixBatch") -> Tensor:

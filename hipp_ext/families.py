@@ -13,7 +13,20 @@ from torch import nn
 
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
-VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+VISION_TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+# What leads from the vision tower to the language tower; some of it lies in the vision tower.
+PROJECTORS = (
+    "multi_modal_projector",
+    "merger",
+    "deepstack_merger_list",
+    "vision_adapter",
+    "vision_projection",
+    "projector",
+    "aligner",
+    "connector",
+    "mm_projector",
+)
+HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
 # Inputs of a model's forward that hold pictures; those of videos have names of their own.
 PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
@@ -27,13 +40,13 @@ LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
+SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
 # Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
 FIELD_NAMES = {
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size")
 }
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
-NORMED_RESIDUAL = "mlp_alpha_factor"  # layers that add to what their norm puts out (MiniMax)
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
 SIDE_PATHS = ("altup", "laurel", "per_layer_input_gate", "per_layer_projection")
 
@@ -74,14 +87,19 @@ BLOCKS = {
             ("q_proj",),  # keys and values are those of an earlier layer (Gemma 3n, Gemma 4)
             ("qkv_proj",),
             ("query_key_value",),
+            ("qkv",),
         ),
-        fused={"qkv_proj": "parts", "query_key_value": "units"},
+        fused={"qkv_proj": "parts", "qkv": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "dense", "Wo"),
+        consumers=("o_proj", "out_proj", "dense", "Wo", "proj", "projection_layer"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
             "layer_norm1",
+            "norm1",
+            "layernorm_before",
+            "attention_norm",
+            "rms_norm1",
             "operator_norm",
             "temporal_pre_norm",
             "attn_norm",
@@ -102,6 +120,10 @@ BLOCKS = {
             ("fc_in",),
             ("dense_h_to_4h",),
             ("Wi",),
+            ("linear_fc1",),
+            ("linear_1",),
+            ("linear1",),
+            ("0",),  # of a sequence: linear layer, activation, linear layer
         ),
         fused={"gate_up_proj": "parts", "input_linear": "parts", "Wi": "parts"},
         gates=(),
@@ -114,6 +136,10 @@ BLOCKS = {
             "output_linear",
             "dense_4h_to_h",
             "Wo",
+            "linear_fc2",
+            "linear_2",
+            "linear2",
+            "2",
         ),
         norms_before=(
             "pre_feedforward_layernorm",
@@ -121,7 +147,10 @@ BLOCKS = {
             "feedforward_layernorm",
             "post_attention_layernorm",
             "layer_norm2",
+            "norm2",
+            "layernorm_after",
             "ffn_norm",
+            "rms_norm2",
             "channel_pre_norm",
             "mlp_norm",
         ),
@@ -164,6 +193,11 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     if gate is not None:
         return float(gate.detach().tanh().abs())
     return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def norms_residual(layer: nn.Module) -> bool:
+    """Whether the residual stream goes on behind the norms instead of around them (MiniMax)."""
+    return hasattr(layer, "attn_alpha_factor")
 
 
 def lends_keys(block: Any) -> bool:
@@ -239,12 +273,15 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
     """Take the layers `removed` out of everything that a text configuration says layer by layer."""
     count = config.num_hidden_layers
     kept = [i for i in range(count) if i not in set(removed)]
+    own = {int(i): of for i, of in (config.to_dict().get("per_layer_config") or {}).items()}
+    config.per_layer_config = None  # entries of layers that are not there are an error
     for name, value in list(vars(config).items()):
         if name in LAYER_NUMBERS and value:
             setattr(config, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
+    config.per_layer_config = {kept.index(i): of for i, of in own.items() if i in kept} or None
 
 
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:

@@ -22,7 +22,6 @@ from hipp_ext.families import (
     BLOCKS,
     LAYER_LISTS,
     LINEAR_LAYERS,
-    VISION_TOWERS,
     first_removable_layer,
     varies_by_itself,
 )
@@ -38,8 +37,17 @@ from hipp_ext.kinds import (
 )
 from hipp_ext.kinds.slices import tensor_in
 from hipp_ext.layer_parts import UNKNOWN, missing_block, parts_of
+from hipp_ext.towers import (
+    Tower,
+    check_towers,
+    decoder,
+    listing,
+    picture_tokens,
+    projected_tokens,
+    projector_blocks,
+    vision_tower,
+)
 
-Tower = Literal["language", "vision"]
 AttentionUnit = Literal["kv", "query"]  # KV groups, or query heads
 ExpertUnit = Literal["expert", "channel"]  # experts, or channels of all experts of a layer
 Partial = Literal["refuse", "report"]  # what is done about parts that can only stay whole
@@ -65,8 +73,8 @@ class Group:
     """Units that a plan chooses among.
 
     Attributes:
-        tower: "language" or "vision".
-        layer: index of the layer in its tower, from 0.
+        tower: "language", "vision" or "projector" (the MLP between the two).
+        layer: index of the layer in its tower, from 0; of the projector's MLPs, one after another.
         kind: a key of KINDS: "attention" (unit: a KV group), "query_heads" (unit: a query head of
             the same block), "latent_attention" (unit: a head), "ffn" (unit: a channel), "experts"
             (unit: an expert), "expert_channels" (unit: a channel of all experts of the block).
@@ -89,6 +97,7 @@ class Group:
             that stock transformers builds such a model; None: any count.
         removable: whether stock transformers builds the model without this layer.
         droppable: whether the model works without this block.
+        picture_tokens: how many tokens of a picture pass the units; 0: the tokens of a prompt do.
     """
 
     tower: Tower
@@ -105,6 +114,7 @@ class Group:
     stock_counts: tuple[int, ...] | None = None
     removable: bool = True
     droppable: bool = True
+    picture_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
@@ -197,7 +207,9 @@ def find_groups(
     Args:
         model: a transformers language model or vision-language model (Llama, Mistral, Qwen2/2.5/3,
             LLaVA, LLaVA-NeXT, Qwen2.5-VL, Idefics3/SmolVLM and others built of the same blocks).
-        towers: which towers to search. The vision tower (CLIP, SigLIP) is left alone by default.
+        towers: which parts to search, in this order: "language", "vision" and "projector", the MLP
+            between the two. By default those that see pictures are left alone. The layers of a
+            vision tower that nothing reads (LLaVA's last one) have groups like the others.
         attention_unit: units of attention blocks. "kv": whole KV groups. "query": query heads, of
             which every KV group of a layer keeps the same number. Keys and values then are not
             prunable parameters: they stay, but for those of a dropped block. Where no query heads
@@ -212,13 +224,14 @@ def find_groups(
             blocks; `left_whole` says what stays.
 
     Raises:
-        BudgetError: a unit, or `partial`, is unknown.
+        BudgetError: a unit, a tower or `partial` is unknown.
         UnsupportedModelError: no layers were found, or parts of them cannot be divided into units,
             and partial is "refuse". Nothing is ever skipped in silence; the message lists the
             modules in question.
     """
     check_units(attention_unit, expert_unit)
     check_partial(partial)
+    towers = check_towers(towers)
     units = attention_unit, expert_unit
     groups, left = _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
     adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
@@ -277,7 +290,11 @@ def _find_groups(
     groups: list[Group] = []
     left: list[LeftWhole] = []
     for tower in towers:
+        if tower == "projector":
+            groups += _projector_groups(model, names)
+            continue
         layers = tower_layers(model, tower)
+        seen = 0 if tower == "language" else picture_tokens(model.config)
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
         parts = [parts_of(layer, names[layer]) for layer in layers]
         # Configurations name the layers of a hybrid by number or by period.
@@ -289,15 +306,13 @@ def _find_groups(
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, name)
                     counts = _stock_counts(config, group, block)
-                    groups.append(replace(group, stock_counts=counts, removable=removable))
+                    changes: Any = {"stock_counts": counts, "removable": removable}
+                    groups.append(replace(group, picture_tokens=seen, **changes))
             if alike and (lacking := missing_block(own)):
-                left.append(
-                    LeftWhole(
-                        module=names[layers[index]],
-                        type=type(layers[index]).__name__,
-                        reason=f"it has {lacking}",
-                    )
-                )
+                layer = layers[index]
+                kind_of = type(layer).__name__
+                reason = f"it has {lacking}"
+                left.append(LeftWhole(module=names[layer], type=kind_of, reason=reason))
             left += [
                 LeftWhole(module=name, type=type(module).__name__, reason=reason)
                 for module, name, reason in own.left
@@ -327,8 +342,20 @@ def _refusal(
     )
 
 
+def _projector_groups(model: Any, names: dict[nn.Module, str]) -> list[Group]:
+    """The groups of the projector: its configuration names no width, and it cannot be dropped."""
+    kind, found = KINDS["ffn"], []
+    for index, block in enumerate(projector_blocks(model)):
+        group = _map_block("projector", index, kind, block, names[block])
+        own: Any = {"stock_counts": (group.width,), "removable": False, "droppable": False}
+        found.append(replace(group, picture_tokens=projected_tokens(model.config), **own))
+    return found
+
+
 def tower_config(config: Any, tower: Tower) -> Any:
     """The part of a model's configuration that describes a tower."""
+    if tower == "projector":
+        return config
     return config.get_text_config() if tower == "language" else config.vision_config
 
 
@@ -348,6 +375,8 @@ def check_partial(partial: object) -> None:
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
     """(layer, kind) of every block of a tower that was dropped."""
+    if tower == "projector":
+        return []
     return [
         (index, kind.name)
         for index, layer in enumerate(tower_layers(model, tower))
@@ -358,58 +387,35 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
-    """The layers of a tower, in order."""
+    """The layers of a tower, in order; the MLPs of a projector.
+
+    A vision tower may have two lists of them, one after the other (Llama 3.2 Vision).
+    """
+    if tower == "projector":
+        return nn.ModuleList(projector_blocks(model))
     root = tower_root(model, tower)
     own = [getattr(root, name, None) for name in LAYER_LISTS]
     lists = [layers for layers in own if isinstance(layers, nn.ModuleList) and len(layers)]
     if len(lists) != 1:
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _is_tower(m)]
+    if tower == "vision" and len(lists) > 1:
+        return nn.ModuleList(layer for layers in lists for layer in layers)
     if len(lists) != 1:
         names = KINDS["attention"].names
         raise UnsupportedModelError(
             f"{_adapters(root)}Looked for the layers of the {tower} tower of "
             f"{type(model).__name__} "
             f"and found {len(lists)} lists of blocks with {names.producers[0]} and one of "
-            f"{names.consumers}. Modules of the tower: {_listing(root)}"
+            f"{names.consumers}. Modules of the tower: {listing(root)}"
         )
     return lists[0]
 
 
 def tower_root(model: nn.Module, tower: Tower) -> nn.Module:
-    """The module that holds the layers of a tower."""
-    return decoder(model) if tower == "language" else _vision_tower(model)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The language tower: the module that turns input embeddings into hidden states."""
-    get_decoder = getattr(model, "get_decoder", None)
-    if get_decoder is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model with a decoder."
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder that reads what the encoder "
-            "makes of the prompt; only decoders that read the prompt themselves are supported. "
-            f"Its modules: {_listing(model)}"
-        )
-    found, inner = None, get_decoder()
-    if isinstance(inner, nn.Linear):  # what ModernBERT calls its decoder is its head
-        inner = model.base_model
-    while inner is not found:  # BLIP-2 gives a language model with a head
-        found, inner = inner, getattr(inner, "get_decoder", lambda same=inner: same)()
-    # Llama 4 gives the language model with its head, which gives itself.
-    return inner.model if getattr(inner, "lm_head", None) is not None else inner
-
-
-def _vision_tower(model: nn.Module) -> nn.Module:
-    for path in VISION_TOWERS:
-        for root in (model, getattr(model, "model", None)):
-            if isinstance(getattr(root, path, None), nn.Module):
-                return getattr(root, path)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no vision tower; its modules: {_listing(model)}"
-    )
+    """The module that holds the layers of a tower; of a projector, the model."""
+    if tower == "projector":
+        return model
+    return decoder(model) if tower == "language" else vision_tower(model)
 
 
 def _adapters(root: nn.Module) -> str:
@@ -486,12 +492,6 @@ def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...
         return (group.width,)
     counts = kind.stock_counts(config, group.tower, common, block, group.columns)
     return counts and tuple(n for n in counts if n < group.width) + (group.width,)
-
-
-def _listing(module: nn.Module, limit: int = 30) -> str:
-    names = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if n]
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -631,6 +631,7 @@ __all__ = [
     "check_loaded",
     "check_partial",
     "check_plain",
+    "check_towers",
     "check_units",
     "decoder",
     "find_groups",

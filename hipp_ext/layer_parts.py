@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, NORMED_RESIDUAL, SIDE_PATHS, norm_before, norms_after
+from hipp_ext.families import BLOCKS, SIDE_PATHS, norm_before, norms_after, norms_residual
 from hipp_ext.kinds import KINDS, BlockKind, Skip
 
 UNKNOWN = "no block of a known kind"
@@ -71,15 +71,14 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
 
     They can leave with the block. A norm that several parts of a layer read stays: attention and
     FFN side by side (Cohere), attention beside a state-space mixer (Falcon-H1), or experts beside
-    an FFN (Granite).
+    an FFN (Granite); so do norms that the residual stream passes (MiniMax).
     """
     parts = parts_of(layer)
-    if sum(kind.place == place for kind, _, _ in parts.blocks) > 1:
+    if norms_residual(layer) or sum(kind.place == place for kind, _, _ in parts.blocks) > 1:
         return []
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
     names = [n for n in norms_after(layer, place) if getattr(layer, n) is not ffn_input]
-    alone = ffn_input is not None and not parts.others
-    if before is not None and alone and not hasattr(layer, NORMED_RESIDUAL):
+    if before is not None and ffn_input is not None and not parts.others:
         names += [n for n, child in layer.named_children() if child is before]
     return names
 

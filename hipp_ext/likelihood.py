@@ -7,7 +7,6 @@ write it: a greedy decoder writes every answer whose tokens all have a probabili
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +16,7 @@ from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, logit_bytes, tolerance
-from hipp_ext.replay import decoder_inputs
+from hipp_ext.replay import decoder_inputs, whole_pass
 from hipp_ext.scorers.base import evaluating, valid_tokens
 
 LOGIT_BYTES = 1 << 28  # float32 logits that are in memory at once
@@ -39,10 +38,12 @@ class AnswerLikelihood:
 
     Args:
         model: the model, which is run once on `batches`. Later calls may prune, mask or slice its
-            language tower only.
+            language tower only, unless `whole` is set.
         batches: inputs of the model's forward, with labels in every row.
         memory_limit: size of the float32 logits that are in memory at once [bytes]; the logits of
             one token may have more. Some copies of them are made.
+        whole: later calls may also change what comes before the language tower: vision tower and
+            projector run at every call, and the batches are kept instead.
 
     On the first batch up to CHECKED tokens are compared with the model's own logits.
 
@@ -53,15 +54,22 @@ class AnswerLikelihood:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, memory_limit: int = LOGIT_BYTES
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        memory_limit: int = LOGIT_BYTES,
+        whole: bool = False,
     ):
         check_loaded(model)
         self._chunk = max(1, memory_limit // logit_bytes(model))
         self._head = OutputHead()
-        self._batches: list[tuple[dict[str, Any], _Tokens]] = []
+        self._batches: list[tuple[Batch, _Tokens]] = []  # or inputs of the language tower
+        self._run = whole_pass if whole else _replayed
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
-                inputs, tokens = decoder_inputs(model, batch), _answer_tokens(batch, number)
+                inputs = batch if whole else decoder_inputs(model, batch)
+                tokens = _answer_tokens(batch, number)
                 if number == 0:
                     self._check(model, batch, inputs, tokens)
                 self._batches.append((inputs, tokens))
@@ -79,10 +87,10 @@ class AnswerLikelihood:
         return torch.cat(means)
 
     def _log_p(
-        self, model: nn.Module, inputs: dict[str, Any], tokens: "_Tokens"
+        self, model: nn.Module, inputs: Batch, tokens: "_Tokens"
     ) -> Float[Tensor, " tokens"]:
         """Log-likelihood of each token [nats], on the CPU."""
-        hidden = decoder(model)(**inputs).last_hidden_state
+        hidden = self._run(model, inputs)
         hidden = hidden[tokens.rows.to(hidden.device), tokens.columns.to(hidden.device)]
         found = []
         for some, ids in zip(hidden.split(self._chunk), tokens.ids.split(self._chunk), strict=True):
@@ -91,9 +99,7 @@ class AnswerLikelihood:
             found.append(-nn.functional.cross_entropy(logits, ids, reduction="none").cpu())
         return torch.cat(found)
 
-    def _check(
-        self, model: nn.Module, batch: Batch, inputs: dict[str, Any], tokens: "_Tokens"
-    ) -> None:
+    def _check(self, model: nn.Module, batch: Batch, inputs: Batch, tokens: "_Tokens") -> None:
         """Find the model's head; raise if a replay gives other likelihoods than the model."""
         some = tokens.last_columns(CHECKED)
         self._head, logits = fit_output_head(model, batch, some.columns, some.rows)
@@ -106,6 +112,11 @@ class AnswerLikelihood:
                 f"gives likelihoods that differ from those of the model by {error:.3g} nats, so "
                 "plans cannot be compared with it."
             )
+
+
+def _replayed(model: nn.Module, inputs: Batch) -> Tensor:
+    """The last hidden states for inputs of the language tower."""
+    return decoder(model)(**inputs).last_hidden_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,9 @@ class GroupWidth(BaseModel):
     layer: int = Field(ge=0)
     kind: Kind
     width: int = Field(ge=0, lt=_LARGEST_NUMBER)  # 0: the block was dropped
+    # That stock transformers builds before the language tower, where no configuration names widths
+    # layer by layer.
+    stock: int | None = Field(default=None, ge=1, lt=_LARGEST_NUMBER)
 
     @property
     def name(self) -> str:

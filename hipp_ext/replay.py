@@ -2,16 +2,19 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hipp_ext.calibration import Batch
+from hipp_ext.families import SHARED_KEYS
 from hipp_ext.groups import decoder
 from hipp_ext.modes import replaced_forward
-from hipp_ext.scorers.base import forward
+from hipp_ext.scorers.base import forward, forward_hidden
 
 
 class _Captured(Exception):
@@ -41,8 +44,37 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return captured
 
 
+def whole_pass(model: nn.Module, batch: Batch) -> Float[Tensor, "rows tokens hidden"]:
+    """The last hidden states of the language tower, with vision tower and projector run again."""
+    seen: list[Any] = []
+    handle = decoder(model).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        forward_hidden(model, batch)
+    finally:
+        handle.remove()
+    return seen[-1].last_hidden_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What a layer has left behind for those above it.
+
+    Attributes:
+        output: what it returned.
+        shared: keys and values that later layers read of it and of those below (Gemma 3n, Gemma 4).
+    """
+
+    output: Any
+    shared: Mapping[Any, Any]
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any], output: Any) -> "Passed":
+        """Made by a hook on a layer that was called with `kwargs` and returned `output`."""
+        return cls(output=output, shared=dict(kwargs.get(SHARED_KEYS) or {}))
+
+
 @contextlib.contextmanager
-def starting_at(layers: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
+def starting_at(layers: Sequence[nn.Module], start: int, below: Passed | None) -> Iterator[None]:
     """Inside the block the tower starts at layer `start`: those below it compute nothing.
 
     What a tower does between its layers (features of pictures that are added by layer, for one) is
@@ -51,12 +83,15 @@ def starting_at(layers: Sequence[nn.Module], start: int, output: Any) -> Iterato
     Args:
         layers: the layers of the tower, in order.
         start: index of the first layer that computes.
-        output: what layer `start - 1` returned on the same inputs; ignored where `start` is 0.
+        below: what layer `start - 1` left behind on the same inputs; ignored where `start` is 0.
     """
 
-    def skip(*_: Any, **__: Any) -> Any:
+    def skip(*_: Any, **kwargs: Any) -> Any:
+        assert below is not None
+        if below.shared:
+            kwargs[SHARED_KEYS].update(below.shared)
         # A copy, because a tower may add to it in place.
-        return tree_map_only(Tensor, Tensor.clone, output)
+        return tree_map_only(Tensor, Tensor.clone, below.output)
 
     with contextlib.ExitStack() as stack:
         for layer in layers[:start]:

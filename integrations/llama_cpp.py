@@ -31,6 +31,7 @@ from hipp_ext.integrations.llama_cpp_refusals import refusals
 from hipp_ext.integrations.llama_cpp_source import copied_tokenizer
 from hipp_ext.integrations.llama_cpp_tensors import add_sizes, entries
 from hipp_ext.integrations.llama_cpp_tokenizer import load_tokenizer, make_vocabulary
+from hipp_ext.integrations.vllm import pruned_parts
 from hipp_ext.model_folder import read_folder, read_json, stored_tensors
 from hipp_ext.surgery.checkpoint import read_plan
 
@@ -197,10 +198,11 @@ def _on_pictures(decoder: Decoder, mmproj: str | Path | None) -> list[str]:
 
 def _on_mmproj(decoder: Decoder) -> list[str]:
     plan = read_plan(decoder.folder.path)
-    if plan is not None and any(g.tower == "vision" and g.keep < g.width for g in plan.groups):
+    groups = plan.groups if plan is not None else ()
+    if pruned := [g.name for g in groups if g.tower != "language" and g.keep < g.width]:
         return [
-            "The file holds the language tower. The vision tower was pruned too: the mmproj of the "
-            "unpruned model has the whole tower, and --mmproj FILE writes the pruned one."
+            f"The file holds the language tower. The {pruned_parts(pruned)} was pruned too: the "
+            "mmproj of the unpruned model has all of it, and --mmproj FILE writes the pruned one."
         ]
     return [
         "The file holds the language tower. The mmproj of the unpruned model goes on working with "

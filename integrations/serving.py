@@ -96,5 +96,5 @@ def _stock_refusals(config: Any, folder: Path) -> tuple[str, ...]:
             "--serve stock, or save what pad_to_uniform(model) returns"
         )
     if pruned := vllm.pruned_vision_blocks(config, folder):
-        reasons.append(f"its vision tower was pruned ({len(pruned)} blocks)")
+        reasons.append(f"its {vllm.pruned_parts(pruned)} was pruned ({len(pruned)} blocks)")
     return tuple(reasons)

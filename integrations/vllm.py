@@ -6,6 +6,7 @@ Only names are registered: torch, vLLM's models and hipp-ext's core are imported
 of these architectures is loaded, and a model that was not pruned is built of vLLM's own layers.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,14 @@ def _vision_refusals(config: Any, folder: Path) -> tuple[str, ...]:
     if not pruned:
         return ()
     return (
-        f"The vision tower was pruned ({', '.join(pruned[:3])}, {len(pruned)} blocks in all), and "
-        "vLLM builds vision towers of one width. Prune the language tower alone, or save what "
-        "pad_to_uniform(model) returns.",
+        f"The {pruned_parts(pruned)} was pruned ({', '.join(pruned[:3])}, {len(pruned)} blocks in "
+        "all), and vLLM builds vision towers and projectors of the configuration's widths. Prune "
+        "the language tower alone, or save what pad_to_uniform(model) returns.",
     )
 
 
 def pruned_vision_blocks(config: Any, folder: Path) -> list[str]:
-    """Names of the blocks of a vision tower that are narrower than its configuration says.
+    """Names of the blocks before the language tower that are narrower than the configuration says.
 
     Raises:
         CheckpointError: a file of the folder is damaged.
@@ -110,6 +111,12 @@ def pruned_vision_blocks(config: Any, folder: Path) -> list[str]:
     return [
         group.name
         for group in manifest.groups
-        if group.tower == "vision"
-        and group.width != KINDS[group.kind].common_width(vision, "vision")
+        if group.tower != "language"
+        and group.width != (group.stock or KINDS[group.kind].common_width(vision, "vision"))
     ]
+
+
+def pruned_parts(names: Sequence[str]) -> str:
+    """What the blocks of these names belong to, in words."""
+    words = {"vision": "vision tower", "projector": "projector"}
+    return " and ".join(dict.fromkeys(words[name.partition(".")[0]] for name in names))

@@ -14,7 +14,9 @@ from hipp_ext.groups import (
     AttentionUnit,
     ExpertUnit,
     Partial,
+    Tower,
     check_partial,
+    check_towers,
     check_units,
     find_groups,
     left_whole,
@@ -41,12 +43,14 @@ class Allocator(abc.ABC):
         bounds: rounding and floors of the keep counts; None: `Bounds()`.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
+        towers: what is pruned, under one budget: "language", "vision", "projector" or several of
+            them, see `find_groups`.
         partial: "refuse" or "report" a model with parts that can only stay whole, see
             `find_groups`; the plan's `left_whole` lists them.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit or `partial`
-            is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), bounds are not Bounds, or a unit, a tower or
+            `partial` is unknown.
     """
 
     pruning_ratio: float
@@ -54,6 +58,7 @@ class Allocator(abc.ABC):
     bounds: Bounds | None = None
     attention_unit: AttentionUnit = "kv"
     expert_unit: ExpertUnit = "expert"
+    towers: tuple[Tower, ...] = ("language",)
     partial: Partial = "refuse"
     needs_calibration: ClassVar[bool] = False  # for `measure`; scorers have their own flag
 
@@ -62,6 +67,7 @@ class Allocator(abc.ABC):
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
         check_units(self.attention_unit, self.expert_unit)
+        object.__setattr__(self, "towers", check_towers(self.towers))
         check_partial(self.partial)
 
     def plan(
@@ -91,7 +97,7 @@ class Allocator(abc.ABC):
         """
         check_model(model)
         units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
-        groups = find_groups(model, partial=self.partial, **units)
+        groups = find_groups(model, self.towers, partial=self.partial, **units)
         scorer = self.scorer or WandaSP()
         # What cannot be met is refused before anything is measured.
         keep_counts(groups, None, self.pruning_ratio, self.bounds)

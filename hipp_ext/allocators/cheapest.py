@@ -101,5 +101,8 @@ def _free_fractions(
         levels, losses = LEVELS[:whole], losses[:, :whole]
         # A group that cannot lose a unit stays, such as one of a single unit.
         losses = losses.masked_fill(torch.tensor([[g.width == g.least] for g in groups]), STAYS)
+    else:
+        losses = losses.clone()
+        losses[[not g.droppable for g in groups], LEVELS.index(1.0)] = STAYS
     path = CheapestPath([g.parameters for g in groups], levels, losses)
     return path.keep_fractions(torch.tensor([pruning_ratio]))[0]

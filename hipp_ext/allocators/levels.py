@@ -48,9 +48,10 @@ class Levels:
                 "Sensitivity, HiPPPlanner); one threshold over all units can drop blocks alone."
             )
         (least, step), most = bounds.steps(groups), bounds.most(groups)
+        drops = [bounds.drop == "blocks" and not g.least for g in groups]
         counts = [
-            np.concatenate([[0] * (bounds.drop == "blocks"), np.arange(low, high, s), [high]])
-            for low, high, s in zip(least, most, step, strict=True)
+            np.concatenate([[0] * gone, np.arange(low, high, s), [high]])
+            for gone, low, high, s in zip(drops, least, most, step, strict=True)
         ]
         counts = [c.astype(np.int64) for c in counts]
         costs = np.array([g.unit_parameters for g in groups], dtype=np.int64)

@@ -1,5 +1,6 @@
 """`hipp fit`: evaluated plans -> a trained planner."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,7 @@ def fit(
             metavar="N", help="Random seed of sampled preferences and exploration noise."
         ),
     ] = 0,
+    towers: opt.TowersOption = None,
     pruning_ratio: opt.Ratio = None,
     round_to: opt.RoundTo = None,
     drop: opt.DropOption = None,
@@ -90,6 +92,7 @@ def fit(
         pope=pope, scienceqa=scienceqa, references=references, image_folder=image_folder
     )
     check_cost(cost)
+    pruned = opt.read_towers(towers) or ("language",)
     settings = FitSettings(steps=steps, seed=seed)
     workers = Workers.join()
     console.require_model(model)
@@ -97,7 +100,7 @@ def fit(
     if workers.count > 1 and device is None:
         device = console.own_device()
     loaded, processor = console.load_model(model, device, dtype, spread=True)
-    evaluator = make_evaluator(loaded, processor, asked, questions, out, robustness_on)
+    evaluator = make_evaluator(loaded, processor, asked, questions, out, robustness_on, pruned)
     planner = HiPPPlanner(
         Preference(1, 1, 1),
         pruning_ratio=pruning_ratio,
@@ -107,6 +110,7 @@ def fit(
         expert_unit=expert_unit or "expert",
         partial=partial,
         effort=effort or "anchored",
+        towers=pruned,
         cache=cache or True,
     )
     running = out.with_name(out.name + ".fit")
@@ -135,6 +139,7 @@ def make_evaluator(
     n: int,
     out: Path,
     robustness: opt.RobustnessTest,
+    towers: Sequence[Any] = ("language",),
 ) -> Any:
     """The evaluator of plans: on the user's files, or on the testbed's questions.
 
@@ -145,6 +150,7 @@ def make_evaluator(
         n: questions per task.
         out: the planner's folder; pictures of the TSVs are unpacked beside it.
         robustness: what robustness is measured on.
+        towers: towers that the plans prune.
     """
     from hipp_ext.evals.evaluator import Evaluator, search_evaluator
     from hipp_ext.evals.questions import table_questions
@@ -163,10 +169,13 @@ def make_evaluator(
                 "plans are evaluated on the built-in questions about a toy world. Pass your own "
                 "by --pope and --scienceqa."
             )
-        return search_evaluator(model, processor, n, robustness=robustness, references=references)
+        options: Any = {"robustness": robustness, "references": references, "towers": towers}
+        return search_evaluator(model, processor, n, **options)
     images = out.with_name(out.name + ".images")
     pope, choice = (
         table_questions(read_table(path, images))[:n] if path else []
         for path in (files.pope, files.scienceqa)
     )
-    return Evaluator(model, processor, pope, choice, references=references, robustness=robustness)
+    return Evaluator(
+        model, processor, pope, choice, references=references, robustness=robustness, towers=towers
+    )

@@ -82,7 +82,9 @@ def front(
         loaded, evaluator = None, None
         if model:
             loaded, processor = load_model(model, device, dtype, spread=True)
-            evaluator = make_evaluator(loaded, processor, asked, questions, planner, robustness_on)
+            evaluator = make_evaluator(
+                loaded, processor, asked, questions, planner, robustness_on, fitted.towers
+            )
         answers = answer(fitted, preference, loaded, evaluator)
     print_front(fitted, answers)
     if picture:

@@ -48,6 +48,7 @@ Effort = Literal["fisher", "anchored", "measured"]
 AttentionUnit = Literal["kv", "query"]
 ExpertUnit = Literal["expert", "channel"]
 Partial = Literal["refuse", "report"]
+TOWERS = ("language", "vision", "projector")  # those of hipp_ext.towers, which imports torch
 
 Utility = Annotated[float | None, _weight("--utility", "-u", help="Weight of task accuracy.")]
 Robustness = Annotated[
@@ -118,6 +119,15 @@ AttentionUnitOption = Annotated[
         metavar="UNIT",
         help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
         "every KV group; keys and values stay). Default: kv.",
+    ),
+]
+TowersOption = Annotated[
+    str | None,
+    size_option(
+        "--towers",
+        metavar="LIST",
+        help="What is pruned, under one budget: language, vision, projector, or several with "
+        "commas between. Default: language.",
     ),
 ]
 ExpertUnitOption = Annotated[
@@ -267,6 +277,20 @@ def read_preference(
     if (utility, robustness, compression) == (None, None, None):
         return None
     return Preference(utility or 0.0, robustness or 0.0, compression or 0.0)
+
+
+def read_towers(text: str | None) -> tuple[Any, ...] | None:
+    """The towers of --towers; None where it was not given.
+
+    Raises:
+        PlanError: a tower is unknown, or named twice.
+    """
+    if text is None:
+        return None
+    towers = tuple(part.strip() for part in text.split(","))
+    if len(set(towers)) < len(towers) or not set(towers) <= set(TOWERS):
+        raise PlanError(f"--towers {text}: expected some of {', '.join(TOWERS)}, each once.")
+    return towers
 
 
 def read_bounds(

@@ -27,6 +27,7 @@ def plan(
     utility: opt.Utility = None,
     robustness: opt.Robustness = None,
     compression: opt.Compression = None,
+    towers: opt.TowersOption = None,
     pruning_ratio: opt.Ratio = None,
     round_to: opt.RoundTo = None,
     drop: opt.DropOption = None,
@@ -86,12 +87,14 @@ def plan(
     - `hipp plan ./Qwen3-8B --pruning-ratio 0.3 --allocator owl --calibration chats.jsonl`
     - `hipp plan testbed -u 0.2 -r 0.6 -c 0.2 --planner ./planner --best-evaluated`
     - `hipp plan ./llava-1.5-7b-hf --serve stock --max-memory-mb 10000`
+    - `hipp plan ./llava-1.5-7b-hf --towers language,vision,projector --pruning-ratio 0.3`
     """
     from hipp_ext.budget import Bounds
     from hipp_ext.groups import left_whole_lines
     from hipp_ext.planner import HiPPPlanner
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
+    asked = opt.read_towers(towers)
     weights = (utility, robustness, compression)
     preference = opt.read_preference(*weights)
     require_model(model)
@@ -113,6 +116,7 @@ def plan(
         maker.attention_unit = attention_unit or maker.attention_unit
         maker.expert_unit = expert_unit or maker.expert_unit
         maker.effort = effort or maker.effort
+        maker.towers = asked or maker.towers
         maker.partial = partial if partial != "refuse" else maker.partial
         if best_evaluated and not len(maker.archive):
             raise PlanError(
@@ -145,6 +149,7 @@ def plan(
         chosen |= {"attention_unit": attention_unit} if attention_unit else {}
         chosen |= {"expert_unit": expert_unit} if expert_unit else {}
         chosen |= {"partial": partial}
+        chosen |= {"towers": asked} if asked else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     if serve in ("vllm", "gguf"):

@@ -16,6 +16,7 @@ from hipp_ext.families import (
     BLOCKS,
     HEAD_BIASES,
     HEAD_DIMS,
+    HEADS,
     SCATTERED,
     VALUE_DIM,
     borrowed_kv_heads,
@@ -134,8 +135,13 @@ class _Heads(BlockKind):
                 block.config = SizedConfig(shared, num_attention_heads=heads)
 
     def skip(self, block: Any) -> Skip:
-        """A module that returns nothing and keeps the cache counting."""
-        return SkipAttention(Attention.name, block)
+        """A module that returns nothing and keeps the cache counting.
+
+        Some vision towers (Qwen-VL, GLM-4V) expect a tensor of their attention, and no pair.
+        """
+        returned = inspect.signature(type(block).forward).return_annotation
+        alone = returned in (Tensor, "torch.Tensor", "Tensor")
+        return (Skip if alone else SkipAttention)(Attention.name, block)
 
 
 class Attention(_Heads):
@@ -315,5 +321,6 @@ def value_dim(block: Any) -> int:
 
 
 def _heads(config: Any) -> int | None:
-    heads = common_value(config, "num_attention_heads")
-    return heads if isinstance(heads, int) else None
+    """Number of heads of a tower, if its configuration names it."""
+    sizes = [common_value(config, name) for name in HEADS]
+    return next((heads for heads in sizes if isinstance(heads, int)), None)

@@ -17,7 +17,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import BLOCKS, EXPERT_COUNTS, EXPERT_WIDTHS, EXPERTS, ROUTED_WITH_LOGITS
+from hipp_ext.families import (
+    BLOCKS,
+    EXPERT_COUNTS,
+    EXPERT_WIDTHS,
+    EXPERTS,
+    ROUTED_WITH_LOGITS,
+    common_value,
+)
 from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
 from hipp_ext.kinds.mixture import Mixture, routed_among, tapped
@@ -90,6 +97,11 @@ class _Mixtures(BlockKind):
     def named(self, config: Any) -> str:
         """The field of a configuration that holds the number of units of all layers."""
         return _field(config, self.fields)
+
+    def common_width(self, config: Any, tower: str) -> int | None:
+        """In the field that the configuration has for it."""
+        size = common_value(config, self.named(config))
+        return size if isinstance(size, int) else None
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """See `common_width`."""

@@ -27,10 +27,11 @@ class FFN(BlockKind):
         return getattr(block, self.matched(block)[1]).in_features
 
     def parts(self, block: Any, layer: str, width: int) -> list[int]:
-        """A row per channel, of the gate and of the up projection where both are in one layer."""
-        if self.names.fused.get(layer) == "parts":
-            return [1] * (getattr(block, layer).out_features // width)
-        return super().parts(block, layer, width)
+        """A row per channel, of the gate and of the up projection where both are in one layer.
+
+        Some projectors (Aya Vision) have both in a layer whose name does not tell.
+        """
+        return [1] * (getattr(block, layer).out_features // width)
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
         """The up projection."""
@@ -38,7 +39,20 @@ class FFN(BlockKind):
         return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
-        """No other parameter may have an entry for every channel."""
+        """No other parameter may have an entry for every channel, and no channel may depend on what
+        the others are (Gemma 3n keeps those far above the mean).
+
+        As many entries may also be those of the block's input, which a projector norms itself;
+        verification then tells.
+        """
+        if getattr(block, "activation_sparsity", 0.0) > 0:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) keeps the channels that are far above the mean "
+                "of all: without some of them it would keep others."
+            )
+        producers, _ = self.matched(block)
+        if getattr(block, producers[0]).in_features == width:
+            return
         known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
         for part, parameter in block.named_parameters():
             if part.partition(".")[0] not in known and width in parameter.shape:

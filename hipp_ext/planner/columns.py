@@ -24,7 +24,8 @@ def measure_columns(
     mrs: MRS | None,
     log: Callable[[str], None],
 ) -> dict[str, Column]:
-    """Name -> (groups,) values of 0 or more; "visual" is 0 for kinds without such a signal.
+    """Name -> (groups,) values of 0 or more; "visual" is 0 for kinds and towers without such a
+    signal.
 
     Args:
         model: left as it was found.
@@ -36,7 +37,7 @@ def measure_columns(
     log("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     seen = [i for i, g in enumerate(groups) if VisualSensitivity.scores(g)]
-    if image_token_id(model) is not None:
+    if seen and image_token_id(model) is not None:
         asked = [groups[i] for i in seen]
         visual[seen] = _sums(VisualSensitivity()(model, calibration, groups=asked), asked)
     log("measuring synaptic flow")
@@ -56,10 +57,14 @@ def standardise(x: Tensor) -> Tensor:
 
 
 def by_place(values: Column, groups: Sequence[Group]) -> Column:
-    """Logs, standardised within each place in a layer: flow and drift are different quantities."""
+    """Logs, standardised within each place in a layer: flow and drift are different quantities.
+
+    0 before the language tower, which has neither.
+    """
     result = torch.zeros(len(groups))
     for place in BLOCKS:
-        rows = torch.tensor([i for i, g in enumerate(groups) if g.place == place]).long()
+        own = [i for i, g in enumerate(groups) if g.place == place and g.tower == "language"]
+        rows = torch.tensor(own).long()
         if len(rows) and float(values[rows].max()) > 0:
             result[rows] = standardise((values[rows] + 1e-9).log())
     return result

@@ -26,8 +26,9 @@ def cost_of(groups: Sequence[Group], kind: str, *, tokens: int = 640) -> Cost:
 
     Args:
         groups: groups of a model.
-        kind: "parameters", or "flops": two per multiply-accumulate, per token with `tokens` keys
-            in context.
+        kind: "parameters", or "flops": two per multiply-accumulate, of one prompt with one picture.
+            Its tokens pass the language tower with `tokens` keys in context, those of the picture
+            vision tower and projector (see `Group.picture_tokens`).
         tokens: length of a typical prompt; LLaVA-1.5's image alone takes 576.
 
     Raises:
@@ -36,7 +37,10 @@ def cost_of(groups: Sequence[Group], kind: str, *, tokens: int = 640) -> Cost:
     check_cost(kind)
     if kind == "parameters":
         return Cost.parameters(groups)
-    units = [g.unit_flops + g.context_flops(tokens) for g in groups]
+    seen = [g.picture_tokens or tokens for g in groups]
+    units = [
+        max(n, 1) * (g.unit_flops + g.context_flops(n)) for n, g in zip(seen, groups, strict=True)
+    ]
     return Cost(name=kind, terms=tuple((u, ((0, ((i, 1),)),)) for i, u in enumerate(units)))
 
 

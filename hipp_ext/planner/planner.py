@@ -16,7 +16,9 @@ from hipp_ext.groups import (
     ExpertUnit,
     Group,
     Partial,
+    Tower,
     check_partial,
+    check_towers,
     check_units,
     find_groups,
 )
@@ -30,7 +32,7 @@ from hipp_ext.planner.fit import run_fit
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.problem import FitProblem
-from hipp_ext.planner.reward import Evaluator, Reward
+from hipp_ext.planner.reward import Evaluator, Reward, check_evaluator
 from hipp_ext.planner.settings import FitResult, FitSettings
 from hipp_ext.planner.signal_cache import cached_signals, default_cache
 from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
@@ -68,6 +70,8 @@ class HiPPPlanner:
         bounds: rounding and floors of the keep counts.
         attention_unit: "kv" (whole KV groups) or "query" (query heads, see `find_groups`).
         expert_unit: "expert" (whole experts) or "channel" (channels of all experts of a layer).
+        towers: what is pruned, under one budget: "language", "vision", "projector" or several of
+            them, see `find_groups`.
         partial: "refuse" or "report" a model with parts that can only stay whole, see
             `find_groups`; the plan's `left_whole` lists them.
         effort: how the sensitivity of the groups is found: "fisher" (one backward pass), "anchored"
@@ -79,7 +83,8 @@ class HiPPPlanner:
             With a scorer of one's own, signals are not kept.
 
     Raises:
-        BudgetError: pruning_ratio is outside [0, 1), or the effort, a unit or `partial` is unknown.
+        BudgetError: pruning_ratio is outside [0, 1), or the effort, a unit, a tower or `partial`
+            is unknown.
         PlanError: `policy` was made for signals with MRS and there is none, or vice versa.
 
     Attributes:
@@ -101,6 +106,7 @@ class HiPPPlanner:
         bounds: Bounds | None = None,
         attention_unit: AttentionUnit = "kv",
         expert_unit: ExpertUnit = "expert",
+        towers: Sequence[Tower] = ("language",),
         partial: Partial = "refuse",
         effort: Effort = "anchored",
         seed: int = 0,
@@ -129,6 +135,7 @@ class HiPPPlanner:
         self.effort: Effort = effort
         self.attention_unit: AttentionUnit = attention_unit
         self.expert_unit: ExpertUnit = expert_unit
+        self.towers = check_towers(towers)
         self.partial: Partial = partial
         self.cache = default_cache() if cache is True else Path(cache) if cache else None
         self.signals: Signals | None = None
@@ -212,7 +219,7 @@ class HiPPPlanner:
 
     def _groups(self, model: nn.Module) -> tuple[Group, ...]:
         units: Any = {"attention_unit": self.attention_unit, "expert_unit": self.expert_unit}
-        return find_groups(model, partial=self.partial, **units)
+        return find_groups(model, self.towers, partial=self.partial, **units)
 
     @torch.inference_mode(False)  # tensors of the signals are kept, and a fit may need gradients
     def _decide(
@@ -303,7 +310,8 @@ class HiPPPlanner:
             model: sliced while plans are evaluated, see `sliced`; otherwise left as it was.
             evaluator: model -> {"utility": ..., "robustness": ...}, higher = better, on the same
                 data at every call. "utility_se" and "robustness_se" give the front its error bars.
-                Its attribute `digest`, if it has one, identifies the data.
+                Its attribute `digest`, if it has one, identifies the data; `towers` says of which
+                towers it can evaluate plans.
             settings: how many plans, how they are drawn, the seed; None: the defaults.
             folder: folder of checkpoint and archive, from which an interrupted fit (ctrl-C or
                 kill -9) resumes and ends as if it had not been interrupted. None: nothing is kept.
@@ -319,10 +327,12 @@ class HiPPPlanner:
             BudgetError: pruning_ratio cannot be met within the bounds, or the cost is unknown.
             CalibrationError: as for `plan`.
             CheckpointError: `folder` holds another fit, or is damaged.
-            DataError: the evaluator returns something else than finite numbers.
+            DataError: the evaluator returns something else than finite numbers, or it computes
+                what comes before the language tower only once, and the towers are others.
             UnsupportedModelError: a layer cannot be sliced (quantised, adapted, offloaded).
         """
         check_cost(cost)
+        check_evaluator(evaluator, self.towers)
         self._check_reach(model)
         workers = Workers()
         mine = self.measure(
@@ -421,6 +431,7 @@ class HiPPPlanner:
                     "A plan keeps other units than this planner's scores rank first; evaluate it "
                     "under masked()."
                 )
+        check_evaluator(evaluator, self.towers)
         cost = cost_of(signals.groups, self.history.cost or "parameters")
         with plan_rewards(model, evaluator, signals, cost) as measure_one:
             return [measure_one(kept) for kept in counts]

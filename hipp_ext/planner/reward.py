@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext.errors import DataError
+from hipp_ext.groups import Tower
 from hipp_ext.planner.policy import MAX_RATIO
 from hipp_ext.quantities import finite
 
@@ -58,6 +59,19 @@ class Reward:
         """
         pairs = list(zip(self.objectives(), other.objectives(), strict=True))
         return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def check_evaluator(evaluator: Evaluator, towers: Sequence[Tower]) -> None:
+    """Raise DataError if the evaluator says that it cannot evaluate plans of these towers.
+
+    One that computes what pictures look like only once would not see what their tower loses.
+    """
+    known = getattr(evaluator, "towers", None)
+    if known is not None and not set(towers) <= set(known):
+        raise DataError(
+            f"The evaluator evaluates plans of the towers {', '.join(known)}, and these are plans "
+            f"of {', '.join(towers)}: make it with towers={tuple(towers)}."
+        )
 
 
 def read_reward(measured: object, compression: float) -> Reward:

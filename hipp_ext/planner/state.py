@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hipp_ext.allocators.cheapest import cheapest_logits, task_losses
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
-from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, LeftWhole, find_groups, left_whole, total_parameters
 from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_place, measure_columns, standardise
 from hipp_ext.scorers import MRS, Scorer, WandaSP
@@ -86,11 +85,11 @@ class Signals:
         columns.
         """
         groups = self.groups
-        depth, total = max(max(g.layer for g in groups), 1), total_parameters(groups)
+        total = total_parameters(groups)
         losses = self.sensitivity.mean(0)
         features = [
             *(torch.tensor([float(g.place == p) for g in groups]) for p in PLACES),
-            torch.tensor([g.layer / depth for g in groups]),
+            depths(groups),
             standardise(torch.tensor([g.parameters / total for g in groups]).log()),
             standardise(torch.tensor([float(g.width) for g in groups]).log()),
             *(torch.tensor([_curve(self.scores[g.name], q) for g in groups]) for q in QUANTILES),
@@ -135,6 +134,21 @@ class Signals:
         return (self.sensitivity.mean(0)[:, FEATURE_LEVELS] / removed.square()).mean(1) + 1e-6
 
 
+def depths(groups: Sequence[Group]) -> Float[Tensor, " groups"]:
+    """Where on the way from picture to answer each group lies.
+
+    From 0 to 1 in the language tower, 0 in the projector, from -1 to below 0 in the vision tower.
+    """
+    last = {t: max(g.layer for g in groups if g.tower == t) for t in {g.tower for g in groups}}
+
+    def depth(group: Group) -> float:
+        if group.tower == "vision":
+            return group.layer / (last["vision"] + 1) - 1
+        return group.layer / max(last["language"], 1) if group.tower == "language" else 0.0
+
+    return torch.tensor([depth(g) for g in groups])
+
+
 def keep_fractions(
     groups: Sequence[Group], plans: Sequence[Sequence[int]] | np.ndarray
 ) -> Float[Tensor, "plans groups"]:
@@ -167,10 +181,6 @@ def measure_signals(
         progress: show on stderr what is measured, and how long it will take.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
-    if any(g.tower != "language" for g in groups):
-        raise UnsupportedModelError(
-            "Signals are measured for the language tower; give the vision tower a plan of its own."
-        )
     given = Calibration.of(model, calibration)
     scorer, log = scorer or WandaSP(), log or (lambda _: None)
     log(f"scoring units ({scorer.name})")

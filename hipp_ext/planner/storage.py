@@ -12,7 +12,7 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
-from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial, Tower
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
@@ -48,6 +48,7 @@ class Header(BaseModel):
     effort: Effort
     attention_unit: AttentionUnit = "kv"
     expert_unit: ExpertUnit = "expert"
+    towers: tuple[Tower, ...] = ("language",)
     partial: Partial = "refuse"
     mrs: str | None
     ranking: str | None
@@ -77,6 +78,7 @@ def write_planner(path: str | Path, planner: Any, overwrite: bool) -> None:
         effort=planner.effort,
         attention_unit=planner.attention_unit,
         expert_unit=planner.expert_unit,
+        towers=planner.towers,
         partial=planner.partial,
         mrs=planner.mrs and planner.mrs.name,
         plans=len(history.archive),
@@ -122,6 +124,7 @@ def read_planner(
             effort=header.effort,
             attention_unit=header.attention_unit,
             expert_unit=header.expert_unit,
+            towers=header.towers,
             partial=header.partial,
             policy=policy,
         )

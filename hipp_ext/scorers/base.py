@@ -31,10 +31,12 @@ class Scorer(abc.ABC):
     Attributes:
         needs_calibration: whether it reads batches.
         kinds: kinds of groups that it can score; None: all.
+        towers: towers whose groups it can score; None: all.
     """
 
     needs_calibration: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...] | None] = None
+    towers: ClassVar[tuple[str, ...] | None] = None
 
     def __call__(
         self,
@@ -61,10 +63,14 @@ class Scorer(abc.ABC):
         """
         groups = tuple(groups) if groups is not None else find_groups(model)
         if unknown := [g.name for g in groups if not self.scores(g)]:
+            known = [
+                f"the {what} {', '.join(names)}"
+                for what, names in (("kinds", self.kinds), ("towers", self.towers))
+                if names
+            ]
             raise UnsupportedModelError(
-                f"{self.name} scores groups of the kinds {', '.join(self.kinds or ())} only, and "
-                f"was asked for {', '.join(unknown[:4])}. Leave them out of `groups`, or use "
-                "another scorer."
+                f"{self.name} scores groups of {' and '.join(known)} only, and was asked for "
+                f"{', '.join(unknown[:4])}. Leave them out of `groups`, or use another scorer."
             )
         check_loaded(model)
         check_plain(model, groups)
@@ -87,8 +93,10 @@ class Scorer(abc.ABC):
 
     @classmethod
     def scores(cls, group: Group) -> bool:
-        """Whether `group` is of a kind that the scorer can score."""
-        return cls.kinds is None or group.kind in cls.kinds
+        """Whether `group` is of a kind, and in a tower, that the scorer can score."""
+        return (cls.kinds is None or group.kind in cls.kinds) and (
+            cls.towers is None or group.tower in cls.towers
+        )
 
     @property
     def name(self) -> str:

@@ -18,7 +18,8 @@ class SynFlow(Scorer):
     """Fraction of the flow at a block's depth that passes the unit, in [0, 1). Higher = keep.
 
     The fractions of a group sum to less than one: the rest takes the residual path. Their sum is a
-    signal of the planner's policy.
+    signal of the planner's policy. Every tower is a network of its own. A projector has no residual
+    path, so the fractions of its units sum to one.
 
     Source: SynFlow (arXiv 2006.05467), eq. 2; HiPP-Prune (arXiv 2603.06270, abstract) uses a
     stability proxy in its spirit.
@@ -33,7 +34,9 @@ class SynFlow(Scorer):
     @torch.no_grad()
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         scores: dict[str, Tensor] = {}
-        for tower in dict.fromkeys(g.tower for g in groups):
+        for group in (g for g in groups if g.tower == "projector"):
+            scores[group.name] = _without_residual(_Block(model, group), group)
+        for tower in dict.fromkeys(g.tower for g in groups if g.tower != "projector"):
             wanted = [g for g in groups if g.tower == tower]
             blocks = [_Block(model, g) for g in wanted]
             arriving = torch.ones_like(blocks[0].gain)
@@ -50,6 +53,13 @@ class SynFlow(Scorer):
                 scores[group.name] = (per_unit(through, group).sum(1) / total).double()
                 leaving = _unit_norm(leaving + block.back_into(block.back_out(leaving)))
         return scores
+
+
+def _without_residual(block: "_Block", group: Group) -> Tensor:
+    """The fractions of a projector's units, through which all of the flow passes."""
+    leaving = torch.ones_like(block.consumer[:, 0], dtype=torch.float32)
+    through = block.into(torch.ones_like(block.gain)) * block.back_out(leaving)
+    return (per_unit(through, group).sum(1) / through.sum()).double()
 
 
 class _Block:

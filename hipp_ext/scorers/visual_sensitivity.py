@@ -71,6 +71,7 @@ class VisualSensitivity(Scorer):
         "experts",
         "expert_channels",
     )
+    towers: ClassVar[tuple[str, ...]] = ("language",)
 
     @torch.no_grad()
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
@@ -78,10 +79,6 @@ class VisualSensitivity(Scorer):
         if token is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no image token: it has no visual sensitivity."
-            )
-        if any(g.tower != "language" for g in groups):
-            raise UnsupportedModelError(
-                "Visual sensitivity is a property of the language tower only."
             )
         probe = _Probe(model, groups, self.sink_threshold)
         with probe.attached():

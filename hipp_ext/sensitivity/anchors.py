@@ -32,6 +32,8 @@ def affordable(points: Sequence[Point], layers: int, passes: float) -> float:
     """The fraction of the calibration on which `points` cost at most so many forward passes.
 
     A point costs a pass through its own layer and those above it, and the dense model runs once.
+    Before the language tower it is a whole pass.
     """
-    cost = 1 + sum((layers - point.group.layer) / layers for point in points)
+    first = [p.group.layer if p.group.tower == "language" else 0 for p in points]
+    cost = 1 + sum((layers - layer) / layers for layer in first)
     return min(1.0, passes / cost)

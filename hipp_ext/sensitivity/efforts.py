@@ -54,7 +54,8 @@ def measure_sensitivity(
     Args:
         model: masked while it is measured, otherwise left as it was found.
         calibration: a Calibration, or batches by task.
-        groups: groups of the language tower.
+        groups: groups of any towers. Those before the language tower are measured by what the
+            language tower answers.
         scores: group name -> score per unit, higher = keep.
         effort: how much is measured.
         seed: random seed of the Fisher estimate.
@@ -69,7 +70,8 @@ def measure_sensitivity(
     check_scores(groups, scores)
     verify_groups(model, groups)
     with evaluating(model):
-        replay = CalibrationReplay(model, Calibration.of(model, calibration))
+        whole = any(g.tower != "language" for g in groups)
+        replay = CalibrationReplay(model, Calibration.of(model, calibration), whole)
         with counting(progress, "sensitivity by a backward pass, batch") as tick:
             found = unit_contributions(model, replay, groups, seed=seed, tick=tick)
         estimates = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,16 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hipp_ext.families import borrows_keys
-from hipp_ext.groups import Group, decoder, tower_layers, watching
+from hipp_ext.groups import Group, Tower, decoder, tower_layers, watching
 from hipp_ext.kinds.mixture import Mixture
 from hipp_ext.modes import replaced_forward, training_only
 from hipp_ext.output_head import OutputHead
 from hipp_ext.progress import Tick
+from hipp_ext.sensitivity.picture_rows import picture_rows, picture_token_count
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
 # Activations of one pass [bytes] above which they are computed again in the backward pass.
 MEMORY_LIMIT = 4 << 30
+HIDDEN_NAMES = ("hidden_states", "hidden_state")  # what layers call their first argument
 
 
 def fisher_curve(
@@ -59,6 +62,11 @@ def unit_contributions(
     expected product of two units' values is their entry in the Fisher information of the row, which
     is the second derivative of its KL divergence. All groups and levels share the same numbers.
 
+    Units before the language tower are reached through it: the gradients of its answers flow on
+    into projector and vision tower. Where it is not known which row a token of a picture belongs to
+    (see `picture_rows`), the first row has what the whole batch changes; the expectation of its
+    square is the sum over the rows, since their signs are independent.
+
     Weights get no gradients. Products of activations and gradients are summed in float32. Cost: one
     forward and one backward pass, in FLOPs two forward passes; three where the activations of a
     batch take more than `memory_limit`, and are computed again layer by layer (never in models
@@ -67,7 +75,8 @@ def unit_contributions(
     Args:
         model: left as it was found.
         replay: the calibration.
-        groups: groups of the language tower.
+        groups: groups of any towers; the replay holds whole batches where some lie before the
+            language tower.
         seed: random seed of the combinations.
         memory_limit: activations of a batch that may be in memory at once [bytes].
         tick: called with (batches done, all).
@@ -80,13 +89,15 @@ def unit_contributions(
     expectation, and a fraction of the variance.
     """
     found: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    towers: tuple[Tower, ...] = tuple(dict.fromkeys(g.tower for g in groups))
+    whole = towers != ("language",)
     # Where layers attend to the keys of others, they cannot be computed again one by one.
     apart = not any(borrows_keys(m) for m in decoder(model).modules())
     with training_only(model, []), torch.enable_grad():
         for number, batch in enumerate(replay.batches, 1):
-            recompute = apart and _activation_bytes(model, batch) > memory_limit
-            with _watched(model, groups, batch) as sums, _differentiable(model, recompute):
-                hidden = decoder(model)(**batch.inputs).last_hidden_state
+            recompute = apart and _activation_bytes(model, batch, towers) > memory_limit
+            with _watched(model, groups, batch) as sums, _differentiable(model, towers, recompute):
+                hidden = batch.last_hidden(model, whole)
                 hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
             for g in groups:
                 found[g.name].append(sums[g.name].cpu())
@@ -100,22 +111,33 @@ def _watched(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield group name -> (rows, width) sums of input times gradient, filled by a backward pass.
 
-    They stay 0 where a layer does not run: one that reads pictures, in a batch without any.
+    They stay 0 where a layer does not run (one that reads pictures, in a batch without any), or
+    where nothing reads what it puts out.
     """
     rows, length = batch.size, _tokens(batch) // batch.size
     sums = {g.name: torch.zeros(rows, g.width) for g in groups}
+    calls = Counter[str]()
 
     def look(group: Group, x: Tensor, tokens: Tensor | None, part: slice) -> None:
+        row_of = None if tokens is None else tokens // length
+        if group.tower != "language":
+            assert batch.batch is not None, "the replay holds whole batches"
+            row_of = picture_rows(model, batch.batch, x.shape)
+            row_of = (
+                torch.zeros(x.shape[:-1].numel(), dtype=torch.long) if row_of is None else row_of
+            )
+
         def add(gradient: Tensor) -> None:
             products = x.detach().float() * gradient.float()
-            if tokens is None:
+            if row_of is None:
                 of_rows = products.view(rows, -1, x.shape[-1]).sum(1)
             else:
                 of_rows = products.new_zeros(rows, x.shape[-1])
-                of_rows.index_add_(0, tokens // length, products)
+                of_rows.index_add_(0, row_of.to(x.device), products.flatten(0, -2))
             units = torch.arange(group.width, device=x.device).repeat_interleave(group.inputs)[part]
             found = sums[group.name].to(x.device)
             sums[group.name] = found.index_add(1, units, of_rows)
+            calls[group.name] += 1
 
         if x.requires_grad:  # not in the first pass of a layer that is computed again
             x.register_hook(add)
@@ -124,29 +146,44 @@ def _watched(
         for g in groups:
             stack.enter_context(watching(model, g, functools.partial(look, g)))
         yield sums
+    for g in groups:  # a call for every picture: nothing tells whose it was
+        if g.tower != "language" and calls[g.name] > 1:
+            total = sums[g.name].sum(0)
+            sums[g.name].zero_()[0] = total
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module, recompute: bool) -> Iterator[None]:
-    """Inside the block gradients flow down to the inputs of the first layer.
+def _differentiable(model: nn.Module, towers: Sequence[Tower], recompute: bool) -> Iterator[None]:
+    """Inside the block gradients flow down to the inputs of the first layer of each tower.
 
     Args:
         model: its weights are frozen.
+        towers: towers with groups.
         recompute: keep only the inputs of each layer, and compute the rest again when it is needed.
     """
-    layers = tower_layers(model, "language")
 
     def start(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-        hidden = kwargs["hidden_states"].detach().requires_grad_()
-        return args, kwargs | {"hidden_states": hidden}
+        hidden, rest, others = _hidden_first(args, kwargs)
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return (hidden, *rest), others
 
     with contextlib.ExitStack() as stack:
-        stack.callback(layers[0].register_forward_pre_hook(start, with_kwargs=True).remove)
-        for layer in layers if recompute else ():
-            stack.enter_context(replaced_forward(layer, _recomputing(layer.forward)))
+        for tower in dict.fromkeys(("language", *towers)):
+            layers = tower_layers(model, tower)
+            for layer in layers if tower == "projector" else layers[:1]:
+                stack.callback(layer.register_forward_pre_hook(start, with_kwargs=True).remove)
+            for layer in layers if recompute and tower != "projector" else ():
+                stack.enter_context(replaced_forward(layer, _recomputing(layer.forward)))
         yield
+
+
+def _hidden_first(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """(hidden states, further positional arguments, keyword arguments) of a layer's call."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(name for name in HIDDEN_NAMES if name in kwargs)
+    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,9 +194,9 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        hidden, *rest = args or (kwargs.pop("hidden_states"),)
+        hidden, rest, others = _hidden_first(args, kwargs)
         return checkpoint(
-            lambda hidden: forward(hidden, *rest, **kwargs), hidden, use_reentrant=True
+            lambda hidden: forward(hidden, *rest, **others), hidden, use_reentrant=True
         )
 
     return run
@@ -210,14 +247,22 @@ def _signs(
     return 2.0 * drawn.to(like.device) - 1
 
 
-def _activation_bytes(model: nn.Module, batch: ReplayBatch) -> int:
+def _activation_bytes(model: nn.Module, batch: ReplayBatch, towers: Sequence[Tower]) -> int:
     """About what the backward pass of a batch keeps: inputs and outputs of all linear layers."""
-    layers = tower_layers(model, "language")
+    total = _tokens(batch) * _features(model, "language")
+    if "vision" in towers and batch.batch is not None:
+        total += picture_token_count(model, batch.batch) * _features(model, "vision")
+    return total
+
+
+def _features(model: nn.Module, tower: Tower) -> int:
+    """Bytes of the inputs and outputs of all linear layers of a tower, per token."""
+    layers = tower_layers(model, tower)
     linears = [m for m in layers.modules() if isinstance(m, nn.Linear)]
     features = sum(m.in_features + m.out_features for m in linears)
     for mixture in filter(None, map(Mixture.of, layers.modules())):
         features += mixture.top_k * (4 * mixture.width + 2 * mixture.hidden)
-    return _tokens(batch) * features * (linears[0].weight.element_size() if linears else 4)
+    return features * (linears[0].weight.element_size() if linears else 4)
 
 
 def _tokens(batch: ReplayBatch) -> int:

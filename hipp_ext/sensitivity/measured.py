@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hipp_ext.groups import Group, decoder, gated, tower_layers
+from hipp_ext.groups import Group, gated, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.output_head import OutputHead, logit_bytes
 from hipp_ext.progress import Tick
-from hipp_ext.replay import starting_at
+from hipp_ext.replay import Passed, starting_at
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
 
@@ -46,14 +45,16 @@ def measure_points(
     """Mean KL [nats per counted position] from the dense model, for each point and task.
 
     A measurement starts at the pruned layer: what the layer below puts out does not change, and is
-    computed once per batch. So a point costs half a forward pass over `batches` on average.
+    computed once per batch. So a point costs half a forward pass over `batches` on average. A
+    point before the language tower costs a whole one, with the vision tower.
 
     Args:
         model: masked while it is measured, otherwise left as it was found.
         replay: the calibration.
         points: what is removed, one group at a time.
         scores: group name -> score per unit, higher = keep.
-        batches: batches of `replay` to measure on; each task needs one.
+        batches: batches of `replay` to measure on; each task needs one. They hold whole batches
+            where points lie before the language tower.
         tick: called with (measurements done, all).
     """
     layers = list(tower_layers(model, "language"))
@@ -64,10 +65,11 @@ def measure_points(
         for batch in batches:
             outputs, dense = _dense(model, replay.head, batch, layers)
             for number, (point, mask) in enumerate(zip(points, masks, strict=True)):
-                first = point.group.layer
+                whole = point.group.tower != "language"
+                first = 0 if whole else point.group.layer
                 below = outputs[first - 1] if first else None
                 with gated(model, {point.group: mask}), starting_at(layers, first, below):
-                    hidden = batch.counted(decoder(model)(**batch.inputs).last_hidden_state)
+                    hidden = batch.counted(batch.last_hidden(model, whole))
                 kl[number, start : start + batch.size] = batch.per_row(dense.divergence(hidden))
                 done += 1
                 tick(done, len(points) * len(batches))
@@ -110,18 +112,21 @@ class _Dense:
 def _dense(
     model: nn.Module, head: OutputHead, batch: ReplayBatch, layers: Sequence[nn.Module]
 ) -> tuple[list, _Dense]:
-    """What each layer puts out, and the distributions, without any pruning.
+    """What each layer leaves behind, and the distributions, without any pruning.
 
     A layer that does not run (one that reads pictures, in a batch without any) passes on what the
     one below puts out.
     """
-    found: dict[int, Any] = {}
+    found: dict[int, Passed] = {}
     hooks = [
-        layer.register_forward_hook(lambda _, __, output, i=i: found.update({i: output}))
+        layer.register_forward_hook(
+            lambda _, __, kwargs, output, i=i: found.update({i: Passed.of(kwargs, output)}),
+            with_kwargs=True,
+        )
         for i, layer in enumerate(layers)
     ]
     try:
-        hidden = decoder(model)(**batch.inputs).last_hidden_state
+        hidden = batch.last_hidden(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,7 @@ from hipp_ext.calibration.records import spaced
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, decoder
 from hipp_ext.output_head import OutputHead, fit_output_head, logit_bytes, tolerance
-from hipp_ext.replay import decoder_inputs
+from hipp_ext.replay import decoder_inputs, whole_pass
 from hipp_ext.scorers.base import valid_tokens
 from hipp_ext.sensitivity.positions import counted_positions
 
@@ -42,6 +42,7 @@ class ReplayBatch:
         size: number of rows.
         row_keys: hex digest of the tokens of each row, without its padding.
         tasks: for each of TASKS whether the batch belongs to it.
+        batch: the calibration's batch, where the model may be run whole; else None.
     """
 
     inputs: Mapping[str, Any]
@@ -50,11 +51,24 @@ class ReplayBatch:
     size: int
     row_keys: tuple[str, ...]
     tasks: Bool[Tensor, " tasks"]
+    batch: Batch | None = None
+
+    def last_hidden(
+        self, model: nn.Module, whole: bool = False
+    ) -> Float[Tensor, "rows tokens hidden"]:
+        """The last hidden states; with `whole`, vision tower and projector run for them, too."""
+        if whole:
+            assert self.batch is not None, "the replay was made for the language tower alone"
+            return whole_pass(model, self.batch)
+        return decoder(model)(**self.inputs).last_hidden_state
 
     @property
     def divisible(self) -> bool:
-        """Whether rows can be taken from the inputs: only if all of them are of a known shape."""
-        return all(
+        """Whether rows can be taken from the inputs: only if all of them are of a known shape.
+
+        Pictures belong to rows in a way that only the model knows.
+        """
+        return self.batch is None and all(
             name in ROW_DIMS or not isinstance(value, Tensor | Mapping | Sequence)
             for name, value in self.inputs.items()
         )
@@ -85,11 +99,13 @@ class CalibrationReplay:
     """The batches of a calibration, ready to run through the language tower again and again.
 
     Embeddings, projector and vision tower run once. What is kept of a batch are the inputs of the
-    language tower.
+    language tower, and with `whole` also the batch itself.
 
     Args:
         model: model to be measured, in eval mode.
         calibration: checked batches.
+        whole: whether the model may have to run whole, because units before the language tower are
+            measured.
 
     Attributes:
         batches: the batches, in the calibration's order.
@@ -101,11 +117,11 @@ class CalibrationReplay:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, calibration: Calibration):
+    def __init__(self, model: nn.Module, calibration: Calibration, whole: bool = False):
         check_loaded(model)
         owners = [{id(batch) for batch in calibration.by_task[task]} for task in TASKS]
         self.batches = tuple(
-            _replay_batch(model, batch, [id(batch) in own for own in owners])
+            _replay_batch(model, batch, [id(batch) in own for own in owners], whole)
             for batch in calibration.batches
         )
         self.head = _verified_head(model, calibration.batches[0], self.batches[0])
@@ -219,7 +235,7 @@ def chunks(model: nn.Module, hidden: Float[Tensor, "P hidden"]) -> Iterator[Tens
     yield from hidden.split(max(1, CHUNK_BYTES // logit_bytes(model)))
 
 
-def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool]) -> ReplayBatch:
+def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool], whole: bool) -> ReplayBatch:
     rows, places = counted_positions(model, batch).nonzero(as_tuple=True)
     tokens = zip(batch["input_ids"].cpu(), valid_tokens(batch).cpu(), strict=True)
     return ReplayBatch(
@@ -231,6 +247,7 @@ def _replay_batch(model: nn.Module, batch: Batch, tasks: list[bool]) -> ReplayBa
             hashlib.sha256(ids[valid].numpy().tobytes()).hexdigest() for ids, valid in tokens
         ),
         tasks=torch.tensor(tasks),
+        batch=batch if whole else None,
     )
 
 

@@ -44,7 +44,12 @@ from hipp_ext.model_folder import (
 )
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.surgery.drop import layer_numbers, replace_modules, skip_modules
-from hipp_ext.surgery.layer_config import allot_caches_late, configured_skips, quiet_width_warnings
+from hipp_ext.surgery.layer_config import (
+    allot_caches_late,
+    built_widths,
+    configured_skips,
+    quiet_width_warnings,
+)
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize, resized_shape
 
@@ -154,7 +159,9 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
             GroupWidth(tower=tower, layer=layer, kind=kind, width=0)
             for layer, kind in find_skips(model, tower)
         ]
-    return widths
+    seeing: list[Tower] = [tower for tower in towers if tower != "language"]
+    stock = built_widths(model, seeing) if seeing else {}
+    return [w.model_copy(update={"stock": stock.get(w.name)}) for w in widths]
 
 
 def _as_configured(model: Any, queries: Group) -> bool:
@@ -362,7 +369,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
 def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     """Those that can be mapped. An ordinary folder may hold a model that has none."""
-    towers: tuple[Tower, ...] = ("language", "vision")
+    towers: tuple[Tower, ...] = ("language", "vision", "projector")
     groups: tuple[Group, ...] = ()
     required = {g.tower for g in folder.manifest.groups} if folder.manifest else set()
     for tower in towers:

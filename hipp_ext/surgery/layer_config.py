@@ -2,14 +2,15 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import FIELD_NAMES, field_name, varies_by_itself
-from hipp_ext.groups import Kind, block_of, find_groups, find_skips
+from hipp_ext.groups import Kind, Tower, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
 # What pruning writes into per_layer_config.
@@ -29,6 +30,7 @@ def write_layer_config(model: nn.Module) -> None:
     Where layers differ before anything is pruned, it is left alone, and hipp_ext.json has the
     widths.
     """
+    _write_vision(model)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     if varies_by_itself(config):
         allot_caches_late(model)
@@ -42,6 +44,30 @@ def write_layer_config(model: nn.Module) -> None:
     merged = {i: own.get(i, {}) | layers.get(i, {}) for i in sorted({*own, *layers})}
     set_layers(config, merged)
     allot_caches_late(model)
+
+
+def _write_vision(model: Any) -> None:
+    """Write the FFN width of a vision tower whose layers are all alike, if it is built so.
+
+    There is no standard for layers that differ: those are in the manifest alone.
+    """
+    try:
+        groups = find_groups(model, ("vision",))
+    except UnsupportedModelError:
+        return
+    kind = KINDS["ffn"]
+    widths = {g.width for g in groups if g.kind == kind.name}
+    common = kind.common_width(model.config.vision_config, "vision")
+    if len(widths) != 1 or common is None or widths == {common}:
+        return
+    (width,) = widths
+    trial = copy.deepcopy(model.config)
+    kind.set_common_width(trial.vision_config, "vision", width)
+    shapes = built_shapes(model, trial)
+    tensors = model.state_dict().items()
+    own = {p.parameter for g in groups for p in g.owns}
+    if {n: shapes.get(n) for n in own} == {n: tuple(t.shape) for n, t in tensors if n in own}:
+        kind.set_common_width(model.config.vision_config, "vision", width)
 
 
 def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
@@ -99,6 +125,20 @@ def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     except Exception:  # the class refuses such sizes, or is a wrapper that builds nothing (peft)
         return {}
     return {name: tuple(t.shape) for name, t in built.state_dict().items()}
+
+
+def built_widths(model: Any, towers: Sequence[Tower]) -> dict[str, int]:
+    """Group name -> units that stock transformers builds of the model's configuration, apart from
+    what pruning wrote there; empty if it builds no such groups."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    set_layers(text, other_layer_values(text))
+    try:
+        with torch.device("meta"):
+            built = type(model)._from_config(config)
+        return {g.name: g.width for g in find_groups(built, towers)}
+    except Exception:  # as above
+        return {}
 
 
 def other_layer_values(config: Any) -> dict[int, dict[str, Any]]:

@@ -142,9 +142,10 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
     ]
     if needed:
         raise PlanError(
-            f"The plan drops {', '.join(needed[:4])}, whose keys and values later layers of "
-            f"{type(model).__name__} attend to: one unit of each section must stay. Nothing was "
-            "changed."
+            f"The plan drops {', '.join(needed[:4])}, without which {type(model).__name__} does "
+            "not work, since later layers attend to its keys and values, or nothing else leads "
+            "from the pictures to the language tower: one unit of each section must stay. Nothing "
+            "was changed."
         )
     verify_groups(model, groups)
     return groups

@@ -2,6 +2,7 @@
 width.
 """
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from hipp_ext.groups import (
 from hipp_ext.kinds import KINDS, Skip
 from hipp_ext.kinds.slices import Slice, change_units, padded_units, tensors_of
 from hipp_ext.surgery.drop import replace_modules
-from hipp_ext.surgery.layer_config import built_shapes, other_layer_values, set_layers
+from hipp_ext.surgery.layer_config import built_shapes, built_widths, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
 
@@ -57,6 +58,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
         )
     model = _with_all_blocks(model)
     _check_experts(model)
+    _pad_unnamed(model)
     wrong: list[str] = []
     for repeat, channels in itertools.product(_repeats(model), _channel_widths(model)):
         _pad_query_heads(model, repeat)
@@ -92,11 +94,13 @@ def _check_experts(model: nn.Module) -> None:
 
 def known_towers(model: nn.Module) -> tuple[Tower, ...]:
     """The towers whose widths can be found, whatever was pruned."""
-    try:
-        find_groups(model, ("vision",), partial="report")
-    except UnsupportedModelError:
-        return ("language",)
-    return ("language", "vision")
+    found: list[Tower] = ["language"]
+    others: tuple[Tower, ...] = ("vision", "projector")
+    for tower in others:
+        with contextlib.suppress(UnsupportedModelError):
+            find_groups(model, (tower,), partial="report")
+            found.append(tower)
+    return tuple(found)
 
 
 def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
@@ -235,6 +239,19 @@ def _parts(model: Any) -> dict[Part, list[Group]]:
     names = {part: [s.parameter for g in groups for s in g.owns] for part, groups in parts.items()}
     changed = [part for part in parts if any(own[n] != built.get(n) for n in names[part])]
     return {part: parts[part] for part in changed}
+
+
+def _pad_unnamed(model: Any) -> None:
+    """Bring the parts whose width no field of the configuration names to what stock transformers
+    builds: projectors, and FFN of vision tower whose width follows from other sizes (Qwen2-VL,
+    GLM-4V).
+    """
+    towers: list[Tower] = [tower for tower in known_towers(model) if tower != "language"]
+    stock = built_widths(model, towers) if towers else {}
+    for g in find_groups(model, towers, partial="report") if towers else ():
+        width, config = stock.get(g.name), tower_config(model.config, g.tower)
+        if g.tower == "projector" or KINDS[g.kind].common_width(config, g.tower) != width:
+            resize(model, g, width or g.width, _padded)
 
 
 def _dense_width(model: Any, part: Part) -> int:

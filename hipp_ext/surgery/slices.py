@@ -59,7 +59,7 @@ def sliced(
 
     def shrink(keep_counts: Sequence[int]) -> None:
         if len(keep_counts) != len(groups) or any(
-            not 0 <= k <= g.width or k % g.sections or 0 < k < g.least
+            not (0 if g.droppable else g.least) <= k <= g.width or k % g.sections or 0 < k < g.least
             for k, g in zip(keep_counts, groups, strict=True)
         ):
             sizes = [

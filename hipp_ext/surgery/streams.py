@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hipp_ext.calibration import Batch
 from hipp_ext.groups import Tower, tower_layers, tower_root
-from hipp_ext.replay import decoder_inputs, starting_at
+from hipp_ext.replay import Passed, decoder_inputs, starting_at
 from hipp_ext.scorers.base import valid_tokens
 
 
@@ -31,7 +31,7 @@ class Stream:
         rows: numbers of the batch's rows in the calibration.
         valid: mask of the batch's tokens that are no padding; None: tokens are patches, those of a
             row side by side.
-        below: output of the layer that was passed last.
+        below: what the layer that was passed last left behind.
     """
 
     root: nn.Module
@@ -40,7 +40,7 @@ class Stream:
     kwargs: dict[str, Any]
     rows: range
     valid: Tensor | None
-    below: Any = None
+    below: Passed | None = None
 
     def inputs(
         self, number: int, *modules: nn.Module
@@ -65,13 +65,13 @@ class Stream:
 
     def pass_layer(self, number: int) -> None:
         """Compute layer `number`, from the output of the one below."""
-        seen: list[Any] = []
+        seen: list[Passed] = []
 
-        def look(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            seen.append(output)
+        def look(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append(Passed.of(kwargs, output))
             raise _Reached
 
-        self._run(number, self.layers[number].register_forward_hook(look))
+        self._run(number, self.layers[number].register_forward_hook(look, with_kwargs=True))
         self.below = seen[0] if seen else self.below
 
     def _run(self, number: int, *handles: RemovableHandle) -> None:
