@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
@@ -41,10 +41,18 @@ LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 HEAD_BIASES = ("alibi", "position_bias")
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
-LAYER_NUMBERS = ("cross_attention_layers",)  # config fields that list the numbers of some layers
-# Other names of configuration fields, which count first: of OPT, of GPT-J, of hybrid Granite.
+# Config fields that list the numbers of some layers, and such that count the first layers.
+LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+# Other names of configuration fields, which count first: Llama 4, OPT, GPT-J, Falcon, Granite.
 FIELD_NAMES = {
-    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size")
+    "intermediate_size": (
+        "intermediate_size_mlp",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "shared_intermediate_size",
+    )
 }
 LAYER_LISTS = ("layers", "h", "blocks")  # a tower's own name of the list of its layers
 # Small parts of layers beside the blocks, which no unit owns a part of: they stay (Gemma 3n, 4).
@@ -192,7 +200,16 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     gate = getattr(layer, BLOCKS[place].gate, None)
     if gate is not None:
         return float(gate.detach().tanh().abs())
-    return float(getattr(layer, "residual_multiplier", 1.0))
+    beta = {"attention": "attn_beta_factor", "ffn": "mlp_beta_factor"}[place]  # MiniMax
+    return float(getattr(layer, "residual_multiplier", getattr(layer, beta, 1.0)))
+
+
+def residual_stream(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The stream (batch, tokens, hidden) that the blocks of a layer add to.
+
+    Gemma 3n has several, of which one is active.
+    """
+    return hidden[layer.config.altup_active_idx] if hasattr(layer, "altup") else hidden
 
 
 def norms_residual(layer: nn.Module) -> bool:
@@ -272,6 +289,12 @@ def varies_by_itself(config: Any) -> bool:
 def drop_layers(config: Any, removed: Sequence[int]) -> None:
     """Take the layers `removed` out of everything that a text configuration says layer by layer."""
     count = config.num_hidden_layers
+    if (step := getattr(config, "decoder_sparse_step", 1)) > 1:  # then every layer is named
+        dense = {i for i in range(count) if (i + 1) % step} | set(config.mlp_only_layers)
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    for name in FIRST_LAYERS:
+        if isinstance(first := getattr(config, name, None), int):
+            setattr(config, name, first - sum(i < first for i in removed))
     kept = [i for i in range(count) if i not in set(removed)]
     own = {int(i): of for i, of in (config.to_dict().get("per_layer_config") or {}).items()}
     config.per_layer_config = None  # entries of layers that are not there are an error

@@ -23,6 +23,7 @@ from hipp_ext.families import (
     LAYER_LISTS,
     LINEAR_LAYERS,
     first_removable_layer,
+    norms_residual,
     varies_by_itself,
 )
 from hipp_ext.kinds import (
@@ -80,6 +81,7 @@ class Group:
             (unit: an expert), "expert_channels" (unit: a channel of all experts of the block).
         width: number of units.
         owns: what one unit owns: the rows that compute it, then the columns that read it.
+        buffers: what one unit owns of buffers: an expert has entries of its router's corrections.
         unit_parameters: parameters that leave with one unit, biases included.
         unit_flops: floating-point operations per token that leave with one unit (two per
             multiply-accumulate of its weights); attention over the context comes on top, see
@@ -107,6 +109,7 @@ class Group:
     owns: tuple[Slice, ...]
     unit_parameters: int
     unit_flops: int
+    buffers: tuple[Slice, ...] = ()
     unit_active: int = 0
     inputs: int = 0
     least: int = 1
@@ -148,16 +151,18 @@ class Group:
 
     @functools.cached_property
     def cuts(self) -> tuple[tuple[Slice, ...], ...]:
-        """What units own, parameter by parameter: fused projections hold several slices."""
+        """What units own, parameter by parameter and buffer by buffer: fused projections hold
+        several slices.
+        """
         found: dict[str, list[Slice]] = {}
-        for part in self.owns:
+        for part in (*self.owns, *self.buffers):
             found.setdefault(part.parameter, []).append(part)
         return tuple(map(tuple, found.values()))
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
         """Names of the modules that compute the units or read them."""
-        return tuple(dict.fromkeys(part.layer for part in self.owns if part.linear))
+        return tuple(dict.fromkeys(p.layer for p in (*self.owns, *self.buffers) if p.linear))
 
     @property
     def is_linear(self) -> bool:
@@ -302,6 +307,7 @@ def _find_groups(
         named = tower == "language" and alike and not varies_by_itself(config)
         for index, own in enumerate(parts):
             removable = named and index >= first and not own.others
+            removable = removable and not norms_residual(layers[index])
             for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
                     group = _map_block(tower, index, unit_of(kind, block), block, name)
@@ -309,10 +315,13 @@ def _find_groups(
                     changes: Any = {"stock_counts": counts, "removable": removable}
                     groups.append(replace(group, picture_tokens=seen, **changes))
             if alike and (lacking := missing_block(own)):
-                layer = layers[index]
-                kind_of = type(layer).__name__
-                reason = f"it has {lacking}"
-                left.append(LeftWhole(module=names[layer], type=kind_of, reason=reason))
+                left.append(
+                    LeftWhole(
+                        module=names[layers[index]],
+                        type=type(layers[index]).__name__,
+                        reason=f"it has {lacking}",
+                    )
+                )
             left += [
                 LeftWhole(module=name, type=type(module).__name__, reason=reason)
                 for module, name, reason in own.left
@@ -457,11 +466,13 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
     kind.check_rest(block, name, width)
+    tensors = {p: tensor_in(block, p.parameter.removeprefix(f"{name}.")) for p in owns}
+    buffers = tuple(p for p, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
+    owns = tuple(part for part in owns if part not in buffers)
     parameters, active, multiplied = 0, 0.0, 0.0
     for part in owns:
-        parameter = tensor_in(block, part.parameter.removeprefix(f"{name}."))
+        parameter = tensors[part]
         size = parameter.numel() // parameter.shape[part.dim] * part.size
-        size *= isinstance(parameter, nn.Parameter)
         parameters += size
         active += size * kind.active_share(block, part)
         if part.linear and parameter.ndim > 1:
@@ -472,6 +483,7 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
         kind=kind.name,
         width=width,
         owns=owns,
+        buffers=buffers,
         unit_parameters=parameters,
         unit_active=round(active),
         unit_flops=round(2 * multiplied),

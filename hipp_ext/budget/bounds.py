@@ -35,8 +35,8 @@ class Bounds:
         round_to: the input columns that stay are a multiple of this (kernels and quantisation
             groups prefer 64 or 128). A group that stays whole is always allowed. 1: no constraint.
         min_keep: least fraction of the units of a group that stays, in [0, 1]; at least one unit
-            always stays, and of experts as many as a token is sent to. A mapping from group name
-            to fraction sets it for single groups; the default applies to the others.
+            always stays, and of experts as many as a token is sent to. A mapping from group name to
+            fraction sets it for single groups; the default applies to the others.
         max_keep: largest fraction of the units of a group that stays, in [min_keep, 1].
         drop: "blocks": a group may also keep nothing, then its attention or FFN block is dropped;
             "layers": only both blocks of a layer together; "none": no block is dropped. A tower

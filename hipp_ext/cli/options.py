@@ -134,8 +134,8 @@ ExpertUnitOption = Annotated[
     ExpertUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of mixtures of experts: expert (whole experts, at least as many stay as a "
-        "token is sent to) or channel (a channel of all experts of a layer). Default: expert.",
+        help="Units of mixtures of experts: expert (whole experts; as many as a token is sent to "
+        "stay at least) or channel (the same channel of all experts of a layer). Default: expert.",
     ),
 ]
 PartialOption = Annotated[

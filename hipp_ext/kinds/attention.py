@@ -262,7 +262,7 @@ class QueryHeads(_Heads):
 class SizedConfig:
     """A configuration in which some sizes are others than in the one it is a view of."""
 
-    def __init__(self, shared: Any, **sizes: int):
+    def __init__(self, shared: Any, **sizes: Any):
         self.__dict__.update(_shared=shared, **sizes)
 
     def __getattr__(self, name: str) -> Any:

@@ -199,9 +199,13 @@ class BlockKind(abc.ABC):
         """
         return {self.fields[0]: width}
 
+    def field(self, config: Any, name: str) -> str:
+        """What a configuration calls one of the kind's fields; empty if it has no such field."""
+        return field_name(config, name)
+
     def named(self, config: Any) -> str:
         """The field of a configuration that holds the number of units of all layers."""
-        return self.fields[0]
+        return self.field(config, self.fields[0])
 
     def configured_width(self, config: Any, block: Any, columns: int) -> int:
         """Number of units that a layer's configuration asks for; the reverse of `config`."""

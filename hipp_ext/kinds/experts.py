@@ -27,13 +27,19 @@ from hipp_ext.families import (
 )
 from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
-from hipp_ext.kinds.mixture import Mixture, routed_among, tapped
+from hipp_ext.kinds.mixture import Mixture
+from hipp_ext.kinds.routing import routed_among
 from hipp_ext.kinds.slices import Slice
+from hipp_ext.kinds.taps import tapped
 
 ALIGNED_BYTES = 16  # rows of matrices that torch.grouped_mm multiplies are multiples of it
 ALIGNED = 8  # numbers in half precision
 _NAMES = replace(
-    BLOCKS["ffn"], producers=(("a router (gate, router)", EXPERTS),), fused={}, consumers=(EXPERTS,)
+    BLOCKS["ffn"],
+    producers=(("a router (gate, router)", EXPERTS),),
+    fused={},
+    consumers=(EXPERTS,),
+    skip="moe",
 )
 
 
@@ -93,6 +99,10 @@ class _Mixtures(BlockKind):
         mixture = mixture_of(block)
         sizes = {EXPERT_COUNTS: mixture.count, EXPERT_WIDTHS: mixture.width}
         return {_field(named, fields): size for fields, size in sizes.items()}
+
+    def field(self, config: Any, name: str) -> str:
+        """Fields are called as in `config`."""
+        return name
 
     def named(self, config: Any) -> str:
         """The field of a configuration that holds the number of units of all layers."""
@@ -296,5 +306,5 @@ def _experts(mixture: Mixture, name: str) -> tuple[Slice, ...]:
 
 def _field(config: Any, fields: tuple[str, ...]) -> str:
     """The configuration's own name of the first of some fields that it has."""
-    name = next((n for n in fields if isinstance(getattr(config, n, None), int)), fields[0])
+    name = next((n for n in fields if isinstance(common_value(config, n), int)), fields[0])
     return config.attribute_map.get(name, name)

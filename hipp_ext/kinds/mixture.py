@@ -1,4 +1,4 @@
-"""The inside of a mixture of experts: its parts, what its experts hold, its forward written out.
+"""The inside of a mixture of experts: its parts, and the forward of its experts written out.
 
 transformers keeps the weights of all experts of a layer in a few parameters of three dimensions,
 and computes with them in fused functions, which no hook can look into. A mixture is a linear layer
@@ -9,25 +9,17 @@ inputs of one wide linear layer: the units of a mixture are read by it as those 
 block are read by its down projection.
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.families import EXPERTS, ROUTERS, SHARED_EXPERTS
-from hipp_ext.kinds.slices import tensors_of
-from hipp_ext.modes import replaced_forward
-
-# (inputs z_e (tokens, columns), the tokens they belong to, the expert e) -> what takes their place.
-Tap = Callable[[Float[Tensor, "tokens columns"], Int[Tensor, " tokens"], int], Tensor]
-_TAPS = "_hipp_taps"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,111 +166,3 @@ class Mixture:
             return self.experts.act_fn(put_in)
         gate, up = put_in.chunk(2, -1)
         return up * self.experts.act_fn(gate)
-
-
-@contextlib.contextmanager
-def tapped(mixture: Mixture, tap: Tap) -> Iterator[None]:
-    """Inside the block the mixture computes what it did, written out, and `tap` sees or changes
-    the inputs of the wide linear layer, expert by expert; see the module.
-
-    Experts without tokens are left out. Several taps see them in the order in which they were
-    attached. Gradients flow as in the fused functions.
-    """
-    experts = mixture.experts
-    taps: list[Tap] | None = experts.__dict__.get(_TAPS)
-    if taps is not None:
-        taps.append(tap)
-        try:
-            yield
-        finally:
-            taps.remove(tap)
-        return
-    taps = experts.__dict__[_TAPS] = [tap]
-    run = _run_sorted if mixture.sorted_inputs else _run
-    try:
-        with replaced_forward(experts, lambda *args: run(mixture, taps, *args)):
-            yield
-    finally:
-        del experts.__dict__[_TAPS]
-
-
-def _run(mixture: Mixture, taps: list[Tap], hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
-    """What experts add for the tokens that the router sends to them."""
-    output = torch.zeros_like(hidden)
-    for expert in index.unique().tolist():
-        token, place = (index == expert).nonzero(as_tuple=True)
-        weight = weights[token, place, None]
-        z = mixture.inner(expert, hidden[token])
-        z = (torch.cat([z, z.new_ones(len(z), 1)], 1) if mixture.biased else z) * weight
-        z = z.to(hidden.dtype)
-        for tap in taps:
-            z = tap(z, token, expert)
-        added = functional.linear(z, mixture.reading_weight(expert))
-        output = output.index_add(0, token, added.to(output.dtype))
-    return output
-
-
-def _run_sorted(mixture: Mixture, taps: list[Tap], hidden: Tensor) -> Tensor:
-    """What experts put out, each for all tokens, scaled beforehand."""
-    of_experts = hidden.view(mixture.count, -1, hidden.shape[-1])
-    token = torch.arange(of_experts.shape[1], device=hidden.device)
-    outputs = []
-    for expert, x in enumerate(of_experts):
-        z = mixture.inner(expert, x)
-        for tap in taps:
-            z = tap(z, token, expert)
-        outputs.append(functional.linear(z, mixture.reading_weight(expert)))
-    return torch.cat(outputs)
-
-
-@contextlib.contextmanager
-def routed_among(mixture: Mixture, kept: Int[Tensor, " kept"]) -> Iterator[None]:
-    """Inside the block tokens are sent to the experts `kept` alone, as if there were no others.
-
-    The router decides with its rows of these experts, exactly as after pruning, and where it sends
-    a token to is translated into the numbers of all experts.
-
-    Args:
-        mixture: the mixture.
-        kept: numbers of the experts, ascending.
-    """
-    block, experts, count = mixture.block, mixture.experts, mixture.count
-    router = getattr(block, mixture.router)
-    counting = [m for m in (block, router) if isinstance(getattr(m, "num_experts", None), int)]
-    whole: dict[tuple[str, str], Tensor] = {}
-
-    def restrict(*_: Any) -> None:
-        for name, dim in mixture.routed.items():
-            owner, _, attribute = name.rpartition(".")
-            store = tensors_of(block.get_submodule(owner), attribute)
-            whole[owner, attribute] = store[attribute]
-            store[attribute] = store[attribute].index_select(dim, kept.to(store[attribute].device))
-        for module in counting:
-            module.num_experts = len(kept)
-
-    def restore(*_: Any) -> None:
-        for (owner, attribute), tensor in whole.items():
-            tensors_of(block.get_submodule(owner), attribute)[attribute] = tensor
-        whole.clear()
-        for module in counting:
-            module.num_experts = count
-
-    def translate(_: nn.Module, args: tuple) -> tuple:
-        if not mixture.sorted_inputs:
-            hidden, index, *weights = args
-            return (hidden, kept.to(index.device)[index], *weights)
-        x = args[0].view(len(kept), -1, args[0].shape[-1])
-        everywhere = x.new_zeros(count, *x.shape[1:])
-        return (everywhere.index_copy(0, kept.to(x.device), x).flatten(0, 1),)
-
-    def select(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        of_experts = output.view(count, -1, output.shape[-1])
-        return of_experts.index_select(0, kept.to(output.device)).flatten(0, 1)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(restrict).remove)
-        stack.callback(block.register_forward_hook(restore, always_call=True).remove)
-        stack.callback(experts.register_forward_pre_hook(translate).remove)
-        if mixture.sorted_inputs:
-            stack.callback(experts.register_forward_hook(select).remove)
-        yield

@@ -1,6 +1,7 @@
 """Scorers: calibration batches -> one score per unit, higher = keep. One paper, one file."""
 
 from hipp_ext.scorers.base import Scorer
+from hipp_ext.scorers.expert_use import ExpertUse
 from hipp_ext.scorers.flap import FLAP
 from hipp_ext.scorers.magnitude import Magnitude
 from hipp_ext.scorers.mrs import MRS
@@ -17,12 +18,14 @@ SCORERS: dict[str, type[Scorer]] = {
     "visual": VisualSensitivity,
     "mrs": MRS,
     "synflow": SynFlow,
+    "expert_use": ExpertUse,
 }
 
 __all__ = [
     "FLAP",
     "MRS",
     "SCORERS",
+    "ExpertUse",
     "Magnitude",
     "Scorer",
     "SynFlow",

@@ -7,9 +7,10 @@ plan. Models that llm-compressor quantised are saved and loaded likewise, with c
 
 import contextlib
 import copy
+import functools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def _widths(model: nn.Module) -> list[GroupWidth]:
         for g in query_groups(model, towers)
         if g.name not in known and not _as_configured(model, g)
     )
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     channels = KINDS["expert_channels"].common_width(config, "language")
     groups += tuple(g for g in channel_groups(model, towers) if g.width != channels)
     widths = [GroupWidth(tower=g.tower, layer=g.layer, kind=g.kind, width=g.width) for g in groups]
@@ -293,6 +294,7 @@ def load_pruned(
     plan = read_plan(path)
     model = _from_pretrained(folder, _resizing(stored, folder, kwargs), dtype, kwargs)
     model.__class__ = stored
+    _initialise_as_usual(model)
     if getattr(model.config.get_text_config(), "is_heterogeneous", False):
         allot_caches_late(model)
     if plan is not None and _belongs(plan, model, folder):
@@ -343,6 +345,7 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
         stored.__init__(self, config, *args, **options)
+        _spare_loaded_embeddings(self)
         shapes = shapes_in(self, folder, kwargs.get("key_mapping"))
         replace_modules(self, skip_modules(self, _dropped(self, config, folder, shapes)))
         named = _named_widths(folder, self)
@@ -367,6 +370,28 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
     return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
 
 
+def _spare_loaded_embeddings(model: nn.Module) -> None:
+    """Until `_initialise_as_usual`, keep transformers from initialising embeddings that it loaded.
+
+    Some classes set the row of the padding token to zero in any case (Youtu).
+    """
+    for part in model.modules():
+        if initialise := getattr(part, "_init_weights", None):
+            part._init_weights = functools.partial(_unless_loaded, initialise)  # type: ignore
+
+
+def _unless_loaded(initialise: Callable[[nn.Module], None], module: nn.Module) -> None:
+    # Embeddings of other classes have buffers to be initialised (Gemma 3).
+    plain = type(module) is nn.Embedding
+    if not (plain and getattr(module.weight, "_is_hf_initialized", False)):
+        initialise(module)
+
+
+def _initialise_as_usual(model: nn.Module) -> None:
+    for part in model.modules():
+        part.__dict__.pop("_init_weights", None)
+
+
 def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     """Those that can be mapped. An ordinary folder may hold a model that has none."""
     towers: tuple[Tower, ...] = ("language", "vision", "projector")
@@ -383,7 +408,7 @@ def _groups(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
 
 def _within(model: nn.Module, folder: ModelFolder) -> tuple[Group, ...]:
     """The query heads, and the channels of experts, of the blocks among `_groups`."""
-    towers = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
+    towers: tuple = tuple(dict.fromkeys(g.tower for g in _groups(model, folder)))
     return query_groups(model, towers) + channel_groups(model, towers)
 
 
@@ -391,16 +416,17 @@ def _dropped(
     model: nn.Module, config: Any, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Group]:
     """The groups whose blocks were dropped, by config.json and hipp_ext.json."""
-    gone = {("language", layer, KINDS[kind].place) for layer, kind in configured_skips(config)}
+    called = {kind.name: kind.names.skip for kind in KINDS.values()}  # the same for all units
+    gone = {("language", layer, called[kind]) for layer, kind in configured_skips(config)}
     if folder.manifest is not None:
         listed = [g for g in folder.manifest.groups if not g.width]
-        gone |= {(g.tower, g.layer, KINDS[g.kind].place) for g in listed}
+        gone |= {(g.tower, g.layer, called[g.kind]) for g in listed}
     groups = _groups(model, folder) if gone else ()
-    # An FFN and the experts beside it have one place.
     return [
         g
         for g in groups
-        if (g.tower, g.layer, g.place) in gone and not any(p.parameter in shapes for p in g.owns)
+        if (g.tower, g.layer, called[g.kind]) in gone
+        and not any(p.parameter in shapes for p in g.owns)
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hipp_ext.families import norm_before, residual_scale
-from hipp_ext.groups import Group
+from hipp_ext.groups import Group, gated
 from hipp_ext.layer_parts import own_norms
 from hipp_ext.surgery.streams import Stream
 from hipp_ext.units import unit_entries
@@ -45,18 +45,45 @@ class Consumer:
         bias = self.module.bias if len(self.kept) else None
         return functional.linear(args[0].index_select(-1, self.kept), self.weight, bias)
 
+    def standing_in(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside the `with` block the model computes with the weight that takes its place."""
+        return self.module.register_forward_hook(self.outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBlock:
+    """A block without consumer: a mixture of experts, which is sliced and not fitted.
+
+    Attributes:
+        model: the dense model.
+        group: the block's group.
+        mask: True for the units that stay.
+    """
+
+    model: nn.Module
+    group: Group
+    mask: Tensor
+
+    def standing_in(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside the `with` block the block computes with the units that stay."""
+        return gated(self.model, {self.group: self.mask})
+
 
 @contextlib.contextmanager
-def standing_in(consumers: Iterable[Consumer]) -> Iterator[None]:
-    """Inside the block the model computes with the weights that replace those of `consumers`."""
+def standing_in(replaced: Iterable[Consumer | MaskedBlock]) -> Iterator[None]:
+    """Inside the block the model computes with what takes the place of `replaced`."""
     with contextlib.ExitStack() as stack:
-        for c in consumers:
-            stack.callback(c.module.register_forward_hook(c.outputs).remove)
+        for one in replaced:
+            stack.enter_context(one.standing_in())
         yield
 
 
 def lacking_outputs(
-    group: Group, consumer: Consumer, before: Sequence[Consumer], dense: Stream, pruned: Stream
+    group: Group,
+    consumer: Consumer,
+    before: Sequence[Consumer | MaskedBlock],
+    dense: Stream,
+    pruned: Stream,
 ) -> tuple[Tensor, Tensor] | None:
     """The kept inputs of a sliced consumer, and what its outputs lack; (tokens, ...), float32.
 

@@ -1,6 +1,8 @@
 """Blocks and layers that leave whole, because a plan keeps none of their units."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -9,6 +11,7 @@ from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.kinds import KINDS
 from hipp_ext.layer_parts import own_norms
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.layer_config import built_shapes
 
 
 def skip_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
@@ -45,14 +48,30 @@ def removable_layers(model: nn.Module, plan: PruningPlan) -> list[int]:
     """Numbers of the language layers of which `plan` keeps nothing, and which hold nothing else.
 
     Layers with other parts (a state-space mixer, gates) stay, with both blocks skipped, and so do
-    those that the model adds image features after by their number.
+    those that the model adds image features after by their number. All of them stay where
+    transformers would not build the layers that are left, because their numbers decide what they
+    are.
     """
     kept = {e.layer for e in plan.groups if e.tower == "language" and e.keep}
     gone = {e.layer for e in plan.groups if e.tower == "language"} - kept
     if not gone or varies_by_itself(model.config.get_text_config()):  # type: ignore[union-attr]
         return []
+    layers = tower_layers(model, "language")
     stay = {g.layer for g in find_groups(model, partial="report") if not g.removable}
-    return sorted(gone - stay)
+    numbers = sorted(gone - stay)
+    return numbers if _builds_without(model, layers, numbers) else []
+
+
+def _builds_without(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> bool:
+    """Whether transformers builds the layers that are left when those of `numbers` are gone."""
+    if not numbers:
+        return True
+    config = copy.deepcopy(model.config)
+    drop_layers(config.get_text_config(), numbers)
+    built = built_shapes(model, config)
+    prefix = next(name for name, m in model.named_modules() if m is layers)
+    kept = [layer for i, layer in enumerate(layers) if i not in set(numbers)]
+    return all(f"{prefix}.{i}.{n}" in built for i, m in enumerate(kept) for n in m.state_dict())
 
 
 def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import FIELD_NAMES, field_name, varies_by_itself
+from hipp_ext.families import FIELD_NAMES, varies_by_itself
 from hipp_ext.groups import Kind, Tower, block_of, find_groups, find_skips
 from hipp_ext.kinds import KINDS
 
@@ -75,9 +75,10 @@ def _layers(model: nn.Module) -> dict[int, dict[str, Any]]:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr]
     layers: dict[int, dict[str, Any]] = {}
     for g in find_groups(model, partial="report"):
-        sizes = KINDS[g.kind].config(block_of(model, g), g.columns, g.width, config)
+        kind = KINDS[g.kind]
+        sizes = kind.config(block_of(model, g), g.columns, g.width, config)
         # A field that the configuration does not have would count as one of all layers.
-        known = {n: size for k, size in sizes.items() if (n := field_name(config, k))}
+        known = {n: size for k, size in sizes.items() if (n := kind.field(config, k))}
         layers.setdefault(g.layer, {}).update(known)
     for layer, kind in find_skips(model):
         layers.setdefault(layer, {}).setdefault("skip", []).append(KINDS[kind].names.skip)
@@ -116,7 +117,9 @@ def set_layers(config: Any, layers: dict[int, dict[str, Any]]) -> None:
 
 
 def built_shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that stock transformers builds of `config`; empty if it builds none."""
+    """Shapes of the tensors that stock transformers builds of `config`, once it was written and
+    read; empty if it builds none.
+    """
     try:
         # As it comes out of a file: some classes derive fields from others when they are made.
         config = type(config).from_dict(config.to_dict())

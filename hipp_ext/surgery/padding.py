@@ -167,7 +167,7 @@ def _channel_widths(model: Any) -> list[int]:
     most, step = max(g.width for g in groups), groups[0].multiple(1)
     dense = kind.common_width(config, "language") or most
     found = find_groups(model, partial="report")
-    others = {n for g in found if g.is_linear for n in KINDS[g.kind].fields}
+    others = {KINDS[g.kind].named(config) for g in found if g.is_linear}
     if kind.named(config) in others:
         return [dense]
     return sorted({min(-(-most // step) * step, dense), dense})

@@ -14,9 +14,10 @@ from hipp_ext.groups import Group, Tower, linear
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
-from hipp_ext.surgery.consumers import Consumer, lacking_outputs, standing_in
+from hipp_ext.surgery.consumers import Consumer, MaskedBlock, lacking_outputs, standing_in
 from hipp_ext.surgery.least_squares import RIDGE, Products, improved
 from hipp_ext.surgery.streams import Stream, streams
+from hipp_ext.units import keep_masks
 
 ROWS = (
     256  # of built-in calibration: with 64, the testbed's models knew fewer facts than sliced ones
@@ -53,7 +54,7 @@ def reconstructed_weights(
     the whole calibration the outputs are never further away than with W_S: where they would be
     (after rounding to a narrow dtype, or a solution that is not finite), W_S is used. The number of
     fitted layers is logged. Biases stay as they are. Groups that keep everything, or nothing, are
-    left out. The model is left as it was.
+    left out, and so are mixtures of experts. The model is left as it was.
 
     Cost: some five passes of the calibration through the pruned towers, whatever their depth:
     three in the pruned model, less than two in the dense one. While a group is solved, some
@@ -74,8 +75,7 @@ def reconstructed_weights(
             calibration has fewer than MIN_ROWS rows.
 
     Raises:
-        UnsupportedModelError: activations are NaN or infinite on this calibration, or experts lose
-            units.
+        UnsupportedModelError: activations are NaN or infinite on this calibration.
 
     Source: the layer-wise objective of OSSCAR (arXiv 2403.12983), on the inputs of the model that
     is pruned below as in SparseGPT (arXiv 2301.00774).
@@ -84,50 +84,42 @@ def reconstructed_weights(
     that the calibration does not show. Dense inputs, dense outputs as the target (as in GPTAQ,
     arXiv 2504.02692) and FLAP's bias (arXiv 2312.11983) were tried: see evals/studies/LOG.md.
     """
-    _check_linear(groups, plan)
-    consumers = {
+    masks = keep_masks(plan)
+    changed: dict[Group, Consumer | MaskedBlock] = {
         g: Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
+        if g.is_linear
+        else MaskedBlock(model, g, masks[g.name])
         for g, e in zip(groups, plan.groups, strict=True)
         if e.keep < e.width
     }
-    to_fit = [g for g, c in consumers.items() if len(c.kept)]
+    consumers = {g: c for g, c in changed.items() if isinstance(c, Consumer) and len(c.kept)}
     rows = sum(len(b["input_ids"]) for b in batches)
-    if to_fit and rows < MIN_ROWS:
+    if consumers and rows < MIN_ROWS:
         warnings.warn(
             f"A calibration of {rows} rows is too little to hold any out and see whether the "
             f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
     with evaluating(model):
-        _fit_towers(model, consumers, batches, held_out=rows >= MIN_ROWS, ridge=ridge)
-    fits = [consumers[g] for g in to_fit]
-    _warn_of_few_tokens({g.consumer: consumers[g] for g in to_fit})
-    _log.info("%d of %d layers were reconstructed", sum(c.fitted for c in fits), len(fits))
-    return {g.consumer: consumers[g].weight for g in to_fit}
-
-
-def _check_linear(groups: Sequence[Group], plan: PruningPlan) -> None:
-    """Raise UnsupportedModelError where others than linear layers lose units."""
-    lost = [g for g, e in zip(groups, plan.groups, strict=True) if e.keep < e.width]
-    if mixtures := [g.name for g in lost if not g.is_linear]:
-        raise UnsupportedModelError(
-            f"{', '.join(mixtures[:4])}: mixtures of experts cannot be reconstructed, only linear "
-            "layers. Prune without reconstruct, or recover the model by training."
-        )
+        _fit_towers(model, changed, batches, held_out=rows >= MIN_ROWS, ridge=ridge)
+    _warn_of_few_tokens({g.consumer: c for g, c in consumers.items()})
+    fitted = sum(c.fitted for c in consumers.values())
+    _log.info("%d of %d layers were reconstructed", fitted, len(consumers))
+    return {g.consumer: c.weight for g, c in consumers.items()}
 
 
 def _fit_towers(
     model: nn.Module,
-    consumers: Mapping[Group, Consumer],
+    changed: Mapping[Group, Consumer | MaskedBlock],
     batches: Sequence[Batch],
     *,
     held_out: bool,
     ridge: float,
 ) -> None:
-    below: list[Consumer] = []  # in the towers that run before
+    below: list[Consumer | MaskedBlock] = []  # in the towers that run before
     for tower in TOWERS:
-        own = {g: c for g, c in consumers.items() if g.tower == tower}
-        if any(len(c.kept) for c in own.values()):
+        own = {g: c for g, c in changed.items() if g.tower == tower}
+        if any(isinstance(c, Consumer) and len(c.kept) for c in own.values()):
             dense = streams(model, tower, batches)
             pruned = [replace(stream) for stream in dense]
             if below:
@@ -139,31 +131,32 @@ def _fit_towers(
 
 
 def _fit_tower(
-    consumers: Mapping[Group, Consumer],
+    changed: Mapping[Group, Consumer | MaskedBlock],
     pairs: Sequence[tuple[Stream, Stream]],
     *,
     held_out: bool,
     ridge: float,
 ) -> None:
     """Fit a tower's consumers from the bottom to the top, block by block as its layers run them."""
-    order, last = list(KINDS), max(g.layer for g in consumers)
+    order, last = list(KINDS), max(g.layer for g in changed)
     for number in range(last + 1):
-        own = [g for g in consumers if g.layer == number]
+        own = [g for g in changed if g.layer == number]
         own.sort(key=lambda g: order.index(g.kind))
         for i, group in enumerate(own):
-            if len(consumers[group].kept):
-                before = [consumers[g] for g in own[:i]]
-                _fit(group, consumers[group], before, pairs, held_out, ridge)
+            one = changed[group]
+            if isinstance(one, Consumer) and len(one.kept):
+                before = [changed[g] for g in own[:i]]
+                _fit(group, one, before, pairs, held_out, ridge)
         for dense, pruned in pairs:
             dense.pass_layer(number)
-            with standing_in(consumers[g] for g in own):
+            with standing_in(changed[g] for g in own):
                 pruned.pass_layer(number)
 
 
 def _fit(
     group: Group,
     consumer: Consumer,
-    before: Sequence[Consumer],
+    before: Sequence[Consumer | MaskedBlock],
     pairs: Sequence[tuple[Stream, Stream]],
     held_out: bool,
     ridge: float,
