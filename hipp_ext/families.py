@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Layout = Literal["parts", "units"]  # of the rows of a fused projection
 
@@ -202,6 +202,14 @@ def residual_scale(layer: nn.Module, place: str) -> float:
         return float(gate.detach().tanh().abs())
     beta = {"attention": "attn_beta_factor", "ffn": "mlp_beta_factor"}[place]  # MiniMax
     return float(getattr(layer, "residual_multiplier", getattr(layer, beta, 1.0)))
+
+
+def residual_stream(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The stream (batch, tokens, hidden) that the blocks of a layer add to.
+
+    Gemma 3n has several, of which one is active.
+    """
+    return hidden[layer.config.altup_active_idx] if hasattr(layer, "altup") else hidden
 
 
 def norms_residual(layer: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from hipp_ext.kinds import (
     shares_with_layers,
 )
 from hipp_ext.kinds.slices import tensor_in
-from hipp_ext.layer_parts import UNKNOWN, parts_of
+from hipp_ext.layer_parts import UNKNOWN, missing_block, parts_of
 from hipp_ext.towers import (
     Tower,
     check_towers,
@@ -303,10 +303,10 @@ def _find_groups(
         config, first = tower_config(model.config, tower), first_removable_layer(model.config)
         parts = [parts_of(layer, names[layer]) for layer in layers]
         # Configurations name the layers of a hybrid by number or by period.
-        alike = tower == "language" and not any(p.left for p in parts)
-        alike = alike and not varies_by_itself(config)
+        alike = not any(p.left for p in parts)
+        named = tower == "language" and alike and not varies_by_itself(config)
         for index, own in enumerate(parts):
-            removable = alike and index >= first and not own.others
+            removable = named and index >= first and not own.others
             removable = removable and not norms_residual(layers[index])
             for kind, block, name in own.blocks:
                 if not isinstance(block, Skip):
@@ -314,6 +314,14 @@ def _find_groups(
                     counts = _stock_counts(config, group, block)
                     changes: Any = {"stock_counts": counts, "removable": removable}
                     groups.append(replace(group, picture_tokens=seen, **changes))
+            if alike and (lacking := missing_block(own)):
+                left.append(
+                    LeftWhole(
+                        module=names[layers[index]],
+                        type=type(layers[index]).__name__,
+                        reason=f"it has {lacking}",
+                    )
+                )
             left += [
                 LeftWhole(module=name, type=type(module).__name__, reason=reason)
                 for module, name, reason in own.left

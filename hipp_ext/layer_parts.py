@@ -60,6 +60,12 @@ def parts_of(layer: nn.Module, name: str = "") -> LayerParts:
     )
 
 
+def missing_block(parts: LayerParts) -> str:
+    """What a layer lacks that all its parts can be divided of; empty: nothing."""
+    places = {kind.place for kind, _, _ in parts.blocks}
+    return next((f"0 {place} blocks" for place in BLOCKS if place not in places), "")
+
+
 def own_norms(layer: nn.Module, place: str) -> list[str]:
     """Names of the norms of `layer` that serve its block in this place alone, before or after it.
 

@@ -13,7 +13,7 @@ from torch import nn
 from hipp_ext import masked, prune
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
-from hipp_ext.groups import find_groups, find_skips
+from hipp_ext.groups import find_groups, find_skips, left_whole
 from hipp_ext.kinds import FFN, KINDS, Skip
 from hipp_ext.planner.state import FEATURES, measure_signals
 from hipp_ext.scorers import VisualSensitivity
@@ -50,6 +50,11 @@ def model(monkeypatch):
 @torch.no_grad()
 def test_another_kind_is_scored_and_pruned_as_masked(model):
     groups, inputs = find_groups(model, partial="report"), batch("llama")
+    assert {part.module for part in left_whole(model)} == {
+        "model.layers.0.mlp.gate",
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.shared_expert_gate",
+    }
     assert [(g.name, g.width) for g in groups] == [
         ("language.0.attention", 2),
         ("language.0.shared_expert", 36),

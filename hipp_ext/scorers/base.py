@@ -15,6 +15,7 @@ from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, UnsupportedModelError
 from hipp_ext.groups import Group, check_loaded, check_plain, find_groups, reading_weight, watching
 from hipp_ext.modes import evaluating
+from hipp_ext.verification import verify_groups
 
 Groups = Sequence[Group]
 Scores = Mapping[str, Tensor]  # group name -> (width,) scores, higher = keep
@@ -73,6 +74,7 @@ class Scorer(abc.ABC):
             )
         check_loaded(model)
         check_plain(model, groups)
+        verify_groups(model, groups)
         batches: Sequence[Batch] = ()
         if self.needs_calibration:
             batches = Calibration.of(model, calibration, processor).batches

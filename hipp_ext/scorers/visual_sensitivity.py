@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.families import crosses, norm_after, residual_scale
+from hipp_ext.families import crosses, norm_after, residual_scale, residual_stream
 from hipp_ext.groups import Group, block_of, decoder, linear, tower_layers, watching
 from hipp_ext.scorers.base import (
     Groups,
@@ -146,7 +146,8 @@ class _Probe:
             stack.callback(lambda: delattr(block, "_hipp_probe"))
 
             def remember(_: nn.Module, args: tuple, kwargs: dict) -> None:
-                self.hidden[g.layer] = args[0] if args else kwargs["hidden_states"]
+                hidden = args[0] if args else kwargs["hidden_states"]
+                self.hidden[g.layer] = residual_stream(layer, hidden)
 
             def forget(*_: Any) -> None:
                 self.hidden.pop(g.layer, None)
@@ -221,6 +222,7 @@ class _Probe:
 
     def _drift(self, g: Group, _: nn.Module, args: tuple, output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
+        after = residual_stream(self.layers[g.layer], after)
         where = self.batch.vision.to(after.device)
         moved = self.ffn_output.pop(g.layer).view(after.shape)[where].float()
         after = after[where].float()
