@@ -160,6 +160,8 @@ def plan(
     for line in _notes(maker, weights, ratio, preference):
         typer.echo(line)
     typer.echo(f"{out}: {_removes(made, loaded)}")
+    for line in _active(made, loaded):
+        typer.echo(line)
     for line in left_whole_lines(made.left_whole):
         typer.echo(f"left whole: {line}")
     _print_plan(made)
@@ -210,6 +212,20 @@ def _removes(plan: Any, model: Any) -> str:
         f"({removed:,} of {prunable:,}), {100 * fraction:.1f}% of all parameters, "
         f"{removed * weights[0].element_size() / 2**20:.1f} MiB"
     )
+
+
+def _active(plan: Any, model: Any) -> Iterator[str]:
+    """How much of a mixture of experts computes for a token, before and after."""
+    from hipp_ext.budget.active import has_mixtures, size_after, size_of
+    from hipp_ext.surgery.masks import match
+
+    if has_mixtures(model):
+        before, after = size_of(model), size_after(model, match(model, plan), plan)
+        yield (
+            f"parameters: {before.parameters:,} -> {after.parameters:,} in all, "
+            f"{before.active:,} -> {after.active:,} active for a token; "
+            f"{before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP per token"
+        )
 
 
 def _print_plan(plan: Any) -> None:

@@ -272,8 +272,11 @@ class ExpertChannels(_Mixtures):
         width = mixture.width
 
         def tap(z: Tensor, token: Tensor, expert: int) -> Tensor:
-            found = look(z[:, :width], token, slice(expert, None, mixture.count))
-            return z if found is None else torch.cat([found, z[:, width:]], 1)
+            # What `look` is shown is what goes on, so that its gradient can be watched too.
+            x, rest = z.split([width, z.shape[1] - width], 1) if mixture.biased else (z, None)
+            found = look(x, token, slice(expert, None, mixture.count))
+            x = x if found is None else found
+            return x if rest is None else torch.cat([x, rest], 1)
 
         with tapped(mixture, tap):
             yield
