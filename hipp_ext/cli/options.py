@@ -125,8 +125,8 @@ AttentionUnitOption = Annotated[
     AttentionUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
-        "every KV group; keys and values stay). Default: kv.",
+        help="Units of attention: kv (whole KV groups) or query (query heads, as many of every KV "
+        "group; keys and values stay). Default: kv.",
     ),
 ]
 TowersOption = Annotated[
@@ -142,8 +142,8 @@ ExpertUnitOption = Annotated[
     ExpertUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of mixtures of experts: expert (as many stay as a token is sent to) or "
-        "channel (the same one of all experts). Default: expert.",
+        help="Units of mixtures of experts: expert (at least those a token is sent to "
+        "stay) or channel (of all experts alike). Default: expert.",
     ),
 ]
 PartialOption = Annotated[
