@@ -204,7 +204,7 @@ def residual_scale(layer: nn.Module, place: str) -> float:
     return float(getattr(layer, "residual_multiplier", getattr(layer, beta, 1.0)))
 
 
-def residual_stream(layer: nn.Module, hidden: Tensor) -> Tensor:
+def residual_stream(layer: Any, hidden: Tensor) -> Tensor:
     """The stream (batch, tokens, hidden) that the blocks of a layer add to.
 
     Gemma 3n has several, of which one is active.

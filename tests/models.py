@@ -220,38 +220,6 @@ def mllama() -> nn.Module:
     return MllamaForConditionalGeneration(config)
 
 
-def glm4() -> nn.Module:
-    """Gate and up projection in one layer."""
-    from transformers import Glm4Config, Glm4ForCausalLM
-
-    return Glm4ForCausalLM(Glm4Config(**SIZES, pad_token_id=0, eos_token_id=2))
-
-
-def phi3() -> nn.Module:
-    """Queries, keys and values in one layer, and a block that reads its sizes from the config."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
-    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return Phi3ForCausalLM(Phi3Config(**sizes))
-
-
-def granite_swa() -> nn.Module:
-    """A sink for every query head, as many as a head has numbers."""
-    from transformers import GraniteSWAConfig, GraniteSWAForCausalLM
-
-    sizes = SIZES | {"num_attention_heads": 8, "pad_token_id": 0}
-    return GraniteSWAForCausalLM(GraniteSWAConfig(**sizes))
-
-
-def cohere() -> nn.Module:
-    """Norms with a gain of their own for every head, and blocks side by side."""
-    from transformers import CohereConfig, CohereForCausalLM
-
-    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
-    return CohereForCausalLM(CohereConfig(**sizes, use_qk_norm=True, pad_token_id=0))
-
-
 SHARING = SIZES | {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -304,10 +272,6 @@ PECULIAR = {
     "granite_llava": granite_llava,
     "gemma3": gemma3,
     "mllama": mllama,
-    "glm4": glm4,
-    "phi3": phi3,
-    "granite_swa": granite_swa,
-    "cohere": cohere,
 }  # what they do differently is tested where it matters
 SHARED_KEYS = {"gemma3n": gemma3n, "gemma4": gemma4, "gemma4_equal": gemma4_equal}
 IMAGE_TOKENS = {

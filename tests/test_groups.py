@@ -52,14 +52,6 @@ def test_context_flops_count_scores_and_weighted_sum():
     assert attention.context_flops(100) == 2 * 2 * 10 * 100 and ffn.context_flops(100) == 0
 
 
-def test_fused_projections_are_refused_by_name():
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"visual\.blocks\.0\.attn \(Qwen2_5_VLVisionAttention, and 1 more\): no block",
-    ):
-        find_groups(build("qwen2_5_vl"), ("vision",))
-
-
 def test_a_norm_over_all_heads_is_refused_by_name():
     model = build("llama")
     tower_layers(model, "language")[1].self_attn.q_norm = nn.LayerNorm(48)

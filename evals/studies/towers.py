@@ -120,23 +120,23 @@ class _Study:
         for task, asked in self.questions.items():
             truth = np.array([q.answer for q in asked])
             correct = {
-                side: np.mean([np.array(r["answers"][task]) == truth for r in records], 0)
+                side: np.mean([_right(r, task, truth) for r in records], 0)
                 for side, records in sides.items()
             }
             gains = correct["all"] - correct["language"]
             found[task] = {name: _mean(asked, c) for name, c in correct.items()}
             found[task]["gain"] = _mean(asked, gains)
+            pairs = zip(sides["all"], sides["language"], strict=True)
             found[task]["gain_per_draw"] = [
-                100 * float(np.mean(a == truth) - np.mean(b == truth))
-                for a, b in zip(
-                    *(
-                        [np.array(r["answers"][task]) for r in sides[s]]
-                        for s in ("all", "language")
-                    ),
-                    strict=True,
-                )
+                100 * float((_right(a, task, truth) - _right(b, task, truth)).mean())
+                for a, b in pairs
             ]
         return found
+
+
+def _right(record: Mapping[str, Any], task: str, truth: np.ndarray) -> np.ndarray:
+    """1 for each answer of a record that is right, else 0."""
+    return (np.array(record["answers"][task]) == truth).astype(float)
 
 
 def _mean(questions: Sequence[testbed.Question], values: np.ndarray) -> list[float]:

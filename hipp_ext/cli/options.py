@@ -142,8 +142,9 @@ PartialOption = Annotated[
     Partial,
     method_option(
         metavar="CHOICE",
-        help="What to do about parts of layers that cannot be pruned (state-space mixers, linear "
-        "attention): refuse, or report them and prune the others.",
+        show_default=False,
+        help="Parts of layers that cannot be pruned (mixers of hybrids): refuse, or report and "
+        "leave them whole. Default: refuse.",
     ),
 ]
 EffortOption = Annotated[

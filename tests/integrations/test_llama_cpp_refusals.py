@@ -22,10 +22,6 @@ REFUSED = {
     "qwen2_5_vl": "positions have three axes",
     "granite_llava": "granite, which has blocks whose output is scaled",
     "gemma3": "gemma3_text, which has norms of queries and keys",
-    "glm4": "tower is glm4, which has a graph of its own",
-    "phi3": "tower is phi3, which has fused projections",
-    "granite_swa": "tower is granite_swa, which has blocks whose output is scaled",
-    "cohere": "tower is cohere, which has attention and FFN side by side",
     "mllama": "mllama_text_model, which has layers that attend to the image",
 }
 CONFIGS = [
