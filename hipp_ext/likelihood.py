@@ -7,6 +7,7 @@ write it: a greedy decoder writes every answer whose tokens all have a probabili
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -64,7 +65,7 @@ class AnswerLikelihood:
         check_loaded(model)
         self._chunk = max(1, memory_limit // logit_bytes(model))
         self._head = OutputHead()
-        self._batches: list[tuple[Batch, _Tokens]] = []  # or inputs of the language tower
+        self._batches: list[tuple[dict[str, Any], _Tokens]] = []
         self._run = whole_pass if whole else _replayed
         with torch.no_grad(), evaluating(model):
             for number, batch in enumerate(batches):
@@ -87,7 +88,7 @@ class AnswerLikelihood:
         return torch.cat(means)
 
     def _log_p(
-        self, model: nn.Module, inputs: Batch, tokens: "_Tokens"
+        self, model: nn.Module, inputs: dict[str, Any], tokens: "_Tokens"
     ) -> Float[Tensor, " tokens"]:
         """Log-likelihood of each token [nats], on the CPU."""
         hidden = self._run(model, inputs)
@@ -99,7 +100,9 @@ class AnswerLikelihood:
             found.append(-nn.functional.cross_entropy(logits, ids, reduction="none").cpu())
         return torch.cat(found)
 
-    def _check(self, model: nn.Module, batch: Batch, inputs: Batch, tokens: "_Tokens") -> None:
+    def _check(
+        self, model: nn.Module, batch: Batch, inputs: dict[str, Any], tokens: "_Tokens"
+    ) -> None:
         """Find the model's head; raise if a replay gives other likelihoods than the model."""
         some = tokens.last_columns(CHECKED)
         self._head, logits = fit_output_head(model, batch, some.columns, some.rows)
@@ -114,7 +117,7 @@ class AnswerLikelihood:
             )
 
 
-def _replayed(model: nn.Module, inputs: Batch) -> Tensor:
+def _replayed(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The last hidden states for inputs of the language tower."""
     return decoder(model)(**inputs).last_hidden_state
 

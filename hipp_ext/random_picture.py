@@ -94,6 +94,12 @@ def _pictures(model: Any, parameters: dict[str, inspect.Parameter]) -> Iterator[
         yield {"pixel_values": pixels(1, side**2, channels, patch, patch), **grid}
         return
     built = getattr(config, "model_args", None) or {}  # of a tower from timm
+    if "spatial_shapes" in parameters:  # SigLIP 2, whose patches come side by side
+        side = 2 * merged
+        mask = torch.ones(1, side**2, dtype=torch.long, device=like.device)
+        shapes = torch.tensor([[side, side]], device=like.device)
+        patches = pixels(1, side**2, channels * patch**2)
+        yield {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
     whole = first_number(getattr(config, "image_size", None) or built.get("img_size"))
     for size in dict.fromkeys((2 * merged * patch, whole or 2 * merged * patch)):
         others = _other_arguments(model.config, parameters, size, like.device)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -44,8 +43,10 @@ def decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return captured
 
 
-def whole_pass(model: nn.Module, batch: Batch) -> Float[Tensor, "rows tokens hidden"]:
-    """The last hidden states of the language tower, with vision tower and projector run again."""
+def whole_pass(model: nn.Module, batch: Batch) -> Tensor:
+    """The last hidden states of the language tower (rows, tokens, hidden), with vision tower and
+    projector run again.
+    """
     seen: list[Any] = []
     handle = decoder(model).register_forward_hook(lambda _, __, output: seen.append(output))
     try:

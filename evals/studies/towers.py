@@ -1,10 +1,10 @@
 """One budget over vision tower, projector and language tower, against the language tower alone.
 
-Both sides remove the same number of parameters of the testbed's model, from a plan by Fisher
-sensitivity on the same calibration, without recovery, and answer the same questions of the test
-split. A gain is a paired difference, averaged over draws of the calibration; its standard error
-is that over questions, clustered by picture (each ScienceQA question is a cluster of its own). An
-interrupted study goes on in its folder.
+Both sides remove the same number of parameters of the testbed's model, from a plan by Fisher or
+anchored sensitivity on the same calibration, without recovery, and answer the same questions of the
+test split. A gain is a paired difference, averaged over draws of the calibration; its standard
+error is that over questions, clustered by picture (each ScienceQA question is a cluster of its
+own). An interrupted study goes on in its folder.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from hipp_ext import HiPPPlanner, Preference, PruningPlan, testbed
+from hipp_ext import PruningPlan, testbed
 from hipp_ext.allocators import Sensitivity
 from hipp_ext.budget import Bounds
 from hipp_ext.evals.evaluator import Evaluator
@@ -24,11 +24,17 @@ from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import Tower, find_groups, total_parameters
 from hipp_ext.runs import RunFolder
+from hipp_ext.sensitivity.efforts import Effort
 from hipp_ext.surgery.prune import prune
 
 ALL: tuple[Tower, ...] = ("language", "vision", "projector")
 SIDES: dict[str, tuple[Tower, ...]] = {"language": ("language",), "all": ALL}
-METHODS = ("sensitivity", "sensitivity, blocks may go", "untrained planner")
+# Method -> effort of the sensitivity, and whether blocks may go.
+METHODS: dict[str, tuple[Effort, bool]] = {
+    "fisher": ("fisher", False),
+    "fisher, blocks may go": ("fisher", True),
+    "anchored": ("anchored", False),
+}
 RATIO = 0.3  # of the prunable parameters of everything
 ROWS, BATCH = 64, 16  # of a draw of the calibration
 TASKS = {"POPE": "pope", "ScienceQA": "choice"}  # task -> what `Evaluator.scores` calls it
@@ -100,14 +106,10 @@ class _Study:
         rows = testbed.calibration_batches(self.processor, (seed + 1) * ROWS, BATCH)
         calibration = rows[-ROWS // BATCH :]
         ratio = RATIO * self.parameters / total_parameters(find_groups(self.model, towers))
-        if method == "untrained planner":
-            planner = HiPPPlanner(
-                Preference(1, 1, 1), pruning_ratio=ratio, effort="fisher", towers=towers, cache=None
-            )
-            return planner.plan(self.model, calibration=calibration)
-        bounds = Bounds(drop="blocks") if "blocks" in method else None
+        effort, drops = METHODS[method]
+        bounds = Bounds(drop="blocks") if drops else None
         allocator = Sensitivity(
-            pruning_ratio=ratio, effort="fisher", bounds=bounds, seed=seed, towers=towers
+            pruning_ratio=ratio, effort=effort, bounds=bounds, seed=seed, towers=towers
         )
         return allocator.plan(self.model, calibration=calibration)
 
@@ -115,7 +117,7 @@ class _Study:
         """Accuracy of both sides, and the gain, averaged over draws: [value, standard error]."""
         found: dict[str, Any] = {
             "removed": {side: [r["removed"] for r in records] for side, records in sides.items()},
-            "removed_fractions": sides["all"][0]["removed_fractions"],
+            "removed_fractions": [r["removed_fractions"] for r in sides["all"]],
         }
         for task, asked in self.questions.items():
             truth = np.array([q.answer for q in asked])
