@@ -121,7 +121,7 @@ class Group:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit_active", self.unit_active or self.unit_parameters)
-        object.__setattr__(self, "inputs", self.inputs or self.columns)
+        object.__setattr__(self, "inputs", self.inputs or (self.columns if self.owns else 0))
 
     @property
     def name(self) -> str:

@@ -76,9 +76,9 @@ def test_permuting_units_permutes_scores(scorer):
     order = {g.name: torch.randperm(g.width) for g in find_groups(model)}
     with torch.no_grad():
         for g in find_groups(model):
-            for name, rows in zip(g.producers, g.rows, strict=True):
-                weight = model.get_submodule(name).weight
-                weight.copy_(weight.unflatten(0, (g.width, rows))[order[g.name]].flatten(0, 1))
+            for part in g.produced:
+                weight = model.get_submodule(part.layer).weight
+                weight.copy_(weight.unflatten(0, (g.width, part.size))[order[g.name]].flatten(0, 1))
             weight = model.get_submodule(g.consumer).weight
             weight.copy_(weight.unflatten(1, (g.width, g.columns))[:, order[g.name]].flatten(1, 2))
     for name, permuted in scorer(model, [inputs]).items():
@@ -136,7 +136,7 @@ def test_magnitude_is_the_norm_of_what_goes():
     model = build("llava_gqa")
     g = find_groups(model)[0]
     weight = {n: model.get_submodule(n).weight.detach() for n in (*g.producers, g.consumer)}
-    parts = [weight[n][r : 2 * r] for n, r in zip(g.producers, g.rows, strict=True)]
+    parts = [weight[p.layer][p.size : 2 * p.size] for p in g.produced]
     parts.append(weight[g.consumer][:, g.columns : 2 * g.columns])
     expected = torch.cat([p.flatten() for p in parts]).norm()
     assert Magnitude()(model)[g.name][1] == pytest.approx(float(expected), rel=1e-5)

@@ -87,8 +87,9 @@ ServeOption = Annotated[
     Serve,
     size_option(
         metavar="RUNTIME",
+        show_default=False,
         help="Plan for what will serve the model: any, stock (transformers without hipp-ext), "
-        "vllm or gguf (llama.cpp; then --round-to is 32 by default).",
+        "vllm or gguf (llama.cpp; then --round-to is 32 by default). Default: any.",
     ),
 ]
 MaxMemory = Annotated[
@@ -104,21 +105,28 @@ LatencyFrom = Annotated[
     limit_option(metavar="TABLE", help="Times that `hipp latency --per-block` measured."),
 ]
 LatencyOf = Annotated[
-    Phase, limit_option(metavar="PHASE", help="decode (a further token) or prefill (the prompt).")
+    Phase,
+    limit_option(
+        metavar="PHASE",
+        show_default=False,
+        help="decode (a further token) or prefill (prompt). Default: decode.",
+    ),
 ]
 CostOption = Annotated[
     Cost,
     size_option(
         metavar="WHAT",
-        help="What --pruning-ratio is a fraction of: parameters, or the dense model's latency.",
+        show_default=False,
+        help="What --pruning-ratio is a fraction of: parameters, or the dense model's latency. "
+        "Default: parameters.",
     ),
 ]
 AttentionUnitOption = Annotated[
     AttentionUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of attention: kv (whole KV groups) or query (query heads, the same number from "
-        "every KV group; keys and values stay). Default: kv.",
+        help="Units of attention: kv (whole KV groups) or query (query heads, as many of every KV "
+        "group; keys and values stay). Default: kv.",
     ),
 ]
 TowersOption = Annotated[
@@ -134,8 +142,8 @@ ExpertUnitOption = Annotated[
     ExpertUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of mixtures of experts: expert (whole experts; as many as a token is sent to "
-        "stay at least) or channel (the same channel of all experts of a layer). Default: expert.",
+        help="Units of mixtures of experts: expert (at least those a token is sent to "
+        "stay) or channel (of all experts alike). Default: expert.",
     ),
 ]
 PartialOption = Annotated[

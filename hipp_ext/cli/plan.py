@@ -20,7 +20,14 @@ plan_app = typer.Typer()
 def plan(
     model: ModelArgument,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="The plan file to write.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            show_default=False,
+            help="The plan file to write. Default: plan.json.",
+        ),
     ] = Path("plan.json"),
     overwrite: Overwrite = False,
     cache: opt.Cache = None,
@@ -61,8 +68,9 @@ def plan(
         str,
         opt.method_option(
             metavar="NAME",
+            show_default=False,
             help="Decides how many units each group keeps: planner (by the preference), or "
-            f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio).",
+            f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio). Default: planner.",
         ),
     ] = "planner",
     attention_unit: opt.AttentionUnitOption = None,

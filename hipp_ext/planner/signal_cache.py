@@ -89,6 +89,8 @@ def _check_groups(groups: tuple[Group, ...]) -> tuple[Group, ...]:
             and 1 <= g.width <= MAX_UNITS
             and 0 <= g.layer < 2**31
             and 1 <= g.columns < 2**31
+            and 1 <= g.inputs < 2**31
+            and 1 <= g.least <= g.width
             and 1 <= g.sections <= g.width
             and not g.width % g.sections
             and g.unit_flops < 2**62

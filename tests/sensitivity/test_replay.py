@@ -11,7 +11,7 @@ from replays import batch_for, padded, replay_of, rows_of, with_dropout
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import decoder, find_groups, tower_layers
-from hipp_ext.replay import decoder_inputs, starting_at
+from hipp_ext.replay import Passed, decoder_inputs, starting_at
 from hipp_ext.sensitivity.anchors import MEASURED_LEVELS, affordable, points_at
 
 
@@ -37,7 +37,7 @@ def batches_of(*rows, seed=0):
 def test_the_tower_continues_from_any_layer(name):
     """With its layers below replaced it puts out the same, and afterwards they are there again."""
     model, given = build(name), padded(batch_for(name))
-    inputs, layers = decoder_inputs(model, given), tower_layers(model, "language")
+    inputs, layers = decoder_inputs(model, given), list(tower_layers(model, "language"))
     outputs, runs = [], []
     handles = [x.register_forward_hook(lambda _, __, out: outputs.append(out)) for x in layers]
     dense = decoder(model)(**inputs).last_hidden_state
@@ -46,7 +46,7 @@ def test_the_tower_continues_from_any_layer(name):
     counting = layers[0].mlp.register_forward_hook(lambda *_: runs.append(0))
     for start in range(1, len(layers)):
         before = outputs[start - 1].clone()
-        with starting_at(layers, start, outputs[start - 1]):
+        with starting_at(layers, start, Passed.of({}, outputs[start - 1])):
             again = decoder(model)(**inputs).last_hidden_state
         torch.testing.assert_close(again, dense)
         assert torch.equal(outputs[start - 1], before)
@@ -60,7 +60,7 @@ def test_the_tower_continues_from_any_layer(name):
 def test_a_forward_of_the_instance_comes_back_after_an_error(llama):
     """accelerate's hooks replace `forward` on the instance, too."""
     model = build("llama")
-    layers = tower_layers(model, "language")
+    layers = list(tower_layers(model, "language"))
     layers[0].forward = own = layers[0].forward
     with pytest.raises(RuntimeError, match="inside"), starting_at(layers, 2, None):
         assert layers[0].forward is not own
