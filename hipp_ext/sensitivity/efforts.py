@@ -55,7 +55,8 @@ def measure_sensitivity(
         model: masked while it is measured, otherwise left as it was found.
         calibration: a Calibration, or batches by task.
         groups: groups of any towers. Those before the language tower are measured by what the
-            language tower answers.
+            language tower answers; there "fisher" alone may miss at how many units the answers
+            break down.
         scores: group name -> score per unit, higher = keep.
         effort: how much is measured.
         seed: random seed of the Fisher estimate.
