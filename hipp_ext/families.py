@@ -28,7 +28,7 @@ PROJECTORS = (
 )
 HEADS = ("num_attention_heads", "num_heads", "attention_heads")  # of a vision tower
 # Inputs of a model's forward that hold pictures; those of videos have names of their own.
-PICTURES = ("pixel_values", "pixel_values_images", "image_pixel_values", "image_patches")
+PICTURES = ("pixel_values", "pixel_values_images", "image_patches")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 HEAD_DIMS = ("head_dim", "head_size")  # attributes of attention blocks

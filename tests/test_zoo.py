@@ -56,6 +56,7 @@ def test_it_is_pruned_rightly_or_refused_by_name(case):
         ("mpt", "drop"),  # blocks that add to the residual stream themselves
         ("mpt", "uniform"),  # no field for the width
         ("lfm2", "uniform"),  # a width that is computed from the field
+        ("glm4v", "uniform"),  # an entry that has the width of another part
         ("step3p7", "uniform"),  # fields that are derived when a configuration is read
         ("granitemoehybrid", "uniform"),  # two widths under one name
     ],

@@ -61,12 +61,17 @@ def _write_vision(model: Any) -> None:
     if len(widths) != 1 or common is None or widths == {common}:
         return
     (width,) = widths
+    own = {p.parameter for g in groups for p in g.owns}
+    there = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in own}
+
+    def builds(config: Any) -> bool:
+        shapes = built_shapes(model, config)
+        return {n: shapes.get(n) for n in own} == there
+
     trial = copy.deepcopy(model.config)
     kind.set_common_width(trial.vision_config, "vision", width)
-    shapes = built_shapes(model, trial)
-    tensors = model.state_dict().items()
-    own = {p.parameter for g in groups for p in g.owns}
-    if {n: shapes.get(n) for n in own} == {n: tuple(t.shape) for n, t in tensors if n in own}:
+    # The entry may be that of another part: GLM-4V's blocks are as wide as what they put out.
+    if not builds(model.config) and builds(trial):
         kind.set_common_width(model.config.vision_config, "vision", width)
 
 
