@@ -48,7 +48,7 @@ class Levels:
                 "Sensitivity, HiPPPlanner); one threshold over all units can drop blocks alone."
             )
         (least, step), most = bounds.steps(groups), bounds.most(groups)
-        drops = [bounds.drop == "blocks" and not g.least for g in groups]
+        drops = [bounds.drop == "blocks" and g.droppable for g in groups]
         counts = [
             np.concatenate([[0] * gone, np.arange(low, high, s), [high]])
             for gone, low, high, s in zip(drops, least, most, step, strict=True)
