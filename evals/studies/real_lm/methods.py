@@ -17,6 +17,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import FLAP, Magnitude, WandaSP
 from hipp_ext.sensitivity.efforts import Effort
 from hipp_ext.units import plan_from_counts
+from hipp_ext.verification import verify_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ def make_plans(
     larger = total_parameters(find_groups(model)) / total_parameters(groups)
     scorer: Any = allocator.scorer or WandaSP()
     tokens = sum(batch["input_ids"].numel() for batch in calibration.batches)
+    verify_groups(model, groups)  # once for each model, on four tokens: no part of a method
     start = time.perf_counter()
     with counted_passes(model, groups) as passes:
         scores = scorer(model, calibration, groups=groups)
