@@ -8,6 +8,7 @@ linear layers a block holds), not by a list of class names.
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from hipp_ext.kinds import (
     shares_keys,
     shares_with_layers,
 )
-from hipp_ext.kinds.slices import tensor_in
+from hipp_ext.kinds.slices import shape_in
 from hipp_ext.layer_parts import UNKNOWN, missing_block, parts_of
 from hipp_ext.towers import (
     Tower,
@@ -466,16 +467,16 @@ def _map_block(tower: Tower, index: int, kind: BlockKind, block: nn.Module, name
     width = kind.width(block, name)
     owns = kind.owns(block, name, width)
     kind.check_rest(block, name, width)
-    tensors = {p: tensor_in(block, p.parameter.removeprefix(f"{name}.")) for p in owns}
-    buffers = tuple(p for p, tensor in tensors.items() if not isinstance(tensor, nn.Parameter))
+    buffer_names = {f"{name}.{own}" for own, _ in block.named_buffers()}
+    buffers = tuple(part for part in owns if part.parameter in buffer_names)
     owns = tuple(part for part in owns if part not in buffers)
     parameters, active, multiplied = 0, 0.0, 0.0
     for part in owns:
-        parameter = tensors[part]
-        size = parameter.numel() // parameter.shape[part.dim] * part.size
+        shape = shape_in(block, part.parameter.removeprefix(f"{name}."))
+        size = math.prod(shape) // shape[part.dim] * part.size
         parameters += size
         active += size * kind.active_share(block, part)
-        if part.linear and parameter.ndim > 1:
+        if part.linear and len(shape) > 1:
             multiplied += size * kind.active_share(block, part)
     return Group(
         tower=tower,

@@ -120,14 +120,13 @@ def _fault(
 
 
 def _sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
-    parameters = [slices[0].parameter for g in groups for slices in g.cuts]
-    shared = len({id(tensor_in(model, name)) for name in parameters}) < len(parameters)
     layers = [(model.get_submodule(name), g.is_linear) for g in groups for name in g.layers]
-    return (
-        not shared
-        and not any(not_plain(layer, linear) for layer, linear in layers)
-        and not any(p.is_meta for p in model.parameters())
-    )
+    if any(not_plain(layer, linear) for layer, linear in layers):
+        return False
+    if any(p.is_meta for p in model.parameters()):
+        return False
+    parameters = [slices[0].parameter for g in groups for slices in g.cuts]
+    return len({id(tensor_in(model, name)) for name in parameters}) == len(parameters)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class BlockKind(abc.ABC):
             Slice(parameter=f"{name}.{n}.{part}", dim=0, size=size, start=width * sum(before))
             for n, parts in sizes.items()
             for part in ("weight", "bias")
-            if getattr(block, n)._parameters.get(part) is not None
+            if part == "weight" or getattr(block, n).bias is not None
             for size, before in ((size, parts[:i]) for i, size in enumerate(parts))
         ]
         read = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=columns)

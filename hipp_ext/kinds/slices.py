@@ -113,6 +113,15 @@ def _narrowed(owned: Tensor, part: Slice, sections: int, first: int, count: int 
     return blocks.narrow(dim + 1, start, length).flatten(dim, dim + 1)
 
 
+def shape_in(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Shape of a parameter or buffer of a module; of packed weights that of what they stand for."""
+    owner, _, attribute = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    if isinstance(layer, nn.Linear) and attribute == "weight":
+        return layer.out_features, layer.in_features
+    return tuple(tensor_in(module, name).shape)
+
+
 def tensor_in(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module or of its parts."""
     owner, _, attribute = name.rpartition(".")
