@@ -153,13 +153,11 @@ class PruningPlan:
 
     @property
     def attention_unit(self) -> AttentionUnit:
-        """The unit of its attention groups: "query" if all of them are query heads.
+        """The unit of its attention groups: "query" if any of them are query heads.
 
-        Where only some are (layers that share keys with each other), it makes no difference, or
-        KV groups were asked for.
+        Those of layers that share keys with each other are query heads with either unit.
         """
-        kinds = {g.kind for g in self.groups} & {"attention", "query_heads"}
-        return "query" if kinds == {"query_heads"} else "kv"
+        return "query" if any(g.kind == "query_heads" for g in self.groups) else "kv"
 
     @property
     def expert_unit(self) -> ExpertUnit:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, find_groups, linear
+from hipp_ext.groups import Group, linear
 from hipp_ext.integrations.torch_pruning_channels import (
     ChannelGroup,
     channel_mrs,
@@ -33,7 +33,7 @@ from hipp_ext.integrations.torch_pruning_importance import (
 from hipp_ext.integrations.torch_pruning_stock import confirm, to_tp_kwargs
 from hipp_ext.modes import call, evaluating
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, match
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, groups_of, match
 from hipp_ext.surgery.prune import prune
 
 __all__ = [
@@ -167,9 +167,7 @@ class PlanPruner:
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
         """Prune the groups in `kept` to these of their present units, in one surgery."""
-        plan = self.plan
-        units = plan.attention_unit, plan.expert_unit
-        groups = find_groups(self.model, plan.towers, *units, partial="report")
+        groups = groups_of(self.model, self.plan).values()
         entries = [
             PlanGroup(
                 tower=g.tower,

@@ -111,9 +111,7 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
             group of a tower that the plan covers is missing from the plan.
         UnsupportedModelError: see `verify_groups`.
     """
-    # What a plan has no groups of was left whole when it was made: it says so.
-    units = plan.attention_unit, plan.expert_unit
-    found = {g.name: g for g in find_groups(model, plan.towers, *units, partial="report")}
+    found = groups_of(model, plan)
     missing = sorted(set(found) - set(plan.keep_counts))
     unknown = sorted(set(plan.keep_counts) - set(found))
     problems = [f"only in the model: {missing[:4]}"] * bool(missing)
@@ -149,6 +147,22 @@ def match(model: nn.Module, plan: PruningPlan) -> tuple[Group, ...]:
         )
     verify_groups(model, groups)
     return groups
+
+
+def groups_of(model: nn.Module, plan: PruningPlan) -> dict[str, Group]:
+    """Name -> group of the model, in the units of the plan.
+
+    What a plan has no groups of was left whole when it was made: it says so. Where query heads are
+    in a plan because layers share keys, others may be KV groups.
+    """
+    first: dict[str, Group] = {}
+    for unit in dict.fromkeys((plan.attention_unit, "kv")):
+        groups = find_groups(model, plan.towers, unit, plan.expert_unit, partial="report")
+        found = {g.name: g for g in groups}
+        if found.keys() == plan.keep_counts.keys():
+            return found
+        first = first or found
+    return first
 
 
 def _size(group: Group | PlanGroup) -> str:

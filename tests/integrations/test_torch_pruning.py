@@ -264,7 +264,7 @@ def test_groups_can_be_looked_into_and_passed_over():
         assert [d.target.module for d, _ in group][1:] == [
             model.get_submodule(n) for n in ours.producers
         ]
-        assert [len(i) for _, i in group][1:] == [len(group.units) * rows for rows in ours.rows]
+        assert [len(i) for _, i in group][1:] == [len(group.units) * p.size for p in ours.produced]
         seen.append(group.name)
         if ours.kind == "ffn":
             group.prune()
