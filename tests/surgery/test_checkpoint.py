@@ -547,7 +547,7 @@ DAMAGES = {
         r"groups\.0\.width",
     ),
     "a group gone": (
-        lambda d: edit(d / "hipp_ext.json", lambda m: m["groups"].pop()),
+        lambda d: edit(d / "hipp_ext.json", lambda m: m["groups"].pop(0)),
         "lists other groups",
     ),
     "unknown class": (
