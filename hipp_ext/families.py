@@ -309,14 +309,14 @@ def drop_layers(config: Any, removed: Sequence[int]) -> None:
 
 def norm_after(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's output before it is added; None where it is added as it is."""
-    ffn_input = norm_before(layer, "ffn")
-    after = (getattr(layer, n) for n in norms_after(layer, place))
-    return next((norm for norm in after if norm is not ffn_input), None)
+    return next((getattr(layer, n) for n in norms_after(layer, place)), None)
 
 
 def norms_after(layer: nn.Module, place: str) -> list[str]:
-    """Names of the norms behind a block."""
-    return [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
+    """Names of the norms behind a block, which read nothing but its output."""
+    ffn_input = norm_before(layer, "ffn")
+    names = [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
+    return [n for n in names if getattr(layer, n) is not ffn_input]
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:

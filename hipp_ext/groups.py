@@ -235,14 +235,14 @@ def find_groups(
             and partial is "refuse". Nothing is ever skipped in silence; the message lists the
             modules in question.
     """
-    check_units(attention_unit, expert_unit)
-    check_partial(partial)
+    check_choices(attention_unit, expert_unit, partial)
     towers = check_towers(towers)
     units = attention_unit, expert_unit
     groups, left = _find_groups(model, towers, lambda kind, block: _in_unit(kind, block, *units))
-    adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
-    if left and (partial == "refuse" or adapted or not groups):
-        raise UnsupportedModelError(_refusal(model, towers, left, bool(groups)))
+    if left:
+        adapted = any(_adapters(tower_root(model, tower)) for tower in towers)
+        if partial == "refuse" or adapted or not groups:
+            raise UnsupportedModelError(_refusal(model, towers, left, bool(groups)))
     return groups
 
 
@@ -369,18 +369,15 @@ def tower_config(config: Any, tower: Tower) -> Any:
     return config.get_text_config() if tower == "language" else config.vision_config
 
 
-def check_units(attention_unit: object, expert_unit: object) -> None:
-    """Raise BudgetError unless they are one of AttentionUnit and one of ExpertUnit."""
-    given = {"attention_unit": attention_unit, "expert_unit": expert_unit}
-    for (name, unit), units in zip(given.items(), (AttentionUnit, ExpertUnit), strict=True):
-        if unit not in get_args(units):
-            raise BudgetError(f"{name}={unit!r}: one of {', '.join(get_args(units))} is needed.")
-
-
-def check_partial(partial: object) -> None:
-    """Raise BudgetError unless `partial` is one of Partial."""
-    if partial not in get_args(Partial):
-        raise BudgetError(f"partial={partial!r}: one of {', '.join(get_args(Partial))} is needed.")
+def check_choices(attention_unit: object, expert_unit: object, partial: object) -> None:
+    """Raise BudgetError unless they are of AttentionUnit, ExpertUnit and Partial."""
+    given = {"attention_unit": attention_unit, "expert_unit": expert_unit, "partial": partial}
+    known = (AttentionUnit, ExpertUnit, Partial)
+    for (name, choice), choices in zip(given.items(), known, strict=True):
+        if choice not in get_args(choices):
+            raise BudgetError(
+                f"{name}={choice!r}: one of {', '.join(get_args(choices))} is needed."
+            )
 
 
 def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, Kind]]:
@@ -641,11 +638,10 @@ __all__ = [
     "Tower",
     "block_of",
     "channel_groups",
+    "check_choices",
     "check_loaded",
-    "check_partial",
     "check_plain",
     "check_towers",
-    "check_units",
     "decoder",
     "find_groups",
     "find_skips",

@@ -77,7 +77,7 @@ def own_norms(layer: nn.Module, place: str) -> list[str]:
     if norms_residual(layer) or sum(kind.place == place for kind, _, _ in parts.blocks) > 1:
         return []
     before, ffn_input = norm_before(layer, place), norm_before(layer, "ffn")
-    names = [n for n in norms_after(layer, place) if getattr(layer, n) is not ffn_input]
+    names = norms_after(layer, place)
     if before is not None and ffn_input is not None and not parts.others:
         names += [n for n, child in layer.named_children() if child is before]
     return names

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hipp_ext.families import PICTURES
 from hipp_ext.groups import Tower, tower_layers, tower_root
 from hipp_ext.modes import evaluating
 from hipp_ext.towers import first_number
 
-PIXELS = ("pixel_values", "pixel_values_images")
 # Dimensions before those of a picture: pictures, rows of them, and as many tiles as some models cut
 # a picture into.
 LEADING = ((1,), (1, 1), (1, 2), (1, 3), (1, 5), (1, 1, 1))
@@ -81,7 +81,7 @@ def _pictures(model: Any, parameters: dict[str, inspect.Parameter]) -> Iterator[
     def pixels(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
-    name = next((n for n in PIXELS if n in parameters), PIXELS[0])
+    name = next((n for n in PICTURES if n in parameters), PICTURES[0])
     if "image_grid_thw" in parameters:
         side = 2 * merged
         grid = {"image_grid_thw": torch.tensor([[1, side, side]], device=like.device)}

@@ -15,9 +15,8 @@ from hipp_ext.groups import (
     ExpertUnit,
     Partial,
     Tower,
-    check_partial,
+    check_choices,
     check_towers,
-    check_units,
     find_groups,
     left_whole,
 )
@@ -66,9 +65,8 @@ class Allocator(abc.ABC):
         check_ratio(self.pruning_ratio)
         if self.bounds is not None and not isinstance(self.bounds, Bounds):
             raise BudgetError(f"bounds={self.bounds!r}: hipp_ext.budget.Bounds are needed.")
-        check_units(self.attention_unit, self.expert_unit)
+        check_choices(self.attention_unit, self.expert_unit, self.partial)
         object.__setattr__(self, "towers", check_towers(self.towers))
-        check_partial(self.partial)
 
     def plan(
         self,

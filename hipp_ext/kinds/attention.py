@@ -161,13 +161,14 @@ class Attention(_Heads):
     def width(self, block: Any, name: str) -> int:
         """Number of KV groups."""
         producers, consumer = self.matched(block)
-        keys = getattr(block, producers[0 if len(producers) == 1 else 1])
+        keys = producers[min(1, len(producers) - 1)]  # the second, or all in one
         size, read = head_dim(block), getattr(block, consumer).in_features
-        rest = size and (keys.out_features % size or read % value_dim(block))
+        rows = getattr(block, keys).out_features
+        rest = size and (rows % size or read % value_dim(block))
         if not size or rest or not self.kv_heads(block):
             raise UnsupportedModelError(
-                f"{name} ({type(block).__name__}) has no head_dim that divides its "
-                f"{producers[0 if len(producers) == 1 else 1]} and {consumer}."
+                f"{name} ({type(block).__name__}) has no head_dim that divides its {keys} and "
+                f"{consumer}."
             )
         return self.kv_heads(block)
 

@@ -17,9 +17,8 @@ from hipp_ext.groups import (
     Group,
     Partial,
     Tower,
-    check_partial,
+    check_choices,
     check_towers,
-    check_units,
     find_groups,
 )
 from hipp_ext.limits import Excess, Limits, check_reachable, counts_within, no_excess
@@ -118,8 +117,7 @@ class HiPPPlanner:
         if pruning_ratio is not None:
             check_ratio(pruning_ratio)
         check_effort(effort)
-        check_units(attention_unit, expert_unit)
-        check_partial(partial)
+        check_choices(attention_unit, expert_unit, partial)
         if (number := whole(seed)) is None or not 0 <= number < 2**63:
             raise PlanError(f"seed={seed!r}: a whole number of 0 or more is needed.")
         self.preference = preference
