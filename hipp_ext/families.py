@@ -37,8 +37,11 @@ ROUNDING = ("block_auto_adjust_ff_dim",)
 # Attention blocks whose fused projection lies in several parts, each with queries, keys and values.
 SCATTERED = ("CodeGenAttention",)
 LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
+# The same, with a weight of (inputs, outputs): GPT-2 and what was made after it.
+TRANSPOSED_LAYERS = ("Conv1D",)
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
+QUERY_WIDTHS = ("embed_dim", "split_size")  # of all query heads of an attention block together
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 # Config fields that list the numbers of some layers, and such that count the first layers.
@@ -96,10 +99,11 @@ BLOCKS = {
             ("qkv_proj",),
             ("query_key_value",),
             ("qkv",),
+            ("c_attn",),
         ),
-        fused={"qkv_proj": "parts", "qkv": "parts", "query_key_value": "units"},
+        fused={"qkv_proj": "parts", "qkv": "parts", "c_attn": "parts", "query_key_value": "units"},
         gates=("gate_proj", "g_proj"),
-        consumers=("o_proj", "out_proj", "dense", "Wo", "proj", "projection_layer"),
+        consumers=("o_proj", "out_proj", "dense", "Wo", "proj", "projection_layer", "c_proj"),
         norms_before=(
             "input_layernorm",
             "attention_layernorm",
@@ -111,6 +115,7 @@ BLOCKS = {
             "operator_norm",
             "temporal_pre_norm",
             "attn_norm",
+            "ln_1",
         ),
         norms_after=("post_self_attn_layernorm", "post_attention_layernorm"),
         gate="cross_attn_attn_gate",
@@ -161,6 +166,7 @@ BLOCKS = {
             "rms_norm2",
             "channel_pre_norm",
             "mlp_norm",
+            "ln_2",
         ),
         norms_after=("post_feedforward_layernorm", "post_mlp_layernorm"),
         gate="cross_attn_mlp_gate",
@@ -221,6 +227,16 @@ def lends_keys(block: Any) -> bool:
     """Whether later layers attend to the keys and values of an attention block (Gemma 3n)."""
     shared = getattr(getattr(block, "config", None), "num_kv_shared_layers", 0)
     return bool(shared and getattr(block, "store_full_length_kv", False))
+
+
+def fused_layout(block: Any, layer: str) -> Layout | None:
+    """How the rows of an attention block's projection `layer` lie; None: it is not fused.
+
+    Those of GPT-BigCode lie head by head where every head has keys of its own.
+    """
+    if layer == "c_attn" and getattr(block, "multi_query", True) is False:
+        return "units"
+    return BLOCKS["attention"].fused.get(layer)
 
 
 def borrows_keys(block: Any) -> bool:

@@ -22,7 +22,6 @@ from hipp_ext.errors import BudgetError, UnsupportedModelError
 from hipp_ext.families import (
     BLOCKS,
     LAYER_LISTS,
-    LINEAR_LAYERS,
     first_removable_layer,
     norms_residual,
     varies_by_itself,
@@ -39,6 +38,7 @@ from hipp_ext.kinds import (
 )
 from hipp_ext.kinds.slices import shape_in
 from hipp_ext.layer_parts import UNKNOWN, missing_block, parts_of
+from hipp_ext.projections import is_plain_projection, sync_features
 from hipp_ext.towers import (
     Tower,
     check_towers,
@@ -504,13 +504,6 @@ def _stock_counts(config: Any, group: Group, block: nn.Module) -> tuple[int, ...
     return counts and tuple(n for n in counts if n < group.width) + (group.width,)
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer called `name`."""
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear), (name, type(module))
-    return module
-
-
 def block_of(model: nn.Module, group: Group) -> Any:
     """The module that holds the layers of `group`, such as an attention or FFN module."""
     return model.get_submodule(group.block)
@@ -526,10 +519,8 @@ def sync_sizes(model: nn.Module, group: Group, width: int) -> None:
 
     Those of the linear layers follow their weights.
     """
-    for part in group.owns:
-        layer = model.get_submodule(part.layer)
-        if isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = layer.weight.shape
+    for name in group.layers:
+        sync_features(model.get_submodule(name))
     KINDS[group.kind].resize(block_of(model, group), group.columns, width)
 
 
@@ -608,8 +599,7 @@ def not_plain(module: nn.Module, required: bool = True) -> str:
         return "that is quantised"
     weights = [p for p in module._parameters.values() if p is not None]
     plain = all(type(w) is nn.Parameter and w.is_floating_point() for w in weights)
-    linear = type(module) is nn.Linear or type(module).__name__ in LINEAR_LAYERS
-    if plain and (weights or not required) and (linear or not required):
+    if plain and (not required or (weights and is_plain_projection(module))):
         return ""
     weight = getattr(module, "weight", weights[0] if weights else None)
     return f"with a {type(weight).__name__} weight of {getattr(weight, 'dtype', 'no dtype')}"
@@ -648,7 +638,6 @@ __all__ = [
     "gated",
     "left_whole",
     "left_whole_lines",
-    "linear",
     "not_plain",
     "query_groups",
     "reading_weight",

@@ -22,6 +22,7 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, Tower, block_of, gated, not_plain, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, tensor_in, without_first
 from hipp_ext.modes import evaluating
+from hipp_ext.projections import sync_features
 from hipp_ext.random_picture import picture_features, random_picture
 
 TOKENS = 4
@@ -174,16 +175,20 @@ def _cut_while_running(model: nn.Module, group: Group, slices: Sequence[Slice]) 
     It is a view where the units lie in one piece, else a copy.
     """
     parameter, block = tensor_in(model, slices[0].parameter), block_of(model, group)
-    whole = parameter.data
+    whole, layer = parameter.data, model.get_submodule(slices[0].layer)
+
+    def show(values: Tensor) -> None:
+        parameter.data = values
+        sync_features(layer)
 
     def cut(*_: Any) -> None:
-        parameter.data = change_units(whole, slices, group.width, without_first(group.sections))
+        show(change_units(whole, slices, group.width, without_first(group.sections)))
 
     def restore(*_: Any) -> None:
-        parameter.data = whole
+        show(whole)
 
     with block.register_forward_pre_hook(cut), block.register_forward_hook(restore):
         try:
             yield
         finally:
-            parameter.data = whole
+            show(whole)

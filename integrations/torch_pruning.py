@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, linear
+from hipp_ext.groups import Group
 from hipp_ext.integrations.torch_pruning_channels import (
     ChannelGroup,
     channel_mrs,
@@ -27,6 +27,7 @@ from hipp_ext.integrations.torch_pruning_importance import (
     TorchPruningScorer,
     channel_taylor,
     columns_of,
+    linear,
     tp,
     traceless_group,
 )

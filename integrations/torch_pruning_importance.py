@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, MissingExtraError, PlanError, UnsupportedModelError
-from hipp_ext.groups import AttentionUnit, Group, block_of, find_groups, linear
+from hipp_ext.groups import AttentionUnit, Group, block_of, find_groups
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating, training_only
+from hipp_ext.projections import projection
 from hipp_ext.scorers.base import Scorer, forward, per_unit, require_labels
 from hipp_ext.scorers.gates import GatedGroup, Loss, unit_taylor
 
@@ -277,6 +278,23 @@ def channel_taylor(
     with evaluating(model):
         scores = unit_taylor(model, groups, loss, batches)
     return {g.name: s.float() for g, s in zip(groups, scores, strict=True)}
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer called `name`.
+
+    Raises:
+        UnsupportedModelError: it keeps its weight as (inputs, outputs), which torch-pruning would
+            read and cut the wrong way round.
+    """
+    module = projection(model, name)
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__}, whose weight is (inputs, outputs); torch-pruning "
+            "takes weights of (outputs, inputs) alone. Score with hipp_ext.scorers, and prune with "
+            "hipp_ext.prune, or with PlanPruner(...).step()."
+        )
+    return module
 
 
 def columns_of(units: Iterable[int], columns: int) -> list[int]:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, linear, query_groups, sync_sizes
-from hipp_ext.integrations.torch_pruning_importance import HippImportance
+from hipp_ext.groups import Group, block_of, find_groups, query_groups, sync_sizes
+from hipp_ext.integrations.torch_pruning_importance import HippImportance, linear
 from hipp_ext.kinds import shares_keys
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.layer_config import write_layer_config

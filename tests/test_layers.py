@@ -14,6 +14,7 @@ ORDER = (
     "files",
     "progress",
     "families",
+    "projections",
     "modes",
     "kinds",
     "towers",

@@ -24,10 +24,11 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import timed
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.shapes import noise, random_llava
-from hipp_ext.groups import Group, find_groups, linear
+from hipp_ext.groups import Group, find_groups
 from hipp_ext.planner import FitSettings, HiPPPlanner
 from hipp_ext.planner.state import measure_signals
 from hipp_ext.preference import Preference
+from hipp_ext.projections import inputs_of, projection
 from hipp_ext.surgery.checkpoint import resolve_device
 from hipp_ext.surgery.prune import prune
 from hipp_ext.surgery.slices import sliced
@@ -179,7 +180,8 @@ class _RewardOfShape:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         lost = [
-            1 - linear(model, g.consumer).in_features / (g.width * g.columns) for g in self.groups
+            1 - inputs_of(projection(model, g.consumer)) / (g.width * g.columns)
+            for g in self.groups
         ]
         early, late = lost[: len(lost) // 2], lost[len(lost) // 2 :]
         return {

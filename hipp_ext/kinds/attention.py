@@ -17,16 +17,19 @@ from hipp_ext.families import (
     HEAD_BIASES,
     HEAD_DIMS,
     HEADS,
+    QUERY_WIDTHS,
     SCATTERED,
     VALUE_DIM,
     borrowed_kv_heads,
     borrows_keys,
     common_value,
     field_name,
+    fused_layout,
     lends_keys,
 )
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
+from hipp_ext.projections import inputs_of, matrix_of, outputs_of
 
 
 class _Heads(BlockKind):
@@ -37,16 +40,16 @@ class _Heads(BlockKind):
 
     def query_heads(self, block: Any) -> int:
         """Number of query heads: the consumer reads as many numbers of each as a value has."""
-        return getattr(block, self.matched(block)[1]).in_features // value_dim(block)
+        return inputs_of(getattr(block, self.matched(block)[1])) // value_dim(block)
 
     def kv_heads(self, block: Any) -> int:
         """Number of key heads, and of value heads."""
         producers, _ = self.matched(block)
         if len(producers) > 1:
-            return block.k_proj.out_features // head_dim(block)
+            return outputs_of(block.k_proj) // head_dim(block)
         if borrows_keys(block):
             return borrowed_kv_heads(block)
-        heads = getattr(block, producers[0]).out_features // head_dim(block)
+        heads = outputs_of(getattr(block, producers[0])) // head_dim(block)
         return (heads - self.query_heads(block)) // 2
 
     def extras(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
@@ -91,12 +94,12 @@ class _Heads(BlockKind):
         values come from an earlier layer.
         """
         producers, _ = self.matched(block)
-        weight, size = getattr(block, producers[-1]).weight, value_dim(block)
+        weight, size = matrix_of(getattr(block, producers[-1])), value_dim(block)
         if borrows_keys(block):
             return torch.eye(self.kv_heads(block) * size, weight.shape[1]).to(weight), size
         if len(producers) == 1:
             heads = self.kv_heads(block)
-            if self.names.fused[producers[0]] == "units":
+            if fused_layout(block, producers[0]) == "units":
                 weight = weight.unflatten(0, (heads, -1))[:, -size:].flatten(0, 1)
             weight = weight[-heads * size :]
         return weight, size
@@ -127,7 +130,7 @@ class _Heads(BlockKind):
         """
         super().resize(block, columns, width)
         producers, _ = self.matched(block)
-        if self.names.fused.get(producers[0]) == "parts" and hasattr(block, "config"):
+        if fused_layout(block, producers[0]) == "parts" and hasattr(block, "config"):
             shared = getattr(block.config, "_shared", block.config)
             heads = width * columns // value_dim(block)
             block.config = shared
@@ -162,8 +165,8 @@ class Attention(_Heads):
         """Number of KV groups."""
         producers, consumer = self.matched(block)
         keys = producers[min(1, len(producers) - 1)]  # the second, or all in one
-        size, read = head_dim(block), getattr(block, consumer).in_features
-        rows = getattr(block, keys).out_features
+        size, read = head_dim(block), inputs_of(getattr(block, consumer))
+        rows = outputs_of(getattr(block, keys))
         rest = size and (rows % size or read % value_dim(block))
         if not size or rest or not self.kv_heads(block):
             raise UnsupportedModelError(
@@ -174,7 +177,7 @@ class Attention(_Heads):
 
     def parts(self, block: Any, layer: str, width: int) -> list[int]:
         """Rows of a KV group: of queries, keys and values in turn where they are in one layer."""
-        if self.names.fused.get(layer) == "parts":
+        if fused_layout(block, layer) == "parts":
             size = head_dim(block)
             return [self.query_heads(block) // width * size, size, size]
         return super().parts(block, layer, width)
@@ -182,8 +185,8 @@ class Attention(_Heads):
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
         heads = width * columns // value_dim(block)
-        named = {"num_key_value_heads": width, "embed_dim": width * columns}
-        return {"num_heads": heads, "num_attention_heads": heads, **named}
+        names = {"num_key_value_heads": width, **dict.fromkeys(QUERY_WIDTHS, width * columns)}
+        return {"num_heads": heads, "num_attention_heads": heads, **names}
 
     def config(self, block: Any, columns: int, width: int, named: Any) -> dict[str, int]:
         """Numbers of query heads and KV heads."""
@@ -226,7 +229,7 @@ class QueryHeads(_Heads):
     def divides(self, block: Any) -> bool:
         """Not where a KV group's queries, keys and values lie side by side in one layer."""
         producers, _ = self.matched(block)
-        return self.names.fused.get(producers[0]) != "units"
+        return fused_layout(block, producers[0]) != "units"
 
     def width(self, block: Any, name: str) -> int:
         """Number of query heads."""
@@ -250,14 +253,14 @@ class QueryHeads(_Heads):
         return tuple(
             replace(part, size=part.size // repeat)
             for part in of_groups
-            if not part.parameter.startswith(keys) and (not part.start or part.dim == 1)
+            if not part.parameter.startswith(keys) and not part.start
         )
 
     def attributes(self, block: Any, columns: int, width: int) -> dict[str, int]:
         """Numbers of query heads, and of those that share a key head."""
         repeat = width // self.kv_heads(block)
-        named = {"num_key_value_groups": repeat, "embed_dim": width * columns}
-        return {"num_heads": width, "num_attention_heads": width, **named}
+        names = {"num_key_value_groups": repeat, **dict.fromkeys(QUERY_WIDTHS, width * columns)}
+        return {"num_heads": width, "num_attention_heads": width, **names}
 
 
 class SizedConfig:

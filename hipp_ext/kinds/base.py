@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import ROUNDING, BlockNames, common_value, field_name
 from hipp_ext.kinds.slices import Slice
+from hipp_ext.projections import inputs_of, is_projection, matrix_of, output_dim, outputs_of
 
 # (inputs of a consumer (..., inputs), the tokens of the block's call that they belong to, which of
 # the consumer's inputs they are) -> what takes their place, None: they stay. The tokens are None
@@ -56,7 +57,7 @@ class BlockKind(abc.ABC):
 
     def match(self, block: nn.Module) -> tuple[list[str], str] | None:
         """(producers, consumer) as child names where `block` has this kind's shape, else None."""
-        linear = {n for n, child in block.named_children() if isinstance(child, nn.Linear)}
+        linear = {n for n, child in block.named_children() if is_projection(child)}
         known = {name for names in self.names.producers for name in names}
         producers = tuple(n for n, _ in block.named_children() if n in linear & known)
         consumers = [n for n in self.names.consumers if n in linear]
@@ -72,26 +73,27 @@ class BlockKind(abc.ABC):
             UnsupportedModelError: the units do not divide the block's linear layers.
         """
         producers, consumer = self.matched(block)
-        gates = [n for n in self.names.gates if isinstance(getattr(block, n, None), nn.Linear)]
-        layers = [n for n in (*producers, *gates) if n != consumer]
-        sizes = {n: self.parts(block, n, width) for n in layers}
-        columns, rest = divmod(getattr(block, consumer).in_features, width)
-        if rest or any(sum(p) * width != getattr(block, n).out_features for n, p in sizes.items()):
+        gates = [n for n in self.names.gates if is_projection(getattr(block, n, None))]
+        names = [n for n in (*producers, *gates) if n != consumer]
+        layers = {n: block.get_submodule(n) for n in (*names, consumer)}
+        sizes = {n: self.parts(block, n, width) for n in names}
+        columns, rest = divmod(inputs_of(layers[consumer]), width)
+        if rest or any(sum(p) * width != outputs_of(layers[n]) for n, p in sizes.items()):
             listed = ", ".join(
-                f"{name}.{n} {getattr(block, n).in_features}->{getattr(block, n).out_features}"
-                for n in (*layers, consumer)
+                f"{name}.{n} {inputs_of(layer)}->{outputs_of(layer)}" for n, layer in layers.items()
             )
             raise UnsupportedModelError(
                 f"{name}: {width} units do not divide its linear layers: {listed}"
             )
         rows = [
-            Slice(parameter=f"{name}.{n}.{part}", dim=0, size=size, start=width * sum(before))
+            Slice(parameter=f"{name}.{n}.{part}", dim=dim, size=size, start=width * sum(before))
             for n, parts in sizes.items()
-            for part in ("weight", "bias")
-            if part == "weight" or getattr(block, n).bias is not None
+            for part, dim in (("weight", output_dim(layers[n])), ("bias", 0))
+            if part == "weight" or layers[n].bias is not None
             for size, before in ((size, parts[:i]) for i, size in enumerate(parts))
         ]
-        read = Slice(parameter=f"{name}.{consumer}.weight", dim=1, size=columns)
+        dim = 1 - output_dim(layers[consumer])
+        read = Slice(parameter=f"{name}.{consumer}.weight", dim=dim, size=columns)
         return (*rows, *self.extras(block, name, width), read)
 
     def matched(self, block: nn.Module) -> tuple[list[str], str]:
@@ -102,7 +104,7 @@ class BlockKind(abc.ABC):
 
     def parts(self, block: Any, layer: str, width: int) -> list[int]:
         """Rows of one unit in each of the projections that lie one after the other in a layer."""
-        return [getattr(block, layer).out_features // width]
+        return [outputs_of(getattr(block, layer)) // width]
 
     def extras(self, block: Any, name: str, width: int) -> tuple[Slice, ...]:
         """What units own of parameters that belong to no linear layer: sinks, norms per head."""
@@ -148,7 +150,7 @@ class BlockKind(abc.ABC):
 
     def reading_weight(self, block: Any, consumer: Any) -> Tensor:
         """Weight (outputs, inputs of all units) of the linear layer that reads the units."""
-        return consumer.weight
+        return matrix_of(consumer)
 
     @contextlib.contextmanager
     def watch(self, block: Any, consumer: Any, look: Look) -> Iterator[None]:

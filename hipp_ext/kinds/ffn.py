@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import BLOCKS
 from hipp_ext.kinds.base import BlockKind
+from hipp_ext.projections import inputs_of, matrix_of, outputs_of
 
 
 class FFN(BlockKind):
@@ -24,19 +25,20 @@ class FFN(BlockKind):
 
     def width(self, block: Any, name: str) -> int:
         """Number of channels."""
-        return getattr(block, self.matched(block)[1]).in_features
+        return inputs_of(getattr(block, self.matched(block)[1]))
 
     def parts(self, block: Any, layer: str, width: int) -> list[int]:
         """A row per channel, of the gate and of the up projection where both are in one layer.
 
         Some projectors (Aya Vision) have both in a layer whose name does not tell.
         """
-        return [1] * (getattr(block, layer).out_features // width)
+        return [1] * (outputs_of(getattr(block, layer)) // width)
 
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
         """The up projection."""
         producers, consumer = self.matched(block)
-        return getattr(block, producers[-1]).weight[-getattr(block, consumer).in_features :], 1
+        width = inputs_of(getattr(block, consumer))
+        return matrix_of(getattr(block, producers[-1]))[-width:], 1
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """No other parameter may have an entry for every channel, and no channel may depend on what
@@ -51,7 +53,7 @@ class FFN(BlockKind):
                 "of all: without some of them it would keep others."
             )
         producers, _ = self.matched(block)
-        if getattr(block, producers[0]).in_features == width:
+        if inputs_of(getattr(block, producers[0])) == width:
             return
         known = {n for names in self.names.producers for n in names} | set(self.names.consumers)
         for part, parameter in block.named_parameters():

@@ -13,6 +13,7 @@ from hipp_ext.families import LATENT_ATTENTION, LATENT_PARTS
 from hipp_ext.kinds.attention import SkipAttention
 from hipp_ext.kinds.base import BlockKind, Skip
 from hipp_ext.kinds.slices import Slice
+from hipp_ext.projections import inputs_of, matrix_of
 
 
 class LatentAttention(BlockKind):
@@ -33,11 +34,11 @@ class LatentAttention(BlockKind):
     def width(self, block: Any, name: str) -> int:
         """Number of heads."""
         head_dim = getattr(block, "v_head_dim", None)
-        if not isinstance(head_dim, int) or block.o_proj.in_features % head_dim:
+        if not isinstance(head_dim, int) or inputs_of(block.o_proj) % head_dim:
             raise UnsupportedModelError(
                 f"{name} ({type(block).__name__}) has no v_head_dim that divides its o_proj."
             )
-        return block.o_proj.in_features // head_dim
+        return inputs_of(block.o_proj) // head_dim
 
     def check_rest(self, block: Any, name: str, width: int) -> None:
         """Beside the up-projections only what makes the latents may stand there."""
@@ -51,8 +52,8 @@ class LatentAttention(BlockKind):
     def passed_on(self, block: Any) -> tuple[Tensor, int]:
         """Absolute weights from the hidden states to the values of all heads, over the latent."""
         heads = self.width(block, "")
-        values = block.kv_b_proj.weight.unflatten(0, (heads, -1))[:, -block.v_head_dim :]
-        latent = block.kv_a_proj_with_mqa.weight[: values.shape[-1]]
+        values = matrix_of(block.kv_b_proj).unflatten(0, (heads, -1))[:, -block.v_head_dim :]
+        latent = matrix_of(block.kv_a_proj_with_mqa)[: values.shape[-1]]
         gain = block.kv_a_layernorm.weight.abs()
         return (values.flatten(0, 1).abs() * gain) @ latent.abs(), block.v_head_dim
 

@@ -19,7 +19,8 @@ class Slice:
     Attributes:
         parameter: name of the parameter in the model.
         dim: dimension of the parameter along which the units lie: in the weight of a linear layer
-            0 for rows (what computes the unit) and 1 for columns (what reads it).
+            that of its outputs (rows, which compute the unit) or of its inputs (columns, which read
+            it), see `hipp_ext.projections`.
         size: entries of one unit.
         start: first entry of the first unit.
         linear: whether the parameter is the weight or bias of a linear layer, and not that of a

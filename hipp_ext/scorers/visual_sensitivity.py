@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch, image_token_id
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import crosses, norm_after, residual_scale, residual_stream
-from hipp_ext.groups import Group, block_of, decoder, linear, tower_layers, watching
+from hipp_ext.groups import Group, block_of, decoder, tower_layers, watching
+from hipp_ext.projections import projection
 from hipp_ext.scorers.base import (
     Groups,
     Scorer,
@@ -160,7 +161,7 @@ class _Probe:
         stack.enter_context(watching(self.model, g, partial(self._channels, g)))
         # Gemma norms what a block returns before it is added.
         added = norm_after(layer, g.place) or (
-            linear(self.model, g.consumer) if block is layer else block
+            projection(self.model, g.consumer) if block is layer else block
         )
         for hook in (
             layer.register_forward_hook(partial(self._drift, g)),

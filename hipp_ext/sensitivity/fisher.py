@@ -17,6 +17,7 @@ from hipp_ext.kinds.mixture import Mixture
 from hipp_ext.modes import replaced_forward, training_only
 from hipp_ext.output_head import OutputHead
 from hipp_ext.progress import Tick
+from hipp_ext.projections import inputs_of, is_projection, outputs_of
 from hipp_ext.sensitivity.picture_rows import picture_rows, picture_token_count
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
 from hipp_ext.units import unit_order
@@ -258,11 +259,11 @@ def _activation_bytes(model: nn.Module, batch: ReplayBatch, towers: Sequence[Tow
 def _features(model: nn.Module, tower: Tower) -> int:
     """Bytes of the inputs and outputs of all linear layers of a tower, per token."""
     layers = tower_layers(model, tower)
-    linears = [m for m in layers.modules() if isinstance(m, nn.Linear)]
-    features = sum(m.in_features + m.out_features for m in linears)
+    projections: list[Any] = [m for m in layers.modules() if is_projection(m)]
+    features = sum(inputs_of(m) + outputs_of(m) for m in projections)
     for mixture in filter(None, map(Mixture.of, layers.modules())):
         features += mixture.top_k * (4 * mixture.width + 2 * mixture.hidden)
-    return features * (linears[0].weight.element_size() if linears else 4)
+    return features * (projections[0].weight.element_size() if projections else 4)
 
 
 def _tokens(batch: ReplayBatch) -> int:

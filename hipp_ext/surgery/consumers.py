@@ -11,6 +11,7 @@ from torch.nn import functional
 from hipp_ext.families import norm_before, residual_scale
 from hipp_ext.groups import Group, gated
 from hipp_ext.layer_parts import own_norms
+from hipp_ext.projections import matrix_of
 from hipp_ext.surgery.streams import Stream
 from hipp_ext.units import unit_entries
 
@@ -24,25 +25,26 @@ class Consumer:
     Attributes:
         module: the dense one.
         kept: input columns that stay.
-        weight: weight of these columns, as far as it is known: sliced, then fitted.
+        weight: weight (outputs, kept inputs), as far as it is known: sliced, then fitted.
         fitted: whether it is another than the slice.
         tokens: number of tokens that it was fitted to.
     """
 
-    module: nn.Linear
+    module: nn.Module
     kept: Tensor
     weight: Tensor
     fitted: bool = False
     tokens: int = 0
 
     @classmethod
-    def sliced(cls, module: nn.Linear, units: Tensor, columns: int) -> "Consumer":
-        kept = unit_entries(units, columns).to(module.weight.device)
-        return cls(module, kept, module.weight.index_select(1, kept))
+    def sliced(cls, module: nn.Module, units: Tensor, columns: int) -> "Consumer":
+        weight = matrix_of(module)
+        kept = unit_entries(units, columns).to(weight.device)
+        return cls(module, kept, weight.index_select(1, kept))
 
     def outputs(self, _: nn.Module, args: tuple[Any, ...], __: Tensor) -> Tensor:
         """What the pruned model computes here; without the bias, where the block is dropped."""
-        bias = self.module.bias if len(self.kept) else None
+        bias: Any = self.module.bias if len(self.kept) else None
         return functional.linear(args[0].index_select(-1, self.kept), self.weight, bias)
 
     def standing_in(self) -> contextlib.AbstractContextManager[Any]:
@@ -95,7 +97,7 @@ def lacking_outputs(
         here = pruned.inputs(group.layer, *norms, consumer.module)
     if here is None:
         return None
-    x, weight = here[-1].float(), consumer.module.weight.float()
+    x, weight = here[-1].float(), matrix_of(consumer.module).float()
     lacking = functional.linear(x, weight.index_fill(1, consumer.kept, 0))
     if norm is not None:
         there = dense.inputs(group.layer, norm)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, check_loaded, find_groups, gated, linear, not_plain
+from hipp_ext.groups import Group, check_loaded, find_groups, gated, not_plain
 from hipp_ext.kinds import KINDS
 from hipp_ext.kinds.slices import tensor_in, tensors_of
 from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.projections import projection
 from hipp_ext.units import keep_masks, unit_entries
 from hipp_ext.verification import verify_groups
 
@@ -86,7 +87,7 @@ def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
 def _whole_output(model: nn.Module, group: Group) -> dict[str, Any]:
     """What else has to be zero for a block of `group` without any unit to add nothing."""
     if group.is_linear:
-        biased = linear(model, group.consumer).bias is not None
+        biased = projection(model, group.consumer).bias is not None
         return {f"{group.consumer}.bias": slice(None)} if biased else {}
     block = model.get_submodule(group.block)
     return {f"{group.block}.{name}": slice(None) for name, _ in block.named_parameters()}

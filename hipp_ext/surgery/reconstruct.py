@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Tower, linear
+from hipp_ext.groups import Group, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
+from hipp_ext.projections import as_stored, projection
 from hipp_ext.surgery.consumers import Consumer, MaskedBlock, lacking_outputs, standing_in
 from hipp_ext.surgery.least_squares import RIDGE, Products, improved
 from hipp_ext.surgery.streams import Stream, streams
@@ -37,7 +38,7 @@ def reconstructed_weights(
     *,
     ridge: float = RIDGE,
 ) -> dict[str, Tensor]:
-    """Consumer name -> its weight (out, kept columns), dtype and device as before.
+    """Consumer name -> its weight with the kept inputs alone, dtype, device and layout as before.
 
     Consumers (o_proj, down_proj) are fitted one after the other, from the bottom of the model to
     its top, on what the model computes that is pruned and reconstructed below. For one with weight
@@ -86,7 +87,7 @@ def reconstructed_weights(
     """
     masks = keep_masks(plan)
     changed: dict[Group, Consumer | MaskedBlock] = {
-        g: Consumer.sliced(linear(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
+        g: Consumer.sliced(projection(model, g.consumer), torch.tensor(e.kept).long(), g.columns)
         if g.is_linear
         else MaskedBlock(model, g, masks[g.name])
         for g, e in zip(groups, plan.groups, strict=True)
@@ -105,7 +106,7 @@ def reconstructed_weights(
     _warn_of_few_tokens({g.consumer: c for g, c in consumers.items()})
     fitted = sum(c.fitted for c in consumers.values())
     _log.info("%d of %d layers were reconstructed", fitted, len(consumers))
-    return {g.consumer: c.weight for g, c in consumers.items()}
+    return {g.consumer: as_stored(c.module, c.weight) for g, c in consumers.items()}
 
 
 def _fit_towers(

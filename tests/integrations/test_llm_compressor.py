@@ -28,7 +28,7 @@ from hipp_ext.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from hipp_ext.groups import find_groups, linear
+from hipp_ext.groups import find_groups
 from hipp_ext.integrations.llm_compressor import (
     HippStructuredPruningModifier,
     sparsity_per_layer,
@@ -226,7 +226,9 @@ def test_the_model_is_the_pruned_one_and_comes_back_to_the_bit(
         assert torch.equal(loaded.generate(**arguments), small.generate(**arguments)), option
     assert torch.equal(loaded.generate(**batch(name), max_new_tokens=5, do_sample=False), generated)
     loaded.train()(**inputs).loss.backward()
-    assert all(linear(loaded, g.consumer).weight.grad.abs().sum() > 0 for g in find_groups(loaded))
+    assert all(
+        loaded.get_submodule(g.consumer).weight.grad.abs().sum() > 0 for g in find_groups(loaded)
+    )
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])
@@ -450,7 +452,7 @@ def test_a_preference_is_planned_in_place_with_the_widths_that_the_quantiser_nee
     oneshot(model=model, recipe=recipe, **data("llava"))
     plan = model.hipp_plan
     assert 0.3 <= plan.pruning_ratio < 0.35 and plan.preference == pytest.approx(wish.as_tuple())
-    assert all(linear(model, g.consumer).in_features % GROUP == 0 for g in find_groups(model))
+    assert all(model.get_submodule(g.consumer).in_features % GROUP == 0 for g in find_groups(model))
     by_name = dense("llava")
     numbers = {"utility": 0.4, "robustness": 0.4, "compression": 0.2}
     oneshot(

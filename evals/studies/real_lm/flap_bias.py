@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from hipp_ext.calibration import Calibration
-from hipp_ext.groups import linear
 from hipp_ext.plan import PruningPlan
+from hipp_ext.projections import matrix_of, projection
 from hipp_ext.scorers.base import input_moments
 from hipp_ext.surgery.masks import match
 from hipp_ext.surgery.prune import prune
@@ -32,7 +32,8 @@ def prune_with_bias(model: nn.Module, plan: PruningPlan, calibration: Calibratio
         assert entry.keep, f"{group.name} is dropped"
         gone = torch.tensor(sorted(set(range(entry.width)) - set(entry.kept)), dtype=torch.long)
         columns, found = unit_entries(gone, group.columns), moments[group.name]
-        weight, consumer = linear(model, group.consumer).weight, linear(small, group.consumer)
+        weight = matrix_of(projection(model, group.consumer))
+        consumer = projection(small, group.consumer)
         bias = weight[:, columns].double() @ (found.sum[columns] / found.tokens)
         if consumer.bias is not None:
             bias += consumer.bias
