@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from hipp_ext.errors import BudgetError, UnsupportedModelError
-from hipp_ext.families import PROJECTORS, VISION_TOWERS
+from hipp_ext.families import LAYER_LISTS, PROJECTORS, VISION_TOWERS
 from hipp_ext.kinds import KINDS
 
 Tower = Literal["language", "vision", "projector"]
@@ -60,6 +60,66 @@ def vision_tower(model: nn.Module) -> nn.Module:
     raise UnsupportedModelError(
         f"{type(model).__name__} has no vision tower; its modules: {listing(model)}"
     )
+
+
+def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
+    """The layers of a tower, in order; the MLPs of a projector.
+
+    A vision tower may have two lists of them, one after the other (Llama 3.2 Vision).
+    """
+    if tower == "projector":
+        return nn.ModuleList(projector_blocks(model))
+    root = tower_root(model, tower)
+    own = [getattr(root, name, None) for name in LAYER_LISTS]
+    lists = [layers for layers in own if isinstance(layers, nn.ModuleList) and len(layers)]
+    if len(lists) != 1:
+        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and _has_attention(m)]
+    if tower == "vision" and len(lists) > 1:
+        return nn.ModuleList(layer for layers in lists for layer in layers)
+    if len(lists) != 1:
+        names = KINDS["attention"].names
+        raise UnsupportedModelError(
+            f"{adapters_in(root)}Looked for the layers of the {tower} tower of "
+            f"{type(model).__name__} "
+            f"and found {len(lists)} lists of blocks with {names.producers[0]} and one of "
+            f"{names.consumers}. Modules of the tower: {listing(root)}"
+        )
+    return lists[0]
+
+
+def tower_root(model: nn.Module, tower: Tower) -> nn.Module:
+    """The module that holds the layers of a tower; of a projector, the model."""
+    if tower == "projector":
+        return model
+    return decoder(model) if tower == "language" else vision_tower(model)
+
+
+def tower_config(config: Any, tower: Tower) -> Any:
+    """The part of a model's configuration that describes a tower."""
+    if tower == "projector":
+        return config
+    return config.get_text_config() if tower == "language" else config.vision_config
+
+
+def adapters_in(root: nn.Module) -> str:
+    """A sentence on adapters, which stand in front of the linear layers; empty without any."""
+    adapted = [
+        name
+        for name, module in root.named_modules()
+        if type(module).__module__.partition(".")[0] == "peft"
+    ]
+    if not adapted:
+        return ""
+    return (
+        f"The model carries adapters ({adapted[0]}, ...): merge them first, "
+        "model.merge_and_unload(). "
+    )
+
+
+def _has_attention(layers: nn.ModuleList) -> bool:
+    """Whether a layer has an attention block, or had one."""
+    kinds = [kind for kind in KINDS.values() if kind.place == "attention"]
+    return any(kind.find(layer) for layer in layers for kind in kinds)
 
 
 def projector_blocks(model: nn.Module) -> list[nn.Module]:

@@ -2,10 +2,10 @@
 tokens.
 
 Groups are found by the names and shapes of layers, and a shape can mislead: heads that are
-    subtracted from one another, a norm
-for every head, sizes that a forward takes from elsewhere. So one unit of every group (of every
-section of it) is taken out in two ways, by masking what it puts out and by slicing its weights, and
-both must give the same logits, or features of a random picture where units see pictures.
+subtracted from one another, a norm for every head, sizes that a forward takes from elsewhere. So
+one unit of every group (of every section of it) is taken out in two ways, by masking what it puts
+out and by slicing its weights, and both must give the same logits, or features of a random picture
+where units see pictures.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
-from hipp_ext.groups import Group, Tower, block_of, gated, not_plain, sync_sizes
+from hipp_ext.groups import Group, Tower, block_of, check_loaded, check_sliceable, gated, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, tensor_in, without_first
 from hipp_ext.modes import evaluating
 from hipp_ext.projections import sync_features
@@ -75,7 +75,7 @@ def _verify(
     """Compare what `runs()` returns with units masked to the same with units sliced out."""
     kinds = {(g.tower, g.kind) for g in groups}
     known = _switched_off.get() or kinds <= _verified.get(model, set())
-    if known or not _sliceable(model, groups):
+    if known or not _is_sliceable(model, groups):
         return
     try:
         outputs = runs()
@@ -120,14 +120,12 @@ def _fault(
     return ""
 
 
-def _sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
-    layers = [(model.get_submodule(name), g.is_linear) for g in groups for name in g.layers]
-    if any(not_plain(layer, linear) for layer, linear in layers):
-        return False
-    if any(p.is_meta for p in model.parameters()):
-        return False
-    parameters = [slices[0].parameter for g in groups for slices in g.cuts]
-    return len({id(tensor_in(model, name)) for name in parameters}) == len(parameters)
+def _is_sliceable(model: nn.Module, groups: Sequence[Group]) -> bool:
+    with contextlib.suppress(UnsupportedModelError):
+        check_sliceable(model, groups)
+        check_loaded(model)
+        return True
+    return False
 
 
 @torch.no_grad()

@@ -290,9 +290,9 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     module = projection(model, name)
     if not isinstance(module, nn.Linear):
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__}, whose weight is (inputs, outputs); torch-pruning "
-            "takes weights of (outputs, inputs) alone. Score with hipp_ext.scorers, and prune with "
-            "hipp_ext.prune, or with PlanPruner(...).step()."
+            f"{name} is a {type(module).__name__}, whose weight is (inputs, outputs); "
+            "torch-pruning takes weights of (outputs, inputs) alone. Score with hipp_ext.scorers, "
+            "and prune with hipp_ext.prune, or with PlanPruner(...).step()."
         )
     return module
 

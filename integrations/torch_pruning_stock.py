@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, block_of, find_groups, query_groups, sync_sizes
+from hipp_ext.groups import Group, block_of, check_sliceable, find_groups, query_groups, sync_sizes
 from hipp_ext.integrations.torch_pruning_importance import HippImportance, linear
 from hipp_ext.kinds import shares_keys
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.layer_config import write_layer_config
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, check_sliceable, match
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, match
 from hipp_ext.units import keep_masks
 
 
@@ -30,8 +30,8 @@ def to_tp_kwargs(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
             so; the message says which group and why. PlanPruner carries the same plan out.
     """
     groups = match(model, plan)
-    check_sliceable(model, groups, plan)
     pairs = [(g, e) for g, e in zip(groups, plan.groups, strict=True) if e.keep < e.width]
+    check_sliceable(model, [g for g, _ in pairs])
     for group, entry in pairs:
         if reason := _stock_fails(model, group, entry.keep):
             raise UnsupportedModelError(

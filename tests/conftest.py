@@ -15,7 +15,6 @@ UNCHECKED = {
     "hipp_ext.planner.fit",
     "hipp_ext.robust.evaluation",
     "hipp_ext.robust.losses",
-    "hipp_ext.groups",
 }
 
 

@@ -28,6 +28,7 @@ from hipp_ext.families import (
     lends_keys,
 )
 from hipp_ext.kinds.base import BlockKind, Skip
+from hipp_ext.kinds.sized_config import SizedConfig
 from hipp_ext.kinds.slices import Slice
 from hipp_ext.projections import inputs_of, matrix_of, outputs_of
 
@@ -261,21 +262,6 @@ class QueryHeads(_Heads):
         repeat = width // self.kv_heads(block)
         names = {"num_key_value_groups": repeat, **dict.fromkeys(QUERY_WIDTHS, width * columns)}
         return {"num_heads": width, "num_attention_heads": width, **names}
-
-
-class SizedConfig:
-    """A configuration in which some sizes are others than in the one it is a view of."""
-
-    def __init__(self, shared: Any, **sizes: Any):
-        self.__dict__.update(_shared=shared, **sizes)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_shared" or name.startswith("__"):  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._shared, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._shared, name, value)
 
 
 class SkipAttention(Skip):

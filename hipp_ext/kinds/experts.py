@@ -25,10 +25,10 @@ from hipp_ext.families import (
     ROUTED_WITH_LOGITS,
     common_value,
 )
-from hipp_ext.kinds.attention import SizedConfig
 from hipp_ext.kinds.base import BlockKind, Look, Skip
 from hipp_ext.kinds.mixture import Mixture
 from hipp_ext.kinds.routing import routed_among
+from hipp_ext.kinds.sized_config import SizedConfig
 from hipp_ext.kinds.slices import Slice
 from hipp_ext.kinds.taps import tapped
 

@@ -1,7 +1,7 @@
 """A plan as masks: the model computes as if pruned, and keeps all its weights."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hipp_ext.errors import PlanError, UnsupportedModelError
-from hipp_ext.groups import Group, check_loaded, find_groups, gated, not_plain
+from hipp_ext.groups import Group, check_sliceable, find_groups, gated
 from hipp_ext.kinds import KINDS
-from hipp_ext.kinds.slices import tensor_in, tensors_of
+from hipp_ext.kinds.slices import tensor_in
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.projections import projection
 from hipp_ext.units import keep_masks, unit_entries
@@ -63,8 +63,9 @@ def removed_entries(model: nn.Module, plan: PruningPlan) -> dict[str, Any]:
             sends tokens to an expert of zeros too.
     """
     groups = match(model, plan)
-    check_sliceable(model, groups, plan)
-    for group, entry in zip(groups, plan.groups, strict=True):
+    pairs = list(zip(groups, plan.groups, strict=True))
+    check_sliceable(model, [g for g, e in pairs if e.keep < e.width])
+    for group, entry in pairs:
         if 0 < entry.keep < entry.width and not KINDS[group.kind].neutral_zeros:
             raise UnsupportedModelError(
                 f"{group.name} cannot be set to zero: the router would go on sending tokens there. "
@@ -170,45 +171,3 @@ def _size(group: Group | PlanGroup) -> str:
     """What a plan's group and a model's group must agree in."""
     sections = f" in {group.sections} sections" if group.sections > 1 else ""
     return f"{group.width} units{sections} of {group.unit_parameters}"
-
-
-def check_sliceable(
-    model: nn.Module, groups: Sequence[Group], plan: PruningPlan | None = None
-) -> None:
-    """Raise UnsupportedModelError where a layer that loses units cannot be sliced.
-
-    Such a layer is quantised, adapted, parametrised, offloaded, or shares its weight.
-
-    Args:
-        groups: in the order of the plan's entries.
-        plan: None: all groups may lose units.
-    """
-    shared = _shared_parameters(model)
-    entries = plan.groups if plan else [None] * len(groups)
-    for group, entry in zip(groups, entries, strict=True):
-        if entry is not None and entry.keep == entry.width:
-            continue
-        for name in group.layers:
-            module = model.get_submodule(name)
-            if reason := not_plain(module, group.is_linear):
-                raise UnsupportedModelError(
-                    f"{name} is a {type(module).__name__} {reason}; only plain floating-point "
-                    "nn.Linear layers can be sliced. Prune before you quantise or add adapters. "
-                    "Nothing was changed."
-                )
-            check_loaded(model, name)
-        for slices in group.cuts:
-            name, _, attribute = slices[0].parameter.rpartition(".")
-            if id(tensors_of(model.get_submodule(name), attribute)[attribute]) in shared:
-                raise UnsupportedModelError(
-                    f"{name} shares its {attribute} with another module and cannot be sliced alone."
-                )
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, Calibration, CalibrationLike
-from hipp_ext.groups import Group, sync_sizes
+from hipp_ext.groups import Group, check_sliceable, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, chosen_units, tensor_in, tensors_of
 from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.drop import removable_layers, remove_layers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import write_layer_config
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, Model, check_sliceable, loaded_plan, match
+from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, Model, loaded_plan, match
 from hipp_ext.surgery.reconstruct import ROWS, reconstructed_weights
 
 
@@ -63,9 +63,9 @@ def prune(
     # Everything that can fail happens before the first change.
     plan = loaded_plan(plan)
     groups = match(model, plan)
-    check_sliceable(model, groups, plan)
     dropped = [g for g, e in zip(groups, plan.groups, strict=True) if not e.keep]
     smaller = [g for g, e in zip(groups, plan.groups, strict=True) if 0 < e.keep < e.width]
+    check_sliceable(model, dropped + smaller)
     parts = _parts(smaller, plan)
     batches: Sequence[Batch] = ()
     if reconstruct:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from hipp_ext.errors import PlanError
-from hipp_ext.groups import Group, sync_sizes
+from hipp_ext.groups import Group, check_sliceable, sync_sizes
 from hipp_ext.kinds.slices import Change, Slice, change_units, chosen_units, first_units, tensor_in
 from hipp_ext.surgery.drop import replace_modules, skip_modules
-from hipp_ext.surgery.masks import check_sliceable
 from hipp_ext.units import check_scores, unit_order
 from hipp_ext.verification import verify_groups
 
