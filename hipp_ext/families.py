@@ -39,10 +39,13 @@ SCATTERED = ("CodeGenAttention",)
 LINEAR_LAYERS = ("FalconLinear",)  # classes that compute what nn.Linear does
 # The same, with a weight of (inputs, outputs): GPT-2 and what was made after it.
 TRANSPOSED_LAYERS = ("Conv1D",)
+# Layers that norm the sum of the residual stream and a block: those of the first GPT.
+NORMED_SUMS = ("modeling_openai.Block",)
 # Arguments of attention blocks: a bias for every head, which the model makes of their number.
 HEAD_BIASES = ("alibi", "position_bias")
 QUERY_WIDTHS = ("embed_dim", "split_size")  # of all query heads of an attention block together
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
+CACHES = ("past_key_values", "layer_past")  # arguments of attention blocks that hold the cache
 SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 # Config fields that list the numbers of some layers, and such that count the first layers.
 LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")
@@ -193,6 +196,8 @@ LATENT_PARTS = {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layerno
 
 def norm_before(layer: nn.Module, place: str) -> nn.Module | None:
     """The norm of a block's input; None where blocks norm their outputs or share another's norm."""
+    if _norms_sums(layer):
+        return None
     found = _norm_names(layer, place)
     # Without a norm before attention, the norm behind it belongs to its output (EXAONE 4, OLMo 2).
     return getattr(layer, found[0]) if found and _norm_names(layer, "attention") else None
@@ -219,8 +224,8 @@ def residual_stream(layer: Any, hidden: Tensor) -> Tensor:
 
 
 def norms_residual(layer: nn.Module) -> bool:
-    """Whether the residual stream goes on behind the norms instead of around them (MiniMax)."""
-    return hasattr(layer, "attn_alpha_factor")
+    """Whether the residual stream goes on behind the norms instead of around them: MiniMax, GPT."""
+    return hasattr(layer, "attn_alpha_factor") or _norms_sums(layer)
 
 
 def lends_keys(block: Any) -> bool:
@@ -333,6 +338,11 @@ def norms_after(layer: nn.Module, place: str) -> list[str]:
     ffn_input = norm_before(layer, "ffn")
     names = [n for n in BLOCKS[place].norms_after if is_norm(layer, n)]
     return [n for n in names if getattr(layer, n) is not ffn_input]
+
+
+def _norms_sums(layer: nn.Module) -> bool:
+    """Whether the norms stand behind the sums of stream and block."""
+    return f"{type(layer).__module__}.{type(layer).__name__}".endswith(NORMED_SUMS)
 
 
 def _norm_names(layer: nn.Module, place: str) -> list[str]:

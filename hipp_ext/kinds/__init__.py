@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from hipp_ext.kinds.attention import Attention, QueryHeads, shares_keys, shares_with_layers
-from hipp_ext.kinds.base import BlockKind, Look, Skip
-from hipp_ext.kinds.experts import ExpertChannels, Experts
+from hipp_ext.kinds.attention import Attention, shares_keys
+from hipp_ext.kinds.base import BlockKind, Look
+from hipp_ext.kinds.expert_channels import ExpertChannels
+from hipp_ext.kinds.experts import Experts
 from hipp_ext.kinds.ffn import FFN
+from hipp_ext.kinds.heads import shares_with_layers
 from hipp_ext.kinds.latent import LatentAttention
+from hipp_ext.kinds.query_heads import QueryHeads
+from hipp_ext.kinds.skips import Skip
 from hipp_ext.kinds.slices import Slice
 
 __all__ = [

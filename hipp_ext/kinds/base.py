@@ -2,17 +2,16 @@
 
 import abc
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import ROUNDING, BlockNames, common_value, field_name
+from hipp_ext.kinds.skips import Skip
 from hipp_ext.kinds.slices import Slice
 from hipp_ext.projections import inputs_of, is_projection, matrix_of, output_dim, outputs_of
 
@@ -244,7 +243,7 @@ class BlockKind(abc.ABC):
             if hasattr(config, name):
                 setattr(config, name, False)
 
-    def skip(self, block: Any) -> "Skip":
+    def skip(self, block: Any) -> Skip:
         """What stands in a dropped block's place."""
         return Skip(self.name, block)
 
@@ -253,30 +252,3 @@ class BlockKind(abc.ABC):
         for attribute, size in self.attributes(block, columns, width).items():
             if isinstance(getattr(block, attribute, None), int):
                 setattr(block, attribute, size)
-
-
-class Skip(nn.Module):
-    """A dropped block: adds nothing to the residual stream, computes nothing, has no parameters.
-
-    Args:
-        kind: name of the kind of the block.
-        block: the block that is dropped. Its plain attributes (layer_idx, is_sliding, ...) are
-            kept, because some decoder layers read them.
-    """
-
-    def __init__(self, kind: str, block: nn.Module):
-        super().__init__()
-        self.kind = kind
-        plain = (bool, int, float, str, type(None))
-        self.__dict__.update(
-            {k: v for k, v in vars(block).items() if isinstance(v, plain) and k[0] != "_"}
-        )
-        self.training = block.training
-        # MPT's and Bloom's blocks are called with the residual stream and add to it themselves.
-        self.adds = "residual" in list(inspect.signature(block.forward).parameters)[:2]
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the block would return if it added nothing: zeros, or the residual stream."""
-        if self.adds:
-            return kwargs["residual"] if "residual" in kwargs else args[0]
-        return torch.zeros_like(hidden_states)  # with memory: Falcon adds in place

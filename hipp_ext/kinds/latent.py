@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import LATENT_ATTENTION, LATENT_PARTS
-from hipp_ext.kinds.attention import SkipAttention
-from hipp_ext.kinds.base import BlockKind, Skip
+from hipp_ext.kinds.base import BlockKind
+from hipp_ext.kinds.skips import Skip, SkipAttention
 from hipp_ext.kinds.slices import Slice
 from hipp_ext.projections import inputs_of, matrix_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError
 from hipp_ext.groups import Group, block_of, watching
-from hipp_ext.kinds.experts import mixture_of
+from hipp_ext.kinds.mixture_kind import mixture_of
 from hipp_ext.scorers.base import Groups, Scorer, Scores, forward_hidden, valid_tokens
 from hipp_ext.scorers.wanda_sp import WandaSP
 
