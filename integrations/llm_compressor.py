@@ -29,7 +29,7 @@ from torch import nn
 
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import RecipeError
-from hipp_ext.groups import AttentionUnit, Partial, find_groups
+from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial, find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
 from hipp_ext.integrations.llm_compressor_host import (
     check_compensation,
@@ -55,6 +55,7 @@ from llmcompressor.modifiers.factory import ModifierFactory  # noqa: E402
 
 __all__ = ["HippStructuredPruningModifier", "sparsity_per_layer", "validate_calibration"]
 
+OF_PREFERENCE = ("round_to", "pruning_ratio", "attention_unit", "expert_unit", "partial")
 PLANNING_BATCHES = 32  # of the calibration; a plan needs fewer samples than a quantiser
 
 
@@ -85,6 +86,8 @@ class HippStructuredPruningModifier(Modifier):
             the policy decides.
         attention_unit: with a preference: "kv" (whole KV groups) or "query" (query heads). None:
             "kv".
+        expert_unit: with a preference: "expert" (whole experts of mixtures) or "channel" (channels
+            of all experts of a layer). None: "expert".
         partial: with a preference: "refuse" or "report" a model with parts that can only stay
             whole, see `find_groups`. None: "refuse".
 
@@ -104,6 +107,7 @@ class HippStructuredPruningModifier(Modifier):
     round_to: int | None = Field(default=None, ge=1)
     pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
     attention_unit: AttentionUnit | None = None
+    expert_unit: ExpertUnit | None = None
     partial: Partial | None = None
     _zeros: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -137,11 +141,9 @@ class HippStructuredPruningModifier(Modifier):
     def _one_source(self) -> "HippStructuredPruningModifier":
         if (self.plan is None) == (self.preference is None):
             raise ValueError("Exactly one of plan and preference is needed.")
-        of_preference = (self.round_to, self.pruning_ratio, self.attention_unit, self.partial)
-        if self.plan is not None and any(option is not None for option in of_preference):
+        if self.plan is not None and any(getattr(self, n) is not None for n in OF_PREFERENCE):
             raise ValueError(
-                "round_to, pruning_ratio, attention_unit and partial go with a preference; a plan "
-                "already says what stays."
+                f"{', '.join(OF_PREFERENCE)} go with a preference; a plan already says what stays."
             )
         return self
 
@@ -191,8 +193,12 @@ class HippStructuredPruningModifier(Modifier):
         if self.plan is not None:
             return PruningPlan.load(self.plan)
         assert self.preference is not None
-        unit, partial = self.attention_unit or "kv", self.partial or "refuse"
-        groups = find_groups(model, attention_unit=unit, partial=partial)
+        how: Any = {
+            "attention_unit": self.attention_unit or "kv",
+            "expert_unit": self.expert_unit or "expert",
+            "partial": self.partial or "refuse",
+        }
+        groups = find_groups(model, **how)
         round_to = self.round_to or round_to_for(groups, sizes)
         batches = (
             None if calibration is None else list(itertools.islice(calibration, PLANNING_BATCHES))
@@ -201,8 +207,7 @@ class HippStructuredPruningModifier(Modifier):
             Preference(**self.preference),
             pruning_ratio=self.pruning_ratio,
             bounds=Bounds(round_to=round_to),
-            attention_unit=unit,
-            partial=partial,
+            **how,
         )
         return planner.plan(model, calibration=batches)
 

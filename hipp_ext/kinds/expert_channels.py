@@ -1,4 +1,4 @@
-"""MixtureKind of experts by channels: a unit is a channel of all routed experts of a block at once,
+"""Mixtures of experts by channels: a unit is a channel of all routed experts of a block at once,
 which stay equally wide.
 """
 

@@ -1,4 +1,4 @@
-"""MixtureKind of experts by experts: a unit is a routed expert, with its row of the router."""
+"""Mixtures of experts by experts: a unit is a routed expert, with its row of the router."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from hipp_ext.kinds.taps import tapped
 
 
 class Experts(MixtureKind):
-    """MixtureKind of experts, by experts.
+    """Mixtures of experts, by experts.
 
     A unit owns its weights and its entries of the router. Where the router chooses among groups of
     experts first (DeepSeek), every group keeps the same number.

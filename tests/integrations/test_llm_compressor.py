@@ -18,6 +18,7 @@ from models import BUILDERS, IMAGE_TOKEN, batch, build
 from plans import dropping_plan, logits, query_plan, random_plan
 from torch.utils.data import DataLoader
 from vlm_tables import save_llava
+from zoo import FAMILIES
 
 from hipp_ext import PruningPlan, load_pruned, masked, pad_to_uniform, prune, save_pruned
 from hipp_ext.budget import Bounds, keep_counts
@@ -184,8 +185,37 @@ def test_a_preference_can_ask_for_query_heads(dense):
     )
     oneshot(model=model, recipe=[modifier], pipeline="basic", **data("llava_gqa"))
     assert model.hipp_plan.attention_unit == "query" and model.hipp_plan.pruning_ratio >= 0.3
-    with pytest.raises(ValueError, match="attention_unit and partial go with a preference"):
+    with pytest.raises(ValueError, match="expert_unit, partial go with a preference"):
         HippStructuredPruningModifier(plan="plan.json", attention_unit="query")
+
+
+def from_disk(family, folder):
+    """The model of a family of the zoo, loaded as llm-compressor demands; and its calibration."""
+    family.build().save_pretrained(folder)
+    loader = DataLoader([family.batch(1, seed=i) for i in range(3)], batch_size=None)
+    model = family.cls.from_pretrained(folder).eval()
+    return model, {"dataset": loader, "processor": NoProcessor(), "pipeline": "basic"}
+
+
+def test_a_preference_can_ask_for_channels_of_experts(tmp_path):
+    model, samples = from_disk(FAMILIES["mixtral"], tmp_path)
+    modifier = HippStructuredPruningModifier(
+        preference=Preference(1, 1, 1), pruning_ratio=0.3, expert_unit="channel"
+    )
+    oneshot(model=model, recipe=[modifier], **samples)
+    assert model.hipp_plan.expert_unit == "channel" and model.hipp_plan.pruning_ratio >= 0.3
+    assert {e.kind for e in model.hipp_plan.groups} == {"attention", "expert_channels"}
+    with pytest.raises(ValueError, match="expert_unit, partial go with a preference"):
+        HippStructuredPruningModifier(plan="plan.json", expert_unit="channel")
+
+
+@pytest.mark.parametrize("mode", ["shrink", "mask"])
+def test_weights_of_inputs_by_outputs_are_pruned_like_others(tmp_path, mode):
+    model, samples = from_disk(FAMILIES["gpt2"], tmp_path)
+    plan, inputs = plan_for(model), FAMILIES["gpt2"].batch()
+    expected = expected_logits(model, plan, mode, inputs)
+    oneshot(model=model, recipe=[HippStructuredPruningModifier(plan=plan, mode=mode)], **samples)
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])

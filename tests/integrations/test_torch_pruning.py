@@ -20,6 +20,7 @@ from surgery.test_prune import MODELS, model_and_plan
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from transformers.models.llama.modeling_llama import LlamaMLP
+from zoo import FAMILIES
 
 from hipp_ext import PruningPlan, load_pruned, masked, prune, save_pruned
 from hipp_ext.errors import CalibrationError, PlanError, UnsupportedModelError
@@ -286,6 +287,26 @@ def test_a_group_can_lose_units_of_ones_own_choice():
         with pytest.raises(PlanError, match=f"{group.name} was pruned already"):
             group.prune()
     assert_same(model, own)
+
+
+def test_weights_of_inputs_by_outputs_are_pruned_by_plan_and_shown_to_nothing_else():
+    model, inputs = FAMILIES["gpt2"].build(), FAMILIES["gpt2"].batch()
+    plan = random_plan(model)
+    pruner = PlanPruner(copy.deepcopy(model), inputs, plan=plan)
+    scores = {g.name: torch.rand(g.width) for g in find_groups(model)}
+    channels = copy.deepcopy(pruner)
+    for refused in (
+        lambda: next(channels.step(interactive=True)),
+        lambda: to_tp_kwargs(plan, model),
+        lambda: TorchPruningScorer(tp.importance.LAMPImportance())(model),
+        lambda: HippImportance(scores, model=model),
+    ):
+        with pytest.raises(
+            UnsupportedModelError, match=r"c_proj is a Conv1D.*\(outputs, inputs\) alone"
+        ):
+            refused()
+    pruner.step()
+    assert torch.equal(logits(pruner.model, inputs), logits(prune(model, plan), inputs))
 
 
 @pytest.mark.parametrize("name", ["llava_gqa", "llava_mqa", "qwen2_5_vl", "llama", "qwen3"])

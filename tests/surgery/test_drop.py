@@ -10,6 +10,7 @@ from models import BUILDERS, PECULIAR, VOCAB, batch, build
 from plans import dropping_plan, logits, random_scores
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import FAMILIES as FAMILIES_OF_ZOO
 
 from hipp_ext import load_pruned, masked, pad_to_uniform, prune, save_pruned
 from hipp_ext.errors import PlanError
@@ -63,6 +64,20 @@ def test_pruned_is_masked_is_sliced_is_zeroed(family, data):
     assert left <= sum(p.numel() for p in build(family).parameters()) - sum(
         (g.width - k) * g.unit_parameters for g, k in zip(groups, counts, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neo"])
+def test_tokens_are_counted_where_the_first_attention_is_dropped(name):
+    """The cache counts them there, under whichever name the block is given it."""
+    family = FAMILIES_OF_ZOO[name]
+    model, inputs = family.build(), family.batch()
+    plan = dropping_plan(model, "language.0.attention")
+    tokens = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with masked(model, plan):
+        expected = model.generate(**inputs, **tokens)
+    small = prune(model, plan)
+    assert torch.equal(small.generate(**inputs, **tokens), expected)
+    assert torch.equal(small.generate(**inputs, **tokens, use_cache=False), expected)
 
 
 def dropped(family, *names, half=()):
