@@ -6,6 +6,7 @@ unit, a query head. In the FFN group a unit is a channel. Groups are found by st
 projections a block holds), not by a list of class names.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import get_args
@@ -109,6 +110,17 @@ def find_skips(model: nn.Module, tower: Tower = "language") -> list[tuple[int, K
         for block in kind.find(layer)
         if isinstance(block, Skip)
     ]
+
+
+def known_towers(model: nn.Module) -> tuple[Tower, ...]:
+    """The towers whose widths can be found, whatever was pruned."""
+    found: list[Tower] = ["language"]
+    others: tuple[Tower, ...] = ("vision", "projector")
+    for tower in others:
+        with contextlib.suppress(UnsupportedModelError):
+            find_groups(model, (tower,), partial="report")
+            found.append(tower)
+    return tuple(found)
 
 
 def check_choices(attention_unit: object, expert_unit: object, partial: object) -> None:

@@ -50,18 +50,13 @@ def map_towers(
                     changes: Any = {"stock_counts": counts, "removable": removable}
                     groups.append(replace(group, picture_tokens=seen, **changes))
             if alike and (lacking := missing_block(own)):
-                left.append(
-                    LeftWhole(
-                        module=names[layers[index]],
-                        type=type(layers[index]).__name__,
-                        reason=f"it has {lacking}",
-                    )
-                )
-            left += [
-                LeftWhole(module=name, type=type(module).__name__, reason=reason)
-                for module, name, reason in own.left
-            ]
+                left.append(_left(layers[index], names[layers[index]], f"it has {lacking}"))
+            left += [_left(*part) for part in own.left]
     return tuple(groups), tuple(left)
+
+
+def _left(module: nn.Module, name: str, reason: str) -> LeftWhole:
+    return LeftWhole(module=name, type=type(module).__name__, reason=reason)
 
 
 def _projector_groups(model: Any, names: dict[nn.Module, str]) -> list[Group]:

@@ -1,11 +1,8 @@
-"""Layers made wider or narrower: to load what was pruned, and to pad it for loaders of one
-width.
-"""
+"""Layers that differ in width, padded for loaders of one width."""
 
-import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +18,18 @@ from hipp_ext.groups import (
     channel_groups,
     find_groups,
     find_skips,
+    known_towers,
     query_groups,
-    sync_sizes,
     tower_config,
     tower_layers,
 )
 from hipp_ext.kinds import KINDS, Skip
-from hipp_ext.kinds.slices import Slice, change_units, padded_units, tensors_of
 from hipp_ext.surgery.drop import replace_modules
 from hipp_ext.surgery.layer_config import built_shapes, built_widths, other_layer_values, set_layers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.prune import forget_bound_methods
+from hipp_ext.surgery.resize import padded, resize, resized_shape
 
-# Old parameter, all slices of a group in it, the group, its new width -> new values.
-Make = Callable[[torch.Tensor, Sequence[Slice], Group, int], torch.Tensor]
 Part = tuple[Tower, Kind]  # groups that share one entry of the configuration
 
 
@@ -69,7 +64,7 @@ def pad_to_uniform(model: nn.Module) -> nn.Module:
             _write_widths(model.config, parts, widths)
             for part, groups in parts.items():
                 for g in groups:
-                    resize(model, g, widths[part], _padded)
+                    resize(model, g, widths[part], padded)
             return model
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be padded: stock transformers would build other "
@@ -92,44 +87,6 @@ def _check_experts(model: nn.Module) -> None:
             )
 
 
-def known_towers(model: nn.Module) -> tuple[Tower, ...]:
-    """The towers whose widths can be found, whatever was pruned."""
-    found: list[Tower] = ["language"]
-    others: tuple[Tower, ...] = ("vision", "projector")
-    for tower in others:
-        with contextlib.suppress(UnsupportedModelError):
-            find_groups(model, (tower,), partial="report")
-            found.append(tower)
-    return tuple(found)
-
-
-def resize(model: nn.Module, group: Group, width: int, make: Make) -> None:
-    """Give the layers of `group` `width` units; `make` turns an old parameter into a new one."""
-    for slices in group.cuts if width != group.width else ():
-        owner, _, name = slices[0].parameter.rpartition(".")
-        store = tensors_of(model.get_submodule(owner), name)
-        old: Any = store[name]
-        new = make(old, slices, group, width)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        store[name] = new
-    sync_sizes(model, group, width)
-
-
-def resized_shape(
-    shape: Sequence[int], slices: Sequence[Slice], group: Group, width: int
-) -> tuple[int, ...]:
-    """The shape of a parameter when `group` has `width` units."""
-    new = list(shape)
-    new[slices[0].dim] += (width - group.width) * sum(part.size for part in slices)
-    return tuple(new)
-
-
-def _padded(old: torch.Tensor, slices: Sequence[Slice], group: Group, width: int) -> torch.Tensor:
-    """The old values, and zeros behind those of each section."""
-    return change_units(old.data, slices, group.width, padded_units(width, group.sections))
-
-
 def _repeats(model: Any) -> list[int]:
     """Query heads per KV group that all layers can have: the most of any layer, and the dense
     number. One where no block has query heads of its own (MLA).
@@ -147,7 +104,7 @@ def _pad_query_heads(model: Any, repeat: int) -> None:
     """Add zero query heads until every KV group of the language tower has `repeat` of them."""
     groups = query_groups(model, ("language",))
     for g in groups:
-        resize(model, g, g.sections * repeat, _padded)
+        resize(model, g, g.sections * repeat, padded)
     text = model.config.get_text_config()
     kv_heads = KINDS["attention"].common_width(text, "language")
     if groups and kv_heads and text.num_attention_heads != kv_heads * repeat:
@@ -177,7 +134,7 @@ def _pad_channels(model: Any, width: int) -> None:
     """Add channels of zeros until all experts have `width` of them."""
     groups = channel_groups(model, ("language",))
     for g in groups:
-        resize(model, g, width, _padded)
+        resize(model, g, width, padded)
     text, kind = model.config.get_text_config(), KINDS["expert_channels"]
     if groups and kind.common_width(text, "language") != width:
         _write_widths(model.config, (), {})
@@ -251,7 +208,7 @@ def _pad_unnamed(model: Any) -> None:
     for g in find_groups(model, towers, partial="report") if towers else ():
         width, config = stock.get(g.name), tower_config(model.config, g.tower)
         if g.tower == "projector" or KINDS[g.kind].common_width(config, g.tower) != width:
-            resize(model, g, width or g.width, _padded)
+            resize(model, g, width or g.width, padded)
 
 
 def _dense_width(model: Any, part: Part) -> int:

@@ -27,6 +27,7 @@ from hipp_ext.errors import HippError
 from hipp_ext.files import write_atomic
 from zoo.checks import CHECKS, Case, NotApplicable, Wrong
 
+TOWERS = ("vision", "projector")  # checks that stand apart
 SECONDS = 60  # a check that takes longer is a crash
 
 
@@ -58,8 +59,8 @@ def checked(name: str, checks: list[str]) -> dict[str, Any]:
     for check in checks:
         results[check] = run(name, check, case)
         if check == "groups" and results[check][0] != "ok":
-            for other in ("answers", "vision"):
-                if other == "vision" and other in checks:
+            for other in TOWERS:
+                if other in checks:
                     results[other] = run(name, other, case)
             break
     return results
@@ -78,7 +79,7 @@ def report(results: dict[str, Any], checks: list[str]) -> str:
             if status not in ("ok", "n/a"):
                 said.setdefault((status, message[:400]), []).append(check)
         messages += [f"- {name} {', '.join(c)}: {s}: {m}" for (s, m), c in said.items()]
-        statuses = {s for c, (s, _) in own.items() if c != "vision"}
+        statuses = {s for c, (s, _) in own.items() if c not in TOWERS}
         worst = next(s for s in ("WRONG", "crash", "refused", "ok", "n/a") if s in statuses)
         first = (
             "refused when groups are sought" if own.get("groups", [""])[0] == "refused" else worst
@@ -87,7 +88,7 @@ def report(results: dict[str, Any], checks: list[str]) -> str:
     total = ", ".join(f"{n} {s}" for s, n in counts.most_common())
     return "\n".join(
         [
-            f"{len(results)} families (vision tower apart): {total}",
+            f"{len(results)} families (vision tower and projector apart): {total}",
             "",
             ". ok, r refused, - not applicable, W wrong, C crash",
             "",

@@ -381,19 +381,28 @@ def check_backward(case: Case) -> None:
 
 def check_vision(case: Case) -> None:
     """The vision tower: pruned equals masked, and reload."""
+    _check_tower(case, "vision")
+
+
+def check_projector(case: Case) -> None:
+    """The MLP between the towers: the same."""
+    _check_tower(case, "projector")
+
+
+def _check_tower(case: Case, tower: str) -> None:
     if not case.family.sees:
         raise NotApplicable("a language model")
-    groups = found(case.model, "vision")
+    groups = found(case.model, tower)
     plan = some_plan(groups)
     with masked(case.model, plan):
         expected = logits(case.model, case.batch)
-    differs(expected, logits(case.model, case.batch), "vision tower masked")
+    differs(expected, logits(case.model, case.batch), f"{tower} masked")
     small = prune(case.model, plan)
-    same(logits(small, case.batch), expected, "vision tower pruned, masked")
+    same(logits(small, case.batch), expected, f"{tower} pruned, masked")
     with folder() as path:
         save_pruned(small, path)
         loaded = logits(load_pruned(path), case.batch)
-    same(loaded, logits(small, case.batch), "vision tower loaded, saved", exactly=True)
+    same(loaded, logits(small, case.batch), f"{tower} loaded, saved", exactly=True)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

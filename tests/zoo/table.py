@@ -27,6 +27,7 @@ COLUMNS = (
     "FFN",
     "experts",
     "vision",
+    "projector",
     "drop",
     "export",
     "left whole, or why it is refused",
@@ -39,7 +40,8 @@ answers). `{COMMAND}` writes this page, and a test compares it with the code.
 
 - **attention, FFN, experts**: the units that a plan chooses among. Where query heads share keys,
   `--attention-unit query` is there besides KV groups.
-- **vision**: the same of the vision tower and projector.
+- **vision, projector**: the same of the vision tower, and of the MLP that leads from there to the
+  language tower; none where that is a single layer.
 - **drop**: what `--drop` takes out: single blocks, or whole layers too.
 - **export**: runtimes that serve a model with uneven layers: `hipp export gguf`, vLLM with the
   plug-in.
@@ -55,9 +57,10 @@ WORDS = 140  # characters of a reason
 def line(name: str, family: Family, model: nn.Module) -> str:
     """The row of a family."""
     groups, reasons = mapped(model)
-    vision: Sequence[Group] = ()
+    vision, projector = (), ()
     if family.sees:
         vision, left = mapped(model, "vision")
+        projector, _ = mapped(model, "projector")
         reasons += [f"vision: {reason}" for reason in left]
     attention = units(g for g in groups if g.place == "attention")
     cells = (
@@ -67,6 +70,7 @@ def line(name: str, family: Family, model: nn.Module) -> str:
         units(g for g in groups if g.kind == "ffn"),
         units(g for g in groups if g.place == "ffn" and g.kind != "ffn"),
         units(vision),
+        units(projector),
         dropped(groups),
         exports(model) if groups else "",
         "; ".join(reasons),

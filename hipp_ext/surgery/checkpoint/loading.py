@@ -11,8 +11,8 @@ from hipp_ext.errors import CheckpointError, MissingExtraError
 from hipp_ext.groups import tower_layers
 from hipp_ext.model_folder import ModelFolder, damaged, model_class, read_folder
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.surgery.checkpoint.resizing import groups_in, initialise_as_usual, resizing
 from hipp_ext.surgery.checkpoint.saving import PLAN
+from hipp_ext.surgery.checkpoint.widths import groups_in, initialise_as_usual, resizing
 from hipp_ext.surgery.drop import layer_numbers
 from hipp_ext.surgery.layer_config import allot_caches_late, quiet_width_warnings
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE

@@ -13,12 +13,19 @@ from torch import nn
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.families import varies_by_itself
 from hipp_ext.files import new_folder, require_new, write_atomic
-from hipp_ext.groups import Group, Tower, channel_groups, find_groups, find_skips, query_groups
+from hipp_ext.groups import (
+    Group,
+    Tower,
+    channel_groups,
+    find_groups,
+    find_skips,
+    known_towers,
+    query_groups,
+)
 from hipp_ext.kinds import KINDS
 from hipp_ext.model_folder import MANIFEST, GroupWidth, Manifest
 from hipp_ext.surgery.layer_config import built_widths
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.surgery.padding import known_towers
 
 PLAN = "hipp_plan.json"
 

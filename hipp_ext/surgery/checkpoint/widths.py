@@ -14,7 +14,7 @@ from hipp_ext.kinds.slices import Slice, tensor_in
 from hipp_ext.model_folder import MANIFEST, ModelFolder, check_sizes, shapes_in
 from hipp_ext.surgery.drop import replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import configured_skips
-from hipp_ext.surgery.padding import resize, resized_shape
+from hipp_ext.surgery.resize import resize, resized_shape
 
 
 def resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
