@@ -48,7 +48,7 @@ def calibration() -> list[dict]:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.detach().abs().max()))
 
 
 def test_a_matrix_goes_back_to_where_it_was_read(model):
