@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"free": "C0", "free, any width": "C4", "uniform": "C1", "layers": "C2"}
-# Places of the labels beside their points [points], so that shapes of like perplexity stay readable.
+# Offsets of the labels from their points [points]: shapes of like perplexity stay readable.
 LABELS = {"free": (3, -10), "free, any width": (-4, 9), "uniform": (-16, 5), "layers": (4, -9)}
 MARKERS = {"free": "o", "free, any width": "x", "uniform": "s", "layers": "^"}
 
