@@ -39,7 +39,6 @@ LANGUAGE_MODELS: dict[str, Family] = {
         "gemma2",
         "gemma3_text",
         "phi3",
-        "openai-gpt",
         "gpt2",
         "gpt_neox",
         "gpt_bigcode",
@@ -95,7 +94,6 @@ LANGUAGE_MODELS |= {
     for name in ["youtu", "minicpm3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "mistral4"]
 }
 LANGUAGE_MODELS |= {
-    "imagegpt": language("imagegpt", architecture="ImageGPTForCausalImageModeling"),
     "phi": language("phi", num_attention_heads=4, num_key_value_heads=2),
     "persimmon": language("persimmon", num_attention_heads=4),
     "helium": language("helium", head_dim=HIDDEN // HEADS),
