@@ -71,7 +71,7 @@ def recover_command(
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
     from hipp_ext.recover import RecoverSettings, recover
-    from hipp_ext.recover.training import join_processes
+    from hipp_ext.recover.processes import join_processes
     from hipp_ext.surgery.checkpoint import save_pruned
 
     position, workers = join_processes()

@@ -359,11 +359,13 @@ def recovery(folder: Path) -> tuple[Any, Any, list[Any]]:
 def make_recovery(folder: Path) -> None:
     import torch
 
+    from hipp_ext.recover.checkpoints import Progress
+
     checkpoints, model, optimizers = recovery(folder)
     model(torch.ones(1, 3)).sum().backward()
     optimizers[0].step()
     with checkpoints.run:
-        checkpoints.save(1, [0.5], model, optimizers, None)
+        checkpoints.save(Progress(step=1, losses=[0.5]), model, optimizers, None)
 
 
 @TABLE.reads("recovery", make_recovery, errors=("CheckpointError",))
