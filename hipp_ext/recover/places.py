@@ -71,6 +71,9 @@ def find_places(batch: Batch, positions: Positions, image_token: int | None) -> 
     """
     ids, valid = batch["input_ids"].cpu(), valid_tokens(batch).cpu()
     pairs = valid[:, 1:] & valid[:, :-1]
+    starts = batch.get("position_ids")
+    if starts is not None and starts.shape == ids.shape:  # rows packed behind each other
+        pairs &= starts.cpu()[:, 1:] != 0
     labels = batch["labels"].cpu() if "labels" in batch else torch.full_like(ids, -100)
     answered = pairs & (labels[:, 1:] != -100)
     text = pairs if image_token is None else pairs & (ids[:, 1:] != image_token)
@@ -126,7 +129,7 @@ def _pictures_by_row(batch: Batch, token: int | None) -> list[list[Tensor]]:
     # Tiles of pictures follow no rule, unless every picture has as many as any other.
     regular = len(set(places[places > 0].tolist())) == 1 or "image_sizes" not in batch
     for pixels in tensors:
-        if pixels.ndim == 5 and "image_sizes" not in batch:  # (rows, pictures, ...)
+        if pixels.ndim > 4 and "image_sizes" not in batch:  # (rows, pictures, ...)
             found = [[*own, part] for own, part in zip(found, pixels, strict=True)]
             continue
         shares = len(pixels) * places

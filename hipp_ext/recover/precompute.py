@@ -34,10 +34,10 @@ LOGIT_BYTES = 1 << 28  # float32 logits that are in memory at once
 
 
 class RowSource(Protocol):
-    """Rows of data, each once, in an order that does not change; `len` is the number of batches.
+    """Rows of data, each once, in an order that does not change; `len` is the number of steps.
 
     Attributes:
-        identity: what must be equal for two sources to give the same batches, as JSON values.
+        identity: what must be equal for two sources to give the same rows, as JSON values.
     """
 
     @property
@@ -45,8 +45,8 @@ class RowSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def once(self, start: int) -> Iterator[Batch]:
-        """The batches from number `start` on."""
+    def once(self, start: int) -> Iterator[list[Batch]]:
+        """For each step from `start` on, its batches; there may be none."""
         ...
 
 
@@ -60,9 +60,9 @@ class BatchRows:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def once(self, start: int) -> Iterator[Batch]:
-        """See `RowSource.once`."""
-        return iter(self.batches[start:])
+    def once(self, start: int) -> Iterator[list[Batch]]:
+        """See `RowSource.once`: a step for each batch."""
+        return ([batch] for batch in self.batches[start:])
 
 
 def precompute(
@@ -83,8 +83,8 @@ def precompute(
     An interrupted run goes on after its last complete shard: the same call ends with the files of
     an undisturbed run, byte for byte. A complete folder is returned as it is.
 
-    A position takes 6 k + 4 bytes: 388 for k = 64. `log` is told the size of the whole before the
-    work begins, estimated from the first batch.
+    A position takes 6 k + 4 bytes: 388 for k = 64. `log` is told the size of the whole after the
+    first step, estimated from its positions.
 
     Args:
         model: the dense model, which is put into eval mode and frozen.
@@ -95,7 +95,7 @@ def precompute(
         temperature: temperature of the probabilities, which training has to use, too.
         positions: see `Distillation`.
         processor: processor or tokenizer of the model; None: the one beside its weights.
-        shard_positions: positions after which a shard ends, with the batch that reaches them.
+        shard_positions: positions after which a shard ends, with the step that reaches them.
         progress: show a progress bar.
         log: callback with a line of progress.
 
@@ -103,7 +103,7 @@ def precompute(
         CheckpointError: `folder` holds the work of another model, other data or other settings, or
             is damaged.
         OutputBusyError: another process works in `folder`.
-        CalibrationError: there are no batches, or one has no position that counts.
+        CalibrationError: there are no rows, or a batch has no position that counts.
         UnsupportedModelError: the model's logits cannot be computed from its hidden states.
         HippError: a setting is out of range.
     """
@@ -113,7 +113,7 @@ def precompute(
     shard_positions = whole_option("shard_positions", shard_positions, HippError, 1)
     source: Any = data if hasattr(data, "once") else BatchRows(list(data))  # type: ignore[arg-type]
     if not len(source):
-        raise CalibrationError("The data holds no batches: there is nothing to precompute.")
+        raise CalibrationError("The data has no rows: there is nothing to precompute.")
     teacher = ModelTeacher(model, processor=processor)
     top_k = min(top_k, teacher.vocabulary.size)
     settings = {"top_k": top_k, "temperature": temperature, "positions": positions}
@@ -128,15 +128,19 @@ def precompute(
         if (run / HEADER).exists():
             return CachedTeacher(folder)
         state = _Written.of(run)
-        with progress_bar(progress, "precomputing", len(source), state.batches) as show:
-            for batch in source.once(state.batches):
-                places = find_places(batch, positions, teacher.vocabulary.image_token)
-                if not state.batches and not state.waiting:
-                    log(_estimate(places, top_k, len(source), run.path))
-                state.add(batch, places, _top(teacher, batch, places, top_k, temperature))
+        with progress_bar(progress, "precomputing", len(source), state.steps) as show:
+            for batches in source.once(state.steps):
+                for batch in batches:
+                    places = find_places(batch, positions, teacher.vocabulary.image_token)
+                    state.add(batch, places, _top(teacher, batch, places, top_k, temperature))
+                state.steps += 1
+                if state.steps == 1:
+                    log(_estimate(state.places, top_k, len(source), run.path))
                 if state.waiting >= shard_positions:
                     state.write(run)
-                show(state.batches, f"{state.rows:,} rows")
+                show(state.steps, f"{state.rows:,} rows")
+        if not state.rows:
+            raise CalibrationError("No row of the data can be used.")
         if state.waiting:
             state.write(run)
         header = Header(
@@ -155,12 +159,12 @@ class _Written:
 
     Attributes:
         shards: number of shards on disk.
-        batches, rows, places: numbers of them that were added, on disk or waiting.
+        steps, rows, places: numbers of them that are done, on disk or waiting.
         waiting: number of positions that wait.
     """
 
-    def __init__(self, shards: int = 0, batches: int = 0, rows: int = 0, places: int = 0):
-        self.shards, self.batches, self.rows, self.places = shards, batches, rows, places
+    def __init__(self, shards: int = 0, steps: int = 0, rows: int = 0, places: int = 0):
+        self.shards, self.steps, self.rows, self.places = shards, steps, rows, places
         self.waiting = 0
         self._parts: list[dict[str, Tensor]] = []
 
@@ -174,7 +178,7 @@ class _Written:
             return cls()
         try:
             about = unseal(run / shard_name(shards - 1))[1]
-            return cls(shards, *(int(about[name]) for name in ("batches", "rows", "places")))
+            return cls(shards, *(int(about[name]) for name in ("steps", "rows", "places")))
         except UNREADABLE as error:
             raise run.damaged(error) from error
 
@@ -191,7 +195,6 @@ class _Written:
                 "log_rest": top.log_rest.clamp(max=0),
             }
         )
-        self.batches += 1
         self.rows += places.size
         self.places += len(places)
         self.waiting += len(places)
@@ -200,7 +203,7 @@ class _Written:
         """Write what waits as the next shard."""
         tensors = {name: torch.cat([part[name] for part in self._parts]) for name in TYPES}
         tensors["offsets"] = nn.functional.pad(tensors["offsets"].cumsum(0), (1, 0))
-        about = {"batches": self.batches, "rows": self.rows, "places": self.places}
+        about = {"steps": self.steps, "rows": self.rows, "places": self.places}
         write_atomic(run / shard_name(self.shards), seal(tensors, about))
         self.shards, self.waiting, self._parts = self.shards + 1, 0, []
 
@@ -224,10 +227,10 @@ def _top(
     return top
 
 
-def _estimate(places: Places, top_k: int, batches: int, folder: Path) -> str:
+def _estimate(places: int, top_k: int, steps: int, folder: Path) -> str:
     each = bytes_per_position(top_k)
-    total, free = each * len(places) * batches, shutil.disk_usage(folder).free
+    total, free = each * places * steps, shutil.disk_usage(folder).free
     return (
-        f"{each} bytes per position, {len(places)} positions in the first of {batches:,} batches: "
-        f"about {total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
+        f"{each} bytes per position, {places:,} positions in the first of {steps:,} steps: about "
+        f" {total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
     )
