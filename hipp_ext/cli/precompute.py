@@ -14,6 +14,7 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
+    warn,
 )
 
 precompute_app = typer.Typer()
@@ -57,6 +58,7 @@ def precompute_command(
 
     `hipp recover ./pruned --teacher ./teacher --data chats.jsonl -o ./recovered`
     """
+    from hipp_ext.calibration.reading import listed
     from hipp_ext.recover import FileData
     from hipp_ext.recover.precompute import precompute
 
@@ -81,6 +83,8 @@ def precompute_command(
         progress=sys.stderr.isatty(),
         log=lambda line: typer.echo(line, err=True),
     )
+    if left_out := [f"row {n}: {why}" for n, why in sorted(rows.skipped.items())]:
+        warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
     found = teacher.header
     typer.echo(
         f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows"

@@ -31,6 +31,7 @@ from hipp_ext.recover.vocabulary import Vocabulary
 
 HEADER = "teacher.json"
 KEY_BYTES = 16
+ROUNDING = 0.05  # most that rounding changes the logarithm of the sum of the probabilities
 TYPES = {
     "keys": torch.uint8,
     "offsets": torch.int64,
@@ -160,7 +161,12 @@ class CachedTeacher:
                     f"{self.header.rows:,} rows of {self.folder}: precompute with the same data, "
                     "sequence length and processor as in training."
                 )
-            parts.append(self._read(*found))
+            number, first, last = found
+            if last - first != places.counts[row]:
+                raise self._damaged(
+                    shard_name(number), f"a row of {places.counts[row]} positions has others"
+                )
+            parts.append(self._read(number, first, last))
         joined = TopK(**{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
         joined = joined.normalised()
         return CachedTargets(top=joined if top_k is None else joined.first(top_k))
@@ -172,7 +178,9 @@ class CachedTeacher:
             with safetensors.safe_open(self._file(name), "pt") as file:
                 keys, offsets = file.get_tensor("keys"), file.get_tensor("offsets")
                 shapes = {n: tuple(file.get_slice(n).get_shape()) for n in TYPES}
-            bounds = offsets.tolist()
+            if (keys.dtype, offsets.dtype) != (TYPES["keys"], TYPES["offsets"]):
+                raise ValueError(f"keys are {keys.dtype}, offsets {offsets.dtype}")
+            bounds = offsets.tolist() or [0]
             positions, k = bounds[-1], self.header.top_k
             expected = {
                 "keys": (len(keys), KEY_BYTES),
@@ -183,8 +191,6 @@ class CachedTeacher:
             }
             if shapes != expected or bounds[0] != 0 or bounds != sorted(bounds):
                 raise ValueError(f"shapes are {shapes}, not {expected}")
-            if keys.dtype != torch.uint8:
-                raise ValueError(f"keys are {keys.dtype}")
         except UNREADABLE as error:
             raise self._damaged(name, error) from None
         for key, first, last in zip(keys, bounds[:-1], bounds[1:], strict=True):
@@ -207,14 +213,12 @@ class CachedTeacher:
     def _check_contents(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         types = {name: tensors[name].dtype for name in TYPES}
         indices, log_p, log_rest = (tensors[name] for name in list(TYPES)[2:])
-        wrong = (
-            types != TYPES
-            or bool(((indices < 0) | (indices >= self.vocabulary.size)).any())
-            or not bool((log_p <= 0).all())
-            or not bool((log_rest <= 0).all())
-        )
-        if wrong:
-            raise self._damaged(shard_name(number), "its values are no log-probabilities")
+        known = (indices >= 0) & (indices < self.vocabulary.size)
+        total = torch.cat([log_p, log_rest[:, None]], -1).float().logsumexp(-1)
+        if types != TYPES or not bool(known.all()) or not bool((total.abs() < ROUNDING).all()):
+            raise self._damaged(
+                shard_name(number), "its values are no ids and probabilities that add up to 1"
+            )
 
     def _file(self, name: str) -> Path:
         file = self.folder / name

@@ -161,9 +161,9 @@ def test_another_model_data_or_setting_is_not_mixed_in(made):
     ):
         with pytest.raises(CheckpointError, match=f"holds another run: {message}"):
             precompute(model, data, made, **SETTINGS | options)
-    with RunFolder(made, json.loads((made / "run.json").read_text())["identity"]):
-        with pytest.raises(OutputBusyError, match="Another process works in"):
-            precompute(build("llama"), batches(), made, **SETTINGS)
+    identity = json.loads((made / "run.json").read_text())["identity"]
+    with RunFolder(made, identity), pytest.raises(OutputBusyError, match="Another process works"):
+        precompute(build("llama"), batches(), made, **SETTINGS)
     assert content_hash(made) == before
 
 
@@ -224,12 +224,20 @@ def header(folder: Path, **changes) -> None:
         (lambda d: header(d, shards=3), "shard-000002.safetensors is damaged: it is missing"),
         (lambda d: header(d, format=2), "teacher.json is damaged"),
         (lambda d: (d / "shard-000000.safetensors").write_bytes(b"x"), "shard-000000.* is damaged"),
-        (lambda d: rewritten(d, lambda t: t["indices"].fill_(97)), "its values are no log-prob"),
-        (lambda d: rewritten(d, lambda t: t["indices"].fill_(-1)), "its values are no log-prob"),
-        (lambda d: rewritten(d, lambda t: t["log_p"].fill_(0.1)), "its values are no log-prob"),
-        (lambda d: rewritten(d, lambda t: t["log_rest"].fill_(torch.nan)), "its values are no log"),
-        (lambda d: rewritten(d, lambda t: t.update(log_p=t["log_p"].float())), "its values are"),
+        (lambda d: rewritten(d, lambda t: t["indices"].fill_(97)), "its values are no ids and"),
+        (lambda d: rewritten(d, lambda t: t["indices"].fill_(-1)), "its values are no ids and"),
+        (lambda d: rewritten(d, lambda t: t["log_p"].fill_(0.1)), "its values are no ids and"),
+        (
+            lambda d: rewritten(d, lambda t: t["log_rest"].fill_(torch.nan)),
+            "its values are no ids and",
+        ),
+        (
+            lambda d: rewritten(d, lambda t: t.update(log_p=t["log_p"].float())),
+            "its values are no ids and",
+        ),
         (lambda d: rewritten(d, lambda t: t["offsets"].mul_(-1)), "is damaged: shapes are"),
+        (lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)), "of 4 positions has others"),
+        (lambda d: rewritten(d, lambda t: t.update(keys=t["keys"].int())), "keys are torch.int32"),
         (lambda d: rewritten(d, lambda t: t.pop("keys")), "shard-000000.safetensors is damaged"),
     ],
 )
@@ -284,7 +292,7 @@ def test_the_command_writes_what_training_reads(place):
     command = ("recover", "precompute", *given, "--top-k", "12", "--batch-size", "3")
     told = hipp(*command, "--device", "cpu")
     assert "12 tokens at each of" in told and "76 bytes per position" in told
-    assert "1 row was left out" in told and "of 8 rows" in told
+    assert "1 rows of" in told and "were left out: row 9" in told and "of 8 rows" in told
     teacher = read_teacher(place / "teacher")
     assert isinstance(teacher, CachedTeacher) and teacher.vocabulary.tokens
     data = FileData(place / "chats.jsonl", AutoTokenizer.from_pretrained(place / "llama"))
