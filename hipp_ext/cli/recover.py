@@ -24,7 +24,7 @@ from hipp_ext.files import require_new
 recover_app = typer.Typer()
 
 
-@recover_app.command("recover")
+@recover_app.command("train")
 def recover_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],

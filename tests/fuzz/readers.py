@@ -375,6 +375,25 @@ def read_recovery(folder: Path) -> Any:
         return checkpoints.load(model, optimizers, None)
 
 
+def make_teacher(folder: Path) -> None:
+    from hipp_ext.recover import precompute
+
+    model, batches = tiny()
+    precompute(model, batches, folder / "teacher", top_k=3, shard_positions=1)
+
+
+def finite_losses(losses: Any, folder: Path) -> None:
+    assert all(bool(value.isfinite()) for value in losses.values()), losses
+
+
+@TABLE.reads("teacher", make_teacher, check=finite_losses, errors=("CheckpointError",))
+def read_cached_teacher(folder: Path) -> Any:
+    from hipp_ext.recover import CachedTeacher, Distillation
+
+    model, batches = tiny()
+    return Distillation(CachedTeacher(folder / "teacher")).losses(model, batches[0])
+
+
 # --- image sets
 
 
@@ -461,5 +480,5 @@ def _with_forged_digests(reader: Reader) -> Reader:
     return dataclasses.replace(reader, make=make, read=read)
 
 
-for name in ("planner", "fit", "lqsgd", "recovery"):
+for name in ("planner", "fit", "lqsgd", "recovery", "teacher"):
     TABLE.readers[f"{name}-forged"] = _with_forged_digests(TABLE.readers[name])
