@@ -1,5 +1,6 @@
 """Recovery on the rows of a file: what is trained, evaluated, kept and reported."""
 
+import itertools
 import json
 import os
 import random
@@ -125,9 +126,8 @@ def test_a_teacher_is_learnt_from(file, tmp_path):
 
 def test_a_row_is_worth_the_same_in_any_accumulation(file, tmp_path):
     """The loss is the mean over tokens, whatever the passes they are in."""
-    rows = data(file, batch_size=8)
-    half = data(file, batch_size=4)
-    made = [list(next(rows.batches(0, 1, 0)))]
+    (batch,) = next(data(file, batch_size=8).batches(0, 1, 0))
+    parts = [[{k: v[i::2] for k, v in batch.items()}] for i in range(2)]
 
     class Same:
         token_mean = True
@@ -139,15 +139,10 @@ def test_a_row_is_worth_the_same_in_any_accumulation(file, tmp_path):
             while True:
                 yield from self.own
 
-    batch = made[0][0]
-    parts = [[{k: v[i::2] for k, v in batch.items()}] for i in range(2)]
-    del half
     one = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw")
     two = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw", accumulation=2)
-    still = dense()
-    still.config._attn_implementation = "eager"
     models = []
-    for settings, source in ((one, Same(made)), (two, Same(parts))):
+    for settings, source in ((one, Same([[batch]])), (two, Same(parts))):
         model = dense()
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
@@ -230,11 +225,9 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_leaves_the_checkpoint(file
 
     model = pruned()
     rows = Poisoned(file, tokenizer(), batch_size=4)
-    wanted = [
-        batch.rows for batch in list(zip(range(4), data(file, holdout=0.0).batches(0, 1, 0)))[3][1]
-    ]
+    fourth = next(itertools.islice(data(file, holdout=0.0).batches(0, 1, 0), 3, None))
     settings = RecoverSettings(steps=6, save_every=2, optimizer="adamw")
-    named = ", ".join(map(str, sorted(row for own in wanted for row in own)))
+    named = ", ".join(map(str, sorted(row for b in fourth for row in b.rows)))
     with pytest.raises(HippError, match=f"loss of step 4 is nan: .*Rows of the file.*: {named}\\."):
         run(file, tmp_path, settings, model=model, rows=rows)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-2"]
