@@ -235,6 +235,21 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_leaves_the_checkpoint(file
     assert len(result.losses) == 6
 
 
+def test_more_is_measured_beside_the_held_out_rows(file, tmp_path):
+    rows = data(file, holdout=0.0)
+    calls = []
+
+    def measure(model):
+        calls.append(model.training)
+        return {"norm": float(model.lm_head.weight.detach().norm())}
+
+    settings = RecoverSettings(steps=2, optimizer="adamw", evaluate_every=1)
+    model, result = run(file, tmp_path, settings, rows=rows, measure=measure)
+    assert [sorted(e) for e in result.evaluations] == [["norm", "step"]] * 3 and result.step == 2
+    assert result.evaluations[-1]["norm"] == float(model.lm_head.weight.detach().norm())
+    assert result.evaluations[0]["norm"] != result.evaluations[1]["norm"] and len(calls) == 3
+
+
 def test_adapters_are_gone_after_an_error(file, tmp_path):
     model = pruned()
     settings = RecoverSettings(train="lora")
