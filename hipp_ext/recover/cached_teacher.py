@@ -51,7 +51,8 @@ class Header(BaseModel):
         positions: which positions of a row are there; see `find_places`.
         shards: number of shards.
         rows, places: number of rows and of positions in all shards.
-        vocabulary: the teacher's.
+        model: digest of the model.
+        vocabulary: the model's.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -63,6 +64,7 @@ class Header(BaseModel):
     shards: int = Field(ge=1)
     rows: int = Field(ge=1)
     places: int = Field(ge=1)
+    model: str
     vocabulary: Vocabulary
 
 
@@ -114,6 +116,11 @@ class CachedTeacher:
     def vocabulary(self) -> Vocabulary:
         """See `Teacher`."""
         return self.header.vocabulary
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Teacher`."""
+        return self.header.model_dump(include={"model", "top_k", "temperature", "positions"})
 
     def check(self, *, temperature: float, positions: Positions, top_k: int | None) -> None:
         """See `Teacher.check`.

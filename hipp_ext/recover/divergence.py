@@ -131,9 +131,10 @@ class _ChunkedSum(torch.autograd.Function):
             some = hidden[part].detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.set_grad_enabled(learns):
                 values = terms(part, some)
+                minimised = values[0]
             if learns:
                 inputs = wanted if of_hidden is None else [some, *wanted]
-                found = list(_gradients(values[0], inputs))
+                found = list(_gradients(minimised, inputs))
                 if of_hidden is not None:
                     of_hidden[part] = found.pop(0)
                 for own, gradient in zip(sums, found, strict=True):

@@ -2,9 +2,9 @@
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,14 @@ LOGIT_BYTES = 1 << 27  # float32 logits of the student that are in memory at onc
 
 
 class Objective(Protocol):
-    """A loss of a model on a batch."""
+    """A loss of a model on a batch.
+
+    Attributes:
+        identity: what must be equal for a run to go on, as JSON values.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Check and measure what is needed of the model once, before its weights change.
@@ -46,6 +53,11 @@ class Objective(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
     """The model's own loss on the labels of the data."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {"name": type(self).__name__}
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Nothing is measured."""
@@ -123,6 +135,21 @@ class Distillation:
                 f"hidden_share={self.hidden_share:g}: {type(self.teacher).__name__} keeps no "
                 "hidden states. Give the dense model itself as the teacher."
             )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`: the settings, and the identity of the teacher."""
+        layers = None if self.hidden_layers is None else list(self.hidden_layers)
+        return {
+            "name": type(self).__name__,
+            "teacher": dict(self.teacher.identity),
+            "temperature": self.temperature,
+            "positions": self.positions,
+            "top_k": self.top_k,
+            "cross_entropy_share": self.cross_entropy_share,
+            "hidden_share": self.hidden_share,
+            "hidden_layers": layers,
+        }
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """See `Objective.prepare`: compare the vocabularies, and find how `model` makes its logits.

@@ -215,6 +215,22 @@ def test_autocast(llamas):
     assert_equal_gradients(gradients(found, student), expected, 0.05)
 
 
+@pytest.mark.parametrize("trained", ["norm", "language_model", "vision_tower"])
+def test_parameters_of_two_types_under_autocast(trained):
+    teacher, student = pair("llava")
+    exact = Distillation(ModelTeacher(teacher)).losses(student, data("llava"))
+    student.bfloat16()
+    for name, p in student.named_parameters():
+        p.requires_grad_(trained in name)
+        p.data = p.data.float() if trained in name else p.data
+    objective = Distillation(ModelTeacher(teacher))
+    objective.prepare(student, data("llava"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.losses(student, data("llava"))
+    torch.testing.assert_close(found["loss"], exact["loss"], rtol=0.1, atol=0)
+    assert any(g.any() for g in gradients(found["loss"], student).values())
+
+
 def test_a_teacher_in_half_precision_reads_pictures():
     teacher, student = pair("llava")
     exact = Distillation(ModelTeacher(copy.deepcopy(teacher))).losses(student, data("llava"))
