@@ -15,16 +15,11 @@ from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.output_head import logit_bytes
 from hipp_ext.progress import progress_bar
 from hipp_ext.quantities import finite_option, whole_option
-from hipp_ext.recover.cached_teacher import (
-    HEADER,
-    TYPES,
-    CachedTeacher,
-    Header,
-    bytes_per_position,
-    shard_name,
-)
+from hipp_ext.recover.cached_teacher import CachedTeacher
 from hipp_ext.recover.divergence import TopK
-from hipp_ext.recover.places import Places, Positions, check_positions, find_places, row_keys
+from hipp_ext.recover.places import Places, Positions, check_positions, find_places
+from hipp_ext.recover.row_keys import row_keys
+from hipp_ext.recover.teacher_files import HEADER, TYPES, Header, bytes_per_position, shard_name
 from hipp_ext.recover.teachers import ModelTeacher
 from hipp_ext.runs import RunFolder
 
