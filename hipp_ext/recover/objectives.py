@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, HippError, UnsupportedModelError
@@ -219,11 +220,13 @@ class Distillation:
     ) -> tuple[Tensor, Tensor]:
         """(loss without hidden states, (KL, cross-entropy) without gradients)."""
         head, embeddings = self._heads[student], student.get_output_embeddings()  # type: ignore
+        names, parameters = zip(*embeddings.named_parameters(), strict=True)
         answers = max(1, int(places.answered.sum()))
         of_kl = (1 - self.cross_entropy_share - self.hidden_share) * self.temperature**2
 
-        def terms(part: slice, some: Tensor) -> Tensor:
-            logits = head(student, some)
+        def terms(part: slice, some: Tensor, *values: Tensor) -> Tensor:
+            own = dict(zip(names, values, strict=True))
+            logits = head.of(functional_call(embeddings, own, some).float())
             scaled = logits / self.temperature
             kl = targets.distribution(part, logits.device).kl(scaled).sum() / len(places)
             ids = places.next_ids[part].masked_fill(~places.answered[part], -100)
@@ -232,4 +235,4 @@ class Distillation:
             return torch.stack([of_kl * kl + self.cross_entropy_share * surprise, kl, surprise])
 
         chunk = max(1, self.memory_limit // logit_bytes(student))
-        return chunked_sum(terms, hidden, tuple(embeddings.parameters()), chunk)
+        return chunked_sum(terms, hidden, parameters, chunk)
