@@ -245,7 +245,7 @@ def _identity(
         **asdict(settings),
         "processes": group.workers,
         "data": getattr(data, "identity", None),
-        "objective": type(objective).__name__,
+        "objective": dict(objective.identity),
         "plan": text_digest(plan.to_json()) if plan else None,
         "shapes": {n: list(p.shape) for n, p in model.named_parameters()},
         "frozen": frozen_digest(model),
