@@ -156,7 +156,7 @@ class _Run:
         self.model.eval()
         return RecoverResult(
             losses=progress.losses,
-            stats=None if self.state is None else self.state.stats(),
+            stats=_stats(self.state),
             evaluations=progress.evaluations,
             step=kept,
             skipped={int(row): why for row, why in progress.skipped.items()},
@@ -250,6 +250,13 @@ def _identity(
         "shapes": {n: list(p.shape) for n, p in model.named_parameters()},
         "frozen": frozen_digest(model),
     }
+
+
+def _stats(state: LQSGDState | None) -> dict[str, Any] | None:
+    """The statistics of a run; those of its last step are lost where a run was resumed after it."""
+    if state is None:
+        return None
+    return {n: value for n, value in state.stats().items() if not n.endswith("_last_step")}
 
 
 def _lr_factor(step: int, settings: RecoverSettings) -> float:
