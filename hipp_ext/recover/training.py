@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hipp_ext.calibration import Batch
+from hipp_ext.comm import LQSGDState
 from hipp_ext.errors import HippError
 from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
