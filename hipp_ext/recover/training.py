@@ -124,8 +124,9 @@ class _Run:
         device = group.accelerator.device if group.sharded else next(model.parameters()).device
         self.model = _twin(model) if group.sharded else model
         self.loss = WeightedLoss(self.model, objective, device)
-        first = next(data.batches(group.rank, group.workers, 0))[0]
-        objective.prepare(self.model, moved(first, next(model.parameters()).device))
+        if not isinstance(objective, CrossEntropy):  # which has nothing to prepare
+            first = next(data.batches(group.rank, group.workers, 0))[0]
+            objective.prepare(self.model, moved(first, next(model.parameters()).device))
         self.wrapped, self.state = group.wrap(self.loss, settings)
         plain = settings.optimizer == "adamw" or settings.train != "full"
         self.optimizers = make_optimizers(
