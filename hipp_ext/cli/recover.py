@@ -24,7 +24,7 @@ from hipp_ext.files import require_new
 recover_app = typer.Typer()
 
 
-@recover_app.command("recover")
+@recover_app.command("train")
 def recover_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],
@@ -71,7 +71,7 @@ def recover_command(
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
     from hipp_ext.recover import RecoverSettings, recover
-    from hipp_ext.recover.training import join_processes
+    from hipp_ext.recover.processes import join_processes
     from hipp_ext.surgery.checkpoint import save_pruned
 
     position, workers = join_processes()

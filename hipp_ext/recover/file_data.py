@@ -147,6 +147,20 @@ class FileData:
             rows = [(i, row) for i in map(int, numbers) if (row := self._row(i)) is not None]
             yield from self._batched(rows)
 
+    def __len__(self) -> int:
+        """Number of steps of `once`."""
+        return -(-len(self.file.sizes) // self.reader.batch_size)
+
+    def once(self, start: int) -> Iterator[list[Batch]]:
+        """For each step from `start` on, batches of rows: all of the file, each once.
+
+        The rows are not packed, and those that are held out are among them.
+        """
+        order, size = np.argsort(self.file.sizes, kind="stable"), self.reader.batch_size
+        for step in range(start, len(self)):
+            numbers = map(int, order[step * size : (step + 1) * size])
+            yield self._batched([(i, row) for i in numbers if (row := self._row(i)) is not None])
+
     # ------------------------------------------------------------------------------------ encoding
 
     def _encoded(self, members: Sequence[Sequence[int]]) -> list[Batch]:

@@ -108,11 +108,10 @@ def hidden_distance(
     of hidden states grows with depth; and no linear map stands between the models, because pruning
     here keeps the hidden size.
     """
-    distances = []
+    distances = list[Tensor]()
     for number, own in teacher.items():
-        goal = own.float().to(student[number].device)
-        difference = (student[number].float() - goal).square().mean()
-        distances.append(
-            (difference / goal.square().mean()).to(distances[0] if distances else goal)
-        )
+        found = student[number].float()
+        goal = own.float().to(found.device)
+        distance = (found - goal).square().mean() / goal.square().mean()
+        distances.append(distance if not distances else distance.to(distances[0].device))
     return torch.stack(distances).mean()

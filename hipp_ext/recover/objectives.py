@@ -113,14 +113,15 @@ class Distillation:
         whole_option("memory_limit", self.memory_limit, HippError, 1)
         if self.top_k is not None:
             whole_option("top_k", self.top_k, HippError, 1)
+        self.teacher.check(temperature=self.temperature, positions=self.positions, top_k=self.top_k)
         shares = {name: getattr(self, name) for name in ("cross_entropy_share", "hidden_share")}
         total = sum(finite_option(n, v, HippError, zero=True) for n, v in shares.items())
         if total > 1:
             raise HippError(f"{shares}: the shares add up to {total:g}; 1 is the most.")
         if self.hidden_share and not self.teacher.layers:
             raise UnsupportedModelError(
-                f"hidden_share={self.hidden_share:g}: {type(self.teacher).__name__} keeps no hidden "
-                "states. Give the dense model itself as the teacher."
+                f"hidden_share={self.hidden_share:g}: {type(self.teacher).__name__} keeps no "
+                "hidden states. Give the dense model itself as the teacher."
             )
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
@@ -136,9 +137,7 @@ class Distillation:
             return
         self.teacher.vocabulary.check_same(Vocabulary.of(student))
         self._layers(student)
-        with torch.no_grad():
-            places = find_places(student, batch, self.positions)
-            self._heads[student] = fit_head(student, batch, places)
+        self._heads[student] = fit_head(student, batch, self._places(batch))
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """See `Objective.losses`: "loss", "kl" (without T^2), "cross_entropy" where a position has
@@ -156,7 +155,7 @@ class Distillation:
         """
         self.prepare(model, batch)
         student = unwrapped(model)
-        places = find_places(student, batch, self.positions)
+        places = self._places(batch)
         if self.cross_entropy_share and not bool(places.answered.any()):
             raise CalibrationError(
                 f"cross_entropy_share={self.cross_entropy_share:g}: no position of the batch has a "
@@ -177,6 +176,9 @@ class Distillation:
             loss = loss + self.hidden_share * distance.to(loss)
             report["hidden"] = distance.detach()
         return {"loss": loss, **report}
+
+    def _places(self, batch: Batch) -> Places:
+        return find_places(batch, self.positions, self.teacher.vocabulary.image_token)
 
     def _layers(self, student: nn.Module) -> dict[int, int]:
         if not self.hidden_share:

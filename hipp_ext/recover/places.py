@@ -6,9 +6,9 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from hipp_ext.calibration import Batch, image_token_id
+from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, HippError
 from hipp_ext.families import PICTURES
 from hipp_ext.scorers.base import valid_tokens
@@ -26,6 +26,8 @@ class Places:
         next_ids: the token that follows, which the position predicts.
         answered: whether that token is a label.
         size: number of rows of the batch.
+        positions: which positions count.
+        image_token: id of the token that stands for pictures; None: there is none.
     """
 
     rows: Int[Tensor, " positions"]
@@ -33,6 +35,8 @@ class Places:
     next_ids: Int[Tensor, " positions"]
     answered: Bool[Tensor, " positions"]
     size: int
+    positions: Positions
+    image_token: int | None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,24 +57,26 @@ def check_positions(positions: object) -> None:
         raise HippError(f"positions={positions!r}: one of {', '.join(get_args(Positions))}.")
 
 
-def find_places(model: nn.Module, batch: Batch, positions: Positions) -> Places:
+def find_places(batch: Batch, positions: Positions, image_token: int | None) -> Places:
     """The positions of `batch` that count; padding never does.
 
     Args:
-        model: its configuration tells which token stands for pictures.
         batch: inputs of the model's forward.
         positions: "answers": those that predict a label; "text": those that predict any token but
             one that stands for a picture.
+        image_token: id of the token that stands for pictures; None: there is none.
 
     Raises:
         CalibrationError: no position counts.
     """
     ids, valid = batch["input_ids"].cpu(), valid_tokens(batch).cpu()
     pairs = valid[:, 1:] & valid[:, :-1]
+    starts = batch.get("position_ids")
+    if starts is not None and starts.shape == ids.shape:  # rows packed behind each other
+        pairs &= starts.cpu()[:, 1:] != 0
     labels = batch["labels"].cpu() if "labels" in batch else torch.full_like(ids, -100)
     answered = pairs & (labels[:, 1:] != -100)
-    picture = image_token_id(model)
-    text = pairs if picture is None else pairs & (ids[:, 1:] != picture)
+    text = pairs if image_token is None else pairs & (ids[:, 1:] != image_token)
     rows, columns = (answered if positions == "answers" else text).nonzero(as_tuple=True)
     if not len(rows):
         needed = "has no label that counts" if positions == "answers" else "has no text"
@@ -84,10 +90,12 @@ def find_places(model: nn.Module, batch: Batch, positions: Positions) -> Places:
         next_ids=ids[rows, columns + 1],
         answered=answered[rows, columns],
         size=len(ids),
+        positions=positions,
+        image_token=image_token,
     )
 
 
-def row_keys(model: nn.Module, batch: Batch, places: Places) -> list[str]:
+def row_keys(batch: Batch, places: Places) -> list[str]:
     """A digest of each row: its tokens, its counted positions and its pictures.
 
     It is the same in every batch that the row is in, whatever the padding.
@@ -96,7 +104,7 @@ def row_keys(model: nn.Module, batch: Batch, places: Places) -> list[str]:
         CalibrationError: it is not known which pictures belong to which row. In batches of one row
             it always is.
     """
-    valid, pictures = valid_tokens(batch).cpu(), _pictures_by_row(model, batch)
+    valid, pictures = valid_tokens(batch).cpu(), _pictures_by_row(batch, places.image_token)
     counted = torch.zeros_like(valid)
     counted[places.rows, places.columns] = True
     keys = []
@@ -110,10 +118,10 @@ def row_keys(model: nn.Module, batch: Batch, places: Places) -> list[str]:
     return keys
 
 
-def _pictures_by_row(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
+def _pictures_by_row(batch: Batch, token: int | None) -> list[list[Tensor]]:
     """The pictures of every row: in the order of the rows, as many as it has places for."""
     tensors = [batch[name].cpu() for name in PICTURES if batch.get(name) is not None]
-    ids, token = batch["input_ids"].cpu(), image_token_id(model)
+    ids = batch["input_ids"].cpu()
     if not tensors or len(ids) == 1:
         return [list(tensors)] + [[] for _ in ids[1:]]
     places = torch.zeros(len(ids)).long() if token is None else (ids == token).sum(1)
@@ -121,14 +129,14 @@ def _pictures_by_row(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
     # Tiles of pictures follow no rule, unless every picture has as many as any other.
     regular = len(set(places[places > 0].tolist())) == 1 or "image_sizes" not in batch
     for pixels in tensors:
-        if pixels.ndim == 5 and "image_sizes" not in batch:  # (rows, pictures, ...)
+        if pixels.ndim > 4 and "image_sizes" not in batch:  # (rows, pictures, ...)
             found = [[*own, part] for own, part in zip(found, pixels, strict=True)]
             continue
         shares = len(pixels) * places
         if not total or not regular or bool((shares % total).any()):
             raise CalibrationError(
                 f"Which of the pictures {tuple(pixels.shape)} belong to which of {len(ids)} rows "
-                f"is not known for {type(model).__name__}: take batches of one row (batch_size=1)."
+                "is not known: take batches of one row (batch_size=1)."
             )
         parts = pixels.split((shares // total).tolist())
         for own, part in zip(found, parts, strict=True):

@@ -16,7 +16,7 @@ from hipp_ext.modes import evaluating
 from hipp_ext.output_head import OutputHead, fit_output_head
 from hipp_ext.recover.divergence import Distribution, Full, TopK
 from hipp_ext.recover.layers import recorded
-from hipp_ext.recover.places import Places
+from hipp_ext.recover.places import Places, Positions
 from hipp_ext.recover.vocabulary import Vocabulary
 from hipp_ext.replay import whole_pass
 
@@ -51,6 +51,10 @@ class Teacher(Protocol):
 
     @property
     def layers(self) -> int: ...
+
+    def check(self, *, temperature: float, positions: Positions, top_k: int | None) -> None:
+        """Raise HippError unless it can give targets of these settings; see `Distillation`."""
+        ...
 
     def targets(
         self,
@@ -100,6 +104,9 @@ class ModelTeacher:
         self.model = model.eval().requires_grad_(False)
         self.layers = len(tower_layers(model, "language"))
         self._head: OutputHead | None = None
+
+    def check(self, *, temperature: float, positions: Positions, top_k: int | None) -> None:
+        """A model gives targets of any settings."""
 
     @torch.no_grad()
     def targets(

@@ -79,28 +79,7 @@ class Vocabulary:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all of it."""
-        return text_digest(self.to_json())
-
-    def to_json(self) -> str:
-        """JSON with sorted keys, so that equal vocabularies give equal texts."""
-        return json.dumps(self.__dict__, sort_keys=True, ensure_ascii=True)
-
-    @classmethod
-    def from_json(cls, values: Any) -> "Vocabulary":
-        """The vocabulary in parsed JSON of `to_json`.
-
-        Raises:
-            TypeError, ValueError, AttributeError: the values are those of no vocabulary.
-        """
-        found = cls(**values)
-        for name, table in (("tokens", found.tokens), ("special", found.special)):
-            if table is not None and any(
-                type(v) is not int for v in table.values() if v is not None
-            ):
-                raise ValueError(f"{name} are not ids")
-        if type(found.size) is not int or found.size < 1:
-            raise ValueError(f"size is {found.size!r}")
-        return found
+        return text_digest(json.dumps(vars(self), sort_keys=True))
 
 
 def _differences(teacher: Vocabulary, student: Vocabulary) -> list[str]:

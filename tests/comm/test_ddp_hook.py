@@ -34,6 +34,7 @@ PAIR = [
     "ways_of_using_ddp",
     "other_models_under_ddp",
     "resuming_in_the_trainer",
+    "distilling_like_one_process",
     "a_rank_that_dies",
 ]
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes
