@@ -1,13 +1,13 @@
 """Local steps: every process trains alone, and from time to time all average what has changed.
 
-    outer = OuterLoop(model)
-    outer.begin()
-    for step, batch in enumerate(batches):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 32 == 0:
-            outer.exchange()
+outer = OuterLoop(model)
+outer.begin()
+for step, batch in enumerate(batches):
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if (step + 1) % 32 == 0:
+        outer.exchange()
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ class OuterLoop:
         process_group: Any = None,
     ):
         lr = finite_option("lr", lr, CompressionError)
-        momentum = momentum_option("momentum", momentum, CompressionError)
+        momentum = finite_option("momentum", momentum, CompressionError, zero=True, below=1)
         self.named = name_parameters(parameters)
         self.compression, self.exchanges = compression, 0
         self.group = process_group or dist.group.WORLD
@@ -136,18 +136,6 @@ class OuterLoop:
             "dense_bytes": dense,
             "workers": workers,
         }
-
-
-def momentum_option(name: str, value: Any, error: type[Exception]) -> float:
-    """The option `value` as a float from 0 to below 1.
-
-    Raises:
-        error: `value` is out of range.
-    """
-    number = finite_option(name, value, error, zero=True)
-    if number >= 1:
-        raise error(f"{name}={value!r}: a number of at least 0 and below 1 is needed.")
-    return number
 
 
 def _average(tensors: list[Tensor], group: Any) -> None:

@@ -91,7 +91,9 @@ def recover(
     ):
         run = _Run(running, data, settings, objective, group, measure)
         identity = _identity(running, data, settings, objective, group)
-        checkpoints = Checkpoints(Path(folder), identity, group.rank, group.barrier)
+        checkpoints = Checkpoints(
+            Path(folder), identity, group.rank, group.barrier, alone=run.outer is not None
+        )
         with checkpoints.run:
             result = run.train(checkpoints, progress and group.rank == 0)
             run.give_back()
@@ -134,11 +136,15 @@ class _Run:
         self.optimizers = make_optimizers(
             self.model, settings.lr, None if plain else settings.muon_lr
         )
+        self.outer = group.outer_loop(self.model, settings, self.state)
+        self.saved = [*self.optimizers, *([self.outer.optimizer] if self.outer else [])]
 
     def train(self, checkpoints: Checkpoints, show_bar: bool) -> RecoverResult:
         """Train to the end, from the last checkpoint on; the model then has the weights to keep."""
         settings, group = self.settings, self.group
-        progress = checkpoints.load(self.model, self.optimizers, self.state)
+        progress = checkpoints.load(self.model, self.saved, self.state)
+        if self.outer:
+            self.outer.begin(-(-progress.step // (settings.local_steps or 1)))
         if self.evaluated and not progress.evaluations:
             self._evaluate(progress, checkpoints)
         self.model.train()
@@ -151,7 +157,7 @@ class _Run:
                 last = progress.step == settings.steps
                 if self.evaluated and (last or progress.step % settings.evaluation_steps == 0):
                     self._evaluate(progress, checkpoints)
-                elif last or progress.step % settings.save_every == 0:
+                elif last or progress.step % settings.checkpoint_steps == 0:
                     self._save(progress, checkpoints)
         kept = progress.step
         if self.evaluated and settings.keep != "last" and progress.best_step is not None:
@@ -160,7 +166,7 @@ class _Run:
         self.model.eval()
         return RecoverResult(
             losses=progress.losses,
-            stats=None if self.state is None else self.state.stats(),
+            stats=exchange.stats() if (exchange := self.outer or self.state) else None,
             evaluations=progress.evaluations,
             step=kept,
             skipped={int(row): why for row, why in progress.skipped.items()},
@@ -195,17 +201,21 @@ class _Run:
         every = [batch for own in items for batch in own]
         rows = sum(len(getattr(b, "rows", b["input_ids"])) for b in every)
         counts = [rows, sum(map(counted_tokens, every))]
-        mean, rows, tokens = group.total([total / group.workers, *counts])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        # With local steps every process has a norm of its own.
+        numbers = [total / group.workers, *counts, float(whole_tensor(norm))]
+        mean, rows, tokens, size = group.total(numbers)
         if not math.isfinite(mean):
             raise self._not_finite(f"loss of step {step + 1} is {mean}", bad)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        if not math.isfinite(size := float(whole_tensor(norm))):
+        if not math.isfinite(size):
             raise self._not_finite(f"gradient of step {step + 1} has the norm {size}", every)
         step_optimizers(self.optimizers, _lr_factor(step, settings))
         progress.step += 1
         progress.losses.append(mean)
         progress.rows += int(rows)
         progress.tokens += int(tokens)
+        if self.outer and settings.ends_round(progress.step):
+            self.outer.exchange()
 
     def _not_finite(self, what: str, batches: Sequence[Batch]) -> HippError:
         """The error, with the rows of all processes that may be the cause."""
@@ -226,7 +236,7 @@ class _Run:
     def _save(self, progress: Progress, checkpoints: Checkpoints) -> None:
         for skipped in self.group.gathered(dict(getattr(self.data, "skipped", {}))):
             progress.skipped |= {str(row): why for row, why in skipped.items()}
-        checkpoints.save(progress, self.model, self.optimizers, self.state)
+        checkpoints.save(progress, self.model, self.saved, self.state)
 
     def _stopped(self, progress: Progress) -> bool:
         return self.settings.patience is not None and progress.since_best >= self.settings.patience

@@ -32,6 +32,7 @@ from hipp_ext.comm.exchange import run_together
 from hipp_ext.errors import CompressionError
 
 TIMEOUT = datetime.timedelta(seconds=60)
+MORE_CHECKS = ("comm.hook_checks", "comm.outer_checks")
 # Imported once, by the server that all processes are forked from.
 PRELOADED = [
     "accelerate",
@@ -88,9 +89,8 @@ def _run(rank: int, workers: int, names: list[str], folder: str) -> None:
     for name in names:
         torch.manual_seed(0)
         try:
-            check = globals().get(name) or getattr(
-                importlib.import_module("comm.hook_checks"), name
-            )
+            modules = [sys.modules[__name__], *map(importlib.import_module, MORE_CHECKS)]
+            check = next(getattr(m, name) for m in modules if hasattr(m, name))
             check(rank, workers, Path(folder))
             report = ""
         except BaseException:
