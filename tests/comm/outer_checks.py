@@ -119,7 +119,9 @@ class Slowly:
         self.source, self.pause, self.end = TestbedData(build_processor(), share=0.1), pause, end
 
     def batches(self, rank, workers, start):
-        for _, batch in zip(range(self.end), self.source.batches(rank, workers, start)):
+        for _, batch in zip(
+            range(self.end), self.source.batches(rank, workers, start), strict=False
+        ):
             time.sleep(self.pause)
             yield batch
         raise KeyboardInterrupt
