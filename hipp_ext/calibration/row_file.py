@@ -73,11 +73,7 @@ class RowFile:
 
     def read(self, number: int) -> Any:
         row = self._parsed(number)
-        if (
-            self.parse is parsed_line
-            or not isinstance(row, dict)
-            or not isinstance(row.get("image"), str)
-        ):
+        if self.path.suffix.lower() != ".tsv" or not isinstance(row.get("image"), str):
             return row
         owner = self._pictures.get(row["image"])
         # A short cell that is the index of no row is a very small picture.

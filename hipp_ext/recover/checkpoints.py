@@ -6,7 +6,6 @@ progress.safetensors to the new step, and only then the older folders are remove
 best evaluation. So the step in this file is complete, whenever the run is killed.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,9 +48,9 @@ class Progress(BaseModel):
 
     @property
     def best_step(self) -> int | None:
-        """The step of the first evaluation with the least loss; None before the first."""
-        best = min(self.evaluations, key=lambda e: e.get("loss", math.inf), default=None)
-        return None if best is None else int(best["step"])
+        """The step of the first evaluation with the least loss on held-out rows, if there is one."""
+        lost = [e for e in self.evaluations if "loss" in e]
+        return int(min(lost, key=lambda e: e["loss"])["step"]) if lost else None
 
     @property
     def since_best(self) -> int:

@@ -18,15 +18,29 @@ Measure = Callable[[nn.Module], Mapping[str, float]]
 def evaluate(
     loss: WeightedLoss, data: Any, group: Processes, measure: Measure | None
 ) -> dict[str, float]:
-    """Every loss of the objective on the held-out rows, mean over their tokens [nats], and what
-    `measure` returns. The same on every process.
+    """What is measured of the model as it is, the same on every process.
 
     Args:
         loss: the objective of the model.
-        data: source with `held_out(rank, workers)`.
+        data: source whose `held_out(rank, workers)` gives the held-out rows, if it has any.
         group: the processes, which share the rows.
-        measure: function of the model.
+        measure: function of the model, which the first process calls.
+
+    Returns:
+        Every loss of the objective on the held-out rows, mean over their tokens [nats], by name;
+        and what `measure` returns.
     """
+    found = _losses(loss, data, group) if len(getattr(data, "held", ())) else {}
+    if measure is not None:
+        own: dict[str, float] = {}
+        if group.rank == 0:
+            with group.accelerator.autocast():
+                own = {name: float(value) for name, value in measure(unwrapped(loss.model)).items()}
+        found |= group.gathered(own)[0]
+    return found
+
+
+def _losses(loss: WeightedLoss, data: Any, group: Processes) -> dict[str, float]:
     # The processes take part in every pass of a sharded model: each evaluates all rows.
     rank, workers = (0, 1) if group.sharded else (group.rank, group.workers)
     sums: dict[str, float] = {}
@@ -41,14 +55,5 @@ def evaluate(
     names = sorted({name for own in group.gathered(list(sums)) for name in own})
     *totals, total = group.total([*(sums.get(name, 0.0) for name in names), tokens])
     if not total:
-        raise HippError(
-            "None of the held-out rows can be used: give more rows or a larger holdout."
-        )
-    found = {name: value / total for name, value in zip(names, totals, strict=True)}
-    if measure is not None:
-        own: dict[str, float] = {}
-        if group.rank == 0:
-            with group.accelerator.autocast():
-                own = {name: float(value) for name, value in measure(unwrapped(loss.model)).items()}
-        found |= group.gathered(own)[0]
-    return found
+        raise HippError("None of the held-out rows can be used: hold out more of them.")
+    return {name: value / total for name, value in zip(names, totals, strict=True)}

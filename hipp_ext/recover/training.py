@@ -74,13 +74,12 @@ def recover(
             stays), or the settings do not fit the model or the data.
         MissingExtraError: accelerate, or peft for adapters, is not installed.
     """
-    if getattr(data, "held_out", None) is None or not len(getattr(data, "held", ())):
-        if settings.keep == "best" or settings.patience or measure is not None:
-            raise HippError(
-                "The best weights and early stopping need held-out rows, and so does measure=: "
-                "give a FileData with holdout above 0 (--holdout)."
-            )
-    elif measure is not None and settings.sharding == "fsdp":
+    if not len(getattr(data, "held", ())) and (settings.keep == "best" or settings.patience):
+        raise HippError(
+            "The best weights and early stopping need held-out rows: give a FileData with holdout "
+            "above 0 (--holdout)."
+        )
+    if measure is not None and settings.sharding == "fsdp":
         raise HippError("measure= needs the whole model in one process: sharding='none'.")
     objective = _objective(teacher, settings)
     bf16 = in_bfloat16(model, settings)
@@ -121,16 +120,13 @@ class _Run:
     ):
         self.whole, self.data, self.settings, self.group = model, data, settings, group
         self.measure = measure
-        self.evaluated = bool(len(getattr(data, "held", ())))
+        self.evaluated = measure is not None or bool(len(getattr(data, "held", ())))
         self.token_mean = getattr(data, "token_mean", False)
         device = group.accelerator.device if group.sharded else next(model.parameters()).device
         self.model = _twin(model) if group.sharded else model
         self.loss = WeightedLoss(self.model, objective, device)
         first = next(data.batches(group.rank, group.workers, 0))[0]
-        device = next(model.parameters()).device
-        objective.prepare(
-            self.model, {n: v.to(device) for n, v in first.items() if hasattr(v, "to")}
-        )
+        objective.prepare(self.model, moved(first, next(model.parameters()).device))
         self.wrapped, self.state = group.wrap(self.loss, settings)
         plain = settings.optimizer == "adamw" or settings.train != "full"
         self.optimizers = make_optimizers(
@@ -195,9 +191,8 @@ class _Run:
                 losses, each = self.wrapped(part)
                 losses["loss"].backward()
             total += float(losses["loss"].detach().double())
-            bad += [
-                b for b, own in zip(part.batches, each.isfinite().tolist(), strict=True) if not own
-            ]
+            finite = each.isfinite().tolist()
+            bad += [b for b, good in zip(part.batches, finite, strict=True) if not good]
         every = [batch for own in items for batch in own]
         rows = sum(len(getattr(b, "rows", b["input_ids"])) for b in every)
         counts = [rows, sum(map(counted_tokens, every))]
@@ -276,7 +271,7 @@ def _lr_factor(step: int, settings: RecoverSettings) -> float:
 
 def _note(progress: Progress) -> str:
     note = f"loss {progress.losses[-1]:.3f}"
-    if progress.evaluations:
+    if progress.evaluations and "loss" in progress.evaluations[-1]:
         note += f", held out {progress.evaluations[-1]['loss']:.3f}"
     return note
 
