@@ -48,7 +48,7 @@ class Progress(BaseModel):
 
     @property
     def best_step(self) -> int | None:
-        """The step of the first evaluation with the least loss on held-out rows, if there is one."""
+        """The step of the first evaluation with the least loss; None without held-out rows."""
         lost = [e for e in self.evaluations if "loss" in e]
         return int(min(lost, key=lambda e: e["loss"])["step"]) if lost else None
 
