@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 RANK, BITS = 4, 8
+# Learning rate and momentum of the outer loop.
+PAPER = (0.7, 0.9)  # DiLoCo, tuned for hundreds of exchanges
+SHORT = (1.0, 0.5)  # for a few exchanges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,23 +17,30 @@ class Method:
     Attributes:
         sends: "plain" for an all-reduce of float32 values, or "lqsgd".
         local_steps: steps between two exchanges; None: gradients are exchanged at every step.
+        outer: learning rate and momentum of the outer loop.
     """
 
     sends: str
     local_steps: int | None = None
+    outer: tuple[float, float] = SHORT
 
     @property
     def name(self) -> str:
         """Name of its files."""
-        return f"{self.sends} {self.local_steps or 'every step'}"
+        if self.local_steps is None:
+            return f"{self.sends} every step"
+        return f"{self.sends} {self.local_steps} {self.outer[0]} {self.outer[1]}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Its settings of `RecoverSettings`."""
         compression = "lqsgd" if self.sends == "lqsgd" else "none"
-        return {"compression": compression, "rank": RANK, "bits": BITS} | (
-            {} if self.local_steps is None else {"local_steps": self.local_steps}
-        )
+        common: dict[str, Any] = {"compression": compression, "rank": RANK, "bits": BITS}
+        if self.local_steps is None:
+            return common
+        lr, momentum = self.outer
+        local = {"local_steps": self.local_steps, "outer_lr": lr, "outer_momentum": momentum}
+        return common | local
 
     def exchanges(self, steps: int) -> int:
         """Exchanges in a run of `steps` steps."""
@@ -49,7 +59,9 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "fp32 all-reduce": Method(sends="plain"),
     "LQ-SGD": Method(sends="lqsgd"),
-    "local steps, 8": Method(sends="plain", local_steps=8),
-    "local steps, 32": Method(sends="plain", local_steps=32),
-    "local steps, 8, LQ-SGD": Method(sends="lqsgd", local_steps=8),
+    "8 local steps": Method(sends="plain", local_steps=8),
+    "32 local steps": Method(sends="plain", local_steps=32),
+    "8 local steps, paper's outer SGD": Method(sends="plain", local_steps=8, outer=PAPER),
+    "32 local steps, paper's outer SGD": Method(sends="plain", local_steps=32, outer=PAPER),
+    "8 local steps, LQ-SGD": Method(sends="lqsgd", local_steps=8),
 }

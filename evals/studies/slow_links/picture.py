@@ -8,7 +8,7 @@ from hipp_ext.evals.studies.slow_links.methods import METHODS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#9aa0a6", "#c44e52", "#5b7fc7", "#8d7cc0", "#55a868")
+COLOURS = ("#9aa0a6", "#c44e52", "#5b7fc7", "#5b7fc7", "#a9bbe0", "#a9bbe0", "#8d7cc0")
 
 
 def picture(tasks: Mapping[str, Any]) -> "Figure":
@@ -20,7 +20,7 @@ def picture(tasks: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     panels = [(task, name) for task, found in tasks.items() for name in found["limits"]]
-    figure = Figure(figsize=(9.5, 2.1 * -(-len(panels) // 2)), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.6 * -(-len(panels) // 2)), layout="constrained")
     grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
