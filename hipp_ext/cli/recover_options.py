@@ -129,10 +129,10 @@ LocalSteps = Annotated[
     ),
 ]
 OuterLr = Annotated[
-    float, _processes(metavar="X", help="Learning rate of local steps' average. Default: 0.7.")
+    float, _processes(metavar="X", help="Learning rate of local steps' average. Default: 1.")
 ]
 OuterMomentum = Annotated[
-    float, _processes(metavar="X", help="Momentum of local steps' average. Default: 0.9.")
+    float, _processes(metavar="X", help="Momentum of local steps' average. Default: 0.5.")
 ]
 Sharding = Annotated[
     str,

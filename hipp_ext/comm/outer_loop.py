@@ -34,7 +34,8 @@ class OuterLoop:
 
     Args:
         parameters: the model, not wrapped in DDP, or its named parameters; see `LQSGDState`.
-        lr: learning rate of the outer SGD; 1 without momentum is plain averaging.
+        lr: learning rate of the outer SGD; 1 without momentum is plain averaging. The parameters
+            move by up to lr / (1 - momentum) times the mean change, if changes have one direction.
         momentum: momentum of the outer SGD, below 1.
         compression: state that sends the changes with LQ-SGD, made of the same parameters; None:
             float32 (or the type of the parameters) and an all-reduce.
@@ -50,15 +51,16 @@ class OuterLoop:
 
     Source: DiLoCo (arXiv 2311.08105), algorithm 1.
     Differs from the paper: any inner optimizer, and changes may be compressed, with error feedback
-        from one exchange to the next.
+        from one exchange to the next. Its lr is 0.7 and its momentum 0.9, for 500 steps between
+        exchanges: after few steps the changes are alike, and so much momentum overshoots.
     """
 
     def __init__(
         self,
         parameters: Parameters,
         *,
-        lr: float = 0.7,
-        momentum: float = 0.9,
+        lr: float = 1.0,
+        momentum: float = 0.5,
         compression: LQSGDState | None = None,
         process_group: Any = None,
     ):

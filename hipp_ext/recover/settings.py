@@ -77,8 +77,8 @@ class RecoverSettings:
     bits: int = 8
     transport: str = "auto"
     local_steps: int | None = None
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.5
     sharding: Literal["none", "fsdp"] = "none"
     seed: int = 0
     save_every: int = 50

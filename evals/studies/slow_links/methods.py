@@ -6,8 +6,8 @@ from typing import Any
 
 RANK, BITS = 4, 8
 # Learning rate and momentum of the outer loop.
-PAPER = (0.7, 0.9)  # DiLoCo, tuned for hundreds of exchanges
-SHORT = (1.0, 0.5)  # for a few exchanges
+OURS = (1.0, 0.5)
+PAPER = (0.7, 0.9)  # DiLoCo, with 500 steps between exchanges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Method:
 
     sends: str
     local_steps: int | None = None
-    outer: tuple[float, float] = SHORT
+    outer: tuple[float, float] = OURS
 
     @property
     def name(self) -> str:
