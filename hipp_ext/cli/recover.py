@@ -70,7 +70,7 @@ def recover_command(
     transport: options.Transport = "auto",
     local_steps: options.LocalSteps = None,
     outer_lr: options.OuterLr = 1.0,
-    outer_momentum: options.OuterMomentum = 0.5,
+    outer_momentum: options.OuterMomentum = 0.0,
     sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,

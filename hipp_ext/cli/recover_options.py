@@ -132,7 +132,7 @@ OuterLr = Annotated[
     float, _processes(metavar="X", help="Learning rate of local steps' average. Default: 1.")
 ]
 OuterMomentum = Annotated[
-    float, _processes(metavar="X", help="Momentum of local steps' average. Default: 0.5.")
+    float, _processes(metavar="X", help="Momentum of local steps' average. Default: 0.")
 ]
 Sharding = Annotated[
     str,

@@ -28,8 +28,8 @@ from hipp_ext.quantities import finite_option
 class OuterLoop:
     """The part of DiLoCo that all processes do together; each trains alone with its own optimizer.
 
-    An exchange averages what every process changed since the last one, and lets SGD with Nesterov
-    momentum apply the mean to the common parameters. Then all processes go on from these. It takes
+    An exchange averages what every process changed since the last one, and lets SGD, with Nesterov
+    momentum if wanted, apply the mean to the common parameters. Then all processes go on from these. It takes
     three copies of the parameters as memory.
 
     Args:
@@ -60,7 +60,7 @@ class OuterLoop:
         parameters: Parameters,
         *,
         lr: float = 1.0,
-        momentum: float = 0.5,
+        momentum: float = 0.0,
         compression: LQSGDState | None = None,
         process_group: Any = None,
     ):

@@ -78,7 +78,7 @@ class RecoverSettings:
     transport: str = "auto"
     local_steps: int | None = None
     outer_lr: float = 1.0
-    outer_momentum: float = 0.5
+    outer_momentum: float = 0.0
     sharding: Literal["none", "fsdp"] = "none"
     seed: int = 0
     save_every: int = 50

@@ -6,7 +6,8 @@ from typing import Any
 
 RANK, BITS = 4, 8
 # Learning rate and momentum of the outer loop.
-OURS = (1.0, 0.5)
+MEAN = (1.0, 0.0)
+MOMENTUM = (1.0, 0.5)
 PAPER = (0.7, 0.9)  # DiLoCo, with 500 steps between exchanges
 
 
@@ -22,7 +23,7 @@ class Method:
 
     sends: str
     local_steps: int | None = None
-    outer: tuple[float, float] = OURS
+    outer: tuple[float, float] = MEAN
 
     @property
     def name(self) -> str:
@@ -61,7 +62,8 @@ METHODS: Mapping[str, Method] = {
     "LQ-SGD": Method(sends="lqsgd"),
     "8 local steps": Method(sends="plain", local_steps=8),
     "32 local steps": Method(sends="plain", local_steps=32),
-    "8 local steps, paper's outer SGD": Method(sends="plain", local_steps=8, outer=PAPER),
-    "32 local steps, paper's outer SGD": Method(sends="plain", local_steps=32, outer=PAPER),
+    "8 local steps, momentum 0.5": Method(sends="plain", local_steps=8, outer=MOMENTUM),
+    "32 local steps, momentum 0.5": Method(sends="plain", local_steps=32, outer=MOMENTUM),
+    "8 local steps, DiLoCo's SGD": Method(sends="plain", local_steps=8, outer=PAPER),
     "8 local steps, LQ-SGD": Method(sends="lqsgd", local_steps=8),
 }
