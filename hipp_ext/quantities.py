@@ -41,15 +41,25 @@ def whole_option(
     return number
 
 
-def finite_option(name: str, value: Any, error: type[Exception], *, zero: bool = False) -> float:
+def finite_option(
+    name: str, value: Any, error: type[Exception], *, zero: bool = False, below: float = math.inf
+) -> float:
     """The option `value` as a float above 0, or of at least 0; scalars of numpy and torch count.
+
+    Args:
+        name: name of the option.
+        value: what was given.
+        error: type of the error.
+        zero: whether 0 is allowed.
+        below: what the value must be below.
 
     Raises:
         error: `value` is not a finite number, or is out of range.
     """
     number = finite(_scalar(value))
-    if number is None or number < 0 or (number == 0 and not zero):
+    if number is None or number < 0 or (number == 0 and not zero) or number >= below:
         bounds = "of at least 0" if zero else "above 0"
+        bounds += f" and below {below:g}" if below < math.inf else ""
         raise error(f"{name}={value!r}: a finite number {bounds} is needed.")
     return number
 

@@ -1,25 +1,18 @@
 """Time per step over emulated slow links: two workers in network namespaces, joined by a bridge.
 
 Model: an MLP 784-2048-1536-10 (4.77M parameters), batch 4 per worker, torch's own hooks with one
-bucket (with more they abort on gloo). The links are virtual cables, shaped by tc's token bucket in
-both directions, without delay or loss. The study needs root and iproute2. The namespaces' names
-contain this process's id, and no others are touched.
+bucket (with more they abort on gloo). The links are emulated; see links.py.
 """
 
-import contextlib
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from hipp_ext.evals.measuring import timed
+from hipp_ext.evals.studies.links import bytes_out, missing, network, run_workers
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 
 MODULE = "hipp_ext.evals.studies.comm_links"
@@ -37,7 +30,6 @@ CONFIGURATIONS: dict[str, tuple[str, int, int]] = {
 }
 DENSE = ("fp32 all-reduce", "fp16 hook")
 WARM_UP = 3
-ADDRESS = "10.77.0.{}"  # inside the namespaces
 
 
 def main(
@@ -58,14 +50,14 @@ def run(rates: Sequence[int] = (100, 10), steps: int = 12, save: bool = False) -
     Returns:
         The result; empty where links cannot be emulated.
     """
-    if problem := _missing():
+    if problem := missing():
         print(f"Skipped: {problem}")
         return {}
     table: dict[str, dict[str, Any]] = {}
     for rate in rates:
         # fp32 would take 16 s a step at 10 Mbit/s.
         names = [n for n in CONFIGURATIONS if rate >= 100 or (n not in DENSE and "r32" in n)]
-        with _network(2, rate) as spaces:
+        with network(2, rate) as spaces:
             rows = {name: _measure(spaces, name, steps) for name in names}
         table[f"{rate} Mbit/s"] = rows
         for name, row in rows.items():
@@ -91,70 +83,9 @@ def _ratios(rows: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _missing() -> str | None:
-    if os.name != "posix" or not shutil.which("ip") or not shutil.which("tc"):
-        return "emulated links need Linux with iproute2 (the commands ip and tc)."
-    if os.geteuid() != 0:
-        return "emulated links need root, because they use network namespaces."
-    probe = f"hipp{os.getpid()}probe"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if made.returncode:
-        return f"this system does not permit network namespaces: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", probe], check=False)
-    return None
-
-
-@contextlib.contextmanager
-def _network(workers: int, rate: int) -> Iterator[list[str]]:
-    """Names of namespaces, each linked at `rate` Mbit/s to a bridge in one more namespace."""
-    with contextlib.ExitStack() as stack:
-
-        def namespace(name: str) -> str:
-            full = f"hipp{os.getpid()}n{name}"
-            _ip(f"netns add {full}")
-            stack.callback(subprocess.run, ["ip", "netns", "del", full], check=False)
-            return full
-
-        hub = namespace("hub")
-        _ip(f"-n {hub} link add br0 type bridge")
-        _ip(f"-n {hub} link set br0 up")
-        spaces = [namespace(str(i)) for i in range(workers)]
-        for i, own in enumerate(spaces):
-            _ip(f"-n {own} link set lo up")
-            _ip(f"-n {own} link add e0 type veth peer name p{i} netns {hub}")
-            _ip(f"-n {own} addr add {ADDRESS.format(i + 1)}/24 dev e0")
-            _ip(f"-n {own} link set e0 up")
-            _ip(f"-n {hub} link set p{i} master br0 up")
-            for space, device in ((own, "e0"), (hub, f"p{i}")):
-                shape = f"tbf rate {rate}mbit burst 32kb latency 100ms"
-                _ip(f"netns exec {space} tc qdisc add dev {device} root {shape}")
-        yield spaces
-
-
-def _ip(arguments: str) -> None:
-    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
-
-
 def _measure(spaces: Sequence[str], name: str, steps: int) -> dict[str, Any]:
-    processes = []
-    for rank, space in enumerate(spaces):
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "e0",
-            "MASTER_ADDR": ADDRESS.format(1),
-            "MASTER_PORT": "29400",
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(spaces)),
-        }
-        command = ["ip", "netns", "exec", space, sys.executable, "-W", "ignore", "-m", MODULE]
-        command += ["--worker", name, "--steps", str(steps)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
-    outputs = [p.communicate(timeout=600)[0] for p in processes]
-    if any(p.returncode for p in processes):
-        raise RuntimeError(f"{name}: a worker ended with {[p.returncode for p in processes]}.")
-    return json.loads(outputs[0].strip().splitlines()[-1])
+    printed = run_workers(MODULE, ["--worker", name, "--steps", str(steps)], spaces, 600)
+    return json.loads(printed.strip().splitlines()[-1])
 
 
 def _train(name: str, steps: int) -> None:
@@ -183,11 +114,11 @@ def _train(name: str, steps: int) -> None:
 
     for _ in range(WARM_UP):
         step()
-    times, start_bytes = [], _bytes_out()
+    times, start_bytes = [], bytes_out()
     for _ in range(steps):
         dist.barrier()
         times.append(timed("cpu", step)[1]["seconds"])
-    sent = (_bytes_out() - start_bytes) / steps
+    sent = (bytes_out() - start_bytes) / steps
     with ddp.no_sync():
         alone = [timed("cpu", step)[1]["seconds"] for _ in range(steps)]
     row = {
@@ -223,10 +154,6 @@ def _register(ddp: Any, kind: str, rank: int, bits: int) -> None:
         ddp.register_comm_hook(
             state, default_hooks.fp16_compress_wrapper(hook) if kind == "powersgd16" else hook
         )
-
-
-def _bytes_out() -> int:
-    return int(Path("/sys/class/net/e0/statistics/tx_bytes").read_text())
 
 
 if __name__ == "__main__":

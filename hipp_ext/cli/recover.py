@@ -68,6 +68,9 @@ def recover_command(
     rank: options.Rank = 4,
     bits: options.Bits = 8,
     transport: options.Transport = "auto",
+    local_steps: options.LocalSteps = None,
+    outer_lr: options.OuterLr = 1.0,
+    outer_momentum: options.OuterMomentum = 0.0,
     sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,
@@ -135,6 +138,7 @@ def recover_command(
     sent = ""
     if stats := result.stats:
         sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
+        sent += f" ({stats['exchanges']} exchanges)" if "exchanges" in stats else ""
     typer.echo("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
 
 

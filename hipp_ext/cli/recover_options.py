@@ -122,6 +122,18 @@ Bits = Annotated[int, _processes(metavar="N", help="Bits per value of LQ-SGD: 4 
 Transport = Annotated[
     str, _processes(metavar="NAME", help="auto, all_gather or all_to_all. Default: auto.")
 ]
+LocalSteps = Annotated[
+    int | None,
+    _processes(
+        metavar="N", help="Steps alone between two averages (DiLoCo). Default: average every step."
+    ),
+]
+OuterLr = Annotated[
+    float, _processes(metavar="X", help="Learning rate of local steps' average. Default: 1.")
+]
+OuterMomentum = Annotated[
+    float, _processes(metavar="X", help="Momentum of local steps' average. Default: 0.")
+]
 Sharding = Annotated[
     str,
     _processes(metavar="NAME", help="fsdp: spread the model over the processes. Default: none."),

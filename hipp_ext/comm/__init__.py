@@ -13,6 +13,7 @@ from hipp_ext.comm.ddp_hook import lqsgd_hook, mean_gradients, register_lqsgd
 from hipp_ext.comm.exchange import run_together
 from hipp_ext.comm.fsdp import register_lqsgd_fsdp
 from hipp_ext.comm.options import Options
+from hipp_ext.comm.outer_loop import OuterLoop
 from hipp_ext.comm.saving import load_state, save_state
 from hipp_ext.comm.state import LQSGDState
 
@@ -22,6 +23,7 @@ __all__ = [
     "LQSGDState",
     "LogCodec",
     "Options",
+    "OuterLoop",
     "load_checkpoint",
     "load_state",
     "lqsgd_hook",

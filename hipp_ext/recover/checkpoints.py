@@ -1,9 +1,9 @@
 """Checkpoints of a run on several processes: a folder per step, and a file that names one.
 
-Each rank writes its own file, and the first one also the weights and the optimizers. When all
-files are there, the first rank switches progress.safetensors to the new step, and only then the
-older folders are removed, but that of the best evaluation. So the step in this file is complete,
-whenever the run is killed.
+Each rank writes its own files, and the first one also what is common: the weights, and the
+optimizers unless every process has its own. When all files are there, the first rank switches
+progress.safetensors to the new step, and only then the older folders are removed, but that of the
+best evaluation. So the step in this file is complete, whenever the run is killed.
 """
 
 import shutil
@@ -66,6 +66,7 @@ class Checkpoints:
         identity: what must be equal for the run to go on; see `RunFolder`.
         rank: number of this process.
         barrier: function that waits for the other processes.
+        alone: whether every process has optimizers of its own.
 
     Raises:
         CheckpointError: the folder holds another run.
@@ -73,9 +74,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, Any], rank: int, barrier: Callable[[], None]
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        rank: int,
+        barrier: Callable[[], None],
+        *,
+        alone: bool = False,
     ):
-        self.rank, self.barrier = rank, barrier
+        self.rank, self.barrier, self.alone = rank, barrier, alone
+        self.optimizer_file = f"optimizer.rank{rank}.safetensors" if alone else OPTIMIZER
         self.run = RunFolder(folder, identity, owner=rank == 0)
 
     def save(
@@ -90,7 +98,8 @@ class Checkpoints:
         moments = optimizer_tensors(optimizers)
         if self.rank == 0:
             write_atomic(folder / WEIGHTS, seal(weights))
-            write_atomic(folder / OPTIMIZER, seal(moments))
+        if self.rank == 0 or self.alone:
+            write_atomic(folder / self.optimizer_file, seal(moments))
         self.barrier()
         if self.rank == 0:
             write_atomic(self.run / PROGRESS, seal({}, progress.model_dump()))
@@ -108,7 +117,7 @@ class Checkpoints:
             progress = Progress.model_validate(unseal(self.run / PROGRESS)[1])
             folder = self._folder(progress.step)
             self._load_weights(model, progress.step)
-            load_optimizers(optimizers, unseal(folder / OPTIMIZER)[0])
+            load_optimizers(optimizers, unseal(folder / self.optimizer_file)[0])
         except UNREADABLE as error:
             raise self.run.damaged(error) from error
         if state is not None:

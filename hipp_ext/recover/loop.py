@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.comm import LQSGDState
+from hipp_ext.comm import LQSGDState, OuterLoop
 from hipp_ext.errors import HippError
 from hipp_ext.progress import progress_bar
 from hipp_ext.recover.checkpoints import Checkpoints, Progress
@@ -60,11 +60,15 @@ class Run:
         self.optimizers = make_optimizers(
             self.model, settings.lr, None if plain else settings.muon_lr
         )
+        self.outer = group.outer_loop(self.model, settings, self.state)
+        self.saved = [*self.optimizers, *([self.outer.optimizer] if self.outer else [])]
 
     def train(self, checkpoints: Checkpoints, show_bar: bool) -> RecoverResult:
         """Train to the end, from the last checkpoint on; the model then has the weights to keep."""
         settings, group = self.settings, self.group
-        progress = checkpoints.load(self.model, self.optimizers, self.state)
+        progress = checkpoints.load(self.model, self.saved, self.state)
+        if self.outer:
+            self.outer.begin(-(-progress.step // (settings.local_steps or 1)))
         if self.evaluated and not progress.evaluations:
             self._evaluate(progress, checkpoints)
         self.model.train()
@@ -77,7 +81,7 @@ class Run:
                 last = progress.step == settings.steps
                 if self.evaluated and (last or progress.step % settings.evaluation_steps == 0):
                     self._evaluate(progress, checkpoints)
-                elif last or progress.step % settings.save_every == 0:
+                elif last or progress.step % settings.checkpoint_steps == 0:
                     self._save(progress, checkpoints)
         kept = progress.step
         if self.evaluated and settings.keep != "last" and progress.best_step is not None:
@@ -86,7 +90,7 @@ class Run:
         self.model.eval()
         return RecoverResult(
             losses=progress.losses,
-            stats=_stats(self.state),
+            stats=_stats(self.outer or self.state),
             evaluations=progress.evaluations,
             step=kept,
             skipped={int(row): why for row, why in progress.skipped.items()},
@@ -120,17 +124,21 @@ class Run:
         every = [batch for own in items for batch in own]
         rows = sum(len(getattr(b, "rows", b["input_ids"])) for b in every)
         counts = [rows, sum(map(counted_tokens, every))]
-        mean, rows, tokens = group.total([total / group.workers, *counts])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        # With local steps every process has a norm of its own.
+        numbers = [total / group.workers, *counts, float(whole_tensor(norm))]
+        mean, rows, tokens, size = group.total(numbers)
         if not math.isfinite(mean):
             raise self._not_finite(f"loss of step {step + 1} is {mean}", bad)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        if not math.isfinite(size := float(whole_tensor(norm))):
+        if not math.isfinite(size):
             raise self._not_finite(f"gradient of step {step + 1} has the norm {size}", every)
         step_optimizers(self.optimizers, _lr_factor(step, settings))
         progress.step += 1
         progress.losses.append(mean)
         progress.rows += int(rows)
         progress.tokens += int(tokens)
+        if self.outer and settings.ends_round(progress.step):
+            self.outer.exchange()
 
     def _not_finite(self, what: str, batches: Sequence[Batch]) -> HippError:
         """The error, with the rows of all processes that may be the cause."""
@@ -151,13 +159,13 @@ class Run:
     def _save(self, progress: Progress, checkpoints: Checkpoints) -> None:
         for skipped in self.group.gathered(dict(getattr(self.data, "skipped", {}))):
             progress.skipped |= {str(row): why for row, why in skipped.items()}
-        checkpoints.save(progress, self.model, self.optimizers, self.state)
+        checkpoints.save(progress, self.model, self.saved, self.state)
 
     def _stopped(self, progress: Progress) -> bool:
         return self.settings.patience is not None and progress.since_best >= self.settings.patience
 
 
-def _stats(state: LQSGDState | None) -> dict[str, Any] | None:
+def _stats(state: LQSGDState | OuterLoop | None) -> dict[str, Any] | None:
     """The statistics of a run; those of its last step are lost where a run was resumed after it."""
     if state is None:
         return None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.comm import LQSGDState, lqsgd_hook
+from hipp_ext.comm import LQSGDState, OuterLoop, lqsgd_hook
 from hipp_ext.errors import HippError, MissingExtraError
 from hipp_ext.groups import tower_layers
 from hipp_ext.recover.objectives import Objective
@@ -74,13 +74,25 @@ class Processes:
             from accelerate.utils import fsdp2_prepare_model
 
             return fsdp2_prepare_model(self.accelerator, loss), None
-        wrapped = self.accelerator.prepare_model(loss)
+        local = settings.local_steps is not None  # then DDP has nothing to do
+        wrapped = self.accelerator.prepare_model(loss, evaluation_mode=local)
         if self.workers == 1 or settings.compression == "none":
             return wrapped, None
         options = {name: getattr(settings, name) for name in ("rank", "bits", "transport", "seed")}
         state = LQSGDState(loss.model, **options)
-        wrapped.register_comm_hook(state, lqsgd_hook)
+        if not local:
+            wrapped.register_comm_hook(state, lqsgd_hook)
         return wrapped, state
+
+    def outer_loop(
+        self, model: nn.Module, settings: RecoverSettings, state: LQSGDState | None
+    ) -> OuterLoop | None:
+        """What averages the changes of local steps; None without them, or with one process."""
+        if self.workers == 1 or settings.local_steps is None:
+            return None
+        return OuterLoop(
+            model, lr=settings.outer_lr, momentum=settings.outer_momentum, compression=state
+        )
 
     def after_passes(self, loss: WeightedLoss) -> None:
         """Leave each process with its parts of a sharded model: passes without a backward pass keep

@@ -10,7 +10,7 @@ from hipp_ext.quantities import finite_option, whole_option
 Train = Literal["full", "lora", "norms"]
 Precision = Literal["auto", "float32", "bf16"]
 WHOLES = ("steps", "save_every", "accumulation", "lora_rank")
-OPTIONAL_WHOLES = ("evaluate_every", "patience", "top_k", "warmup")
+OPTIONAL_WHOLES = ("evaluate_every", "patience", "top_k", "warmup", "local_steps")
 NUMBERS = ("lr", "muon_lr", "clip", "lora_alpha", "cross_entropy_share", "hidden_share")
 
 
@@ -39,6 +39,10 @@ class RecoverSettings:
         gradient_checkpointing: keep no activations within layers, and compute them again.
         compression: "lqsgd", or "none" for DDP's own all-reduce. One process sends nothing.
         rank, bits, transport: options of LQ-SGD; see `hipp_ext.comm.Options`.
+        local_steps: steps that every process takes alone, with an optimizer of its own, before
+            all average what has changed (DiLoCo); None: gradients are averaged at every step.
+            `compression` is of the changes then. Checkpoints and evaluations wait for the average.
+        outer_lr, outer_momentum: SGD that applies the average of the changes; see `OuterLoop`.
         sharding: "none": every process holds the whole model; "fsdp": parameters, gradients and
             optimizer states are spread over the processes (FSDP2), and nothing is compressed.
         seed: random seed of dropout, adapters and the first factors; the data source has its own.
@@ -72,6 +76,9 @@ class RecoverSettings:
     rank: int = 4
     bits: int = 8
     transport: str = "auto"
+    local_steps: int | None = None
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
     sharding: Literal["none", "fsdp"] = "none"
     seed: int = 0
     save_every: int = 50
@@ -99,6 +106,16 @@ class RecoverSettings:
                 raise HippError(
                     f"{name}={getattr(self, name)!r}: one of {', '.join(known)} is needed."
                 )
+        outer = finite_option("outer_lr", self.outer_lr, HippError)
+        object.__setattr__(self, "outer_lr", outer)
+        momentum = self.outer_momentum
+        momentum = finite_option("outer_momentum", momentum, HippError, zero=True, below=1)
+        object.__setattr__(self, "outer_momentum", momentum)
+        if self.local_steps and self.sharding == "fsdp":
+            raise HippError(
+                f"local_steps={self.local_steps} needs the whole model in every process, and "
+                "sharding='fsdp' spreads it: choose one of them."
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -107,8 +124,21 @@ class RecoverSettings:
 
     @property
     def evaluation_steps(self) -> int:
-        """Steps between evaluations."""
-        return self.evaluate_every or max(1, self.steps // 10)
+        """Steps between evaluations: whole rounds of local steps."""
+        return self._whole_rounds(self.evaluate_every or max(1, self.steps // 10))
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between checkpoints: whole rounds of local steps."""
+        return self._whole_rounds(self.save_every)
+
+    def ends_round(self, step: int) -> bool:
+        """Whether the processes average after `step` local steps."""
+        return step == self.steps or step % (self.local_steps or 1) == 0
+
+    def _whole_rounds(self, steps: int) -> int:
+        length = self.local_steps or 1
+        return -(-steps // length) * length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +148,8 @@ class RecoverResult:
     Attributes:
         losses: loss of every step, mean over the processes [nats, summed over a step's batches;
             where the data are rows of a file, the mean over their tokens].
-        stats: `LQSGDState.stats()` but for the last step; None if nothing was compressed.
+        stats: `LQSGDState.stats()` but for the last step, or `OuterLoop.stats()` after local steps;
+            None if nothing was compressed.
         evaluations: what was measured of the held-out rows, by name, with the "step" after which.
         step: the step whose weights the model has.
         skipped: row of the file that could not be used -> the reason.

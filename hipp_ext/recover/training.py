@@ -78,7 +78,9 @@ def recover(
     ):
         run = Run(running, data, settings, objective, group, measure)
         identity = _identity(running, data, settings, objective, group)
-        checkpoints = Checkpoints(Path(folder), identity, group.rank, group.barrier)
+        checkpoints = Checkpoints(
+            Path(folder), identity, group.rank, group.barrier, alone=run.outer is not None
+        )
         with checkpoints.run:
             result = run.train(checkpoints, progress and group.rank == 0)
             run.give_back()

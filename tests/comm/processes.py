@@ -31,7 +31,7 @@ from hipp_ext.comm import (
 from hipp_ext.comm.exchange import run_together
 from hipp_ext.errors import CompressionError
 
-MORE = ("comm.hook_checks", "comm.recovery_checks")  # where more checks are
+MORE = ("comm.hook_checks", "comm.outer_checks", "comm.recovery_checks")  # where more checks are
 TIMEOUT = datetime.timedelta(seconds=60)
 # Imported once, by the server that all processes are forked from.
 PRELOADED = [

@@ -4,8 +4,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.studies import comm_baselines, comm_links, inversion
+from hipp_ext.evals.studies.slow_links import __main__ as slow_links
+from hipp_ext.evals.studies.slow_links.methods import Method
 
 SHAPES = {"w": torch.Size((40, 60)), "b": torch.Size((60,))}
 
@@ -89,3 +94,27 @@ def test_links_are_skipped_with_a_reason_where_they_cannot_be_made(monkeypatch, 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert comm_links.run() == {}
     assert "Skipped: emulated links need" in capsys.readouterr().out
+
+
+def test_slow_links_are_skipped_with_a_reason_and_unknown_tasks_refused(
+    monkeypatch, tmp_path, capsys
+):
+    with pytest.raises(DataError, match=r"No task is called \['mnist'\]; there are \['testbed'"):
+        slow_links.run(tmp_path, ["mnist"])
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert slow_links.run(tmp_path, ["testbed"]) == {}
+    assert "Skipped: emulated links need root" in capsys.readouterr().out
+
+
+@given(
+    every=st.sampled_from([None, 1, 8, 32]),
+    limit=st.floats(0, 1e4),
+    step=st.floats(0, 10),
+    exchange=st.floats(0.01, 100),
+)
+def test_a_run_has_as_many_steps_as_its_limit_allows(every, limit, step, exchange):
+    method = Method(sends="plain", local_steps=every)
+    steps = method.steps_within(limit, 500, step, exchange)
+    assert 0 <= steps <= 500 and method.cost(steps, step, exchange) <= limit
+    assert steps == 500 or method.cost(steps + 1, step, exchange) > limit
+    assert method.exchanges(steps) * (every or 1) - steps in range(every or 1)

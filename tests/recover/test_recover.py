@@ -165,6 +165,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ({"optimizer": "sgd"}, "optimizer='sgd': one of muon, adamw"),
         ({"compression": "zip"}, "compression='zip': one of lqsgd, none"),
         ({"lr": -1.0}, "lr=-1.0: a finite number of at least 0"),
+        ({"local_steps": 0}, "local_steps=0: a whole number of at least 1"),
+        ({"outer_lr": 0}, "outer_lr=0: a finite number above 0"),
+        ({"outer_momentum": 1}, "outer_momentum=1: a finite number of at least 0 and below 1"),
+        ({"local_steps": 8, "sharding": "fsdp"}, "local_steps=8 needs the whole model in every"),
     ],
 )
 def test_bad_settings(settings, message):
