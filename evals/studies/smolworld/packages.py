@@ -71,9 +71,7 @@ def drawings(style: str) -> Mapping[str, str]:
         size = {"left": 0, "top": 0, "width": 16, "height": 16}
         size |= {name: content[name] for name in size if name in content}
         icons = content["icons"]
-        return {
-            plain(n): _SVG.format(**(size | icons[p])) for n, p in names.items() if p in icons
-        }
+        return {plain(n): _SVG.format(**(size | icons[p])) for n, p in names.items() if p in icons}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The drawings of {style} cannot be read: {error}. {missing()}") from None
 

@@ -31,7 +31,7 @@ def painted(scene: Scene) -> tuple[Image.Image, UInt8[np.ndarray, "96 96"]]:
         picture.paste(drawing, (x, y), drawing)
         solid = drawing.getchannel("A").point(lambda a: 255 * (a > 127))
         visible.paste(number, (x, y, x + drawing.width, y + drawing.height), solid)
-    grain = np.random.default_rng(scene.ground).normal(0, rng.uniform(2, 9), (SIZE, SIZE, 1))
+    grain = np.random.default_rng(scene.ground).normal(0, rng.uniform(1, 6), (SIZE, SIZE, 1))
     pixels = np.asarray(picture) * rng.uniform(0.75, 1.1) + grain
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), np.asarray(visible)
 

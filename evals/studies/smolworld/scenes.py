@@ -84,7 +84,7 @@ class World:
         found = {}
         for kind in {c.kind for c in self.drawings.concepts}:
             names = self._of_class(kind)
-            found[kind] = names, [1 / (3 + rank) for rank in range(len(names))]
+            found[kind] = names, [1 / (6 + rank) for rank in range(len(names))]
         return found
 
     def draw_scene(self, rng: random.Random, split: str, count: int | None = None) -> Scene:
@@ -105,11 +105,14 @@ class World:
 
     def draw_specimen(self, rng: random.Random, split: str) -> Scene:
         """A scene with one thing, all concepts being equally frequent."""
-        return self._place(rng, split, "specimen", [rng.choice(self.drawings.names)])
+        return self.draw_mixture(rng, split, 1)
 
-    def _place(
-        self, rng: random.Random, split: str, kind: str, names: Sequence[str]
-    ) -> Scene:
+    def draw_mixture(self, rng: random.Random, split: str, count: int | None = None) -> Scene:
+        """A scene of `count` things of no kind of place, all concepts being equally frequent."""
+        count = count or rng.choices(range(1, MOST + 1), COUNT_WEIGHTS)[0]
+        return self._place(rng, split, "mixture", rng.sample(self.drawings.names, count))
+
+    def _place(self, rng: random.Random, split: str, kind: str, names: Sequence[str]) -> Scene:
         things: list[Thing] = []
         for name in names:
             size = round(SIZES[len(names) - 1] * rng.uniform(0.75, 1.2))
