@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.smolworld.painting import PATCH
 from hipp_ext.evals.studies.smolworld.scenes import SIZE
@@ -110,7 +111,13 @@ def assemble(language: nn.Module, processor: Any, vision: Any, seed: int = 0) ->
 
 
 def build_base(seed: int = 0) -> tuple[Any, Any]:
-    """(model whose tower and projector are random, processor) from the package of SmolLM2."""
+    """(model whose tower and projector are random, processor) from the package of SmolLM2.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    if reason := smollm2.missing():
+        raise DataError(reason)
     language, tokenizer = smollm2.load()
     processor = build_processor(tokenizer)
     return assemble(language, processor, vision_config(), seed), processor
