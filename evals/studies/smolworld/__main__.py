@@ -1,15 +1,13 @@
 """Command line of the small world: its pictures, a vision tower, and a language model that sees."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
-
-if TYPE_CHECKING:
-    from hipp_ext.evals.studies.smolworld.scenes import World
+from hipp_ext.evals.studies.smolworld.scenes import read_world
 
 Concepts = Annotated[
     int | None, typer.Option(min=40, help="Number of concepts, for a smaller world. Default: all.")
@@ -30,7 +28,7 @@ def scenes(
     """Write the questions of all splits as VLMEvalKit's tables, and a sheet of their pictures."""
     from hipp_ext.evals.studies.smolworld.export import export, write_sheets
 
-    world = _world(concepts)
+    world = read_world(concepts)
     for path in export(world, out, n, overwrite=overwrite):
         typer.echo(path)
     write_sheets(world, out)
@@ -52,7 +50,7 @@ def vision(
     from hipp_ext.evals.studies.smolworld.model import build_base
     from hipp_ext.evals.studies.smolworld.vision import Namer, naming, train_vision, vision_settings
 
-    world = _world(concepts)
+    world = read_world(concepts)
     model, processor = build_base(seed)
     settings = vision_settings(steps, lr=lr, seed=seed)
     result = train_vision(model, processor, world, out, settings, batch_size)
@@ -85,7 +83,7 @@ def train(
     from hipp_ext.evals.studies.smolworld.model import build_base
     from hipp_ext.evals.studies.smolworld.training import language_settings, train_language
 
-    world = _world(concepts)
+    world = read_world(concepts)
     model, processor = build_base(seed)
     add_factors(model, out / "tower.safetensors")
     data = Conversations(world, processor, caption_steps=caption_steps, seed=seed)
@@ -122,17 +120,10 @@ def evaluate(
     from hipp_ext.calibration import find_processor
     from hipp_ext.evals.studies.smolworld import evaluation
 
-    world = _world(concepts)
+    world = read_world(concepts)
     loaded = load_pruned(model)
     found = evaluation.evaluate(loaded, find_processor(loaded), world, split, n)
     report("smolworld", found, save, out=out)
-
-
-def _world(concepts: int | None) -> "World":
-    from hipp_ext.evals.studies.smolworld.drawings import read_drawings
-    from hipp_ext.evals.studies.smolworld.scenes import World
-
-    return World(read_drawings(concepts))
 
 
 if __name__ == "__main__":

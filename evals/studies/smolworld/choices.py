@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hipp_ext.evals.studies.smolworld.concepts import CONCEPTS, with_article
-from hipp_ext.evals.studies.smolworld.facts import gloss
 from hipp_ext.evals.studies.smolworld.scenes import Scene, World
 from hipp_ext.testbed.world import owner
 
@@ -64,13 +63,13 @@ def _member_of(world: World, rng: random.Random, split: str) -> Choice | None:
 
 def _described(world: World, rng: random.Random, split: str) -> Choice | None:
     name = rng.choice(world.drawings.names)
-    if (text := gloss(name)) is None:
+    if (text := world.glosses.get(name)) is None:
         return None
-    same = [n for n in world.drawings.names if n != name and gloss(n) != text]
-    near = [n for n in same if CONCEPTS[n].kind == CONCEPTS[name].kind]
-    others = rng.sample(near, min(1, len(near)))
-    others += rng.sample([n for n in same if n not in others], OPTIONS - 1 - len(others))
-    return _ask(rng, "gloss", f"Which of these is this: {text}?", name, others)
+    others = [n for n in world.drawings.names if n != name and world.glosses.get(n) != text]
+    near = [n for n in others if CONCEPTS[n].kind == CONCEPTS[name].kind]
+    picked = [*rng.sample(near, min(1, len(near))), *rng.sample(others, OPTIONS)]
+    picked = list(dict.fromkeys(picked))[: OPTIONS - 1]
+    return _ask(rng, "gloss", f"Which of these is this: {text}?", name, picked)
 
 
 def _seen_class(world: World, rng: random.Random, split: str) -> Choice | None:
@@ -99,11 +98,11 @@ def _seen_name(world: World, rng: random.Random, split: str) -> Choice | None:
 
 def _seen_gloss(world: World, rng: random.Random, split: str) -> Choice | None:
     scene = world.nth(split, rng.random(), world.draw_specimen)
-    described = {name: text for name in world.drawings.names if (text := gloss(name))}
-    right = described.pop(scene.present[0], None)
-    if right is None or len(described) < OPTIONS - 1:
+    right = world.glosses.get(scene.present[0])
+    texts = sorted(set(world.glosses.values()) - {right})
+    if right is None or len(texts) < OPTIONS - 1:
         return None
-    others = rng.sample(sorted({text for text in described.values() if text != right}), OPTIONS - 1)
+    others = rng.sample(texts, OPTIONS - 1)
     return _ask(rng, "picture, gloss", "What does the image show?", right, others, scene)
 
 

@@ -1,7 +1,7 @@
-"""What is known of the concepts without a picture: their class, and WordNet's gloss."""
+"""What a dictionary says of the concepts: WordNet's glosses."""
 
-import functools
 import re
+from collections.abc import Iterable
 
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.concepts import CONCEPTS, Concept
@@ -19,14 +19,17 @@ _LENGTHS = range(20, 111)  # characters of a gloss that is asked for
 _PARTS = re.compile(r"^(?:pair|bunch|head|loaf|piece|stack|bowl|slice|portion|ball|spool|bar) of ")
 
 
-@functools.cache
-def gloss(name: str) -> str | None:
-    """What a dictionary says of a concept, without its name; None: nothing that can be asked.
+def read_glosses(names: Iterable[str]) -> dict[str, str]:
+    """Concept -> what WordNet says of it, without its name; concepts that it cannot ask for lack.
 
     The sense is the most frequent one of the kind that the class has: of "crane" the bird.
     """
-    concept = CONCEPTS[name]
-    for word in dict.fromkeys((name, _PARTS.sub("", name), concept.label)):
+    found = {name: _gloss(CONCEPTS[name]) for name in names}
+    return {name: text for name, text in found.items() if text}
+
+
+def _gloss(concept: Concept) -> str | None:
+    for word in dict.fromkeys((concept.name, _PARTS.sub("", concept.name), concept.label)):
         for file, text in packages.senses(word):
             if file in _FILES.get(concept.kind, (6,)):
                 return _cleaned(text, concept)

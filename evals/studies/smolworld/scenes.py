@@ -8,11 +8,12 @@ import functools
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hipp_ext.evals.studies.smolworld.concepts import KIND_WEIGHTS, KINDS
-from hipp_ext.evals.studies.smolworld.drawings import PART_OF, Drawings, chosen
+from hipp_ext.evals.studies.smolworld.drawings import PART_OF, Drawings, chosen, read_drawings
+from hipp_ext.evals.studies.smolworld.facts import read_glosses
 from hipp_ext.testbed.world import owner
 
 SIZE = 96  # pixels per side of a picture
@@ -65,10 +66,11 @@ class World:
 
     Args:
         drawings: the concepts and their drawings.
+        glosses: what a dictionary says of concepts; see `facts.read_glosses`.
     """
 
-    def __init__(self, drawings: Drawings):
-        self.drawings = drawings
+    def __init__(self, drawings: Drawings, glosses: Mapping[str, str]):
+        self.drawings, self.glosses = drawings, glosses
         self.kinds = {
             kind: {c: w for c, w in classes.items() if self._of_class(c)}
             for kind, classes in KINDS.items()
@@ -167,6 +169,12 @@ class World:
         return sorted(
             self.absent(scene), key=lambda name: -sum(pair[name, other] for other in present)
         )
+
+
+def read_world(concepts: int | None = None) -> World:
+    """The world of the packages; see `read_drawings`."""
+    drawings = read_drawings(concepts)
+    return World(drawings, read_glosses(drawings.names))
 
 
 def _spot(rng: random.Random, size: int) -> tuple[int, int]:
