@@ -29,12 +29,13 @@ from hipp_ext.evals.studies.smolworld.model import (
     save,
     vision_config,
 )
+from hipp_ext.evals.studies.smolworld.namer import Namer, naming
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint, painted, patch_things
 from hipp_ext.evals.studies.smolworld.quiz import KINDS as ABSENCES
 from hipp_ext.evals.studies.smolworld.quiz import questions
 from hipp_ext.evals.studies.smolworld.scenes import World, read_world
 from hipp_ext.evals.studies.smolworld.training import language_settings, train_language
-from hipp_ext.evals.studies.smolworld.vision import Namer, naming, train_vision, vision_settings
+from hipp_ext.evals.studies.smolworld.vision import train_vision, vision_settings
 from hipp_ext.evals.tables import read_table
 from hipp_ext.recover import recover
 from hipp_ext.testbed import SPLITS

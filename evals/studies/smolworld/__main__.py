@@ -48,7 +48,8 @@ def vision(
     trained on (calibration), and that were not (validation).
     """
     from hipp_ext.evals.studies.smolworld.model import build_base
-    from hipp_ext.evals.studies.smolworld.vision import Namer, naming, train_vision, vision_settings
+    from hipp_ext.evals.studies.smolworld.namer import Namer, naming
+    from hipp_ext.evals.studies.smolworld.vision import train_vision, vision_settings
 
     world = read_world(concepts)
     model, processor = build_base(seed)
@@ -126,5 +127,25 @@ def evaluate(
     report("smolworld", found, save, out=out)
 
 
+def run(
+    out: Out = Path("smolworld"),
+    concepts: Concepts = None,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the tower.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the language model.")] = 1000,
+    n: N = None,
+    seed: Seed = 0,
+) -> None:
+    """Train, build and measure on the validation split: all commands one after the other.
+
+    Repeat it after an interruption: what was done is not done again.
+
+    `python -m hipp_ext.evals.studies.smolworld run --out smolworld`
+    """
+    vision(out, concepts, vision_steps, seed=seed)
+    train(out, concepts, steps, min(100, steps // 10), seed=seed)
+    build(out / "model", out / "factors.safetensors", overwrite=True)
+    evaluate(out / "model", "validation", concepts, n, out / "validation.json")
+
+
 if __name__ == "__main__":
-    run_command(scenes, vision, train, build, evaluate)
+    run_command(scenes, vision, train, build, evaluate, run)

@@ -34,8 +34,9 @@ class Choice:
 def nth(world: World, split: str, key: object) -> Choice:
     """The question of a split, or of "train", that belongs to `key`."""
     rng = random.Random(f"choice {split} {key}")
+    kinds = _WITH_PICTURE if rng.random() < 0.5 else _WITHOUT_PICTURE
     while True:
-        make = rng.choice(_WITH_PICTURE if rng.random() < 0.5 else _WITHOUT_PICTURE)
+        make = rng.choice(kinds)
         choice = make(world, rng, split)
         if choice is None:
             continue
