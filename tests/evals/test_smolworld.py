@@ -127,7 +127,7 @@ def test_equal_seeds_give_equal_questions_on_every_machine(world):
         q for task in ("POPE", "ScienceQA", "Captions") for q in questions(world, task, "test", 30)
     ]
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()
-    assert digest[:16] == "GOLDEN"
+    assert digest[:16] == "36650b4e74c072de"
 
 
 def test_more_questions_begin_with_the_same(world):
