@@ -102,7 +102,7 @@ def test_splits_are_disjoint(world):
     asked = {
         split: {
             (q.question, q.options)
-            for q in questions(world, "ScienceQA", split, 200)
+            for q in questions(world, "ScienceQA", split, 100)
             if not q.scene
         }
         for split in SPLITS

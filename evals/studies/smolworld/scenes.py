@@ -9,7 +9,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hipp_ext.evals.studies.smolworld.concepts import KIND_WEIGHTS, KINDS
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, Drawings, chosen, read_drawings
@@ -132,12 +132,15 @@ class World:
     def nth(
         self, split: str, key: str, draw: Callable[[random.Random, str], Scene] | None = None
     ) -> Scene:
-        """The scene of a split that belongs to `key`: equal keys, equal scenes."""
+        """The scene of a split that belongs to `key`: equal keys, equal scenes.
+
+        The background is drawn anew until the scene's hash belongs to the split.
+        """
         rng = random.Random(f"{split} {key}")
-        while True:
-            scene = (draw or self.draw_scene)(rng, split)
-            if owner(scene) == split:
-                return scene
+        scene = (draw or self.draw_scene)(rng, split)
+        while owner(scene) != split:
+            scene = replace(scene, ground=rng.getrandbits(32))
+        return scene
 
     def stream(self, split: str) -> Iterator[Scene]:
         """Endless scenes of a split or of "train"."""
