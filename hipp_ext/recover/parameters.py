@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,10 @@ def prepared(model: nn.Module, settings: RecoverSettings) -> Iterator[nn.Module]
         for p in frozen.values():
             p.requires_grad_(False)
         if settings.train == "lora":
-            adapted = _with_adapters(model, settings, frozen)
+            whole = _of_modules(model, settings.whole_modules)
+            adapted = _with_adapters(model, settings, frozen | whole)
+            for p in whole.values():
+                p.requires_grad_(True)
         running = model if adapted is None else adapted
         if not any(p.requires_grad for p in running.parameters()):
             raise HippError(f"{type(model).__name__} has no {settings.train} to train.")
@@ -95,6 +98,19 @@ def _vision(model: nn.Module) -> dict[str, Tensor]:
     found = {n: p for n, p in model.named_parameters() if "vision" in n or "visual" in n}
     if not found:
         raise HippError(f"{type(model).__name__} has no parameters of a vision tower to freeze.")
+    return found
+
+
+def _of_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The parameters of the modules with these names, which are trained whole beside adapters."""
+    found = {}
+    for name in names:
+        own = {n: p for n, p in model.named_parameters() if f".{name}." in f".{n}"}
+        if not own:
+            raise HippError(
+                f"whole_modules: {type(model).__name__} has no module {name!r} with parameters."
+            )
+        found |= own
     return found
 
 

@@ -32,6 +32,8 @@ class RecoverSettings:
         train: "full": all parameters; "lora": adapters on all linear layers but the head, merged at
             the end (peft); "norms": the weights and biases of the norms.
         lora_rank, lora_alpha: rank of the adapters; their output is scaled by alpha / rank.
+        whole_modules: with adapters, names of modules that get none and are trained whole, such as
+            "multi_modal_projector".
         freeze_vision: whether the vision tower stays as it is.
         precision: "bf16": forward and backward pass in bfloat16, parameters that are trained in
             float32; "float32"; "auto": bf16 for a model that was loaded in half precision. The
@@ -69,6 +71,7 @@ class RecoverSettings:
     train: Train = "full"
     lora_rank: int = 16
     lora_alpha: float = 32.0
+    whole_modules: tuple[str, ...] = ()
     freeze_vision: bool = False
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
@@ -99,6 +102,11 @@ class RecoverSettings:
             number = finite_option(name, getattr(self, name), HippError, zero=name in NUMBERS)
             object.__setattr__(self, name, number)
         object.__setattr__(self, "seed", whole_option("seed", self.seed, HippError, -(2**63)))
+        if self.whole_modules and self.train != "lora":
+            raise HippError(
+                f"whole_modules={self.whole_modules!r} goes with train='lora', not with "
+                f"train={self.train!r}."
+            )
         for name, hint in get_type_hints(type(self)).items():
             known = [value for part in (hint, *get_args(hint)) for value in get_args(part)]
             known = [value for value in known if isinstance(value, str)]

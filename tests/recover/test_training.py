@@ -177,6 +177,24 @@ def test_adapters_are_merged_into_a_normal_folder(file, tmp_path):
         run(file, tmp_path / "run", settings, model=other, rows=data(file, holdout=0.0))
 
 
+def test_whole_modules_are_trained_beside_adapters(file, tmp_path):
+    settings = RecoverSettings(steps=2, lr=1e-2, train="lora", whole_modules=("layers.1.mlp",))
+    with prepared(pruned(), settings) as model:
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lora" not in n} == {
+        f"base_model.model.model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
+    }
+    assert any("layers.0.mlp" in n for n in trained)
+    assert not [n for n in trained if "lora" in n and "layers.1.mlp" in n]
+    model, _ = run(file, tmp_path, settings)
+    before, after = (m.model.layers[1].mlp.up_proj.weight for m in (pruned(), model))
+    rank = torch.linalg.matrix_rank(after.detach() - before.detach(), atol=1e-5)
+    assert rank > settings.lora_rank or rank == min(before.shape)
+    missing = RecoverSettings(train="lora", whole_modules=("projector",))
+    with pytest.raises(HippError, match="has no module 'projector'"), prepared(pruned(), missing):
+        pass
+
+
 def test_only_norms(file, tmp_path):
     settings = RecoverSettings(steps=2, lr=1e-2, train="norms")
     model, _ = run(file, tmp_path, settings)

@@ -1,0 +1,90 @@
+"""Training of the vision tower and the projector on scenes whose patches have names."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hipp_ext.evals.studies.smolworld.factors import tensors_of
+from hipp_ext.evals.studies.smolworld.namer import Namer, encode_scenes, naming
+from hipp_ext.evals.studies.smolworld.scenes import World
+from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal
+from hipp_ext.recover import RecoverResult, RecoverSettings, recover
+
+
+class PatchNames:
+    """Scenes with the name of each patch, for `recover`; row n is the same in every run.
+
+    Half of the scenes show places, and half mixtures, where no concept is rare. The colours of
+    training scenes change at random, since artists agree on shapes more than on colours.
+    """
+
+    def __init__(self, world: World, batch_size: int, seed: int = 0):
+        self.world, self.batch_size, self.seed = world, batch_size, seed
+        self.identity = {"names": list(world.drawings.names), "seed": seed, "batch": batch_size}
+
+    def batches(self, rank: int, workers: int, start: int) -> Iterator[list[dict[str, Tensor]]]:
+        """See `DataSource`."""
+        for step in itertools.count(start):
+            first = (step * workers + rank) * self.batch_size
+            rows = range(first, first + self.batch_size)
+            scenes = [
+                self.world.nth(
+                    "train",
+                    f"vision {self.seed} {row}",
+                    self.world.draw_mixture if row % 2 else self.world.draw_scene,
+                )
+                for row in rows
+            ]
+            yield [encode_scenes(self.world, scenes, coloured=True)]
+
+
+def vision_settings(steps: int, *, lr: float = 1e-3, seed: int = 0) -> RecoverSettings:
+    """The settings of a run of `steps` optimizer steps with the peak learning rate `lr`."""
+    return RecoverSettings(
+        steps=steps,
+        optimizer="adamw",
+        lr=lr,
+        schedule="cosine",
+        warmup=max(1, min(200, steps // 10)),
+        compression="none",
+        save_every=min(100, steps),
+        evaluate_every=max(1, steps // 8),
+        keep="last",
+        seed=seed,
+    )
+
+
+def train_vision(
+    model: Any, processor: Any, world: World, out: Path, settings: RecoverSettings, batch_size: int
+) -> RecoverResult:
+    """Train the tower and the projector of `model` in place; an interrupted run goes on.
+
+    OUT/tower.safetensors gets both. The projector is scaled so that what it returns is as large as
+    the embeddings of words.
+    """
+    namer = Namer(model, processor, world)
+    data = PatchNames(world, batch_size, settings.seed)
+    result = recover(
+        namer,
+        data,
+        settings,
+        folder=out / "vision",
+        measure=lambda namer: {k: v["mean"] for k, v in naming(namer, world, "validation").items()},
+    )
+    _rescale(namer, world)
+    write_atomic(out / "tower.safetensors", seal(tensors_of(model), {"step": result.step}))
+    return result
+
+
+@torch.no_grad()
+def _rescale(namer: Namer, world: World) -> None:
+    scenes = list(itertools.islice(world.stream("train"), 64))
+    hidden = namer.vision_tower(encode_scenes(world, scenes)["pixel_values"]).last_hidden_state
+    size = namer.multi_modal_projector(hidden[:, 1:]).norm(dim=-1).mean()
+    for p in namer.multi_modal_projector.linear_2.parameters():
+        p.mul_(namer.size / size)
