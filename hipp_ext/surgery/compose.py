@@ -29,7 +29,7 @@ def compose(first: PruningPlan, second: PruningPlan, layers: int) -> PruningPlan
             another kind (KV groups after query heads, experts after channels).
     """
     numbers = layer_numbers(first, layers)
-    after = {(g.tower, g.layer, g.place): g for g in second.groups}
+    after: dict[Any, PlanGroup] = {(g.tower, g.layer, g.place): g for g in second.groups}
     groups = []
     for entry in first.groups:
         number = numbers.get(entry.layer) if entry.tower == "language" else entry.layer
