@@ -151,11 +151,10 @@ class FileData:
     def sample(self, count: int) -> list[Batch]:
         """Batches of `count` rows for training, or all, evenly spaced in the file; not packed."""
         places = np.linspace(0, len(self.trained) - 1, min(count, len(self.trained))).astype(int)
-        rows = [(i, row) for i in map(int, self.trained[places]) if (row := self._row(i))]
-        rows.sort(key=lambda one: one[1].tokens)
-        size = self.reader.batch_size
+        rows, size = self.trained[places], self.reader.batch_size
+        rows = rows[np.argsort(self.file.sizes[rows], kind="stable")]
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        return [batch for part in parts for batch in self._batched(part)]
+        return [batch for part in parts for batch in self._only_usable(part)]
 
     def __len__(self) -> int:
         """Number of steps of `once`."""

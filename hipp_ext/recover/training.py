@@ -22,7 +22,7 @@ from hipp_ext.recover.evaluation import Measure, evaluate
 from hipp_ext.recover.objectives import CrossEntropy, Distillation, Objective
 from hipp_ext.recover.parameters import frozen_digest, in_bfloat16, prepared, trained
 from hipp_ext.recover.passes import counted_tokens, make_passes
-from hipp_ext.recover.processes import Processes, WeightedLoss, processes
+from hipp_ext.recover.processes import Processes, WeightedLoss, moved, processes
 from hipp_ext.recover.report import write_report
 from hipp_ext.recover.settings import RecoverResult, RecoverSettings
 from hipp_ext.recover.teachers import ModelTeacher, Teacher
