@@ -2,13 +2,14 @@
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, HippError, UnsupportedModelError
@@ -25,7 +26,14 @@ LOGIT_BYTES = 1 << 27  # float32 logits of the student that are in memory at onc
 
 
 class Objective(Protocol):
-    """A loss of a model on a batch."""
+    """A loss of a model on a batch.
+
+    Attributes:
+        identity: what must be equal for a run to go on, as JSON values.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Check and measure what is needed of the model once, before its weights change.
@@ -46,6 +54,11 @@ class Objective(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
     """The model's own loss on the labels of the data."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {"name": type(self).__name__}
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Nothing is measured."""
@@ -124,6 +137,21 @@ class Distillation:
                 "hidden states. Give the dense model itself as the teacher."
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`: the settings, and the identity of the teacher."""
+        layers = None if self.hidden_layers is None else list(self.hidden_layers)
+        return {
+            "name": type(self).__name__,
+            "teacher": dict(self.teacher.identity),
+            "temperature": self.temperature,
+            "positions": self.positions,
+            "top_k": self.top_k,
+            "cross_entropy_share": self.cross_entropy_share,
+            "hidden_share": self.hidden_share,
+            "hidden_layers": layers,
+        }
+
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """See `Objective.prepare`: compare the vocabularies, and find how `model` makes its logits.
 
@@ -192,11 +220,13 @@ class Distillation:
     ) -> tuple[Tensor, Tensor]:
         """(loss without hidden states, (KL, cross-entropy) without gradients)."""
         head, embeddings = self._heads[student], student.get_output_embeddings()  # type: ignore
+        names, parameters = zip(*embeddings.named_parameters(), strict=True)
         answers = max(1, int(places.answered.sum()))
         of_kl = (1 - self.cross_entropy_share - self.hidden_share) * self.temperature**2
 
-        def terms(part: slice, some: Tensor) -> Tensor:
-            logits = head(student, some)
+        def terms(part: slice, some: Tensor, *values: Tensor) -> Tensor:
+            own = dict(zip(names, values, strict=True))
+            logits = head.of(functional_call(embeddings, own, some).float())
             scaled = logits / self.temperature
             kl = targets.distribution(part, logits.device).kl(scaled).sum() / len(places)
             ids = places.next_ids[part].masked_fill(~places.answered[part], -100)
@@ -205,4 +235,4 @@ class Distillation:
             return torch.stack([of_kl * kl + self.cross_entropy_share * surprise, kl, surprise])
 
         chunk = max(1, self.memory_limit // logit_bytes(student))
-        return chunked_sum(terms, hidden, tuple(embeddings.parameters()), chunk)
+        return chunked_sum(terms, hidden, parameters, chunk)
