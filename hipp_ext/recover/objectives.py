@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from hipp_ext.replay import whole_pass
 LOGIT_BYTES = 1 << 27  # float32 logits of the student that are in memory at once
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss of a model on a batch.
 

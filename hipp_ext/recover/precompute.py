@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ SHARD_POSITIONS = 1 << 14  # about 6 MB for 64 tokens; a killed run loses the wo
 LOGIT_BYTES = 1 << 28  # float32 logits that are in memory at once
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Rows of data, each once, in an order that does not change; `len` is the number of steps.
 
