@@ -120,7 +120,7 @@ def round_plan(
         own: Planner = replace(planner, **options)
     else:
         own = copy.copy(planner)
-        vars(own).update(options)
+        vars(own).update(options, cache=None)  # signals of a model that is there once
     return own.plan(model, processor=processor, calibration=calibration, progress=progress)
 
 

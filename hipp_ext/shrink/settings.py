@@ -8,7 +8,7 @@ from hipp_ext.errors import HippError
 from hipp_ext.quantities import whole_option
 from hipp_ext.recover import RecoverSettings
 
-Schedule = Literal["geometric", "linear"]
+Spacing = Literal["geometric", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class ShrinkSettings:
     Attributes:
         to: pruning_ratio at the end, of the dense model's prunable parameters, in [0, 1).
         steps: number of rounds.
-        schedule: "geometric": every round removes the same fraction of what is left, so that none
+        spacing: "geometric": every round removes the same fraction of what is left, so that none
             takes more from the model than the others; "linear": every round removes the same
             number of parameters.
         reconstruct: begin each recovery with a least-squares fit; see `prune`.
@@ -33,7 +33,7 @@ class ShrinkSettings:
 
     to: float
     steps: int = 4
-    schedule: Schedule = "geometric"
+    spacing: Spacing = "geometric"
     reconstruct: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
     last_steps: int | None = None
@@ -44,14 +44,14 @@ class ShrinkSettings:
         for name in ("steps", "last_steps"):
             if (value := getattr(self, name)) is not None or name == "steps":
                 object.__setattr__(self, name, whole_option(name, value, HippError, 1))
-        if self.schedule not in get_args(Schedule):
-            known = ", ".join(get_args(Schedule))
-            raise HippError(f"schedule={self.schedule!r}: one of {known} is needed.")
+        if self.spacing not in get_args(Spacing):
+            known = ", ".join(get_args(Spacing))
+            raise HippError(f"spacing={self.spacing!r}: one of {known} is needed.")
 
     def ratios(self, gone: float = 0.0) -> tuple[float, ...]:
         """The pruning_ratio after each round, of a model that has lost the fraction `gone`."""
         parts = [number / self.steps for number in range(1, self.steps)]
-        if self.schedule == "linear":
+        if self.spacing == "linear":
             inner = [gone + part * (self.to - gone) for part in parts]
         else:
             inner = [1 - (1 - gone) * ((1 - self.to) / (1 - gone)) ** part for part in parts]

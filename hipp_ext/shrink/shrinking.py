@@ -12,7 +12,7 @@ from hipp_ext.allocators import Sensitivity
 from hipp_ext.calibration import Calibration, CalibrationLike, find_processor
 from hipp_ext.errors import HippError
 from hipp_ext.planner.state import model_digest
-from hipp_ext.recover import CachedTeacher, ModelTeacher, Teacher
+from hipp_ext.recover import ModelTeacher, Teacher
 from hipp_ext.recover.data import DataSource
 from hipp_ext.runs import RunFolder
 from hipp_ext.shrink.planning import Planner, Standing, check_reach, planner_identity
@@ -97,7 +97,7 @@ def shrink(
         "settings": {n: v for n, v in asdict(settings).items() if n != "only_last"},
         "planner": planner_identity(planner),
         "model": model_digest(dense, ()),
-        "teacher": _teacher_identity(teacher),
+        "teacher": dict(teacher.identity),
         "data": getattr(data, "identity", None),
         "calibration": None if calibration is None else calibration.digest,
         "processes": dist.get_world_size() if several else 1,
@@ -124,11 +124,3 @@ def shrink(
 
 def _silent(line: str) -> None:
     pass
-
-
-def _teacher_identity(teacher: Teacher) -> Any:
-    if isinstance(teacher, ModelTeacher):
-        return model_digest(teacher.model, ())
-    if isinstance(teacher, CachedTeacher):
-        return teacher.header.model_dump(exclude={"vocabulary"})
-    return type(teacher).__name__
