@@ -136,7 +136,7 @@ AllocatorOption = Annotated[
         metavar="NAME",
         show_default=False,
         help="Decides how many units each group keeps: planner (by the preference), or "
-        f"{', '.join(ALLOCATORS)} (by --pruning-ratio). Default: planner.",
+        f"{', '.join(ALLOCATORS)} (by the ratio). Default: planner.",
     ),
 ]
 AttentionUnitOption = Annotated[

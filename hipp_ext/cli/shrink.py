@@ -35,10 +35,7 @@ _round = functools.partial(typer.Option, show_default=False, rich_help_panel="Ro
 def shrink_command(
     model: ModelArgument,
     data: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", help="Chats, questions or texts to learn from in every round."
-        ),
+        Path, typer.Option(metavar="FILE", help="Chats, questions or texts to learn from.")
     ],
     to: Annotated[
         float,
@@ -186,16 +183,20 @@ def shrink_command(
     loaded, processor = load_model(model, place, dtype)
     if serve in ("vllm", "gguf"):
         require_served(loaded, serve)
+    learnt_from = None
+    if teacher:
+        learnt_from = read_teacher(teacher, device=str(resolve_device(teacher_device or place)))
+    batches = read_data(loaded, processor) if calibration else None
+    models = [loaded]
+    del loaded  # so that it leaves the memory after the first round, if it is not the teacher
     report = shrink(
-        loaded,
+        models.pop(),
         file_data(data, processor, given),
         settings,
         folder=out,
-        teacher=read_teacher(teacher, device=str(resolve_device(teacher_device or place)))
-        if teacher
-        else None,
+        teacher=learnt_from,
         planner=planner,
-        calibration=read_data(loaded, processor) if calibration else None,
+        calibration=batches,
         processor=processor,
         progress=sys.stderr.isatty(),
         log=lambda line: typer.echo(line, err=True),
@@ -213,8 +214,7 @@ def _planner(given: dict[str, Any]) -> Any:
     from hipp_ext.budget import Bounds
     from hipp_ext.planner import HiPPPlanner
 
-    weights = (given["utility"], given["robustness"], given["compression_weight"])
-    preference = opt.read_preference(*weights)
+    preference = opt.read_preference(given["utility"], given["robustness"], None)
     bounds = opt.read_bounds(*(given[name] for name in ("round_to", "drop", "shape", "serve")))
     chosen = {name: given[name] for name in ("attention_unit", "expert_unit", "partial", "effort")}
     chosen["towers"] = opt.read_towers(given["towers"])
