@@ -44,7 +44,6 @@ class Standing:
         """What is left of the model that `model` was pruned from; its plan tells.
 
         Raises:
-            PlanError: it was pruned in other units than those of `planner`.
             UnsupportedModelError: the model's groups cannot be mapped.
         """
         groups = find_groups(
@@ -61,20 +60,13 @@ class Standing:
         return cls(total=total, groups=groups, layers=layers)
 
     def round_ratio(self, pruning_ratio: float) -> float:
-        """The pruning_ratio of `groups` after which `pruning_ratio` of the dense model is gone.
-
-        Raises:
-            BudgetError: as much is gone already.
+        """The pruning_ratio of `groups` after which `pruning_ratio` of the dense model is gone; 0
+        if as much is gone already.
         """
         dense = sum(g.width * g.unit_parameters for g in self.total.groups)
         removed = self.total.kept_parameters - parameters_left(dense, pruning_ratio)
-        if removed <= 0:
-            raise BudgetError(
-                f"to={pruning_ratio:g}: the model has lost {self.total.pruning_ratio:.4f} of its "
-                "prunable parameters already. Ask for more than that."
-            )
         # Half a parameter less than that, which does not exist: rounding must not cost a unit.
-        return (removed - 0.5) / sum(g.width * g.unit_parameters for g in self.groups)
+        return max(0.0, removed - 0.5) / sum(g.width * g.unit_parameters for g in self.groups)
 
     def bounds(self, bounds: Bounds | None) -> Bounds:
         """`bounds` for `groups`, with `min_keep` counted of the dense model's widths."""
@@ -92,8 +84,13 @@ class Standing:
 
 
 def check_reach(standing: Standing, planner: Planner, pruning_ratio: float) -> None:
-    """Raise BudgetError unless a plan of one round could reach `pruning_ratio`."""
+    """Raise BudgetError if more is gone already, or one plan could not reach `pruning_ratio`."""
     ratio = standing.round_ratio(pruning_ratio)
+    if not ratio:
+        raise BudgetError(
+            f"to={pruning_ratio:g}: the model has lost {standing.total.pruning_ratio:.4f} of its "
+            "prunable parameters already. Ask for more than that."
+        )
     keep_counts(standing.groups, None, ratio, standing.bounds(planner.bounds))
 
 
@@ -109,9 +106,13 @@ def round_plan(
 
     Scores and sensitivity are those of the model as it is, against its own outputs: units that
     share the work of removed ones after a recovery are worth more than in the dense model, and the
-    Fisher estimate holds where the outputs compared are equal before anything is removed.
+    Fisher estimate holds where the outputs compared are equal before anything is removed. Where
+    the last round removed so much that nothing is missing, as whole layers are large steps, all
+    units stay.
     """
     standing = Standing.of(model, planner)
+    if not standing.round_ratio(pruning_ratio):
+        return PruningPlan(groups=tuple(_whole(group) for group in standing.groups))
     options: dict[str, Any] = {
         "pruning_ratio": standing.round_ratio(pruning_ratio),
         "bounds": standing.bounds(planner.bounds),
@@ -121,7 +122,9 @@ def round_plan(
     else:
         own = copy.copy(planner)
         vars(own).update(options, cache=None)  # signals of a model that is there once
-    return own.plan(model, processor=processor, calibration=calibration, progress=progress)
+    plan = own.plan(model, processor=processor, calibration=calibration, progress=progress)
+    compose(standing.total, plan, standing.layers)  # or the result could not say what stays
+    return plan
 
 
 def planner_identity(planner: Planner) -> str:
@@ -148,7 +151,8 @@ def _whole(group: Group) -> PlanGroup:
 def _least(bounds: Bounds, group: Group, dense: PlanGroup) -> float:
     """Least fraction of the units of a group that stays.
 
-    Query heads that are left alone with their keys have become KV groups, and stay.
+    All stay of a block that was pruned in other units before. So do query heads that are left alone
+    with their keys, which are KV groups from then on.
     """
     if group.kind != dense.kind:
         return bounds.max_keep

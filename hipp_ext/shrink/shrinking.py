@@ -45,7 +45,8 @@ def shrink(
     Interrupted at any moment, the same call goes on, and ends with the same weights to the bit on
     the same hardware.
 
-    A round plans on the model as it is then (`round_plan`), and removes what is missing to its
+    A round plans on the model as it is then (`round_plan`), leaves blocks as they are that were
+    pruned in other units than the planner's before, and removes what is missing to its
     ratio of the dense model's prunable parameters (`ShrinkSettings.ratios`). The last one meets
     `settings.to` as exactly as a single plan does.
 
@@ -71,7 +72,6 @@ def shrink(
         BudgetError: `settings.to` cannot be reached, or as much is gone already.
         CheckpointError: `folder` holds another run, or is damaged.
         HippError: `model` is pruned already, and no teacher was given; or as `recover`.
-        PlanError: `model` was pruned in other units than those of `planner`.
     """
     if isinstance(model, nn.Module):
         dense = model
