@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -44,7 +43,7 @@ class Objective(Protocol):
         """
         ...
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name [nats per token, mean over the counted positions].
 
         "loss" is minimised; all others are for the report, and detached.
@@ -64,7 +63,7 @@ class CrossEntropy:
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Nothing is measured."""
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.losses`: "loss"."""
         return {"loss": model(**batch).loss}
 
@@ -123,7 +122,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
-        finite_option("temperature", self.temperature, HippError)
+        temperature = finite_option("temperature", self.temperature, HippError)
+        object.__setattr__(self, "temperature", temperature)
         whole_option("memory_limit", self.memory_limit, HippError, 1)
         if self.top_k is not None:
             whole_option("top_k", self.top_k, HippError, 1)
@@ -168,7 +168,7 @@ class Distillation:
         self._layers(student)
         self._heads[student] = fit_head(student, batch, self._places(batch))
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.losses`: "loss", "kl" (without T^2), "cross_entropy" where a position has
         a label, and "hidden" where it has a share.
 
