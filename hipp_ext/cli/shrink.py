@@ -248,7 +248,7 @@ def _print_report(report: Any, out: Path) -> None:
             f"{r.ratio:.1%}",
             f"{r.parameters / 1e6:.2f}M",
             *losses,
-            f"{sum(r.minutes.values()):.1f}",
+            f"{r.minutes.total:.1f}",
         )
     print_wide(table)
     last = report.rounds[-1]

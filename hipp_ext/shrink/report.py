@@ -24,6 +24,19 @@ class _Strict(BaseModel):
     )
 
 
+class Minutes(_Strict):
+    """Time for the stages of a round. What an interrupted stage had taken is not in it."""
+
+    plan: float = Field(ge=0, allow_inf_nan=False)
+    prune: float = Field(ge=0, allow_inf_nan=False)
+    recover: float = Field(ge=0, allow_inf_nan=False)
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.plan + self.prune + self.recover
+
+
 class Round(_Strict):
     """What one round did.
 
@@ -35,21 +48,21 @@ class Round(_Strict):
         rows, tokens, skipped: rows and tokens that were learnt from, and rows that could not be.
         before, after: losses on the held-out rows before and after the recovery [nats per token],
             by name; empty without such rows.
-        minutes: time for each stage. What an interrupted stage had taken is not in it.
+        minutes: time for each stage.
     """
 
     number: int = Field(ge=1)
-    ratio_asked: float
-    ratio: float
-    parameters: int
-    steps: int
+    ratio_asked: float = Field(ge=0, lt=1)
+    ratio: float = Field(ge=0, lt=1)
+    parameters: int = Field(ge=0, lt=2**63)
+    steps: int = Field(ge=0, lt=2**63)
     step_kept: int
     rows: int
     tokens: int
     skipped: int
     before: dict[str, float]
     after: dict[str, float]
-    minutes: dict[str, float]
+    minutes: Minutes
 
     @classmethod
     def of(cls, result: RecoverResult, **about: Any) -> "Round":
@@ -84,9 +97,9 @@ class ShrinkReport(_Strict):
     """
 
     format: int = Field(default=1, ge=1, le=1)
-    to: float
-    start_ratio: float
-    start_parameters: int
+    to: float = Field(ge=0, lt=1)
+    start_ratio: float = Field(ge=0, lt=1)
+    start_parameters: int = Field(ge=0, lt=2**63)
     rounds: tuple[Round, ...] = ()
 
     @classmethod
@@ -119,8 +132,8 @@ class ShrinkReport(_Strict):
         """Time that rounds of so many steps take, by those that are complete; None: none is."""
         if not self.rounds:
             return None
-        recovering = sum(r.minutes["recover"] for r in self.rounds)
-        before = sum(sum(r.minutes.values()) for r in self.rounds) - recovering
+        recovering = sum(r.minutes.recover for r in self.rounds)
+        before = sum(r.minutes.plan + r.minutes.prune for r in self.rounds)
         done = sum(r.steps for r in self.rounds)
         return sum(steps) * recovering / max(1, done) + len(steps) * before / len(self.rounds)
 

@@ -26,7 +26,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.recover import FileData, Teacher, recover
 from hipp_ext.runs import RunFolder
 from hipp_ext.shrink.planning import Planner, round_plan
-from hipp_ext.shrink.report import Round, ShrinkReport, disk_bytes, round_folder
+from hipp_ext.shrink.report import Minutes, Round, ShrinkReport, disk_bytes, round_folder
 from hipp_ext.shrink.settings import ShrinkSettings
 from hipp_ext.surgery.checkpoint import load_pruned, save_pruned
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
@@ -115,7 +115,7 @@ class Rounds:
             ratio_asked=self._ratios[number - 1],
             ratio=getattr(student, PLAN_ATTRIBUTE).pruning_ratio,
             parameters=sum(p.numel() for p in student.parameters()),
-            minutes=self._minutes,
+            minutes=Minutes(**self._minutes),
         )
 
     def _prune(self, number: int, work: Path) -> None:

@@ -84,7 +84,7 @@ def test_two_rounds_end_at_the_ratio_and_every_round_leaves_a_model(whole):
         assert r.parameters == report.start_parameters - r.ratio * total
         assert (folder / r.folder / "tokenizer.json").exists()
         assert r.before["kl"] > 0.1 and r.step_kept == r.steps == 4 and r.rows == 16
-        assert set(r.minutes) == {"plan", "prune", "recover"}
+        assert r.minutes.total > r.minutes.recover > 0
         work = folder / f"{r.folder}.work"
         assert (work / "recover" / "recover.png").exists() and (work / "plan.json").exists()
         assert not (work / "pruned").exists() and not list(work.glob("recover/step-*"))
@@ -132,7 +132,7 @@ def kill_again_and_again(file: str, folder: str) -> None:
     rng, kills, places = random.Random(0), 0, set[str]()
     while kills < 60:
         process = multiprocessing.get_context("fork").Process(
-            target=killed_at, args=(rng.choice((4, 9, 14)), Path(file), Path(folder))
+            target=killed_at, args=(rng.choice((9, 14, 20)), Path(file), Path(folder))
         )
         process.start()
         process.join()
@@ -157,10 +157,10 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(whole, file, tmp_p
     )
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 5 and {"round-1.work", "round-1", "round-2.work"} <= {*found["places"]}
+    assert found["kills"] >= 3 and {"round-1.work", "round-1", "round-2.work"} <= {*found["places"]}
     again = ShrinkReport.model_validate_json((tmp_path / "small/shrink.json").read_text())
     for one, other in zip(report.rounds, again.rounds, strict=True):
-        assert one.model_copy(update={"minutes": {}}) == other.model_copy(update={"minutes": {}})
+        assert one == other.model_copy(update={"minutes": one.minutes})
         models = [load_pruned(place / one.folder) for place in (folder, tmp_path / "small")]
         assert torch.equal(weights(models[0]), weights(models[1]))
         assert models[0].hipp_plan == models[1].hipp_plan
