@@ -1,10 +1,11 @@
 """The plan of a round: made on the model as it is then, counted in units of the dense model."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hipp_ext.allocators import Allocator
@@ -17,9 +18,9 @@ from hipp_ext.files.sealed import digest
 from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.plan import PlanGroup, PruningPlan
 from hipp_ext.planner import HiPPPlanner
-from hipp_ext.surgery.compose import compose
+from hipp_ext.surgery.compose import compose, plan_in_total
 from hipp_ext.surgery.drop import layer_numbers
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
+from hipp_ext.units import plan_from_counts
 
 Planner = Allocator | HiPPPlanner
 
@@ -54,10 +55,7 @@ class Standing:
             partial=planner.partial,
         )
         layers = len(tower_layers(model, "language"))
-        before: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
-        whole = PruningPlan(groups=tuple(_whole(group) for group in groups))
-        total = whole if before is None else compose(before, whole, layers)
-        return cls(total=total, groups=groups, layers=layers)
+        return cls(total=plan_in_total(model, _whole(groups)), groups=groups, layers=layers)
 
     def round_ratio(self, pruning_ratio: float) -> float:
         """The pruning_ratio of `groups` after which `pruning_ratio` of the dense model is gone; 0
@@ -112,7 +110,7 @@ def round_plan(
     """
     standing = Standing.of(model, planner)
     if not standing.round_ratio(pruning_ratio):
-        return PruningPlan(groups=tuple(_whole(group) for group in standing.groups))
+        return _whole(standing.groups)
     options: dict[str, Any] = {
         "pruning_ratio": standing.round_ratio(pruning_ratio),
         "bounds": standing.bounds(planner.bounds),
@@ -136,16 +134,10 @@ def planner_identity(planner: Planner) -> str:
     return f"HiPPPlanner({own}, policy={digest(planner.policy.state_dict())})"
 
 
-def _whole(group: Group) -> PlanGroup:
-    return PlanGroup(
-        tower=group.tower,
-        layer=group.layer,
-        kind=group.kind,
-        width=group.width,
-        kept=tuple(range(group.width)),
-        unit_parameters=group.unit_parameters,
-        sections=group.sections,
-    )
+def _whole(groups: Sequence[Group]) -> PruningPlan:
+    """The plan that keeps everything."""
+    scores = {group.name: torch.zeros(group.width) for group in groups}
+    return plan_from_counts(groups, [group.width for group in groups], scores)
 
 
 def _least(bounds: Bounds, group: Group, dense: PlanGroup) -> float:
