@@ -52,6 +52,7 @@ ORDER = (
     "planner",
     "comm",
     "recover",
+    "shrink",
     "integrations.torch_pruning_probe",
     "integrations.torch_pruning_importance",
     "integrations.torch_pruning_graph",

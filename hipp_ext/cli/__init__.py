@@ -22,6 +22,7 @@ from hipp_ext.cli.plan import plan_app
 from hipp_ext.cli.prune import prune_app
 from hipp_ext.cli.recover_group import recover_group
 from hipp_ext.cli.robust import robust_app
+from hipp_ext.cli.shrink import shrink_app
 from hipp_ext.cli.testbed import testbed_app
 from hipp_ext.errors import HippError
 from hipp_ext.files.temporaries import FULL, system_error
@@ -36,6 +37,7 @@ app = typer.Typer(
 for commands in (demo_app, plan_app, fit_app, front_app, prune_app):
     app.add_typer(commands)
 app.add_typer(recover_group, name="recover")
+app.add_typer(shrink_app)
 app.add_typer(evals_app)
 app.add_typer(latency_app)
 app.add_typer(check_serving_app)

@@ -123,6 +123,24 @@ CostOption = Annotated[
         "Default: parameters.",
     ),
 ]
+ScorerOption = Annotated[
+    str | None,
+    method_option(
+        "--scorer",
+        metavar="NAME",
+        help=f"Ranks the units of a group: {', '.join(SCORERS)}. Default: wanda_sp.",
+    ),
+]
+AllocatorOption = Annotated[
+    str,
+    method_option(
+        "--allocator",
+        metavar="NAME",
+        show_default=False,
+        help="Decides how many units each group keeps: planner (by the preference), or "
+        f"{', '.join(ALLOCATORS)} (by the ratio). Default: planner.",
+    ),
+]
 AttentionUnitOption = Annotated[
     AttentionUnit | None,
     method_option(

@@ -57,22 +57,8 @@ def plan(
             "--best-evaluated", help="Take the best plan that the fit evaluated, not the policy's."
         ),
     ] = False,
-    scorer: Annotated[
-        str | None,
-        opt.method_option(
-            metavar="NAME",
-            help=f"Ranks the units of a group: {', '.join(opt.SCORERS)}. Default: wanda_sp.",
-        ),
-    ] = None,
-    allocator: Annotated[
-        str,
-        opt.method_option(
-            metavar="NAME",
-            show_default=False,
-            help="Decides how many units each group keeps: planner (by the preference), or "
-            f"{', '.join(opt.ALLOCATORS)} (by --pruning-ratio). Default: planner.",
-        ),
-    ] = "planner",
+    scorer: opt.ScorerOption = None,
+    allocator: opt.AllocatorOption = "planner",
     attention_unit: opt.AttentionUnitOption = None,
     expert_unit: opt.ExpertUnitOption = None,
     partial: opt.PartialOption = "refuse",
@@ -161,7 +147,7 @@ def plan(
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     if serve in ("vllm", "gguf"):
-        _require_served(loaded, serve)
+        require_served(loaded, serve)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}
     made = maker.plan(loaded, processor=processor, progress=True, **options)
     made.save(out, overwrite)
@@ -175,7 +161,7 @@ def plan(
     _print_plan(made)
 
 
-def _require_served(model: Any, serve: str) -> None:
+def require_served(model: Any, serve: str) -> None:
     """Raise PlanError where the runtime could not serve the model with uneven layers."""
     from hipp_ext.integrations.serving import pruned_refusals
 

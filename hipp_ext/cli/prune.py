@@ -85,10 +85,10 @@ def prune(
         f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters "
         f"({100 * (1 - after / before):.1f}% removed in total)"
     )
-    typer.echo(_served(out))
+    typer.echo(served(out))
 
 
-def _served(folder: Path) -> str:
+def served(folder: Path) -> str:
     """A line on which runtimes take the folder."""
     from hipp_ext.integrations.serving import check_serving
 

@@ -112,7 +112,7 @@ def recover_command(
     # A model that is spread over the processes stays on the CPU, whole.
     loaded, processor = load_model(model, "cpu" if sharding == "fsdp" else own, dtype)
     if data:
-        rows = _file_data(data, processor, given)
+        rows = file_data(data, processor, given)
     elif files:
         rows = _question_data(processor, files, batch_size, seed, running, position)
     else:
@@ -142,7 +142,7 @@ def recover_command(
     typer.echo("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
 
 
-def _file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
+def file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
     """The rows of a file; published test sets are refused."""
     from hipp_ext.evals.tables import published_name
     from hipp_ext.recover import FileData

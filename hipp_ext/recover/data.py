@@ -3,12 +3,13 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hipp_ext.calibration import Batch, encode, encode_text, is_tokenizer
 from hipp_ext.errors import CalibrationError, DataError
 
 
+@runtime_checkable
 class DataSource(Protocol):
     """Endless training data: equal for equal seeds, different on every process."""
 

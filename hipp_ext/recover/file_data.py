@@ -148,6 +148,14 @@ class FileData:
         for first in range(0, len(own), self.reader.batch_size):
             yield from self._only_usable(own[first : first + self.reader.batch_size])
 
+    def sample(self, count: int) -> list[Batch]:
+        """Batches of `count` rows for training, or all, evenly spaced in the file; not packed."""
+        places = np.linspace(0, len(self.trained) - 1, min(count, len(self.trained))).astype(int)
+        rows, size = self.trained[places], self.reader.batch_size
+        rows = rows[np.argsort(self.file.sizes[rows], kind="stable")]
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        return [batch for part in parts for batch in self._only_usable(part)]
+
     def __len__(self) -> int:
         """Number of steps of `once`."""
         return -(-len(self.file.sizes) // self.reader.batch_size)

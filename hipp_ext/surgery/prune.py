@@ -13,6 +13,7 @@ from hipp_ext.calibration import Batch, Calibration, CalibrationLike
 from hipp_ext.groups import Group, check_sliceable, sync_sizes
 from hipp_ext.kinds.slices import Slice, change_units, chosen_units, tensor_in, tensors_of
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.compose import plan_in_total
 from hipp_ext.surgery.drop import removable_layers, remove_layers, replace_modules, skip_modules
 from hipp_ext.surgery.layer_config import write_layer_config
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, Model, loaded_plan, match
@@ -34,7 +35,8 @@ def prune(
     work, the module tree is the same, only widths differ. A block that keeps no unit becomes a
     `hipp_ext.kinds.Skip`, which costs nothing, and a language layer without any block leaves the
     model. The config carries the widths in the standard `per_layer_config` (or, where all layers
-    are alike, as any model's), and `model.hipp_plan` is the plan. Logits equal those under
+    are alike, as any model's), and `model.hipp_plan` is the plan. Of a model that was pruned before
+    it is the dense model's plan, of what stays in total (`compose`). Logits equal those under
     `masked(model, plan)` up to rounding.
 
     Args:
@@ -63,6 +65,7 @@ def prune(
     # Everything that can fail happens before the first change.
     plan = loaded_plan(plan)
     groups = match(model, plan)
+    total = plan_in_total(model, plan)
     dropped = [g for g, e in zip(groups, plan.groups, strict=True) if not e.keep]
     smaller = [g for g, e in zip(groups, plan.groups, strict=True) if 0 < e.keep < e.width]
     check_sliceable(model, dropped + smaller)
@@ -99,7 +102,7 @@ def prune(
         sync_sizes(model, group, counts[group.name])
     remove_layers(model, removed)
     write_layer_config(model)
-    setattr(model, PLAN_ATTRIBUTE, plan)
+    setattr(model, PLAN_ATTRIBUTE, total)
     return model
 
 

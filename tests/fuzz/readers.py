@@ -394,6 +394,36 @@ def read_cached_teacher(folder: Path) -> Any:
     return Distillation(CachedTeacher(folder / "teacher")).losses(model, batches[0])
 
 
+def make_shrink_report(folder: Path) -> None:
+    from hipp_ext.runs import RunFolder
+    from hipp_ext.shrink.report import Minutes, Round, ShrinkReport
+
+    numbers: dict[str, int] = dict.fromkeys(("step_kept", "rows", "tokens", "skipped"), 3)
+    losses = {
+        "before": {"kl": 0.5},
+        "after": {"kl": 0.25},
+        "minutes": Minutes(plan=1, prune=1, recover=2),
+    }
+    sizes = {"ratio_asked": 0.3, "ratio": 0.31, "parameters": 70, "steps": 4}
+    one = Round(number=1, **sizes, **numbers, **losses)
+    report = ShrinkReport(to=0.5, start_ratio=0.0, start_parameters=100, rounds=(one,))
+    with RunFolder(folder / "run", {"seed": 0}) as run:
+        report.write(run.path)
+
+
+@TABLE.reads("shrink", make_shrink_report, errors=("CheckpointError",))
+def read_shrink_report(folder: Path) -> Any:
+    """Read it, and do what a run does that goes on."""
+    from hipp_ext.runs import RunFolder
+    from hipp_ext.shrink.report import ShrinkReport
+
+    start = ShrinkReport(to=0.5, start_ratio=0.0, start_parameters=100)
+    with RunFolder(folder / "run", {"seed": 0}) as run:
+        report = ShrinkReport.read(run, start)
+        report.write(folder)
+        return report.minutes_left([4])
+
+
 # --- image sets
 
 
