@@ -91,8 +91,15 @@ def damaged(folder: Path, why: object) -> CheckpointError:
     return CheckpointError(f"{folder} could not be loaded, it is incomplete or damaged: {why}")
 
 
-def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
+def read_folder(
+    path: str | Path, variant: str | None = None, *, weights: bool = True
+) -> ModelFolder:
     """The model folder at `path`, no weights read yet.
+
+    Args:
+        path: the folder.
+        variant: of the weights, as in transformers' `from_pretrained`.
+        weights: whether the folder has to have weights; False: their shapes are not read.
 
     Raises:
         CheckpointError: it is no model folder; a file of it is damaged, or no regular file; its
@@ -107,7 +114,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / _CONFIG} is damaged: it holds no object.")
     manifest = _read_manifest(folder)
-    shapes = _shapes(folder, variant)
+    shapes = _shapes(folder, variant) if weights else {}
     _check_config(folder, config, shapes)
     return ModelFolder(path=folder, config=config, manifest=manifest, shapes=shapes)
 

@@ -1,6 +1,5 @@
 """`hipp recover precompute`: what the dense model says about the training data, written once."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +13,8 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
-    warn,
 )
+from hipp_ext.cli.output import next_command, note, say, shows_progress, warn
 
 precompute_app = typer.Typer()
 
@@ -80,12 +79,13 @@ def precompute_command(
         temperature=temperature,
         positions=positions,  # type: ignore[arg-type]
         processor=processor,
-        progress=sys.stderr.isatty(),
-        log=lambda line: typer.echo(line, err=True),
+        progress=shows_progress(),
+        log=note,
     )
     if left_out := [f"row {n}: {why}" for n, why in sorted(rows.skipped.items())]:
         warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
     found = teacher.header
-    typer.echo(
+    say(
         f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows"
     )
+    next_command(f"hipp recover PRUNED --teacher {out} --data {data} -o recovered")

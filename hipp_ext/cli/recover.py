@@ -1,6 +1,5 @@
 """`hipp recover`: fine-tune a pruned model, on one process or on those of `torchrun`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,8 +18,8 @@ from hipp_ext.cli.console import (
     own_device,
     require_apart,
     require_model,
-    warn,
 )
+from hipp_ext.cli.output import next_command, say, shows_progress, warn
 from hipp_ext.errors import DataError, HippError
 from hipp_ext.files import require_new
 
@@ -126,7 +125,7 @@ def recover_command(
         folder=running,
         teacher=learnt_from,
         measure=_evaluator(loaded, processor, measure, running) if measure else None,
-        progress=sys.stderr.isatty(),
+        progress=shows_progress(),
     )
     if position:
         return
@@ -135,7 +134,8 @@ def recover_command(
     sent = ""
     if stats := result.stats:
         sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
-    typer.echo("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
+    say("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
+    next_command(f"vlmeval --data POPE --model {out}, or hipp check-serving {out}")
 
 
 def _file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:

@@ -54,7 +54,7 @@ from hipp_ext.surgery.layer_config import (
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 from hipp_ext.surgery.padding import known_towers, pad_to_uniform, resize, resized_shape
 
-__all__ = ["load_pruned", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
+__all__ = ["load_pruned", "outline", "pad_to_uniform", "read_plan", "resolve_device", "save_pruned"]
 
 PLAN = "hipp_plan.json"
 # What is decided here, not by the caller: where the weights come from, and that no code comes
@@ -338,9 +338,39 @@ def _from_pretrained(
     return model
 
 
-def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
+def outline(folder: ModelFolder) -> Any:
+    """The model of a folder on the meta device: all of it but the numbers.
+
+    Its layers are as wide as `load_pruned` would build them, by hipp_ext.json and config.json alone
+    where the folder was read without its weights. It takes no memory.
+
+    Raises:
+        CheckpointError: the folder is damaged, or of a class that transformers does not have.
+    """
+    from transformers import AutoConfig
+
+    quiet_width_warnings()
+    stored = model_class(folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = _resizing(stored, folder, {}, checked=bool(folder.shapes))._from_config(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # as in _from_pretrained
+        raise damaged(folder.path, error) from error
+    model.__class__ = stored
+    _initialise_as_usual(model)
+    return model.eval()
+
+
+def _resizing(
+    stored: Any, folder: ModelFolder, kwargs: dict[str, Any], checked: bool = True
+) -> Any:
     """A subclass of `stored` whose instances have the folder's widths from the moment they are
-    built.
+    built; where they are `checked`, they agree with its weights.
     """
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
@@ -364,7 +394,8 @@ def _resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
             and not kwargs.get("ignore_mismatched_sizes")
             and not kwargs.get("quantization_config")
         )
-        check_sizes(self, folder, shapes, exact)
+        if checked:
+            check_sizes(self, folder, shapes, exact)
 
     # The same name, so that transformers takes it for the class that config.json names.
     return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
