@@ -34,4 +34,4 @@ def check_serving(model: console.ModelArgument, as_json: output.Json = False) ->
         answer = "no" if verdict.reasons else "yes"
         typer.echo(f"{verdict.runtime:<13}{answer:<5}{'' if verdict.reasons else verdict.command}")
         for reason in verdict.reasons:
-            typer.echo(f"{'':<18}{reason}")
+            typer.echo(output.fitted(f"  {reason}"))

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -65,6 +67,15 @@ def say(line: str) -> None:
     """Print a line about the work on stdout; nothing with --quiet or --json."""
     if speaks():
         typer.echo(line)
+
+
+def fitted(line: str) -> str:
+    """A line that is broken where a terminal ends, between words; unbroken in a pipe."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    options: Any = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width, subsequent_indent="  ", **options)
 
 
 def speaks() -> bool:
