@@ -51,7 +51,11 @@ class DemoSize:
 
 
 def run_demo(
-    folder: str | Path, size: DemoSize | None = None, *, log: Log | None = None, progress: bool = True
+    folder: str | Path,
+    size: DemoSize | None = None,
+    *,
+    log: Log | None = None,
+    progress: bool = True,
 ) -> Path:
     """Run the demo in `folder`, without the steps that an earlier run finished; returns the
     report's page. Lines of progress go to `log`; None: to the logger of this module.

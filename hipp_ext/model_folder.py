@@ -108,7 +108,7 @@ def read_folder(
     """
     folder = Path(path)
     if not (folder / _CONFIG).is_file():
-        raise CheckpointError(_no_folder(folder))
+        raise CheckpointError(no_folder(folder))
     check_files(folder)
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict):
@@ -264,7 +264,8 @@ def read_json(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
 
 
-def _no_folder(folder: Path) -> str:
+def no_folder(folder: Path) -> str:
+    """What to say of a path that is no model folder."""
     message = f"{folder} is not a model folder: it has no {_CONFIG}."
     name = str(folder)
     if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

@@ -81,8 +81,7 @@ def _print_version(asked: bool) -> None:
 def hipp(
     context: typer.Context,
     quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="Print only results, warnings and errors."),
+        bool, typer.Option("--quiet", "-q", help="Print only results, warnings and errors.")
     ] = False,
     verbose: Annotated[
         bool,

@@ -27,7 +27,10 @@ def check_serving(model: console.ModelArgument, as_json: output.Json = False) ->
     found = verdicts(folder)
     if as_json:
         output.print_json(
-            [{"runtime": v.runtime, "reasons": list(v.reasons), "command": v.command} for v in found]
+            [
+                {"runtime": v.runtime, "reasons": list(v.reasons), "command": v.command}
+                for v in found
+            ]
         )
         return
     for verdict in found:

@@ -41,8 +41,11 @@ def model_folder(model: str) -> str:
 
 def require_model(model: str) -> None:
     """Raise CheckpointError unless `model` is a model folder. Called first, to catch typos."""
-    if not (folder := Path(model_folder(model)) / "config.json").is_file():
-        raise CheckpointError(f"{folder.parent} is not a model folder: it has no config.json.")
+    folder = Path(model_folder(model))
+    if not (folder / "config.json").is_file():
+        from hipp_ext.model_folder import no_folder
+
+        raise CheckpointError(no_folder(folder))
 
 
 def require_apart(out: Path, *inputs: Path) -> None:

@@ -40,4 +40,9 @@ def demo(
     from hipp_ext.evals.demo import DemoSize, run_demo
     from hipp_ext.planner.settings import FitSettings
 
-    run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), log=say, progress=shows_progress())
+    run_demo(
+        out,
+        DemoSize(settings=FitSettings(steps=steps), limit=limit),
+        log=say,
+        progress=shows_progress(),
+    )

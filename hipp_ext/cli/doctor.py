@@ -13,14 +13,11 @@ doctor_app = typer.Typer()
 def doctor(
     model: console.ModelArgument,
     rows: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Rows of calibration that the estimates assume."),
+        int, typer.Option(min=1, metavar="N", help="Rows of calibration that the estimates assume.")
     ] = 128,
     tokens: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="L", help="Tokens of text in a row; a picture's come on top."
-        ),
+        typer.Option(min=1, metavar="L", help="Tokens of text in a row; a picture's come on top."),
     ] = 512,
     device: console.Device = None,
     dtype: console.Dtype = None,

@@ -23,7 +23,9 @@ def print_findings(found: Found) -> None:
         print_table(_estimates_table(found))
         typer.echo("recovery: 400 steps of 8 rows; a teacher adds a forward pass and its weights")
         if any(_too_large(found, one) for one in found["estimates"]):
-            typer.echo("(!): more than there is; of a recovery, --gradient-checkpointing saves most")
+            typer.echo(
+                "(!): more than there is; of a recovery, --gradient-checkpointing saves most"
+            )
         print_table(_runtimes_table(found))
         for line in _reasons(found):
             typer.echo(fitted(line))

@@ -28,8 +28,7 @@ _HOST_LEVELS = {
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning)
 
 Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print the result as JSON, and nothing else on stdout."),
+    bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")
 ]
 
 

@@ -166,9 +166,7 @@ def plan(
     if serve in ("vllm", "gguf"):
         _require_served(loaded, serve)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}
-    made = maker.plan(
-        loaded, processor=processor, progress=output.shows_progress(), **options
-    )
+    made = maker.plan(loaded, processor=processor, progress=output.shows_progress(), **options)
     made.save(out, overwrite)
     notes = list(_notes(maker, weights, ratio, preference))
     left = left_whole_lines(made.left_whole)

@@ -85,7 +85,5 @@ def precompute_command(
     if left_out := [f"row {n}: {why}" for n, why in sorted(rows.skipped.items())]:
         warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
     found = teacher.header
-    say(
-        f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows"
-    )
+    say(f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows")
     next_command(f"hipp recover PRUNED --teacher {out} --data {data} -o recovered")

@@ -12,13 +12,7 @@ from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.anchors import (
-    MEASURED_LEVELS,
-    PASSES,
-    affordable,
-    passes_of,
-    points_at,
-)
+from hipp_ext.sensitivity.anchors import MEASURED_LEVELS, PASSES, affordable, passes_of, points_at
 from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
