@@ -34,7 +34,7 @@ def evaluate(
     if measure is not None:
         own: dict[str, float] = {}
         if group.rank == 0:
-            with group.accelerator.autocast():
+            with evaluating(loss), group.accelerator.autocast():
                 own = {name: float(value) for name, value in measure(unwrapped(loss.model)).items()}
         found |= group.gathered(own)[0]
     return found

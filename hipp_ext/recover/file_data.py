@@ -1,12 +1,13 @@
 """The rows of the user's file as training data, read and encoded when they are needed."""
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hipp_ext.calibration import Batch
 from hipp_ext.calibration.fitting import CHARACTERS, Row
@@ -16,17 +17,10 @@ from hipp_ext.errors import CalibrationError, DataError
 from hipp_ext.files.untrusted import shown
 from hipp_ext.quantities import finite_option, whole_option
 from hipp_ext.recover.order import epoch_groups, fill_bins
+from hipp_ext.recover.row_batches import RowEncoder
 
 TRIED = 1000  # rows that are tried for one that can be used
 SAMPLED = 32  # rows that tell how many tokens a byte has
-
-
-class RowBatch(dict[str, torch.Tensor]):
-    """A batch, and the numbers of its rows in the file, from 1."""
-
-    def __init__(self, batch: Batch, rows: Sequence[int]):
-        super().__init__(batch)
-        self.rows = tuple(rows)
 
 
 class FileData:
@@ -107,6 +101,8 @@ class FileData:
                 "more rows or another fraction."
             )
         self.skipped: dict[int, str] = {}
+        self._encoder = RowEncoder(reader=self.reader, file=self.file, packed=packed)
+        self._encoding = threading.Lock()  # tokenizers are not made for several threads
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,9 +117,11 @@ class FileData:
         }
 
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
-        """See `DataSource`; rows of one batch are all texts, or have all pictures, or none."""
+        """See `DataSource`; rows of one batch are all texts, or have all pictures, or none.
+
+        The batches of the next step are made while those of this one are in use.
+        """
         width = workers * self.reader.batch_size
-        epoch, groups = -1, np.zeros((0, width), int)
         members = self._bins() if self.packed else [(int(i),) for i in self.trained]
         if len(members) < width:
             raise DataError(
@@ -132,20 +130,23 @@ class FileData:
                 "give more rows or a smaller batch."
             )
         sizes = np.array([sum(int(self.file.sizes[i]) for i in own) for own in members])
-        for step in itertools.count(start):
-            wanted, place = divmod(step, len(members) // width)
-            if wanted != epoch:
-                numbers = np.arange(len(members))
-                epoch, groups = wanted, epoch_groups(numbers, sizes, width, self.seed, wanted)
-            yield self._encoded([members[i] for i in groups[place, rank::workers]])
+
+        def chosen() -> Iterator[list[Sequence[int]]]:
+            epoch, groups = -1, np.zeros((0, width), int)
+            for step in itertools.count(start):
+                wanted, place = divmod(step, len(members) // width)
+                if wanted != epoch:
+                    numbers = np.arange(len(members))
+                    epoch, groups = wanted, epoch_groups(numbers, sizes, width, self.seed, wanted)
+                yield [members[i] for i in groups[place, rank::workers]]
+
+        return self._ahead(chosen())
 
     def held_out(self, rank: int, workers: int) -> Iterator[Batch]:
         """The batches of the held-out rows that this process evaluates; it may have none."""
         own = self.held[np.argsort(self.file.sizes[self.held], kind="stable")][rank::workers]
         for first in range(0, len(own), self.reader.batch_size):
-            numbers = own[first : first + self.reader.batch_size]
-            rows = [(i, row) for i in map(int, numbers) if (row := self._row(i)) is not None]
-            yield from self._batched(rows)
+            yield from self._only_usable(own[first : first + self.reader.batch_size])
 
     def __len__(self) -> int:
         """Number of steps of `once`."""
@@ -158,61 +159,49 @@ class FileData:
         """
         order, size = np.argsort(self.file.sizes, kind="stable"), self.reader.batch_size
         for step in range(start, len(self)):
-            numbers = map(int, order[step * size : (step + 1) * size])
-            yield self._batched([(i, row) for i in numbers if (row := self._row(i)) is not None])
+            yield self._only_usable(order[step * size : (step + 1) * size])
 
-    # ------------------------------------------------------------------------------------ encoding
+    def _ahead(self, chosen: Iterator[Sequence[Sequence[int]]]) -> Iterator[list[Batch]]:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self._encoded, next(chosen))
+            while True:
+                batches, skipped = waiting.result()
+                waiting = pool.submit(self._encoded, next(chosen))
+                self.skipped |= skipped
+                yield batches
 
-    def _encoded(self, members: Sequence[Sequence[int]]) -> list[Batch]:
-        if self.packed:
-            return [self._packed([self._usable(i) for i in own]) for own in members]
-        return self._batched([self._usable(i) for own in members for i in own])
+    def _encoded(self, members: Sequence[Sequence[int]]) -> tuple[list[Batch], dict[int, str]]:
+        """The batches of a step, and the rows that were skipped for them."""
+        skipped: dict[int, str] = {}
+        with self._encoding:
+            rows = [[self._usable(i, skipped) for i in own] for own in members]
+            if self.packed:
+                return [self._encoder.pack(own) for own in rows], skipped
+            return self._encoder.batches([row for own in rows for row in own]), skipped
 
-    def _usable(self, number: int) -> tuple[int, Row]:
+    def _usable(self, number: int, skipped: dict[int, str]) -> tuple[int, Row]:
         """The row, or the next one for training that can be used."""
-        first = int(np.searchsorted(self.trained, number))
-        for place in range(first, first + min(TRIED, len(self.trained))):
+        first, tried = int(np.searchsorted(self.trained, number)), min(TRIED, len(self.trained))
+        for place in range(first, first + tried):
             found = int(self.trained[place % len(self.trained)])
-            if (row := self._row(found)) is not None:
+            if (row := self._encoder.row(found)) is not None:
                 return found, row
-        reasons = "; ".join(f"row {n}: {why}" for n, why in sorted(self.skipped.items())[:3])
+            skipped[found + 1] = self._encoder.unusable[found + 1]
+        reasons = "; ".join(f"row {n}: {why}" for n, why in sorted(skipped.items())[:3])
         raise CalibrationError(
-            f"{shown(self.path)}: none of {min(TRIED, len(self.trained))} rows from row "
-            f"{number + 1} on can be used. {reasons}"
+            f"{shown(self.path)}: none of {tried} rows from row {number + 1} on can be used. "
+            f"{reasons}"
         )
 
-    def _row(self, number: int) -> Row | None:
-        """The row as what is encoded; None, and a line in `skipped`, if it cannot be used."""
-        if number + 1 in self.skipped:
-            return None
-        try:
-            row = self.reader.fit(self.file.read(number))
-            if not row.ids and row.answer is None:
-                raise DataError("it has no answer")
-            if self.packed and row.sources:
-                raise DataError("it has a picture, and packed rows are texts")
-            return row
-        except DataError as error:
-            self.skipped[number + 1] = shown(error, 300)
-            return None
+    def _only_usable(self, numbers: np.ndarray) -> list[Batch]:
+        """The batches of those of the rows that can be used."""
+        with self._encoding:
+            tried = [(i, self._encoder.row(i)) for i in map(int, numbers)]
+            lost = [i + 1 for i, row in tried if row is None]
+            self.skipped |= {row: self._encoder.unusable[row] for row in lost}
+            return self._encoder.batches([(i, row) for i, row in tried if row is not None])
 
-    def _batched(self, rows: Sequence[tuple[int, Row]]) -> list[Batch]:
-        return [
-            RowBatch(self.reader.batch([rows[i][1] for i in own]), [rows[i][0] + 1 for i in own])
-            for own in self.reader.groups([row for _, row in rows])
-        ]
-
-    def _packed(self, rows: Sequence[tuple[int, Row]]) -> Batch:
-        """Rows behind each other, as one row that is full or shorter."""
-        parts = [self.reader.batch([row]) for _, row in rows]
-        batch = {
-            name: torch.cat([part[name] for part in parts], 1)[:, : self.reader.length]
-            for name in ("input_ids", "labels")
-        }
-        places = [torch.arange(part["input_ids"].shape[1]) for part in parts]
-        # transformers finds the ends of the rows in the positions, where no mask is given.
-        batch["position_ids"] = torch.cat(places)[None, : self.reader.length]
-        return RowBatch(batch, [number + 1 for number, _ in rows])
+    # ------------------------------------------------------------------------------ packed rows
 
     def _bins(self) -> list[tuple[int, ...]]:
         """The rows that are packed together, in an order that does not depend on the epoch."""
@@ -224,9 +213,10 @@ class FileData:
     def _tokens_per_byte(self) -> float:
         """Of evenly spaced rows that can be used."""
         places = np.linspace(0, len(self.trained) - 1, min(SAMPLED, len(self.trained))).astype(int)
-        rows = [(i, row) for i in map(int, self.trained[places]) if (row := self._row(i))]
-        size = sum(int(self.file.sizes[i]) for i, _ in rows)
-        return sum(row.tokens for _, row in rows) / size if size else 1.0
+        with self._encoding:
+            tried = [(i, self._encoder.row(i)) for i in map(int, self.trained[places])]
+        size = sum(int(self.file.sizes[i]) for i, row in tried if row is not None)
+        return sum(row.tokens for _, row in tried if row is not None) / size if size else 1.0
 
     def _text_bytes(self) -> int:
         """Bytes of a plain text that have about as many tokens as a row."""

@@ -215,16 +215,14 @@ def test_gradient_checkpointing_computes_the_same(whole, file, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows_and_leaves_the_checkpoint(file, tmp_path):
-    class Poisoned(FileData):
-        def batches(self, rank, workers, start):
-            for step, batches in enumerate(super().batches(rank, workers, start), start):
-                if step == 3:
-                    with torch.no_grad():
-                        model.lm_head.weight.fill_(torch.nan)
-                yield batches
+    model, passes = pruned(), []
 
-    model = pruned()
-    rows = Poisoned(file, tokenizer(), batch_size=4)
+    def poison(module, inputs, output):
+        passes.append(1)
+        return output * torch.nan if len(passes) == 4 else output
+
+    model.lm_head.register_forward_hook(poison)
+    rows = data(file, holdout=0.0)
     fourth = next(itertools.islice(data(file, holdout=0.0).batches(0, 1, 0), 3, None))
     settings = RecoverSettings(steps=6, save_every=2, optimizer="adamw")
     named = ", ".join(map(str, sorted(row for b in fourth for row in b.rows)))
@@ -247,7 +245,7 @@ def test_more_is_measured_beside_the_held_out_rows(file, tmp_path):
     model, result = run(file, tmp_path, settings, rows=rows, measure=measure)
     assert [sorted(e) for e in result.evaluations] == [["norm", "step"]] * 3 and result.step == 2
     assert result.evaluations[-1]["norm"] == float(model.lm_head.weight.detach().norm())
-    assert result.evaluations[0]["norm"] != result.evaluations[1]["norm"] and len(calls) == 3
+    assert result.evaluations[0]["norm"] != result.evaluations[1]["norm"] and calls == [False] * 3
 
 
 def test_adapters_are_gone_after_an_error(file, tmp_path):
