@@ -102,7 +102,7 @@ def forward_flops(model: Any, tokens: int) -> int:
 
 
 def measure_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOPs per second of matrix products on a device; the larger they are, the less is overhead."""
+    """FLOPs per second of matrix products on a device, of as large ones as take little time."""
     size, best = SMALLEST, 0.0
     while True:
         left = torch.ones(size, size, device=device, dtype=dtype)

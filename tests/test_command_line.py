@@ -1,7 +1,6 @@
 """What all commands have in common: order, quiet, verbose, JSON, errors, completion."""
 
 import ast
-import json
 import logging
 import os
 import subprocess
@@ -10,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from command import hipp, hipp_json, run
+from command import hipp, hipp_json
 from typer.testing import CliRunner
 
 from hipp_ext import load_pruned
@@ -127,9 +126,9 @@ def test_an_error_is_a_short_line_and_what_to_do(capsys, monkeypatch):
     [
         ("Such a thing. Do that.", ["hipp: Such a thing.", "  Do that."]),
         ("width 0.5. and\nmore", ["hipp: width 0.5. and more"]),
-        ("a.tsv is missing. `hipp data` makes it.", ["hipp: a.tsv is missing.", "  `hipp data` makes it."]),
+        ("No a.tsv. `hipp data` makes it.", ["hipp: No a.tsv.", "  `hipp data` makes it."]),
     ],
-)  # fmt: skip
+)
 def test_sentences_of_an_error(capsys, message, lines):
     output.show_error(message)
     assert capsys.readouterr().err.splitlines() == lines
@@ -187,8 +186,3 @@ def test_a_reader_that_stops_reading_is_no_traceback():
     code = f"{sys.executable} -m hipp_ext check-serving {WEIGHTS} --json | head -1"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.stdout == "[\n" and done.stderr == ""
-
-
-def test_doctor_in_json_and_in_words(tmp_path):
-    found = hipp_json("doctor", "testbed", "--device", "cpu")
-    assert json.dumps(found) and run("doctor", "testbed", "--device", "cpu").stdout

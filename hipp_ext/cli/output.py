@@ -38,7 +38,8 @@ class _Mode:
     json: bool = False
 
 
-_mode: ContextVar[_Mode] = ContextVar("mode", default=_Mode())
+_AS_USUAL = _Mode()
+_mode: ContextVar[_Mode] = ContextVar("mode", default=_AS_USUAL)
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def fitted(line: str) -> str:
 
 def speaks() -> bool:
     """Whether lines about the work are wanted on stdout."""
-    return _mode.get() == _Mode()
+    return _mode.get() == _AS_USUAL
 
 
 def next_command(command: str) -> None:

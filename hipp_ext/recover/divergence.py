@@ -4,7 +4,7 @@ memory all at once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 Terms = Callable[[slice, Tensor], Tensor]
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """What a teacher says about the next token at some positions, at its temperature."""
 

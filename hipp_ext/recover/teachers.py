@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from hipp_ext.replay import whole_pass
 HEAD_POSITIONS = 64  # positions at which a head is compared with the model's own logits
 
 
+@runtime_checkable
 class Targets(Protocol):
     """What a teacher says about one batch.
 
@@ -38,6 +39,7 @@ class Targets(Protocol):
         ...
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A source of targets.
 

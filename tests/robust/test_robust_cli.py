@@ -1,7 +1,6 @@
 """`hipp robust` from training to evaluation, and the study in small."""
 
 import functools
-import json
 import re
 
 import command
