@@ -149,7 +149,7 @@ def test_flops_are_those_of_a_forward_pass(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**row)
     counted = forward_flops(model, row["input_ids"].shape[1])
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_passes_by_effort():

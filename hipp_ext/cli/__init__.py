@@ -30,8 +30,12 @@ from hipp_ext.files.temporaries import FULL, system_error
 
 WRONG, INTERRUPTED = 2, 130  # exit codes
 EPILOG = """Exit codes: 0 success; 1 an error of hipp-ext itself, with a traceback; 2 wrong input, a
-missing file or package, or a full disk; 130 interrupted. Run an interrupted command again to
+missing file or package, full disk or memory; 130 interrupted. Run an interrupted command again to
 resume it. `hipp COMMAND --help` shows examples. `vlmeval --help` is about benchmarks."""
+NO_MEMORY = (
+    "The memory of the device is full. Choose another --device, a smaller --dtype, or fewer or "
+    "shorter rows; `hipp doctor MODEL` estimates what is needed."
+)
 _OF_ALL_COMMANDS = ("--quiet", "-q", "--verbose", "-v")
 
 
@@ -127,6 +131,8 @@ def main() -> None:
 
 def _of_user_or_system(error: Exception) -> str | None:
     """The message of an error that the user or the system caused; None for an error of ours."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+        return NO_MEMORY
     number, name = system_error(error)
     if not isinstance(error, HippError):
         if number in FULL or (isinstance(error, OSError) and number is not None):

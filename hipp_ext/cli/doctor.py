@@ -52,4 +52,5 @@ def doctor(
         return
     print_findings(found)
     if found["prunable_parameters"]:
-        output.next_command(f"hipp plan {model} --calibration chats.jsonl -o plan.json")
+        then = ("hipp", "plan", model, "--calibration", "chats.jsonl", "-o", "plan.json")
+        output.next_command(output.shell(*then))

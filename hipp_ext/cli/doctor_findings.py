@@ -142,10 +142,10 @@ def _estimates(
     model: Any, groups: Sequence[Group], rows: int, tokens: int, device: str
 ) -> dict[str, Any]:
     rate = UTILISATION * measure_rate(device, model.dtype)
-    if device == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
+    if torch.device(device).type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "device": device,
         "device_bytes": memory,

@@ -132,7 +132,8 @@ def fit(
             f"Progress is kept in {running}."
         )
         output.next_command(
-            f"hipp front {out}, then hipp plan {model} --planner {out} -o plan.json"
+            output.shell("hipp", "front", out),
+            output.shell("hipp", "plan", model, "--planner", out, "-o", "plan.json"),
         )
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -83,9 +84,14 @@ def speaks() -> bool:
     return _mode.get() == _AS_USUAL
 
 
-def next_command(command: str) -> None:
-    """Print which command comes next; nothing with --quiet or --json."""
-    say(f"next: {command}")
+def shell(*words: object) -> str:
+    """A command as one types it, for `next_command`."""
+    return shlex.join(map(str, words))
+
+
+def next_command(*choices: str) -> None:
+    """Print which command comes next, one of them; nothing with --quiet or --json."""
+    say(f"next: {', or '.join(choices)}")
 
 
 def shows_progress() -> bool:

@@ -170,7 +170,7 @@ def plan(
     made.save(out, overwrite)
     notes = list(_notes(maker, weights, ratio, preference))
     left = left_whole_lines(made.left_whole)
-    then = f"hipp prune {model} {out} -o pruned"
+    then = output.shell("hipp", "prune", model, out, "-o", "pruned")
     if as_json:
         output.print_json(
             {"plan": str(out), **_removed(made, loaded), "notes": notes, "left_whole": left}

@@ -14,7 +14,7 @@ from hipp_ext.cli.console import (
     require_apart,
     require_model,
 )
-from hipp_ext.cli.output import next_command, note, say, shows_progress, warn
+from hipp_ext.cli.output import next_command, note, say, shell, shows_progress, warn
 
 precompute_app = typer.Typer()
 
@@ -86,4 +86,5 @@ def precompute_command(
         warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
     found = teacher.header
     say(f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows")
-    next_command(f"hipp recover PRUNED --teacher {out} --data {data} -o recovered")
+    learn = ("hipp", "recover", "pruned", "--teacher", out, "--data", data, "-o", "recovered")
+    next_command(shell(*learn))

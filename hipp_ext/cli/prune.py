@@ -105,8 +105,8 @@ def prune(
 
 def _recover_command(model: str, out: Path) -> str:
     """Fine-tuning, with the dense model as its teacher."""
-    dense = console.model_folder(model)
-    return f"hipp recover {out} --teacher {dense} --data chats.jsonl -o recovered"
+    learnt = ("--teacher", console.model_folder(model), "--data", "chats.jsonl")
+    return output.shell("hipp", "recover", out, *learnt, "-o", "recovered")
 
 
 def _served(folder: Path, verdicts: Sequence[Any]) -> str:

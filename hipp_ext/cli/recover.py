@@ -19,7 +19,7 @@ from hipp_ext.cli.console import (
     require_apart,
     require_model,
 )
-from hipp_ext.cli.output import next_command, say, shows_progress, warn
+from hipp_ext.cli.output import next_command, say, shell, shows_progress, warn
 from hipp_ext.errors import DataError, HippError
 from hipp_ext.files import require_new
 
@@ -135,7 +135,17 @@ def recover_command(
     if stats := result.stats:
         sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
     say("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
-    next_command(f"vlmeval --data POPE --model {out}, or hipp check-serving {out}")
+    next_command(_evaluation(loaded, out), shell("hipp", "check-serving", out))
+
+
+def _evaluation(model: Any, folder: Path) -> str:
+    """A command that evaluates a model: one that sees, or one that reads."""
+    from hipp_ext.calibration.processors import image_token_id
+
+    if image_token_id(model) is not None:
+        return shell("vlmeval", "--data", "POPE", "--model", folder)
+    given = ("--model", "hipp", "--model_args", f"pretrained={folder}", "--tasks", "wikitext")
+    return shell("hipp", "lm-eval", "run", *given)
 
 
 def _file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
