@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hipp_ext import load_pruned
 from hipp_ext.cli import app, main, output
+from hipp_ext.progress import progress_bar
 from hipp_ext.testbed import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,18 @@ def test_lines_are_broken_for_terminals_only(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert max(map(len, output.fitted(line).splitlines())) <= 80
+
+
+def test_bars_are_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("hipp_ext.progress.FIRST", 0.0)
+    monkeypatch.setattr("hipp_ext.progress.EVERY", 0.0)
+    for show in (False, True):
+        with progress_bar(show, "fit", 6, start=3) as update:
+            for done in range(3, 7):
+                update(done, "hypervolume 0.4")
+    said = capsys.readouterr()
+    lines = [f"hipp: fit {n} of 6, about 1 min left; hypervolume 0.4" for n in (4, 5)]
+    assert said.err.splitlines() == lines and said.out == ""
 
 
 def test_the_shell_completes_commands_and_choices():

@@ -64,10 +64,10 @@ def only_json(asked: bool) -> None:
     _mode.set(replace(_mode.get(), json=asked))
 
 
-def say(line: str) -> None:
-    """Print a line about the work on stdout; nothing with --quiet or --json."""
-    if speaks():
-        typer.echo(line)
+def say(text: str) -> None:
+    """Print lines about the work on stdout; nothing with --quiet or --json."""
+    for line in text.splitlines() if speaks() else ():
+        typer.echo(fitted(line))
 
 
 def fitted(line: str) -> str:
@@ -91,7 +91,8 @@ def shell(*words: object) -> str:
 
 def next_command(*choices: str) -> None:
     """Print which command comes next, one of them; nothing with --quiet or --json."""
-    say(f"next: {', or '.join(choices)}")
+    if speaks():  # unbroken, to be copied
+        typer.echo(f"next: {', or '.join(choices)}")
 
 
 def shows_progress() -> bool:
@@ -110,15 +111,19 @@ def print_json(values: Any) -> None:
 
 
 def note(line: str) -> None:
-    """Print a remark on stderr; nothing with --quiet."""
-    if shows_progress():
+    """Print a remark on stderr; nothing with --quiet; under torchrun only in the first process."""
+    if shows_progress() and _leads():
         typer.echo(f"hipp: note: {line}", err=True)
 
 
 def warn(line: str) -> None:
     """Print a warning on stderr; under torchrun only in the first process. The command goes on."""
-    if os.environ.get("RANK", "0") == "0":
+    if _leads():
         _coloured(f"hipp: warning: {line}", "yellow")
+
+
+def _leads() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_error(message: str) -> None:
