@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hipp_ext.calibration import Batch
+from hipp_ext.comm import LQSGDState
 from hipp_ext.errors import HippError
 from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
@@ -22,7 +23,7 @@ from hipp_ext.recover.evaluation import Measure, evaluate
 from hipp_ext.recover.objectives import CrossEntropy, Distillation, Objective
 from hipp_ext.recover.parameters import frozen_digest, in_bfloat16, prepared, trained
 from hipp_ext.recover.passes import counted_tokens, make_passes
-from hipp_ext.recover.processes import Processes, WeightedLoss, processes
+from hipp_ext.recover.processes import Processes, WeightedLoss, moved, processes
 from hipp_ext.recover.report import write_report
 from hipp_ext.recover.settings import RecoverResult, RecoverSettings
 from hipp_ext.recover.teachers import ModelTeacher, Teacher
@@ -123,8 +124,9 @@ class _Run:
         device = group.accelerator.device if group.sharded else next(model.parameters()).device
         self.model = _twin(model) if group.sharded else model
         self.loss = WeightedLoss(self.model, objective, device)
-        first = next(data.batches(group.rank, group.workers, 0))[0]
-        objective.prepare(self.model, moved(first, next(model.parameters()).device))
+        if not isinstance(objective, CrossEntropy):  # which has nothing to prepare
+            first = next(data.batches(group.rank, group.workers, 0))[0]
+            objective.prepare(self.model, moved(first, next(model.parameters()).device))
         self.wrapped, self.state = group.wrap(self.loss, settings)
         plain = settings.optimizer == "adamw" or settings.train != "full"
         self.optimizers = make_optimizers(
@@ -156,7 +158,7 @@ class _Run:
         self.model.eval()
         return RecoverResult(
             losses=progress.losses,
-            stats=None if self.state is None else self.state.stats(),
+            stats=_stats(self.state),
             evaluations=progress.evaluations,
             step=kept,
             skipped={int(row): why for row, why in progress.skipped.items()},
@@ -245,11 +247,18 @@ def _identity(
         **asdict(settings),
         "processes": group.workers,
         "data": getattr(data, "identity", None),
-        "objective": type(objective).__name__,
+        "objective": dict(objective.identity),
         "plan": text_digest(plan.to_json()) if plan else None,
         "shapes": {n: list(p.shape) for n, p in model.named_parameters()},
         "frozen": frozen_digest(model),
     }
+
+
+def _stats(state: LQSGDState | None) -> dict[str, Any] | None:
+    """The statistics of a run; those of its last step are lost where a run was resumed after it."""
+    if state is None:
+        return None
+    return {n: value for n, value in state.stats().items() if not n.endswith("_last_step")}
 
 
 def _lr_factor(step: int, settings: RecoverSettings) -> float:
