@@ -127,4 +127,4 @@ def _training_bytes(model: nn.Module) -> int:
 def _adapter_parameters(model: Any, rank: int) -> int:
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
-    return rank * sum(m.in_features + m.out_features for m in linears)
+    return rank * sum(sum(m.weight.shape) for m in linears)

@@ -10,6 +10,7 @@ from command import hipp, hipp_json
 from models import batch, build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from zoo import FAMILIES
 
 from hipp_ext import load_pruned, prune, save_pruned
 from hipp_ext.allocators import Uniform
@@ -118,6 +119,15 @@ def test_what_stays_whole_and_what_is_refused(tmp_path):
     assert refused["towers"][0]["refused"] and refused["runtimes"] == {}
     told = hipp("doctor", tmp_path / "GPT2LMHeadModel", *CPU)
     assert "language cannot be pruned: " in told and "next:" not in told
+
+
+@pytest.mark.parametrize("name", ["inkling", "qwen3_vl", "deepseek_v2"])
+def test_families_of_other_builds(name, tmp_path):
+    config = FAMILIES[name].configuration()
+    config.architectures = [FAMILIES[name].architecture]
+    config.save_pretrained(tmp_path)
+    found = hipp_json("doctor", tmp_path, *CPU)
+    assert found["prunable_parameters"] and found["runtimes"]["hipp-ext"]["free"] == []
 
 
 def test_weights_that_cannot_be_used_are_named(llama, tmp_path):
