@@ -321,8 +321,8 @@ def test_help_as_a_process_of_its_own(tmp_path):
     assert done.returncode == 0 and "Usage:" in done.stdout
 
 
-def test_what_llama_cpp_serves_has_widths_of_whole_blocks():
+def test_what_llama_cpp_and_vllm_serve_has_widths_of_whole_blocks():
     assert options.read_bounds(None, None, None, "gguf") == {"round_to": 32}
     assert options.read_bounds(64, None, None, "gguf") == {"round_to": 64}
-    assert options.read_bounds(None, None, None, "vllm") == {}
+    assert options.read_bounds(None, None, None, "vllm") == {"round_to": 32}
     assert options.read_bounds(None, None, None, "stock") == {"shape": "stock"}

@@ -398,5 +398,5 @@ def test_command_says_why_it_refuses(scored, capsys, monkeypatch):
     )
     assert (
         code == 2
-        and "cannot be compared: A answers 12 questions and B 6. Ask both the same" in wrong
+        and "cannot be compared: A answers 12 questions and B 6.\n  Ask both the same" in wrong
     )
