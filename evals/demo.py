@@ -1,5 +1,6 @@
 """All steps on the testbed: fit a planner, plan for three preferences, prune, evaluate, report."""
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ PREFERENCES = {
     "compression": Preference(utility=0.3, robustness=0.3, compression=0.4),
 }
 DATA = ("POPE", "ScienceQA_TEST")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +51,20 @@ class DemoSize:
 
 
 def run_demo(
-    folder: str | Path, size: DemoSize | None = None, *, log: Log = print, progress: bool = True
+    folder: str | Path,
+    size: DemoSize | None = None,
+    *,
+    log: Log | None = None,
+    progress: bool = True,
 ) -> Path:
     """Run the demo in `folder`, without the steps that an earlier run finished; returns the
-    report's page.
+    report's page. Lines of progress go to `log`; None: to the logger of this module.
 
     Raises:
         MissingExtraError: VLMEvalKit is not installed.
         HippError: the folder holds results of other settings.
     """
-    folder, size = Path(folder), size or DemoSize()
+    folder, size, log = Path(folder), size or DemoSize(), log or _log.info
     started = time.perf_counter()
     log("1/6  the testbed: a tiny LLaVA trained on a picture world, and its test questions")
     model, processor = testbed.load()
@@ -166,4 +172,4 @@ def _measure(models: dict[str, Path], load: Workload, folder: Path) -> None:
         f"hipp latency {' '.join(map(str, models.values()))}"
         f" --device cpu --repeats {load.repeats} -o {file}"
     )
-    run(models, workload=load, device="cpu", command=command, out=file, quiet=True)
+    run(models, workload=load, device="cpu", command=command, out=file)

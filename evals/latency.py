@@ -64,7 +64,6 @@ def run(
     dtype: str | None = None,
     command: str = "hipp latency",
     out: Path | None = None,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure model folders, the first against the others; returns the result.
 
@@ -77,7 +76,6 @@ def run(
         dtype: name of a torch dtype; None: as stored.
         command: the command line that is recorded in the result.
         out: also write the result to this file.
-        quiet: do not print the table.
     """
     workload, device = workload or Workload(), resolve_device(device)
     stored_as = getattr(torch, dtype) if dtype else None
@@ -93,8 +91,6 @@ def run(
     for row in rows.values():
         row["peak_mib"] = row["weights_mib"] + row["extra_mib"]
     result = describe(command, {"load": asdict(workload), "models": rows}, device)
-    if not quiet:
-        print_table(result)
     if out:
         write_atomic(out, json.dumps(result, indent=1) + "\n")
     return result

@@ -91,8 +91,15 @@ def damaged(folder: Path, why: object) -> CheckpointError:
     return CheckpointError(f"{folder} could not be loaded, it is incomplete or damaged: {why}")
 
 
-def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
+def read_folder(
+    path: str | Path, variant: str | None = None, *, weights: bool = True
+) -> ModelFolder:
     """The model folder at `path`, no weights read yet.
+
+    Args:
+        path: the folder.
+        variant: of the weights, as in transformers' `from_pretrained`.
+        weights: whether the folder has to have weights; False: their shapes are not read.
 
     Raises:
         CheckpointError: it is no model folder; a file of it is damaged, or no regular file; its
@@ -101,13 +108,13 @@ def read_folder(path: str | Path, variant: str | None = None) -> ModelFolder:
     """
     folder = Path(path)
     if not (folder / _CONFIG).is_file():
-        raise CheckpointError(_no_folder(folder))
+        raise CheckpointError(no_folder(folder))
     check_files(folder)
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / _CONFIG} is damaged: it holds no object.")
     manifest = _read_manifest(folder)
-    shapes = _shapes(folder, variant)
+    shapes = _shapes(folder, variant) if weights else {}
     _check_config(folder, config, shapes)
     return ModelFolder(path=folder, config=config, manifest=manifest, shapes=shapes)
 
@@ -257,7 +264,8 @@ def read_json(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
 
 
-def _no_folder(folder: Path) -> str:
+def no_folder(folder: Path) -> str:
+    """What to say of a path that is no model folder."""
     message = f"{folder} is not a model folder: it has no {_CONFIG}."
     name = str(folder)
     if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

@@ -249,7 +249,9 @@ class PruningPlan:
         path = Path(path)
         if not path.is_file():  # a pipe would block, a device never end
             raise PlanError(
-                f"{path} is no plan file." if path.exists() else f"There is no plan at {path}."
+                f"{path} is no plan file."
+                if path.exists()
+                else f"There is no plan at {path}. `hipp plan` makes one."
             )
         try:
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Progress bars of long work; measurements report by lines where there is no terminal."""
+"""Progress of long work on stderr: bars in a terminal, and a line now and then elsewhere."""
 
 import contextlib
 import sys
@@ -34,12 +34,27 @@ def counting(show: bool, what: str) -> Iterator[Tick]:
 def progress_bar(
     show: bool, description: str, total: int, start: int = 0
 ) -> Iterator[Callable[[int, str], None]]:
-    """Yield update(done, note), which moves a progress bar if `show`."""
-    with _bar(disable=not show) as bar:
-        task = bar.add_task(description, total=total, completed=start)
-        yield lambda done, note: bar.update(
-            task, completed=done, description=f"{description}, {note}" if note else description
-        )
+    """Yield update(done, note), which reports on stderr if `show`.
+
+    Args:
+        show: False: nothing is shown.
+        description: name of the work.
+        total: number of its steps.
+        start: how many were done before, by a run that goes on.
+    """
+    if not show:
+        yield lambda done, note: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        with _bar(console=Console(stderr=True)) as bar:
+            task = bar.add_task(description, total=total, completed=start)
+            yield lambda done, note: bar.update(
+                task, completed=done, description=f"{description}, {note}" if note else description
+            )
+    else:
+        tick = _lines(description, start)
+        yield lambda done, note: tick(done, total, note)
 
 
 def _bar(**options: Any) -> Any:
@@ -60,17 +75,19 @@ def _bar(**options: Any) -> Any:
     )
 
 
-def _lines(what: str) -> Tick:
-    start = time.monotonic()
-    due = start + FIRST
+def _lines(what: str, start: int = 0) -> Callable[..., None]:
+    """A `tick` that writes a line to stderr every EVERY seconds, with the time that is left."""
+    begun = time.monotonic()
+    due = begun + FIRST
 
-    def tick(done: int, total: int) -> None:
+    def tick(done: int, total: int, note: str = "") -> None:
         nonlocal due
         now = time.monotonic()
-        if now >= due and done < total:
-            left = (now - start) / done * (total - done)
+        if now >= due and start < done < total:
+            left = (now - begun) / (done - start) * (total - done)
             print(
-                f"hipp: {what} {done} of {total}, about {max(1, round(left / 60))} min left",
+                f"hipp: {what} {done} of {total}, about {max(1, round(left / 60))} min left"
+                + (f"; {note}" if note else ""),
                 file=sys.stderr,
                 flush=True,
             )

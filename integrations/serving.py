@@ -80,11 +80,42 @@ def pruned_refusals(config: Any, runtime: Literal["vllm", "gguf"]) -> tuple[str,
         runtime: as in `hipp plan --serve`.
     """
     quiet_width_warnings()
+    return PRUNED_REFUSALS[runtime](_uneven(config))
+
+
+def refusals_of_plans(config: Any) -> dict[Runtime, dict[str, tuple[str, ...]]]:
+    """Runtime -> why it could not serve what a plan leaves of a model, by the shape of the plan.
+
+    Shapes are "free" (layers differ) and "alike" (uniform widths, or whole layers that go). A
+    reason of the latter is about the family; whether a runtime knows the dense model is its own
+    matter.
+
+    Args:
+        config: configuration of the dense model.
+    """
+    quiet_width_warnings()
+    uneven, nowhere = _uneven(config), Path()
+    both = {"free": uneven, "alike": config}
+    by_config: dict[Runtime, Callable[[Any], Sequence[str]]] = {
+        "transformers": lambda c: _stock_refusals(c, nowhere),
+        "hipp-ext": lambda c: (),
+        "vllm": vllm.refusals,
+        "llama.cpp": llama_cpp_refusals.refusals,
+        "openvino": openvino_refusals.refusals,
+    }
+    return {
+        runtime: {shape: tuple(refuse(c)) for shape, c in both.items()}
+        for runtime, refuse in by_config.items()
+    }
+
+
+def _uneven(config: Any) -> Any:
+    """The configuration of the model once its layers differ."""
     uneven = copy.deepcopy(config)
     text = uneven.get_text_config()
     if not getattr(text, "is_heterogeneous", False):
         set_layers(text, {0: {"skip": ["mlp"]}})
-    return PRUNED_REFUSALS[runtime](uneven)
+    return uneven
 
 
 def _stock_refusals(config: Any, folder: Path) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
         (("fit", "testbed", "-o", "..", "--overwrite"), ".. is the working directory, or holds it"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(
+def test_bad_input_is_a_clear_line_and_a_hint_and_exit_code_2(
     tmp_path, monkeypatch, capfd, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -127,8 +127,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     with pytest.raises(SystemExit) as end:
         main()
     told = capfd.readouterr().err
-    assert end.value.code == 2 and message in told and "Traceback" not in told
-    assert len(told.strip().split("\n")) == 1
+    assert end.value.code == 2 and message in " ".join(told.split()) and "Traceback" not in told
+    assert len(told.strip().split("\n")) <= 2
 
 
 def test_bad_input_of_a_process_of_its_own(tmp_path):
@@ -136,7 +136,7 @@ def test_bad_input_of_a_process_of_its_own(tmp_path):
     assert (
         done.returncode == 2 and "cannot be met" in done.stderr and "Traceback" not in done.stderr
     )
-    assert len(done.stderr.strip().split("\n")) == 1
+    assert len(done.stderr.strip().split("\n")) <= 2
 
 
 def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
@@ -156,10 +156,10 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err.strip().split("\n")
     assert end.value.code == 2 and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-    assert told[-1] == (
-        f"hipp: {tmp_path}/out could not be written: File too large. Free some space there, "
-        "or choose another place, and run it again."
-    )
+    assert told[-2:] == [
+        f"hipp: {tmp_path}/out could not be written: File too large.",
+        "  Free some space there, or choose another place, and run it again.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,7 @@ def test_a_full_disk_is_one_line_too(tmp_path, monkeypatch, capsys):
         (OSError("Can't load\nthe tokenizer"), "hipp: Can't load the tokenizer"),
         (HippError("two\nlines"), "hipp: two lines"),
         (WriteError("half a character: \ud800"), "hipp: half a character: ?"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "hipp: The memory of the device is full."),
         (KeyError("ours"), None),
     ],
 )
@@ -193,7 +194,8 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
     with pytest.raises(KeyError if line is None else SystemExit) as end:
         main()
     if line:
-        assert end.value.code == 2 and capsys.readouterr().err.strip() == line
+        first, *hint = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and first == line and len(hint) < 2
 
 
 @pytest.fixture(scope="module")
@@ -284,10 +286,7 @@ def test_an_output_that_takes_an_input_with_it_is_refused(tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dense", "plan.json"]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [("plan", "testbed", "-o"), ("compare", "a", "b", "--json"), ("front", "a", "--json")],
-)
+@pytest.mark.parametrize("command", [("plan", "testbed", "-o"), ("front", "a", "--picture")])
 def test_a_folder_in_the_place_of_a_file_is_said_before_the_work(tmp_path, command):
     with pytest.raises(WriteError, match="is a folder; a file is to be written there"):
         in_process(*command, tmp_path, "--overwrite")
@@ -322,8 +321,8 @@ def test_help_as_a_process_of_its_own(tmp_path):
     assert done.returncode == 0 and "Usage:" in done.stdout
 
 
-def test_what_llama_cpp_serves_has_widths_of_whole_blocks():
+def test_what_llama_cpp_and_vllm_serve_has_widths_of_whole_blocks():
     assert options.read_bounds(None, None, None, "gguf") == {"round_to": 32}
     assert options.read_bounds(64, None, None, "gguf") == {"round_to": 64}
-    assert options.read_bounds(None, None, None, "vllm") == {}
+    assert options.read_bounds(None, None, None, "vllm") == {"round_to": 32}
     assert options.read_bounds(None, None, None, "stock") == {"shape": "stock"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import yaml
 
 import hipp_ext
 
@@ -82,3 +83,10 @@ def test_every_public_name_is_there_and_no_other():
     assert set(hipp_ext.__all__) <= set(dir(hipp_ext))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         hipp_ext.nonsense  # noqa: B018
+
+
+def test_the_citation_names_the_version_and_the_three_papers():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == hipp_ext.__version__ and cited["license"] == "Apache-2.0"
+    papers = [paper["url"].rpartition("/")[2] for paper in cited["references"]]
+    assert papers == ["2603.06270", "2410.15176", "2506.17974"]

@@ -14,9 +14,9 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ from hipp_ext.files.untrusted import (
     rgb_picture,
     shown,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def write_table(
     elif not partial.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(partial, progress) as kept:
+    with _alone(partial) as kept:
         if not _is_done(path, key):  # another process made it while this one waited
             require_new(path, overwrite)
             distinct = list({picture.name: picture for picture in pictures}.values())
@@ -164,7 +166,7 @@ def _check_texts(rows: Sequence[Mapping[str, object]]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
+def _alone(partial: Path) -> Iterator[BinaryIO]:
     """Open and lock the partial file; waits for another process that holds the lock."""
     while True:
         try:
@@ -177,8 +179,7 @@ def _alone(partial: Path, progress: bool) -> Iterator[BinaryIO]:
             ) from error
         with os.fdopen(handle, "a+b") as file:
             if lock(file.fileno(), wait=False) is False:
-                if progress:
-                    print(f"another process writes {partial}; waiting for it", file=sys.stderr)
+                _log.info("another process writes %s; waiting for it", partial)
                 lock(file.fileno(), wait=True)
             # Without locks, the lines of the file still name their images, so they can be checked.
             if not is_same(file, partial):  # its previous holder removed it

@@ -1,17 +1,13 @@
-"""What the commands share: how they load a model, print, warn and write."""
+"""What the commands share: arguments, and how they check and load a model."""
 
-import contextlib
 import functools
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
-from hipp_ext.files import write_atomic
 
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
@@ -34,29 +30,6 @@ Overwrite = Annotated[
 ]
 
 
-def warn(line: str) -> None:
-    """Print a warning to stderr; under torchrun only in the first process. The command goes on."""
-    if os.environ.get("RANK", "0") == "0":
-        typer.secho(f"hipp: warning: {line}", fg="yellow", err=True)
-
-
-@contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Context in which every UserWarning is one line on stderr, and none is shown twice."""
-    shown = set()
-
-    def show(message: Any, category: type[Warning], *where: Any) -> None:
-        if category is not UserWarning:
-            return plain(message, category, *where)
-        if (line := " ".join(str(message).split())) not in shown:
-            shown.add(line)
-            warn(line)
-
-    with warnings.catch_warnings():
-        plain, warnings.showwarning = warnings.showwarning, show
-        yield
-
-
 def model_folder(model: str) -> str:
     """The path of a model argument."""
     if model != "testbed":
@@ -68,8 +41,11 @@ def model_folder(model: str) -> str:
 
 def require_model(model: str) -> None:
     """Raise CheckpointError unless `model` is a model folder. Called first, to catch typos."""
-    if not (folder := Path(model_folder(model)) / "config.json").is_file():
-        raise CheckpointError(f"{folder.parent} is not a model folder: it has no config.json.")
+    folder = Path(model_folder(model))
+    if not (folder / "config.json").is_file():
+        from hipp_ext.model_folder import no_folder
+
+        raise CheckpointError(no_folder(folder))
 
 
 def require_apart(out: Path, *inputs: Path) -> None:
@@ -150,10 +126,3 @@ def print_wide(table: Any) -> None:
     if console.width < width:
         console = Console(width=width, soft_wrap=True, markup=False)
     console.print(table)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` as JSON, atomically."""
-    import json
-
-    write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

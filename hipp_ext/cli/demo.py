@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.cli.output import say, shows_progress
+
 demo_app = typer.Typer()
 
 
@@ -38,4 +40,9 @@ def demo(
     from hipp_ext.evals.demo import DemoSize, run_demo
     from hipp_ext.planner.settings import FitSettings
 
-    run_demo(out, DemoSize(settings=FitSettings(steps=steps), limit=limit), log=typer.echo)
+    run_demo(
+        out,
+        DemoSize(settings=FitSettings(steps=steps), limit=limit),
+        log=say,
+        progress=shows_progress(),
+    )

@@ -1,11 +1,11 @@
 """`hipp report | compare | chair | data | tasks-path | lm-eval`: evaluation and its data."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hipp_ext.cli import output
 from hipp_ext.cli.console import (
     Device,
     Dtype,
@@ -14,16 +14,13 @@ from hipp_ext.cli.console import (
     check_dtype,
     model_folder,
     print_wide,
-    write_json,
 )
 from hipp_ext.errors import DataError
-from hipp_ext.files import require_new_file
 
 evals_app = typer.Typer(no_args_is_help=True)
 data_app = typer.Typer(
     no_args_is_help=True, help="Benchmark files for `vlmeval`, built from local copies of the data."
 )
-evals_app.add_typer(data_app, name="data")
 
 
 @evals_app.command()
@@ -74,11 +71,7 @@ def compare(
         float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Random seed of the bootstrap.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
-    ] = None,
-    overwrite: Overwrite = False,
+    as_json: output.Json = False,
 ) -> None:
     """Test whether two models differ: accuracies on the same questions, B - A with its interval,
     McNemar's test.
@@ -91,23 +84,21 @@ def compare(
     If POPE's two rules agree on every answer, there is one line for both. The hash of a folder may
     be left out.
 
-    Example: `hipp compare outputs/dense outputs/pruned --json difference.json`
+    Example: `hipp compare outputs/dense outputs/pruned --json > difference.json`
     """
     from rich.console import Console
 
     from hipp_ext.evals.compare import compare as run
     from hipp_ext.evals.compare import comparison_table, plain
 
-    if json_file is not None:
-        require_new_file(json_file, overwrite)
     rows = run(a, b, tsv=data, level=level, seed=seed)
+    if as_json:
+        output.print_json(
+            {"a": str(a), "b": str(b), "level": level, "seed": seed, "comparisons": plain(rows)}
+        )
+        return
     typer.echo(f"A: {a}\nB: {b}")
     Console().print(comparison_table(rows, level))
-    if json_file is not None:
-        write_json(
-            json_file,
-            {"a": str(a), "b": str(b), "level": level, "seed": seed, "comparisons": plain(rows)},
-        )
 
 
 @evals_app.command()
@@ -188,7 +179,7 @@ def chair(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
-        progress=sys.stderr.isatty(),
+        progress=output.shows_bars(),
     )
     print_wide(chair_table([(model, scores)]))
     typer.echo(f"captions and scores: {file.parent}")
@@ -294,13 +285,13 @@ def data_pope(
         source,
         ending=ending,
         overwrite=overwrite,
-        progress=sys.stderr.isatty(),
+        progress=output.shows_bars(),
     )
     splits = (
         f"{split} {sum(split in q.splits for q in questions)}"
         for split in ("random", "popular", "adversarial")
     )
-    typer.echo(
+    output.say(
         f"{out}: {len(questions)} questions about {len({q.image for q in questions})} images "
         f"({', '.join(splits)})"
     )
@@ -330,6 +321,6 @@ def data_scienceqa(
     from hipp_ext.evals.data.scienceqa import TABLES, write_scienceqa
 
     for file in write_scienceqa(
-        source, out, split or tuple(TABLES), overwrite=overwrite, progress=sys.stderr.isatty()
+        source, out, split or tuple(TABLES), overwrite=overwrite, progress=output.shows_bars()
     ):
         typer.echo(str(file))

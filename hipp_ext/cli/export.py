@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hipp_ext.cli import console
+from hipp_ext.cli import console, output
 
 export_app = typer.Typer(
     no_args_is_help=True, help="Write a model folder in the format of another runtime."
@@ -70,11 +70,11 @@ def gguf(
         tokenizer_from=tokenizer_from,
         mmproj=mmproj,
         overwrite=overwrite,
-        progress=True,
+        progress=output.shows_progress(),
     )
-    for note in done.notes:
-        typer.secho(f"hipp: note: {note}", err=True)
-    typer.echo(
+    for remark in done.notes:
+        output.note(remark)
+    output.say(
         f"{done.path}: {done.parameters / 1e6:.2f}M parameters, {done.bytes / 1e6:.1f} MB, "
         f"architecture {done.architecture}, {weight_type}"
     )
@@ -110,4 +110,4 @@ def openvino(
     done = export_openvino(console.model_folder(model), out, type=weight_type, overwrite=overwrite)
     size = sum(file.stat().st_size for file in done.iterdir()) / 1e6
     kind = "VLMPipeline" if (done / "openvino_language_model.xml").exists() else "LLMPipeline"
-    typer.echo(f'{done}: {size:.1f} MB, for openvino_genai.{kind}("{done}", "CPU")')
+    output.say(f'{done}: {size:.1f} MB, for openvino_genai.{kind}("{done}", "CPU")')

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli import console
+from hipp_ext.cli import console, output
 from hipp_ext.cli import options as opt
 from hipp_ext.files import require_new
 from hipp_ext.preference import Preference
@@ -122,13 +122,18 @@ def fit(
         cost=cost,  # type: ignore[arg-type]
         processor=processor,
         calibration=read_data(loaded, processor),
-        log=typer.echo if workers.leads else None,
+        log=output.say if workers.leads else None,
+        progress=workers.leads and output.shows_progress(),
     )
     if workers.leads:
         planner.save(out, overwrite=overwrite)
-        typer.echo(
+        output.say(
             f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}. "
             f"Progress is kept in {running}."
+        )
+        output.next_command(
+            output.shell("hipp", "front", out),
+            output.shell("hipp", "plan", model, "--planner", out, "-o", "plan.json"),
         )
 
 
@@ -165,7 +170,7 @@ def make_evaluator(
         )
     if files.pope is None:
         if not is_testbed(model):
-            console.warn(
+            output.warn(
                 "plans are evaluated on the built-in questions about a toy world. Pass your own "
                 "by --pope and --scienceqa."
             )

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hipp_ext.cli import options as opt
-from hipp_ext.cli.console import Devices, Dtype, Overwrite, load_model, write_json
+from hipp_ext.cli import output
+from hipp_ext.cli.console import Devices, Dtype, Overwrite, load_model
 from hipp_ext.cli.fit import make_evaluator
 from hipp_ext.errors import PreferenceError
 from hipp_ext.files import require_new_file
@@ -23,12 +24,7 @@ def front(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the front to this PNG file. Default: no picture."),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write the front to this JSON file. Default: no file."
-        ),
-    ] = None,
+    as_json: output.Json = False,
     overwrite: Overwrite = False,
     utility: opt.Utility = None,
     robustness: opt.Robustness = None,
@@ -68,9 +64,8 @@ def front(
     asked = opt.QuestionFiles(
         pope=pope, scienceqa=scienceqa, references=references, image_folder=image_folder
     )
-    for file in (picture, json_file):
-        if file is not None:
-            require_new_file(file, overwrite)
+    if picture is not None:
+        require_new_file(picture, overwrite)
     fitted = HiPPPlanner.load(planner)
     if pruning_ratio is not None:
         check_ratio(pruning_ratio)
@@ -86,8 +81,9 @@ def front(
                 loaded, processor, asked, questions, planner, robustness_on, fitted.towers
             )
         answers = answer(fitted, preference, loaded, evaluator)
-    print_front(fitted, answers)
     if picture:
         write_picture(fitted, answers, picture)
-    if json_file:
-        write_json(json_file, {"front": front_rows(fitted)})
+    if as_json:
+        output.print_json({"front": front_rows(fitted)})
+        return
+    print_front(fitted, answers)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hipp_ext.cli import output
 from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype, model_folder
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new_file
@@ -62,6 +63,7 @@ def latency(
         Path | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")
     ] = None,
     overwrite: Overwrite = False,
+    as_json: output.Json = False,
 ) -> None:
     """Measure first-token time, time per further token, peak memory and FLOPs.
 
@@ -78,11 +80,12 @@ def latency(
 
     `hipp latency ./dense --per-block --runtime llama.cpp -o latency-table.json`
     """
+    output.only_json(as_json)
     import shlex
     import sys
 
     from hipp_ext.evals.generation import Workload
-    from hipp_ext.evals.latency import run
+    from hipp_ext.evals.latency import print_table, run
     from hipp_ext.evals.runtimes import Serving
 
     check_dtype(dtype)
@@ -107,11 +110,11 @@ def latency(
             threads=threads or len(os.sched_getaffinity(0)),
             seed=seed,
         )
-        _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out)
+        _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out, as_json)
         return
     if weights or threads:
         raise DataError("--weights and --threads belong to --runtime or --per-block.")
-    run(
+    result = run(
         folders,
         plan or (),
         Workload(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed),
@@ -120,10 +123,11 @@ def latency(
         command=shlex.join(["hipp", *sys.argv[1:]]),
         out=out,
     )
+    output.print_json(result) if as_json else print_table(result)
 
 
 def _in_runtime(
-    folders: Mapping[str, Path], serving: Any, per_block: bool, out: Path | None
+    folders: Mapping[str, Path], serving: Any, per_block: bool, out: Path | None, as_json: bool
 ) -> None:
     """Measure in a runtime, and print and write what was found."""
     import json
@@ -140,9 +144,10 @@ def _in_runtime(
         table = measure_blocks(next(iter(folders.values())), serving)
         if out is not None:
             table.save(out)
-        print_blocks(table)
+        output.print_json(table.model_dump(mode="json")) if as_json else print_blocks(table)
         return
-    found = measure_folders(folders, serving)
+    found = measure_folders(folders, serving, show=output.shows_progress())
+    result = {"serving": asdict(serving), "models": found}
     if out is not None:
-        write_atomic(out, json.dumps({"serving": asdict(serving), "models": found}, indent=1))
-    print_figures(found, serving)
+        write_atomic(out, json.dumps(result, indent=1))
+    output.print_json(result) if as_json else print_figures(found, serving)

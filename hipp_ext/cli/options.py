@@ -61,10 +61,7 @@ Compression = Annotated[
 ]
 Ratio = Annotated[
     float | None,
-    size_option(
-        metavar="R",
-        help="Fraction of the prunable parameters to remove. Default: the planner decides.",
-    ),
+    size_option(metavar="R", help="Fraction of prunable parameters to remove. Default: planner's."),
 ]
 RoundTo = Annotated[
     int | None,
@@ -81,8 +78,8 @@ ShapeOption = Annotated[
     Shape | None,
     size_option(
         metavar="SHAPE",
-        help="free: every layer its own widths; uniform: one for all; layers: whole layers go; "
-        "stock: the better of the last two. Default: free.",
+        help="free: widths by layer; uniform: one for all layers; layers: whole layers go; stock: "
+        "the better of the last two. Default: free.",
     ),
 ]
 ServeOption = Annotated[
@@ -162,8 +159,8 @@ ExpertUnitOption = Annotated[
     ExpertUnit | None,
     method_option(
         metavar="UNIT",
-        help="Units of mixtures of experts: expert (at least those a token is sent to "
-        "stay) or channel (of all experts alike). Default: expert.",
+        help="Units of mixtures of experts: expert (as many stay as a token is sent to) or channel "
+        "(of all experts). Default: expert.",
     ),
 ]
 PartialOption = Annotated[
@@ -232,10 +229,7 @@ CalibrationFiles = Annotated[
 ]
 ImageFolder = Annotated[
     Path | None,
-    _calibration(
-        metavar="DIR",
-        help="Folder that picture paths in FILE start from. Default: the folder of FILE.",
-    ),
+    _calibration(metavar="DIR", help="Folder of the picture paths in FILE. Default: that of FILE."),
 ]
 CalibrationRows = Annotated[
     int | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.cli import options as opt
+from hipp_ext.cli import output
 from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new_file
@@ -69,6 +70,7 @@ def plan(
     sequence_length: opt.SequenceLength = None,
     device: Devices = None,
     dtype: Dtype = None,
+    as_json: output.Json = False,
 ) -> None:
     """Create a pruning plan.
 
@@ -83,6 +85,7 @@ def plan(
     - `hipp plan ./llava-1.5-7b-hf --serve stock --max-memory-mb 10000`
     - `hipp plan ./llava-1.5-7b-hf --towers language,vision,projector --pruning-ratio 0.3`
     """
+    output.only_json(as_json)
     from hipp_ext.budget import Bounds
     from hipp_ext.groups import left_whole_lines
     from hipp_ext.planner import HiPPPlanner
@@ -116,7 +119,7 @@ def plan(
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
             )
-        options = {"preference": preference, "best_evaluated": best_evaluated, "log": typer.echo}
+        options = {"preference": preference, "best_evaluated": best_evaluated, "log": output.say}
     else:
         for name, given in {
             "a preference": preference,
@@ -149,16 +152,24 @@ def plan(
     if serve in ("vllm", "gguf"):
         require_served(loaded, serve)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}
-    made = maker.plan(loaded, processor=processor, progress=True, **options)
+    made = maker.plan(loaded, processor=processor, progress=output.shows_progress(), **options)
     made.save(out, overwrite)
-    for line in _notes(maker, weights, ratio, preference):
-        typer.echo(line)
-    typer.echo(f"{out}: {_removes(made, loaded)}")
-    for line in _active(made, loaded):
-        typer.echo(line)
-    for line in left_whole_lines(made.left_whole):
-        typer.echo(f"left whole: {line}")
-    _print_plan(made)
+    notes = list(_notes(maker, weights, ratio, preference))
+    left = left_whole_lines(made.left_whole)
+    then = output.shell("hipp", "prune", model, out, "-o", "pruned")
+    if as_json:
+        output.print_json(
+            {"plan": str(out), **_removed(made, loaded), "notes": notes, "left_whole": left}
+            | {"next": then}
+        )
+        return
+    for line in (*notes, f"{out}: {_removes(made, loaded)}", *_active(made, loaded)):
+        output.say(line)
+    for line in left:
+        output.say(f"left whole: {line}")
+    if output.speaks():
+        _print_plan(made)
+    output.next_command(then)
 
 
 def require_served(model: Any, serve: str) -> None:
@@ -198,14 +209,27 @@ def _notes(
 
 def _removes(plan: Any, model: Any) -> str:
     """What a plan removes from a model: percentages, parameters, memory."""
-    prunable = sum(g.width * g.unit_parameters for g in plan.groups)
-    removed, weights = prunable - plan.kept_parameters, list(model.parameters())
-    fraction = removed / sum(p.numel() for p in weights)
+    found = _removed(plan, model)
+    removed = found["removed_parameters"]
     return (
         f"removes {100 * plan.pruning_ratio:.1f}% of the prunable parameters "
-        f"({removed:,} of {prunable:,}), {100 * fraction:.1f}% of all parameters, "
-        f"{removed * weights[0].element_size() / 2**20:.1f} MiB"
+        f"({removed:,} of {found['prunable_parameters']:,}), "
+        f"{100 * removed / found['parameters']:.1f}% of all parameters, "
+        f"{found['removed_bytes'] / 2**20:.1f} MiB"
     )
+
+
+def _removed(plan: Any, model: Any) -> dict[str, Any]:
+    """What a plan removes from a model, by name."""
+    prunable = sum(g.width * g.unit_parameters for g in plan.groups)
+    removed, weights = prunable - plan.kept_parameters, list(model.parameters())
+    return {
+        "pruning_ratio": plan.pruning_ratio,
+        "removed_parameters": removed,
+        "prunable_parameters": prunable,
+        "parameters": sum(p.numel() for p in weights),
+        "removed_bytes": removed * weights[0].element_size(),
+    }
 
 
 def _active(plan: Any, model: Any) -> Iterator[str]:

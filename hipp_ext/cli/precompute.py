@@ -1,6 +1,5 @@
 """`hipp recover precompute`: what the dense model says about the training data, written once."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +14,8 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
-    warn,
 )
+from hipp_ext.cli.output import next_command, note, say, shell, shows_progress, warn
 
 precompute_app = typer.Typer()
 
@@ -72,12 +71,12 @@ def precompute_command(
         temperature=temperature,
         positions=positions,  # type: ignore[arg-type]
         processor=processor,
-        progress=sys.stderr.isatty(),
-        log=lambda line: typer.echo(line, err=True),
+        progress=shows_progress(),
+        log=note,
     )
     if left_out := [f"row {n}: {why}" for n, why in sorted(rows.skipped.items())]:
         warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
     found = teacher.header
-    typer.echo(
-        f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows"
-    )
+    say(f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows")
+    learn = ("hipp", "recover", "pruned", "--teacher", out, "--data", data, "-o", "recovered")
+    next_command(shell(*learn))

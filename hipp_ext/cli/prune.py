@@ -1,14 +1,12 @@
 """`hipp prune`: a model and a plan -> a smaller model."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli import console
+from hipp_ext.cli import console, output
 from hipp_ext.cli import options as opt
 from hipp_ext.errors import CalibrationError
 from hipp_ext.files import require_new
@@ -43,6 +41,7 @@ def prune(
             "--reconstruct the GPU if there is one."
         ),
     ] = None,
+    as_json: output.Json = False,
 ) -> None:
     """Prune a model by a plan and save it with its processor.
 
@@ -52,7 +51,9 @@ def prune(
     - `hipp prune ./llava-1.5-7b-hf plan.json -o ./pruned --reconstruct --calibration chats.jsonl`
     - `vlmeval --data POPE --model ./pruned`
     """
+    output.only_json(as_json)
     from hipp_ext.groups import left_whole_lines
+    from hipp_ext.integrations.serving import check_serving
     from hipp_ext.plan import PruningPlan
     from hipp_ext.surgery.checkpoint import save_pruned
     from hipp_ext.surgery.prune import prune as prune_model
@@ -68,48 +69,49 @@ def prune(
         model, device if reconstruct or device else "cpu", spread=True
     )
     before = sum(p.numel() for p in loaded.parameters())
-    with _reconstruction_log():
-        pruned = prune_model(
-            loaded,
-            plan,
-            inplace=True,
-            reconstruct=reconstruct,
-            calibration=read_data(loaded, processor),
-            processor=processor,
-        )
+    pruned = prune_model(
+        loaded,
+        plan,
+        inplace=True,
+        reconstruct=reconstruct,
+        calibration=read_data(loaded, processor),
+        processor=processor,
+    )
     save_pruned(pruned, out, processor, overwrite=overwrite)
-    for line in left_whole_lines(plan.left_whole):
-        typer.echo(f"left whole: {line}")
     after = sum(p.numel() for p in pruned.parameters())
-    typer.echo(
+    verdicts = check_serving(out)
+    left, then = left_whole_lines(plan.left_whole), _recover_command(model, out)
+    if as_json:
+        output.print_json(
+            {
+                "folder": str(out),
+                "parameters_before": before,
+                "parameters": after,
+                "left_whole": left,
+                "runtimes": {v.runtime: list(v.reasons) for v in verdicts},
+                "next": then,
+            }
+        )
+        return
+    for line in left:
+        output.say(f"left whole: {line}")
+    output.say(
         f"{out}: {before / 1e6:.2f}M -> {after / 1e6:.2f}M parameters "
         f"({100 * (1 - after / before):.1f}% removed in total)"
     )
-    typer.echo(served(out))
+    output.say(served(out, verdicts))
+    output.next_command(then)
 
 
-def served(folder: Path) -> str:
+def _recover_command(model: str, out: Path) -> str:
+    """Fine-tuning, with the dense model as its teacher."""
+    learnt = ("--teacher", console.model_folder(model), "--data", "chats.jsonl")
+    return output.shell("hipp", "recover", out, *learnt, "-o", "recovered")
+
+
+def served(folder: Path, verdicts: Sequence[Any]) -> str:
     """A line on which runtimes take the folder."""
-    from hipp_ext.integrations.serving import check_serving
-
-    verdicts = check_serving(folder)
     taking = ", ".join(v.runtime for v in verdicts if not v.reasons)
     others = ", ".join(v.runtime for v in verdicts if v.reasons)
     why = f"; `hipp check-serving {folder}` says why not by {others}" if others else ""
     return f"can be served by {taking}{why}"
-
-
-@contextlib.contextmanager
-def _reconstruction_log() -> Iterator[None]:
-    """Context in which the user sees how many layers the reconstruction improved."""
-    logger = logging.getLogger("hipp_ext.surgery.reconstruct")
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: typer.echo(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -1,6 +1,5 @@
 """`hipp recover`: fine-tune a pruned model, on one process or on those of `torchrun`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,8 +18,8 @@ from hipp_ext.cli.console import (
     own_device,
     require_apart,
     require_model,
-    warn,
 )
+from hipp_ext.cli.output import next_command, say, shell, shows_progress, warn
 from hipp_ext.errors import DataError, HippError
 from hipp_ext.files import require_new
 
@@ -129,7 +128,7 @@ def recover_command(
         folder=running,
         teacher=learnt_from,
         measure=_evaluator(loaded, processor, measure, running, position) if measure else None,
-        progress=sys.stderr.isatty(),
+        progress=shows_progress(),
     )
     if position:
         return
@@ -139,7 +138,18 @@ def recover_command(
     if stats := result.stats:
         sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
         sent += f" ({stats['exchanges']} exchanges)" if "exchanges" in stats else ""
-    typer.echo("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
+    say("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
+    next_command(_evaluation(loaded, out), shell("hipp", "check-serving", out))
+
+
+def _evaluation(model: Any, folder: Path) -> str:
+    """A command that evaluates a model: one that sees, or one that reads."""
+    from hipp_ext.calibration.processors import image_token_id
+
+    if image_token_id(model) is not None:
+        return shell("vlmeval", "--data", "POPE", "--model", folder)
+    given = ("--model", "hipp", "--model_args", f"pretrained={folder}", "--tasks", "wikitext")
+    return shell("hipp", "lm-eval", "run", *given)
 
 
 def file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:

@@ -30,6 +30,10 @@ class DefaultGroup(TyperGroup):
         TyperGroup.format_help(shown, ctx, formatter)
 
 
-recover_group = typer.Typer(cls=DefaultGroup, no_args_is_help=True)
+recover_group = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    short_help="Fine-tune a pruned model, by its data or by the dense model.",
+)
 recover_group.add_typer(recover_app)
 recover_group.add_typer(precompute_app)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.cli.console import Device, Overwrite, write_json
+from hipp_ext.cli import output
+from hipp_ext.cli.console import Device, Overwrite
 from hipp_ext.errors import AttackError, BudgetError
 from hipp_ext.files import require_new
 
@@ -50,9 +51,6 @@ Ranking = Annotated[
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Number of training images to score.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the model.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers here.")
-]
 
 
 @robust_app.command("train")
@@ -98,7 +96,7 @@ def robust_train(
     )
     _train(model, images, objective, settings, config, out, overwrite)
     running = _running(out)
-    typer.echo(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
+    output.say(f"{out}: {network} on {data}, {epochs} epochs; checkpoints are kept in {running}")
 
 
 @robust_app.command("score")
@@ -112,7 +110,7 @@ def robust_score(
     clean: Annotated[bool, typer.Option("--clean", help="Score clean images, to compare.")] = False,
     seed: Seed = 0,
     device: Device = None,
-    json_file: JsonFile = None,
+    as_json: output.Json = False,
 ) -> None:
     """Show how far the loss under attack rises for every group of channels (MRS).
 
@@ -130,16 +128,16 @@ def robust_score(
     example = images.train.rows(slice(0, 1))[0].to(next(network.parameters()).device)
     groups = find_channel_groups(network, example, ignored=fixed_layers(network))
     found = score(network, images.train, groups, settings)
+    if as_json:
+        values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
+        output.print_json(
+            {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values}
+        )
+        return
     table = Table("group", "channels", f"MRS {form}{' (clean)' * clean} [nats]")
     for group, value in zip(groups, found.sensitivity, strict=True):
         table.add_row(group.name, str(group.width), f"{value:.4f}")
     Console(markup=False).print(table)
-    if json_file is not None:
-        values = {g.name: s for g, s in zip(groups, found.sensitivity, strict=True)}
-        write_json(
-            json_file,
-            {"form": form, "clean": clean, "epsilon": _number(epsilon), "sensitivity": values},
-        )
 
 
 @robust_app.command("prune")
@@ -229,13 +227,13 @@ def robust_prune(
     save_classifier(
         result.model, config.model_copy(update={"kept": kept}), out, overwrite=overwrite
     )
-    typer.echo(
+    output.say(
         f"{out}: {100 * result.macs:.1f}% of the MACs and {100 * result.parameters:.1f}% of the "
         f"parameters of {model} stay; {100 * (1 - result.macs):.1f}% and "
         f"{100 * (1 - result.parameters):.1f}% are removed"
     )
     if pruning_ratio is not None:
-        typer.echo(
+        output.say(
             f"--pruning-ratio {pruning_ratio:g} counts channels. A layer costs its input times its "
             "output channels, so a larger fraction of the cost is removed than of the channels."
         )
@@ -267,7 +265,7 @@ def robust_finetune(
     network, config, images = _load(model, root, device)
     settings = TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     _train(network, images, _loss(loss, awp, epsilon, steps), settings, config, out, overwrite)
-    typer.echo(f"{out}: fine-tuned by {loss} for {epochs} epochs")
+    output.say(f"{out}: fine-tuned by {loss} for {epochs} epochs")
 
 
 @robust_app.command("evaluate")
@@ -288,11 +286,11 @@ def robust_evaluate(
     batch_size: Batch = 256,
     seed: Seed = 0,
     device: Device = None,
-    json_file: JsonFile = None,
+    as_json: output.Json = False,
 ) -> None:
     """Measure accuracy on the test images, clean and under attack, and look for gradient masking.
 
-    Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json robust.json`
+    Example: `hipp robust evaluate tuned --epsilon 0.1 --n 200 --json > robust.json`
     """
     from rich.console import Console
     from rich.table import Table
@@ -310,8 +308,11 @@ def robust_evaluate(
         attacks=attacks.split(","),
         batch_size=batch_size,
         seed=seed,
-        log=lambda line: typer.echo(line, err=True),
+        log=output.note,
     )
+    if as_json:
+        output.print_json(found.as_dict())
+        return
     table = Table("", f"accuracy [%] of {found.n} images")
     table.add_row("clean", f"{found.clean:.1f}")
     for name, value in found.under.items():
@@ -323,11 +324,7 @@ def robust_evaluate(
         )
     Console(markup=False).print(table)
     for sign in found.signs:
-        typer.secho(
-            f"Suspicious: {sign}. The model may be less robust than these figures.", fg="yellow"
-        )
-    if json_file is not None:
-        write_json(json_file, found.as_dict())
+        output.warn(f"suspicious: {sign}. The model may be less robust than these figures.")
 
 
 def _load(folder: Path, root: Path | None, device: str | None) -> tuple[Any, Any, Any]:
@@ -393,5 +390,5 @@ def _progress(epochs: int) -> Iterator[Any]:
     """A progress bar over epochs; yields the callback for each."""
     from hipp_ext.progress import progress_bar
 
-    with progress_bar(True, "epochs", max(epochs, 1)) as show:
+    with progress_bar(output.shows_progress(), "epochs", max(epochs, 1)) as show:
         yield lambda done, loss: show(done, f"loss {loss:.3f}")

@@ -1,7 +1,6 @@
 """`hipp shrink`: rounds of pruning and recovery, in one folder."""
 
 import functools
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hipp_ext.cli import options as opt
+from hipp_ext.cli import output
 from hipp_ext.cli import recover_options as options
 from hipp_ext.cli.console import (
     Device,
@@ -198,8 +198,8 @@ def shrink_command(
         planner=planner,
         calibration=batches,
         processor=processor,
-        progress=sys.stderr.isatty(),
-        log=lambda line: typer.echo(line, err=True),
+        progress=output.shows_progress(),
+        log=lambda line: typer.echo(line, err=True) if output.shows_progress() else None,
     )
     if position == 0:
         _print_report(report, out)
@@ -238,6 +238,8 @@ def _planner(given: dict[str, Any]) -> Any:
 def _print_report(report: Any, out: Path) -> None:
     from rich.table import Table
 
+    from hipp_ext.integrations.serving import check_serving
+
     name = "kl" if all("kl" in r.before for r in report.rounds) else "loss"
     table = Table("round", "asked", "removed", "parameters", f"{name}: pruned", "recovered", "min")
     for r in report.rounds:
@@ -252,9 +254,11 @@ def _print_report(report: Any, out: Path) -> None:
         )
     print_wide(table)
     last = report.rounds[-1]
-    typer.echo(
+    output.say(
         f"{out / last.folder}: {report.start_parameters / 1e6:.2f}M -> "
         f"{last.parameters / 1e6:.2f}M parameters; report: {out / 'shrink.json'}, "
         f"{out / 'shrink.png'}"
     )
-    typer.echo(served(out / last.folder))
+    folder = out / last.folder
+    output.say(served(folder, check_serving(folder)))
+    output.next_command(output.shell("hipp", "check-serving", folder))

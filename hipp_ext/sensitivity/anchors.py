@@ -29,11 +29,15 @@ def _removed(group: Group, level: float) -> int:
 
 
 def affordable(points: Sequence[Point], layers: int, passes: float) -> float:
-    """The fraction of the calibration on which `points` cost at most so many forward passes.
+    """The fraction of the calibration on which `points` cost at most so many forward passes."""
+    return min(1.0, passes / passes_of(points, layers))
+
+
+def passes_of(points: Sequence[Point], layers: int) -> float:
+    """Forward passes over the calibration that `points` cost in a language tower of `layers`.
 
     A point costs a pass through its own layer and those above it, and the dense model runs once.
     Before the language tower it is a whole pass.
     """
     first = [p.group.layer if p.group.tower == "language" else 0 for p in points]
-    cost = 1 + sum((layers - layer) / layers for layer in first)
-    return min(1.0, passes / cost)
+    return 1 + sum((layers - layer) / layers for layer in first)

@@ -12,7 +12,7 @@ from hipp_ext.errors import BudgetError
 from hipp_ext.groups import Group, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.progress import counting
-from hipp_ext.sensitivity.anchors import MEASURED_LEVELS, PASSES, affordable, points_at
+from hipp_ext.sensitivity.anchors import MEASURED_LEVELS, PASSES, affordable, passes_of, points_at
 from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
@@ -21,12 +21,29 @@ from hipp_ext.units import check_scores
 from hipp_ext.verification import verify_groups
 
 Effort = Literal["fisher", "anchored", "measured"]
+FISHER_PASSES = 3.0  # a forward and a backward pass; 2 where all activations are kept
 
 
 def check_effort(effort: object) -> None:
     """Raise BudgetError unless `effort` is one."""
     if effort not in get_args(Effort):
         raise BudgetError(f"effort={effort!r}: one of {', '.join(get_args(Effort))} is needed.")
+
+
+def forward_passes(groups: Sequence[Group], layers: int, effort: Effort) -> float:
+    """Forward passes over the calibration that `measure_sensitivity` costs, in FLOPs.
+
+    Args:
+        groups: the groups.
+        layers: layers of the language tower.
+        effort: how much is measured.
+    """
+    check_effort(effort)
+    if effort == "measured":
+        return FISHER_PASSES + passes_of(points_at(groups, MEASURED_LEVELS), layers)
+    anchors = {level: passes_of(points_at(groups, [level]), layers) for level in PASSES}
+    anchored = sum(min(PASSES[level], cost) for level, cost in anchors.items())
+    return FISHER_PASSES + (anchored if effort == "anchored" else 0.0)
 
 
 def measure_sensitivity(

@@ -250,14 +250,16 @@ def _signs(
 
 def _activation_bytes(model: nn.Module, batch: ReplayBatch, towers: Sequence[Tower]) -> int:
     """About what the backward pass of a batch keeps: inputs and outputs of all linear layers."""
-    total = _tokens(batch) * _features(model, "language")
+    total = _tokens(batch) * token_bytes(model, "language")
     if "vision" in towers and batch.batch is not None:
-        total += picture_token_count(model, batch.batch) * _features(model, "vision")
+        total += picture_token_count(model, batch.batch) * token_bytes(model, "vision")
     return total
 
 
-def _features(model: nn.Module, tower: Tower) -> int:
-    """Bytes of the inputs and outputs of all linear layers of a tower, per token."""
+def token_bytes(model: nn.Module, tower: Tower) -> int:
+    """Bytes of the inputs and outputs of all linear layers of a tower, for each token: about what
+    a backward pass keeps.
+    """
     layers = tower_layers(model, tower)
     projections: list[Any] = [m for m in layers.modules() if is_projection(m)]
     features = sum(inputs_of(m) + outputs_of(m) for m in projections)

@@ -2,10 +2,8 @@
 of the fit, or not at all.
 """
 
-import json
-
 import pytest
-from command import hipp
+from command import hipp, hipp_json
 
 from hipp_ext import HiPPPlanner, Preference, load_pruned
 from hipp_ext.errors import CheckpointError, DataError, PreferenceError
@@ -48,15 +46,14 @@ def test_a_front_with_two_answers(fitted, tmp_path):
         "--robustness-on",
         "adversarial",
     )
-    out = hipp(*ask, "--picture", tmp_path / "front.png", "--json", tmp_path / "front.json")
+    out = hipp(*ask, "--picture", tmp_path / "front.png")
     assert (
         "non-dominated of 12 evaluated plans" in out
         and "best evaluated" in out
         and "not evaluated" not in out
     )
-    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG" and json.loads(
-        (tmp_path / "front.json").read_text()
-    )["front"]
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    assert hipp_json("front", fitted)["front"]
 
 
 @pytest.mark.parametrize(

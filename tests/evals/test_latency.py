@@ -128,7 +128,7 @@ def test_a_run_on_folders(plan, tmp_path):
     file, inputs = tmp_path / "latency.json", tmp_path / "inputs.safetensors"
     ids = torch.full((1, 7), 5)
     save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, inputs)
-    given = {"inputs": inputs, "device": "cpu", "out": file, "quiet": True}
+    given = {"inputs": inputs, "device": "cpu", "out": file}
     result = run({"dense": WEIGHTS}, [plan], QUICK, **given)
     assert json.loads(file.read_text()) == result and result["device"].endswith("CPU")
     dense, half = result["models"]["dense"], result["models"]["half"]

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from command import hipp
+from command import hipp, hipp_json
 from llama_cpp_runtime import save
 from models import build
 from plans import random_plan
@@ -98,6 +98,8 @@ def test_the_command_measures_in_a_runtime(folders, tmp_path):
     assert "llama.cpp f16" in shown and "pruned" in shown
     found = json.loads(file.read_text())
     assert len(found["models"]["pruned"]["decode_ms"]) == found["serving"]["rounds"] == 2
+    again = hipp_json("latency", folders["pruned"], "--runtime", "llama.cpp", *options)
+    assert again["serving"] == found["serving"] and again["models"].keys() == {"pruned"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`hipp robust` from training to evaluation, and the study in small."""
 
 import functools
-import json
 import re
 
 import command
@@ -28,6 +27,7 @@ from hipp_ext.robust.costs import channel_costs
 from hipp_ext.robust.image_sets import load_data
 
 hipp = functools.partial(command.hipp, "robust")
+hipp_json = functools.partial(command.hipp_json, "robust")
 
 
 def test_from_training_to_evaluation(tmp_path):
@@ -45,10 +45,7 @@ def test_from_training_to_evaluation(tmp_path):
         "--out",
         dense,
     )
-    hipp(
-        "score", dense, "--epsilon", "1/10", "--rows", "64", "--json", str(tmp_path / "scores.json")
-    )
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = hipp_json("score", dense, "--epsilon", "1/10", "--rows", "64")
     assert len(scores["sensitivity"]) == 8 and min(scores["sensitivity"].values()) > 0
     common = ("--epsilon", "0.1", "--rows", "64", "--steps", "1")
     output = hipp("prune", dense, "--pruning-ratio", "0.5", *common, "--out", pruned)
@@ -81,10 +78,10 @@ def test_from_training_to_evaluation(tmp_path):
     assert {n: len(k) for n, k in config.kept.items()} == widths and max(
         config.kept["features.17"]
     ) > widths["features.17"]
-    options = ("--n", "20", "--attacks", "pgd,apgd-ce", "--json", str(tmp_path / "r.json"))
+    options = ("--n", "20", "--attacks", "pgd,apgd-ce")
     table = hipp("evaluate", tuned, "--epsilon", "0.1", *options)
     assert all(f"class {digit}, worst case" in table for digit in range(10))
-    report = json.loads((tmp_path / "r.json").read_text())
+    report = hipp_json("evaluate", tuned, "--epsilon", "0.1", *options)
     assert (
         report["n"] == 20
         and report["worst"] <= report["clean"]

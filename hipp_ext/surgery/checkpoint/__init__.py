@@ -5,7 +5,7 @@ processor) plus `hipp_ext.json`, which holds the widths of every group, and `hip
 plan. Models that llm-compressor quantised are saved and loaded likewise, with compressed weights.
 """
 
-from hipp_ext.surgery.checkpoint.loading import load_pruned, read_plan, resolve_device
+from hipp_ext.surgery.checkpoint.loading import load_pruned, outline, read_plan, resolve_device
 from hipp_ext.surgery.checkpoint.saving import (
     PLAN,
     check_saveable,
@@ -20,6 +20,7 @@ __all__ = [
     "check_saveable",
     "complete_folder",
     "load_pruned",
+    "outline",
     "pad_to_uniform",
     "read_plan",
     "resolve_device",

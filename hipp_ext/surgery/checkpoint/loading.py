@@ -164,6 +164,34 @@ def _from_pretrained(
     return model
 
 
+def outline(folder: ModelFolder) -> Any:
+    """The model of a folder on the meta device: all of it but the numbers.
+
+    Its layers are as wide as `load_pruned` would build them, by hipp_ext.json and config.json alone
+    where the folder was read without its weights. It takes no memory.
+
+    Raises:
+        CheckpointError: the folder is damaged, or of a class that transformers does not have.
+    """
+    from transformers import AutoConfig
+
+    quiet_width_warnings()
+    stored = model_class(folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = resizing(stored, folder, {}, checked=bool(folder.shapes))._from_config(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # as in _from_pretrained
+        raise damaged(folder.path, error) from error
+    model.__class__ = stored
+    initialise_as_usual(model)
+    return model.eval()
+
+
 def _belongs(plan: PruningPlan, model: nn.Module, folder: ModelFolder) -> bool:
     """Whether `plan` may be the one that `model` was pruned by; something else may have saved
     another model over it.

@@ -17,9 +17,11 @@ from hipp_ext.surgery.layer_config import configured_skips
 from hipp_ext.surgery.resize import resize, resized_shape
 
 
-def resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
+def resizing(
+    stored: Any, folder: ModelFolder, kwargs: dict[str, Any], checked: bool = True
+) -> Any:
     """A subclass of `stored` whose instances have the folder's widths from the moment they are
-    built.
+    built; where they are `checked`, they agree with its weights.
     """
 
     def build(self: nn.Module, config: Any, *args: Any, **options: Any) -> None:
@@ -43,7 +45,8 @@ def resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any]) -> Any:
             and not kwargs.get("ignore_mismatched_sizes")
             and not kwargs.get("quantization_config")
         )
-        check_sizes(self, folder, shapes, exact)
+        if checked:
+            check_sizes(self, folder, shapes, exact)
 
     # The same name, so that transformers takes it for the class that config.json names.
     return type(stored.__name__, (stored,), {"__init__": build, "__module__": stored.__module__})
