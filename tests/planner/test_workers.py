@@ -33,7 +33,9 @@ def fit(folder: Path, fail: bool = False) -> None:
     workers, model = Workers.join(), build("llava")
     planner = HiPPPlanner(EVEN, cache=None)
     evaluator = Evaluator(model, fail and workers.rank == 1)
-    reached = pytest.raises(OSError, match="the picture is gone") if fail and workers.leads else None
+    reached = (
+        pytest.raises(OSError, match="the picture is gone") if fail and workers.leads else None
+    )
     with reached or contextlib.nullcontext():
         result = planner.fit(
             model, evaluator, SETTINGS, folder=folder, calibration=BATCHES, progress=False
