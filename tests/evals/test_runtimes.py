@@ -33,14 +33,16 @@ def folders(tmp_path_factory):
     return {"dense": save(MODEL, place / "dense"), "pruned": save(small, place / "pruned")}
 
 
-def test_the_command_measures_in_llama_cpp(folders, tmp_path):
-    options = ["--tokens", "24", "--new-tokens", "4", "--repeats", "1", "--threads", "1"]
+def test_the_command_measures_in_llama_cpp(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("hipp_ext.cli.latency.ROUNDS", 1)  # each costs a process for every model
+    options = ["--tokens", "24", "--new-tokens", "4", "--repeats", "2", "--threads", "1"]
     options += ["--runtime", "llama.cpp", "--weights", "f32", "-o", tmp_path / "found.json"]
     shown = hipp("latency", *folders.values(), *options)
     assert "llama.cpp f32" in shown and "pruned" in shown
     measured = json.loads((tmp_path / "found.json").read_text())
     found, serving = measured["models"], measured["serving"]
-    assert serving == asdict(Serving(runtime="llama.cpp", weights="f32", **QUICK))
+    asked = Serving(runtime="llama.cpp", weights="f32", **QUICK | {"repeats": 2})
+    assert serving == asdict(asked)
     assert list(found) == ["dense", "pruned"]
     for figures in found.values():
         assert all(len(figures[key]) == 1 for key in ("prefill_ms", "decode_ms", "memory_mib"))
