@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import time
