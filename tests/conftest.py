@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def annotated_modules() -> list[str]:
 
 install_import_hook(annotated_modules(), "beartype.beartype")  # for the whole run
 torch.set_num_threads(1)
+
+LONG_FILES = {"test_zoo.py", "test_notebooks.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
+def pytest_collection_finish():
+    """What was imported stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -268,6 +268,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
 }
+# Enough for a law about towers: the others differ from these by a number of heads or a bias, and
+# have every law of the zoo.
+VARIED = ("llava_gqa", "llava_next", "qwen2_5_vl", "smolvlm", "llama", "qwen3")
 PECULIAR = {
     "granite_llava": granite_llava,
     "gemma3": gemma3,

@@ -5,7 +5,7 @@ import torch
 import transformers
 import zoo
 from devices import LiveBytes
-from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
+from models import IMAGE_TOKEN, SIZES, VARIED, batch, build
 from plans import dropping_plan, random_scores
 
 from hipp_ext import masked, prune, testbed
@@ -30,7 +30,7 @@ def together(first, second):
     return {k: torch.cat([first[k], second[k]]) for k in first}
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("padded", ["left", "right", "not"])
 def test_shared_equals_replayed(name, padded):
     model = build(name)

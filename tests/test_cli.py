@@ -1,7 +1,7 @@
 """The command line as a user types it; calls that need no process of their own run in this one."""
 
-import functools
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -51,13 +51,9 @@ def test_fit_plan_prune_from_start_to_end(folder, monkeypatch):
     told = in_process("fit", "testbed", "-o", "planner", "--steps", "1", "--questions", "12", *ROWS)
     assert "12 plans evaluated" in told and len(HiPPPlanner.load("planner").archive) == 12
     ask = ("-u", "1", "--pruning-ratio", "0.3", *ROWS)  # omitted weights are 0
-    done = hipp("plan", "testbed", "--planner", "planner", *ask, "-o", "plan.json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "removes 30." in done.stdout and "language.5.ffn" in done.stdout
-    assert (
-        PruningPlan.load(folder / "plan.json").preference == (1, 0, 0)
-        and "extrapolated" not in done.stdout
-    )
+    told = in_process("plan", "testbed", "--planner", "planner", *ask, "-o", "plan.json")
+    assert "removes 30." in told and "language.5.ffn" in told and "extrapolated" not in told
+    assert PruningPlan.load(folder / "plan.json").preference == (1, 0, 0)
     beyond = ("-u", "1", "--pruning-ratio", "0.7", *ROWS)
     assert "extrapolated" in in_process(
         "plan", "testbed", "--planner", "planner", *beyond, "-o", "beyond.json"
@@ -244,26 +240,24 @@ def test_version_and_short_help():
         assert in_process(*command, "-h") == in_process(*command, "--help")
 
 
-def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path):
-    arguments = ("fit", "testbed", "-o", "planner", "--questions", "12", *ROWS)
-    heard = functools.partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # tests in the background of a shell ignore it
-    running = subprocess.Popen(
-        [*HIPP, *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heard,
-    )
+def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path, monkeypatch, capfd):
+    arguments = ("fit", "testbed", "-o", str(tmp_path / "planner"), "--questions", "12", *ROWS)
+
+    def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
+        monkeypatch.setattr(sys, "argv", ["hipp", *arguments])
+        main()
+
+    running = multiprocessing.get_context("fork").Process(target=run)  # which imports nothing
+    running.start()
     for _ in range(600):
         if (tmp_path / "planner.fit" / "archive.jsonl").exists():
             break
         time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, told = running.communicate()
-    assert running.returncode == 130 and "hipp: interrupted." in told and "to resume" in told
+    os.kill(running.pid, signal.SIGINT)
+    running.join()
+    told = capfd.readouterr().err
+    assert running.exitcode == 130 and "hipp: interrupted." in told and "to resume" in told
 
 
 def test_existing_output_is_kept(tmp_path):

@@ -10,7 +10,7 @@ import transformers
 from devices import LiveBytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BUILDERS, IMAGE_TOKEN, SIZES, batch, build
+from models import IMAGE_TOKEN, PECULIAR, SIZES, VARIED, batch, build
 from plans import random_scores
 
 from hipp_ext import masked, prune, testbed
@@ -39,7 +39,7 @@ def answering(name, size=3, seed=0):
     return rows
 
 
-@pytest.mark.parametrize("name", [*sorted(BUILDERS), "granite_llava", "mllama", "gemma3"])
+@pytest.mark.parametrize("name", [*VARIED, *PECULIAR])
 def test_a_row_is_worth_minus_the_models_loss(name):
     model = build(name)
     kind = {"granite_llava": "llava", "gemma3": "llava"}.get(name, name)

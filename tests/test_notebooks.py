@@ -22,7 +22,7 @@ def kernel(tmp_path_factory):
     manager = AsyncKernelManager(kernel_name="python3")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "NOTEBOOK_LIMIT": "24",
+            "NOTEBOOK_LIMIT": "12",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TMPDIR": str(tmp_path_factory.mktemp("notebooks")),

@@ -4,7 +4,7 @@ formula.
 
 import pytest
 import torch
-from models import BUILDERS, IMAGE_TOKEN, IMAGE_TOKENS, batch, build
+from models import IMAGE_TOKEN, IMAGE_TOKENS, VARIED, batch, build
 from plans import random_plan
 
 from hipp_ext import masked
@@ -30,7 +30,7 @@ def left_padded(name: str, rows: int = 2, pad: int = 3) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("scorer", SCORERS, ids=lambda s: s.name)
 def test_contract(scorer, name):
     model, inputs = build(name), batch(name, labels=True)

@@ -30,11 +30,8 @@ N = 32
 def place(tmp_path_factory) -> Path:
     """data/ with the first questions of the testbed's test split, and the model pruned/."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    testbed.export(folder / "all", splits=("test",))
-    (folder / "data").mkdir()
-    for name in ("POPE.tsv", "ScienceQA_TEST.tsv"):
-        lines = (folder / "all/test" / name).read_text().splitlines(keepends=True)
-        (folder / "data" / name).write_text("".join(lines[: N + 1]))
+    testbed.export(folder / "all", splits=("test",), n=N)
+    (folder / "all/test").rename(folder / "data")
     model, processor = testbed.load()
     groups = find_groups(model)
     counts = keep_counts(groups, [0.2 * (i % 3) for i in range(len(groups))], 0.15)

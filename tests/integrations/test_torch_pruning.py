@@ -94,9 +94,7 @@ def stock_pruned(model: nn.Module, name: str, plan: PruningPlan) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "name", ["llava", "llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"]
-)
+@pytest.mark.parametrize("name", ["llava_gqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"])
 def test_plan_pruner_does_what_prune_does(name, tmp_path):
     model, inputs = build(name), batch(name)
     plan = random_plan(model)
@@ -140,9 +138,7 @@ def test_the_stock_pruner_carries_out_heads_and_channels(name, implementation, t
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["llava_gqa", "llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"]
-)
+@pytest.mark.parametrize("name", ["llava_mqa", "qwen2_5_vl", "smolvlm", "llama", "qwen3"])
 def test_the_stock_pruner_carries_out_ffn_plans_beside_grouped_queries(name):
     model = build(name)
     plan = whole(random_plan(model, seed=1), "attention")
@@ -162,7 +158,7 @@ def test_blocks_that_go_whole_go_in_one_step():
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

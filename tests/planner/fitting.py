@@ -8,7 +8,9 @@ from hipp_ext.planner.settings import FitSettings
 
 BATCHES = [batch("llava", size=3, labels=True), batch("llava", size=2, seed=1, labels=True)]
 EVEN = Preference(1, 1, 1)
-SETTINGS = FitSettings(steps=3, preferences=2, budgets=2, rollouts=2, updates=5, seed=3)
+SETTINGS = FitSettings(
+    steps=3, preferences=2, budgets=2, rollouts=2, updates=3, candidates=16, seed=3
+)
 
 
 class Closeness:

@@ -6,11 +6,9 @@ import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -396,31 +394,24 @@ def test_channels_of_the_dense_model_stay(trained):
 
 
 def test_mrpf_killed_and_resumed_ends_with_the_same_weights(trained, tmp_path):
-    script = textwrap.dedent("""
-        import sys, time, torch
-        sys.path.insert(0, sys.argv[1])
-        torch.set_num_threads(1)  # as in the tests: sums depend on it
-        import stripes
-        from hipp_ext.robust import mrpf
-        from test_robust_training import LOSS, SETTINGS
-        model = stripes.network()
-        model.load_state_dict(torch.load(sys.argv[2] + "/dense.pt"))
-        wait = lambda done, loss: (print("epoch", flush=True), time.sleep(60))
-        slow, folder = wait if len(sys.argv) > 3 else None, sys.argv[2] + "/run"
-        result = mrpf(model, stripes.data(), SETTINGS, loss=LOSS, folder=folder, on_epoch=slow)
-        torch.save(result.model.state_dict(), sys.argv[2] + "/pruned.pt")
-    """)
-    torch.save(trained.state_dict(), tmp_path / "dense.pt")
-    here = str(Path(__file__).parent)
-    with subprocess.Popen(
-        [sys.executable, "-c", script, here, str(tmp_path), "slow"],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "epoch\n"
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "pruned.pt").exists()
+    fork = multiprocessing.get_context("fork")  # which imports nothing
+    trains = fork.Event()
+
+    def run():
+        def wait(done, loss):
+            trains.set()
+            time.sleep(60)
+
+        folder = tmp_path / "run"
+        mrpf(trained, stripes.data(), SETTINGS, loss=LOSS, folder=folder, on_epoch=wait)
+
+    process = fork.Process(target=run)
+    process.start()
+    assert trains.wait(60)
+    time.sleep(0.1)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     resumed = mrpf(trained, stripes.data(), SETTINGS, loss=LOSS, folder=tmp_path / "run")
     whole = mrpf(trained, stripes.data(), SETTINGS, loss=LOSS)
     assert same(resumed.model, whole.model) and resumed.history == whole.history

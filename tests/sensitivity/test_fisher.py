@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BUILDERS, PECULIAR, build
+from models import PECULIAR, VARIED, build
 from plans import dropping_plan, logits, random_scores
 from replays import AsFound, batch_for, padded, replay_of, rows_of
 from scipy.linalg import hadamard
@@ -16,7 +16,7 @@ from hipp_ext.groups import find_groups
 from hipp_ext.sensitivity.fisher import fisher_curve, fisher_root, unit_contributions
 from hipp_ext.sensitivity.positions import counted_positions
 
-MODELS = [*BUILDERS, *PECULIAR]
+MODELS = [*VARIED, *PECULIAR]
 
 
 def contributions_of(model, batches, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BUILDERS, PECULIAR, build
+from models import PECULIAR, VARIED, build
 from plans import dropping_plan, logits, random_scores
 from replays import AsFound, batch_for, padded, points_of, replay_of, rows_of, with_dropout
 
@@ -14,7 +14,7 @@ from hipp_ext.sensitivity.measured import Point, measure_points
 from hipp_ext.sensitivity.positions import counted_positions
 from hipp_ext.units import plan_from_counts
 
-MODELS = [*BUILDERS, *PECULIAR]
+MODELS = [*VARIED, *PECULIAR]
 
 
 def naive_rows(model, groups, point, scores, given) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BUILDERS, batch, build
+from models import VARIED, batch, build
 from plans import logits, random_plan
 from transformers import AutoConfig
 
@@ -34,7 +34,7 @@ from hipp_ext.testbed import WEIGHTS
 from hipp_ext.units import plan_from_counts
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", VARIED)
 def test_save_and_load_are_exact(name, tmp_path):
     model, inputs = build(name), batch(name)
     small = prune(model, random_plan(model))
@@ -49,7 +49,7 @@ def test_save_and_load_are_exact(name, tmp_path):
     assert torch.equal(logits(load_pruned(tmp_path / "b"), inputs), logits(small, inputs))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", VARIED)
 def test_the_padded_model_loads_with_stock_transformers(name, tmp_path):
     model, inputs = build(name), batch(name)
     small = prune(model, random_plan(model))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from models import BUILDERS, PECULIAR, batch, build
+from models import PECULIAR, VARIED, batch, build
 from plans import logits, random_scores
 
 from hipp_ext import HiPPPlanner, Preference, masked, prune, save_pruned
@@ -19,7 +19,7 @@ from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.scorers import Magnitude
 from hipp_ext.units import plan_from_counts
 
-FAMILIES = sorted(BUILDERS | PECULIAR)
+FAMILIES = [*VARIED, *PECULIAR]
 
 
 def shaped(family, shape, unit="kv", fraction=0.6):
