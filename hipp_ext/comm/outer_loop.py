@@ -29,8 +29,8 @@ class OuterLoop:
     """The part of DiLoCo that all processes do together; each trains alone with its own optimizer.
 
     An exchange averages what every process changed since the last one, and lets SGD, with Nesterov
-    momentum if wanted, apply the mean to the common parameters. Then all processes go on from these. It takes
-    three copies of the parameters as memory.
+    momentum if wanted, apply the mean to the common parameters. Then all processes go on from
+    these. It takes two copies of the parameters as memory, and a third one with momentum.
 
     Args:
         parameters: the model, not wrapped in DDP, or its named parameters; see `LQSGDState`.
@@ -51,8 +51,9 @@ class OuterLoop:
 
     Source: DiLoCo (arXiv 2311.08105), algorithm 1.
     Differs from the paper: any inner optimizer, and changes may be compressed, with error feedback
-        from one exchange to the next. Its lr is 0.7 and its momentum 0.9, for 500 steps between
-        exchanges: after few steps the changes are alike, and so much momentum overshoots.
+        from one exchange to the next. The default is plain averaging. The paper has lr 0.7 and
+        momentum 0.9, for 500 steps between exchanges: after few steps the changes are alike, and
+        so much momentum overshoots.
     """
 
     def __init__(

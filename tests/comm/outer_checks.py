@@ -133,7 +133,9 @@ def recovered(folder, data=None, **settings):
     from hipp_ext.testbed.model import build_model
 
     model = build_model(0, hidden=32, ffn=48, layers=2, heads=4)
-    chosen = RecoverSettings(**{"steps": 7, "save_every": 3, "local_steps": 2, **settings})
+    chosen = RecoverSettings(
+        **{"steps": 7, "save_every": 3, "local_steps": 2, "outer_momentum": 0.5, **settings}
+    )
     return model, recover(model, data or Slowly(), chosen, folder=folder, progress=False)
 
 
