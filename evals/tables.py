@@ -155,6 +155,15 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
     )
 
 
+def published_name(path: str | Path) -> str | None:
+    """The name of the published benchmark that the file is, byte for byte; None: it is none."""
+    digest = hashlib.md5()
+    with open_plain(path, TABLE_BYTES, "table") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return next((n for n, (_, md5) in _OFFICIAL.items() if md5 == digest.hexdigest()), None)
+
+
 def _check_bytes(path: Path, file: BinaryIO) -> str:
     """The MD5 of the file; DataError if it has null bytes or too many columns.
 

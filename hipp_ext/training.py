@@ -1,5 +1,6 @@
 """What the training loops share: optimizers and the schedule of the learning rate."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,16 @@ def lr_factor(step: int, steps: int, *, warmup: int, decay: float) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
+def cosine_factor(step: int, steps: int, *, warmup: int) -> float:
+    """Fraction of the peak learning rate at `step`: linear warm-up, half a cosine down to zero.
+
+    Source: SGDR (arXiv 1608.03983, equation 5), one period, with a warm-up.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def step_optimizers(optimizers: Sequence[Any], factor: float) -> None:
     """Step each optimizer at `factor` times its peak learning rate, and clear the gradients."""
     for optimizer in optimizers:
@@ -52,7 +63,7 @@ def step_optimizers(optimizers: Sequence[Any], factor: float) -> None:
 def optimizer_tensors(optimizers: Sequence[Any]) -> dict[str, Tensor]:
     """The states of the optimizers as tensors, for a file; see `load_optimizers`."""
     return {
-        f"{number}.{index}.{key}": torch.as_tensor(value)
+        f"{number}.{index}.{key}": whole_tensor(torch.as_tensor(value))
         for number, optimizer in enumerate(optimizers)
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
@@ -68,11 +79,33 @@ def load_optimizers(optimizers: Sequence[Any], tensors: Mapping[str, Tensor]) ->
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, tensor in tensors.items():
         number, index, key = name.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[key] = tensor
+        parameters = [p for group in optimizers[int(number)].param_groups for p in group["params"]]
+        own = spread_as(parameters[int(index)], tensor)
+        states[int(number)].setdefault(int(index), {})[key] = own
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
         )
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """The tensor; if its parts are spread over processes (FSDP2), whole and on the CPU. A
+    collective."""
+    return tensor.full_tensor().cpu() if _is_spread(tensor) else tensor
+
+
+def spread_as(parameter: Any, whole: Tensor) -> Tensor:
+    """`whole`, spread over the processes if `parameter` is, and of its shape. A collective."""
+    if not _is_spread(parameter) or whole.shape != parameter.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+
+
+def _is_spread(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose import takes half a second
 
 
 def _hidden(name: str) -> bool:

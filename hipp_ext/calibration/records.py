@@ -66,7 +66,8 @@ def _picked(make: Callable[[], Iterator[Any]], rows: int) -> Iterator[Record]:
     return ((i + 1, row) for i, row in enumerate(make()) if i in chosen)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def lines_of(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The lines of an open file, from where it is read; DataError for one that is too long."""
     while line := file.readline(LINE_BYTES):
         if len(line) == LINE_BYTES:
             raise DataError(f"{shown(path)} has a line of more than {LINE_BYTES:,} bytes")
@@ -78,12 +79,13 @@ def _read_lines(path: Path, rows: int) -> list[Record]:
 
         def filled() -> Iterator[bytes]:
             file.seek(0)
-            return (line for line in _lines(path, file) if not line.isspace())
+            return (line for line in lines_of(path, file) if not line.isspace())
 
-        return [(number, _parsed(line)) for number, line in _picked(filled, rows)]
+        return [(number, parsed_line(line)) for number, line in _picked(filled, rows)]
 
 
-def _parsed(line: bytes) -> Any:
+def parsed_line(line: bytes) -> Any:
+    """The value of a line of JSON, or the DataError of reading it."""
     try:
         return parse_json(line, "it")
     except DataError as error:
@@ -96,7 +98,7 @@ def _read_json(path: Path, rows: int) -> list[Record]:
         content = parse_json(data, shown(path))
     except DataError:
         # JSON lines are often called .json.
-        if isinstance(_parsed(data.lstrip().partition(b"\n")[0]), DataError):
+        if isinstance(parsed_line(data.lstrip().partition(b"\n")[0]), DataError):
             raise
         return _read_lines(path, rows)
     records = content if isinstance(content, list) else [content]
@@ -107,7 +109,7 @@ def _read_json(path: Path, rows: int) -> list[Record]:
 
 
 @contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
+def long_cells() -> Iterator[None]:
     """The csv module's limit is raised to what a picture takes."""
     before = csv.field_size_limit(LINE_BYTES)
     try:
@@ -116,17 +118,23 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+def table_header(path: Path, rows: Iterator[list[str]]) -> list[str]:
+    """The names of the columns, from the first of `rows`; DataError if it is no header."""
+    header = next(rows, [])
+    if "question" not in header:
+        raise DataError(
+            f"{shown(path)}: a VLMEvalKit table has the column question; this one has "
+            f"{shown(', '.join(header), 300) or 'no header'}"
+        )
+    return header
+
+
 def _cells(path: Path, file: BinaryIO) -> Iterator[dict[str, str]]:
     file.seek(0)
-    text = (line.decode("utf-8-sig") for line in _lines(path, file))
+    text = (line.decode("utf-8-sig") for line in lines_of(path, file))
     try:
         rows = csv.reader(text, delimiter="\t")
-        header = next(rows, [])
-        if "question" not in header:
-            raise DataError(
-                f"{shown(path)}: a VLMEvalKit table has the column question; this one has "
-                f"{shown(', '.join(header), 300) or 'no header'}"
-            )
+        header = table_header(path, rows)
         for row in rows:
             if row:
                 cells = zip(header, row, strict=False)
@@ -136,18 +144,19 @@ def _cells(path: Path, file: BinaryIO) -> Iterator[dict[str, str]]:
 
 
 def _read_table(path: Path, rows: int) -> list[Record]:
-    with open_plain(path, TABLE_BYTES, "table") as file, _long_cells():
+    with open_plain(path, TABLE_BYTES, "table") as file, long_cells():
         records = list(_picked(lambda: _cells(path, file), rows))
-        wanted = {cell for _, row in records if (cell := _reference(row)) is not None}
+        wanted = {cell for _, row in records if (cell := reference_of(row)) is not None}
         found = {}
         if wanted:  # rows that repeat another row's picture
             for row in _cells(path, file):
-                if row.get("index") in wanted and _reference(row) is None:
+                if row.get("index") in wanted and reference_of(row) is None:
                     found[row["index"]] = row.get("image")
     return [(number, _with_picture(row, found)) for number, row in records]
 
 
-def _reference(row: dict[str, str]) -> str | None:
+def reference_of(row: dict[str, str]) -> str | None:
+    """The index of the row whose picture this one has, too; or a very small picture; or None."""
     cell = row.get("image")
     return cell if cell is not None and len(cell) <= REFERENCE else None
 
@@ -156,7 +165,7 @@ def _with_picture(row: dict[str, str], found: dict[str, Any]) -> dict[str, Any]:
     """The row with its picture marked as base64."""
     if "image" not in row:
         return row
-    reference = _reference(row)
+    reference = reference_of(row)
     cell = row["image"] if reference is None else found.get(reference, reference)
     return row | {"image": {"base64": cell}}
 
@@ -165,6 +174,17 @@ def _with_picture(row: dict[str, str], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_dataset(path: Path, rows: int) -> list[Record]:
+    table = read_arrow(path)
+    return [(i + 1, arrow_row(table, path, i)) for i in spaced(table.num_rows, rows)]
+
+
+def read_arrow(path: Path) -> Any:
+    """The table of a folder that `datasets` saved, mapped into memory.
+
+    Raises:
+        CalibrationError: it is no such folder, or pyarrow is missing.
+        DataError: it is damaged.
+    """
     if (path / "dataset_dict.json").is_file():
         inside = sorted(shown(p.name) for p in path.iterdir() if p.is_dir())
         raise CalibrationError(
@@ -179,14 +199,23 @@ def _read_dataset(path: Path, rows: int) -> list[Record]:
         raise CalibrationError(
             f"{shown(path)} is read with the package datasets: pip install datasets"
         ) from None
-    try:
+    with _arrow_errors(path):
         shards = [pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in _shards(path)]
-        table, records = pa.concat_tables(shards), []
-        for i in spaced(table.num_rows, rows):
-            row = table.slice(i, 1)
-            row.validate(full=True)
-            records.append((i + 1, row.to_pylist()[0]))  # pictures as the bytes that are stored
-        return records
+        return pa.concat_tables(shards)
+
+
+def arrow_row(table: Any, path: Path, number: int) -> dict[str, Any]:
+    """A row of the table, checked; pictures as the bytes that are stored."""
+    with _arrow_errors(path):
+        row = table.slice(number, 1)
+        row.validate(full=True)
+        return row.to_pylist()[0]
+
+
+@contextlib.contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # Arrow has an error of its own for every damage

@@ -20,7 +20,7 @@ from hipp_ext.cli.front import front_app
 from hipp_ext.cli.latency import latency_app
 from hipp_ext.cli.plan import plan_app
 from hipp_ext.cli.prune import prune_app
-from hipp_ext.cli.recover import recover_app
+from hipp_ext.cli.recover_group import recover_group
 from hipp_ext.cli.robust import robust_app
 from hipp_ext.cli.testbed import testbed_app
 from hipp_ext.errors import HippError
@@ -33,8 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (demo_app, plan_app, fit_app, front_app, prune_app, recover_app, evals_app):
+for commands in (demo_app, plan_app, fit_app, front_app, prune_app):
     app.add_typer(commands)
+app.add_typer(recover_group, name="recover")
+app.add_typer(evals_app)
 app.add_typer(latency_app)
 app.add_typer(check_serving_app)
 app.add_typer(export_app, name="export")

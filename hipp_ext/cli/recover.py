@@ -1,11 +1,14 @@
 """`hipp recover`: fine-tune a pruned model, on one process or on those of `torchrun`."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.cli import recover_options as options
 from hipp_ext.cli.console import (
     Device,
     Dtype,
@@ -18,97 +21,149 @@ from hipp_ext.cli.console import (
     require_model,
     warn,
 )
-from hipp_ext.errors import DataError
+from hipp_ext.errors import DataError, HippError
 from hipp_ext.files import require_new
 
 recover_app = typer.Typer()
 
 
-@recover_app.command("recover")
+@recover_app.command("train")
 def recover_command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the recovered model.")],
-    pope: Annotated[
-        Path | None,
-        typer.Option(help="POPE-like TSV to train on. Default: built-in questions on a toy world."),
-    ] = None,
-    scienceqa: Annotated[Path | None, typer.Option(help="Multiple-choice TSV to train on.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows per kind of question, process and step.")
-    ] = 8,
-    optimizer: Annotated[
-        str, typer.Option(help="muon (hidden matrices; AdamW for the rest) or adamw.")
-    ] = "muon",
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.01,
-    compression: Annotated[
-        str, typer.Option(help="Compression of gradients between processes: lqsgd or none.")
-    ] = "lqsgd",
-    rank: Annotated[int, typer.Option(help="Largest rank of LQ-SGD's factors.")] = 4,
-    bits: Annotated[int, typer.Option(help="Bits per value of LQ-SGD: 4 or 8.")] = 8,
-    transport: Annotated[
-        str, typer.Option(help="Transport of LQ-SGD: auto, all_gather or all_to_all.")
-    ] = "auto",
-    freeze_vision: Annotated[
-        bool, typer.Option("--freeze-vision", help="Leave the vision tower as it is.")
-    ] = False,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Random seed of data order and dropout.")] = 0,
+    data: options.Data = None,
+    image_folder: options.ImageFolder = None,
+    sequence_length: options.SequenceLength = None,
+    packed: options.Packed = False,
+    holdout: options.Holdout = 0.0,
+    measure: options.MeasureFiles = None,
+    pope: options.Pope = None,
+    scienceqa: options.ScienceQA = None,
+    batch_size: options.BatchSize = 8,
+    teacher: options.TeacherFolder = None,
+    teacher_device: options.TeacherDevice = None,
+    temperature: options.Temperature = 1.0,
+    positions: options.PositionsOption = "answers",
+    top_k: options.TopK = None,
+    cross_entropy_share: options.CrossEntropyShare = 0.0,
+    hidden_share: options.HiddenShare = 0.0,
+    steps: options.Steps = 400,
+    accumulation: options.Accumulation = 1,
+    train: options.TrainOption = "full",
+    lora_rank: options.LoraRank = 16,
+    freeze_vision: options.FreezeVision = False,
+    optimizer: options.OptimizerName = "muon",
+    lr: options.Lr = 1e-3,
+    muon_lr: options.MuonLr = 0.01,
+    schedule: options.Schedule = "trapezoid",
+    warmup: options.Warmup = None,
+    precision: options.PrecisionOption = "auto",
+    gradient_checkpointing: options.GradientCheckpointing = False,
+    evaluate_every: options.EvaluateEvery = None,
+    keep: options.Keep = None,
+    patience: options.Patience = None,
+    save_every: options.SaveEvery = 50,
+    seed: options.Seed = 0,
+    compression: options.Compression = "lqsgd",
+    rank: options.Rank = 4,
+    bits: options.Bits = 8,
+    transport: options.Transport = "auto",
+    sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a pruned model. An interrupted run goes on from its last checkpoint.
 
-    Several processes compress their gradients with LQ-SGD. The checkpoints contain gradients of
-    the training data.
+    With --teacher it learns what the dense model says, otherwise what the data says. Without any
+    data it is trained on built-in questions about a toy world. The folder OUT.recover has the
+    report, and checkpoints that contain gradients of the training data.
 
     Examples:
 
-    `hipp recover ./pruned -o ./recovered`
+    `hipp recover ./pruned --teacher ./dense --data chats.jsonl --holdout 0.02 -o ./recovered`
+
+    `hipp recover ./pruned --data chats.jsonl --train lora --lr 2e-4 -o ./recovered`
 
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
-    from hipp_ext.recover import RecoverSettings, recover
-    from hipp_ext.recover.training import join_processes
-    from hipp_ext.surgery.checkpoint import save_pruned
+    given = dict(locals())
+    from hipp_ext.recover import RecoverSettings, read_teacher, recover
+    from hipp_ext.recover.processes import join_processes
+    from hipp_ext.recover.report import report_lines
+    from hipp_ext.surgery.checkpoint import resolve_device, save_pruned
 
+    settings = RecoverSettings(
+        **{f.name: given[f.name] for f in fields(RecoverSettings) if f.name in given}
+    )
     position, workers = join_processes()
     require_model(model)
     require_new(out, overwrite)
     files = [file for file in (pope, scienceqa) if file]
-    require_apart(out, Path(model_folder(model)), *files)
-    chosen: Any = {"optimizer": optimizer, "compression": compression}
-    settings = RecoverSettings(
-        steps=steps,
-        lr=lr,
-        muon_lr=muon_lr,
-        rank=rank,
-        bits=bits,
-        transport=transport,
-        freeze_vision=freeze_vision,
-        save_every=save_every,
-        seed=seed,
-        **chosen,
-    )
-    loaded, processor = load_model(model, device or (own_device() if workers > 1 else None), dtype)
+    if data and files:
+        raise DataError("Give --data, or --pope and --scienceqa: the data come from one of them.")
+    inputs = [*files, *(measure or []), *(file for file in (data, teacher) if file)]
+    require_apart(out, Path(model_folder(model)), *inputs)
     running = out.with_name(out.name + ".recover")
-    if files:
-        data = _question_data(processor, files, batch_size, seed, running, position)
+    own = device or (own_device() if workers > 1 else None)
+    # A model that is spread over the processes stays on the CPU, whole.
+    loaded, processor = load_model(model, "cpu" if sharding == "fsdp" else own, dtype)
+    if data:
+        rows = _file_data(data, processor, given)
+    elif files:
+        rows = _question_data(processor, files, batch_size, seed, running, position)
     else:
-        data = _testbed_data(processor, batch_size, seed, position)
-    result = recover(loaded, data, settings, folder=running, progress=sys.stderr.isatty())
-    if position == 0:
-        save_pruned(loaded, out, processor, overwrite=overwrite)
-        sent = ""
-        if result.stats:
-            stats = result.stats
-            sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
-        typer.echo(
-            f"{out}: loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps"
-            f"{sent}; progress: {running}"
+        rows = _testbed_data(processor, batch_size, seed, position)
+    learnt_from = None
+    if teacher:
+        learnt_from = read_teacher(teacher, device=str(resolve_device(teacher_device or own)))
+    elif teacher_device:
+        raise HippError("--teacher-device needs --teacher.")
+    result = recover(
+        loaded,
+        rows,
+        settings,
+        folder=running,
+        teacher=learnt_from,
+        measure=_evaluator(loaded, processor, measure, running) if measure else None,
+        progress=sys.stderr.isatty(),
+    )
+    if position:
+        return
+    save_pruned(loaded, out, processor, overwrite=overwrite)
+    first, *more = report_lines(result)
+    sent = ""
+    if stats := result.stats:
+        sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
+    typer.echo("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
+
+
+def _file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
+    """The rows of a file; published test sets are refused."""
+    from hipp_ext.evals.tables import published_name
+    from hipp_ext.recover import FileData
+
+    if file.suffix.lower() == ".tsv" and published_name(file) not in (None, "ScienceQA_VAL"):
+        raise DataError(
+            f"{file} is the published {published_name(file)}, a test set: train on other questions."
         )
+    names = ("image_folder", "sequence_length", "batch_size", "packed", "holdout", "seed")
+    return FileData(file, processor, **{name: given[name] for name in names})
+
+
+def _evaluator(model: Any, processor: Any, files: Sequence[Path], running: Path) -> Any:
+    """The evaluator on the questions of TSVs, one of each kind; all towers may change."""
+    from hipp_ext.evals.evaluator import Evaluator
+    from hipp_ext.evals.questions import table_questions
+    from hipp_ext.evals.tables import YES_NO, read_table
+
+    by_kind: dict[bool, Any] = {}
+    for file in files:
+        table = read_table(file, running / "images.measure")
+        by_kind[table.kind == YES_NO] = table_questions(table)
+    if set(by_kind) != {True, False} or len(files) != 2:
+        raise DataError("--measure is given twice: a POPE-like TSV and a multiple-choice one.")
+    return Evaluator(model, processor, by_kind[True], by_kind[False], towers=("language", "vision"))
 
 
 def _testbed_data(processor: Any, rows: int, seed: int, position: int) -> Any:
@@ -120,7 +175,7 @@ def _testbed_data(processor: Any, rows: int, seed: int, position: int) -> Any:
     if position == 0 and not is_own_processor(processor):
         warn(
             "the built-in pictures and questions are a toy, to see that it runs; pass your own "
-            "with --pope and --scienceqa."
+            "with --data."
         )
     return data
 

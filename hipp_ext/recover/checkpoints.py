@@ -2,26 +2,60 @@
 
 Each rank writes its own file, and the first one also the weights and the optimizers. When all
 files are there, the first rank switches progress.safetensors to the new step, and only then the
-older folder is removed. So the step in this file is complete, whenever the run is killed.
+older folders are removed, but that of the best evaluation. So the step in this file is complete,
+whenever the run is killed.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
 from hipp_ext.comm.checkpoint import rank_file
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
+from hipp_ext.recover.parameters import trained
 from hipp_ext.runs import RunFolder
-from hipp_ext.training import load_optimizers, optimizer_tensors
+from hipp_ext.training import load_optimizers, optimizer_tensors, spread_as, whole_tensor
 
 PROGRESS = "progress.safetensors"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+
+
+class Progress(BaseModel):
+    """What a run has done.
+
+    Attributes:
+        step: number of finished steps.
+        losses: loss of every step.
+        evaluations: what was measured, by name, with the "step" after which.
+        skipped: row that could not be used -> the reason.
+        rows, tokens: rows and tokens that were learnt from; repeated ones count again.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    step: int = Field(default=0, ge=0, lt=2**53)
+    losses: list[float] = []
+    evaluations: list[dict[str, float]] = []
+    skipped: dict[str, str] = {}
+    rows: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the first evaluation with the least loss; None without held-out rows."""
+        lost = [e for e in self.evaluations if "loss" in e]
+        return int(min(lost, key=lambda e: e["loss"])["step"]) if lost else None
+
+    @property
+    def since_best(self) -> int:
+        """Number of evaluations after the best one."""
+        return sum(e["step"] > (self.best_step or 0) for e in self.evaluations)
 
 
 class Checkpoints:
@@ -38,63 +72,82 @@ class Checkpoints:
         OutputBusyError: another process works in the folder.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int, barrier: Any):
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], rank: int, barrier: Callable[[], None]
+    ):
         self.rank, self.barrier = rank, barrier
         self.run = RunFolder(folder, identity, owner=rank == 0)
 
     def save(
-        self,
-        step: int,
-        losses: list[float],
-        model: nn.Module,
-        optimizers: list[Any],
-        state: LQSGDState | None,
+        self, progress: Progress, model: nn.Module, optimizers: list[Any], state: LQSGDState | None
     ) -> None:
-        """Write the checkpoint after `step` steps. All ranks call this."""
-        folder = self.run / f"step-{step}"
+        """Write the checkpoint of `progress`. All ranks call this."""
+        folder = self._folder(progress.step)
         folder.mkdir(parents=True, exist_ok=True)
         if state is not None:
             save_state(state, rank_file(folder, self.rank))
+        weights = {name: whole_tensor(p.detach()) for name, p in trained(model).items()}
+        moments = optimizer_tensors(optimizers)
         if self.rank == 0:
-            write_atomic(folder / WEIGHTS, seal(dict(model.named_parameters())))
-            write_atomic(folder / OPTIMIZER, seal(optimizer_tensors(optimizers)))
+            write_atomic(folder / WEIGHTS, seal(weights))
+            write_atomic(folder / OPTIMIZER, seal(moments))
         self.barrier()
         if self.rank == 0:
-            write_atomic(self.run / PROGRESS, seal({}, {"step": step, "losses": losses}))
-            self._sweep(folder)
+            write_atomic(self.run / PROGRESS, seal({}, progress.model_dump()))
+            self._sweep(progress)
 
-    def load(
-        self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None
-    ) -> tuple[int, list[float]]:
-        """Load the last checkpoint into model, optimizers and state.
-
-        Returns:
-            Its step (0 if there is no checkpoint), and the losses until then.
+    def load(self, model: nn.Module, optimizers: list[Any], state: LQSGDState | None) -> Progress:
+        """Load the last checkpoint into model, optimizers and state; its progress is returned.
 
         Raises:
             CheckpointError: the checkpoint is damaged.
         """
         if not (self.run / PROGRESS).exists():
-            return 0, []
+            return Progress()
         try:
-            _, progress = unseal(self.run / PROGRESS)
-            step, losses = int(progress["step"]), list(progress["losses"])
-            folder = self.run / f"step-{step}"
-            weights, _ = unseal(folder / WEIGHTS)
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    p.copy_(weights[name])
+            progress = Progress.model_validate(unseal(self.run / PROGRESS)[1])
+            folder = self._folder(progress.step)
+            self._load_weights(model, progress.step)
             load_optimizers(optimizers, unseal(folder / OPTIMIZER)[0])
         except UNREADABLE as error:
             raise self.run.damaged(error) from error
         if state is not None:
             load_state(state, rank_file(folder, self.rank))
         if self.rank == 0:
-            self._sweep(folder)
-        return step, losses
+            self._sweep(progress)
+        return progress
 
-    def _sweep(self, kept: Path) -> None:
+    def load_weights(self, model: nn.Module, step: int) -> None:
+        """Load the weights of a step that is kept.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        try:
+            self._load_weights(model, step)
+        except UNREADABLE as error:
+            raise self.run.damaged(error) from error
+
+    def _load_weights(self, model: nn.Module, step: int) -> None:
+        weights, _ = unseal(self._folder(step) / WEIGHTS)
+        with torch.no_grad():
+            for name, p in trained(model).items():
+                p.copy_(_fitting(weights[name], p))
+
+    def _folder(self, step: int) -> Path:
+        return self.run / f"step-{step}"
+
+    def _sweep(self, progress: Progress) -> None:
         """Remove the folders of other steps: older ones, and one that a killed run had begun."""
+        kept = {
+            self._folder(step) for step in (progress.step, progress.best_step) if step is not None
+        }
         for other in self.run.path.glob("step-*"):
-            if other != kept:
+            if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _fitting(weights: Tensor, parameter: Tensor) -> Tensor:
+    if weights.shape != parameter.shape:
+        raise ValueError(f"weights of shape {tuple(weights.shape)}, not {tuple(parameter.shape)}")
+    return spread_as(parameter, weights)

@@ -1,98 +1,39 @@
-"""The training loop of `hipp recover`: one process, or DDP with compressed or plain gradients."""
+"""The training loop of `hipp recover`: one process, or several with DDP or FSDP2."""
 
-import os
-from dataclasses import asdict, dataclass
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from hipp_ext.calibration import Batch
-from hipp_ext.comm import LQSGDState, lqsgd_hook
 from hipp_ext.errors import HippError
 from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
 from hipp_ext.progress import progress_bar
-from hipp_ext.quantities import finite_option, whole_option
-from hipp_ext.recover.checkpoints import Checkpoints
+from hipp_ext.recover.checkpoints import Checkpoints, Progress
 from hipp_ext.recover.data import DataSource
+from hipp_ext.recover.evaluation import Measure, evaluate
+from hipp_ext.recover.objectives import CrossEntropy, Distillation, Objective
+from hipp_ext.recover.parameters import frozen_digest, in_bfloat16, prepared, trained
+from hipp_ext.recover.passes import counted_tokens, make_passes
+from hipp_ext.recover.processes import Processes, WeightedLoss, moved, processes
+from hipp_ext.recover.report import write_report
+from hipp_ext.recover.settings import RecoverResult, RecoverSettings
+from hipp_ext.recover.teachers import ModelTeacher, Teacher
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
-from hipp_ext.training import lr_factor, make_optimizers, step_optimizers
-
-CHOICES = {"optimizer": ("muon", "adamw"), "compression": ("lqsgd", "none")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverSettings:
-    """How a pruned model is fine-tuned.
-
-    Attributes:
-        steps: optimizer steps.
-        optimizer: "muon": Muon for the hidden matrices of the language model and AdamW for the
-            rest; "adamw": AdamW for all parameters.
-        lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of Muon.
-        clip: largest norm of the averaged gradient.
-        compression: "lqsgd", or "none" for DDP's own all-reduce. One process sends nothing.
-        rank, bits, transport: options of LQ-SGD; see `hipp_ext.comm.Options`.
-        freeze_vision: whether the vision tower stays as it is.
-        seed: random seed of dropout and of the first factors; the data source has its own.
-        save_every: steps between checkpoints.
-
-    Raises:
-        HippError: a setting is out of range.
-    """
-
-    steps: int = 400
-    optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = 1e-3
-    muon_lr: float = 0.01
-    clip: float = 1.0
-    compression: Literal["lqsgd", "none"] = "lqsgd"
-    rank: int = 4
-    bits: int = 8
-    transport: str = "auto"
-    freeze_vision: bool = False
-    seed: int = 0
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "save_every"):
-            value = whole_option(name, getattr(self, name), HippError, 1)
-            object.__setattr__(self, name, value)
-        for name in ("lr", "muon_lr", "clip"):
-            value = finite_option(name, getattr(self, name), HippError, zero=True)
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "seed", whole_option("seed", self.seed, HippError, -(2**63)))
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise HippError(
-                    f"{name}={getattr(self, name)!r}: one of {', '.join(known)} is needed."
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverResult:
-    """The result of a run.
-
-    Attributes:
-        losses: loss of every step, mean over the processes [nats, summed over a step's batches].
-        stats: `LQSGDState.stats()`; None if nothing was compressed.
-    """
-
-    losses: list[float]
-    stats: dict[str, Any] | None
-
-
-def join_processes() -> tuple[int, int]:
-    """Rank and number of the connected processes of `torchrun`; (0, 1) without it."""
-    workers = int(os.environ.get("WORLD_SIZE", "1"))
-    if workers > 1 and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if workers > 1 else (0, 1)
+from hipp_ext.training import (
+    cosine_factor,
+    lr_factor,
+    make_optimizers,
+    step_optimizers,
+    whole_tensor,
+)
 
 
 def recover(
@@ -101,116 +42,248 @@ def recover(
     settings: RecoverSettings,
     *,
     folder: str | Path,
+    teacher: Teacher | nn.Module | None = None,
+    measure: Measure | None = None,
     progress: bool = True,
 ) -> RecoverResult:
     """Fine-tune `model` in place; it ends in eval mode, equal on every process.
 
     One process calls this, or all processes of a group. An interrupted run goes on from its last
-    checkpoint: the same call ends with the weights of an undisturbed run, bit for bit.
+    checkpoint: the same call ends with the weights of an undisturbed run, bit for bit. The folder
+    also gets recover.json, which says what was done, and recover.png, which shows the losses.
 
     Args:
-        model: pruned model, such as from `load_pruned`.
-        data: data source.
+        model: pruned model, such as from `load_pruned`. With sharding="fsdp" it stays where it is,
+            such as on the CPU, and every process trains its share on its GPU.
+        data: data source. Its held-out rows, if it has any, are evaluated at intervals.
         settings: how the model is fine-tuned.
         folder: folder for checkpoints, on a disk that all processes share. Checkpoints contain
             gradients of the training data.
+        teacher: the dense model, or what it said (`CachedTeacher`), which the pruned one learns
+            from; None: it learns from the labels.
+        measure: function of the model that is evaluated beside the held-out rows, on the first
+            process, such as an `Evaluator` made with the vision tower among its `towers`.
         progress: whether the first process shows a progress bar.
 
     Raises:
-        CheckpointError: `folder` holds another run, or is damaged.
+        CheckpointError: `folder` holds another run, or is damaged; or the teacher has another
+            vocabulary.
         OutputBusyError: another process works in `folder`.
         CompressionError: the processes have different models or settings, or one was lost.
-        HippError: the loss is not finite.
+        HippError: the loss is not finite (the rows of the file are named, and the last checkpoint
+            stays), or the settings do not fit the model or the data.
+        MissingExtraError: accelerate, or peft for adapters, is not installed.
     """
-    several = dist.is_available() and dist.is_initialized()
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    if settings.freeze_vision:
-        _freeze_vision(model)
-    wrapped, state = _wrap(model, settings, workers)
-    muon_lr = settings.muon_lr if settings.optimizer == "muon" else None
-    optimizers = make_optimizers(model, settings.lr, muon_lr)
-    barrier = dist.barrier if workers > 1 else lambda: None
-    checkpoints = Checkpoints(Path(folder), _identity(model, settings, workers), rank, barrier)
+    if not len(getattr(data, "held", ())) and (settings.keep == "best" or settings.patience):
+        raise HippError(
+            "The best weights and early stopping need held-out rows: give a FileData with holdout "
+            "above 0 (--holdout)."
+        )
+    if measure is not None and settings.sharding == "fsdp":
+        raise HippError("measure= needs the whole model in one process: sharding='none'.")
+    objective = _objective(teacher, settings)
+    bf16 = in_bfloat16(model, settings)
     with (
-        checkpoints.run,
-        progress_bar(progress and rank == 0, "recovering", settings.steps) as show,
+        processes(model, settings, bf16) as group,
+        prepared(model, settings) as running,
+        _checkpointed(model, settings.gradient_checkpointing),
     ):
-        start, losses = checkpoints.load(model, optimizers, state)
-        model.train()
-        batches = data.batches(rank, workers, start)
-        for step in range(start, settings.steps):
-            # A seed per step, so that dropout is the same in a resumed run.
-            torch.manual_seed(settings.seed + 7919 * (step * workers + rank))
-            losses.append(_backward(wrapped, model, step, next(batches), workers))
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            warmup = min(30, max(1, settings.steps // 10))
-            step_optimizers(optimizers, lr_factor(step, settings.steps, warmup=warmup, decay=0.7))
-            show(step + 1, f"loss {losses[-1]:.3f}")
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                checkpoints.save(step + 1, losses, model, optimizers, state)
+        run = _Run(running, data, settings, objective, group, measure)
+        identity = _identity(running, data, settings, objective, group)
+        checkpoints = Checkpoints(Path(folder), identity, group.rank, group.barrier)
+        with checkpoints.run:
+            result = run.train(checkpoints, progress and group.rank == 0)
+            run.give_back()
+        if group.rank == 0:
+            write_report(Path(folder), result, identity)
     model.eval()
-    return RecoverResult(losses=losses, stats=None if state is None else state.stats())
+    return result
 
 
-class _SummedLoss(nn.Module):
-    """One forward pass for all batches of a step, so that DDP reduces once."""
+class _Run:
+    """What a run works with on this process.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+    With sharding a twin of the model is trained, with modules of its own, so that the model itself
+    is left as a plain one.
+    """
 
-    def forward(self, batches: list[Batch]) -> Tensor:
-        losses: list[Tensor] = [self.model(**batch).loss for batch in batches]
-        return torch.stack(losses).sum()
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        settings: RecoverSettings,
+        objective: Objective,
+        group: Processes,
+        measure: Measure | None,
+    ):
+        self.whole, self.data, self.settings, self.group = model, data, settings, group
+        self.measure = measure
+        self.evaluated = measure is not None or bool(len(getattr(data, "held", ())))
+        self.token_mean = getattr(data, "token_mean", False)
+        device = group.accelerator.device if group.sharded else next(model.parameters()).device
+        self.model = _twin(model) if group.sharded else model
+        self.loss = WeightedLoss(self.model, objective, device)
+        first = next(data.batches(group.rank, group.workers, 0))[0]
+        objective.prepare(self.model, moved(first, next(model.parameters()).device))
+        self.wrapped, self.state = group.wrap(self.loss, settings)
+        plain = settings.optimizer == "adamw" or settings.train != "full"
+        self.optimizers = make_optimizers(
+            self.model, settings.lr, None if plain else settings.muon_lr
+        )
+
+    def train(self, checkpoints: Checkpoints, show_bar: bool) -> RecoverResult:
+        """Train to the end, from the last checkpoint on; the model then has the weights to keep."""
+        settings, group = self.settings, self.group
+        progress = checkpoints.load(self.model, self.optimizers, self.state)
+        if self.evaluated and not progress.evaluations:
+            self._evaluate(progress, checkpoints)
+        self.model.train()
+        items = self.data.batches(group.rank, group.workers, progress.step * settings.accumulation)
+        with progress_bar(show_bar, "recovering", settings.steps, progress.step) as show:
+            while progress.step < settings.steps and not self._stopped(progress):
+                own = [next(items) for _ in range(settings.accumulation)]
+                self._step(progress, own)
+                show(progress.step, _note(progress))
+                last = progress.step == settings.steps
+                if self.evaluated and (last or progress.step % settings.evaluation_steps == 0):
+                    self._evaluate(progress, checkpoints)
+                elif last or progress.step % settings.save_every == 0:
+                    self._save(progress, checkpoints)
+        kept = progress.step
+        if self.evaluated and settings.keep != "last" and progress.best_step is not None:
+            kept = progress.best_step
+            checkpoints.load_weights(self.model, kept)
+        self.model.eval()
+        return RecoverResult(
+            losses=progress.losses,
+            stats=None if self.state is None else self.state.stats(),
+            evaluations=progress.evaluations,
+            step=kept,
+            skipped={int(row): why for row, why in progress.skipped.items()},
+            rows=progress.rows,
+            tokens=progress.tokens,
+        )
+
+    def give_back(self) -> None:
+        """Copy what was trained into the model itself, where a twin was trained."""
+        if self.model is not self.whole:
+            with torch.no_grad():
+                for own, p in zip(
+                    trained(self.whole).values(), trained(self.model).values(), strict=True
+                ):
+                    own.copy_(whole_tensor(p.detach()))
+
+    def _step(self, progress: Progress, items: Sequence[Sequence[Batch]]) -> None:
+        settings, group, step = self.settings, self.group, progress.step
+        # A seed per step, so that dropout is the same in a resumed run.
+        torch.manual_seed(settings.seed + 7919 * (step * group.workers + group.rank))
+        passes = make_passes(items, group, self.token_mean)
+        total, bad = 0.0, list[Batch]()
+        for number, part in enumerate(passes):
+            last = number + 1 == len(passes)
+            with contextlib.nullcontext() if last else group.accelerator.no_sync(self.wrapped):
+                losses, each = self.wrapped(part)
+                losses["loss"].backward()
+            total += float(losses["loss"].detach().double())
+            finite = each.isfinite().tolist()
+            bad += [b for b, good in zip(part.batches, finite, strict=True) if not good]
+        every = [batch for own in items for batch in own]
+        rows = sum(len(getattr(b, "rows", b["input_ids"])) for b in every)
+        counts = [rows, sum(map(counted_tokens, every))]
+        mean, rows, tokens = group.total([total / group.workers, *counts])
+        if not math.isfinite(mean):
+            raise self._not_finite(f"loss of step {step + 1} is {mean}", bad)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        if not math.isfinite(size := float(whole_tensor(norm))):
+            raise self._not_finite(f"gradient of step {step + 1} has the norm {size}", every)
+        step_optimizers(self.optimizers, _lr_factor(step, settings))
+        progress.step += 1
+        progress.losses.append(mean)
+        progress.rows += int(rows)
+        progress.tokens += int(tokens)
+
+    def _not_finite(self, what: str, batches: Sequence[Batch]) -> HippError:
+        """The error, with the rows of all processes that may be the cause."""
+        own = sorted({row for batch in batches for row in getattr(batch, "rows", ())})
+        rows = sorted({row for found in self.group.gathered(own) for row in found})
+        named = f" Rows of the file in these batches: {', '.join(map(str, rows))}." if rows else ""
+        return HippError(
+            f"The {what}: a smaller learning rate may help (--lr, --muon-lr). The last checkpoint "
+            f"stays.{named}"
+        )
+
+    def _evaluate(self, progress: Progress, checkpoints: Checkpoints) -> None:
+        """Evaluate the held-out rows, and write a checkpoint."""
+        found = evaluate(self.loss, self.data, self.group, self.measure)
+        progress.evaluations.append({"step": float(progress.step), **found})
+        self._save(progress, checkpoints)
+
+    def _save(self, progress: Progress, checkpoints: Checkpoints) -> None:
+        for skipped in self.group.gathered(dict(getattr(self.data, "skipped", {}))):
+            progress.skipped |= {str(row): why for row, why in skipped.items()}
+        checkpoints.save(progress, self.model, self.optimizers, self.state)
+
+    def _stopped(self, progress: Progress) -> bool:
+        return self.settings.patience is not None and progress.since_best >= self.settings.patience
 
 
-def _wrap(
-    model: nn.Module, settings: RecoverSettings, workers: int
-) -> tuple[nn.Module, LQSGDState | None]:
-    """(module that returns the loss of a step, state of the compression if there is any)."""
-    if workers == 1:
-        return _SummedLoss(model), None
-    # VLMs usually have towers that a batch does not use, and layers that no batch uses.
-    wrapped = DistributedDataParallel(_SummedLoss(model), find_unused_parameters=True)
-    if settings.compression == "none":
-        return wrapped, None
-    options = {k: getattr(settings, k) for k in ("rank", "bits", "transport", "seed")}
-    state = LQSGDState(model, **options)
-    wrapped.register_comm_hook(state, lqsgd_hook)
-    return wrapped, state
+def _objective(teacher: Teacher | nn.Module | None, settings: RecoverSettings) -> Objective:
+    if teacher is None:
+        return CrossEntropy()
+    names = ("temperature", "positions", "top_k", "cross_entropy_share", "hidden_share")
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    return Distillation(
+        ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher, **chosen
+    )
 
 
-def _identity(model: nn.Module, settings: RecoverSettings, workers: int) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, data: Any, settings: RecoverSettings, objective: Objective, group: Processes
+) -> dict[str, Any]:
     plan: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
     return {
         **asdict(settings),
-        "processes": workers,
+        "processes": group.workers,
+        "data": getattr(data, "identity", None),
+        "objective": type(objective).__name__,
         "plan": text_digest(plan.to_json()) if plan else None,
         "shapes": {n: list(p.shape) for n, p in model.named_parameters()},
+        "frozen": frozen_digest(model),
     }
 
 
-def _backward(
-    wrapped: nn.Module, model: nn.Module, step: int, batches: list[Batch], workers: int
-) -> float:
-    """The loss of a step, mean over the processes, after the backward pass."""
-    device = next(model.parameters()).device
-    loss = wrapped([{k: v.to(device) for k, v in b.items()} for b in batches])
-    loss.backward()
-    mean = loss.detach().double().cpu() / workers
-    if workers > 1:
-        dist.all_reduce(mean)
-    if not bool(mean.isfinite()):
-        raise HippError(
-            f"The loss of step {step + 1} is {mean.item()}: a smaller learning rate may help "
-            "(--lr, --muon-lr)."
-        )
-    return mean.item()
+def _lr_factor(step: int, settings: RecoverSettings) -> float:
+    warmup = settings.warmup_steps
+    if settings.schedule == "cosine":
+        return cosine_factor(step, settings.steps, warmup=warmup)
+    return lr_factor(step, settings.steps, warmup=warmup, decay=0.7)
 
 
-def _freeze_vision(model: nn.Module) -> None:
-    found = [p for n, p in model.named_parameters() if "vision" in n or "visual" in n]
-    if not found:
-        raise HippError(f"{type(model).__name__} has no parameters of a vision tower to freeze.")
-    for p in found:
-        p.requires_grad_(False)
+def _note(progress: Progress) -> str:
+    note = f"loss {progress.losses[-1]:.3f}"
+    if progress.evaluations and "loss" in progress.evaluations[-1]:
+        note += f", held out {progress.evaluations[-1]['loss']:.3f}"
+    return note
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules, whose tensors share the memory of the model's."""
+    aliases: dict[int, Any] = {id(b): b.detach() for b in model.buffers()}
+    for p in model.parameters():
+        aliases[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, aliases)
+
+
+@contextlib.contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """Inside the block the layers keep no activations, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise HippError(f"{type(model).__name__} has no gradient checkpointing.")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()

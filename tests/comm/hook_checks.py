@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from models import batch as make_batch
+from models import build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +25,7 @@ from hipp_ext.comm import (
     save_state,
 )
 from hipp_ext.errors import CompressionError
+from hipp_ext.recover import Distillation, ModelTeacher
 
 WHOLE = {
     "min_compression_rate": 1e9
@@ -500,3 +503,39 @@ def resuming_in_the_trainer(rank, workers, folder):
         CompressionError, match="Rank 1: .*missing, damaged, or holds no LQ-SGD state"
     ):
         trainer(6, "plain")[0].train(resume_from_checkpoint=True)
+
+
+class Distilled(nn.Module):
+    """The loss of a student, computed in the forward pass of what DDP wraps."""
+
+    def __init__(self, objective: Distillation, student: nn.Module):
+        super().__init__()
+        self.objective, self.student = objective, student
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.objective.losses(self.student, batch)
+
+
+def distilling_like_one_process(rank, workers, folder):
+    """The head gets its gradient in DDP's graph, chunk by chunk; a tower may be unused."""
+    options = {"memory_limit": 3 * 97 * 4, "hidden_share": 0.2, "cross_entropy_share": 0.1}
+    for tied in (False, True):
+        teacher, student = build("llava"), build("llava", seed=1)
+        if tied:
+            student.lm_head.weight = student.get_input_embeddings().weight
+        objective = Distillation(ModelTeacher(teacher), **options)
+        batches = [make_batch("llava", seed=other, labels=True) for other in range(workers)]
+        for batch in batches[1:]:  # without pictures
+            del batch["pixel_values"]
+            batch["input_ids"][batch["input_ids"] == 5] = 11
+        twin = copy.deepcopy(student)
+        for batch in batches:
+            (objective.losses(twin, batch)["loss"] / workers).backward()
+        ddp = DistributedDataParallel(Distilled(objective, student), find_unused_parameters=True)
+        for _ in range(2):  # the buckets are rebuilt after the first
+            ddp.zero_grad()
+            ddp(batches[rank])["loss"].backward()
+        for (name, p), q in zip(student.named_parameters(), twin.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert student.lm_head.weight.grad.any() and len(list(twin.parameters())) > 20

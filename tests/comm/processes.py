@@ -31,6 +31,7 @@ from hipp_ext.comm import (
 from hipp_ext.comm.exchange import run_together
 from hipp_ext.errors import CompressionError
 
+MORE = ("comm.hook_checks", "comm.recovery_checks")  # where more checks are
 TIMEOUT = datetime.timedelta(seconds=60)
 # Imported once, by the server that all processes are forked from.
 PRELOADED = [
@@ -88,10 +89,9 @@ def _run(rank: int, workers: int, names: list[str], folder: str) -> None:
     for name in names:
         torch.manual_seed(0)
         try:
-            check = globals().get(name) or getattr(
-                importlib.import_module("comm.hook_checks"), name
-            )
-            check(rank, workers, Path(folder))
+            modules = [importlib.import_module(module) for module in MORE]
+            known = dict(item for module in modules for item in vars(module).items()) | globals()
+            known[name](rank, workers, Path(folder))
             report = ""
         except BaseException:
             report = traceback.format_exc()

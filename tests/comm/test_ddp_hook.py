@@ -34,6 +34,9 @@ PAIR = [
     "ways_of_using_ddp",
     "other_models_under_ddp",
     "resuming_in_the_trainer",
+    "distilling_like_one_process",
+    "recovering_on_rows_of_a_file",
+    "a_sharded_model_recovers_like_a_whole_one",
     "a_rank_that_dies",
 ]
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes

@@ -105,3 +105,38 @@ _reader("llava", make_llava)
 _reader("tsv", make_table)
 _reader("txt", make_text)
 _reader("saved", make_saved)
+
+
+def trains(read: Any, folder: Path) -> None:
+    """Batches have the rows that were not skipped, and every reason is short."""
+    batches, skipped = read
+    assert all(batch["labels"].shape == batch["input_ids"].shape for batch in batches)
+    assert not {row for batch in batches for row in batch.rows} & set(skipped)
+    assert all(len(reason) <= 300 for reason in skipped.values())
+
+
+def _training_reader(name: str, make: Any, file: str) -> None:
+    errors = ("CalibrationError", "DataError")
+
+    @TABLE.reads(f"training-{name}", make, check=trains, errors=errors, share=0.5)
+    def read(folder: Path) -> Any:
+        from hipp_ext.recover import FileData
+
+        data = FileData(
+            folder / file,
+            testbed()[1],
+            image_folder=folder,
+            sequence_length=64,
+            batch_size=1,
+            holdout=0.3,
+        )
+        rows = data.batches(0, 1, 0)
+        batches = [batch for _ in range(2) for batch in next(rows)]
+        return [*batches, *data.held_out(0, 1)], data.skipped
+
+
+_training_reader("chats", make_chats, "chats.jsonl")
+_training_reader("llava", make_llava, "llava.json")
+_training_reader("tsv", make_table, "table.tsv")
+_training_reader("txt", make_text, "text.txt")
+_training_reader("saved", make_saved, "saved")

@@ -359,11 +359,13 @@ def recovery(folder: Path) -> tuple[Any, Any, list[Any]]:
 def make_recovery(folder: Path) -> None:
     import torch
 
+    from hipp_ext.recover.checkpoints import Progress
+
     checkpoints, model, optimizers = recovery(folder)
     model(torch.ones(1, 3)).sum().backward()
     optimizers[0].step()
     with checkpoints.run:
-        checkpoints.save(1, [0.5], model, optimizers, None)
+        checkpoints.save(Progress(step=1, losses=[0.5]), model, optimizers, None)
 
 
 @TABLE.reads("recovery", make_recovery, errors=("CheckpointError",))
@@ -371,6 +373,25 @@ def read_recovery(folder: Path) -> Any:
     checkpoints, model, optimizers = recovery(folder)
     with checkpoints.run:
         return checkpoints.load(model, optimizers, None)
+
+
+def make_teacher(folder: Path) -> None:
+    from hipp_ext.recover import precompute
+
+    model, batches = tiny()
+    precompute(model, batches, folder / "teacher", top_k=3, shard_positions=1)
+
+
+def finite_losses(losses: Any, folder: Path) -> None:
+    assert all(bool(value.isfinite()) for value in losses.values()), losses
+
+
+@TABLE.reads("teacher", make_teacher, check=finite_losses, errors=("CheckpointError",))
+def read_cached_teacher(folder: Path) -> Any:
+    from hipp_ext.recover import CachedTeacher, Distillation
+
+    model, batches = tiny()
+    return Distillation(CachedTeacher(folder / "teacher")).losses(model, batches[0])
 
 
 # --- image sets
@@ -459,5 +480,5 @@ def _with_forged_digests(reader: Reader) -> Reader:
     return dataclasses.replace(reader, make=make, read=read)
 
 
-for name in ("planner", "fit", "lqsgd", "recovery"):
+for name in ("planner", "fit", "lqsgd", "recovery", "teacher"):
     TABLE.readers[f"{name}-forged"] = _with_forged_digests(TABLE.readers[name])

@@ -174,6 +174,8 @@ def test_what_a_killed_run_left_in_the_folder_is_swept(tmp_path):
     recover(pruned(), source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "progress.safetensors",
+        "recover.json",
+        "recover.png",
         "run.json",
         "step-1",
     ]

@@ -1,0 +1,91 @@
+"""`hipp recover precompute`: what the dense model says about the training data, written once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hipp_ext.cli.console import (
+    Device,
+    Dtype,
+    ModelArgument,
+    load_model,
+    model_folder,
+    require_apart,
+    require_model,
+    warn,
+)
+
+precompute_app = typer.Typer()
+
+
+@precompute_app.command("precompute")
+def precompute_command(
+    model: ModelArgument,
+    data: Annotated[
+        Path, typer.Option(help="Training data: the file that `hipp recover --data` will get.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the teacher's answers.")],
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures' paths. Default: the folder of the data."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a row. Default: 2048 or fewer.")
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Tokens kept for each position, 6 bytes each.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature, which training has to use, too.")
+    ] = 1.0,
+    positions: Annotated[
+        str, typer.Option(help="Positions that count: answers, or text (all but pictures).")
+    ] = "answers",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write what the dense model says about every row of the training data, for `hipp recover`.
+
+    Training then needs the pruned model alone in memory. An interrupted run goes on when the same
+    command is repeated.
+
+    Examples:
+
+    `hipp recover precompute ./dense --data chats.jsonl -o ./teacher`
+
+    `hipp recover ./pruned --teacher ./teacher --data chats.jsonl -o ./recovered`
+    """
+    from hipp_ext.calibration.reading import listed
+    from hipp_ext.recover import FileData
+    from hipp_ext.recover.precompute import precompute
+
+    require_model(model)
+    require_apart(out, Path(model_folder(model)), data)
+    loaded, processor = load_model(model, device, dtype)
+    rows = FileData(
+        data,
+        processor,
+        image_folder=image_folder,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+    )
+    teacher = precompute(
+        loaded,
+        rows,
+        out,
+        top_k=top_k,
+        temperature=temperature,
+        positions=positions,  # type: ignore[arg-type]
+        processor=processor,
+        progress=sys.stderr.isatty(),
+        log=lambda line: typer.echo(line, err=True),
+    )
+    if left_out := [f"row {n}: {why}" for n, why in sorted(rows.skipped.items())]:
+        warn(f"{len(left_out)} rows of {data} were left out: {listed(left_out)}")
+    found = teacher.header
+    typer.echo(
+        f"{out}: {found.top_k} tokens at each of {found.places:,} positions of {found.rows:,} rows"
+    )

@@ -1,0 +1,319 @@
+"""Recovery on the rows of a file: what is trained, evaluated, kept and reported."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from plans import random_plan
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hipp_ext import load_pruned, prune, save_pruned, testbed
+from hipp_ext.errors import CheckpointError, HippError
+from hipp_ext.recover import FileData, RecoverSettings, recover
+from hipp_ext.recover.checkpoints import Progress
+from hipp_ext.recover.parameters import prepared
+from hipp_ext.recover.report import report_lines
+from hipp_ext.training import cosine_factor
+from recover.test_file_data import lines, texts
+from recover.test_recover import weights
+
+SETTINGS = RecoverSettings(steps=6, lr=1e-2, optimizer="adamw", evaluate_every=2)
+
+
+def tokenizer():
+    return AutoTokenizer.from_pretrained(testbed.WEIGHTS)
+
+
+def dense(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=0.1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def pruned() -> LlamaForCausalLM:
+    model = dense()
+    return prune(model, random_plan(model))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return lines(tmp_path_factory.mktemp("data") / "a.jsonl", texts(60))
+
+
+def data(file: Path, **options) -> FileData:
+    return FileData(file, tokenizer(), **{"batch_size": 4, "holdout": 0.2, **options})
+
+
+def run(file, folder, settings=SETTINGS, model=None, rows=None, **options):
+    model = model or pruned()
+    rows = rows or data(file)
+    return model, recover(model, rows, settings, folder=folder, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return *run(file, folder), folder
+
+
+def test_the_held_out_loss_falls_and_the_report_says_so(whole, file):
+    model, result, folder = whole
+    steps = [e["step"] for e in result.evaluations]
+    losses = [e["loss"] for e in result.evaluations]
+    assert steps == [0, 2, 4, 6] and losses[-1] < losses[0] - 0.3
+    assert result.step == steps[losses.index(min(losses))] and result.rows == 24
+    report = json.loads((folder / "recover.json").read_text())
+    assert report["evaluations"] == result.evaluations and report["losses"] == result.losses
+    assert report["tokens"] == result.tokens > 100 and report["settings"]["steps"] == 6
+    assert (folder / "recover.png").read_bytes()[:4] == b"\x89PNG"
+    held = data(file)
+    total = tokens = 0
+    for batch in held.held_out(0, 1):
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(**batch).loss) * count
+        tokens += count
+    best = min(losses)
+    assert abs(total / tokens - best) < 1e-5
+    text = "\n".join(report_lines(result))
+    assert f"held out: loss {losses[0]:.4g} -> {best:.4g} (weights of step {result.step})" in text
+    assert "24 rows and" in text and "could not be used" not in text
+
+
+def test_the_best_weights_are_kept_and_training_may_stop_early(file, tmp_path):
+    settings = RecoverSettings(
+        steps=40, lr=0.3, optimizer="adamw", evaluate_every=1, patience=2, save_every=1000
+    )
+    model, result = run(file, tmp_path / "a", settings)
+    losses = [e["loss"] for e in result.evaluations]
+    best = losses.index(min(losses))
+    assert result.step == best and len(losses) == best + 3 < 41  # two evaluations without a gain
+    again, same = run(file, tmp_path / "a", settings)
+    assert torch.equal(weights(again), weights(model)) and same == result
+    assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == sorted(
+        {f"step-{best}", f"step-{best + 2}"}
+    )
+    last = RecoverSettings(steps=best + 2, lr=0.3, optimizer="adamw", evaluate_every=1, keep="last")
+    _, result = run(file, tmp_path / "b", last)
+    assert result.step == best + 2
+
+
+def test_a_teacher_is_learnt_from(file, tmp_path):
+    _, result = run(file, tmp_path, teacher=dense())
+    first, last = result.evaluations[0], result.evaluations[-1]
+    assert first["kl"] == pytest.approx(first["loss"]) and last["kl"] < 0.8 * first["kl"]
+    model, result = run(file, tmp_path / "same", model=dense(), teacher=dense())
+    assert result.evaluations[0]["kl"] < 1e-6 and result.step == 0
+    assert torch.equal(weights(model), weights(dense()))
+
+
+def test_a_row_is_worth_the_same_in_any_accumulation(file, tmp_path):
+    """The loss is the mean over tokens, whatever the passes they are in."""
+    (batch,) = next(data(file, batch_size=8).batches(0, 1, 0))
+    parts = [[{k: v[i::2] for k, v in batch.items()}] for i in range(2)]
+
+    class Same:
+        token_mean = True
+
+        def __init__(self, batches):
+            self.own = batches
+
+        def batches(self, rank, workers, start):
+            while True:
+                yield from self.own
+
+    one = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw")
+    two = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw", accumulation=2)
+    models = []
+    for settings, source in ((one, Same([[batch]])), (two, Same(parts))):
+        model = dense()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        models.append(model)
+        recover(model, source, settings, folder=tmp_path / str(len(models)), progress=False)
+    torch.testing.assert_close(*map(weights, models), rtol=0, atol=2e-5)
+
+
+def test_adapters_are_merged_into_a_normal_folder(file, tmp_path):
+    before = pruned()
+    settings = RecoverSettings(steps=4, lr=1e-2, train="lora", lora_rank=4, save_every=2)
+    model, result = run(file, tmp_path / "run", settings, rows=data(file, holdout=0.0))
+    assert result.losses[-1] < result.losses[0]
+    changed = {
+        name
+        for (name, a), b in zip(model.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {n for n, _ in model.named_parameters() if n.endswith("proj.weight")}
+    assert all(p.requires_grad for p in model.parameters())
+    loaded = load_pruned(save_pruned(model, tmp_path / "out", tokenizer()))
+    assert torch.equal(weights(loaded), weights(model)) and loaded.hipp_plan == before.hipp_plan
+    # A checkpoint has the adapters alone, and goes on with the same model only.
+    sizes = [p.stat().st_size for p in (tmp_path / "run").glob("step-4/weights.safetensors")]
+    assert sizes[0] < sum(p.numel() for p in model.parameters()) * 2
+    again, same = run(file, tmp_path / "run", settings, rows=data(file, holdout=0.0))
+    assert torch.equal(weights(again), weights(model)) and same == result
+    with pytest.raises(CheckpointError, match="holds another run: frozen is"):
+        other = prune(dense(seed=1), random_plan(dense()))
+        run(file, tmp_path / "run", settings, model=other, rows=data(file, holdout=0.0))
+
+
+def test_only_norms(file, tmp_path):
+    settings = RecoverSettings(steps=2, lr=1e-2, train="norms")
+    model, _ = run(file, tmp_path, settings)
+    for (name, a), b in zip(model.named_parameters(), pruned().parameters(), strict=True):
+        assert torch.equal(a, b) == ("norm" not in name), name
+
+
+def test_half_precision_is_trained_in_float32_and_returned_as_it_was(file, tmp_path):
+    seen = set()
+
+    class Watched(FileData):
+        def batches(self, rank, workers, start):
+            for batches in super().batches(rank, workers, start):
+                seen.update(p.dtype for p in model.parameters())
+                yield batches
+
+    model = pruned().bfloat16()
+    rows = Watched(file, tokenizer(), batch_size=4)
+    kinds = set()
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda _, inputs, output: kinds.add(output.dtype)
+    )
+    _, result = run(file, tmp_path, model=model, rows=rows)
+    assert seen == {torch.float32} and kinds == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert result.losses[-1] < result.losses[0]
+    with pytest.raises(CheckpointError, match="another run: precision is auto there, and float32"):
+        run(file, tmp_path, RecoverSettings(**(vars(SETTINGS) | {"precision": "float32"})))
+
+
+def test_gradient_checkpointing_computes_the_same(whole, file, tmp_path):
+    settings = RecoverSettings(**(vars(SETTINGS) | {"gradient_checkpointing": True}))
+    model, result = run(file, tmp_path, settings)
+    assert result.losses == pytest.approx(whole[1].losses, abs=1e-5)
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(HippError, match="Linear has no gradient checkpointing"):
+        recover(torch.nn.Linear(2, 2), data(file), settings, folder=tmp_path / "b")
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_and_leaves_the_checkpoint(file, tmp_path):
+    model, passes = pruned(), []
+
+    def poison(module, inputs, output):
+        passes.append(1)
+        return output * torch.nan if len(passes) == 4 else output
+
+    model.lm_head.register_forward_hook(poison)
+    rows = data(file, holdout=0.0)
+    fourth = next(itertools.islice(data(file, holdout=0.0).batches(0, 1, 0), 3, None))
+    settings = RecoverSettings(steps=6, save_every=2, optimizer="adamw")
+    named = ", ".join(map(str, sorted(row for b in fourth for row in b.rows)))
+    with pytest.raises(HippError, match=f"loss of step 4 is nan: .*Rows of the file.*: {named}\\."):
+        run(file, tmp_path, settings, model=model, rows=rows)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-2"]
+    _, result = run(file, tmp_path, settings, rows=data(file, holdout=0.0))
+    assert len(result.losses) == 6
+
+
+def test_more_is_measured_beside_the_held_out_rows(file, tmp_path):
+    rows = data(file, holdout=0.0)
+    calls = []
+
+    def measure(model):
+        calls.append(model.training)
+        return {"norm": float(model.lm_head.weight.detach().norm())}
+
+    settings = RecoverSettings(steps=2, optimizer="adamw", evaluate_every=1)
+    model, result = run(file, tmp_path, settings, rows=rows, measure=measure)
+    assert [sorted(e) for e in result.evaluations] == [["norm", "step"]] * 3 and result.step == 2
+    assert result.evaluations[-1]["norm"] == float(model.lm_head.weight.detach().norm())
+    assert result.evaluations[0]["norm"] != result.evaluations[1]["norm"] and calls == [False] * 3
+
+
+def test_adapters_are_gone_after_an_error(file, tmp_path):
+    model = pruned()
+    settings = RecoverSettings(train="lora")
+    with pytest.raises(KeyboardInterrupt), prepared(model, settings):
+        raise KeyboardInterrupt
+    assert torch.equal(weights(model), weights(pruned()))
+    assert not [n for n, _ in model.named_modules() if "lora" in n]
+    save_pruned(model, tmp_path / "out", tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"keep": "best"}, {"holdout": 0.0}, "The best weights .* need held-out rows"),
+        ({"patience": 1}, {"holdout": 0.0}, "early stopping need held-out rows"),
+        ({"sharding": "fsdp"}, {}, "sharding='fsdp' needs several processes"),
+        ({"freeze_vision": True}, {}, "has no parameters of a vision tower to freeze"),
+    ],
+)
+def test_settings_that_do_not_fit(file, tmp_path, settings, options, message):
+    with pytest.raises(HippError, match=message):
+        run(file, tmp_path, RecoverSettings(**settings), rows=data(file, **options))
+
+
+def test_other_data_in_the_same_folder_is_refused(whole, file, tmp_path):
+    other = lines(tmp_path / "b.jsonl", texts(60, seed=1))
+    with pytest.raises(CheckpointError, match="holds another run: data.rows is"):
+        run(other, whole[2])
+
+
+def test_the_cosine_falls_to_zero():
+    factors = [cosine_factor(step, 100, warmup=10) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[55] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_the_best_step_is_the_first_of_equal_ones():
+    evaluations = [{"step": float(s), "loss": v} for s, v in ((0, 3.0), (2, 1.0), (4, 1.0))]
+    progress = Progress(step=4, evaluations=evaluations)
+    assert progress.best_step == 2 and progress.since_best == 1
+
+
+KILLED = """
+    import sys; sys.path.insert(0, {tests!r})
+    import torch; torch.set_num_threads(1)
+    from pathlib import Path
+    from recover.test_training import SETTINGS, run
+    run(Path({file!r}), {folder!r})
+"""
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HIPP_KILLS", "1"))))
+def test_killed_at_a_random_moment_it_ends_with_the_same_weights(whole, file, tmp_path, seed):
+    """HIPP_KILLS=20 kills twenty runs."""
+    script = textwrap.dedent(KILLED).format(
+        tests=str(Path(__file__).parents[1]), file=str(file), folder=str(tmp_path)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL
+    )
+    limit = time.monotonic() + 120
+    while not (tmp_path / "run.json").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 1.0))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    model, result = run(file, tmp_path)
+    assert torch.equal(weights(model), weights(whole[0])) and result == whole[1]
