@@ -498,18 +498,17 @@ def test_a_preference_is_planned_in_place_with_the_widths_that_the_quantiser_nee
     assert by_name.hipp_plan.groups == plan.groups
 
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "llm-compressor.md"
 
 
-def test_the_readme_examples_run_as_written(tmp_path, monkeypatch):
-    section = README.read_text().split("## In your llm-compressor recipe")[1].split("\n## ")[0]
-    blocks = dict(re.findall(r"```(python|yaml)\n(.*?)```", section, re.S))
+def test_the_page_runs_as_written(tmp_path, monkeypatch):
+    blocks = dict(re.findall(r"```(python|yaml)\n(.*?)```", PAGE.read_text(), re.S))
     folder = save_llava(tmp_path / "llava-1.5-7b-hf")
     plan = plan_for(load_pruned(folder), 8)
     plan.save(tmp_path / "plan.json")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(blocks["python"], str(README), "exec"), names)
+    exec(compile(blocks["python"], str(PAGE), "exec"), names)
     assert {g.name: g.width for g in find_groups(names["small"])} == plan.keep_counts
     assert json.loads(Path("pruned-w8a8/config.json").read_text())["quantization_config"]["ignore"]
     assert Path("pruned-w8a8/processor_config.json").exists()

@@ -40,7 +40,7 @@ from hipp_ext.units import plan_from_counts, top_units
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unwrapped parameters detected", "ignore:.*no processor"
 )
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "torch-pruning.md"
 
 
 def mha(cls: str, **extra) -> nn.Module:
@@ -881,7 +881,7 @@ def test_taylor_without_labels_says_so():
         TorchPruningScorer(tp.importance.TaylorImportance())(build("llama"), [batch("llama")])
 
 
-# Packaging and README
+# Packaging and documentation
 
 
 def run_python(code: str) -> str:
@@ -914,9 +914,8 @@ def test_importing_is_cheap_and_without_torch_pruning_an_error_names_the_extra()
     assert float(used) < 1
 
 
-def test_the_readme_example_runs_as_written(tmp_path, monkeypatch):
-    section = README.read_text().split("## In your torch-pruning pipeline\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+def test_the_page_runs_as_written(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert len(blocks) == 2
     from hipp_ext import testbed
 
@@ -926,7 +925,7 @@ def test_the_readme_example_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, str(PAGE), "exec"), names)
     pruned = load_pruned("pruned")
     assert {g.name: g.width for g in find_groups(pruned)} == names["plan"].keep_counts
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in dense.parameters())
