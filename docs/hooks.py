@@ -1,9 +1,10 @@
-"""Hook of mkdocs: shows mkdocstrings the packages where they are imported from.
+"""Hooks of mkdocs: where docstrings are read from, and links to files that are not pages.
 
-Setuptools maps hipp_ext.evals and hipp_ext.integrations to folders beside hipp_ext; the docstrings
-are read from files, without an import.
+Setuptools maps hipp_ext.evals and hipp_ext.integrations to folders beside hipp_ext; mkdocstrings
+reads files, without an import, and is shown the packages where they are imported from.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,3 +25,8 @@ def on_config(config: Any) -> Any:
             link.symlink_to(source)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_links.name]
     return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to other files of the repository become their names."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./([^)#]+)[^)]*\)", r"\1 (`\2`)", markdown)

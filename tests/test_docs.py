@@ -1,6 +1,7 @@
-"""The pages of docs/ and the README: code blocks run, commands exist, links lead somewhere, the site builds.
+"""docs/ and the README: code runs, commands exist, links lead somewhere, the site builds.
 
-Only the steps of training are fewer here. A block of Python that is not run here says why in a comment before it: <!-- not run: REASON -->.
+Steps of training are fewer here. A block of Python that is not run says why in a comment before it:
+<!-- not run: REASON -->.
 """
 
 import json
@@ -10,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from plans import random_plan
 
 from hipp_ext import prune, save_pruned, testbed
 from hipp_ext.cli import app
 from hipp_ext.cli.recover_group import DEFAULT, DefaultGroup
-from plans import random_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     plan = random_plan(model, 0.3)
     plan.save(folder / "plan.json")
     save_pruned(prune(model, plan), folder / "pruned", processor)
-    pictures = [q for q in testbed.questions("POPE", "calibration") if q.image is not None][:8]
+    pictures = [q for q in testbed.questions("POPE", "calibration") if q.image is not None][:16]
     rows = []
     for number, question in enumerate(pictures):
         question.image.save(folder / f"{number}.png")
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs_as_written(page, folder, tmp_path, monkeypatch):
     text = page.read_text()
-    made = shutil.ignore_patterns("pruned") if "save_pruned(" in text else None
+    made = shutil.ignore_patterns("pruned") if 'save_pruned(small, "./pruned"' in text else None
     monkeypatch.chdir(shutil.copytree(folder, tmp_path / "reader", ignore=made))
     names: dict = {}
     for mark, block in PYTHON.findall(text):

@@ -17,9 +17,7 @@ from hipp_ext.surgery.layer_config import configured_skips
 from hipp_ext.surgery.resize import resize, resized_shape
 
 
-def resizing(
-    stored: Any, folder: ModelFolder, kwargs: dict[str, Any], checked: bool = True
-) -> Any:
+def resizing(stored: Any, folder: ModelFolder, kwargs: dict[str, Any], checked: bool = True) -> Any:
     """A subclass of `stored` whose instances have the folder's widths from the moment they are
     built; where they are `checked`, they agree with its weights.
     """
