@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -219,6 +219,7 @@ def processor():
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", REPLACED]
     letters = ["\n", *(chr(code) for code in range(32, 127))]
     tokenizer = Tokenizer(BPE({t: i for i, t in enumerate([*special, *letters])}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     return build_processor(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
