@@ -24,7 +24,8 @@ from hipp_ext.towers import projected_tokens
 
 BATCH = 8  # rows, of calibration and of recovery
 SCORING_PASSES = 2.0  # WandaSP and visual sensitivity
-# Part of the rate of large matrix products that whole models reach; measured, see RESULTS.md.
+# Part of the rate of large matrix products that whole models reach. On a CPU core in float32 a
+# Llama of 27M parameters reached 0.80 in scoring, and 0.62 to 0.68 in the three efforts.
 UTILISATION = 0.5
 # Bytes of weight, gradient and states of the optimizer for a parameter that is trained.
 MUON_BYTES, ADAMW_BYTES = 12, 16
