@@ -112,8 +112,11 @@ def fit_output_head(
 
 
 def tolerance(model: nn.Module, logits: Tensor, roundings: int = 4) -> float:
-    """Largest difference in logits due to `roundings` more roundings in the model's precision."""
-    precision = torch.finfo(next(p.dtype for p in model.parameters() if p.is_floating_point())).eps
+    """Largest difference in logits due to `roundings` more roundings in the model's precision, the
+    least one if its parameters have several.
+    """
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    precision = max(torch.finfo(dtype).eps for dtype in types)
     largest = float(logits[logits > BLOCKED].abs().max())
     return roundings * max(FLOAT32_NOISE, precision) * max(largest, 1e-6)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def make_optimizers(model: nn.Module, lr: float, muon_lr: float | None) -> list[Any]:
@@ -89,17 +88,24 @@ def load_optimizers(optimizers: Sequence[Any], tensors: Mapping[str, Tensor]) ->
         )
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor; if its parts are spread over processes, whole and on the CPU. A collective."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+def whole_tensor(tensor: Any) -> Tensor:
+    """The tensor; if its parts are spread over processes (FSDP2), whole and on the CPU. A
+    collective."""
+    return tensor.full_tensor().cpu() if _is_spread(tensor) else tensor
 
 
-def spread_as(parameter: Tensor, whole: Tensor) -> Tensor:
+def spread_as(parameter: Any, whole: Tensor) -> Tensor:
     """`whole`, spread over the processes if `parameter` is, and of its shape. A collective."""
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+    if not _is_spread(parameter) or whole.shape != parameter.shape:
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     whole = whole.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+
+
+def _is_spread(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose import takes half a second
 
 
 def _hidden(name: str) -> bool:

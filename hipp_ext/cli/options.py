@@ -36,7 +36,9 @@ _weight = functools.partial(typer.Option, rich_help_panel="Preference", metavar=
 _calibration = functools.partial(typer.Option, rich_help_panel="Calibration")
 
 DEFAULT_PREFERENCE = Preference(utility=0.4, robustness=0.4, compression=0.2)
-GGUF_BLOCK = 32  # columns of a block of q8_0: other widths stay in f16, and are slower
+# Multiples of widths: a block of q8_0 has 32 columns, and other matrices stay in f16; groups of
+# W4A16 likewise, and vLLM's kernels on CPUs are faster.
+ROUND_TO = {"gguf": 32, "vllm": 32}
 TASKS = ("utility", "robustness")  # those of hipp_ext.calibration, which imports torch
 Drop = Literal["none", "blocks", "layers"]
 Shape = Literal["free", "uniform", "layers", "stock"]
@@ -89,7 +91,7 @@ ServeOption = Annotated[
         metavar="RUNTIME",
         show_default=False,
         help="Plan for what will serve the model: any, stock (transformers without hipp-ext), "
-        "vllm or gguf (llama.cpp; then --round-to is 32 by default). Default: any.",
+        "vllm or gguf (llama.cpp); these two set --round-to to 32. Default: any.",
     ),
 ]
 MaxMemory = Annotated[
@@ -317,8 +319,8 @@ def read_bounds(
                 "uniform, layers or stock (the default)."
             )
         shape = shape or "stock"
-    if serve == "gguf" and round_to is None:
-        round_to = GGUF_BLOCK
+    if round_to is None:
+        round_to = ROUND_TO.get(serve)
     given = {"round_to": round_to, "drop": drop, "shape": shape}
     return {k: v for k, v in given.items() if v is not None}
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.cli import recover_options as options
 from hipp_ext.cli.console import (
     Device,
     Dtype,
@@ -24,33 +25,24 @@ precompute_app = typer.Typer()
 def precompute_command(
     model: ModelArgument,
     data: Annotated[
-        Path, typer.Option(help="Training data: the file that `hipp recover --data` will get.")
+        Path, typer.Option(metavar="FILE", help="The file that `hipp recover --data` will get.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the teacher's answers.")],
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the pictures' paths. Default: the folder of the data."),
-    ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row. Default: 2048 or fewer.")
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what the model says.")],
+    image_folder: options.ImageFolder = None,
+    sequence_length: options.SequenceLength = None,
     top_k: Annotated[
-        int, typer.Option(min=1, help="Tokens kept for each position, 6 bytes each.")
+        int, typer.Option(min=1, help="Tokens kept at each position, 6 bytes each.")
     ] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="Temperature, which training has to use, too.")
-    ] = 1.0,
-    positions: Annotated[
-        str, typer.Option(help="Positions that count: answers, or text (all but pictures).")
-    ] = "answers",
+    temperature: options.Temperature = 1.0,
+    positions: options.PositionsOption = "answers",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Write what the dense model says about every row of the training data, for `hipp recover`.
 
-    Training then needs the pruned model alone in memory. An interrupted run goes on when the same
-    command is repeated.
+    Training then needs the pruned model alone in memory, with the same temperature and positions.
+    An interrupted run goes on when the same command is repeated.
 
     Examples:
 

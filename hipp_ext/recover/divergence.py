@@ -4,15 +4,16 @@ memory all at once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Terms = Callable[[slice, Tensor], Tensor]
+Terms = Callable[..., Tensor]
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """What a teacher says about the next token at some positions, at its temperature."""
 
@@ -107,10 +108,11 @@ def chunked_sum(
     Gradients of parameters are summed over the chunks in float32.
 
     Args:
-        terms: (slice of the positions, their hidden states) -> vector of sums over them.
+        terms: function of a slice of the positions, their hidden states and the parameters, which
+            returns a vector of sums over these positions.
         hidden: hidden states at all positions.
-        parameters: what else `terms` depends on; they receive gradients through the graph, as
-            `DistributedDataParallel` requires.
+        parameters: what else is differentiated; they receive their gradients through the graph, as
+            `DistributedDataParallel` requires, and `terms` gets copies that share their memory.
         size: positions of a chunk.
     """
     return _ChunkedSum.apply(terms, size, hidden, *parameters)  # type: ignore[return-value]
@@ -121,7 +123,12 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, terms: Terms, size: int, hidden: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wanted = [p for p, need in zip(parameters, ctx.needs_input_grad[3:], strict=True) if need]
+        # Copies, so that hooks on the parameters see one gradient: that of the whole.
+        copies = [
+            p.detach().requires_grad_(need)
+            for p, need in zip(parameters, ctx.needs_input_grad[3:], strict=True)
+        ]
+        wanted = [p for p in copies if p.requires_grad]
         learns = any(ctx.needs_input_grad)
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[2] else None
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in wanted]
@@ -130,10 +137,11 @@ class _ChunkedSum(torch.autograd.Function):
             part = slice(start, start + size)
             some = hidden[part].detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.set_grad_enabled(learns):
-                values = terms(part, some)
+                values = terms(part, some, *copies)
+                minimised = values[0]
             if learns:
                 inputs = wanted if of_hidden is None else [some, *wanted]
-                found = list(_gradients(values[0], inputs))
+                found = list(_gradients(minimised, inputs))
                 if of_hidden is not None:
                     of_hidden[part] = found.pop(0)
                 for own, gradient in zip(sums, found, strict=True):

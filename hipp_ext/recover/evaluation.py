@@ -51,6 +51,7 @@ def _losses(loss: WeightedLoss, data: Any, group: Processes) -> dict[str, float]
             tokens += count
             for name, value in loss(Pass(batches=[batch], weights=[count]))[0].items():
                 sums[name] = sums.get(name, 0.0) + float(value)
+    group.after_passes(loss)
     # A process without rows knows no names.
     names = sorted({name for own in group.gathered(list(sums)) for name in own})
     *totals, total = group.total([*(sums.get(name, 0.0) for name in names), tokens])

@@ -2,13 +2,13 @@
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import CalibrationError, HippError, UnsupportedModelError
@@ -24,8 +24,16 @@ from hipp_ext.replay import whole_pass
 LOGIT_BYTES = 1 << 27  # float32 logits of the student that are in memory at once
 
 
+@runtime_checkable
 class Objective(Protocol):
-    """A loss of a model on a batch."""
+    """A loss of a model on a batch.
+
+    Attributes:
+        identity: what must be equal for a run to go on, as JSON values.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Check and measure what is needed of the model once, before its weights change.
@@ -35,7 +43,7 @@ class Objective(Protocol):
         """
         ...
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name [nats per token, mean over the counted positions].
 
         "loss" is minimised; all others are for the report, and detached.
@@ -47,10 +55,15 @@ class Objective(Protocol):
 class CrossEntropy:
     """The model's own loss on the labels of the data."""
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return {"name": type(self).__name__}
+
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """Nothing is measured."""
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.losses`: "loss"."""
         return {"loss": model(**batch).loss}
 
@@ -109,7 +122,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_positions(self.positions)
-        finite_option("temperature", self.temperature, HippError)
+        temperature = finite_option("temperature", self.temperature, HippError)
+        object.__setattr__(self, "temperature", temperature)
         whole_option("memory_limit", self.memory_limit, HippError, 1)
         if self.top_k is not None:
             whole_option("top_k", self.top_k, HippError, 1)
@@ -123,6 +137,21 @@ class Distillation:
                 f"hidden_share={self.hidden_share:g}: {type(self.teacher).__name__} keeps no "
                 "hidden states. Give the dense model itself as the teacher."
             )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`: the settings, and the identity of the teacher."""
+        layers = None if self.hidden_layers is None else list(self.hidden_layers)
+        return {
+            "name": type(self).__name__,
+            "teacher": dict(self.teacher.identity),
+            "temperature": self.temperature,
+            "positions": self.positions,
+            "top_k": self.top_k,
+            "cross_entropy_share": self.cross_entropy_share,
+            "hidden_share": self.hidden_share,
+            "hidden_layers": layers,
+        }
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
         """See `Objective.prepare`: compare the vocabularies, and find how `model` makes its logits.
@@ -139,7 +168,7 @@ class Distillation:
         self._layers(student)
         self._heads[student] = fit_head(student, batch, self._places(batch))
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Objective.losses`: "loss", "kl" (without T^2), "cross_entropy" where a position has
         a label, and "hidden" where it has a share.
 
@@ -192,11 +221,13 @@ class Distillation:
     ) -> tuple[Tensor, Tensor]:
         """(loss without hidden states, (KL, cross-entropy) without gradients)."""
         head, embeddings = self._heads[student], student.get_output_embeddings()  # type: ignore
+        names, parameters = zip(*embeddings.named_parameters(), strict=True)
         answers = max(1, int(places.answered.sum()))
         of_kl = (1 - self.cross_entropy_share - self.hidden_share) * self.temperature**2
 
-        def terms(part: slice, some: Tensor) -> Tensor:
-            logits = head(student, some)
+        def terms(part: slice, some: Tensor, *values: Tensor) -> Tensor:
+            own = dict(zip(names, values, strict=True))
+            logits = head.of(functional_call(embeddings, own, some).float())
             scaled = logits / self.temperature
             kl = targets.distribution(part, logits.device).kl(scaled).sum() / len(places)
             ids = places.next_ids[part].masked_fill(~places.answered[part], -100)
@@ -205,4 +236,4 @@ class Distillation:
             return torch.stack([of_kl * kl + self.cross_entropy_share * surprise, kl, surprise])
 
         chunk = max(1, self.memory_limit // logit_bytes(student))
-        return chunked_sum(terms, hidden, tuple(embeddings.parameters()), chunk)
+        return chunked_sum(terms, hidden, parameters, chunk)

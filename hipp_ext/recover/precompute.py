@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,13 @@ from hipp_ext.errors import CalibrationError, HippError, UnsupportedModelError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.output_head import logit_bytes
-from hipp_ext.planner.state import model_digest
 from hipp_ext.progress import progress_bar
 from hipp_ext.quantities import finite_option, whole_option
-from hipp_ext.recover.cached_teacher import (
-    HEADER,
-    TYPES,
-    CachedTeacher,
-    Header,
-    bytes_per_position,
-    shard_name,
-)
+from hipp_ext.recover.cached_teacher import CachedTeacher
 from hipp_ext.recover.divergence import TopK
-from hipp_ext.recover.places import Places, Positions, check_positions, find_places, row_keys
+from hipp_ext.recover.places import Places, Positions, check_positions, find_places
+from hipp_ext.recover.row_keys import row_keys
+from hipp_ext.recover.teacher_files import HEADER, TYPES, Header, bytes_per_position, shard_name
 from hipp_ext.recover.teachers import ModelTeacher
 from hipp_ext.runs import RunFolder
 
@@ -33,6 +27,7 @@ SHARD_POSITIONS = 1 << 14  # about 6 MB for 64 tokens; a killed run loses the wo
 LOGIT_BYTES = 1 << 28  # float32 logits that are in memory at once
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Rows of data, each once, in an order that does not change; `len` is the number of steps.
 
@@ -120,7 +115,7 @@ def precompute(
     identity = {
         **settings,
         "shard_positions": shard_positions,
-        "model": model_digest(model, ()),
+        **teacher.identity,
         "vocabulary": teacher.vocabulary.digest,
         "data": dict(source.identity),
     }
@@ -148,6 +143,7 @@ def precompute(
             shards=state.shards,
             rows=state.rows,
             places=state.places,
+            **teacher.identity,
             vocabulary=teacher.vocabulary,
         )
         write_atomic(run / HEADER, header.model_dump_json())

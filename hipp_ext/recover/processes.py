@@ -82,6 +82,13 @@ class Processes:
         wrapped.register_comm_hook(state, lqsgd_hook)
         return wrapped, state
 
+    def after_passes(self, loss: WeightedLoss) -> None:
+        """Leave each process with its parts of a sharded model: passes without a backward pass keep
+        some parameters whole."""
+        for module in loss.modules():
+            if self.sharded and hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+
     def barrier(self) -> None:
         """Wait for the other processes."""
         if self.workers > 1:
@@ -112,7 +119,7 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
         MissingExtraError: accelerate is not installed.
     """
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
     except ImportError:
         raise MissingExtraError("accelerate", "recover") from None
     several = dist.is_available() and dist.is_initialized()
@@ -120,20 +127,24 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
     device, sharded = next(model.parameters()).device, settings.sharding == "fsdp"
     if sharded and workers == 1:
         raise HippError("sharding='fsdp' needs several processes: start them with torchrun.")
+    plugin = _fsdp(model) if sharded else None
     with _own_state(rank, workers):
         accelerator = Accelerator(
             device_placement=False,  # the model is where it is to be trained
             mixed_precision="bf16" if bf16 else "no",
-            cpu=device.type == "cpu",
+            # A model that will be spread over GPUs is on the CPU now.
+            cpu=device.type == "cpu" and not (sharded and torch.cuda.is_available()),
             # VLMs usually have towers that a batch does not use, and layers that no batch uses.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-            fsdp_plugin=_fsdp(model) if sharded else None,
+            fsdp_plugin=plugin,
         )
-        if accelerator.num_processes != workers:
-            raise HippError(
-                f"accelerate found {accelerator.num_processes} processes, torch.distributed has "
-                f"{workers}."
-            )
+        if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards on GPUs only (1.15); torch does it on CPUs, too.
+            if bf16:
+                plugin.set_mixed_precision("bf16")
+            accelerator.state.fsdp_plugin = plugin
+            accelerator.state.distributed_type = DistributedType.FSDP
+        assert accelerator.num_processes == workers
         yield Processes(rank=rank, workers=workers, accelerator=accelerator, sharded=sharded)
 
 
@@ -164,13 +175,9 @@ def _own_state(rank: int, workers: int) -> Iterator[None]:
     for state in states:
         state.clear()
     if workers > 1:
-        group = {
-            "RANK": rank,
-            "WORLD_SIZE": workers,
-            "LOCAL_RANK": rank,
-            "LOCAL_WORLD_SIZE": workers,
-        }
-        os.environ.update({n: str(v) for n, v in group.items() if n not in os.environ})
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers))
+        os.environ.setdefault("LOCAL_RANK", str(rank))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(workers))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # or it would set another
     try:
         yield

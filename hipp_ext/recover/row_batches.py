@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.files.untrusted import shown
 
 
-class RowBatch(dict[str, torch.Tensor]):
+class RowBatch(dict[str, Any]):
     """A batch, and the numbers of its rows in the file, from 1."""
 
     def __init__(self, batch: Batch, rows: Sequence[int]):
@@ -62,11 +63,13 @@ class RowEncoder:
     def pack(self, rows: Sequence[tuple[int, Row]]) -> Batch:
         """Rows behind each other, as a batch of one row that is full or shorter."""
         parts = [self.reader.batch([row]) for _, row in rows]
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.cat([part[name] for part in parts], 1)[:, : self.reader.length]
             for name in ("input_ids", "labels")
         }
         places = [torch.arange(part["input_ids"].shape[1]) for part in parts]
-        # transformers finds the ends of the rows in the positions, where no mask is given.
+        # transformers finds the ends of the rows in the positions, where there is neither a mask
+        # nor a cache of keys and values.
+        batch["use_cache"] = False
         batch["position_ids"] = torch.cat(places)[None, : self.reader.length]
         return RowBatch(batch, [number + 1 for number, _ in rows])

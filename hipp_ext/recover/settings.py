@@ -126,7 +126,7 @@ class RecoverResult:
     Attributes:
         losses: loss of every step, mean over the processes [nats, summed over a step's batches;
             where the data are rows of a file, the mean over their tokens].
-        stats: `LQSGDState.stats()`; None if nothing was compressed.
+        stats: `LQSGDState.stats()` but for the last step; None if nothing was compressed.
         evaluations: what was measured of the held-out rows, by name, with the "step" after which.
         step: the step whose weights the model has.
         skipped: row of the file that could not be used -> the reason.
@@ -136,7 +136,7 @@ class RecoverResult:
 
     losses: list[float]
     stats: dict[str, Any] | None
-    evaluations: list[Mapping[str, float]]
+    evaluations: list[dict[str, float]]
     step: int
     skipped: Mapping[int, str]
     rows: int

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import check_loaded, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.output_head import OutputHead, fit_output_head
+from hipp_ext.planner.state import model_digest
 from hipp_ext.recover.divergence import Distribution, Full, TopK
 from hipp_ext.recover.layers import recorded
 from hipp_ext.recover.places import Places, Positions
@@ -23,6 +24,7 @@ from hipp_ext.replay import whole_pass
 HEAD_POSITIONS = 64  # positions at which a head is compared with the model's own logits
 
 
+@runtime_checkable
 class Targets(Protocol):
     """What a teacher says about one batch.
 
@@ -38,12 +40,14 @@ class Targets(Protocol):
         ...
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A source of targets.
 
     Attributes:
         vocabulary: what its logits stand for.
         layers: number of layers whose hidden states it can give; 0: none.
+        identity: what must be equal for two teachers to say the same, as JSON values.
     """
 
     @property
@@ -51,6 +55,9 @@ class Teacher(Protocol):
 
     @property
     def layers(self) -> int: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
     def check(self, *, temperature: float, positions: Positions, top_k: int | None) -> None:
         """Raise HippError unless it can give targets of these settings; see `Distillation`."""
@@ -103,6 +110,7 @@ class ModelTeacher:
             model.to(device=device, dtype=dtype)
         self.model = model.eval().requires_grad_(False)
         self.layers = len(tower_layers(model, "language"))
+        self.identity = {"model": model_digest(model, ())}
         self._head: OutputHead | None = None
 
     def check(self, *, temperature: float, positions: Positions, top_k: int | None) -> None:
@@ -125,7 +133,7 @@ class ModelTeacher:
         """
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         own = {k: v.to(dtype) if _is_float(v) else v for k, v in batch.items()}
-        with full_precision(self.model):
+        with own_precision(self.model):
             if self._head is None:
                 self._head = fit_head(self.model, own, places)
             with recorded(self.model, {n: n for n in layers}, places) as states:
@@ -161,7 +169,7 @@ class ModelTargets:
     @torch.no_grad()
     def distribution(self, part: slice, device: torch.device) -> Distribution:
         """See `Targets.distribution`."""
-        with full_precision(self.model):
+        with own_precision(self.model):
             logits = self.head(self.model, self.hidden[part])
         log_p = (logits / self.temperature).log_softmax(-1)
         # Only what is compared travels between devices.
@@ -187,14 +195,20 @@ def fit_head(model: nn.Module, batch: Batch, places: Places) -> OutputHead:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings.")
     # Models are asked for their logits from a column on: the last columns are few.
     chosen = places.columns.sort(descending=True, stable=True).indices[:HEAD_POSITIONS]
-    with full_precision(model), evaluating(model):
+    with own_precision(model), evaluating(model):
         return fit_output_head(model, batch, places.columns[chosen], places.rows[chosen])[0]
 
 
 @contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Inside the block autocast is off: the model runs in the type of its own parameters."""
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model runs in the type of its own parameters, whatever autocast is on.
+
+    A model with parameters of several types runs under autocast to the least precise one.
+    """
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    least = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+    device, mixed = next(model.parameters()).device.type, len(types) > 1
+    with torch.autocast(device, dtype=least if mixed else None, enabled=mixed):
         yield
 
 

@@ -27,8 +27,10 @@ from hipp_ext.errors import (
 )
 from hipp_ext.files import content_hash
 from hipp_ext.recover import CachedTeacher, Distillation, FileData, ModelTeacher, precompute
-from hipp_ext.recover.cached_teacher import bytes_per_position, read_teacher
-from hipp_ext.recover.places import find_places, row_keys
+from hipp_ext.recover.cached_teacher import read_teacher
+from hipp_ext.recover.places import find_places
+from hipp_ext.recover.row_keys import row_keys
+from hipp_ext.recover.teacher_files import bytes_per_position
 from hipp_ext.runs import RunFolder
 from hipp_ext.testbed import WEIGHTS
 
@@ -91,7 +93,7 @@ def test_pictures_tell_rows_of_equal_tokens_apart(tmp_path):
     found = Distillation(teacher).losses(student, batch)
     torch.testing.assert_close(found["kl"], exact["kl"], rtol=2e-3, atol=1e-4)
     batch["pixel_values"][0, 0, 0, 0] += 1
-    with pytest.raises(CheckpointError, match="Row 0 of a batch of 2 is not among the 2 rows"):
+    with pytest.raises(CheckpointError, match="Row 0 of a batch is not among the 2 rows"):
         Distillation(teacher).losses(student, batch)
 
 

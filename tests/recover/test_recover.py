@@ -4,11 +4,6 @@ import hashlib
 import itertools
 import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -56,41 +51,6 @@ def test_the_loss_falls_and_the_plan_stays(whole, tmp_path):
     assert not model.training and not torch.equal(weights(model), weights(pruned()))
     loaded = load_pruned(save_pruned(model, tmp_path / "a", build_processor()))
     assert loaded.hipp_plan == model.hipp_plan and torch.equal(weights(loaded), weights(model))
-
-
-KILLED = """
-    import sys, time; sys.path.insert(0, {tests!r})
-    import torch; torch.set_num_threads(1)
-    from recover.test_recover import SETTINGS, source, pruned
-    from hipp_ext.recover import recover
-    made = source()
-    class Slow:
-        def batches(self, rank, workers, start):
-            for batch in made.batches(rank, workers, start):
-                time.sleep(0.2)
-                yield batch
-    recover(pruned(), Slow(), SETTINGS, folder={folder!r}, progress=False)
-"""
-
-
-def test_killed_and_repeated_it_ends_with_the_same_weights(whole, tmp_path):
-    folder = tmp_path / "run"
-    script = textwrap.dedent(KILLED).format(
-        tests=str(Path(__file__).parents[1]), folder=str(folder)
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL
-    )
-    limit = time.monotonic() + 120
-    while not (folder / "progress.safetensors").exists() and time.monotonic() < limit:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (folder / "progress.safetensors").exists()
-    model = pruned()
-    result = recover(model, source(), SETTINGS, folder=folder, progress=False)
-    assert torch.equal(weights(model), weights(whole[0])) and result.losses == whole[1].losses
-    assert [p.name for p in folder.glob("step-*")] == ["step-6"]
 
 
 def replaced(path: Path, make) -> None:

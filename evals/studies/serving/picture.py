@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"free": "C0", "free, any width": "C4", "uniform": "C1", "layers": "C2"}
+# Offsets of the labels from their points [points]: shapes of like perplexity stay readable.
+LABELS = {"free": (3, -10), "free, any width": (-4, 9), "uniform": (-16, 5), "layers": (4, -9)}
 MARKERS = {"free": "o", "free, any width": "x", "uniform": "s", "layers": "^"}
 
 
@@ -32,7 +34,7 @@ def picture(result: Mapping[str, Any]) -> "Figure":
                 axis.plot(x, y, color=color, marker=MARKERS[shape], label=shape, lw=1)
                 style: Any = {"fontsize": 7, "color": color, "textcoords": "offset points"}
                 for *place, name in points:
-                    axis.annotate(name.split()[0], place, (4, -9), **style)
+                    axis.annotate(name.split()[0], place, LABELS[shape], **style)
         axis.plot(1, facts[DENSE]["perplexity"], "k*", label=DENSE)
         axis.set(title=title, xlabel="speed of further tokens, dense = 1", yscale="log")
         axis.grid(alpha=0.3, which="both")

@@ -1,7 +1,7 @@
 """The models that the study serves: SmolLM2 dense, and pruned in three shapes at three ratios."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,28 +58,35 @@ def all_versions() -> list[Version]:
     return [Version(), *pruned]
 
 
-def make_versions(folder: Path, model: Any, tokenizer: Any, corpus: Corpus) -> dict[str, Path]:
-    """Name -> model folder, below `folder`; those that are there already are not made again.
+def version_folders(folder: Path) -> dict[str, Path]:
+    """Name of each version -> its model folder, below `folder`."""
+    names = [version.name for version in all_versions()]
+    return {name: folder / name.replace(" ", "_").replace(",", "") for name in names}
+
+
+def versions_to_make(models: Mapping[str, Path]) -> list[Version]:
+    """Those that are not in their folders yet."""
+    return [version for version in all_versions() if not about(models[version.name]).exists()]
+
+
+def make_versions(models: Mapping[str, Path], model: Any, tokenizer: Any, corpus: Corpus) -> None:
+    """Make the versions that are missing in their folders.
 
     Beside each lies a JSON file with its perplexity on the corpus's test and its size. All plans
     are those of `Sensitivity`, measured once, and reconstructed on the same calibration.
     """
-    versions = all_versions()
-    made = {v.name: folder / v.name.replace(" ", "_").replace(",", "") for v in versions}
-    missing = [v for v in versions if not about(made[v.name]).exists()]
-    if missing:
-        pruned = _pruned(model, corpus, missing)
-        with progress_bar(True, "models", len(versions), len(versions) - len(missing)) as update:
-            for number, (version, small) in enumerate(pruned, len(versions) - len(missing) + 1):
-                save_pruned(small, made[version.name], tokenizer, overwrite=True)
-                losses = row_losses(small, corpus.test).tolist()
-                facts = {
-                    "perplexity": perplexity(losses),
-                    "parameters": sum(p.numel() for p in small.parameters()),
-                }
-                write_atomic(about(made[version.name]), json.dumps(facts))
-                update(number, version.name)
-    return made
+    missing = versions_to_make(models)
+    done = len(models) - len(missing)
+    with progress_bar(True, "models", len(models), done) as update:
+        for number, (version, small) in enumerate(_pruned(model, corpus, missing), done + 1):
+            save_pruned(small, models[version.name], tokenizer, overwrite=True)
+            losses = row_losses(small, corpus.test).tolist()
+            facts = {
+                "perplexity": perplexity(losses),
+                "parameters": sum(p.numel() for p in small.parameters()),
+            }
+            write_atomic(about(models[version.name]), json.dumps(facts))
+            update(number, version.name)
 
 
 def about(folder: Path) -> Path:
