@@ -53,7 +53,7 @@ def vision_settings(steps: int, *, lr: float = 1e-3, seed: int = 0) -> RecoverSe
         warmup=max(1, min(200, steps // 10)),
         compression="none",
         save_every=min(100, steps),
-        evaluate_every=max(1, steps // 8),
+        evaluate_every=max(10, steps // 8),
         keep="last",
         seed=seed,
     )
