@@ -33,9 +33,14 @@ class Rows(Protocol):
         digest: hex digest of all rows in their order.
     """
 
-    sizes: np.ndarray
-    digests: np.ndarray
-    digest: str
+    @property
+    def sizes(self) -> np.ndarray: ...
+
+    @property
+    def digests(self) -> np.ndarray: ...
+
+    @property
+    def digest(self) -> str: ...
 
     def read(self, number: int) -> Any:
         """The content of a row, from 0, or the DataError of reading it."""

@@ -124,7 +124,7 @@ def recover_command(
         settings,
         folder=running,
         teacher=learnt_from,
-        measure=_evaluator(loaded, processor, measure, running) if measure else None,
+        measure=_evaluator(loaded, processor, measure, running, position) if measure else None,
         progress=shows_progress(),
     )
     if position:
@@ -161,8 +161,15 @@ def _file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
     return FileData(file, processor, **{name: given[name] for name in names})
 
 
-def _evaluator(model: Any, processor: Any, files: Sequence[Path], running: Path) -> Any:
-    """The evaluator on the questions of TSVs, one of each kind; all towers may change."""
+def _evaluator(
+    model: Any, processor: Any, files: Sequence[Path], running: Path, position: int
+) -> Any:
+    """The evaluator on the questions of TSVs, one of each kind; all towers may change.
+
+    Only the first process has it, as only that one evaluates.
+    """
+    if position:
+        return lambda model: {}
     from hipp_ext.evals.evaluator import Evaluator
     from hipp_ext.evals.questions import table_questions
     from hipp_ext.evals.tables import YES_NO, read_table

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,14 +91,16 @@ def _norms(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _vision(model: nn.Module) -> dict[str, Tensor]:
+def _vision(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {n: p for n, p in model.named_parameters() if "vision" in n or "visual" in n}
     if not found:
         raise HippError(f"{type(model).__name__} has no parameters of a vision tower to freeze.")
     return found
 
 
-def _with_adapters(model: nn.Module, settings: RecoverSettings, frozen: dict[str, Tensor]) -> Any:
+def _with_adapters(
+    model: nn.Module, settings: RecoverSettings, frozen: Mapping[str, Tensor]
+) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -112,5 +114,6 @@ def _with_adapters(model: nn.Module, settings: RecoverSettings, frozen: dict[str
     if not layers:
         raise HippError(f"{type(model).__name__} has no linear layers for adapters.")
     torch.manual_seed(settings.seed)
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=layers)
+    options: dict[str, Any] = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+    config = LoraConfig(target_modules=layers, **options)
     return get_peft_model(model, config)  # type: ignore[arg-type]

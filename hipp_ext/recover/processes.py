@@ -144,11 +144,7 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
                 plugin.set_mixed_precision("bf16")
             accelerator.state.fsdp_plugin = plugin
             accelerator.state.distributed_type = DistributedType.FSDP
-        if accelerator.num_processes != workers:
-            raise HippError(
-                f"accelerate found {accelerator.num_processes} processes, torch.distributed has "
-                f"{workers}."
-            )
+        assert accelerator.num_processes == workers
         yield Processes(rank=rank, workers=workers, accelerator=accelerator, sharded=sharded)
 
 
@@ -179,13 +175,9 @@ def _own_state(rank: int, workers: int) -> Iterator[None]:
     for state in states:
         state.clear()
     if workers > 1:
-        group = {
-            "RANK": rank,
-            "WORLD_SIZE": workers,
-            "LOCAL_RANK": rank,
-            "LOCAL_WORLD_SIZE": workers,
-        }
-        os.environ.update({n: str(v) for n, v in group.items() if n not in os.environ})
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers))
+        os.environ.setdefault("LOCAL_RANK", str(rank))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(workers))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # or it would set another
     try:
         yield

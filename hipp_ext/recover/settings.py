@@ -128,7 +128,7 @@ class RecoverResult:
 
     losses: list[float]
     stats: dict[str, Any] | None
-    evaluations: list[Mapping[str, float]]
+    evaluations: list[dict[str, float]]
     step: int
     skipped: Mapping[int, str]
     rows: int

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vlm_tables import scienceqa_rows, write_tsv
 
 from hipp_ext import load_pruned, prune, save_pruned, testbed
-from hipp_ext.errors import CheckpointError, DataError, HippError
+from hipp_ext.errors import CheckpointError, DataError, HippError, MissingExtraError
 from hipp_ext.recover import FileData, RecoverSettings, recover
 from hipp_ext.recover.checkpoints import Progress
 from hipp_ext.recover.parameters import prepared
@@ -272,6 +272,41 @@ def test_adapters_are_gone_after_an_error(file, tmp_path):
 def test_settings_that_do_not_fit(file, tmp_path, settings, options, message):
     with pytest.raises(HippError, match=message):
         run(file, tmp_path, RecoverSettings(**settings), rows=data(file, **options))
+
+
+@pytest.mark.parametrize(("library", "train"), [("accelerate", "full"), ("peft", "lora")])
+def test_a_missing_library_names_the_extra(file, tmp_path, monkeypatch, library, train):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"{library} is not installed.*hipp-ext\[recover\]"
+    ):
+        run(file, tmp_path, RecoverSettings(train=train))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [("lora", "Embedding has no linear layers"), ("norms", "Embedding has no norms to train")],
+)
+def test_models_without_what_is_to_be_trained(train, message):
+    model = torch.nn.Embedding(2, 2)
+    with pytest.raises(HippError, match=message), prepared(model, RecoverSettings(train=train)):
+        pass
+    assert model.weight.requires_grad
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(file, tmp_path):
+    model = pruned()
+    model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(HippError, match="gradient of step 1 has the norm .*Rows of the file"):
+        run(file, tmp_path, model=model)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-0"]
+
+
+def test_held_out_rows_that_cannot_be_used(tmp_path):
+    silent = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(400)]
+    rows = data(lines(tmp_path / "a.jsonl", [*texts(8), *silent]), holdout=0.01, batch_size=1)
+    with pytest.raises(HippError, match="None of the held-out rows can be used"):
+        run(None, tmp_path / "run", rows=rows)
 
 
 def test_other_data_in_the_same_folder_is_refused(whole, file, tmp_path):
