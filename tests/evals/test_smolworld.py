@@ -368,7 +368,7 @@ def test_a_tower_learns_names_and_a_language_model_to_see(small, processor, tmp_
     again = llava(processor)
     add_factors(again, tmp_path / "tower.safetensors")
     size = again.get_input_embeddings().weight.norm(dim=-1).mean()
-    pixels = torch.from_numpy(np.asarray(paint(scenes(small, "test", 1)[0]))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(paint(scenes(small, "test", 1)[0]))).permute(2, 0, 1)
     features = again.get_image_features(pixels[None] / 127.5 - 1).pooler_output[0]
     assert features.shape == (36, 48) and 0.5 < features.norm(dim=-1).mean() / size < 2
     data = Conversations(small, processor, rows=(1, 2, 1), caption_steps=1, held=8)
