@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Tokens that a model never puts out have the least logit there is: the probability 0, and no part in
+# Tokens that a model never puts out have the least logit there is: probability 0, and no part in
 # the divergence. Above this, differences and gradients are finite.
 LEAST = torch.finfo(torch.float32).min / 4
 
