@@ -199,7 +199,7 @@ def test_nothing_to_precompute_and_bad_options(tmp_path):
     with pytest.raises(HippError, match="positions='all'"):
         precompute(model, batches(), tmp_path, positions="all")
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises((UnsupportedModelError, HippError), match="nan|NaN"):
+    with pytest.raises(UnsupportedModelError, match="gave NaN for the next token"):
         precompute(model, batches(), tmp_path)
 
 
@@ -238,7 +238,7 @@ def header(folder: Path, **changes) -> None:
             "its values are no ids and",
         ),
         (lambda d: rewritten(d, lambda t: t["offsets"].mul_(-1)), "is damaged: shapes are"),
-        (lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)), "of 4 positions has others"),
+        (lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)), "of 5 positions has others"),
         (lambda d: rewritten(d, lambda t: t.update(keys=t["keys"].int())), "keys are torch.int32"),
         (lambda d: rewritten(d, lambda t: t.pop("keys")), "shard-000000.safetensors is damaged"),
     ],
