@@ -10,10 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Tokens that a model never puts out have the least logit there is: probability 0, and no part in
-# the divergence. Above this, differences and gradients are finite.
-LEAST = torch.finfo(torch.float32).min / 4
-
 Terms = Callable[..., Tensor]
 
 
@@ -87,7 +83,6 @@ class TopK:
 
     def kl(self, scaled: Float[Tensor, "P vocabulary"]) -> Float[Tensor, " P"]:
         """See `Distribution.kl`."""
-        scaled = scaled.clamp(min=LEAST)
         total = scaled.logsumexp(-1, keepdim=True)
         log_q = scaled.gather(-1, self.indices) - total
         of_top = _expected_gap(self.log_p, log_q).sum(-1)

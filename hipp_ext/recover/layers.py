@@ -102,8 +102,6 @@ def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> It
             "trained: reentrant checkpoints cut them from the graph. Use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave out hidden_share."
         )
-    # Not in the hooks: checkpoints run layers again without these, and must find equal operations.
-    states.update({name: places.of(hidden) for name, hidden in states.items()})
 
 
 def hidden_distance(

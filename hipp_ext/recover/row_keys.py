@@ -45,7 +45,7 @@ def _pictures_by_row(batch: Batch, token: int | None) -> list[list[Tensor]]:
     places = torch.zeros(len(ids)).long() if token is None else (ids == token).sum(1)
     total, found = int(places.sum()), [list[Tensor]() for _ in ids]
     # Tiles of pictures follow no rule, unless every picture has as many as any other.
-    regular = len(set(places[places > 0].tolist())) == 1 or by_row
+    regular = len(set(places[places > 0].tolist())) == 1 or "image_sizes" not in batch
     for pixels in tensors:
         if pixels.ndim > 4 and len(pixels) == len(ids) and "image_sizes" not in batch:
             for own, part in zip(found, pixels, strict=True):  # (pictures, ...)

@@ -156,7 +156,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     with pytest.raises(CheckpointError, match=r"no complete teacher\.json.*again to complete it"):
         read_teacher(folder)
     for place in (folder, tmp_path / "whole"):
-        precompute(build("llama"), batches(count=40), place, **SETTINGS)
+        precompute(build("llama"), batches(count=12), place, **SETTINGS)
     assert content_hash(folder) == content_hash(tmp_path / "whole")
 
 
