@@ -10,8 +10,8 @@ from typing import Any
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import SPLITS
-from hipp_ext.evals.studies.recovery.cells import ARMS, BASE, LABELS, Arm, Start
-from hipp_ext.evals.studies.recovery.task import Design, Measured, Split
+from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Arm, Start
+from hipp_ext.evals.studies.recovery.task import Design, Measured
 from hipp_ext.files.sealed import unseal
 from hipp_ext.recover import RecoverSettings, TestbedData, recover
 
@@ -48,6 +48,10 @@ class Testbed:
     def __init__(self, *, design: Design = DESIGN, questions: int | None = None):
         self.design, self._most = design, questions
         self._model, self._processor = testbed.load()
+        self._asked = {
+            split: [testbed.questions(task, split, questions) for task in (POPE, CHOICE)]
+            for split in ("validation", "test")
+        }
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -96,46 +100,43 @@ class Testbed:
 
     def validate(self, model: Any) -> float:
         """See `Task`: minus the mean margin of both tasks."""
-        scores = self._evaluator("validation").scores(model)
+        scores = self._validation.scores(model)
         return -(scores["pope"].margin + scores["choice"].margin) / 2
 
     def measure(self, model: Any) -> Measured:
         """See `Task`."""
-        scores = self._evaluator("test").scores(model)
-        correct = {
-            task: [100.0 * (a == q.answer) for a, q in zip(answers, asked, strict=True)]
-            for task, answers, asked in (
-                (POPE, scores["pope"].answers, self._questions(POPE, "test")),
-                (CHOICE, scores["choice"].answers, self._questions(CHOICE, "test")),
+        scores = self._test.scores(model)
+        answers = (scores["pope"].answers, scores["choice"].answers)
+        return self._by_split(
+            *(
+                [100.0 * (a == q.answer) for a, q in zip(given, asked, strict=True)]
+                for given, asked in zip(answers, self._asked["test"], strict=True)
             )
-        }
-        return self._by_split(correct)
+        )
 
     def clusters(self) -> dict[str, list[str]]:
         """See `Task`: the pictures; a question without one is a cluster of its own."""
         return self._by_split(
-            {
-                task: [q.picture or f"question {i}" for i, q in enumerate(asked)]
-                for task in (POPE, CHOICE)
-                for asked in [self._questions(task, "test")]
-            }
+            *(
+                [q.picture or f"question {i}" for i, q in enumerate(asked)]
+                for asked in self._asked["test"]
+            )
         )
 
-    def _by_split(self, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _by_split(self, pope: list[Any], choice: list[Any]) -> dict[str, list[Any]]:
         """The values of POPE's questions, all and by split, and those of the other task."""
-        kinds = [q.category.split(",") for q in self._questions(POPE, "test")]
-        pairs = [(s, v) for own, v in zip(kinds, values[POPE], strict=True) for s in own]
+        kinds = [question.category.split(",") for question in self._asked["test"][0]]
+        pairs = [(s, v) for own, v in zip(kinds, pope, strict=True) for s in own]
         parts = {f"{POPE} {split}": [v for s, v in pairs if s == split] for split in SPLITS}
-        return {POPE: [v for _, v in pairs], **parts, CHOICE: values[CHOICE]}
+        return {POPE: [v for _, v in pairs], **parts, CHOICE: choice}
 
-    @functools.cache
-    def _questions(self, task: str, split: str) -> list[Any]:
-        return testbed.questions(task, split, self._most)
+    @functools.cached_property
+    def _test(self) -> Evaluator:
+        return Evaluator(self._model, self._processor, *self._asked["test"])
 
-    @functools.cache
-    def _evaluator(self, split: str) -> Evaluator:
-        asked = (self._questions(task, split) for task in (POPE, CHOICE))
-        return Evaluator(self._model, self._processor, *asked)
+    @functools.cached_property
+    def _validation(self) -> Evaluator:
+        return Evaluator(self._model, self._processor, *self._asked["validation"])
 
 
 def pruning_plan(model: Any, processor: Any, ratio: float = 0.4) -> PruningPlan:
