@@ -12,17 +12,19 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hipp_ext import prune
+from hipp_ext.allocators import Uniform
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm.text import TextSize
 from hipp_ext.evals.studies.real_lm.text_rows import TextRows
 from hipp_ext.evals.studies.recovery import __main__ as command
 from hipp_ext.evals.studies.recovery import language, pictures
-from hipp_ext.evals.studies.recovery.cells import BASE, LABELS
+from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Cell
 from hipp_ext.evals.studies.recovery.language import LOSS, SmolLM2
 from hipp_ext.evals.studies.recovery.pictures import Testbed
 from hipp_ext.evals.studies.recovery.study import Filters, TaskStudy
 from hipp_ext.evals.studies.recovery.summary import summarize, targets
 from hipp_ext.evals.studies.recovery.text import RecoveryText, docstrings
+from hipp_ext.scorers import Magnitude
 
 SIZE = TextSize(rows=8, length=12, test_rows=3, test_length=24)
 LETTERS = [chr(32 + i) for i in range(VOCAB - 2)]
@@ -191,9 +193,18 @@ def test_errors_are_over_clusters_and_seeds_and_targets_are_judged():
 
 def test_the_testbed_is_recovered_on_one_process_and_on_two(tmp_path):
     design = dataclasses.replace(
-        pictures.DESIGN, seeds={0.4: 1}, steps=2, lrs={BASE: (1e-3,), "LQ-SGD": (1e-3,)}
+        pictures.DESIGN,
+        seeds={0.4: 1},
+        steps=2,
+        lrs={BASE: (1e-3,), "LQ-SGD": (1e-3,)},
+        extra=[Cell(ratio=0.4, arm="LQ-SGD", seed=0)],
     )
-    study = TaskStudy(Testbed(design=design, questions=12), tmp_path / "testbed", Filters(), print)
+
+    def plan(model, processor, ratio):
+        return Uniform(scorer=Magnitude(), pruning_ratio=ratio).plan(model)
+
+    task = Testbed(design=design, questions=12, make_plan=plan)
+    study = TaskStudy(task, tmp_path / "testbed", Filters(), print)
     command.run([study], tmp_path)
     found = json.loads((tmp_path / "recovery.json").read_text())["tasks"]["testbed"]
     arms = found["ratios"]["40%"]["arms"]

@@ -26,6 +26,7 @@ class Arm:
 
 
 BASE, LABELS = "distillation", "cross-entropy"
+# The last two are compared with each other: two processes see twice as many rows.
 ARMS: Mapping[str, Arm] = {
     BASE: Arm(),
     LABELS: Arm(teacher=False),

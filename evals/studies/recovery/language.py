@@ -28,7 +28,6 @@ DESIGN = Design(
     steps=300,
     search_steps=75,
     step_seconds=5.0,
-    only={},
 )
 
 

@@ -4,13 +4,14 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hipp_ext import HiPPPlanner, Preference, PruningPlan, load_pruned, prune, save_pruned, testbed
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.pope import SPLITS
-from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Arm, Start
+from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Arm, Cell, Start
 from hipp_ext.evals.studies.recovery.task import Design, Measured
 from hipp_ext.files.sealed import unseal
 from hipp_ext.recover import RecoverSettings, TestbedData, recover
@@ -26,9 +27,15 @@ DESIGN = Design(
     steps=150,
     search_steps=150,
     step_seconds=1.0,
-    only={name: (0.4,) for name in PROCESSES},
-    once=PROCESSES,
+    extra=[Cell(ratio=0.4, arm=name, seed=0) for name in PROCESSES],
 )
+
+
+def pruning_plan(model: Any, processor: Any, ratio: float = 0.4) -> PruningPlan:
+    """The untrained planner's plan for PREFERENCE."""
+    return HiPPPlanner(Preference(*PREFERENCE), pruning_ratio=ratio).plan(
+        model, processor=processor
+    )
 
 
 class Testbed:
@@ -39,14 +46,23 @@ class Testbed:
     Args:
         design: what is run.
         questions: most questions of each task and split; None: all.
+        make_plan: model, processor and pruning_ratio -> a plan.
     """
 
     __test__ = False  # pytest would collect the class
     name = "testbed"
     what = "Accuracy on the test split in percent; errors are clustered by picture."
 
-    def __init__(self, *, design: Design = DESIGN, questions: int | None = None):
+    def __init__(
+        self,
+        *,
+        design: Design = DESIGN,
+        questions: int | None = None,
+        make_plan: Callable[[Any, Any, float], PruningPlan] = pruning_plan,
+    ):
         self.design, self._most = design, questions
+        self._make_plan = make_plan
+        self._plans: dict[float, PruningPlan] = {}
         self._model, self._processor = testbed.load()
         self._asked = {
             split: [testbed.questions(task, split, questions) for task in (POPE, CHOICE)]
@@ -63,8 +79,10 @@ class Testbed:
         return self._model
 
     def pruned(self, ratio: float, start: Start) -> Any:
-        """See `Task`: the untrained planner's plan, for PREFERENCE."""
-        plan = pruning_plan(self._model, self._processor, ratio)
+        """See `Task`: the model pruned by the plan of `make_plan`."""
+        if ratio not in self._plans:
+            self._plans[ratio] = self._make_plan(self._model, self._processor, ratio)
+        plan = self._plans[ratio]
         reconstruct = start == "reconstructed"
         return prune(self._model, plan, reconstruct=reconstruct, processor=self._processor)
 
@@ -137,13 +155,6 @@ class Testbed:
     @functools.cached_property
     def _validation(self) -> Evaluator:
         return Evaluator(self._model, self._processor, *self._asked["validation"])
-
-
-def pruning_plan(model: Any, processor: Any, ratio: float = 0.4) -> PruningPlan:
-    """The untrained planner's plan for PREFERENCE."""
-    return HiPPPlanner(Preference(*PREFERENCE), pruning_ratio=ratio).plan(
-        model, processor=processor
-    )
 
 
 def _bytes(checkpoints: Path) -> dict[str, int]:

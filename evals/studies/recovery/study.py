@@ -119,7 +119,9 @@ class TaskStudy:
         return row | {"cell": asdict(cell)} | values
 
     def _recovered(self, cell: Cell, lr: float, steps: int) -> tuple[Any, dict[str, Any]]:
-        """The model, and what it took. The checkpoints of a killed recovery are gone on from."""
+        """The model, and what it took. A recovery that was killed goes on from its checkpoint; its
+        seconds are those since then.
+        """
         folder = self.folder / "training" / f"{cell.name}, lr {lr:g}, {steps} steps"
         folder.parent.mkdir(exist_ok=True)
         begin = time.perf_counter()

@@ -19,8 +19,7 @@ class Design:
         lrs: arm -> learning rates that its search tries; of one alone there is no search.
         steps, search_steps: steps of a cell, and of one of the search.
         step_seconds: about what a step takes on two cores, for the estimate.
-        only: arm -> the pruning_ratios at which it is measured, if not at all.
-        once: arms of seed 0 alone.
+        extra: cells of other arms, beside those of every arm of `lrs` that has none here.
     """
 
     seeds: Mapping[float, int]
@@ -28,18 +27,19 @@ class Design:
     steps: int
     search_steps: int
     step_seconds: float
-    only: Mapping[str, Sequence[float]]
-    once: Sequence[str] = ()
+    extra: Sequence[Cell] = ()
 
     def cells(self) -> list[Cell]:
         """All cells, those of one seed after those of another: a short run is a whole picture."""
-        return [
+        apart = {cell.arm for cell in self.extra}
+        cells = [
             Cell(ratio=ratio, arm=arm, seed=seed)
             for seed in range(max(self.seeds.values()))
             for ratio, seeds in self.seeds.items()
             for arm in self.lrs
-            if seed < (1 if arm in self.once else seeds) and ratio in self.only.get(arm, [ratio])
+            if seed < seeds and arm not in apart
         ]
+        return [*cells, *self.extra]
 
 
 class Task(Protocol):
