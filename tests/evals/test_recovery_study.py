@@ -146,7 +146,7 @@ def test_a_summary_has_every_arm_and_the_lr_of_its_search(studied):
     assert at["arms"][BASE]["lr"] == min(search, key=search.__getitem__)
     assert set(at["before"]) == {"sliced", "reconstructed"}
     assert at["arms"][BASE][LOSS]["mean"] != at["before"]["reconstructed"][LOSS]["mean"]
-    gain = at["over the others"][LABELS][LOSS]["mean"]
+    gain = at["distillation minus it"][LABELS][LOSS]["mean"]
     own = at["arms"][BASE][LOSS]["mean"] - at["arms"][LABELS][LOSS]["mean"]
     assert gain == pytest.approx(own)
     ratio = math.exp(at["minus dense"][BASE][LOSS]["mean"])
@@ -183,7 +183,7 @@ def test_errors_are_over_clusters_and_seeds_and_targets_are_judged():
     figure = tasks["testbed"]["ratios"]["60%"]["arms"][BASE]["POPE"]
     # Means over seeds are 100 and 98 in the two clusters; the seeds have 98 and 100.
     assert figure["mean"] == 99 and figure["se"] == pytest.approx(math.hypot(1, 1))
-    gain = tasks["testbed"]["ratios"]["60%"]["over the others"][LABELS]["POPE"]
+    gain = tasks["testbed"]["ratios"]["60%"]["distillation minus it"][LABELS]["POPE"]
     assert gain["seeds"] == 1 and gain["mean"] == 100
     lines = targets(tasks)
     assert "POPE -1.0 ± 1.4, ScienceQA -1.0 ± 1.4 (met)" in lines[0] and "(met)" in lines[1]
@@ -204,15 +204,24 @@ def test_the_testbed_is_recovered_on_one_process_and_on_two(tmp_path):
         return Uniform(scorer=Magnitude(), pruning_ratio=ratio).plan(model)
 
     task = Testbed(design=design, questions=12, make_plan=plan)
+    earlier = {"tasks": {"smollm2": _of_another_task()}}
+    (tmp_path / "recovery.json").write_text(json.dumps(earlier))
     study = TaskStudy(task, tmp_path / "testbed", Filters(), print)
     command.run([study], tmp_path)
-    found = json.loads((tmp_path / "recovery.json").read_text())["tasks"]["testbed"]
+    tasks = json.loads((tmp_path / "recovery.json").read_text())["tasks"]
+    assert tasks["smollm2"] == earlier["tasks"]["smollm2"]
+    found = tasks["testbed"]
     arms = found["ratios"]["40%"]["arms"]
     assert set(arms) == {BASE, "LQ-SGD"} and arms["LQ-SGD"]["fp32_bytes"] > arms["LQ-SGD"]["bytes"]
     splits = [f"POPE {s}" for s in ("random", "popular", "adversarial")]
     assert set(found["dense"]) == {"POPE", *splits, "ScienceQA"}
     assert found["dense"]["POPE"]["n"] == sum(found["dense"][s]["n"] for s in splits) >= 12
     assert "times fewer bytes than float32" in (tmp_path / "recovery.md").read_text()
+
+
+def _of_another_task() -> dict:
+    dense = {LOSS: {"mean": 1.0, "se": 0.1, "n": 3, "seeds": 1, "values": [1.0]}}
+    return {"what": "Perplexity.", "dense": dense, "ratios": {}, "search": {}}
 
 
 def test_unknown_tasks_and_arms_are_refused(tmp_path):

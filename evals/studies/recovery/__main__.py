@@ -90,13 +90,15 @@ def main(
 def run(studies: list[TaskStudy], out: Path, *, save: bool = False) -> list[str]:
     """Run the studies; returns the targets with what came out.
 
-    Result, picture and section are up to date in `out` after every cell.
+    Result, picture and section are up to date in `out` after every cell, and have what an earlier
+    command found of other tasks.
     """
     for study in studies:
         print(
             f"{study.task.name}: about {study.minutes():.0f} minutes for {len(study.cells)} cells"
         )
-    tasks: dict[str, Any] = {}
+    file = out / "recovery.json"
+    tasks: dict[str, Any] = json.loads(file.read_text())["tasks"] if file.exists() else {}
     for study in studies:
         clusters = study.task.clusters()
         for found in study.run():

@@ -54,7 +54,7 @@ def _at(found: Mapping[str, Any], cells: Rows, clusters: Clusters) -> dict[str, 
     return {
         "before": before,
         "arms": {arm: _arm(rows, clusters) for arm, rows in by_arm.items()},
-        "over the others": {
+        "distillation minus it": {
             arm: _differences(by_arm[BASE], rows, clusters)
             for arm, rows in by_arm.items()
             if arm != BASE and BASE in by_arm and ARMS[arm].compression is None
@@ -129,7 +129,7 @@ def targets(tasks: Mapping[str, Any]) -> list[str]:
         )
     for task, measure, sign in (("testbed", "POPE", 1), ("smollm2", LOSS, -1)):
         for ratio, found in tasks.get(task, {}).get("ratios", {}).items():
-            gain = (found["over the others"].get(LABELS) or {}).get(measure)
+            gain = (found["distillation minus it"].get(LABELS) or {}).get(measure)
             if gain:
                 met = sign * gain["mean"] > 2 * gain["se"]
                 lines.append(

@@ -14,8 +14,8 @@ SECTION = """## Recovery
 {device}, {threads} threads. Arms of a model take equally many steps over the same rows in the same
 order, each at the learning rate that a search on validation data found. Each figure is the mean
 over seeds; its standard error is that over the items of the test (clustered by picture), and over
-seeds where there are some. "Minus the others" is distillation from a reconstructed model, all
-parameters trained, minus the arm, item by item.
+seeds where there are some. "Distillation" starts from a reconstructed model and trains all
+parameters, and every other arm differs from it in one thing; differences are taken item by item.
 
 {targets}
 
@@ -43,12 +43,12 @@ def section(result: Mapping[str, Any]) -> str:
 
 def _table(name: str, found: Mapping[str, Any]) -> str:
     measures = list(found["dense"])
-    head = ["", *(_title(m) for m in measures), "minus the others", "seeds", "lr", "minutes"]
+    head = ["", *(_title(m) for m in measures), "distillation minus it", "seeds", "lr", "minutes"]
     rows = [head, ["---"] * len(head), _row("dense", found["dense"], measures)]
     for ratio, own in found["ratios"].items():
         rows += [_row(f"{ratio} {n}", row, measures) for n, row in own["before"].items()]
         for arm, row in own["arms"].items():
-            gains = own["over the others"].get(arm, {})
+            gains = own["distillation minus it"].get(arm, {})
             gain = ", ".join(_gain(m, gains[m]) for m in (LOSS, "POPE", "ScienceQA") if m in gains)
             cells = _row(f"{ratio} {arm}", row, measures)[: 1 + len(measures)]
             facts = [str(row[measures[0]]["seeds"]), f"{row['lr']:g}", f"{row['minutes']:.1f}"]
