@@ -1,11 +1,13 @@
 """`hipp shrink`: rounds of pruning and recovery, in one folder."""
 
+import copy
 import functools
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from hipp_ext.cli import options as opt
 from hipp_ext.cli import output
@@ -28,10 +30,24 @@ from hipp_ext.errors import CalibrationError, HippError, PlanError
 from hipp_ext.files import require_new
 
 shrink_app = typer.Typer()
+RECOVERY = ("Teacher", "Training", "Processes")  # panels of options of `hipp recover`
 _round = functools.partial(typer.Option, show_default=False, rich_help_panel="Rounds")
 
 
-@shrink_app.command("shrink")
+class ShortHelp(TyperCommand):
+    """A command whose help leaves out what the help of `hipp recover` explains."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = copy.copy(self)
+        shown.params = [
+            p
+            for p in self.params
+            if getattr(p, "rich_help_panel", None) not in RECOVERY or p.name == "teacher"
+        ]
+        TyperCommand.format_help(shown, ctx, formatter)
+
+
+@shrink_app.command("shrink", cls=ShortHelp)
 def shrink_command(
     model: ModelArgument,
     data: Annotated[
@@ -50,17 +66,12 @@ def shrink_command(
         Literal["geometric", "linear"],
         _round(
             metavar="NAME",
-            help="geometric: every round removes the same fraction of what is left; linear: the "
-            "same number of parameters. Default: geometric.",
+            help="geometric (equal fractions of what is left) or linear. Default: geometric.",
         ),
     ] = "geometric",
-    reconstruct: Annotated[
-        bool,
-        _round(
-            "--reconstruct/--no-reconstruct",
-            help="Begin each recovery with a least-squares fit. Default: --reconstruct.",
-        ),
-    ] = True,
+    no_reconstruct: Annotated[
+        bool, _round("--no-reconstruct", help="Do not begin recoveries with a least-squares fit.")
+    ] = False,
     recover_steps: Annotated[
         int, _round(min=1, metavar="N", help="Optimizer steps of a round. Default: 400.")
     ] = 400,
@@ -93,7 +104,12 @@ def shrink_command(
             "robustness=FILE. Default: 128 rows of --data that are trained on.",
         ),
     ] = None,
-    calibration_rows: opt.CalibrationRows = None,
+    calibration_rows: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel="Calibration", min=2, metavar="N", help="Rows of FILE. Default: 128."
+        ),
+    ] = None,
     image_folder: options.ImageFolder = None,
     sequence_length: options.SequenceLength = None,
     packed: options.Packed = False,
@@ -103,7 +119,7 @@ def shrink_command(
             rich_help_panel="Data",
             show_default=False,
             metavar="F",
-            help="Fraction of the data evaluated instead of trained on. Default: 0.02.",
+            help="Fraction evaluated instead of trained on. Default: 0.02.",
         ),
     ] = 0.02,
     batch_size: options.BatchSize = 8,
@@ -142,7 +158,7 @@ def shrink_command(
 
     Every round leaves a complete model folder: OUT/round-1, OUT/round-2, ... An interrupted run
     goes on when the same command is repeated. OUT/shrink.json and shrink.png say what was lost and
-    what came back.
+    what came back. The options of `hipp recover` on teacher, training and processes are taken, too.
 
     Examples:
 
@@ -162,7 +178,7 @@ def shrink_command(
         to=to,
         steps=steps,
         spacing=spacing,
-        reconstruct=reconstruct,
+        reconstruct=not no_reconstruct,
         recover=RecoverSettings(**own),
         last_steps=last_recover_steps,
         only_last=only_last,

@@ -127,7 +127,7 @@ def test_equal_seeds_give_equal_questions_on_every_machine(world):
         q for task in ("POPE", "ScienceQA", "Captions") for q in questions(world, task, "test", 30)
     ]
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()
-    assert digest[:16] == "36650b4e74c072de"
+    assert digest[:16] == "71e4a1c2d6b619c9"
 
 
 def test_more_questions_begin_with_the_same(world):
@@ -359,7 +359,8 @@ def test_tables_are_those_of_vlmevalkit(small, tmp_path):
 @needs_packages
 def test_a_tower_learns_names_and_a_language_model_to_see(small, processor, tmp_path):
     model = llava(processor)
-    result = train_vision(model, processor, small, tmp_path, vision_settings(12, lr=3e-3), 8)
+    settings = vision_settings(12, lr=3e-3)
+    result = train_vision(model, processor, small, tmp_path, settings, 8, measured=4)
     assert result.losses[-1] < result.losses[0] - 0.5
     found = naming(Namer(model, processor, small), small, "test", 8)
     assert found["alone"]["n"] == found["scene"]["n"] == 8

@@ -272,6 +272,7 @@ def test_the_command(file, tmp_path, monkeypatch):
         "--round-to", "2", "--no-reconstruct", "--spacing", "linear",
     )  # fmt: skip
     told = hipp(*command)
+    assert "--lr" not in hipp("shrink", "--help")  # explained by `hipp recover --help`
     assert "round-1" in told and "20.0%" in told and "40.0%" in told and "kl: pruned" in told
     assert "can be served by hipp-ext" in told and f"report: small{os.sep}shrink.json" in told
     report = ShrinkReport.model_validate_json(Path("small/shrink.json").read_text())

@@ -134,6 +134,7 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the language model.")] = 1000,
     n: N = None,
     seed: Seed = 0,
+    save: Save = False,
 ) -> None:
     """Train, build and measure on the validation split: all commands one after the other.
 
@@ -144,7 +145,7 @@ def run(
     vision(out, concepts, vision_steps, seed=seed)
     train(out, concepts, steps, min(100, steps // 10), seed=seed)
     build(out / "model", out / "factors.safetensors", overwrite=True)
-    evaluate(out / "model", "validation", concepts, n, out / "validation.json")
+    evaluate(out / "model", "validation", concepts, n, out / "validation.json", save)
 
 
 if __name__ == "__main__":

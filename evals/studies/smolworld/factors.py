@@ -32,7 +32,7 @@ def write_factors(run: Path, model: Any, file: Path, lora_alpha: float) -> int:
     """Write the factors of a run of `recover`, finished or not; the bytes written are returned.
 
     Args:
-        run: folder of the run. Its last step counts, or the best one if rows were held out.
+        run: folder of the run, whose last checkpoint counts.
         model: the model that the run trains or trained, whose tower counts where the run left it.
         file: the file.
         lora_alpha: the run's.
@@ -42,13 +42,12 @@ def write_factors(run: Path, model: Any, file: Path, lora_alpha: float) -> int:
     """
     try:
         progress = Progress.model_validate(unseal(run / PROGRESS)[1])
-        step = progress.step if progress.best_step is None else progress.best_step
-        trained = unseal(run / f"step-{step}" / WEIGHTS)[0]
+        trained = unseal(run / f"step-{progress.step}" / WEIGHTS)[0]
     except UNREADABLE as error:
         raise CheckpointError(f"{run} holds no complete checkpoint of a run: {error}.") from None
     factors = tensors_of(model)
     factors |= {name.removeprefix(PEFT): t.half() for name, t in trained.items()}
-    content = seal(factors, {"step": step, "lora_alpha": lora_alpha})
+    content = seal(factors, {"step": progress.step, "lora_alpha": lora_alpha})
     write_atomic(file, content)
     return len(content)
 

@@ -86,7 +86,7 @@ def raster(style: str, label: str) -> Image.Image:
         svg_string=svg, width=2 * RASTER, height=2 * RASTER, skip_system_fonts=True
     )
     image = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
-    image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
+    image = image.crop(solid(image, 16).getbbox())
     longer = max(image.size)
     sides = [max(1, round(side * RASTER / longer)) for side in image.size]
     return image.resize((sides[0], sides[1]), Image.Resampling.BOX)
@@ -101,6 +101,11 @@ def _nouns() -> tuple[Mapping[str, list[int]], bytes]:
             fields = line.split()
             places[fields[0]] = [int(place) for place in fields[-int(fields[2]) :]]
     return places, (_wordnet() / "data.noun").read_bytes()
+
+
+def solid(image: Image.Image, above: int) -> Image.Image:
+    """255 where the image's alpha is above a value, from 0 to 255, and 0 elsewhere."""
+    return image.getchannel("A").point([255 * (alpha > above) for alpha in range(256)])
 
 
 def senses(word: str) -> list[tuple[int, str]]:

@@ -29,8 +29,8 @@ def painted(scene: Scene) -> tuple[Image.Image, UInt8[np.ndarray, "96 96"]]:
         drawing = _drawing(thing)
         x, y = thing.x - drawing.width // 2, thing.y - drawing.height // 2
         picture.paste(drawing, (x, y), drawing)
-        solid = drawing.getchannel("A").point(lambda a: 255 * (a > 127))
-        visible.paste(number, (x, y, x + drawing.width, y + drawing.height), solid)
+        box = (x, y, x + drawing.width, y + drawing.height)
+        visible.paste(number, box, packages.solid(drawing, 127))
     grain = np.random.default_rng(scene.ground).normal(0, rng.uniform(1, 6), (SIZE, SIZE, 1))
     pixels = np.asarray(picture) * rng.uniform(0.75, 1.1) + grain
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), np.asarray(visible)

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -44,12 +44,11 @@ class Question:
     category: str
     options: tuple[str, ...] = ()
     scene: Scene | None = None
-    paint: Callable[[Scene | None], Image.Image] = field(default=paint, repr=False, compare=False)
 
     @property
     def image(self) -> Image.Image:
         """The picture, 96 x 96 px RGB, with the same bytes as in the exported TSV."""
-        return self.paint(self.scene)
+        return paint(self.scene)
 
     @property
     def picture(self) -> str | None:

@@ -130,7 +130,7 @@ class World:
         return Scene(kind=kind, things=tuple(things), ground=rng.getrandbits(32))
 
     def nth(
-        self, split: str, key: str, draw: Callable[[random.Random, str], Scene] | None = None
+        self, split: str, key: object, draw: Callable[[random.Random, str], Scene] | None = None
     ) -> Scene:
         """The scene of a split that belongs to `key`: equal keys, equal scenes.
 

@@ -34,7 +34,7 @@ def language_settings(
         freeze_vision=not vision,
         compression="none",
         save_every=min(50, steps),
-        evaluate_every=max(1, steps // 8),
+        evaluate_every=max(10, steps // 8),
         keep="last",
         seed=seed,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hipp_ext.evals.studies.smolworld.factors import tensors_of
-from hipp_ext.evals.studies.smolworld.namer import Namer, encode_scenes, naming
+from hipp_ext.evals.studies.smolworld.namer import EVALUATED, Namer, encode_scenes, naming
 from hipp_ext.evals.studies.smolworld.scenes import World
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal
@@ -53,19 +53,32 @@ def vision_settings(steps: int, *, lr: float = 1e-3, seed: int = 0) -> RecoverSe
         warmup=max(1, min(200, steps // 10)),
         compression="none",
         save_every=min(100, steps),
-        evaluate_every=max(1, steps // 8),
+        evaluate_every=max(10, steps // 8),
         keep="last",
         seed=seed,
     )
 
 
 def train_vision(
-    model: Any, processor: Any, world: World, out: Path, settings: RecoverSettings, batch_size: int
+    model: Any,
+    processor: Any,
+    world: World,
+    out: Path,
+    settings: RecoverSettings,
+    batch_size: int,
+    measured: int = EVALUATED,
 ) -> RecoverResult:
     """Train the tower and the projector of `model` in place; an interrupted run goes on.
 
     OUT/tower.safetensors gets both. The projector is scaled so that what it returns is as large as
     the embeddings of words.
+
+    Args:
+        model, processor, world: what is trained, and on what.
+        out: the folder.
+        settings: what `vision_settings` returned.
+        batch_size: pictures per step.
+        measured: scenes of each kind in an evaluation on the validation's drawings.
     """
     namer = Namer(model, processor, world)
     data = PatchNames(world, batch_size, settings.seed)
@@ -74,7 +87,10 @@ def train_vision(
         data,
         settings,
         folder=out / "vision",
-        measure=lambda namer: {k: v["mean"] for k, v in naming(namer, world, "validation").items()},
+        measure=lambda namer: {
+            name: found["mean"]
+            for name, found in naming(namer, world, "validation", measured).items()
+        },
     )
     _rescale(namer, world)
     write_atomic(out / "tower.safetensors", seal(tensors_of(model), {"step": result.step}))
