@@ -25,9 +25,10 @@ DESIGN = Design(
         for name, arm in ARMS.items()
         if arm.compression is None
     },
-    steps=300,
+    steps=500,
     search_steps=75,
-    step_seconds=5.0,
+    step_seconds=2.5,
+    shared_minutes=20,
 )
 
 

@@ -27,6 +27,7 @@ DESIGN = Design(
     steps=150,
     search_steps=150,
     step_seconds=1.0,
+    shared_minutes=2,
     extra=[Cell(ratio=0.4, arm=name, seed=0) for name in PROCESSES],
 )
 

@@ -72,7 +72,8 @@ class TaskStudy:
         searches = [n for a in {c.arm for c in left} for n in self._trials(a).values()]
         trials = sum(not self._file(name).exists() for name in searches)
         steps = len(left) * design.steps + trials * design.search_steps
-        return steps * (spent or design.step_seconds) / 60
+        shared = 0 if done else design.shared_minutes
+        return shared + steps * (spent or design.step_seconds) / 60
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Run what is missing; yields what there is, by name, at first and after every cell."""

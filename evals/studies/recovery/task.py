@@ -19,6 +19,7 @@ class Design:
         lrs: arm -> learning rates that its search tries; of one alone there is no search.
         steps, search_steps: steps of a cell, and of one of the search.
         step_seconds: about what a step takes on two cores, for the estimate.
+        shared_minutes: about what is needed once takes, such as what the teacher says.
         extra: cells of other arms, beside those of every arm of `lrs` that has none here.
     """
 
@@ -27,6 +28,7 @@ class Design:
     steps: int
     search_steps: int
     step_seconds: float
+    shared_minutes: float
     extra: Sequence[Cell] = ()
 
     def cells(self) -> list[Cell]:
