@@ -46,6 +46,8 @@ HEAD_BIASES = ("alibi", "position_bias")
 QUERY_WIDTHS = ("embed_dim", "split_size")  # of all query heads of an attention block together
 VALUE_DIM = "v_head_dim"  # the same, where values are narrower than keys
 CACHES = ("past_key_values", "layer_past")  # arguments of attention blocks that hold the cache
+# What a block calls the number of its layer in a cache.
+CACHE_LAYER = ("layer_idx", "layer_id")
 SHARED_KEYS = "shared_kv_states"  # argument of layers: what some of them leave for later ones
 # Config fields that list the numbers of some layers, and such that count the first layers.
 LAYER_NUMBERS = ("cross_attention_layers", "mlp_only_layers", "moe_layers")

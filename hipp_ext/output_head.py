@@ -86,10 +86,15 @@ def fit_output_head(
 
     Raises:
         UnsupportedModelError: no scale, with or without a soft cap of its configuration, gives the
-            model's logits.
+            model's logits, or these are NaN.
     """
     rows = torch.arange(len(positions)) if rows is None else rows
     hidden, logits = _run(model, batch, rows, positions)
+    if bool(logits.isnan().any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gave NaN for the next token: its weights or activations are "
+            "not finite on this data (fp16 overflow? try bfloat16)."
+        )
     projected = project(model, hidden).cpu()
     free = (logits > BLOCKED).any(0)
     blocked = tuple((~free).nonzero()[:, 0].tolist())

@@ -29,7 +29,7 @@ from torch import nn
 
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import RecipeError
-from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial, find_groups
+from hipp_ext.groups import AttentionUnit, Partial, find_groups
 from hipp_ext.integrations.llm_compressor_data import sparsity_per_layer, validate_calibration
 from hipp_ext.integrations.llm_compressor_host import (
     check_compensation,
@@ -55,7 +55,7 @@ from llmcompressor.modifiers.factory import ModifierFactory  # noqa: E402
 
 __all__ = ["HippStructuredPruningModifier", "sparsity_per_layer", "validate_calibration"]
 
-OF_PREFERENCE = ("round_to", "pruning_ratio", "attention_unit", "expert_unit", "partial")
+OF_PREFERENCE = ("round_to", "pruning_ratio", "attention_unit", "partial")
 PLANNING_BATCHES = 32  # of the calibration; a plan needs fewer samples than a quantiser
 
 
@@ -86,8 +86,6 @@ class HippStructuredPruningModifier(Modifier):
             the policy decides.
         attention_unit: with a preference: "kv" (whole KV groups) or "query" (query heads). None:
             "kv".
-        expert_unit: with a preference: "expert" (whole experts of mixtures) or "channel" (channels
-            of all experts of a layer). None: "expert".
         partial: with a preference: "refuse" or "report" a model with parts that can only stay
             whole, see `find_groups`. None: "refuse".
 
@@ -107,7 +105,6 @@ class HippStructuredPruningModifier(Modifier):
     round_to: int | None = Field(default=None, ge=1)
     pruning_ratio: float | None = Field(default=None, ge=0, lt=1)
     attention_unit: AttentionUnit | None = None
-    expert_unit: ExpertUnit | None = None
     partial: Partial | None = None
     _zeros: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -195,7 +192,6 @@ class HippStructuredPruningModifier(Modifier):
         assert self.preference is not None
         how: Any = {
             "attention_unit": self.attention_unit or "kv",
-            "expert_unit": self.expert_unit or "expert",
             "partial": self.partial or "refuse",
         }
         groups = find_groups(model, **how)

@@ -9,7 +9,7 @@ import torch
 from command import hipp, hipp_json
 from models import batch, build
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES
 
 from hipp_ext import load_pruned, prune, save_pruned
@@ -109,15 +109,16 @@ def test_what_stays_whole_and_what_is_refused(tmp_path):
     from transformers import Lfm2Config
 
     hybrid = Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "full_attention"])
-    for config, name in ((hybrid, "Lfm2ForCausalLM"), (GPT2Config(n_layer=2), "GPT2LMHeadModel")):
+    mamba = FAMILIES["mamba2"].configuration()
+    for config, name in ((hybrid, "Lfm2ForCausalLM"), (mamba, "Mamba2ForCausalLM")):
         config.architectures = [name]
         config.save_pretrained(tmp_path / name)
     language = hipp_json("doctor", tmp_path / "Lfm2ForCausalLM", *CPU)["towers"][0]
     assert "Lfm2ShortConv" in language["left_whole"][0] and language["kinds"]
     assert "--partial report" in hipp("doctor", tmp_path / "Lfm2ForCausalLM", *CPU)
-    refused = hipp_json("doctor", tmp_path / "GPT2LMHeadModel", *CPU)
+    refused = hipp_json("doctor", tmp_path / "Mamba2ForCausalLM", *CPU)
     assert refused["towers"][0]["refused"] and refused["runtimes"] == {}
-    told = hipp("doctor", tmp_path / "GPT2LMHeadModel", *CPU)
+    told = hipp("doctor", tmp_path / "Mamba2ForCausalLM", *CPU)
     assert "language cannot be pruned: " in told and "next:" not in told
 
 

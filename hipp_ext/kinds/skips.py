@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hipp_ext.families import CACHES, borrows_keys
+from hipp_ext.families import CACHE_LAYER, CACHES, borrows_keys
 
 
 class Skip(nn.Module):
@@ -49,7 +49,8 @@ class SkipAttention(Skip):
         if cache is not None and not borrows_keys(self):
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, 1)
-            cache.update(zeros, zeros, self.layer_idx)
+            layer = next(getattr(self, name) for name in CACHE_LAYER if hasattr(self, name))
+            cache.update(zeros, zeros, layer)
         return super().forward(hidden_states), None
 
 

@@ -57,7 +57,8 @@ def layers_in_student(student: nn.Module, chosen: Sequence[int], layers: int) ->
 
 @contextlib.contextmanager
 def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> Iterator[LayerStates]:
-    """Yield a dict that a forward pass fills: name of a layer -> its output at the places.
+    """Yield a dict that holds, after the block: name of a layer -> its output at the places, in the
+    forward pass that was run in the block.
 
     Args:
         model: a model with a language tower.
@@ -79,7 +80,7 @@ def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> It
                 "(rows, tokens, width): leave out hidden_share."
             )
         if torch.is_grad_enabled() or not learns:
-            states.update(dict.fromkeys(names, places.of(hidden)))
+            states.update(dict.fromkeys(names, hidden))
 
     layers = tower_layers(model, "language")
     with contextlib.ExitStack() as stack:
@@ -94,6 +95,8 @@ def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> It
             "trained: reentrant checkpoints cut them from the graph. Use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave out hidden_share."
         )
+    # Not in the hooks: checkpoints run layers again without these, and must find equal operations.
+    states.update({name: places.of(hidden) for name, hidden in states.items()})
 
 
 def hidden_distance(

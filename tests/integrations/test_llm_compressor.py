@@ -185,7 +185,7 @@ def test_a_preference_can_ask_for_query_heads(dense):
     )
     oneshot(model=model, recipe=[modifier], pipeline="basic", **data("llava_gqa"))
     assert model.hipp_plan.attention_unit == "query" and model.hipp_plan.pruning_ratio >= 0.3
-    with pytest.raises(ValueError, match="expert_unit, partial go with a preference"):
+    with pytest.raises(ValueError, match="attention_unit, partial go with a preference"):
         HippStructuredPruningModifier(plan="plan.json", attention_unit="query")
 
 
@@ -195,18 +195,6 @@ def from_disk(family, folder):
     loader = DataLoader([family.batch(1, seed=i) for i in range(3)], batch_size=None)
     model = family.cls.from_pretrained(folder).eval()
     return model, {"dataset": loader, "processor": NoProcessor(), "pipeline": "basic"}
-
-
-def test_a_preference_can_ask_for_channels_of_experts(tmp_path):
-    model, samples = from_disk(FAMILIES["mixtral"], tmp_path)
-    modifier = HippStructuredPruningModifier(
-        preference=Preference(1, 1, 1), pruning_ratio=0.3, expert_unit="channel"
-    )
-    oneshot(model=model, recipe=[modifier], **samples)
-    assert model.hipp_plan.expert_unit == "channel" and model.hipp_plan.pruning_ratio >= 0.3
-    assert {e.kind for e in model.hipp_plan.groups} == {"attention", "expert_channels"}
-    with pytest.raises(ValueError, match="expert_unit, partial go with a preference"):
-        HippStructuredPruningModifier(plan="plan.json", expert_unit="channel")
 
 
 @pytest.mark.parametrize("mode", ["shrink", "mask"])

@@ -123,7 +123,7 @@ KILLED = """
                 time.sleep(0.1)
                 yield made
     print("ready", flush=True)
-    precompute(build("llama"), Slow(batches(count=12)), {folder!r}, **SETTINGS)
+    precompute(build("llama"), Slow(batches(count=40)), {folder!r}, **SETTINGS)
 """
 
 
@@ -148,7 +148,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     with pytest.raises(CheckpointError, match=r"no complete teacher\.json.*again to complete it"):
         read_teacher(folder)
     for place in (folder, tmp_path / "whole"):
-        precompute(build("llama"), batches(count=12), place, **SETTINGS)
+        precompute(build("llama"), batches(count=40), place, **SETTINGS)
     assert content_hash(folder) == content_hash(tmp_path / "whole")
 
 
@@ -238,7 +238,10 @@ def header(folder: Path, **changes) -> None:
             "its values are no ids and",
         ),
         (lambda d: rewritten(d, lambda t: t["offsets"].mul_(-1)), "is damaged: shapes are"),
-        (lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)), "of 4 positions has others"),
+        (
+            lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)),
+            r"a row of \d positions has others",
+        ),
         (lambda d: rewritten(d, lambda t: t.update(keys=t["keys"].int())), "keys are torch.int32"),
         (lambda d: rewritten(d, lambda t: t.pop("keys")), "shard-000000.safetensors is damaged"),
     ],

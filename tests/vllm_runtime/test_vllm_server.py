@@ -1,0 +1,97 @@
+"""`vllm serve` on a pruned folder: a picture and a question over HTTP."""
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from served import TOKENS, by_transformers
+from shapes import SHAPES
+from tiny import noisy
+from tiny_llava import llava
+
+from hipp_ext import load_pruned, prune, save_pruned
+
+LOADING = 300  # seconds
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def server(tmp_path, free_port):
+    """(address, model, processor, questions) of a server for a pruned LLaVA."""
+    model, processor, prompts = llava()
+    folder = save_pruned(prune(noisy(model), SHAPES["free"](model)), tmp_path / "pruned", processor)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    options = f"--port {free_port} --dtype float32 --enforce-eager --max-model-len 256"
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *options.split(), "--served-model-name", "pruned"],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{free_port}"
+    try:
+        _wait(process, address, tmp_path / "log")
+        yield address, load_pruned(folder), processor, prompts
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait(process: Any, address: str, log: Any) -> None:
+    for _ in range(LOADING):
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            return urllib.request.urlopen(f"{address}/health", timeout=5).close()
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"No answer within {LOADING} s: {log.read_text()[-2000:]}")
+
+
+def test_the_server_answers_as_transformers_does(server):
+    address, model, processor, prompts = server
+    text, picture = prompts[0]
+    question = text.removeprefix("<image> ")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    [expected] = by_transformers(model, [(rendered, picture)], processor)
+
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    encoded = base64.b64encode(file.getvalue()).decode()
+    content[0] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+    body = {
+        "model": "pruned",
+        "messages": messages,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": True,
+        "return_tokens_as_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer = json.load(response)["choices"][0]["logprobs"]["content"]
+    assert [int(t["token"].removeprefix("token_id:")) for t in answer] == expected.tokens
+    assert [t["logprob"] for t in answer] == pytest.approx(expected.logprobs, abs=1e-3)
