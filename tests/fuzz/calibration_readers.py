@@ -69,8 +69,8 @@ def make_saved(folder: Path) -> None:
     from datasets import Dataset
 
     rows = [{"messages": openai(n)["messages"][2:3] * 2} for n in range(3)]
-    for row in rows:
-        row["messages"] = [{"role": "user", "content": TEXT}, *row["messages"]]
+    for n, row in enumerate(rows, 1):
+        row["messages"] = [{"role": "user", "content": " ".join([TEXT] * n)}, *row["messages"]]
     Dataset.from_list(rows).save_to_disk(folder / "saved")
 
 
@@ -128,7 +128,7 @@ def _training_reader(name: str, make: Any, file: str) -> None:
             image_folder=folder,
             sequence_length=64,
             batch_size=1,
-            holdout=0.3,
+            holdout=0.6,
         )
         rows = data.batches(0, 1, 0)
         batches = [batch for _ in range(2) for batch in next(rows)]
