@@ -86,7 +86,7 @@ def fit_output_head(
 
     Raises:
         UnsupportedModelError: no scale, with or without a soft cap of its configuration, gives the
-            model's logits, or these are NaN.
+            model's logits; or there is NaN among them.
     """
     rows = torch.arange(len(positions)) if rows is None else rows
     hidden, logits = _run(model, batch, rows, positions)

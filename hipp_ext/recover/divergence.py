@@ -10,10 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Tokens that a model never puts out have the least logit there is: probability 0, and no part in
-# the divergence. Above this, differences and gradients are finite.
-LEAST = torch.finfo(torch.float32).min / 4
-
 Terms = Callable[..., Tensor]
 
 
@@ -38,9 +34,7 @@ class Full:
 
     def kl(self, scaled: Float[Tensor, "P vocabulary"]) -> Float[Tensor, " P"]:
         """See `Distribution.kl`."""
-        possible = self.log_p > LEAST
-        gap = torch.where(possible, self.log_p - scaled.clamp(min=LEAST).log_softmax(-1), 0.0)
-        return (self.log_p.exp() * gap).sum(-1)
+        return _expected_gap(self.log_p, scaled.log_softmax(-1)).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +83,23 @@ class TopK:
 
     def kl(self, scaled: Float[Tensor, "P vocabulary"]) -> Float[Tensor, " P"]:
         """See `Distribution.kl`."""
-        scaled = scaled.clamp(min=LEAST)
         total = scaled.logsumexp(-1, keepdim=True)
         log_q = scaled.gather(-1, self.indices) - total
-        possible = self.log_p > LEAST
-        of_top = (self.log_p.exp() * torch.where(possible, self.log_p - log_q, 0.0)).sum(-1)
+        of_top = _expected_gap(self.log_p, log_q).sum(-1)
         if self.indices.shape[-1] == scaled.shape[-1]:
             return of_top
         log_s = scaled.scatter(-1, self.indices, -torch.inf).logsumexp(-1) - total[:, 0]
-        some = self.log_rest > LEAST
-        return of_top + self.log_rest.exp() * torch.where(some, self.log_rest - log_s, 0.0)
+        return of_top + _expected_gap(self.log_rest, log_s)
+
+
+def _expected_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p log(p / q), entry by entry.
+
+    What a model never puts out (tokens, or a bucket of nothing else) has the probability 0, and no
+    part in the divergence, whatever the student's least number is.
+    """
+    possible = log_p > torch.finfo(torch.float32).min / 2
+    return log_p.exp() * torch.where(possible, log_p - log_q, 0.0)
 
 
 def chunked_sum(

@@ -57,8 +57,9 @@ def layers_in_student(student: nn.Module, chosen: Sequence[int], layers: int) ->
 
 @contextlib.contextmanager
 def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> Iterator[LayerStates]:
-    """Yield a dict that holds, after the block: name of a layer -> its output at the places, in the
-    forward pass that was run in the block.
+    """Yield a dict: name of a layer -> its output at the places, from a forward pass in the block.
+
+    It is to be read after the block.
 
     Args:
         model: a model with a language tower.
@@ -79,7 +80,11 @@ def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> It
                 f"{type(layer).__name__} returns {tuple(hidden.shape)}, not hidden states of shape "
                 "(rows, tokens, width): leave out hidden_share."
             )
-        if torch.is_grad_enabled() or not learns:
+        if not learns:
+            states.update(dict.fromkeys(names, places.of(hidden)))
+        elif torch.is_grad_enabled():
+            # The places are chosen after the pass: a checkpointed layer is computed again without
+            # this hook, and has to save the same tensors as before.
             states.update(dict.fromkeys(names, hidden))
 
     layers = tower_layers(model, "language")
@@ -89,14 +94,14 @@ def recorded(model: nn.Module, numbers: Mapping[int, int], places: Places) -> It
             hook = functools.partial(keep, names)
             stack.callback(layers[number].register_forward_hook(hook).remove)
         yield states
+    if learns:
+        states.update({name: places.of(hidden) for name, hidden in states.items()})
     if missing := sorted(set(numbers) - set(states)):
         raise UnsupportedModelError(
             f"The hidden states after layer {missing[0]} of {type(model).__name__} cannot be "
             "trained: reentrant checkpoints cut them from the graph. Use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave out hidden_share."
         )
-    # Not in the hooks: checkpoints run layers again without these, and must find equal operations.
-    states.update({name: places.of(hidden) for name, hidden in states.items()})
 
 
 def hidden_distance(

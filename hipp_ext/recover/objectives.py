@@ -81,7 +81,8 @@ class Distillation:
     of them that predict a label, hidden the distance of `hidden_distance`. Logits are computed
     chunk by chunk, and so are their gradients: at most `memory_limit` of the student's are in
     memory at once, with about ten tensors of that size beside them. They are computed by the
-    model's own output embeddings, in whatever precision autocast asks for.
+    model's own output embeddings, in whatever precision autocast asks for. Only the first batch
+    needs more: how both models make their logits is measured at up to 64 positions.
 
     Attributes:
         teacher: the dense model (`ModelTeacher`), or what it said once (`CachedTeacher`).

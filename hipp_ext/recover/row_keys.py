@@ -36,20 +36,24 @@ def row_keys(batch: Batch, places: Places) -> list[str]:
 
 
 def _pictures_by_row(batch: Batch, token: int | None) -> list[list[Tensor]]:
-    """The pictures of every row: in the order of the rows, as many as it has places for."""
+    """The pictures of every row: in the order of the rows, as many as it has places for.
+
+    Pictures of zeros, with which rows are filled up to equal numbers, are left out.
+    """
     tensors = [batch[name].cpu() for name in PICTURES if batch.get(name) is not None]
     ids = batch["input_ids"].cpu()
-    by_row = "image_sizes" not in batch  # (rows, pictures, ...), where there are so many dimensions
-    if not tensors or len(ids) == 1:
-        own = [pixels[0] if pixels.ndim > 4 and by_row else pixels for pixels in tensors]
-        return [own] + [[] for _ in ids[1:]]
     places = torch.zeros(len(ids)).long() if token is None else (ids == token).sum(1)
     total, found = int(places.sum()), [list[Tensor]() for _ in ids]
     # Tiles of pictures follow no rule, unless every picture has as many as any other.
-    regular = len(set(places[places > 0].tolist())) == 1 or by_row
+    regular = len(set(places[places > 0].tolist())) == 1 or "image_sizes" not in batch
     for pixels in tensors:
-        if pixels.ndim > 4 and by_row:
-            found = [[*own, part] for own, part in zip(found, pixels, strict=True)]
+        if pixels.ndim > 4 and len(pixels) == len(ids) and "image_sizes" not in batch:
+            for own, part in zip(found, pixels, strict=True):  # (pictures, ...)
+                real = part[part.flatten(1).any(1)]
+                own += [real] if len(real) else []
+            continue
+        if len(ids) == 1:
+            found[0].append(pixels)
             continue
         shares = len(pixels) * places
         if not total or not regular or bool((shares % total).any()):

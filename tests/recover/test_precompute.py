@@ -83,6 +83,10 @@ def test_pictures_tell_rows_of_equal_tokens_apart(tmp_path):
             alone = {k: v[row : row + 1] for k, v in batch.items()}
             alone["pixel_values"] = batch["pixel_values"][row * size : (row + 1) * size]
             assert row_keys(alone, find_places(alone, "answers", 5)) == [keys[row]]
+            if name == "smolvlm":  # rows are filled up to equal numbers of pictures
+                filled = torch.cat([batch["pixel_values"], torch.zeros(3, 2, 3, 32, 32)], 1)
+                filled = batch | {"pixel_values": filled}
+                assert row_keys(filled, find_places(filled, "answers", 5)) == keys
     batch["input_ids"][0, 1:3] = 11
     with pytest.raises(CalibrationError, match=r"belong to which of 3 rows.*batch_size=1"):
         row_keys(batch, find_places(batch, "answers", 5))
@@ -114,16 +118,18 @@ def test_sizes_are_told_and_right(made, tmp_path):
 
 KILLED = """
     import sys, time; sys.path.insert(0, {tests!r})
+    from itertools import islice
     import torch; torch.set_num_threads(1)
     from recover.test_precompute import SETTINGS, batches, build, precompute
     from hipp_ext.recover.precompute import BatchRows
     class Slow(BatchRows):
         def once(self, start):
-            for made in super().once(start):
-                time.sleep(0.1)
+            for made in islice(super().once(start), 6):
+                print("step", flush=True)
+                time.sleep(0.05)
                 yield made
-    print("ready", flush=True)
-    precompute(build("llama"), Slow(batches(count=40)), {folder!r}, **SETTINGS)
+            time.sleep(600)  # it is killed before its end, however slow the machine is
+    precompute(build("llama"), Slow(batches(count=12)), {folder!r}, **SETTINGS)
 """
 
 
@@ -132,23 +138,25 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     script = textwrap.dedent(KILLED).format(
         tests=str(Path(__file__).parents[1]), folder=str(folder)
     )
-    stages = set()
-    for _ in range(3):
+    stages = list[int]()
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", script],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        assert process.stdout is not None and process.stdout.readline()
-        time.sleep(rng.uniform(0.2, 0.8))
+        assert process.stdout is not None
+        for _ in range(rng.randint(4, 6)):  # a shard ends with its third step
+            assert process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        stages.add(len(list(folder.glob("shard-*"))))
-    assert not (folder / "teacher.json").exists() and max(stages) > 0
+        stages.append(len(list(folder.glob("shard-*"))))
+    assert not (folder / "teacher.json").exists() and 0 < stages[0] < stages[1]
     with pytest.raises(CheckpointError, match=r"no complete teacher\.json.*again to complete it"):
         read_teacher(folder)
     for place in (folder, tmp_path / "whole"):
-        precompute(build("llama"), batches(count=40), place, **SETTINGS)
+        precompute(build("llama"), batches(count=12), place, **SETTINGS)
     assert content_hash(folder) == content_hash(tmp_path / "whole")
 
 
@@ -199,7 +207,7 @@ def test_nothing_to_precompute_and_bad_options(tmp_path):
     with pytest.raises(HippError, match="positions='all'"):
         precompute(model, batches(), tmp_path, positions="all")
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises((UnsupportedModelError, HippError), match="nan|NaN"):
+    with pytest.raises(UnsupportedModelError, match="gave NaN for the next token"):
         precompute(model, batches(), tmp_path)
 
 
@@ -238,10 +246,7 @@ def header(folder: Path, **changes) -> None:
             "its values are no ids and",
         ),
         (lambda d: rewritten(d, lambda t: t["offsets"].mul_(-1)), "is damaged: shapes are"),
-        (
-            lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)),
-            r"a row of \d positions has others",
-        ),
+        (lambda d: rewritten(d, lambda t: t["offsets"][1:-1].add_(1)), "of 5 positions has others"),
         (lambda d: rewritten(d, lambda t: t.update(keys=t["keys"].int())), "keys are torch.int32"),
         (lambda d: rewritten(d, lambda t: t.pop("keys")), "shard-000000.safetensors is damaged"),
     ],

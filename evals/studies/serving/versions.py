@@ -65,8 +65,8 @@ def version_folders(folder: Path) -> dict[str, Path]:
 
 
 def versions_to_make(models: Mapping[str, Path]) -> list[Version]:
-    """Those that are not in their folders yet."""
-    return [version for version in all_versions() if not about(models[version.name]).exists()]
+    """Those of the versions in `models` that are not in their folders yet."""
+    return [v for v in all_versions() if v.name in models and not about(models[v.name]).exists()]
 
 
 def make_versions(models: Mapping[str, Path], model: Any, tokenizer: Any, corpus: Corpus) -> None:

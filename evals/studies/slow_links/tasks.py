@@ -1,6 +1,5 @@
 """What is recovered: the testbed's model, and SmolLM2-135M, with rows to train on and held out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +10,11 @@ from torch import nn
 from hipp_ext import load_pruned, prune, save_pruned, testbed
 from hipp_ext.allocators import Uniform
 from hipp_ext.budget import Bounds
-from hipp_ext.calibration import Batch, encode
+from hipp_ext.calibration import encode
 from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.real_lm.text import Corpus, TextSize, read_text, row_losses
-from hipp_ext.evals.studies.recovery import pruning_plan
+from hipp_ext.evals.studies.real_lm.text_rows import TextRows
+from hipp_ext.evals.studies.recovery.pictures import pruning_plan
 from hipp_ext.recover import DataSource, TestbedData
 
 
@@ -88,31 +88,11 @@ class _SmolLM2:
         self.corpus = _corpus(AutoTokenizer.from_pretrained(folder))
 
     def data(self, seed: int) -> DataSource:
-        return _TextRows(self.corpus, seed)
+        return TextRows(self.corpus.rest, batch_size=2, seed=seed)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         return float(row_losses(self.model, self.corpus.test).mean())
-
-
-class _TextRows:
-    """Rows of a text; every epoch has a new order, and every process other rows."""
-
-    rows = 2  # per process and step
-
-    def __init__(self, corpus: Corpus, seed: int):
-        self.corpus, self.seed = corpus, seed
-
-    def batches(self, rank: int, workers: int, start: int) -> Iterator[list[Batch]]:
-        taken, step = workers * self.rows, start
-        while True:
-            epoch, place = divmod(step, len(self.corpus.rest) // taken)
-            generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
-            order = torch.randperm(len(self.corpus.rest), generator=generator)
-            first = place * taken + rank * self.rows
-            ids = self.corpus.rest[order[first : first + self.rows]]
-            yield [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
-            step += 1
 
 
 def _corpus(tokenizer: Any) -> Corpus:
