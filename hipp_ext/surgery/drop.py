@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hipp_ext.families import drop_layers, varies_by_itself
+from hipp_ext.families import CACHE_LAYER, drop_layers, varies_by_itself
 from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.kinds import KINDS
 from hipp_ext.layer_parts import own_norms
@@ -85,8 +85,9 @@ def remove_layers(model: nn.Module, numbers: Sequence[int]) -> None:
         del layers[number]
     for number, layer in enumerate(layers):
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number  # type: ignore[assignment]
+            for name in CACHE_LAYER:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, number)
     drop_layers(model.config.get_text_config(), numbers)  # type: ignore[union-attr]
 
 

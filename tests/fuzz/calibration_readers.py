@@ -9,6 +9,9 @@ from fuzz.readers import png
 from fuzz.table import TABLE
 
 TEXT = "Is there a cup in the image? "
+# Rows of text behind those with pictures. Which rows are held out from training follows from their
+# content: of this many, some are, and some are not.
+TEXTS = tuple(f"{n} cups. {TEXT}" for n in range(6))
 
 
 @functools.cache
@@ -43,7 +46,7 @@ def openai(n: int) -> dict[str, Any]:
 
 def make_chats(folder: Path) -> None:
     pictures(folder)
-    rows = [openai(0), openai(1), {"text": TEXT * 2}]
+    rows = [openai(0), openai(1), *({"text": text} for text in TEXTS)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -51,26 +54,25 @@ def make_llava(folder: Path) -> None:
     pictures(folder)
     turns = [{"from": "human", "value": f"<image>\n{TEXT}"}, {"from": "gpt", "value": "Yes"}]
     rows = [{"id": n, "image": f"images/{n}.png", "conversations": turns} for n in range(2)]
-    rows.append({"conversations": [{"from": "human", "value": TEXT}, turns[1]]})
+    rows += [{"conversations": [{"from": "human", "value": text}, turns[1]]} for text in TEXTS]
     (folder / "llava.json").write_text(json.dumps(rows))
 
 
 def make_table(folder: Path) -> None:
     from vlm_tables import pope_rows, write_tsv
 
-    write_tsv(folder / "table.tsv", pope_rows()[:3])
+    write_tsv(folder / "table.tsv", pope_rows()[:8])
 
 
 def make_text(folder: Path) -> None:
-    (folder / "text.txt").write_text(TEXT * 20)
+    (folder / "text.txt").write_text("".join(TEXTS) * 8)
 
 
 def make_saved(folder: Path) -> None:
     from datasets import Dataset
 
-    rows = [{"messages": openai(n)["messages"][2:3] * 2} for n in range(3)]
-    for n, row in enumerate(rows, 1):
-        row["messages"] = [{"role": "user", "content": " ".join([TEXT] * n)}, *row["messages"]]
+    answers = openai(0)["messages"][2:3] * 2
+    rows = [{"messages": [{"role": "user", "content": text}, *answers]} for text in TEXTS]
     Dataset.from_list(rows).save_to_disk(folder / "saved")
 
 
@@ -128,7 +130,7 @@ def _training_reader(name: str, make: Any, file: str) -> None:
             image_folder=folder,
             sequence_length=64,
             batch_size=1,
-            holdout=0.6,
+            holdout=0.5,
         )
         rows = data.batches(0, 1, 0)
         batches = [batch for _ in range(2) for batch in next(rows)]

@@ -66,12 +66,15 @@ def test_pruned_is_masked_is_sliced_is_zeroed(family, data):
     )
 
 
+@pytest.mark.parametrize("blocks", [("attention",), ("attention", "ffn")], ids="+".join)
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_neo"])
-def test_tokens_are_counted_where_the_first_attention_is_dropped(name):
-    """The cache counts them there, under whichever name the block is given it."""
+def test_tokens_are_counted_where_the_first_attention_is_dropped(name, blocks):
+    """The cache counts them there, under whichever name the block is given it; without the whole
+    layer, in the next one.
+    """
     family = FAMILIES_OF_ZOO[name]
     model, inputs = family.build(), family.batch()
-    plan = dropping_plan(model, "language.0.attention")
+    plan = dropping_plan(model, *(f"language.0.{block}" for block in blocks))
     tokens = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with masked(model, plan):
         expected = model.generate(**inputs, **tokens)

@@ -79,7 +79,7 @@ def drawings(style: str) -> Mapping[str, str]:
 @functools.lru_cache(maxsize=8192)
 def raster(style: str, label: str) -> Image.Image:
     """A drawing without its empty margins: RGBA, longer side `RASTER` px."""
-    import resvg_py
+    import resvg_py  # pyright: ignore[reportMissingImports]
 
     svg = drawings(style)[plain(label)]
     data = resvg_py.svg_to_bytes(
