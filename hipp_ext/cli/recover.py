@@ -51,8 +51,8 @@ def recover_command(
     train: options.TrainOption = "full",
     lora_rank: options.LoraRank = 16,
     freeze_vision: options.FreezeVision = False,
-    optimizer: options.OptimizerName = "muon",
-    lr: options.Lr = 1e-3,
+    optimizer: options.OptimizerName = None,
+    lr: options.Lr = None,
     muon_lr: options.MuonLr = 0.01,
     schedule: options.Schedule = "trapezoid",
     warmup: options.Warmup = None,
@@ -89,7 +89,7 @@ def recover_command(
 
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
-    given = dict(locals())
+    given = options.with_recipe(dict(locals()))
     from hipp_ext.recover import RecoverSettings, read_teacher, recover
     from hipp_ext.recover.processes import join_processes
     from hipp_ext.recover.report import report_lines

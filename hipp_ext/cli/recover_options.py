@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,9 +75,20 @@ FreezeVision = Annotated[
     bool, _training("--freeze-vision", help="Leave the vision tower as it is.")
 ]
 OptimizerName = Annotated[
-    str, _training("--optimizer", metavar="NAME", help="muon (with AdamW) or adamw. Default: muon.")
+    str | None,
+    _training(
+        "--optimizer",
+        metavar="NAME",
+        help="muon (with AdamW) or adamw. Default: adamw with --data, otherwise muon.",
+    ),
 ]
-Lr = Annotated[float, _training(metavar="LR", help="Peak learning rate of AdamW. Default: 0.001.")]
+Lr = Annotated[
+    float | None,
+    _training(
+        metavar="LR",
+        help="Peak learning rate of AdamW. Default: 0.0001 with --data, otherwise 0.001.",
+    ),
+]
 MuonLr = Annotated[
     float, _training(metavar="LR", help="Peak learning rate of Muon. Default: 0.01.")
 ]
@@ -138,3 +149,12 @@ Sharding = Annotated[
     str,
     _processes(metavar="NAME", help="fsdp: spread the model over the processes. Default: none."),
 ]
+
+
+def with_recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with an optimizer and a learning rate: gentle ones for a user's data, which a
+    pretrained model is recovered on; for the built-in questions those of the tiny model.
+    """
+    optimizer, lr = ("adamw", 1e-4) if given["data"] else ("muon", 1e-3)
+    chosen = {"optimizer": given["optimizer"] or optimizer}
+    return given | chosen | {"lr": lr if given["lr"] is None else given["lr"]}

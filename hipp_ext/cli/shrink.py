@@ -134,8 +134,8 @@ def shrink_command(
     train: options.TrainOption = "full",
     lora_rank: options.LoraRank = 16,
     freeze_vision: options.FreezeVision = False,
-    optimizer: options.OptimizerName = "muon",
-    lr: options.Lr = 1e-3,
+    optimizer: options.OptimizerName = None,
+    lr: options.Lr = None,
     muon_lr: options.MuonLr = 0.01,
     schedule: options.Schedule = "trapezoid",
     warmup: options.Warmup = None,
@@ -166,7 +166,7 @@ def shrink_command(
 
     `hipp shrink ./model --to 0.4 --data chats.jsonl --serve stock --teacher ./teacher -o ./small`
     """
-    given = dict(locals())
+    given = options.with_recipe(dict(locals()))
     from hipp_ext.recover import RecoverSettings, read_teacher
     from hipp_ext.recover.processes import join_processes
     from hipp_ext.shrink import ShrinkSettings, shrink
