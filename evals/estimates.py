@@ -29,8 +29,10 @@ SCORING_PASSES = 2.0  # WandaSP and visual sensitivity
 UTILISATION = 0.5
 # Bytes of weight, gradient and states of the optimizer for a parameter that is trained.
 MUON_BYTES, ADAMW_BYTES = 12, 16
-SMALLEST, LARGEST = 256, 8192  # matrices whose products are timed
-ENOUGH = 0.01  # seconds of a product, above which no larger ones are timed
+# Sizes of the matrices whose products are timed. Larger ones follow until they have taken ENOUGH
+# seconds in all, so that other work on the machine does not decide.
+SMALLEST, LARGEST = 1024, 8192
+ENOUGH = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +106,16 @@ def forward_flops(model: Any, tokens: int) -> int:
 
 def measure_rate(device: str, dtype: torch.dtype) -> float:
     """FLOPs per second of matrix products on a device, of as large ones as take little time."""
-    size, best = SMALLEST, 0.0
-    while True:
+    size, best, total = SMALLEST, 0.0, 0.0
+    while total < ENOUGH and size <= LARGEST:
         left = torch.ones(size, size, device=device, dtype=dtype)
-        for _ in range(2):
+        for _ in range(3):
             begun = time.perf_counter()
             (left @ left)[0, 0].item()  # waits for a GPU
             seconds = time.perf_counter() - begun
-            best = max(best, 2 * size**3 / seconds)
-        if seconds > ENOUGH or size >= LARGEST:
-            return best
+            best, total = max(best, 2 * size**3 / seconds), total + seconds
         size *= 2
+    return best
 
 
 def _training_bytes(model: nn.Module) -> int:
