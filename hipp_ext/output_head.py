@@ -90,11 +90,7 @@ def fit_output_head(
     """
     rows = torch.arange(len(positions)) if rows is None else rows
     hidden, logits = _run(model, batch, rows, positions)
-    if bool(logits.isnan().any()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gave NaN for the next token: its weights or activations are "
-            "not finite on this data (fp16 overflow? try bfloat16)."
-        )
+    check_no_nan(model, logits)
     projected = project(model, hidden).cpu()
     free = (logits > BLOCKED).any(0)
     blocked = tuple((~free).nonzero()[:, 0].tolist())
@@ -114,6 +110,15 @@ def fit_output_head(
         )
     # The least number of the model's own precision is another one in float32.
     return head, logits.masked_fill(~free, torch.finfo(logits.dtype).min)
+
+
+def check_no_nan(model: nn.Module, values: Tensor) -> None:
+    """Raise UnsupportedModelError if a model's logits or log-probabilities have NaN among them."""
+    if bool(values.isnan().any()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gave NaN for the next token: its weights or activations are "
+            "not finite on this data (fp16 overflow? try bfloat16)."
+        )
 
 
 def tolerance(model: nn.Module, logits: Tensor, roundings: int = 4) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, batches_digest
-from hipp_ext.errors import CalibrationError, HippError, UnsupportedModelError
+from hipp_ext.errors import CalibrationError, HippError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
-from hipp_ext.output_head import logit_bytes
+from hipp_ext.output_head import check_no_nan, logit_bytes
 from hipp_ext.progress import progress_bar
 from hipp_ext.quantities import finite_option, whole_option
 from hipp_ext.recover.cached_teacher import CachedTeacher
@@ -215,11 +215,7 @@ def _top(
         for start in range(0, len(places), chunk)
     ]
     top = TopK(**{n: torch.cat([getattr(p, n) for p in parts]) for n in vars(parts[0])})
-    if bool(top.log_p.isnan().any()):
-        raise UnsupportedModelError(
-            f"{type(teacher.model).__name__} gave NaN for the next token: its weights or "
-            "activations are not finite on this data (fp16 overflow? try bfloat16)."
-        )
+    check_no_nan(teacher.model, top.log_p)
     return top
 
 
