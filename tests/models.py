@@ -2,7 +2,9 @@
 they accept.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -348,3 +350,22 @@ def _pixels(name: str, size: int, generator: torch.Generator) -> dict[str, torch
     if name == "smolvlm":
         return {"pixel_values": torch.randn(size, 1, 3, 32, 32, generator=generator)}
     return {}
+
+
+def save_language_model(place: Path) -> Path:
+    """`place`, with the folder "llama" of a tiny Llama whose tokenizer has a chat template, and
+    "chats.jsonl", whose last row is none.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from hipp_ext.testbed import WEIGHTS
+
+    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, vocab_size=300)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(place / "llama")
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(place / "llama")
+    asked = [{"role": "user", "content": f"what is {n}"} for n in range(8)]
+    chats = [{"messages": [q, {"role": "assistant", "content": "a number"}]} for q in asked]
+    lines = map(json.dumps, [*chats, {"something": "else"}])
+    (place / "chats.jsonl").write_text("\n".join(lines))
+    return place

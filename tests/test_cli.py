@@ -1,6 +1,5 @@
 """The command line as a user types it; calls that need no process of their own run in this one."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -17,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from command import hipp as in_process
+from models import save_language_model
 from plans import random_plan
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 
 import hipp_ext
@@ -197,16 +196,7 @@ def test_errors_of_the_system_are_one_line_and_ours_keep_their_traceback(
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory) -> Path:
     """Folder of a tiny Llama with a tokenizer, a chat template, and chats beside it."""
-    place = tmp_path_factory.mktemp("text")
-    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, vocab_size=300)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(place / "llama")
-    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(place / "llama")
-    asked = [{"role": "user", "content": f"what is {n}"} for n in range(8)]
-    chats = [{"messages": [q, {"role": "assistant", "content": "a number"}]} for q in asked]
-    lines = map(json.dumps, [*chats, {"something": "else"}])
-    (place / "chats.jsonl").write_text("\n".join(lines))
-    return place
+    return save_language_model(tmp_path_factory.mktemp("text"))
 
 
 def test_a_language_model_is_calibrated_on_the_users_file(language_model, monkeypatch):

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from command import hipp
 from models import batch as make_batch
-from models import build
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from models import build, save_language_model
+from transformers import AutoTokenizer
 
 from hipp_ext.errors import (
     CalibrationError,
@@ -32,7 +32,6 @@ from hipp_ext.recover.places import find_places
 from hipp_ext.recover.row_keys import row_keys
 from hipp_ext.recover.teacher_files import bytes_per_position
 from hipp_ext.runs import RunFolder
-from hipp_ext.testbed import WEIGHTS
 
 SETTINGS = {"top_k": 6, "shard_positions": 20}
 
@@ -286,15 +285,7 @@ def test_a_damaged_shard_is_not_gone_on_from(tmp_path):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A tiny Llama with a tokenizer, and chats beside it."""
-    place = tmp_path_factory.mktemp("text")
-    sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, vocab_size=300)
-    LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes)).save_pretrained(place / "llama")
-    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(place / "llama")
-    asked = [{"role": "user", "content": f"what is {n}"} for n in range(8)]
-    chats = [{"messages": [q, {"role": "assistant", "content": "a number"}]} for q in asked]
-    lines = map(json.dumps, [*chats, {"something": "else"}])
-    (place / "chats.jsonl").write_text("\n".join(lines))
-    return place
+    return save_language_model(tmp_path_factory.mktemp("text"))
 
 
 def test_the_command_writes_what_training_reads(place):
