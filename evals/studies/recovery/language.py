@@ -1,5 +1,6 @@
 """SmolLM2-135M, pruned by the plans of the study of serving, on text."""
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from hipp_ext import load_pruned, prune
 from hipp_ext.evals.studies.real_lm.text import row_losses
 from hipp_ext.evals.studies.real_lm.text_rows import TextRows, labelled
-from hipp_ext.evals.studies.recovery.cells import ARMS, Arm, Start
+from hipp_ext.evals.studies.recovery.cells import ARMS, Arm, Cell, Start
 from hipp_ext.evals.studies.recovery.task import Design, Measured
 from hipp_ext.evals.studies.recovery.text import RecoveryText
 from hipp_ext.evals.studies.serving.versions import Version, make_versions, version_folders
@@ -17,7 +18,7 @@ from hipp_ext.recover import CachedTeacher, RecoverSettings, precompute, recover
 BATCH = 4  # rows
 TOP_K = 64
 LOSS = "loss"
-FULL, LORA = (1e-4, 3e-4, 6e-4), (1e-3, 3e-3)
+FULL, LORA = (2e-4, 5e-4), (1e-3, 3e-3)
 DESIGN = Design(
     seeds={0.3: 3, 0.2: 1, 0.4: 1},
     lrs={
@@ -25,10 +26,11 @@ DESIGN = Design(
         for name, arm in ARMS.items()
         if arm.compression is None
     },
-    steps=500,
-    search_steps=75,
-    step_seconds=2.5,
-    shared_minutes=20,
+    steps=100,
+    search_steps=25,
+    step_seconds=3.0,
+    shared_minutes=15,
+    extra=[Cell(ratio=0.3, arm=name, seed=0) for name in ("no reconstruction", "LoRA")],
 )
 
 
@@ -88,7 +90,13 @@ class SmolLM2:
         """See `Task`."""
         model, text = self.pruned(ratio, arm.start), self._text
         settings = RecoverSettings(
-            steps=steps, optimizer="adamw", lr=lr, schedule="cosine", train=arm.train, seed=seed
+            steps=steps,
+            optimizer="adamw",
+            lr=lr,
+            schedule="cosine",
+            train=arm.train,
+            precision="bf16",
+            seed=seed,
         )
         data = TextRows(text.train, batch_size=self.batch, seed=seed)
         teacher = self._teacher if arm.teacher else None
@@ -109,11 +117,11 @@ class SmolLM2:
 
     @functools.cached_property
     def _teacher(self) -> CachedTeacher:
-        """The dense model's distributions on all rows, which all cells share."""
+        """The dense model's distributions in bfloat16 on all rows, which all cells share."""
         batches = [labelled(rows) for rows in self._text.train.split(8)]
         folder = self._folder / "teacher"
         return precompute(
-            self._dense,
+            copy.deepcopy(self._dense).bfloat16(),
             batches,
             folder,
             top_k=TOP_K,

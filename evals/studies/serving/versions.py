@@ -76,6 +76,8 @@ def make_versions(models: Mapping[str, Path], model: Any, tokenizer: Any, corpus
     are those of `Sensitivity`, measured once, and reconstructed on the same calibration.
     """
     missing = versions_to_make(models)
+    if not missing:
+        return
     done = len(models) - len(missing)
     with progress_bar(True, "models", len(models), done) as update:
         for number, (version, small) in enumerate(_pruned(model, corpus, missing), done + 1):

@@ -63,7 +63,6 @@ METHODS: Mapping[str, Method] = {
     "8 local steps": Method(sends="plain", local_steps=8),
     "32 local steps": Method(sends="plain", local_steps=32),
     "8 local steps, momentum 0.5": Method(sends="plain", local_steps=8, outer=MOMENTUM),
-    "32 local steps, momentum 0.5": Method(sends="plain", local_steps=32, outer=MOMENTUM),
     "8 local steps, DiLoCo's SGD": Method(sends="plain", local_steps=8, outer=PAPER),
     "8 local steps, LQ-SGD": Method(sends="lqsgd", local_steps=8),
 }

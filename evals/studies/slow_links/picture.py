@@ -8,7 +8,7 @@ from hipp_ext.evals.studies.slow_links.methods import METHODS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#9aa0a6", "#c44e52", "#5b7fc7", "#5b7fc7", "#a9bbe0", "#a9bbe0", "#cfd4da", "#8d7cc0")
+COLOURS = ("#9aa0a6", "#c44e52", "#5b7fc7", "#5b7fc7", "#a9bbe0", "#cfd4da", "#8d7cc0")
 
 
 def picture(tasks: Mapping[str, Any]) -> "Figure":

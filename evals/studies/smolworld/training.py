@@ -32,6 +32,7 @@ def language_settings(
         lora_alpha=2.0 * rank,
         whole_modules=("multi_modal_projector", *(["vision_tower"] if vision else [])),
         freeze_vision=not vision,
+        precision="bf16",
         compression="none",
         save_every=min(50, steps),
         evaluate_every=max(10, steps // 8),
