@@ -1,0 +1,195 @@
+"""VLMEvalKit's own files beside ours, for scripts that read its output.
+
+    <work-dir>/<model>/<model>_<data>.xlsx                  answers
+    <work-dir>/<model>/<model>_<data>_auxmatch.xlsx         what was read from them
+    <work-dir>/<model>/<model>_<data>_score.csv, _acc.csv   scores
+    <work-dir>/<model>/status.json                          summary of the run
+
+They are written after every evaluation from our answers and VLMEvalKit's scores of them, and never
+read as answers. Those of another model of the same name are removed, as far as they were written
+here.
+"""
+
+import contextlib
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipp_ext.errors import DataError
+from hipp_ext.evals.prediction_log import writing
+from hipp_ext.evals.tables import Table
+from hipp_ext.files import write_atomic
+from hipp_ext.files.temporaries import lock
+from hipp_ext.files.untrusted import read_json
+from hipp_ext.integrations.vlmevalkit_files import EVAL_FORMATS, PRED_FORMATS, file_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATUS = "status.json"
+_PARTS = {  # what follows <model>_<data> in a file's name -> its formats
+    "": PRED_FORMATS,
+    "_auxmatch": PRED_FORMATS,
+    "_exact_matching_result": PRED_FORMATS,
+    "_score": ("csv",),
+    "_acc": EVAL_FORMATS,
+}
+_LONGEST = 255 - len("_exact_matching_result.xlsx")  # bytes of <model>_<data>
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What becomes files of VLMEvalKit.
+
+    Attributes:
+        folder: <work-dir>/<model>.
+        model_hash: hash of the model, as in our results.
+        table: data set.
+        answers: answers to its first rows.
+        scored: folder with VLMEvalKit's files about these answers; None: they were not scored.
+        benchmark: VLMEvalKit's name of the data set, with which these files begin.
+        mode: "all", "infer" or "eval".
+        command: command line; None for a call from Python.
+    """
+
+    folder: Path
+    model_hash: str
+    table: Table
+    answers: Sequence[str]
+    scored: Path | None
+    benchmark: str
+    mode: str
+    command: str | None
+
+
+def export(done: Export) -> None:
+    """Write the files of one data set, each atomically, and remove those that they replace.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    files = _files(done)
+    with writing(done.folder), _locked(done.folder):
+        status = _status(done.folder / STATUS)
+        known = status.get("model_hash")
+        if known not in (None, done.model_hash):
+            datasets = status.get("datasets")
+            for data in datasets if isinstance(datasets, dict) else ():
+                _remove(done.folder, data)
+            status = {}
+        _remove(done.folder, done.table.name, keep=files)
+        for name, data in files.items():
+            write_atomic(done.folder / name, data)
+        write_atomic(done.folder / STATUS, _updated(status, done, next(iter(files))))
+
+
+def _files(done: Export) -> dict[str, bytes]:
+    """Content of each file by its name, the answers first."""
+    stem = _stem(done.folder, done.table.name)
+    base = done.table.frame.iloc[: len(done.answers)].drop(columns="image_path")
+    base = base.assign(prediction=list(done.answers))
+    name, data = file_bytes(base, stem, "prediction")
+    files = {name: data}
+    for path in sorted(done.scored.glob("*.[ct]sv")) if done.scored else ():
+        part = path.stem.removeprefix(done.benchmark)
+        if not part:
+            continue  # the answers, under row numbers instead of the indices of the table
+        if path.suffix == ".csv" and part != "_acc":
+            files[f"{stem}{part}.csv"] = path.read_bytes()
+            continue
+        kind = "score" if path.suffix == ".csv" else "prediction"
+        name, data = file_bytes(_with_indices(path, base), f"{stem}{part}", kind)
+        files[name] = data
+    return files
+
+
+def _with_indices(path: Path, base: "pd.DataFrame") -> "pd.DataFrame":
+    """VLMEvalKit's columns beside those of the table, whose rows it knows by their number."""
+    import pandas as pd
+
+    frame = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", keep_default_na=False)
+    if "index" not in frame or sorted(frame["index"]) != list(range(len(base))):
+        return frame
+    frame = frame.set_index("index").sort_index()
+    new = [column for column in frame if column not in base]
+    return base.assign(**{column: frame[column].tolist() for column in new})
+
+
+def _stem(folder: Path, data: str) -> str:
+    model = folder.name.encode()[: max(1, _LONGEST - len(f"_{data}"))].decode(errors="ignore")
+    return f"{model}_{data}"
+
+
+def _remove(folder: Path, data: str, keep: Sequence[str] | dict[str, bytes] = ()) -> None:
+    """Remove the files of a data set, except `keep`."""
+    for part, formats in _PARTS.items():
+        for suffix in formats:
+            name = f"{_stem(folder, data)}{part}.{suffix}"
+            # `data` may come from a damaged status.json.
+            if name not in keep and Path(name).name == name and "\0" not in name:
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / name).unlink()
+
+
+def _status(path: Path) -> dict[str, Any]:
+    """The status of the folder; empty if there is none that can be read."""
+    try:
+        status = read_json(path)
+    except DataError:
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _updated(status: dict[str, Any], done: Export, predictions: str) -> str:
+    """status.json with this evaluation, by VLMEvalKit's own functions."""
+    import json
+
+    import pandas as pd
+    from vlmeval.smp import build_eval_id, upsert_dataset_status, upsert_run_status
+
+    scores = sorted(done.scored.glob("*.csv")) if done.scored else []
+    pred_format, eval_format = (
+        os.environ.get(name, "").lower() or default
+        for name, default in (("PRED_FORMAT", "xlsx"), ("EVAL_FORMAT", "csv"))
+    )
+    with tempfile.TemporaryDirectory() as scratch:  # its lock would stay after a killed process
+        (Path(scratch) / STATUS).write_text(json.dumps(status))
+        upsert_run_status(
+            scratch,
+            eval_id=build_eval_id(),
+            argv=shlex.split(done.command) if done.command else [],
+            world_size=1,
+            pred_format=pred_format,
+            eval_format=eval_format,
+            mode=done.mode,
+            reuse=True,
+            model_name=done.folder.name,
+            model_hash=done.model_hash,
+        )
+        upsert_dataset_status(
+            scratch,
+            done.folder.name,
+            done.table.name,
+            status="done",
+            prediction_file=predictions,
+            judge_model="exact_matching",
+            metrics_source=pd.read_csv(scores[0]) if scores else None,
+            skip_reason=None if scores else "mode_infer",
+        )
+        return (Path(scratch) / STATUS).read_text()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder, and wait until no other process writes status.json in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
