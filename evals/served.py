@@ -5,16 +5,17 @@ template, the picture processor and the precision are the server's.
 """
 
 import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hipp_ext.errors import DataError, MissingExtraError, ServerError
+from hipp_ext.errors import DataError, ServerError
 from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS
-from hipp_ext.evals.served_address import api_key, check_address, is_local
-from hipp_ext.evals.served_errors import explained
+from hipp_ext.evals.served_address import api_key, check_address
+from hipp_ext.evals.served_connection import Connection, event_loop
+from hipp_ext.evals.served_models import find_model
 from hipp_ext.evals.served_pictures import data_url
 from hipp_ext.files.untrusted import shown
 from hipp_ext.quantities import finite_option, whole_option
@@ -22,15 +23,11 @@ from hipp_ext.quantities import finite_option, whole_option
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+_log = logging.getLogger(__name__)
 Message = Sequence[dict[str, Any]]
 Answered = Callable[[int, str], None]
 
 RETRIES, TIMEOUT = 6, 600.0
-_CONNECT = 10.0  # longest wait for a connection [s]
-_LIST_RETRIES, _LIST_TIMEOUT = 1, 30.0  # of the first request, which is quick if there is a server
-# Fields of /v1/models that stay the same as long as the server serves the same model.
-_TOLD = ("root", "parent", "owned_by", "max_model_len", "meta")
-_MAX_TOLD = 2000  # characters of them, as JSON
 _NO_PENALTY = {"repetition_penalty": 1.0}
 # These servers take settings that a request leaves out from the model's generation_config.json.
 _EXTRA_BODY: dict[str, dict[str, Any]] = {"vllm": _NO_PENALTY, "sglang": _NO_PENALTY}
@@ -53,6 +50,8 @@ class ServedVLM:
         max_new_tokens: maximum length of an answer [tokens].
 
     Attributes:
+        base_url: the address, checked.
+        name: name of the model on the server.
         told: what the server says of the model: the fields of /v1/models that do not change
             while it serves the same.
 
@@ -76,13 +75,16 @@ class ServedVLM:
         timeout: float = TIMEOUT,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ):
-        self.base_url = check_address(base_url)
         self.parallel = whole_option("parallel", parallel, DataError, 1)
-        self.retries = whole_option("retries", retries, DataError, 0)
-        self.timeout = finite_option("timeout", timeout, DataError)
         self.max_new_tokens = whole_option("max_new_tokens", max_new_tokens, DataError, 1)
-        self._key = api_key(api_key_env)
-        self.name, self.told = self._find(name)
+        self._connection = Connection(
+            base_url=check_address(base_url),
+            key=api_key(api_key_env),
+            retries=whole_option("retries", retries, DataError, 0),
+            timeout=finite_option("timeout", timeout, DataError),
+        )
+        self.base_url = self._connection.base_url
+        self.name, self.told = find_model(self._connection, name)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class ServedVLM:
         Raises:
             ServerError: a request failed for good; the message says why.
         """
-        with _event_loop() as call:
+        with event_loop() as call:
             call(self._ask_all, messages, answered)
 
     async def _ask_all(self, messages: Iterable[Message], answered: Answered) -> None:
@@ -128,7 +130,7 @@ class ServedVLM:
                 failures.append(error)
                 group.cancel_scope.cancel()
 
-        async with self._client(self.retries, self.timeout) as client, create_task_group() as group:
+        async with self._connection.client() as client, create_task_group() as group:
             for _ in range(self.parallel):
                 group.start_soon(work)
         if failures:
@@ -141,14 +143,14 @@ class ServedVLM:
             else {"type": "text", "text": str(part["value"])}
             for part in message
         ]
-        reply = await self._request(
+        reply = await self._connection.request(
             partial(
                 client.chat.completions.create,
                 model=self.name,
                 messages=[{"role": "user", "content": content}],
                 max_tokens=self.max_new_tokens,
                 temperature=0,
-                extra_body=_EXTRA_BODY.get(self.told.get("owned_by", "")),
+                extra_body=_EXTRA_BODY.get(str(self.told.get("owned_by"))),
             ),
             self.name,
         )
@@ -161,55 +163,6 @@ class ServedVLM:
                 f"{shown(repr(reply), 300)}. Check that the address ends in the server's API, "
                 "such as http://localhost:8000/v1"
             ) from None
-
-    def _find(self, name: str | None) -> tuple[str, dict[str, Any]]:
-        """The name of the model, and what the server says of it."""
-        with _event_loop() as call:
-            served = call(self._list)
-        names = shown(", ".join(served) or "none", 1000)
-        if name is None and len(served) == 1:
-            (name,) = served
-        if name is None:
-            raise ServerError(f"{self.base_url} serves {names}. Give the name of one of them")
-        if name not in served:
-            raise ServerError(f"{self.base_url} serves no model {shown(name)}. It serves: {names}")
-        return name, served[name]
-
-    async def _list(self) -> dict[str, dict[str, Any]]:
-        retries, timeout = min(_LIST_RETRIES, self.retries), min(_LIST_TIMEOUT, self.timeout)
-        async with self._client(retries, timeout) as client:
-            page = await self._request(client.models.list)
-        try:
-            rows = [row.model_dump() for row in page.data]
-            return {row["id"]: _stable(row) for row in rows if isinstance(row["id"], str)}
-        except (AttributeError, TypeError, LookupError):
-            raise ServerError(
-                f"{self.base_url}/models is not the list of models of OpenAI's protocol. Check "
-                "the address, such as http://localhost:8000/v1"
-            ) from None
-
-    def _client(self, retries: int, timeout: float) -> "AsyncOpenAI":
-        try:
-            import openai
-        except ImportError:
-            raise MissingExtraError("openai", "vlmeval") from None
-
-        local = openai.DefaultAsyncHttpxClient(trust_env=False) if is_local(self.base_url) else None
-        return openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=self._key or "none",  # without it, openai sends that of OPENAI_API_KEY
-            max_retries=retries,
-            timeout=openai.Timeout(timeout, connect=min(_CONNECT, timeout)),
-            http_client=local,  # not through a proxy that the environment names
-        )
-
-    async def _request(self, send: Callable[[], Any], model: str | None = None) -> Any:
-        import openai
-
-        try:
-            return await send()
-        except openai.OpenAIError as error:
-            raise explained(error, self.base_url, model, self._key) from None
 
 
 def answer_each(
@@ -232,6 +185,13 @@ def answer_each(
 
     needed = indices if limit is None else indices[:limit]
     rows = [row for row, index in enumerate(needed) if index not in log.answers]
+    if len(rows) < len(needed):
+        _log.warning(
+            "%s: %d earlier answers are used again. If the server has other weights now, begin "
+            "anew in another work folder.",
+            shown(f"{model.name} at {model.base_url}"),
+            len(needed) - len(rows),
+        )
     if not rows:
         return
     with contextlib.closing(
@@ -248,23 +208,3 @@ def answer_each(
             bar.update()
 
         model.ask(map(message, rows), keep)
-
-
-@contextlib.contextmanager
-def _event_loop() -> Iterator[Callable[..., Any]]:
-    """Yields call(function, *arguments), which runs an async function and returns what it returns.
-
-    The loop has a thread of its own, because a notebook already runs one. An exception in the
-    block, such as ctrl-C, cancels the requests.
-    """
-    from anyio.from_thread import start_blocking_portal
-
-    with start_blocking_portal() as portal:
-        yield portal.call
-
-
-def _stable(row: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a model in /v1/models that identify it."""
-    told = {field: row[field] for field in _TOLD if row.get(field) is not None}
-    text = json.dumps(told, sort_keys=True)
-    return json.loads(text) if len(text) <= _MAX_TOLD else {"long": text[:_MAX_TOLD]}

@@ -12,14 +12,13 @@ def explained(
     """The error to raise for one of the package openai, after its retries.
 
     Args:
-        error: an openai.OpenAIError.
+        error: what it raised; if none of its own errors, the answer was of another form.
         base_url: address of the server.
         model: name of the model that was asked; None while the server is asked what it serves.
         key: the key that was sent, which no message repeats.
     """
     import openai
 
-    said = str(error)
     if isinstance(error, openai.APITimeoutError):
         text = (
             f"{base_url} did not answer in time. Ask it less at once (--api-nproc), or wait longer "
@@ -34,7 +33,7 @@ def explained(
     elif isinstance(error, openai.APIStatusError):
         text = _status(error.status_code, base_url, model, _words(error))
     else:
-        text = f"{base_url} cannot be asked: {said}"
+        text = f"{base_url} does not answer as OpenAI's protocol wants: {error!r}"
     return ServerError(shown(text.replace(key, "***") if key else text, 1000))
 
 

@@ -1,4 +1,4 @@
-"""Tables in the formats that VLMEvalKit's variables PRED_FORMAT and EVAL_FORMAT name."""
+"""Tables of answers in the format that VLMEvalKit's variable PRED_FORMAT names."""
 
 import datetime
 import io
@@ -13,36 +13,36 @@ from hipp_ext.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-PRED_FORMATS, EVAL_FORMATS = ("xlsx", "tsv", "json"), ("csv", "json")
-_VARIABLES = {"prediction": ("PRED_FORMAT", PRED_FORMATS), "score": ("EVAL_FORMAT", EVAL_FORMATS)}
+FORMATS = ("xlsx", "tsv", "json")
+_VARIABLE = "PRED_FORMAT"
 
 
-def file_format(kind: str) -> str:
-    """The format of files of the kind "prediction" or "score"; the first is the default.
+def file_format() -> str:
+    """The format of files of answers.
 
     Raises:
         DataError: the variable names a format that VLMEvalKit does not know.
     """
-    variable, known = _VARIABLES[kind]
-    found = os.environ.get(variable, "").lower() or known[0]
-    if found not in known:
+    found = os.environ.get(_VARIABLE, "").lower() or FORMATS[0]
+    if found not in FORMATS:
         raise DataError(
-            f"the environment variable {variable} is {found!r}; it may be one of {', '.join(known)}"
+            f"the environment variable {_VARIABLE} is {found!r}; it may be one of "
+            f"{', '.join(FORMATS)}"
         )
     return found
 
 
-def file_bytes(frame: "pd.DataFrame", stem: str, kind: str) -> tuple[str, bytes]:
-    """Name and content of the file `stem` with a table in the format for its kind."""
-    suffix = file_format(kind)
+def file_bytes(frame: "pd.DataFrame") -> bytes:
+    """The content of a file with a table, in this format."""
+    suffix = file_format()
     if suffix == "xlsx":
-        return f"{stem}.xlsx", _xlsx(frame)
+        return _xlsx(frame)
     from vlmeval.smp import dump
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"table.{suffix}"
         dump(frame, str(file))
-        return f"{stem}.{suffix}", file.read_bytes()
+        return file.read_bytes()
 
 
 def _xlsx(frame: "pd.DataFrame") -> bytes:

@@ -63,8 +63,7 @@ def prepare(
         raise DataError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if mode not in MODES:
         raise DataError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    for kind in ("prediction", "score"):
-        file_format(kind)
+    file_format()  # checked now, and not after the last answer
     work_dir = Path(work_dir).expanduser().resolve()
     given = [models] if isinstance(models, str | Path | ServedVLM) else models
     checked = [one if isinstance(one, ServedVLM) else _folder(one, work_dir) for one in given]

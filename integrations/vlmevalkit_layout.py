@@ -25,19 +25,14 @@ from hipp_ext.evals.tables import Table
 from hipp_ext.files import write_atomic
 from hipp_ext.files.temporaries import lock
 from hipp_ext.files.untrusted import read_json
-from hipp_ext.integrations.vlmevalkit_files import EVAL_FORMATS, PRED_FORMATS, file_bytes
+from hipp_ext.integrations.vlmevalkit_files import FORMATS, file_bytes, file_format
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STATUS = "status.json"
-_PARTS = {  # what follows <model>_<data> in a file's name -> its formats
-    "": PRED_FORMATS,
-    "_auxmatch": PRED_FORMATS,
-    "_exact_matching_result": PRED_FORMATS,
-    "_score": ("csv",),
-    "_acc": EVAL_FORMATS,
-}
+_ANSWERS = ("", "_auxmatch", "_exact_matching_result")  # what follows <model>_<data> in a name
+_SCORES = ("_score", "_acc")
 _LONGEST = 255 - len("_exact_matching_result.xlsx")  # bytes of <model>_<data>
 
 
@@ -89,21 +84,16 @@ def export(done: Export) -> None:
 
 def _files(done: Export) -> dict[str, bytes]:
     """Content of each file by its name, the answers first."""
-    stem = _stem(done.folder, done.table.name)
+    stem, suffix = _stem(done.folder, done.table.name), file_format()
     base = done.table.frame.iloc[: len(done.answers)].drop(columns="image_path")
     base = base.assign(prediction=list(done.answers))
-    name, data = file_bytes(base, stem, "prediction")
-    files = {name: data}
+    files = {f"{stem}.{suffix}": file_bytes(base)}
     for path in sorted(done.scored.glob("*.[ct]sv")) if done.scored else ():
         part = path.stem.removeprefix(done.benchmark)
-        if not part:
-            continue  # the answers, under row numbers instead of the indices of the table
-        if path.suffix == ".csv" and part != "_acc":
+        if path.suffix == ".csv":
             files[f"{stem}{part}.csv"] = path.read_bytes()
-            continue
-        kind = "score" if path.suffix == ".csv" else "prediction"
-        name, data = file_bytes(_with_indices(path, base), f"{stem}{part}", kind)
-        files[name] = data
+        elif part:  # else the answers, under row numbers instead of the indices of the table
+            files[f"{stem}{part}.{suffix}"] = file_bytes(_with_indices(path, base))
     return files
 
 
@@ -111,7 +101,7 @@ def _with_indices(path: Path, base: "pd.DataFrame") -> "pd.DataFrame":
     """VLMEvalKit's columns beside those of the table, whose rows it knows by their number."""
     import pandas as pd
 
-    frame = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", keep_default_na=False)
+    frame = pd.read_csv(path, sep="\t", keep_default_na=False)
     if "index" not in frame or sorted(frame["index"]) != list(range(len(base))):
         return frame
     frame = frame.set_index("index").sort_index()
@@ -126,13 +116,13 @@ def _stem(folder: Path, data: str) -> str:
 
 def _remove(folder: Path, data: str, keep: Sequence[str] | dict[str, bytes] = ()) -> None:
     """Remove the files of a data set, except `keep`."""
-    for part, formats in _PARTS.items():
-        for suffix in formats:
-            name = f"{_stem(folder, data)}{part}.{suffix}"
-            # `data` may come from a damaged status.json.
-            if name not in keep and Path(name).name == name and "\0" not in name:
-                with contextlib.suppress(FileNotFoundError):
-                    (folder / name).unlink()
+    answers = [f"{part}.{suffix}" for part in _ANSWERS for suffix in FORMATS]
+    for end in (*answers, *(f"{part}.csv" for part in _SCORES)):
+        name = f"{_stem(folder, data)}{end}"
+        # `data` may come from a damaged status.json.
+        if name not in keep and Path(name).name == name and "\0" not in name:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
 
 
 def _status(path: Path) -> dict[str, Any]:
@@ -152,10 +142,6 @@ def _updated(status: dict[str, Any], done: Export, predictions: str) -> str:
     from vlmeval.smp import build_eval_id, upsert_dataset_status, upsert_run_status
 
     scores = sorted(done.scored.glob("*.csv")) if done.scored else []
-    pred_format, eval_format = (
-        os.environ.get(name, "").lower() or default
-        for name, default in (("PRED_FORMAT", "xlsx"), ("EVAL_FORMAT", "csv"))
-    )
     with tempfile.TemporaryDirectory() as scratch:  # its lock would stay after a killed process
         (Path(scratch) / STATUS).write_text(json.dumps(status))
         upsert_run_status(
@@ -163,8 +149,8 @@ def _updated(status: dict[str, Any], done: Export, predictions: str) -> str:
             eval_id=build_eval_id(),
             argv=shlex.split(done.command) if done.command else [],
             world_size=1,
-            pred_format=pred_format,
-            eval_format=eval_format,
+            pred_format=file_format(),
+            eval_format="csv",
             mode=done.mode,
             reuse=True,
             model_name=done.folder.name,

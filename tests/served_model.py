@@ -26,18 +26,20 @@ class Running:
         bodies, headers: of the questions asked so far.
         faults: instead of the next answers: a status, (status, message), DROP, HANG, or None.
         delay: waiting time before each answer [s].
+        listed: answer of /v1/models in the place of the rows, as an object or as bytes.
         together: largest number of questions that were open at the same time.
     """
 
     address: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
+    headers: list[Any] = field(default_factory=list)
     faults: list[Any] = field(default_factory=list)
     delay: float = 0.0
     together: int = 0
     open: int = 0
     key: str | None = None
+    listed: Any = None
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -60,7 +62,7 @@ def serving(
             pass
 
         def reply(self, status: int, content: Any, **headers: str) -> None:
-            data = json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
@@ -79,16 +81,12 @@ def serving(
             return False
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models" and self.allowed():
-                self.reply(
-                    200,
-                    {
-                        "object": "list",
-                        "data": [row | {"created": int(time.time())} for row in state.rows],
-                    },
-                )
-            elif self.path != "/v1/models":
+            if self.path != "/v1/models":
                 self.refuse(404, "no such place")
+            elif self.allowed():
+                now = {"created": int(time.time())}
+                rows = {"object": "list", "data": [row | now for row in state.rows]}
+                self.reply(200, rows if state.listed is None else state.listed)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -96,7 +94,7 @@ def serving(
                 return
             with lock:
                 state.bodies.append(body)
-                state.headers.append(dict(self.headers))
+                state.headers.append(self.headers)
                 fault = state.faults.pop(0) if state.faults else None
                 state.open += 1
                 state.together = max(state.together, state.open)

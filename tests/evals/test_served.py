@@ -69,6 +69,7 @@ def test_what_passes_is_tried_again(llava, tmp_path):
         ((404, "gone"), "cannot ask org/tiny"),
         (429, "has too many requests .*--api-nproc"),
         ((500, "image input is not supported"), "llama.cpp needs --mmproj FILE"),
+        ((200, "no choices"), "does not answer as OpenAI's protocol wants: .*localhost:8000/v1"),
         (DROP, "no server answers at http"),
         (HANG, "did not answer in time.*--timeout"),
     ],
@@ -93,6 +94,25 @@ def test_no_server_and_other_models():
             ServedVLM(server.address.replace("/v1", "/v2"))
     with pytest.raises(ServerError, match="no server answers at .*Check that it is running"):
         ServedVLM(server.address, retries=0)
+
+
+LISTS = [[], {"data": None}, {"data": [{"name": "x"}]}, {"data": [{"id": 5}]}, {"data": []}]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (b"<html>", "does not answer as OpenAI's protocol wants"),
+        *((listed, "lists no models") for listed in LISTS),
+    ],
+)
+def test_lists_of_models_that_are_none(listed, message):
+    with serving() as server:
+        server.listed = listed
+        with pytest.raises(ServerError, match=message):
+            ServedVLM(server.address)
+        server.listed = {"data": [{"id": "m", "owned_by": ["x"], "meta": {"a": "b" * 3000}}]}
+        assert len(str(ServedVLM(server.address).told)) < 2100
 
 
 def test_half_a_character_is_replaced(tmp_path, monkeypatch):
