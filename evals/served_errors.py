@@ -33,7 +33,11 @@ def explained(
     elif isinstance(error, openai.APIStatusError):
         text = _status(error.status_code, base_url, model, _words(error))
     else:
-        text = f"{base_url} does not answer as OpenAI's protocol wants: {error!r}"
+        what = shown(repr(error), _LONGEST)
+        text = (
+            f"{base_url} does not answer as OpenAI's protocol wants: {what}. "
+            "Check the address, such as http://localhost:8000/v1"
+        )
     return ServerError(shown(text.replace(key, "***") if key else text, 1000))
 
 

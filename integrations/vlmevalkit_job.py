@@ -102,12 +102,17 @@ def _folder(model: str | Path, work_dir: Path) -> Path:
     return folder
 
 
-def _evaluated(checked: Sequence[Path | ServedVLM], *, device: str | None, **how: Any) -> list[Any]:
+def _evaluated(
+    checked: Sequence[Path | ServedVLM], *, device: str | None, dtype: str, batch_size: int
+) -> list[Evaluated]:
     from hipp_ext.surgery.checkpoint import resolve_device
 
-    if any(isinstance(one, Path) for one in checked):
-        device = resolve_device(device)
-    return [
-        FolderModel(one, device=device, **how) if isinstance(one, Path) else ServedModel(one)
-        for one in checked
-    ]
+    folders = any(isinstance(one, Path) for one in checked)
+    place = resolve_device(device) if folders else ""
+    models: list[Evaluated] = []
+    for one in checked:
+        if isinstance(one, ServedVLM):
+            models.append(ServedModel(one))
+        else:
+            models.append(FolderModel(one, device=place, dtype=dtype, batch_size=batch_size))
+    return models

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,19 +54,20 @@ class FolderModel:
     def __init__(self, folder: Path, *, device: str, dtype: str, batch_size: int):
         self.folder = folder
         self.name, self.source = shown_name(folder), str(folder)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "max_new_tokens": MAX_NEW_TOKENS,
             "decoding": "greedy",
             "dtype": dtype,
             "device": device.partition(":")[0],
         }
+        self._hash = cache(partial(content_hash, folder))  # once, when it is needed
         self._place = (device, dtype)
         self._batch_size = batch_size
         self._loaded: HippVLM | None = None
 
-    @cached_property
+    @property
     def model_hash(self) -> str:
-        return content_hash(self.folder)
+        return self._hash()
 
     def answer(
         self,
@@ -108,7 +109,7 @@ class ServedModel:
         self._vlm = vlm
         self.name = served_name(vlm.name)
         self.source = f"{vlm.name} at {vlm.base_url}"
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "max_new_tokens": vlm.max_new_tokens,
             "decoding": "greedy",
             "base_url": vlm.base_url,
@@ -116,7 +117,7 @@ class ServedModel:
             "server_says": json.dumps(vlm.told, sort_keys=True),
         }
 
-    @cached_property
+    @property
     def model_hash(self) -> str:
         return hashlib.sha256(json.dumps(self._vlm.identity, sort_keys=True).encode()).hexdigest()
 

@@ -96,13 +96,14 @@ def test_no_server_and_other_models():
         ServedVLM(server.address, retries=0)
 
 
-LISTS = [[], {"data": None}, {"data": [{"name": "x"}]}, {"data": [{"id": 5}]}, {"data": []}]
+LISTS = [{"data": None}, {"data": [{"name": "x"}]}, {"data": [{"id": 5}]}, {"data": []}]
 
 
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
         (b"<html>", "does not answer as OpenAI's protocol wants"),
+        ([], "does not answer as OpenAI's protocol wants.*Check the address"),
         *((listed, "lists no models") for listed in LISTS),
     ],
 )
