@@ -11,7 +11,9 @@ here.
 """
 
 import contextlib
+import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 STATUS = "status.json"
 _ANSWERS = ("", "_auxmatch", "_exact_matching_result")  # what follows <model>_<data> in a name
 _SCORES = ("_score", "_acc")
+_DATA = re.compile(r"[A-Za-z0-9][\w.-]{0,200}", re.ASCII)  # names of data sets; no paths
 _LONGEST = 255 - len("_exact_matching_result.xlsx")  # bytes of <model>_<data>
 
 
@@ -72,8 +75,7 @@ def export(done: Export) -> None:
         status = _status(done.folder / STATUS)
         known = status.get("model_hash")
         if known not in (None, done.model_hash):
-            datasets = status.get("datasets")
-            for data in datasets if isinstance(datasets, dict) else ():
+            for data in status["datasets"]:
                 _remove(done.folder, data)
             status = {}
         _remove(done.folder, done.table.name, keep=files)
@@ -119,25 +121,29 @@ def _remove(folder: Path, data: str, keep: Sequence[str] | dict[str, bytes] = ()
     answers = [f"{part}.{suffix}" for part in _ANSWERS for suffix in FORMATS]
     for end in (*answers, *(f"{part}.csv" for part in _SCORES)):
         name = f"{_stem(folder, data)}{end}"
-        # `data` may come from a damaged status.json.
-        if name not in keep and Path(name).name == name and "\0" not in name:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
+        if name not in keep:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _status(path: Path) -> dict[str, Any]:
-    """The status of the folder; empty if there is none that can be read."""
+    """The status of the folder; without data sets if there is none that can be read."""
     try:
         status = read_json(path)
     except DataError:
-        return {}
-    return status if isinstance(status, dict) else {}
+        status = {}
+    status = status if isinstance(status, dict) else {}
+    datasets = status.get("datasets")
+    datasets = datasets if isinstance(datasets, dict) else {}
+    kept = {
+        data: entry
+        for data, entry in datasets.items()
+        if isinstance(entry, dict) and _DATA.fullmatch(data)
+    }
+    return status | {"datasets": kept}
 
 
 def _updated(status: dict[str, Any], done: Export, predictions: str) -> str:
     """status.json with this evaluation, by VLMEvalKit's own functions."""
-    import json
-
     import pandas as pd
     from vlmeval.smp import build_eval_id, upsert_dataset_status, upsert_run_status
 

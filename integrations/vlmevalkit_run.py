@@ -153,9 +153,9 @@ def _evaluate_table(job: Job, model: Evaluated, table: Table) -> EvalRecord:
     with open_log(run / PREDICTIONS, indices) as log, writing(place):
         dataset = open_dataset(table, None)  # of all rows: the last batch is asked whole
         answers = _answers(job, model, table, log, dataset)
-        scored = None if job.mode == "infer" else run / "vlmevalkit"
-        metrics = {}
-        if scored:
+        scored, metrics = None, {}
+        if job.mode != "infer":
+            scored = run / "vlmevalkit"
             theirs = score(first_rows(dataset, len(answers)), answers, scored)
             metrics = {"vlmevalkit": theirs, **_metrics(table, answers)}
         record = EvalRecord(
@@ -175,18 +175,17 @@ def _evaluate_table(job: Job, model: Evaluated, table: Table) -> EvalRecord:
         if scored:
             text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
             write_atomic(place / "results.json", text)
-        export(
-            Export(
-                folder=job.work_dir / job.exported_name(model),
-                model_hash=model.model_hash,
-                table=table,
-                answers=answers,
-                scored=scored,
-                benchmark=dataset.dataset_name,
-                mode=job.mode,
-                command=job.command,
-            )
+        done = Export(
+            folder=job.work_dir / job.exported_name(model),
+            model_hash=model.model_hash,
+            table=table,
+            answers=answers,
+            scored=scored,
+            benchmark=dataset.dataset_name,
+            mode=job.mode,
+            command=job.command,
         )
+        export(done)
     return record
 
 

@@ -109,7 +109,16 @@ def test_vlmevalkits_own_results_stay(llava, lmu, tmp_path):
     assert set(json.loads((folder / "status.json").read_text())["datasets"]) == {"MMBench", "POPE"}
 
 
-@pytest.mark.parametrize("content", ["[]", '{"model_hash": 1, "datasets": {"../../x": {}}}', "{"])
+DAMAGED = (
+    "{",
+    "[]",
+    '{"datasets": []}',
+    '{"datasets": {"POPE": "done"}}',
+    '{"model_hash": 1, "datasets": {"../../x": {}, "\\u0000": {}, "x": 5}}',
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_status_does_no_harm(llava, lmu, tmp_path, content):
     (tmp_path / "w/tiny").mkdir(parents=True)
     (tmp_path / "w/tiny/status.json").write_text(content)
