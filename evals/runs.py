@@ -195,12 +195,15 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
 
 
 def _with_hash(path: Path) -> Path:
-    """`path` if it exists, else the only folder PATH-HASH, else `path`.
+    """`path` if it holds results, else the only folder PATH-HASH, else `path`.
+
+    A folder PATH without results may be the one of VLMEvalKit's own files.
 
     Raises:
         DataError: there are several such folders.
     """
-    if path.exists():
+    marks = (PREDICTIONS, "results.json", "*/results.json")
+    if path.is_file() or any(next(path.glob(mark), None) for mark in marks):
         return path
     found = [
         p

@@ -45,6 +45,10 @@ class DataError(HippError, ValueError):
     """An evaluation data set that is missing or malformed."""
 
 
+class ServerError(HippError, RuntimeError):
+    """A server that cannot be reached, does not serve the model, or refuses what it is asked."""
+
+
 class AttackError(HippError, ValueError):
     """Settings or inputs on which an attack cannot run, or would look weaker than it is."""
 

@@ -1,6 +1,7 @@
-"""VLMEvalKit as a library: scores of model folders on its POPE and ScienceQA files.
+"""VLMEvalKit as a library: scores of models on its POPE and ScienceQA files.
 
     evaluate(["./dense", "./pruned"], ["POPE", "ScienceQA_TEST"])
+    evaluate(ServedVLM("http://localhost:8000/v1"), "POPE")
     register({"pruned": "./pruned"})  # in a script that uses VLMEvalKit
 
 Prompts and scores are VLMEvalKit's own; `vlmevalkit_run` describes the rest. The command `vlmeval`
@@ -16,15 +17,18 @@ from hipp_ext.integrations.vlmevalkit_interrupt import INTERRUPTED, MESSAGE, pro
 
 if TYPE_CHECKING:
     from hipp_ext.evals.predictions import HippVLM
+    from hipp_ext.evals.served import ServedVLM
     from hipp_ext.integrations.vlmevalkit_host import register
-    from hipp_ext.integrations.vlmevalkit_run import DTYPES, EvalRecord, evaluate
+    from hipp_ext.integrations.vlmevalkit_job import DTYPES
+    from hipp_ext.integrations.vlmevalkit_run import EvalRecord, evaluate
 
-__all__ = ["DTYPES", "EvalRecord", "HippVLM", "evaluate", "main", "register"]
+__all__ = ["DTYPES", "EvalRecord", "HippVLM", "ServedVLM", "evaluate", "main", "register"]
 
 _HOMES = {
-    "DTYPES": "integrations.vlmevalkit_run",
+    "DTYPES": "integrations.vlmevalkit_job",
     "EvalRecord": "integrations.vlmevalkit_run",
     "HippVLM": "evals.predictions",
+    "ServedVLM": "evals.served",
     "evaluate": "integrations.vlmevalkit_run",
     "register": "integrations.vlmevalkit_host",
     "_import_vlmeval": "integrations.vlmevalkit_host",

@@ -1,4 +1,5 @@
-"""The command `vlmeval`: VLMEvalKit's options for model folders, with reliable exit codes.
+"""The command `vlmeval`: VLMEvalKit's options for model folders and servers, with reliable exit
+codes.
 
 Exit codes: 0 all numbers were computed; 1 an error during the evaluation; 2 wrong usage or input,
 found before a model was loaded, or another process is evaluating the same; 130 stopped by ctrl-C.
@@ -14,94 +15,18 @@ from typing import TYPE_CHECKING
 
 from hipp_ext.errors import HippError, OutputBusyError
 from hipp_ext.integrations.vlmevalkit_interrupt import INTERRUPTED, prompt_interrupt
+from hipp_ext.integrations.vlmevalkit_options import BATCH_SIZE, parsed
 from hipp_ext.integrations.vlmevalkit_table import print_records
 
 if TYPE_CHECKING:
-    from hipp_ext.integrations.vlmevalkit_run import Job
-
-EXAMPLES = """\
-examples:
-  vlmeval --data POPE --model ./pruned
-  vlmeval --data POPE ScienceQA_TEST --model ./dense ./pruned --batch-size 16
-  vlmeval --data mine=questions.tsv --model ./pruned --limit 100 --device cpu
-
-The TSVs are VLMEvalKit's: <LMUData>/POPE.tsv and so on. Your own TSV (NAME=PATH) is scored as
-multiple choice if it has option columns A, B, ..., and as POPE otherwise. Answers are kept: run a
-stopped command again to continue. Results are in <work-dir>/<name of the model's folder>-<hash>;
-`hipp compare` finds them without the hash.
-"""
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def parser() -> argparse.ArgumentParser:
-    # VLMEvalKit's users type `--data A B --model C D`. argparse reads such lists; typer, which
-    # `hipp` uses, needs the option again for each value.
-    parser = argparse.ArgumentParser(
-        prog="vlmeval",
-        description="Evaluate model folders on POPE and ScienceQA with VLMEvalKit's prompts and "
-        "metrics, offline.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="NAME",
-        help="POPE, ScienceQA_VAL, ScienceQA_TEST (short: ScienceQA), or NAME=PATH",
-    )
-    add(
-        "--model",
-        dest="model_dirs",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="DIR",
-        help="model folders, pruned or not",
-    )
-    add("--limit", type=_positive, metavar="N", help="only the first N questions of each data set")
-    add(
-        "--batch-size",
-        type=_positive,
-        default=8,
-        metavar="N",
-        help="questions per batch (default: 8)",
-    )
-    add(
-        "--device",
-        metavar="DEVICE",
-        help="such as cuda:0 or cpu (default: the GPU if there is one)",
-    )
-    add(
-        "--dtype",
-        choices=_DTYPES,
-        default="auto",
-        help="dtype of the weights (default: auto, as stored)",
-    )
-    add(
-        "--work-dir",
-        default="outputs",
-        metavar="DIR",
-        help="folder of answers and results (default: outputs)",
-    )
-    add("--lmu-data", metavar="DIR", help="folder of the TSVs (default: $LMUData, else ~/LMUData)")
-    add("--verbose", action="store_true", help="print every answer, and the full trace of an error")
-    return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+    from hipp_ext.evals.served import ServedVLM
+    from hipp_ext.integrations.vlmevalkit_job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:
-        args = parser().parse_args(argv)
+        args = parsed(argv)
     except SystemExit as stop:  # argparse has printed its message or its help
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -141,13 +66,13 @@ def _run(args: argparse.Namespace, command: str) -> int:
     from hipp_ext.integrations.vlmevalkit_run import evaluate_model
 
     records, failures = [], []
-    for folder in job.folders:
+    for model in job.models:
         try:
-            for record in evaluate_model(job, folder):
+            for record in evaluate_model(job, model):
                 records.append(record)
         except Exception as error:  # the other models are still evaluated
             failures.append(error)
-            print(f"{folder}: ", end="", file=sys.stderr)
+            print(f"{model.source}: ", end="", file=sys.stderr)
             _print_error(error, args.verbose)
     if records:
         print_records(records)
@@ -160,14 +85,44 @@ def _prepare(args: argparse.Namespace, command: str) -> "Job":
     import transformers
 
     from hipp_ext.integrations.vlmevalkit_host import import_vlmeval
-    from hipp_ext.integrations.vlmevalkit_run import prepare
+    from hipp_ext.integrations.vlmevalkit_job import prepare
 
-    job = prepare(**vars(args), progress=sys.stderr.isatty(), command=command)
+    job = prepare(
+        args.model if args.base_url is None else _served(args),
+        args.data,
+        args.lmu_data,
+        args.work_dir,
+        limit=args.limit,
+        batch_size=args.batch_size or BATCH_SIZE,
+        device=args.device,
+        dtype=args.dtype,
+        mode=args.mode,
+        progress=sys.stderr.isatty(),
+        verbose=args.verbose,
+        command=command,
+    )
     import_vlmeval()
     # The bar of questions stays.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return job
+
+
+def _served(args: argparse.Namespace) -> "list[ServedVLM]":
+    """The models of --base-url; the server is asked which ones it has."""
+    from hipp_ext.evals.served import ServedVLM
+
+    return [
+        ServedVLM(
+            args.base_url,
+            name,
+            api_key_env=args.api_key_env,
+            parallel=args.parallel,
+            retries=args.retry,
+            timeout=args.timeout,
+        )
+        for name in dict.fromkeys(args.model or [None])
+    ]
 
 
 def _go_offline() -> None:

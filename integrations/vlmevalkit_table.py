@@ -37,7 +37,8 @@ def print_records(records: Sequence["EvalRecord"], console: "Console | None" = N
     table = FittingTable(
         _TITLE, ("model", "data", "metric"), [_NUMBERS], rows, "{} on {}", box=HEAVY_HEAD
     )
-    (console if console.is_terminal else Console(file=console.file, width=10_000)).print(table)
+    if rows:  # there are none where questions were only asked
+        (console if console.is_terminal else Console(file=console.file, width=10_000)).print(table)
     for line in _counts(records):
         console.print(Text(line))
     for record, name in zip(records, names, strict=True):
@@ -74,6 +75,8 @@ def _counts(records: Sequence["EvalRecord"]) -> list[str]:
 def _rows(record: "EvalRecord") -> list[list[str]]:
     """Metric and numbers of each line of a record."""
     metrics = record.metrics
+    if not metrics:
+        return []
     if "official" not in metrics:
         return [
             [

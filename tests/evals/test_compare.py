@@ -38,7 +38,7 @@ def scored(models, lmu, tmp_path_factory):
     records = evaluate(
         models, ["POPE", "ScienceQA"], lmu_data=lmu, work_dir=work, device="cpu", progress=False
     )
-    return records, sorted(path for path in work.iterdir() if path.name.startswith("tiny"))
+    return records, sorted(work.glob("tiny?-*"))
 
 
 def run(answers: list[str], **changes) -> Run:

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from hipp_ext import load_pruned, prune
-from hipp_ext.errors import CheckpointError, UnsupportedModelError
+from hipp_ext.errors import CheckpointError, ServerError, UnsupportedModelError
+from hipp_ext.evals.served import ServedVLM
 from hipp_ext.groups import find_groups
 from hipp_ext.integrations.llama_cpp import export_gguf
 from hipp_ext.integrations.llama_cpp_mmproj import vision_refusals
@@ -188,3 +189,21 @@ def test_the_picture_processor_is_needed(tmp_path):
         export_gguf(folder, tmp_path / "a.gguf", mmproj=tmp_path / "b.gguf")
     shutil.rmtree(folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_its_server_is_evaluated(tmp_path):
+    folder = with_processor(llava(), tmp_path / "model")
+    export_gguf(folder, tmp_path / "a.gguf", type="f32", mmproj=tmp_path / "b.gguf")
+    questions = []
+    for seed in range(6):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        image = {"type": "image", "value": str(tmp_path / f"{seed}.png")}
+        questions.append([image, {"type": "text", "value": "cat sat " * seed}])
+    seeing = serve(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    served = ServedVLM(seeing.listening_address, parallel=3)
+    answers = served.generate_batch(questions)
+    assert any(answers) and answers == [served.generate(question) for question in questions]
+    assert served.told["owned_by"] == "llamacpp" and served.told["meta"]["n_params"] > 1000
+    blind = serve(tmp_path / "a.gguf")
+    with pytest.raises(ServerError, match="llama.cpp needs --mmproj FILE"):
+        ServedVLM(blind.listening_address, retries=0).generate(questions[0])

@@ -64,7 +64,7 @@ def files(work: Path) -> dict[str, bytes]:
     return {
         p.relative_to(work).as_posix(): p.read_bytes()
         for p in work.rglob("*")
-        if p.is_file() and p.name != "results.json"
+        if p.is_file() and p.name not in ("results.json", "status.json")
     }
 
 
