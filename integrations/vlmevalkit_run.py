@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.evals.benchmarks import BENCHMARKS, benchmark_scores, scored_rows
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows, check_model_folder
-from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name, write_questions
+from hipp_ext.evals.runs import (
+    PREDICTIONS,
+    result_folder,
+    run_folder,
+    shown_name,
+    table_rows,
+    write_questions,
+)
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, locate, read_table, row_options
@@ -43,9 +51,10 @@ class EvalRecord:
         data_hash: SHA-256 of its rows and pictures.
         n: number of questions asked, which a limit may reduce.
         metrics: "vlmevalkit": the table that VLMEvalKit prints, as {split: {column: number}}
-            ("Overall" is the F1 on POPE). Then "vlmeval" and "official" for POPE: {split: fields of
-            POPEScores}, or "accuracy" for ScienceQA: {group: fields of ChoiceScores}. A standard
-            error that cannot be computed is None.
+            ("Overall" is the F1 on POPE). Then "vlmeval" and "official" for POPE and RePOPE:
+            {split: fields of POPEScores}, or "scores" for MME, AMBER and HallusionBench: {rule:
+            {split: numbers as in their modules}}, or "accuracy" for ScienceQA: {group: fields of
+            ChoiceScores}. A standard error that cannot be computed is None.
         settings: settings that change the answers.
         official_file: whether the data is the published file; None if there is no published file.
         without_image: number of rows that were left out because they have no image.
@@ -91,7 +100,7 @@ def evaluate(
 
     Args:
         model_dirs: model folders, pruned or not, each with its processor.
-        data: POPE, ScienceQA_VAL, ScienceQA_TEST (or ScienceQA), or NAME=PATH for your own TSV.
+        data: names of `tables.KNOWN`, such as POPE or MME, or NAME=PATH for your own TSV.
         lmu_data: folder of the TSVs. Default: $LMUData, else ~/LMUData.
         work_dir: folder of the results, <model>-<hash>/<data>/results.json; <model> is the last
             part of the path, as given.
@@ -182,6 +191,12 @@ def prepare(
             f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}"
         )
     tables = [read_table(path, work_dir / "images", name=name) for name, path in found]
+    for table in tables:
+        if not scored_rows(table.name, [row.group for row in table_rows(table)[:limit]]):
+            raise DataError(
+                f"{table.name}: the limit of {limit} leaves no picture with both of its questions, "
+                "and single questions are not scored. Give a higher limit"
+            )
     return Job(
         folders=folders,
         tables=tables,
@@ -284,6 +299,8 @@ def _answered(
 def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
     """Our metrics of the answers to the first rows of a table, as plain data for JSON."""
     frame, n = table.frame.iloc[: len(answers)], len(answers)
+    if table.name in BENCHMARKS:
+        return {"scores": without_nan(benchmark_scores(table.name, answers, table_rows(table)[:n]))}
     if table.kind == YES_NO:
         rules = pope_scores(
             answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n]
