@@ -107,11 +107,13 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
         )
     file = data_root(lmu_data) / f"{name}.tsv"
     if not file.is_file():
-        published = f", or get the published file from {_OFFICIAL[name][0]}/{name}.tsv"
+        published = ""
+        if name in _OFFICIAL:
+            published = f", or get the published file from {_OFFICIAL[name][0]}/{name}.tsv"
         raise DataError(
             f"{name}: there is no {file}. Make one with `hipp data` (from its authors' files) or, "
-            f"for POPE and ScienceQA, `hipp testbed export`{published if name in _OFFICIAL else ''}"
-            "; its folder is --lmu-data, else $LMUData, else ~/LMUData"
+            f"for POPE and ScienceQA, `hipp testbed export`{published}; its folder is --lmu-data, "
+            "else $LMUData, else ~/LMUData"
         )
     return name, file.resolve()
 
