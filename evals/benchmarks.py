@@ -47,7 +47,7 @@ class Benchmark:
         score: scores by split of the answers that a rule has read, in percent; None for POPE, which
             `pope_scores` scores.
         cluster: key of the questions that are not independent of a question.
-        shown: (label, field, splits) of the numbers in the table of `vlmeval`.
+        shown: splits with their (label, field) of the numbers in the table of `vlmeval`.
         columns: (title, split, field) of the numbers in a report, after the name of the data set.
     """
 
@@ -59,7 +59,7 @@ class Benchmark:
     group_size: int | None = None
     score: Callable[[Sequence[str], Sequence[Asked], bool], Scores] | None = None
     cluster: Callable[[Asked], str] = lambda question: question.image
-    shown: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    shown: tuple[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], ...] = ()
     columns: tuple[tuple[str, str, str], ...] = ()
 
 
@@ -89,7 +89,9 @@ def _hallusionbench(predictions: Sequence[str], questions: Sequence[Asked], erro
 
 
 _KINDS = ("overall", "existence", "attribute", "relation")
-_PARTS = ("overall", "VD", "VS")
+_OF_NO = (("accuracy", "accuracy"), ("precision of no", "precision"), ("recall of no", "recall"))
+_OF_NO += (("F1 of no", "f1"),)
+_ACCURACIES = (("aAcc", "accuracy"), ("fAcc", "figure_accuracy"), ("qAcc", "pair_accuracy"))
 
 POPE = Benchmark(
     name="POPE",
@@ -104,9 +106,8 @@ MME = Benchmark(
     group_size=mme.PER_PICTURE,
     score=_mme,
     shown=(
-        ("score", "score", tuple(mme.TOTALS)),
-        ("accuracy", "accuracy", mme.SUBTASKS),
-        ("accuracy+", "accuracy_plus", mme.SUBTASKS),
+        (tuple(mme.TOTALS), (("score", "score"),)),
+        (mme.SUBTASKS, (("accuracy", "accuracy"), ("accuracy+", "accuracy_plus"))),
     ),
     columns=(("perception", "perception", "score"), ("cognition", "cognition", "score")),
 )
@@ -116,12 +117,7 @@ AMBER = Benchmark(
     positive="no",
     ending=amber.ENDING,
     score=_amber,
-    shown=(
-        ("accuracy", "accuracy", _KINDS),
-        ("precision of no", "precision", _KINDS),
-        ("recall of no", "recall", _KINDS),
-        ("F1 of no", "f1", _KINDS),
-    ),
+    shown=((_KINDS, _OF_NO),),
     columns=(("", "overall", "accuracy"), ("F1 of no", "overall", "f1")),
 )
 HALLUSIONBENCH = Benchmark(
@@ -130,19 +126,8 @@ HALLUSIONBENCH = Benchmark(
     whole="fAcc",
     score=_hallusionbench,
     cluster=lambda question: question.group.rpartition("_")[0],  # the set of the figure
-    shown=(
-        ("aAcc", "accuracy", _PARTS),
-        ("fAcc", "figure_accuracy", _PARTS),
-        ("qAcc", "pair_accuracy", _PARTS),
-    ),
-    columns=tuple(
-        (title, "overall", field)
-        for title, field in (
-            ("aAcc", "accuracy"),
-            ("fAcc", "figure_accuracy"),
-            ("qAcc", "pair_accuracy"),
-        )
-    ),
+    shown=((("overall", "VD", "VS"), _ACCURACIES),),
+    columns=tuple((label, "overall", field) for label, field in _ACCURACIES),
 )
 BENCHMARKS = {one.name: one for one in (MME, AMBER, HALLUSIONBENCH)}
 POPE_LIKE = ("POPE", "RePOPE")

@@ -120,9 +120,10 @@ def _benchmark_rows(name: str, scores: dict) -> list[list[str]]:
             f"{ours[split]['yes_rate']:.1f}",
             f"{ours[split]['unknown_rate']:.1f}",
         ]
-        for label, field, splits in BENCHMARKS[name].shown
+        for splits, numbers in BENCHMARKS[name].shown
         for split in splits
         if split in ours
+        for label, field in numbers
     ]
 
 

@@ -167,7 +167,7 @@ def test_the_command_prints_the_numbers_of_each(records, place, capsys):
     line = next(line for line in out.splitlines() if "score cognition" in line)
     assert f"{mme['vlmeval']['cognition']['score']:.2f} ±" in line
     assert f"{mme['official']['cognition']['score']:.2f} ±" in line
-    assert "2000 and 800 at most" in " ".join(out.split())
+    assert "at most 2000 and 800" in " ".join(out.split())
 
 
 def test_comparisons_are_by_picture_and_have_each_benchmarks_own_number(records, place):
@@ -229,6 +229,15 @@ def test_the_report_has_the_numbers(records, place):
     page = write_report(place / "outputs", place / "report").read_text()
     assert "MME perception" in page and "out of 2,000" in page
     assert "on HallusionBench" in page  # where the models disagree
+
+
+def test_damaged_scores_do_not_reach_a_report(records, tmp_path):
+    record = json.loads(json.dumps(vars(records["tiny0", "MME"])))
+    for value in ("many", -1, 1e300):
+        record["metrics"]["scores"]["vlmeval"]["perception"]["score"] = value
+        (tmp_path / "results.json").write_text(json.dumps(record))
+        with pytest.raises(DataError, match=r"results.json is damaged: .*perception.score"):
+            read_sources([tmp_path])
 
 
 # ------------------------------------------------------------------------------------------ lm-eval
