@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hipp_ext.evals.benchmarks import BENCHMARKS
 from hipp_ext.evals.text_table import FittingTable
 from hipp_ext.files.untrusted import shown
 
@@ -110,6 +109,8 @@ def _benchmark_rows(name: str, scores: dict) -> list[list[str]]:
     """Metric and numbers of each line of one of `BENCHMARKS`; the authors' column is empty where
     they let a judge read the answers.
     """
+    from hipp_ext.evals.benchmarks import BENCHMARKS
+
     ours, official = scores["vlmeval"], scores.get("official", {})
     return [
         [
