@@ -201,8 +201,10 @@ def _compare_split(
         f1 = _f1_difference(predictions == positive, labels == positive, clusters, level, seed)
     if benchmark and benchmark.whole:
         groups = [question.group for question in questions]
-        sides = [whole_groups(own, groups, benchmark.group_size) for own in (correct_a, correct_b)]
-        whole = _whole_difference(*sides, clusters, level, seed)
+        whole_a, whole_b = (
+            whole_groups(own, groups, benchmark.group_size) for own in (correct_a, correct_b)
+        )
+        whole = _whole_difference(whole_a, whole_b, clusters, level, seed)
     return {
         "paired": paired,
         "f1": f1,

@@ -15,6 +15,7 @@ from hipp_ext.evals.mme import PER_PICTURE, SUBTASKS
 from hipp_ext.files.untrusted import read_plain, shown
 
 _INNER, _IMAGES, _TEXTS = "MME_Benchmark", "images", "questions_answers_YN"
+_COLUMNS = ("index", "image_path", "question", "answer", "category")
 _ENDINGS = (".jpg", ".png", ".jpeg")
 _TEXT_BYTES = 1 << 20  # two questions
 
@@ -44,8 +45,8 @@ def write_mme(
         for text, picture in _files(root / subtask):
             name = picture.relative_to(root).as_posix()
             for question, answer in _questions(text):
-                row = {"index": len(rows), "image_path": name, "question": question}
-                rows.append(row | {"answer": answer, "category": subtask})
+                cells = (len(rows), name, question, answer, subtask)
+                rows.append(dict(zip(_COLUMNS, cells, strict=True)))
                 names.append(name)
     made = {"made_by": "hipp data mme", "files": root.name}
     pictures = file_pictures(root, names)
