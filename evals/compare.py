@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.benchmarks import POPE, Benchmark, benchmark_of
 from hipp_ext.evals.compare_table import fitting_table
-from hipp_ext.evals.pope import RULES
 from hipp_ext.evals.runs import AskedQuestion, Run, read_runs
 from hipp_ext.evals.statistics import (
     Estimate,
@@ -25,6 +25,8 @@ from hipp_ext.evals.statistics import (
     f1_percent,
     paired_difference,
     questions_needed,
+    ratio,
+    whole_groups,
     without_nan,
 )
 from hipp_ext.evals.tables import YES_NO
@@ -49,13 +51,18 @@ class Comparison:
 
     Attributes:
         data: name of the data set.
-        rule: "vlmeval" or "official" (POPE; see `evals.pope`), or "letter" (multiple choice).
-        split: "all" (every question once) or one of POPE's splits.
+        rule: "vlmeval" or "official" (yes/no; see `evals.benchmarks`), or "letter" (multiple
+            choice).
+        split: "all" (every question once) or one of the data set's splits.
         paired: the accuracies and their difference, B - A.
-        f1: difference of the F1 of yes [percentage points], B - A; None for multiple choice.
+        f1: difference of the F1 of yes, for AMBER of no [percentage points], B - A; None for
+            multiple choice, MME and HallusionBench.
+        whole: difference of the share of pictures whose questions are all answered correctly
+            [percentage points], B - A: MME's accuracy+ and HallusionBench's fAcc; else None.
         yes_a, yes_b: share of the answers yes [%]; None for multiple choice.
         questions_for_a_point: number of questions needed to show a difference of one point (power
             80%, level 5%), for the discordance and the design effect measured here.
+        benchmark: name of the benchmark whose rules these are; empty for multiple choice.
     """
 
     data: str
@@ -63,9 +70,11 @@ class Comparison:
     split: str
     paired: PairedDifference
     f1: Estimate | None
+    whole: Estimate | None
     yes_a: float | None
     yes_b: float | None
     questions_for_a_point: int
+    benchmark: str
 
 
 def compare(
@@ -111,6 +120,9 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
     check_same_questions(a, b)
     asked, rows = a.questions, []
     yes_no = asked[0].kind == YES_NO
+    benchmark = benchmark_of(asked[0].benchmark) if yes_no else None
+    if len({question.benchmark for question in asked}) > 1:
+        raise DataError(f"{shown(a.data)}: its questions are those of several benchmarks")
     splits = {"all": list(range(len(asked)))}
     for row, question in enumerate(asked):
         for split in dict.fromkeys(question.category.split(",")) if yes_no else ():
@@ -122,7 +134,7 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
             f"{shown(a.data)}: {len(splits) - 1:,} splits, of {MAX_SPLITS - 1} that can be "
             f"compared, or a question with more than {MAX_OPTIONS} options"
         )
-    for rule in RULES if yes_no else ("letter",):
+    for rule in benchmark.rules if benchmark else ("letter",):
         predictions = np.asarray(
             [
                 [q.prediction(text, rule) for q, text in zip(asked, run.answers, strict=True)]
@@ -131,7 +143,7 @@ def compare_runs(a: Run, b: Run, *, level: float = 0.95, seed: int = 0) -> list[
         )
         for split, own in splits.items():
             questions = [asked[row] for row in own]
-            numbers = _compare_split(questions, predictions[:, own], yes_no, level, seed)
+            numbers = _compare_split(questions, predictions[:, own], benchmark, level, seed)
             rows.append(Comparison(data=a.data, rule=rule, split=split, **numbers))
     return rows
 
@@ -154,7 +166,7 @@ def check_same_questions(a: Run, b: Run) -> None:
         other = by_index.get(question.index)
         if other is None:
             raise DataError(f"{where}: A answers index {shown(question.index)}, B does not")
-        for field in ("question", "options", "image", "answer", "category"):
+        for field in ("question", "options", "image", "answer", "category", "benchmark", "group"):
             own, theirs = getattr(question, field), getattr(other, field)
             if own != theirs:
                 cells = [shown(repr(value), 200) for value in (own, theirs)]
@@ -168,38 +180,65 @@ def check_same_questions(a: Run, b: Run) -> None:
 def _compare_split(
     questions: Sequence[AskedQuestion],
     predictions: np.ndarray,
-    yes_no: bool,
+    benchmark: Benchmark | None,
     level: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The fields of the comparison on some questions; `predictions` are those of A and of B."""
+    """The fields of the comparison on some questions; `predictions` are those of A and of B.
+
+    Args:
+        benchmark: the benchmark of yes/no questions; None for multiple choice.
+    """
     labels = np.asarray([question.label for question in questions])
     clusters = [question.cluster for question in questions]
     correct_a, correct_b = predictions == labels
     paired = paired_difference(correct_a, correct_b, clusters, level=level, seed=seed)
     effect = 1.0 if math.isnan(paired.design_effect) else max(1.0, paired.design_effect)
     yes = predictions == "yes"
-    yes_a, yes_b = map(float, 100 * yes.mean(axis=1)) if yes_no else (None, None)
+    yes_a, yes_b = map(float, 100 * yes.mean(axis=1)) if benchmark else (None, None)
+    f1 = whole = None
+    if benchmark and (positive := benchmark.positive):
+        f1 = _f1_difference(predictions == positive, labels == positive, clusters, level, seed)
+    if benchmark and benchmark.whole:
+        groups = [question.group for question in questions]
+        whole_a, whole_b = (
+            whole_groups(own, groups, benchmark.group_size) for own in (correct_a, correct_b)
+        )
+        whole = _whole_difference(whole_a, whole_b, clusters, level, seed)
     return {
         "paired": paired,
-        "f1": _f1_difference(yes, labels == "yes", clusters, level, seed) if yes_no else None,
+        "f1": f1,
+        "whole": whole,
         "yes_a": yes_a,
         "yes_b": yes_b,
         # If the models differ on fewer questions than one point, one point is assumed.
         "questions_for_a_point": questions_needed(
             POINT, max(POINT, paired.discordance), design_effect=effect
         ),
+        "benchmark": benchmark.name if benchmark else "",
     }
 
 
-def _f1_difference(
-    yes: np.ndarray, positive: np.ndarray, clusters: Sequence[str], level: float, seed: int
+def _whole_difference(
+    a: np.ndarray, b: np.ndarray, clusters: Sequence[str], level: float, seed: int
 ) -> Estimate:
+    """The difference of the shares of groups that are wholly correct; see `whole_groups`."""
+    counts = np.stack([a[:, 0], b[:, 1] - a[:, 1]], axis=1)
+    return bootstrap_estimate(
+        counts, clusters, lambda s: 100 * ratio(s[..., 1], s[..., 0]), level=level, seed=seed
+    )
+
+
+def _f1_difference(
+    said: np.ndarray, positive: np.ndarray, clusters: Sequence[str], level: float, seed: int
+) -> Estimate:
+    """The difference of the F1 of the positive answer, which `said` tells of A and of B."""
+
     def difference(sums: np.ndarray) -> np.ndarray:
         hit_a, miss_a, hit_b, miss_b = np.moveaxis(sums, -1, 0)
         return f1_percent(hit_b, miss_b) - f1_percent(hit_a, miss_a)
 
-    columns = [column for own in yes for column in (own & positive, own ^ positive)]
+    columns = [column for own in said for column in (own & positive, own ^ positive)]
     counts = np.stack(columns, axis=1).astype(float)
     return bootstrap_estimate(counts, clusters, difference, level=level, seed=seed)
 
@@ -213,13 +252,15 @@ def plain(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def counts_sentence(rows: Sequence[Comparison]) -> str:
-    """Explains why `vlmeval` prints another number of questions for a yes/no data set; empty if it
-    does not.
+    """Explains why `vlmeval` prints another number of questions for a data set with POPE's splits;
+    empty if it does not.
     """
     sentences = []
     for data in dict.fromkeys(row.data for row in rows):
         sizes = {
-            row.split: row.paired.n for row in rows if row.data == data and row.yes_a is not None
+            row.split: row.paired.n
+            for row in rows
+            if row.data == data and row.benchmark == POPE.name
         }
         if (once := sizes.pop("all", 0)) < (asked := sum(sizes.values())):
             sentences.append(split_counts(data, once, asked))

@@ -12,14 +12,19 @@ from hipp_ext.files.untrusted import shown
 
 _NAMES = ("data", "rule", "split")
 _SCORES = ("n", "A", "B", "B - A", "p\n(bootstrap)", "p\n(McNemar)")
-_REST = ("only A/B\ncorrect", "F1 B - A", "yes A/B", "n for 1 point")
+_REST = ("only A/B\ncorrect", "F1 B - A", "all right\nB - A", "yes A/B", "n for 1 point")
+_WHOLE = len(_NAMES) + len(_SCORES) + _REST.index("all right\nB - A")
 
 
 def fitting_table(rows: Sequence[Any], level: float) -> FittingTable:
     """The table of some `Comparison`s, whose intervals have the confidence `level`."""
     cells = [_cells(row, rule) for row, rule in _without_repetition(rows)]
+    rest = list(_REST)
+    if not any(row[_WHOLE] for row in cells):  # only MME and HallusionBench have it
+        del rest[_WHOLE - len(_NAMES) - len(_SCORES)]
+        cells = [[*row[:_WHOLE], *row[_WHOLE + 1 :]] for row in cells]
     title = f"accuracy in percent; B - A in points, with its {100 * level:g}% interval"
-    return FittingTable(title, _NAMES, (_SCORES, _REST), cells, "{}, rule: {}")
+    return FittingTable(title, _NAMES, (_SCORES, rest), cells, "{}, rule: {}")
 
 
 def _cells(row: Any, rule: str) -> list[str]:
@@ -36,13 +41,14 @@ def _cells(row: Any, rule: str) -> list[str]:
         _p(own.mcnemar_p),
         f"{own.only_a}/{own.only_b}",
         "" if row.f1 is None else _with_interval(row.f1),
+        "" if row.whole is None else _with_interval(row.whole),
         "" if row.yes_a is None else f"{row.yes_a:.1f}/{row.yes_b:.1f}",
         f"{row.questions_for_a_point:,}",
     ]
 
 
 def _without_repetition(rows: Sequence[Any]) -> list[tuple[Any, str]]:
-    """Rows with the names of their rules; one row for "both" if POPE's two rules agree on every
+    """Rows with the names of their rules; one row for "both" if the two rules agree on every
     answer.
     """
     by_rule = {(row.data, row.split, row.rule): row for row in rows}

@@ -147,6 +147,8 @@ def split_rates(
     *,
     errors: bool = False,
     seed: int = 0,
+    resamples: int = 1000,
+    positive: str = "yes",
 ) -> dict[str, float]:
     """The rates of one split in percent, named as in `POPEScores`, for answers that a rule has
     already read.
@@ -156,19 +158,22 @@ def split_rates(
         labels, images: see `pope_scores`.
         errors: also return the standard errors (`f1_se`, ...), which need a bootstrap.
         seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples.
+        positive: the answer that precision, recall and f1 are about, "yes" or "no".
     """
-    counts = _counts(predictions, labels)
-    if errors:
-        return rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=1000)
-    return dict(zip(_RATES, map(float, _rates(counts.sum(axis=0))), strict=True))
+    counts = _counts(predictions, labels, positive)
+    return rates_with_errors(
+        counts, images, _RATES, _rates, seed=seed, resamples=resamples, errors=errors
+    )
 
 
-def _counts(predictions: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+def _counts(predictions: Sequence[str], labels: Sequence[str], positive: str = "yes") -> np.ndarray:
     """Per row: 1, true positive, false positive, false negative, correct, answered yes, unknown."""
     answer, label = np.asarray(predictions), np.char.lower(np.asarray(labels))
-    yes, unknown, positive = answer == "yes", answer == "unknown", label == "yes"
+    said, true = answer == positive, label == positive
     one, correct = np.ones(len(answer), dtype=bool), answer == label
-    columns = [one, yes & positive, yes & ~positive, ~yes & positive, correct, yes, unknown]
+    columns = [one, said & true, said & ~true, ~said & true, correct]
+    columns += [answer == "yes", answer == "unknown"]
     return np.stack(columns, axis=1).astype(float)
 
 

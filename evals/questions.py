@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hipp_ext.calibration.chats import choice_prompt
+from hipp_ext.evals.benchmarks import benchmark_of
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.tables import Table
 from hipp_ext.files.untrusted import read_picture
@@ -41,7 +42,7 @@ def table_questions(table: Table) -> list[TableQuestion]:
         TableQuestion(
             prompt=choice_prompt(row.question, row.options, str(hint))
             if row.options
-            else row.question,
+            else row.question + benchmark_of(row.benchmark).ending,
             image_path=str(path),
             labels=tuple(row.options or ("Yes", "No")),
             answer=row.answer,

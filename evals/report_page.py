@@ -96,8 +96,11 @@ def _questions(entries: Sequence[Entry]) -> str:
     asked = {d: r["n"] for e in entries for d, r in e.records.items()}
     parts = [
         f"Questions: {', '.join(f'{d} {n:,}' for d, n in asked.items())}.",
-        "POPE by VLMEvalKit's rule, all splits pooled; the standard errors are over images.",
+        "Yes and no by VLMEvalKit's rule, POPE with all splits pooled; the standard errors are "
+        "over images.",
     ]
+    if "MME" in asked:
+        parts.append("MME's perception is out of 2,000, its cognition out of 800.")
     main = main_yes_no(entries)
     for record in (e.records[main] for e in entries if main is not None and main in e.records):
         pooled = record["metrics"]["vlmeval"].get("overall", {}).get("n", 0)

@@ -38,15 +38,20 @@ class _YesNo(_Choice):
     yes_rate_se: _Percent | None
 
 
+_Scores = dict[str, dict[str, Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | None]]
+
+
 class _Metrics(Strict):
     accuracy: dict[str, _Choice] | None = None
     vlmeval: dict[str, _YesNo] | None = None
     official: dict[str, Any] | None = None
+    scores: dict[str, _Scores] | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> "_Metrics":
-        if self.accuracy is None and (self.vlmeval is None or self.official is None):
-            raise ValueError("accuracy is needed, or both vlmeval and official")
+        pope = self.vlmeval is not None and self.official is not None
+        if self.accuracy is None and self.scores is None and not pope:
+            raise ValueError("accuracy is needed, or scores, or both vlmeval and official")
         return self
 
 

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.pope import RULES
+from hipp_ext.evals.benchmark_tables import groups_of, splits_of
+from hipp_ext.evals.benchmarks import BENCHMARKS, benchmark_of
 from hipp_ext.evals.prediction_log import read_lines
 from hipp_ext.evals.report_types import Strict, checked
 from hipp_ext.evals.scienceqa import option_letter
@@ -35,9 +36,12 @@ class AskedQuestion:
 
     Attributes:
         index: index of its row, as text.
-        question, answer, category: cells of the row; category is empty if the row has none.
+        question, answer, category: cells of the row; category is empty if the row has none. For a
+            yes/no question, category lists the splits in which it counts.
         image: SHA-256 of the image.
         options: text of each option by its letter; None for a yes/no question.
+        benchmark: one of `benchmarks.BENCHMARKS`; empty for another data set.
+        group: key of the questions that are counted together; see `benchmark_tables.groups_of`.
     """
 
     index: str
@@ -46,6 +50,8 @@ class AskedQuestion:
     category: str
     image: Annotated[str, Field(pattern=r"^[\w-]*$")]
     options: dict[str, str] | None
+    benchmark: str = ""
+    group: str = ""
 
     @property
     def kind(self) -> str:
@@ -61,23 +67,24 @@ class AskedQuestion:
     def cluster(self) -> str:
         """A key of the questions that are not independent of this one.
 
-        Yes/no questions about one image form a cluster. A multiple-choice question stands alone,
-        because many of them share a blank image and have nothing else in common.
+        Yes/no questions about one image form a cluster, in HallusionBench those about an image and
+        its edited versions. A multiple-choice question stands alone, because many of them share a
+        blank image and have nothing else in common.
         """
-        return self.image if self.kind == YES_NO else self.index
+        return benchmark_of(self.benchmark).cluster(self) if self.kind == YES_NO else self.index
 
     def prediction(self, answer: str, rule: str = "vlmeval") -> str:
         """What a model's answer means.
 
         Args:
             answer: text of the answer.
-            rule: one of `pope.RULES`; multiple choice has one rule only.
+            rule: one of the rules of the benchmark; multiple choice has one rule only.
 
         Returns:
             "yes", "no" or "unknown"; or the letter of an option, "Z" where it cannot be read.
         """
         return (
-            RULES[rule](answer)
+            benchmark_of(self.benchmark).rules[rule](answer)
             if self.kind == YES_NO
             else option_letter(answer, self.options or {})
         )
@@ -139,6 +146,10 @@ def table_rows(table: Table) -> list[AskedQuestion]:
     frame = table.frame
     options = [None] * len(frame) if table.kind == YES_NO else row_options(frame)
     categories = frame["category"].tolist() if "category" in frame else [""] * len(frame)
+    benchmark, groups = "", [""] * len(frame)
+    if table.name in BENCHMARKS:
+        benchmark, groups = table.name, groups_of(table.name, frame)
+        categories = splits_of(table.name, frame)
     columns = (frame["index"], frame["question"], frame["answer"], categories)
     return [
         AskedQuestion(
@@ -148,8 +159,10 @@ def table_rows(table: Table) -> list[AskedQuestion]:
             category=str(c),
             image=image,
             options=None if o is None else {letter: str(text) for letter, text in o.items()},
+            benchmark=benchmark,
+            group=group,
         )
-        for i, q, a, c, image, o in zip(*columns, table.images, options, strict=True)
+        for i, q, a, c, image, o, group in zip(*columns, table.images, options, groups, strict=True)
     ]
 
 
@@ -269,8 +282,9 @@ def _read_run(predictions: Path, tsv: str | Path | None) -> Run:
 
 def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
     if tsv is not None:
+        name = Path(tsv).stem
         with tempfile.TemporaryDirectory() as folder:
-            return table_rows(read_table(tsv, folder))
+            return table_rows(read_table(tsv, folder, name=name if name in BENCHMARKS else None))
     if not file.is_file():
         raise DataError(
             f"{file} is missing, so the questions are unknown. Pass the TSV with --data, or run "
@@ -285,6 +299,8 @@ def _questions(file: Path, tsv: str | Path | None) -> list[AskedQuestion]:
 
 def _wrong(question: AskedQuestion) -> str | None:
     """What `tables.read_table` would have refused."""
+    if question.benchmark and (question.options or question.benchmark not in BENCHMARKS):
+        return f"{question.benchmark!r} is no yes/no benchmark that is known here"
     if question.options is None:
         if question.answer not in ("Yes", "No"):
             return f"the answer is {question.answer!r}; it must be Yes or No"

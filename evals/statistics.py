@@ -131,6 +131,7 @@ def rates_with_errors(
     *,
     seed: int,
     resamples: int,
+    errors: bool = True,
 ) -> dict[str, float]:
     """The rates by name, and their standard errors under the names with `_se`.
 
@@ -141,11 +142,36 @@ def rates_with_errors(
         rates: maps column sums, shape (..., k), to rates, shape (..., m).
         seed: random seed of the bootstrap over clusters.
         resamples: number of resamples.
+        errors: whether to compute the standard errors, which need a bootstrap.
     """
     values = rates(counts.sum(axis=0))
-    errors = clustered_se(counts, clusters, rates, seed=seed, resamples=resamples)
     found = {name: float(value) for name, value in zip(names, values, strict=True)}
-    return found | {f"{name}_se": float(error) for name, error in zip(names, errors, strict=True)}
+    if not errors:
+        return found
+    spread = clustered_se(counts, clusters, rates, seed=seed, resamples=resamples)
+    return found | {f"{name}_se": float(error) for name, error in zip(names, spread, strict=True)}
+
+
+def whole_groups(
+    correct: Sequence[bool], groups: Sequence[str], size: int | None = None
+) -> np.ndarray:
+    """For each row, shape (rows, 2): 1 in the first row of its group, and 1 there if all rows of
+    the group are correct. Sums of the columns are the number of groups and of those answered
+    wholly.
+
+    Args:
+        correct: whether each row is correct.
+        groups: the group of each row.
+        size: number of rows of a complete group; groups of another size count as 0. None: any.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    counts = np.zeros((len(groups), 2))
+    for own in rows.values():
+        if size in (None, len(own)):
+            counts[own[0]] = 1, all(correct[row] for row in own)
+    return counts
 
 
 def clustered_mean_se(values: np.ndarray, clusters: Sequence[str]) -> float:

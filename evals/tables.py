@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.benchmark_tables import check_benchmark, normalise
+from hipp_ext.evals.benchmarks import BENCHMARKS, POPE_LIKE
 from hipp_ext.evals.pictures import picture_column, store_pictures
 from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown
 
@@ -23,15 +25,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 YES_NO, CHOICE = "yes/no", "multiple choice"
-KNOWN = {"POPE": YES_NO, "ScienceQA_VAL": CHOICE, "ScienceQA_TEST": CHOICE}
+KNOWN = dict.fromkeys([*POPE_LIKE, *BENCHMARKS], YES_NO)
+KNOWN |= {"ScienceQA_VAL": CHOICE, "ScienceQA_TEST": CHOICE}
 ALIASES = {"ScienceQA": "ScienceQA_TEST"}
 GROUP_COLUMNS = ("split", "l2-category", "category")
-_OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
-    "POPE": ("utils/VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
-    "ScienceQA_VAL": ("utils/benchmarks/ScienceQA", "96320d05e142e585e7204e72affd29f3"),
-    "ScienceQA_TEST": ("utils/benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
-}
 _HOST = "https://opencompass.openxlab.space/"
+_OFFICIAL = {  # name -> (where VLMEvalKit gets the file, its md5)
+    "POPE": (f"{_HOST}utils/VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
+    "MME": (f"{_HOST}utils/VLMEval", "b36b43c3f09801f5d368627fb92187c3"),
+    "HallusionBench": (f"{_HOST}utils/VLMEval", "0c23ac0dc9ef46832d7a24504f2a0c7c"),
+    "AMBER": (
+        "https://huggingface.co/datasets/yifanzhang114/AMBER_base64/resolve/main",
+        "970d94c0410916166e0a76ba75da7934",
+    ),
+    "ScienceQA_VAL": (f"{_HOST}utils/benchmarks/ScienceQA", "96320d05e142e585e7204e72affd29f3"),
+    "ScienceQA_TEST": (f"{_HOST}utils/benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
+}
 _ROOT_VARIABLE = "LMUData"
 _MAX_COLUMNS = 1000
 _HEAD_BYTES = 64 << 20  # the header and the first row must end within these
@@ -98,11 +107,13 @@ def locate(data: str, lmu_data: str | Path | None = None) -> tuple[str, Path]:
         )
     file = data_root(lmu_data) / f"{name}.tsv"
     if not file.is_file():
+        published = ""
+        if name in _OFFICIAL:
+            published = f", or get the published file from {_OFFICIAL[name][0]}/{name}.tsv"
         raise DataError(
-            f"{name}: there is no {file}. Make one with `hipp data` (from COCO, POPE's or "
-            "ScienceQA's files) or `hipp testbed export`, or get the published file from "
-            f"{_HOST}{_OFFICIAL[name][0]}/{name}.tsv; its folder is --lmu-data, else $LMUData, "
-            "else ~/LMUData"
+            f"{name}: there is no {file}. Make one with `hipp data` (from its authors' files) or, "
+            f"for POPE and ScienceQA, `hipp testbed export`{published}; its folder is --lmu-data, "
+            "else $LMUData, else ~/LMUData"
         )
     return name, file.resolve()
 
@@ -134,12 +145,14 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
         raise DataError(
             f"{path}: index {repeated[0]} occurs more than once ({len(repeated)} rows too many)"
         )
-    frame = (_check_yes_no if kind == YES_NO else _check_choices)(path, frame, rows)
     total = len(frame)
-    # VLMEvalKit leaves out rows without an image. They are usual in ScienceQA and a mistake in
-    # POPE.
     if kind == YES_NO:
+        # VLMEvalKit leaves out rows without an image. They are usual in ScienceQA and a mistake
+        # here.
         _check_cells(path, frame, [picture_column(frame)])
+        frame = _check_yes_no(path, frame, rows, name if name in BENCHMARKS else None)
+    else:
+        frame = _check_choices(path, frame, rows)
     frame, images = store_pictures(path, frame, Path(image_folder))
     text = frame.drop(columns="image_path").assign(image=list(images)).to_csv(index=False)
     official = md5 == _OFFICIAL[name][1] if name in _OFFICIAL else None
@@ -249,14 +262,19 @@ def _check_cells(path: Path, frame: "pd.DataFrame", columns: list[str]) -> None:
             )
 
 
-def _check_yes_no(path: Path, frame: "pd.DataFrame", rows: list[str]) -> "pd.DataFrame":
+def _check_yes_no(
+    path: Path, frame: "pd.DataFrame", rows: list[str], benchmark: str | None
+) -> "pd.DataFrame":
     _check_cells(path, frame, ["category"])
+    frame = normalise(benchmark, frame) if benchmark else frame
     for row, answer in zip(rows, frame["answer"], strict=True):
         if answer not in ("Yes", "No"):
             raise DataError(
                 f"{path}: {row} has the answer {answer!r}; it must be Yes or No, in this spelling "
                 "(a multiple-choice table has option columns A, B, ...)"
             )
+    if benchmark:
+        return check_benchmark(benchmark, path, frame, rows)
     # VLMEvalKit would read "random, popular" as two splits, one of them named " popular".
     lists = [
         [split.strip() for split in str(cell).split(",") if split.strip()]

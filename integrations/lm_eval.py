@@ -1,5 +1,5 @@
-"""lm-eval (the LM Evaluation Harness): model folders, pruned or not, as `--model hipp`; POPE and
-ScienceQA as its tasks.
+"""lm-eval (the LM Evaluation Harness): model folders, pruned or not, as `--model hipp`; POPE,
+ScienceQA and others as its tasks.
 
     hipp lm-eval run --model hipp --model_args pretrained=./pruned,dtype=float32 --tasks
     hipp_pope,hipp_scienceqa \\
@@ -21,7 +21,8 @@ from hipp_ext.errors import HippError, MissingExtraError
 
 __all__ = ["TASKS", "main", "register", "tasks_path"]
 
-TASKS = ("hipp_pope", "hipp_scienceqa", "hipp_scienceqa_val")
+TASKS = ("hipp_pope", "hipp_repope", "hipp_amber", "hipp_hallusionbench", "hipp_mme")
+TASKS += ("hipp_scienceqa", "hipp_scienceqa_val")
 _MODEL = "hipp"
 
 

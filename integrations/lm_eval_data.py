@@ -25,11 +25,11 @@ def load(
 ) -> dict[str, Any]:
     """The questions of a benchmark as {"test": datasets.Dataset}.
 
-    A document has the fields index, prompt, answer, category, options (JSON), image (SHA-256),
-    image_path and data.
+    A document has the fields index, prompt, answer, category, group, options (JSON), image
+    (SHA-256), image_path and data.
 
     Args:
-        benchmark: name of the benchmark: POPE, ScienceQA_VAL or ScienceQA_TEST.
+        benchmark: name of the benchmark, one of `tables.KNOWN`.
         tsv: file of the benchmark.
         lmu_data: folder of <benchmark>.tsv, where `tsv` is None; default: $LMUData, else ~/LMUData.
         _: arguments of the model, which lm-eval passes too.
@@ -47,6 +47,7 @@ def load(
             "prompt": question.prompt,
             "answer": row.answer,
             "category": row.category,
+            "group": row.group,
             "options": json.dumps(row.options),
             "image": row.image,
             "image_path": question.image_path,

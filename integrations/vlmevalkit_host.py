@@ -22,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 from hipp_ext.errors import MissingExtraError
+from hipp_ext.evals.benchmark_tables import PICTURE, groups_of
+from hipp_ext.evals.benchmarks import scored_rows
 from hipp_ext.evals.predictions import HippVLM, check_model_folder
 from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
 from hipp_ext.files import write_atomic
@@ -65,7 +67,9 @@ def import_vlmeval() -> ModuleType:
 
 @functools.cache
 def _dataset_classes() -> dict[str, type]:
-    """VLMEvalKit's POPE and ScienceQA classes by name, for a checked local TSV with any MD5."""
+    """VLMEvalKit's classes of yes/no and multiple-choice data by name, for a checked local TSV with
+    any MD5.
+    """
     dataset = import_vlmeval().dataset
 
     class LocalTable:
@@ -95,17 +99,18 @@ def _dataset_classes() -> dict[str, type]:
             self.data["index"] = self._table.frame["index"].tolist()
 
     class LocalPOPE(LocalTable, dataset.ImageYORNDataset):
-        DATASET_URL = {"POPE": ""}
+        DATASET_URL = {name: "" for name, kind in KNOWN.items() if kind == YES_NO}
 
     class LocalScienceQA(LocalTable, dataset.ImageMCQDataset):
-        DATASET_URL = dict.fromkeys([*(name for name in KNOWN if name != "POPE"), *ALIASES], "")
+        choice = [name for name, kind in KNOWN.items() if kind != YES_NO]
+        DATASET_URL = dict.fromkeys([*choice, *ALIASES], "")
 
     return {name: cls for cls in (LocalPOPE, LocalScienceQA) for name in cls.DATASET_URL}
 
 
 def register(models: Mapping[str, str | Path] | None = None) -> None:
-    """Register local POPE and ScienceQA files, `HippVLM` and model folders with VLMEvalKit in this
-    process.
+    """Register local files of the known benchmarks, `HippVLM` and model folders with VLMEvalKit in
+    this process.
 
     Afterwards `vlmeval.dataset.build_dataset("POPE")` reads <LMUData>/POPE.tsv with any MD5 and
     never downloads it. A VLMEvalKit configuration may contain `{"class": "HippVLM", "model_path":
@@ -135,11 +140,12 @@ def register(models: Mapping[str, str | Path] | None = None) -> None:
 def open_dataset(table: Table, limit: int | None) -> Any:
     """The VLMEvalKit dataset of a table's first `limit` rows.
 
-    Inside VLMEvalKit it has the name of the benchmark, because VLMEvalKit chooses prompt and metric
-    by substrings of the name. Its index is the row number, because VLMEvalKit looks rows up by an
+    Inside VLMEvalKit it has the name of a known benchmark, because VLMEvalKit chooses prompt and
+    metric by the name. Its index is the row number, because VLMEvalKit looks rows up by an
     index that it reads from a file, where "007" becomes 7.
     """
-    name = "POPE" if table.kind == YES_NO else "ScienceQA_TEST"
+    other = "POPE" if table.kind == YES_NO else "ScienceQA_TEST"
+    name = table.name if table.name in KNOWN else other
     dataset = _dataset_classes()[name](name, table=table)
     return first_rows(dataset, len(dataset.data) if limit is None else limit)
 
@@ -161,7 +167,7 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
     # folder may contain it.
     with tempfile.TemporaryDirectory(prefix="hipp-scoring-") as folder, _scoring_environment():
         file = Path(folder) / f"{dataset.dataset_name}.tsv"
-        frame = dataset.data.drop(columns="image_path").assign(prediction=list(answers))
+        frame = _scored(dataset, answers)
         frame.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL)
         result = dataset.evaluate(str(file), model="exact_matching", nproc=1)
         for kept in sorted(Path(folder).glob("*.[ct]sv")):
@@ -169,10 +175,10 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
             write_atomic(
                 keep / kept.name, _in_order(data.decode()) if kept.suffix == ".csv" else data
             )
-    # VLMEvalKit returns POPE in percent and multiple choice in [0, 1].
+    # VLMEvalKit returns yes/no in percent and multiple choice in [0, 1].
     scale = 1 if dataset.TYPE == "Y/N" else 100
     table = {
-        str(row.pop("split")): {
+        str(row.pop("split", "none")): {
             str(column): scale * float(value)
             for column, value in row.items()
             if not math.isnan(float(value))
@@ -181,6 +187,22 @@ def score(dataset: Any, answers: Sequence[str], keep: Path) -> dict[str, dict[st
     }
     # VLMEvalKit's order is that of a set, which differs between processes.
     return dict(sorted(table.items()))
+
+
+def _scored(dataset: Any, answers: Sequence[str]) -> Any:
+    """The rows with their answers, and with what VLMEvalKit's rating of the benchmark reads: the
+    name of the picture in image_path (MME; any for AMBER), the parts of the index (HallusionBench).
+    """
+    frame = dataset.data.assign(prediction=list(answers))
+    name = dataset.dataset_name
+    if name == "MME":  # its rating fails on a picture with one question
+        frame = frame.iloc[scored_rows(name, groups_of(name, frame))]
+        return frame.assign(image_path=frame[PICTURE])
+    if name == "AMBER":
+        return frame.assign(image_path="-")
+    if name == "HallusionBench":
+        frame = frame.assign(index=dataset._table.frame["index"].tolist()[: len(frame)])
+    return frame.drop(columns="image_path")
 
 
 def _in_order(scores: str) -> str:

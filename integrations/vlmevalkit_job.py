@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.evals.benchmarks import scored_rows
 from hipp_ext.evals.predictions import check_model_folder
+from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.served import ServedVLM
 from hipp_ext.evals.tables import Table, locate, read_table
 from hipp_ext.integrations.vlmevalkit_files import file_format
@@ -78,6 +80,12 @@ def prepare(
             f"two files for one name: {', '.join(f'{name}={path}' for name, path in found)}"
         )
     tables = [read_table(path, work_dir / "images", name=name) for name, path in found]
+    for table in tables:
+        if not scored_rows(table.name, [row.group for row in table_rows(table)[:limit]]):
+            raise DataError(
+                f"{table.name}: the limit of {limit} leaves no picture with both of its questions, "
+                "and single questions are not scored. Give a higher limit"
+            )
     return Job(
         models=_evaluated(checked, device=device, dtype=dtype or "auto", batch_size=batch_size),
         tables=tables,

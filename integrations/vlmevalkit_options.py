@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     # `hipp` uses, needs the option again for each value.
     parser = argparse.ArgumentParser(
         prog="vlmeval",
-        description="Evaluate model folders, or models on a server, on POPE and ScienceQA with "
-        "VLMEvalKit's prompts and metrics, offline.",
+        description="Evaluate model folders, or models on a server, on POPE, MME, ScienceQA and "
+        "others with VLMEvalKit's prompts and metrics, offline.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         required=True,
         metavar="NAME",
-        help="POPE, ScienceQA_VAL, ScienceQA_TEST (short: ScienceQA), or NAME=PATH",
+        help="POPE, RePOPE, AMBER, HallusionBench, MME, ScienceQA_VAL, ScienceQA_TEST (short: "
+        "ScienceQA), or NAME=PATH",
     )
     add(
         "--model",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.benchmarks import BENCHMARKS, benchmark_scores
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
-from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, write_questions
+from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, table_rows, write_questions
 from hipp_ext.evals.scienceqa import scienceqa_scores
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.tables import GROUP_COLUMNS, YES_NO, Table, row_options
@@ -43,9 +44,10 @@ class EvalRecord:
         data_hash: SHA-256 of its rows and pictures.
         n: number of questions asked, which a limit may reduce.
         metrics: "vlmevalkit": the table that VLMEvalKit prints, as {split: {column: number}}
-            ("Overall" is the F1 on POPE). Then "vlmeval" and "official" for POPE: {split: fields of
-            POPEScores}, or "accuracy" for ScienceQA: {group: fields of ChoiceScores}. A standard
-            error that cannot be computed is None. Empty in mode "infer".
+            ("Overall" is the F1 on POPE). Then "vlmeval" and "official" for POPE and RePOPE:
+            {split: fields of POPEScores}, or "scores" for MME, AMBER and HallusionBench: {rule:
+            {split: numbers as in their modules}}, or "accuracy" for ScienceQA: {group: fields of
+            ChoiceScores}. A standard error that cannot be computed is None. Empty in mode "infer".
         settings: settings that change the answers.
         official_file: whether the data is the published file; None if there is no published file.
         without_image: number of rows that were left out because they have no image.
@@ -92,7 +94,7 @@ def evaluate(
 
     Args:
         models: model folders, pruned or not, each with its processor; or `ServedVLM`s.
-        data: POPE, ScienceQA_VAL, ScienceQA_TEST (or ScienceQA), or NAME=PATH for your own TSV.
+        data: names of `tables.KNOWN`, such as POPE or MME, or NAME=PATH for your own TSV.
         lmu_data: folder of the TSVs. Default: $LMUData, else ~/LMUData.
         work_dir: folder of the results, <model>-<hash>/<data>/results.json; <model> is the last
             part of the path, as given. VLMEvalKit's own files are beside them, in <model>.
@@ -223,6 +225,8 @@ def _unanswered(model: Evaluated, table: Table, missing: int) -> DataError:
 def _metrics(table: Table, answers: Sequence[str]) -> dict[str, Any]:
     """Our metrics of the answers to the first rows of a table, as plain data for JSON."""
     frame, n = table.frame.iloc[: len(answers)], len(answers)
+    if table.name in BENCHMARKS:
+        return {"scores": without_nan(benchmark_scores(table.name, answers, table_rows(table)[:n]))}
     if table.kind == YES_NO:
         rules = pope_scores(
             answers, frame["answer"].tolist(), frame["category"].tolist(), table.images[:n]

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from hipp_ext.integrations.vlmevalkit_run import EvalRecord
 
 _TITLE = "all numbers in percent, ± standard error"
+_TOTALS = (
+    "MME's score is the sum of accuracy and accuracy+ over its subtasks: at most 2000 and 800."
+)
 _NUMBERS = ("n", "VLMEvalKit's\nrule", "authors'\nrule", "yes", "unknown")
 
 
@@ -69,7 +72,7 @@ def _counts(records: Sequence["EvalRecord"]) -> list[str]:
                 "VLMEvalKit, a question counts once for each split that it belongs to. (`hipp "
                 "compare` counts each question once.)"
             )
-    return list(lines.values())
+    return [*lines.values(), *([_TOTALS] if any(r.data == "MME" for r in records) else [])]
 
 
 def _rows(record: "EvalRecord") -> list[list[str]]:
@@ -77,6 +80,8 @@ def _rows(record: "EvalRecord") -> list[list[str]]:
     metrics = record.metrics
     if not metrics:
         return []
+    if "scores" in metrics:
+        return _benchmark_rows(record.data, metrics["scores"])
     if "official" not in metrics:
         return [
             [
@@ -100,6 +105,29 @@ def _rows(record: "EvalRecord") -> list[list[str]]:
         ]
         for split, ours in metrics["vlmeval"].items()
         for metric, label in (("f1", "F1"), ("accuracy", "accuracy"))
+    ]
+
+
+def _benchmark_rows(name: str, scores: dict) -> list[list[str]]:
+    """Metric and numbers of each line of one of `BENCHMARKS`; the authors' column is empty where
+    they let a judge read the answers.
+    """
+    from hipp_ext.evals.benchmarks import BENCHMARKS
+
+    ours, official = scores["vlmeval"], scores.get("official", {})
+    return [
+        [
+            f"{label} {split}",
+            str(ours[split]["n"]),
+            _number(ours[split], field),
+            _number(official[split], field) if official else "",
+            f"{ours[split]['yes_rate']:.1f}",
+            f"{ours[split]['unknown_rate']:.1f}",
+        ]
+        for splits, numbers in BENCHMARKS[name].shown
+        for split in splits
+        if split in ours
+        for label, field in numbers
     ]
 
 

@@ -55,6 +55,7 @@ def write_pope(
     images: str | Path,
     source: dict[str, object],
     *,
+    maker: str = "hipp data pope",
     ending: str = ENDING,
     overwrite: bool = False,
     progress: bool = False,
@@ -74,7 +75,7 @@ def write_pope(
         }
         for index, question in enumerate(questions)
     ]
-    made = {"made_by": "hipp data pope", **source, "ending": ending}
+    made = {"made_by": maker, **source, "ending": ending}
     return write_table(out, rows, pictures, source=made, overwrite=overwrite, progress=progress)
 
 
@@ -198,15 +199,22 @@ def _text(name: str) -> str:
     return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
 
 
-def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[str, object]]:
+def pope_from_published(
+    folder: str | Path, name: str = "pope"
+) -> tuple[list[PopeQuestion], dict[str, object]]:
     """The questions of the authors' three files (such as coco_pope_random.json) in a folder, each
     once.
+
+    Args:
+        folder: folder of the files.
+        name: what the names of the files contain: "pope", or "repope" for the files of RePOPE
+            (arXiv 2504.15707), which have POPE's form, corrected labels, and no ambiguous question.
 
     Raises:
         DataError: a split has no file or several, a line is not in the authors' format, or a
             question has two answers.
     """
-    files = {split: _published_file(Path(folder), split) for split in SPLITS}
+    files = {split: _published_file(Path(folder), split, name) for split in SPLITS}
     found: dict[str, dict[str, tuple[str, list[str]]]] = {}
     for split, file in files.items():
         for where, image, text, answer in _read_published(file):
@@ -226,12 +234,17 @@ def pope_from_published(folder: str | Path) -> tuple[list[PopeQuestion], dict[st
     return questions, {"files": {file.name: content_hash(file) for file in files.values()}}
 
 
-def _published_file(folder: Path, split: str) -> Path:
-    found = sorted(folder.glob(f"*pope*_{split}.json"))
+def _published_file(folder: Path, split: str, name: str) -> Path:
+    # The authors of RePOPE publish POPE's files beside their own.
+    found = sorted(
+        file
+        for file in folder.glob(f"*{name}*_{split}.json")
+        if name != "pope" or "repope" not in file.name.lower()
+    )
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise DataError(
-            f"{folder}: one file like coco_pope_{split}.json is needed, and there is: {names}"
+            f"{folder}: one file like coco_{name}_{split}.json is needed, and there is: {names}"
         )
     return found[0]
 

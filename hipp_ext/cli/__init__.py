@@ -11,10 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from hipp_ext import __version__
+from hipp_ext.cli.benchmark_data import data_app
 from hipp_ext.cli.check_serving import check_serving_app
 from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.doctor import doctor_app
-from hipp_ext.cli.evals import data_app, evals_app
+from hipp_ext.cli.evals import evals_app
 from hipp_ext.cli.export import export_app
 from hipp_ext.cli.fit import fit_app
 from hipp_ext.cli.front import front_app

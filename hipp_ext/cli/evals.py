@@ -76,13 +76,14 @@ def compare(
     """Test whether two models differ: accuracies on the same questions, B - A with its interval,
     McNemar's test.
 
-    For POPE, intervals and p (bootstrap) draw whole images. McNemar's test takes questions as
-    independent, which is wrong for those about one image, so its p is usually too small there. The
-    last column is the number of questions needed to show a difference of one point (power 80%,
-    level 5%) between two models that disagree as often as these.
+    For yes/no questions, intervals and p (bootstrap) draw whole images. McNemar's test takes
+    questions as independent, which is wrong for those about one image, so its p is usually too
+    small there. "All right" is the share of pictures with all answers correct: accuracy+ of MME,
+    fAcc of HallusionBench. The last column is the number of questions needed to show a difference
+    of one point (power 80%, level 5%) between two models that disagree as often as these.
 
-    If POPE's two rules agree on every answer, there is one line for both. The hash of a folder may
-    be left out.
+    If the two rules for yes and no agree on every answer, there is one line for both. The hash of a
+    folder may be left out.
 
     Example: `hipp compare outputs/dense outputs/pruned --json > difference.json`
     """
@@ -187,7 +188,8 @@ def chair(
 
 @evals_app.command("tasks-path")
 def tasks_path() -> None:
-    """Print the folder of the lm-eval tasks hipp_pope, hipp_scienceqa and hipp_scienceqa_val.
+    """Print the folder of the lm-eval tasks hipp_pope, hipp_repope, hipp_amber,
+    hipp_hallusionbench, hipp_mme, hipp_scienceqa and hipp_scienceqa_val.
 
     Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's
     own models

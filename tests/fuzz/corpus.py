@@ -457,6 +457,16 @@ for place in _PLACES:
     )
     known("pope", f"picture at {place[:20]!r}", text("coco_pope_*.json", in_rows("image", place)))
     known(
+        "amber",
+        f"picture at {place[:20]!r}",
+        setting("data/query/query_discriminative.json", 0, "image", value=place),
+    )
+    known(
+        "hallusionbench",
+        f"picture at {place[:20]!r}",
+        setting("HallusionBench.json", 0, "filename", value=place),
+    )
+    known(
         "scienceqa",
         f"picture at {place[:20]!r}",
         both(*(setting("problems.json", str(n), "image", value=place) for n in range(3))),
@@ -488,7 +498,8 @@ for what, cell in {
     "markup": b"[/b]",
 }.items():
     for name in (b"index", b"question", b"answer", b"category"):
-        known("tsv", f"{what} as {name.decode()}", text("*.tsv", column(name, [cell])))
+        change = text("*.tsv", column(name, [cell]))
+        known("tsv tsv-benchmarks", f"{what} as {name.decode()}", change)
 known("tsv", "open quote", text("*.tsv", lambda data: data.replace(b"\t", b'\t"', 1) + b'"' * 99))
 known(
     "tsv",
@@ -525,6 +536,15 @@ for what, value in {
     known("coco", f"synonym {what}", setting("synonyms.json", "person", value=[value]))
     known("pope", f"text {what}", text("coco_pope_*.json", in_rows("text", value)))
     known("pope", f"label {what}", text("coco_pope_*.json", in_rows("label", value)))
+    for field in ("id", "type", "truth"):
+        change = setting("data/annotations.json", 5, field, value=value)
+        known("amber", f"{field} {what}", change)
+    for field in ("id", "query"):
+        change = setting("data/query/query_discriminative.json", 1, field, value=value)
+        known("amber", f"query's {field} {what}", change)
+    for field in ("category", "set_id", "question", "gt_answer", "visual_input", "filename"):
+        change = setting("HallusionBench.json", 1, field, value=value)
+        known("hallusionbench", f"{field} {what}", change)
     known("scienceqa", f"answer {what}", setting("problems.json", "0", "answer", value=value))
     known(
         "scienceqa", f"choice {what}", setting("problems.json", "0", "choices", value=["a", value])
@@ -532,6 +552,9 @@ for what, value in {
     known("scienceqa", f"hint {what}", setting("problems.json", "0", "hint", value=value))
     known("scienceqa", f"question {what}", setting("problems.json", "0", "question", value=value))
 known("pope", "not UTF-8", text("coco_pope_random.json", b"\xff\xfe\n"))
+known("mme", "not UTF-8", text("MME_Benchmark/OCR/*.txt", b"\xff\xfe\tYes\n\tNo\n"))
+known("mme", "a NUL", text("MME_Benchmark/OCR/*.txt", b"a\0b\tYes\na\tNo\n"))
+known("mme", "only tabs", text("MME_Benchmark/OCR/*.txt", b"\t\t\tYes\n\t\tNo\n"))
 known(
     "scienceqa",
     "id of digits of another script",

@@ -53,6 +53,7 @@ TABLE = Table()
 def all_readers() -> dict[str, Reader]:
     """The whole table."""
     # They fill the table, and so does fuzz.readers, which they import.
+    import fuzz.benchmark_readers
     import fuzz.calibration_readers
     import fuzz.data_readers  # noqa: F401
 

@@ -408,7 +408,8 @@ def test_one_failing_model_costs_exit_code_1_and_not_the_other_numbers(
     [
         (
             ["--data", "POOP"],
-            "unknown data set 'POOP'. Known: POPE, ScienceQA_VAL, ScienceQA_TEST, ScienceQA;",
+            "unknown data set 'POOP'. Known: POPE, RePOPE, MME, AMBER, HallusionBench, "
+            "ScienceQA_VAL, ScienceQA_TEST, ScienceQA;",
         ),
         (["--data", "ScienceQA_VAL"], "hipp testbed export"),
         (["--data", "POPE", "--model", "nowhere"], "nowhere is not a folder"),
