@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals import hallusionbench
 from hipp_ext.evals.benchmark_tables import check_benchmark, normalise
 from hipp_ext.evals.benchmarks import BENCHMARKS, POPE_LIKE
 from hipp_ext.evals.pictures import picture_column, store_pictures
@@ -61,8 +62,8 @@ class Table:
         images: SHA-256 of each row's image.
         content_hash: SHA-256 of the rows and their images. The name and the layout of the file do
             not change it.
-        without_image: number of rows left out because they have no image (multiple choice only, as
-            in VLMEvalKit).
+        without_image: number of rows left out because they have no image (multiple choice and
+            HallusionBench only, as in VLMEvalKit).
         official: whether the file is the published one, byte for byte; None if there is no
             published one.
     """
@@ -147,9 +148,10 @@ def read_table(path: str | Path, image_folder: str | Path, *, name: str | None =
         )
     total = len(frame)
     if kind == YES_NO:
-        # VLMEvalKit leaves out rows without an image. They are usual in ScienceQA and a mistake
-        # here.
-        _check_cells(path, frame, [picture_column(frame)])
+        # VLMEvalKit leaves out rows without an image. They are usual in ScienceQA and
+        # HallusionBench, and a mistake elsewhere.
+        if name != hallusionbench.NAME:
+            _check_cells(path, frame, [picture_column(frame)])
         frame = _check_yes_no(path, frame, rows, name if name in BENCHMARKS else None)
     else:
         frame = _check_choices(path, frame, rows)

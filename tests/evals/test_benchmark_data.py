@@ -244,7 +244,9 @@ def test_mistakes_in_the_tables_are_named(made, tmp_path, name, change, message)
 
 
 def test_published_forms_are_read_too(made, tmp_path):
-    """AMBER with small letters; MME without names of pictures."""
+    """AMBER with small letters; MME without names of pictures; HallusionBench with questions that
+    have no picture.
+    """
     lmu = made / "lmu"
     frame = read(lmu / "AMBER.tsv")
     small = frame.assign(answer=frame["answer"].str.lower())
@@ -256,6 +258,11 @@ def test_published_forms_are_read_too(made, tmp_path):
     table = read_table(tmp_path / "bare.tsv", tmp_path / "images", name="MME")
     groups = [row.group for row in table_rows(table)]
     assert len(set(groups)) == len(groups) / 2 and groups[::2] == groups[1::2]
+    whole = read(lmu / "HallusionBench.tsv")
+    text = whole.iloc[:1].assign(index="HallusionBench_VS_map_0_0_0", image=None)
+    pd.concat([text, whole]).to_csv(tmp_path / "more.tsv", sep="\t", index=False)
+    table = read_table(tmp_path / "more.tsv", tmp_path / "images", name="HallusionBench")
+    assert (table.without_image, len(table.frame)) == (1, len(whole))
 
 
 def test_files_that_are_not_there_are_named_with_the_way_to_make_them(tmp_path):
