@@ -394,17 +394,22 @@ def test_the_best_step_is_the_first_of_equal_ones():
     assert progress.best_step == 2 and progress.since_best == 1
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights():
-    """One process, and two with LQ-SGD; `kills.py --kills 20` does more."""
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [(["--kills", "1"], 2), (["--workers", "2", "--local-steps", "2", "--kills", "5"], 1)],
+    ids=["one process, and two with LQ-SGD", "local steps of two processes"],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_weights(options, ends):
+    """`kills.py --kills 20` does more."""
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, "--kills", "1"],
+        [sys.executable, "-W", "ignore", script, *options],
         env=os.environ | {"PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1 kills in") == 2
+    assert done.stdout.count(f"{options[-1]} kills in") == ends
 
 
 def test_the_command(file, tmp_path):
