@@ -1,19 +1,14 @@
-"""The model `hipp` of lmms-eval, and its tasks on local tables.
+"""The model `hipp` of lmms-eval: a model folder, pruned or not.
 
-This file imports lmms-eval, and lmms-eval imports it by the names that `lmms_eval.manifest` and the
-task files give.
+This file imports lmms-eval, and lmms-eval imports it by the name that `lmms_eval.manifest` gives.
 """
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from datasets import DatasetDict
 from lmms_eval.api.model import lmms
-from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask, TaskConfig
-from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
@@ -21,7 +16,6 @@ from tqdm import tqdm
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.predictions import HippVLM
 from hipp_ext.files.untrusted import read_picture, rgb_picture
-from hipp_ext.integrations.lm_eval_data import load
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEW_TOKENS = 1024  # of an answer, where the task does not say
@@ -161,32 +155,3 @@ def _picture(given: Any) -> Image.Image:
     if isinstance(given, str):
         return read_picture(given)
     raise DataError(f"a picture is a {type(given).__name__}; images, bytes and paths are known")
-
-
-class TableTask(ConfigurableMessagesTask):
-    """A task whose questions are a table of the user, read as the lm-eval task of the same name.
-
-    Args:
-        config: what the task file has. Keys of lm-eval that lmms-eval does not have are left out.
-
-    Raises:
-        DataError: the table does not exist, or is not one of the benchmark.
-    """
-
-    def __init__(self, config: dict[str, Any]):
-        known = {field.name for field in dataclasses.fields(TaskConfig)}
-        super().__init__(config={k: value for k, value in config.items() if k in known})
-
-    def download(self, dataset_kwargs: Any = None) -> None:
-        """Read the table; nothing is downloaded."""
-        self.dataset = DatasetDict(load(**(dataset_kwargs or {})))
-        self.dataset_no_image = self.dataset  # it has the paths of its pictures
-
-    def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Any:
-        """The request in the form that the model takes, which the command line names."""
-        asked = getattr(self, "args", None)
-        if asked is not None:
-            found = MODEL_REGISTRY_V2.resolve(asked.model, asked.force_simple)
-            if found.model_type == "simple":
-                return ConfigurableTask.construct_requests(self, doc_id, ctx, **kwargs)
-        return super().construct_requests(doc_id, ctx, **kwargs)
