@@ -8,7 +8,10 @@ installed, and tasks by folders (`--include_path $(hipp tasks-path lmms-eval)`).
 that folder, the option --lmu-data, and an exit code that says whether the evaluation succeeded.
 """
 
+# pyright: reportMissingImports=false
+
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -97,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _noted(failures: list[Exception]) -> Iterator[None]:
     """Inside the block errors of an evaluation are noted, which lmms-eval prints and forgets."""
-    from lmms_eval import __main__ as host
-
-    evaluate: Any = host.cli_evaluate_single
+    host: Any = importlib.import_module("lmms_eval.__main__")
+    evaluate = host.cli_evaluate_single
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         try:

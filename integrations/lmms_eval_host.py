@@ -3,6 +3,8 @@
 This file imports lmms-eval, and lmms-eval imports it by the name that `lmms_eval.manifest` gives.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Tasks of lmms-eval on local tables; lmms-eval imports this file by the name in the task files."""
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 from typing import Any
 
@@ -26,7 +28,7 @@ class TableTask(ConfigurableMessagesTask):
 
     def download(self, dataset_kwargs: Any = None) -> None:
         """Read the table; nothing is downloaded."""
-        self.dataset = DatasetDict(load(**(dataset_kwargs or {})))
+        self.dataset = DatasetDict(**load(**(dataset_kwargs or {})))
         self.dataset_no_image = self.dataset  # it has the paths of its pictures
 
     def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Any:
