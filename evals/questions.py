@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hipp_ext.calibration.chats import choice_prompt
 from hipp_ext.evals.benchmarks import benchmark_of
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.tables import Table
 from hipp_ext.files.untrusted import read_picture
+from hipp_ext.prompts import choice_prompt
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""POPE and ScienceQA for lm-eval: the functions that the task files name.
+"""POPE and ScienceQA for lm-eval and lmms-eval: the functions that the task files name.
 
 The TSVs, prompts and rules are those of `vlmeval`. Rates are fractions, [0, 1], as everywhere in
 lm-eval.

@@ -8,7 +8,6 @@ Both, and `hipp_ext.prune(model, plan)`, leave the same weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -34,7 +33,7 @@ from hipp_ext.integrations.torch_pruning_importance import (
 from hipp_ext.integrations.torch_pruning_stock import confirm, to_tp_kwargs
 from hipp_ext.modes import call, evaluating
 from hipp_ext.plan import PlanGroup, PruningPlan
-from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, groups_of, match
+from hipp_ext.surgery.masks import groups_of, match
 from hipp_ext.surgery.prune import prune
 
 __all__ = [
@@ -56,7 +55,8 @@ class PlanPruner:
     """torch-pruning's pruner interface over a plan: `step()` prunes `model` in place.
 
     Nothing is traced: no autograd, no `use_cache=False`, any attention implementation; frozen
-    weights stay frozen, gradients come along, train/eval stays as it was. The plan already says
+    weights stay frozen, gradients come along, train/eval stays as it was. `model.hipp_plan` is the
+    plan, or that of the dense model for a model that was pruned before. The plan already says
     which units go, so there is no importance: to let a torch-pruning importance choose them, make
     the plan with `TorchPruningScorer`.
 
@@ -85,8 +85,6 @@ class PlanPruner:
         self.model, self.example_inputs, self.plan = model, example_inputs, plan
         self.forward_fn = forward_fn or call
         match(model, plan)
-        # Units of the dense model that are still there.
-        self._kept = {e.name: tuple(range(e.width)) for e in plan.groups}
         self._history: list[list[Any]] = []
         self._done = False
         if (error := self._failure()) is not None:
@@ -167,7 +165,10 @@ class PlanPruner:
         self._check_forward()
 
     def _reduce(self, kept: Mapping[str, Sequence[int]], record: bool = True) -> None:
-        """Prune the groups in `kept` to these of their present units, in one surgery."""
+        """Prune the groups in `kept` to these of their present units, in one surgery.
+
+        `prune` composes the plan with those before it, of this pruner or of others.
+        """
         groups = groups_of(self.model, self.plan).values()
         entries = [
             PlanGroup(
@@ -181,15 +182,11 @@ class PlanPruner:
             )
             for g in groups
         ]
-        prune(self.model, PruningPlan(groups=tuple(entries)), inplace=True)
+        prune(self.model, self.plan.replace(groups=tuple(entries)), inplace=True)
         for group, entry in zip(groups, entries, strict=True):
-            if entry.keep < entry.width:
-                self._kept[group.name] = tuple(self._kept[group.name][u] for u in entry.kept)
+            if record and entry.keep < entry.width:
                 gone = sorted(set(range(entry.width)) - set(entry.kept))
-                if record:
-                    self._history.append([group.consumer, False, columns_of(gone, group.columns)])
-        done = [replace(e, kept=self._kept[e.name]) for e in self.plan.groups]
-        setattr(self.model, PLAN_ATTRIBUTE, self.plan.replace(groups=tuple(done)))
+                self._history.append([group.consumer, False, columns_of(gone, group.columns)])
 
     def _failure(self) -> Exception | None:
         if self.example_inputs is None:

@@ -10,6 +10,7 @@ from hipp_ext.groups import Group, block_of, check_sliceable, find_groups, query
 from hipp_ext.integrations.torch_pruning_importance import HippImportance, linear
 from hipp_ext.kinds import shares_keys
 from hipp_ext.plan import PruningPlan
+from hipp_ext.surgery.compose import plan_in_total
 from hipp_ext.surgery.layer_config import write_layer_config
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE, match
 from hipp_ext.units import keep_masks
@@ -124,7 +125,7 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
     """Check that another pruner carried `plan` out on `model`, and update its sizes and config.
 
     Afterwards it is as `hipp_ext.prune` would have left it: `save_pruned` works, and
-    `model.hipp_plan` is the plan.
+    `model.hipp_plan` is the plan, composed with that of a model that was pruned before.
 
     Raises:
         PlanError: a group has another width than planned (the stock pruner may skip groups
@@ -148,4 +149,14 @@ def confirm(model: nn.Module, plan: PruningPlan) -> None:
     for entry in plan.groups:
         sync_sizes(model, groups[entry.name], entry.keep)
     write_layer_config(model)
-    setattr(model, PLAN_ATTRIBUTE, plan)
+    setattr(model, PLAN_ATTRIBUTE, _in_total(model, plan))
+
+
+def _in_total(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """The plan that `model` carries if it has `plan` in it already; else both composed."""
+    before: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    total = plan_in_total(model, plan)
+    if before is None or total is not plan:
+        return total
+    left, planned = ([e.keep for e in p.groups if e.keep] for p in (before, plan))
+    return before if left == planned else plan

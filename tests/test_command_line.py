@@ -23,6 +23,7 @@ PLAN = ("plan", "testbed", *QUICK, "--device", "cpu", "-o")
 PRINTING = {
     "hipp_ext/progress.py",
     "integrations/lm_eval.py",
+    "integrations/lmms_eval.py",
     "integrations/vlmevalkit_cli.py",
     "integrations/vlmevalkit_run.py",
     "evals/front.py",

@@ -13,6 +13,7 @@ ORDER = (
     "quantities",
     "files",
     "progress",
+    "prompts",
     "families",
     "projections",
     "modes",

@@ -49,6 +49,7 @@ def test_the_core_imports_no_host_and_no_heavy_extra():
         "llmcompressor",
         "vlmeval",
         "lm_eval",
+        "lmms_eval",
         "gguf",
         "xllamacpp",
         "torchattacks",

@@ -9,6 +9,7 @@ from typing import Any
 from hipp_ext.calibration.encoding import Message
 from hipp_ext.errors import DataError
 from hipp_ext.files.untrusted import shown, the_only_one
+from hipp_ext.prompts import choice_prompt
 
 MOST_PICTURES = 64  # of one chat
 MOST_CHARACTERS = 1 << 20  # of one chat
@@ -156,13 +157,6 @@ def _question(row: Mapping[str, Any]) -> Chat:
         answer = {"type": "text", "text": str(row["answer"])}
         messages.append({"role": "assistant", "content": [answer]})
     return Chat(messages=tuple(messages), sources=tuple(sources))
-
-
-def choice_prompt(question: str, options: Mapping[str, object], hint: str = "") -> str:
-    """VLMEvalKit's multiple-choice prompt: hint, question, lettered options, request to choose."""
-    lines = [f"Hint: {hint}"] * bool(hint) + [f"Question: {question}", "Options:"]
-    lines += [f"{letter}. {text}" for letter, text in options.items()]
-    return "\n".join(lines) + "\nPlease select the correct answer from the options above. \n"
 
 
 def _text(row: Mapping[str, Any]) -> str:

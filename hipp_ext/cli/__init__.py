@@ -45,8 +45,9 @@ class HippGroup(TyperGroup):
     """The commands, whose arguments may be followed by options of `hipp` itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # The arguments of lm-eval are its own.
-        end = next((i for i, word in enumerate(args) if word in ("lm-eval", "--")), len(args))
+        # The arguments of hosts are their own.
+        ends = ("lm-eval", "lmms-eval", "--")
+        end = next((i for i, word in enumerate(args) if word in ends), len(args))
         first = [word for word in args[:end] if word in _OF_ALL_COMMANDS]
         rest = [word for word in args[:end] if word not in _OF_ALL_COMMANDS]
         return super().parse_args(ctx, [*first, *rest, *args[end:]])

@@ -1,7 +1,7 @@
-"""`hipp report | compare | chair | data | tasks-path | lm-eval`: evaluation and its data."""
+"""`hipp report | compare | chair | data | tasks-path | lm-eval | lmms-eval`: evaluation."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -187,16 +187,25 @@ def chair(
 
 
 @evals_app.command("tasks-path")
-def tasks_path() -> None:
-    """Print the folder of the lm-eval tasks hipp_pope, hipp_repope, hipp_amber,
-    hipp_hallusionbench, hipp_mme, hipp_scienceqa and hipp_scienceqa_val.
+def tasks_path(
+    host: Annotated[
+        Literal["lm-eval", "lmms-eval"], typer.Argument(help="The program that reads them.")
+    ] = "lm-eval",
+) -> None:
+    """Print the folder of our tasks for models of lm-eval or lmms-eval itself.
 
-    Example: `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`, for one of lm-eval's
-    own models
+    Both have hipp_pope, hipp_scienceqa and hipp_scienceqa_val; lm-eval has hipp_repope, hipp_amber,
+    hipp_hallusionbench and hipp_mme as well.
+
+    Examples:
+
+    `lm_eval --include_path $(hipp tasks-path) --tasks hipp_pope ...`
+
+    `LMUData=./tsv lmms-eval --include_path $(hipp tasks-path lmms-eval) --tasks hipp_pope ...`
     """
-    from hipp_ext.integrations.lm_eval import tasks_path as path
+    from hipp_ext.integrations import lm_eval, lmms_eval
 
-    typer.echo(str(path()))
+    typer.echo(str((lm_eval if host == "lm-eval" else lmms_eval).tasks_path()))
 
 
 @evals_app.command(
@@ -215,6 +224,27 @@ def lm_eval(context: typer.Context) -> None:
     hipp_pope,hipp_scienceqa --metadata lmu_data=./tsv --apply_chat_template --batch_size 8`
     """
     from hipp_ext.integrations.lm_eval import main as run
+
+    raise typer.Exit(run(context.args))
+
+
+@evals_app.command(
+    "lmms-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+    },
+)
+def lmms_eval(context: typer.Context) -> None:
+    """Run lmms-eval's command line (`hipp lmms-eval eval --help`) with the tasks of `hipp
+    tasks-path lmms-eval`, and with `--lmu-data DIR`, the folder of their tables. Default: $LMUData,
+    else ~/LMUData.
+
+    Example: `hipp lmms-eval --model hipp --model_args pretrained=./pruned --tasks
+    hipp_pope,hipp_scienceqa --lmu-data ./tsv --batch_size 8`
+    """
+    from hipp_ext.integrations.lmms_eval import main as run
 
     raise typer.Exit(run(context.args))
 

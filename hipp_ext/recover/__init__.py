@@ -7,8 +7,9 @@ recover(model, data, settings, folder="./recovered.recover", teacher=dense)
 
 from hipp_ext.recover.cached_teacher import CachedTeacher, read_teacher
 from hipp_ext.recover.data import DataSource, QuestionData, TestbedData
+from hipp_ext.recover.distillation import Distillation
 from hipp_ext.recover.file_data import FileData
-from hipp_ext.recover.objectives import CrossEntropy, Distillation, Objective
+from hipp_ext.recover.objectives import CrossEntropy, Objective
 from hipp_ext.recover.precompute import precompute
 from hipp_ext.recover.settings import RecoverResult, RecoverSettings
 from hipp_ext.recover.teachers import ModelTeacher, Teacher

@@ -8,7 +8,7 @@ from torch import nn
 
 from hipp_ext.errors import HippError
 from hipp_ext.modes import evaluating
-from hipp_ext.recover.passes import counted_tokens
+from hipp_ext.recover.counts import WHOLE, Counts, summed
 from hipp_ext.recover.processes import Pass, Processes, WeightedLoss
 from hipp_ext.recover.teachers import unwrapped
 
@@ -27,7 +27,7 @@ def evaluate(
         measure: function of the model, which the first process calls.
 
     Returns:
-        Every loss of the objective on the held-out rows, mean over their tokens [nats], by name;
+        Every loss of the objective on the held-out rows, mean over its positions [nats], by name;
         and what `measure` returns.
     """
     found = _losses(loss, data, group) if len(getattr(data, "held", ())) else {}
@@ -44,17 +44,18 @@ def _losses(loss: WeightedLoss, data: Any, group: Processes) -> dict[str, float]
     # The processes take part in every pass of a sharded model: each evaluates all rows.
     rank, workers = (0, 1) if group.sharded else (group.rank, group.workers)
     sums: dict[str, float] = {}
-    tokens = 0
+    counts: list[Counts] = []
     with torch.no_grad(), evaluating(loss):
         for batch in data.held_out(rank, workers):
-            count = counted_tokens(batch)
-            tokens += count
-            for name, value in loss(Pass(batches=[batch], weights=[count]))[0].items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            counts.append(loss.objective.counts(batch))
+            for name, value in loss(Pass(batches=[batch], weights=[WHOLE]))[0].items():
+                sums[name] = sums.get(name, 0.0) + float(value) * counts[-1].of(name)
     group.after_passes(loss)
     # A process without rows knows no names.
     names = sorted({name for own in group.gathered(list(sums)) for name in own})
-    *totals, total = group.total([*(sums.get(name, 0.0) for name in names), tokens])
-    if not total:
+    *totals, learnt, answered = group.total([*(sums.get(n, 0.0) for n in names), *summed(counts)])
+    if not learnt:
         raise HippError("None of the held-out rows can be used: hold out more of them.")
-    return {name: value / total for name, value in zip(names, totals, strict=True)}
+    every = Counts(learnt, answered)
+    means = {name: value / every.of(name) for name, value in zip(names, totals, strict=True)}
+    return means | {"loss": loss.objective.total(means)}

@@ -14,10 +14,11 @@ from hipp_ext.comm import LQSGDState, OuterLoop
 from hipp_ext.errors import HippError
 from hipp_ext.progress import progress_bar
 from hipp_ext.recover.checkpoints import Checkpoints, Progress
+from hipp_ext.recover.counts import summed
 from hipp_ext.recover.evaluation import Measure, evaluate
 from hipp_ext.recover.objectives import CrossEntropy, Objective
 from hipp_ext.recover.parameters import trained
-from hipp_ext.recover.passes import counted_tokens, make_passes
+from hipp_ext.recover.passes import make_passes
 from hipp_ext.recover.processes import Processes, WeightedLoss, moved
 from hipp_ext.recover.settings import RecoverResult, RecoverSettings
 from hipp_ext.training import (
@@ -111,19 +112,19 @@ class Run:
         settings, group, step = self.settings, self.group, progress.step
         # A seed per step, so that dropout is the same in a resumed run.
         torch.manual_seed(settings.seed + 7919 * (step * group.workers + group.rank))
-        passes = make_passes(items, group, self.token_mean)
+        passes = make_passes(items, group, self.loss.objective, self.token_mean)
         total, bad = 0.0, list[Batch]()
         for number, part in enumerate(passes):
             last = number + 1 == len(passes)
             with contextlib.nullcontext() if last else group.accelerator.no_sync(self.wrapped):
-                losses, each = self.wrapped(part)
-                losses["loss"].backward()
-            total += float(losses["loss"].detach().double())
-            finite = each.isfinite().tolist()
+                losses = torch.stack([found["loss"] for found in self.wrapped(part)])
+                losses.sum().backward()
+            total += float(losses.detach().double().sum())
+            finite = losses.isfinite().tolist()
             bad += [b for b, good in zip(part.batches, finite, strict=True) if not good]
         every = [batch for own in items for batch in own]
         rows = sum(len(getattr(b, "rows", b["input_ids"])) for b in every)
-        counts = [rows, sum(map(counted_tokens, every))]
+        counts = [rows, summed(map(self.loss.objective.counts, every)).learnt]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         # With local steps every process has a norm of its own.
         numbers = [total / group.workers, *counts, float(whole_tensor(norm))]

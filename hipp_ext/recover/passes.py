@@ -3,34 +3,36 @@
 from collections.abc import Sequence
 
 from hipp_ext.calibration import Batch
+from hipp_ext.recover.counts import Counts, summed
+from hipp_ext.recover.objectives import Objective
 from hipp_ext.recover.processes import Pass, Processes
 
 
-def make_passes(items: Sequence[Sequence[Batch]], group: Processes, token_mean: bool) -> list[Pass]:
+def make_passes(
+    items: Sequence[Sequence[Batch]], group: Processes, objective: Objective, token_mean: bool
+) -> list[Pass]:
     """The passes of a step of this process.
 
     Args:
         items: what the data source gave for the step, `accumulation` lists of batches.
         group: the processes, whose mean is the loss.
-        token_mean: the loss is the mean over the counted tokens of all batches and processes, and
-            each batch is a pass. Otherwise the losses of a list are summed in one pass, and the
-            lists averaged.
+        objective: says what the losses of a batch are means over.
+        token_mean: every loss is the mean over its positions in all batches and processes, and each
+            batch is a pass. Otherwise the losses of a list are summed in one pass, and the lists
+            averaged.
     """
     if not token_mean:
-        return [Pass(batches=own, weights=[1 / len(items)] * len(own)) for own in items]
+        equal = Counts(1 / len(items), 1 / len(items))
+        return [Pass(batches=own, weights=[equal] * len(own)) for own in items]
     batches = [batch for own in items for batch in own]
-    counts = [counted_tokens(batch) for batch in batches]
-    total = group.total([sum(counts)])[0] or 1
+    counts = [objective.counts(batch) for batch in batches]
+    # The processes are averaged: what each of them gives counts once in so many.
+    mean = [number / group.workers for number in group.total(summed(counts))]
     passes = [
-        Pass(batches=[batch], weights=[count * group.workers / total])
-        for batch, count in zip(batches, counts, strict=True)
+        Pass(batches=[batch], weights=[own.shares(mean)])
+        for batch, own in zip(batches, counts, strict=True)
     ]
     if group.sharded:  # every process takes part in every pass
         most = max(group.gathered(len(passes)))
-        passes += [Pass(batches=[batches[-1]], weights=[0.0])] * (most - len(passes))
+        passes += [Pass(batches=[batches[-1]], weights=[Counts(0, 0)])] * (most - len(passes))
     return passes
-
-
-def counted_tokens(batch: Batch) -> int:
-    """Tokens that a batch asks for: labels that a token before them predicts."""
-    return int((batch["labels"][:, 1:] != -100).sum()) if "labels" in batch else 0

@@ -14,6 +14,7 @@ from hipp_ext.calibration import Batch
 from hipp_ext.comm import LQSGDState, OuterLoop, lqsgd_hook
 from hipp_ext.errors import HippError, MissingExtraError
 from hipp_ext.groups import tower_layers
+from hipp_ext.recover.counts import Counts
 from hipp_ext.recover.objectives import Objective
 from hipp_ext.recover.settings import RecoverSettings
 
@@ -31,7 +32,7 @@ class Pass:
     """Batches of one forward pass and the weights of their losses."""
 
     batches: Sequence[Batch]
-    weights: Sequence[float]
+    weights: Sequence[Counts]
 
 
 class WeightedLoss(nn.Module):
@@ -41,14 +42,12 @@ class WeightedLoss(nn.Module):
         super().__init__()
         self.model, self.objective, self.device = model, objective, device
 
-    def forward(self, part: Pass) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted sums of the losses by name; and the loss of each batch, detached."""
-        found = [self.objective.losses(self.model, moved(b, self.device)) for b in part.batches]
-        weights = torch.tensor(part.weights, device=found[0]["loss"].device)
-        names = set[str].intersection(*map(set, found))  # without labels, no cross-entropy
-        stacked = {name: torch.stack([losses[name] for losses in found]) for name in sorted(names)}
-        sums = {name: (values * weights).sum() for name, values in stacked.items()}
-        return sums, stacked["loss"].detach()
+    def forward(self, part: Pass) -> list[dict[str, Tensor]]:
+        """The losses of each batch by name: "loss" with its weights, the others without."""
+        return [
+            self.objective.losses(self.model, moved(batch, self.device), own)
+            for batch, own in zip(part.batches, part.weights, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

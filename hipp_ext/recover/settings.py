@@ -155,7 +155,7 @@ class RecoverResult:
 
     Attributes:
         losses: loss of every step, mean over the processes [nats, summed over a step's batches;
-            where the data are rows of a file, the mean over their tokens].
+            where the data are rows of a file, the mean over what is learnt of them].
         stats: `LQSGDState.stats()` but for the last step, or `OuterLoop.stats()` after local steps;
             None if nothing was compressed.
         evaluations: what was measured of the held-out rows, by name, with the "step" after which.

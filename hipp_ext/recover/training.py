@@ -13,9 +13,10 @@ from hipp_ext.files.sealed import text_digest
 from hipp_ext.plan import PruningPlan
 from hipp_ext.recover.checkpoints import Checkpoints
 from hipp_ext.recover.data import DataSource
+from hipp_ext.recover.distillation import Distillation
 from hipp_ext.recover.evaluation import Measure
 from hipp_ext.recover.loop import Run
-from hipp_ext.recover.objectives import CrossEntropy, Distillation, Objective
+from hipp_ext.recover.objectives import CrossEntropy, Objective
 from hipp_ext.recover.parameters import frozen_digest, in_bfloat16, prepared
 from hipp_ext.recover.processes import Processes, processes
 from hipp_ext.recover.report import write_report

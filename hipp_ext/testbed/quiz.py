@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from hipp_ext.errors import DataError
+from hipp_ext.prompts import choice_prompt
 from hipp_ext.testbed import facts, world
 
 TASKS = ("POPE", "ScienceQA")
@@ -67,12 +68,8 @@ class Question:
         """The text that VLMEvalKit makes of the row: question, or hint, question and options."""
         if not self.options:
             return self.question
-        hint = f"Hint: {self.hint}\n" if self.hint else ""
-        options = "".join(
-            f"{label}. {option}\n" for label, option in zip(self.labels, self.options, strict=True)
-        )
-        ending = "Please select the correct answer from the options above. \n"
-        return f"{hint}Question: {self.question}\nOptions:\n{options}{ending}"
+        options = dict(zip(self.labels, self.options, strict=True))
+        return choice_prompt(self.question, options, self.hint or "")
 
 
 def questions(task: str, split: str, n: int | None = None) -> tuple[Question, ...]:

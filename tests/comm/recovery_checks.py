@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from recover.test_file_data import lines, texts
-from recover.test_training import data, pruned
+from recover.test_training import (
+    UNEQUAL,
+    Repeated,
+    assert_learnt_the_same,
+    data,
+    learnt,
+    pruned,
+    unequal,
+)
 
 from comm.processes import assert_same_everywhere, flat
 from hipp_ext.errors import HippError
@@ -57,6 +65,16 @@ def recovering_on_rows_of_a_file(rank, workers, folder):
         again, resumed = recovered(shared / f"{train}-cut", settings)
         assert torch.equal(flat(again.parameters()), flat(model.parameters()))
         assert resumed == result
+
+
+def a_position_is_worth_the_same_on_any_process(rank, workers, folder):
+    whole, parts = unequal()
+    for number, options in enumerate(UNEQUAL.values()):
+        runs = [folder / f"{name}-{number}" for name in ("whole", "parts")]
+        expected = learnt(Repeated([whole] * 2), runs[0], options, compression="none")
+        found = learnt(Repeated(parts), runs[1], options, compression="none")
+        assert_same_everywhere([found[0]])
+        assert_learnt_the_same(found, expected)
 
 
 def a_sharded_model_recovers_like_a_whole_one(rank, workers, folder):

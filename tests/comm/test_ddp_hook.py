@@ -36,6 +36,7 @@ PAIR = [
     "resuming_in_the_trainer",
     "distilling_like_one_process",
     "recovering_on_rows_of_a_file",
+    "a_position_is_worth_the_same_on_any_process",
     "a_sharded_model_recovers_like_a_whole_one",
 ]
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes

@@ -328,6 +328,26 @@ def test_query_heads_go_the_same_way_through_plan_pruner(name):
     assert_same(again, small)
 
 
+@pytest.mark.parametrize("dropped", [(), ("language.1.attention", "language.1.ffn")])
+def test_a_model_that_was_pruned_before_carries_the_plan_in_total(dropped):
+    dense, inputs = build("llava"), batch("llava")
+    first = dropping_plan(dense, *dropped, half=["language.0.ffn", "language.2.ffn"])
+    once = prune(dense, first)
+    second = random_plan(once, seed=2).replace(notes={"second": True})
+    small = prune(once, second)
+    assert small.hipp_plan.pruning_ratio > first.pruning_ratio
+    planned, chosen = copy.deepcopy(once), copy.deepcopy(once)
+    PlanPruner(planned, inputs, plan=second).step()
+    for group in PlanPruner(chosen, inputs, plan=second).step(interactive=True):
+        group.prune()
+    for model in (planned, chosen, stock_pruned(once, "llava", second)):
+        assert_same(model, small)
+        assert model.hipp_plan == small.hipp_plan
+        assert_same(prune(dense, model.hipp_plan), small)
+        confirm(model, second)  # it is so already
+        assert model.hipp_plan == small.hipp_plan
+
+
 def test_every_kv_group_loses_the_same_number_of_query_heads():
     model, plan = build("llava_gqa"), query_plan(build("llava_gqa"))
     before = copy.deepcopy(model)

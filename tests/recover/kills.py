@@ -1,6 +1,7 @@
 """Runs of `recover` that are killed with SIGKILL at random moments end as an undisturbed one does.
 
     PYTHONPATH=tests .venv/bin/python tests/recover/kills.py --workers 2 --kills 20
+    PYTHONPATH=tests .venv/bin/python tests/recover/kills.py --workers 2 --local-steps 2
 
 Every run is killed until it ends by itself, as often as the moment comes before the end.
 """
@@ -12,6 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +28,9 @@ SETTINGS = RecoverSettings(
 )
 
 
-def worker(rank: int, workers: int, folder: Path, name: str, store: Path) -> None:
+def worker(
+    rank: int, workers: int, folder: Path, name: str, store: Path, settings: RecoverSettings
+) -> None:
     """Recover in this process, and write the weights and what was returned."""
     torch.set_num_threads(1)
     if workers > 1:
@@ -35,20 +39,22 @@ def worker(rank: int, workers: int, folder: Path, name: str, store: Path) -> Non
         )
     model = pruned()
     data = FileData(folder / "rows.jsonl", tokenizer(), batch_size=2, holdout=0.2)
-    result = recover(model, data, SETTINGS, folder=folder / name, progress=False)
+    result = recover(model, data, settings, folder=folder / name, progress=False)
     if rank == 0:
         found = (dict(model.named_parameters()), vars(result))
         torch.save(found, folder / f"{name}.part")
         os.replace(folder / f"{name}.part", folder / f"{name}.pt")
 
 
-def start(workers: int, folder: Path, name: str, attempt: int) -> list[int]:
+def start(
+    workers: int, folder: Path, name: str, attempt: int, settings: RecoverSettings
+) -> list[int]:
     """The numbers of the processes of a run."""
     numbers = []
     for rank in range(workers):
         if not (number := os.fork()):
             try:
-                worker(rank, workers, folder, name, folder / f"{name}.store{attempt}")
+                worker(rank, workers, folder, name, folder / f"{name}.store{attempt}", settings)
                 os._exit(0)
             except BaseException:
                 (folder / f"{name}.{rank}.log").write_text(traceback.format_exc())
@@ -82,21 +88,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=20, help="Kills for each number of workers.")
+    parser.add_argument("--local-steps", type=int, help="Steps that each process takes alone.")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    settings = replace(SETTINGS, local_steps=asked.local_steps, outer_momentum=0.5)
     rng = random.Random(asked.seed)
     for workers in asked.workers:
         folder = Path(tempfile.mkdtemp())
         lines(folder / "rows.jsonl", texts(60))
         begun = time.monotonic()
-        assert ended(start(workers, folder, "whole", 0), 300), "the undisturbed run does not end"
+        undisturbed = start(workers, folder, "whole", 0, settings)
+        assert ended(undisturbed, 300), "the undisturbed run does not end"
         whole, kills, runs = time.monotonic() - begun, 0, 0
         while kills < asked.kills:
             name, attempt = f"run{runs}", 0
             while not (folder / f"{name}.pt").exists():
                 last = kills == asked.kills
                 seconds = 300 if last else rng.uniform(0.1, 1) * whole
-                numbers = start(workers, folder, name, attempt)
+                numbers = start(workers, folder, name, attempt, settings)
                 if not ended(numbers, seconds):
                     kills += 1
                 attempt += 1

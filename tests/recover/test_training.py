@@ -126,31 +126,79 @@ def test_a_teacher_is_learnt_from(file, tmp_path):
     assert torch.equal(weights(model), weights(dense()))
 
 
-def test_a_row_is_worth_the_same_in_any_accumulation(file, tmp_path):
-    """The loss is the mean over tokens, whatever the passes they are in."""
-    (batch,) = next(data(file, batch_size=8).batches(0, 1, 0))
-    parts = [[{k: v[i::2] for k, v in batch.items()}] for i in range(2)]
+class Repeated:
+    """A source with the same batches in every step, which the processes share."""
 
-    class Same:
-        token_mean = True
+    token_mean = True
 
-        def __init__(self, batches):
-            self.own = batches
+    def __init__(self, own):
+        self.own = own
 
-        def batches(self, rank, workers, start):
-            while True:
-                yield from self.own
+    def batches(self, rank, workers, start):
+        while True:
+            for batch in self.own[rank::workers]:
+                yield [batch]
 
-    one = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw")
-    two = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw", accumulation=2)
-    models = []
-    for settings, source in ((one, Same([[batch]])), (two, Same(parts))):
-        model = dense()
-        for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.0
-        models.append(model)
-        recover(model, source, settings, folder=tmp_path / str(len(models)), progress=False)
-    torch.testing.assert_close(*map(weights, models), rtol=0, atol=2e-5)
+
+def unequal() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """(eight rows, the same rows as two batches): most answers in one, most text in the other."""
+    ids = torch.randint(3, 200, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:2, :4], labels[2:, :-1], mask[2:, :3] = -100, -100, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return batch, [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
+
+
+UNEQUAL = {  # how they are learnt
+    "labels": {},
+    "answers of a teacher": {"positions": "answers"},
+    "text of a teacher": {"positions": "text"},
+    "both": {"positions": "text", "cross_entropy_share": 0.3, "temperature": 2.0},
+}
+
+
+def learnt(source, folder, options, **settings) -> tuple[torch.Tensor, list[float]]:
+    """(how the weights moved, losses) in two steps without dropout."""
+    model, teacher = dense(), dense(seed=1) if options else None
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    chosen = RecoverSettings(steps=2, lr=1e-2, optimizer="adamw", **options, **settings)
+    result = recover(model, source, chosen, folder=folder, teacher=teacher, progress=False)
+    return weights(model) - weights(dense()), result.losses
+
+
+def assert_learnt_the_same(found, expected):
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    # AdamW makes something of gradients that are nothing but rounding.
+    assert (found[0] - expected[0]).norm() < 1e-3 * expected[0].norm()
+
+
+@pytest.mark.parametrize("options", UNEQUAL.values(), ids=UNEQUAL)
+def test_a_position_is_worth_the_same_in_any_accumulation(tmp_path, options):
+    """The loss is the mean over what is learnt, whatever the passes it is in."""
+    whole, parts = unequal()
+    expected = learnt(Repeated([whole]), tmp_path / "whole", options)
+    found = learnt(Repeated(parts), tmp_path / "parts", options, accumulation=2)
+    assert_learnt_the_same(found, expected)
+
+
+def test_held_out_losses_do_not_depend_on_the_batches(tmp_path):
+    """Of a few long answers and many short ones; texts have a label at every position."""
+    rows = [
+        {"messages": [{"role": "user", "content": "cup " * n}, {"role": "assistant", "content": a}]}
+        for n, a in ((k % 7 + 1, "dog " * 20 if k % 9 == 0 else f"{k}") for k in range(60))
+    ]
+    file, found = lines(tmp_path / "chats.jsonl", rows), []
+    settings = RecoverSettings(
+        steps=1, lr=0.0, positions="text", cross_entropy_share=0.3, hidden_share=0.0, top_k=9
+    )
+    for size in (1, 16):
+        own = data(file, batch_size=size, holdout=0.5)
+        _, result = run(None, tmp_path / str(size), settings, rows=own, teacher=dense(seed=1))
+        found.append(result.evaluations[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    first = found[0]
+    assert first["loss"] == pytest.approx(0.7 * first["kl"] + 0.3 * first["cross_entropy"])
 
 
 def test_adapters_are_merged_into_a_normal_folder(file, tmp_path):
@@ -346,17 +394,22 @@ def test_the_best_step_is_the_first_of_equal_ones():
     assert progress.best_step == 2 and progress.since_best == 1
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights():
-    """One process, and two with LQ-SGD; `kills.py --kills 20` does more."""
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [(["--kills", "1"], 2), (["--workers", "2", "--local-steps", "2", "--kills", "5"], 1)],
+    ids=["one process, and two with LQ-SGD", "local steps of two processes"],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_weights(options, ends):
+    """`kills.py --kills 20` does more."""
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, "--kills", "1"],
+        [sys.executable, "-W", "ignore", script, *options],
         env=os.environ | {"PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1 kills in") == 2
+    assert done.stdout.count(f"{options[-1]} kills in") == ends
 
 
 def test_the_command(file, tmp_path):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from hipp_ext.calibration.chats import choice_prompt
 from hipp_ext.errors import DataError
 from hipp_ext.evals.captions import PROMPT
 from hipp_ext.evals.studies.smolworld import choices
 from hipp_ext.evals.studies.smolworld.concepts import listed, with_article
 from hipp_ext.evals.studies.smolworld.painting import paint
 from hipp_ext.evals.studies.smolworld.scenes import Scene, World
+from hipp_ext.prompts import choice_prompt
 from hipp_ext.testbed import SPLITS
 
 TASKS = ("POPE", "ScienceQA", "Captions")
