@@ -34,7 +34,7 @@ def equal(one, other) -> bool:
 @settings(max_examples=6, deadline=None)
 @given(
     family=st.sampled_from(["llava_gqa", "qwen2_5_vl", "gemma3", "gemma3n", "mllama"]),
-    ratios=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    ratios=st.tuples(st.floats(0, 0.4), st.floats(0, 0.4)),
     seed=st.integers(0, 99),
 )
 def test_two_prunings_are_one(family, ratios, seed):
