@@ -6,14 +6,16 @@ import base64
 import io
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.compare import Comparison, compare_runs
+from hipp_ext.evals.changes import Change, changes
+from hipp_ext.evals.compare import check_same_questions
 from hipp_ext.evals.runs import PREDICTIONS, AskedQuestion, Run, read_runs
+from hipp_ext.evals.tables import YES_NO
 from hipp_ext.files.untrusted import PICTURE_BYTES, is_below, read_plain, rgb_picture
 
 MAX_SIDE = 320  # longest side of an image in a report [px]
@@ -45,13 +47,21 @@ class Disagreement:
 
     Attributes:
         data: name of the data set.
-        whole: comparison on all questions, by VLMEvalKit's rule.
+        whole: change of the accuracy on all questions.
+        parts: the same on each part.
+        only_a, only_b: number of questions that only this model answers correctly.
+        yes: share of the questions of each split whose right answer is yes [%]; empty for multiple
+            choice.
         examples: random sample of the questions that one model answers correctly, in proportion to
             their numbers.
     """
 
     data: str
-    whole: Comparison
+    whole: Change
+    parts: tuple[Change, ...]
+    only_a: int
+    only_b: int
+    yes: dict[str, float]
     examples: tuple[Example, ...]
 
 
@@ -73,23 +83,41 @@ def disagreements(
         n: number of examples per data set.
         seed: random seed of their draw.
     """
-    found = []
+    pairs, pictures = [], []
     for data in (data for data in a if data in b):
         file_a, file_b = _predictions(a[data], near), _predictions(b[data], near)
         if file_a is None or file_b is None:
             continue
         try:
             run_a, run_b = (next(iter(read_runs(file).values())) for file in (file_a, file_b))
-            whole = compare_runs(run_a, run_b)[0]
+            check_same_questions(run_a, run_b)
         except DataError:  # different questions, or no questions.jsonl: they cannot be compared
             continue
-        pictures = file_a.parents[3] / "images"
-        found.append(
-            Disagreement(
-                data=data, whole=whole, examples=_examples(run_a, run_b, pictures, n, seed)
-            )
-        )
-    return found
+        pairs.append((run_a, run_b))
+        pictures.append(file_a.parents[3] / "images")
+    return [
+        _disagreement(*runs, *found, _examples(*runs, folder, n, seed))
+        for runs, found, folder in zip(pairs, changes(pairs), pictures, strict=True)
+    ]
+
+
+def _disagreement(
+    a: Run, b: Run, whole: Change, parts: Sequence[Change], examples: tuple[Example, ...]
+) -> Disagreement:
+    sides = list(_correct(a, b))
+    splits: dict[str, list[bool]] = {}
+    for question in a.questions if a.questions[0].kind == YES_NO else ():
+        for split in question.category.split(","):
+            splits.setdefault(split, []).append(question.label == "yes")
+    return Disagreement(
+        data=a.data,
+        whole=whole,
+        parts=tuple(parts),
+        only_a=sides.count((True, False)),
+        only_b=sides.count((False, True)),
+        yes={split: 100 * sum(own) / len(own) for split, own in splits.items()},
+        examples=examples,
+    )
 
 
 def _predictions(record: Mapping[str, Any], near: Sequence[Path]) -> Path | None:
@@ -113,10 +141,17 @@ def _is_file(place: Path) -> bool:
         return False
 
 
+def _correct(a: Run, b: Run) -> Iterator[tuple[bool, bool]]:
+    """Whether A and B answer each question correctly."""
+    for q, *answers in zip(a.questions, a.answers, b.answers, strict=True):
+        correct_a, correct_b = (q.prediction(text) == q.label for text in answers)
+        yield correct_a, correct_b
+
+
 def _examples(a: Run, b: Run, pictures: Path, n: int, seed: int) -> tuple[Example, ...]:
     sides: dict[bool, list[tuple[AskedQuestion, str, str]]] = {True: [], False: []}
-    for row in zip(a.questions, a.answers, b.answers, strict=True):
-        correct_a, correct_b = (row[0].prediction(text) == row[0].label for text in row[1:])
+    rows = zip(a.questions, a.answers, b.answers, strict=True)
+    for row, (correct_a, correct_b) in zip(rows, _correct(a, b), strict=True):
         if correct_a != correct_b:
             sides[correct_a].append(row)
     total = sum(map(len, sides.values()))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, MissingExtraError
+from hipp_ext.evals.measuring import about
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.prediction_log import PredictionLog, open_log, writing
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows, check_model_folder
@@ -52,6 +53,7 @@ class EvalRecord:
         predictions: file of the answers, JSONL.
         seconds: time for new answers and for scoring [s].
         command: command line; None for a call from Python.
+        made: when, on what and with which versions it was scored, see `measuring.about`.
     """
 
     model: str
@@ -66,6 +68,7 @@ class EvalRecord:
     predictions: str
     seconds: float
     command: str | None = None
+    made: dict[str, Any] | None = None
 
 
 def evaluate(
@@ -244,6 +247,7 @@ def _evaluate_table(
             predictions=str(log.path),
             seconds=time.perf_counter() - start,
             command=job.command,
+            made=about(job.device),
         )
         text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
         write_atomic(place / "results.json", text)

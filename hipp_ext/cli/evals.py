@@ -12,6 +12,7 @@ from hipp_ext.cli.console import (
     ModelArgument,
     Overwrite,
     check_dtype,
+    command_line,
     model_folder,
     print_wide,
 )
@@ -180,6 +181,7 @@ def chair(
         device=device,
         dtype=dtype,
         progress=output.shows_bars(),
+        command=command_line(),
     )
     print_wide(chair_table([(model, scores)]))
     typer.echo(f"captions and scores: {file.parent}")

@@ -313,7 +313,8 @@ def make_report(folder: Path) -> None:
 
 
 def make_summary(folder: Path) -> None:
-    from hipp_ext.evals.report_sources import read_sources, write_summary
+    from hipp_ext.evals.report.sources import read_sources
+    from hipp_ext.evals.report.summary import write_summary
 
     make_report(folder)
     entries = list(read_sources([folder]).entries)
@@ -404,8 +405,8 @@ REPORT_ERRORS = ("DataError", "CheckpointError", "PlanError", "PreferenceError",
 def read_page(folder: Path) -> list[str]:
     """The page of `hipp report`, without its drawings, which take most of the time."""
     from hipp_ext.evals.disagreements import disagreements
-    from hipp_ext.evals.report_page import page
-    from hipp_ext.evals.report_sources import read_sources
+    from hipp_ext.evals.report.page import page
+    from hipp_ext.evals.report.sources import read_sources
 
     sources = read_sources([folder])
     dense, *others = sources.entries

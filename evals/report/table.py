@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hipp_ext.evals.pope import SPLITS
-from hipp_ext.evals.report_sources import Entry, main_yes_no
+from hipp_ext.evals.report.entries import Entry, main_yes_no
+
+UNKNOWN = "not known"
 
 
 def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results table: sizes, and scores with standard errors; unknown cells
-    are empty.
+    """Header and rows of the results table: sizes, and scores with standard errors; scores that
+    were not measured are empty.
 
     There is one column per data set. The main yes/no one (POPE, if it is there) also has columns
     for its splits, F1 and yes-rate.
@@ -20,8 +22,8 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
     rows = []
     for e in entries:
-        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else ""
-        row = [e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-", size]
+        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else UNKNOWN
+        row = [e.name, _removed(e, is_dense=e is entries[0]), size]
         row += [_with_error(_overall(e, data), "accuracy") for data in others]
         if main:
             splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
@@ -34,6 +36,13 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
             ]
         rows.append(row)
     return header, rows
+
+
+def _removed(entry: Entry, is_dense: bool) -> str:
+    """Share of the prunable parameters that the plan removes."""
+    if entry.plan:
+        return f"{100 * entry.plan.pruning_ratio:.1f}%"
+    return "nothing" if is_dense else UNKNOWN
 
 
 def _overall(entry: Entry, data: str) -> Mapping[str, Any]:

@@ -1,0 +1,103 @@
+"""The verdict in words: numbers with their intervals, and what the questions do not tell apart."""
+
+from collections.abc import Iterator
+
+from hipp_ext.evals.changes import Change, interval_known
+from hipp_ext.evals.report.captions import FOUND, WRONG
+from hipp_ext.evals.report.verdict import Speed, Verdict
+
+_MINUS, _SPACE = "\u2212", "\u00a0"  # a space where no line breaks
+_POPE = {
+    "answer is yes": "misses objects that are there",
+    "answer is no": "sees objects that are not there",
+}
+
+
+def points(value: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return (
+        f"{value:+.1f}".replace("-", _MINUS).replace("+0.0", "0.0").replace(f"{_MINUS}0.0", "0.0")
+    )
+
+
+def interval(change: Change) -> str:
+    """The interval of a difference; empty where there are too few pictures for one."""
+    d = change.difference
+    ends = f"{points(d.low)} to {points(d.high)}".replace(" ", _SPACE)
+    return ends if interval_known(change) else ""
+
+
+def difference(change: Change) -> str:
+    """A difference with its interval, as in "-4.6 points (-6.1 to -3.1)"."""
+    known = interval(change)
+    return f"{points(change.difference.value)}{_SPACE}points" + (f" ({known})" if known else "")
+
+
+def outcome(change: Change) -> str:
+    """The difference, or that there is none to tell."""
+    return difference(change) if change.told_apart else "not told apart"
+
+
+def subject(change: Change) -> str:
+    """What a change is about."""
+    data = change.data.removesuffix("_TEST")
+    if change.part in (WRONG, FOUND):
+        return f"{data}: {change.part}"
+    return f"{data} “{change.part}”" if change.part else data
+
+
+def meaning(change: Change) -> str:
+    """What a loss on this part means, where it is known."""
+    return _POPE.get(change.part, "") if "POPE" in change.data and change.worse else ""
+
+
+def size(verdict: Verdict) -> str:
+    """How many parameters are gone."""
+    if verdict.fewer is None:
+        return "size not known"
+    percent = round(100 * abs(verdict.fewer), 1 if abs(verdict.fewer) < 0.1 else None)
+    if not percent:
+        return "as many parameters"
+    return f"{percent:g}% {'fewer' if verdict.fewer > 0 else 'more'} parameters"
+
+
+def times(speed: Speed) -> str:
+    """How many times as fast."""
+    return f"{speed.times:.2f} times as fast"
+
+
+def spread(speed: Speed) -> str:
+    """The range of the paired ratios; empty where it is unknown."""
+    if speed.least is None or speed.most is None:
+        return ""
+    return f"{speed.least:.2f} to {speed.most:.2f}"
+
+
+def _speed(verdict: Verdict) -> str:
+    first = next((s for s in verdict.speeds if s.what == "first token"), None)
+    if first is None:
+        return "speed not measured"
+    where = f" in {first.where}" if first.where else ""
+    how = times(first) if first.told_apart else "speed not told apart"
+    return f"first token{where} {how}"
+
+
+def _changes(verdict: Verdict) -> Iterator[str]:
+    """Of the captions only what is not there: it is what pruning is feared for."""
+    for change in verdict.changes:
+        if not change.part or change.part == WRONG:
+            yield f"{subject(change)} {outcome(change)}"
+    if verdict.not_compared:
+        yield f"{', '.join(verdict.not_compared)} not compared"
+    if not verdict.changes and not verdict.not_compared:
+        yield "no answers compared"
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """The verdict in one line, without the name of the model."""
+    parts = [f"{size(verdict)}, {_speed(verdict)}", *_changes(verdict)]
+    if hurt := verdict.hurt:
+        parts.append(f"most lost: {subject(hurt[0])} {difference(hurt[0])}")
+    elif verdict.parts:
+        parts.append("no part stands out")
+    return "; ".join(parts)
