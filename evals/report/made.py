@@ -21,7 +21,7 @@ def made(sources: Sources) -> list[tuple[str, str]]:
     measured = dict.fromkeys(f"{what}: {machine(one)}" for what, one in _measured(sources))
     settings = dict.fromkeys(
         f"{e.name} on {d}: {', '.join(f'{k} {v}' for k, v in r['settings'].items())}; model "
-        f"{r['model_hash'][:12]}, data {r.get('data_hash', '')[:12] or 'not hashed'}"
+        f"{r['model_hash'][:12]}" + (f", data {r['data_hash'][:12]}" if "data_hash" in r else "")
         for e in sources.entries
         for d, r in [*e.records.items(), *((f"captions ({c['data']})", c) for c in e.chair)]
     )
