@@ -109,7 +109,7 @@ def _change(a: Run, b: Run, part: str, rows: Sequence[int], level: float) -> Cha
         for run in (a, b)
     ]
     clusters = [q.cluster for q in questions]
-    paired = paired_difference(*correct, clusters, level=level)
+    paired = paired_difference(correct[0], correct[1], clusters, level=level)
     gain = np.subtract(correct[1], correct[0], dtype=float)[:, None]
     return Change(
         data=a.data,

@@ -96,8 +96,10 @@ def disagreements(
         pairs.append((run_a, run_b))
         pictures.append(file_a.parents[3] / "images")
     return [
-        _disagreement(*runs, *found, _examples(*runs, folder, n, seed))
-        for runs, found, folder in zip(pairs, changes(pairs), pictures, strict=True)
+        _disagreement(run_a, run_b, whole, parts, _examples(run_a, run_b, folder, n, seed))
+        for (run_a, run_b), (whole, parts), folder in zip(
+            pairs, changes(pairs), pictures, strict=True
+        )
     ]
 
 

@@ -15,14 +15,29 @@ from hipp_ext import __version__
 
 
 def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
-    """How many times longer `slow` takes than `fast`: the paired ratios' median, least, most, n."""
+    """How many times longer `slow` takes than `fast`: median, least, most and n of the paired
+    ratios. With six pairs or more also low and high, the 95% interval of the median.
+    """
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
     return {
         "median": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
         "n": len(ratios),
+        **_median_interval(sorted(ratios)),
     }
+
+
+def _median_interval(ordered: list[float], level: float = 0.95) -> dict[str, float]:
+    """Low and high ends of the interval of the median, by the sign test: it holds whatever the
+    distribution is. Empty where even the whole range is not as certain.
+
+    Source: Conover, Practical Nonparametric Statistics (3rd ed., 1999), section 3.2.
+    """
+    from scipy.stats import binom
+
+    skipped = int(binom.ppf((1 - level) / 2, len(ordered), 0.5)) - 1  # values below the low end
+    return {"low": ordered[skipped], "high": ordered[-1 - skipped]} if skipped >= 0 else {}
 
 
 def timed(device: str | torch.device, work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

@@ -9,7 +9,8 @@ from hipp_ext.planner.reward import Reward
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PANELS = {"utility": "utility", "robustness": "robustness"}
+_PANELS = ("utility", "robustness")
+_MANY = 40  # rings, from which on they are small
 
 
 def front_figure(
@@ -68,10 +69,10 @@ def _star(axes: Any, name: str, model: str, reward: Reward, mark: Mark) -> None:
         100 * reward.compression,
         getattr(reward, name),
         marker="*",
-        s=190,
+        s=230,
         color=mark.colour,
         edgecolors=PAPER,
-        linewidths=0.8,
+        linewidths=1.2,
         label=label(model),
         zorder=3,
     )

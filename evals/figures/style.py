@@ -62,6 +62,9 @@ def legend(figure: "Figure", axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
     columns = 3 if sum(map(len, names)) <= 36 and len(names) > 1 else 1
     columns = 2 if columns == 1 and all(len(name) <= 20 for name in names) else columns
+    # matplotlib fills columns, and people read lines.
+    order = sorted(range(len(names)), key=lambda i: i % columns)
+    handles, names = [handles[i] for i in order], [names[i] for i in order]
     figure.legend(
         handles, names, loc="outside upper left", ncols=columns, fontsize=SMALL, frameon=False
     )

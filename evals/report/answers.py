@@ -66,12 +66,13 @@ def _smaller(verdict: Verdict) -> Iterator[Fact]:
 
 def _speed(speed: Speed) -> Fact:
     spread = words.spread(speed)
-    runs = f", {speed.n} runs" if speed.n and spread else ""
+    if speed.n and spread:
+        spread += f", {'range of ' if speed.is_range else ''}{speed.n} runs"
     faster = speed.told_apart and speed.times > 1
     return Fact(
         what=f"{speed.what}, {speed.where}" if speed.where else speed.what,
         value=words.times(speed) if speed.told_apart else "not told apart",
-        note=f"{spread}{runs}" if spread else f"median {speed.times:.2f}, range not known",
+        note=spread or f"median {speed.times:.2f}, range not known",
         tone="better" if faster else "worse" if speed.told_apart else "same",
     )
 
@@ -104,8 +105,9 @@ def _where(verdict: Verdict) -> Iterator[Fact]:
     hurt = verdict.hurt
     for change in hurt[:_MOST_HURT]:
         yield _change(change)
-    if hurt[_MOST_HURT:]:
-        yield Fact(what="and", value=f"{len(hurt) - _MOST_HURT} more parts", note="see below")
+    if more := len(hurt) - _MOST_HURT if len(hurt) > _MOST_HURT else 0:
+        note = "below, under “Every score”"
+        yield Fact(what="and", value=f"{more} more part{'s' * (more > 1)}", note=note)
     if verdict.parts and not hurt:
         yield Fact(
             what=f"{len(verdict.parts)} parts",

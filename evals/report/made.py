@@ -18,18 +18,21 @@ NOTES = (
 def made(sources: Sources) -> list[tuple[str, str]]:
     """(title, text) of every block."""
     commands = list(sources.commands) or ["no command is recorded"]
-    measured = dict.fromkeys(f"{what}: {machine(one)}" for what, one in _measured(sources))
-    settings = dict.fromkeys(
-        f"{e.name} on {d}: {', '.join(f'{k} {v}' for k, v in r['settings'].items())}; model "
-        f"{r['model_hash'][:12]}" + (f", data {r['data_hash'][:12]}" if "data_hash" in r else "")
-        for e in sources.entries
-        for d, r in [*e.records.items(), *((f"captions ({c['data']})", c) for c in e.chair)]
-    )
+    where: dict[str, dict[str, None]] = {}
+    for what, one in _measured(sources):
+        where.setdefault(machine(one), {})[f"  {_date(one)}: {what}"] = None
+    asked: dict[str, dict[str, None]] = {}
+    for e in sources.entries:
+        for d, r in [*e.records.items(), *((f"captions ({c['data']})", c) for c in e.chair)]:
+            data = f" (content {r['data_hash'][:12]})" if "data_hash" in r else ""
+            line = f"  {d}{data}: {e.name} (content {r['model_hash'][:12]})"
+            settings = ", ".join(f"{k} {v}" for k, v in r["settings"].items())
+            asked.setdefault(settings, {})[line] = None
     blocks = {
         "Commands": [*commands, _NOT_IN_FILES],
-        "When and on what": list(measured),
+        "When and on what": [line for own, lines in where.items() for line in (own, *lines)],
         "Seeds": [*sources.seeds, *NOTES],
-        "Evaluations": list(settings),
+        "Evaluations": [line for own, lines in asked.items() for line in (own, *lines)],
     }
     return [(title, "\n".join(lines)) for title, lines in blocks.items() if lines]
 
@@ -47,14 +50,18 @@ def _measured(sources: Sources) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"{one['serving']['runtime']} with {', '.join(one['models'])}", one
 
 
+def _date(one: Mapping[str, Any]) -> str:
+    return (one.get("date") or "date not recorded").replace("T", " ").replace("+00:00", " UTC")
+
+
 def machine(one: Mapping[str, Any]) -> str:
-    """Date, device, threads and versions of a measurement, as far as they are recorded."""
+    """Device, threads and versions of a measurement, as far as they are recorded."""
     threads = one.get("threads")
+    versions = one.get("versions") or {}
     parts = [
-        (one.get("date") or "date not recorded").replace("T", " ").replace("+00:00", " UTC"),
         one.get("device") or "hardware not recorded",
-        f"{threads} threads" if threads is not None else "",
-        ", ".join(f"{name} {number}" for name, number in (one.get("versions") or {}).items())
+        "" if threads is None else "1 thread" if threads == 1 else f"{threads} threads",
+        ", ".join(f"{name} {number}" for name, number in versions.items())
         or "versions not recorded",
     ]
     return "; ".join(filter(None, parts))
@@ -74,4 +81,4 @@ def conditions(one: Mapping[str, Any]) -> str:
             f"{own['new_tokens']} tokens written; median (least to most) of {own['rounds']} "
             "rounds, each in a new process, the models taking turns."
         )
-    return f"{how} Measured: {machine(one)}."
+    return f"{how} Measured: {_date(one)}; {machine(one)}."

@@ -28,6 +28,8 @@ class _Ratio(Strict):
     least: _Measured | None = None
     most: _Measured | None = None
     n: Count | None = None
+    low: _Measured | None = None
+    high: _Measured | None = None
 
 
 class _Median(Strict):
@@ -66,10 +68,12 @@ class _Load(Strict):
     seed: int | None = None
 
 
-class Latency(Made):
+class Latency(Strict):
     """A result of `hipp latency`."""
 
     command: str
+    date: str | None = None
+    versions: dict[str, str] | None = None
     device: str
     threads: Count
     load: _Load

@@ -23,23 +23,23 @@ class Speed:
         what: what was timed.
         where: the runtime and its weights; "" is transformers, in the process of `hipp latency`.
         times: median of the paired ratios.
-        least, most: their range; None: unknown.
+        low, high: its 95% interval; with fewer than six pairs, their range; None: unknown.
+        is_range: whether they are the range.
         n: number of pairs; None: unknown.
     """
 
     what: str
     where: str = ""
     times: float
-    least: float | None = None
-    most: float | None = None
+    low: float | None = None
+    high: float | None = None
+    is_range: bool = False
     n: int | None = None
 
     @property
     def told_apart(self) -> bool:
-        """Whether every pair says the same: faster, or slower."""
-        return (
-            self.least is not None and self.most is not None and (self.least > 1 or self.most < 1)
-        )
+        """Whether the interval, or every pair, says the same: faster, or slower."""
+        return self.low is not None and self.high is not None and (self.low > 1 or self.high < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,5 +114,13 @@ def _speeds(sources: Sources, dense: str, name: str) -> Iterator[Speed]:
         for key, what in _PHASES.items():
             ratio = models[name].get(key)
             if ratio:
-                rest = {k: ratio.get(k) for k in ("least", "most", "n")}
-                yield Speed(what=what, where=where, times=ratio["median"], **rest)
+                is_range = "low" not in ratio
+                yield Speed(
+                    what=what,
+                    where=where,
+                    times=ratio["median"],
+                    low=ratio.get("least" if is_range else "low"),
+                    high=ratio.get("most" if is_range else "high"),
+                    is_range=is_range,
+                    n=ratio.get("n"),
+                )

@@ -7,24 +7,30 @@ from hipp_ext.evals.report.captions import FOUND, WRONG
 from hipp_ext.evals.report.verdict import Speed, Verdict
 
 _MINUS, _SPACE = "\u2212", "\u00a0"  # a space where no line breaks
+_MOST_DIGITS = 4
 _POPE = {
     "answer is yes": "misses objects that are there",
     "answer is no": "sees objects that are not there",
 }
 
 
-def points(value: float) -> str:
+def points(value: float, digits: int = 1) -> str:
     """A difference in percentage points, with its sign."""
-    return (
-        f"{value:+.1f}".replace("-", _MINUS).replace("+0.0", "0.0").replace(f"{_MINUS}0.0", "0.0")
-    )
+    text = f"{value:+.{digits}f}"
+    return text[1:] if not float(text) else text.replace("-", _MINUS)
 
 
 def interval(change: Change) -> str:
-    """The interval of a difference; empty where there are too few pictures for one."""
-    d = change.difference
-    ends = f"{points(d.low)} to {points(d.high)}".replace(" ", _SPACE)
-    return ends if interval_known(change) else ""
+    """The interval of a difference, with as many digits as tell it from 0 where it excludes 0;
+    empty where there are too few pictures for an interval.
+    """
+    if not interval_known(change):
+        return ""
+    ends = change.difference.low, change.difference.high
+    digits = 1
+    while change.told_apart and digits < _MOST_DIGITS and any(not round(e, digits) for e in ends):
+        digits += 1
+    return " to ".join(points(end, digits) for end in ends).replace(" ", _SPACE)
 
 
 def difference(change: Change) -> str:
@@ -67,10 +73,10 @@ def times(speed: Speed) -> str:
 
 
 def spread(speed: Speed) -> str:
-    """The range of the paired ratios; empty where it is unknown."""
-    if speed.least is None or speed.most is None:
+    """The interval of a speed, or the range of its pairs; empty where it is unknown."""
+    if speed.low is None or speed.high is None:
         return ""
-    return f"{speed.least:.2f} to {speed.most:.2f}"
+    return f"{speed.low:.2f} to {speed.high:.2f}"
 
 
 def _speed(verdict: Verdict) -> str:

@@ -5,21 +5,18 @@ picture is from elsewhere.
 import copy
 import json
 import os
-import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from report_folders import HASH, chair, latency, outputs, put_chair, record, served, split
+from report_folders import HASH, chair, latency, outputs, put_chair, record, served
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.figures import cost_figure, keeps_figure, label, png, splits_figure, svg
 from hipp_ext.evals.report import write_report
 from hipp_ext.evals.report.page import page
 from hipp_ext.evals.report.sources import read_sources
 from hipp_ext.evals.report.write import compared
-from hipp_ext.plan import PlanGroup, PruningPlan
 
 TRAP = (
     "\"'><script>alert(1)</script><img src=//evil onerror=alert(2)>${7*7}{{7*7}}{%x%}\ud800</style>"
@@ -314,48 +311,3 @@ def test_files_that_never_end_or_nest_too_deeply_are_refused(tmp_path):
 def test_a_report_has_a_largest_size(tmp_path):
     with pytest.raises(DataError, match="65 evaluated models; a report holds 64"):
         read_sources([outputs(tmp_path, tuple(f"m{n}" for n in range(65)))])
-
-
-# --------------------------------------------------------------------------------------------------
-# - figures
-
-
-@pytest.mark.parametrize("name", [r"$\frac{1$", "_hidden", "a\nb" * 99, TRAP])
-def test_figures_show_any_name(name):
-    scores = {name: {"random": split()}, "b": {"random": split(accuracy_se=None)}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a font without some character
-        figure = splits_figure(scores, ["random"])
-        assert png(figure, dpi=30)[:4] == b"\x89PNG"
-        drawn = svg(cost_figure({"x": {name: (1.0, 1.0, 1.0)}}))
-    assert not {"script", "img"} & {tag for tag, _ in Tags(drawn).tags}
-    shown = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert shown == [label(name), "b"]
-
-
-def test_plans_without_attention_are_drawn():
-    groups = tuple(
-        PlanGroup(tower="language", layer=n, kind="ffn", width=8, kept=(0, 1), unit_parameters=3)
-        for n in (0, 1)
-    )
-    plan = PruningPlan(groups=groups)
-    figure = keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]})
-    assert png(figure, dpi=30)[:4] == b"\x89PNG" and "ffn, of 8 channels" in svg(figure)
-
-
-def test_plans_of_both_units_of_attention_are_drawn_apart():
-    plans = {}
-    for kind, sections in (("attention", 1), ("query_heads", 2)):
-        group = PlanGroup(
-            tower="language",
-            layer=0,
-            kind=kind,
-            width=4 * sections,
-            kept=tuple(range(0, 4 * sections, 4)),
-            unit_parameters=3,
-            sections=sections,
-        )
-        plans[kind] = PruningPlan(groups=(group,))
-    drawn = svg(keeps_figure(plans, {"query_heads": [0.3]}))
-    assert "attention, of 4 KV groups" in drawn and "query_heads, of 8 query heads" in drawn
-    assert drawn.count("visual flow") == 1

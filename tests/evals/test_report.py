@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from report_folders import latency, served
 
-from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
+from hipp_ext import HiPPPlanner, Preference, __version__, prune, save_pruned, testbed
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.captions import measure_chair, scenes_task
@@ -131,7 +131,7 @@ def test_served_speed_and_captions_are_there(page, made):
     assert scores["counts"]["image"] and len(scores["counts"]["named"]) == 8
     for text in ("10.00 (9.00 to 14.00)", "1.25x, 1.10x", "llama.cpp, weights q8_0", "9.8.7"):
         assert text in page
-    assert "2026-05-04 03:02 UTC; a machine; 2 threads" in page
+    assert "2026-05-04 03:02 UTC; a machine; 2 threads; hipp-ext 9.8.7" in page
 
 
 def test_what_users_wrote_is_escaped(page):
@@ -154,6 +154,9 @@ def test_numbers_commands_and_seeds_are_there(page, made):
         f"{small.parameters / 1e6:.2f}M" in page
         and small.parameters < sources.entries[0].parameters
     )
+    about = small.records["POPE"]["made"]
+    assert about["versions"]["hipp-ext"] == __version__ and about["device"] in page
+    assert f"hipp-ext {__version__} · " in page
     for text in (
         "hipp latency dense small",
         "latency: seed 3",
@@ -208,7 +211,8 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
 
 def test_what_is_missing_is_said_with_its_command(made, tmp_path):
     alone = page_of(sources := read_sources([made / "outputs"]), [], {})
-    assert "size not known, speed not measured; POPE, ScienceQA_TEST not compared" in alone
+    assert "size not known, speed not measured; captions (testbed)" in alone
+    assert "; POPE, ScienceQA_TEST not compared" in alone
     absent = alone.partition('<section id="missing">')[2]
     for text in (
         "Size of dense, small&lt;b&gt;: the folder was not given.",
@@ -233,9 +237,9 @@ def test_several_folders_with_one_name_and_other_content(made, tmp_path):
         file.write_text(json.dumps(record | {"model_hash": "f" * 64}))
     names = [e.name for e in read_sources([made, outputs]).entries]
     assert names[0] == "dense" and len(names) == 3 and f"small<b> ({'f' * 8})" in names
-    assert (
-        read_sources([outputs, made / "models"]).entries[-1].plan is None
-    )  # another content: not this folder's plan
+    entries = read_sources([outputs, made / "models"]).entries
+    other = next(e for e in entries if "ffffffff" in e.name)
+    assert other.records and other.plan is None  # another content: not this folder's plan
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

@@ -178,7 +178,10 @@ def test_the_line(tmp_path):
     )
     smaller, worse_, where = (one.facts["small"] for one in answers([own]))
     assert [f.value for f in smaller] == ["24% fewer", "1.50 times as fast", "1.50 times as fast"]
-    assert smaller[0].note == "from 1.00M to 0.76M" and smaller[1].note == "1.20 to 1.70, 5 runs"
+    assert (
+        smaller[0].note == "from 1.00M to 0.76M"
+        and smaller[1].note == "1.20 to 1.70, range of 5 runs"
+    )
     assert [f.tone for f in worse_] == ["worse", "same"]
     assert worse_[0].note == "from 100.0% to 90.0%"
     assert "misses objects that are there" in where[1].note
@@ -202,7 +205,9 @@ def test_sizes_in_words(tmp_path, parameters, text):
 def test_speeds_are_those_over_the_dense_model(tmp_path):
     folder = outputs(tmp_path)
     slow = latency("dense", "small")
-    slow["models"]["small"]["prefill_speedup"] = {"median": 1.05, "least": 0.97, "most": 1.2}
+    few = {"median": 1.05, "least": 0.97, "most": 1.2, "n": 5}
+    slow["models"]["small"]["prefill_speedup"] = few
+    slow["models"]["small"]["decode_speedup"] |= {"least": 0.9, "low": 1.1, "high": 1.6, "n": 9}
     (folder / "latency.json").write_text(json.dumps(slow))
     (folder / "latency-b.json").write_text(json.dumps(latency("small", "dense")))
     (folder / "served.json").write_text(json.dumps(served("dense", "small")))
@@ -215,6 +220,8 @@ def test_speeds_are_those_over_the_dense_model(tmp_path):
         ("further tokens", "llama.cpp q8_0", 1.1, False),
     ]
     assert "first token speed not told apart" in verdict_line(own)
+    notes = [fact.note for fact in answers([own])[0].facts["small"][1:3]]
+    assert notes == ["0.97 to 1.20, range of 5 runs", "1.10 to 1.60, 9 runs"]
     (folder / "latency.json").unlink()
     assert "first token in llama.cpp q8_0 1.25 times as fast" in verdict_line(verdict(folder))
 
@@ -276,6 +283,15 @@ def test_the_most_captions_are_compared(tmp_path):
 )
 def test_points(value, text):
     assert points(value) == text
+
+
+def test_an_interval_beside_zero_has_more_digits():
+    near = Estimate(value=-0.6, se=0.3, low=-1.2, high=-0.04, p_value=0.03)
+    own = Change(data="x", n=999, differing=99, a=9.0, b=8.4, difference=near)
+    text = difference(own).replace("\u00a0", " ")
+    assert text == "\u22120.6 points (\u22121.20 to \u22120.04)"
+    across = replace(own, difference=replace(near, high=0.04))
+    assert difference(across).endswith("\u22121.2\u00a0to\u00a00.0)")
 
 
 def test_gains_are_not_called_losses(tmp_path):
