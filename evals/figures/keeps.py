@@ -10,7 +10,8 @@ from hipp_ext.plan import PruningPlan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STRIP = 0.46  # height of a plan [inches]
+_STRIP = 0.5  # height of a plan [inches]
+_BAR = 0.6  # height of a bar, of which a plan's height is 1
 _COUNTED = 12  # layers; with more there is no room for the numbers of units
 
 
@@ -63,13 +64,13 @@ def _strips(
     places, longest = [], 0
     for number, (name, row) in enumerate(rows.items()):
         x, bottom = range(len(row)), -float(number)
-        axes.bar(x, 0.62, 0.82, bottom=bottom, color="none", edgecolor=FAINT, linewidth=0.8)
-        kept = [0.62 * g.keep / g.width for g in row]
+        axes.bar(x, _BAR, 0.82, bottom=bottom, color="none", edgecolor=FAINT, linewidth=0.8)
+        kept = [_BAR * g.keep / g.width for g in row]
         axes.bar(x, kept, 0.82, bottom=bottom, color=looks[name].colour)
-        places.append(bottom + 0.31)
+        places.append(bottom + _BAR / 2)
         longest = max(longest, len(row))
         for i, g in enumerate(row if len(row) <= _COUNTED else ()):
-            axes.text(i, bottom - 0.05, str(g.keep), ha="center", va="top", fontsize=SMALL)
+            axes.text(i, bottom - 0.04, str(g.keep), ha="center", va="top", fontsize=SMALL)
     width = next(iter(rows.values()))[0].width
     axes.set_title(f"{kind}, of {width} {KINDS[kind].unit}")
     axes.set_yticks(places, [label(name) for name in rows])

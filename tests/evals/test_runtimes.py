@@ -49,7 +49,7 @@ def test_the_command_measures_in_llama_cpp(folders, tmp_path, monkeypatch):
     assert shown_by_report["serving"] == serving
     for name, figures in shown_by_report["models"].items():
         assert figures == {k: v for k, v in found[name].items() if k != "memory_ratio"}
-    assert shown_by_report["device"] and "--runtime llama.cpp" in shown_by_report["command"]
+    assert shown_by_report["device"] and shown_by_report["command"].startswith("hipp ")
     for figures in found.values():
         assert all(len(figures[key]) == 1 for key in ("prefill_ms", "decode_ms", "memory_mib"))
         assert min(*figures["prefill_ms"], *figures["decode_ms"]) > 0
