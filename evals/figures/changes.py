@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Interval = tuple[float, float, float]
-_ROW, _NAME = 0.15, 0.32  # heights of a model, and of the name of a row above them [inches]
+_ROW, _NAME = 0.15, 0.36  # heights of a model, and of the name of a row above them [inches]
 
 
 def changes_figure(
@@ -46,7 +46,7 @@ def changes_figure(
         # Names above their rows: beside them they would leave a phone no room for the points.
         for place, name in enumerate(rows):
             start = axes.get_yaxis_transform()  # the left edge, and the height of the row
-            axes.text(0, place + 0.8 * _NAME * step / _ROW, label(name), transform=start)
+            axes.text(0, place + 0.7 * _NAME * step / _ROW, label(name), transform=start)
         axes.set_yticks([])
         axes.set_ylim(len(rows) + 0.2 * step, 0)
         axes.spines["left"].set_visible(False)

@@ -53,7 +53,11 @@ def label(name: str) -> str:
     """A short name for a figure. Matplotlib would read $ as mathematics and hide names that start
     with _.
     """
-    text = shown(name, _LONGEST_NAME).replace("$", r"\$")
+    text = shown(name)
+    if len(text) > _LONGEST_NAME:  # names of one family differ at their ends
+        half = _LONGEST_NAME // 2
+        text = f"{text[: half - 1]}…{text[-half:]}"
+    text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hipp_ext.evals.changes import Change, interval_known
 from hipp_ext.evals.report import words
 from hipp_ext.evals.report.verdict import Speed, Verdict
+from hipp_ext.evals.text_table import parameters_text
 
 _MOST_HURT = 3  # parts of one model
 
@@ -55,7 +56,7 @@ def _smaller(verdict: Verdict) -> Iterator[Fact]:
         yield Fact(
             what="parameters",
             value=words.size(verdict).removesuffix(" parameters"),
-            note=f"from {dense / 1e6:,.2f}M to {left / 1e6:,.2f}M",
+            note=f"from {parameters_text(dense)} to {parameters_text(left)}",
             tone="better" if left < dense else "same",
         )
     for speed in verdict.speeds:

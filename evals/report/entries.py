@@ -75,6 +75,7 @@ class Sources:
 
     Attributes:
         entries: evaluated models; the others are compared with the first.
+        dense_is_known: whether a folder or a measurement tells that the first is the dense one.
         fits: fitted planners.
         latency: results of `hipp latency`.
         served: results of `hipp latency --runtime`.
@@ -83,6 +84,7 @@ class Sources:
     """
 
     entries: tuple[Entry, ...] = ()
+    dense_is_known: bool = True
     fits: tuple[Fit, ...] = ()
     latency: tuple[dict[str, Any], ...] = ()
     served: tuple[dict[str, Any], ...] = ()

@@ -31,6 +31,12 @@ def missing(sources: Sources, verdicts: Sequence[Verdict]) -> list[Missing]:
 def _missing(sources: Sources, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
     entries = sources.entries
     dense, *others = entries
+    if not sources.dense_is_known:
+        yield (
+            f"Which model is the dense one: nothing tells it, so {dense.name}, the first one, was "
+            "taken.",
+            "hipp report DIR... DENSE, with the folder of the dense model",
+        )
     unsized = [e for e in entries if e.parameters is None]
     if unsized:
         yield (

@@ -35,22 +35,32 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
         raise DataError(
             f"{where}: {len(entries)} evaluated models; a report holds {MAX_MODELS}. Name fewer"
         )
-    dense = [e for e in entries if e.plan is None and e.parameters is not None] or entries[:1]
     latency = tuple(one for part, _ in parts for one in part.latency)
-    entries = [dense[0], *(e for e in entries if e is not dense[0])]
-    entries = [_with_size(e, latency) for e in entries]
     both = [one for part, _ in parts for one in (*part.latency, *part.served)]
+    dense = _dense(entries, both)
+    first = dense or entries[0]
+    entries = [_with_size(e, latency) for e in (first, *(e for e in entries if e is not first))]
     known = [c for part, _ in parts for c in part.commands]
     known += [one["command"] for one in both if one.get("command")]
     seeds = [seed for part, _ in parts for seed in (*part.seeds, *map(_seed, part.latency))]
     return Sources(
         entries=tuple(entries),
+        dense_is_known=dense is not None or len(entries) == 1,
         fits=tuple(f for part, _ in parts for f in part.fits),
         latency=latency,
         served=tuple(one for part, _ in parts for one in part.served),
         commands=tuple(dict.fromkeys(known)),
         seeds=tuple(dict.fromkeys(seeds)),
     )
+
+
+def _dense(entries: Sequence[Entry], timed: Sequence[Mapping[str, Any]]) -> Entry | None:
+    """The dense model: one whose folder has no plan, else the one that measurements of time compare
+    others with.
+    """
+    whole = [e for e in entries if e.plan is None and e.parameters is not None]
+    firsts = [next(iter(one["models"])) for one in timed]
+    return next(iter([*whole, *(e for name in firsts for e in entries if e.name == name)]), None)
 
 
 def _hash(entry: Entry) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from hipp_ext.evals.pope import SPLITS
 from hipp_ext.evals.report.entries import Entry, main_yes_no
+from hipp_ext.evals.text_table import parameters_text
 
 UNKNOWN = "not known"
 
@@ -22,7 +23,7 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
     rows = []
     for e in entries:
-        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else UNKNOWN
+        size = parameters_text(e.parameters) if e.parameters else UNKNOWN
         row = [e.name, _removed(e, is_dense=e is entries[0]), size]
         row += [_with_error(_overall(e, data), "accuracy") for data in others]
         if main:

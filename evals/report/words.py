@@ -27,10 +27,14 @@ def interval(change: Change) -> str:
     if not interval_known(change):
         return ""
     ends = change.difference.low, change.difference.high
-    digits = 1
-    while change.told_apart and digits < _MOST_DIGITS and any(not round(e, digits) for e in ends):
-        digits += 1
+    digits = _digits(ends, 0, 1) if change.told_apart else 1
     return " to ".join(points(end, digits) for end in ends).replace(" ", _SPACE)
+
+
+def _digits(ends: tuple[float, float], bound: float, fewest: int) -> int:
+    """The fewest digits after the point with which neither end looks like the bound."""
+    wanted = range(fewest, _MOST_DIGITS)
+    return next((d for d in wanted if all(round(e, d) != bound for e in ends)), _MOST_DIGITS)
 
 
 def difference(change: Change) -> str:
@@ -76,7 +80,8 @@ def spread(speed: Speed) -> str:
     """The interval of a speed, or the range of its pairs; empty where it is unknown."""
     if speed.low is None or speed.high is None:
         return ""
-    return f"{speed.low:.2f} to {speed.high:.2f}"
+    digits = _digits((speed.low, speed.high), 1, 2) if speed.told_apart else 2
+    return f"{speed.low:.{digits}f} to {speed.high:.{digits}f}"
 
 
 def _speed(verdict: Verdict) -> str:

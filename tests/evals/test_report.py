@@ -215,6 +215,7 @@ def test_what_is_missing_is_said_with_its_command(made, tmp_path):
     assert "; POPE, ScienceQA_TEST not compared" in alone
     absent = alone.partition('<section id="missing">')[2]
     for text in (
+        "nothing tells it, so dense, the first one, was taken",
         "Size of dense, small&lt;b&gt;: the folder was not given.",
         "<code>hipp report DIR... ./dense &#39;./small&lt;b&gt;&#39;</code>",
         "<code>hipp latency ./dense &#39;./small&lt;b&gt;&#39; -o latency.json</code>",

@@ -11,8 +11,8 @@ from report_folders import chair, latency, outputs, put_answers, put_chair, serv
 from hipp_ext.evals.changes import LEVEL, MAX_PARTS, MIN_DIFFERING, Change, changes, parts_of
 from hipp_ext.evals.report.answers import answers
 from hipp_ext.evals.report.sources import read_sources
-from hipp_ext.evals.report.verdict import verdicts
-from hipp_ext.evals.report.words import difference, points, size, verdict_line
+from hipp_ext.evals.report.verdict import Speed, verdicts
+from hipp_ext.evals.report.words import difference, points, size, spread, verdict_line
 from hipp_ext.evals.report.write import compared
 from hipp_ext.evals.runs import AskedQuestion, Run
 from hipp_ext.evals.statistics import Estimate
@@ -209,7 +209,7 @@ def test_speeds_are_those_over_the_dense_model(tmp_path):
     slow["models"]["small"]["prefill_speedup"] = few
     slow["models"]["small"]["decode_speedup"] |= {"least": 0.9, "low": 1.1, "high": 1.6, "n": 9}
     (folder / "latency.json").write_text(json.dumps(slow))
-    (folder / "latency-b.json").write_text(json.dumps(latency("small", "dense")))
+    (folder / "latency_b.json").write_text(json.dumps(latency("small", "dense")))
     (folder / "served.json").write_text(json.dumps(served("dense", "small")))
     own = verdict(folder)
     found = [(s.what, s.where, s.times, s.told_apart) for s in own.speeds]
@@ -222,8 +222,18 @@ def test_speeds_are_those_over_the_dense_model(tmp_path):
     assert "first token speed not told apart" in verdict_line(own)
     notes = [fact.note for fact in answers([own])[0].facts["small"][1:3]]
     assert notes == ["0.97 to 1.20, range of 5 runs", "1.10 to 1.60, 9 runs"]
-    (folder / "latency.json").unlink()
+    for file in folder.glob("latency*.json"):
+        file.unlink()
     assert "first token in llama.cpp q8_0 1.25 times as fast" in verdict_line(verdict(folder))
+
+
+def test_the_dense_model_is_the_one_that_times_are_compared_with(tmp_path):
+    folder = outputs(tmp_path, ("a", "b"))
+    assert read_sources([folder]).names == ["a", "b"]
+    assert not read_sources([folder]).dense_is_known
+    (folder / "served.json").write_text(json.dumps(served("b", "a")))
+    sources = read_sources([folder])
+    assert sources.names == ["b", "a"] and sources.dense_is_known
 
 
 def test_a_table_of_blocks_is_not_taken_for_times(tmp_path):
@@ -290,6 +300,9 @@ def test_an_interval_beside_zero_has_more_digits():
     own = Change(data="x", n=999, differing=99, a=9.0, b=8.4, difference=near)
     text = difference(own).replace("\u00a0", " ")
     assert text == "\u22120.6 points (\u22121.20 to \u22120.04)"
+    fast = Speed(what="first token", times=1.04, low=1.0042, high=1.06, n=25)
+    assert fast.told_apart and spread(fast) == "1.004 to 1.060"
+    assert spread(replace(fast, low=0.998)) == "1.00 to 1.06"
     across = replace(own, difference=replace(near, high=0.04))
     assert difference(across).endswith("\u22121.2\u00a0to\u00a00.0)")
 
