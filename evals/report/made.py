@@ -5,9 +5,7 @@ from typing import Any
 
 from hipp_ext.evals.report.entries import Sources
 
-_NOT_IN_FILES = (
-    "`hipp plan`, `hipp prune` and `hipp fit` do not write their commands to their folders."
-)
+_NOT_IN_FILES = "(hipp plan, hipp prune and hipp fit do not write their commands to their folders)"
 NOTES = (
     "bootstrap of the error bars: seed 0, 1,000 draws (5,000 for differences)",
     "example questions: seed 0",
