@@ -1,7 +1,7 @@
 """What all figures have in common: size, colours, the mark of each model, legends."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,16 +62,28 @@ def label(name: str) -> str:
 
 
 def legend(figure: "Figure", axes: Any) -> None:
-    """The legend above the panels."""
+    """The legend above the panels, in as many columns as there is room for."""
     handles, names = axes.get_legend_handles_labels()
-    columns = 3 if sum(map(len, names)) <= 36 and len(names) > 1 else 1
-    columns = 2 if columns == 1 and all(len(name) <= 20 for name in names) else columns
+    columns = next((c for c in (3, 2) if _legend_width(names, c) <= _WIDTH), 1)
     # matplotlib fills columns, and people read lines.
     order = sorted(range(len(names)), key=lambda i: i % columns)
-    handles, names = [handles[i] for i in order], [names[i] for i in order]
     figure.legend(
-        handles, names, loc="outside upper left", ncols=columns, fontsize=SMALL, frameon=False
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=SMALL,
+        frameon=False,
+        handlelength=1.5,
+        handletextpad=0.6,
+        columnspacing=1.2,
     )
+
+
+def _legend_width(names: Sequence[str], columns: int) -> float:
+    """About how wide the legend is [inches]: letters of 0.6 em, and 3.5 em beside each name."""
+    longest = [max(map(len, names[place::columns]), default=0) for place in range(columns)]
+    return sum(0.6 * length + 3.5 for length in longest) * SMALL / 72
 
 
 @contextlib.contextmanager

@@ -118,6 +118,24 @@ def test_figures_show_any_name(name):
     assert [text.get_text() for text in legend] == ["dense", label(name)]
 
 
+@pytest.mark.parametrize(
+    ("names", "lines"),
+    [
+        (["a", "b", "c"], 1),
+        (["evaluated", "front ± SE", "best evaluated"], 1),
+        (["best evaluated", "second evaluated", "third evaluated"], 2),
+        (["llava-1.5-7b-pruned-30-recovered-lora-r16", "dense"], 2),
+    ],
+)
+def test_the_legend_has_room(names, lines):
+    figure = cost_figure({"x": dict.fromkeys(names, (1.0, 1.0, 1.0))})
+    png(figure, dpi=72)  # lays it out
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    texts = figure.legends[0].get_texts()
+    assert len({round(text.get_window_extent().y0) for text in texts}) == lines
+
+
 def test_a_plan_of_many_layers_is_drawn_without_numbers():
     few, many = (svg(keeps_figure({"only": plan(layers=n)})) for n in (4, 40))
     assert few.count(">2</text>") >= 4 and many.count(">2</text>") == 0
