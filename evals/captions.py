@@ -12,14 +12,17 @@ from pathlib import Path
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.chair import (
+    CaptionCounts,
     ChairScores,
     ObjectWords,
+    caption_counts,
     chair_scores,
     default_synonyms,
     read_synonyms,
 )
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import Picture, checked_bytes, file_pictures
+from hipp_ext.evals.measuring import about
 from hipp_ext.evals.prediction_log import open_log, writing
 from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name
@@ -148,12 +151,13 @@ def measure_chair(
     device: str | None = None,
     dtype: str | None = None,
     progress: bool = False,
+    command: str | None = None,
 ) -> tuple[ChairScores, Path]:
     """CHAIR of a model folder, and the file of its captions.
 
     The file is <work_dir>/<model>-<hash>/CHAIR-<task>/run-<key>/predictions.jsonl; scores.json is
-    written beside it. Decoding is greedy. Existing captions of the same model, images and settings
-    are used again.
+    written beside it, with the counts of every caption and the `command` if it is given. Decoding
+    is greedy. Existing captions of the same model, images and settings are used again.
 
     Raises:
         CheckpointError: the folder is not a complete model, or the device does not exist.
@@ -193,15 +197,24 @@ def measure_chair(
             batch_size=batch_size,
             progress=f"{shown_name(folder)} describes" if progress else None,
         )
-        scores = chair_scores(
-            [log.answers[name] for name in names], task.objects, hashes, task.words
-        )
+        captions = [log.answers[name] for name in names]
+        scores = chair_scores(captions, task.objects, hashes, task.words)
+        counts = [
+            caption_counts(caption, there, task.words)
+            for caption, there in zip(captions, task.objects, strict=True)
+        ]
         record = {
             "model": shown_name(folder),
             "model_hash": model_hash,
             "data": task.name,
             **without_nan(asdict(scores)),
             "settings": settings,
+            "counts": {
+                "image": hashes,
+                **{name: [getattr(own, name) for own in counts] for name in CaptionCounts._fields},
+            },
+            "made": about(device),
+            "command": command,
         }
         write_atomic(place / "scores.json", json.dumps(record, indent=1) + "\n")
     return scores, log.path

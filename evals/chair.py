@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -173,6 +174,33 @@ class ChairScores:
     mentions_se: float
 
 
+class CaptionCounts(NamedTuple):
+    """What one caption adds to the scores.
+
+    Attributes:
+        named: number of objects that it names, each as often as it is named.
+        wrong: number of those that are not in the image.
+        found: number of distinct objects of the image that it names.
+        there: number of distinct objects in the image.
+    """
+
+    named: int
+    wrong: int
+    found: int
+    there: int
+
+
+def caption_counts(caption: str, there: Collection[str], words: ObjectWords) -> CaptionCounts:
+    """The counts of a caption of an image with the objects `there`."""
+    named, objects = words(caption), set(there)
+    return CaptionCounts(
+        named=len(named),
+        wrong=sum(name not in objects for name in named),
+        found=len(set(named) & objects),
+        there=len(objects),
+    )
+
+
 _RATES = ("chair_i", "chair_s", "recall", "silent", "mentions")
 
 
@@ -209,12 +237,8 @@ def chair_scores(
             f"the images contain objects that the list of names does not have: "
             f"{', '.join(unknown[:5])}"
         )
-    rows = []
-    for caption, there in zip(captions, objects, strict=True):
-        named = words(caption)
-        wrong = sum(name not in there for name in named)
-        found, present = len(set(named) & set(there)), len(set(there))
-        rows.append((1, len(named), wrong, wrong > 0, found, present, not named))
+    own = [caption_counts(*row, words) for row in zip(captions, objects, strict=True)]
+    rows = [(1, c.named, c.wrong, c.wrong > 0, c.found, c.there, not c.named) for c in own]
     counts = np.asarray(rows, dtype=float)
     rates = rates_with_errors(counts, images, _RATES, _rates, seed=seed, resamples=resamples)
     return ChairScores(n=len(captions), images=len(set(images)), **rates)

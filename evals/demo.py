@@ -13,7 +13,9 @@ from hipp_ext.errors import HippError
 from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.generation import Workload
 from hipp_ext.evals.report import table_rows, write_report
-from hipp_ext.evals.report_sources import LATENCY, Entry, write_summary
+from hipp_ext.evals.report.entries import Entry
+from hipp_ext.evals.report.files import LATENCY
+from hipp_ext.evals.report.summary import write_summary
 from hipp_ext.evals.text_table import print_table, text_table
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan

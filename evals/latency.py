@@ -111,7 +111,7 @@ def cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
             short_name(name),
-            f"{row['parameters'] / 1e6:.2f}M",
+            text_table.parameters_text(row["parameters"]),
             f"{row['prefill_gflops']:.2f}",
             _spread_text(row["prefill_ms"]),
             _spread_text(row["decode_ms"]),

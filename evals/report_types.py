@@ -1,8 +1,7 @@
-"""The fields of results.json, summary.json and latency.json that a report uses, with strict types
-and bounds.
+"""The fields of results.json that are used, with strict types and bounds.
 
-Such a file is untrusted: a text in place of a number would reach the page, an infinite number the
-axis of a figure. Other fields are left out.
+Such a file is untrusted: a text in place of a number would reach the page of a report, an infinite
+number the axis of a figure. Other fields are left out.
 """
 
 from typing import Annotated, Any
@@ -11,12 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hipp_ext.errors import DataError
 
-MAX_MODELS = 64  # in one report or latency measurement, because each makes the figures taller
-
-_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-_Measured = Annotated[float, Field(ge=1e-9, le=1e15, allow_inf_nan=False)]
-_Finite = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=0, le=10**15)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class Strict(BaseModel):
@@ -25,17 +20,26 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+class Made(Strict):
+    """When and on what something was measured, see `measuring.about`."""
+
+    date: str | None = None
+    device: str | None = None
+    threads: Count | None = None
+    versions: dict[str, str] | None = None
+
+
 class _Choice(Strict):
-    n: _Count = 0
-    accuracy: _Percent
-    accuracy_se: _Percent | None
+    n: Count = 0
+    accuracy: Percent
+    accuracy_se: Percent | None
 
 
 class _YesNo(_Choice):
-    f1: _Percent
-    f1_se: _Percent | None
-    yes_rate: _Percent
-    yes_rate_se: _Percent | None
+    f1: Percent
+    f1_se: Percent | None
+    yes_rate: Percent
+    yes_rate_se: Percent | None
 
 
 _Scores = dict[str, dict[str, Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | None]]
@@ -62,80 +66,12 @@ class Record(Strict):
     model_hash: str
     data: str
     data_hash: str
-    n: _Count
+    n: Count
     metrics: _Metrics
     settings: dict[str, str | int | float | bool | None]
     predictions: str
     command: str | None = None
-
-
-class _Ratio(Strict):
-    median: _Measured
-
-
-class _Spread(_Ratio):
-    low: _Measured
-    high: _Measured
-
-
-class _Cost(Strict):
-    parameters: Annotated[int, Field(ge=1, le=10**15)]
-    prefill_gflops: _Measured
-    prefill_ms: _Spread
-    decode_ms: _Spread
-    weights_mib: _Measured
-    peak_mib: _Measured
-    prefill_speedup: _Ratio | None = None
-    decode_speedup: _Ratio | None = None
-
-    @model_validator(mode="after")
-    def _both(self) -> "_Cost":
-        if (self.prefill_speedup is None) != (self.decode_speedup is None):
-            raise ValueError("prefill_speedup and decode_speedup go together")
-        return self
-
-
-class _Load(Strict):
-    rows: _Count
-    repeats: _Count
-    warmup: _Count
-    seed: int | None = None
-
-
-class Latency(Strict):
-    """A result of `hipp latency`."""
-
-    command: str
-    device: str
-    threads: _Count
-    load: _Load
-    models: Annotated[dict[str, _Cost], Field(min_length=1, max_length=MAX_MODELS)]
-
-
-class _Reward(Strict):
-    utility: _Finite
-    robustness: _Finite
-    compression: _Finite
-    utility_se: _Finite = 0.0
-    robustness_se: _Finite = 0.0
-
-
-class _Entry(Strict):
-    name: str
-    preference: str | None
-    plan: str | None
-    reward: _Reward | None
-    parameters: _Count | None
-    records: dict[str, Record]
-
-
-class Summary(Strict):
-    """A summary.json of `hipp demo`."""
-
-    entries: Annotated[list[_Entry], Field(max_length=MAX_MODELS)]
-    commands: list[str]
-    seeds: list[str]
-    planner: str | None
+    made: Made | None = None
 
 
 def checked(kind: type[Strict], data: Any, wrong: str) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def text_table(
     return table
 
 
+def parameters_text(number: int) -> str:
+    """A number of parameters, in millions or billions."""
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
 def add_rows(table: "Table", rows: Rows) -> None:
     """Add a section of rows to a table."""
     from rich.text import Text

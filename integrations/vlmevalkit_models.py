@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from hipp_ext.evals.measuring import about
 from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows
 from hipp_ext.evals.runs import shown_name
@@ -32,6 +33,10 @@ class Evaluated(Protocol):
 
     @property
     def model_hash(self) -> str: ...
+
+    def made(self) -> dict[str, Any]:
+        """When and on what it answers; see `measuring.about`."""
+        ...
 
     def answer(
         self,
@@ -68,6 +73,9 @@ class FolderModel:
     @property
     def model_hash(self) -> str:
         return self._hash()
+
+    def made(self) -> dict[str, Any]:
+        return about(self._place[0])
 
     def answer(
         self,
@@ -120,6 +128,10 @@ class ServedModel:
     @property
     def model_hash(self) -> str:
         return hashlib.sha256(json.dumps(self._vlm.identity, sort_keys=True).encode()).hexdigest()
+
+    def made(self) -> dict[str, Any]:
+        """What the server runs on is not known."""
+        return about("cpu") | {"device": f"the server {self._vlm.base_url}", "threads": None}
 
     def answer(
         self,

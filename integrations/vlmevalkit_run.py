@@ -54,6 +54,7 @@ class EvalRecord:
         predictions: file of the answers, JSONL.
         seconds: time for new answers and for scoring [s].
         command: command line; None for a call from Python.
+        made: when, on what and with which versions it was scored, see `measuring.about`.
     """
 
     model: str
@@ -68,6 +69,7 @@ class EvalRecord:
     predictions: str
     seconds: float
     command: str | None = None
+    made: dict[str, Any] | None = None
 
 
 def evaluate(
@@ -173,6 +175,7 @@ def _evaluate_table(job: Job, model: Evaluated, table: Table) -> EvalRecord:
             predictions=str(log.path),
             seconds=time.perf_counter() - start,
             command=job.command,
+            made=model.made(),
         )
         if scored:
             text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"

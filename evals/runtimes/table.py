@@ -1,15 +1,12 @@
 """Figures of models in a runtime, and times of blocks, as tables of text."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from hipp_ext.evals.runtimes import Serving
+from hipp_ext.evals.served_table import SERVED_COLUMNS, served_rows
 from hipp_ext.evals.text_table import print_table, text_table
-from hipp_ext.files.untrusted import short_name
 from hipp_ext.latency_table import LatencyTable
-
-COLUMNS = ("model", "prompt [ms]", "further token [ms]", "faster (prompt, further)", "memory [MiB]")
 
 
 def print_figures(found: Mapping[str, Mapping[str, Any]], serving: Serving) -> None:
@@ -18,27 +15,7 @@ def print_figures(found: Mapping[str, Mapping[str, Any]], serving: Serving) -> N
         f"{serving.runtime} {serving.weights}, {serving.threads} threads, prompt of "
         f"{serving.tokens} tokens; median (least to most) of {serving.rounds} rounds"
     )
-    print_table(
-        text_table(COLUMNS, [_cells(name, row) for name, row in found.items()], title=title)
-    )
-
-
-def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    faster = ""
-    if "prefill_speedup" in row:
-        pairs = (row["prefill_speedup"], row["decode_speedup"])
-        faster = ", ".join(f"{pair['median']:.2f}x" for pair in pairs)
-    return [
-        short_name(name),
-        _spread(row["prefill_ms"]),
-        _spread(row["decode_ms"]),
-        faster,
-        f"{statistics.median(row['memory_mib']):.0f}",
-    ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    print_table(text_table(SERVED_COLUMNS, served_rows(found), title=title))
 
 
 def print_blocks(table: LatencyTable) -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +30,11 @@ Dtype = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what exists at the output path.")
 ]
+
+
+def command_line() -> str:
+    """The command line of this process, for results that say how they were made."""
+    return shlex.join(["hipp", *sys.argv[1:]])
 
 
 def model_folder(model: str) -> str:

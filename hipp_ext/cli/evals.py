@@ -12,6 +12,7 @@ from hipp_ext.cli.console import (
     ModelArgument,
     Overwrite,
     check_dtype,
+    command_line,
     model_folder,
     print_wide,
 )
@@ -29,25 +30,27 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="What `hipp demo`, `vlmeval`, `hipp fit` or `hipp latency` wrote; models.",
+            help="What `hipp demo`, `vlmeval`, `hipp chair`, `hipp fit` or `hipp latency` wrote; "
+            "models.",
         ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the page. Default: the first DIR.")
     ] = None,
 ) -> None:
-    """Write one self-contained page, report.html: front, units kept, POPE by split, disagreements,
-    cost, commands.
+    """Write one self-contained page, report.html: how much smaller, faster and worse each model
+    is, where it hurts, and the details.
 
-    Every DIR adds its contents: results and answers of `vlmeval`, model folders (plans and sizes),
-    a planner (front, visual sensitivity), latency.json. One report shows the models of all DIRs,
-    the dense one first. Its figures are also written as PNG files.
+    Every DIR adds its contents: results and answers of `vlmeval`, captions of `hipp chair`, model
+    folders (plans and sizes), a planner (the search), JSON files of `hipp latency`, with or without
+    `--runtime`. One report shows the models of all DIRs, the dense one first. Its figures are also
+    written as PNG files.
 
     Examples:
 
     `hipp report demo`
 
-    `hipp report outputs ./dense ./pruned planner latency.json -o report`
+    `hipp report outputs ./dense ./pruned planner latency.json served.json -o report`
     """
     from hipp_ext.evals.report import write_report
 
@@ -181,6 +184,7 @@ def chair(
         device=device,
         dtype=dtype,
         progress=output.shows_bars(),
+        command=command_line(),
     )
     print_wide(chair_table([(model, scores)]))
     typer.echo(f"captions and scores: {file.parent}")

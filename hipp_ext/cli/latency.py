@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hipp_ext.cli import output
-from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype, model_folder
+from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype, command_line, model_folder
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new_file
 
@@ -67,8 +67,7 @@ def latency(
 ) -> None:
     """Measure first-token time, time per further token, peak memory and FLOPs.
 
-    The first model is compared with the others. `hipp report` reads the file of `--out`, unless it
-    was measured in a `--runtime`.
+    The first model is compared with the others. `hipp report` shows the file of `--out`.
 
     Examples:
 
@@ -81,9 +80,6 @@ def latency(
     `hipp latency ./dense --per-block --runtime llama.cpp -o latency-table.json`
     """
     output.only_json(as_json)
-    import shlex
-    import sys
-
     from hipp_ext.evals.generation import Workload
     from hipp_ext.evals.latency import print_table, run
     from hipp_ext.evals.runtimes import Serving
@@ -120,7 +116,7 @@ def latency(
         Workload(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed),
         device=device,
         dtype=dtype,
-        command=shlex.join(["hipp", *sys.argv[1:]]),
+        command=command_line(),
         out=out,
     )
     output.print_json(result) if as_json else print_table(result)
@@ -133,6 +129,7 @@ def _in_runtime(
     import json
     from dataclasses import asdict
 
+    from hipp_ext.evals.measuring import describe
     from hipp_ext.evals.runtimes import measure_folders
     from hipp_ext.evals.runtimes.blocks import measure_blocks
     from hipp_ext.evals.runtimes.table import print_blocks, print_figures
@@ -147,7 +144,9 @@ def _in_runtime(
         output.print_json(table.model_dump(mode="json")) if as_json else print_blocks(table)
         return
     found = measure_folders(folders, serving, show=output.shows_progress())
-    result = {"serving": asdict(serving), "models": found}
+    values = {"serving": asdict(serving), "models": found}
+    result = describe(command_line(), values, None if serving.runtime == "vllm" else "cpu")
+    result["threads"] = serving.threads
     if out is not None:
         write_atomic(out, json.dumps(result, indent=1))
     output.print_json(result) if as_json else print_figures(found, serving)

@@ -13,6 +13,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.captions import coco_task, measure_chair, scenes_task
 from hipp_ext.evals.chair import ObjectWords, chair_scores, default_synonyms, plurals, read_synonyms
 from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.report.files import read_chair
 from hipp_ext.testbed import WEIGHTS, world
 
 NAMES = [
@@ -181,6 +182,11 @@ def test_the_dense_testbed_mostly_says_what_is_there(tmp_path):
     assert (
         record["chair_i"] == own.chair_i and record["settings"]["prompt"] == "Describe the image."
     )
+    counts, read = record["counts"], read_chair(file.parent / "scores.json")
+    assert read["counts"] == counts and len(set(counts["image"])) == len(counts["named"])
+    assert 100 * sum(counts["wrong"]) / sum(counts["named"]) == pytest.approx(own.chair_i)
+    assert 100 * sum(counts["found"]) / sum(counts["there"]) == pytest.approx(own.recall)
+    assert read["made"]["device"] and read["made"]["versions"]["hipp-ext"]
 
 
 @pytest.fixture(scope="module")

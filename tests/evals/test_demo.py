@@ -8,7 +8,7 @@ import pytest
 from hipp_ext import PruningPlan, load_pruned
 from hipp_ext.evals.demo import PREFERENCES, DemoSize, run_demo
 from hipp_ext.evals.generation import Workload
-from hipp_ext.evals.report_page import SECTIONS
+from hipp_ext.evals.report.page import SECTIONS
 from hipp_ext.planner.settings import FitSettings
 
 SIZE = DemoSize(
@@ -43,7 +43,11 @@ def test_every_piece_is_there_and_belongs_together(folder):
 
 def test_the_report_shows_what_was_made(folder):
     page = (folder / "report.html").read_text()
-    assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
+    # No captions were measured, and the page says so.
+    assert re.findall(r'<section id="(\w+)">', page) == [s for s in SECTIONS if s != "captions"]
+    assert "<code>hipp chair ./dense, and the others</code>" in page
+    verdicts = re.findall(r"<li><i class=\"dot m\d\"></i><b>(\w+)</b>: (\d+)% fewer", page)
+    assert [name for name, _ in verdicts] == list(PREFERENCES)
     assert (
         all(name in page for name in ("dense", *PREFERENCES))
         and "vlmeval --data POPE" in page

@@ -3,28 +3,24 @@ picture is from elsewhere.
 """
 
 import copy
-import hashlib
 import json
 import os
-import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from report_folders import HASH, chair, latency, outputs, put_chair, record, served
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.disagreements import disagreements
-from hipp_ext.evals.figures import cost_figure, keeps_figure, label, png, pope_figure, svg
 from hipp_ext.evals.report import write_report
-from hipp_ext.evals.report_page import page
-from hipp_ext.evals.report_sources import read_sources
-from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.evals.report.page import page
+from hipp_ext.evals.report.sources import read_sources
+from hipp_ext.evals.report.write import compared
 
 TRAP = (
     "\"'><script>alert(1)</script><img src=//evil onerror=alert(2)>${7*7}{{7*7}}{%x%}\ud800</style>"
 )
-HASH = "ab" * 32
 
 
 class Tags(HTMLParser):
@@ -43,90 +39,10 @@ class Tags(HTMLParser):
         self.texts.append(data)
 
 
-def split(**changes: object) -> dict:
-    return {
-        "n": 4,
-        "accuracy": 50.0,
-        "accuracy_se": 1.0,
-        "f1": 40.0,
-        "f1_se": None,
-        "yes_rate": 50.0,
-        "yes_rate_se": 2.0,
-    } | changes
-
-
-def record(model: str = "dense", **changes: object) -> dict:
-    splits = {"overall": split(n=6), "random": split(), "popular": split(n=2)}
-    digest = hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()
-    return {
-        "model": model,
-        "model_hash": digest,
-        "data": "POPE",
-        "data_hash": "d" * 64,
-        "n": 4,
-        "metrics": {"vlmeval": splits, "official": splits},
-        "settings": {"dtype": "float32"},
-        "command": "vlmeval",
-        "predictions": f"/gone/{model}/POPE/run-1/predictions.jsonl",
-    } | changes
-
-
-def latency() -> dict:
-    spread = {"median": 10.0, "low": 9.0, "high": 12.0}
-    cost = {
-        "parameters": 9,
-        "prefill_gflops": 0.5,
-        "prefill_ms": spread,
-        "decode_ms": spread,
-        "weights_mib": 4.0,
-        "peak_mib": 6.0,
-    }
-    return {
-        "command": "c",
-        "device": "d",
-        "threads": 1,
-        "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
-        "models": {"dense": cost},
-    }
-
-
-def outputs(
-    folder: Path, models: tuple[str, ...] = ("dense", "small"), image: str = HASH, **changes: object
-) -> Path:
-    """What `vlmeval` leaves of models that answer four questions about a red picture, each in its
-    own way.
-    """
-    (folder / "images").mkdir(parents=True)
-    Image.new("RGB", (9, 9), "red").save(folder / f"images/{HASH[:32]}.png")
-    for number, model in enumerate(models):
-        run = folder / f"model{number}" / "POPE" / "run-1"
-        run.mkdir(parents=True)
-        own = record(model, predictions=str(run / "predictions.jsonl"))
-        (run.parent / "results.json").write_text(json.dumps(own))
-        asked = {
-            "question": "q",
-            "answer": "Yes",
-            "category": "random",
-            "image": image,
-            "options": None,
-        } | changes
-        (run / "questions.jsonl").write_text(
-            "".join(json.dumps(asked | {"index": str(n)}) + "\n" for n in range(4))
-        )
-        said = ["Yes" if (n + number) % 2 else "No" for n in range(4)]
-        (run / "predictions.jsonl").write_text(
-            "".join(json.dumps({"index": str(n), "prediction": said[n]}) + "\n" for n in range(4))
-        )
-    return folder
-
-
 def made(folder: Path) -> str:
     """The page without its figures, which take seconds."""
     sources = read_sources([folder])
-    dense, *others = sources.entries
-    return page(
-        sources, [], {e.name: disagreements(dense.records, e.records, [folder]) for e in others}
-    )
+    return page(sources, [], compared(sources, [folder]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,20 +51,24 @@ def made(folder: Path) -> str:
 
 def test_no_text_of_a_file_becomes_markup(tmp_path):
     folder = outputs(tmp_path, ("dense" + TRAP, "small" + TRAP), question=TRAP)
-    (folder / "latency.json").write_text(
-        json.dumps(
-            latency()
-            | {"command": TRAP, "device": TRAP, "models": {TRAP: latency()["models"]["dense"]}}
-        )
-    )
+    timed = latency("dense") | {"command": TRAP, "device": TRAP}
+    timed["models"] = {TRAP: timed["models"]["dense"]}
+    (folder / "latency.json").write_text(json.dumps(timed))
+    made_so = {"date": TRAP, "device": TRAP, "versions": {TRAP: TRAP}}
+    timing = served(TRAP, "small" + TRAP, runtime=TRAP, weights=TRAP) | made_so | {"command": TRAP}
+    (folder / "served.json").write_text(json.dumps(timing))
+    counts = dict.fromkeys(("named", "wrong", "found", "there"), [1, 1])
+    for number, model in enumerate(("dense" + TRAP, "small" + TRAP)):
+        scores = chair(model, counts, settings={TRAP: TRAP}, made=made_so, command=TRAP)
+        (place := folder / f"model{number}/CHAIR-x/run-1").mkdir(parents=True)
+        (place / "scores.json").write_text(json.dumps(scores | {"data": TRAP}))
     settings = {TRAP: TRAP, "noise": [TRAP]}
     (folder / "run.json").write_text(json.dumps({"identity": {"settings": settings}}))
     (folder / "archive.jsonl").touch()
     for file in folder.rglob("results.json"):
         own = json.loads(file.read_text())
-        file.write_text(
-            json.dumps(own | {"command": TRAP, "data_hash": TRAP, "settings": {TRAP: TRAP}})
-        )
+        own |= {"command": TRAP, "data_hash": TRAP, "settings": {TRAP: TRAP}, "made": made_so}
+        file.write_text(json.dumps(own))
     read = Tags(made(folder))
     assert not {"script", "iframe", "object", "link", "form", "base"} & {
         tag for tag, _ in read.tags
@@ -158,9 +78,8 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
         assert (attributes.get("src") or "data:image/").startswith("data:image/")
     said = "".join(read.texts)
-    assert (
-        said.count("alert(1)") >= 12 and "${7*7}{{7*7}}{%x%}" in said and "49" not in said
-    )  # shown, and not carried out
+    assert said.count("alert(1)") >= 40 and "${7*7}{{7*7}}{%x%}" in said  # shown
+    assert "${7*7}49" not in said and "${49}" not in said  # and not carried out
 
 
 def test_half_a_character_does_not_stop_a_report(tmp_path):
@@ -288,10 +207,33 @@ def put(data: dict, path: str, value: object) -> dict:
 )
 def test_latency_of_other_types_and_sizes_is_refused(tmp_path, path, value):
     outputs(tmp_path / "outputs")
-    (tmp_path / "latency.json").write_text(json.dumps(put(latency(), path, value)))
+    (tmp_path / "latency.json").write_text(json.dumps(put(latency("dense"), path, value)))
     with pytest.raises(
         DataError, match=f"latency.json is not a result of `hipp latency`: '{path.split('.')[0]}"
     ):
+        read_sources([tmp_path])
+
+
+@pytest.mark.parametrize("value", [TRAP, {}, True, -1, 1e308, float("inf"), [TRAP], [0.0], []])
+@pytest.mark.parametrize(
+    "path", ["serving.runtime", "serving.rounds", "models.dense", "models.dense.prefill_ms"]
+)
+def test_served_times_of_other_types_and_sizes_are_refused(tmp_path, path, value):
+    if path == "serving.runtime" and value == TRAP:
+        value = 7
+    outputs(tmp_path / "outputs")
+    (tmp_path / "served.json").write_text(json.dumps(put(served("dense"), path, value)))
+    with pytest.raises(
+        DataError, match=f"served.json is not a result of .*: '{path.split('.')[0]}"
+    ):
+        read_sources([tmp_path])
+
+
+@pytest.mark.parametrize("value", [[1, 2], ["1"], [-1], 7, [1.5]])
+def test_captions_of_other_types_are_refused(tmp_path, value):
+    scores = chair("dense", dict.fromkeys(("named", "wrong", "found", "there"), [1]))
+    put_chair(tmp_path, put(scores, "counts.wrong", value))
+    with pytest.raises(DataError, match="scores.json is damaged: 'counts"):
         read_sources([tmp_path])
 
 
@@ -369,48 +311,3 @@ def test_files_that_never_end_or_nest_too_deeply_are_refused(tmp_path):
 def test_a_report_has_a_largest_size(tmp_path):
     with pytest.raises(DataError, match="65 evaluated models; a report holds 64"):
         read_sources([outputs(tmp_path, tuple(f"m{n}" for n in range(65)))])
-
-
-# --------------------------------------------------------------------------------------------------
-# - figures
-
-
-@pytest.mark.parametrize("name", [r"$\frac{1$", "_hidden", "a\nb" * 99, TRAP])
-def test_figures_show_any_name(name):
-    scores = {name: {"random": split()}, "b": {"random": split(accuracy_se=None)}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a font without some character
-        figure = pope_figure(scores)
-        assert png(figure, dpi=30)[:4] == b"\x89PNG"
-        drawn = svg(cost_figure({"x": {name: (1.0, 1.0, 1.0)}}))
-    assert not {"script", "img"} & {tag for tag, _ in Tags(drawn).tags}
-    shown = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert shown == [label(name), "b"]
-
-
-def test_plans_without_attention_are_drawn():
-    groups = tuple(
-        PlanGroup(tower="language", layer=n, kind="ffn", width=8, kept=(0, 1), unit_parameters=3)
-        for n in (0, 1)
-    )
-    plan = PruningPlan(groups=groups)
-    figure = keeps_figure({"only": plan}, {"attention": [], "ffn": [0.1, 0.2]})
-    assert png(figure, dpi=30)[:4] == b"\x89PNG" and "ffn, of 8 channels" in svg(figure)
-
-
-def test_plans_of_both_units_of_attention_are_drawn_apart():
-    plans = {}
-    for kind, sections in (("attention", 1), ("query_heads", 2)):
-        group = PlanGroup(
-            tower="language",
-            layer=0,
-            kind=kind,
-            width=4 * sections,
-            kept=tuple(range(0, 4 * sections, 4)),
-            unit_parameters=3,
-            sections=sections,
-        )
-        plans[kind] = PruningPlan(groups=(group,))
-    drawn = svg(keeps_figure(plans, {"query_heads": [0.3]}))
-    assert "attention, of 4 KV groups" in drawn and "query_heads, of 8 query heads" in drawn
-    assert drawn.count("visual flow") == 1

@@ -1,6 +1,7 @@
 """`hipp latency`: fixed numbers of tokens, taken in turns; FLOPs by hand; memory that grows."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from hipp_ext.errors import DataError, PlanError
 from hipp_ext.evals.generation import Workload, measure, prefill_gflops, prompts, token_seconds
 from hipp_ext.evals.generation_memory import own_extra_mib
 from hipp_ext.evals.latency import folders, print_table, run
-from hipp_ext.evals.measuring import resident
+from hipp_ext.evals.measuring import ratio, resident
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import Magnitude
 from hipp_ext.testbed import WEIGHTS
@@ -189,3 +190,18 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("n", "skipped"), [(5, None), (6, 0), (9, 1), (15, 3), (25, 7)])
+def test_the_interval_of_a_median_ratio(n, skipped):
+    """The sign test leaves out as many of the smallest and largest ratios as 95% allow."""
+    found = ratio({"a": [float(i) for i in range(n, 0, -1)], "b": [1.0] * n}, "a", "b")
+    assert found["median"] == (n + 1) / 2 and (found["least"], found["most"]) == (1, n)
+    if skipped is None:
+        assert "low" not in found
+        return
+    assert (found["low"], found["high"]) == (1 + skipped, n - skipped)
+    outside = [
+        2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in (skipped, skipped + 1)
+    ]
+    assert outside[0] <= 0.05 < outside[1]

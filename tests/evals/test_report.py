@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from report_folders import latency, served
 
-from hipp_ext import HiPPPlanner, Preference, prune, save_pruned, testbed
+from hipp_ext import HiPPPlanner, Preference, __version__, prune, save_pruned, testbed
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.evals.captions import measure_chair, scenes_task
 from hipp_ext.evals.disagreements import disagreements
 from hipp_ext.evals.evaluator import search_evaluator
-from hipp_ext.evals.figures import FAINT, INK, PAPER
 from hipp_ext.evals.report import table_rows, write_report
-from hipp_ext.evals.report_page import SECTIONS
-from hipp_ext.evals.report_page import page as page_of
-from hipp_ext.evals.report_sources import main_yes_no, read_sources
+from hipp_ext.evals.report.entries import main_yes_no
+from hipp_ext.evals.report.page import SECTIONS
+from hipp_ext.evals.report.page import page as page_of
+from hipp_ext.evals.report.sources import read_sources
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations.vlmevalkit import evaluate
 from hipp_ext.planner.settings import FitSettings
@@ -31,29 +33,6 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
     None,
 )
-
-
-def latency(*names: str) -> dict:
-    """A result of `hipp latency`; its own test makes real ones."""
-    spread = {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5}
-    ratio = {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5}
-    row = {
-        "parameters": 10**6,
-        "prefill_gflops": 0.5,
-        "prefill_ms": spread,
-        "decode_ms": spread,
-        "weights_mib": 4.0,
-        "extra_mib": 2.0,
-        "peak_mib": 6.0,
-    }
-    faster = {"prefill_speedup": ratio, "decode_speedup": ratio}
-    return {
-        "command": "hipp latency dense small",
-        "device": "a CPU",
-        "threads": 1,
-        "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
-        "models": {name: row | (faster if number else {}) for number, name in enumerate(names)},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +66,11 @@ def made(tmp_path_factory) -> Path:
         progress=False,
     )
     (place / "latency.json").write_text(json.dumps(latency("dense", "small<b>")))
+    (place / "served.json").write_text(json.dumps(served("dense", "small<b>")))
+    for name in ("dense", "small<b>"):
+        measure_chair(
+            place / "models" / name, scenes_task(8), work_dir=place / "outputs", device="cpu"
+        )
     return place
 
 
@@ -103,25 +87,51 @@ def test_the_page_needs_no_network_and_no_file_beside_it(page):
     bare = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=\n]+", "DATA", page)
     assert not re.search(r"https?:|//|@import|url\((?!#)|<script|<link", bare)
     sources = set(re.findall(r'(?:src|srcset|href)="([^"]*)"', bare))
-    assert {f"#{s}" for s in SECTIONS} <= sources
-    assert sources <= {"DATA", *(f"#{name}" for name in re.findall(r' id="([^"]*)"', bare))}
-    assert (
-        '<meta name="viewport" content="width=device-width' in page
-        and "prefers-color-scheme: dark" in page
-    )
+    ids = re.findall(r' id="([^"]*)"', bare)
+    assert sources <= {"DATA", *(f"#{name}" for name in ids)} and len(ids) == len(set(ids))
+    assert '<meta name="viewport" content="width=device-width' in page
+
+
+def test_the_first_screen_answers_and_the_rest_is_folded(page):
+    top, first, rest = page.partition('<section id="results">')
+    assert first and top.count('<section class="answer">') == 3 and "<details" not in top
+    for question in ("How much smaller and faster?", "How much worse?", "Where does it hurt?"):
+        assert f"<h2>{question}</h2>" in top
+    (line,) = re.findall(r'<ul class="verdicts"><li>(.*?)</li>', top)
+    assert "small&lt;b&gt;" in line and "fewer parameters, first token 1.50 times as fast;" in line
+    assert all(data in line for data in ("POPE", "ScienceQA", "captions (testbed): invented"))
+    assert rest.count("<details>") == len(re.findall("<h2>", first + rest)) == len(SECTIONS) - 1
 
 
 def test_it_has_every_section_and_picture(page, made):
-    assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
-    for name in ("front", "keep_counts", "pope", "cost"):
+    # Everything was measured, so there is no section about what was not.
+    assert re.findall(r'<section id="(\w+)">', page) == [s for s in SECTIONS if s != "missing"]
+    for name in ("changes", "front", "keep_counts", "pope", "cost", "cost-2"):
         picture = Image.open(made / f"{name}.png")
         assert picture.format == "PNG" and picture.width > 800
-    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 4 == page.count("<svg")
-    for figure in figures:  # drawn once, in the colours of the page
-        assert "fill: currentColor" in figure and "var(--card)" in figure
-        assert not {INK, FAINT, PAPER} & set(re.findall(r"#\w{6}", figure))
-        assert "<style" not in figure and '<g id="' not in figure
+    assert len(re.findall(r"<figure>.*?<svg.*?</figure>", page, re.DOTALL)) == 6
+
+
+def test_one_colour_per_model(page):
+    """The front page, the stars of the search and all figures show the pruned model in --model-1;
+    the colour of the dense one is that of nothing else.
+    """
+    figures = dict(re.findall(r'aria-label="([\w -]+)">(<svg.*?</svg>)', page, re.DOTALL))
+    for name in ("changes", "pope", "keep counts", "cost", "cost-2", "front"):
+        assert "var(--model-1)" in figures[name] and "var(--model-2)" not in figures[name], name
+        assert ("var(--model-0)" in figures[name]) == (name not in ("changes", "keep counts"))
+    assert '<i class="dot m1"></i><b>small&lt;b&gt;</b>' in page
+    assert '<i class="dot m0"></i><b>dense</b>' in page
+
+
+def test_served_speed_and_captions_are_there(page, made):
+    small = read_sources([made]).entries[1]
+    (scores,) = small.chair
+    assert f"{scores['chair_i']:.1f} ± {scores['chair_i_se']:.1f}" in page
+    assert scores["counts"]["image"] and len(scores["counts"]["named"]) == 8
+    for text in ("10.00 (9.00 to 14.00)", "1.25x, 1.10x", "llama.cpp, weights q8_0", "9.8.7"):
+        assert text in page
+    assert "2026-05-04 03:02 UTC; a machine; 2 threads; hipp-ext 9.8.7" in page
 
 
 def test_what_users_wrote_is_escaped(page):
@@ -144,6 +154,9 @@ def test_numbers_commands_and_seeds_are_there(page, made):
         f"{small.parameters / 1e6:.2f}M" in page
         and small.parameters < sources.entries[0].parameters
     )
+    about = small.records["POPE"]["made"]
+    assert about["versions"]["hipp-ext"] == __version__ and about["device"] in page
+    assert f"hipp-ext {__version__} · " in page
     for text in (
         "hipp latency dense small",
         "latency: seed 3",
@@ -166,11 +179,11 @@ def test_disagreements_are_counted_and_drawn_by_the_seed(page, made):
             for q, a, b in zip(runs[0].questions, *(r.answers for r in runs), strict=True)
             if a != b
         ]
-        assert own.whole.paired.only_a + own.whole.paired.only_b <= len(differing)
+        assert own.only_a + own.only_b <= len(differing)
         assert {e.question.index for e in own.examples} <= set(differing) and len(own.examples) <= 5
         for example in own.examples:
             assert example.picture.startswith("data:image/png") and example.small
-        assert f"only dense is correct on {own.whole.paired.only_a}" in page
+        assert f"only dense is correct on {own.only_a}" in page
     assert [own.data for own in found] == ["POPE", "ScienceQA_TEST"] and any(
         own.examples for own in found
     )
@@ -188,10 +201,7 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
         file.write_text(json.dumps(record))
     text = write_report([moved, made / "models"], tmp_path / "out").read_text()
     assert '<article class="card">' in text and "image not found" not in text
-    assert (
-        not (moved / "report.html").exists() and "hipp latency" in text
-    )  # says how to measure what was not
-    assert "Not compared" not in text
+    assert not (moved / "report.html").exists() and "not compared" not in text
     shutil.rmtree(moved / "images")
     (dense, small), near = read_sources([moved, made / "models"]).entries, [moved]
     assert {
@@ -199,12 +209,26 @@ def test_a_moved_folder_still_has_its_answers(made, tmp_path):
     } == {None}
 
 
-def test_what_could_not_be_compared_is_said(made):
-    sources = read_sources([made])
-    assert (
-        "the questions differ: small&lt;b&gt; on POPE, small&lt;b&gt; on ScienceQA_TEST."
-        in page_of(sources, [], {})
-    )
+def test_what_is_missing_is_said_with_its_command(made, tmp_path):
+    alone = page_of(sources := read_sources([made / "outputs"]), [], {})
+    assert "size not known, speed not measured; captions (testbed)" in alone
+    assert "; POPE, ScienceQA_TEST not compared" in alone
+    absent = alone.partition('<section id="missing">')[2]
+    for text in (
+        "nothing tells it, so dense, the first one, was taken",
+        "Size of dense, small&lt;b&gt;: the folder was not given.",
+        "<code>hipp report DIR... ./dense &#39;./small&lt;b&gt;&#39;</code>",
+        "<code>hipp latency ./dense &#39;./small&lt;b&gt;&#39; -o latency.json</code>",
+        "--runtime llama.cpp -o served.json",
+        "small&lt;b&gt; beside dense on POPE, ScienceQA_TEST, question by question",
+    ):
+        assert text in absent, text
+    assert "hipp chair" not in absent and ">not known<" in alone and ">-<" not in alone
+    bare = [replace(e, chair=()) for e in sources.entries]
+    bare[1].records.pop("POPE")
+    absent = page_of(replace(sources, entries=tuple(bare)), [], {})
+    assert "<code>hipp chair ./dense, and the others</code>" in absent
+    assert "<code>vlmeval --data POPE --model &#39;./small&lt;b&gt;&#39;</code>" in absent
 
 
 def test_several_folders_with_one_name_and_other_content(made, tmp_path):
@@ -214,26 +238,28 @@ def test_several_folders_with_one_name_and_other_content(made, tmp_path):
         file.write_text(json.dumps(record | {"model_hash": "f" * 64}))
     names = [e.name for e in read_sources([made, outputs]).entries]
     assert names[0] == "dense" and len(names) == 3 and f"small<b> ({'f' * 8})" in names
-    assert (
-        read_sources([outputs, made / "models"]).entries[-1].plan is None
-    )  # another content: not this folder's plan
+    entries = read_sources([outputs, made / "models"]).entries
+    other = next(e for e in entries if "ffffffff" in e.name)
+    assert other.records and other.plan is None  # another content: not this folder's plan
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (375, 0)])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, 1), (390, 0)])
 def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme):
     """At a desk in light, on a phone in dark: nothing is wider than the screen, and the background
     is the scheme's.
     """
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone; a frame can
+    (opened := tmp_path / "open.html").write_text(page.replace("<details>", "<details open>"))
     frame.write_text(
         f"<body style='margin:0'><iframe id=f width={width} height=900 style='border:0' "
-        f"src='file://{made / 'report.html'}'></iframe><script>onload = () => "
+        f"src='file://{opened}'></iframe><script>onload = () => "
         "{ const d = f.contentDocument, style = f.contentWindow.getComputedStyle; "
         "document.title = [d.documentElement.scrollWidth, d.images.length, "
         "[...d.images].every(i => i.naturalWidth), style(d.body).backgroundColor, "
         "style(d.querySelector('figure text')).fill, "
-        "d.querySelector('figure svg').getBoundingClientRect().width].join(' | ') }</script>"
+        "d.querySelector('figure svg').getBoundingClientRect().width, "
+        "d.querySelector('figure text').getBoundingClientRect().height].join(' | ') }</script>"
     )
     shot = tmp_path / "shot.png"
     options = [
@@ -254,11 +280,12 @@ def test_chromium_draws_it_without_overflow(page, made, tmp_path, width, scheme)
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    wide, images, drawn, background, ink, front = title[1].split(" | ")
+    wide, images, drawn, background, ink, figure, letters = title[1].split(" | ")
     assert int(wide) <= width and int(images) >= 1 and drawn == "true"
     assert background == ("rgb(246, 247, 249)" if scheme else "rgb(20, 22, 25)")
     assert ink == ("rgb(34, 38, 43)" if scheme else "rgb(228, 230, 234)")  # of a figure's text
-    assert float(front) == 680 if width > 640 else 300 < float(front) < width
+    assert float(figure) == 540 if width > 760 else 300 < float(figure) < width
+    assert float(letters) > 12  # [px] of a line of text in a figure; the letters have 11
     subprocess.run(
         [CHROMIUM, *options, f"--screenshot={shot}", f"file://{frame}"],
         capture_output=True,

@@ -12,6 +12,7 @@ from plans import random_plan
 from hipp_ext import prune
 from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import describe
+from hipp_ext.evals.report.files import read_timing
 from hipp_ext.evals.runtimes import Serving, blocks, measure_folders
 from hipp_ext.evals.runtimes.blocks import measure_blocks
 from hipp_ext.evals.studies.serving.picture import picture
@@ -44,6 +45,11 @@ def test_the_command_measures_in_llama_cpp(folders, tmp_path, monkeypatch):
     asked = Serving(runtime="llama.cpp", weights="f32", **QUICK | {"repeats": 2})
     assert serving == asdict(asked)
     assert list(found) == ["dense", "pruned"]
+    shown_by_report = read_timing(tmp_path / "found.json")
+    assert shown_by_report["serving"] == serving
+    for name, figures in shown_by_report["models"].items():
+        assert figures == {k: v for k, v in found[name].items() if k != "memory_ratio"}
+    assert shown_by_report["device"] and shown_by_report["command"].startswith("hipp ")
     for figures in found.values():
         assert all(len(figures[key]) == 1 for key in ("prefill_ms", "decode_ms", "memory_mib"))
         assert min(*figures["prefill_ms"], *figures["decode_ms"]) > 0

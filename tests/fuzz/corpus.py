@@ -684,6 +684,32 @@ for path in (
             f"{'.'.join(path)} {str(value)[:12]}",
             setting("latency.json", "models", "small", *path, value=value),
         )
+for value in (SCRIPT, "\ud800", [], [[]], {}, 10**400, -1):
+    for path in (("runtime",), ("rounds",)):
+        known(
+            "report",
+            f"served {'.'.join(path)} {str(value)[:12]!r}",
+            setting("served.json", "serving", *path, value=value),
+        )
+    for key in ("prefill_ms", "memory_mib", "prefill_speedup"):
+        known(
+            "report",
+            f"served {key} {str(value)[:12]!r}",
+            setting("served.json", "models", "small", key, value=value),
+        )
+    for path in (
+        ("data",),
+        ("n",),
+        ("settings",),
+        ("made",),
+        ("counts", "image"),
+        ("counts", "wrong"),
+    ):
+        known(
+            "report",
+            f"captions {'.'.join(path)} {str(value)[:12]!r}",
+            setting("outputs/small*/CHAIR-coco/run-1/scores.json", *path, value=value),
+        )
 for key in (
     "model",
     "model_hash",

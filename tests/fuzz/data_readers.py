@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from report_folders import chair, latency, served
+
 from fuzz.readers import fitted, png, tiny
 from fuzz.table import TABLE
 
@@ -285,35 +287,20 @@ def read_predictions(folder: Path) -> Any:
 def make_report(folder: Path) -> None:
     make_results(folder)
     fitted().save(folder / "planner")
-    spread, ratio = (
-        {"median": 10.0, "low": 9.0, "high": 12.0, "n": 5},
-        {"median": 1.5, "least": 1.2, "most": 1.7, "n": 5},
-    )
-    row = {
-        "parameters": 10**6,
-        "prefill_gflops": 0.5,
-        "prefill_ms": spread,
-        "decode_ms": spread,
-        "weights_mib": 4.0,
-        "extra_mib": 2.0,
-        "peak_mib": 6.0,
-    }
-    models = {"dense": row, "small": row | {"prefill_speedup": ratio, "decode_speedup": ratio}}
-    (folder / "latency.json").write_text(
-        json.dumps(
-            {
-                "command": "hipp latency dense small",
-                "device": "a CPU",
-                "threads": 1,
-                "load": {"rows": 1, "repeats": 5, "warmup": 2, "seed": 3},
-                "models": models,
-            }
-        )
-    )
+    (folder / "latency.json").write_text(json.dumps(latency("dense", "small")))
+    (folder / "served.json").write_text(json.dumps(served("dense", "small")))
+    counts = {"named": [3, 4, 2], "wrong": [1, 0, 0], "found": [2, 3, 2], "there": [3, 3, 3]}
+    for file in sorted((folder / "outputs").glob("*/POPE/results.json")):
+        of = json.loads(file.read_bytes())
+        place = file.parents[1] / "CHAIR-coco/run-1"
+        place.mkdir(parents=True)
+        scores = chair(of["model"], counts, model_hash=of["model_hash"])
+        (place / "scores.json").write_text(json.dumps(scores))
 
 
 def make_summary(folder: Path) -> None:
-    from hipp_ext.evals.report_sources import read_sources, write_summary
+    from hipp_ext.evals.report.sources import read_sources
+    from hipp_ext.evals.report.summary import write_summary
 
     make_report(folder)
     entries = list(read_sources([folder]).entries)
@@ -404,8 +391,8 @@ REPORT_ERRORS = ("DataError", "CheckpointError", "PlanError", "PreferenceError",
 def read_page(folder: Path) -> list[str]:
     """The page of `hipp report`, without its drawings, which take most of the time."""
     from hipp_ext.evals.disagreements import disagreements
-    from hipp_ext.evals.report_page import page
-    from hipp_ext.evals.report_sources import read_sources
+    from hipp_ext.evals.report.page import page
+    from hipp_ext.evals.report.sources import read_sources
 
     sources = read_sources([folder])
     dense, *others = sources.entries

@@ -18,7 +18,8 @@ from hipp_ext.evals.compare import compare, comparison_table
 from hipp_ext.evals.data.mme import write_mme
 from hipp_ext.evals.report import table_rows as report_rows
 from hipp_ext.evals.report import write_report
-from hipp_ext.evals.report_sources import main_yes_no, read_sources
+from hipp_ext.evals.report.entries import main_yes_no
+from hipp_ext.evals.report.sources import read_sources
 from hipp_ext.evals.runs import read_runs, table_rows
 from hipp_ext.evals.tables import read_table
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register

@@ -5,12 +5,15 @@ from typing import Any
 
 from hipp_ext.evals.benchmarks import BENCHMARKS, POPE_LIKE, benchmark_of
 from hipp_ext.evals.pope import SPLITS
-from hipp_ext.evals.report_sources import Entry, main_yes_no
+from hipp_ext.evals.report.entries import Entry, main_yes_no
+from hipp_ext.evals.text_table import parameters_text
+
+UNKNOWN = "not known"
 
 
 def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results table: sizes, and scores with standard errors; unknown cells
-    are empty.
+    """Header and rows of the results table: sizes, and scores with standard errors; scores that
+    were not measured are empty.
 
     There is one column per data set, or one for each of its main numbers. The main yes/no one
     (POPE, if it is there) also has columns for its splits, F1 and yes-rate.
@@ -21,8 +24,8 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     header += [main, "rnd", "pop", "adv", "F1", "yes"] if main else []
     rows = []
     for e in entries:
-        size = f"{e.parameters / 1e6:.2f}M" if e.parameters else ""
-        row = [e.name, f"{100 * e.plan.pruning_ratio:.1f}%" if e.plan else "-", size]
+        size = parameters_text(e.parameters) if e.parameters else UNKNOWN
+        row = [e.name, _removed(e, is_dense=e is entries[0]), size]
         row += [_with_error(_split(e, data, split), field) for _, data, split, field in others]
         if main:
             splits = e.records[main]["metrics"]["vlmeval"] if main in e.records else {}
@@ -35,6 +38,13 @@ def table_rows(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
             ]
         rows.append(row)
     return header, rows
+
+
+def _removed(entry: Entry, is_dense: bool) -> str:
+    """Share of the prunable parameters that the plan removes."""
+    if entry.plan:
+        return f"{100 * entry.plan.pruning_ratio:.1f}%"
+    return "nothing" if is_dense else UNKNOWN
 
 
 def _columns(entries: Sequence[Entry], main: str | None) -> list[tuple[str, str, str, str]]:
