@@ -67,6 +67,15 @@ class Comparison:
     yes_b: float | None
     questions_for_a_point: int
 
+    def __str__(self) -> str:
+        own = self.paired.difference
+        asked = f"{self.data}, {self.split}" if self.yes_a is not None else self.data
+        return (
+            f"{asked}: B - A {own.value:+.1f} points (95% {own.low:+.1f} to {own.high:+.1f}), "
+            f"p {own.p_value:.2g}; n {self.paired.n}, and {self.questions_for_a_point:,} would "
+            "show one point"
+        )
+
 
 def compare(
     a: str | Path,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, PlanError
+from hipp_ext.evals.drawing import visual_by_kind
 from hipp_ext.evals.report_types import MAX_MODELS, Latency, Record, Summary, checked
 from hipp_ext.files import content_hash, write_atomic
 from hipp_ext.files.untrusted import is_below, read_json
@@ -24,7 +25,6 @@ from hipp_ext.planner.fit import ARCHIVE
 from hipp_ext.planner.reward import Reward
 from hipp_ext.preference import Preference
 from hipp_ext.runs import IDENTITY
-from hipp_ext.scorers import VisualSensitivity
 from hipp_ext.surgery.checkpoint import read_plan
 
 SUMMARY, LATENCY = "summary.json", "latency.json"
@@ -271,20 +271,11 @@ def _fit(folder: Path) -> Fit:
     from hipp_ext.planner import HiPPPlanner
 
     planner = HiPPPlanner.load(folder)
-    signals, visual = planner.signals, None
-    if signals is not None and float(signals.visual.max()) > 0:
-        visual = {
-            kind: [
-                float(v)
-                for g, v in zip(signals.groups, signals.visual, strict=True)
-                if g.kind == kind
-            ]
-            for kind in dict.fromkeys(g.kind for g in signals.groups if VisualSensitivity.scores(g))
-        }
+    signals = planner.signals
     return Fit(
         name=folder.resolve().parent.name if folder.name == "planner" else folder.name,
         archive=planner.archive,
-        visual=visual,
+        visual=None if signals is None else visual_by_kind(signals),
     )
 
 
