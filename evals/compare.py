@@ -69,11 +69,11 @@ class Comparison:
 
     def __str__(self) -> str:
         own = self.paired.difference
-        asked = f"{self.data}, {self.split}" if self.yes_a is not None else self.data
+        asked = self.data if self.yes_a is None else f"{self.data} ({self.split})"
         return (
-            f"{asked}: B - A {own.value:+.1f} points (95% {own.low:+.1f} to {own.high:+.1f}), "
-            f"p {own.p_value:.2g}; n {self.paired.n}, and {self.questions_for_a_point:,} would "
-            "show one point"
+            f"{asked}: B - A {own.value:+.1f} points ({own.low:+.1f} to {own.high:+.1f}), "
+            f"p {own.p_value:.2g}; {self.paired.n:,} questions, and "
+            f"{self.questions_for_a_point:,} would show one point"
         )
 
 
