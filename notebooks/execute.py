@@ -61,7 +61,6 @@ def tidy(notebook: NotebookNode) -> list[str]:
         errors += [o.text for o in cell.outputs if o.get("name") == "stderr"]
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.outputs:
-            output.get("metadata", {}).clear()
             data = output.get("data", {})
             if plain := data.get("text/plain"):
                 data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", plain)

@@ -57,6 +57,7 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
         expected = evaluator(model)
     assert answers.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
     best = answers.best_evaluated.reward
+    assert f"utility {best.utility:.3f}" in str(best) and f"{best.compression:.1%}" in str(best)
     ends = planner.archive.nadir_and_ideal()
     values = [
         scalarise(torch.tensor(reward.objectives()), torch.tensor(wanted.as_tuple()), ends)
