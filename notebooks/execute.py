@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -59,12 +60,23 @@ def tidy(notebook: NotebookNode) -> list[str]:
         if cell.cell_type != "code":
             continue
         errors += [o.text for o in cell.outputs if o.get("name") == "stderr"]
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        cell.outputs = _joined(o for o in cell.outputs if o.get("name") != "stderr")
         for output in cell.outputs:
             data = output.get("data", {})
             if plain := data.get("text/plain"):
                 data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", plain)
     return errors
+
+
+def _joined(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """The outputs, with text that was printed in pieces in one."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if joined and "text" in output and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 if __name__ == "__main__":
