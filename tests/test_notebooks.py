@@ -22,9 +22,9 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FEW = {  # values of a notebook's first cell with which it runs in seconds
     "01": "QUESTIONS, STEPS = 8, 1",
     "02": "QUESTIONS = 24",
-    "03": "CONVERSATIONS, STEPS, QUESTIONS = 160, 10, 12",
+    "03": "CONVERSATIONS, QUESTIONS, STEPS, STEPS_ON_TWO = 160, 8, 2, 1",
     "04": "TRAIN, TEST, ROWS, EPOCHS, RETRAIN = 100, 20, 16, 1, 1",
-    "05": "QUESTIONS = 24",
+    "05": "QUESTIONS = 12",
 }
 MAX_NOTEBOOK_BYTES = 400_000  # of a committed notebook; pictures may be small
 MACHINE = ("/home/", "/tmp/", "/root/", "site-packages", "\\u001b", "it/s]", "Traceback")
