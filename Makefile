@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 SMOLWORLD := .smolworld
 
 # pyright does not know setuptools' package-dir: `check` shows it the packages where they are imported from.
-.PHONY: demo test test-openvino test-lmms-eval test-vllm fuzz check wheel smollm2 smolworld clean
+.PHONY: demo test test-openvino test-lmms-eval test-vllm fuzz notebooks check wheel smollm2 smolworld clean
 
 demo: $(STAMP)
 	$(BIN)/hipp demo
@@ -32,6 +32,10 @@ test-vllm: $(STAMP) $(VLLM)/.installed
 # Damaged files for every reader; goes on where the last run of the same code stopped. `make fuzz FUZZ="--reader plan --cases 500"`.
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
+
+# The committed outputs. NOTEBOOKS="02 05": only these.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

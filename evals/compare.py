@@ -76,6 +76,15 @@ class Comparison:
     questions_for_a_point: int
     benchmark: str
 
+    def __str__(self) -> str:
+        own = self.paired.difference
+        asked = self.data if self.yes_a is None else f"{self.data} ({self.split})"
+        return (
+            f"{asked}: B - A {own.value:+.1f} points ({own.low:+.1f} to {own.high:+.1f}), "
+            f"p {own.p_value:.2g}; {self.paired.n:,} questions, and "
+            f"{self.questions_for_a_point:,} would show one point"
+        )
+
 
 def compare(
     a: str | Path,

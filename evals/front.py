@@ -1,15 +1,12 @@
 """`hipp front`: the Pareto front of a fitted planner, and two answers to one preference."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.figures import front_figure, png
 from hipp_ext.evals.text_table import add_rows, print_table, text_table
-from hipp_ext.files import write_atomic
 from hipp_ext.planner import Answers, HiPPPlanner, ParetoPlan
 from hipp_ext.planner.history import FitHistory
 from hipp_ext.planner.reward import Evaluator, Reward, scores_agree
@@ -87,17 +84,6 @@ def _cells(reward: Reward | None) -> list[str]:
     ):
         cells.append(f"{value:.3f}" + (f" \u00b1 {error:.3f}" if error else ""))
     return cells
-
-
-def write_picture(planner: HiPPPlanner, answers: Answers | None, path: Path) -> None:
-    """Draw the front to a PNG."""
-    chosen: dict[str, Reward | None] = {}
-    if answers:
-        chosen["policy"] = answers.policy.reward
-        chosen["best evaluated"] = answers.best_evaluated.reward
-    evaluated = [r.reward for r in planner.archive.measured]
-    front = [f.reward for f in planner.front() if f.reward]
-    write_atomic(path, png(front_figure(evaluated, front, {n: r for n, r in chosen.items() if r})))
 
 
 def front_rows(planner: HiPPPlanner) -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hipp_ext.evals.benchmarks import benchmark_of
 from hipp_ext.evals.runs import table_rows
-from hipp_ext.evals.tables import Table
+from hipp_ext.evals.tables import Table, read_table
 from hipp_ext.files.untrusted import read_picture
 from hipp_ext.prompts import choice_prompt
 
@@ -50,3 +51,19 @@ def table_questions(table: Table) -> list[TableQuestion]:
         )
         for row, hint, path in zip(table_rows(table), hints, frame["image_path"], strict=True)
     ]
+
+
+def read_questions(
+    path: str | Path, images: str | Path, n: int | None = None
+) -> list[TableQuestion]:
+    """The first questions of a VLMEvalKit TSV, for `Evaluator`.
+
+    Args:
+        path: the TSV, of yes/no questions or multiple choice.
+        images: folder that its pictures are unpacked to.
+        n: number of questions; None: all.
+
+    Raises:
+        DataError: the file cannot be read, or has a mistake; the message says where.
+    """
+    return table_questions(read_table(path, images))[:n]

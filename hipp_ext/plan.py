@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -22,6 +22,9 @@ from hipp_ext.files import require_new, write_atomic
 from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, LeftWhole, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMAT = 1
 # Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7
@@ -168,6 +171,17 @@ class PruningPlan:
     def keep_counts(self) -> dict[str, int]:
         """Group name -> number of units that stay."""
         return {g.name: g.keep for g in self.groups}
+
+    def table(self) -> "Table":
+        """The groups as a table, which rich prints and notebooks show: how many units stay."""
+        from rich.table import Table
+
+        table = Table("group", "keep", "of", "", header_style="")  # text without escape codes
+        for g in self.groups:
+            table.add_row(
+                g.name, str(g.keep), str(g.width), "\u2588" * round(20 * g.keep / g.width)
+            )
+        return table
 
     def replace(self, **changes: Any) -> "PruningPlan":
         """A copy with some attributes changed."""

@@ -25,7 +25,7 @@ from hipp_ext.integrations.llama_cpp_file import (
     stored_type,
     write_gguf,
 )
-from hipp_ext.integrations.llama_cpp_ids import compare_ids
+from hipp_ext.integrations.llama_cpp_ids import compare_ids, compare_words
 from hipp_ext.integrations.llama_cpp_mmproj import write_mmproj
 from hipp_ext.integrations.llama_cpp_refusals import refusals
 from hipp_ext.integrations.llama_cpp_source import copied_tokenizer
@@ -151,6 +151,8 @@ def _tokenizer(
             "into it, or take that of a GGUF file of the unpruned model: --tokenizer-from FILE."
         )
     vocabulary = make_vocabulary(own, rows, _ends(decoder))
+    if vocabulary.kind.words:
+        return vocabulary.add, compare_words(own, rows, vocabulary.add)
     return vocabulary.add, compare_ids(own, rows, vocabulary.add)
 
 

@@ -34,6 +34,11 @@ NOT_COMPARED = (
     "xllamacpp)."
 )
 
+UNKNOWN_WORDS = (
+    "The tokenizer has whole words: llama.cpp finds a known word inside an unknown one, where "
+    "transformers has one unknown word."
+)
+
 Ids = Mapping[tuple[str, bool], list[int]]  # of a text, with or without special tokens around it
 
 
@@ -60,17 +65,45 @@ def compare_ids(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[s
     equal += [(token, False) for token in specials] + [(TEXTS[1], True)]
     beside = {token: (f"one {token} two", f"{token}x") for token in specials}
     others = [*LEADING, DECOMPOSED, *(text for texts in beside.values() for text in texts)]
+    ids = _compared(tokenizer, rows, add, equal, others)
+    return [NOT_COMPARED] if ids is None else list(_notes(tokenizer, ids, beside))
+
+
+def compare_words(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[str]:
+    """The same for a tokenizer of whole words: texts of all words that it knows are compared.
+
+    Arguments, result and errors are those of `compare_ids`.
+    """
+    known = tokenizer.get_vocab()
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    words = [word for word in sorted(known) if word not in special]
+    marks = [word for word in words if not any(map(str.isalnum, word))]
+    texts = [" ".join(words), "\n".join(reversed(words)), *special]
+    texts += ["  ".join(f"{word}{mark}" for word in words) for mark in marks]
+    equal = [(text, False) for text in texts] + [(" ".join(words), True)]
+    ids = _compared(tokenizer, rows, add, equal)
+    return [UNKNOWN_WORDS, *([NOT_COMPARED] if ids is None else [])]
+
+
+def _compared(
+    tokenizer: Any,
+    rows: int,
+    add: Callable[[Any], None],
+    equal: Sequence[tuple[str, bool]],
+    others: Sequence[str] = (),
+) -> Ids | None:
+    """llama.cpp's ids of texts; None without llama.cpp. UnsupportedModelError if those of `equal`
+    differ.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.gguf"
         with write_errors(path):
             _write_tiny(path, rows, add)
         ids = _ask(path, [*equal, *((text, False) for text in others)])
-    if ids is None:
-        return [NOT_COMPARED]
-    for text, special in equal:
-        ours = tokenizer(text, add_special_tokens=special)["input_ids"]
-        _check(text, ours, ids[text, special])
-    return list(_notes(tokenizer, ids, beside))
+    for text, special in equal if ids is not None else ():
+        ours = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        _check(text, ours, ids[text, special])  # type: ignore[index]
+    return ids
 
 
 def _check(text: str, expected: list[int], found: list[int]) -> None:

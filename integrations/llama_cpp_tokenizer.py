@@ -132,10 +132,12 @@ def _types(
         UNUSED if token not in vocab else BYTE if kind.bytes and is_byte(token) else NORMAL
         for token in tokens
     ]
+    if kind.words:
+        types = [USER_DEFINED if own == NORMAL else own for own in types]
     for token in added:
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     # Byte-level BPE knows every byte, and its token for what is unknown is an ordinary special one.
-    if tokenizer.unk_token_id is not None and kind.scores:
+    if tokenizer.unk_token_id is not None and (kind.scores or kind.words):
         types[tokenizer.unk_token_id] = UNKNOWN
     return types
 

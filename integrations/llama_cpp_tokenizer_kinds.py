@@ -1,6 +1,9 @@
-"""The three kinds of tokenizers that llama.cpp and transformers both have."""
+"""The kinds of tokenizers that llama.cpp and transformers both have: three of subwords, and one of
+whole words.
+"""
 
 import base64
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +33,7 @@ class Kind:
         flags: fields that are true or false, such as "add_space_prefix".
         charsmap: SentencePiece's compiled normalisation.
         bytes: whether tokens such as <0x0A> stand for bytes.
+        words: whether every token is a whole word or mark, and spaces are nothing.
     """
 
     model: str
@@ -40,6 +44,7 @@ class Kind:
     flags: Mapping[str, bool] = field(default_factory=dict)
     charsmap: bytes = b""
     bytes: bool = False
+    words: bool = False
 
 
 def find_kind(backend: Any, spec: Mapping[str, Any]) -> Kind:
@@ -59,11 +64,17 @@ def find_kind(backend: Any, spec: Mapping[str, Any]) -> Kind:
         return _sentencepiece(model, steps)
     if model["type"] == "Unigram" and not model.get("byte_fallback"):
         return _unigram(model, steps)
+    if model["type"] == "WordLevel" and _only_splits(steps):
+        # llama.cpp looks for tokens of the user first, the longest ones before others. What is left
+        # between them is spaces, of which unigram models can make nothing.
+        flags = {"add_space_prefix": False, "remove_extra_whitespaces": True}
+        return Kind(model="t5", words=True, flags=flags, charsmap=_as_spaces("\t\n\v\f\r"))
     fallback = " with bytes for unknown characters" if model.get("byte_fallback") else ""
     raise UnsupportedModelError(
         f"The tokenizer is a {model['type']} model{fallback} behind "
         f"{', '.join(step['type'] for step in steps) or 'no other step'}; byte-level BPE, "
-        "SentencePiece BPE with bytes for unknown characters, and unigram models can be written. "
+        "SentencePiece BPE with bytes for unknown characters, unigram models, and whole words "
+        "between spaces can be written. "
         f"{ADVICE}"
     )
 
@@ -84,6 +95,31 @@ def _steps(*parts: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         elif step is not None:
             found.append(step)
     return found
+
+
+def _only_splits(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a text is split, spaces are dropped, and nothing else is done."""
+    kinds = {step["type"] for step in steps}
+    return bool(kinds & {"Whitespace", "WhitespaceSplit"}) and kinds <= {
+        "Punctuation",
+        "Split",
+        "Whitespace",
+        "WhitespaceSplit",
+    }
+
+
+def _as_spaces(characters: str) -> bytes:
+    """SentencePiece's compiled normalisation that makes each of these ASCII characters a space.
+
+    A double array (darts-clone): the root's children stand at 256 + character; each of them is the
+    end of a key, whose value, the place of its replacement, stands 256 units behind it.
+    """
+    units = [0] * 768
+    units[0] = 256 << 10
+    for character in characters.encode():
+        units[256 + character] = (256 ^ 512) << 10 | 1 << 8 | character
+    array = struct.pack(f"<{len(units)}I", *units)  # the values are 0: there is one replacement
+    return struct.pack("<I", len(array)) + array + b" \0"
 
 
 def _byte_level(

@@ -71,6 +71,28 @@ class EvalRecord:
     command: str | None = None
     made: dict[str, Any] | None = None
 
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Fields of POPEScores, by VLMEvalKit's rule, or of ChoiceScores, over all questions."""
+        return self.metrics["accuracy" if "accuracy" in self.metrics else "vlmeval"]["overall"]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers over all questions [%]."""
+        return self.scores["accuracy"]
+
+    @property
+    def accuracy_se(self) -> float | None:
+        """Standard error of `accuracy` [percentage points]; None if it cannot be computed."""
+        return self.scores["accuracy_se"]
+
+    def __str__(self) -> str:
+        error = "" if self.accuracy_se is None else f" ± {self.accuracy_se:.1f}"
+        text = f"{self.model} on {self.data}: accuracy {self.accuracy:.1f}{error}%"
+        if "yes_rate" in self.scores:
+            text += f", F1 {self.scores['f1']:.1f}, {self.scores['yes_rate']:.0f}% answers yes"
+        return f"{text} (n {self.scores['n']})"
+
 
 def evaluate(
     models: Model | Sequence[Model],

@@ -87,6 +87,12 @@ def test_the_file_is_short_and_readable(plan):
     assert '"keep": 4, "kept": "0-2,5"' in plan.to_json()
 
 
+def test_a_notebook_shows_the_table_without_codes_of_a_terminal(plan):
+    shown = plan.table()._repr_mimebundle_(include=(), exclude=())["text/plain"]
+    rows = [line.replace("\u2502", " ").split() for line in shown.splitlines()]
+    assert ["language.0.attention", "3", "4", "\u2588" * 15] in rows and "\x1b" not in shown
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_truncated_plan_does_not_load(data):

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
+from hipp_ext.evals.drawing import visual_by_kind
 from hipp_ext.evals.report.entries import Fit
 from hipp_ext.evals.report.timing_types import Latency, Served
 from hipp_ext.evals.report.types import Chair
 from hipp_ext.evals.report_types import Record, checked
 from hipp_ext.files.untrusted import read_json
 from hipp_ext.runs import IDENTITY
-from hipp_ext.scorers import VisualSensitivity
 
 LATENCY = "latency.json"
 
@@ -62,21 +62,12 @@ def read_fit(folder: Path) -> Fit:
     from hipp_ext.planner import HiPPPlanner
 
     planner = HiPPPlanner.load(folder)
-    signals, visual = planner.signals, None
-    if signals is not None and float(signals.visual.max()) > 0:
-        visual = {
-            kind: [
-                float(v)
-                for g, v in zip(signals.groups, signals.visual, strict=True)
-                if g.kind == kind
-            ]
-            for kind in dict.fromkeys(g.kind for g in signals.groups if VisualSensitivity.scores(g))
-        }
+    signals = planner.signals
     return Fit(
         name=folder.resolve().parent.name if folder.name == "planner" else folder.name,
         history=planner.history,
         signals=signals,
-        visual=visual,
+        visual=None if signals is None else visual_by_kind(signals),
     )
 
 

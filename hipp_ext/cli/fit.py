@@ -158,9 +158,8 @@ def make_evaluator(
         towers: towers that the plans prune.
     """
     from hipp_ext.evals.evaluator import Evaluator, search_evaluator
-    from hipp_ext.evals.questions import table_questions
+    from hipp_ext.evals.questions import read_questions
     from hipp_ext.evals.references import References
-    from hipp_ext.evals.tables import read_table
     from hipp_ext.testbed import is_testbed
 
     references: Any = ()
@@ -178,8 +177,7 @@ def make_evaluator(
         return search_evaluator(model, processor, n, **options)
     images = out.with_name(out.name + ".images")
     pope, choice = (
-        table_questions(read_table(path, images))[:n] if path else []
-        for path in (files.pope, files.scienceqa)
+        read_questions(path, images, n) if path else [] for path in (files.pope, files.scienceqa)
     )
     return Evaluator(
         model, processor, pope, choice, references=references, robustness=robustness, towers=towers

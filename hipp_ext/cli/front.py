@@ -58,7 +58,8 @@ def front(
     - `hipp front planner -u 1 --model ./llava-1.5-7b-hf --pope POPE.tsv --scienceqa SQA.tsv`
     """
     from hipp_ext.budget import check_ratio
-    from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+    from hipp_ext.evals.drawing import draw_front
+    from hipp_ext.evals.front import answer, front_rows, print_front
     from hipp_ext.planner import HiPPPlanner
 
     asked = opt.QuestionFiles(
@@ -82,7 +83,7 @@ def front(
             )
         answers = answer(fitted, preference, loaded, evaluator)
     if picture:
-        write_picture(fitted, answers, picture)
+        draw_front(fitted, answers).save(picture)
     if as_json:
         output.print_json({"front": front_rows(fitted)})
         return

@@ -248,9 +248,5 @@ def _active(plan: Any, model: Any) -> Iterator[str]:
 
 def _print_plan(plan: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("group", "keep", "of", "")
-    for g in plan.groups:
-        table.add_row(g.name, str(g.keep), str(g.width), "█" * round(20 * g.keep / g.width))
-    Console(markup=False).print(table)
+    Console(markup=False).print(plan.table())

@@ -47,6 +47,16 @@ class Reward:
         """[utility, robustness, compression], the axes of the Pareto front."""
         return [self.utility, self.robustness, self.compression]
 
+    def __str__(self) -> str:
+        def shown(value: float, error: float) -> str:
+            return f"{value:.3f}" + (f" ± {error:.3f}" if error else "")
+
+        return (
+            f"utility {shown(self.utility, self.utility_se)}, "
+            f"robustness {shown(self.robustness, self.robustness_se)}, "
+            f"compression {self.compression:.1%}"
+        )
+
     @property
     def bounded(self) -> bool:
         """Whether every component is a number of at most MAX_REWARD."""

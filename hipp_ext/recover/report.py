@@ -66,9 +66,11 @@ def _picture(result: RecoverResult) -> bytes:
     axes = figure.add_subplot()
     steps = range(1, len(result.losses) + 1)
     axes.plot(steps, result.losses, color="0.7", label="loss, trained on")
+    shown: list[list[tuple[float, float]]] = [[]]
     for name in ("loss", "kl", "cross_entropy"):
         points = [(e["step"], e[name]) for e in result.evaluations if name in e]
-        if points:
+        if points not in shown:  # the loss may be the KL divergence alone
+            shown.append(points)
             axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, held out")
     if result.evaluations:
         axes.axvline(result.step, color="0.5", linestyle=":", label=f"kept: step {result.step}")

@@ -16,7 +16,7 @@ from hipp_ext.robust.image_sets import load_data
 from hipp_ext.robust.losses import AWP, MART, PGDAT, TRADES
 from hipp_ext.robust.models import build_model
 from hipp_ext.robust.pipeline import MRPFResult, MRPFSettings, mrpf
-from hipp_ext.robust.scoring import ScoreSettings
+from hipp_ext.robust.scoring import ScoreSettings, score
 from hipp_ext.robust.training import TrainSettings, train
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "evaluate",
     "load_data",
     "mrpf",
+    "score",
     "train",
 ]

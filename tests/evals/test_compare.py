@@ -126,6 +126,19 @@ def test_pictures_are_the_clusters_of_pope_and_questions_of_multiple_choice(scor
     assert (rows["ScienceQA_TEST", "all"].n, rows["ScienceQA_TEST", "all"].clusters) == (6, 6)
 
 
+def test_records_and_comparisons_say_what_they_found(scored):
+    records, folders = scored
+    for record in records:
+        place = "vlmeval" if record.data == "POPE" else "accuracy"
+        scores = record.metrics[place]["overall"]
+        assert record.accuracy == scores["accuracy"] and record.accuracy_se == scores["accuracy_se"]
+        said = f"{record.model} on {record.data}: accuracy {scores['accuracy']:.1f} ± "
+        assert str(record).startswith(said) and ("F1" in str(record)) == (record.data == "POPE")
+    for row in compare(*folders):
+        name = "ScienceQA_TEST" if row.data != "POPE" else f"POPE ({row.split})"
+        assert str(row).startswith(f"{name}: B - A {row.paired.difference.value:+.1f} points")
+
+
 def test_every_way_to_name_a_run_gives_the_same(scored, lmu, tmp_path):
     records, (a, b) = scored
     whole = [row for row in compare(a, b) if row.data == "POPE"]

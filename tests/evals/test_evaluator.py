@@ -13,7 +13,7 @@ from hipp_ext import masked, prune, testbed
 from hipp_ext.calibration import encode, find_processor
 from hipp_ext.errors import CalibrationError
 from hipp_ext.evals.evaluator import Evaluator
-from hipp_ext.evals.questions import table_questions
+from hipp_ext.evals.questions import read_questions, table_questions
 from hipp_ext.evals.tables import read_table
 from hipp_ext.planner import HiPPPlanner
 from hipp_ext.planner.reward import read_reward
@@ -110,6 +110,8 @@ def test_questions_of_a_table_are_those_of_the_testbed(tmp_path):
     testbed.export(tmp_path / "data", splits=("validation",), n=47)
     for task, name in (("POPE", "POPE"), ("ScienceQA", "ScienceQA_TEST")):
         table = read_table(tmp_path / f"data/validation/{name}.tsv", tmp_path / "images", name=name)
+        first = read_questions(table.path, tmp_path / "images", 9)
+        assert first == table_questions(table)[:9]
         pictures = set()
         for ours, theirs in zip(
             testbed.questions(task, "validation", 47), table_questions(table), strict=True

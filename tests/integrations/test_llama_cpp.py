@@ -337,10 +337,15 @@ def test_ends_of_a_text_come_from_the_generation_settings(tmp_path, llama):
     assert reader.get_field("tokenizer.ggml.eot_token_id").contents() == 2
 
 
-def test_the_testbed_has_a_tokenizer_that_llama_cpp_does_not_know(tmp_path):
+def test_a_tokenizer_that_llama_cpp_does_not_know_leaves_no_file(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(WEIGHTS, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnsupportedModelError, match="WordLevel.*--tokenizer-from FILE"):
-        export_gguf(WEIGHTS, tmp_path / "a.gguf")
-    assert not list(tmp_path.iterdir())
+        export_gguf(folder, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_more_tokens_than_rows_is_another_model(tmp_path):

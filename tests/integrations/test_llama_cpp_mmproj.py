@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hipp_ext import load_pruned, prune
+from hipp_ext import load_pruned, prune, save_pruned, testbed
+from hipp_ext.calibration import encode
 from hipp_ext.errors import CheckpointError, ServerError, UnsupportedModelError
 from hipp_ext.evals.served import ServedVLM
 from hipp_ext.groups import find_groups
@@ -74,6 +75,12 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(pixels.numpy()).resize((SIZE, SIZE))
 
 
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def class_token_last(model: nn.Module) -> nn.Module:
     """`model`, seeing as llama.cpp does (b11549): the class token stands behind the patches, and
     positions and features are chosen as if it stood in front.
@@ -100,11 +107,9 @@ def largest_difference(folder: Path, language: Path, mmproj: Path) -> float:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     before, behind = "the cat ", " sat on a mat"
     for seed in range(4):
-        buffer = io.BytesIO()
-        picture(seed).save(buffer, "PNG")
         asked = {
             "prompt_string": f"{before}{marker}{behind}",
-            "multimodal_data": [base64.b64encode(buffer.getvalue()).decode()],
+            "multimodal_data": [data_url(picture(seed)).partition(",")[2]],
         }
         # A further image token would be a picture to transformers.
         steps = greedy(server, asked, tokens=5, banned=[IMAGE_TOKEN])
@@ -120,6 +125,32 @@ def largest_difference(folder: Path, language: Path, mmproj: Path) -> float:
             for top in step["top_logprobs"]:
                 worst = max(worst, abs(top["logprob"] - float(expected[top["id"]])))
     return worst
+
+
+@torch.no_grad()
+def test_the_testbed_sees_in_llama_cpp(tmp_path):
+    """Pruned, from whole words to whole words, by the chat template in the file."""
+    model, processor = testbed.load()
+    small = prune(model, random_plan(model, 0.2))
+    folder = save_pruned(small, tmp_path / "model", processor)
+    mmproj = tmp_path / "mmproj.gguf"
+    server = serve(export_gguf(folder, tmp_path / "a.gguf", type="f32", mmproj=mmproj).path, mmproj)
+    reference, closest = class_token_last(load_pruned(folder)), []
+    for question in testbed.questions("POPE", "test", 60)[::10]:
+        parts = [{"type": "image_url", "image_url": {"url": data_url(question.image)}}]
+        parts += [{"type": "text", "text": question.prompt}]
+        asked = {"messages": [{"role": "user", "content": parts}], "logprobs": True}
+        asked |= {"temperature": 0, "max_tokens": 1, "top_logprobs": 3}
+        (step,) = ask(server, "v1/chat/completions", asked)["choices"][0]["logprobs"]["content"]
+        batch = encode(processor, [question.prompt], [question.image])
+        expected = reference(**batch).logits[0, -1].log_softmax(-1)
+        ids = processor.tokenizer.convert_tokens_to_ids(
+            [top["token"] for top in step["top_logprobs"]]
+        )
+        found = torch.tensor([top["logprob"] for top in step["top_logprobs"]])
+        closest.append(float((found - expected[ids]).abs().max()))
+        assert int(expected.argmax()) == ids[0]
+    assert max(closest) < 0.005
 
 
 CASES = [

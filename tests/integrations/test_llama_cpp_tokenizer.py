@@ -14,7 +14,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 from hipp_ext.errors import CheckpointError, UnsupportedModelError
-from hipp_ext.integrations.llama_cpp_ids import NOT_COMPARED, TEXTS, compare_ids
+from hipp_ext.integrations.llama_cpp_ids import (
+    NOT_COMPARED,
+    TEXTS,
+    UNKNOWN_WORDS,
+    compare_ids,
+    compare_words,
+)
 from hipp_ext.integrations.llama_cpp_pretokenizers import PRE_TOKENIZERS, PROBE
 from hipp_ext.integrations.llama_cpp_tokenizer import (
     BYTE,
@@ -125,6 +131,32 @@ def test_normalisation_of_bytes_is_refused():
     tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(UnsupportedModelError, match="byte-level BPE with Lowercase"):
         make_vocabulary(wrapped(tokenizer), ROWS, [0])
+
+
+def whole_words(*words: str) -> PreTrainedTokenizerFast:
+    known = ["<unk>", "<|start|>", "<|end|>", *words]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    rule = Regex(r"[A-D]\.|\w+|[^\w\s]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(rule, "isolated"), pre_tokenizers.WhitespaceSplit()]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|end|>", bos_token="<|start|>"
+    )
+
+
+def test_whole_words_between_spaces():
+    """Words that begin others, marks that stand in a token and alone, all kinds of spaces."""
+    tokenizer = whole_words("the", "then", "A", "A.", ".", "?", "cat", "cats")
+    vocabulary = make_vocabulary(tokenizer, 20, [2])
+    assert compare_words(tokenizer, 20, vocabulary.add) == [UNKNOWN_WORDS]
+    kept = replace(vocabulary, kind=replace(vocabulary.kind, charsmap=b""))  # ends of lines stay
+    with pytest.raises(UnsupportedModelError, match="otherwise than transformers: token 1"):
+        compare_words(tokenizer, 20, kept.add)
+    # Within "the-cat?" the rule of transformers finds no token, and llama.cpp two.
+    joined = whole_words("the", "cat", "the-cat", "-")
+    with pytest.raises(UnsupportedModelError, match="otherwise than transformers"):
+        compare_words(joined, 20, make_vocabulary(joined, 20, [2]).add)
 
 
 def test_sentencepiece_bpe(tmp_path):

@@ -13,7 +13,8 @@ from plans import random_plan
 from hipp_ext import HiPPPlanner, Preference, masked
 from hipp_ext.budget import Bounds
 from hipp_ext.errors import PlanError
-from hipp_ext.evals.front import answer, front_rows, print_front, write_picture
+from hipp_ext.evals.drawing import draw_front, draw_plans
+from hipp_ext.evals.front import answer, front_rows, print_front
 from hipp_ext.planner import Answers, ParetoPlan
 from hipp_ext.planner.archive import Archive, Record
 from hipp_ext.planner.history import FitHistory
@@ -56,6 +57,7 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
         expected = evaluator(model)
     assert answers.policy.reward.utility == pytest.approx(expected["utility"], abs=1e-5)
     best = answers.best_evaluated.reward
+    assert f"utility {best.utility:.3f}" in str(best) and f"{best.compression:.1%}" in str(best)
     ends = planner.archive.nadir_and_ideal()
     values = [
         scalarise(torch.tensor(reward.objectives()), torch.tensor(wanted.as_tuple()), ends)
@@ -74,10 +76,16 @@ def test_two_answers_to_a_preference(model, signals, tmp_path, capsys):
     with pytest.raises(PlanError, match="removes 0.8 or more"):
         planner.answers(wanted)
     print_front(planner, answers)
-    write_picture(planner, answers, tmp_path / "front.png")
+    drawn = draw_front(planner, answers)
+    drawn.save(tmp_path / "front.png")
     out = capsys.readouterr().out
     assert answers.verdict().split()[0] in out and "best evaluated" in out
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    names = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
+    assert "best evaluated" in names and drawn._repr_png_()[:4] == b"\x89PNG"
+    plain = draw_plans({"one": at_half.policy.plan}).figure
+    below = draw_plans({"one": at_half.policy.plan}, planner.signals).figure
+    assert len(below.axes) > len(plain.axes)  # the visual sensitivity
     rows = json.loads(json.dumps(front_rows(planner)))
     assert [r["reward"]["compression"] for r in rows] == [
         f.reward.compression for f in planner.front()
