@@ -18,8 +18,8 @@ from hipp_ext.evals.studies.real_lm.text import TextSize
 from hipp_ext.evals.studies.real_lm.text_rows import TextRows
 from hipp_ext.evals.studies.recovery import __main__ as command
 from hipp_ext.evals.studies.recovery import language, pictures
-from hipp_ext.evals.studies.recovery.cells import BASE, LABELS
-from hipp_ext.evals.studies.recovery.language import LOSS, SmolLM2
+from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Cell
+from hipp_ext.evals.studies.recovery.language import KL, LOSS, OTHER, SmolLM2
 from hipp_ext.evals.studies.recovery.pictures import Testbed
 from hipp_ext.evals.studies.recovery.study import Filters, TaskStudy
 from hipp_ext.evals.studies.recovery.summary import summarize, targets
@@ -29,6 +29,7 @@ from hipp_ext.scorers import Magnitude
 SIZE = TextSize(rows=8, length=12, test_rows=3, test_length=24)
 LETTERS = [chr(32 + i) for i in range(VOCAB - 2)]
 TOPICS = "".join(f"{i:05d} " for i in range(200))
+OTHER_TEXT = "".join(f"{i:05d} " for i in range(90_000, 90_128))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,20 @@ def studied(tmp_path_factory, tokenizer, more):
     design = dataclasses.replace(
         language.DESIGN,
         seeds={0.3: 2, 0.4: 1},
-        lrs={BASE: (1e-3, 1e-2), LABELS: (1e-2,), "no reconstruction": (1e-2,), "LoRA": (1e-2,)},
+        lrs={BASE: (1e-3, 1e-2), LABELS: (1e-2,), "LoRA": (1e-2,)},
         steps=4,
         search_steps=2,
+        extra=[
+            Cell(ratio=ratio, arm="no reconstruction", seed=seed)
+            for ratio, seed in ((0.3, 0), (0.3, 1), (0.4, 0))
+        ],
     )
 
     def make(filters: Filters, **changes) -> TaskStudy:
         task = SmolLM2(
             lambda: (tiny_llama(), tokenizer),
             folder / "shared",
-            make_text=lambda t: RecoveryText(t, more, TOPICS, SIZE),
+            make_text=lambda t: RecoveryText(t, more, TOPICS, SIZE, OTHER_TEXT),
             design=dataclasses.replace(design, **changes),
         )
         return TaskStudy(task, folder / "smollm2", filters, print)
@@ -130,7 +135,7 @@ def test_a_study_goes_on_and_says_what_it_will_take(studied, capsys):
     spent = [json.loads(f.read_text()) for f in (folder / "smollm2" / "cells").glob("*.json")]
     spent = [row for row in spent if "seconds" in row]
     step = sum(row["seconds"] for row in spent) / sum(row["steps"] for row in spent)
-    assert longer.minutes() == pytest.approx(4 * 4 * step / 60)
+    assert longer.minutes() == pytest.approx(3 * 4 * step / 60)
     with pytest.raises(CheckpointError, match="steps is 4 there, and 5 was asked for"):
         next(make(Filters(), steps=5).run())
 
@@ -144,6 +149,9 @@ def test_a_summary_has_every_arm_and_the_lr_of_its_search(studied):
     assert found["ratios"]["40%"]["arms"]["LoRA"][LOSS]["seeds"] == 1
     search = {float(n.split()[-1]): v for n, v in found["search"].items() if BASE in n}
     assert at["arms"][BASE]["lr"] == min(search, key=search.__getitem__)
+    assert at["arms"]["no reconstruction"]["lr"] == at["arms"][BASE]["lr"]
+    assert set(found["dense"]) == {LOSS, OTHER, KL}
+    assert abs(found["dense"][KL]["mean"]) < 1e-6 < at["arms"][BASE][KL]["mean"]
     assert set(at["before"]) == {"sliced", "reconstructed"}
     assert at["arms"][BASE][LOSS]["mean"] != at["before"]["reconstructed"][LOSS]["mean"]
     gain = at["distillation minus it"][LABELS][LOSS]["mean"]

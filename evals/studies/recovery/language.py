@@ -6,26 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from hipp_ext import load_pruned, prune
-from hipp_ext.evals.studies.real_lm.text import row_losses
+from hipp_ext.evals.studies.real_lm.text import TEST_BATCH, row_losses
 from hipp_ext.evals.studies.real_lm.text_rows import TextRows, labelled
-from hipp_ext.evals.studies.recovery.cells import ARMS, Arm, Cell, Start
+from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Arm, Cell, Start
 from hipp_ext.evals.studies.recovery.task import Design, Measured
-from hipp_ext.evals.studies.recovery.text import RecoveryText
+from hipp_ext.evals.studies.recovery.text import RecoveryText, Rows
 from hipp_ext.evals.studies.serving.versions import Version, make_versions, version_folders
 from hipp_ext.recover import CachedTeacher, RecoverSettings, precompute, recover
 
 BATCH = 4  # rows
 TOP_K = 64
-LOSS = "loss"
-FULL, LORA = (2e-4, 5e-4), (1e-3, 3e-3)
+LOSS, OTHER, KL = "loss", "loss, other text", "KL to dense"
+SEARCHED = (2e-4, 5e-4)  # of the two arms that all others differ from in one thing
 DESIGN = Design(
     seeds={0.3: 3, 0.2: 1, 0.4: 1},
-    lrs={
-        name: LORA if arm.train == "lora" else FULL
-        for name, arm in ARMS.items()
-        if arm.compression is None
-    },
+    lrs={BASE: SEARCHED, LABELS: SEARCHED, "LoRA": (1e-3,)},
     steps=100,
     search_steps=25,
     step_seconds=3.0,
@@ -35,7 +35,8 @@ DESIGN = Design(
 
 
 class SmolLM2:
-    """See `Task`. Items are the rows of the test, their values the loss [nats per token].
+    """See `Task`. Items are rows. Their values are the loss on the test and on text of another
+    kind, and the KL divergence from the dense model on the test [nats per token].
 
     Args:
         load: returns (dense model, tokenizer).
@@ -47,7 +48,11 @@ class SmolLM2:
     """
 
     name = "smollm2"
-    what = "Perplexity on rows of Python's help topics that nothing was trained on."
+    what = (
+        "Perplexity on rows of Python's help topics that nothing was trained on, and on WordNet's "
+        "glosses, a kind of text that is not in the training data; KL divergence from the dense "
+        "model on the topics [nats per token]."
+    )
 
     def __init__(
         self,
@@ -109,11 +114,16 @@ class SmolLM2:
 
     def measure(self, model: Any) -> Measured:
         """See `Task`."""
-        return {LOSS: row_losses(model, self._text.test).tolist()}
+        text, dense = self._text, self._dense
+        found = {LOSS: row_losses(model, text.test), KL: row_divergences(model, dense, text.test)}
+        if len(text.other):
+            found[OTHER] = row_losses(model, text.other)
+        return {name: values.tolist() for name, values in found.items()}
 
     def clusters(self) -> dict[str, list[str]]:
         """See `Task`: every row is one."""
-        return {LOSS: [str(i) for i in range(len(self._text.test))]}
+        rows = [str(i) for i in range(len(self._text.test))]
+        return {LOSS: rows, KL: rows} | ({OTHER: rows} if len(self._text.other) else {})
 
     @functools.cached_property
     def _teacher(self) -> CachedTeacher:
@@ -129,3 +139,16 @@ class SmolLM2:
             progress=True,
             log=print,
         )
+
+
+@torch.no_grad()
+def row_divergences(model: nn.Module, dense: nn.Module, rows: Rows) -> Float[Tensor, " rows"]:
+    """Mean of KL(dense || model) over the tokens of each row [nats per token], float64."""
+    found = []
+    for ids in rows.split(TEST_BATCH):
+        said, wanted = (
+            m(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (model, dense)
+        )
+        each = nn.functional.kl_div(said, wanted, reduction="none", log_target=True).sum(-1)
+        found.append(each.mean(1))
+    return torch.cat(found).double()

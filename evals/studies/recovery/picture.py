@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.evals.studies.recovery.cells import ARMS, BASE
-from hipp_ext.evals.studies.recovery.language import LOSS
-from hipp_ext.evals.studies.recovery.table import in_units
+from hipp_ext.evals.studies.recovery.table import COMPARED, in_units, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = (LOSS, "POPE", "ScienceQA")
 RED, INK, GREY = "#c44e52", "#22262b", "#9aa0a6"
 
 
@@ -26,7 +24,7 @@ def picture(tasks: Mapping[str, Any]) -> "Figure":
     panels = [
         (task, ratio, measure)
         for task, found in tasks.items()
-        for measure in SHOWN
+        for measure in COMPARED
         if measure in found["dense"]
         for ratio in found["ratios"]
     ]
@@ -37,7 +35,7 @@ def picture(tasks: Mapping[str, Any]) -> "Figure":
         axes.set_visible(False)
     for axes, (task, ratio, measure) in zip(grid, panels, strict=False):
         _panel(axes, tasks[task]["dense"], tasks[task]["ratios"][ratio], measure)
-        title = f"{task} {ratio}: {'perplexity' if measure == LOSS else f'{measure} [%]'}"
+        title = f"{task} {ratio}: {title_of(measure)}"
         axes.set_title(title, loc="left", fontsize=10, weight="bold")
     figure.supxlabel("solid line: dense; dotted: the reconstructed model before it", fontsize=9)
     return figure

@@ -21,14 +21,16 @@ POPE, CHOICE = "POPE", "ScienceQA"
 MUON = 10  # Muon's learning rate over AdamW's
 PROCESSES = ("LQ-SGD", "all-reduce")
 DESIGN = Design(
-    seeds={0.4: 3, 0.6: 3},
-    lrs={name: (3e-4, 1e-3, 3e-3) for name in (BASE, LABELS, "no reconstruction")}
-    | {name: (1e-3,) for name in PROCESSES},
+    seeds={0.6: 3, 0.4: 3},
+    lrs={name: (1e-3, 3e-3) for name in (BASE, LABELS)} | {name: (1e-3,) for name in PROCESSES},
     steps=150,
-    search_steps=150,
+    search_steps=75,
     step_seconds=1.0,
     shared_minutes=2,
-    extra=[Cell(ratio=0.4, arm=name, seed=0) for name in PROCESSES],
+    extra=[
+        *(Cell(ratio=ratio, arm="no reconstruction", seed=0) for ratio in (0.6, 0.4)),
+        *(Cell(ratio=0.4, arm=name, seed=0) for name in PROCESSES),
+    ],
 )
 
 

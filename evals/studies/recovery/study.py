@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.studies.recovery.cells import ARMS, Cell, start_name
+from hipp_ext.evals.studies.recovery.cells import ARMS, BASE, Cell, start_name
 from hipp_ext.evals.studies.recovery.task import Task
 from hipp_ext.files import write_atomic
 from hipp_ext.runs import RunFolder
@@ -96,7 +96,10 @@ class TaskStudy:
         self._kept(start_name(cell.ratio, start), measure)
 
     def _lr(self, arm: str) -> float:
-        """The learning rate with the least loss on the validation."""
+        """The learning rate with the least loss on the validation; of distillation, where the
+        design has none for the arm.
+        """
+        arm = arm if arm in self.task.design.lrs else BASE
         names = self._trials(arm)
         if not names:
             return self.task.design.lrs[arm][0]
@@ -105,7 +108,7 @@ class TaskStudy:
 
     def _trials(self, arm: str) -> dict[float, str]:
         """Learning rate -> name of its trial; empty if there is nothing to choose from."""
-        lrs = self.task.design.lrs[arm]
+        lrs = self.task.design.lrs.get(arm, ())
         return {lr: f"search {arm}, lr {lr:g}" for lr in lrs} if len(lrs) > 1 else {}
 
     def _trial(self, arm: str, lr: float) -> dict[str, Any]:

@@ -9,12 +9,14 @@ import numpy as np
 
 from hipp_ext.evals.statistics import clustered_mean_se
 from hipp_ext.evals.studies.recovery.cells import ARMS, BASE, LABELS, start_name
-from hipp_ext.evals.studies.recovery.language import LOSS
+from hipp_ext.evals.studies.recovery.language import KL, LOSS, OTHER
 
 Rows = Sequence[Mapping[str, Any]]
 Clusters = Mapping[str, Sequence[str]]
 WITHIN_PERPLEXITY = 0.15  # of the dense one, at 30%
 WITHIN_POINTS = 2.0  # of the dense model, at 60%
+# Task, measure, and whether more or less of it is better.
+_AIMS = (("testbed", "POPE", 1), *(("smollm2", m, -1) for m in (LOSS, OTHER, KL)))
 
 
 def summarize(found: Mapping[str, Any], clusters: Clusters) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def targets(tasks: Mapping[str, Any]) -> list[str]:
             f"Testbed 60% within {WITHIN_POINTS:g} points of dense on both tasks: {told} "
             f"({_met(met)})"
         )
-    for task, measure, sign in (("testbed", "POPE", 1), ("smollm2", LOSS, -1)):
+    for task, measure, sign in _AIMS:
         for ratio, found in tasks.get(task, {}).get("ratios", {}).items():
             gain = (found["distillation minus it"].get(LABELS) or {}).get(measure)
             if gain:

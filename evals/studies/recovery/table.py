@@ -4,18 +4,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hipp_ext.evals.studies.recovery.language import LOSS
+from hipp_ext.evals.studies.recovery.language import KL, LOSS, OTHER
 from hipp_ext.evals.studies.recovery.summary import targets
 
+PERPLEXITIES = {LOSS: "perplexity", OTHER: "perplexity, other text"}
+COMPARED = (LOSS, OTHER, KL, "POPE", "ScienceQA")
 SECTION = """## Recovery
 
 `{command}`
 
 {device}, {threads} threads. Arms of a model take equally many steps over the same rows in the same
-order, each at the learning rate that a search on validation data found. Each figure is the mean
-over seeds; its standard error is that over the items of the test (clustered by picture), and over
-seeds where there are some. "Distillation" starts from a reconstructed model and trains all
-parameters, and every other arm differs from it in one thing; differences are taken item by item.
+order. The learning rates of distillation and cross-entropy are those that a search on validation
+data found; "no reconstruction" takes that of distillation. Each figure is the mean over seeds; its
+standard error is that over the items of the test (clustered by picture), and over seeds where there
+are some. "Distillation" starts from a reconstructed model and trains all parameters, and every
+other arm differs from it in one thing; differences are taken item by item.
 
 {targets}
 
@@ -43,18 +46,18 @@ def section(result: Mapping[str, Any]) -> str:
 
 def _table(name: str, found: Mapping[str, Any]) -> str:
     measures = list(found["dense"])
-    head = ["", *(_title(m) for m in measures), "distillation minus it", "seeds", "lr", "minutes"]
+    head = ["", *(title_of(m) for m in measures), "distillation minus it", "seeds", "lr", "minutes"]
     rows = [head, ["---"] * len(head), _row("dense", found["dense"], measures)]
     for ratio, own in found["ratios"].items():
         rows += [_row(f"{ratio} {n}", row, measures) for n, row in own["before"].items()]
         for arm, row in own["arms"].items():
             gains = own["distillation minus it"].get(arm, {})
-            gain = ", ".join(_gain(m, gains[m]) for m in (LOSS, "POPE", "ScienceQA") if m in gains)
+            gain = ", ".join(_gain(m, gains[m]) for m in COMPARED if m in gains)
             cells = _row(f"{ratio} {arm}", row, measures)[: 1 + len(measures)]
             facts = [str(row[measures[0]]["seeds"]), f"{row['lr']:g}", f"{row['minutes']:.1f}"]
             rows.append([*cells, gain, *facts])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    counts = ", ".join(f"{_title(m)}: n = {found['dense'][m]['n']}" for m in measures)
+    counts = ", ".join(f"{title_of(m)}: n = {found['dense'][m]['n']}" for m in measures)
     notes = [f"{name}. {found['what']} {counts}."]
     for ratio, own in found["ratios"].items():
         for arm, row in own["arms"].items():
@@ -68,8 +71,8 @@ def _row(name: str, row: Mapping[str, Any], measures: list[str]) -> list[str]:
     return [name, *(shown(m, row[m]) for m in measures), "", "", "", ""]
 
 
-def _title(measure: str) -> str:
-    return "perplexity" if measure == LOSS else measure
+def title_of(measure: str) -> str:
+    return PERPLEXITIES.get(measure, measure)
 
 
 def _gain(measure: str, gain: Mapping[str, Any] | None) -> str:
@@ -82,11 +85,13 @@ def _gain(measure: str, gain: Mapping[str, Any] | None) -> str:
 def shown(measure: str, figure: Mapping[str, Any]) -> str:
     """A figure with its standard error; of a loss the perplexity."""
     mean, error = in_units(measure)(figure["mean"]), figure["se"]
-    if measure == LOSS:
+    if measure == KL:
+        return f"{mean:.3f} ± {error:.3f}"
+    if measure in PERPLEXITIES:
         return f"{mean:.2f} ± {mean * error:.2f}"
     return f"{mean:.1f} ± {error:.1f}"
 
 
 def in_units(measure: str) -> Callable[[float], float]:
     """From a mean of items to what is shown: perplexity for a loss."""
-    return math.exp if measure == LOSS else float
+    return math.exp if measure in PERPLEXITIES else float

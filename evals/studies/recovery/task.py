@@ -16,7 +16,8 @@ class Design:
 
     Attributes:
         seeds: pruning_ratio -> number of seeds. The search is at the first one.
-        lrs: arm -> learning rates that its search tries; of one alone there is no search.
+        lrs: arm -> learning rates that its search tries; of one alone there is no search. Arms
+            that are only in `extra` may have none: they take that of distillation.
         steps, search_steps: steps of a cell, and of one of the search.
         step_seconds: about what a step takes on two cores, for the estimate.
         shared_minutes: about what is needed once takes, such as what the teacher says.

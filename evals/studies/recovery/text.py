@@ -13,28 +13,33 @@ from torch import Tensor
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.real_lm.text import Corpus, TextSize, read_text
+from hipp_ext.evals.studies.smolworld import packages
 
 LENGTH = 256  # tokens of a row, those of the test too
 VALIDATION_ROWS = 16
 SHARED_TOKENS = 13  # a row that has so many in a row with the test or the validation is left out
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages"}
+GLOSS_STEP = 40  # every 40th gloss of WordNet's nouns makes enough rows
 LEAST_DOCSTRING = 200  # characters; shorter ones are hardly prose
 
 Rows = Int[Tensor, "rows tokens"]
 
 
 class RecoveryText:
-    """Rows of `LENGTH` tokens: `train`, `validation` and `test`.
+    """Rows of `LENGTH` tokens: `train`, `validation`, `test` and `other`.
 
     The test is that of the studies `real_lm` and `serving`: blocks of the help topics at even
     distances. Blocks of the others at even distances are the validation. `train` has the rest of
     the topics, and the docstrings of the standard library or a text of the user's own. A row that
-    shares `SHARED_TOKENS` tokens in a row with the test or the validation is not in it.
+    shares `SHARED_TOKENS` tokens in a row with the test or the validation is not in it. `other` is
+    text of another kind, as many rows as the test has, which shows what a recovery forgets.
 
     Args:
         tokenizer: the model's own.
         path: file of UTF-8 text to train on instead of docstrings; None: docstrings.
         topics: text whose blocks are tested; None: Python's help topics.
+        other: text of another kind; None: WordNet's glosses of nouns, where they are installed
+            (`make smolworld`), else no rows.
         size: rows and lengths of calibration and test.
 
     Attributes:
@@ -52,6 +57,7 @@ class RecoveryText:
         path: Path | None = None,
         topics: str | None = None,
         size: TextSize | None = None,
+        other: str | None = None,
     ):
         self.size = size or TextSize()
         topics = read_text(None) if topics is None else topics
@@ -72,14 +78,23 @@ class RecoveryText:
         apart = [known.isdisjoint(_sequences([row])) for row in candidates.tolist()]
         self.train: Rows = candidates[torch.tensor(apart)]
         self.left_out = len(candidates) - len(self.train)
+        other = glosses() if other is None else other
+        self.other: Rows = Corpus(other, tokenizer, whole).test if other else self.test[:0]
         if not len(self.train):
             raise DataError("No row to train on is left beside the test: give a longer --text.")
 
     @property
     def digest(self) -> str:
         """SHA-256 of all rows."""
-        parts = (self.train, self.validation, self.test)
+        parts = (self.train, self.validation, self.test, self.other)
         return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
+
+
+def glosses() -> str:
+    """Glosses of WordNet, a line each; empty where WordNet is not installed."""
+    if packages.wordnet_missing():
+        return ""
+    return "\n".join(packages.noun_glosses()[::GLOSS_STEP])
 
 
 def docstrings() -> str:

