@@ -18,6 +18,7 @@ from hipp_ext.integrations.llama_cpp_file import Entry, write_gguf
 from hipp_ext.integrations.llama_cpp_pretokenizers import PROBE
 
 _WIDTH = 32
+_MOST_WORDS, _MOST_MARKS = 1000, 20  # that are compared
 TEXTS = (
     PROBE,
     "The quick brown fox jumps over the lazy dog. 0 1 22 333 4444 55555",
@@ -70,14 +71,16 @@ def compare_ids(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[s
 
 
 def compare_words(tokenizer: Any, rows: int, add: Callable[[Any], None]) -> list[str]:
-    """The same for a tokenizer of whole words: texts of all words that it knows are compared.
+    """The same for a tokenizer of whole words: texts of words that it knows are compared, of all or
+    of some `_MOST_WORDS` evenly spaced ones, each before every mark.
 
     Arguments, result and errors are those of `compare_ids`.
     """
     known = tokenizer.get_vocab()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    words = [word for word in sorted(known) if word not in special]
-    marks = [word for word in words if not any(map(str.isalnum, word))]
+    every = [word for word in sorted(known) if word not in special]
+    marks = [word for word in every if not any(map(str.isalnum, word))][:_MOST_MARKS]
+    words = every[:: 1 + len(every) // _MOST_WORDS]
     texts = [" ".join(words), "\n".join(reversed(words)), *special]
     texts += ["  ".join(f"{word}{mark}" for word in words) for mark in marks]
     equal = [(text, False) for text in texts] + [(" ".join(words), True)]
