@@ -150,7 +150,8 @@ class TeacherFiles:
         types = {name: tensors[name].dtype for name in TYPES}
         indices, log_p, log_rest = (tensors[name] for name in ("indices", "log_p", "log_rest"))
         known = (indices >= 0) & (indices < self.header.vocabulary.size)
-        total = torch.cat([log_p, log_rest[:, None]], -1).float().logsumexp(-1)
+        # In float32 first: where training runs in bfloat16, autocast refuses to join halves.
+        total = torch.cat([log_p.float(), log_rest.float()[:, None]], -1).logsumexp(-1)
         if types != TYPES or not bool(known.all()) or not bool((total.abs() < ROUNDING).all()):
             raise self.damaged(
                 shard_name(number), "its values are no ids and probabilities that add up to 1"

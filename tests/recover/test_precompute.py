@@ -70,6 +70,14 @@ def test_a_student_learns_the_same_from_disk_whatever_the_batches(made):
             torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.max()) / 200)
 
 
+def test_a_student_in_bfloat16_learns_from_disk(made):
+    student, batch = build("llama", seed=1), batches()[0]
+    wide = Distillation(CachedTeacher(made)).losses(student, batch)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = Distillation(CachedTeacher(made)).losses(student, batch)["loss"]
+    assert wide > 0 and float((narrow - wide).abs()) < 0.05 * float(wide)
+
+
 def test_pictures_tell_rows_of_equal_tokens_apart(tmp_path):
     for name in ("llava", "qwen2_5_vl", "smolvlm", "llava_next"):
         batch = make_batch(name, size=3, labels=True)
