@@ -7,6 +7,7 @@ import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
+from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
 from hipp_ext.evals.studies.smolworld.table.command import table
 
@@ -150,4 +151,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(scenes, vision, train, build, evaluate, run, table)
+    run_command(scenes, vision, train, build, evaluate, run, table, questions)
