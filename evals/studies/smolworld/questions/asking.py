@@ -1,21 +1,11 @@
-"""The questions that the test split answers, from the answers of the models that were measured."""
+"""The questions on pruning that the answers to the test settle."""
 
 import itertools
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hipp_ext.evals.studies.smolworld.questions.needed import (
-    HALF,
-    HALVED,
-    QUANTISED,
-    W8A8,
-    WIDELY,
-    plain,
-    seeded,
-)
+from hipp_ext.evals.studies.smolworld.questions.contrasts import CHOICE, POPE, Contrasts
+from hipp_ext.evals.studies.smolworld.questions.needed import WIDELY, plain, seeded
 from hipp_ext.evals.studies.smolworld.questions.rules import (
     ERRORS,
     MARGIN,
@@ -25,8 +15,9 @@ from hipp_ext.evals.studies.smolworld.questions.rules import (
     answered,
     any_of,
     mean_of,
+    told,
 )
-from hipp_ext.evals.studies.smolworld.table.asked import Asked
+from hipp_ext.evals.studies.smolworld.questions.variants import composing, quantising
 from hipp_ext.evals.studies.smolworld.table.cells import CORNERS, RATIOS, Cell
 from hipp_ext.evals.studies.smolworld.table.methods import (
     FITTED,
@@ -36,53 +27,10 @@ from hipp_ext.evals.studies.smolworld.table.methods import (
     VISUAL,
     VISUAL_SHUFFLED,
 )
-from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates
+from hipp_ext.evals.studies.smolworld.table.rates import Measured
 
-POPE, CHOICE = "POPE accuracy overall", "choice"
 FALSE_YES, CHAIR = "POPE false yes overall", "CHAIR_i"
 EQUAL = 2.0  # points of multiple choice that a model may be away from dense
-COMPOSED = 2.0  # points that half of the picture may cost a pruned model more than the dense one
-DESTROYED = 10.0  # points: where it costs the dense model more, nothing can be said
-
-
-class Contrasts:
-    """Differences between measured models.
-
-    Args:
-        rows: of `TableStudy.rows`.
-        asked: the questions of the test.
-        seeds: number of fits of a corner.
-    """
-
-    def __init__(self, rows: Mapping[str, Any], asked: Asked, seeds: int):
-        self._rates, self.seeds = Rates(asked), seeds
-        self._values = {name: row["values"] for name, row in rows.items()}
-
-    def __call__(self, terms: Sequence[tuple[float, Sequence[Cell]]]) -> dict[str, Measured]:
-        """The weighted sum of the mean rates of groups of cells."""
-        return self._rates.contrast(
-            [
-                (weight / len(cells), self._values[cell.name])
-                for weight, cells in terms
-                for cell in cells
-            ]
-        )
-
-    def minus(self, one: Sequence[Cell], other: Sequence[Cell]) -> dict[str, Measured]:
-        """The mean rates of the first cells minus those of the others.
-
-        Where the first ones are several seeds, the spread over the seeds adds to the error.
-        """
-        whole = self([(1.0, one), (-1.0, other)])
-        seeds = len({cell.seed for cell in one})
-        if seeds == 1:
-            return whole
-        pairs = zip(one, other if len(other) == len(one) else list(other) * len(one), strict=True)
-        each = [self([(1.0, [a]), (-1.0, [b])]) for a, b in pairs]
-        return {
-            name: replace(own, se=math.hypot(own.se, _spread([e[name].value for e in each])))
-            for name, own in whole.items()
-        }
 
 
 def hallucination(contrasts: Contrasts) -> Finding:
@@ -189,95 +137,6 @@ def fitting(contrasts: Contrasts, evaluations: int, curves: Mapping[str, Any]) -
             **{f"gain, {corner}": gain for corner, gain in gains.items()},
             "on the search split": curves,
         },
-    )
-
-
-def composing(contrasts: Contrasts) -> Finding:
-    """Question f."""
-    pruned = [plain(m, repair="reconstruct") for m in HALVED]
-    half = [replace(cell, variant=HALF) for cell in pruned]
-    dense, seeing = [Cell()], [Cell(variant=HALF)]
-    own, theirs = contrasts.minus(half, pruned), contrasts.minus(seeing, dense)
-    more = contrasts([(1.0, half), (-1.0, pruned), (-1.0, seeing), (1.0, dense)])
-    names = (POPE, "choice with picture")
-    extra = mean_of([more[name] for name in names])
-    alone = mean_of([theirs[name] for name in names])
-    answer: Answer = "not shown"
-    if alone.value > -DESTROYED:
-        shifted = Measured(value=extra.value + COMPOSED, se=extra.se)
-        answer = answered(shifted, margin=COMPOSED)
-    return Finding(
-        question="Do pruning and keeping half of the picture's tokens compose?",
-        rule=(
-            "What half of the tokens costs reconstructed models of 30% more than the dense one, "
-            "mean of POPE accuracy and multiple choice with a picture. yes: the extra cost is "
-            f"below {COMPOSED:g} points by more than {ERRORS:g} standard errors. no: it is above 0 "
-            f"by as many. Where it costs the dense model more than {DESTROYED:g} points, nothing "
-            "is shown."
-        ),
-        answer=answer,
-        figures={
-            "extra change of the pruned": extra,
-            "change of the dense": alone,
-            "change of the pruned": mean_of([own[name] for name in names]),
-        },
-    )
-
-
-def quantising(contrasts: Contrasts) -> Finding:
-    """Question g."""
-    before = {m: plain(m, repair="reconstruct") for m in QUANTISED}
-    after = {m: replace(cell, variant=W8A8) for m, cell in before.items()}
-    apart, kept, turned = [], [], []
-    for one, other in itertools.combinations(QUANTISED, 2):
-        first, then = (
-            mean_of([contrasts.minus([own[one]], [own[other]])[n] for n in (POPE, CHOICE)])
-            for own in (before, after)
-        )
-        if abs(first.value) <= ERRORS * first.se:
-            continue
-        pair = f"{one} and {other}"
-        apart.append(pair)
-        if first.value * then.value > 0:
-            kept.append(pair)
-        elif abs(then.value) > ERRORS * then.se:
-            turned.append(pair)
-    answer: Answer = "not shown"
-    if turned:
-        answer = "yes"
-    elif apart and len(kept) == len(apart):
-        answer = "no"
-    cost = contrasts.minus(list(after.values()), list(before.values()))
-    dense = contrasts.minus([Cell(variant=W8A8)], [Cell()])
-    return Finding(
-        question="Does W8A8 after pruning change the order of the methods?",
-        rule=(
-            "Pairs of reconstructed models of 30% that are apart before, by more than "
-            f"{ERRORS:g} standard errors in the mean of POPE accuracy and multiple choice. yes: "
-            "one of them is apart the other way round after it. no: there are some, and all keep "
-            "their order."
-        ),
-        answer=answer,
-        figures={
-            "pairs apart": len(apart),
-            "pairs that keep their order": len(kept),
-            "turned round": turned,
-            "cost to pruned models": mean_of([cost[n] for n in (POPE, CHOICE)]),
-            "cost to the dense model": mean_of([dense[n] for n in (POPE, CHOICE)]),
-        },
-    )
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Standard error of the mean of the values."""
-    return statistics.stdev(values) / len(values) ** 0.5
-
-
-def told(what: str) -> str:
-    """The rule of `answered` in words."""
-    return (
-        f"yes: {what} of more than {ERRORS:g} standard errors. no: {MARGIN:g} point is more than "
-        f"{ERRORS:g} above it."
     )
 
 

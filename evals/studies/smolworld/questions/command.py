@@ -98,8 +98,9 @@ def answers(
     study: Any, rows: dict[str, Any], letters: list[str], seeds: int, plans: int
 ) -> dict[str, Any]:
     """Letter -> finding as JSON values."""
-    from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, Contrasts, fitting
+    from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
     from hipp_ext.evals.studies.smolworld.questions.collapse import collapse
+    from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
     from hipp_ext.evals.studies.smolworld.questions.curves import curves
 
     contrasts, folder = Contrasts(rows, study.bench.asked, seeds), study.folder

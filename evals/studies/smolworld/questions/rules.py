@@ -56,6 +56,14 @@ def answered(gain: Measured, margin: float = MARGIN) -> Answer:
     return "no" if gain.value + ERRORS * gain.se < margin else "not shown"
 
 
+def told(what: str) -> str:
+    """The rule of `answered` in words."""
+    return (
+        f"yes: {what} of more than {ERRORS:g} standard errors. no: {MARGIN:g} point is more than "
+        f"{ERRORS:g} above it."
+    )
+
+
 def all_of(answers: Sequence[Answer]) -> Answer:
     """ "yes" if all are, "no" if one is."""
     if "no" in answers:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from hipp_ext import load_pruned
-from hipp_ext.calibration import Batch, Calibration, encode, find_processor
+from hipp_ext.calibration import Calibration, find_processor
 from hipp_ext.errors import DataError
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.studies.smolworld import packages
-from hipp_ext.evals.studies.smolworld.quiz import Question, questions
+from hipp_ext.evals.studies.smolworld.quiz import questions
 from hipp_ext.evals.studies.smolworld.scenes import World
-from hipp_ext.evals.studies.smolworld.table.asked import CAPTIONS, CHOICE, POPE, Asked, Paper
+from hipp_ext.evals.studies.smolworld.table.asked import CHOICE, POPE, Asked, Paper
 from hipp_ext.evals.studies.smolworld.table.examining import TOGETHER, Examiner
-from hipp_ext.evals.studies.smolworld.table.rates import Rates, Values
+from hipp_ext.evals.studies.smolworld.table.rates import changed
+from hipp_ext.evals.studies.smolworld.table.rows import calibration_rows
 from hipp_ext.evals.studies.smolworld.table.sizes import Sizes
 from hipp_ext.files import write_atomic
 from hipp_ext.groups import find_groups
@@ -28,10 +29,6 @@ from hipp_ext.planner import Signals
 from hipp_ext.planner.signal_cache import cached_signals
 from hipp_ext.planner.state import model_digest
 from hipp_ext.sensitivity.efforts import Effort
-
-CALIBRATION_BATCH = 16
-CAPTIONS_OF = 8  # rows of a task for each caption: a caption has a dozen tokens, other answers one
-SPREAD = 4  # one question of so many, so that the rows show more pictures
 
 
 class Bench:
@@ -81,24 +78,7 @@ class Bench:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """Rows of the calibration split by task, with their answers."""
-        rows = self.sizes.calibration
-        choices = questions(self.world, CHOICE, "calibration", rows)
-        captions = questions(self.world, CAPTIONS, "calibration", rows // CAPTIONS_OF)
-        pope = questions(self.world, POPE, "calibration", SPREAD * rows)[::SPREAD]
-        return Calibration.from_batches(
-            {"utility": self._encoded((*choices, *captions)), "robustness": self._encoded(pope)}
-        )
-
-    def _encoded(self, asked: tuple[Question, ...]) -> list[Batch]:
-        ordered = sorted(asked, key=lambda q: len(q.prompt))
-        found = []
-        for first in range(0, len(ordered), CALIBRATION_BATCH):
-            own = ordered[first : first + CALIBRATION_BATCH]
-            prompts, images, answers = zip(
-                *((q.prompt, q.image, q.answer) for q in own), strict=True
-            )
-            found.append(encode(self.processor, prompts, images, answers))
-        return found
+        return calibration_rows(self.world, self.processor, self.sizes.calibration)
 
     @functools.cache  # noqa: B019 (a bench lives as long as its process)
     def signals(self, effort: Effort) -> Signals:
@@ -169,24 +149,11 @@ class Bench:
 
     def precision(self) -> dict[str, Any]:
         """What the narrow type changes of the dense model's answers, on the validation split."""
-        paper = Paper.of(self.world, "validation", max(8, self.sizes.pictures // 4), 64)
-        models = {"float32": self.dense, self.sizes.dtype: self.quick}
-        found: dict[str, Values] = {
-            name: Examiner(model, self.processor, paper)(model) for name, model in models.items()
-        }
-        if len(found) == 1:
+        if self.dtype == torch.float32:
             return {"dtype": "float32"}
-        wide, narrow = found.values()
-        rates = Rates(paper.asked(self.world.drawings.names))
-        change = rates.contrast([(1, narrow), (-1, wide)])
-        return {
-            "dtype": self.sizes.dtype,
-            "answers that differ [%]": {
-                name: 100 * sum(map(str.__ne__, wide[name], narrow[name])) / len(wide[name])
-                for name in ("pope", "choice", "captions")
-            },
-            "minus float32": {
-                name: [change[name].value, change[name].se]
-                for name in ("POPE accuracy overall", "POPE F1 overall", "choice", "loss")
-            },
-        }
+        paper = Paper.of(self.world, "validation", max(8, self.sizes.pictures // 4), 64)
+        wide, narrow = (
+            Examiner(model, self.processor, paper)(model) for model in (self.dense, self.quick)
+        )
+        change = changed(paper.asked(self.world.drawings.names), wide, narrow)
+        return {"dtype": self.sizes.dtype, **change}

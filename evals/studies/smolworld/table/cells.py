@@ -56,13 +56,13 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its file."""
-        return _slug(f"{self.title}-{100 * self.ratio:g}")
+        return slug(f"{self.title}-{100 * self.ratio:g}")
 
     @property
     def plan_name(self) -> str:
         """Name of the file of its plan, which its repairs and variants share."""
         corner = "" if self.corner == "middle" else f"-{self.corner}"
-        return _slug(f"{self.method}{corner}-{100 * self.ratio:g}-{self.seed}")
+        return slug(f"{self.method}{corner}-{100 * self.ratio:g}-{self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +116,9 @@ class Filters:
         for ratio in self.fit_ratios if method.steered else ():
             for seed in range(self.seeds if method.searches else 1):
                 for corner in CORNERS:
-                    for repair in ("none", "reconstruct"):
-                        yield Cell(
-                            method=name, ratio=ratio, corner=corner, repair=repair, seed=seed
-                        )
+                    yield Cell(method=name, ratio=ratio, corner=corner, seed=seed)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """The text as part of a file's name."""
     return re.sub(r"[^\w.-]+", "_", text)

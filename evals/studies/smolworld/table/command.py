@@ -20,16 +20,16 @@ Concepts = Annotated[
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of a search. Default: 2.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A first look: one seed, few questions.")]
-Pictures = Annotated[int | None, typer.Option(help="Pictures of the test. Default: 128.")]
-Choices = Annotated[int | None, typer.Option(help="Choices of the test. Default: 512.")]
+Pictures = Annotated[int | None, typer.Option(help="Pictures of the test. Default: 96.")]
+Choices = Annotated[int | None, typer.Option(help="Choices of the test. Default: 384.")]
 Search = Annotated[
-    int | None, typer.Option(help="Questions per task that evaluate a plan. Default: 256.")
+    int | None, typer.Option(help="Questions per task that evaluate a plan. Default: 128.")
 ]
 Calibration = Annotated[
-    int | None, typer.Option(help="Rows per task of the calibration. Default: 96.")
+    int | None, typer.Option(help="Rows per task of the calibration. Default: 40.")
 ]
 Evaluations = Annotated[int | None, typer.Option(help="Plans of a search. Default: 60.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of the equal recovery. Default: 60.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the equal recovery. Default: 40.")]
 Dtype = Annotated[str | None, typer.Option(help="Type of evaluation. Default: bfloat16.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
@@ -74,7 +74,7 @@ def table(
     `python -m hipp_ext.evals.studies.smolworld table --model smolworld/model --quick --out quick`
     """
     from hipp_ext.evals.studies.smolworld.table.start import start
-    from hipp_ext.evals.studies.smolworld.table.summary import write_table
+    from hipp_ext.evals.studies.smolworld.table.writing import write_table
 
     filters = Filters(
         methods=method or (),

@@ -32,9 +32,10 @@ class Examiner:
     def __init__(self, model: Any, processor: Any, paper: Paper):
         self._processor = processor
         self._tasks = Evaluator(model, processor, paper.pope, paper.choice, batch_size=TOGETHER)
-        self._prompts = _batches(processor, paper.captions, answers=False)
+        # A token that is written costs a pass of the weights, however many rows there are.
+        self._prompts = _batches(processor, paper.captions, TOGETHER, answers=False)
         self._likelihood = AnswerLikelihood(
-            model, _batches(processor, paper.captions, answers=True)
+            model, _batches(processor, paper.captions, BATCH, answers=True)
         )
 
     @torch.no_grad()
@@ -49,11 +50,11 @@ class Examiner:
         }
 
 
-def _batches(processor: Any, asked: Sequence[Question], *, answers: bool) -> list[Batch]:
+def _batches(processor: Any, asked: Sequence[Question], size: int, *, answers: bool) -> list[Batch]:
     """Batches of prompts, or of prompts with their answers."""
     found = []
-    for first in range(0, len(asked), BATCH):
-        rows = asked[first : first + BATCH]
+    for first in range(0, len(asked), size):
+        rows = asked[first : first + size]
         given = [q.answer for q in rows] if answers else None
         found.append(encode(processor, [q.prompt for q in rows], [q.image for q in rows], given))
     return found

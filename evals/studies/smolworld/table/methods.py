@@ -57,6 +57,8 @@ class Method:
     @property
     def repairs(self) -> tuple[Literal["none", "reconstruct", "distil"], ...]:
         """What is done to its models."""
+        if self.search == "best":
+            return ("none",)
         return ("none", "reconstruct", "distil") if self.reconstructs else ("none", "distil")
 
 

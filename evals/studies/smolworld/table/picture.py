@@ -23,7 +23,7 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     """A row of panels for each repair; a line for every method, points where it has one ratio.
 
     Args:
-        result: what `summary.write_table` writes.
+        result: what `writing.write_table` writes.
     """
     from matplotlib.figure import Figure
 

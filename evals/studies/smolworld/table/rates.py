@@ -88,6 +88,26 @@ class Rates:
         return found
 
 
+def changed(asked: Asked, wide: Values, narrow: Values) -> dict[str, Any]:
+    """What a narrow type changes: the share of answers that differ, and rates minus the wide ones.
+
+    Args:
+        asked: the questions.
+        wide, narrow: the answers of one model in two types.
+    """
+    change = Rates(asked).contrast([(1, narrow), (-1, wide)])
+    return {
+        "answers that differ [%]": {
+            name: 100 * sum(map(str.__ne__, wide[name], narrow[name])) / len(wide[name])
+            for name in ("pope", "choice", "captions")
+        },
+        "minus float32": {
+            name: [round(change[name].value, 4), round(change[name].se, 4)]
+            for name in ("POPE accuracy overall", "POPE F1 overall", "choice", "loss")
+        },
+    }
+
+
 class _Pope:
     """A question counts once for each split that it belongs to, as in VLMEvalKit."""
 

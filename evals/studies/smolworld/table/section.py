@@ -46,7 +46,7 @@ def section(result: Mapping[str, Any]) -> str:
     """The section; what is to be said about the figures is not in it.
 
     Args:
-        result: what `write_table` writes.
+        result: what `writing.write_table` writes.
     """
     asked, precision = result["questions"], result.get("precision", {})
     told = "as planned"

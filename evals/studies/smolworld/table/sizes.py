@@ -42,12 +42,12 @@ class Sizes:
         DataError: a size is not a whole number of 1 or more, or too small.
     """
 
-    pictures: int = 128
-    choices: int = 512
-    search: int = 256
-    calibration: int = 96
+    pictures: int = 96
+    choices: int = 384
+    search: int = 128
+    calibration: int = 40
     evaluations: int = 60
-    steps: int = 60
+    steps: int = 40
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -70,5 +70,5 @@ LEAST = {
     "evaluations": 2 * PLANS_PER_STEP,
     "steps": 1,
 }
-# A first look: with one seed some twenty minutes instead of hours.
-QUICK = Sizes(pictures=32, choices=128, search=96, calibration=32, evaluations=12, steps=10)
+# A first look: with one seed some forty minutes instead of hours.
+QUICK = Sizes(pictures=24, choices=96, search=48, calibration=16, evaluations=12, steps=8)

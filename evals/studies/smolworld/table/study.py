@@ -1,6 +1,6 @@
 """Runs the cells: a file per model that was measured, so that a killed table goes on."""
 
-import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -12,16 +12,13 @@ from typing import Any
 
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import Cell
+from hipp_ext.evals.studies.smolworld.table.making import examined
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
 from hipp_ext.evals.studies.smolworld.table.planning import Plans
-from hipp_ext.evals.studies.smolworld.table.recovering import recovered
-from hipp_ext.evals.studies.smolworld.table.searching import search_place
-from hipp_ext.evals.studies.smolworld.table.variants import half_of_the_picture, quantised
-from hipp_ext.evals.studies.smolworld.table.work import PARAMETERS, TOKENS_PER_SECOND, Work
+from hipp_ext.evals.studies.smolworld.table.work import PARAMETERS, TOKENS_PER_SECOND, Work, done
 from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.runs import RunFolder
-from hipp_ext.surgery.prune import prune
 
 Row = dict[str, Any]
 
@@ -56,7 +53,7 @@ class TableStudy:
     def minutes(self) -> float:
         """What is left takes about this long on this machine, by a rate measured elsewhere."""
         size = sum(p.numel() for p in self.bench.dense.parameters())
-        tokens = sum(Work(self.bench.sizes, self._has).of(self.left()))
+        tokens = sum(self._work(self.left()))
         return tokens / TOKENS_PER_SECOND * size / PARAMETERS / 60
 
     def run(self) -> Iterator[dict[str, Row]]:
@@ -67,12 +64,12 @@ class TableStudy:
         self.about()
         yield self.rows()
         left = self.left()
-        work = Work(self.bench.sizes, self._has).of(left)
-        begin, done = time.monotonic(), 0.0
+        work = self._work(left)
+        begin, spent = time.monotonic(), 0.0
         for number, cell in enumerate(left):
             self._measure(cell)
-            done += work[number]
-            ahead = (time.monotonic() - begin) / done * (sum(work) - done) / 60
+            spent += work[number]
+            ahead = (time.monotonic() - begin) / spent * (sum(work) - spent) / 60
             self.log(f"{number + 1} of {len(left)}, about {ahead:.0f} min left: {cell.title}")
             yield self.rows()
 
@@ -106,63 +103,15 @@ class TableStudy:
             copied = ("values", "seconds", "parameters", "made")
             row |= {name: same[0][name] for name in copied} | {"same": same[0]["cell"]}
         else:
-            row |= self._examined(cell, plan)
+            row |= examined(self.bench, cell, plan, self.folder / "training" / cell.name)
         write_atomic(self._file(cell), json.dumps(row))
         shutil.rmtree(self.folder / "training", ignore_errors=True)
-
-    def _examined(self, cell: Cell, plan: PruningPlan | None) -> Row:
-        begin = time.perf_counter()
-        model = self._model(cell, plan)
-        made = {
-            "made": time.perf_counter() - begin,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        if cell.variant == "half of the picture":
-            own = self.bench.fast(model)
-            with half_of_the_picture(own, self.bench.processor) as processor:
-                return made | self.bench.examine(own, anew=True, processor=processor)
-        if cell.variant == "W8A8":
-            model = quantised(copy.deepcopy(model).to(self.bench.dtype))
-        return made | self.bench.examine(model, anew=cell.repair == "distil")
-
-    def _model(self, cell: Cell, plan: PruningPlan | None) -> Any:
-        """The model of a cell, but for its variant."""
-        dense = self.bench.dense
-        if plan is None:
-            return dense
-        method = METHODS[cell.method]
-        if method.host and cell.repair == "none":
-            from hipp_ext.integrations.torch_pruning import PlanPruner
-
-            model = copy.deepcopy(dense)
-            PlanPruner(model, plan=plan).step()
-            return model
-        fit = cell.repair != "none" and method.reconstructs
-        model = prune(dense, plan, reconstruct=fit, calibration=self.bench.calibration)
-        if cell.repair == "distil":
-            self.log(f"recovery: {cell.title}")
-            model = recovered(self.bench, model, self.folder / "training" / cell.name)
-        return model
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
 
-    def _has(self, name: str) -> bool:
-        """Whether a shared piece of work is done, see `Work`."""
-        if name == "precision":
-            return (self.folder / "precision.json").exists()
-        if name == "teacher":
-            return (self.folder / "teacher" / "teacher.json").exists()
-        if name in ("anchored", "fisher"):
-            # The file's name is a digest; one of two belongs to either effort.
-            return len(list((self.folder / "signals").glob("*"))) > (name == "fisher")
-        if name in METHODS:
-            return any(self.plans.file(c).exists() for c in self.cells if c.method == name)
-        kind, ratio, seed = name.rsplit(" ", 2)
-        owner = next(n for n, m in METHODS.items() if m.search_name == kind)
-        cell = Cell(method=owner, ratio=float(ratio), seed=int(seed))
-        place = search_place(self.folder / "searches", cell)
-        return place.exists() or place.with_suffix(".json").exists()
+    def _work(self, cells: Sequence[Cell]) -> list[float]:
+        return Work(self.bench.sizes, functools.partial(done, self.folder)).of(cells)
 
 
 def _key(plan: PruningPlan | None, cell: Cell) -> str:

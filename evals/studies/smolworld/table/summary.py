@@ -1,23 +1,15 @@
 """Rows of the study -> the table: rates, and differences from dense and from uniform."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.measuring import describe
-from hipp_ext.evals.studies.measuring import RESULTS, command_line, keep_picture, mean_and_se
+from hipp_ext.evals.studies.measuring import mean_and_se
 from hipp_ext.evals.studies.smolworld.table.asked import Asked
 from hipp_ext.evals.studies.smolworld.table.cells import DENSE
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS, UNIFORM
-from hipp_ext.evals.studies.smolworld.table.picture import picture
 from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates, Term
-from hipp_ext.evals.studies.smolworld.table.section import section
-from hipp_ext.evals.studies.smolworld.table.sizes import SPLITS, TUNED
-from hipp_ext.files import write_atomic
 
-NAME = "smolworld_table"
 # Rates whose differences are told.
 CHIEF_RATES = (
     "POPE accuracy overall",
@@ -28,12 +20,6 @@ CHIEF_RATES = (
     "choice",
     "choice with picture",
     "loss",
-)
-NOTE = (
-    "POPE and multiple choice: the likelier candidate as the first token of the answer, which is "
-    "what greedy decoding says if it says a candidate at all. Captions are decoded greedily. "
-    "Values are [value, standard error] in percent, errors clustered by picture; differences are "
-    "paired by question. loss: nats per token of the right captions, mean over captions."
 )
 Row = Mapping[str, Any]
 
@@ -127,47 +113,3 @@ def _over_seeds(rates: Rates, rows: Sequence[Row]) -> dict[str, Any]:
     """Mean and standard error over seeds, whatever the questions."""
     each = [rates.contrast([(1.0, row["values"])]) for row in rows]
     return {name: mean_and_se([own[name].value for own in each]) for name in CHIEF_RATES}
-
-
-def write_table(
-    rows: Mapping[str, Row], asked: Asked, about: Mapping[str, Any], folder: Path, save: bool
-) -> dict[str, Any]:
-    """Write JSON, picture and section to `folder`, and with `save` the first two to the results.
-
-    Args:
-        rows: of `TableStudy.rows`.
-        asked: the questions of the test.
-        about: identity of the run, and what the narrow type changes.
-        folder: the folder.
-        save: see above.
-    """
-    values = {
-        **about,
-        "splits": dict(SPLITS),
-        "tuned": TUNED,
-        "note": NOTE,
-        "questions": {
-            "POPE": len(asked.pope),
-            "multiple choice": len(asked.choice),
-            "captions": len(asked.captions),
-        },
-        **summarize(rows, asked),
-    }
-    result = describe(command_line(), values, "cpu")
-    for place in [folder, *([RESULTS] if save else [])]:
-        write_atomic(place / f"{NAME}.json", compact(result))
-    keep_picture(NAME, picture(result), save=save, folder=folder)
-    write_atomic(folder / f"{NAME}.md", section(result))
-    return result
-
-
-def compact(result: Mapping[str, Any]) -> str:
-    """JSON with a line for each value of the top level, and for each item of its lists."""
-    lines = []
-    for name, value in result.items():
-        if isinstance(value, list):
-            items = ",\n  ".join(json.dumps(item) for item in value)
-            lines.append(f" {json.dumps(name)}: [\n  {items}\n ]")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"

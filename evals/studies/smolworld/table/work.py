@@ -4,21 +4,23 @@ Work is counted in tokens that pass the dense model once in the type of evaluati
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from hipp_ext.evals.studies.smolworld.table.cells import Cell
+from hipp_ext.evals.studies.smolworld.table.cells import Cell, slug
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
 from hipp_ext.evals.studies.smolworld.table.sizes import PER_STEP, Sizes
+from hipp_ext.recover.teacher_files import HEADER
 
 # Tokens of one row: what a picture and the words before a question are, and the question itself.
-PICTURE, QUESTION, CHOICE, CAPTION, WRITTEN, LESSON = 40, 24, 45, 30, 24, 110
+PICTURE, QUESTION, CHOICE, CAPTION, WRITTEN, LESSON = 40, 24, 45, 30, 28, 110
 PER_PICTURE = 9.5  # questions of POPE
-DECODING = 2.0  # a token that is written one after the other, in tokens of a prompt
-WIDE = 2.0  # a token in float32
-OFTEN, SCORING, FITTING = 18.0, 3.0, 6.0  # passes of anchored signals, of scores, of least squares
+DECODING = 5.0  # a token that is written one after the other, in tokens of a prompt
+WIDE = 2.5  # a token in float32
+OFTEN, SCORING, FITTING = 18.0, 3.0, 5.0  # passes of anchored signals, of scores, of least squares
 LEARNING = 4.0  # passes of a training step
 PRUNED = 0.75  # part of the model that becomes smaller with the pruning_ratio
 # On two cores in bfloat16, of a model with PARAMETERS.
-TOKENS_PER_SECOND, PARAMETERS = 2000.0, 140e6
+TOKENS_PER_SECOND, PARAMETERS = 1500.0, 140e6
 
 
 class Work:
@@ -81,3 +83,18 @@ class Work:
     @property
     def _lessons(self) -> float:
         return self.sizes.steps * sum(PER_STEP) * LESSON
+
+
+def done(folder: Path, name: str) -> bool:
+    """Whether a shared piece of work, by the name that `Work` gives it, is in a table's folder."""
+    if name == "precision":
+        return (folder / "precision.json").exists()
+    if name == "teacher":
+        return (folder / "teacher" / HEADER).exists()
+    if name in ("anchored", "fisher"):
+        # The name of a file is a digest, and the anchored signals come first.
+        return len(list((folder / "signals").glob("*"))) > (name == "fisher")
+    if name in METHODS:
+        return any((folder / "plans").glob(f"{slug(name)}-*.json"))
+    kind, ratio, seed = name.rsplit(" ", 2)
+    return any((folder / "searches").glob(f"{kind}-{100 * float(ratio):g}-{seed}*"))
