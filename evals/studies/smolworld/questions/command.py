@@ -89,7 +89,7 @@ def questions(
     with study.locked():
         *_, rows = study.run()
         found = answers(study, rows, letters, fits, plans)
-        result = write_answers(study, found, fits, out, save)
+        result = write_answers(study.bench.identity, found, fits, out, save)
     for own in result["questions"].values():
         typer.echo(f"{own['question']} {own['answer']}")
 
@@ -118,7 +118,7 @@ def answers(
 
 
 def write_answers(
-    study: Any, found: dict[str, Any], seeds: int, out: Path, save: bool
+    identity: dict[str, Any], found: dict[str, Any], seeds: int, out: Path, save: bool
 ) -> dict[str, Any]:
     """Write JSON and section to `out`, and with `save` the first to the results; earlier answers
     of the same folder to other questions stay."""
@@ -131,7 +131,7 @@ def write_answers(
     file = out / f"{NAME}.json"
     before = json.loads(file.read_text())["questions"] if file.exists() else {}
     values = {
-        "identity": study.bench.identity,
+        "identity": identity,
         "seeds": seeds,
         "splits": dict(SPLITS),
         "tuned": TUNED,
