@@ -22,6 +22,7 @@ from hipp_ext.evals.pope import SPLITS, pope_scores
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.model import save
+from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
 from hipp_ext.evals.studies.smolworld.questions.collapse import caught_share
 from hipp_ext.evals.studies.smolworld.questions.command import LETTERS, questions, write_answers
 from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
@@ -187,6 +188,50 @@ def test_an_order_that_turns_round_is_noticed():
     )
     rows[best], rows[worst] = rows[worst], rows[best]
     assert found().answer == "yes"
+
+
+def with_answers(asked: Asked, values: dict, **rates: float) -> dict:
+    """The values, with more answers of a task changed: right ones, or "Yes" to what is absent."""
+    rng = random.Random(1)
+    pope, choice = list(values["pope"]), list(values["choice"])
+    for i, (answer, _, _) in enumerate(asked.pope):
+        if answer == "No" and rng.random() < rates.get("false_yes", 0):
+            pope[i] = "Y"
+        if rng.random() < rates.get("pope", 0):
+            pope[i] = answer[0]
+    for i, (answer, _, _) in enumerate(asked.choice):
+        if rng.random() < rates.get("choice", 0):
+            choice[i] = answer
+    return values | {"pope": "".join(pope), "choice": "".join(choice)}
+
+
+def changed_cell(cell: Cell) -> dict[str, float]:
+    """What would be measured if every question were to be answered yes."""
+    match cell:
+        case Cell(method=method) if method == FITTED:
+            right = {"utility": {"choice": 0.9}, "robustness": {"pope": 0.9}}
+            return right.get(cell.corner, {"choice": 0.9, "pope": 0.9})
+        case Cell(method="uniform" | "FLAP adaptive" | "sensitivity, anchored", repair="none"):
+            return {"false_yes": 0.8}
+    return {}
+
+
+def test_questions_are_answered_yes_where_everything_is_so():
+    asked = some_asked(120)
+    base = some_values(asked, 0.3, 7)
+    cells = {Cell(), *(c for own in needed(2).values() for c in own)}
+    same = {c.name: {"values": base} for c in cells}
+    rows = {c.name: {"values": with_answers(asked, base, **changed_cell(c))} for c in cells}
+    for measured, expected in (
+        (rows, {"a": "yes", "b": "yes", "c": "yes", "e": "yes", "f": "yes"}),
+        (same, {"a": "no", "b": "no", "c": "no", "e": "no", "f": "yes"}),
+    ):
+        contrasts = Contrasts(measured, asked, 2, resamples=60)
+        for letter in expected:
+            ask = ON_TEST.get(letter) or (lambda c: fitting(c, 60, {}))
+            found = ask(contrasts)
+            assert found.answer == expected[letter], found
+            assert json.loads(json.dumps(found.as_json()))["answer"] == expected[letter]
 
 
 # --------------------------------------------------------------------------------------- the cells

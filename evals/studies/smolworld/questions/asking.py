@@ -1,7 +1,7 @@
 """The questions on pruning that the answers to the test settle."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hipp_ext.evals.studies.smolworld.questions.contrasts import CHOICE, POPE, Contrasts
@@ -62,26 +62,31 @@ def hallucination(contrasts: Contrasts) -> Finding:
 
 def steering(contrasts: Contrasts) -> Finding:
     """Question b."""
-    useful, robust = (
-        seeded(FITTED, corner, contrasts.seeds) for corner in ("utility", "robustness")
-    )
-    change = contrasts.minus(useful, robust)
-    gains = {
-        "multiple choice, utility minus robustness": change[CHOICE],
-        "POPE accuracy, robustness minus utility": Measured(
-            value=-change[POPE].value, se=change[POPE].se
-        ),
-    }
+    fits = [seeded(FITTED, corner, contrasts.seeds) for corner in ("utility", "robustness")]
+    untrained = [[plain(UNTRAINED, corner=corner)] for corner in ("utility", "robustness")]
+    gains = _corner_gains(contrasts, *fits)
     return Finding(
         question="Does a preference steer at 30%?",
         rule=(
-            "The gain of each corner over the other on its own task, mean over fits. yes: both "
-            f"gains are more than {ERRORS:g} standard errors above 0. no: of one of them "
-            f"{MARGIN:g} point is more than {ERRORS:g} above it."
+            "The gain of each corner of the fitted planner over the other on its own task, mean "
+            f"over fits. yes: both gains are more than {ERRORS:g} standard errors above 0. no: of "
+            f"one of them {MARGIN:g} point is more than {ERRORS:g} above it."
         ),
         answer=all_of([answered(gain) for gain in gains.values()]),
-        figures=gains,
+        figures=gains
+        | {f"untrained: {n}": g for n, g in _corner_gains(contrasts, *untrained).items()},
     )
+
+
+def _corner_gains(
+    contrasts: Contrasts, useful: Sequence[Cell], robust: Sequence[Cell]
+) -> dict[str, Measured]:
+    change = contrasts.minus(useful, robust)
+    pope = change[POPE]
+    return {
+        "multiple choice, utility minus robustness": change[CHOICE],
+        "POPE accuracy, robustness minus utility": Measured(value=-pope.value, se=pope.se),
+    }
 
 
 def visual(contrasts: Contrasts) -> Finding:

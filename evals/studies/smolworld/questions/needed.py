@@ -42,7 +42,7 @@ def needed(seeds: int) -> Mapping[str, Sequence[Cell]]:
             for method in WIDELY
             for ratio in RATIOS
         ],
-        "b": [c for c in fits if c.corner != "middle"],
+        "b": [c for c in (*untrained, *fits) if c.corner != "middle"],
         "c": [
             *(plain(method) for method in (UNIFORM, VISUAL, VISUAL_SHUFFLED)),
             *seeded(FITTED, "robustness", seeds),
