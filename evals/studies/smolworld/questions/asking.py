@@ -38,7 +38,8 @@ def hallucination(contrasts: Contrasts) -> Finding:
     chosen = []
     for method, repair in itertools.product(WIDELY, ("none", "reconstruct")):
         cells = [Cell(method=method, ratio=r, repair=repair) for r in RATIOS]
-        equal = [c for c in cells if abs(contrasts.minus([c], [Cell()])[CHOICE].value) <= EQUAL]
+        known = filter(contrasts.has, cells)
+        equal = [c for c in known if abs(contrasts.minus([c], [Cell()])[CHOICE].value) <= EQUAL]
         chosen += equal[-1:]
     figures: dict[str, Any] = {"models": [c.title for c in chosen]}
     answer: Answer = "not shown"

@@ -23,6 +23,7 @@ from hipp_ext.evals.studies.smolworld.table.command import (
     Steps,
     Threads,
     chosen_sizes,
+    default_ratios,
 )
 
 LETTERS = {
@@ -84,7 +85,8 @@ def questions(
         dtype=dtype,
     )
     fits = seeds or (1 if quick else 2)
-    cells = [Cell(), *(cell for letter in letters for cell in needed(fits)[letter])]
+    by_letter = needed(fits, default_ratios(quick))
+    cells = [Cell(), *(cell for letter in letters for cell in by_letter[letter])]
     study = start(model, out, sizes, list(dict.fromkeys(cells)), concepts=concepts, threads=threads)
     with study.locked():
         *_, rows = study.run()

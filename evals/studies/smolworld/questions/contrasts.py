@@ -29,6 +29,10 @@ class Contrasts:
         self._rates, self.seeds = Rates(asked, resamples=resamples), seeds
         self._values = {name: row["values"] for name, row in rows.items()}
 
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell was measured."""
+        return cell.name in self._values
+
     def __call__(self, terms: Sequence[tuple[float, Sequence[Cell]]]) -> dict[str, Measured]:
         """The weighted sum of the mean rates of groups of cells."""
         return self._rates.contrast(

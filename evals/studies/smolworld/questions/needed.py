@@ -30,8 +30,13 @@ def seeded(method: str, corner: str, seeds: int) -> list[Cell]:
     return [plain(method, corner=corner, seed=seed) for seed in range(seeds)]
 
 
-def needed(seeds: int) -> Mapping[str, Sequence[Cell]]:
-    """Letter of the question -> its cells; all of them need the dense model, too."""
+def needed(seeds: int, ratios: Sequence[float] = RATIOS) -> Mapping[str, Sequence[Cell]]:
+    """Letter of the question -> its cells; all of them need the dense model, too.
+
+    Args:
+        seeds: number of fits of a corner.
+        ratios: of question a.
+    """
     fits = [cell for corner in CORNERS for cell in seeded(FITTED, corner, seeds)]
     untrained = [plain(UNTRAINED, corner=corner) for corner in CORNERS]
     reconstructed = [plain(m, repair="reconstruct") for m in dict.fromkeys((*HALVED, *QUANTISED))]
@@ -40,7 +45,7 @@ def needed(seeds: int) -> Mapping[str, Sequence[Cell]]:
             Cell(method=method, ratio=ratio, repair=repair)
             for repair in ("none", "reconstruct")
             for method in WIDELY
-            for ratio in RATIOS
+            for ratio in ratios
         ],
         "b": [c for c in (*untrained, *fits) if c.corner != "middle"],
         "c": [

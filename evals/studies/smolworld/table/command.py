@@ -19,14 +19,16 @@ Concepts = Annotated[
     int | None, typer.Option(min=20, help="Concepts of the model's world. Default: all.")
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of a search. Default: 2.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A first look: one seed, few questions.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A first look: one seed, 30% alone, few questions.")
+]
 Pictures = Annotated[int | None, typer.Option(help="Pictures of the test. Default: 96.")]
 Choices = Annotated[int | None, typer.Option(help="Choices of the test. Default: 384.")]
 Search = Annotated[
     int | None, typer.Option(help="Questions per task that evaluate a plan. Default: 128.")
 ]
 Calibration = Annotated[
-    int | None, typer.Option(help="Rows per task of the calibration. Default: 40.")
+    int | None, typer.Option(help="Rows per task of the calibration. Default: 32.")
 ]
 Evaluations = Annotated[int | None, typer.Option(help="Plans of a search. Default: 60.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of the equal recovery. Default: 40.")]
@@ -78,7 +80,7 @@ def table(
 
     filters = Filters(
         methods=method or (),
-        ratios=ratio or RATIOS,
+        ratios=ratio or default_ratios(quick),
         fit_ratios=fit_ratio or (CHIEF,),
         repairs=repair or (),
         seeds=seeds or (1 if quick else 2),
@@ -103,6 +105,11 @@ def table(
                 write_table(rows, study.bench.asked, about, out, save)
                 written = time.monotonic()
     typer.echo(out / "smolworld_table.md")
+
+
+def default_ratios(quick: bool) -> tuple[float, ...]:
+    """All ratios, or that of a first look."""
+    return (CHIEF,) if quick else RATIOS
 
 
 def chosen_sizes(quick: bool, **options: int | str | None) -> Sizes:

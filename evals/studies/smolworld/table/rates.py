@@ -36,8 +36,10 @@ class Measured:
 
 
 class _Task(Protocol):
-    names: tuple[str, ...]
     clusters: list[str]
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def counts(self, values: Values) -> np.ndarray:
         """(rows, columns) what each row adds to the sums that the rates are made from."""

@@ -45,7 +45,7 @@ class Sizes:
     pictures: int = 96
     choices: int = 384
     search: int = 128
-    calibration: int = 40
+    calibration: int = 32
     evaluations: int = 60
     steps: int = 40
     dtype: str = "bfloat16"
@@ -70,5 +70,5 @@ LEAST = {
     "evaluations": 2 * PLANS_PER_STEP,
     "steps": 1,
 }
-# A first look: with one seed some forty minutes instead of hours.
+# A first look: with one seed and one ratio some forty minutes instead of hours.
 QUICK = Sizes(pictures=24, choices=96, search=48, calibration=16, evaluations=12, steps=8)

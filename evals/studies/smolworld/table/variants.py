@@ -82,7 +82,7 @@ def quantised(model: Any) -> Any:
     # It keeps llm-compressor's import in bounds, so it comes first.
     import hipp_ext.integrations.llm_compressor  # noqa: F401
 
-    from llmcompressor import oneshot  # isort: skip
+    from llmcompressor.entrypoints.oneshot import oneshot  # isort: skip
     from llmcompressor.modifiers.quantization import QuantizationModifier  # isort: skip
 
     recipe = QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=IGNORED)

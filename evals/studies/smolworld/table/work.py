@@ -16,8 +16,10 @@ PICTURE, QUESTION, CHOICE, CAPTION, WRITTEN, LESSON = 40, 24, 45, 30, 28, 110
 PER_PICTURE = 9.5  # questions of POPE
 DECODING = 5.0  # a token that is written one after the other, in tokens of a prompt
 WIDE = 2.5  # a token in float32
-OFTEN, SCORING, FITTING = 18.0, 3.0, 5.0  # passes of anchored signals, of scores, of least squares
+OFTEN, SCORING, FITTING = 18.0, 3.0, 4.0  # passes of anchored signals, of scores, of least squares
+SOLVING = 35_000.0  # of least squares, whatever the calibration
 LEARNING = 4.0  # passes of a training step
+QUANTISED = 2.2  # times as slow is a model whose 8 bits are simulated
 PRUNED = 0.75  # part of the model that becomes smaller with the pruning_ratio
 # On two cores in bfloat16, of a model with PARAMETERS.
 TOKENS_PER_SECOND, PARAMETERS = 1500.0, 140e6
@@ -45,8 +47,9 @@ class Work:
         asked = s.pictures * (PICTURE + PER_PICTURE * QUESTION) + s.choices * (PICTURE + CHOICE)
         asked += s.pictures * (2 * (PICTURE + CAPTION) + WRITTEN * (1 + DECODING))
         tokens = asked * (1 - PRUNED * cell.ratio)
+        tokens *= QUANTISED if cell.variant == "W8A8" else 1.0
         if cell.repair != "none":
-            tokens += FITTING * WIDE * self._calibration
+            tokens += FITTING * WIDE * self._calibration + SOLVING
         if cell.repair == "distil":
             tokens += LEARNING * self._lessons
         return tokens
