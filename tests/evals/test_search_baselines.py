@@ -141,6 +141,18 @@ def test_a_method_starts_where_the_problem_says(closeness, name):
     )  # where nothing goes, all centres are alike
 
 
+@pytest.mark.parametrize("name", ["CMA-ES", "TPE"])
+def test_a_problem_with_a_ratio_is_searched_there_alone(closeness, name):
+    logits = np.linspace(-1.5, 1.5, len(closeness.groups))
+    problem = problem_of(
+        closeness, evaluations=14, pruning_ratio=0.3, centre=lambda ratio: ratio * logits
+    )
+    plans = [keeps for keeps, _ in run(METHODS[name], problem, seed=0).evaluated]
+    assert len(set(plans)) == len(plans) == 14
+    assert all(meets(closeness.groups, keeps, 0.3, problem.bounds) for keeps in plans)
+    assert plans[0] == problem_of(closeness).decode(0.3 * logits, 0.3)
+
+
 @pytest.mark.parametrize("method", [evopress, cmaes])
 def test_methods_at_fixed_budgets_share_the_evaluations_among_them(closeness, method):
     bounds, ratios = BOUNDS["any count"], (0.1, 0.3, 0.45)

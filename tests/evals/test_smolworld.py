@@ -10,9 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from smolworld_models import language, letters_processor, llava
 
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import model as smollm2
@@ -22,14 +20,7 @@ from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, PARTS, Drawings, read_drawings
 from hipp_ext.evals.studies.smolworld.export import export
 from hipp_ext.evals.studies.smolworld.factors import add_factors, write_factors
-from hipp_ext.evals.studies.smolworld.model import (
-    REPLACED,
-    assemble,
-    build_base,
-    build_processor,
-    save,
-    vision_config,
-)
+from hipp_ext.evals.studies.smolworld.model import assemble, build_base, save, vision_config
 from hipp_ext.evals.studies.smolworld.namer import Namer, naming
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint, painted, patch_things
 from hipp_ext.evals.studies.smolworld.quiz import KINDS as ABSENCES
@@ -216,31 +207,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def processor():
-    """One token per printable character, and SmolLM2's special ones."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", REPLACED]
-    letters = ["\n", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate([*special, *letters])}, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
-    return build_processor(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
-
-
-def language() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def llava(processor):
-    return assemble(language(), processor, vision_config(hidden=32, layers=1))
+    return letters_processor()
 
 
 class Noise:

@@ -197,17 +197,19 @@ def tpe(problem: Problem, seed: int) -> None:
     optuna = _host("optuna")
     real = optuna.distributions.FloatDistribution
     space = {f"logit{i}": real(-LOGIT_RANGE, LOGIT_RANGE) for i in range(len(problem.groups))}
-    space["ratio"] = real(0.0, max(problem.limit, 1e-9))
+    if free := problem.pruning_ratio is None:
+        space["ratio"] = real(0.0, max(problem.limit, 1e-9))
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # no line for every trial
     try:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=15)
         study = optuna.create_study(directions=["maximize"] * 3, sampler=sampler)
-        for plan in _first_plans(problem):
-            study.enqueue_trial(dict(zip(space, map(float, plan), strict=True)))
+        for plan in _first_plans(problem)[: None if free else 1]:
+            study.enqueue_trial(dict(zip(space, map(float, plan), strict=False)))
         while True:
             trial = study.ask(space)
-            *logits, ratio = (trial.params[name] for name in space)
+            asked = [trial.params[name] for name in space]
+            logits, ratio = (asked[:-1], asked[-1]) if free else (asked, 0.0)
             study.tell(trial, problem(problem.decode(logits, ratio)).objectives())
     finally:
         optuna.logging.set_verbosity(verbosity)
@@ -223,7 +225,10 @@ METHODS: dict[str, Method] = {
 
 
 def _within(problem: Problem, ratios: Sequence[float]) -> list[float]:
-    """`ratios` clipped to the problem's limit, without repetitions."""
+    """`ratios` clipped to the problem's limit, without repetitions; of a problem with a
+    pruning_ratio that one alone."""
+    if problem.pruning_ratio is not None:
+        ratios = [problem.pruning_ratio]
     return sorted({min(ratio, problem.limit) for ratio in ratios})
 
 

@@ -33,6 +33,7 @@ class Problem:
         evaluate: keep counts -> reward; utility, robustness and compression are maximized.
         evaluations: number of different plans that may be evaluated.
         largest_ratio: upper end of the pruning_ratio that is searched.
+        pruning_ratio: what every plan removes, whatever a method asks for; None: methods choose.
         centre: pruning_ratio -> allocation logits of the plan that methods start from and search
             around; None: uniform plans.
         lookups: number of repeated requests.
@@ -43,6 +44,7 @@ class Problem:
     evaluate: Callable[[Keeps], Reward]
     evaluations: int
     largest_ratio: float = MAX_RATIO
+    pruning_ratio: float | None = None
     centre: Callable[[float], np.ndarray] | None = None
     lookups: int = field(default=0, init=False)
     _known: dict[Keeps, Reward] = field(default_factory=dict, init=False, repr=False)
@@ -88,9 +90,10 @@ class Problem:
     def decode(self, allocation_logits: Sequence[float] | np.ndarray, ratio: float) -> Keeps:
         """Keep counts for one logit per group, added to the centre's, and a pruning_ratio.
 
-        The ratio is clipped to [0, limit].
+        The ratio is clipped to [0, limit]; a problem with a pruning_ratio of its own takes that.
         """
-        ratio = float(np.clip(ratio, 0.0, self.limit))
+        asked = ratio if self.pruning_ratio is None else self.pruning_ratio
+        ratio = float(np.clip(asked, 0.0, self.limit))
         logits = np.asarray(allocation_logits, dtype=np.float64)
         if self.centre is not None:
             logits = logits + self.centre(ratio)

@@ -7,7 +7,9 @@ import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
+from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
+from hipp_ext.evals.studies.smolworld.table.command import table
 
 Concepts = Annotated[
     int | None, typer.Option(min=40, help="Number of concepts, for a smaller world. Default: all.")
@@ -149,4 +151,4 @@ def run(
 
 
 if __name__ == "__main__":
-    run_command(scenes, vision, train, build, evaluate, run)
+    run_command(scenes, vision, train, build, evaluate, run, table, questions)

@@ -1,14 +1,15 @@
 """What the model can do: POPE by split, multiple choice by relation, and CHAIR of its captions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from hipp_ext.calibration import encode
+from hipp_ext.calibration import Batch, encode
 from hipp_ext.evals.chair import ObjectWords, chair_scores, default_synonyms
 from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.generation import place
 from hipp_ext.evals.pope import pope_scores
 from hipp_ext.evals.studies.measuring import mean_and_se
 from hipp_ext.evals.studies.smolworld.quiz import Question, questions
@@ -71,16 +72,21 @@ def _captions(
     return {**asdict(scores), "examples": examples[:EXAMPLES]}
 
 
-@torch.no_grad()
 def write_captions(model: Any, processor: Any, asked: Sequence[Question]) -> list[str]:
     """The model's greedy answers to open questions."""
+    parts = (asked[first : first + BATCH] for first in range(0, len(asked), BATCH))
+    batches = (encode(processor, [q.prompt for q in p], [q.image for q in p]) for p in parts)
+    return write_from(model, processor, batches)
+
+
+@torch.no_grad()
+def write_from(model: Any, processor: Any, batches: Iterable[Batch]) -> list[str]:
+    """The model's greedy answers to batches of prompts."""
     found: list[str] = []
     with evaluating(model):
-        for first in range(0, len(asked), BATCH):
-            rows = asked[first : first + BATCH]
-            batch = encode(processor, [q.prompt for q in rows], [q.image for q in rows])
-            length = batch["input_ids"].shape[1]
-            batch = {name: value.to(model.device) for name, value in batch.items()}
-            ids = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)[:, length:]
+        for batch in batches:
+            inputs = place(batch, model)
+            length = inputs["input_ids"].shape[1]
+            ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[:, length:]
             found += processor.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in found]

@@ -1,6 +1,7 @@
 """Questions about the world: POPE as its authors define it, multiple choice, and captions."""
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -47,8 +48,8 @@ class Question:
 
     @property
     def image(self) -> Image.Image:
-        """The picture, 96 x 96 px RGB, with the same bytes as in the exported TSV."""
-        return paint(self.scene)
+        """The picture, 96 x 96 px RGB, with the same bytes as in the exported TSV; it is shared."""
+        return _picture(self.scene)
 
     @property
     def picture(self) -> str | None:
@@ -68,6 +69,12 @@ class Question:
         if not self.options:
             return self.question
         return choice_prompt(self.question, dict(zip(self.labels, self.options, strict=True)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _picture(scene: Scene | None) -> Image.Image:
+    """A picture, painted once for all questions about it."""
+    return paint(scene)
 
 
 def questions(world: World, task: str, split: str, n: int | None = None) -> tuple[Question, ...]:

@@ -174,8 +174,9 @@ class World:
         )
 
 
+@functools.cache
 def read_world(concepts: int | None = None) -> World:
-    """The world of the packages; see `read_drawings`."""
+    """The world of the packages; see `read_drawings`. The same one for equal arguments."""
     drawings = read_drawings(concepts)
     return World(drawings, read_glosses(drawings.names))
 

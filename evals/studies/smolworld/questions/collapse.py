@@ -1,0 +1,136 @@
+"""Does synaptic flow tell plans that break the model from those that do not, at one budget?"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hipp_ext.allocators.cheapest import expected_losses, task_losses
+from hipp_ext.budget import Bounds, keep_counts
+from hipp_ext.evals.statistics import binomial_se
+from hipp_ext.evals.studies.measuring import rank_correlation
+from hipp_ext.evals.studies.smolworld.questions.rules import ERRORS, Answer, Finding
+from hipp_ext.evals.studies.smolworld.table.bench import Bench
+from hipp_ext.evals.studies.smolworld.table.cells import CHIEF
+from hipp_ext.files import write_atomic
+from hipp_ext.planner.cost import cost_of
+from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
+from hipp_ext.progress import progress_bar
+from hipp_ext.scorers import SynFlow
+from hipp_ext.units import top_units
+
+SPREADS = (0.3, 1.0, 2.0, 3.5)  # of the allocation logits, so that some plans break the model
+COLLAPSED = 0.5  # of the dense margin: below it a plan has collapsed
+FALSE_ALARMS = 0.05  # of the sound plans that a threshold may reject
+FEWEST = 5  # plans of either kind
+
+
+def collapse(bench: Bench, plans: int, file: Path) -> Finding:
+    """Question d: random plans of one ratio, measured on the validation split.
+
+    Args:
+        bench: the model.
+        plans: number of plans.
+        file: file of the plans that were measured; an interrupted measurement goes on.
+    """
+    signals = bench.quick_signals
+    counts = random_plans(signals.groups, plans)
+    dense = bench.validation(bench.quick)
+    sound = (dense["utility"] + dense["robustness"]) / 2
+    margins = np.array(_measured(bench, counts, file))
+    flow = np.array(flow_left(bench, counts))
+    losses = task_losses(signals.sensitivity, 0.5)
+    predicted = -expected_losses(signals.groups, np.array(counts), losses)
+    caught = {
+        name: caught_share(score, margins < COLLAPSED * sound)
+        for name, score in (("synaptic flow", flow), ("sensitivity", predicted))
+    }
+    broken = int((margins < COLLAPSED * sound).sum())
+    share = caught["synaptic flow"]
+    return Finding(
+        question="Does the SynFlow term catch collapse?",
+        rule=(
+            f"{plans} random plans of {CHIEF:.0%} on the validation split; collapsed are those "
+            f"that keep less than {COLLAPSED:.0%} of the dense margin. A threshold on the flow "
+            f"that is left rejects {FALSE_ALARMS:.0%} of the sound plans. yes: it rejects more "
+            f"than half of the collapsed ones, by more than {ERRORS:g} standard errors. no: fewer "
+            f"than half, by as many. With fewer than {FEWEST} plans of either kind nothing is "
+            "shown."
+        ),
+        answer=_answer(share, broken, plans - broken),
+        figures={
+            "collapsed plans": broken,
+            "sound plans": plans - broken,
+            "collapsed plans that synaptic flow rejects [%]": share,
+            "collapsed plans that sensitivity rejects [%]": caught["sensitivity"],
+            "Spearman of flow and margin": round(rank_correlation(flow, margins), 3),
+            "Spearman of sensitivity and margin": round(rank_correlation(predicted, margins), 3),
+        },
+    )
+
+
+def random_plans(groups: Sequence[Any], plans: int) -> list[KeepCounts]:
+    """Keep counts of plans of one ratio, more and less uneven in turn."""
+    rng = np.random.default_rng(0)
+    return [
+        keep_counts(
+            groups,
+            (SPREADS[n % len(SPREADS)] * rng.standard_normal(len(groups))).tolist(),
+            CHIEF,
+            Bounds(),
+        )
+        for n in range(plans)
+    ]
+
+
+def flow_left(bench: Bench, plans: Sequence[KeepCounts]) -> list[float]:
+    """Sum over the groups of the log of the flow at their depth that a plan leaves, 0 for dense."""
+    signals = bench.quick_signals
+    shares = SynFlow()(bench.dense, groups=signals.groups)
+    found = []
+    for plan in plans:
+        left = 0.0
+        for group, keep in zip(signals.groups, plan, strict=True):
+            kept = torch.tensor(top_units(signals.scores[group.name], keep, group.sections))
+            gone = float(shares[group.name].sum() - shares[group.name][kept.long()].sum())
+            left += float(np.log(max(1e-9, 1 - gone)))
+        found.append(left)
+    return found
+
+
+def caught_share(score: np.ndarray, collapsed: np.ndarray) -> float | None:
+    """Share [%] of the collapsed plans below the threshold that rejects FALSE_ALARMS of the others;
+    None where there are none of either kind."""
+    if not collapsed.any() or collapsed.all():
+        return None
+    threshold = np.quantile(score[~collapsed], FALSE_ALARMS)
+    return round(100 * float((score[collapsed] < threshold).mean()), 1)
+
+
+def _answer(share: float | None, broken: int, sound: int) -> Answer:
+    if share is None or min(broken, sound) < FEWEST:
+        return "not shown"
+    error = ERRORS * binomial_se(share, broken)
+    if share - error > 50:
+        return "yes"
+    return "no" if share + error < 50 else "not shown"
+
+
+def _measured(bench: Bench, plans: Sequence[KeepCounts], file: Path) -> list[float]:
+    """The mean margin of both tasks of each plan."""
+    known: list[float] = json.loads(file.read_text()) if file.exists() else []
+    signals = bench.quick_signals
+    cost = cost_of(signals.groups, "parameters")
+    with (
+        plan_rewards(bench.quick, bench.validation, signals, cost) as measure,
+        progress_bar(True, "random plans", len(plans), len(known)) as update,
+    ):
+        for plan in plans[len(known) :]:
+            reward = measure(plan)
+            known.append((reward.utility + reward.robustness) / 2)
+            write_atomic(file, json.dumps(known))
+            update(len(known), "")
+    return known[: len(plans)]

@@ -1,0 +1,146 @@
+"""The command of the questions."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hipp_ext.errors import DataError
+from hipp_ext.evals.studies.measuring import RESULTS, Save
+from hipp_ext.evals.studies.smolworld.table.command import (
+    Calibration,
+    Choices,
+    Concepts,
+    Dtype,
+    Evaluations,
+    Model,
+    Out,
+    Pictures,
+    Quick,
+    Search,
+    Seeds,
+    Steps,
+    Threads,
+    chosen_sizes,
+    default_ratios,
+)
+
+LETTERS = {
+    "a": "does pruning raise hallucination at equal accuracy",
+    "b": "does a preference steer",
+    "c": "does visual sensitivity help",
+    "d": "does synaptic flow catch collapse",
+    "e": "does a fit add to sensitivity",
+    "f": "does pruning go with half of the picture's tokens",
+    "g": "does W8A8 change the order",
+}
+NAME = "smolworld_questions"
+
+
+def questions(
+    model: Model,
+    out: Out = Path("outputs/table"),
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{'; '.join(f'{k}: {v}' for k, v in LETTERS.items())}. Default: all."),
+    ] = None,
+    plans: Annotated[int, typer.Option(min=2, help="Random plans of question d.")] = 48,
+    seeds: Seeds = None,
+    quick: Quick = False,
+    pictures: Pictures = None,
+    choices: Choices = None,
+    search: Search = None,
+    calibration: Calibration = None,
+    evaluations: Evaluations = None,
+    steps: Steps = None,
+    dtype: Dtype = None,
+    concepts: Concepts = None,
+    threads: Threads = 2,
+    save: Save = False,
+) -> None:
+    """Answer questions about pruning with "yes", "no" or "not shown", by rules written before.
+
+    OUT may be the table's folder, with the same sizes: what it measured is not measured again. A
+    killed run goes on. Result and section for RESULTS.md are written to OUT, and with --save the
+    result to evals/studies/results.
+
+    `python -m hipp_ext.evals.studies.smolworld questions --model smolworld/model --save`
+    """
+    from hipp_ext.evals.studies.smolworld.questions.needed import needed
+    from hipp_ext.evals.studies.smolworld.table.cells import Cell
+    from hipp_ext.evals.studies.smolworld.table.start import start
+
+    letters = question or list(LETTERS)
+    if unknown := set(letters) - set(LETTERS):
+        raise DataError(f"No question has the letter {sorted(unknown)}; there are {list(LETTERS)}.")
+    sizes = chosen_sizes(
+        quick,
+        pictures=pictures,
+        choices=choices,
+        search=search,
+        calibration=calibration,
+        evaluations=evaluations,
+        steps=steps,
+        dtype=dtype,
+    )
+    fits = seeds or (1 if quick else 2)
+    by_letter = needed(fits, default_ratios(quick))
+    cells = [Cell(), *(cell for letter in letters for cell in by_letter[letter])]
+    study = start(model, out, sizes, list(dict.fromkeys(cells)), concepts=concepts, threads=threads)
+    with study.locked():
+        *_, rows = study.run()
+        found = answers(study, rows, letters, fits, plans)
+        result = write_answers(study.bench.identity, found, fits, out, save)
+    for own in result["questions"].values():
+        typer.echo(f"{own['question']} {own['answer']}")
+
+
+def answers(
+    study: Any, rows: dict[str, Any], letters: list[str], seeds: int, plans: int
+) -> dict[str, Any]:
+    """Letter -> finding as JSON values."""
+    from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
+    from hipp_ext.evals.studies.smolworld.questions.collapse import collapse
+    from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
+    from hipp_ext.evals.studies.smolworld.questions.curves import curves
+
+    contrasts, folder = Contrasts(rows, study.bench.asked, seeds), study.folder
+    found = {}
+    for letter in sorted(set(letters)):
+        if letter == "d":
+            own = collapse(study.bench, plans, folder / "collapse.json")
+        elif letter == "e":
+            reached = curves(folder / "searches", seeds)
+            own = fitting(contrasts, study.bench.sizes.evaluations, reached)
+        else:
+            own = ON_TEST[letter](contrasts)
+        found[letter] = own.as_json()
+    return found
+
+
+def write_answers(
+    identity: dict[str, Any], found: dict[str, Any], seeds: int, out: Path, save: bool
+) -> dict[str, Any]:
+    """Write JSON and section to `out`, and with `save` the first to the results; earlier answers
+    of the same folder to other questions stay."""
+    from hipp_ext.evals.measuring import describe
+    from hipp_ext.evals.studies.measuring import command_line
+    from hipp_ext.evals.studies.smolworld.questions.section import section
+    from hipp_ext.evals.studies.smolworld.table.sizes import SPLITS, TUNED
+    from hipp_ext.files import write_atomic
+
+    file = out / f"{NAME}.json"
+    before = json.loads(file.read_text())["questions"] if file.exists() else {}
+    values = {
+        "identity": identity,
+        "seeds": seeds,
+        "splits": dict(SPLITS),
+        "tuned": TUNED,
+        "questions": dict(sorted((before | found).items())),
+    }
+    result = describe(command_line(), values, "cpu")
+    for place in [out, *([RESULTS] if save else [])]:
+        write_atomic(place / f"{NAME}.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(out / f"{NAME}.md", section(result))
+    return result

@@ -1,0 +1,142 @@
+"""The table as a section for RESULTS.md, made from its JSON."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Entry = Mapping[str, Any]
+TITLES = {
+    "none": "Nothing done after pruning",
+    "reconstruct": "Reconstructed by least squares",
+    "distil": "After equal recovery",
+}
+SECTION = """## A model that sees: the table
+
+`{command}`
+
+{device}, {threads} threads, {dtype}, {precision}.
+{pope} POPE questions and {captions} captions on {captions} pictures, and {choice} multiple-choice
+questions, all of the test split, which nothing was chosen by. Percent ± standard error over
+pictures; differences are paired by question. Rows with several seeds show their mean. CHAIR_i is
+the share of named things that are not in the picture.
+
+Dense: {dense}.
+
+{tables}
+
+{tuned}
+
+![Against the ratio](results/smolworld_table.png)
+"""
+COLUMNS = (
+    ("F1", "POPE F1 overall"),
+    ("random", "POPE F1 random"),
+    ("popular", "POPE F1 popular"),
+    ("adversarial", "POPE F1 adversarial"),
+    ("yes", "POPE yes overall"),
+    ("CHAIR_i", "CHAIR_i"),
+    ("recall", "recall"),
+    ("choice", "choice"),
+    ("with picture", "choice with picture"),
+    ("perplexity", "loss"),
+)
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The section; what is to be said about the figures is not in it.
+
+    Args:
+        result: what `writing.write_table` writes.
+    """
+    asked, precision = result["questions"], result.get("precision", {})
+    told = "as planned"
+    if differ := precision.get("answers that differ [%]"):
+        told = (
+            f"which changes {differ['pope']:.1f}% of the dense model's answers to POPE and "
+            f"{differ['choice']:.1f}% to multiple choice, on the validation split"
+        )
+    return SECTION.format(
+        command=result["command"],
+        device=result["device"],
+        threads=result["threads"],
+        dtype=precision.get("dtype", "float32"),
+        precision=told,
+        pope=asked["POPE"],
+        captions=asked["captions"],
+        choice=asked["multiple choice"],
+        dense=", ".join(f"{title} {shown(result['dense'], name)}" for title, name in COLUMNS),
+        tables="\n\n".join(_tables(result["cells"])) or "No model is measured yet.",
+        tuned=result["tuned"],
+    )
+
+
+def _tables(entries: Sequence[Entry]) -> list[str]:
+    found = []
+    for repair, title in TITLES.items():
+        own = [e for e in entries if e["repair"] == repair]
+        if not own:
+            continue
+        ratios = sorted({e["ratio"] for e in own})
+        if len(ratios) > 1:
+            found.append(f"{title}: POPE F1 and multiple choice.\n\n{_by_ratio(own, ratios)}")
+        for ratio in _detailed(own):
+            some = [e for e in own if e["ratio"] == ratio]
+            found.append(f"{title}, {ratio:.0%}.\n\n{_one_ratio(some)}")
+    return found
+
+
+def _detailed(entries: Sequence[Entry]) -> list[float]:
+    """The ratio with the most rows: that of the fits."""
+    counts = {r: sum(e["ratio"] == r for e in entries) for r in {e["ratio"] for e in entries}}
+    return [max(sorted(counts), key=lambda r: counts[r])]
+
+
+def _by_ratio(entries: Sequence[Entry], ratios: Sequence[float]) -> str:
+    cells = {(_name(e), e["ratio"]): e["rates"] for e in entries}
+    names = list(dict.fromkeys(_name(e) for e in entries))
+    whole = [n for n in names if sum((n, r) in cells for r in ratios) > 1]
+    rows = [["", *(f"{r:.0%}" for r in ratios)], ["---"] * (1 + len(ratios))]
+    for name in whole:
+        own = [cells.get((name, r)) for r in ratios]
+        pairs = [
+            "" if c is None else f"{shown(c, 'POPE F1 overall')}, {shown(c, 'choice')}" for c in own
+        ]
+        rows.append([name, *pairs])
+    return _table(rows)
+
+
+def _one_ratio(entries: Sequence[Entry]) -> str:
+    gains = [n for n in ("minus uniform", "minus dense") if any(n in e for e in entries)]
+    head = ["", *(title for title, _ in COLUMNS)]
+    head += [f"POPE accuracy {gain}" for gain in gains] + ["seeds"]
+    rows = [head, ["---"] * len(head)]
+    for e in entries:
+        told = [shown(e["rates"], name) for _, name in COLUMNS]
+        told += [_gain(e.get(gain, {}).get("POPE accuracy overall")) for gain in gains]
+        rows.append([_name(e), *told, str(e["seeds"])])
+    return _table(rows)
+
+
+def _name(entry: Entry) -> str:
+    corner = entry["corner"]
+    return entry["method"] if corner == "middle" else f"{entry['method']}, {corner}"
+
+
+def _gain(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:+.1f} ± {pair[1]:.1f}"
+
+
+def shown(rates: Mapping[str, Sequence[float]], name: str) -> str:
+    """A rate with its standard error; of a loss the perplexity."""
+    if name not in rates:
+        return ""
+    value, error = rates[name]
+    unit: Callable[[float], float] = math.exp if name == "loss" else float
+    if name == "loss":
+        value = min(value, 20.0)
+        return f"{unit(value):.2f} ± {unit(value) * error:.2f}"
+    return f"{value:.1f} ± {error:.1f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,467 @@
+"""The table of the small world: its rates and rules without a model, its cells on a tiny one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from smolworld_models import letters_processor, llava
+
+from hipp_ext.calibration import encode
+from hipp_ext.errors import CheckpointError, DataError
+from hipp_ext.evals.chair import ObjectWords, chair_scores, default_synonyms
+from hipp_ext.evals.pope import SPLITS, pope_scores
+from hipp_ext.evals.studies.smolworld import packages
+from hipp_ext.evals.studies.smolworld.conversations import Conversations
+from hipp_ext.evals.studies.smolworld.model import save
+from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
+from hipp_ext.evals.studies.smolworld.questions.collapse import caught_share
+from hipp_ext.evals.studies.smolworld.questions.command import LETTERS, questions, write_answers
+from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
+from hipp_ext.evals.studies.smolworld.questions.needed import QUANTISED, W8A8, needed, plain
+from hipp_ext.evals.studies.smolworld.questions.rules import all_of, answered, any_of
+from hipp_ext.evals.studies.smolworld.questions.variants import quantising
+from hipp_ext.evals.studies.smolworld.scenes import read_world
+from hipp_ext.evals.studies.smolworld.table.asked import Asked, Paper
+from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, Cell, Filters
+from hipp_ext.evals.studies.smolworld.table.command import chosen_sizes, table
+from hipp_ext.evals.studies.smolworld.table.methods import FITTED, METHODS, Shuffled
+from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates
+from hipp_ext.evals.studies.smolworld.table.recovering import Lessons
+from hipp_ext.evals.studies.smolworld.table.section import section
+from hipp_ext.evals.studies.smolworld.table.sizes import QUICK, Sizes
+from hipp_ext.evals.studies.smolworld.table.variants import half_of_the_picture, quantised
+from hipp_ext.evals.studies.smolworld.table.work import Work
+from hipp_ext.scorers import Magnitude
+
+needs_packages = pytest.mark.skipif(
+    packages.missing() is not None, reason="pictures come from packages: make smolworld"
+)
+
+NAMES = ("dog", "cat", "owl", "cup of coffee")
+
+
+def some_asked(pictures: int = 40) -> Asked:
+    rng = random.Random(0)
+    pope, choice, captions = [], [], []
+    for number in range(pictures):
+        shown = tuple(rng.sample(NAMES, 2))
+        captions.append((shown, f"picture {number}"))
+        for _ in range(4):
+            yes = rng.random() < 0.5
+            kinds = ",".join(SPLITS) if yes else ",".join(rng.sample(SPLITS, rng.randint(1, 3)))
+            pope.append(("Yes" if yes else "No", kinds, f"picture {number}"))
+        relation = rng.choice(("class", "picture, name"))
+        choice.append((rng.choice("ABCD"), relation, f"picture {number}"))
+    return Asked(names=NAMES, pope=tuple(pope), choice=tuple(choice), captions=tuple(captions))
+
+
+def some_values(asked: Asked, right: float, seed: int) -> dict:
+    """Answers that are right with a probability, else random."""
+    rng = random.Random(seed)
+    said = [a[0] if rng.random() < right else rng.choice("YN") for a, _, _ in asked.pope]
+    chosen = [a if rng.random() < right else rng.choice("ABCD") for a, _, _ in asked.choice]
+    named = [
+        [name if rng.random() < right else rng.choice(NAMES) for name in shown]
+        for shown, _ in asked.captions
+    ]
+    return {
+        "pope": "".join(said),
+        "choice": "".join(chosen),
+        "captions": [f"The image shows {' and '.join(own)}." if own else "" for own in named],
+        "loss": [rng.random() for _ in named],
+    }
+
+
+# --------------------------------------------------------------------------------------- the rates
+
+
+def test_rates_are_those_of_pope_and_chair():
+    asked = some_asked()
+    values = some_values(asked, 0.7, 1)
+    found = Rates(asked).contrast([(1.0, values)])
+    answers = [{"Y": "Yes", "N": "No"}[a] for a in values["pope"]]
+    truth, kinds, pictures = zip(*asked.pope, strict=True)
+    scores = pope_scores(answers, truth, kinds, pictures)["vlmeval"]
+    for split, own in scores.items():
+        named = {"accuracy": own.accuracy, "F1": own.f1, "yes": own.yes_rate}
+        for rate, value in named.items():
+            assert found[f"POPE {rate} {split}"].value == pytest.approx(value)
+        assert found[f"POPE F1 {split}"].se == pytest.approx(own.f1_se, rel=1e-6)
+    words = ObjectWords(default_synonyms(NAMES))
+    objects, pictures = zip(*asked.captions, strict=True)
+    chair = chair_scores(values["captions"], objects, pictures, words)
+    for name, value in (("CHAIR_i", chair.chair_i), ("recall", chair.recall)):
+        assert found[name].value == pytest.approx(value)
+    assert found["CHAIR_i"].se == pytest.approx(chair.chair_i_se, rel=1e-6)
+    assert found["loss"].value == pytest.approx(np.mean(values["loss"]))
+    hits = np.array(list(values["choice"])) == [a for a, _, _ in asked.choice]
+    assert found["choice"].value == pytest.approx(100 * hits.mean())
+
+
+def test_contrasts_are_paired():
+    asked = some_asked()
+    good, bad = some_values(asked, 0.9, 1), some_values(asked, 0.4, 2)
+    rates = Rates(asked)
+    same = rates.contrast([(1.0, good), (-1.0, good)])
+    assert all(own == Measured(value=0.0, se=0.0) for own in same.values())
+    one, other, both = (
+        rates.contrast(terms) for terms in ([(1.0, good)], [(1.0, bad)], [(1.0, good), (-1.0, bad)])
+    )
+    for name, own in both.items():
+        assert own.value == pytest.approx(one[name].value - other[name].value)
+    assert both["POPE accuracy overall"].value > 3 * both["POPE accuracy overall"].se > 0
+    # The same questions: less spread than of two models that were asked different ones.
+    nearly = good | {"pope": good["pope"][:-4] + bad["pope"][-4:]}
+    paired = rates.contrast([(1.0, good), (-1.0, nearly)])["POPE accuracy overall"].se
+    assert paired < 0.5 * one["POPE accuracy overall"].se
+    mean = rates.contrast([(0.5, good), (0.5, bad)])["choice"].value
+    assert mean == pytest.approx((one["choice"].value + other["choice"].value) / 2)
+
+
+def test_the_truth_is_kept_as_json():
+    asked = some_asked()
+    assert Asked.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+
+
+# --------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "answer"),
+    [
+        (2.0, 0.9, "yes"),
+        (2.0, 1.1, "not shown"),
+        (0.1, 0.01, "yes"),  # small, and shown
+        (0.2, 0.3, "no"),  # less than a point
+        (-3.0, 1.0, "no"),
+        (-3.0, 2.5, "not shown"),
+        (0.0, 0.0, "no"),  # the same answers
+        (float("nan"), 1.0, "not shown"),
+        (1.0, float("nan"), "not shown"),
+    ],
+)
+def test_a_difference_is_shown_beyond_two_errors(value, se, answer):
+    assert answered(Measured(value=value, se=se)) == answer
+
+
+def test_answers_together():
+    assert all_of(["yes", "yes"]) == "yes" and any_of(["no", "no"]) == "no"
+    assert all_of(["yes", "not shown"]) == any_of(["no", "not shown"]) == "not shown"
+    assert all_of(["yes", "no"]) == "no" and any_of(["yes", "no"]) == "yes"
+
+
+def test_a_threshold_catches_what_lies_below_it():
+    score, collapsed = np.arange(100.0), np.arange(100) < 20
+    assert caught_share(score, collapsed) == 100.0
+    assert caught_share(-score, collapsed) == 0.0
+    assert caught_share(score, score < 0) is None
+
+
+def test_an_order_that_turns_round_is_noticed():
+    asked = some_asked(80)
+    levels = dict(zip(QUANTISED, np.linspace(0.2, 0.95, len(QUANTISED)), strict=True))
+    rows = {Cell().name: some_values(asked, 1.0, 0), Cell(variant=W8A8).name: {}}
+    rows[Cell(variant=W8A8).name] = rows[Cell().name]
+    for number, (method, level) in enumerate(levels.items()):
+        cell = plain(method, repair="reconstruct")
+        rows[cell.name] = some_values(asked, level, number)
+        rows[replace(cell, variant=W8A8).name] = some_values(asked, level, number)
+
+    def found():
+        measured = {name: {"values": values} for name, values in rows.items()}
+        return quantising(Contrasts(measured, asked, 1, resamples=100))
+
+    before = found()
+    assert before.answer == "no" and before.figures["pairs apart"] > 5
+    best, worst = (
+        replace(plain(m, repair="reconstruct"), variant=W8A8).name
+        for m in (QUANTISED[-1], QUANTISED[0])
+    )
+    rows[best], rows[worst] = rows[worst], rows[best]
+    assert found().answer == "yes"
+
+
+def with_answers(asked: Asked, values: dict, **rates: float) -> dict:
+    """The values, with more answers of a task changed: right ones, or "Yes" to what is absent."""
+    rng = random.Random(1)
+    pope, choice = list(values["pope"]), list(values["choice"])
+    for i, (answer, _, _) in enumerate(asked.pope):
+        if answer == "No" and rng.random() < rates.get("false_yes", 0):
+            pope[i] = "Y"
+        if rng.random() < rates.get("pope", 0):
+            pope[i] = answer[0]
+    for i, (answer, _, _) in enumerate(asked.choice):
+        if rng.random() < rates.get("choice", 0):
+            choice[i] = answer
+    return values | {"pope": "".join(pope), "choice": "".join(choice)}
+
+
+def changed_cell(cell: Cell) -> dict[str, float]:
+    """What would be measured if every question were to be answered yes."""
+    match cell:
+        case Cell(method=method) if method == FITTED:
+            right = {"utility": {"choice": 0.9}, "robustness": {"pope": 0.9}}
+            return right.get(cell.corner, {"choice": 0.9, "pope": 0.9})
+        case Cell(method="uniform" | "FLAP adaptive" | "sensitivity, anchored", repair="none"):
+            return {"false_yes": 0.8}
+    return {}
+
+
+def test_questions_are_answered_yes_where_everything_is_so():
+    asked = some_asked(120)
+    base = some_values(asked, 0.3, 7)
+    cells = {Cell(), *(c for own in needed(2).values() for c in own)}
+    same = {c.name: {"values": base} for c in cells}
+    rows = {c.name: {"values": with_answers(asked, base, **changed_cell(c))} for c in cells}
+    for measured, expected in (
+        (rows, {"a": "yes", "b": "yes", "c": "yes", "e": "yes", "f": "yes"}),
+        (same, {"a": "no", "b": "no", "c": "no", "e": "no", "f": "yes"}),
+    ):
+        contrasts = Contrasts(measured, asked, 2, resamples=60)
+        for letter in expected:
+            ask = ON_TEST.get(letter) or (lambda c: fitting(c, 60, {}))
+            found = ask(contrasts)
+            assert found.answer == expected[letter], found
+            assert json.loads(json.dumps(found.as_json()))["answer"] == expected[letter]
+
+
+# --------------------------------------------------------------------------------------- the cells
+
+
+def test_cells_are_those_of_the_table():
+    cells = Filters().cells()
+    assert cells[0] == Cell() and len(set(cells)) == len(cells)
+    assert len({c.name for c in cells}) == len(cells)
+    assert {c.ratio for c in cells if c.repair == "distil"} == {CHIEF}
+    assert {c.ratio for c in cells if c.method == FITTED} == {CHIEF}
+    fits = {(c.corner, c.seed) for c in cells if c.method == FITTED and c.repair == "none"}
+    assert len(fits) == 6 and {seed for _, seed in fits} == {0, 1}
+    # A run that ends early has every method at the chief ratio first.
+    first = [c for c in cells[1:] if c.repair == "none" and c.seed == 0 and c.corner == "middle"]
+    listed = [n for n, m in METHODS.items() if m.in_table]
+    assert {c.method for c in first[: len(listed)]} == set(listed)
+    assert not any(c.method == "ShortGPT" and c.repair == "reconstruct" for c in cells)
+    few = Filters(methods=["uniform"], ratios=(0.2,), repairs=["none"]).cells()
+    assert few == [Cell(), Cell(method="uniform", ratio=0.2)]
+
+
+def test_unknown_methods_repairs_and_sizes():
+    with pytest.raises(DataError, match="No method is called \\['best'\\]"):
+        Filters(methods=["best"])
+    with pytest.raises(DataError, match="No repair is called"):
+        Filters(repairs=["glue"])
+    with pytest.raises(DataError, match="pictures=1: a whole number of at least 2"):
+        Sizes(pictures=1)
+    with pytest.raises(DataError, match="dtype='int8'"):
+        Sizes(dtype="int8")
+    assert chosen_sizes(True, pictures=9, steps=None) == replace(QUICK, pictures=9)
+
+
+def test_what_cells_share_is_counted_once():
+    cells = Filters(seeds=1).cells()
+    work = Work(Sizes(), lambda name: False)
+    each = dict(zip(cells, work.of(cells), strict=True))
+    one, other = (Cell(method=FITTED, ratio=CHIEF, corner=c) for c in ("middle", "utility"))
+    assert each[one] > 5 * each[other]
+    known = Work(Sizes(), lambda name: name.startswith("fit"))
+    assert sum(work.of(cells)) - sum(known.of(cells)) == pytest.approx(
+        Sizes().evaluations * Sizes().search * (24 + 40 / 9.5 + 85) * (1 - 0.75 * CHIEF)
+    )
+
+
+def test_questions_need_models_of_the_table():
+    table_cells, cells = set(Filters().cells()), needed(2)
+    assert set(cells) == set(LETTERS)
+    for letter in "abe":
+        assert set(cells[letter]) <= table_cells
+
+
+def test_shuffled_scores_are_the_same_in_another_order():
+    model = llava(letters_processor())
+    batches = [{"input_ids": torch.tensor([[5, 17, 30]])}]
+    plain_scores = Magnitude()(model)
+    mixed = Shuffled(scorer=Magnitude())(model, batches)
+    for name, own in plain_scores.items():
+        assert torch.equal(own.sort().values, mixed[name].sort().values)
+    assert any(not torch.equal(own, mixed[name]) for name, own in plain_scores.items())
+
+
+# ------------------------------------------------------------------------------------ the variants
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return letters_processor()
+
+
+def seen(processor) -> dict:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)) for _ in range(2)]
+    return encode(processor, ["Is it?", "What is there?"], images)
+
+
+@torch.no_grad()
+def test_half_of_the_picture_is_what_the_class_token_looks_at(processor):
+    model = llava(processor)
+    whole = model(**seen(processor)).logits
+    with half_of_the_picture(model, processor) as fewer:
+        batch = seen(fewer)
+        assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [18, 18]
+        found = model(**batch).logits
+        chosen = model.model.multi_modal_projector.attention.topk(18).indices.sort().values
+    full = seen(processor)
+    assert torch.equal(model(**full).logits, whole)
+    # The same by hand: embeddings of the whole prompt without the other patches.
+    tower = model.model.vision_tower
+    attention = tower(full["pixel_values"], output_attentions=True).attentions
+    if attention and attention[-1] is not None:  # eager attention alone tells it
+        looked = attention[-1].mean(1)[:, 0, 1:].topk(18).indices.sort().values
+        assert torch.equal(looked, chosen)
+    features = torch.stack(list(model.get_image_features(full["pixel_values"]).pooler_output))
+    embedded = model.get_input_embeddings()(full["input_ids"])
+    picture = full["input_ids"] == processor.image_token_id
+    embedded[picture] = features.flatten(0, 1)
+    kept = ~picture
+    for row, patches in enumerate(chosen):
+        kept[row, picture[row].nonzero()[:, 0][patches]] = True
+    mask = full["attention_mask"][kept].view(2, -1)
+    by_hand = model(
+        inputs_embeds=embedded[kept].view(2, -1, embedded.shape[-1]), attention_mask=mask
+    ).logits
+    torch.testing.assert_close(found[:, -1], by_hand[:, -1], rtol=0, atol=1e-5)
+    assert (found[:, -1] - whole[:, -1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_eight_bits_are_near_and_not_the_same(processor, tmp_path):
+    save(llava(processor), processor, tmp_path / "model")
+    model = type(llava(processor)).from_pretrained(tmp_path / "model").eval()
+    batch = seen(processor)
+    before = model(**batch).logits
+    after = quantised(model)(**batch).logits
+    assert 0 < (after - before).norm() / before.norm() < 0.1
+    assert torch.equal(
+        model.model.vision_tower(batch["pixel_values"]).pooler_output,
+        llava(processor).model.vision_tower(batch["pixel_values"]).pooler_output,
+    )
+
+
+# ------------------------------------------------------------------------ with the packages alone
+
+SMALL = {"pictures": 4, "choices": 8, "search": 8, "calibration": 8, "evaluations": 8, "steps": 2}
+ARGUMENTS = [a for name, size in SMALL.items() for a in (f"--{name}", str(size))]
+CHOSEN = ["uniform", "torch-pruning", "TPE", FITTED]
+
+
+@pytest.fixture(scope="module")
+def folder(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smolworld")
+    save(llava(processor), processor, folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """Modification times of the cells of a table that was killed."""
+    command = [sys.executable, "-m", "hipp_ext.evals.studies.smolworld", "table"]
+    command += ["--model", str(folder / "model"), "--out", str(folder / "out")]
+    command += [a for method in CHOSEN for a in ("--method", method)]
+    command += ["--ratio", "0.3", "--repair", "none", "--seeds", "1", "--concepts", "60"]
+    process = subprocess.Popen([*command, *ARGUMENTS], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    cells = folder / "out/cells"
+    deadline = time.monotonic() + 120
+    while len(list(cells.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
+    assert len(found) >= 2
+    return found
+
+
+def run_table(folder, method=CHOSEN, repair=("none",), **options) -> dict:
+    chosen = {"ratio": [0.3], "seeds": 1, "concepts": 60, "threads": 1} | SMALL | options
+    table(folder / "model", folder / "out", method=method, repair=repair, **chosen)
+    return json.loads((folder / "out/smolworld_table.json").read_text())
+
+
+@needs_packages
+def test_a_killed_table_goes_on(folder, killed, capsys):
+    run_table(folder)
+    said = capsys.readouterr().out
+    assert "models are left: about" in said and "min left: " in said
+    result = run_table(folder, ["torch-pruning"], ["distil"])
+    assert all(file.stat().st_mtime_ns == before for file, before in killed.items())
+    cells = Filters(methods=CHOSEN, ratios=(0.3,), repairs=["none"], seeds=1).cells()
+    assert len(list((folder / "out/cells").glob("*.json"))) == len(cells) + 1
+    assert len(result["cells"]) == len(cells)
+    searched = json.loads((folder / "out/searches/TPE-30-0.json").read_text())
+    assert len(searched) == SMALL["evaluations"]
+    for own in result["cells"]:
+        assert own["removed"] == pytest.approx(0.3, abs=0.02)
+        assert own["parameters"] < result["parameters of dense"]
+        comparable = own["method"] != "uniform" and own["repair"] == "none"
+        assert ("minus uniform" in own) == comparable
+    assert result["identity"]["sizes"]["dtype"] == "bfloat16"
+    assert set(result["splits"]) == {"train", "calibration", "search", "validation", "test"}
+    text = section(result)
+    assert all(method in text for method in CHOSEN) and "After equal recovery" in text
+    assert (folder / "out/smolworld_table.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_packages
+def test_a_table_of_other_sizes_is_not_mixed_in(folder, killed):
+    with pytest.raises(CheckpointError, match="sizes.pictures is 4 there, and 5 was asked for"):
+        run_table(folder, pictures=5)
+
+
+@needs_packages
+def test_questions_go_on_from_the_table(folder, killed):
+    options = SMALL | {"seeds": 1, "concepts": 60, "threads": 1, "plans": 6}
+    questions(folder / "model", folder / "out", question=["b", "d", "f"], **options)
+    file = folder / "out/smolworld_questions.json"
+    whole = json.loads(file.read_text())
+    result = whole["questions"]
+    assert set(result) == {"b", "d", "f"}
+    assert {own["answer"] for own in result.values()} <= {"yes", "no", "not shown"}
+    figures = result["d"]["figures"]
+    assert figures["collapsed plans"] + figures["sound plans"] == 6
+    text = (folder / "out/smolworld_questions.md").read_text()
+    assert all(own["question"] in text for own in result.values())
+    # A later command about one question leaves the answers to the others.
+    later = {"b": result["b"] | {"answer": "yes"}}
+    write_answers(whole["identity"], later, 1, folder / "out", False)
+    again = json.loads(file.read_text())["questions"]
+    assert again["b"]["answer"] == "yes" and again["f"] == result["f"]
+    with pytest.raises(DataError, match="No question has the letter"):
+        questions(folder / "model", folder / "out", question=["x"], **options)
+
+
+@needs_packages
+def test_papers_ask_every_question_about_their_pictures():
+    world = read_world(60)
+    paper = Paper.of(world, "validation", 5, 6)
+    assert len({q.picture for q in paper.pope}) == 5 and len(paper.choice) == 6
+    assert [q.picture for q in paper.captions] == list(dict.fromkeys(q.picture for q in paper.pope))
+    more = Paper.of(world, "validation", 9, 6)
+    assert more.pope[: len(paper.pope)] == paper.pope
+
+
+@needs_packages
+def test_lessons_are_the_same_for_teacher_and_student(processor):
+    lessons = Lessons(Conversations(read_world(60), processor, rows=(1, 1, 1), seed=1), 2)
+    once = list(lessons.once(0))
+    assert len(once) == len(lessons) == 2 and len(list(lessons.once(1))) == 1
+    for told, learnt in zip(once, lessons.batches(0, 1, 0), strict=False):
+        for a, b in zip(told, learnt, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
