@@ -151,13 +151,18 @@ class Testbed:
         parts = {f"{POPE} {split}": [v for s, v in pairs if s == split] for split in SPLITS}
         return {POPE: [v for _, v in pairs], **parts, CHOICE: choice}
 
+    def _evaluator(self, split: str) -> Evaluator:
+        """A recovery changes the vision tower too, so pictures are embedded at every call."""
+        towers = ("language", "vision")
+        return Evaluator(self._model, self._processor, *self._asked[split], towers=towers)
+
     @functools.cached_property
     def _test(self) -> Evaluator:
-        return Evaluator(self._model, self._processor, *self._asked["test"])
+        return self._evaluator("test")
 
     @functools.cached_property
     def _validation(self) -> Evaluator:
-        return Evaluator(self._model, self._processor, *self._asked["validation"])
+        return self._evaluator("validation")
 
 
 def _bytes(checkpoints: Path) -> dict[str, int]:
