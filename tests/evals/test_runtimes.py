@@ -38,6 +38,7 @@ def test_the_command_measures_in_llama_cpp(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("hipp_ext.cli.latency.ROUNDS", 1)  # each costs a process for every model
     options = ["--tokens", "24", "--new-tokens", "4", "--repeats", "2", "--threads", "1"]
     options += ["--runtime", "llama.cpp", "--weights", "f32", "-o", tmp_path / "found.json"]
+    monkeypatch.setattr("sys.argv", ["/bin/hipp", "latency", "dense", "pruned"])
     shown = hipp("latency", *folders.values(), *options)
     assert "llama.cpp f32" in shown and "pruned" in shown
     measured = json.loads((tmp_path / "found.json").read_text())
@@ -49,7 +50,7 @@ def test_the_command_measures_in_llama_cpp(folders, tmp_path, monkeypatch):
     assert shown_by_report["serving"] == serving
     for name, figures in shown_by_report["models"].items():
         assert figures == {k: v for k, v in found[name].items() if k != "memory_ratio"}
-    assert shown_by_report["device"] and shown_by_report["command"].startswith("hipp ")
+    assert shown_by_report["device"] and shown_by_report["command"] == "hipp latency dense pruned"
     for figures in found.values():
         assert all(len(figures[key]) == 1 for key in ("prefill_ms", "decode_ms", "memory_mib"))
         assert min(*figures["prefill_ms"], *figures["decode_ms"]) > 0
