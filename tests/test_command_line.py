@@ -61,6 +61,10 @@ def test_plan_and_prune_tell_what_comes_next_unless_quiet_or_json(tmp_path, monk
     assert found["next"] == "hipp prune testbed third.json -o pruned"
     assert found["pruning_ratio"] == pytest.approx(0.3, abs=0.01)
     assert found["removed_bytes"] == 4 * found["removed_parameters"]
+    Path("texts.jsonl").write_text('{"text": "Is there a cup in the image? No."}\n' * 40)
+    with_file = run(*PLAN, "fourth.json", "--calibration", "texts.jsonl").stdout.splitlines()[-1]
+    fitted = "hipp prune testbed fourth.json --reconstruct --calibration texts.jsonl -o pruned"
+    assert with_file == f"next: {fitted}"
     told = run("prune", "testbed", "plan.json", "-o", "pruned").stdout
     assert told.splitlines()[-1].startswith("next: hipp recover pruned --teacher ")
     found = hipp_json("prune", "testbed", "plan.json", "-o", "again")

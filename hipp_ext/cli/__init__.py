@@ -32,8 +32,9 @@ from hipp_ext.files.temporaries import FULL, system_error
 
 WRONG, INTERRUPTED = 2, 130  # exit codes
 EPILOG = """Exit codes: 0 success; 1 an error of hipp-ext itself, with a traceback; 2 wrong input, a
-missing file or package, full disk or memory; 130 interrupted. Run an interrupted command again to
-resume it. `hipp COMMAND --help` shows examples. `vlmeval --help` is about benchmarks."""
+missing file or package, full disk or memory; 130 interrupted. Fits, recoveries, evaluations and
+studies resume when the same command is run again. `hipp COMMAND --help` shows examples.
+`vlmeval --help` is about benchmarks."""
 NO_MEMORY = (
     "The memory of the device is full. Choose another --device, a smaller --dtype, or fewer or "
     "shorter rows; `hipp doctor MODEL` estimates what is needed."
@@ -101,7 +102,7 @@ def hipp(
         ),
     ] = False,
 ) -> None:
-    """Pruning plans for vision-language models.
+    """Structured pruning for vision-language and language models.
 
     You state a preference and get a smaller model that still sees.
 

@@ -156,7 +156,10 @@ def plan(
     made.save(out, overwrite)
     notes = list(_notes(maker, weights, ratio, preference))
     left = left_whole_lines(made.left_whole)
-    then = output.shell("hipp", "prune", model, out, "-o", "pruned")
+    given = [word for file in calibration or () for word in ("--calibration", file)]
+    given += ["--image-folder", str(image_folder)] if image_folder else []
+    fitting = ("--reconstruct", *given) if given else ()
+    then = output.shell("hipp", "prune", model, out, *fitting, "-o", "pruned")
     if as_json:
         output.print_json(
             {"plan": str(out), **_removed(made, loaded), "notes": notes, "left_whole": left}

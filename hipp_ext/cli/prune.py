@@ -76,11 +76,12 @@ def prune(
         reconstruct=reconstruct,
         calibration=read_data(loaded, processor),
         processor=processor,
+        progress=output.shows_progress(),
     )
     save_pruned(pruned, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in pruned.parameters())
     verdicts = check_serving(out)
-    left, then = left_whole_lines(plan.left_whole), _recover_command(model, out)
+    left, then = left_whole_lines(plan.left_whole), _recover_command(model, out, calibration)
     if as_json:
         output.print_json(
             {
@@ -103,9 +104,10 @@ def prune(
     output.next_command(then)
 
 
-def _recover_command(model: str, out: Path) -> str:
-    """Fine-tuning, with the dense model as its teacher."""
-    learnt = ("--teacher", console.model_folder(model), "--data", "chats.jsonl")
+def _recover_command(model: str, out: Path, calibration: Sequence[str] | None) -> str:
+    """Fine-tuning, with the dense model as its teacher, on the file of the calibration."""
+    data = calibration[0] if calibration and len(calibration) == 1 else "chats.jsonl"
+    learnt = ("--teacher", console.model_folder(model), "--data", data)
     return output.shell("hipp", "recover", out, *learnt, "-o", "recovered")
 
 

@@ -55,6 +55,12 @@ def report_lines(result: RecoverResult) -> list[str]:
         names = [name for name in first if name != "step" and name in kept]
         changes = ", ".join(f"{name} {first[name]:.4g} -> {kept[name]:.4g}" for name in names)
         lines.append(f"held out: {changes} (weights of step {result.step})")
+        if not result.step:
+            last = result.evaluations[-1]["loss"]
+            lines.append(
+                f"the held-out loss did not improve ({first['loss']:.4g} -> {last:.4g}), so the "
+                "weights are those before training: take more steps, another --lr, or --keep last"
+            )
     return lines
 
 

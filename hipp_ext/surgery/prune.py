@@ -28,6 +28,7 @@ def prune(
     reconstruct: bool = False,
     calibration: CalibrationLike | None = None,
     processor: Any = None,
+    progress: bool = False,
 ) -> Model:
     """A physically smaller model: the units that `plan` does not keep are sliced out.
 
@@ -73,7 +74,9 @@ def prune(
     batches: Sequence[Batch] = ()
     if reconstruct:
         batches = Calibration.of(model, calibration, processor, rows=ROWS).batches
-    fitted = reconstructed_weights(model, groups, plan, batches) if reconstruct else {}
+    fitted: dict[str, Tensor] = {}
+    if reconstruct:
+        fitted = reconstructed_weights(model, groups, plan, batches, progress=progress)
 
     def successor(part: _Part) -> Tensor:
         old = tensor_in(model, part.parameter)

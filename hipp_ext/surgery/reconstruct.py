@@ -14,6 +14,7 @@ from hipp_ext.groups import Group, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
+from hipp_ext.progress import Tick, counting
 from hipp_ext.projections import as_stored, projection
 from hipp_ext.surgery.consumers import Consumer, MaskedBlock, lacking_outputs, standing_in
 from hipp_ext.surgery.least_squares import RIDGE, Products, improved
@@ -37,6 +38,7 @@ def reconstructed_weights(
     batches: Sequence[Batch],
     *,
     ridge: float = RIDGE,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Consumer name -> its weight with the kept inputs alone, dtype, device and layout as before.
 
@@ -70,6 +72,7 @@ def reconstructed_weights(
         batches: calibration. Only what it shows is reconstructed, so it should be like the data
             that the model will see, and there should be much of it.
         ridge: pull towards the sliced weight; 0 relies on the calibration alone.
+        progress: show which layer is fitted.
 
     Warns:
         UserWarning: layers have more kept columns than the calibration has tokens, or the
@@ -101,8 +104,8 @@ def reconstructed_weights(
             f"reconstruction carries over: give {MIN_ROWS} or more.",
             stacklevel=2,
         )
-    with evaluating(model):
-        _fit_towers(model, changed, batches, held_out=rows >= MIN_ROWS, ridge=ridge)
+    with evaluating(model), counting(progress, "reconstructing, layer") as tick:
+        _fit_towers(model, changed, batches, held_out=rows >= MIN_ROWS, ridge=ridge, tick=tick)
     _warn_of_few_tokens({g.consumer: c for g, c in consumers.items()})
     fitted = sum(c.fitted for c in consumers.values())
     _log.info("%d of %d layers were reconstructed", fitted, len(consumers))
@@ -116,6 +119,7 @@ def _fit_towers(
     *,
     held_out: bool,
     ridge: float,
+    tick: Tick,
 ) -> None:
     below: list[Consumer | MaskedBlock] = []  # in the towers that run before
     for tower in TOWERS:
@@ -127,7 +131,7 @@ def _fit_towers(
                 with standing_in(below):
                     pruned = streams(model, tower, batches)
             pairs = list(zip(dense, pruned, strict=True))
-            _fit_tower(own, pairs, held_out=held_out, ridge=ridge)
+            _fit_tower(own, pairs, held_out=held_out, ridge=ridge, tick=tick)
         below += own.values()
 
 
@@ -137,6 +141,7 @@ def _fit_tower(
     *,
     held_out: bool,
     ridge: float,
+    tick: Tick,
 ) -> None:
     """Fit a tower's consumers from the bottom to the top, block by block as its layers run them."""
     order, last = list(KINDS), max(g.layer for g in changed)
@@ -152,6 +157,7 @@ def _fit_tower(
             dense.pass_layer(number)
             with standing_in(changed[g] for g in own):
                 pruned.pass_layer(number)
+        tick(number + 1, last + 1)
 
 
 def _fit(

@@ -1,5 +1,6 @@
 """Recovery on the rows of a file: what is trained, evaluated, kept and reported."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -93,6 +94,10 @@ def test_the_held_out_loss_falls_and_the_report_says_so(whole, file):
     assert abs(total / tokens - best) < 1e-5
     text = "\n".join(report_lines(result))
     assert f"held out: loss {losses[0]:.4g} -> {best:.4g} (weights of step {result.step})" in text
+    assert "did not improve" not in text
+    worse = [{"step": 0, "loss": 1.0}, {"step": 8, "loss": 1.5}]
+    unchanged = dataclasses.replace(result, evaluations=worse, step=0)
+    assert "the held-out loss did not improve (1 -> 1.5)" in report_lines(unchanged)[-1]
     assert "24 rows and" in text and "could not be used" not in text
 
 
