@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from vlm_tables import pope_rows, save_llava, scienceqa_rows, write_tsv
+from vlm_tables import save_llava
 
 from hipp_ext.evals.predictions import HippVLM
 from hipp_ext.evals.runs import read_runs
@@ -17,19 +17,6 @@ from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, re
 
 QUIET = {"device": "cpu", "progress": False}
 POPE = {"tiny_POPE.xlsx", "tiny_POPE_auxmatch.xlsx", "tiny_POPE_score.csv"}
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def lmu(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lmu")
-    write_tsv(folder / "POPE.tsv", pope_rows())
-    write_tsv(folder / "ScienceQA_TEST.tsv", scienceqa_rows())
-    return folder
 
 
 def names(folder: Path) -> set[str]:

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
-from vlm_tables import pope_rows, save_llava, scienceqa_rows, write_tsv
+from vlm_tables import pope_rows, save_llava, write_tsv
 
 from hipp_ext.errors import CheckpointError, OutputBusyError
 from hipp_ext.evals.prediction_log import claim
@@ -29,19 +29,6 @@ from hipp_ext.integrations.vlmevalkit_table import print_records
 from hipp_ext.testbed import WEIGHTS, world
 
 QUIET = {"device": "cpu", "progress": False}
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def lmu(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lmu")
-    write_tsv(folder / "POPE.tsv", pope_rows())
-    write_tsv(folder / "ScienceQA_TEST.tsv", scienceqa_rows())
-    return folder
 
 
 def command(llava: Path, lmu: Path, work: Path, *more: str) -> list[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from served_model import DROP, serving
-from vlm_tables import pope_rows, save_llava, scienceqa_rows, write_tsv
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.compare import compare
@@ -14,19 +13,6 @@ from hipp_ext.integrations.vlmevalkit import ServedVLM, evaluate, main
 
 QUIET = {"device": "cpu", "progress": False}
 DATA = ["POPE", "ScienceQA"]
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def lmu(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lmu")
-    write_tsv(folder / "POPE.tsv", pope_rows())
-    write_tsv(folder / "ScienceQA_TEST.tsv", scienceqa_rows())
-    return folder
 
 
 def command(server, lmu: Path, work: Path, *more: str) -> list[str]:
