@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,9 @@ def main(
     ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help=f"One of: {'; '.join(ARMS)}. Default: all.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a recovery. Default: those of the task.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Most seeds of a cell. Default: as many as it has.")
@@ -81,8 +85,11 @@ def main(
             make_text=lambda tokenizer: RecoveryText(tokenizer, text),
         ),
     }
+    chosen = {name: makers[name]() for name in TASKS if name in asked}
+    for one in chosen.values():
+        one.design = replace(one.design, steps=steps or one.design.steps)
     filters = Filters(ratios=ratio or (), arms=arm or (), seeds=seeds)
-    studies = [TaskStudy(makers[n](), out / n, filters, print) for n in TASKS if n in asked]
+    studies = [TaskStudy(one, out / name, filters, print) for name, one in chosen.items()]
     for line in run(studies, out, save=save):
         print(line)
 

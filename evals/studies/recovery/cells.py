@@ -13,6 +13,7 @@ class Arm:
 
     Attributes:
         teacher: the model learns from the dense one's distributions, else from the labels.
+        labels: beside the teacher, the share of the labels' cross-entropy in the loss.
         start: "reconstructed": consumers were fitted by least squares before; "sliced": not.
         train: see `RecoverSettings`.
         compression: two processes send gradients by LQ-SGD ("lqsgd") or whole ("none"); None:
@@ -20,6 +21,7 @@ class Arm:
     """
 
     teacher: bool = True
+    labels: float = 0.0
     start: Start = "reconstructed"
     train: Literal["full", "lora"] = "full"
     compression: Literal["lqsgd", "none"] | None = None
@@ -32,6 +34,7 @@ ARMS: Mapping[str, Arm] = {
     LABELS: Arm(teacher=False),
     "no reconstruction": Arm(start="sliced"),
     "LoRA": Arm(train="lora"),
+    "teacher and labels": Arm(labels=0.5),
     "LQ-SGD": Arm(teacher=False, start="sliced", compression="lqsgd"),
     "all-reduce": Arm(teacher=False, start="sliced", compression="none"),
 }

@@ -30,7 +30,10 @@ DESIGN = Design(
     search_steps=25,
     step_seconds=3.0,
     shared_minutes=15,
-    extra=[Cell(ratio=0.3, arm=name, seed=0) for name in ("no reconstruction", "LoRA")],
+    extra=[
+        Cell(ratio=0.3, arm=name, seed=0)
+        for name in ("no reconstruction", "LoRA", "teacher and labels")
+    ],
 )
 
 
@@ -100,6 +103,7 @@ class SmolLM2:
             lr=lr,
             schedule="cosine",
             train=arm.train,
+            cross_entropy_share=arm.labels,
             precision="bf16",
             seed=seed,
         )

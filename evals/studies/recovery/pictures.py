@@ -30,6 +30,11 @@ DESIGN = Design(
     extra=[
         *(Cell(ratio=ratio, arm="no reconstruction", seed=0) for ratio in (0.6, 0.4)),
         *(Cell(ratio=0.4, arm=name, seed=0) for name in PROCESSES),
+        *(
+            Cell(ratio=ratio, arm="teacher and labels", seed=seed)
+            for ratio in (0.6, 0.4)
+            for seed in range(3)
+        ),
     ],
 )
 
@@ -97,7 +102,12 @@ class Testbed:
         if arm.compression is not None:
             return self._by_two(model, arm.compression, lr, steps, seed, folder)
         settings = RecoverSettings(
-            steps=steps, lr=lr, muon_lr=MUON * lr, train=arm.train, seed=seed
+            steps=steps,
+            lr=lr,
+            muon_lr=MUON * lr,
+            train=arm.train,
+            cross_entropy_share=arm.labels,
+            seed=seed,
         )
         teacher = self._model if arm.teacher else None
         recover(model, TestbedData(self._processor, seed), settings, folder=folder, teacher=teacher)
