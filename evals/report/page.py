@@ -8,11 +8,11 @@ from typing import Any
 
 from hipp_ext import __version__
 from hipp_ext.evals.compare import split_counts
-from hipp_ext.evals.disagreements import Disagreement
 from hipp_ext.evals.figures import marks
 from hipp_ext.evals.latency import COST_COLUMNS, cost_rows
 from hipp_ext.evals.report.answers import answers
 from hipp_ext.evals.report.captions import CHAIR_COLUMNS, chair_rows
+from hipp_ext.evals.report.disagreements import Disagreement
 from hipp_ext.evals.report.entries import Entry, Sources, main_yes_no
 from hipp_ext.evals.report.made import conditions, made
 from hipp_ext.evals.report.missing import missing

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import DataError, ServerError
-from hipp_ext.evals.predictions import MAX_NEW_TOKENS
+from hipp_ext.evals.hipp_vlm import MAX_NEW_TOKENS
 from hipp_ext.evals.served.address import api_key, check_address
 from hipp_ext.evals.served.connection import Connection, event_loop
 from hipp_ext.evals.served.listing import find_model

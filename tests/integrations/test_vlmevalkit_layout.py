@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from vlm_tables import save_llava
 
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations import vlmevalkit_flags as flags
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register
