@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from hipp_ext.errors import DataError
 from hipp_ext.evals import amber, hallusionbench, mme
 from hipp_ext.evals.hallusionbench import places
+from hipp_ext.evals.table_pictures import MAX_REFERENCE
 from hipp_ext.files.untrusted import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PICTURE = "picture"  # column of MME's tables: the picture within its subtask
-_REFERENCE = 64  # VLMEvalKit reads a shorter image cell as the index of another row
 
 
 def normalise(name: str, frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -70,7 +70,7 @@ def _picture_names(frame: "pd.DataFrame") -> list[str]:
         return frame["image_path"].astype(str).tolist()
     cells = frame["image"].astype(str).tolist()
     by_index = dict(zip(frame["index"].astype(str), cells, strict=True))
-    whole = [by_index.get(cell, cell) if len(cell) <= _REFERENCE else cell for cell in cells]
+    whole = [by_index.get(cell, cell) if len(cell) <= MAX_REFERENCE else cell for cell in cells]
     return [hashlib.sha256(cell.encode("utf-8", "replace")).hexdigest()[:16] for cell in whole]
 
 

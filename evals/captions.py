@@ -22,9 +22,10 @@ from hipp_ext.evals.chair import (
 )
 from hipp_ext.evals.data.coco import read_captions, read_instances
 from hipp_ext.evals.data.writing import Picture, checked_bytes, file_pictures
+from hipp_ext.evals.hipp_vlm import HippVLM, check_model_folder
 from hipp_ext.evals.measuring import about
 from hipp_ext.evals.prediction_log import open_log, writing
-from hipp_ext.evals.predictions import HippVLM, answer_rows, check_model_folder
+from hipp_ext.evals.predictions import answer_rows
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.text_table import text_table

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch, check_processor, image_token_id
 from hipp_ext.errors import CalibrationError
+from hipp_ext.evals.candidates import CandidateTask, Question
 from hipp_ext.evals.references import Reference, References, ReferenceTask
 from hipp_ext.evals.statistics import mean_of_means_se
-from hipp_ext.evals.tasks import CandidateTask, Question
 from hipp_ext.groups import Tower, check_towers
 from hipp_ext.image_attacks import ImageAttack
 

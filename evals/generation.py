@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hipp_ext.calibration import check_processor, encode, find_processor
-from hipp_ext.evals.measuring import ratio, timed
+from hipp_ext.evals.measuring import paired_ratio, timed
 from hipp_ext.limits import weight_bytes
 
 QUESTION = "Is there a cup in the image? Please answer yes or no."
@@ -84,8 +84,8 @@ def measure(
         }
         if name != dense:
             rows[name] |= {
-                "prefill_speedup": ratio(prefill, dense, name),
-                "decode_speedup": ratio(decode, dense, name),
+                "prefill_speedup": paired_ratio(prefill, dense, name),
+                "decode_speedup": paired_ratio(decode, dense, name),
             }
         if model.device.type == "cuda":
             _, cost = timed(

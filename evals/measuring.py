@@ -14,7 +14,7 @@ import torch
 from hipp_ext import __version__
 
 
-def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+def paired_ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
     """How many times longer `slow` takes than `fast`: median, least, most and n of the paired
     ratios. With six pairs or more also low and high, the 95% interval of the median.
     """

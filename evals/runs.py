@@ -20,7 +20,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.benchmark_tables import groups_of, splits_of
 from hipp_ext.evals.benchmarks import BENCHMARKS, benchmark_of
 from hipp_ext.evals.prediction_log import read_lines
-from hipp_ext.evals.report_types import Strict, checked
+from hipp_ext.evals.record_types import Strict, checked
 from hipp_ext.evals.scienceqa import option_letter
 from hipp_ext.evals.tables import CHOICE, YES_NO, Table, read_table, row_options
 from hipp_ext.files import write_atomic

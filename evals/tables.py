@@ -19,7 +19,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals import hallusionbench
 from hipp_ext.evals.benchmark_tables import check_benchmark, normalise
 from hipp_ext.evals.benchmarks import BENCHMARKS, POPE_LIKE
-from hipp_ext.evals.pictures import picture_column, store_pictures
+from hipp_ext.evals.table_pictures import picture_column, store_pictures
 from hipp_ext.files.untrusted import TABLE_BYTES, open_plain, shown
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from hipp_ext.calibration import tokenise
 from hipp_ext.errors import CheckpointError
-from hipp_ext.evals.predictions import check_model_folder, plain_greedy
+from hipp_ext.evals.hipp_vlm import check_model_folder, plain_greedy
 from hipp_ext.files import content_hash
 from hipp_ext.surgery.checkpoint import load_pruned
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hipp_ext.errors import CheckpointError, DataError
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 from hipp_ext.files.untrusted import read_picture, rgb_picture
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hipp_ext.integrations.vlmevalkit_interrupt import INTERRUPTED, MESSAGE, prompt_interrupt
 
 if TYPE_CHECKING:
-    from hipp_ext.evals.predictions import HippVLM
+    from hipp_ext.evals.hipp_vlm import HippVLM
     from hipp_ext.evals.served import ServedVLM
     from hipp_ext.integrations.vlmevalkit_host import register
     from hipp_ext.integrations.vlmevalkit_job import DTYPES
@@ -27,7 +27,7 @@ __all__ = ["DTYPES", "EvalRecord", "HippVLM", "ServedVLM", "evaluate", "main", "
 _HOMES = {
     "DTYPES": "integrations.vlmevalkit_job",
     "EvalRecord": "integrations.vlmevalkit_run",
-    "HippVLM": "evals.predictions",
+    "HippVLM": "evals.hipp_vlm",
     "ServedVLM": "evals.served",
     "evaluate": "integrations.vlmevalkit_run",
     "register": "integrations.vlmevalkit_host",

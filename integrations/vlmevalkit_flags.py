@@ -1,10 +1,12 @@
 """VLMEvalKit's own flags: those that mean the same here, have no effect, or are refused.
 
 `vlmeval` is started by scripts that were written for VLMEvalKit's run.py. A flag that would change
-the numbers and cannot be followed ends the command with the reason.
+the numbers and cannot be followed ends the command with the reason. One without effect is said to
+have none. docs/vlmevalkit.md lists both, as a test checks.
 """
 
 import argparse
+import sys
 from typing import Any
 
 _DECODING = "decoding is greedy, with temperature 0, so that answers can be compared"
@@ -45,10 +47,17 @@ _REFUSED = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add VLMEvalKit's flags that `vlmeval --help` does not list one by one."""
     for name, (values, _) in _WITHOUT_EFFECT.items():
-        how: dict[str, Any] = {"action": "store_true"} if values == 0 else {}
-        parser.add_argument(name, dest=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
+        parser.add_argument(name, nargs=values, action=_Notice, help=argparse.SUPPRESS)
     for name in _REFUSED:
         parser.add_argument(name, nargs="*", action=_Refuse, help=argparse.SUPPRESS)
+
+
+class _Notice(argparse.Action):
+    """Says on stderr that a flag has no effect, and why."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        (name,) = self.option_strings
+        print(f"{parser.prog}: {name} has no effect: {_WITHOUT_EFFECT[name][1]}", file=sys.stderr)
 
 
 class _Refuse(argparse.Action):

@@ -24,7 +24,7 @@ from typing import Any
 from hipp_ext.errors import MissingExtraError
 from hipp_ext.evals.benchmark_tables import PICTURE, groups_of
 from hipp_ext.evals.benchmarks import scored_rows
-from hipp_ext.evals.predictions import HippVLM, check_model_folder
+from hipp_ext.evals.hipp_vlm import HippVLM, check_model_folder
 from hipp_ext.evals.tables import ALIASES, KNOWN, YES_NO, Table, data_root, locate, read_table
 from hipp_ext.files import write_atomic
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hipp_ext.errors import DataError, MissingExtraError
 from hipp_ext.evals.benchmarks import scored_rows
-from hipp_ext.evals.predictions import check_model_folder
+from hipp_ext.evals.hipp_vlm import check_model_folder
 from hipp_ext.evals.runs import table_rows
 from hipp_ext.evals.served import ServedVLM
 from hipp_ext.evals.tables import Table, locate, read_table

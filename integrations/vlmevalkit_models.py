@@ -9,9 +9,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from hipp_ext.evals.hipp_vlm import MAX_NEW_TOKENS, HippVLM
 from hipp_ext.evals.measuring import about
 from hipp_ext.evals.prediction_log import PredictionLog
-from hipp_ext.evals.predictions import MAX_NEW_TOKENS, HippVLM, answer_rows
+from hipp_ext.evals.predictions import answer_rows
 from hipp_ext.evals.runs import shown_name
 from hipp_ext.evals.served import ServedVLM, answer_each
 from hipp_ext.files import content_hash

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 
 DROP, HANG = "drop", "hang"  # faults: close the connection; do not answer
 

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS = ("utility", "robustness")
-_MANY = 40  # rings, from which on they are small
 
 
 def front_figure(

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hipp_ext.evals.changes import Change, interval_known
 from hipp_ext.evals.report import words
+from hipp_ext.evals.report.changes import Change, interval_known
 from hipp_ext.evals.report.verdict import Speed, Verdict
 from hipp_ext.evals.text_table import parameters_text
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hipp_ext.evals.changes import LEVEL, Change
+from hipp_ext.evals.report.changes import LEVEL, Change
 from hipp_ext.evals.report.entries import Entry
 from hipp_ext.evals.statistics import bootstrap_estimate, cluster_sums, ratio
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.drawing import visual_by_kind
+from hipp_ext.evals.record_types import Record, checked
 from hipp_ext.evals.report.entries import Fit
 from hipp_ext.evals.report.timing_types import Latency, Served
 from hipp_ext.evals.report.types import Chair
-from hipp_ext.evals.report_types import Record, checked
 from hipp_ext.files.untrusted import read_json
 from hipp_ext.runs import IDENTITY
 

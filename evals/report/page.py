@@ -8,19 +8,19 @@ from typing import Any
 
 from hipp_ext import __version__
 from hipp_ext.evals.compare import split_counts
-from hipp_ext.evals.disagreements import Disagreement
 from hipp_ext.evals.figures import marks
 from hipp_ext.evals.latency import COST_COLUMNS, cost_rows
 from hipp_ext.evals.report.answers import answers
 from hipp_ext.evals.report.captions import CHAIR_COLUMNS, chair_rows
+from hipp_ext.evals.report.disagreements import Disagreement
 from hipp_ext.evals.report.entries import Entry, Sources, main_yes_no
 from hipp_ext.evals.report.made import conditions, made
 from hipp_ext.evals.report.missing import missing
 from hipp_ext.evals.report.table import table_rows
 from hipp_ext.evals.report.verdict import verdicts
 from hipp_ext.evals.report.words import difference, verdict_line
+from hipp_ext.evals.runtime_table import RUNTIME_COLUMNS, runtime_rows
 from hipp_ext.evals.scienceqa import option_letter
-from hipp_ext.evals.served_table import SERVED_COLUMNS, served_rows
 
 SECTIONS = {
     "results": ("Every score", "by data set and split, with standard errors"),
@@ -138,8 +138,8 @@ def _costs(sources: Sources) -> Iterator[_Table]:
         rows = cost_rows(one)
         yield _Table(header=COST_COLUMNS, rows=rows, note=conditions(one), kind="long")
     for one in sources.served:
-        rows = served_rows(one["models"])
-        yield _Table(header=SERVED_COLUMNS, rows=rows, note=conditions(one), kind="long")
+        rows = runtime_rows(one["models"])
+        yield _Table(header=RUNTIME_COLUMNS, rows=rows, note=conditions(one), kind="long")
 
 
 def _meaning(text: str, options: Mapping[str, str] | None) -> str:

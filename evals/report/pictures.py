@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hipp_ext.evals.changes import interval_known
-from hipp_ext.evals.disagreements import Disagreement
 from hipp_ext.evals.figures import (
     changes_figure,
     cost_figure,
@@ -13,6 +11,8 @@ from hipp_ext.evals.figures import (
     splits_figure,
 )
 from hipp_ext.evals.pope import SPLITS
+from hipp_ext.evals.report.changes import interval_known
+from hipp_ext.evals.report.disagreements import Disagreement
 from hipp_ext.evals.report.entries import Fit, Sources, main_yes_no
 from hipp_ext.evals.report.shares import served_shares, shares
 from hipp_ext.evals.report.verdict import Verdict

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError, PlanError
+from hipp_ext.evals.record_types import checked
 from hipp_ext.evals.report.entries import Entry, Sources
 from hipp_ext.evals.report.files import read_fit, read_object
 from hipp_ext.evals.report.types import Summary
-from hipp_ext.evals.report_types import checked
 from hipp_ext.files import write_atomic
 from hipp_ext.files.untrusted import is_below
 from hipp_ext.plan import PruningPlan

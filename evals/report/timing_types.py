@@ -1,5 +1,5 @@
 """The fields of what `hipp latency` writes that a report uses, with strict types and bounds. The
-files are untrusted, as in `report_types`.
+files are untrusted, as in `record_types`.
 """
 
 import math
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hipp_ext.evals.report_types import Count, Made, Strict
+from hipp_ext.evals.record_types import Count, Made, Strict
 
 MAX_MODELS = 64  # in one report or latency measurement, because each makes the figures taller
 

@@ -1,13 +1,13 @@
 """The fields of summary.json and of CHAIR's scores.json that a report uses, with strict types and
-bounds. The files are untrusted, as in `report_types`.
+bounds. The files are untrusted, as in `record_types`.
 """
 
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from hipp_ext.evals.record_types import Count, Made, Percent, Record, Strict
 from hipp_ext.evals.report.timing_types import MAX_MODELS
-from hipp_ext.evals.report_types import Count, Made, Percent, Record, Strict
 
 _Finite = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 

@@ -7,9 +7,9 @@ dense model with their confidence intervals.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hipp_ext.evals.changes import Change
-from hipp_ext.evals.disagreements import Disagreement
 from hipp_ext.evals.report.captions import caption_changes
+from hipp_ext.evals.report.changes import Change
+from hipp_ext.evals.report.disagreements import Disagreement
 from hipp_ext.evals.report.entries import Entry, Sources
 
 _PHASES = {"prefill_speedup": "first token", "decode_speedup": "further tokens"}

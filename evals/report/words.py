@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from hipp_ext.evals.changes import Change, interval_known
 from hipp_ext.evals.report.captions import FOUND, WRONG
+from hipp_ext.evals.report.changes import Change, interval_known
 from hipp_ext.evals.report.verdict import Speed, Verdict
 
 _MINUS, _SPACE = "\u2212", "\u00a0"  # a space where no line breaks

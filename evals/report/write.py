@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hipp_ext.evals.disagreements import Disagreement, disagreements
 from hipp_ext.evals.figures import png, svg
+from hipp_ext.evals.report.disagreements import Disagreement, disagreements
 from hipp_ext.evals.report.entries import Sources
 from hipp_ext.evals.report.page import Picture, page
 from hipp_ext.evals.report.pictures import pictures

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.measuring import ratio
+from hipp_ext.evals.measuring import paired_ratio
 from hipp_ext.progress import progress_bar
 
 Runtime = Literal["transformers", "llama.cpp", "vllm"]
@@ -96,9 +96,9 @@ def measure_folders(
     for name in names[1:]:
         series = {key: {n: found[n][key] for n in names} for key in keys}
         found[name] |= {
-            "prefill_speedup": ratio(series["prefill_ms"], names[0], name),
-            "decode_speedup": ratio(series["decode_ms"], names[0], name),
-            "memory_ratio": ratio(series["memory_mib"], name, names[0]),
+            "prefill_speedup": paired_ratio(series["prefill_ms"], names[0], name),
+            "decode_speedup": paired_ratio(series["decode_ms"], names[0], name),
+            "memory_ratio": paired_ratio(series["memory_mib"], name, names[0]),
         }
     return found
 

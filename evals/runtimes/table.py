@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hipp_ext.evals.runtime_table import RUNTIME_COLUMNS, runtime_rows
 from hipp_ext.evals.runtimes import Serving
-from hipp_ext.evals.served_table import SERVED_COLUMNS, served_rows
 from hipp_ext.evals.text_table import print_table, text_table
 from hipp_ext.latency_table import LatencyTable
 
@@ -15,7 +15,7 @@ def print_figures(found: Mapping[str, Mapping[str, Any]], serving: Serving) -> N
         f"{serving.runtime} {serving.weights}, {serving.threads} threads, prompt of "
         f"{serving.tokens} tokens; median (least to most) of {serving.rounds} rounds"
     )
-    print_table(text_table(SERVED_COLUMNS, served_rows(found), title=title))
+    print_table(text_table(RUNTIME_COLUMNS, runtime_rows(found), title=title))
 
 
 def print_blocks(table: LatencyTable) -> None:

@@ -20,7 +20,7 @@ import typer
 
 from hipp_ext.budget import Bounds, keep_counts
 from hipp_ext.errors import MissingExtraError
-from hipp_ext.evals.measuring import ratio, resident
+from hipp_ext.evals.measuring import paired_ratio, resident
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.groups import find_groups, tower_layers
 from hipp_ext.scorers import Magnitude
@@ -134,8 +134,8 @@ def run(
         left = {side: runs[0][side]["left"] for side in SIDES}
         rows[shape] = {
             "parameters": {"dense": runs[0]["hipp"]["dense"], **left},
-            "time, torch-pruning / hipp": ratio(times, "torch-pruning", "hipp"),
-            "extra memory, hipp / torch-pruning": ratio(memory, "hipp", "torch-pruning"),
+            "time, torch-pruning / hipp": paired_ratio(times, "torch-pruning", "hipp"),
+            "extra memory, hipp / torch-pruning": paired_ratio(memory, "hipp", "torch-pruning"),
             "seconds": times,
             "extra_mib": memory,
         }

@@ -11,19 +11,22 @@ import typer
 from typer.core import TyperGroup
 
 from hipp_ext import __version__
-from hipp_ext.cli.benchmark_data import data_app
+from hipp_ext.cli.chair import chair_app
 from hipp_ext.cli.check_serving import check_serving_app
+from hipp_ext.cli.compare import compare_app
+from hipp_ext.cli.data_more import data_app
 from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.doctor import doctor_app
-from hipp_ext.cli.evals import evals_app
 from hipp_ext.cli.export import export_app
 from hipp_ext.cli.fit import fit_app
 from hipp_ext.cli.front import front_app
+from hipp_ext.cli.hosts import hosts_app
 from hipp_ext.cli.latency import latency_app
 from hipp_ext.cli.output import show_error, speaking
 from hipp_ext.cli.plan import plan_app
 from hipp_ext.cli.prune import prune_app
 from hipp_ext.cli.recover_group import recover_group
+from hipp_ext.cli.report import report_app
 from hipp_ext.cli.robust import robust_app
 from hipp_ext.cli.shrink import shrink_app
 from hipp_ext.cli.testbed import testbed_app
@@ -68,7 +71,7 @@ for panel, commands in {
     "Start": {"": (doctor_app, demo_app)},
     "Plan and prune": {"": (plan_app, prune_app, fit_app, front_app)},
     "Recover": {"recover": (recover_group,), "": (shrink_app,)},
-    "Evaluate": {"": (evals_app,), "data": (data_app,)},
+    "Evaluate": {"": (report_app, compare_app, chair_app, hosts_app), "data": (data_app,)},
     "Serve": {"": (check_serving_app, latency_app), "export": (export_app,)},
     "More": {"robust": (robust_app,), "testbed": (testbed_app,)},
 }.items():

@@ -122,14 +122,3 @@ def own_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def print_wide(table: Any) -> None:
-    """Print a rich table without cutting cells: in a narrow terminal its lines wrap."""
-    from rich.console import Console
-
-    console = Console(markup=False)
-    width = console.measure(table, options=console.options.update(width=1000)).maximum
-    if console.width < width:
-        console = Console(width=width, soft_wrap=True, markup=False)
-    console.print(table)

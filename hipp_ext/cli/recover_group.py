@@ -6,8 +6,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hipp_ext.cli.precompute import precompute_app
 from hipp_ext.cli.recover import recover_app
+from hipp_ext.cli.recover_precompute import precompute_app
 
 DEFAULT = "train"
 

@@ -19,7 +19,6 @@ from hipp_ext.cli.console import (
     load_model,
     model_folder,
     own_device,
-    print_wide,
     require_apart,
     require_model,
 )
@@ -254,6 +253,7 @@ def _planner(given: dict[str, Any]) -> Any:
 def _print_report(report: Any, out: Path) -> None:
     from rich.table import Table
 
+    from hipp_ext.evals.text_table import print_table
     from hipp_ext.integrations.serving import check_serving
 
     name = "kl" if all("kl" in r.before for r in report.rounds) else "loss"
@@ -268,7 +268,7 @@ def _print_report(report: Any, out: Path) -> None:
             *losses,
             f"{r.minutes.total:.1f}",
         )
-    print_wide(table)
+    print_table(table)
     last = report.rounds[-1]
     output.say(
         f"{out / last.folder}: {report.start_parameters / 1e6:.2f}M -> "

@@ -165,12 +165,6 @@ def consumer_weight(model: nn.Module, group: Group) -> Tensor:
     return reading_weight(model, group)
 
 
-def sum_of_squares(weight: Float[Tensor, "rows columns"], dim: int) -> Tensor:
-    """Sum of squares over `dim`, float32; tile by tile, so that the weight is not copied."""
-    tiles = [tile.float().square().sum(dim) for tile in weight.split(64)]
-    return torch.stack(tiles).sum(0) if dim == 0 else torch.cat(tiles)
-
-
 def per_unit(values: Float[Tensor, " columns"], group: Group) -> Float[Tensor, "width inputs"]:
     """Values per input column of the consumer, one row per unit."""
     return values.view(group.width, group.inputs)

@@ -12,7 +12,7 @@ from hipp_ext.cli import main
 from hipp_ext.errors import DataError
 from hipp_ext.evals.captions import coco_task, measure_chair, scenes_task
 from hipp_ext.evals.chair import ObjectWords, chair_scores, default_synonyms, plurals, read_synonyms
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 from hipp_ext.evals.report.files import read_chair
 from hipp_ext.testbed import WEIGHTS, world
 

@@ -16,7 +16,7 @@ from hipp_ext.errors import DataError, PlanError
 from hipp_ext.evals.generation import Workload, measure, prefill_gflops, prompts, token_seconds
 from hipp_ext.evals.generation_memory import own_extra_mib
 from hipp_ext.evals.latency import folders, print_table, run
-from hipp_ext.evals.measuring import ratio, resident
+from hipp_ext.evals.measuring import paired_ratio, resident
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import Magnitude
 from hipp_ext.testbed import WEIGHTS
@@ -195,7 +195,7 @@ def test_bad_input_of_the_command(arguments, message, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(("n", "skipped"), [(5, None), (6, 0), (9, 1), (15, 3), (25, 7)])
 def test_the_interval_of_a_median_ratio(n, skipped):
     """The sign test leaves out as many of the smallest and largest ratios as 95% allow."""
-    found = ratio({"a": [float(i) for i in range(n, 0, -1)], "b": [1.0] * n}, "a", "b")
+    found = paired_ratio({"a": [float(i) for i in range(n, 0, -1)], "b": [1.0] * n}, "a", "b")
     assert found["median"] == (n + 1) / 2 and (found["least"], found["most"]) == (1, n)
     if skipped is None:
         assert "low" not in found

@@ -18,9 +18,9 @@ from hipp_ext import HiPPPlanner, Preference, __version__, prune, save_pruned, t
 from hipp_ext.cli import main
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.captions import measure_chair, scenes_task
-from hipp_ext.evals.disagreements import disagreements
 from hipp_ext.evals.evaluator import search_evaluator
 from hipp_ext.evals.report import table_rows, write_report
+from hipp_ext.evals.report.disagreements import disagreements
 from hipp_ext.evals.report.entries import main_yes_no
 from hipp_ext.evals.report.page import SECTIONS
 from hipp_ext.evals.report.page import page as page_of

@@ -14,10 +14,10 @@ from served_model import DROP, HANG, serving
 from vlm_tables import picture, save_llava
 
 from hipp_ext.errors import DataError, ServerError
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 from hipp_ext.evals.served import ServedVLM
-from hipp_ext.evals.served_address import check_address, is_local
-from hipp_ext.evals.served_pictures import data_url
+from hipp_ext.evals.served.address import check_address, is_local
+from hipp_ext.evals.served.pictures import data_url
 from hipp_ext.files.untrusted import read_picture
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from report_folders import chair, latency, outputs, put_answers, put_chair, served
 
-from hipp_ext.evals.changes import LEVEL, MAX_PARTS, MIN_DIFFERING, Change, changes, parts_of
 from hipp_ext.evals.report.answers import answers
+from hipp_ext.evals.report.changes import LEVEL, MAX_PARTS, MIN_DIFFERING, Change, changes, parts_of
 from hipp_ext.evals.report.sources import read_sources
 from hipp_ext.evals.report.verdict import Speed, verdicts
 from hipp_ext.evals.report.words import difference, points, size, spread, verdict_line

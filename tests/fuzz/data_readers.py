@@ -221,7 +221,7 @@ def make_results(folder: Path) -> None:
     from vlm_tables import pope_rows, write_tsv
 
     from hipp_ext.evals.pope import pope_scores
-    from hipp_ext.evals.predictions import PredictionLog
+    from hipp_ext.evals.prediction_log import PredictionLog
     from hipp_ext.evals.runs import write_questions
     from hipp_ext.evals.tables import read_table
 
@@ -272,14 +272,14 @@ def read_compare(folder: Path) -> str:
 
 
 def make_predictions(folder: Path) -> None:
-    from hipp_ext.evals.predictions import PredictionLog
+    from hipp_ext.evals.prediction_log import PredictionLog
 
     PredictionLog(folder / "predictions.jsonl").add([("0", "Yes"), ("1", "no"), ("2", "")])
 
 
 @TABLE.reads("predictions", make_predictions)
 def read_predictions(folder: Path) -> Any:
-    from hipp_ext.evals.predictions import PredictionLog
+    from hipp_ext.evals.prediction_log import PredictionLog
 
     return PredictionLog(folder / "predictions.jsonl").answers
 
@@ -390,7 +390,7 @@ REPORT_ERRORS = ("DataError", "CheckpointError", "PlanError", "PreferenceError",
 
 def read_page(folder: Path) -> list[str]:
     """The page of `hipp report`, without its drawings, which take most of the time."""
-    from hipp_ext.evals.disagreements import disagreements
+    from hipp_ext.evals.report.disagreements import disagreements
     from hipp_ext.evals.report.page import page
     from hipp_ext.evals.report.sources import read_sources
 

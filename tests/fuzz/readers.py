@@ -217,7 +217,7 @@ def read_model(folder: Path) -> Any:
 )
 def read_vlm(folder: Path) -> Any:
     """What `vlmeval`, `hipp chair` and lm-eval do with a model's folder."""
-    from hipp_ext.evals.predictions import HippVLM
+    from hipp_ext.evals.hipp_vlm import HippVLM
 
     return HippVLM(folder / "model", device="cpu")
 

@@ -18,7 +18,8 @@ from vlm_tables import picture, pope_rows, save_llava, scienceqa_rows, write_tsv
 from hipp_ext import prune, save_pruned, testbed
 from hipp_ext.budget import keep_counts
 from hipp_ext.errors import CheckpointError, DataError
-from hipp_ext.evals.predictions import HippVLM, PredictionLog, check_model_folder
+from hipp_ext.evals.hipp_vlm import HippVLM, check_model_folder
+from hipp_ext.evals.prediction_log import PredictionLog
 from hipp_ext.evals.tables import read_table
 from hipp_ext.groups import find_groups
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from vlm_tables import save_llava
 
-from hipp_ext.evals.predictions import HippVLM
+from hipp_ext.evals.hipp_vlm import HippVLM
 from hipp_ext.evals.runs import read_runs
 from hipp_ext.integrations import vlmevalkit_flags as flags
 from hipp_ext.integrations.vlmevalkit import _import_vlmeval, evaluate, main, register
@@ -155,10 +155,24 @@ def test_every_flag_of_vlmevalkit_is_known(capsys, monkeypatch):
     assert {*flags._REFUSED, *flags._WITHOUT_EFFECT} <= theirs
 
 
+def test_the_documentation_lists_what_is_refused_and_what_has_no_effect():
+    page = (Path(__file__).parents[2] / "docs/vlmevalkit.md").read_text()
+    rows = re.findall(r"^\| (.*--.*) \| (accepted, without effect|refused)", page, re.M)
+    listed: dict[str, list[str]] = {}
+    for cell, what in rows:
+        listed.setdefault(what, []).extend(re.findall(r"`(--[a-z-]+)`", cell))
+    assert sorted(listed["refused"]) == sorted(flags._REFUSED)
+    assert sorted(listed["accepted, without effect"]) == sorted(flags._WITHOUT_EFFECT)
+
+
 def test_flags_of_vlmevalkit(llava, lmu, tmp_path, capsys):
     known = ["--reuse", "--reuse-aux", "all", "--judge", "exact_matching", "--nproc", "8"]
     known += ["--api-mode", "--judge-retry", "3", "--ignore", "--limit", "1"]
     assert main(command(llava, lmu, tmp_path, *known)) == 0
+    said = capsys.readouterr().err
+    assert "vlmeval: --reuse-aux has no effect: scores are computed from the answers" in said
+    for flag in ("--api-mode", "--judge-retry", "--ignore"):
+        assert f"{flag} has no effect: {flags._WITHOUT_EFFECT[flag][1]}\n" in said
     for flag, message in (
         (["--judge", "gpt-4o-mini"], "scoring is by exact matching (--judge exact_matching)"),
         (["--config", "c.json"], "--config of VLMEvalKit is not followed here: name models"),

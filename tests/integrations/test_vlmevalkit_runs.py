@@ -21,8 +21,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from vlm_tables import pope_rows, save_llava, write_tsv
 
 from hipp_ext.errors import CheckpointError, OutputBusyError
+from hipp_ext.evals.hipp_vlm import HippVLM, check_model_folder
 from hipp_ext.evals.prediction_log import claim
-from hipp_ext.evals.predictions import HippVLM, check_model_folder
 from hipp_ext.evals.runs import read_runs, result_folder
 from hipp_ext.integrations.vlmevalkit import evaluate, main
 from hipp_ext.integrations.vlmevalkit_table import print_records

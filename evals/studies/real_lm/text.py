@@ -111,11 +111,24 @@ def _blocks(text: str, tokenizer: Any, size: TextSize) -> Int[Tensor, "blocks to
 @torch.no_grad()
 def row_losses(model: nn.Module, rows: Int[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:
     """Mean negative log-likelihood of each row's tokens but the first [nats per token], float64."""
-    losses = []
-    for ids in rows.split(TEST_BATCH):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].transpose(1, 2)
-        losses.append(nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1))
+    losses = [losses_of(next_logits(model, ids), ids) for ids in rows.split(TEST_BATCH)]
     return torch.cat(losses).double()
+
+
+def next_logits(model: nn.Module, ids: Int[Tensor, "rows tokens"]) -> Tensor:
+    """What the model says of every token but the first: logits, (rows, tokens - 1, vocabulary)."""
+    return model(input_ids=ids, use_cache=False).logits[:, :-1]
+
+
+def losses_of(logits: Tensor, ids: Int[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:
+    """Mean negative log-likelihood of each row's tokens but the first [nats per token].
+
+    Args:
+        logits: those of `next_logits`.
+        ids: the rows.
+    """
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return each.mean(1)
 
 
 def perplexity(losses: Sequence[float]) -> float:

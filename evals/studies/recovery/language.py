@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hipp_ext import load_pruned, prune
-from hipp_ext.evals.studies.real_lm.text import TEST_BATCH, row_losses
+from hipp_ext.evals.studies.real_lm.text import TEST_BATCH, losses_of, next_logits, row_losses
 from hipp_ext.evals.studies.real_lm.text_rows import TextRows, labelled
 from hipp_ext.evals.studies.recovery.cells import BASE, LABELS, Arm, Cell, Start
 from hipp_ext.evals.studies.recovery.task import Design, Measured
@@ -118,8 +118,9 @@ class SmolLM2:
 
     def measure(self, model: Any) -> Measured:
         """See `Task`."""
-        text, dense = self._text, self._dense
-        found = {LOSS: row_losses(model, text.test), KL: row_divergences(model, dense, text.test)}
+        text = self._text
+        losses, divergences = losses_and_divergences(model, self._dense, text.test)
+        found = {LOSS: losses, KL: divergences}
         if len(text.other):
             found[OTHER] = row_losses(model, text.other)
         return {name: values.tolist() for name, values in found.items()}
@@ -146,13 +147,17 @@ class SmolLM2:
 
 
 @torch.no_grad()
-def row_divergences(model: nn.Module, dense: nn.Module, rows: Rows) -> Float[Tensor, " rows"]:
-    """Mean of KL(dense || model) over the tokens of each row [nats per token], float64."""
-    found = []
+def losses_and_divergences(
+    model: nn.Module, dense: nn.Module, rows: Rows
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """For each row the loss, as `row_losses`, and the mean of KL(dense || model) over its tokens
+    [nats per token], float64.
+    """
+    losses, divergences = [], []
     for ids in rows.split(TEST_BATCH):
-        said, wanted = (
-            m(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (model, dense)
-        )
+        logits = next_logits(model, ids)
+        losses.append(losses_of(logits, ids))
+        said, wanted = (x.log_softmax(-1) for x in (logits, next_logits(dense, ids)))
         each = nn.functional.kl_div(said, wanted, reduction="none", log_target=True).sum(-1)
-        found.append(each.mean(1))
-    return torch.cat(found).double()
+        divergences.append(each.mean(1))
+    return torch.cat(losses).double(), torch.cat(divergences).double()

@@ -9,7 +9,7 @@ import typer
 
 from hipp_ext.cli import output
 from hipp_ext.cli.console import Overwrite
-from hipp_ext.cli.evals import data_app
+from hipp_ext.cli.data import data_app
 
 __all__ = ["data_app"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from hipp_ext.errors import ServerError
-from hipp_ext.evals.served_connection import Connection, event_loop
+from hipp_ext.evals.served.connection import Connection, event_loop
 from hipp_ext.files.untrusted import shown
 
 _RETRIES, _TIMEOUT = 1, 30.0  # of the list, which comes quickly if there is a server

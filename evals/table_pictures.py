@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # VLMEvalKit reads a shorter image cell as the index of another row with the same image.
-_MAX_REFERENCE = 64
+MAX_REFERENCE = 64
 # Mail and openssl break base64 into such lines; longer "lines" are several images.
 _MAX_LINE = 76
 
@@ -68,8 +68,8 @@ def store_pictures(
     known: dict[str, tuple[str, str]] = {}
     found = []
     for where, cell in zip(wheres, given, strict=True):
-        if column == "image" and len(cell) <= _MAX_REFERENCE:
-            if len(cells.get(cell, "")) <= _MAX_REFERENCE:
+        if column == "image" and len(cell) <= MAX_REFERENCE:
+            if len(cells.get(cell, "")) <= MAX_REFERENCE:
                 raise DataError(
                     f"{where}: the image cell {cell!r} is neither a base64 picture nor the index "
                     "of a row that has one"

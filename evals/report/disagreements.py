@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.errors import DataError
-from hipp_ext.evals.changes import Change, changes
 from hipp_ext.evals.compare import check_same_questions
-from hipp_ext.evals.examples import Example, correct, draw_examples
+from hipp_ext.evals.report.changes import Change, changes
+from hipp_ext.evals.report.examples import Example, correct, draw_examples
 from hipp_ext.evals.runs import PREDICTIONS, Run, read_runs
 from hipp_ext.evals.tables import YES_NO
 from hipp_ext.files.untrusted import is_below

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import MissingExtraError
-from hipp_ext.evals.served_address import is_local
-from hipp_ext.evals.served_errors import explained
+from hipp_ext.evals.served.address import is_local
+from hipp_ext.evals.served.errors import explained
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -1,29 +1,25 @@
-"""Answers of a model behind a server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, ...
+"""A model behind a server as a model that answers questions.
 
 The questions, the pictures and the decoding are those of a model folder (`HippVLM`). The chat
 template, the picture processor and the precision are the server's.
 """
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hipp_ext.errors import DataError, ServerError
-from hipp_ext.evals.prediction_log import PredictionLog
-from hipp_ext.evals.predictions import MAX_NEW_TOKENS
-from hipp_ext.evals.served_address import api_key, check_address
-from hipp_ext.evals.served_connection import Connection, event_loop
-from hipp_ext.evals.served_models import find_model
-from hipp_ext.evals.served_pictures import data_url
+from hipp_ext.evals.hipp_vlm import MAX_NEW_TOKENS
+from hipp_ext.evals.served.address import api_key, check_address
+from hipp_ext.evals.served.connection import Connection, event_loop
+from hipp_ext.evals.served.listing import find_model
+from hipp_ext.evals.served.pictures import data_url
 from hipp_ext.files.untrusted import shown
 from hipp_ext.quantities import finite_option, whole_option
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_log = logging.getLogger(__name__)
 Message = Sequence[dict[str, Any]]
 Answered = Callable[[int, str], None]
 
@@ -163,48 +159,3 @@ class ServedVLM:
                 f"{shown(repr(reply), 300)}. Check that the address ends in the server's API, "
                 "such as http://localhost:8000/v1"
             ) from None
-
-
-def answer_each(
-    model: ServedVLM,
-    log: PredictionLog,
-    indices: Sequence[str],
-    message: Callable[[int], Message],
-    *,
-    progress: str | None,
-    limit: int | None = None,
-) -> None:
-    """Ask a served model the rows that are not in the log, and log each answer as it comes.
-
-    No answer depends on which questions are asked together, as far as the server keeps them apart,
-    so the log is in the order in which the answers came.
-
-    Args: as `predictions.answer_rows`.
-    """
-    from tqdm import tqdm
-
-    needed = indices if limit is None else indices[:limit]
-    rows = [row for row, index in enumerate(needed) if index not in log.answers]
-    if len(rows) < len(needed):
-        _log.warning(
-            "%s: %d earlier answers are used again. If the server has other weights now, begin "
-            "anew in another work folder.",
-            shown(f"{model.name} at {model.base_url}"),
-            len(needed) - len(rows),
-        )
-    if not rows:
-        return
-    with contextlib.closing(
-        tqdm(
-            total=len(needed),
-            initial=len(needed) - len(rows),
-            desc=progress,
-            disable=progress is None,
-        )
-    ) as bar:
-
-        def keep(number: int, answer: str) -> None:
-            log.add([(indices[rows[number]], answer)])
-            bar.update()
-
-        model.ask(map(message, rows), keep)

@@ -1,4 +1,6 @@
-"""Figures of models in a runtime, as cells of a table."""
+"""Time and memory of models in a runtime, as cells: the table of `hipp latency --runtime` and of
+reports.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,7 +8,7 @@ from typing import Any
 
 from hipp_ext.files.untrusted import short_name
 
-SERVED_COLUMNS = (
+RUNTIME_COLUMNS = (
     "model",
     "prompt [ms]",
     "further token [ms]",
@@ -15,8 +17,8 @@ SERVED_COLUMNS = (
 )
 
 
-def served_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The cells of `SERVED_COLUMNS` for each model of `runtimes.measure_folders`."""
+def runtime_rows(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of `RUNTIME_COLUMNS` for each model of `runtimes.measure_folders`."""
     return [_cells(name, row) for name, row in models.items()]
 
 
