@@ -14,7 +14,7 @@ from hipp_ext import __version__
 from hipp_ext.cli.chair import chair_app
 from hipp_ext.cli.check_serving import check_serving_app
 from hipp_ext.cli.compare import compare_app
-from hipp_ext.cli.data_more import data_app
+from hipp_ext.cli.data_benchmarks import data_app
 from hipp_ext.cli.demo import demo_app
 from hipp_ext.cli.doctor import doctor_app
 from hipp_ext.cli.export import export_app
