@@ -77,6 +77,11 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the identity of the run is in the folder."""
+        return (self.path / IDENTITY).is_file()
+
     def damaged(self, reason: object) -> CheckpointError:
         """The error to raise if `reason` keeps the run from going on."""
         return CheckpointError(f"{self.path} is damaged: {reason}. Remove it to start again.")

@@ -11,6 +11,7 @@ import typer
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 
+DTYPES = ("float32", "bfloat16", "float16")
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")
@@ -70,7 +71,7 @@ def require_apart(out: Path, *inputs: Path) -> None:
 
 def check_dtype(dtype: str | None) -> None:
     """Raise HippError unless `dtype` is None or the name of a supported data type."""
-    if dtype not in (None, "float32", "bfloat16", "float16"):
+    if dtype not in (None, *DTYPES):
         raise HippError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
 
 

@@ -38,7 +38,7 @@ def precompute_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write what the dense model says about every row of the training data, for `hipp recover`.
+    """Write down what the dense model says about every row of the training data.
 
     Training then needs the pruned model alone in memory, with the same temperature and positions.
     An interrupted run goes on when the same command is repeated.

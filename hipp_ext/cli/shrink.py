@@ -26,7 +26,8 @@ from hipp_ext.cli.console import (
 from hipp_ext.cli.plan import require_served
 from hipp_ext.cli.prune import served
 from hipp_ext.cli.recover import file_data
-from hipp_ext.errors import CalibrationError, HippError, PlanError
+from hipp_ext.cli.teacher import TeacherOptions
+from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.files import require_new
 
 shrink_app = typer.Typer()
@@ -125,11 +126,13 @@ def shrink_command(
     batch_size: options.BatchSize = 8,
     teacher: options.TeacherFolder = None,
     teacher_device: options.TeacherDevice = None,
+    teacher_dtype: options.TeacherDtype = None,
     temperature: options.Temperature = 1.0,
     positions: options.PositionsOption = "answers",
     top_k: options.TopK = None,
     cross_entropy_share: options.CrossEntropyShare = 0.0,
     hidden_share: options.HiddenShare = 0.0,
+    hidden_layers: options.HiddenLayers = None,
     accumulation: options.Accumulation = 1,
     train: options.TrainOption = "full",
     lora_rank: options.LoraRank = 16,
@@ -150,6 +153,9 @@ def shrink_command(
     rank: options.Rank = 4,
     bits: options.Bits = 8,
     transport: options.Transport = "auto",
+    local_steps: options.LocalSteps = None,
+    outer_lr: options.OuterLr = 1.0,
+    outer_momentum: options.OuterMomentum = 0.0,
     sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,
@@ -167,10 +173,9 @@ def shrink_command(
     `hipp shrink ./model --to 0.4 --data chats.jsonl --serve stock --teacher ./teacher -o ./small`
     """
     given = options.with_recipe(dict(locals()))
-    from hipp_ext.recover import RecoverSettings, read_teacher
+    from hipp_ext.recover import RecoverSettings
     from hipp_ext.recover.processes import join_processes
     from hipp_ext.shrink import ShrinkSettings, shrink
-    from hipp_ext.surgery.checkpoint import resolve_device
 
     own = {f.name: given[f.name] for f in fields(RecoverSettings) if f.name in given}
     own["steps"] = recover_steps
@@ -186,12 +191,11 @@ def shrink_command(
     planner = _planner(given)
     if calibration_rows and not calibration:
         raise CalibrationError("--calibration-rows is for --calibration FILE: give it as well.")
-    if teacher_device and not teacher:
-        raise HippError("--teacher-device needs --teacher.")
     folder_of_pictures, length = (image_folder, sequence_length) if calibration else (None, None)
     read_data = opt.read_calibration(calibration, folder_of_pictures, calibration_rows, length)
     position, workers = join_processes()
     require_model(model)
+    asked = TeacherOptions(folder=teacher, device=teacher_device, dtype=teacher_dtype)
     if position == 0 and not (out / "run.json").is_file():
         require_new(out)
     require_apart(out, Path(model_folder(model)), *(file for file in (data, teacher) if file))
@@ -199,9 +203,6 @@ def shrink_command(
     loaded, processor = load_model(model, place, dtype)
     if serve in ("vllm", "gguf"):
         require_served(loaded, serve)
-    learnt_from = None
-    if teacher:
-        learnt_from = read_teacher(teacher, device=str(resolve_device(teacher_device or place)))
     batches = read_data(loaded, processor) if calibration else None
     models = [loaded]
     del loaded  # so that it leaves the memory after the first round, if it is not the teacher
@@ -210,7 +211,7 @@ def shrink_command(
         file_data(data, processor, given),
         settings,
         folder=out,
-        teacher=learnt_from,
+        teacher=asked.load(place),
         planner=planner,
         calibration=batches,
         processor=processor,
@@ -269,6 +270,11 @@ def _print_report(report: Any, out: Path) -> None:
             f"{r.minutes.total:.1f}",
         )
     print_wide(table)
+    if lost := [r for r in report.rounds if r.skipped]:
+        output.warn(
+            f"up to {max(r.skipped for r in lost)} rows of the data could not be used in a round: "
+            f"{out / lost[0].folder}.work/recover/recover.json names them."
+        )
     last = report.rounds[-1]
     output.say(
         f"{out / last.folder}: {report.start_parameters / 1e6:.2f}M -> "

@@ -7,6 +7,7 @@ best evaluation. So the step in this file is complete, whenever the run is kille
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
 from hipp_ext.comm.checkpoint import rank_file
+from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.recover.parameters import trained
@@ -24,6 +26,8 @@ from hipp_ext.runs import RunFolder
 from hipp_ext.training import load_optimizers, optimizer_tensors, spread_as, whole_tensor
 
 PROGRESS = "progress.safetensors"
+VISIBLE_SECONDS = 90  # until a new file is seen everywhere: NFS looks again after a minute
+POLL_SECONDS = 0.2
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
@@ -85,6 +89,26 @@ class Checkpoints:
         self.rank, self.barrier, self.alone = rank, barrier, alone
         self.optimizer_file = f"optimizer.rank{rank}.safetensors" if alone else OPTIMIZER
         self.run = RunFolder(folder, identity, owner=rank == 0)
+
+    def check_shared(self, gathered: Callable[[bool], list[bool]]) -> None:
+        """Raise unless all processes see the folder of the first one. All of them call this.
+
+        Args:
+            gathered: function that returns the values of all processes.
+
+        Raises:
+            CheckpointError: on all processes, if a process sees another folder.
+        """
+        limit = time.monotonic() + VISIBLE_SECONDS
+        self.barrier()  # the first process has made the folder
+        while not (seen := self.run.begun) and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
+        if missing := [rank for rank, own in enumerate(gathered(seen)) if not own]:
+            raise CheckpointError(
+                f"{self.run.path} is not the same folder for all processes: what process 0 writes "
+                f"there is not seen by {', '.join(map(str, missing))}. It must be on a disk that "
+                "all of them share."
+            )
 
     def save(
         self, progress: Progress, model: nn.Module, optimizers: list[Any], state: LQSGDState | None

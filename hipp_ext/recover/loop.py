@@ -1,4 +1,9 @@
-"""The loop of one process: steps, evaluations and checkpoints, from the last one on."""
+"""The loop of one process: steps, evaluations and checkpoints, from the last one on.
+
+accelerate does what it has: DDP, FSDP2, autocast, `no_sync`. transformers' Trainer (5.17) is not
+used: killed while it writes a checkpoint, it goes on from the half of it; it cannot resume its
+optimizer on several CPU processes (evals/studies/LOG.md); and it has no local steps.
+"""
 
 import contextlib
 import copy
