@@ -29,6 +29,7 @@ from hipp_ext.cli.recover import file_data
 from hipp_ext.cli.teacher import TeacherOptions
 from hipp_ext.errors import CalibrationError, PlanError
 from hipp_ext.files import require_new
+from hipp_ext.runs import IDENTITY
 
 shrink_app = typer.Typer()
 RECOVERY = ("Teacher", "Training", "Processes")  # panels of options of `hipp recover`
@@ -196,7 +197,7 @@ def shrink_command(
     position, workers = join_processes()
     require_model(model)
     asked = TeacherOptions(folder=teacher, device=teacher_device, dtype=teacher_dtype)
-    if position == 0 and not (out / "run.json").is_file():
+    if position == 0 and not (out / IDENTITY).is_file():
         require_new(out)
     require_apart(out, Path(model_folder(model)), *(file for file in (data, teacher) if file))
     place = device or (own_device() if workers > 1 else None)

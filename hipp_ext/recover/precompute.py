@@ -224,5 +224,5 @@ def _estimate(places: int, top_k: int, steps: int, folder: Path) -> str:
     total, free = each * places * steps, shutil.disk_usage(folder).free
     return (
         f"{each} bytes per position, {places:,} positions in the first of {steps:,} steps: about "
-        f" {total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
+        f"{total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
     )

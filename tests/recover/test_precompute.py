@@ -23,6 +23,7 @@ from hipp_ext.errors import (
     CheckpointError,
     HippError,
     OutputBusyError,
+    OutputExistsError,
     UnsupportedModelError,
 )
 from hipp_ext.files import content_hash
@@ -311,6 +312,11 @@ def test_the_command_writes_what_training_reads(place):
             found = Distillation(teacher).losses(student, batch)
             assert abs(float(found["kl"])) < 1e-3
     assert hipp(*command, "--device", "cpu").count("12 tokens") == 1  # complete: nothing is done
+    with pytest.raises(OutputExistsError, match="llama exists"):  # or it would be taken for both
+        hipp("recover", "precompute", *given[:-1], place / "llama")
+    student = (place / "llama", "--teacher", place / "teacher", "--teacher-dtype", "bfloat16")
+    with pytest.raises(HippError, match="--teacher-dtype is for a dense model, and"):
+        hipp("recover", *student, "--data", place / "chats.jsonl", "-o", place / "back")
 
 
 def test_the_group_runs_training_without_its_name():
