@@ -69,6 +69,27 @@ def require_apart(out: Path, *inputs: Path) -> None:
             )
 
 
+def require_run(out: Path) -> None:
+    """Raise unless a run can begin in the folder `out`, or may have begun there: it has no
+    --overwrite, and goes on instead.
+
+    Raises:
+        OutputExistsError: it holds something else.
+        WriteError: it cannot be written.
+    """
+    from hipp_ext.files import require_new
+    from hipp_ext.runs import IDENTITY
+
+    if (out / IDENTITY).is_file():
+        return
+    try:
+        require_new(out)
+    except OutputExistsError:
+        raise OutputExistsError(
+            f"{out} exists, and no run began there that could go on. Choose another name."
+        ) from None
+
+
 def check_dtype(dtype: str | None) -> None:
     """Raise HippError unless `dtype` is None or the name of a supported data type."""
     if dtype not in (None, *DTYPES):

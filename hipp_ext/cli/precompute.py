@@ -14,10 +14,9 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
+    require_run,
 )
 from hipp_ext.cli.output import next_command, note, say, shell, shows_progress, warn
-from hipp_ext.files import require_new
-from hipp_ext.runs import IDENTITY
 
 precompute_app = typer.Typer()
 
@@ -56,8 +55,7 @@ def precompute_command(
     from hipp_ext.recover.precompute import precompute
 
     require_model(model)
-    if not (out / IDENTITY).is_file():  # of a run to go on with, or a complete one
-        require_new(out)
+    require_run(out)
     require_apart(out, Path(model_folder(model)), data)
     loaded, processor = load_model(model, device, dtype)
     rows = FileData(

@@ -22,14 +22,13 @@ from hipp_ext.cli.console import (
     print_wide,
     require_apart,
     require_model,
+    require_run,
 )
 from hipp_ext.cli.plan import require_served
 from hipp_ext.cli.prune import served
 from hipp_ext.cli.recover import file_data
 from hipp_ext.cli.teacher import TeacherOptions
 from hipp_ext.errors import CalibrationError, PlanError
-from hipp_ext.files import require_new
-from hipp_ext.runs import IDENTITY
 
 shrink_app = typer.Typer()
 RECOVERY = ("Teacher", "Training", "Processes")  # panels of options of `hipp recover`
@@ -197,8 +196,8 @@ def shrink_command(
     position, workers = join_processes()
     require_model(model)
     asked = TeacherOptions(folder=teacher, device=teacher_device, dtype=teacher_dtype)
-    if position == 0 and not (out / IDENTITY).is_file():
-        require_new(out)
+    if position == 0:
+        require_run(out)
     require_apart(out, Path(model_folder(model)), *(file for file in (data, teacher) if file))
     place = device or (own_device() if workers > 1 else None)
     loaded, processor = load_model(model, place, dtype)

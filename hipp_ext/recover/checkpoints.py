@@ -6,6 +6,7 @@ progress.safetensors to the new step, and only then the older folders are remove
 best evaluation. So the step in this file is complete, whenever the run is killed.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +89,8 @@ class Checkpoints:
     ):
         self.rank, self.barrier, self.alone = rank, barrier, alone
         self.optimizer_file = f"optimizer.rank{rank}.safetensors" if alone else OPTIMIZER
-        self.run = RunFolder(folder, identity, owner=rank == 0)
+        # A run that failed before its first checkpoint does not keep others out.
+        self.run = RunFolder(folder, identity, begun=_has_progress, owner=rank == 0)
 
     def check_shared(self, gathered: Callable[[bool], list[bool]]) -> None:
         """Raise unless all processes see the folder of the first one. All of them call this.
@@ -101,7 +103,7 @@ class Checkpoints:
         """
         limit = time.monotonic() + VISIBLE_SECONDS
         self.barrier()  # the first process has made the folder
-        while not (seen := self.run.begun) and time.monotonic() < limit:
+        while not (seen := self.run.is_there) and time.monotonic() < limit:
             time.sleep(POLL_SECONDS)
         if missing := [rank for rank, own in enumerate(gathered(seen)) if not own]:
             raise CheckpointError(
@@ -178,6 +180,10 @@ class Checkpoints:
         for other in self.run.path.glob("step-*"):
             if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _has_progress(folder: Path) -> bool:
+    return os.path.lexists(folder / PROGRESS)
 
 
 def _fitting(weights: Tensor, parameter: Tensor) -> Tensor:

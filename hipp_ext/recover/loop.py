@@ -153,7 +153,7 @@ class Run:
         named = f" Rows of the file in these batches: {', '.join(map(str, rows))}." if rows else ""
         return HippError(
             f"The {what}: a smaller learning rate may help (--lr, --muon-lr). The last checkpoint "
-            f"stays.{named}"
+            f"stays; a run with other settings needs another folder than it.{named}"
         )
 
     def _evaluate(self, progress: Progress, checkpoints: Checkpoints) -> None:

@@ -17,6 +17,7 @@ from hipp_ext.groups import tower_layers
 from hipp_ext.planner.evaluation import TIMEOUT
 from hipp_ext.recover.counts import Counts
 from hipp_ext.recover.objectives import Objective
+from hipp_ext.recover.row_batches import RowBatch
 from hipp_ext.recover.settings import RecoverSettings
 
 
@@ -206,4 +207,6 @@ def _own_state(rank: int, workers: int) -> Iterator[None]:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; some processors add plain values, which stay."""
-    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    found = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    rows = getattr(batch, "rows", None)
+    return found if rows is None else RowBatch(found, rows)

@@ -156,6 +156,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     next(model.parameters()).data.fill_(torch.nan)
     with pytest.raises(HippError, match="loss of step 1 is nan: a smaller learning rate"):
         recover(model, source(), SETTINGS, folder=tmp_path, progress=False)
+    # Nothing was saved: other settings may be tried in the same folder.
+    other = RecoverSettings(steps=1, lr=1e-4)
+    recover(pruned(), source(), other, folder=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match=r"another run: .*lr is 0\.0001 there"):
+        recover(pruned(), source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
