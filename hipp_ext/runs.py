@@ -32,6 +32,8 @@ class RunFolder:
             settings, digests of model and data, ...
         same: comparisons for top-level keys whose values may differ a little, such as measured
             scores.
+        begun: function of the folder that says whether it holds results of the run; until then
+            another identity replaces the one that is there. None: it holds some from the beginning.
         owner: False for processes that share the run of another one: they compare the identity
             if it is there, and neither write it nor lock the folder.
 
@@ -47,6 +49,7 @@ class RunFolder:
         identity: Mapping[str, Any],
         *,
         same: Mapping[str, Same] | None = None,
+        begun: Callable[[Path], bool] | None = None,
         owner: bool = True,
     ):
         self.path = Path(path)
@@ -59,7 +62,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock()
         try:
-            if os.path.lexists(file):
+            if os.path.lexists(file) and (begun is None or begun(self.path)):
                 self._compare(self._read(file), asked, same or {})
             elif owner:
                 content = {"format": FORMAT, "identity": asked}
@@ -76,6 +79,11 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the identity of the run is in the folder."""
+        return (self.path / IDENTITY).is_file()
 
     def damaged(self, reason: object) -> CheckpointError:
         """The error to raise if `reason` keeps the run from going on."""

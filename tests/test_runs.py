@@ -42,6 +42,22 @@ def test_another_identity_is_refused_and_the_difference_named(tmp_path, change, 
     RunFolder(tmp_path, IDENTITY).close()  # a refusal leaves no lock
 
 
+def test_another_identity_replaces_one_of_a_run_that_has_not_begun(tmp_path):
+    def begun(folder):
+        return (folder / "part").exists()
+
+    RunFolder(tmp_path, IDENTITY, begun=begun).close()
+    other = IDENTITY | {"seed": 1}
+    RunFolder(tmp_path, other, begun=begun, owner=False)  # compares nothing, writes nothing
+    assert json.loads((tmp_path / "run.json").read_text())["identity"]["seed"] is None
+    with RunFolder(tmp_path, other, begun=begun) as run:
+        assert json.loads((run / "run.json").read_text())["identity"]["seed"] == 1
+        (run / "part").touch()
+    for owner in (True, False):
+        with pytest.raises(CheckpointError, match="holds another run: seed is 1 there, and None"):
+            RunFolder(tmp_path, IDENTITY, begun=begun, owner=owner)
+
+
 def test_values_may_differ_a_little_where_a_comparison_says_so(tmp_path):
     def near(there, now):
         return abs(there[0] - now[0]) < 0.1

@@ -11,6 +11,7 @@ import typer
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 
+DTYPES = ("float32", "bfloat16", "float16")
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")
@@ -68,9 +69,30 @@ def require_apart(out: Path, *inputs: Path) -> None:
             )
 
 
+def require_run(out: Path) -> None:
+    """Raise unless a run can begin in the folder `out`, or may have begun there: it has no
+    --overwrite, and goes on instead.
+
+    Raises:
+        OutputExistsError: it holds something else.
+        WriteError: it cannot be written.
+    """
+    from hipp_ext.files import require_new
+    from hipp_ext.runs import IDENTITY
+
+    if (out / IDENTITY).is_file():
+        return
+    try:
+        require_new(out)
+    except OutputExistsError:
+        raise OutputExistsError(
+            f"{out} exists, and no run began there that could go on. Choose another name."
+        ) from None
+
+
 def check_dtype(dtype: str | None) -> None:
     """Raise HippError unless `dtype` is None or the name of a supported data type."""
-    if dtype not in (None, "float32", "bfloat16", "float16"):
+    if dtype not in (None, *DTYPES):
         raise HippError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
 
 

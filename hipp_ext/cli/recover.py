@@ -20,7 +20,8 @@ from hipp_ext.cli.console import (
     require_model,
 )
 from hipp_ext.cli.output import next_command, say, shell, shows_progress, warn
-from hipp_ext.errors import DataError, HippError
+from hipp_ext.cli.teacher import TeacherOptions
+from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
 
 recover_app = typer.Typer()
@@ -41,11 +42,13 @@ def recover_command(
     batch_size: options.BatchSize = 8,
     teacher: options.TeacherFolder = None,
     teacher_device: options.TeacherDevice = None,
+    teacher_dtype: options.TeacherDtype = None,
     temperature: options.Temperature = 1.0,
     positions: options.PositionsOption = "answers",
     top_k: options.TopK = None,
     cross_entropy_share: options.CrossEntropyShare = 0.0,
     hidden_share: options.HiddenShare = 0.0,
+    hidden_layers: options.HiddenLayers = None,
     steps: options.Steps = 400,
     accumulation: options.Accumulation = 1,
     train: options.TrainOption = "full",
@@ -90,16 +93,17 @@ def recover_command(
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
     given = options.with_recipe(dict(locals()))
-    from hipp_ext.recover import RecoverSettings, read_teacher, recover
+    from hipp_ext.recover import RecoverSettings, recover
     from hipp_ext.recover.processes import join_processes
-    from hipp_ext.recover.report import report_lines
-    from hipp_ext.surgery.checkpoint import resolve_device, save_pruned
+    from hipp_ext.recover.report import report_lines, skipped_line
+    from hipp_ext.surgery.checkpoint import save_pruned
 
     settings = RecoverSettings(
         **{f.name: given[f.name] for f in fields(RecoverSettings) if f.name in given}
     )
     position, workers = join_processes()
     require_model(model)
+    asked = TeacherOptions(folder=teacher, device=teacher_device, dtype=teacher_dtype)
     require_new(out, overwrite)
     files = [file for file in (pope, scienceqa) if file]
     if data and files:
@@ -116,23 +120,20 @@ def recover_command(
         rows = _question_data(processor, files, batch_size, seed, running, position)
     else:
         rows = _testbed_data(processor, batch_size, seed, position)
-    learnt_from = None
-    if teacher:
-        learnt_from = read_teacher(teacher, device=str(resolve_device(teacher_device or own)))
-    elif teacher_device:
-        raise HippError("--teacher-device needs --teacher.")
     result = recover(
         loaded,
         rows,
         settings,
         folder=running,
-        teacher=learnt_from,
+        teacher=asked.load(own),
         measure=_evaluator(loaded, processor, measure, running, position) if measure else None,
         progress=shows_progress(),
     )
     if position:
         return
     save_pruned(loaded, out, processor, overwrite=overwrite)
+    if lost := skipped_line(result):
+        warn(lost)
     first, *more = report_lines(result)
     sent = ""
     if stats := result.stats:

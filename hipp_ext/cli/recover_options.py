@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hipp_ext.errors import HippError
+
 # Defaults stand in the text: by themselves they would take a line each.
 _option = functools.partial(typer.Option, show_default=False)
 _data = functools.partial(_option, rich_help_panel="Data")
@@ -41,6 +43,9 @@ TeacherFolder = Annotated[
 TeacherDevice = Annotated[
     str | None, _teacher(metavar="NAME", help="Where the dense model runs. Default: as the model.")
 ]
+TeacherDtype = Annotated[
+    str | None, _teacher(metavar="NAME", help="Type of its weights. Default: as stored.")
+]
 Temperature = Annotated[
     float, _teacher(metavar="T", help="Temperature of both distributions. Default: 1.")
 ]
@@ -58,6 +63,9 @@ CrossEntropyShare = Annotated[
 ]
 HiddenShare = Annotated[
     float, _teacher(metavar="F", help="Share of the hidden states' distance. Default: 0.")
+]
+HiddenLayers = Annotated[
+    str | None, _teacher(metavar="LIST", help="Dense layers for it: 0,5,11. Default: all.")
 ]
 
 Steps = Annotated[int, _training(min=1, metavar="N", help="Optimizer steps. Default: 400.")]
@@ -157,4 +165,15 @@ def with_recipe(given: dict[str, Any]) -> dict[str, Any]:
     """
     optimizer, lr = ("adamw", 1e-4) if given["data"] else ("muon", 1e-3)
     chosen = {"optimizer": given["optimizer"] or optimizer}
-    return given | chosen | {"lr": lr if given["lr"] is None else given["lr"]}
+    chosen["lr"] = lr if given["lr"] is None else given["lr"]
+    return given | chosen | {"hidden_layers": _layers(given["hidden_layers"])}
+
+
+def _layers(given: str | None) -> tuple[int, ...] | None:
+    """The numbers in a list such as "0,5,11"."""
+    if given is None:
+        return None
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise HippError(f"--hidden-layers {given}: numbers with commas between are needed.")
+    return tuple(map(int, parts))

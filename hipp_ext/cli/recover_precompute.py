@@ -14,6 +14,7 @@ from hipp_ext.cli.console import (
     model_folder,
     require_apart,
     require_model,
+    require_run,
 )
 from hipp_ext.cli.output import next_command, note, say, shell, shows_progress, warn
 
@@ -38,7 +39,7 @@ def precompute_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write what the dense model says about every row of the training data, for `hipp recover`.
+    """Write down what the dense model says about every row of the training data.
 
     Training then needs the pruned model alone in memory, with the same temperature and positions.
     An interrupted run goes on when the same command is repeated.
@@ -54,6 +55,7 @@ def precompute_command(
     from hipp_ext.recover.precompute import precompute
 
     require_model(model)
+    require_run(out)
     require_apart(out, Path(model_folder(model)), data)
     loaded, processor = load_model(model, device, dtype)
     rows = FileData(

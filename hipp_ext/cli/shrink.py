@@ -21,12 +21,13 @@ from hipp_ext.cli.console import (
     own_device,
     require_apart,
     require_model,
+    require_run,
 )
 from hipp_ext.cli.plan import require_served
 from hipp_ext.cli.prune import served
 from hipp_ext.cli.recover import file_data
-from hipp_ext.errors import CalibrationError, HippError, PlanError
-from hipp_ext.files import require_new
+from hipp_ext.cli.teacher import TeacherOptions
+from hipp_ext.errors import CalibrationError, PlanError
 
 shrink_app = typer.Typer()
 RECOVERY = ("Teacher", "Training", "Processes")  # panels of options of `hipp recover`
@@ -124,11 +125,13 @@ def shrink_command(
     batch_size: options.BatchSize = 8,
     teacher: options.TeacherFolder = None,
     teacher_device: options.TeacherDevice = None,
+    teacher_dtype: options.TeacherDtype = None,
     temperature: options.Temperature = 1.0,
     positions: options.PositionsOption = "answers",
     top_k: options.TopK = None,
     cross_entropy_share: options.CrossEntropyShare = 0.0,
     hidden_share: options.HiddenShare = 0.0,
+    hidden_layers: options.HiddenLayers = None,
     accumulation: options.Accumulation = 1,
     train: options.TrainOption = "full",
     lora_rank: options.LoraRank = 16,
@@ -149,6 +152,9 @@ def shrink_command(
     rank: options.Rank = 4,
     bits: options.Bits = 8,
     transport: options.Transport = "auto",
+    local_steps: options.LocalSteps = None,
+    outer_lr: options.OuterLr = 1.0,
+    outer_momentum: options.OuterMomentum = 0.0,
     sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,
@@ -166,10 +172,9 @@ def shrink_command(
     `hipp shrink ./model --to 0.4 --data chats.jsonl --serve stock --teacher ./teacher -o ./small`
     """
     given = options.with_recipe(dict(locals()))
-    from hipp_ext.recover import RecoverSettings, read_teacher
+    from hipp_ext.recover import RecoverSettings
     from hipp_ext.recover.processes import join_processes
     from hipp_ext.shrink import ShrinkSettings, shrink
-    from hipp_ext.surgery.checkpoint import resolve_device
 
     own = {f.name: given[f.name] for f in fields(RecoverSettings) if f.name in given}
     own["steps"] = recover_steps
@@ -185,22 +190,18 @@ def shrink_command(
     planner = _planner(given)
     if calibration_rows and not calibration:
         raise CalibrationError("--calibration-rows is for --calibration FILE: give it as well.")
-    if teacher_device and not teacher:
-        raise HippError("--teacher-device needs --teacher.")
     folder_of_pictures, length = (image_folder, sequence_length) if calibration else (None, None)
     read_data = opt.read_calibration(calibration, folder_of_pictures, calibration_rows, length)
     position, workers = join_processes()
     require_model(model)
-    if position == 0 and not (out / "run.json").is_file():
-        require_new(out)
+    asked = TeacherOptions(folder=teacher, device=teacher_device, dtype=teacher_dtype)
+    if position == 0:
+        require_run(out)
     require_apart(out, Path(model_folder(model)), *(file for file in (data, teacher) if file))
     place = device or (own_device() if workers > 1 else None)
     loaded, processor = load_model(model, place, dtype)
     if serve in ("vllm", "gguf"):
         require_served(loaded, serve)
-    learnt_from = None
-    if teacher:
-        learnt_from = read_teacher(teacher, device=str(resolve_device(teacher_device or place)))
     batches = read_data(loaded, processor) if calibration else None
     models = [loaded]
     del loaded  # so that it leaves the memory after the first round, if it is not the teacher
@@ -209,7 +210,7 @@ def shrink_command(
         file_data(data, processor, given),
         settings,
         folder=out,
-        teacher=learnt_from,
+        teacher=asked.load(place),
         planner=planner,
         calibration=batches,
         processor=processor,
@@ -269,6 +270,11 @@ def _print_report(report: Any, out: Path) -> None:
             f"{r.minutes.total:.1f}",
         )
     print_table(table)
+    if lost := [r for r in report.rounds if r.skipped]:
+        output.warn(
+            f"up to {max(r.skipped for r in lost)} rows of the data could not be used in a round: "
+            f"{out / lost[0].folder}.work/recover/recover.json names them."
+        )
     last = report.rounds[-1]
     output.say(
         f"{out / last.folder}: {report.start_parameters / 1e6:.2f}M -> "

@@ -80,7 +80,7 @@ class CachedTeacher:
         self.check(temperature=temperature, positions=places.positions, top_k=top_k)
         assert not layers, "Distillation asks a teacher without layers for none"
         found = [
-            self._row(row, bytes.fromhex(key), count)
+            self._row(_named(batch, row), bytes.fromhex(key), count)
             for row, (key, count) in enumerate(
                 zip(row_keys(batch, places), places.counts, strict=True)
             )
@@ -92,14 +92,14 @@ class CachedTeacher:
         top = top.normalised()
         return CachedTargets(top=top if top_k is None else top.first(top_k))
 
-    def _row(self, row: int, key: bytes, count: int) -> TopK:
+    def _row(self, name: str, key: bytes, count: int) -> TopK:
         """The distributions of a row with `count` positions."""
         span = self._rows.get(key)
         if span is None:
             raise CheckpointError(
-                f"Row {row} of a batch is not among the {self.header.rows:,} rows of "
-                f"{self._files.folder}: precompute with the same data, sequence length and "
-                "processor as in training. Packed rows are not there."
+                f"{name} is not among the {self.header.rows:,} rows of {self._files.folder}. "
+                "Precompute with the same data, sequence length and processor as in training; "
+                "packed rows are never there."
             )
         if span.last - span.first != count:
             raise self._files.damaged(
@@ -118,6 +118,14 @@ class CachedTargets:
     def distribution(self, part: slice, device: torch.device) -> Distribution:
         """See `Targets.distribution`."""
         return TopK(**{name: value[part].to(device) for name, value in vars(self.top).items()})
+
+
+def _named(batch: Batch, row: int) -> str:
+    """What a message calls a row of a batch: by its number in the file, where that is known."""
+    rows = getattr(batch, "rows", ())
+    if rows and len(rows) == len(batch["input_ids"]):
+        return f"Row {rows[row]} of the data"
+    return f"Packed row {row + 1}" if rows else f"Row {row + 1} of a batch"
 
 
 def is_precomputed(path: str | Path) -> bool:

@@ -6,7 +6,9 @@ progress.safetensors to the new step, and only then the older folders are remove
 best evaluation. So the step in this file is complete, whenever the run is killed.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from hipp_ext.comm import LQSGDState, load_state, save_state
 from hipp_ext.comm.checkpoint import rank_file
+from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.recover.parameters import trained
@@ -24,6 +27,8 @@ from hipp_ext.runs import RunFolder
 from hipp_ext.training import load_optimizers, optimizer_tensors, spread_as, whole_tensor
 
 PROGRESS = "progress.safetensors"
+VISIBLE_SECONDS = 90  # until a new file is seen everywhere: NFS looks again after a minute
+POLL_SECONDS = 0.2
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
@@ -84,7 +89,28 @@ class Checkpoints:
     ):
         self.rank, self.barrier, self.alone = rank, barrier, alone
         self.optimizer_file = f"optimizer.rank{rank}.safetensors" if alone else OPTIMIZER
-        self.run = RunFolder(folder, identity, owner=rank == 0)
+        # A run that failed before its first checkpoint does not keep others out.
+        self.run = RunFolder(folder, identity, begun=_has_progress, owner=rank == 0)
+
+    def check_shared(self, gathered: Callable[[bool], list[bool]]) -> None:
+        """Raise unless all processes see the folder of the first one. All of them call this.
+
+        Args:
+            gathered: function that returns the values of all processes.
+
+        Raises:
+            CheckpointError: on all processes, if a process sees another folder.
+        """
+        limit = time.monotonic() + VISIBLE_SECONDS
+        self.barrier()  # the first process has made the folder
+        while not (seen := self.run.is_there) and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
+        if missing := [rank for rank, own in enumerate(gathered(seen)) if not own]:
+            raise CheckpointError(
+                f"{self.run.path} is not the same folder for all processes: what process 0 writes "
+                f"there is not seen by {', '.join(map(str, missing))}. It must be on a disk that "
+                "all of them share."
+            )
 
     def save(
         self, progress: Progress, model: nn.Module, optimizers: list[Any], state: LQSGDState | None
@@ -154,6 +180,10 @@ class Checkpoints:
         for other in self.run.path.glob("step-*"):
             if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _has_progress(folder: Path) -> bool:
+    return os.path.lexists(folder / PROGRESS)
 
 
 def _fitting(weights: Tensor, parameter: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ def layers_in_student(student: nn.Module, chosen: Sequence[int], layers: int) ->
     for n in chosen:
         left = [old for old in numbers if old <= n]
         if not left:
-            raise PlanError(f"hidden_layers: {n}; the student has no layer up to this one.")
+            raise PlanError(
+                f"hidden_layers: {n}; the student has no layer up to this one. Name those from "
+                f"{min(numbers)} on (hidden_layers=, --hidden-layers)."
+            )
         found[n] = numbers[max(left)]
     return found
 

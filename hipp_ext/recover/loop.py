@@ -1,4 +1,9 @@
-"""The loop of one process: steps, evaluations and checkpoints, from the last one on."""
+"""The loop of one process: steps, evaluations and checkpoints, from the last one on.
+
+accelerate does what it has: DDP, FSDP2, autocast, `no_sync`. transformers' Trainer (5.17) is not
+used: killed while it writes a checkpoint, it goes on from the half of it; it cannot resume its
+optimizer on several CPU processes (evals/studies/LOG.md); and it has no local steps.
+"""
 
 import contextlib
 import copy
@@ -148,7 +153,7 @@ class Run:
         named = f" Rows of the file in these batches: {', '.join(map(str, rows))}." if rows else ""
         return HippError(
             f"The {what}: a smaller learning rate may help (--lr, --muon-lr). The last checkpoint "
-            f"stays.{named}"
+            f"stays; a run with other settings needs another folder than it.{named}"
         )
 
     def _evaluate(self, progress: Progress, checkpoints: Checkpoints) -> None:

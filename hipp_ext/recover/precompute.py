@@ -15,7 +15,7 @@ from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.output_head import check_no_nan, logit_bytes
 from hipp_ext.progress import progress_bar
 from hipp_ext.quantities import finite_option, whole_option
-from hipp_ext.recover.cached_teacher import CachedTeacher
+from hipp_ext.recover.cached_teacher import CachedTeacher, is_precomputed
 from hipp_ext.recover.divergence import TopK
 from hipp_ext.recover.places import Places, Positions, check_positions, find_places
 from hipp_ext.recover.row_keys import row_keys
@@ -119,7 +119,7 @@ def precompute(
         "vocabulary": teacher.vocabulary.digest,
         "data": dict(source.identity),
     }
-    with RunFolder(folder, identity) as run:
+    with RunFolder(folder, identity, begun=is_precomputed) as run:
         if (run / HEADER).exists():
             return CachedTeacher(folder)
         state = _Written.of(run)
@@ -224,5 +224,5 @@ def _estimate(places: int, top_k: int, steps: int, folder: Path) -> str:
     total, free = each * places * steps, shutil.disk_usage(folder).free
     return (
         f"{each} bytes per position, {places:,} positions in the first of {steps:,} steps: about "
-        f" {total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
+        f"{total / 1e9:,.3f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
     )

@@ -14,8 +14,10 @@ from hipp_ext.calibration import Batch
 from hipp_ext.comm import LQSGDState, OuterLoop, lqsgd_hook
 from hipp_ext.errors import HippError, MissingExtraError
 from hipp_ext.groups import tower_layers
+from hipp_ext.planner.evaluation import TIMEOUT
 from hipp_ext.recover.counts import Counts
 from hipp_ext.recover.objectives import Objective
+from hipp_ext.recover.row_batches import RowBatch
 from hipp_ext.recover.settings import RecoverSettings
 
 
@@ -23,7 +25,9 @@ def join_processes() -> tuple[int, int]:
     """Rank and number of the connected processes of `torchrun`; (0, 1) without it."""
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     if workers > 1 and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # The others wait while the first one evaluates tables; torchrun ends all if one dies.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
     return (dist.get_rank(), dist.get_world_size()) if workers > 1 else (0, 1)
 
 
@@ -203,4 +207,6 @@ def _own_state(rank: int, workers: int) -> Iterator[None]:
 
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; some processors add plain values, which stay."""
-    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    found = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    rows = getattr(batch, "rows", None)
+    return found if rows is None else RowBatch(found, rows)

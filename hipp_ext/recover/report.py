@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hipp_ext.calibration.reading import listed
 from hipp_ext.files import write_atomic
 from hipp_ext.recover.settings import RecoverResult
 
 REPORT, PICTURE = "recover.json", "recover.png"
-MOST_REASONS = 3
 
 
 def write_report(folder: Path, result: RecoverResult, identity: Mapping[str, Any]) -> None:
@@ -41,14 +41,6 @@ def report_lines(result: RecoverResult) -> list[str]:
     losses = result.losses
     lines = [f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps"]
     lines.append(f"{result.rows:,} rows and {result.tokens:,} tokens were learnt from")
-    if result.skipped:
-        some = sorted(result.skipped.items())[:MOST_REASONS]
-        listed = "; ".join(f"row {row}: {why}" for row, why in some)
-        more = len(result.skipped) - len(some)
-        lines.append(
-            f"{len(result.skipped)} rows could not be used: {listed}"
-            + (f"; and {more} more" if more else "")
-        )
     if result.evaluations:
         first = result.evaluations[0]
         kept = next(e for e in result.evaluations if e["step"] == result.step)
@@ -62,6 +54,15 @@ def report_lines(result: RecoverResult) -> list[str]:
                 "weights are those before training: take more steps, another --lr, or --keep last"
             )
     return lines
+
+
+def skipped_line(result: RecoverResult) -> str | None:
+    """What to warn of: how many rows could not be used, and why the first ones; None: all could."""
+    if not result.skipped:
+        return None
+    reasons = [f"row {row}: {why}" for row, why in sorted(result.skipped.items())]
+    named = "1 row" if len(reasons) == 1 else f"{len(reasons)} rows"
+    return f"{named} of the data could not be used: {listed(reasons)}"
 
 
 def _picture(result: RecoverResult) -> bytes:

@@ -53,8 +53,8 @@ class RecoverSettings:
         keep: the weights that the model ends with: "best": those of the evaluation with the least
             loss; "last"; None: best with held-out rows, otherwise last.
         patience: stop after so many evaluations without a smaller loss; None: never.
-        temperature, positions, top_k, cross_entropy_share, hidden_share: what is learnt from a
-            teacher; see `Distillation`.
+        temperature, positions, top_k, cross_entropy_share, hidden_share, hidden_layers: what is
+            learnt from a teacher; see `Distillation`.
 
     Raises:
         HippError: a setting is out of range.
@@ -93,6 +93,7 @@ class RecoverSettings:
     top_k: int | None = None
     cross_entropy_share: float = 0.0
     hidden_share: float = 0.0
+    hidden_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (*WHOLES, *OPTIONAL_WHOLES):
@@ -102,6 +103,14 @@ class RecoverSettings:
             number = finite_option(name, getattr(self, name), HippError, zero=name in NUMBERS)
             object.__setattr__(self, name, number)
         object.__setattr__(self, "seed", whole_option("seed", self.seed, HippError, -(2**63)))
+        if (layers := self.hidden_layers) is not None:
+            layers = tuple(whole_option("hidden_layers", n, HippError, 0) for n in layers)
+            object.__setattr__(self, "hidden_layers", layers)
+            if not layers or not self.hidden_share:
+                raise HippError(
+                    f"hidden_layers={layers!r}: numbers of layers are needed, and a hidden_share "
+                    "above 0 for them (--hidden-share)."
+                )
         if self.whole_modules and self.train != "lora":
             raise HippError(
                 f"whole_modules={self.whole_modules!r} goes with train='lora', not with "

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ from hipp_ext.recover.report import write_report
 from hipp_ext.recover.settings import RecoverResult, RecoverSettings
 from hipp_ext.recover.teachers import ModelTeacher, Teacher
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
+
+# Settings that say what is learnt from a teacher.
+OF_A_TEACHER = (
+    "temperature",
+    "positions",
+    "top_k",
+    "cross_entropy_share",
+    "hidden_share",
+    "hidden_layers",
+)
 
 
 def recover(
@@ -83,6 +93,7 @@ def recover(
             Path(folder), identity, group.rank, group.barrier, alone=run.outer is not None
         )
         with checkpoints.run:
+            checkpoints.check_shared(group.gathered)
             result = run.train(checkpoints, progress and group.rank == 0)
             run.give_back()
         if group.rank == 0:
@@ -92,10 +103,15 @@ def recover(
 
 
 def _objective(teacher: Teacher | nn.Module | None, settings: RecoverSettings) -> Objective:
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in OF_A_TEACHER}
     if teacher is None:
+        usual = {field.name: field.default for field in fields(settings)}
+        if given := [f"{name}={own!r}" for name, own in chosen.items() if own != usual[name]]:
+            raise HippError(
+                f"{', '.join(given)}: this is about what is learnt from a teacher, and there is "
+                "none. Give the dense model (teacher=, --teacher), or leave it out."
+            )
         return CrossEntropy()
-    names = ("temperature", "positions", "top_k", "cross_entropy_share", "hidden_share")
-    chosen: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return Distillation(
         ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher, **chosen
     )
@@ -105,8 +121,9 @@ def _identity(
     model: nn.Module, data: Any, settings: RecoverSettings, objective: Objective, group: Processes
 ) -> dict[str, Any]:
     plan: PruningPlan | None = getattr(model, PLAN_ATTRIBUTE, None)
+    # The layers are in the identity of the objective.
     return {
-        **asdict(settings),
+        **{name: value for name, value in asdict(settings).items() if name != "hidden_layers"},
         "processes": group.workers,
         "data": getattr(data, "identity", None),
         "objective": dict(objective.identity),

@@ -16,8 +16,8 @@ from recover.test_training import (
 )
 
 from comm.processes import assert_same_everywhere, flat
-from hipp_ext.errors import HippError
-from hipp_ext.recover import RecoverSettings, recover
+from hipp_ext.errors import CheckpointError, HippError
+from hipp_ext.recover import RecoverSettings, checkpoints, recover
 
 SETTINGS = RecoverSettings(
     steps=4, lr=1e-2, optimizer="adamw", evaluate_every=2, accumulation=2, rank=2, save_every=1
@@ -44,6 +44,7 @@ class CutOff:
 
 def recovered(folder, settings=SETTINGS, steps=None, **options):
     rows = [*texts(40), {"messages": [{"role": "user", "content": "no answer"}]}]
+    folder.parent.mkdir(exist_ok=True)
     own = folder.parent / f"rows.{torch.distributed.get_rank()}.jsonl"
     source = data(lines(own, rows), batch_size=2)
     model = pruned()
@@ -97,3 +98,10 @@ def a_sharded_model_recovers_like_a_whole_one(rank, workers, folder):
     assert_same_everywhere(adapted.parameters())
     with pytest.raises(HippError, match="measure= needs the whole model in one process"):
         recovered(shared / "measured", spread, measure=lambda model: {})
+
+
+def folders_that_are_not_shared_are_refused(rank, workers, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "VISIBLE_SECONDS", 0.0)
+        with pytest.raises(CheckpointError, match="what process 0 writes there is not seen by 1"):
+            recovered(folder / f"alone-{rank}" / "run")

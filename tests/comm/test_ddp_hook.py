@@ -38,6 +38,7 @@ PAIR = [
     "recovering_on_rows_of_a_file",
     "a_position_is_worth_the_same_on_any_process",
     "a_sharded_model_recovers_like_a_whole_one",
+    "folders_that_are_not_shared_are_refused",
 ]
 pytestmark = pytest.mark.timeout(1500)  # all checks of a group run in one set of processes
 TRIPLE = [

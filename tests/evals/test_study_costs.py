@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hipp_ext.evals.studies import fit_cost, knockout
+from hipp_ext.evals.studies import fit_cost, knockout, recovery_cost
 from hipp_ext.planner import FitSettings
 
 
@@ -31,3 +31,16 @@ def test_what_a_fit_costs(tmp_path):
     )
     mean = sum(p["seconds"] for p in pruned) / len(pruned)
     assert found["hours of a fit"] * 3600 == pytest.approx(once + 12 * mean)
+
+
+def test_what_a_recovery_costs(tmp_path):
+    size = recovery_cost.RecoveryCostSize(hidden=256, layers=2, rows=1, steps=2)
+    found = recovery_cost.run(size, device="cpu", dtype="bfloat16", out=tmp_path / "cost.json")
+    assert json.loads((tmp_path / "cost.json").read_text()) == found
+    assert 0.7 < found["student_parameters"] / found["teacher_parameters"] < 1
+    for mode in ("full", "lora"):
+        one = found[mode]
+        assert one["tokens_per_second"] == pytest.approx(637 / one["seconds"])
+        assert one["learnt_tokens_per_second"] == pytest.approx(60 / one["seconds"])
+        assert 0 < one["least_seconds"] <= one["seconds"] <= one["most_seconds"]
+        assert one["peak_mib"] > 100

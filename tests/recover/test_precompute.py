@@ -23,6 +23,7 @@ from hipp_ext.errors import (
     CheckpointError,
     HippError,
     OutputBusyError,
+    OutputExistsError,
     UnsupportedModelError,
 )
 from hipp_ext.files import content_hash
@@ -104,7 +105,7 @@ def test_pictures_tell_rows_of_equal_tokens_apart(tmp_path):
     found = Distillation(teacher).losses(student, batch)
     torch.testing.assert_close(found["kl"], exact["kl"], rtol=2e-3, atol=1e-4)
     batch["pixel_values"][0, 0, 0, 0] += 1
-    with pytest.raises(CheckpointError, match="Row 0 of a batch is not among the 2 rows"):
+    with pytest.raises(CheckpointError, match="Row 1 of a batch is not among the 2 rows"):
         Distillation(teacher).losses(student, batch)
 
 
@@ -311,6 +312,16 @@ def test_the_command_writes_what_training_reads(place):
             found = Distillation(teacher).losses(student, batch)
             assert abs(float(found["kl"])) < 1e-3
     assert hipp(*command, "--device", "cpu").count("12 tokens") == 1  # complete: nothing is done
+    with pytest.raises(OutputExistsError, match="llama exists"):  # or it would be taken for both
+        hipp("recover", "precompute", *given[:-1], place / "llama")
+    student = (place / "llama", "--teacher", place / "teacher", "--teacher-dtype", "bfloat16")
+    other = place / "other.jsonl"
+    turns = [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "a cup"}]
+    other.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(CheckpointError, match="Row 1 of the data is not among the 8 rows"):
+        hipp("recover", *student[:3], "--data", other, "--batch-size", "1", "-o", place / "back")
+    with pytest.raises(HippError, match="--teacher-dtype is for a dense model, and"):
+        hipp("recover", *student, "--data", place / "chats.jsonl", "-o", place / "back")
 
 
 def test_the_group_runs_training_without_its_name():

@@ -156,6 +156,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     next(model.parameters()).data.fill_(torch.nan)
     with pytest.raises(HippError, match="loss of step 1 is nan: a smaller learning rate"):
         recover(model, source(), SETTINGS, folder=tmp_path, progress=False)
+    # Nothing was saved: other settings may be tried in the same folder.
+    other = RecoverSettings(steps=1, lr=1e-4)
+    recover(pruned(), source(), other, folder=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match=r"another run: .*lr is 0\.0001 there"):
+        recover(pruned(), source(), RecoverSettings(steps=1), folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +173,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ({"local_steps": 0}, "local_steps=0: a whole number of at least 1"),
         ({"outer_lr": 0}, "outer_lr=0: a finite number above 0"),
         ({"outer_momentum": 1}, "outer_momentum=1: a finite number of at least 0 and below 1"),
+        ({"hidden_layers": (1,)}, r"hidden_layers=\(1,\): .* and a hidden_share above 0"),
+        ({"hidden_layers": (-1,), "hidden_share": 0.5}, "hidden_layers=-1: a whole number of at"),
         ({"local_steps": 8, "sharding": "fsdp"}, "local_steps=8 needs the whole model in every"),
     ],
 )

@@ -21,7 +21,7 @@ from hipp_ext.errors import CheckpointError, DataError, HippError, MissingExtraE
 from hipp_ext.recover import FileData, RecoverSettings, recover
 from hipp_ext.recover.checkpoints import Progress
 from hipp_ext.recover.parameters import prepared
-from hipp_ext.recover.report import report_lines
+from hipp_ext.recover.report import report_lines, skipped_line
 from hipp_ext.training import cosine_factor
 from recover.test_file_data import lines, table, texts
 from recover.test_recover import weights
@@ -98,7 +98,11 @@ def test_the_held_out_loss_falls_and_the_report_says_so(whole, file):
     worse = [{"step": 0, "loss": 1.0}, {"step": 8, "loss": 1.5}]
     unchanged = dataclasses.replace(result, evaluations=worse, step=0)
     assert "the held-out loss did not improve (1 -> 1.5)" in report_lines(unchanged)[-1]
-    assert "24 rows and" in text and "could not be used" not in text
+    assert "24 rows and" in text and skipped_line(result) is None
+    lost = dataclasses.replace(result, skipped={9: "d", 2: "a", 4: "c", 3: "b"})
+    assert skipped_line(lost) == (
+        "4 rows of the data could not be used: row 2: a; row 3: b; row 4: c; and 1 more"
+    )
 
 
 def test_the_best_weights_are_kept_and_training_may_stop_early(file, tmp_path):
@@ -338,6 +342,7 @@ def test_adapters_are_gone_after_an_error(file, tmp_path):
         ({"patience": 1}, {"holdout": 0.0}, "early stopping need held-out rows"),
         ({"sharding": "fsdp"}, {}, "sharding='fsdp' needs several processes"),
         ({"freeze_vision": True}, {}, "has no parameters of a vision tower to freeze"),
+        ({"temperature": 2.0, "top_k": 8}, {}, "temperature=2.0, top_k=8: this is about what"),
     ],
 )
 def test_settings_that_do_not_fit(file, tmp_path, settings, options, message):
@@ -417,6 +422,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(options, ends):
     assert done.stdout.count(f"{options[-1]} kills in") == ends
 
 
+def test_rows_that_cannot_be_used_are_warned_of_in_quiet_runs_too(tmp_path):
+    save_pruned(pruned(), tmp_path / "small", tokenizer())
+    rows = [*texts(3), {"messages": [{"role": "user", "content": "hello"}]}]
+    common = ["--data", lines(tmp_path / "a.jsonl", rows), "--device", "cpu", "--batch-size", "2"]
+    told = hipp(
+        *("--quiet", "recover", tmp_path / "small", *common, "--steps", "2"),
+        *("-o", tmp_path / "back"),
+    )
+    warned = "hipp: warning: 1 row of the data could not be used: row 4: it has no answer"
+    assert [line for line in told.splitlines() if "hipp" in line] == [warned]
+    assert "learnt from" not in told
+
+
 def test_the_command(file, tmp_path):
     model = dense()
     model.save_pretrained(tmp_path / "dense")
@@ -437,10 +455,36 @@ def test_the_command(file, tmp_path):
     assert report["settings"]["train"] == "lora" and len(report["losses"]) == 2
     with pytest.raises(DataError, match="Give --data, or --pope and --scienceqa"):
         hipp("recover", tmp_path / "small", *common, "--pope", file, "-o", tmp_path / "other")
-    with pytest.raises(HippError, match="--teacher-device needs --teacher"):
-        hipp(
-            "recover", tmp_path / "small", *common, "--teacher-device", "cpu", "-o", tmp_path / "c"
-        )
+    for options, message in (
+        (("--teacher-device", "cpu"), "--teacher-device needs --teacher"),
+        (("--teacher-dtype", "bfloat16"), "--teacher-dtype needs --teacher"),
+        (("--teacher", tmp_path / "dense", "--teacher-dtype", "int8"), "--teacher-dtype int8: exp"),
+        (("--teacher", tmp_path / "none"), "none does not exist"),
+        (("--hidden-layers", "1,x"), "--hidden-layers 1,x: numbers with commas"),
+    ):
+        with pytest.raises(HippError, match=message):
+            hipp("recover", tmp_path / "small", *common, *options, "-o", tmp_path / "c")
+
+
+def test_what_a_teacher_on_the_command_line_is_asked_for(file, tmp_path):
+    dense().save_pretrained(tmp_path / "dense")
+    save_pruned(pruned(), tmp_path / "small", tokenizer())
+    common = ["recover", tmp_path / "small", "--teacher", tmp_path / "dense", "--data", file]
+    common += ["--steps", "1", "--batch-size", "4", "--device", "cpu", "--hidden-share", "0.5"]
+    losses = {}
+    for name, options in {
+        "all": (),
+        "first": ("--hidden-layers", "0"),
+        "both": ("--hidden-layers", "0,1"),
+        "bf16": ("--teacher-dtype", "bfloat16"),
+    }.items():
+        hipp(*common, *options, "-o", tmp_path / name)
+        report = json.loads((tmp_path / f"{name}.recover/recover.json").read_text())
+        losses[name] = report["losses"][0]
+    assert losses["both"] == losses["all"] != losses["first"]
+    assert losses["bf16"] != losses["all"] == pytest.approx(losses["bf16"], rel=0.05)
+    assert report["settings"]["objective"]["hidden_layers"] is None
+    assert "hidden_layers" not in report["settings"]  # runs of older versions go on
 
 
 def test_margins_of_tables_and_published_test_sets_on_the_command_line(tmp_path, monkeypatch):

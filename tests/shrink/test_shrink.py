@@ -287,6 +287,7 @@ def test_the_command(file, tmp_path, monkeypatch):
         (("--effort", "fisher"), HippError, "--allocator flap and --effort exclude"),
         (("--calibration-rows", "8"), HippError, "is for --calibration FILE"),
         (("--teacher-device", "cpu"), HippError, "--teacher-device needs --teacher"),
+        (("--local-steps", "2", "--sharding", "fsdp"), HippError, "local_steps=2 needs the whole"),
     ):
         with pytest.raises(error, match=message):
             hipp(*command, *wrong)
