@@ -48,6 +48,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def _condensed(tensor: Tensor) -> Tensor:
     """A vector as it is, and of what has more dimensions a hash of each row."""
+    if tensor.device.type not in ("cpu", "cuda"):  # others have no hashes
+        tensor = tensor.cpu()
     if tensor.is_floating_point() and (tensor.ndim < 2 or tensor.element_size() == 1):
         tensor = tensor.float()  # numpy has no bfloat16, and there are no hashes of float8
     return tensor if tensor.ndim < 2 else torch.hash_tensor(tensor.flatten(1), dim=1)
