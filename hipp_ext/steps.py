@@ -28,6 +28,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Steps:
     """Results of steps by name. `with Steps(...) as steps` removes them when the block succeeds.
 
+    Where several processes measure the same, the first one keeps its steps, and the others read
+    what it has kept.
+
     Args:
         folder: where measurements are kept, each in a folder of its own; None: nowhere.
         identity: all that the results depend on, in values that JSON can hold. Another identity is
@@ -46,6 +49,7 @@ class Steps:
         key = identity_key(self._identity)
         self._path = None if folder is None else folder / f"measuring-{key}"
         self._run: RunFolder | None = None
+        self._owner = True
         self._pending: dict[str, Mapping[str, Tensor]] = {}
         self._written = time.monotonic()
 
@@ -60,7 +64,7 @@ class Steps:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
             self._write()
-        elif self._run is not None:
+        elif self._run is not None and self._owner:
             shutil.rmtree(self._run.path, ignore_errors=True)
         if self._run is not None:
             self._run.close()
@@ -102,7 +106,7 @@ class Steps:
         with self._unless_impossible():
             if self._run is None and self._path is not None and self._pending:
                 self._open()
-            for name, tensors in self._pending.items() if self._run is not None else ():
+            for name, tensors in self._pending.items() if self._run and self._owner else ():
                 write_atomic(self._run / f"{name}.safetensors", seal(tensors))
         self._pending.clear()
         self._written = time.monotonic()
@@ -111,6 +115,9 @@ class Steps:
         assert self._path is not None
         try:
             self._run = RunFolder(self._path, self._identity)
+        except OutputBusyError:
+            self._run = RunFolder(self._path, self._identity, owner=False)
+            self._path, self._owner = None, False
         except CheckpointError:  # a damaged folder
             shutil.rmtree(self._path, ignore_errors=True)
             self._run = RunFolder(self._path, self._identity)

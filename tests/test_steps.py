@@ -13,6 +13,7 @@ from hipp_ext import HiPPPlanner, Preference
 from hipp_ext.allocators import Sensitivity
 from hipp_ext.calibration import Calibration
 from hipp_ext.files import write_atomic
+from hipp_ext.files.sealed import seal
 from hipp_ext.fingerprint import weights_digest
 from hipp_ext.groups import find_groups
 from hipp_ext.runs import RunFolder
@@ -191,14 +192,25 @@ def test_damaged_steps_are_carried_out_again(tmp_path):
         assert steps.known("two") == {}
 
 
-def test_where_nothing_can_be_kept_the_measurement_goes_on(tmp_path):
-    said: list[str] = []
-    steps = Steps(tmp_path, {}, said.append)
-    with RunFolder(tmp_path / f"measuring-{identity_key({})}", {}), steps:  # another process
+def test_one_of_several_processes_keeps_what_all_may_read(tmp_path):
+    folder = tmp_path / f"measuring-{identity_key({})}"
+    with RunFolder(folder, {}), Steps(tmp_path, {}) as steps:  # another process has the folder
         steps.keep("one", TENSORS)
         assert steps.known("one") == {}
+        write_atomic(folder / "one.safetensors", seal(TENSORS))
+        assert torch.equal(steps.known("one")["x"], TENSORS["x"])
+    with Steps(tmp_path, {}) as steps:
+        assert steps.known("one")
+    assert not folder.exists()
+    with Steps(tmp_path, {}) as steps, RunFolder(folder, {}):  # since before the first step
+        steps.keep("two", TENSORS)
+        assert {p.name for p in folder.iterdir()} == {"run.json"}
+
+
+def test_where_nothing_can_be_kept_the_measurement_goes_on(tmp_path):
+    said: list[str] = []
     (tmp_path / "file").touch()
     with Steps(tmp_path / "file", {}, said.append) as steps:
         steps.keep("one", TENSORS)
         steps.keep("two", TENSORS)
-    assert len(said) == 2 and all("an interruption would lose" in line for line in said)
+    assert len(said) == 1 and "an interruption would lose" in said[0]
