@@ -106,8 +106,9 @@ class Steps:
         with self._unless_impossible():
             if self._run is None and self._path is not None and self._pending:
                 self._open()
-            for name, tensors in self._pending.items() if self._run and self._owner else ():
-                write_atomic(self._run / f"{name}.safetensors", seal(tensors))
+            if self._run is not None and self._owner:
+                for name, tensors in self._pending.items():
+                    write_atomic(self._run / f"{name}.safetensors", seal(tensors))
         self._pending.clear()
         self._written = time.monotonic()
 
