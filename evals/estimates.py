@@ -5,6 +5,7 @@ here. All of it is an estimate: reading files, attention kernels and idle proces
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from hipp_ext.budget.active import size_of
+from hipp_ext.calibration import Calibration
 from hipp_ext.errors import UnsupportedModelError
 from hipp_ext.groups import Group, find_groups, tower_layers
 from hipp_ext.planner.cost import cost_of
@@ -81,6 +83,18 @@ def estimate(model: nn.Module, groups: Sequence[Group], rows: int, tokens: int) 
         Estimate(command="recover", flops=3 * learnt, bytes=full),
         Estimate(command="recover --train lora", flops=2 * learnt, bytes=adapters),
     ]
+
+
+def pass_flops(model: nn.Module, calibration: Calibration) -> float:
+    """FLOPs of a forward pass over a calibration, padding included.
+
+    Models that see are counted with a picture in every row.
+    """
+    by_length: Counter[int] = Counter()
+    for batch in calibration.batches:
+        rows, length = batch["input_ids"].shape
+        by_length[length] += rows
+    return float(sum(n * forward_flops(model, length) for length, n in by_length.items()))
 
 
 def row_tokens(model: Any, text_tokens: int) -> int:

@@ -36,6 +36,7 @@ class Workload:
         repeats: number of runs that count.
         warmup: number of runs before them.
         seed: random seed of pictures and prompts.
+        quick: whether this is a first look, with few and short runs.
     """
 
     rows: int = 1
@@ -44,6 +45,7 @@ class Workload:
     repeats: int = 9
     warmup: int = 2
     seed: int = 0
+    quick: bool = False
 
 
 def measure(

@@ -21,6 +21,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.surgery.checkpoint import load_pruned, resolve_device, save_pruned
 from hipp_ext.surgery.prune import prune
 
+QUICK = "; a quick look, not for comparisons"
 COST_COLUMNS = (
     "model",
     "parameters",
@@ -102,6 +103,7 @@ def print_table(result: Mapping[str, Any]) -> None:
     title = (
         f"{result['device']}, {result['threads']} threads, batch {workload['rows']}, "
         f"{workload['new_tokens']} tokens; median (quartiles) of {workload['repeats']} runs"
+        f"{QUICK * workload.get('quick', False)}"
     )
     text_table.print_table(text_table.text_table(COST_COLUMNS, cost_rows(result), title=title))
 

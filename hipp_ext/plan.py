@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 1
+COMMANDS = "commands"  # among the notes
+MAX_COMMANDS, MAX_COMMAND = 100, 10_000  # that are believed; characters of one
 # Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7
 # million units in all.
 MAX_BYTES, MAX_GROUPS, MAX_UNITS, MAX_FIELDS = 32 << 20, 20_000, 10_000_000, 20
@@ -172,16 +174,23 @@ class PruningPlan:
         """Group name -> number of units that stay."""
         return {g.name: g.keep for g in self.groups}
 
-    def table(self) -> "Table":
-        """The groups as a table, which rich prints and notebooks show: how many units stay."""
-        from rich.table import Table
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that made the plan and its model, in order, as far as they are recorded."""
+        found = self.notes.get(COMMANDS)
+        known = found if isinstance(found, list | tuple) else []
+        fits = all(isinstance(line, str) and len(line) <= MAX_COMMAND for line in known)
+        return tuple(known) if fits and len(known) <= MAX_COMMANDS else ()
 
-        table = Table("group", "keep", "of", "", header_style="")  # text without escape codes
-        for g in self.groups:
-            table.add_row(
-                g.name, str(g.keep), str(g.width), "\u2588" * round(20 * g.keep / g.width)
-            )
-        return table
+    def after(self, *commands: str) -> "PruningPlan":
+        """A copy that records further commands, such as `hipp prune`, behind those it has."""
+        return self.replace(notes={**self.notes, COMMANDS: [*self.commands, *commands]})
+
+    def table(self) -> "Table":
+        """The layers as a table, which rich prints and notebooks show: how many units stay."""
+        from hipp_ext.plan_table import layer_table
+
+        return layer_table(self.groups)
 
     def replace(self, **changes: Any) -> "PruningPlan":
         """A copy with some attributes changed."""

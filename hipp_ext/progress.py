@@ -75,13 +75,17 @@ def _bar(**options: Any) -> Any:
     )
 
 
-def _lines(what: str, start: int = 0) -> Callable[..., None]:
-    """A `tick` that writes a line to stderr every EVERY seconds, with the time that is left."""
+def _lines(what: str, start: int | None = None) -> Callable[..., None]:
+    """A `tick` that writes a line to stderr every EVERY seconds, with the time that is left.
+
+    `start` is how many were done before; None: all but one of those that the first tick tells.
+    """
     begun = time.monotonic()
     due = begun + FIRST
 
     def tick(done: int, total: int, note: str = "") -> None:
-        nonlocal due
+        nonlocal due, start
+        start = done - 1 if start is None else start
         now = time.monotonic()
         if now >= due and start < done < total:
             left = (now - begun) / (done - start) * (total - done)

@@ -3,6 +3,7 @@
 import ast
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -73,6 +74,27 @@ def test_plan_and_prune_tell_what_comes_next_unless_quiet_or_json(tmp_path, monk
     assert found["runtimes"]["transformers"] and found["runtimes"]["hipp-ext"] == []
     served = {v["runtime"]: v["reasons"] for v in hipp_json("check-serving", "again")}
     assert served == found["runtimes"]
+
+
+def test_plan_says_how_long_it_will_take_before_it_measures(tmp_path, monkeypatch):
+    def said(*more) -> str:
+        rows = ("--calibration-rows", "4", "--device", "cpu", "--overwrite")
+        return run("plan", "testbed", *rows, *more, "-o", tmp_path / "plan.json").stderr
+
+    fisher = ("--effort", "fisher", "--cache")
+    first = said(*fisher, tmp_path / "a")
+    assert "hipp: measuring takes seconds (5 forward passes over 4 rows, " in first
+    assert "takes" not in said(*fisher, tmp_path / "a"), "it was measured before"
+    monkeypatch.setattr("hipp_ext.cli.plan_estimate.LITTLE", 0.0)
+    monkeypatch.setattr("hipp_ext.evals.estimates.ENOUGH", 1e-9)
+    assert re.search(
+        r"measuring takes about 1 s, by count: 5 forward .* PFLOP, at \S+ TFLOP/s",
+        (said(*fisher, tmp_path / "b")),
+    )
+    for silent in ("--quiet", "--json"):
+        assert "takes" not in said(*fisher, tmp_path / silent, silent)
+    owl = ("--allocator", "owl", "--pruning-ratio", "0.2")
+    assert "by count: 2 forward passes over 4 rows" in said(*owl)
 
 
 def test_options_of_hipp_stand_before_or_behind_the_command(tmp_path):

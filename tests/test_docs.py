@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_commands_and_options_of_a_page_exist(page):
         asked = [w.split("=")[0] for w in words if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", w)]
         unknown = [w for w in asked if w not in known | {"--help", "-h"}]
         assert not unknown, f"{page.name}: {line}: {unknown}"
+
+
+def test_every_extra_is_explained():
+    page = (ROOT / "docs/install.md").read_text()
+    explained = re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no) \|$", page, re.M)
+    extras = metadata.metadata("hipp-ext").get_all("Provides-Extra") or []
+    assert sorted(name for name, _ in explained) == sorted({*extras} - {"all"})
+    (everything,) = (r for r in metadata.requires("hipp-ext") or () if "hipp-ext[" in r)
+    inside = set(re.split(r"[\[\],]", everything.partition(";")[0])[1:-1])
+    assert {name for name, answer in explained if answer == "yes"} == inside
 
 
 @named

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from command import hipp, hipp_json
-from models import batch, build
+from models import batch, build, save_language_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES
 
-from hipp_ext import load_pruned, prune, save_pruned
+from hipp_ext import Calibration, load_pruned, prune, save_pruned
 from hipp_ext.allocators import Uniform
 from hipp_ext.cli.doctor_text import count, duration, size
-from hipp_ext.errors import CheckpointError, HippError
+from hipp_ext.errors import CalibrationError, CheckpointError, DataError, HippError
 from hipp_ext.evals.estimates import forward_flops, row_tokens
 from hipp_ext.groups import find_groups, total_parameters
 from hipp_ext.model_folder import read_folder
@@ -54,7 +55,8 @@ def test_a_folder_without_weights_is_enough(llama):
     assert found["prunable_parameters"] == total_parameters(find_groups(real))
     assert found["tied"] == [["model.embed_tokens.weight", "lm_head.weight"]]
     assert "none lie in the folder" in found["weights_problem"]
-    assert found["processor"] == {"class": None, "problem": "none lies in the folder"}
+    missing = {"kind": "tokenizer", "class": None, "problem": "none lies in the folder"}
+    assert found["processor"] == missing and found["calibration"] == []
     assert [tower["tower"] for tower in found["towers"]] == ["language"]
     wide = hipp_json("doctor", llama, *CPU, "--dtype", "float32")
     assert wide["weights_bytes"] == 2 * found["weights_bytes"]
@@ -72,7 +74,8 @@ def test_the_testbed_in_words_at_80_columns(monkeypatch):
 
 def test_towers_runtimes_and_hosts_of_the_testbed():
     found = hipp_json("doctor", "testbed", *CPU)
-    assert json.dumps(found) and found["processor"] == {"class": "LlavaProcessor", "problem": None}
+    named = {"kind": "processor", "class": "LlavaProcessor", "problem": None}
+    assert json.dumps(found) and found["processor"] == named
     kinds = {t["tower"]: {k["kind"]: k["groups"] for k in t["kinds"]} for t in found["towers"]}
     assert kinds == {
         "language": {"attention": 6, "ffn": 6},
@@ -150,6 +153,67 @@ def test_options_are_checked(llama):
         hipp("doctor", llama, "--dtype", "int8")
     with pytest.raises(CheckpointError, match="device 'nonsense' cannot be used here"):
         hipp("doctor", llama, "--device", "nonsense")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    """Conversations about pictures, a text, and three rows that cannot be used."""
+    folder = tmp_path_factory.mktemp("chats")
+    rows: list = [{"text": "there is a cup on the table and a plate beside it"}]
+    for number in range(3):
+        Image.new("RGB", (40, 40), (60 * number, 9, 9)).save(folder / f"{number}.png")
+        asked = [{"from": "human", "value": "<image>is there a cup " + "there " * number}]
+        answer = [{"from": "gpt", "value": "yes"}] if number else []
+        rows.append({"image": f"{number}.png", "conversations": asked + answer})
+    rows.append({"image": "gone.png", "conversations": asked})
+    rows += [{"something": "else"}, {"messages": "hello"}]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "chats.jsonl"
+
+
+def test_a_calibration_file_is_surveyed_as_it_will_be_read(chats):
+    found = hipp_json("doctor", "testbed", *CPU, "--calibration", chats)
+    (one,) = found["calibration"]
+    with pytest.warns(UserWarning, match="3 of 7 rows"):
+        read = Calibration.from_file(chats, AutoProcessor.from_pretrained(WEIGHTS))
+    tokens = [int(n) for b in read.batches for n in b["attention_mask"].sum(1)]
+    assert (one["rows"], one["usable"], one["problem"]) == (7, read.rows, None)
+    assert (one["tokens"], one["longest"]) == (sum(tokens), max(tokens))
+    assert [f"{chats}, {line}" for line in one["left_out"]] == list(read.skipped)
+    assert [line.partition(":")[0] for line in one["left_out"]] == ["row 5", "row 6", "row 7"]
+    assert (one["pictures"], one["unread_pictures"]) == (3, 1)
+    assert one["kinds"] == {
+        "chats with pictures": 2,
+        "texts": 1,
+        "chats with pictures, unanswered": 1,
+    }
+    assert (found["rows"], found["tokens"]) == (4, -(-sum(tokens) // 4))
+    told = hipp("doctor", "testbed", *CPU, "--calibration", chats, "--rows", "3")
+    assert "calibration: 2 of 3 rows" in told and "can be used (7 in the file)" in told
+    assert "rows whose pictures are missing or damaged: 1" in told
+    assert told.splitlines()[-1] == f"next: hipp plan testbed --calibration {chats} -o plan.json"
+
+
+def test_a_file_that_cannot_calibrate_says_why(chats, tmp_path, llama):
+    place = save_language_model(tmp_path)
+    told = hipp("doctor", place / "llama", *CPU, "--calibration", place / "chats.jsonl")
+    assert "tokenizer: " in told and "processor: " not in told
+    assert "calibration: 8 of 9 rows" in told and "8 chats without pictures; " in told
+    pictured = ("--calibration", chats, "--json")
+    (one,) = json.loads(hipp("doctor", place / "llama", *CPU, *pictured))["calibration"]
+    assert one["usable"] == 1 and "row 2: it has a picture, and " in one["left_out"][0]
+    (tmp_path / "bad.tsv").write_text("index\tanswer\n0\tyes\n")
+    for folder, file, why in (
+        (llama, place / "chats.jsonl", "has no processor or tokenizer"),
+        (place / "llama", tmp_path / "bad.tsv", "has the column question"),
+        (place / "llama", tmp_path / "llama", "is no folder that `datasets` saved"),
+    ):
+        told = " ".join(hipp("doctor", folder, *CPU, "--calibration", file).split())
+        assert f"{file} cannot be used: " in told and why in told and "estimates for 128" in told
+    with pytest.raises(DataError, match="There is no file nowhere"):
+        hipp("doctor", "testbed", "--calibration", "nowhere.jsonl")
+    with pytest.raises(CalibrationError, match="are for --calibration FILE"):
+        hipp("doctor", "testbed", "--sequence-length", "64")
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])

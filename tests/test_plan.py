@@ -2,9 +2,11 @@
 not load.
 """
 
+import io
 import json
 import math
 import os
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_budget import group
 
 from hipp_ext import PruningPlan
 from hipp_ext.errors import OutputExistsError, PlanError
-from hipp_ext.plan import PlanGroup
+from hipp_ext.plan import MAX_COMMAND, MAX_COMMANDS, PlanGroup
 from hipp_ext.units import plan_from_counts
 
 
@@ -89,8 +92,53 @@ def test_the_file_is_short_and_readable(plan):
 
 def test_a_notebook_shows_the_table_without_codes_of_a_terminal(plan):
     shown = plan.table()._repr_mimebundle_(include=(), exclude=())["text/plain"]
-    rows = [line.replace("\u2502", " ").split() for line in shown.splitlines()]
-    assert ["language.0.attention", "3", "4", "\u2588" * 15] in rows and "\x1b" not in shown
+    rows = [line.split() for line in shown.splitlines()]
+    bars = ["\u2588" * 8, "\u2588" * 6]
+    assert ["language", "0", "3", "4", bars[0], "4", "7", bars[1]] in rows and "\x1b" not in shown
+
+
+def test_a_row_of_the_table_is_a_layer_or_neighbours_that_are_alike():
+    """80 layers of two blocks, three of them different, and a projector: at 80 columns."""
+
+    def group(layer, kind, keep, width, tower="language"):
+        kept, more = tuple(range(keep)), {"sections": 2} if kind == "query_heads" else {}
+        return PlanGroup(
+            tower=tower, layer=layer, kind=kind, width=width, kept=kept, unit_parameters=9, **more
+        )
+
+    groups = [group(0, "ffn", 100, 4096, "projector")]
+    for layer in range(80):
+        kind = "query_heads" if layer == 40 else "attention"
+        groups.append(group(layer, kind, 6, 8))
+        if layer != 70:  # left whole
+            groups.append(group(layer, "ffn", 0 if layer == 7 else 20480, 28672))
+    console = Console(width=80, file=io.StringIO())
+    console.print(PruningPlan(groups=tuple(groups)).table())
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split()[:7] for line in lines if re.search(r"(language|projector) \d", line)]
+    attention, ffn = ["6", "8", "\u2588" * 8], ["20480", "28672"]
+    assert rows == [
+        ["projector", "0", "-", "100", "4096"],
+        ["language", "0-6", *attention, *ffn],
+        ["language", "7", *attention, "0", "28672"],
+        ["language", "8-69", *attention, *ffn],
+        ["language", "70", *attention, "-"],
+        ["language", "71-79", *attention, *ffn],
+    ]
+    assert any("query heads" in line for line in lines)
+
+
+def test_commands_are_recorded_in_their_order(plan):
+    assert plan.commands == () and plan.after("hipp plan a", "b").after("c").commands == (
+        "hipp plan a",
+        "b",
+        "c",
+    )
+    noted = plan.replace(notes={"why": 1}).after("x")
+    assert PruningPlan.from_json(noted.to_json()) == noted and noted.notes["why"] == 1
+    for wrong in ("text", [1], ["x" * (MAX_COMMAND + 1)], ["x"] * (MAX_COMMANDS + 1), {"a": "b"}):
+        assert plan.replace(notes={"commands": wrong}).commands == ()
 
 
 @settings(max_examples=60, deadline=None)

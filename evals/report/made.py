@@ -5,7 +5,6 @@ from typing import Any
 
 from hipp_ext.evals.report.entries import Sources
 
-_NOT_IN_FILES = "(hipp plan, hipp prune and hipp fit do not write their commands to their folders)"
 NOTES = (
     "bootstrap of the error bars: seed 0, 1,000 draws (5,000 for differences)",
     "example questions: seed 0",
@@ -16,6 +15,7 @@ NOTES = (
 def made(sources: Sources) -> list[tuple[str, str]]:
     """(title, text) of every block."""
     commands = list(sources.commands) or ["no command is recorded"]
+    commands += [f"({line})" for line in _in_python(sources)]
     where: dict[str, dict[str, None]] = {}
     for what, one in _measured(sources):
         where.setdefault(machine(one), {})[f"  {_date(one)}: {what}"] = None
@@ -27,12 +27,20 @@ def made(sources: Sources) -> list[tuple[str, str]]:
             settings = ", ".join(f"{k} {v}" for k, v in r["settings"].items())
             asked.setdefault(settings, {})[line] = None
     blocks = {
-        "Commands": [*commands, _NOT_IN_FILES],
+        "Commands": commands,
         "When and on what": [line for own, lines in where.items() for line in (own, *lines)],
         "Seeds": [*sources.seeds, *NOTES],
         "Evaluations": [line for own, lines in asked.items() for line in (own, *lines)],
     }
     return [(title, "\n".join(lines)) for title, lines in blocks.items() if lines]
+
+
+def _in_python(sources: Sources) -> Iterator[str]:
+    """What was made without a command."""
+    if fits := [f.name for f in sources.fits if f.history.command is None]:
+        yield f"not fitted by a command: {', '.join(fits)}"
+    if plans := [e.name for e in sources.entries if e.plan is not None and not e.plan.commands]:
+        yield f"not planned and pruned by commands: {', '.join(plans)}"
 
 
 def _measured(sources: Sources) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -79,4 +87,6 @@ def conditions(one: Mapping[str, Any]) -> str:
             f"{own['new_tokens']} tokens written; median (least to most) of {own['rounds']} "
             "rounds, each in a new process, the models taking turns."
         )
+    if (load or one["serving"]).get("quick"):
+        how += " A quick look, not for comparisons."
     return f"{how} Measured: {_date(one)}; {machine(one)}."

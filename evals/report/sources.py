@@ -40,13 +40,16 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     dense = _dense(entries, both)
     first = dense or entries[0]
     entries = [_with_size(e, latency) for e in (first, *(e for e in entries if e is not first))]
-    known = [c for part, _ in parts for c in part.commands]
+    fits = tuple(f for part, _ in parts for f in part.fits)
+    known = [f.history.command for f in fits if f.history.command]
+    known += [c for e in entries if e.plan is not None for c in e.plan.commands]
+    known += [c for part, _ in parts for c in part.commands]
     known += [one["command"] for one in both if one.get("command")]
     seeds = [seed for part, _ in parts for seed in (*part.seeds, *map(_seed, part.latency))]
     return Sources(
         entries=tuple(entries),
         dense_is_known=dense is not None or len(entries) == 1,
-        fits=tuple(f for part, _ in parts for f in part.fits),
+        fits=fits,
         latency=latency,
         served=tuple(one for part, _ in parts for one in part.served),
         commands=tuple(dict.fromkeys(known)),

@@ -66,6 +66,7 @@ class _Load(Strict):
     repeats: Count
     warmup: Count
     seed: int | None = None
+    quick: bool = False
 
 
 class Latency(Strict):
@@ -89,6 +90,7 @@ class _Serving(Strict):
     rounds: Count
     threads: Count
     seed: int | None = None
+    quick: bool = False
 
 
 class _Served(_Faster):

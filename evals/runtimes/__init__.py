@@ -41,6 +41,7 @@ class Serving:
         rounds: number of rounds; each starts a process for every model.
         threads: number of CPU threads.
         seed: random seed of the prompts.
+        quick: whether this is a first look, with few and short runs.
 
     Raises:
         DataError: the runtime does not know the type of weights.
@@ -54,6 +55,7 @@ class Serving:
     rounds: int = 3
     threads: int = 1
     seed: int = 0
+    quick: bool = False
 
     def __post_init__(self) -> None:
         known = WEIGHT_TYPES[self.runtime]

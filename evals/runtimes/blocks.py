@@ -52,7 +52,8 @@ def measure_blocks(folder: Path, serving: Serving, *, show: bool = True) -> Late
         # The fastest round is the one that other work on the machine disturbed least.
         ms = {name: min(figures[f"{phase}_ms"]) for name, figures in found.items()}
         times[phase] = block_times(_runs(groups, versions, ms))
-    conditions = {k: v for k, v in asdict(serving).items() if k != "runtime" and v is not None}
+    given = asdict(serving).items()
+    conditions = {k: v for k, v in given if k != "runtime" and v is not None and v is not False}
     return LatencyTable(
         runtime=serving.runtime,
         conditions=conditions | {"model": folder.resolve().name},

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hipp_ext.evals.latency import QUICK
 from hipp_ext.evals.runtime_table import RUNTIME_COLUMNS, runtime_rows
 from hipp_ext.evals.runtimes import Serving
 from hipp_ext.evals.text_table import print_table, text_table
@@ -14,6 +15,7 @@ def print_figures(found: Mapping[str, Mapping[str, Any]], serving: Serving) -> N
     title = (
         f"{serving.runtime} {serving.weights}, {serving.threads} threads, prompt of "
         f"{serving.tokens} tokens; median (least to most) of {serving.rounds} rounds"
+        f"{QUICK * serving.quick}"
     )
     print_table(text_table(RUNTIME_COLUMNS, runtime_rows(found), title=title))
 
@@ -29,6 +31,7 @@ def print_blocks(table: LatencyTable) -> None:
     rows.append(
         ["the model", "", f"{table.dense_ms('decode'):.3f}", f"{table.dense_ms('prefill'):.2f}"]
     )
-    title = f"times in {table.runtime}, {table.layers} layers"
+    quick = QUICK if table.conditions.get("quick") else ""
+    title = f"times in {table.runtime}, {table.layers} layers{quick}"
     columns = ("block", "units", "further token [ms]", "prompt [ms]")
     print_table(text_table(columns, rows, title=title))

@@ -24,6 +24,7 @@ from hipp_ext.limits import Limits, check_reachable, counts_within
 from hipp_ext.plan import PruningPlan
 from hipp_ext.scorers import Scorer, WandaSP
 from hipp_ext.scorers.base import Groups, Scores
+from hipp_ext.sensitivity.efforts import Announce
 from hipp_ext.units import plan_from_counts
 
 
@@ -76,6 +77,7 @@ class Allocator(abc.ABC):
         calibration: CalibrationLike | None = None,
         limits: Limits | None = None,
         progress: bool = False,
+        announce: Announce | None = None,
     ) -> PruningPlan:
         """The plan for `model`, which is never changed.
 
@@ -87,6 +89,7 @@ class Allocator(abc.ABC):
             limits: memory and latency that the pruned model must not exceed: then more than
                 pruning_ratio is removed, if that is needed.
             progress: show on stderr what is measured, and how long it will take.
+            announce: called before anything is measured, see `Announce`.
 
         Raises:
             BudgetError: pruning_ratio or a limit cannot be met within the bounds.
@@ -103,6 +106,8 @@ class Allocator(abc.ABC):
         check_reachable(excess, groups, self.bounds)
         needed = self.needs_calibration or scorer.needs_calibration
         given = Calibration.of(model, calibration, processor) if needed else None
+        if announce is not None and given is not None:
+            announce(given, scorer.passes(groups) + self.passes(model, groups, given))
         scores = scorer(model, given, groups=groups)
         measured = self.measure(model, groups, scores, given, progress)
         counts = counts_within(
@@ -113,6 +118,10 @@ class Allocator(abc.ABC):
         )
         left = left_whole(model)
         return plan_from_counts(groups, counts, scores, scorer=scorer.name, left_whole=left)
+
+    def passes(self, model: nn.Module, groups: Groups, calibration: Calibration) -> float:
+        """About how many forward passes over the calibration `measure` will take, in FLOPs."""
+        return 1.0 if self.needs_calibration else 0.0
 
     def measure(
         self,

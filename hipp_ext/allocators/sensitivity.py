@@ -1,6 +1,7 @@
 """Sensitivity: prune where the output changes least."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -12,8 +13,11 @@ from hipp_ext.allocators.cheapest import cheapest_logits, task_losses
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration
 from hipp_ext.errors import BudgetError
+from hipp_ext.groups import tower_layers
+from hipp_ext.scorers import WandaSP, says_all
 from hipp_ext.scorers.base import Groups, Scores
-from hipp_ext.sensitivity.efforts import Effort, check_effort, measure_sensitivity
+from hipp_ext.sensitivity.cached import cached_sensitivity, known_sensitivity, measured_on
+from hipp_ext.sensitivity.efforts import Effort, check_effort, forward_passes, measure_sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,9 @@ class Sensitivity(Allocator):
         robustness_weight: weight of the loss on the task "robustness", in [0, 1]; "utility" has the
             rest. Without a calibration by task both are the same.
         seed: random seed of the Fisher estimate.
+        cache: folder where the losses are kept for this model and calibration, across processes,
+            and what an interrupted measurement has finished; None: nowhere. With a scorer that is
+            not one of `hipp_ext.scorers`, nothing is kept.
 
     Raises:
         BudgetError: the effort is unknown, or robustness_weight is outside [0, 1].
@@ -39,6 +46,7 @@ class Sensitivity(Allocator):
     effort: Effort = "anchored"
     robustness_weight: float = 0.5
     seed: int = 0
+    cache: Path | None = None
     needs_calibration = True
 
     def __post_init__(self) -> None:
@@ -59,15 +67,30 @@ class Sensitivity(Allocator):
     ) -> Float[Tensor, "tasks groups levels"]:
         """The sensitivity of each task [nats], see `measure_sensitivity`."""
         assert calibration is not None
-        return measure_sensitivity(
-            model,
-            calibration,
-            groups,
-            scores,
-            effort=self.effort,
-            seed=self.seed,
-            progress=progress,
-        )
+        given = model, calibration, groups, scores
+        options: Any = {"effort": self.effort, "seed": self.seed, "progress": progress}
+        if self._folder is None:
+            return measure_sensitivity(*given, **options)
+        identity = self._identity(model, groups, calibration)
+        return cached_sensitivity(*given, self._folder, identity, **options)
+
+    def passes(self, model: nn.Module, groups: Groups, calibration: Calibration) -> float:
+        if self._folder is not None:
+            identity = self._identity(model, groups, calibration)
+            if known_sensitivity(self._folder, identity, groups) is not None:
+                return 0.0
+        return forward_passes(groups, len(tower_layers(model, "language")), self.effort)
+
+    @property
+    def _folder(self) -> Path | None:
+        return self.cache if self.scorer is None or says_all(self.scorer) else None
+
+    def _identity(
+        self, model: nn.Module, groups: Groups, calibration: Calibration
+    ) -> dict[str, Any]:
+        settings = {"effort": self.effort, "seed": self.seed}
+        scorer = (self.scorer or WandaSP()).name
+        return measured_on(model, groups, calibration, scorer=scorer, **settings)
 
     def keep_counts(self, groups: Groups, scores: Scores, measured: Any) -> tuple[int, ...]:
         bounds = self.bounds or Bounds()

@@ -9,7 +9,7 @@ import torch
 
 from hipp_ext.calibration.chats import Chat, parse_row
 from hipp_ext.calibration.encoding import Rendered, encode_rendered, is_tokenizer, render, text_of
-from hipp_ext.calibration.pictures import read_source
+from hipp_ext.calibration.pictures import UnreadPictureError, read_source
 from hipp_ext.errors import DataError
 from hipp_ext.files.untrusted import PICTURE_PIXELS, shown
 
@@ -109,7 +109,10 @@ class Fitter:
         """The pictures of a row, decoded."""
         pictures = []
         for source in sources:
-            pictures.append(read_source(source, self.folder))
+            try:
+                pictures.append(read_source(source, self.folder))
+            except DataError as error:
+                raise UnreadPictureError(str(error)) from None
             if sum(p.width * p.height for p in pictures) > PICTURE_PIXELS:
                 raise DataError(f"its pictures have more than {PICTURE_PIXELS:,} pixels in all")
         return pictures

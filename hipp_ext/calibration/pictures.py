@@ -23,6 +23,11 @@ from hipp_ext.files.untrusted import (
 if TYPE_CHECKING:
     from PIL import Image
 
+
+class UnreadPictureError(DataError):
+    """A picture of a row is missing, elsewhere, or damaged."""
+
+
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 

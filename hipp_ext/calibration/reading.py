@@ -40,11 +40,23 @@ class Reader(Fitter):
             CalibrationError: the file is of no kind that is read, or none of its rows fits.
             DataError: the file cannot be read, or is damaged.
         """
+        fitting, refused = self.examine(path, rows)
+        skipped = [f"row {number}: {shown(error, 300)}" for number, error in refused]
+        if not fitting:
+            raise CalibrationError(
+                f"None of the {len(skipped)} rows of {shown(path)} can be used. {listed(skipped)}"
+            )
+        return fitting, skipped
+
+    def examine(self, path: Path, rows: int) -> tuple[list[Row], list[tuple[int, DataError]]]:
+        """As `read`, but with the numbers of the rows that were left out and why; also of a file
+        without a row that fits.
+        """
         if path.suffix.lower() == ".txt" and not path.is_dir():
             records = self._text_file(path, rows)
         else:
             records = read_records(path, rows)
-        fitting, skipped = list[Row](), []
+        fitting, refused = list[Row](), []
         for number, record in records:
             try:
                 row = self.fit(record)
@@ -52,12 +64,8 @@ class Reader(Fitter):
                     raise DataError("it has no answer")
                 fitting.append(row)
             except DataError as error:
-                skipped.append(f"row {number}: {shown(error, 300)}")
-        if not fitting:
-            raise CalibrationError(
-                f"None of the {len(records)} rows of {shown(path)} can be used. {listed(skipped)}"
-            )
-        return fitting, skipped
+                refused.append((number, error))
+        return fitting, refused
 
     def _text_file(self, path: Path, rows: int) -> list[Record]:
         """Chunks of `length` tokens, evenly spaced; a rest is left out, unless it is all."""

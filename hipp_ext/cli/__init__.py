@@ -35,8 +35,8 @@ from hipp_ext.files.temporaries import FULL, system_error
 
 WRONG, INTERRUPTED = 2, 130  # exit codes
 EPILOG = """Exit codes: 0 success; 1 an error of hipp-ext itself, with a traceback; 2 wrong input, a
-missing file or package, full disk or memory; 130 interrupted. Fits, recoveries, evaluations and
-studies resume when the same command is run again. `hipp COMMAND --help` shows examples.
+missing file or package, full disk or memory; 130 interrupted. Plans, fits, recoveries, evaluations
+and studies resume when the same command is run again. `hipp COMMAND --help` shows examples.
 `vlmeval --help` is about benchmarks."""
 NO_MEMORY = (
     "The memory of the device is full. Choose another --device, a smaller --dtype, or fewer or "
@@ -124,8 +124,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this exit code
             typer.secho(
-                "hipp: interrupted. Fits, training and studies keep what they finished: run the "
-                "same command again to resume.",
+                "hipp: interrupted. Plans, fits, training and studies keep what they finished: run "
+                "the same command again to resume.",
                 err=True,
             )
         raise

@@ -12,6 +12,7 @@ import typer
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_COMMAND = 10_000  # characters, those of hipp_ext.plan, which imports torch
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")
@@ -34,8 +35,12 @@ Overwrite = Annotated[
 
 
 def command_line() -> str:
-    """The command line of this process, for results that say how they were made."""
-    return shlex.join(["hipp", *sys.argv[1:]])
+    """The command line of this process, for results that say how they were made.
+
+    A very long one is cut, and what is no text becomes question marks: files can hold it.
+    """
+    whole = shlex.join(["hipp", *sys.argv[1:]])
+    return whole.encode(errors="replace").decode()[:MAX_COMMAND]
 
 
 def model_folder(model: str) -> str:

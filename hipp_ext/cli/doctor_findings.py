@@ -1,15 +1,19 @@
 """What `hipp doctor` finds, as plain data for JSON."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from hipp_ext.budget import Bounds, max_ratio
 from hipp_ext.budget.active import size_of
-from hipp_ext.calibration import check_processor, find_processor
+from hipp_ext.calibration import check_processor, find_processor, image_token_id, is_tokenizer
+from hipp_ext.calibration.survey import survey
 from hipp_ext.cli.installed import installed, missing_extras
 from hipp_ext.errors import BudgetError, CheckpointError, HippError, UnsupportedModelError
 from hipp_ext.evals.estimates import UTILISATION, estimate, measure_rate, row_tokens
@@ -21,22 +25,33 @@ from hipp_ext.surgery.checkpoint import outline
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 NO_SHAPE = "its configuration can name no smaller width, and can leave out no layer"
 
 
 def examine(
-    path: str, *, rows: int, tokens: int, device: str, dtype: str | None = None
+    path: str,
+    *,
+    rows: int,
+    tokens: int,
+    device: str,
+    dtype: str | None = None,
+    calibration: str | Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
     """All that `hipp doctor` says of a model folder.
 
     Args:
         path: the folder; weights may be missing.
-        rows, tokens: of the calibration, which the estimates assume.
+        rows, tokens: of the calibration, which the estimates assume; `rows` are read of a file.
         device: where the estimates are for.
         dtype: type of the weights; None: as stored.
+        calibration: file of calibration data to look into, or a file for each task; None: none.
+        reading: further arguments of `survey` for it.
 
     Raises:
         CheckpointError: the folder is no model, or its configuration is damaged.
+        DataError: a calibration file does not exist.
     """
     folder, problem = _read(Path(path))
     model = outline(folder)
@@ -47,7 +62,13 @@ def examine(
     groups: tuple[Group, ...] = sum((part.pop("found") for part in parts), ())
     language = tuple(g for g in groups if g.tower == "language")
     quantisation = folder.config.get("quantization_config") or {}
+    processor = _processor_of(model)
+    surveys = [survey(model, processor, file, rows=rows, **reading) for file in _files(calibration)]
+    usable = [one for one in surveys if one.usable and one.problem is None]
     length = row_tokens(model, tokens)
+    if usable:
+        rows = sum(one.usable for one in usable)
+        length = math.ceil(sum(one.tokens for one in usable) / rows)
     return {
         "folder": str(path),
         "architecture": type(model).__name__,
@@ -59,7 +80,8 @@ def examine(
         "tied": _tied(model),
         "quantisation": quantisation.get("quant_method", "unknown") if quantisation else None,
         "already_pruned": folder.manifest is not None,
-        "processor": _processor(model),
+        "processor": _described(model, processor),
+        "calibration": [asdict(one) for one in surveys],
         "towers": parts,
         "prunable_parameters": total_parameters(language),
         "largest_pruning_ratio": max_ratio(language) if language else 0.0,
@@ -124,18 +146,35 @@ def _tied(model: Any) -> list[list[str]]:
     return [alike for alike in names.values() if len(alike) > 1]
 
 
-def _processor(model: Any) -> dict[str, str | None]:
-    """Class of the processor or tokenizer in the folder, and what is wrong with it."""
+def _processor_of(model: Any) -> Any:
+    """The processor or tokenizer in the folder; None: there is none."""
     folder = Path(model.config.name_or_path)
     # Without any file transformers makes a tokenizer of no words.
     there = any((folder / name).is_file() for name in TOKENIZERS)
-    processor = find_processor(model) if there else None
+    return find_processor(model) if there else None
+
+
+def _described(model: Any, processor: Any) -> dict[str, str | None]:
+    """Class of the processor or tokenizer, which of the two it is, and what is wrong with it."""
+    is_text = is_tokenizer(processor) if processor else image_token_id(model) is None
+    known = {"kind": "tokenizer" if is_text else "processor"}
     try:
         check_processor(model, processor)
     except HippError as error:
         problem = str(error) if processor else "none lies in the folder"
-        return {"class": type(processor).__name__ if processor else None, "problem": problem}
-    return {"class": type(processor).__name__, "problem": None}
+        return (
+            known
+            | {"class": type(processor).__name__ if processor else None}
+            | {"problem": problem}
+        )
+    return known | {"class": type(processor).__name__, "problem": None}
+
+
+def _files(calibration: str | Mapping[str, str] | None) -> Sequence[str]:
+    """The files, each once."""
+    if isinstance(calibration, Mapping):
+        return list(dict.fromkeys(calibration.values()))
+    return [calibration] if calibration else []
 
 
 def _estimates(

@@ -8,6 +8,7 @@ import typer
 from hipp_ext.cli.output import fitted
 from hipp_ext.evals.text_table import print_table, text_table
 
+MOST_ROWS = 10  # of those that are left out
 MINUTE, HOUR, DAY, YEAR = 60, 3600, 86400, 86400 * 365
 Found = Mapping[str, Any]
 
@@ -54,13 +55,36 @@ def _model_lines(found: Found) -> Iterator[str]:
             "before it is quantised"
         )
     processor = found["processor"]
-    yield f"processor: {processor['class'] or ''}{_because(processor)}"
+    yield f"{processor['kind']}: {processor['class'] or ''}{_because(processor)}"
+    for one in found["calibration"]:
+        yield from _calibration_lines(one)
 
 
 def _because(processor: Mapping[str, str | None]) -> str:
     if processor["problem"] is None:
         return ""
     return f"{': ' if processor['class'] else ''}{processor['problem']}"
+
+
+def _calibration_lines(one: Found) -> Iterator[str]:
+    read = one["usable"] + len(one["left_out"])
+    whole = f" ({one['rows']:,} in the file)" if one["rows"] not in (None, read) else ""
+    if one["problem"]:
+        yield f"calibration: {one['file']} cannot be used: {one['problem']}"
+    else:
+        yield f"calibration: {one['usable']} of {read} rows of {one['file']} can be used{whole}"
+    if one["usable"]:
+        kinds = ", ".join(f"{rows} {kind}" for kind, rows in one["kinds"].items())
+        yield (
+            f"  {kinds}; {one['tokens']:,} tokens, {one['longest']:,} in the longest row; "
+            f"pictures found: {one['pictures']}"
+        )
+    if one["unread_pictures"]:
+        yield f"  rows whose pictures are missing or damaged: {one['unread_pictures']}"
+    for line in one["left_out"][:MOST_ROWS]:
+        yield f"  left out, {line}"
+    if (more := len(one["left_out"]) - MOST_ROWS) > 0:
+        yield f"  and {more} more, which --json lists"
 
 
 def _groups_table(found: Found) -> Any:

@@ -1,6 +1,7 @@
 """`hipp fit`: evaluated plans -> a trained planner."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +127,7 @@ def fit(
         progress=workers.leads and output.shows_progress(),
     )
     if workers.leads:
+        planner.history = replace(planner.history, command=console.command_line())
         planner.save(out, overwrite=overwrite)
         output.say(
             f"{out}: {result.evaluations} plans evaluated, hypervolume {result.hypervolume:.4f}. "

@@ -15,6 +15,9 @@ from hipp_ext.files import require_new_file
 latency_app = typer.Typer()
 Runtime = Literal["transformers", "llama.cpp", "vllm"]
 ROUNDS = 3
+QUICK_ROUNDS = 1
+NEW_TOKENS, QUICK_NEW_TOKENS = 33, 9
+REPEATS, QUICK_REPEATS = 9, 3
 
 
 @latency_app.command("latency")
@@ -31,8 +34,28 @@ def latency(
     tokens: Annotated[
         int, typer.Option(min=1, help="Prompt length of a model without pictures.")
     ] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per run.")] = 33,
-    repeats: Annotated[int, typer.Option(min=2, help="Runs that count, after two warm-ups.")] = 9,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help=f"Tokens to generate per run. Default: {NEW_TOKENS}; with --quick "
+            f"{QUICK_NEW_TOKENS}.",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help=f"Runs that count, after two warm-ups. Default: {REPEATS}; with --quick "
+            f"{QUICK_REPEATS}, after one.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A first look: fewer and shorter runs, which the result says."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Random seed of pictures and prompts.")] = 0,
     per_block: Annotated[
         bool,
@@ -73,7 +96,7 @@ def latency(
 
     `hipp latency ./llava-1.5-7b-hf ./pruned --dtype bfloat16 -o latency.json`
 
-    `hipp latency testbed --plan plan.json`
+    `hipp latency testbed --plan plan.json --quick`
 
     `hipp latency ./dense ./pruned --runtime llama.cpp --weights q8_0`
 
@@ -87,6 +110,8 @@ def latency(
     check_dtype(dtype)
     if out is not None:
         require_new_file(out, overwrite)
+    new_tokens = new_tokens or (QUICK_NEW_TOKENS if quick else NEW_TOKENS)
+    repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     folders = {Path(m).resolve().name or m: model_folder(m) for m in models}
     if len(folders) < len(models):
         raise DataError(f"two folders of one name: {', '.join(models)}. Rename one")
@@ -96,15 +121,17 @@ def latency(
                 "--runtime and --per-block measure saved folders, one prompt at a time, on the CPU "
                 "or where the runtime runs: omit --plan, --device, --dtype (see --weights), --rows."
             )
+        rounds = min(QUICK_ROUNDS if quick else ROUNDS, repeats)
         serving = Serving(
             runtime=runtime or "transformers",
             weights=weights,
             tokens=tokens,
             new_tokens=new_tokens,
-            repeats=max(1, repeats // ROUNDS),
-            rounds=min(ROUNDS, repeats),
+            repeats=repeats // rounds,
+            rounds=rounds,
             threads=threads or len(os.sched_getaffinity(0)),
             seed=seed,
+            quick=quick,
         )
         _in_runtime({n: Path(f) for n, f in folders.items()}, serving, per_block, out, as_json)
         return
@@ -113,7 +140,15 @@ def latency(
     result = run(
         folders,
         plan or (),
-        Workload(rows=rows, tokens=tokens, new_tokens=new_tokens, repeats=repeats, seed=seed),
+        Workload(
+            rows=rows,
+            tokens=tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            warmup=1 if quick else 2,
+            seed=seed,
+            quick=quick,
+        ),
         device=device,
         dtype=dtype,
         command=command_line(),

@@ -266,31 +266,40 @@ def read_calibration(
     Raises:
         CalibrationError: the options do not go together.
     """
-    files = files or []
-    named = [file.partition("=") for file in files]
-    by_task = {task: path for task, _, path in named if task in TASKS and path}
-    if not files and ((image_folder and references is None) or sequence_length):
+    paths = calibration_paths(files)
+    if not paths and ((image_folder and references is None) or sequence_length):
         raise CalibrationError(
             "--image-folder and --sequence-length describe the rows of --calibration FILE: give a "
             "file as well."
-        )
-    if len(by_task) not in (0, len(TASKS)) or len(files) > max(1, len(by_task)):
-        raise CalibrationError(
-            "Give --calibration once, or twice as --calibration utility=FILE --calibration "
-            f"robustness=FILE; got {', '.join(files)}."
         )
 
     def read(model: Any, processor: Any) -> Any:
         from hipp_ext.calibration import Calibration
 
-        if not files:
+        if not paths:
             return Calibration.of(model, None, processor, rows) if rows else None
-        paths: Any = by_task or files[0]
         return Calibration.from_file(
             paths, processor, image_folder=image_folder, rows=rows, sequence_length=sequence_length
         )
 
     return read
+
+
+def calibration_paths(files: list[str] | None) -> Any:
+    """What --calibration named: a file, or a file for each task; None: nothing.
+
+    Raises:
+        CalibrationError: it was given another number of times, or tasks are missing.
+    """
+    files = files or []
+    named = [file.partition("=") for file in files]
+    by_task = {task: path for task, _, path in named if task in TASKS and path}
+    if len(by_task) not in (0, len(TASKS)) or len(files) > max(1, len(by_task)):
+        raise CalibrationError(
+            "Give --calibration once, or twice as --calibration utility=FILE --calibration "
+            f"robustness=FILE; got {', '.join(files)}."
+        )
+    return by_task or (files[0] if files else None)
 
 
 def read_preference(

@@ -116,6 +116,12 @@ def note(line: str) -> None:
         typer.echo(f"hipp: note: {line}", err=True)
 
 
+def progress(line: str) -> None:
+    """Print a line about work that begins on stderr; nothing with --quiet or --json."""
+    if speaks() and _leads():
+        typer.echo(f"hipp: {line}", err=True)
+
+
 def warn(line: str) -> None:
     """Print a warning on stderr; under torchrun only in the first process. The command goes on."""
     if _leads():

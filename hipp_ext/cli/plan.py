@@ -1,6 +1,7 @@
 """`hipp plan`: a model and a preference, or an allocator -> a plan file."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,16 @@ import typer
 
 from hipp_ext.cli import options as opt
 from hipp_ext.cli import output
-from hipp_ext.cli.console import Devices, Dtype, ModelArgument, Overwrite, load_model, require_model
+from hipp_ext.cli.console import (
+    Devices,
+    Dtype,
+    ModelArgument,
+    Overwrite,
+    command_line,
+    load_model,
+    require_model,
+)
+from hipp_ext.cli.plan_estimate import say_estimate
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new_file
 from hipp_ext.preference import Preference
@@ -89,6 +99,7 @@ def plan(
     from hipp_ext.budget import Bounds
     from hipp_ext.groups import left_whole_lines
     from hipp_ext.planner import HiPPPlanner
+    from hipp_ext.sensitivity.cached import default_cache
 
     read_data = opt.read_calibration(calibration, image_folder, calibration_rows, sequence_length)
     asked = opt.read_towers(towers)
@@ -119,13 +130,14 @@ def plan(
             raise PlanError(
                 "--best-evaluated needs a fitted planner: pass its folder by --planner."
             )
-        options = {"preference": preference, "best_evaluated": best_evaluated, "log": output.say}
+        options: dict[str, Any] = {"preference": preference, "best_evaluated": best_evaluated}
+        options |= {"log": output.say}
     else:
         for name, given in {
             "a preference": preference,
             "--planner": planner,
             "--best-evaluated": best_evaluated,
-            "--cache": cache,
+            "--cache": cache if allocator != "sensitivity" else None,
         }.items():
             if given:
                 raise PlanError(
@@ -147,12 +159,15 @@ def plan(
         chosen |= {"expert_unit": expert_unit} if expert_unit else {}
         chosen |= {"partial": partial}
         chosen |= {"towers": asked} if asked else {}
+        chosen |= {"cache": cache or default_cache()} if allocator == "sensitivity" else {}
         maker = kind(pruning_ratio=ratio or 0.0, scorer=ranking, bounds=Bounds(**bounds), **chosen)
     loaded, processor = load_model(model, device, dtype, spread=True)
     if serve in ("vllm", "gguf"):
         require_served(loaded, serve)
     options |= {"calibration": read_data(loaded, processor), "limits": limits}
+    options |= {"announce": functools.partial(say_estimate, loaded)}
     made = maker.plan(loaded, processor=processor, progress=output.shows_progress(), **options)
+    made = made.after(*_fit_command(maker), command_line())
     made.save(out, overwrite)
     notes = list(_notes(maker, weights, ratio, preference))
     left = left_whole_lines(made.left_whole)
@@ -173,6 +188,12 @@ def plan(
     if output.speaks():
         _print_plan(made)
     output.next_command(then)
+
+
+def _fit_command(maker: Any) -> list[str]:
+    """The command that fitted the planner, if one did."""
+    history = getattr(maker, "history", None)
+    return [history.command] if history is not None and history.command else []
 
 
 def require_served(model: Any, serve: str) -> None:

@@ -78,6 +78,8 @@ def prune(
         processor=processor,
         progress=output.shows_progress(),
     )
+    made: Any = pruned
+    made.hipp_plan = made.hipp_plan.after(console.command_line())
     save_pruned(pruned, out, processor, overwrite=overwrite)
     after = sum(p.numel() for p in pruned.parameters())
     verdicts = check_serving(out)

@@ -49,6 +49,12 @@ def measure_columns(
     return columns
 
 
+def column_passes(model: nn.Module, groups: Sequence[Group], mrs: MRS | None) -> float:
+    """About how many forward passes over the calibration `measure_columns` takes, in FLOPs."""
+    visual = image_token_id(model) is not None and any(map(VisualSensitivity.scores, groups))
+    return float(visual) + (mrs.passes(groups) if mrs is not None else 0.0)
+
+
 def standardise(x: Tensor) -> Tensor:
     """Zero mean and unit variance; zero where all values are alike."""
     x = x.float()

@@ -26,6 +26,7 @@ class FitHistory:
         cost: kind of cost that their compression counts; None before any fit.
         dense: the evaluator's "utility" and "robustness" of the dense model; None: unknown.
         evaluator: digest of the evaluator; None: it has none.
+        command: command line of the fit; None: it was done in Python.
     """
 
     archive: Archive = field(default_factory=Archive)
@@ -33,6 +34,7 @@ class FitHistory:
     cost: str | None = None
     dense: dict[str, float] | None = None
     evaluator: str | None = None
+    command: str | None = None
 
     def reward(self, keep_counts: KeepCounts) -> Reward | None:
         """The measured reward of a plan; None: it was not evaluated."""

@@ -11,6 +11,7 @@ from hipp_ext.allocators.base import check_model
 from hipp_ext.budget import Bounds, check_ratio, keep_counts, largest_ratio
 from hipp_ext.calibration import ROWS, Calibration, CalibrationLike
 from hipp_ext.errors import CalibrationError, PlanError
+from hipp_ext.fingerprint import model_digest
 from hipp_ext.groups import (
     AttentionUnit,
     ExpertUnit,
@@ -33,13 +34,14 @@ from hipp_ext.planner.policy import Policy, new_policy
 from hipp_ext.planner.problem import FitProblem
 from hipp_ext.planner.reward import Evaluator, Reward, check_evaluator
 from hipp_ext.planner.settings import FitResult, FitSettings
-from hipp_ext.planner.signal_cache import cached_signals, default_cache
-from hipp_ext.planner.state import FEATURES, Signals, measure_signals, model_digest
+from hipp_ext.planner.signal_cache import cached_signals
+from hipp_ext.planner.state import FEATURES, Signals, measure_signals
 from hipp_ext.planner.storage import read_planner, write_planner
 from hipp_ext.preference import Preference
 from hipp_ext.quantities import whole
-from hipp_ext.scorers import MRS, Scorer
-from hipp_ext.sensitivity.efforts import Effort, check_effort
+from hipp_ext.scorers import MRS, Scorer, says_all
+from hipp_ext.sensitivity.cached import default_cache
+from hipp_ext.sensitivity.efforts import Announce, Effort, check_effort
 from hipp_ext.units import plan_from_counts
 
 Log = Callable[[str], None]
@@ -79,7 +81,8 @@ class HiPPPlanner:
         seed: random seed of the untrained policy.
         cache: folder where signals are kept for this model and calibration, across processes. True:
             ~/.cache/hipp-ext (or under XDG_CACHE_HOME), as the commands do; None or False: nowhere.
-            With a scorer of one's own, signals are not kept.
+            What an interrupted measurement has finished is kept there, too. With a scorer that is
+            not one of `hipp_ext.scorers`, nothing is kept.
 
     Raises:
         BudgetError: pruning_ratio is outside [0, 1), or the effort, a unit, a tower or `partial`
@@ -157,6 +160,7 @@ class HiPPPlanner:
         limits: Limits | None = None,
         log: Log | None = None,
         progress: bool = False,
+        announce: Announce | None = None,
     ) -> PruningPlan:
         """The plan for a preference. It never changes `model`.
 
@@ -178,6 +182,8 @@ class HiPPPlanner:
                 than the policy or pruning_ratio says, if that is needed.
             log: called with a line before each measurement.
             progress: show on stderr what is measured, and how long it will take.
+            announce: called before anything is measured, see `Announce`; not called where the
+                signals are known.
 
         Raises:
             BudgetError: pruning_ratio or a limit cannot be met within the bounds.
@@ -201,6 +207,7 @@ class HiPPPlanner:
             rows=rows,
             log=log,
             progress=progress,
+            announce=announce,
         )
         if best_evaluated:
             self._fitted_signals()
@@ -243,6 +250,7 @@ class HiPPPlanner:
         rows: int | None = None,
         log: Log | None = None,
         progress: bool = False,
+        announce: Announce | None = None,
     ) -> Signals:
         """The signals of `model` on this calibration: measured before, cached, or new ones.
 
@@ -269,10 +277,12 @@ class HiPPPlanner:
             log("another calibration than that of the known signals: measuring again")
         options: Any = {"mrs": self.mrs, "effort": self.effort, "groups": groups}
         options |= {"log": log, "progress": progress}
-        if self.cache is not None and self.scorer is None:
+        options |= {"scorer": self.scorer, "announce": announce}
+        named = all(s is None or says_all(s) for s in (self.scorer, self.mrs))
+        if self.cache is not None and named:
             self.signals = cached_signals(model, given, self.cache, **options)
         else:
-            self.signals = measure_signals(model, given, scorer=self.scorer, **options)
+            self.signals = measure_signals(model, given, **options)
         self._rows = int(asked or ROWS) if calibration is None else None
         return self.signals
 

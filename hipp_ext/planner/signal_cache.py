@@ -3,11 +3,9 @@
 A file is sealed safetensors, whose header says what the signals belong to.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -17,21 +15,18 @@ from hipp_ext.calibration import TASKS, Calibration, CalibrationLike
 from hipp_ext.errors import CheckpointError
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import seal, unseal
+from hipp_ext.fingerprint import model_digest
 from hipp_ext.groups import Group, LeftWhole, find_groups
 from hipp_ext.plan import MAX_GROUPS, MAX_UNITS
 from hipp_ext.planner.columns import TRANSFORMS
-from hipp_ext.planner.state import Signals, measure_signals, model_digest
-from hipp_ext.scorers import MRS
+from hipp_ext.planner.state import Signals, measure_signals
+from hipp_ext.scorers import MRS, Scorer, WandaSP
+from hipp_ext.sensitivity.cached import measured_on
 from hipp_ext.sensitivity.curves import LEVELS
-from hipp_ext.sensitivity.efforts import Effort
-from hipp_ext.sensitivity.positions import positions_digest
+from hipp_ext.sensitivity.efforts import Announce, Effort
+from hipp_ext.steps import Steps, identity_key
 
-FORMAT = 2  # part of every file's name: increases when the meaning of signals changes
-
-
-def default_cache() -> Path:
-    """Folder where the commands keep signals: hipp-ext under XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hipp-ext"
+FORMAT = 3  # increases when the meaning of signals changes
 
 
 def cached_signals(
@@ -39,45 +34,50 @@ def cached_signals(
     calibration: CalibrationLike | None,
     folder: Path,
     *,
+    scorer: Scorer | None = None,
     mrs: MRS | None = None,
     groups: Sequence[Group] | None = None,
     effort: Effort = "anchored",
     log: Callable[[str], None] | None = None,
     progress: bool = False,
+    announce: Announce | None = None,
 ) -> Signals:
-    """The signals of this model on this calibration, from `folder` or measured (by WandaSP).
+    """The signals of this model on this calibration, from `folder` or measured.
 
-    The name of a file is a digest of the model's groups, of a sample of all its weights, of the
-    calibration's tensors, of the positions that count in them, of the effort and of how MRS is
-    measured. Signals are measured again where a file is not as it was written, or holds other
-    signals than its name says. If the folder cannot be written, the signals are not kept. Arguments
-    as for `measure_signals`.
+    The name of a file is a digest of all that signals depend on, see `measured_on`. Signals are
+    measured again where a file is not as it was written, or holds other signals than its name says.
+    What an interrupted measurement has finished is kept beside the files, and not measured again.
+    If the folder cannot be written, nothing is kept. Arguments as for `measure_signals`; the scorer
+    is one of `hipp_ext.scorers`, whose name says all that its scores depend on.
     """
     log = log or (lambda _: None)
     groups = find_groups(model) if groups is None else tuple(groups)
     given = Calibration.of(model, calibration)
-    expected = model_digest(model, groups), given.digest, effort
-    counted = positions_digest(model, given)
-    key = f"{FORMAT} {' '.join(expected)} {counted} {mrs and mrs.name}"
-    path = folder / f"signals-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    scorer = scorer or WandaSP()
+    names = {"scorer": scorer.name, "mrs": mrs and mrs.name}
+    identity = measured_on(model, groups, given, format=FORMAT, effort=effort, **names)
+    expected = model_digest(model, groups), given.digest, effort, scorer.name
+    path = folder / f"signals-{identity_key(identity)}.safetensors"
     if path.exists():
         try:
             signals = read_signals(path)
-            found = signals.digest, signals.calibration, signals.effort, "mrs" in signals.columns
-            if found != (*expected, mrs is not None) or signals.groups != groups:
+            found = signals.digest, signals.calibration, signals.effort, signals.scorer
+            same = signals.groups == groups and ("mrs" in signals.columns) == (mrs is not None)
+            if found != expected or not same:
                 raise CheckpointError("it holds other signals than its name says")
         except (CheckpointError, ValidationError, KeyError, TypeError) as error:
             log(f"{path} is damaged ({type(error).__name__}): measuring again")
         else:
             log(f"signals as measured before: {path}")
             return signals
-    signals = measure_signals(
-        model, given, mrs=mrs, groups=groups, effort=effort, log=log, progress=progress
-    )
-    try:
-        write_atomic(path, sealed_signals(signals))
-    except OSError as error:
-        log(f"signals are not kept: {error}")
+    options: dict[str, Any] = {"scorer": scorer, "mrs": mrs, "groups": groups, "effort": effort}
+    options |= {"log": log, "progress": progress, "announce": announce}
+    with Steps(folder, identity, log) as steps:
+        signals = measure_signals(model, given, steps=steps, **options)
+        try:
+            write_atomic(path, sealed_signals(signals))
+        except OSError as error:
+            log(f"signals are not kept: {error}")
     return signals
 
 

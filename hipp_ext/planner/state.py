@@ -15,11 +15,27 @@ from torch import Tensor, nn
 from hipp_ext.allocators.cheapest import cheapest_logits, task_losses
 from hipp_ext.budget import Bounds
 from hipp_ext.calibration import Calibration, CalibrationLike
-from hipp_ext.groups import Group, LeftWhole, find_groups, left_whole, total_parameters
-from hipp_ext.planner.columns import OPTIONAL, TRANSFORMS, by_place, measure_columns, standardise
+from hipp_ext.fingerprint import model_digest
+from hipp_ext.groups import (
+    Group,
+    LeftWhole,
+    find_groups,
+    left_whole,
+    total_parameters,
+    tower_layers,
+)
+from hipp_ext.planner.columns import (
+    OPTIONAL,
+    TRANSFORMS,
+    by_place,
+    column_passes,
+    measure_columns,
+    standardise,
+)
 from hipp_ext.scorers import MRS, Scorer, WandaSP
 from hipp_ext.sensitivity.curves import LEVELS
-from hipp_ext.sensitivity.efforts import Effort, measure_sensitivity
+from hipp_ext.sensitivity.efforts import Announce, Effort, forward_passes, measure_sensitivity
+from hipp_ext.steps import NOTHING_KEPT, Steps
 
 # of LEVELS: those that a state token and the curvature are read from
 FEATURE_LEVELS = (LEVELS.index(0.25), LEVELS.index(0.5))
@@ -167,6 +183,8 @@ def measure_signals(
     effort: Effort = "anchored",
     log: Callable[[str], None] | None = None,
     progress: bool = False,
+    announce: Announce | None = None,
+    steps: Steps = NOTHING_KEPT,
 ) -> Signals:
     """Measure everything the policy's state needs; the model is left as it was.
 
@@ -179,16 +197,28 @@ def measure_signals(
         effort: how the sensitivity is found, see `measure_sensitivity`.
         log: called with a line before each measurement.
         progress: show on stderr what is measured, and how long it will take.
+        announce: called before anything is measured, see `Announce`.
+        steps: where what is finished is kept, and found if an interrupted run left it.
     """
     groups = tuple(groups) if groups is not None else find_groups(model)
     given = Calibration.of(model, calibration)
     scorer, log = scorer or WandaSP(), log or (lambda _: None)
+    if announce is not None:
+        layers = len(tower_layers(model, "language"))
+        passes = scorer.passes(groups) + column_passes(model, groups, mrs)
+        announce(given, passes + forward_passes(groups, layers, effort))
     log(f"scoring units ({scorer.name})")
-    scores = scorer(model, given, groups=groups)
-    columns = measure_columns(model, given, groups, mrs, log)
+    widths = {g.name: (g.width,) for g in groups}
+    scores = steps.step("scores", widths, lambda: scorer(model, given, groups=groups))
+    names = [name for name in TRANSFORMS if name not in OPTIONAL or mrs is not None]
+    columns = steps.step(
+        "columns",
+        dict.fromkeys(names, (len(groups),)),
+        lambda: measure_columns(model, given, groups, mrs, log),
+    )
     log(f"sensitivity of every group ({effort})")
     sensitivity = measure_sensitivity(
-        model, given, groups, scores, effort=effort, progress=progress
+        model, given, groups, scores, effort=effort, progress=progress, steps=steps
     )
     return Signals(
         groups=groups,
@@ -201,20 +231,6 @@ def measure_signals(
         calibration=given.digest,
         left_whole=left_whole(model),
     )
-
-
-def model_digest(model: nn.Module, groups: Sequence[Group]) -> str:
-    """Hex digest of the groups and of a sample of all weights; signals belong to one of them."""
-    digest = hashlib.sha256(repr(groups).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if not parameter.is_meta:  # offloaded
-            weight = parameter.detach().flatten()
-            # An odd stride walks over rows and columns.
-            digest.update(
-                weight[:: max(1, weight.numel() // 64) | 1].float().cpu().numpy().tobytes()
-            )
-    return digest.hexdigest()
 
 
 def _curve(scores: Tensor, fraction: float) -> float:

@@ -13,6 +13,7 @@ from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial, Tower
+from hipp_ext.plan import MAX_COMMAND
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE
@@ -25,7 +26,13 @@ from hipp_ext.scorers import MRS, Scorer
 from hipp_ext.sensitivity.efforts import Effort
 
 HEADER, POLICY, SIGNALS = "planner.json", "policy.safetensors", "signals.safetensors"
-HISTORY = ("ranking", "cost", "dense", "evaluator")  # fields of FitHistory beside its archive
+HISTORY = (
+    "ranking",
+    "cost",
+    "dense",
+    "evaluator",
+    "command",
+)  # fields of FitHistory beside its archive
 MAX_HEADER_BYTES = 16 << 20
 
 
@@ -56,6 +63,7 @@ class Header(BaseModel):
     cost: CostKind | None
     dense: dict[str, float] | None
     evaluator: str | None
+    command: Annotated[str, Field(max_length=MAX_COMMAND)] | None = None
     files: dict[str, str] = {}
     sha256: str = ""
 

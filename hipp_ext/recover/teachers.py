@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.fingerprint import model_digest
 from hipp_ext.groups import check_loaded, tower_layers
 from hipp_ext.modes import evaluating
 from hipp_ext.output_head import OutputHead, fit_output_head
-from hipp_ext.planner.state import model_digest
 from hipp_ext.recover.divergence import Distribution, Full, TopK
 from hipp_ext.recover.layers import recorded
 from hipp_ext.recover.places import Places, Positions

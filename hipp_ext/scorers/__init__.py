@@ -1,5 +1,7 @@
 """Scorers: calibration batches -> one score per unit, higher = keep. One paper, one file."""
 
+import dataclasses
+
 from hipp_ext.scorers.base import Scorer
 from hipp_ext.scorers.expert_use import ExpertUse
 from hipp_ext.scorers.flap import FLAP
@@ -21,6 +23,18 @@ SCORERS: dict[str, type[Scorer]] = {
     "expert_use": ExpertUse,
 }
 
+
+def says_all(scorer: Scorer) -> bool:
+    """Whether all that the scores depend on is in `scorer.name`: it is one of SCORERS, and its
+    settings are plain values or such scorers.
+    """
+    values = [getattr(scorer, f.name) for f in dataclasses.fields(scorer)]  # type: ignore[arg-type]
+    return type(scorer) in SCORERS.values() and all(
+        v is None or isinstance(v, str | int | float) or (isinstance(v, Scorer) and says_all(v))
+        for v in values
+    )
+
+
 __all__ = [
     "FLAP",
     "MRS",
@@ -32,4 +46,5 @@ __all__ = [
     "Taylor",
     "VisualSensitivity",
     "WandaSP",
+    "says_all",
 ]

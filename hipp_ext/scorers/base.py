@@ -91,6 +91,10 @@ class Scorer(abc.ABC):
                 )
         return scores
 
+    def passes(self, groups: Groups) -> float:
+        """About how many forward passes over the calibration a call takes, in FLOPs."""
+        return 1.0 if self.needs_calibration else 0.0
+
     @classmethod
     def scores(cls, group: Group) -> bool:
         """Whether `group` is of a kind, and in a tower, that the scorer can score."""

@@ -16,7 +16,7 @@ from hipp_ext.quantities import take_numbers
 from hipp_ext.scorers.base import Groups, Scorer, Scores, require_labels
 from hipp_ext.scorers.gates import GatedGroup, Loss, gated_group, unit_taylor
 from hipp_ext.scorers.group_loss import first_order, removal, worst_case
-from hipp_ext.scorers.taylor import mean_loss
+from hipp_ext.scorers.taylor import GRADIENT_PASSES, mean_loss
 
 Form = Literal["removal", "worst", "grad"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -102,6 +102,15 @@ class MRS(Scorer):
         with evaluating(model):
             values, _ = self._measure(model, groups, batches)
         return {g.name: v for g, v in zip(groups, values, strict=True)}
+
+    def passes(self, groups: Groups) -> float:
+        """By the number of groups, which are removed, or moved, one after the other."""
+        of_form = {
+            "removal": 1.0 + len(groups),
+            "worst": GRADIENT_PASSES * self.steps * len(groups),
+            "grad": GRADIENT_PASSES,
+        }
+        return GRADIENT_PASSES * (self.attack_steps + 1) + of_form[self.form]
 
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         values, units = self._measure(model, groups, batches)

@@ -9,6 +9,8 @@ from hipp_ext.calibration import Batch
 from hipp_ext.scorers.base import Groups, Scorer, Scores, forward, require_labels
 from hipp_ext.scorers.gates import gated_group, unit_taylor
 
+GRADIENT_PASSES = 3.0  # forward passes that one with gradients costs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Taylor(Scorer):
@@ -19,6 +21,9 @@ class Taylor(Scorer):
     Source: Molchanov et al. (arXiv 1906.10771), eq. 8, gates placed after the layer.
     Differs from the paper: squares are averaged over batches instead of single examples.
     """
+
+    def passes(self, groups: Groups) -> float:
+        return GRADIENT_PASSES
 
     def score(self, model: nn.Module, groups: Groups, batches: Sequence[Batch]) -> Scores:
         require_labels(batches, "Taylor needs a loss")

@@ -1,6 +1,6 @@
 """Sensitivity of all groups at all levels, by an effort: Fisher, anchored or measured."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -17,10 +17,14 @@ from hipp_ext.sensitivity.curves import at_levels, loss_curve
 from hipp_ext.sensitivity.fisher import fisher_curve, unit_contributions
 from hipp_ext.sensitivity.measured import Point, measure_points
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch
+from hipp_ext.steps import NOTHING_KEPT, Steps
 from hipp_ext.units import check_scores
 from hipp_ext.verification import verify_groups
 
 Effort = Literal["fisher", "anchored", "measured"]
+# Called before anything is measured, with the calibration and the forward passes over it that this
+# will take, in FLOPs.
+Announce = Callable[[Calibration, float], None]
 FISHER_PASSES = 3.0  # a forward and a backward pass; 2 where all activations are kept
 
 
@@ -55,6 +59,7 @@ def measure_sensitivity(
     effort: Effort = "anchored",
     seed: int = 0,
     progress: bool = False,
+    steps: Steps = NOTHING_KEPT,
 ) -> Float[Tensor, "tasks groups levels"]:
     """Mean KL [nats per counted position] from dense when one group loses its lowest units.
 
@@ -78,6 +83,7 @@ def measure_sensitivity(
         effort: how much is measured.
         seed: random seed of the Fisher estimate.
         progress: show on stderr what is measured, and how long it will take.
+        steps: where what is finished is kept, and found if an interrupted run left it.
 
     Raises:
         BudgetError: the effort is unknown.
@@ -91,15 +97,16 @@ def measure_sensitivity(
         whole = any(g.tower != "language" for g in groups)
         replay = CalibrationReplay(model, Calibration.of(model, calibration), whole)
         with counting(progress, "sensitivity by a backward pass, batch") as tick:
-            found = unit_contributions(model, replay, groups, seed=seed, tick=tick)
+            found = unit_contributions(model, replay, groups, seed=seed, tick=tick, steps=steps)
         estimates = [
             replay.by_task(fisher_curve(found.pop(g.name), scores[g.name], g.sections))
             for g in groups
         ]
         known: dict[Group, list[dict[int, float]]] = {g: [{} for _ in TASKS] for g in groups}
-        for points, rows in _measurements(model, replay, groups, effort):
+        for number, (points, rows) in enumerate(_measurements(model, replay, groups, effort)):
+            name = f"points-{number}"
             with counting(progress, "measuring sensitivity, point") as tick:
-                measured = measure_points(model, replay, points, scores, rows, tick)
+                measured = measure_points(model, replay, points, scores, rows, tick, steps, name)
             for point, values in zip(points, measured.tolist(), strict=True):
                 for task, value in enumerate(values):
                     known[point.group][task][point.removed // point.group.sections] = value

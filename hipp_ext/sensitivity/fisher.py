@@ -20,6 +20,7 @@ from hipp_ext.progress import Tick
 from hipp_ext.projections import inputs_of, is_projection, outputs_of
 from hipp_ext.sensitivity.picture_rows import picture_rows, picture_token_count
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
+from hipp_ext.steps import NOTHING_KEPT, Steps
 from hipp_ext.units import unit_order
 
 # Activations of one pass [bytes] above which they are computed again in the backward pass.
@@ -55,6 +56,7 @@ def unit_contributions(
     seed: int = 0,
     memory_limit: int = MEMORY_LIMIT,
     tick: Tick = lambda done, total: None,
+    steps: Steps = NOTHING_KEPT,
 ) -> dict[str, Float[Tensor, "rows width"]]:
     """Group name -> what a gate on each unit changes, (rows, width) float32; see `fisher_curve`.
 
@@ -81,6 +83,7 @@ def unit_contributions(
         seed: random seed of the combinations.
         memory_limit: activations of a batch that may be in memory at once [bytes].
         tick: called with (batches done, all).
+        steps: where the batches are kept, and found if an interrupted run left them.
 
     Source: Fisher information and KL, Martens (arXiv 1412.1193); structured removal by it, Optimal
     BERT Surgeon (arXiv 2203.07259).
@@ -94,14 +97,20 @@ def unit_contributions(
     whole = towers != ("language",)
     # Where layers attend to the keys of others, they cannot be computed again one by one.
     apart = not any(borrows_keys(m) for m in decoder(model).modules())
+
+    def of_batch(batch: ReplayBatch) -> dict[str, Tensor]:
+        recompute = apart and _activation_bytes(model, batch, towers) > memory_limit
+        with _watched(model, groups, batch) as sums, _differentiable(model, towers, recompute):
+            hidden = batch.last_hidden(model, whole)
+            hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
+        return {name: values.cpu() for name, values in sums.items()}
+
     with training_only(model, []), torch.enable_grad():
         for number, batch in enumerate(replay.batches, 1):
-            recompute = apart and _activation_bytes(model, batch, towers) > memory_limit
-            with _watched(model, groups, batch) as sums, _differentiable(model, towers, recompute):
-                hidden = batch.last_hidden(model, whole)
-                hidden.backward(_root_gradient(model, replay.head, batch, hidden, seed))
+            shapes = {g.name: (batch.size, g.width) for g in groups}
+            sums = steps.step(f"fisher-{number}", shapes, functools.partial(of_batch, batch))
             for g in groups:
-                found[g.name].append(sums[g.name].cpu())
+                found[g.name].append(sums[g.name])
             tick(number, len(replay.batches))
     return {name: torch.cat(parts) for name, parts in found.items()}
 

@@ -14,6 +14,7 @@ from hipp_ext.output_head import OutputHead, logit_bytes
 from hipp_ext.progress import Tick
 from hipp_ext.replay import Passed, starting_at
 from hipp_ext.sensitivity.replay import CalibrationReplay, ReplayBatch, chunks
+from hipp_ext.steps import NOTHING_KEPT, Steps, fits
 from hipp_ext.units import unit_order
 
 DENSE_BYTES = 1 << 30  # of the dense model's log probabilities that are kept, of one batch
@@ -41,6 +42,8 @@ def measure_points(
     scores: Mapping[str, Tensor],
     batches: Sequence[ReplayBatch],
     tick: Tick = lambda done, total: None,
+    steps: Steps = NOTHING_KEPT,
+    name: str = "points",
 ) -> Float[Tensor, "points tasks"]:
     """Mean KL [nats per counted position] from the dense model, for each point and task.
 
@@ -56,25 +59,38 @@ def measure_points(
         batches: batches of `replay` to measure on; each task needs one. They hold whole batches
             where points lie before the language tower.
         tick: called with (measurements done, all).
+        steps: where measurements are kept, and found if an interrupted run left them.
+        name: of these measurements among the steps.
     """
     layers = list(tower_layers(model, "language"))
     masks = [_kept_mask(point, scores) for point in points]
-    kl = torch.zeros(len(points), sum(batch.size for batch in batches))
-    done, start = 0, 0
+    found = []
     with evaluating(model):
-        for batch in batches:
-            outputs, dense = _dense(model, replay.head, batch, layers)
-            for number, (point, mask) in enumerate(zip(points, masks, strict=True)):
+        for number, batch in enumerate(batches):
+            own = f"{name}-{number}"
+            kl = _measured_before(steps.known(own), len(points), batch.size)
+            outputs, dense = (
+                _dense(model, replay.head, batch, layers) if len(kl) < len(points) else ([], None)
+            )
+            for point, mask in list(zip(points, masks, strict=True))[len(kl) :]:
+                assert dense is not None
                 whole = point.group.tower != "language"
                 first = 0 if whole else point.group.layer
                 below = outputs[first - 1] if first else None
                 with gated(model, {point.group: mask}), starting_at(layers, first, below):
                     hidden = batch.counted(batch.last_hidden(model, whole))
-                kl[number, start : start + batch.size] = batch.per_row(dense.divergence(hidden))
-                done += 1
-                tick(done, len(points) * len(batches))
-            start += batch.size
-    return replay.by_task(kl.T, tuple(batches)).T.clamp_min(0)
+                kl.append(batch.per_row(dense.divergence(hidden)))
+                steps.keep(own, {"kl": torch.stack(kl)})
+                tick(number * len(points) + len(kl), len(points) * len(batches))
+            found.append(torch.stack(kl))
+    return replay.by_task(torch.cat(found, 1).T, tuple(batches)).T.clamp_min(0)
+
+
+def _measured_before(kept: Mapping[str, Tensor], points: int, rows: int) -> list[Tensor]:
+    """The KL of each row for the first points of a batch, as far as an interrupted run came."""
+    kl = kept.get("kl", torch.empty(0))
+    known = len(kl) if kl.ndim else 0
+    return list(kl) if known <= points and fits(kept, {"kl": (known, rows)}) else []
 
 
 class _Dense:

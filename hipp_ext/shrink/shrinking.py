@@ -11,7 +11,7 @@ from torch import nn
 from hipp_ext.allocators import Sensitivity
 from hipp_ext.calibration import Calibration, CalibrationLike, find_processor
 from hipp_ext.errors import HippError
-from hipp_ext.planner.state import model_digest
+from hipp_ext.fingerprint import model_digest
 from hipp_ext.recover import ModelTeacher, Teacher
 from hipp_ext.recover.data import DataSource
 from hipp_ext.runs import RunFolder

@@ -7,7 +7,7 @@ from torch import nn
 
 from hipp_ext.errors import PlanError
 from hipp_ext.groups import tower_layers
-from hipp_ext.plan import PlanGroup, PruningPlan
+from hipp_ext.plan import COMMANDS, PlanGroup, PruningPlan
 from hipp_ext.surgery.drop import layer_numbers
 from hipp_ext.surgery.masks import PLAN_ATTRIBUTE
 
@@ -17,7 +17,7 @@ def compose(first: PruningPlan, second: PruningPlan, layers: int) -> PruningPlan
 
     `prune(prune(m, a), b)` and `prune(m, compose(a, b, layers))` are equal to the bit. The units
     of the result are numbered as in the dense model; preference, scorer and notes are those of
-    `second`.
+    `second`, and the commands those of both.
 
     Args:
         first: plan of the dense model.
@@ -47,9 +47,13 @@ def compose(first: PruningPlan, second: PruningPlan, layers: int) -> PruningPlan
             f"The second plan has groups of which the first one leaves nothing: {unknown[:4]}. It "
             "is a plan of another model."
         )
-    return second.replace(
+    total = second.replace(
         groups=(*groups, *after.values()), left_whole=first.left_whole or second.left_whole
     )
+    if first.commands:
+        rest = {name: note for name, note in second.notes.items() if name != COMMANDS}
+        total = total.replace(notes=rest).after(*first.commands, *second.commands)
+    return total
 
 
 def _kept(first: PlanGroup, second: PlanGroup) -> tuple[int, ...]:

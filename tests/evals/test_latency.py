@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from command import hipp, hipp_json
 from models import build
 from safetensors.torch import save_file
 
@@ -17,6 +18,8 @@ from hipp_ext.evals.generation import Workload, measure, prefill_gflops, prompts
 from hipp_ext.evals.generation_memory import own_extra_mib
 from hipp_ext.evals.latency import folders, print_table, run
 from hipp_ext.evals.measuring import paired_ratio, resident
+from hipp_ext.evals.report.files import read_timing
+from hipp_ext.evals.report.made import conditions
 from hipp_ext.groups import find_groups
 from hipp_ext.scorers import Magnitude
 from hipp_ext.testbed import WEIGHTS
@@ -205,3 +208,15 @@ def test_the_interval_of_a_median_ratio(n, skipped):
         2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in (skipped, skipped + 1)
     ]
     assert outside[0] <= 0.05 < outside[1]
+
+
+def test_a_quick_look_takes_fewer_runs_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    file = tmp_path / "latency.json"
+    told = hipp("latency", "testbed", "--quick", "--device", "cpu", "-o", file)
+    load = json.loads(file.read_text())["load"]
+    assert load["quick"] and (load["repeats"], load["warmup"], load["new_tokens"]) == (3, 1, 9)
+    assert "9 tokens; median (quartiles) of 3 runs; a quick look, not for comparisons" in told
+    assert "A quick look, not for comparisons." in conditions(read_timing(file))
+    asked = hipp_json("latency", "testbed", "--quick", "--repeats", "2", "--device", "cpu")
+    assert asked["load"]["repeats"] == 2 and asked["load"]["new_tokens"] == 9

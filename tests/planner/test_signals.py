@@ -21,7 +21,7 @@ from hipp_ext.modes import training_only
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner.signal_cache import SignalsHeader, read_signals, signal_tensors
 from hipp_ext.planner.state import FEATURES, measure_signals, model_digest
-from hipp_ext.scorers import MRS, Magnitude, VisualSensitivity, WandaSP
+from hipp_ext.scorers import MRS, ExpertUse, Magnitude, VisualSensitivity, WandaSP, says_all
 from hipp_ext.scorers.base import forward, forward_hidden
 from hipp_ext.sensitivity.efforts import measure_sensitivity
 
@@ -208,8 +208,22 @@ def test_a_calibration_by_task_has_batches_for_both(calibration):
 
 
 def test_a_scorer_of_ones_own_is_not_cached(tmp_path):
-    plan(build("llava"), tmp_path, [], scorer=Magnitude())
+    class Own(Magnitude):
+        """Its name does not tell what it does."""
+
+    plan(build("llava"), tmp_path, [], scorer=Own())
     assert not list(tmp_path.iterdir())
+    assert says_all(MRS(form="grad")) and says_all(ExpertUse(others=Magnitude()))
+    assert not says_all(MRS(attack=lambda model, batch: batch))
+    assert not says_all(ExpertUse(others=Own()))
+
+
+def test_signals_of_each_scorer_are_cached_apart(tmp_path):
+    plans = [plan(build("llava"), tmp_path, [], scorer=s)[0] for s in (None, Magnitude())]
+    said = []
+    again = [plan(build("llava"), tmp_path, said, scorer=s)[0] for s in (WandaSP(), Magnitude())]
+    assert again == plans and plans[0].scorer != plans[1].scorer
+    assert len(said) == 2 and all("as measured before" in line for line in said)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nothing like it", None])
