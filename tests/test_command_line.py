@@ -26,6 +26,7 @@ PRINTING = {
     "integrations/lm_eval.py",
     "integrations/lmms_eval.py",
     "integrations/vlmevalkit_cli.py",
+    "integrations/vlmevalkit_flags.py",
     "integrations/vlmevalkit_run.py",
     "evals/front.py",
     "evals/runtimes/worker.py",

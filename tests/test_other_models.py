@@ -103,7 +103,8 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
         "--device",
         "cpu",
     )
-    assert "are a toy" in out and load_pruned(tmp_path / "back").hipp_plan == made
+    back = load_pruned(tmp_path / "back").hipp_plan
+    assert "are a toy" in out and back == made.after(*back.commands[1:])  # hipp prune is the second
 
 
 def test_a_fit_of_a_language_model_ends_before_any_work(llama, tmp_path):

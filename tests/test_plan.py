@@ -101,9 +101,17 @@ def test_a_row_of_the_table_is_a_layer_or_neighbours_that_are_alike():
     """80 layers of two blocks, three of them different, and a projector: at 80 columns."""
 
     def group(layer, kind, keep, width, tower="language"):
-        kept, more = tuple(range(keep)), {"sections": 2} if kind == "query_heads" else {}
+        parts = 2 if kind == "query_heads" else 1
+        size, each = width // parts, keep // parts
+        kept = tuple(part * size + unit for part in range(parts) for unit in range(each))
         return PlanGroup(
-            tower=tower, layer=layer, kind=kind, width=width, kept=kept, unit_parameters=9, **more
+            tower=tower,
+            layer=layer,
+            kind=kind,
+            width=width,
+            kept=kept,
+            unit_parameters=9,
+            sections=parts,
         )
 
     groups = [group(0, "ffn", 100, 4096, "projector")]

@@ -459,7 +459,7 @@ def test_the_command(file, tmp_path):
         (("--teacher-device", "cpu"), "--teacher-device needs --teacher"),
         (("--teacher-dtype", "bfloat16"), "--teacher-dtype needs --teacher"),
         (("--teacher", tmp_path / "dense", "--teacher-dtype", "int8"), "--teacher-dtype int8: exp"),
-        (("--teacher", tmp_path / "none"), "none does not exist"),
+        (("--teacher", tmp_path / "none"), "none is not a model folder"),
         (("--hidden-layers", "1,x"), "--hidden-layers 1,x: numbers with commas"),
     ):
         with pytest.raises(HippError, match=message):
