@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.chair import (
@@ -29,6 +30,9 @@ from hipp_ext.evals.predictions import answer_rows
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.text_table import text_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 from hipp_ext.files import content_hash, write_atomic
 
 _KEY = 2  # version of how captions are made; earlier ones are not used again
@@ -221,7 +225,7 @@ def measure_chair(
     return scores, log.path
 
 
-def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> object:
+def chair_table(rows: Sequence[tuple[str, ChairScores]]) -> "Table":
     """A rich table with one line per model."""
     rates = ("chair_i", "chair_s", "recall", "silent", "mentions")
     cells = [
