@@ -5,7 +5,6 @@ the same. When the measurement is complete nothing is left.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from hipp_ext.errors import CheckpointError, OutputBusyError
 from hipp_ext.files import write_atomic
-from hipp_ext.files.sealed import seal, unseal
+from hipp_ext.files.sealed import seal, text_digest, unseal
 from hipp_ext.runs import RunFolder
 
 EVERY = 5.0  # seconds between two writes
@@ -135,8 +134,7 @@ class Steps:
 
 def identity_key(identity: Mapping[str, Any]) -> str:
     """A name for files about an identity: the beginning of its digest."""
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return text_digest(json.dumps(identity, sort_keys=True))[:32]
 
 
 def fits(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:

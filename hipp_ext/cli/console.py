@@ -11,7 +11,6 @@ import typer
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
 
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_COMMAND = 10_000  # characters, those of hipp_ext.plan, which imports torch
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
@@ -95,10 +94,10 @@ def require_run(out: Path) -> None:
         ) from None
 
 
-def check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str | None, option: str = "--dtype") -> None:
     """Raise HippError unless `dtype` is None or the name of a supported data type."""
-    if dtype not in (None, *DTYPES):
-        raise HippError(f"--dtype {dtype}: expected float32, bfloat16 or float16.")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise HippError(f"{option} {dtype}: expected float32, bfloat16 or float16.")
 
 
 def load_model(

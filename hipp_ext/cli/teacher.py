@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hipp_ext.cli.console import DTYPES, model_folder, require_model
+from hipp_ext.cli.console import check_dtype, model_folder, require_model
 from hipp_ext.errors import HippError
 
 
@@ -30,8 +30,7 @@ class TeacherOptions:
 
         given = {"device": self.device, "dtype": self.dtype}
         named = [f"--teacher-{name}" for name, value in given.items() if value]
-        if self.dtype not in (None, *DTYPES):
-            raise HippError(f"--teacher-dtype {self.dtype}: expected {', '.join(DTYPES)}.")
+        check_dtype(self.dtype, "--teacher-dtype")
         if self.folder is None:
             if named:
                 raise HippError(f"{named[0]} needs --teacher.")
