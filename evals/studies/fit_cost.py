@@ -20,10 +20,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from hipp_ext.answers import AnswerLogits
 from hipp_ext.budget import keep_counts
 from hipp_ext.cli.console import check_dtype
-from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import timed
 from hipp_ext.evals.studies.measuring import Save, report, run_command
-from hipp_ext.evals.studies.shapes import noise, random_llava
+from hipp_ext.evals.studies.shapes import (
+    Hidden,
+    InDtype,
+    Layers,
+    OnDevice,
+    OutFile,
+    check_hidden,
+    noise,
+    random_llava,
+)
 from hipp_ext.groups import Group, find_groups
 from hipp_ext.planner import FitSettings, HiPPPlanner
 from hipp_ext.planner.state import measure_signals
@@ -138,17 +146,13 @@ def run(
 
 
 def main(
-    hidden: Annotated[
-        int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")
-    ] = 512,
-    layers: Annotated[int, typer.Option(min=2, help="Layers of the language tower.")] = 4,
+    hidden: Hidden = 512,
+    layers: Layers = 4,
     questions: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the fit, 12 plans each.")] = 20,
-    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")
-    ] = None,
+    device: OnDevice = None,
+    dtype: InDtype = "float32",
+    out: OutFile = None,
     save: Save = False,
 ) -> None:
     """Estimate what a fit costs: signals, evaluations, learning, surgery, memory, and hours in all.
@@ -161,11 +165,7 @@ def main(
     --dtype bfloat16` is LLaVA-1.5-7B, for a GPU
     """
     check_dtype(dtype)
-    if hidden % 256:
-        raise DataError(
-            f"--hidden {hidden}: a multiple of 256 is needed "
-            "(heads are 128 wide, those of the vision tower 64)."
-        )
+    check_hidden(hidden)
     size = FitCostSize(
         hidden=hidden, layers=layers, questions=questions, fit=FitSettings(steps=steps)
     )

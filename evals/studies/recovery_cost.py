@@ -24,7 +24,17 @@ from hipp_ext.cli.console import check_dtype
 from hipp_ext.errors import DataError
 from hipp_ext.evals.measuring import resident
 from hipp_ext.evals.studies.measuring import Save, report, run_command
-from hipp_ext.evals.studies.shapes import QUESTION_TOKENS, noise, random_llava
+from hipp_ext.evals.studies.shapes import (
+    QUESTION_TOKENS,
+    Hidden,
+    InDtype,
+    Layers,
+    OnDevice,
+    OutFile,
+    check_hidden,
+    noise,
+    random_llava,
+)
 from hipp_ext.groups import find_groups
 from hipp_ext.recover import ModelTeacher, RecoverSettings, recover
 from hipp_ext.surgery.checkpoint import resolve_device
@@ -163,20 +173,16 @@ def _parameters(model: Any) -> int:
 
 
 def main(
-    hidden: Annotated[
-        int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")
-    ] = 512,
-    layers: Annotated[int, typer.Option(min=2, help="Layers of the language tower.")] = 4,
+    hidden: Hidden = 512,
+    layers: Layers = 4,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a step, 637 tokens each.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
     mode: Annotated[
         list[str] | None, typer.Option(help="full or lora; may be repeated. Default: both.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")
-    ] = None,
+    device: OnDevice = None,
+    dtype: InDtype = "float32",
+    out: OutFile = None,
     save: Save = False,
 ) -> None:
     """Measure recovery by distillation: seconds of a step, tokens per second, and memory.
@@ -189,11 +195,7 @@ def main(
     --dtype bfloat16` is LLaVA-1.5-7B without 30%, for a GPU of 140 GB; `--mode lora` needs 40 GB
     """
     check_dtype(dtype)
-    if hidden % 256:
-        raise DataError(
-            f"--hidden {hidden}: a multiple of 256 is needed "
-            "(heads are 128 wide, those of the vision tower 64)."
-        )
+    check_hidden(hidden)
     if unknown := sorted(set(mode or ()) - set(MODES)):
         raise DataError(f"--mode {unknown[0]}: one of {', '.join(MODES)} is needed.")
     size = RecoveryCostSize(hidden=hidden, layers=layers, rows=rows, steps=steps)

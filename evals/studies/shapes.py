@@ -1,13 +1,35 @@
 """Random models in LLaVA-1.5's proportions, and noise inputs with LLaVA-1.5's token counts."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from hipp_ext.calibration import Batch
+from hipp_ext.errors import DataError
 
 PICTURE_TOKENS, QUESTION_TOKENS = 576, 60
 IMAGE_TOKEN = 999
+# Options of the studies of what such a model costs.
+Hidden = Annotated[
+    int, typer.Option(min=256, help="Width of the language tower, a multiple of 256.")
+]
+Layers = Annotated[int, typer.Option(min=2, help="Layers of the language tower.")]
+OnDevice = Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")]
+InDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Also write the result to this JSON file.")
+]
+
+
+def check_hidden(hidden: int) -> None:
+    """Raise DataError unless a whole `random_llava` can be so wide."""
+    if hidden % 256:
+        raise DataError(
+            f"--hidden {hidden}: a multiple of 256 is needed "
+            "(heads are 128 wide, those of the vision tower 64)."
+        )
 
 
 def random_llava(
