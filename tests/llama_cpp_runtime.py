@@ -8,25 +8,31 @@ from typing import Any
 
 import torch
 import xllamacpp
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hipp_ext import save_pruned
 
 EOS = 2
+_SPECIAL = ["<unk>", "<s>", "</s>", "<a>", "<b>", "<image>"]
 _TEXT = "the cat sat on a mat and 12 dogs ran, as quick foxes jump over it. why? to be, or not"
 
 
-def tiny_tokenizer(size: int = 90, pixels: bool = False) -> PreTrainedTokenizerFast:
-    """A unigram tokenizer for the tiny models: <unk>, <s> and </s> are their ids 0, 1 and 2."""
-    tokenizer = Tokenizer(models.Unigram())
+def tiny_tokenizer(size: int | None = None) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer for the tiny models: <unk>, <s> and </s> are their ids 0, 1 and 2.
+
+    Its pieces are written down, since the trainer of such vocabularies draws ties anew every time.
+    """
+    words = dict.fromkeys(f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in _TEXT.split())
+    parts = dict.fromkeys(word[:end] for word in words for end in (3, len(word)))
+    letters = dict.fromkeys("".join(words))
+    pieces = [*_SPECIAL, *dict.fromkeys([*letters, *parts])][:size]
+    # A piece costs more than another of the same length if it comes later: no two ways tie.
+    scored = [(piece, -3 / len(piece) - number / 64) for number, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=0))
+    tokenizer.add_special_tokens(_SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    special = ["<unk>", "<s>", "</s>", "<a>", "<b>", "<image>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, unk_token="<unk>", special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )

@@ -301,7 +301,7 @@ def test_a_folder_without_a_tokenizer_says_where_to_take_one_from(tmp_path, sour
 def test_a_tokenizer_that_is_not_the_folder_s_is_told(tmp_path, llama):
     same = export_gguf(llama, tmp_path / "same.gguf").path
     assert export_gguf(llama, tmp_path / "a.gguf", tokenizer_from=same).notes == ()
-    other = save_pruned(build("llama"), tmp_path / "model", tiny_tokenizer(70))
+    other = save_pruned(build("llama"), tmp_path / "model", tiny_tokenizer(40))
     source = export_gguf(other, tmp_path / "other.gguf").path
     (note,) = export_gguf(llama, tmp_path / "b.gguf", tokenizer_from=source).notes
     assert "other.gguf has another tokenizer than the folder" in note

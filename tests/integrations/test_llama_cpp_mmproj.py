@@ -223,18 +223,21 @@ def test_the_picture_processor_is_needed(tmp_path):
 
 
 def test_its_server_is_evaluated(tmp_path):
-    folder = with_processor(llava(), tmp_path / "model")
-    export_gguf(folder, tmp_path / "a.gguf", type="f32", mmproj=tmp_path / "b.gguf")
+    model, processor = testbed.load()
+    folder = save_pruned(model, tmp_path / "model", processor)
+    mmproj = tmp_path / "mmproj.gguf"
+    language = export_gguf(folder, tmp_path / "a.gguf", type="f32", mmproj=mmproj).path
     questions = []
-    for seed in range(6):
-        picture(seed).save(tmp_path / f"{seed}.png")
-        image = {"type": "image", "value": str(tmp_path / f"{seed}.png")}
-        questions.append([image, {"type": "text", "value": "cat sat " * seed}])
-    seeing = serve(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    for number, asked in enumerate(testbed.questions("POPE", "test", 60)[::10]):
+        asked.image.save(tmp_path / f"{number}.png")
+        image = {"type": "image", "value": str(tmp_path / f"{number}.png")}
+        questions.append([image, {"type": "text", "value": asked.prompt}])
+    seeing = serve(language, mmproj)
     served = ServedVLM(seeing.listening_address, parallel=3)
     answers = served.generate_batch(questions)
-    assert any(answers) and answers == [served.generate(question) for question in questions]
+    assert set(answers) == {"Yes", "No"}
+    assert answers == [served.generate(question) for question in questions]
     assert served.told["owned_by"] == "llamacpp" and served.told["meta"]["n_params"] > 1000
-    blind = serve(tmp_path / "a.gguf")
+    blind = serve(language)
     with pytest.raises(ServerError, match="llama.cpp needs --mmproj FILE"):
         ServedVLM(blind.listening_address, retries=0).generate(questions[0])
