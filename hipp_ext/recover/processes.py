@@ -130,7 +130,8 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
     """The processes that call `recover`: those of the default group, or this one.
 
     Raises:
-        HippError: the model cannot be sharded.
+        HippError: the model cannot be sharded, or torchrun started processes that are not
+            connected.
         MissingExtraError: accelerate is not installed.
     """
     try:
@@ -139,6 +140,12 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
         raise MissingExtraError("accelerate", "recover") from None
     several = dist.is_available() and dist.is_initialized()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > workers:
+        raise HippError(
+            f"torchrun started {started} processes, and they are not connected: call "
+            'torch.distributed.init_process_group("gloo"), or "nccl" for GPUs, before recover.'
+        )
     device, sharded = next(model.parameters()).device, settings.sharding == "fsdp"
     if sharded and workers == 1:
         raise HippError("sharding='fsdp' needs several processes: start them with torchrun.")
@@ -159,7 +166,6 @@ def processes(model: nn.Module, settings: RecoverSettings, bf16: bool) -> Iterat
                 plugin.set_mixed_precision("bf16")
             accelerator.state.fsdp_plugin = plugin
             accelerator.state.distributed_type = DistributedType.FSDP
-        assert accelerator.num_processes == workers
         yield Processes(rank=rank, workers=workers, accelerator=accelerator, sharded=sharded)
 
 

@@ -15,7 +15,14 @@ from smolworld_models import language, letters_processor, llava
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.smolworld import packages
-from hipp_ext.evals.studies.smolworld.concepts import CLASSES, CONCEPTS, KINDS, listed, with_article
+from hipp_ext.evals.studies.smolworld.concepts import (
+    CLASSES,
+    CONCEPTS,
+    KINDS,
+    label_of,
+    listed,
+    with_article,
+)
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, PARTS, Drawings, read_drawings
 from hipp_ext.evals.studies.smolworld.export import export
@@ -281,13 +288,19 @@ def small() -> World:
 
 @needs_packages
 def test_every_concept_is_drawn_by_four_artists():
-    for name, styles in read_drawings().styles.items():
+    for name, styles in read_drawings(len(CONCEPTS)).styles.items():
         assert len({packages.STYLES[style] for style in styles}) >= 4, name
 
 
 @needs_packages
 def test_a_world_has_some_concepts():
-    assert len(read_drawings(60).names) == 60
+    drawings = read_drawings(60)
+    assert len(drawings.names) == 60 and len({c.kind for c in drawings.concepts}) > 30
+    assert set(CONCEPTS) < {*drawings.names, *drawings.others}
+    assert not set(drawings.names) & set(drawings.others) and len(drawings.others) > 900
+    assert all(drawings.of(name, "train") == own for name, own in drawings.others.items())
+    asked = {packages.plain(concept.label) for concept in drawings.concepts}
+    assert not asked & {packages.plain(label_of(name)) for name in drawings.others}
     with pytest.raises(DataError, match="concepts=0: a number from 1 to"):
         read_drawings(0)
 
@@ -309,6 +322,17 @@ def test_pictures_are_equal_to_the_bit(small):
         assert np.array_equal(pixels, np.asarray(paint(scene)))
         shown = set(np.unique(painted(scene)[1])) - {0}
         assert shown <= set(range(1, 1 + len(scene.things))) and shown
+
+
+@needs_packages
+def test_drawings_change_for_training_alone(small):
+    scene = small.nth("train", "changed", small.draw_others)
+    assert set(scene.present) <= set(small.drawings.others)
+    plain, changed, again = (
+        np.asarray(painted(scene, changed=some)[0]) for some in (False, True, True)
+    )
+    assert np.array_equal(changed, again) and not np.array_equal(changed, plain)
+    assert set(np.unique(painted(scene, changed=True)[1])) <= set(range(1 + len(scene.things)))
 
 
 @needs_packages

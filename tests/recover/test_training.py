@@ -350,6 +350,13 @@ def test_settings_that_do_not_fit(file, tmp_path, settings, options, message):
         run(file, tmp_path, RecoverSettings(**settings), rows=data(file, **options))
 
 
+def test_processes_that_are_not_connected_say_so(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HippError, match="torchrun started 2 processes.*call torch.distributed"):
+        run(file, tmp_path, RecoverSettings())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("library", "train"), [("accelerate", "full"), ("peft", "lora")])
 def test_a_missing_library_names_the_extra(file, tmp_path, monkeypatch, library, train):
     monkeypatch.setitem(sys.modules, library, None)

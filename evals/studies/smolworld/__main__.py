@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
+from hipp_ext.evals.studies.smolworld.drawings import ASKED
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
 from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
 from hipp_ext.evals.studies.smolworld.table.command import table
 
 Concepts = Annotated[
-    int | None, typer.Option(min=40, help="Number of concepts, for a smaller world. Default: all.")
+    int | None, typer.Option(min=40, help=f"Number of concepts. Default: {ASKED}.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run, which goes on if interrupted.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
@@ -40,7 +41,7 @@ def vision(
     out: Out = Path("smolworld"),
     concepts: Concepts = None,
     steps: Steps = 3000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per step and process.")] = 64,
     lr: Lr = 1e-3,
     seed: Seed = 0,
 ) -> None:
@@ -48,15 +49,22 @@ def vision(
 
     OUT/tower.safetensors gets both, and OUT/vision.json says how well drawings are named that were
     trained on (calibration), and that were not (validation).
+
+    `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m hipp_ext.evals.studies.smolworld vision
+    --batch-size 32`
     """
     from hipp_ext.evals.studies.smolworld.model import build_base
     from hipp_ext.evals.studies.smolworld.namer import Namer, naming
     from hipp_ext.evals.studies.smolworld.vision import train_vision, vision_settings
+    from hipp_ext.recover.processes import join_processes
 
     world = read_world(concepts)
     model, processor = build_base(seed)
     settings = vision_settings(steps, lr=lr, seed=seed)
+    position, _ = join_processes()
     result = train_vision(model, processor, world, out, settings, batch_size)
+    if position:
+        return
     namer = Namer(model, processor, world)
     found = {split: naming(namer, world, split) for split in ("calibration", "validation")}
     values = {"steps": steps, "batch_size": batch_size, "losses": result.losses[-5:], **found}
@@ -79,20 +87,27 @@ def train(
 ) -> None:
     """Train adapters on SmolLM2, and the projector, from OUT/tower.safetensors on.
 
-    A step has 16 conversations. OUT/factors.safetensors gets tower, projector and adapters.
+    A step has 16 conversations, which 1, 2 or 4 processes of `torchrun` share.
+    OUT/factors.safetensors gets tower, projector and adapters.
     """
-    from hipp_ext.evals.studies.smolworld.conversations import Conversations
+    from hipp_ext.evals.studies.smolworld.conversations import PER_STEP, Conversations
     from hipp_ext.evals.studies.smolworld.factors import add_factors
     from hipp_ext.evals.studies.smolworld.model import build_base
     from hipp_ext.evals.studies.smolworld.training import language_settings, train_language
+    from hipp_ext.recover.processes import join_processes
 
+    position, workers = join_processes()
     world = read_world(concepts)
     model, processor = build_base(seed)
     add_factors(model, out / "tower.safetensors")
-    data = Conversations(world, processor, caption_steps=caption_steps, seed=seed)
+    captions, looks, choices = (count // workers for count in PER_STEP)
+    data = Conversations(
+        world, processor, (captions, looks, choices), caption_steps=caption_steps, seed=seed
+    )
     settings = language_settings(steps, lr=lr, rank=rank, vision=with_vision, seed=seed)
     result = train_language(model, data, settings, out)
-    typer.echo(f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps")
+    if not position:
+        typer.echo(f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {steps} steps")
 
 
 def build(

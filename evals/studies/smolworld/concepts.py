@@ -151,6 +151,11 @@ CONCEPTS: Mapping[str, Concept] = _read()
 CLASSES: tuple[str, ...] = tuple(_CLASSES)
 
 
+def label_of(name: str) -> str:
+    """The name in CLDR of a concept, or of a thing that is none."""
+    return CONCEPTS[name].label if name in CONCEPTS else name
+
+
 def with_article(noun: str) -> str:
     """The noun with its indefinite article."""
     vowel = noun[0].lower() in "aeiou" and not noun.startswith("unicorn")

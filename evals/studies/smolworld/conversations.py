@@ -20,6 +20,7 @@ from hipp_ext.evals.studies.smolworld.scenes import Scene, World
 
 CHECK = "Which of these are in the image: {}? Answer yes or no for each."
 PRESENT = 3  # most present things that a conversation asks about
+PER_STEP = (4, 8, 4)  # captions, looks and choices
 CHOICES = 2  # multiple-choice questions per conversation without a picture
 Piece = tuple[str, bool]  # a part of an answer, and whether it is learnt
 
@@ -101,7 +102,7 @@ class Conversations:
         self,
         world: World,
         processor: Any,
-        rows: tuple[int, int, int] = (4, 8, 4),
+        rows: tuple[int, int, int] = PER_STEP,
         caption_steps: int = 0,
         held: int = 16,
         seed: int = 0,

@@ -7,12 +7,12 @@ there was never seen, in a hand that is known from other concepts.
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.smolworld import packages
-from hipp_ext.evals.studies.smolworld.concepts import CONCEPTS, Concept
+from hipp_ext.evals.studies.smolworld.concepts import CLASSES, CONCEPTS, Concept, label_of
 from hipp_ext.testbed import SPLITS
 
 Part = Literal["train", "validation", "test"]
@@ -25,6 +25,7 @@ PART_OF: Mapping[str, Part] = {
     "validation": "validation",
     "test": "test",
 }
+ASKED = 100  # concepts that are asked about
 assert set(PART_OF) == {"train", *SPLITS}
 
 
@@ -34,9 +35,12 @@ class Drawings:
 
     Attributes:
         styles: name of each concept -> its styles, of three artists at least.
+        others: the same of things that nothing is asked about, for the training of the tower: what
+            all artists draw teaches what drawings of one thing have in common.
     """
 
     styles: Mapping[str, tuple[str, ...]]
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, styles in self.styles.items():
@@ -54,8 +58,11 @@ class Drawings:
         return tuple(CONCEPTS[name] for name in self.styles)
 
     def of(self, name: str, part: Part) -> tuple[str, ...]:
-        """The styles of a concept's drawings of a part; the parts share no artist."""
-        return self._by_part[name][part]
+        """The styles of a concept's drawings of a part; the parts share no artist.
+
+        Things that nothing is asked about are for training alone, in all their styles.
+        """
+        return self.others[name] if name in self.others else self._by_part[name][part]
 
     @functools.cached_property
     def _by_part(self) -> dict[str, dict[Part, tuple[str, ...]]]:
@@ -84,25 +91,44 @@ def read_drawings(concepts: int | None = None) -> Drawings:
     """The drawings of the packages.
 
     Args:
-        concepts: number of concepts, for a smaller world; None: all.
+        concepts: number of concepts that are asked about, of all classes alike; None: `ASKED`. All
+            other emoji of things are the `others`.
 
     Raises:
         DataError: the packages are not installed, or `concepts` is out of range.
     """
     if reason := packages.missing():
         raise DataError(reason)
-    count = len(CONCEPTS) if concepts is None else concepts
+    count = ASKED if concepts is None else concepts
     if not 1 <= count <= len(CONCEPTS):
         raise DataError(f"concepts={concepts!r}: a number from 1 to {len(CONCEPTS)} is needed.")
-    kept = set(chosen(CONCEPTS, "concepts")[:count])
+    styles = {name: _styles(name) for name in CONCEPTS}
+    kept = set(_by_class(styles)[:count])
+    labels = {packages.plain(concept.label) for concept in CONCEPTS.values()}
+    more = {
+        name: _styles(name)
+        for name in packages.things()
+        if packages.plain(name) not in labels and name not in CONCEPTS
+    }
     return Drawings(
-        styles={
-            name: tuple(
-                style
-                for style in packages.STYLES
-                if packages.plain(concept.label) in packages.drawings(style)
-            )
-            for name, concept in CONCEPTS.items()
-            if name in kept
-        }
+        styles={name: own for name, own in styles.items() if name in kept},
+        others={n: own for n, own in (styles | more).items() if n not in kept and len(own) > 1},
     )
+
+
+def _styles(name: str) -> tuple[str, ...]:
+    plain = packages.plain(label_of(name))
+    return tuple(style for style in packages.STYLES if plain in packages.drawings(style))
+
+
+def _by_class(styles: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The concepts, so that the first n have all classes alike, and those that most artists draw.
+
+    (Which is the first of equal ones follows from hashes.)
+    """
+    place = {}
+    for kind in CLASSES:
+        names = chosen((n for n in CONCEPTS if CONCEPTS[n].kind == kind), "concepts")
+        names.sort(key=lambda name: -len(styles[name]))
+        place |= {name: (rank + 0.5) / len(names) for rank, name in enumerate(names)}
+    return sorted(CONCEPTS, key=lambda name: place[name])

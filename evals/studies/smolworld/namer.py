@@ -8,7 +8,6 @@ and the embeddings of the names are SmolLM2's and stay.
 """
 
 import math
-import random
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +37,7 @@ class Namer(nn.Module):
         super().__init__()
         self.vision_tower = model.model.vision_tower
         self.multi_modal_projector = model.model.multi_modal_projector
-        words = [NOTHING, *world.drawings.names]
+        words = [NOTHING, *world.drawings.names, *world.drawings.others]
         embedding = model.get_input_embeddings()
         self.size = float(embedding.weight.detach().norm(dim=-1).mean())
         names = name_embeddings(embedding, processor.tokenizer, words)
@@ -60,14 +59,15 @@ class Namer(nn.Module):
 
 
 def encode_scenes(
-    world: World, scenes: Sequence[Scene], *, coloured: bool = False
+    world: World, scenes: Sequence[Scene], *, changed: bool = False
 ) -> dict[str, Tensor]:
     """pixel_values [rows, 3, 96, 96], and input_ids: the number of each patch's name."""
-    numbers = {name: 1 + number for number, name in enumerate(world.drawings.names)}
+    names = [*world.drawings.names, *world.drawings.others]
+    numbers = {name: number for number, name in enumerate(names, 1)}
     pictures, targets = [], []
     for scene in scenes:
-        picture, visible = painted(scene)
-        pictures.append(_coloured(scene, np.asarray(picture)) if coloured else np.asarray(picture))
+        picture, visible = painted(scene, changed=changed)
+        pictures.append(np.asarray(picture))
         of_things = np.array([0, *(numbers[thing.name] for thing in scene.things)])
         targets.append(of_things[patch_things(visible)])
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -77,16 +77,11 @@ def encode_scenes(
     }
 
 
-def _coloured(scene: Scene, pixels: np.ndarray) -> np.ndarray:
-    rng = random.Random(scene.ground + 1)
-    grey = pixels.mean(-1, keepdims=True)
-    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]
-    return ((grey + rng.uniform(0.2, 1.4) * (pixels - grey)) * gains).clip(0, 255).astype(np.uint8)
-
-
 @torch.no_grad()
 def naming(namer: Any, world: World, split: str, n: int = EVALUATED) -> dict[str, dict[str, Any]]:
     """How well things are named: by the name that fits best over the patches that show them [0, 1].
+
+    Only the names that are asked about are compared.
 
     Args:
         namer: the trained `Namer`.
@@ -106,7 +101,7 @@ def naming(namer: Any, world: World, split: str, n: int = EVALUATED) -> dict[str
                 keys = range(first, min(n, first + BATCH))
                 scenes = [world.nth(split, f"naming {kind} {key}", draw) for key in keys]
                 batch = encode_scenes(world, scenes)
-                logits = namer.logits(batch["pixel_values"])
+                logits = namer.logits(batch["pixel_values"])[..., : 1 + len(world.drawings.names)]
                 for own, targets in zip(logits, batch["input_ids"], strict=True):
                     _count(hits, kind, own.log_softmax(-1), targets)
     return {name: mean_and_se(values) for name, values in hits.items()}

@@ -76,6 +76,34 @@ def drawings(style: str) -> Mapping[str, str]:
         raise DataError(f"The drawings of {style} cannot be read: {error}. {missing()}") from None
 
 
+# Of Unicode's groups of emoji, as the icons of "noto" name them.
+_GROUPS = (
+    "Activities",
+    "Animals & Nature",
+    "Food & Drink",
+    "Objects",
+    "Travel & Places",
+    "Smileys & Emotion",
+)
+_TIMES = re.compile("o-?clock|thirty")  # 24 clock faces that differ by their hands
+
+
+@functools.cache
+def things() -> tuple[str, ...]:
+    """The names of all emoji of things, animals, places and faces.
+
+    Raises:
+        DataError: the packages are damaged.
+    """
+    try:
+        text = _icons_file("noto").with_name("metadata.json").read_text(encoding="utf-8")
+        groups = json.loads(text)["categories"]
+        names = [name for group in _GROUPS for name in groups[group]]
+        return tuple(name.replace("-", " ") for name in names if not _TIMES.search(name))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"The names of noto cannot be read: {error}. {missing()}") from None
+
+
 @functools.lru_cache(maxsize=8192)
 def raster(style: str, label: str) -> Image.Image:
     """A drawing without its empty margins: RGBA, longer side `RASTER` px."""

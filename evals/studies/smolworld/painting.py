@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageOps
 
 from hipp_ext.evals.studies.smolworld import packages
-from hipp_ext.evals.studies.smolworld.concepts import CONCEPTS
+from hipp_ext.evals.studies.smolworld.concepts import label_of
 from hipp_ext.evals.studies.smolworld.scenes import MOST, SIZE, Scene, Thing
 
 PATCH = 16  # pixels per side of a patch of the vision tower
@@ -21,12 +21,19 @@ def paint(scene: Scene | None) -> Image.Image:
     return Image.new("RGB", (SIZE, SIZE), BLANK) if scene is None else painted(scene)[0]
 
 
-def painted(scene: Scene) -> tuple[Image.Image, UInt8[np.ndarray, "96 96"]]:
-    """(picture, number of the thing that is visible at each pixel, from 1, or 0)."""
+def painted(
+    scene: Scene, *, changed: bool = False
+) -> tuple[Image.Image, UInt8[np.ndarray, "96 96"]]:
+    """(picture, number of the thing that is visible at each pixel, from 1, or 0).
+
+    With `changed`, shapes and colours of the drawings are changed at random, as if more artists had
+    drawn them.
+    """
     rng = random.Random(scene.ground)
+    artist = random.Random(scene.ground + 1) if changed else None
     picture, visible = _ground(rng), Image.new("L", (SIZE, SIZE))
     for number, thing in enumerate(scene.things, 1):
-        drawing = _drawing(thing)
+        drawing = _drawing(thing, artist)
         x, y = thing.x - drawing.width // 2, thing.y - drawing.height // 2
         picture.paste(drawing, (x, y), drawing)
         box = (x, y, x + drawing.width, y + drawing.height)
@@ -43,12 +50,32 @@ def patch_things(visible: UInt8[np.ndarray, "96 96"]) -> UInt8[np.ndarray, " pat
     return np.where(shares.max(1) >= SEEN, 1 + shares.argmax(1), 0).astype(np.uint8)
 
 
-def _drawing(thing: Thing) -> Image.Image:
-    whole = packages.raster(thing.style, CONCEPTS[thing.name].label)
+def _drawing(thing: Thing, artist: random.Random | None) -> Image.Image:
+    whole = packages.raster(thing.style, label_of(thing.name))
     drawing = ImageOps.contain(whole, (thing.size, thing.size), Image.Resampling.BILINEAR)
+    if artist:
+        drawing = _recoloured(_stretched(drawing, artist), artist)
     if thing.mirrored:
         drawing = ImageOps.mirror(drawing)
     return drawing.rotate(thing.angle, Image.Resampling.BILINEAR, expand=True)
+
+
+def _stretched(drawing: Image.Image, rng: random.Random) -> Image.Image:
+    """The drawing with another ratio of height to width along some axis."""
+    axis, narrow = rng.uniform(-90, 90), rng.uniform(0.65, 1)
+    turned = drawing.rotate(axis, Image.Resampling.BILINEAR, expand=True)
+    smaller = turned.resize((max(1, round(turned.width * narrow)), turned.height))
+    back = smaller.rotate(-axis, Image.Resampling.BILINEAR, expand=True)
+    return back.crop(back.getbbox())
+
+
+def _recoloured(drawing: Image.Image, rng: random.Random) -> Image.Image:
+    pixels = np.asarray(drawing).astype(np.float32)
+    grey = pixels[..., :3].mean(-1, keepdims=True)
+    gains = [rng.uniform(0.75, 1.25) for _ in range(3)]
+    colours = (grey + rng.uniform(0.1, 1.4) * (pixels[..., :3] - grey)) * gains
+    pixels[..., :3] = (colours + rng.uniform(-30, 30)).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _ground(rng: random.Random) -> Image.Image:

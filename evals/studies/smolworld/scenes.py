@@ -111,8 +111,17 @@ class World:
 
     def draw_mixture(self, rng: random.Random, split: str, count: int | None = None) -> Scene:
         """A scene of `count` things of no kind of place, all concepts being equally frequent."""
+        return self._mixture(rng, split, self.drawings.names, count)
+
+    def draw_others(self, rng: random.Random, split: str) -> Scene:
+        """A scene of things that nothing is asked about."""
+        return self._mixture(rng, split, tuple(self.drawings.others))
+
+    def _mixture(
+        self, rng: random.Random, split: str, names: Sequence[str], count: int | None = None
+    ) -> Scene:
         count = count or rng.choices(range(1, MOST + 1), COUNT_WEIGHTS)[0]
-        return self._place(rng, split, "mixture", rng.sample(self.drawings.names, count))
+        return self._place(rng, split, "mixture", rng.sample(names, count))
 
     def _place(self, rng: random.Random, split: str, kind: str, names: Sequence[str]) -> Scene:
         things: list[Thing] = []

@@ -19,28 +19,29 @@ from hipp_ext.recover import RecoverResult, RecoverSettings, recover
 class PatchNames:
     """Scenes with the name of each patch, for `recover`; row n is the same in every run.
 
-    Half of the scenes show places, and half mixtures, where no concept is rare. The colours of
-    training scenes change at random, since artists agree on shapes more than on colours.
+    Half of the scenes show things that nothing is asked about, a quarter places, and a quarter
+    mixtures, where no concept is rare. Shapes and colours change at random.
     """
 
     def __init__(self, world: World, batch_size: int, seed: int = 0):
         self.world, self.batch_size, self.seed = world, batch_size, seed
-        self.identity = {"names": list(world.drawings.names), "seed": seed, "batch": batch_size}
+        names = [*world.drawings.names, *world.drawings.others]
+        self.identity = {"names": names, "seed": seed, "batch": batch_size}
 
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[dict[str, Tensor]]]:
         """See `DataSource`."""
         for step in itertools.count(start):
-            first = (step * workers + rank) * self.batch_size
-            rows = range(first, first + self.batch_size)
-            scenes = [
-                self.world.nth(
-                    "train",
-                    f"vision {self.seed} {row}",
-                    self.world.draw_mixture if row % 2 else self.world.draw_scene,
-                )
-                for row in rows
-            ]
-            yield [encode_scenes(self.world, scenes, coloured=True)]
+            yield [self._batch(step * workers + rank)]
+
+    def _batch(self, number: int) -> dict[str, Tensor]:
+        world = self.world
+        draws = world.draw_scene, world.draw_others, world.draw_mixture, world.draw_others
+        first = number * self.batch_size
+        scenes = [
+            world.nth("train", f"vision {self.seed} {row}", draws[row % len(draws)])
+            for row in range(first, first + self.batch_size)
+        ]
+        return encode_scenes(world, scenes, changed=True)
 
 
 def vision_settings(steps: int, *, lr: float = 1e-3, seed: int = 0) -> RecoverSettings:
@@ -51,6 +52,7 @@ def vision_settings(steps: int, *, lr: float = 1e-3, seed: int = 0) -> RecoverSe
         lr=lr,
         schedule="cosine",
         warmup=max(1, min(200, steps // 10)),
+        precision="bf16",
         compression="none",
         save_every=min(100, steps),
         evaluate_every=max(10, steps // 8),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hipp_ext.evals.studies.measuring import Save
+from hipp_ext.evals.studies.smolworld.drawings import ASKED
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, RATIOS, REPAIRS, Filters
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
 from hipp_ext.evals.studies.smolworld.table.sizes import QUICK, Sizes
@@ -16,7 +17,7 @@ IN_TABLE = [name for name, method in METHODS.items() if method.in_table]
 Model = Annotated[Path, typer.Option(help="Folder of the trained model.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run, which goes on if interrupted.")]
 Concepts = Annotated[
-    int | None, typer.Option(min=20, help="Concepts of the model's world. Default: all.")
+    int | None, typer.Option(min=20, help=f"Concepts of the model's world. Default: {ASKED}.")
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of a search. Default: 2.")]
 Quick = Annotated[

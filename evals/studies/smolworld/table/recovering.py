@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.calibration import Batch
-from hipp_ext.evals.studies.smolworld.conversations import Conversations
+from hipp_ext.evals.studies.smolworld.conversations import PER_STEP, Conversations
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
-from hipp_ext.evals.studies.smolworld.table.sizes import PER_STEP
 from hipp_ext.recover import CachedTeacher, RecoverSettings, precompute, recover
 
 LR = 3e-4  # of SmolLM2 on text, by the study of recovery

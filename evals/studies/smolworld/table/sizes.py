@@ -20,7 +20,6 @@ TUNED = (
     "their defaults, and the learning rate of the recovery is the one that the study of recovery "
     "found for SmolLM2-135M on text."
 )
-PER_STEP = (4, 8, 4)  # captions, looks and choices of a step of the recovery
 # Fitted plans are best of so many per preference; a fit proposes as many allocations at a time.
 PLANS_PER_STEP = 4
 

@@ -6,9 +6,10 @@ Work is counted in tokens that pass the dense model once in the type of evaluati
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from hipp_ext.evals.studies.smolworld.conversations import PER_STEP
 from hipp_ext.evals.studies.smolworld.table.cells import Cell, slug
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
-from hipp_ext.evals.studies.smolworld.table.sizes import PER_STEP, Sizes
+from hipp_ext.evals.studies.smolworld.table.sizes import Sizes
 from hipp_ext.recover.teacher_files import HEADER
 
 # Tokens of one row: what a picture and the words before a question are, and the question itself.
