@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -103,6 +104,11 @@ def shows_progress() -> bool:
 def shows_bars() -> bool:
     """Whether progress is wanted that only a terminal can show."""
     return shows_progress() and sys.stderr.isatty()
+
+
+def print_report(file: Path) -> None:
+    """Print a report that a command has written, which is JSON, on stdout."""
+    typer.echo(file.read_text(encoding="utf-8").rstrip())
 
 
 def print_json(values: Any) -> None:

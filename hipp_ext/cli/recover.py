@@ -19,7 +19,16 @@ from hipp_ext.cli.console import (
     require_apart,
     require_model,
 )
-from hipp_ext.cli.output import next_command, say, shell, shows_progress, warn
+from hipp_ext.cli.output import (
+    Json,
+    next_command,
+    only_json,
+    print_report,
+    say,
+    shell,
+    shows_progress,
+    warn,
+)
 from hipp_ext.cli.teacher import TeacherOptions
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new
@@ -77,6 +86,7 @@ def recover_command(
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune a pruned model. An interrupted run goes on from its last checkpoint.
 
@@ -93,9 +103,10 @@ def recover_command(
     `torchrun --nproc-per-node 2 -m hipp_ext recover ./pruned --pope POPE_train.tsv -o ./recovered`
     """
     given = options.with_recipe(dict(locals()))
+    only_json(as_json)
     from hipp_ext.recover import RecoverSettings, recover
     from hipp_ext.recover.processes import join_processes
-    from hipp_ext.recover.report import report_lines, skipped_line
+    from hipp_ext.recover.report import REPORT, report_lines, skipped_line
     from hipp_ext.surgery.checkpoint import save_pruned
 
     settings = RecoverSettings(
@@ -141,6 +152,8 @@ def recover_command(
         sent += f" ({stats['exchanges']} exchanges)" if "exchanges" in stats else ""
     say("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
     next_command(_evaluation(loaded, out), shell("hipp", "check-serving", out))
+    if as_json:
+        print_report(running / REPORT)
 
 
 def _evaluation(model: Any, folder: Path) -> str:

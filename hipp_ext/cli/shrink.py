@@ -158,6 +158,7 @@ def shrink_command(
     sharding: options.Sharding = "none",
     device: Device = None,
     dtype: Dtype = None,
+    as_json: output.Json = False,
 ) -> None:
     """Prune a model in rounds, each of which recovers by learning from the dense model.
 
@@ -172,9 +173,11 @@ def shrink_command(
     `hipp shrink ./model --to 0.4 --data chats.jsonl --serve stock --teacher ./teacher -o ./small`
     """
     given = options.with_recipe(dict(locals()))
+    output.only_json(as_json)
     from hipp_ext.recover import RecoverSettings
     from hipp_ext.recover.processes import join_processes
     from hipp_ext.shrink import ShrinkSettings, shrink
+    from hipp_ext.shrink.report import REPORT
 
     own = {f.name: given[f.name] for f in fields(RecoverSettings) if f.name in given}
     own["steps"] = recover_steps
@@ -219,6 +222,8 @@ def shrink_command(
     )
     if position == 0:
         _print_report(report, out)
+        if as_json:
+            output.print_report(out / REPORT)
 
 
 def _planner(given: dict[str, Any]) -> Any:
@@ -269,7 +274,8 @@ def _print_report(report: Any, out: Path) -> None:
             *losses,
             f"{r.minutes.total:.1f}",
         )
-    print_table(table)
+    if output.speaks():
+        print_table(table)
     if lost := [r for r in report.rounds if r.skipped]:
         output.warn(
             f"up to {max(r.skipped for r in lost)} rows of the data could not be used in a round: "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import hipp
+from command import hipp, hipp_json
 from plans import random_plan
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vlm_tables import scienceqa_rows, write_tsv
@@ -460,6 +460,8 @@ def test_the_command(file, tmp_path):
     assert load_pruned(tmp_path / "back").hipp_plan == pruned().hipp_plan
     report = json.loads((tmp_path / "back.recover/recover.json").read_text())
     assert report["settings"]["train"] == "lora" and len(report["losses"]) == 2
+    again = ("recover", tmp_path / "small", *common, "--device", "cpu", "-o", tmp_path / "json")
+    assert hipp_json(*again)["settings"]["train"] == "full"
     with pytest.raises(DataError, match="Give --data, or --pope and --scienceqa"):
         hipp("recover", tmp_path / "small", *common, "--pope", file, "-o", tmp_path / "other")
     for options, message in (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import hipp
+from command import hipp, hipp_json
 from plans import random_plan
 from recover.test_file_data import lines, texts
 from recover.test_recover import weights
@@ -279,6 +279,7 @@ def test_the_command(file, tmp_path, monkeypatch):
     assert [r.steps for r in report.rounds] == [2, 3]
     assert all(g.keep % 2 == 0 for g in load_pruned("small/round-2").hipp_plan.groups)
     assert "20.0%" in hipp(*command)
+    assert hipp_json(*command) == report.model_dump(mode="json")
     Path("other").mkdir()
     Path("other/file").touch()
     for wrong, error, message in (
