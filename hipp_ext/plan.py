@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from hipp_ext.errors import PlanError
 from hipp_ext.files import require_new, write_atomic
+from hipp_ext.files.untrusted import MAX_COMMAND
 from hipp_ext.groups import AttentionUnit, ExpertUnit, Kind, LeftWhole, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.quantities import whole
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 COMMANDS = "commands"  # among the notes
-MAX_COMMANDS, MAX_COMMAND = 100, 10_000  # that are believed; characters of one
+MAX_COMMANDS = 100  # that are believed
 # Of a file, so that a small one cannot fill the memory. Llama-3.1-405B has 252 groups of 6.7
 # million units in all.
 MAX_BYTES, MAX_GROUPS, MAX_UNITS, MAX_FIELDS = 32 << 20, 20_000, 10_000_000, 20

@@ -21,7 +21,8 @@ from test_budget import group
 
 from hipp_ext import PruningPlan
 from hipp_ext.errors import OutputExistsError, PlanError
-from hipp_ext.plan import MAX_COMMAND, MAX_COMMANDS, PlanGroup
+from hipp_ext.files.untrusted import MAX_COMMAND
+from hipp_ext.plan import MAX_COMMANDS, PlanGroup
 from hipp_ext.units import plan_from_counts
 
 

@@ -13,7 +13,7 @@ from hipp_ext.cli import console
 from hipp_ext.evals.report.made import made
 from hipp_ext.evals.report.sources import read_sources
 from hipp_ext.files import content_hash
-from hipp_ext.plan import MAX_COMMAND
+from hipp_ext.files.untrusted import MAX_COMMAND
 
 UNIFORM = ("--allocator", "uniform", "--scorer", "magnitude", "--device", "cpu")
 
@@ -69,7 +69,6 @@ def test_a_report_shows_how_models_were_fitted_planned_and_pruned(tmp_path, monk
 
 
 def test_what_no_file_could_hold_is_not_recorded(monkeypatch):
-    assert console.MAX_COMMAND == MAX_COMMAND
     monkeypatch.setattr(sys, "argv", ["hipp", "plan", "half a \udcff.json", "x" * MAX_COMMAND])
     line = console.command_line()
     assert line.startswith("hipp plan 'half a ?.json' xxx") and len(line) == MAX_COMMAND

@@ -166,12 +166,12 @@ def parameters_left(total: int, pruning_ratio: float) -> int:
     return math.floor((1 - pruning_ratio) * total + 1e-6)
 
 
-def check_ratio(pruning_ratio: float) -> None:
-    """Raise BudgetError unless `pruning_ratio` is a number in [0, 1)."""
+def check_ratio(pruning_ratio: float, name: str = "pruning_ratio") -> None:
+    """Raise BudgetError, which says `name`, unless `pruning_ratio` is a number in [0, 1)."""
     number = finite(pruning_ratio)
     if number is None or not 0 <= number < 1:
         raise BudgetError(
-            f"pruning_ratio={pruning_ratio!r}: a number in [0, 1) is needed (fraction removed)."
+            f"{name}={pruning_ratio!r}: a number in [0, 1) is needed (fraction removed)."
         )
 
 

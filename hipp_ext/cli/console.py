@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
+from hipp_ext.files.untrusted import MAX_COMMAND
 
-MAX_COMMAND = 10_000  # characters, those of hipp_ext.plan, which imports torch
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or `testbed`.")

@@ -28,6 +28,7 @@ PICTURE_PIXELS = 1 << 26  # twice an 8K screen
 # Pillow decodes these itself; EPS, for example, starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _SCANS = 10  # of a usual progressive JPEG of the largest size; each is a pass over all pixels
+MAX_COMMAND = 10_000  # longest command line that a result keeps [characters]
 _NAME = 80  # longest name in a table or a figure [characters]
 _LISTED = re.compile(r"'([^'\\]*(?:\\.[^'\\]*)*)'" r'|"([^"\\]*(?:\\.[^"\\]*)*)"')
 

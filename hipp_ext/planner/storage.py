@@ -12,8 +12,8 @@ from hipp_ext.budget import Bounds
 from hipp_ext.errors import CheckpointError, PlanError
 from hipp_ext.files import content_hash, new_folder, write_atomic
 from hipp_ext.files.sealed import seal, text_digest, unseal
+from hipp_ext.files.untrusted import MAX_COMMAND
 from hipp_ext.groups import AttentionUnit, ExpertUnit, Partial, Tower
-from hipp_ext.plan import MAX_COMMAND
 from hipp_ext.planner.archive import Archive, fit_groups
 from hipp_ext.planner.cost import CostKind
 from hipp_ext.planner.fit import ARCHIVE

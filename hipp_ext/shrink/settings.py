@@ -40,7 +40,7 @@ class ShrinkSettings:
     only_last: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio(self.to)
+        check_ratio(self.to, "to")
         for name in ("steps", "last_steps"):
             if (value := getattr(self, name)) is not None or name == "steps":
                 object.__setattr__(self, name, whole_option(name, value, HippError, 1))

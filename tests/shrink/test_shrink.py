@@ -284,6 +284,7 @@ def test_the_command(file, tmp_path, monkeypatch):
     Path("other/file").touch()
     for wrong, error, message in (
         (("-o", "other"), OutputExistsError, "other exists"),
+        (("--to", "1.5"), HippError, r"^to=1.5: a number in \[0, 1\)"),
         (("-u", "1"), HippError, "--allocator flap and a preference exclude"),
         (("--effort", "fisher"), HippError, "--allocator flap and --effort exclude"),
         (("--calibration-rows", "8"), HippError, "is for --calibration FILE"),
