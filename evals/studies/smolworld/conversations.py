@@ -82,6 +82,8 @@ SOURCES = (caption, looking, choosing)
 class Conversations:
     """Endless rows for `recover`; the rows of a step are the same in every run.
 
+    Drawings are changed at random, so that the model is as unsure as of those it never saw.
+
     The loss of a step is the sum of the means over captions, looks and choices, so that the many
     tokens of captions do not outweigh the one of an answer.
 
@@ -127,7 +129,8 @@ class Conversations:
                     [
                         make(self.world, "train", f"{self.seed} {step} {workers} {rank} {row}")
                         for row in range(count)
-                    ]
+                    ],
+                    changed=True,
                 )
                 for make, count in zip(SOURCES, rows, strict=True)
                 if count
@@ -140,15 +143,22 @@ class Conversations:
             keys = (f"held {number} {row}" for row in range(8))
             yield self._batch([make(self.world, "validation", key) for key in keys])
 
-    def _batch(self, rows: Sequence[Conversation]) -> dict[str, Tensor]:
-        return collate(self.processor, rows)
+    def _batch(self, rows: Sequence[Conversation], changed: bool = False) -> dict[str, Tensor]:
+        return collate(self.processor, rows, changed=changed)
 
 
-def collate(processor: Any, rows: Sequence[Conversation]) -> dict[str, Tensor]:
-    """A left-padded batch in the words of the chat template, with labels on what is learnt."""
+def collate(
+    processor: Any, rows: Sequence[Conversation], *, changed: bool = False
+) -> dict[str, Tensor]:
+    """A left-padded batch in the words of the chat template, with labels on what is learnt.
+
+    With `changed` the drawings are, see `painted`.
+    """
     encoded = [_encode(processor, row) for row in rows]
     batch = padded(processor.tokenizer, [ids for ids, _ in encoded], [ls for _, ls in encoded])
-    pictures = processor.image_processor([paint(row.scene) for row in rows], return_tensors="pt")
+    pictures = processor.image_processor(
+        [paint(row.scene, changed=changed) for row in rows], return_tensors="pt"
+    )
     return {**batch, "pixel_values": pictures["pixel_values"]}
 
 

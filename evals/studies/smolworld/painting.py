@@ -16,9 +16,11 @@ SEEN = 0.2  # least share of a patch that a thing covers to be named there
 BLANK = (196, 196, 196)
 
 
-def paint(scene: Scene | None) -> Image.Image:
-    """The picture of a scene, 96 x 96 px RGB; None: the blank picture."""
-    return Image.new("RGB", (SIZE, SIZE), BLANK) if scene is None else painted(scene)[0]
+def paint(scene: Scene | None, *, changed: bool = False) -> Image.Image:
+    """The picture of a scene, 96 x 96 px RGB; None: the blank picture. See `painted`."""
+    if scene is None:
+        return Image.new("RGB", (SIZE, SIZE), BLANK)
+    return painted(scene, changed=changed)[0]
 
 
 def painted(
