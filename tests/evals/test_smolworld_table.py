@@ -310,7 +310,7 @@ def seen(processor) -> dict:
 
 
 @torch.no_grad()
-def test_half_of_the_picture_is_what_the_class_token_looks_at(processor):
+def test_half_of_the_picture_is_what_other_patches_look_at(processor):
     model = llava(processor)
     whole = model(**seen(processor)).logits
     with half_of_the_picture(model, processor) as fewer:
@@ -322,10 +322,11 @@ def test_half_of_the_picture_is_what_the_class_token_looks_at(processor):
     assert torch.equal(model(**full).logits, whole)
     # The same by hand: embeddings of the whole prompt without the other patches.
     tower = model.model.vision_tower
-    attention = tower(full["pixel_values"], output_attentions=True).attentions
-    if attention and attention[-1] is not None:  # eager attention alone tells it
-        looked = attention[-1].mean(1)[:, 0, 1:].topk(18).indices.sort().values
-        assert torch.equal(looked, chosen)
+    tower.set_attn_implementation("eager")  # which alone tells the attention
+    attention = tower(full["pixel_values"], output_attentions=True).attentions[-1]
+    looked = attention[:, :, 1:, 1:].mean((1, 2)).topk(18).indices.sort().values
+    assert torch.equal(looked, chosen)
+    tower.set_attn_implementation("sdpa")
     features = torch.stack(list(model.get_image_features(full["pixel_values"]).pooler_output))
     embedded = model.get_input_embeddings()(full["input_ids"])
     picture = full["input_ids"] == processor.image_token_id

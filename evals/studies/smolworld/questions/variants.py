@@ -40,8 +40,7 @@ def composing(contrasts: Contrasts) -> Finding:
             "mean of POPE accuracy and multiple choice with a picture. yes: the extra cost is "
             f"below {COMPOSED:g} points by more than {ERRORS:g} standard errors. no: it is above 0 "
             f"by as many. Where it costs the dense model more than {DESTROYED:g} points, nothing "
-            "is shown. The patches are those that the class token attends to most; the tower was "
-            "trained to name patches, and this token for nothing."
+            "is shown. The patches are those that the other patches attend to most."
         ),
         answer=answer,
         figures={

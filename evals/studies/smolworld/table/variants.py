@@ -16,18 +16,18 @@ IGNORED = ["re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"
 
 
 class KeptPatches(nn.Module):
-    """A projector that takes those patches alone which the class token attends to most.
+    """A projector that takes those patches alone which the other patches attend to most.
 
-    The order of the patches stays. Attention is that of the tower's last layer, mean over heads.
+    The order of the patches stays. Attention is that of the tower's last layer, mean over heads and
+    patches.
 
     Args:
         projector: the model's own.
         tower_layer: the last layer of the vision tower.
         count: number of patches that are kept.
 
-    Source: FasterVLM (arXiv 2412.01818), which ranks patches by the class token's attention.
-    Differs from the paper: the tower was trained to name what patches show, and its class token for
-    nothing.
+    Source: VisionZip (arXiv 2412.04467), for towers whose class token is trained for nothing.
+    Differs from the paper: the patches that are left out are not merged into others.
     """
 
     def __init__(self, projector: nn.Module, tower_layer: Any, count: int):
@@ -47,10 +47,10 @@ class KeptPatches(nn.Module):
     def _look(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         size = module.head_dim
-        query = module.q_proj(hidden[:, :1]).unflatten(-1, (-1, size))
+        query = module.q_proj(hidden[:, 1:]).unflatten(-1, (-1, size))
         key = module.k_proj(hidden).unflatten(-1, (-1, size))
-        logits = torch.einsum("bqhd,bkhd->bhk", query, key).float() * size**-0.5
-        self.attention = logits.softmax(-1).mean(1)[:, 1:]  # without the class token itself
+        logits = torch.einsum("bqhd,bkhd->bhqk", query, key).float() * size**-0.5
+        self.attention = logits.softmax(-1).mean((1, 2))[:, 1:]  # without the class token
 
 
 @contextlib.contextmanager
