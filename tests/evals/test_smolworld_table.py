@@ -421,6 +421,21 @@ def test_a_killed_table_goes_on(folder, killed, capsys):
 
 
 @needs_packages
+def test_processes_share_the_models(folder, tmp_path):
+    (tmp_path / "model").symlink_to(folder / "model")
+    chosen = ["uniform", "sensitivity, anchored", "hipp, untrained"]
+    repairs = ["none", "distil"]
+    shared = run_table(tmp_path, chosen, repairs, processes=2, threads=2)
+    alone = run_table(folder, chosen, repairs)
+    known = {(own["method"], own["corner"], own["repair"]): own for own in alone["cells"]}
+    assert len(shared["cells"]) == len({str(own) for own in shared["cells"]}) > len(chosen)
+    for own in shared["cells"]:
+        same = known[own["method"], own["corner"], own["repair"]]
+        assert own["removed"] == same["removed"] and own["parameters"] == same["parameters"]
+    assert not list((tmp_path / "out/training").glob("*"))
+
+
+@needs_packages
 def test_a_table_of_other_sizes_is_not_mixed_in(folder, killed):
     with pytest.raises(CheckpointError, match="sizes.pictures is 4 there, and 5 was asked for"):
         run_table(folder, pictures=5)

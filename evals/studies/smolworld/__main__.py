@@ -8,6 +8,7 @@ import typer
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.drawings import ASKED
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
+from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
 from hipp_ext.evals.studies.smolworld.table.command import table
@@ -111,8 +112,13 @@ def train(
 
 
 def build(
-    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("smolworld/model"),
-    factors: Annotated[Path, typer.Option(help="File of the trained factors.")] = COMMITTED,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the model.", show_default=".smolworld/model")
+    ] = MODEL,
+    factors: Annotated[
+        Path,
+        typer.Option(help="File of the trained factors.", show_default="those of the repository"),
+    ] = COMMITTED,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
     """Build the model's folder from the trained factors and the package of SmolLM2."""
@@ -126,7 +132,12 @@ def build(
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of the model, dense or pruned.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the model, dense or pruned.", show_default=".smolworld/model"
+        ),
+    ] = MODEL,
     split: Annotated[str, typer.Option(help="Split; claims are made on test.")] = "validation",
     concepts: Concepts = None,
     n: N = None,

@@ -8,6 +8,7 @@ import typer
 
 from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.measuring import RESULTS, Save
+from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.table.command import (
     Calibration,
     Choices,
@@ -17,6 +18,7 @@ from hipp_ext.evals.studies.smolworld.table.command import (
     Model,
     Out,
     Pictures,
+    Processes,
     Quick,
     Search,
     Seeds,
@@ -39,7 +41,7 @@ NAME = "smolworld_questions"
 
 
 def questions(
-    model: Model,
+    model: Model = MODEL,
     out: Out = Path("outputs/table"),
     question: Annotated[
         list[str] | None,
@@ -57,6 +59,7 @@ def questions(
     dtype: Dtype = None,
     concepts: Concepts = None,
     threads: Threads = 2,
+    processes: Processes = 1,
     save: Save = False,
 ) -> None:
     """Answer questions about pruning with "yes", "no" or "not shown", by rules written before.
@@ -65,11 +68,12 @@ def questions(
     killed run goes on. Result and section for RESULTS.md are written to OUT, and with --save the
     result to evals/studies/results.
 
-    `python -m hipp_ext.evals.studies.smolworld questions --model smolworld/model --save`
+    `python -m hipp_ext.evals.studies.smolworld questions --save`
     """
     from hipp_ext.evals.studies.smolworld.questions.needed import needed
     from hipp_ext.evals.studies.smolworld.table.cells import Cell
-    from hipp_ext.evals.studies.smolworld.table.start import start
+    from hipp_ext.evals.studies.smolworld.table.place import Place
+    from hipp_ext.evals.studies.smolworld.table.start import run, start
 
     letters = question or list(LETTERS)
     if unknown := set(letters) - set(LETTERS):
@@ -85,11 +89,13 @@ def questions(
         dtype=dtype,
     )
     fits = seeds or (1 if quick else 2)
-    by_letter = needed(fits, default_ratios(quick))
+    ratios = default_ratios(quick)
+    by_letter = needed(fits, ratios)
     cells = [Cell(), *(cell for letter in letters for cell in by_letter[letter])]
-    study = start(model, out, sizes, list(dict.fromkeys(cells)), concepts=concepts, threads=threads)
+    place = Place(model=model, out=out, sizes=sizes, ratios=ratios, concepts=concepts)
+    study = start(place, list(dict.fromkeys(cells)), threads)
     with study.locked():
-        *_, rows = study.run()
+        *_, rows = run(study, place, processes, threads)
         found = answers(study, rows, letters, fits, plans)
         result = write_answers(study.bench.identity, found, fits, out, save)
     for own in result["questions"].values():

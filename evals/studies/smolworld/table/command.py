@@ -8,13 +8,16 @@ import typer
 
 from hipp_ext.evals.studies.measuring import Save
 from hipp_ext.evals.studies.smolworld.drawings import ASKED
+from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, RATIOS, REPAIRS, Filters
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
 from hipp_ext.evals.studies.smolworld.table.sizes import QUICK, Sizes
 
 OFTEN = 300.0  # seconds between two summaries
 IN_TABLE = [name for name, method in METHODS.items() if method.in_table]
-Model = Annotated[Path, typer.Option(help="Folder of the trained model.")]
+Model = Annotated[
+    Path, typer.Option(help="Folder of the trained model.", show_default=".smolworld/model")
+]
 Out = Annotated[Path, typer.Option(help="Folder of the run, which goes on if interrupted.")]
 Concepts = Annotated[
     int | None, typer.Option(min=20, help=f"Concepts of the model's world. Default: {ASKED}.")
@@ -34,11 +37,12 @@ Calibration = Annotated[
 Evaluations = Annotated[int | None, typer.Option(help="Plans of a search. Default: 60.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of the equal recovery. Default: 40.")]
 Dtype = Annotated[str | None, typer.Option(help="Type of evaluation. Default: bfloat16.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of all processes.")]
+Processes = Annotated[int, typer.Option(min=1, help="Models that are measured at the same time.")]
 
 
 def table(
-    model: Model,
+    model: Model = MODEL,
     out: Out = Path("outputs/table"),
     ratio: Annotated[
         list[float] | None,
@@ -64,6 +68,7 @@ def table(
     dtype: Dtype = None,
     concepts: Concepts = None,
     threads: Threads = 2,
+    processes: Processes = 1,
     save: Save = False,
 ) -> None:
     """Prune a trained model by every method: POPE, CHAIR, multiple choice, perplexity.
@@ -72,11 +77,12 @@ def table(
     written to OUT from time to time, and with --save to evals/studies/results. The test split is
     touched once per cell. The command says first how long it will take.
 
-    `python -m hipp_ext.evals.studies.smolworld table --model smolworld/model --save`
+    `python -m hipp_ext.evals.studies.smolworld table --save`
 
-    `python -m hipp_ext.evals.studies.smolworld table --model smolworld/model --quick --out quick`
+    `python -m hipp_ext.evals.studies.smolworld table --quick --out outputs/quick`
     """
-    from hipp_ext.evals.studies.smolworld.table.start import start
+    from hipp_ext.evals.studies.smolworld.table.place import Place
+    from hipp_ext.evals.studies.smolworld.table.start import run, start
     from hipp_ext.evals.studies.smolworld.table.writing import write_table
 
     filters = Filters(
@@ -96,10 +102,13 @@ def table(
         steps=steps,
         dtype=dtype,
     )
-    study = start(model, out, sizes, filters.cells(), concepts=concepts, threads=threads)
+    place = Place(
+        model=model, out=out, sizes=sizes, ratios=tuple(filters.ratios), concepts=concepts
+    )
+    study = start(place, filters.cells(), threads)
     written = time.monotonic()
     with study.locked():
-        for number, rows in enumerate(study.run()):
+        for number, rows in enumerate(run(study, place, processes, threads)):
             last = number == 0 or not study.left()
             if last or time.monotonic() - written > OFTEN:
                 about = {"identity": study.bench.identity, **study.about()}

@@ -58,22 +58,26 @@ def recovered(bench: Bench, model: Any, folder: Path) -> Any:
         top_k=_words(bench),
         save_every=min(20, sizes.steps),
     )
-    lessons = _lessons(bench)
-    recover(model, lessons, settings, folder=folder, teacher=_teacher(bench, lessons))
+    recover(model, _lessons(bench), settings, folder=folder, teacher=teach(bench))
     return model
+
+
+def teach(bench: Bench) -> CachedTeacher:
+    """What the dense model says about all rows, kept in the folder; all recoveries share it."""
+    folder = bench.folder / "teacher"
+    return precompute(
+        bench.dense,
+        _lessons(bench),
+        folder,
+        top_k=_words(bench),
+        processor=bench.processor,
+        progress=True,
+    )
 
 
 def _lessons(bench: Bench) -> Lessons:
     data = Conversations(bench.world, bench.processor, rows=PER_STEP, held=0, seed=1)
     return Lessons(data, bench.sizes.steps)
-
-
-def _teacher(bench: Bench, lessons: Lessons) -> CachedTeacher:
-    """What the dense model says about all rows; all recoveries share it."""
-    folder = bench.folder / "teacher"
-    return precompute(
-        bench.dense, lessons, folder, top_k=_words(bench), processor=bench.processor, progress=True
-    )
 
 
 def _words(bench: Bench) -> int:

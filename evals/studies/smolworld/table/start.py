@@ -1,46 +1,27 @@
-"""Loads what a command needs, and says how long it will take."""
+"""Opens the study of a command, says how long it will take, and runs it."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import torch
-
-from hipp_ext.evals.studies.smolworld.scenes import read_world
-from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import Cell
-from hipp_ext.evals.studies.smolworld.table.sizes import Sizes
-from hipp_ext.evals.studies.smolworld.table.study import TableStudy
+from hipp_ext.evals.studies.smolworld.table.place import Place, log
+from hipp_ext.evals.studies.smolworld.table.sharing import in_processes
+from hipp_ext.evals.studies.smolworld.table.study import Row, TableStudy
 
 
-def start(
-    model: Path,
-    out: Path,
-    sizes: Sizes,
-    cells: Sequence[Cell],
-    *,
-    concepts: int | None = None,
-    threads: int = 2,
-) -> TableStudy:
-    """The study of a command, whose estimate is printed.
-
-    Args:
-        model: folder of the model.
-        out: folder of the run.
-        sizes: how much is measured.
-        cells: what is measured.
-        concepts: concepts of the model's world; None: all.
-        threads: CPU threads.
-    """
-    torch.set_num_threads(threads)
-    study = TableStudy(Bench(model, read_world(concepts), sizes, out, log), cells, log)
-    left = len(study.left())
+def start(place: Place, cells: Sequence[Cell], threads: int) -> TableStudy:
+    """The study of a command, whose estimate is printed."""
+    study = place.study(cells, threads)
     log(
-        f"{left} of {len(study.cells)} models are left: about {study.minutes():.0f} minutes on two "
-        "cores that compute in bfloat16; what is left is told after every model"
+        f"{len(study.left())} of {len(study.cells)} models are left: about {study.minutes():.0f} "
+        "minutes on two cores that compute in bfloat16; what is left is told after every model"
     )
     return study
 
 
-def log(line: str) -> None:
-    """Print a line at once, also into a file."""
-    print(line, flush=True)
+def run(study: TableStudy, place: Place, processes: int, threads: int) -> Iterator[dict[str, Row]]:
+    """What `TableStudy.run` yields, computed by some processes."""
+    if processes == 1:
+        return study.run()
+    return study.run(
+        lambda cells: in_processes(study, place, cells, processes=processes, threads=threads)
+    )

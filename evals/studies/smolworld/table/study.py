@@ -21,6 +21,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.runs import RunFolder
 
 Row = dict[str, Any]
+Measured = Callable[[Sequence[Cell]], Iterator[Cell]]
 
 
 class TableStudy:
@@ -29,14 +30,20 @@ class TableStudy:
     Args:
         bench: the model, its questions, and what is measured of it once.
         cells: the cells, the dense one first.
+        ratios: an allocator's plans of all these ratios are made at once.
         log: called with a line for every finished part.
     """
 
-    def __init__(self, bench: Bench, cells: Sequence[Cell], log: Callable[[str], None]):
+    def __init__(
+        self,
+        bench: Bench,
+        cells: Sequence[Cell],
+        ratios: Sequence[float],
+        log: Callable[[str], None],
+    ):
         self.bench, self.cells, self.log = bench, list(cells), log
         self.folder = bench.folder
-        ratios = {c.ratio for c in cells if c.ratio and not METHODS[c.method].searches}
-        self.plans = Plans(bench, self.folder, sorted(ratios))
+        self.plans = Plans(bench, self.folder, ratios)
 
     def locked(self) -> RunFolder:
         """The folder of the run, which no other process may write until its end.
@@ -56,22 +63,29 @@ class TableStudy:
         tokens = sum(self._work(self.left()))
         return tokens / TOKENS_PER_SECOND * size / PARAMETERS / 60
 
-    def run(self) -> Iterator[dict[str, Row]]:
+    def run(self, measured: Measured | None = None) -> Iterator[dict[str, Row]]:
         """Measure what is missing; yields all rows by cell's name, at first and after every cell.
 
         It is to be called inside `locked()`.
+
+        Args:
+            measured: measures cells, and yields each when it is done; None: one after the other.
         """
         self.about()
         yield self.rows()
         left = self.left()
-        work = self._work(left)
+        work = dict(zip(left, self._work(left), strict=True))
         begin, spent = time.monotonic(), 0.0
-        for number, cell in enumerate(left):
-            self._measure(cell)
-            spent += work[number]
-            ahead = (time.monotonic() - begin) / spent * (sum(work) - spent) / 60
-            self.log(f"{number + 1} of {len(left)}, about {ahead:.0f} min left: {cell.title}")
+        for number, cell in enumerate((measured or self._one_by_one)(left), 1):
+            spent += work[cell]
+            ahead = (time.monotonic() - begin) / spent * (sum(work.values()) - spent) / 60
+            self.log(f"{number} of {len(left)}, about {ahead:.0f} min left: {cell.title}")
             yield self.rows()
+
+    def _one_by_one(self, cells: Sequence[Cell]) -> Iterator[Cell]:
+        for cell in cells:
+            self.measure(cell)
+            yield cell
 
     def about(self) -> dict[str, Any]:
         """What is told beside the cells."""
@@ -89,7 +103,12 @@ class TableStudy:
             write_atomic(file, json.dumps(make()))
         return json.loads(file.read_text())
 
-    def _measure(self, cell: Cell) -> None:
+    def planned(self, cell: Cell) -> bool:
+        """Whether the plan of a cell is there, or it needs none."""
+        return not cell.ratio or self.plans.file(cell).exists()
+
+    def measure(self, cell: Cell) -> None:
+        """Plan, prune, repair and ask one model, and keep what it answered."""
         begin = time.perf_counter()
         row: Row = {"cell": asdict(cell)}
         plan = None
@@ -103,9 +122,10 @@ class TableStudy:
             copied = ("values", "seconds", "parameters", "made")
             row |= {name: same[0][name] for name in copied} | {"same": same[0]["cell"]}
         else:
-            row |= examined(self.bench, cell, plan, self.folder / "training" / cell.name)
+            training = self.folder / "training" / cell.name
+            row |= examined(self.bench, cell, plan, training)
+            shutil.rmtree(training, ignore_errors=True)
         write_atomic(self._file(cell), json.dumps(row))
-        shutil.rmtree(self.folder / "training", ignore_errors=True)
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
