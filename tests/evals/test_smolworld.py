@@ -26,7 +26,7 @@ from hipp_ext.evals.studies.smolworld.concepts import (
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, PARTS, Drawings, read_drawings
 from hipp_ext.evals.studies.smolworld.export import export
-from hipp_ext.evals.studies.smolworld.factors import add_factors, write_factors
+from hipp_ext.evals.studies.smolworld.factors import TOWER, add_factors, write_factors
 from hipp_ext.evals.studies.smolworld.model import assemble, build_base, save, vision_config
 from hipp_ext.evals.studies.smolworld.namer import Namer, naming
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint, painted, patch_things
@@ -389,3 +389,13 @@ def test_the_real_language_model_takes_pictures():
     assert model.config.text_config.vocab_size == 49152
     assert processor.tokenizer.decode([processor.image_token_id]) == "<image>"
     assert sum(p.numel() for p in model.model.vision_tower.parameters()) < 4e6
+
+
+@needs_packages
+@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
+def test_the_committed_tower_names_drawings_that_it_never_saw():
+    model, processor = build_base()
+    add_factors(model, TOWER)
+    world = read_world()
+    found = naming(Namer(model, processor, world), world, "validation", 64)
+    assert found["alone"]["mean"] > 0.2 and found["alone, top 5"]["mean"] > 0.5  # chance: 1%, 5%

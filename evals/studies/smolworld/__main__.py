@@ -7,7 +7,7 @@ import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.drawings import ASKED
-from hipp_ext.evals.studies.smolworld.factors import COMMITTED
+from hipp_ext.evals.studies.smolworld.factors import COMMITTED, TOWER
 from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
@@ -74,6 +74,12 @@ def vision(
 
 def train(
     out: Out = Path("smolworld"),
+    tower: Annotated[
+        Path | None,
+        typer.Option(
+            help="The trained tower. Default: OUT/tower.safetensors, or the repository's."
+        ),
+    ] = None,
     concepts: Concepts = None,
     steps: Steps = 1000,
     caption_steps: Annotated[
@@ -86,7 +92,7 @@ def train(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train adapters on SmolLM2, and the projector, from OUT/tower.safetensors on.
+    """Train adapters on SmolLM2, and the projector, from a trained tower on.
 
     A step has 16 conversations, which 1, 2 or 4 processes of `torchrun` share.
     OUT/factors.safetensors gets tower, projector and adapters.
@@ -100,7 +106,8 @@ def train(
     position, workers = join_processes()
     world = read_world(concepts)
     model, processor = build_base(seed)
-    add_factors(model, out / "tower.safetensors")
+    own = out / "tower.safetensors"
+    add_factors(model, tower or (own if own.exists() else TOWER))
     captions, looks, choices = (count // workers for count in PER_STEP)
     data = Conversations(
         world, processor, (captions, looks, choices), caption_steps=caption_steps, seed=seed
@@ -171,7 +178,7 @@ def run(
     `python -m hipp_ext.evals.studies.smolworld run --out smolworld`
     """
     vision(out, concepts, vision_steps, seed=seed)
-    train(out, concepts, steps, min(100, steps // 10), seed=seed)
+    train(out, None, concepts, steps, min(100, steps // 10), seed=seed)
     build(out / "model", out / "factors.safetensors", overwrite=True)
     evaluate(out / "model", "validation", concepts, n, out / "validation.json", save)
 

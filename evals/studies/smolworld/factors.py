@@ -18,7 +18,8 @@ from hipp_ext.recover.checkpoints import PROGRESS, WEIGHTS, Progress
 WHOLE = ("model.vision_tower.", "model.multi_modal_projector.")
 PEFT = "base_model.model."
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
-COMMITTED = Path(__file__).parent / "weights/factors.safetensors"
+TOWER = Path(__file__).parent / "weights/tower.safetensors"  # of tower and projector alone
+COMMITTED = TOWER.with_name("factors.safetensors")
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from hipp_ext.errors import DataError
 from hipp_ext.files.sealed import text_digest
 
 FOLDER = Path(os.environ.get("SMOLWORLD", Path(__file__).parents[3] / ".smolworld"))
-MODEL = FOLDER / "model"  # what `make smolworld` builds
+MODEL = FOLDER / "model"  # what `build` writes
 # Style -> artist. Two styles of one artist share ideas, so they are held out together.
 STYLES: Mapping[str, str] = {
     "noto": "noto",
