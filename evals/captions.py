@@ -30,10 +30,10 @@ from hipp_ext.evals.predictions import answer_rows
 from hipp_ext.evals.runs import PREDICTIONS, result_folder, run_folder, shown_name
 from hipp_ext.evals.statistics import without_nan
 from hipp_ext.evals.text_table import text_table
+from hipp_ext.files import content_hash, write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
-from hipp_ext.files import content_hash, write_atomic
 
 _KEY = 2  # version of how captions are made; earlier ones are not used again
 # POPE's second caption instruction (arXiv 2305.10355, section 3.1).

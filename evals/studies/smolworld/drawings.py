@@ -53,6 +53,11 @@ class Drawings:
         return tuple(self.styles)
 
     @property
+    def all_names(self) -> tuple[str, ...]:
+        """What the tower learns to name: the concepts, and then the others."""
+        return (*self.styles, *self.others)
+
+    @property
     def concepts(self) -> tuple[Concept, ...]:
         """The same with label and class."""
         return tuple(CONCEPTS[name] for name in self.styles)

@@ -37,7 +37,7 @@ class Namer(nn.Module):
         super().__init__()
         self.vision_tower = model.model.vision_tower
         self.multi_modal_projector = model.model.multi_modal_projector
-        words = [NOTHING, *world.drawings.names, *world.drawings.others]
+        words = [NOTHING, *world.drawings.all_names]
         embedding = model.get_input_embeddings()
         self.size = float(embedding.weight.detach().norm(dim=-1).mean())
         names = name_embeddings(embedding, processor.tokenizer, words)
@@ -62,8 +62,7 @@ def encode_scenes(
     world: World, scenes: Sequence[Scene], *, changed: bool = False
 ) -> dict[str, Tensor]:
     """pixel_values [rows, 3, 96, 96], and input_ids: the number of each patch's name."""
-    names = [*world.drawings.names, *world.drawings.others]
-    numbers = {name: number for number, name in enumerate(names, 1)}
+    numbers = {name: number for number, name in enumerate(world.drawings.all_names, 1)}
     pictures, targets = [], []
     for scene in scenes:
         picture, visible = painted(scene, changed=changed)

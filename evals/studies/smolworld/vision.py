@@ -25,7 +25,7 @@ class PatchNames:
 
     def __init__(self, world: World, batch_size: int, seed: int = 0):
         self.world, self.batch_size, self.seed = world, batch_size, seed
-        names = [*world.drawings.names, *world.drawings.others]
+        names = list(world.drawings.all_names)
         self.identity = {"names": names, "seed": seed, "batch": batch_size}
 
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[dict[str, Tensor]]]:
