@@ -4,6 +4,7 @@ import csv
 import hashlib
 import itertools
 import json
+import random
 import sys
 from collections import Counter
 
@@ -15,6 +16,7 @@ from smolworld_models import language, letters_processor, llava
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.studies.real_lm import model as smollm2
 from hipp_ext.evals.studies.smolworld import packages
+from hipp_ext.evals.studies.smolworld.choices import about, without_picture
 from hipp_ext.evals.studies.smolworld.concepts import (
     CLASSES,
     CONCEPTS,
@@ -363,7 +365,7 @@ def test_a_tower_learns_names_and_a_language_model_to_see(small, processor, tmp_
     pixels = torch.from_numpy(np.array(paint(scenes(small, "test", 1)[0]))).permute(2, 0, 1)
     features = again.get_image_features(pixels[None] / 127.5 - 1).pooler_output[0]
     assert features.shape == (36, 48) and 0.5 < features.norm(dim=-1).mean() / size < 2
-    data = Conversations(small, processor, rows=(1, 2, 1), caption_steps=1, held=8)
+    data = Conversations(small, processor, rows=(1, 2, 1), first_steps=1, held=8)
     train_language(again, data, language_settings(3, lr=1e-3, rank=2), tmp_path)
     rebuilt = llava(processor)
     assert add_factors(rebuilt, tmp_path / "factors.safetensors")["step"] == 3
@@ -381,6 +383,30 @@ def test_conversations_teach_answers_alone(small, processor):
     assert set(words) == {"Yes", "No"} and words.count("Yes") == words.count("No")
     asked = tokenizer.decode(looks["input_ids"][0])
     assert asked.count("<image>") == 36 and asked.endswith("<|im_end|>\n")
+
+
+@needs_packages
+def test_training_begins_with_captions_and_copies(small, processor):
+    data = Conversations(small, processor, rows=(1, 2, 1), first_steps=1)
+    tokenizer = processor.tokenizer
+    first, then = itertools.islice(data.batches(0, 1, 0), 2)
+    assert [len(b["input_ids"]) for b in first] == [2, 2]
+    assert [len(b["input_ids"]) for b in then] == [1, 2, 1]
+    for row in tokenizer.batch_decode(first[1]["input_ids"]):
+        for question in row.split("Question: Which of these is ")[1:]:
+            name, options = question.split("?\nOptions:\n")
+            letter = options.split("assistant\n")[1][0]
+            assert f"{letter}. {name}\n" in options
+
+
+@needs_packages
+def test_choices_about_a_picture_need_it(small):
+    rng = random.Random(0)
+    for draw in (small.draw_specimen, small.draw_scene):
+        scene = small.nth("train", "about", draw)
+        asked = [about(small, rng, scene) for _ in range(20)]
+        assert all(c.scene == scene and c.relation.startswith("picture") for c in asked)
+    assert not without_picture(small, rng, "train").scene
 
 
 @pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")

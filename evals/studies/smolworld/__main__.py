@@ -82,10 +82,10 @@ def train(
     ] = None,
     concepts: Concepts = None,
     steps: Steps = 1000,
-    caption_steps: Annotated[
-        int, typer.Option(min=0, help="First steps, which learn from captions alone.")
+    first_steps: Annotated[
+        int, typer.Option(min=0, help="First steps, of captions and of choices that copy.")
     ] = 100,
-    lr: Lr = 5e-4,
+    lr: Lr = 1.5e-3,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     with_vision: Annotated[
         bool, typer.Option("--with-vision", help="Train the vision tower, too.")
@@ -110,7 +110,7 @@ def train(
     add_factors(model, tower or (own if own.exists() else TOWER))
     captions, looks, choices = (count // workers for count in PER_STEP)
     data = Conversations(
-        world, processor, (captions, looks, choices), caption_steps=caption_steps, seed=seed
+        world, processor, (captions, looks, choices), first_steps=first_steps, seed=seed
     )
     settings = language_settings(steps, lr=lr, rank=rank, vision=with_vision, seed=seed)
     result = train_language(model, data, settings, out)

@@ -34,18 +34,43 @@ class Choice:
 def nth(world: World, split: str, key: object) -> Choice:
     """The question of a split, or of "train", that belongs to `key`."""
     rng = random.Random(f"choice {split} {key}")
-    kinds = _WITH_PICTURE if rng.random() < 0.5 else _WITHOUT_PICTURE
+    if rng.random() < 0.5:
+        return _with_picture(world, rng, split)
+    return without_picture(world, rng, split)
+
+
+def _with_picture(world: World, rng: random.Random, split: str) -> Choice:
+    """A question about a picture that is drawn for it, and so belongs to the split."""
     while True:
-        make = rng.choice(kinds)
-        choice = make(world, rng, split)
-        if choice is None:
-            continue
-        # A scene belongs to the split already. Without one, the question itself must.
-        if choice.scene or owner((choice.question, choice.options)) == split:
+        make = rng.choice(_WITH_PICTURE)
+        draw = world.draw_specimen if make in _OF_ONE else world.draw_scene
+        if choice := make(world, rng, world.nth(split, rng.random(), draw)):
             return choice
 
 
-def _class_of(world: World, rng: random.Random, split: str) -> Choice | None:
+def without_picture(world: World, rng: random.Random, split: str) -> Choice:
+    """A question that needs no picture, and belongs to the split itself."""
+    while True:
+        choice = rng.choice(_WITHOUT_PICTURE)(world, rng)
+        if choice and owner((choice.question, choice.options)) == split:
+            return choice
+
+
+def copied(world: World, rng: random.Random) -> Choice:
+    """A question whose answer stands in it, for training: it teaches what letters stand for."""
+    names = rng.sample(world.drawings.names, OPTIONS)
+    return _ask(rng, "copy", f"Which of these is {with_article(names[0])}?", names[0], names[1:])
+
+
+def about(world: World, rng: random.Random, scene: Scene) -> Choice:
+    """A question about a picture."""
+    makes = (*_OF_SEVERAL, *(_OF_ONE if len(scene.things) == 1 else ()))
+    while True:
+        if choice := rng.choice(makes)(world, rng, scene):
+            return choice
+
+
+def _class_of(world: World, rng: random.Random) -> Choice | None:
     name = rng.choice(world.drawings.names)
     kind = CONCEPTS[name].kind
     others = _other_classes(world, rng, {kind})
@@ -54,7 +79,7 @@ def _class_of(world: World, rng: random.Random, split: str) -> Choice | None:
     return _ask(rng, "class", question, kind, others)
 
 
-def _member_of(world: World, rng: random.Random, split: str) -> Choice | None:
+def _member_of(world: World, rng: random.Random) -> Choice | None:
     name = rng.choice(world.drawings.names)
     kind = CONCEPTS[name].kind
     others = [n for n in world.drawings.names if CONCEPTS[n].kind != kind]
@@ -62,7 +87,7 @@ def _member_of(world: World, rng: random.Random, split: str) -> Choice | None:
     return _ask(rng, "member", question, name, rng.sample(others, OPTIONS - 1))
 
 
-def _described(world: World, rng: random.Random, split: str) -> Choice | None:
+def _described(world: World, rng: random.Random) -> Choice | None:
     name = rng.choice(world.drawings.names)
     if (text := world.glosses.get(name)) is None:
         return None
@@ -73,32 +98,28 @@ def _described(world: World, rng: random.Random, split: str) -> Choice | None:
     return _ask(rng, "gloss", f"Which of these is this: {text}?", name, picked)
 
 
-def _seen_class(world: World, rng: random.Random, split: str) -> Choice | None:
-    scene = world.nth(split, rng.random(), world.draw_specimen)
+def _seen_class(world: World, rng: random.Random, scene: Scene) -> Choice | None:
     kind = CONCEPTS[scene.present[0]].kind
     question = "What kind of thing does the image show?"
     return _ask(rng, "picture, class", question, kind, _other_classes(world, rng, {kind}), scene)
 
 
-def _seen_member(world: World, rng: random.Random, split: str) -> Choice | None:
+def _seen_member(world: World, rng: random.Random, scene: Scene) -> Choice | None:
     """Which of these kinds of things is among several things."""
-    scene = world.nth(split, rng.random())
     kinds = {CONCEPTS[name].kind for name in scene.present}
     kind = rng.choice(sorted(kinds))
     question = "Which of these is in the image?"
     return _ask(rng, "picture, member", question, kind, _other_classes(world, rng, kinds), scene)
 
 
-def _seen_name(world: World, rng: random.Random, split: str) -> Choice | None:
-    scene = world.nth(split, rng.random())
+def _seen_name(world: World, rng: random.Random, scene: Scene) -> Choice | None:
     others = [*world.accompanying(scene)[:2], *rng.sample(world.absent(scene), 3)]
     others = list(dict.fromkeys(others))[: OPTIONS - 1]
     question = "Which of these is in the image?"
     return _ask(rng, "picture, name", question, rng.choice(scene.present), others, scene)
 
 
-def _seen_gloss(world: World, rng: random.Random, split: str) -> Choice | None:
-    scene = world.nth(split, rng.random(), world.draw_specimen)
+def _seen_gloss(world: World, rng: random.Random, scene: Scene) -> Choice | None:
     right = world.glosses.get(scene.present[0])
     texts = sorted(set(world.glosses.values()) - {right})
     if right is None or len(texts) < OPTIONS - 1:
@@ -107,6 +128,8 @@ def _seen_gloss(world: World, rng: random.Random, split: str) -> Choice | None:
     return _ask(rng, "picture, gloss", "What does the image show?", right, others, scene)
 
 
+_OF_SEVERAL = (_seen_member, _seen_name)
+_OF_ONE = (_seen_class, _seen_gloss)  # of a picture with one thing alone
 _WITH_PICTURE = (_seen_class, _seen_member, _seen_name, _seen_gloss)
 _WITHOUT_PICTURE = (_class_of, _member_of, _described)
 

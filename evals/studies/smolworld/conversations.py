@@ -7,21 +7,22 @@ model look within few steps.
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hipp_ext.calibration.encoding import padded
+from hipp_ext.evals.studies.smolworld import choices
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint
-from hipp_ext.evals.studies.smolworld.quiz import ask_caption, ask_choice, presence
+from hipp_ext.evals.studies.smolworld.quiz import as_question, ask_caption, presence
 from hipp_ext.evals.studies.smolworld.scenes import Scene, World
 
 CHECK = "Which of these are in the image: {}? Answer yes or no for each."
 PRESENT = 3  # most present things that a conversation asks about
 PER_STEP = (4, 8, 4)  # captions, looks and choices
-CHOICES = 2  # multiple-choice questions per conversation without a picture
+CHOICES = 4  # most multiple-choice questions per conversation
 Piece = tuple[str, bool]  # a part of an answer, and whether it is learnt
 
 
@@ -66,17 +67,32 @@ def looking(world: World, split: str, key: str) -> Conversation:
 
 
 def choosing(world: World, split: str, key: str) -> Conversation:
-    """Multiple choice: one question on a picture, or some without."""
-    first = ask_choice(world, split, f"{key} 0")
-    asked = [first]
-    if first.scene is None:
-        more = (ask_choice(world, split, f"{key} {number}") for number in itertools.count(1))
-        asked += itertools.islice((q for q in more if q.scene is None), CHOICES - 1)
-    turns = tuple((question.prompt, ((question.answer, True),)) for question in asked)
-    return Conversation(turns=turns, scene=first.scene)
+    """Multiple choice: some questions about one picture, or without."""
+    rng = random.Random(f"choosing {split} {key}")
+    if rng.random() < 0.5:
+        draw = world.draw_specimen if rng.random() < 0.5 else world.draw_scene
+        scene = world.nth(split, f"choosing {key}", draw)
+        asked = [choices.about(world, rng, scene) for _ in range(CHOICES)]
+    else:
+        scene = None
+        asked = [choices.without_picture(world, rng, split) for _ in range(CHOICES)]
+    return _of_choices(asked, scene)
+
+
+def copying(world: World, split: str, key: str) -> Conversation:
+    """Multiple choice whose answers stand in the questions."""
+    rng = random.Random(f"copying {split} {key}")
+    return _of_choices([choices.copied(world, rng) for _ in range(CHOICES)], None)
+
+
+def _of_choices(asked: Iterable[choices.Choice], scene: Scene | None) -> Conversation:
+    questions = dict.fromkeys(map(as_question, asked))
+    turns = tuple((question.prompt, ((question.answer, True),)) for question in questions)
+    return Conversation(turns=turns, scene=scene)
 
 
 SOURCES = (caption, looking, choosing)
+FIRST = (caption, copying)  # what letters stand for is not learnt from harder choices alone
 
 
 class Conversations:
@@ -91,7 +107,7 @@ class Conversations:
         world: the world.
         processor: the model's.
         rows: captions, looks and choices per step and process.
-        caption_steps: first steps, of captions alone.
+        first_steps: first steps, of captions and of choices that copy.
         held: number of held-out conversations of each kind, on drawings of the validation.
         seed: random seed.
 
@@ -105,17 +121,17 @@ class Conversations:
         world: World,
         processor: Any,
         rows: tuple[int, int, int] = PER_STEP,
-        caption_steps: int = 0,
+        first_steps: int = 0,
         held: int = 16,
         seed: int = 0,
     ):
         self.world, self.processor, self.rows = world, processor, rows
-        self.caption_steps, self.seed = caption_steps, seed
+        self.first_steps, self.seed = first_steps, seed
         self.held = range(len(SOURCES) * held // 8)
         self.identity = {
             "names": list(world.drawings.names),
             "rows": list(rows),
-            "caption_steps": caption_steps,
+            "first_steps": first_steps,
             "held": held,
             "seed": seed,
         }
@@ -123,7 +139,9 @@ class Conversations:
     def batches(self, rank: int, workers: int, start: int) -> Iterator[list[dict[str, Tensor]]]:
         """See `DataSource`."""
         for step in itertools.count(start):
-            rows = (sum(self.rows), 0, 0) if step < self.caption_steps else self.rows
+            first = step < self.first_steps
+            half = sum(self.rows) // 2
+            counts = (half, sum(self.rows) - half) if first else self.rows
             yield [
                 self._batch(
                     [
@@ -132,7 +150,7 @@ class Conversations:
                     ],
                     changed=True,
                 )
-                for make, count in zip(SOURCES, rows, strict=True)
+                for make, count in zip(FIRST if first else SOURCES, counts, strict=True)
                 if count
             ]
 

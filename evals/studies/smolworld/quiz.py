@@ -145,7 +145,11 @@ def caption(names: Sequence[str]) -> str:
 
 def ask_choice(world: World, split: str, key: object) -> Question:
     """A multiple-choice question of a split, in equal shares with and without a picture."""
-    choice = choices.nth(world, split, key)
+    return as_question(choices.nth(world, split, key))
+
+
+def as_question(choice: choices.Choice) -> Question:
+    """A row of a multiple-choice data set."""
     return Question(
         question=choice.question,
         answer=choice.answer,

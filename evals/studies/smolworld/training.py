@@ -11,7 +11,7 @@ FACTORS = "factors.safetensors"
 
 
 def language_settings(
-    steps: int, *, lr: float = 5e-4, rank: int = 16, vision: bool = False, seed: int = 0
+    steps: int, *, lr: float = 1.5e-3, rank: int = 16, vision: bool = False, seed: int = 0
 ) -> RecoverSettings:
     """The settings of a run.
 
