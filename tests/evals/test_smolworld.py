@@ -28,7 +28,7 @@ from hipp_ext.evals.studies.smolworld.concepts import (
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, PARTS, Drawings, read_drawings
 from hipp_ext.evals.studies.smolworld.export import export
-from hipp_ext.evals.studies.smolworld.factors import TOWER, add_factors, write_factors
+from hipp_ext.evals.studies.smolworld.factors import COMMITTED, TOWER, add_factors, write_factors
 from hipp_ext.evals.studies.smolworld.model import assemble, build_base, save, vision_config
 from hipp_ext.evals.studies.smolworld.namer import Namer, naming
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint, painted, patch_things
@@ -254,7 +254,7 @@ def test_chats_have_36_tokens_of_a_picture(processor):
 def test_factors_rebuild_the_trained_model(processor, tmp_path):
     model, settings = llava(processor), language_settings(3, lr=1e-2, rank=4)
     recover(model, Noise(processor), settings, folder=tmp_path / "run", progress=False)
-    size = write_factors(tmp_path / "run", model, tmp_path / "factors", settings.lora_alpha)
+    size = write_factors(tmp_path / "run", tmp_path / "factors", settings.lora_alpha)
     assert size == (tmp_path / "factors").stat().st_size
     again, before = llava(processor), llava(processor)
     assert add_factors(again, tmp_path / "factors")["step"] == 3
@@ -271,10 +271,10 @@ def test_damaged_and_foreign_factors(processor, tmp_path):
     with pytest.raises(CheckpointError, match="is missing"):
         add_factors(llava(processor), tmp_path / "factors")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        write_factors(tmp_path, llava(processor), tmp_path / "factors", 8.0)
+        write_factors(tmp_path, tmp_path / "factors", 8.0)
     model, settings = llava(processor), language_settings(1, rank=4)
     recover(model, Noise(processor), settings, folder=tmp_path / "run", progress=False)
-    write_factors(tmp_path / "run", model, tmp_path / "factors", settings.lora_alpha)
+    write_factors(tmp_path / "run", tmp_path / "factors", settings.lora_alpha)
     other = assemble(language(), processor, vision_config(hidden=64, layers=1))
     with pytest.raises(CheckpointError, match="no factors of this model"):
         add_factors(other, tmp_path / "factors")
@@ -421,7 +421,7 @@ def test_the_real_language_model_takes_pictures():
 @pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
 def test_the_committed_tower_names_drawings_that_it_never_saw():
     model, processor = build_base()
-    add_factors(model, TOWER)
+    add_factors(model, COMMITTED / TOWER)
     world = read_world()
     found = naming(Namer(model, processor, world), world, "validation", 64)
     assert found["alone"]["mean"] > 0.2 and found["alone, top 5"]["mean"] > 0.5  # chance: 1%, 5%

@@ -7,7 +7,7 @@ import typer
 
 from hipp_ext.evals.studies.measuring import Save, report, run_command
 from hipp_ext.evals.studies.smolworld.drawings import ASKED
-from hipp_ext.evals.studies.smolworld.factors import COMMITTED, TOWER
+from hipp_ext.evals.studies.smolworld.factors import COMMITTED
 from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
@@ -74,12 +74,6 @@ def vision(
 
 def train(
     out: Out = Path("smolworld"),
-    tower: Annotated[
-        Path | None,
-        typer.Option(
-            help="The trained tower. Default: OUT/tower.safetensors, or the repository's."
-        ),
-    ] = None,
     concepts: Concepts = None,
     steps: Steps = 1000,
     first_steps: Annotated[
@@ -92,13 +86,13 @@ def train(
     ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train adapters on SmolLM2, and the projector, from a trained tower on.
+    """Train adapters on SmolLM2, and the projector, from OUT/tower.safetensors or the repository's.
 
     A step has 16 conversations, which 1, 2 or 4 processes of `torchrun` share.
-    OUT/factors.safetensors gets tower, projector and adapters.
+    OUT/factors.safetensors gets projector and adapters.
     """
     from hipp_ext.evals.studies.smolworld.conversations import PER_STEP, Conversations
-    from hipp_ext.evals.studies.smolworld.factors import add_factors
+    from hipp_ext.evals.studies.smolworld.factors import add_factors, tower_of
     from hipp_ext.evals.studies.smolworld.model import build_base
     from hipp_ext.evals.studies.smolworld.training import language_settings, train_language
     from hipp_ext.recover.processes import join_processes
@@ -106,8 +100,7 @@ def train(
     position, workers = join_processes()
     world = read_world(concepts)
     model, processor = build_base(seed)
-    own = out / "tower.safetensors"
-    add_factors(model, tower or (own if own.exists() else TOWER))
+    add_factors(model, tower_of(out))
     captions, looks, choices = (count // workers for count in PER_STEP)
     data = Conversations(
         world, processor, (captions, looks, choices), first_steps=first_steps, seed=seed
@@ -122,18 +115,16 @@ def build(
     out: Annotated[
         Path, typer.Option(help="Folder of the model.", show_default=".smolworld/model")
     ] = MODEL,
-    factors: Annotated[
-        Path,
-        typer.Option(help="File of the trained factors.", show_default="those of the repository"),
+    trained: Annotated[
+        Path, typer.Option(help="Folder of `train`.", show_default="the weights of the repository")
     ] = COMMITTED,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
-    """Build the model's folder from the trained factors and the package of SmolLM2."""
-    from hipp_ext.evals.studies.smolworld.factors import add_factors
-    from hipp_ext.evals.studies.smolworld.model import build_base, save
+    """Build the model's folder from what was trained, and the package of SmolLM2."""
+    from hipp_ext.evals.studies.smolworld.factors import build_model
+    from hipp_ext.evals.studies.smolworld.model import save
 
-    model, processor = build_base()
-    add_factors(model, factors)
+    model, processor = build_model(trained)
     save(model, processor, out, overwrite=overwrite)
     typer.echo(out)
 
@@ -178,8 +169,8 @@ def run(
     `python -m hipp_ext.evals.studies.smolworld run --out smolworld`
     """
     vision(out, concepts, vision_steps, seed=seed)
-    train(out, None, concepts, steps, min(100, steps // 10), seed=seed)
-    build(out / "model", out / "factors.safetensors", overwrite=True)
+    train(out, concepts, steps, min(100, steps // 10), seed=seed)
+    build(out / "model", out, overwrite=True)
     evaluate(out / "model", "validation", concepts, n, out / "validation.json", save)
 
 

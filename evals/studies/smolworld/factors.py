@@ -1,8 +1,9 @@
-"""What training leaves, small enough to be kept in git: tower, projector, and adapters.
+"""What training leaves, small enough to be kept in git: tower and projector, then adapters.
 
-The base weights are not in it: a model is built from these factors and the package of SmolLM2.
+The base weights are not in it: a model is built from the two files and the package of SmolLM2.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hipp_ext.errors import CheckpointError
+from hipp_ext.evals.studies.smolworld.model import build_base
 from hipp_ext.files import write_atomic
 from hipp_ext.files.sealed import UNREADABLE, seal, unseal
 from hipp_ext.recover.checkpoints import PROGRESS, WEIGHTS, Progress
@@ -18,8 +20,9 @@ from hipp_ext.recover.checkpoints import PROGRESS, WEIGHTS, Progress
 WHOLE = ("model.vision_tower.", "model.multi_modal_projector.")
 PEFT = "base_model.model."
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
-TOWER = Path(__file__).parent / "weights/tower.safetensors"  # of tower and projector alone
-COMMITTED = TOWER.with_name("factors.safetensors")
+TOWER = "tower.safetensors"  # the tower, and the projector as it was trained with it
+FACTORS = "factors.safetensors"  # all that was trained afterwards
+COMMITTED = Path(__file__).parent / "weights"
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
@@ -29,14 +32,20 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def write_factors(run: Path, model: Any, file: Path, lora_alpha: float) -> int:
+def tower_of(folder: Path) -> Path:
+    """The file of the tower that training in a folder starts from: its own or the committed."""
+    own = folder / TOWER
+    return own if own.exists() else COMMITTED / TOWER
+
+
+def write_factors(run: Path, file: Path, lora_alpha: float, tower: Path | None = None) -> int:
     """Write the factors of a run of `recover`, finished or not; the bytes written are returned.
 
     Args:
         run: folder of the run, whose last checkpoint counts.
-        model: the model that the run trains or trained, whose tower counts where the run left it.
         file: the file.
         lora_alpha: the run's.
+        tower: file of the tower that the run went on from, whose digest is noted.
 
     Raises:
         CheckpointError: the run has no checkpoint, or it is damaged.
@@ -46,18 +55,39 @@ def write_factors(run: Path, model: Any, file: Path, lora_alpha: float) -> int:
         trained = unseal(run / f"step-{progress.step}" / WEIGHTS)[0]
     except UNREADABLE as error:
         raise CheckpointError(f"{run} holds no complete checkpoint of a run: {error}.") from None
-    factors = tensors_of(model)
-    factors |= {name.removeprefix(PEFT): t.half() for name, t in trained.items()}
-    content = seal(factors, {"step": progress.step, "lora_alpha": lora_alpha})
+    factors = {name.removeprefix(PEFT): t.half() for name, t in trained.items()}
+    about = {"step": progress.step, "lora_alpha": lora_alpha}
+    content = seal(factors, about | ({"tower": _digest(tower)} if tower else {}))
     write_atomic(file, content)
     return len(content)
+
+
+def build_model(folder: Path) -> tuple[Any, Any]:
+    """(model, processor) from the tower and the factors of a folder, and the package of SmolLM2.
+
+    Raises:
+        DataError: the package is not installed.
+        CheckpointError: a file is missing or damaged, or the factors belong to another tower.
+    """
+    model, processor = build_base()
+    tower = tower_of(folder)
+    add_factors(model, tower)
+    if add_factors(model, folder / FACTORS).get("tower") != _digest(tower):
+        raise CheckpointError(
+            f"{folder / FACTORS} was not trained from the tower {tower}. Repeat `train`."
+        )
+    return model, processor
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @torch.no_grad()
 def add_factors(model: Any, file: Path) -> Mapping[str, Any]:
     """Load factors into a LLaVA in place; what is known of them is returned.
 
-    Tower and projector are replaced, and adapters are added to the weights of the base model.
+    Tower and projector are replaced, and adapters are added to the weights of the model.
 
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to another model.

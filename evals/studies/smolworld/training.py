@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
-from hipp_ext.evals.studies.smolworld.factors import write_factors
+from hipp_ext.evals.studies.smolworld.factors import FACTORS, tower_of, write_factors
 from hipp_ext.recover import RecoverResult, RecoverSettings, recover
-
-FACTORS = "factors.safetensors"
 
 
 def language_settings(
@@ -53,5 +51,5 @@ def train_language(
         out: the folder.
     """
     result = recover(model, data, settings, folder=out / "language")
-    write_factors(out / "language", model, out / FACTORS, settings.lora_alpha)
+    write_factors(out / "language", out / FACTORS, settings.lora_alpha, tower_of(out))
     return result

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hipp_ext.evals.studies.smolworld.factors import tensors_of
+from hipp_ext.evals.studies.smolworld.factors import TOWER, tensors_of
 from hipp_ext.evals.studies.smolworld.namer import EVALUATED, Namer, encode_scenes, naming
 from hipp_ext.evals.studies.smolworld.scenes import World
 from hipp_ext.files import write_atomic
@@ -95,7 +95,7 @@ def train_vision(
         },
     )
     _rescale(namer, world)
-    write_atomic(out / "tower.safetensors", seal(tensors_of(model), {"step": result.step}))
+    write_atomic(out / TOWER, seal(tensors_of(model), {"step": result.step}))
     return result
 
 
