@@ -34,8 +34,8 @@ COLUMNS = (
 )
 HEAD = f"""# Model families
 
-What hipp-ext prunes in each of {len(FAMILIES)} families of transformers, tried on tiny models with
-random weights (`tests/test_zoo.py`: pruned equals masked, saved equals loaded, generation,
+What hipp-ext prunes in {len(FAMILIES)} model configurations of transformers, tried on tiny models
+with random weights (`tests/test_zoo.py`: pruned equals masked, saved equals loaded, generation,
 answers). `{COMMAND}` writes this page, and a test compares it with the code.
 
 - **attention, FFN, experts**: the units that a plan chooses among. Where query heads share keys,
@@ -45,8 +45,10 @@ answers). `{COMMAND}` writes this page, and a test compares it with the code.
 - **drop**: what `--drop` takes out: single blocks, or whole layers too.
 - **export**: runtimes that serve a model with uneven layers: `hipp export gguf`, vLLM with the
   plug-in.
-- **left whole, or why it is refused**: parts without units. A family that has both kinds of parts
-  needs `partial="report"` (`--partial report`).
+- **left whole, or why it is refused**: parts that cannot be pruned, with the reason. Where a tower
+  has such parts beside others, give `--partial report` (`partial="report"`). "No block of a known
+  kind": hipp-ext does not know what the part computes. "0 lists of layers": that tower has no list
+  of layers with attention of a known form.
 
 {" | ".join(("| family", *COLUMNS))} |
 {"|---" * (len(COLUMNS) + 1)}|
