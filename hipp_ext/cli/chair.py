@@ -67,7 +67,9 @@ def chair(
     --images val2014`
     """
     from hipp_ext.evals.captions import PROMPT, chair_table, coco_task, measure_chair, scenes_task
+    from hipp_ext.evals.hipp_vlm import check_model_folder
     from hipp_ext.evals.text_table import print_table
+    from hipp_ext.testbed.model import is_of_testbed
 
     check_dtype(dtype)
     if (annotations is None) != (images is None):
@@ -80,6 +82,11 @@ def chair(
         )
     if annotations is None or images is None:
         task = scenes_task(n)
+        if not is_of_testbed(check_model_folder(model_folder(model))):
+            output.warn(
+                "the model describes drawings of the built-in toy world, which says nothing about "
+                "other pictures. Pass your own by --annotations and --images."
+            )
     else:
         task = coco_task(
             annotations,

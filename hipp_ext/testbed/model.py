@@ -80,6 +80,17 @@ def is_own_processor(processor: Any) -> bool:
     return _seen_by(processor) == _seen_by(build_processor())
 
 
+def is_of_testbed(folder: str | Path) -> bool:
+    """Whether the model in a folder, dense or pruned, takes the testbed's pictures and words."""
+    from transformers import AutoProcessor
+
+    try:
+        own = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # tokenizers raises bare ones for a damaged file
+        return False
+    return is_own_processor(own)
+
+
 def _seen_by(processor: Any) -> Any:
     """(size of pictures, size of patches, words)."""
     pictures, words = (getattr(processor, n, None) for n in ("image_processor", "tokenizer"))

@@ -281,8 +281,11 @@ def hipp(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
 
 def test_command_on_the_testbed_and_on_coco(tmp_path, llava, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, said, _ = hipp(capsys, monkeypatch, "chair", "testbed", "--n", "5", "--device", "cpu")
+    code, said, warned = hipp(
+        capsys, monkeypatch, "chair", "testbed", "--n", "5", "--device", "cpu"
+    )
     assert code == 0 and "CHAIR_i" in said and "captions and scores: outputs/weights-" in said
+    assert "toy world" not in warned
     folder = coco(tmp_path / "coco")
     arguments = (
         "--n",
@@ -304,6 +307,12 @@ def test_command_on_the_testbed_and_on_coco(tmp_path, llava, capsys, monkeypatch
         "3",
     )
     assert code == 0 and "CHAIR-coco" in said
+
+
+def test_the_toy_world_is_named_for_other_models(tmp_path, llava, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, warned = hipp(capsys, monkeypatch, "chair", str(llava), "--n", "2", "--device", "cpu")
+    assert "drawings of the built-in toy world" in warned and "--annotations" in warned
 
 
 @pytest.mark.parametrize(
