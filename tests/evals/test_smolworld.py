@@ -425,3 +425,26 @@ def test_the_committed_tower_names_drawings_that_it_never_saw():
     world = read_world()
     found = naming(Namer(model, processor, world), world, "validation", 64)
     assert found["alone"]["mean"] > 0.2 and found["alone, top 5"]["mean"] > 0.5  # chance: 1%, 5%
+
+
+@needs_packages
+@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
+def test_the_committed_model_sees():
+    world = read_world()
+    found = evaluate(*build_model(COMMITTED), world, "validation", 96)
+    assert found["POPE"]["overall"]["accuracy"] > 65  # chance: 50
+    assert found["choice"]["overall"]["mean"] > 65  # chance: 25
+    assert all(text.startswith("The image shows a") for text in texts(found))
+
+
+def texts(found: dict) -> list[str]:
+    return [example["model"] for example in found["captions"]["examples"]]
+
+
+def test_factors_of_another_tower_are_refused(tmp_path):
+    if reason := smollm2.missing():
+        pytest.skip(reason)
+    tensors, about = unseal(COMMITTED / FACTORS)
+    (tmp_path / FACTORS).write_bytes(seal(tensors, about | {"tower": "0" * 64}))
+    with pytest.raises(CheckpointError, match="was not trained from the tower"):
+        build_model(tmp_path)
