@@ -27,8 +27,16 @@ from hipp_ext.evals.studies.smolworld.concepts import (
 )
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.drawings import PART_OF, PARTS, Drawings, read_drawings
+from hipp_ext.evals.studies.smolworld.evaluation import evaluate
 from hipp_ext.evals.studies.smolworld.export import export
-from hipp_ext.evals.studies.smolworld.factors import COMMITTED, TOWER, add_factors, write_factors
+from hipp_ext.evals.studies.smolworld.factors import (
+    COMMITTED,
+    FACTORS,
+    TOWER,
+    add_factors,
+    build_model,
+    write_factors,
+)
 from hipp_ext.evals.studies.smolworld.model import assemble, build_base, save, vision_config
 from hipp_ext.evals.studies.smolworld.namer import Namer, naming
 from hipp_ext.evals.studies.smolworld.painting import SIDE, paint, painted, patch_things
@@ -38,6 +46,7 @@ from hipp_ext.evals.studies.smolworld.scenes import World, read_world
 from hipp_ext.evals.studies.smolworld.training import language_settings, train_language
 from hipp_ext.evals.studies.smolworld.vision import train_vision, vision_settings
 from hipp_ext.evals.tables import read_table
+from hipp_ext.files.sealed import seal, unseal
 from hipp_ext.recover import recover
 from hipp_ext.testbed import SPLITS
 
