@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -481,3 +482,35 @@ def test_lessons_are_the_same_for_teacher_and_student(processor):
     for told, learnt in zip(once, lessons.batches(0, 1, 0), strict=False):
         for a, b in zip(told, learnt, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+ONE_WORKER = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from hipp_ext.evals.studies.smolworld.table.sharing import end_with_parent
+
+pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent)
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_a_killed_parent():
+    with subprocess.Popen([sys.executable, "-c", ONE_WORKER], stdout=subprocess.PIPE) as parent:
+        worker = int(parent.stdout.readline())
+        assert running(worker)
+        parent.kill()
+    until = time.monotonic() + 30
+    while running(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not running(worker)
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists that is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -3,9 +3,11 @@
 On CPUs two processes with a thread each do more than one with two threads.
 """
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from hipp_ext.evals.studies.smolworld.table.cells import Cell
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
@@ -66,7 +68,23 @@ def _plan(cell: Cell) -> tuple[str, int]:
 _studies: list[TableStudy] = []  # of this process
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it does, even by kill -9.
+
+    A process that goes on would write into a folder that another run may have locked since.
+    """
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _open(place: Place, threads: int) -> None:
+    end_with_parent()
     _studies.append(place.study((), threads))
 
 
