@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = {
-    "POPE F1 overall": "POPE F1 [%]",
+    "POPE accuracy overall": "POPE accuracy [%]",  # F1 of nothing but yes is 67
     "CHAIR_i": "CHAIR_i [%], lower is better",
     "choice": "multiple choice [%]",
 }
