@@ -369,3 +369,19 @@ def save_language_model(place: Path) -> Path:
     lines = map(json.dumps, [*chats, {"something": "else"}])
     (place / "chats.jsonl").write_text("\n".join(lines))
     return place
+
+
+def save_chats(folder: Path) -> None:
+    """Write "chats.jsonl" in LLaVA's format: 16 of the testbed's questions, with their pictures."""
+    from hipp_ext import testbed
+
+    rows = []
+    asked = [q for q in testbed.questions("POPE", "calibration") if q.image is not None][:16]
+    for number, question in enumerate(asked):
+        question.image.save(folder / f"{number}.png")
+        turns = [
+            {"from": "human", "value": f"<image>\n{question.prompt}"},
+            {"from": "gpt", "value": question.answer},
+        ]
+        rows.append(json.dumps({"image": f"{number}.png", "conversations": turns}))
+    (folder / "chats.jsonl").write_text("\n".join(rows))

@@ -4,7 +4,6 @@ Steps of training are fewer here. A block of Python that is not run says why in 
 <!-- not run: REASON -->.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from models import save_chats
 from plans import random_plan
 
 from hipp_ext import prune, save_pruned, testbed
@@ -35,16 +35,7 @@ def folder(tmp_path_factory):
     plan = random_plan(model, 0.3)
     plan.save(folder / "plan.json")
     save_pruned(prune(model, plan), folder / "pruned", processor)
-    pictures = [q for q in testbed.questions("POPE", "calibration") if q.image is not None][:16]
-    rows = []
-    for number, question in enumerate(pictures):
-        question.image.save(folder / f"{number}.png")
-        turns = [
-            {"from": "human", "value": f"<image>\n{question.prompt}"},
-            {"from": "gpt", "value": question.answer},
-        ]
-        rows.append(json.dumps({"image": f"{number}.png", "conversations": turns}))
-    (folder / "chats.jsonl").write_text("\n".join(rows))
+    save_chats(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from hypothesis import HealthCheck, given, settings
-from models import batch, build
+from models import batch, build, save_chats
 from plans import dropping_plan, logits, query_plan, random_plan
 from surgery.test_prune import MODELS, model_and_plan
 from torch import nn
@@ -942,6 +942,7 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch):
     dense, processor = testbed.load()
     dense.save_pretrained(tmp_path / "llava-1.5-7b-hf")
     processor.save_pretrained(tmp_path / "llava-1.5-7b-hf")
+    save_chats(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
