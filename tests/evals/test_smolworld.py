@@ -53,6 +53,7 @@ from hipp_ext.testbed import SPLITS
 needs_packages = pytest.mark.skipif(
     packages.missing() is not None, reason="pictures come from packages: make smolworld"
 )
+needs_smollm2 = pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
 ALL = ("train", *SPLITS)
 
 
@@ -418,7 +419,7 @@ def test_choices_about_a_picture_need_it(small):
     assert not without_picture(small, rng, "train").scene
 
 
-@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
+@needs_smollm2
 def test_the_real_language_model_takes_pictures():
     model, processor = build_base()
     assert model.config.text_config.vocab_size == 49152
@@ -427,7 +428,7 @@ def test_the_real_language_model_takes_pictures():
 
 
 @needs_packages
-@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
+@needs_smollm2
 def test_the_committed_tower_names_drawings_that_it_never_saw():
     model, processor = build_base()
     add_factors(model, COMMITTED / TOWER)
@@ -437,22 +438,18 @@ def test_the_committed_tower_names_drawings_that_it_never_saw():
 
 
 @needs_packages
-@pytest.mark.skipif(smollm2.missing() is not None, reason=smollm2.missing() or "")
+@needs_smollm2
 def test_the_committed_model_sees():
     world = read_world()
     found = evaluate(*build_model(COMMITTED), world, "validation", 96)
     assert found["POPE"]["overall"]["accuracy"] > 65  # chance: 50
     assert found["choice"]["overall"]["mean"] > 65  # chance: 25
-    assert all(text.startswith("The image shows a") for text in texts(found))
+    written = [example["model"] for example in found["captions"]["examples"]]
+    assert all(text.startswith("The image shows a") for text in written)
 
 
-def texts(found: dict) -> list[str]:
-    return [example["model"] for example in found["captions"]["examples"]]
-
-
+@needs_smollm2
 def test_factors_of_another_tower_are_refused(tmp_path):
-    if reason := smollm2.missing():
-        pytest.skip(reason)
     tensors, about = unseal(COMMITTED / FACTORS)
     (tmp_path / FACTORS).write_bytes(seal(tensors, about | {"tower": "0" * 64}))
     with pytest.raises(CheckpointError, match="was not trained from the tower"):
