@@ -20,6 +20,7 @@ from hipp_ext.calibration import encode
 from hipp_ext.errors import CheckpointError, DataError
 from hipp_ext.evals.chair import ObjectWords, chair_scores, default_synonyms
 from hipp_ext.evals.pope import SPLITS, pope_scores
+from hipp_ext.evals.studies.measuring import RESULTS
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.conversations import Conversations
 from hipp_ext.evals.studies.smolworld.model import save
@@ -35,6 +36,7 @@ from hipp_ext.evals.studies.smolworld.table.asked import Asked, Paper
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, Cell, Filters
 from hipp_ext.evals.studies.smolworld.table.command import chosen_sizes, table
 from hipp_ext.evals.studies.smolworld.table.methods import FITTED, METHODS, Shuffled
+from hipp_ext.evals.studies.smolworld.table.picture import SILENT, ratios_picture, repairs_picture
 from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates
 from hipp_ext.evals.studies.smolworld.table.recovering import Lessons
 from hipp_ext.evals.studies.smolworld.table.section import section
@@ -418,7 +420,25 @@ def test_a_killed_table_goes_on(folder, killed, capsys):
     assert set(result["splits"]) == {"train", "calibration", "search", "validation", "test"}
     text = section(result)
     assert all(method in text for method in CHOSEN) and "After equal recovery" in text
-    assert (folder / "out/smolworld_table.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("smolworld_table", "smolworld_repairs"):
+        assert (folder / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_show_what_the_committed_result_says():
+    result = json.loads((RESULTS / "smolworld_table.json").read_text())
+    pruned = [e for e in result["cells"] if e["repair"] == "none" and e["corner"] == "middle"]
+    accuracy, chair, _ = ratios_picture(result).axes[:3]
+    assert len(accuracy.containers) == len({e["method"] for e in pruned})
+    talking = {e["method"] for e in pruned if e["rates"]["silent"][0] <= SILENT}
+    assert 1 < len(chair.containers) == len(talking)
+
+    at = [e for e in result["cells"] if e["ratio"] == CHIEF and e["corner"] == "middle"]
+    shown = repairs_picture(result, CHIEF).axes[0]
+    methods = {label.get_text(): y for y, label in enumerate(shown.get_yticklabels())}
+    points = [tuple(xy) for own in shown.containers for xy in zip(*own[0].get_data(), strict=True)]
+    for e in at:
+        assert (e["rates"]["POPE accuracy overall"][0], methods[e["method"]]) in points
+    assert len(points) == len(at)
 
 
 @needs_packages

@@ -73,7 +73,7 @@ def table(
 ) -> None:
     """Prune a trained model by every method: POPE, CHAIR, multiple choice, perplexity.
 
-    Cells are kept in OUT, and a killed run goes on. Result, picture and section for RESULTS.md are
+    Cells are kept in OUT, and a killed run goes on. Result, pictures and section for RESULTS.md are
     written to OUT from time to time, and with --save to evals/studies/results. The test split is
     touched once per cell. The command says first how long it will take.
 

@@ -1,4 +1,4 @@
-"""Hallucination and multiple choice against the pruning_ratio, dense beside them."""
+"""Pictures of the table: rates against the pruning_ratio, and what repairs bring at one ratio."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,21 @@ PANELS = {
     "choice": "multiple choice [%]",
 }
 ROWS = {"none": "pruned", "reconstruct": "reconstructed", "distil": "recovered"}
-RED, INK = "#c44e52", "#22262b"
+INK = "#22262b"
+REDS = ("#c44e52", "#8f2d31", "#e39a9c", "#f0803c", "#a8326f")  # of hipp-ext's own methods
 COLOURS = ("#4c72b0", "#55a868", "#8172b3", "#ccb974", "#64b5cd", "#937860", "#8c8c8c", "#da8bc3")
-MARKERS = "os"  # of the first methods with these colours, and of those that follow
 SIZE = (4.0, 2.7)  # of a panel [inches]
 APART = 0.25  # points of one ratio stand side by side [%]
+SILENT = 50.0  # captions without a name [%] above which CHAIR_i says nothing
+STAGES = {"none": ("o", "#b9bec6"), "reconstruct": ("s", "#4c72b0"), "distil": ("D", "#c44e52")}
+STAGED = ("POPE accuracy overall", "choice")
 
 
-def picture(result: Mapping[str, Any]) -> "Figure":
-    """A row of panels for each repair; a line for every method, points where it has one ratio.
+def ratios_picture(result: Mapping[str, Any]) -> "Figure":
+    """A row of panels for each repair of several ratios; a line for every method.
+
+    Methods of one ratio are points. CHAIR_i of models whose captions name hardly anything is left
+    out.
 
     Args:
         result: what `writing.write_table` writes.
@@ -28,7 +34,8 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     entries: Sequence[Mapping[str, Any]] = result["cells"]
-    repairs = [r for r in ROWS if any(e["repair"] == r for e in entries)] or ["none"]
+    ratios = {repair: {e["ratio"] for e in entries if e["repair"] == repair} for repair in ROWS}
+    repairs = [repair for repair, own in ratios.items() if len(own) > 1] or ["none"]
     width, height = SIZE
     figure = Figure(
         figsize=(width * len(PANELS), height * len(repairs) + 0.8), layout="constrained"
@@ -50,6 +57,45 @@ def picture(result: Mapping[str, Any]) -> "Figure":
     return figure
 
 
+def repairs_picture(result: Mapping[str, Any], ratio: float) -> "Figure":
+    """A line for every method: pruned, reconstructed and recovered at one ratio, dense beside them.
+
+    Args:
+        result: what `writing.write_table` writes.
+        ratio: the pruning_ratio.
+    """
+    from matplotlib.figure import Figure
+
+    own = [e for e in result["cells"] if e["ratio"] == ratio and e["corner"] == "middle"]
+    methods = list(dict.fromkeys(e["method"] for e in own))[::-1]
+    width, height = SIZE
+    figure = Figure(
+        figsize=(width * len(STAGED) + 1, max(height, 0.27 * len(methods) + 1)),
+        layout="constrained",
+    )
+    panels = figure.subplots(1, len(STAGED), sharey=True, squeeze=False)[0]
+    for axes, rate in zip(panels, STAGED, strict=True):
+        for repair, (marker, colour) in STAGES.items():
+            some = [e for e in own if e["repair"] == repair]
+            if some:
+                x, error = zip(*(e["rates"][rate] for e in some), strict=True)
+                y = [methods.index(e["method"]) for e in some]
+                style = {"color": colour, "marker": marker, "ms": 5, "ls": "", "elinewidth": 1}
+                axes.errorbar(x, y, xerr=error, label=ROWS[repair], **style)
+        if rate in result["dense"]:
+            axes.axvline(result["dense"][rate][0], color=INK, lw=0.8, ls="--", label="dense")
+        axes.set_title(f"{ratio:.0%}: {PANELS[rate]}", loc="left", fontsize=9, weight="bold")
+        axes.set_yticks(range(len(methods)), methods)
+        axes.grid(axis="y", lw=0.4)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
 def _panel(
     axes: Any,
     entries: Sequence[Mapping[str, Any]],
@@ -59,12 +105,12 @@ def _panel(
 ) -> None:
     for number, (method, colour) in enumerate(colours.items()):
         own = [e for e in entries if e["method"] == method and e["corner"] == "middle"]
+        own = [e for e in own if rate != "CHAIR_i" or e["rates"]["silent"][0] <= SILENT]
         own = sorted(own, key=lambda e: e["ratio"])
         if own:
             x = [100 * e["ratio"] + APART * (number - len(colours) / 2) for e in own]
             y, error = zip(*(e["rates"][rate] for e in own), strict=True)
-            thick = 2.0 if method.startswith("hipp") else 1.2
-            marker = MARKERS[number >= len(COLOURS)]
+            thick, marker = (2.0, "s") if _own(method) else (1.2, "o")
             axes.errorbar(x, y, error, color=colour, marker=marker, ms=3.5, lw=thick, label=method)
     if rate in dense:
         axes.axhline(dense[rate][0], color=INK, lw=0.8, ls="--", label="dense")
@@ -74,8 +120,11 @@ def _panel(
 
 
 def _colours(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Method -> colour: shades of red for hipp, others in the order of the table."""
+    """Method -> colour: shades of red for our own, others in the order of the table."""
     methods = list(dict.fromkeys(e["method"] for e in entries))
-    reds = iter((RED, "#8f2d31", "#e39a9c"))
-    rest = iter(COLOURS * 3)
-    return {m: next(reds if m.startswith("hipp") else rest, INK) for m in methods}
+    reds, rest = iter(REDS), iter(COLOURS)
+    return {m: next(reds if _own(m) else rest, INK) for m in methods}
+
+
+def _own(method: str) -> bool:
+    return method.startswith(("hipp", "sensitivity"))

@@ -28,6 +28,8 @@ Dense: {dense}.
 {tuned}
 
 ![Against the ratio](results/smolworld_table.png)
+
+![What reconstruction and equal recovery bring](results/smolworld_repairs.png)
 """
 COLUMNS = (
     ("accuracy", "POPE accuracy overall"),

@@ -1,4 +1,4 @@
-"""The table's files: JSON, a picture, and a section for RESULTS.md."""
+"""The table's files: JSON, two pictures, and a section for RESULTS.md."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from typing import Any
 from hipp_ext.evals.measuring import describe
 from hipp_ext.evals.studies.measuring import RESULTS, command_line, keep_picture
 from hipp_ext.evals.studies.smolworld.table.asked import Asked
-from hipp_ext.evals.studies.smolworld.table.picture import picture
+from hipp_ext.evals.studies.smolworld.table.cells import CHIEF
+from hipp_ext.evals.studies.smolworld.table.picture import ratios_picture, repairs_picture
 from hipp_ext.evals.studies.smolworld.table.section import section
 from hipp_ext.evals.studies.smolworld.table.sizes import SPLITS, TUNED
 from hipp_ext.evals.studies.smolworld.table.summary import summarize
@@ -26,7 +27,7 @@ NOTE = (
 def write_table(
     rows: Mapping[str, Any], asked: Asked, about: Mapping[str, Any], folder: Path, save: bool
 ) -> dict[str, Any]:
-    """Write JSON, picture and section to `folder`, and with `save` the first two to the results.
+    """Write JSON, pictures and section to `folder`, with `save` also all but the last to results.
 
     Args:
         rows: of `TableStudy.rows`.
@@ -50,7 +51,8 @@ def write_table(
     result = describe(command_line(), values, "cpu")
     for place in [folder, *([RESULTS] if save else [])]:
         write_atomic(place / f"{NAME}.json", compact(result))
-    keep_picture(NAME, picture(result), save=save, folder=folder)
+    keep_picture(NAME, ratios_picture(result), save=save, folder=folder)
+    keep_picture("smolworld_repairs", repairs_picture(result, CHIEF), save=save, folder=folder)
     write_atomic(folder / f"{NAME}.md", section(result))
     return result
 
