@@ -75,6 +75,11 @@ class AnswerLikelihood:
                     self._check(model, batch, inputs, tokens)
                 self._batches.append((inputs, tokens))
 
+    @property
+    def tokens(self) -> Int[Tensor, " rows"]:
+        """Number of tokens of each row's answer that count, in the order of the rows."""
+        return torch.cat([torch.bincount(tokens.rows) for _, tokens in self._batches])
+
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Float[Tensor, " rows"]:
         """Mean log-likelihood of each row's answer [nats per token], float32, on the CPU, in the

@@ -266,9 +266,12 @@ def read_json(file: Path) -> Any:
 
 def no_folder(folder: Path) -> str:
     """What to say of a path that is no model folder."""
-    message = f"{folder} is not a model folder: it has no {_CONFIG}."
+    if folder.is_file():
+        return f"{folder} is a file, not a model folder. The folder of the model comes first."
+    missing = f"it has no {_CONFIG}" if folder.exists() else "it does not exist"
+    message = f"{folder} is not a model folder: {missing}."
     name = str(folder)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         message += (
             f" If it is a model of the Hugging Face hub, download it first: hf download {name} "
             "--local-dir "

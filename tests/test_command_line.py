@@ -147,7 +147,7 @@ def test_an_error_is_a_short_line_and_what_to_do(capsys, monkeypatch):
         main()
     first, second = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
-    assert first == "hipp: llava-hf/llava-1.5-7b-hf is not a model folder: it has no config.json."
+    assert first == "hipp: llava-hf/llava-1.5-7b-hf is not a model folder: it does not exist."
     assert second.startswith("  If it is a model of the Hugging Face hub, download it first")
 
 

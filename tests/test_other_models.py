@@ -88,7 +88,7 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
     ) in out
     out = hipp("prune", llama, plan, "-o", tmp_path / "small", "--reconstruct", "--device", "cpu")
     assert (
-        re.search(r"\d of \d layers were reconstructed", out)
+        re.search(r"\d of \d pruned blocks were reconstructed", out)
         and "which are about a toy world" in out
     )
     out = hipp(

@@ -23,6 +23,7 @@ from hipp_ext.cli.front import front_app
 from hipp_ext.cli.hosts import hosts_app
 from hipp_ext.cli.latency import latency_app
 from hipp_ext.cli.output import show_error, speaking
+from hipp_ext.cli.perplexity import perplexity_app
 from hipp_ext.cli.plan import plan_app
 from hipp_ext.cli.prune import prune_app
 from hipp_ext.cli.recover_group import recover_group
@@ -71,7 +72,10 @@ for panel, commands in {
     "Start": {"": (doctor_app, demo_app)},
     "Plan and prune": {"": (plan_app, prune_app, fit_app, front_app)},
     "Recover": {"recover": (recover_group,), "": (shrink_app,)},
-    "Evaluate": {"": (report_app, compare_app, chair_app, hosts_app), "data": (data_app,)},
+    "Evaluate": {
+        "": (report_app, compare_app, perplexity_app, chair_app, hosts_app),
+        "data": (data_app,),
+    },
     "Serve": {"": (check_serving_app, latency_app), "export": (export_app,)},
     "More": {"robust": (robust_app,), "testbed": (testbed_app,)},
 }.items():

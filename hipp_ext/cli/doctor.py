@@ -78,7 +78,8 @@ def doctor(
         output.print_json(found)
         return
     print_findings(found)
-    if found["prunable_parameters"]:
+    usable = all(one["usable"] for one in found["calibration"])
+    if found["prunable_parameters"] and usable:
         files = [
             word for file in calibration or ["chats.jsonl"] for word in ("--calibration", file)
         ]

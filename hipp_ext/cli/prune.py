@@ -109,7 +109,7 @@ def prune(
 def _recover_command(model: str, out: Path, calibration: Sequence[str] | None) -> str:
     """Fine-tuning, with the dense model as its teacher, on the file of the calibration."""
     data = calibration[0] if calibration and len(calibration) == 1 else "chats.jsonl"
-    learnt = ("--teacher", console.model_folder(model), "--data", data)
+    learnt = ("--teacher", console.model_folder(model), "--data", data, "--holdout", "0.1")
     return output.shell("hipp", "recover", out, *learnt, "-o", "recovered")
 
 

@@ -34,10 +34,10 @@ def measure_columns(
         mrs: also measures "mrs", module robustness sensitivity [nats]; needs labels.
         log: called with a line before each measurement.
     """
-    log("measuring visual sensitivity")
     visual = torch.zeros(len(groups))
     seen = [i for i, g in enumerate(groups) if VisualSensitivity.scores(g)]
     if seen and image_token_id(model) is not None:
+        log("measuring visual sensitivity")
         asked = [groups[i] for i in seen]
         visual[seen] = _sums(VisualSensitivity()(model, calibration, groups=asked), asked)
     log("measuring synaptic flow")

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from hipp_ext.calibration import Batch
 from hipp_ext.errors import UnsupportedModelError
+from hipp_ext.families import PICTURES
 from hipp_ext.groups import Group, Tower
 from hipp_ext.kinds import KINDS
 from hipp_ext.modes import evaluating
 from hipp_ext.plan import PruningPlan
 from hipp_ext.progress import Tick, counting
 from hipp_ext.projections import as_stored, projection
+from hipp_ext.scorers.base import valid_tokens
 from hipp_ext.surgery.consumers import Consumer, MaskedBlock, lacking_outputs, standing_in
 from hipp_ext.surgery.least_squares import RIDGE, Products, improved
 from hipp_ext.surgery.streams import Stream, streams
@@ -25,6 +27,7 @@ ROWS = (
     256  # of built-in calibration: with 64, the testbed's models knew fewer facts than sliced ones
 )
 HELD_OUT = 4  # one row of so many is held out, to see whether a fit carries over
+FEW_WORDS = 500  # different tokens of a text: a README has more, questions from one template fewer
 MIN_ROWS = 8  # with fewer, what is held out tells nothing: about a hundred tokens, much alike
 TOWERS: tuple[Tower, ...] = ("vision", "language")  # in the order in which a model runs them
 _log = logging.getLogger(__name__)
@@ -75,8 +78,8 @@ def reconstructed_weights(
         progress: show which layer is fitted.
 
     Warns:
-        UserWarning: layers have more kept columns than the calibration has tokens, or the
-            calibration has fewer than MIN_ROWS rows.
+        UserWarning: layers have more kept columns than the calibration has tokens, the
+            calibration has fewer than MIN_ROWS rows, or its rows are texts of few words.
 
     Raises:
         UnsupportedModelError: activations are NaN or infinite on this calibration.
@@ -107,8 +110,9 @@ def reconstructed_weights(
     with evaluating(model), counting(progress, "reconstructing, layer") as tick:
         _fit_towers(model, changed, batches, held_out=rows >= MIN_ROWS, ridge=ridge, tick=tick)
     _warn_of_few_tokens({g.consumer: c for g, c in consumers.items()})
+    _warn_of_like_rows(model, batches)
     fitted = sum(c.fitted for c in consumers.values())
-    _log.info("%d of %d layers were reconstructed", fitted, len(consumers))
+    _log.info("%d of %d pruned blocks were reconstructed", fitted, len(consumers))
     return {g.consumer: as_stored(c.module, c.weight) for g, c in consumers.items()}
 
 
@@ -207,5 +211,21 @@ def _warn_of_few_tokens(consumers: Mapping[str, Consumer]) -> None:
             f"{len(few)} of {len(consumers)} layers are fitted to fewer tokens than they have "
             f"columns ({c.tokens} tokens for {len(c.kept)} columns in {name}): give more "
             "calibration, or expect little of the reconstruction.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_like_rows(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Rows that are held out of data from one template are fitted as well as the others."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    pictured = any(batch.get(name) is not None for batch in batches for name in PICTURES)
+    if pictured or vocabulary < 10 * FEW_WORDS:
+        return
+    tokens = torch.cat([batch["input_ids"][valid_tokens(batch)].cpu() for batch in batches])
+    if (different := len(tokens.unique())) < FEW_WORDS:
+        warnings.warn(
+            f"The rows of the calibration are much alike: of {len(tokens):,} tokens {different} "
+            "are different. Weights that are fitted to them may serve other texts worse: add rows "
+            "of general text, and look at answers with `hipp perplexity`.",
             stacklevel=3,
         )

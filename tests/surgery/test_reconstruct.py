@@ -3,6 +3,7 @@ where it looked.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -259,7 +260,7 @@ def test_with_calibration_enough_every_layer_is_repaired(caplog):
         for g, e in zip(match(model, plan), plan.groups, strict=True)
         if e.keep < e.width
     ]
-    assert f"{shrunken} of {shrunken} layers were reconstructed" in caplog.text
+    assert f"{shrunken} of {shrunken} pruned blocks were reconstructed" in caplog.text
     assert all(new < sliced for new, sliced in errors)
 
 
@@ -357,3 +358,22 @@ def test_inputs_that_are_all_zero_leave_the_slices():
     assert all(
         torch.equal(v, fixed.state_dict()[k]) for k, v in prune(model, plan).state_dict().items()
     )
+
+
+def test_rows_from_one_template_are_told():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 6000}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    plan = random_plan(model)
+
+    def told(different: int) -> list[str]:
+        ids = torch.arange(10 * 80).reshape(10, 80) % different
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prune(model, plan, reconstruct=True, calibration=[{"input_ids": ids}])
+        return [str(w.message) for w in caught if "much alike" in str(w.message)]
+
+    assert "of 800 tokens 40 are different" in told(40)[0]
+    assert not told(800)
