@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from command import hipp
 from models import save_chats
 from plans import random_plan
 
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
     plan.save(folder / "plan.json")
     save_pruned(prune(model, plan), folder / "pruned", processor)
     save_chats(folder)
+    hipp("export", "gguf", folder / "pruned", "-o", folder / "pruned.gguf")
     return folder
 
 
@@ -53,7 +55,7 @@ def test_the_python_of_a_page_runs_as_written(page, folder, tmp_path, monkeypatc
 def commands(page: Path) -> list[str]:
     """Command lines of `hipp` in a page, with lines that a backslash continues joined."""
     found = [a or b for a, b in COMMANDS.findall(page.read_text().replace("\\\n", " "))]
-    return [line.split(" #")[0].split("|")[0] for line in found]
+    return [re.split(r" #|\||&&", line)[0] for line in found]
 
 
 @named
