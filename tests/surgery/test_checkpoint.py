@@ -537,7 +537,7 @@ def edit(path: Path, change) -> None:
 
 
 DAMAGES = {
-    "no folder": (lambda d: d.rename(d.parent / "gone"), "has no config.json"),
+    "no folder": (lambda d: d.rename(d.parent / "gone"), "does not exist"),
     "config cut": (lambda d: truncate(d / "config.json"), "config.json is damaged"),
     "weights cut": (lambda d: truncate(d / "model.safetensors"), "incomplete or damaged"),
     "weights gone": (lambda d: (d / "model.safetensors").unlink(), "incomplete or damaged"),
