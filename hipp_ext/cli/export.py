@@ -27,7 +27,7 @@ def gguf(
             "--type",
             metavar="TYPE",
             help="Type of the weights: f32, f16, bf16 or q8_0 (matrices whose rows are no multiple "
-            "of 32 long then stay in f16).",
+            "of 32 long then stay in f16). llama-quantize of llama.cpp makes other types of f16.",
         ),
     ] = "f16",
     tokenizer_from: Annotated[
