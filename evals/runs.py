@@ -201,7 +201,8 @@ def read_runs(path: str | Path, tsv: str | Path | None = None) -> dict[str, Run]
         hint = (
             f"name one of the models in it: {', '.join(inside)}"
             if inside
-            else ("a folder such as outputs/MODEL-HASH is needed, or a file predictions.jsonl")
+            else "a folder such as outputs/MODEL-HASH is needed, or a file predictions.jsonl "
+            "(`hipp perplexity` compares models on your own rows)"
         )
         raise DataError(f"{path} holds no results of `vlmeval`; {hint}")
     return {folder.name: _read_run(_results(folder)[0], tsv) for folder in folders}

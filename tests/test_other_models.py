@@ -103,6 +103,8 @@ def test_a_language_model_is_planned_pruned_and_recovered_on_the_command_line(ll
         "--device",
         "cpu",
     )
+    then = f"next: hipp perplexity {tmp_path / 'small'} {tmp_path / 'back'} --data held-out.jsonl"
+    assert then in out
     back = load_pruned(tmp_path / "back").hipp_plan
     assert "are a toy" in out and back == made.after(*back.commands[1:])  # hipp prune is the second
 

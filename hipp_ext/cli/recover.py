@@ -151,19 +151,20 @@ def recover_command(
         sent = f"; sent {stats['bytes_sent']:,} bytes, fp32 {stats['dense_bytes']:,}"
         sent += f" ({stats['exchanges']} exchanges)" if "exchanges" in stats else ""
     say("\n".join([f"{out}: {first}{sent}; progress: {running}", *more]))
-    next_command(_evaluation(loaded, out), shell("hipp", "check-serving", out))
+    next_command(
+        _evaluation(loaded, Path(model_folder(model)), out), shell("hipp", "check-serving", out)
+    )
     if as_json:
         print_report(running / REPORT)
 
 
-def _evaluation(model: Any, folder: Path) -> str:
-    """A command that evaluates a model: one that sees, or one that reads."""
+def _evaluation(model: Any, pruned: Path, folder: Path) -> str:
+    """A command that evaluates a recovered model: one that sees, or one that reads."""
     from hipp_ext.calibration.processors import image_token_id
 
     if image_token_id(model) is not None:
         return shell("vlmeval", "--data", "POPE", "--model", folder)
-    given = ("--model", "hipp", "--model_args", f"pretrained={folder}", "--tasks", "wikitext")
-    return shell("hipp", "lm-eval", "run", *given)
+    return shell("hipp", "perplexity", pruned, folder, "--data", "held-out.jsonl")
 
 
 def file_data(file: Path, processor: Any, given: dict[str, Any]) -> Any:
