@@ -183,13 +183,13 @@ def repeating(result: Mapping[str, Any]) -> list[str]:
 
 def perplexity_table(result: Mapping[str, Any]) -> "Table":
     """A line for every model of what `run` returns."""
-    title = f"{result['rows']} rows, {result['tokens']:,} tokens of answers; with 95% intervals"
+    title = f"{result['rows']} rows, {result['tokens']:,} tokens of answers; in brackets the 95% interval"
     rows = [
         [
             short_name(name),
             parameters_text(own["parameters"]),
-            _with_interval(own["perplexity"], 2),
-            _with_interval(own["times_first"], 3) if "times_first" in own else "",
+            _number(own["perplexity"]["value"], 2),
+            _with_interval(own["times_first"]) if "times_first" in own else "",
             "" if own.get("repeated") is None else f"{own['repeated']:.0f}",
         ]
         for name, own in result["models"].items()
@@ -221,6 +221,12 @@ def _exponential(losses: np.ndarray, counts: np.ndarray) -> dict[str, float | No
     return found
 
 
-def _with_interval(value: Mapping[str, float | None], digits: int) -> str:
-    texts = ["?" if own is None else f"{own:.{digits}f}" for own in value.values()]
+def _with_interval(value: Mapping[str, float | None]) -> str:
+    texts = [_number(own, 3) for own in value.values()]
     return texts[0] if value["low"] is None else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "too large"
+    return f"{value:.{digits}f}" if value < 1e4 else f"{value:.2e}"

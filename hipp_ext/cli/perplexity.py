@@ -14,7 +14,6 @@ from hipp_ext.cli.console import (
     model_folder,
     require_model,
 )
-from hipp_ext.cli.options import ImageFolder, SequenceLength
 from hipp_ext.errors import DataError
 
 perplexity_app = typer.Typer()
@@ -34,11 +33,23 @@ def perplexity(
             ".txt, VLMEvalKit .tsv, or a saved datasets folder.",
         ),
     ],
-    image_folder: ImageFolder = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the picture paths in FILE. Default: that of FILE."
+        ),
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Rows to take, evenly spaced. Default: 128.")
     ] = None,
-    sequence_length: SequenceLength = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="L",
+            help="Tokens after which a row is cut. Default: 2048, or the tokenizer's limit.",
+        ),
+    ] = None,
     answers: Annotated[
         int, typer.Option(min=0, help="Rows that every model also answers, greedily.")
     ] = 4,
