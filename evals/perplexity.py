@@ -183,7 +183,7 @@ def repeating(result: Mapping[str, Any]) -> list[str]:
 
 def perplexity_table(result: Mapping[str, Any]) -> "Table":
     """A line for every model of what `run` returns."""
-    title = f"{result['rows']} rows, {result['tokens']:,} tokens of answers; in brackets the 95% interval"
+    title = f"{result['rows']} rows, {result['tokens']:,} tokens of answers (95% intervals)"
     rows = [
         [
             short_name(name),
