@@ -1,9 +1,10 @@
 """Questions of a checked TSV for the in-process evaluator, with VLMEvalKit's prompts."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hipp_ext.evals.benchmarks import benchmark_of
 from hipp_ext.evals.runs import table_rows
@@ -13,6 +14,8 @@ from hipp_ext.prompts import choice_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Q = TypeVar("Q")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def table_questions(table: Table) -> list[TableQuestion]:
 def read_questions(
     path: str | Path, images: str | Path, n: int | None = None
 ) -> list[TableQuestion]:
-    """The first questions of a VLMEvalKit TSV, for `Evaluator`.
+    """Questions of a VLMEvalKit TSV, for `Evaluator`; see `drawn`.
 
     Args:
         path: the TSV, of yes/no questions or multiple choice.
@@ -66,4 +69,20 @@ def read_questions(
     Raises:
         DataError: the file cannot be read, or has a mistake; the message says where.
     """
-    return table_questions(read_table(path, images))[:n]
+    return drawn(table_questions(read_table(path, images)), n)
+
+
+def drawn(questions: Sequence[Q], n: int | None, seed: int = 0) -> list[Q]:
+    """`n` of the questions at random, in their order; all of them if there are fewer.
+
+    Tables list the questions about one picture, and those of one kind, together: the first
+    hundred of POPE are about 16 pictures, and of one kind.
+
+    Args:
+        questions: the questions.
+        n: number of questions; None: all.
+        seed: random seed.
+    """
+    if n is None or n >= len(questions):
+        return list(questions)
+    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), n))]

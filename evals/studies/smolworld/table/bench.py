@@ -15,6 +15,7 @@ from hipp_ext import load_pruned
 from hipp_ext.calibration import Calibration, find_processor
 from hipp_ext.errors import DataError
 from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.questions import drawn
 from hipp_ext.evals.studies.smolworld import packages
 from hipp_ext.evals.studies.smolworld.quiz import questions
 from hipp_ext.evals.studies.smolworld.scenes import World
@@ -104,15 +105,16 @@ class Bench:
     @functools.cached_property
     def search(self) -> Evaluator:
         """What fits, TPE and CMA-ES evaluate plans with."""
-        n = self.sizes.search
-        asked = (questions(self.world, task, "search", n) for task in (POPE, CHOICE))
-        return Evaluator(self.quick, self.processor, *asked, batch_size=TOGETHER)
+        return self._evaluator("search", self.sizes.search)
 
     @functools.cached_property
     def validation(self) -> Evaluator:
         """What plans of the question on synaptic flow are evaluated with."""
-        n = self.sizes.search // 2
-        asked = (questions(self.world, task, "validation", n) for task in (POPE, CHOICE))
+        return self._evaluator("validation", self.sizes.search // 2)
+
+    def _evaluator(self, split: str, n: int) -> Evaluator:
+        """On `n` questions of each task, about as many pictures as the split has."""
+        asked = (drawn(questions(self.world, task, split), n) for task in (POPE, CHOICE))
         return Evaluator(self.quick, self.processor, *asked, batch_size=TOGETHER)
 
     @functools.cached_property

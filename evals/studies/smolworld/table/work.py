@@ -69,7 +69,7 @@ class Work:
             tokens += self._once(cell.method, WIDE * SCORING * self._calibration)
         if method.searches:
             n = self.sizes.search
-            one = n * (QUESTION + PICTURE / PER_PICTURE) + n * (PICTURE + CHOICE)
+            one = n * (PICTURE + QUESTION) + n * (PICTURE + CHOICE)
             name = f"{method.search_name} {cell.ratio} {cell.seed}"
             tokens += self._once(name, self.sizes.evaluations * one * (1 - PRUNED * cell.ratio))
         return tokens
