@@ -208,7 +208,8 @@ Questions = Annotated[
     question_option(
         min=1,
         metavar="N",
-        help="Questions per task, drawn at random. 128 find the Pareto front; 1,000 separate similar preferences.",
+        help="Questions per task, drawn at random from a file. 128 find the Pareto front; 1,000 "
+        "separate similar preferences.",
     ),
 ]
 RobustnessOn = Annotated[
