@@ -5,8 +5,8 @@ perplexity looks well may still repeat itself when it writes, so each model also
 and the share of repeated 4-grams is measured.
 """
 
-import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from hipp_ext.calibration import Batch, Calibration, find_processor
+from hipp_ext.calibration.encoding import padding_id
 from hipp_ext.errors import DataError
 from hipp_ext.evals.generation import place
 from hipp_ext.evals.hipp_vlm import plain_greedy
 from hipp_ext.evals.measuring import describe
-from hipp_ext.evals.statistics import Estimate, bootstrap_estimate
+from hipp_ext.evals.statistics import bootstrap_estimate
 from hipp_ext.evals.text_table import parameters_text, text_table
 from hipp_ext.files.untrusted import short_name, shown
 from hipp_ext.likelihood import AnswerLikelihood
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 BEGINNING = 32  # tokens of a text that a model goes on from
 NGRAM = 4
 REPEATS, TIMES = 20.0, 2.0  # a model repeats itself from so many percent, and times the first
+LARGEST = math.log(sys.float_info.max)
 COLUMNS = ("model", "parameters", "perplexity", "times the first", "repeated [%]")
 
 
@@ -131,14 +133,13 @@ def write(
     """
     prompts, written = [], []
     tokenizer = getattr(processor, "tokenizer", processor)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for row in rows:
         prompt = place(_prompt(row), model)
         out = model.generate(
             **prompt,
             generation_config=plain_greedy(model),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=padding_id(tokenizer),
         )
         length = prompt["input_ids"].shape[1]
         ends = [prompt["input_ids"][0], out[0, length:]]
@@ -207,18 +208,13 @@ def answer_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _exponential(losses: np.ndarray, counts: np.ndarray) -> dict[str, float | None]:
     """exp(sum of losses / number of tokens), with its interval over rows."""
-    estimate: Estimate = bootstrap_estimate(
+    estimate = bootstrap_estimate(
         np.stack([losses, counts], axis=1),
         [str(row) for row in range(len(counts))],
         lambda sums: sums[..., 0] / sums[..., 1],
     )
     values = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    found: dict[str, float | None] = {}
-    for name, value in values.items():
-        found[name] = None
-        with contextlib.suppress(OverflowError):
-            found[name] = None if math.isnan(value) else math.exp(value)
-    return found
+    return {name: math.exp(own) if own < LARGEST else None for name, own in values.items()}
 
 
 def _with_interval(value: Mapping[str, float | None]) -> str:

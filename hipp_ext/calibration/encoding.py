@@ -140,12 +140,17 @@ def _encode_tokens(
     return padded(tokenizer, rows, None if answers is None else labels)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that pads: without a padding token the end of text, and without either 0."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
 def padded(
     tokenizer: Any, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None
 ) -> Batch:
     """The batch of token ids, padded on the left, with labels of the same lengths."""
     longest = max(map(len, rows))
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    pad = padding_id(tokenizer)
 
     def left(fill: int, values: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor([[fill] * (longest - len(own)) + list(own) for own in values])

@@ -4,12 +4,13 @@ import functools
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hipp_ext.errors import CheckpointError, HippError, OutputExistsError
+from hipp_ext.errors import CheckpointError, DataError, HippError, OutputExistsError
 from hipp_ext.files.untrusted import MAX_COMMAND
 
 hardware_option = functools.partial(typer.Option, rich_help_panel="Hardware", metavar="NAME")
@@ -49,6 +50,18 @@ def model_folder(model: str) -> str:
     from hipp_ext.testbed import WEIGHTS
 
     return str(WEIGHTS)
+
+
+def named_folders(models: Sequence[str]) -> dict[str, str]:
+    """Name of each model argument -> its path.
+
+    Raises:
+        DataError: two have one name.
+    """
+    folders = {Path(m).resolve().name or m: model_folder(m) for m in models}
+    if len(folders) < len(models):
+        raise DataError(f"two folders of one name: {', '.join(models)}. Rename one")
+    return folders
 
 
 def require_model(model: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hipp_ext.cli import output
-from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype, command_line, model_folder
+from hipp_ext.cli.console import Device, Dtype, Overwrite, check_dtype, command_line, named_folders
 from hipp_ext.errors import DataError
 from hipp_ext.files import require_new_file
 
@@ -112,9 +112,7 @@ def latency(
         require_new_file(out, overwrite)
     new_tokens = new_tokens or (QUICK_NEW_TOKENS if quick else NEW_TOKENS)
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
-    folders = {Path(m).resolve().name or m: model_folder(m) for m in models}
-    if len(folders) < len(models):
-        raise DataError(f"two folders of one name: {', '.join(models)}. Rename one")
+    folders = named_folders(models)
     if runtime or per_block:
         if plan or device or dtype or rows > 1:
             raise DataError(

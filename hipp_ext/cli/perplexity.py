@@ -11,10 +11,9 @@ from hipp_ext.cli.console import (
     Dtype,
     check_dtype,
     command_line,
-    model_folder,
+    named_folders,
     require_model,
 )
-from hipp_ext.errors import DataError
 
 perplexity_app = typer.Typer()
 
@@ -76,9 +75,7 @@ def perplexity(
     check_dtype(dtype)
     for model in models:
         require_model(model)
-    folders = {Path(m).resolve().name or m: model_folder(m) for m in models}
-    if len(folders) < len(models):
-        raise DataError(f"two folders of one name: {', '.join(models)}. Rename one")
+    folders = named_folders(models)
     from hipp_ext.evals.perplexity import answer_lines, perplexity_table, repeating, run
     from hipp_ext.evals.text_table import print_table
 
