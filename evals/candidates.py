@@ -82,6 +82,8 @@ class CandidateTask:
     Attributes:
         clusters: the picture of each question, in the order of the margins; a question without
             one is a cluster of its own.
+        weights: of the questions, in the order of the margins, 1 on average: both answers of yes/no
+            questions weigh the same in total.
         digest: hash of the questions, their images and answers.
 
     Raises:
@@ -130,6 +132,11 @@ class CandidateTask:
             for i, q in zip(self.order, ordered, strict=True)
         ]
         self.correct = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
+        self.weights = np.ones(len(ordered))
+        share = float((self.correct == 0).float().mean())
+        if 0 < share < 1 and all(tuple(q.labels) == ("Yes", "No") for q in ordered):
+            first = (self.correct == 0).numpy()
+            self.weights = np.where(first, 0.5 / share, 0.5 / (1 - share))
         self.digest = batches_digest(
             [*batches, {"candidates": self.candidates, "right": self.correct}]
         )
@@ -165,11 +172,16 @@ class CandidateTask:
             answers=tuple(map(str, answers)),
         )
 
+    def balanced_margins(self, log_probabilities: Tensor) -> np.ndarray:
+        """The margin of each question times its weight: a model that always gives the same answer
+        to yes/no questions has a mean of 0."""
+        return self.margins(log_probabilities) * self.weights
+
     def yes_bias(self, log_probabilities: Tensor) -> float:
-        """Mean probability of the first candidate minus the share of questions for which it is
-        correct.
-        """
-        return float(log_probabilities[:, 0].exp().mean() - (self.correct == 0).float().mean())
+        """Weighted mean of the probability of the first candidate, minus that of 1 where it is
+        correct and 0 elsewhere."""
+        said = log_probabilities[:, 0].exp().numpy() - (self.correct == 0).numpy()
+        return float((said * self.weights).mean())
 
 
 def _first_tokens(processor: Any, question: Question, candidates: Sequence[str]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from hipp_ext.calibration import Batch, check_processor, image_token_id
 from hipp_ext.errors import CalibrationError
 from hipp_ext.evals.candidates import CandidateTask, Question
 from hipp_ext.evals.references import Reference, References, ReferenceTask
-from hipp_ext.evals.statistics import mean_of_means_se
+from hipp_ext.evals.statistics import clustered_mean_se, mean_of_means_se
 from hipp_ext.groups import Tower, check_towers
 from hipp_ext.image_attacks import ImageAttack
 
@@ -37,9 +37,10 @@ class Evaluator:
     (`ReferenceScores`). Without `choice` it is that probability alone. The end of an answer is not
     part of it, so a model that goes on talking loses nothing.
 
-    Robustness is the margin on `pope` minus YES_BIAS_WEIGHT times the distance between the
-    probability of "Yes" and the share of questions with that label, so that a model gains nothing
-    by preferring one answer.
+    Robustness is the margin on `pope`, in which the questions with the answer Yes weigh as much as
+    those with No, minus YES_BIAS_WEIGHT times the distance between the probability of "Yes" and one
+    half. So a model gains nothing by preferring one answer, also where a table lists an absent
+    thing once for each kind of absence and a present one once, as VLMEvalKit's POPE does.
 
     Everything before the language tower is computed once, for `model`. Later calls take that model,
     masked or pruned in its language tower; with other `towers`, in those too, and then everything
@@ -131,7 +132,7 @@ class Evaluator:
         asked = [f"{name} {task.digest}" for name, task in self._tasks.items()]
         if self._references is not None:
             asked.append(f"references {self._references.digest}")
-        self.digest = hashlib.sha256(f"{asked} {adaptive}".encode()).hexdigest()
+        self.digest = hashlib.sha256(f"{asked} {adaptive} balanced".encode()).hexdigest()
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Utility and robustness, their standard errors, the accuracies [%], and with references
@@ -145,15 +146,18 @@ class Evaluator:
         likelihoods = self._references and self._references.likelihoods(model)
         utility = self._utility(answers.get("choice"), likelihoods)
         asked = [name for name in self._tasks if name != "choice"]
+        margins = {n: self._tasks[n].balanced_margins(answers[n]) for n in asked}
         robust = [
-            scores[n].margin - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n]))
+            float(margins[n].mean()) - YES_BIAS_WEIGHT * abs(self._tasks[n].yes_bias(answers[n]))
             for n in asked
         ]
         errors = {
             "utility_se": mean_of_means_se(utility),
             # The same questions twice are not independent: the larger error, not one divided by the
             # root of two.
-            "robustness_se": max(scores[n].margin_se for n in asked),
+            "robustness_se": max(
+                clustered_mean_se(margins[n], self._tasks[n].clusters) for n in asked
+            ),
         }
         measured = {
             "utility": sum(float(values.mean()) for values, _ in utility) / len(utility),

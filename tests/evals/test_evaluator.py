@@ -12,7 +12,7 @@ from plans import random_plan
 from hipp_ext import masked, prune, testbed
 from hipp_ext.calibration import encode, find_processor
 from hipp_ext.errors import CalibrationError
-from hipp_ext.evals.evaluator import Evaluator
+from hipp_ext.evals.evaluator import YES_BIAS_WEIGHT, Evaluator
 from hipp_ext.evals.questions import read_questions, table_questions
 from hipp_ext.evals.tables import read_table
 from hipp_ext.planner import HiPPPlanner
@@ -93,17 +93,19 @@ def test_guessing_scores_nothing_and_certainty_one(loaded):
     assert measured["utility"] == pytest.approx(0, abs=1e-6) and abs(measured["robustness"]) < 0.2
 
 
-def test_leaning_on_yes_is_penalised(loaded):
+@pytest.mark.parametrize("answer", ["Yes", "No"])
+def test_one_answer_to_all_gains_nothing_on_a_table_of_few_yes(loaded, answer):
     model, processor = testbed.load()
-    evaluator = Evaluator(model, processor, POPE, CHOICE)
+    present = [q for q in POPE if q.answer == "Yes"][:4]
+    absent = [q for q in POPE if q.answer == "No"][:12]
+    evaluator = Evaluator(model, processor, [*present, *absent], CHOICE)
     model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
-        model.lm_head.bias[processor.tokenizer.convert_tokens_to_ids("Yes")] = 20.0
-    scores = evaluator.scores(model)["pope"]
-    assert scores.yes_rate == 100
-    assert evaluator(model)["robustness"] < scores.margin - 0.1
+        model.lm_head.bias[processor.tokenizer.convert_tokens_to_ids(answer)] = 30.0
+    assert evaluator(model)["robustness"] == pytest.approx(-YES_BIAS_WEIGHT / 2, abs=1e-4)
+    assert evaluator.scores(model)["pope"].yes_rate == 100 * (answer == "Yes")
 
 
 def test_questions_of_a_table_are_those_of_the_testbed(tmp_path):
