@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/hipp demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Exported models in OpenVINO, whose packages (200 MB) lie in a folder beside the environment.
 test-openvino: $(STAMP) $(OPENVINO)/.installed

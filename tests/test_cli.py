@@ -249,7 +249,7 @@ def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path, monkeypatch, capfd)
             break
         time.sleep(0.1)
     os.kill(running.pid, signal.SIGINT)
-    running.join()
+    running.join(60)
     told = capfd.readouterr().err
     assert running.exitcode == 130 and "hipp: interrupted." in told and "to resume" in told
 

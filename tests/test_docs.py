@@ -9,6 +9,7 @@ import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from command import hipp
@@ -50,6 +51,8 @@ def test_the_python_of_a_page_runs_as_written(page, folder, tmp_path, monkeypatc
     for mark, block in PYTHON.findall(text):
         if not mark:
             exec(compile(block.replace("steps=1000", "steps=2"), str(page), "exec"), names)
+    if "server" in names:  # deleted before it has answered once, llama.cpp's never ends
+        assert urlopen(f"{names['server'].listening_address}/health").status == 200
 
 
 def commands(page: Path) -> list[str]:
