@@ -82,6 +82,7 @@ class CandidateTask:
     Attributes:
         clusters: the picture of each question, in the order of the margins; a question without
             one is a cluster of its own.
+        yes_no: whether all questions are to be answered with Yes or No.
         weights: of the questions, in the order of the margins, 1 on average: both answers of yes/no
             questions weigh the same in total.
         digest: hash of the questions, their images and answers.
@@ -132,10 +133,10 @@ class CandidateTask:
             for i, q in zip(self.order, ordered, strict=True)
         ]
         self.correct = torch.tensor([list(q.labels).index(q.answer) for q in ordered])
+        self.yes_no = all(tuple(q.labels) == ("Yes", "No") for q in questions)
         self.weights = np.ones(len(ordered))
-        share = float((self.correct == 0).float().mean())
-        if 0 < share < 1 and all(tuple(q.labels) == ("Yes", "No") for q in ordered):
-            first = (self.correct == 0).numpy()
+        first = (self.correct == 0).numpy()
+        if self.yes_no and 0 < (share := float(first.mean())) < 1:
             self.weights = np.where(first, 0.5 / share, 0.5 / (1 - share))
         self.digest = batches_digest(
             [*batches, {"candidates": self.candidates, "right": self.correct}]
@@ -161,14 +162,13 @@ class CandidateTask:
         margins = self.margins(log_probabilities)
         by_question = dict(zip(self.order, chosen.tolist(), strict=True))
         answers = [q.labels[by_question[i]] for i, q in enumerate(self.questions)]
-        yes_no = all(tuple(q.labels) == ("Yes", "No") for q in self.questions)
         return TaskScores(
             n=len(answers),
             accuracy=accuracy,
             accuracy_se=binomial_se(accuracy, len(answers)),
             margin=float(margins.mean()),
             margin_se=clustered_mean_se(margins, self.clusters),
-            yes_rate=100 * answers.count("Yes") / len(answers) if yes_no else None,
+            yes_rate=100 * answers.count("Yes") / len(answers) if self.yes_no else None,
             answers=tuple(map(str, answers)),
         )
 

@@ -242,7 +242,8 @@ def test_ctrl_c_says_that_what_is_finished_is_kept(tmp_path, monkeypatch, capfd)
         monkeypatch.setattr(sys, "argv", ["hipp", *arguments])
         main()
 
-    running = multiprocessing.get_context("fork").Process(target=run)  # which imports nothing
+    # A fork imports nothing.
+    running = multiprocessing.get_context("fork").Process(target=run, daemon=True)
     running.start()
     for _ in range(600):
         if (tmp_path / "planner.fit" / "archive.jsonl").exists():

@@ -205,7 +205,7 @@ def test_held_out_losses_do_not_depend_on_the_batches(tmp_path):
         own = data(file, batch_size=size, holdout=0.5)
         _, result = run(None, tmp_path / str(size), settings, rows=own, teacher=dense(seed=1))
         found.append(result.evaluations[0])
-    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)  # the KL is 0.002
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=2e-7)  # the KL is 0.002
     first = found[0]
     assert first["loss"] == pytest.approx(0.7 * first["kl"] + 0.3 * first["cross_entropy"])
 
