@@ -106,8 +106,8 @@ def visual(contrasts: Contrasts) -> Finding:
         question="Does visual sensitivity help at 30 layers?",
         rule=(
             "Gains in POPE accuracy at 30%. yes: as a signal of the fit for robustness it gains "
-            "over its shuffle, or as a scorer over its shuffle and over WandaSP, by more than "
-            f"{ERRORS:g} standard errors. no: neither gains {MARGIN:g} point, by as many."
+            f"over its shuffle (seeds of fits: {contrasts.seeds}), or as a scorer over its shuffle "
+            f"and over WandaSP, by more than {ERRORS:g} standard errors. no: neither gains {MARGIN:g} point, by as many."
         ),
         answer=any_of([signal, all_of([over_shuffle, over_wanda])]),
         figures=gains,

@@ -15,14 +15,19 @@ from hipp_ext.evals.studies.measuring import rank_correlation
 from hipp_ext.evals.studies.smolworld.questions.rules import ERRORS, Answer, Finding
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF
+from hipp_ext.evals.studies.smolworld.table.searching import start_logits
 from hipp_ext.files import write_atomic
+from hipp_ext.planner import Signals
 from hipp_ext.planner.cost import cost_of
 from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
 from hipp_ext.progress import progress_bar
 from hipp_ext.scorers import SynFlow
 from hipp_ext.units import top_units
 
-SPREADS = (0.3, 1.0, 2.0, 3.5)  # of the allocation logits, so that some plans break the model
+# Of the planner's allocation logits. Nearly all plans around equal fractions (0) break the model,
+# and none of those around the planner's (1).
+SHARES = (0.2, 0.4, 0.6, 0.8)
+SPREAD = 1.0  # of the allocation logits around that
 COLLAPSED = 0.5  # of the dense margin: below it a plan has collapsed
 FALSE_ALARMS = 0.05  # of the sound plans that a threshold may reject
 FEWEST = 5  # plans of either kind
@@ -37,7 +42,7 @@ def collapse(bench: Bench, plans: int, file: Path) -> Finding:
         file: file of the plans that were measured; an interrupted measurement goes on.
     """
     signals = bench.quick_signals
-    counts = random_plans(signals.groups, plans)
+    counts = random_plans(signals, plans)
     dense = bench.validation(bench.quick)
     sound = (dense["utility"] + dense["robustness"]) / 2
     margins = np.array(_measured(bench, counts, file))
@@ -53,9 +58,10 @@ def collapse(bench: Bench, plans: int, file: Path) -> Finding:
     return Finding(
         question="Does the SynFlow term catch collapse?",
         rule=(
-            f"{plans} random plans of {CHIEF:.0%} on the validation split; collapsed are those "
-            f"that keep less than {COLLAPSED:.0%} of the dense margin. A threshold on the flow "
-            f"that is left rejects {FALSE_ALARMS:.0%} of the sound plans. yes: it rejects more "
+            f"{plans} plans of {CHIEF:.0%}, drawn between equal fractions and the untrained "
+            "planner's plan, on the validation split; collapsed are those that keep less than "
+            f"{COLLAPSED:.0%} of the dense margin. A threshold on the flow that is left rejects "
+            f"{FALSE_ALARMS:.0%} of the sound plans. yes: it rejects more "
             f"than half of the collapsed ones, by more than {ERRORS:g} standard errors. no: fewer "
             f"than half, by as many. With fewer than {FEWEST} plans of either kind nothing is "
             "shown."
@@ -72,13 +78,14 @@ def collapse(bench: Bench, plans: int, file: Path) -> Finding:
     )
 
 
-def random_plans(groups: Sequence[Any], plans: int) -> list[KeepCounts]:
-    """Keep counts of plans of one ratio, more and less uneven in turn."""
-    rng = np.random.default_rng(0)
+def random_plans(signals: Signals, plans: int) -> list[KeepCounts]:
+    """Keep counts of plans of one ratio, less and more near to the planner's in turn."""
+    rng, groups = np.random.default_rng(0), signals.groups
+    start = start_logits(signals, CHIEF)
     return [
         keep_counts(
             groups,
-            (SPREADS[n % len(SPREADS)] * rng.standard_normal(len(groups))).tolist(),
+            (SHARES[n % len(SHARES)] * start + SPREAD * rng.standard_normal(len(groups))).tolist(),
             CHIEF,
             Bounds(),
         )
@@ -121,16 +128,18 @@ def _answer(share: float | None, broken: int, sound: int) -> Answer:
 
 def _measured(bench: Bench, plans: Sequence[KeepCounts], file: Path) -> list[float]:
     """The mean margin of both tasks of each plan."""
-    known: list[float] = json.loads(file.read_text()) if file.exists() else []
+    rows: list[Any] = json.loads(file.read_text()) if file.exists() else []
+    known = {tuple(keeps): margin for keeps, margin in rows}
+    left = [plan for plan in dict.fromkeys(plans) if plan not in known]
     signals = bench.quick_signals
     cost = cost_of(signals.groups, "parameters")
     with (
         plan_rewards(bench.quick, bench.validation, signals, cost) as measure,
-        progress_bar(True, "random plans", len(plans), len(known)) as update,
+        progress_bar(True, "random plans", len(left), 0) as update,
     ):
-        for plan in plans[len(known) :]:
+        for number, plan in enumerate(left, 1):
             reward = measure(plan)
-            known.append((reward.utility + reward.robustness) / 2)
-            write_atomic(file, json.dumps(known))
-            update(len(known), "")
-    return known[: len(plans)]
+            known[plan] = (reward.utility + reward.robustness) / 2
+            write_atomic(file, json.dumps([[list(p), m] for p, m in known.items()]))
+            update(number, "")
+    return [known[plan] for plan in plans]

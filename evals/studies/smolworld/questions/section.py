@@ -8,7 +8,8 @@ SECTION = """## A model that sees: the questions
 `{command}`
 
 {device}, {threads} threads, {dtype}. Every rule was written before anything was measured. Models
-are those of the table above, at 30% where no other ratio is named; {seeds} fits of each corner.
+are those of the table above, at 30% where no other ratio is named; {seeds} fits of each corner
+where no other number is named.
 Differences are in percentage points ± standard error over pictures, paired by question.
 
 {questions}

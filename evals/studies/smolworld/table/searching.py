@@ -80,6 +80,11 @@ def shuffled_signal(signals: Signals, seed: int) -> Signals:
     )
 
 
+def start_logits(signals: Signals, ratio: float) -> np.ndarray:
+    """Where searches start: allocation logits of the untrained planner's plan for the middle."""
+    return signals.prior(torch.tensor([ratio]), torch.tensor([0.5]))[0].double().numpy()
+
+
 def search_place(folder: Path, cell: Cell) -> Path:
     """Where the search of a cell is kept, without the suffix of a file."""
     return folder / f"{METHODS[cell.method].search_name}-{100 * cell.ratio:g}-{cell.seed}"
@@ -126,15 +131,10 @@ def _searched(
             evaluate=reward,
             evaluations=bench.sizes.evaluations,
             pruning_ratio=cell.ratio,
-            centre=functools.partial(_start, signals),
+            centre=functools.partial(start_logits, signals),
         )
         run({"TPE": tpe, "CMA-ES": cmaes}[cell.method], problem, cell.seed)
     return problem.evaluated
-
-
-def _start(signals: Signals, ratio: float) -> np.ndarray:
-    """Allocation logits of the untrained planner's plan for the middle."""
-    return signals.prior(torch.tensor([ratio]), torch.tensor([0.5]))[0].double().numpy()
 
 
 def _read(file: Path) -> list[tuple[KeepCounts, Reward]]:
