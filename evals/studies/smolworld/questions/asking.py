@@ -107,7 +107,8 @@ def visual(contrasts: Contrasts) -> Finding:
         rule=(
             "Gains in POPE accuracy at 30%. yes: as a signal of the fit for robustness it gains "
             f"over its shuffle (seeds of fits: {contrasts.seeds}), or as a scorer over its shuffle "
-            f"and over WandaSP, by more than {ERRORS:g} standard errors. no: neither gains {MARGIN:g} point, by as many."
+            f"and over WandaSP, by more than {ERRORS:g} standard errors. no: neither gains "
+            f"{MARGIN:g} point, by as many."
         ),
         answer=any_of([signal, all_of([over_shuffle, over_wanda])]),
         figures=gains,
