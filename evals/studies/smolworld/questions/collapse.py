@@ -120,7 +120,7 @@ def caught_share(score: np.ndarray, collapsed: np.ndarray) -> float | None:
 def _answer(share: float | None, broken: int, sound: int) -> Answer:
     if share is None or min(broken, sound) < FEWEST:
         return "not shown"
-    error = ERRORS * binomial_se(share, broken)
+    error = ERRORS * binomial_se(50, broken)  # of one in two, which the share is compared to
     if share - error > 50:
         return "yes"
     return "no" if share + error < 50 else "not shown"
