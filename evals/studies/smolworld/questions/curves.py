@@ -17,12 +17,14 @@ PARTS = (0.25, 0.5, 1.0)  # of the evaluations
 def curves(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
     """Search -> part of the evaluations -> best mean of utility and robustness until then.
 
-    Means over seeds; searches that were not run are left out. A margin of 1 is certain and right.
+    Means over the seeds that were run; searches without any are left out. A margin of 1 is certain
+    and right.
     """
     found: dict[str, dict[str, float]] = {}
     for method in (FITTED, "TPE", "CMA-ES"):
-        runs = [evaluated_rewards(folder, cell) for cell in seeded(method, "middle", seeds)]
-        if all(runs):
+        searches = seeded(method, "middle", seeds)
+        runs = [run for cell in searches if (run := evaluated_rewards(folder, cell))]
+        if runs:
             each = [best_so_far(run) for run in runs]
             found[method] = {
                 f"{part:.0%} of the evaluations": round(sum(own[i] for own in each) / len(each), 4)
