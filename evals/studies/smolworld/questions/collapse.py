@@ -131,6 +131,8 @@ def _measured(bench: Bench, plans: Sequence[KeepCounts], file: Path) -> list[flo
     rows: list[Any] = json.loads(file.read_text()) if file.exists() else []
     known = {tuple(keeps): margin for keeps, margin in rows}
     left = [plan for plan in dict.fromkeys(plans) if plan not in known]
+    if not left:
+        return [known[plan] for plan in plans]
     signals = bench.quick_signals
     cost = cost_of(signals.groups, "parameters")
     with (
