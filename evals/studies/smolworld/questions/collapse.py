@@ -1,9 +1,7 @@
 """Does synaptic flow tell plans that break the model from those that do not, at one budget?"""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +13,10 @@ from hipp_ext.evals.studies.measuring import rank_correlation
 from hipp_ext.evals.studies.smolworld.questions.rules import ERRORS, Answer, Finding
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF
+from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards, read_rewards
 from hipp_ext.evals.studies.smolworld.table.searching import start_logits
-from hipp_ext.files import write_atomic
 from hipp_ext.planner import Signals
-from hipp_ext.planner.cost import cost_of
-from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
-from hipp_ext.progress import progress_bar
+from hipp_ext.planner.evaluation import KeepCounts
 from hipp_ext.scorers import SynFlow
 from hipp_ext.units import top_units
 
@@ -128,20 +124,11 @@ def _answer(share: float | None, broken: int, sound: int) -> Answer:
 
 def _measured(bench: Bench, plans: Sequence[KeepCounts], file: Path) -> list[float]:
     """The mean margin of both tasks of each plan."""
-    rows: list[Any] = json.loads(file.read_text()) if file.exists() else []
-    known = {tuple(keeps): margin for keeps, margin in rows}
-    left = [plan for plan in dict.fromkeys(plans) if plan not in known]
-    if not left:
-        return [known[plan] for plan in plans]
-    signals = bench.quick_signals
-    cost = cost_of(signals.groups, "parameters")
-    with (
-        plan_rewards(bench.quick, bench.validation, signals, cost) as measure,
-        progress_bar(True, "random plans", len(left), 0) as update,
-    ):
-        for number, plan in enumerate(left, 1):
-            reward = measure(plan)
-            known[plan] = (reward.utility + reward.robustness) / 2
-            write_atomic(file, json.dumps([[list(p), m] for p, m in known.items()]))
-            update(number, "")
-    return [known[plan] for plan in plans]
+    known = dict(read_rewards(file))
+    if not known.keys() >= set(plans):
+        signals, title = bench.quick_signals, "random plans"
+        with kept_rewards(
+            bench, bench.validation, signals, file, title=title, plans=len(plans)
+        ) as reward:
+            known = {plan: reward(plan) for plan in plans}
+    return [(known[plan].utility + known[plan].robustness) / 2 for plan in plans]

@@ -47,7 +47,7 @@ def questions(
         list[str] | None,
         typer.Option(help=f"{'; '.join(f'{k}: {v}' for k, v in LETTERS.items())}. Default: all."),
     ] = None,
-    plans: Annotated[int, typer.Option(min=2, help="Random plans of question d.")] = 48,
+    plans: Annotated[int, typer.Option(min=2, help="Random plans of question d.")] = 32,
     seeds: Seeds = None,
     quick: Quick = False,
     pictures: Pictures = None,

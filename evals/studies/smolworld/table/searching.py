@@ -6,10 +6,7 @@ A plan is measured once: what was measured is kept, and an interrupted search as
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +17,14 @@ from hipp_ext.evals.studies.search.problem import Problem, run
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import CORNERS, Cell
 from hipp_ext.evals.studies.smolworld.table.methods import METHODS
+from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards, read_rewards
 from hipp_ext.evals.studies.smolworld.table.sizes import PLANS_PER_STEP
-from hipp_ext.files import write_atomic
 from hipp_ext.plan import PruningPlan
 from hipp_ext.planner import FitSettings, HiPPPlanner, Signals
 from hipp_ext.planner.archive import Archive
-from hipp_ext.planner.cost import cost_of
-from hipp_ext.planner.evaluation import KeepCounts, plan_rewards
+from hipp_ext.planner.evaluation import KeepCounts
 from hipp_ext.planner.policy import new_policy
 from hipp_ext.planner.reward import DEFAULT_ENDS, Reward, best_for
-from hipp_ext.progress import progress_bar
 from hipp_ext.units import plan_from_counts
 
 
@@ -63,7 +58,7 @@ def evaluated_rewards(folder: Path, cell: Cell) -> list[Reward]:
     place = search_place(folder, cell)
     if METHODS[cell.method].search in ("policy", "best"):
         return [record.reward for record in Archive(place / "archive.jsonl").measured]
-    return [reward for _, reward in _read(place.with_suffix(".json"))]
+    return [reward for _, reward in read_rewards(place.with_suffix(".json"))]
 
 
 def shuffled_signal(signals: Signals, seed: int) -> Signals:
@@ -107,41 +102,19 @@ def _searched(
 ) -> list[tuple[KeepCounts, Reward]]:
     """Every plan that TPE or CMA-ES evaluated, with its reward."""
     file = place.with_suffix(".json")
-    evaluated = _read(file)
-    known = dict(evaluated)
-    if len(evaluated) >= bench.sizes.evaluations:
+    evaluated = read_rewards(file)
+    plans = bench.sizes.evaluations
+    if len(evaluated) >= plans:
         return evaluated
-    cost = cost_of(signals.groups, "parameters")
     title = f"{cell.method}, seed {cell.seed}: plans"
-    with (
-        plan_rewards(bench.quick, bench.search, signals, cost) as measure,
-        progress_bar(True, title, bench.sizes.evaluations, len(known)) as update,
-    ):
-
-        def reward(keeps: KeepCounts) -> Reward:
-            if keeps not in known:
-                known[keeps] = measure(keeps)
-                _write(file, known)
-                update(len(known), "")
-            return known[keeps]
-
+    with kept_rewards(bench, bench.search, signals, file, title=title, plans=plans) as reward:
         problem = Problem(
             groups=signals.groups,
             bounds=Bounds(),
             evaluate=reward,
-            evaluations=bench.sizes.evaluations,
+            evaluations=plans,
             pruning_ratio=cell.ratio,
             centre=functools.partial(start_logits, signals),
         )
         run({"TPE": tpe, "CMA-ES": cmaes}[cell.method], problem, cell.seed)
     return problem.evaluated
-
-
-def _read(file: Path) -> list[tuple[KeepCounts, Reward]]:
-    rows: Sequence[Any] = json.loads(file.read_text()) if file.exists() else ()
-    return [(tuple(keeps), Reward(**reward)) for keeps, reward in rows]
-
-
-def _write(file: Path, known: dict[KeepCounts, Reward]) -> None:
-    rows = [[list(keeps), reward.as_dict()] for keeps, reward in known.items()]
-    write_atomic(file, json.dumps(rows))
