@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
 from hipp_ext.evals.studies.smolworld.questions.collapse import caught_share
 from hipp_ext.evals.studies.smolworld.questions.command import LETTERS, questions, write_answers
 from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
+from hipp_ext.evals.studies.smolworld.questions.curves import curves
 from hipp_ext.evals.studies.smolworld.questions.needed import QUANTISED, W8A8, needed, plain
 from hipp_ext.evals.studies.smolworld.questions.rules import all_of, answered, any_of
 from hipp_ext.evals.studies.smolworld.questions.variants import quantising
@@ -35,12 +37,15 @@ from hipp_ext.evals.studies.smolworld.scenes import read_world
 from hipp_ext.evals.studies.smolworld.table.asked import Asked, Paper
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, Cell, Filters
 from hipp_ext.evals.studies.smolworld.table.command import chosen_sizes, table
-from hipp_ext.evals.studies.smolworld.table.methods import FITTED, METHODS, Shuffled
+from hipp_ext.evals.studies.smolworld.table.methods import FITTED, IN_TABLE, Shuffled
 from hipp_ext.evals.studies.smolworld.table.picture import SILENT, ratios_picture, repairs_picture
+from hipp_ext.evals.studies.smolworld.table.place import Place
 from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates
 from hipp_ext.evals.studies.smolworld.table.recovering import Lessons
+from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards, read_rewards
 from hipp_ext.evals.studies.smolworld.table.section import section
 from hipp_ext.evals.studies.smolworld.table.sizes import QUICK, Sizes
+from hipp_ext.evals.studies.smolworld.table.summary import summarize
 from hipp_ext.evals.studies.smolworld.table.variants import half_of_the_picture, quantised
 from hipp_ext.evals.studies.smolworld.table.work import Work
 from hipp_ext.scorers import Magnitude
@@ -250,8 +255,7 @@ def test_cells_are_those_of_the_table():
     assert len(fits) == 6 and {seed for _, seed in fits} == {0, 1}
     # A run that ends early has every method at the chief ratio first.
     first = [c for c in cells[1:] if c.repair == "none" and c.seed == 0 and c.corner == "middle"]
-    listed = [n for n, m in METHODS.items() if m.in_table]
-    assert {c.method for c in first[: len(listed)]} == set(listed)
+    assert {c.method for c in first[: len(IN_TABLE)]} == set(IN_TABLE)
     assert not any(c.method == "ShortGPT" and c.repair == "reconstruct" for c in cells)
     few = Filters(methods=["uniform"], ratios=(0.2,), repairs=["none"]).cells()
     assert few == [Cell(), Cell(method="uniform", ratio=0.2)]
@@ -266,6 +270,10 @@ def test_unknown_methods_repairs_and_sizes():
         Sizes(pictures=1)
     with pytest.raises(DataError, match="dtype='int8'"):
         Sizes(dtype="int8")
+    with pytest.raises(DataError, match="A ratio of 0 is the dense model"):
+        Filters(ratios=(0.0, 0.3))
+    with pytest.raises(DataError, match="No model is left to measure"):
+        Filters(methods=["uniform"], ratios=(0.5,), repairs=["distil"])
     assert chosen_sizes(True, pictures=9, steps=None) == replace(QUICK, pictures=9)
 
 
@@ -410,8 +418,7 @@ def test_a_killed_table_goes_on(folder, killed, capsys):
     cells = Filters(methods=CHOSEN, ratios=(0.3,), repairs=["none"], seeds=1).cells()
     assert len(list((folder / "out/cells").glob("*.json"))) == len(cells) + 1
     assert len(result["cells"]) == len(cells)
-    searched = json.loads((folder / "out/searches/TPE-30-0.json").read_text())
-    assert len(searched) == SMALL["evaluations"]
+    assert len(read_rewards(folder / "out/searches/TPE-30-0")) == SMALL["evaluations"]
     for own in result["cells"]:
         assert own["removed"] == pytest.approx(0.3, abs=0.02)
         assert own["parameters"] < result["parameters of dense"]
@@ -423,6 +430,42 @@ def test_a_killed_table_goes_on(folder, killed, capsys):
     assert all(method in text for method in CHOSEN) and "After equal recovery" in text
     for name in ("smolworld_table", "smolworld_repairs"):
         assert (folder / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def numbers(found, name=""):
+    """Number by name, without standard errors, which depend on the number of resamples."""
+    if isinstance(found, dict):
+        parts = [numbers(own, f"{name}/{key}") for key, own in found.items()]
+        return {key: own for part in parts for key, own in part.items()}
+    if isinstance(found, list) and len(found) == 2 and isinstance(found[0], float):
+        return {name: found[0]}
+    return {name: found} if isinstance(found, int | float) else {}
+
+
+def test_the_committed_run_gives_the_committed_figures(tmp_path):
+    with tarfile.open(RESULTS / "smolworld_run.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    files = sorted((tmp_path / "cells").glob("*.json"))
+    rows = {file.stem: json.loads(file.read_text()) for file in files}
+    asked = Asked.from_json(json.loads((tmp_path / "asked.json").read_text()))
+    told = json.loads((RESULTS / "smolworld_table.json").read_text())
+    found = summarize(rows, asked, resamples=2)
+    for own, other in zip([*found.pop("cells"), found], [*told["cells"], told], strict=True):
+        names = ("method", "corner", "repair")
+        assert [own.get(name) for name in names] == [other.get(name) for name in names]
+        same = {name: other[name] for name in own}
+        assert numbers(own) == pytest.approx(numbers(same), abs=2e-3)
+
+    told = json.loads((RESULTS / "smolworld_questions.json").read_text())
+    contrasts = Contrasts(rows, asked, told["seeds"])
+    findings = {letter: answer(contrasts) for letter, answer in ON_TEST.items()}
+    reached = curves(tmp_path / "searches", told["seeds"])
+    findings["e"] = fitting(contrasts, told["identity"]["sizes"]["evaluations"], reached)
+    for letter, own in findings.items():
+        known = numbers(told["questions"][letter]["figures"])
+        assert own.answer == told["questions"][letter]["answer"]
+        assert numbers(own.as_json()["figures"]) == pytest.approx(known, abs=2e-3)
+    assert len(read_rewards(tmp_path / "collapse")) == 32
 
 
 def test_pictures_show_what_the_committed_result_says():
@@ -483,6 +526,22 @@ def test_questions_go_on_from_the_table(folder, killed):
     assert again["b"]["answer"] == "yes" and again["f"] == result["f"]
     with pytest.raises(DataError, match="No question has the letter"):
         questions(folder / "model", folder / "out", question=["x"], **options)
+
+
+@needs_packages
+def test_rewards_of_another_evaluator_are_not_mixed_in(folder, killed):
+    run_table(folder, ["TPE"])
+    place = Place(model=folder / "model", out=folder / "out", sizes=Sizes(**SMALL), concepts=60)
+    bench, kept = place.study((), 1).bench, folder / "out/searches/TPE-30-0"
+    known = read_rewards(kept)
+    options = {"title": "plans", "plans": len(known)}
+    with kept_rewards(bench, bench.search, bench.quick_signals, kept, **options) as reward:
+        assert all(reward(keeps) == own for keeps, own in known)
+    with (
+        pytest.raises(CheckpointError, match="holds another run: evaluator"),
+        kept_rewards(bench, bench.validation, bench.quick_signals, kept, **options),
+    ):
+        pass
 
 
 @needs_packages

@@ -5,18 +5,14 @@ from typing import Annotated
 
 import typer
 
+from hipp_ext.errors import DataError
 from hipp_ext.evals.studies.measuring import Save, report, run_command
-from hipp_ext.evals.studies.smolworld.drawings import ASKED
 from hipp_ext.evals.studies.smolworld.factors import COMMITTED
 from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.questions.command import questions
 from hipp_ext.evals.studies.smolworld.scenes import read_world
-from hipp_ext.evals.studies.smolworld.table.command import table
+from hipp_ext.evals.studies.smolworld.table.command import Concepts, Out, table
 
-Concepts = Annotated[
-    int | None, typer.Option(min=40, help=f"Number of concepts. Default: {ASKED}.")
-]
-Out = Annotated[Path, typer.Option(help="Folder of the run, which goes on if interrupted.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Lr = Annotated[float, typer.Option(min=0, help="Peak learning rate.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
@@ -101,6 +97,8 @@ def train(
     world = read_world(concepts)
     model, processor = build_base(seed)
     add_factors(model, tower_of(out))
+    if any(count % workers for count in PER_STEP):
+        raise DataError(f"{workers} processes cannot share {PER_STEP} conversations of a step.")
     captions, looks, choices = (count // workers for count in PER_STEP)
     data = Conversations(
         world, processor, (captions, looks, choices), first_steps=first_steps, seed=seed

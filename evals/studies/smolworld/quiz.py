@@ -18,7 +18,7 @@ from hipp_ext.evals.studies.smolworld.scenes import Scene, World
 from hipp_ext.prompts import choice_prompt
 from hipp_ext.testbed import SPLITS
 
-TASKS = ("POPE", "ScienceQA", "Captions")
+TASKS = POPE, CHOICE, CAPTIONS = ("POPE", "ScienceQA", "Captions")
 # Pictures of POPE and of captions, and multiple-choice questions, per split.
 IMAGES = {"calibration": 128, "search": 128, "validation": 128, "test": 500}
 CHOICES = {"calibration": 512, "search": 512, "validation": 512, "test": 2000}
@@ -59,7 +59,7 @@ class Question:
     @property
     def labels(self) -> tuple[str, ...]:
         """The possible answers; none for a caption."""
-        if self.category == TASKS[2]:
+        if self.category == CAPTIONS:
             return ()
         return tuple("ABCD"[: len(self.options)]) or ("Yes", "No")
 
@@ -135,7 +135,7 @@ def presence(name: str) -> str:
 
 def ask_caption(scene: Scene) -> Question:
     """The request to describe a picture; the largest things are named first."""
-    return Question(question=PROMPT, answer=caption(scene.present), category=TASKS[2], scene=scene)
+    return Question(question=PROMPT, answer=caption(scene.present), category=CAPTIONS, scene=scene)
 
 
 def caption(names: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ class World:
         count = count or rng.choices(range(1, MOST + 1), COUNT_WEIGHTS)[0]
         names: list[str] = []
         while len(names) < min(count, len(self.drawings.names)):
-            if not classes or rng.random() < STRAY or len(names) > 40:
+            if not classes or rng.random() < STRAY:
                 name = rng.choice(self.drawings.names)
             else:
                 own = rng.choices(tuple(classes), tuple(classes.values()))[0]

@@ -13,7 +13,7 @@ from hipp_ext.evals.studies.measuring import rank_correlation
 from hipp_ext.evals.studies.smolworld.questions.rules import ERRORS, Answer, Finding
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF
-from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards, read_rewards
+from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards
 from hipp_ext.evals.studies.smolworld.table.searching import start_logits
 from hipp_ext.planner import Signals
 from hipp_ext.planner.evaluation import KeepCounts
@@ -25,23 +25,23 @@ from hipp_ext.units import top_units
 SHARES = (0.2, 0.4, 0.6, 0.8)
 SPREAD = 1.0  # of the allocation logits around that
 COLLAPSED = 0.5  # of the dense margin: below it a plan has collapsed
-FALSE_ALARMS = 0.05  # of the sound plans that a threshold may reject
+FALSE_ALARMS = 0.05  # of the sound plans, at most, that a threshold rejects
 FEWEST = 5  # plans of either kind
 
 
-def collapse(bench: Bench, plans: int, file: Path) -> Finding:
+def collapse(bench: Bench, plans: int, folder: Path) -> Finding:
     """Question d: random plans of one ratio, measured on the validation split.
 
     Args:
         bench: the model.
         plans: number of plans.
-        file: file of the plans that were measured; an interrupted measurement goes on.
+        folder: folder of the plans that were measured; an interrupted measurement goes on.
     """
     signals = bench.quick_signals
     counts = random_plans(signals, plans)
     dense = bench.validation(bench.quick)
     sound = (dense["utility"] + dense["robustness"]) / 2
-    margins = np.array(_measured(bench, counts, file))
+    margins = np.array(_measured(bench, counts, folder))
     flow = np.array(flow_left(bench, counts))
     losses = task_losses(signals.sensitivity, 0.5)
     predicted = -expected_losses(signals.groups, np.array(counts), losses)
@@ -57,7 +57,7 @@ def collapse(bench: Bench, plans: int, file: Path) -> Finding:
             f"{plans} plans of {CHIEF:.0%}, drawn between equal fractions and the untrained "
             "planner's plan, on the validation split; collapsed are those that keep less than "
             f"{COLLAPSED:.0%} of the dense margin. A threshold on the flow that is left rejects "
-            f"{FALSE_ALARMS:.0%} of the sound plans. yes: it rejects more "
+            f"at most {FALSE_ALARMS:.0%} of the sound plans. yes: it rejects more "
             f"than half of the collapsed ones, by more than {ERRORS:g} standard errors. no: fewer "
             f"than half, by as many. With fewer than {FEWEST} plans of either kind nothing is "
             "shown."
@@ -105,11 +105,11 @@ def flow_left(bench: Bench, plans: Sequence[KeepCounts]) -> list[float]:
 
 
 def caught_share(score: np.ndarray, collapsed: np.ndarray) -> float | None:
-    """Share [%] of the collapsed plans below the threshold that rejects FALSE_ALARMS of the others;
-    None where there are none of either kind."""
+    """Share [%] of the collapsed plans below a threshold that rejects at most FALSE_ALARMS of the
+    others; None where there are none of either kind."""
     if not collapsed.any() or collapsed.all():
         return None
-    threshold = np.quantile(score[~collapsed], FALSE_ALARMS)
+    threshold = np.quantile(score[~collapsed], FALSE_ALARMS, method="lower")
     return round(100 * float((score[collapsed] < threshold).mean()), 1)
 
 
@@ -122,13 +122,11 @@ def _answer(share: float | None, broken: int, sound: int) -> Answer:
     return "no" if share + error < 50 else "not shown"
 
 
-def _measured(bench: Bench, plans: Sequence[KeepCounts], file: Path) -> list[float]:
+def _measured(bench: Bench, plans: Sequence[KeepCounts], folder: Path) -> list[float]:
     """The mean margin of both tasks of each plan."""
-    known = dict(read_rewards(file))
-    if not known.keys() >= set(plans):
-        signals, title = bench.quick_signals, "random plans"
-        with kept_rewards(
-            bench, bench.validation, signals, file, title=title, plans=len(plans)
-        ) as reward:
-            known = {plan: reward(plan) for plan in plans}
-    return [(known[plan].utility + known[plan].robustness) / 2 for plan in plans]
+    signals, title = bench.quick_signals, "random plans"
+    with kept_rewards(
+        bench, bench.validation, signals, folder, title=title, plans=len(plans)
+    ) as reward:
+        rewards = [reward(plan) for plan in plans]
+    return [(own.utility + own.robustness) / 2 for own in rewards]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from hipp_ext.evals.studies.smolworld.table.command import (
     chosen_sizes,
     default_ratios,
 )
+
+if TYPE_CHECKING:
+    from hipp_ext.evals.studies.smolworld.table.study import TableStudy
 
 LETTERS = {
     "a": "does pruning raise hallucination at equal accuracy",
@@ -95,27 +98,26 @@ def questions(
     place = Place(model=model, out=out, sizes=sizes, ratios=ratios, concepts=concepts)
     study = start(place, list(dict.fromkeys(cells)), threads)
     with study.locked():
-        *_, rows = run(study, place, processes, threads)
-        found = answers(study, rows, letters, fits, plans)
+        for _ in run(study, place, processes, threads):
+            pass
+        found = answers(study, letters, fits, plans)
         result = write_answers(study.bench.identity, found, fits, out, save)
     for own in result["questions"].values():
         typer.echo(f"{own['question']} {own['answer']}")
 
 
-def answers(
-    study: Any, rows: dict[str, Any], letters: list[str], seeds: int, plans: int
-) -> dict[str, Any]:
+def answers(study: "TableStudy", letters: list[str], seeds: int, plans: int) -> dict[str, Any]:
     """Letter -> finding as JSON values."""
     from hipp_ext.evals.studies.smolworld.questions.asking import ON_TEST, fitting
     from hipp_ext.evals.studies.smolworld.questions.collapse import collapse
     from hipp_ext.evals.studies.smolworld.questions.contrasts import Contrasts
     from hipp_ext.evals.studies.smolworld.questions.curves import curves
 
-    contrasts, folder = Contrasts(rows, study.bench.asked, seeds), study.folder
+    contrasts, folder = Contrasts(study.rows(), study.bench.asked, seeds), study.folder
     found = {}
     for letter in sorted(set(letters)):
         if letter == "d":
-            own = collapse(study.bench, plans, folder / "collapse.json")
+            own = collapse(study.bench, plans, folder / "collapse")
         elif letter == "e":
             reached = curves(folder / "searches", seeds)
             own = fitting(contrasts, study.bench.sizes.evaluations, reached)
@@ -129,7 +131,7 @@ def write_answers(
     identity: dict[str, Any], found: dict[str, Any], seeds: int, out: Path, save: bool
 ) -> dict[str, Any]:
     """Write JSON and section to `out`, and with `save` the first to the results; earlier answers
-    of the same folder to other questions stay."""
+    of the same folder to other questions stay if they are from as many seeds."""
     from hipp_ext.evals.measuring import describe
     from hipp_ext.evals.studies.measuring import command_line
     from hipp_ext.evals.studies.smolworld.questions.section import section
@@ -137,13 +139,14 @@ def write_answers(
     from hipp_ext.files import write_atomic
 
     file = out / f"{NAME}.json"
-    before = json.loads(file.read_text())["questions"] if file.exists() else {}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept = before["questions"] if before.get("seeds") == seeds else {}
     values = {
         "identity": identity,
         "seeds": seeds,
         "splits": dict(SPLITS),
         "tuned": TUNED,
-        "questions": dict(sorted((before | found).items())),
+        "questions": dict(sorted((kept | found).items())),
     }
     result = describe(command_line(), values, "cpu")
     for place in [out, *([RESULTS] if save else [])]:

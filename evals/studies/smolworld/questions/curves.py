@@ -7,7 +7,7 @@ import torch
 
 from hipp_ext.evals.studies.smolworld.questions.needed import seeded
 from hipp_ext.evals.studies.smolworld.table.cells import CORNERS
-from hipp_ext.evals.studies.smolworld.table.methods import FITTED
+from hipp_ext.evals.studies.smolworld.table.methods import CMAES, FITTED, TPE
 from hipp_ext.evals.studies.smolworld.table.searching import evaluated_rewards
 from hipp_ext.planner.reward import Reward
 
@@ -21,7 +21,7 @@ def curves(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
     and right.
     """
     found: dict[str, dict[str, float]] = {}
-    for method in (FITTED, "TPE", "CMA-ES"):
+    for method in (FITTED, TPE, CMAES):
         searches = seeded(method, "middle", seeds)
         runs = [run for cell in searches if (run := evaluated_rewards(folder, cell))]
         if runs:

@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, CORNERS, RATIOS, Cell
 from hipp_ext.evals.studies.smolworld.table.methods import (
     ANCHORED,
+    FISHER,
     FITTED,
+    FLAP_ADAPTIVE,
+    OWL_LEVELS,
     SIGNAL_SHUFFLED,
     UNIFORM,
     UNTRAINED,
@@ -13,10 +16,9 @@ from hipp_ext.evals.studies.smolworld.table.methods import (
     VISUAL_SHUFFLED,
 )
 
-FLAP, OWL_, FISHER = "FLAP adaptive", "OWL", "sensitivity, fisher"
-WIDELY = (UNIFORM, FLAP, ANCHORED)  # methods of question a
+WIDELY = (UNIFORM, FLAP_ADAPTIVE, ANCHORED)  # methods of question a
 HALVED = (UNIFORM, ANCHORED)  # of question f
-QUANTISED = (UNIFORM, FLAP, OWL_, FISHER, ANCHORED, UNTRAINED)  # of question g
+QUANTISED = (UNIFORM, FLAP_ADAPTIVE, OWL_LEVELS, FISHER, ANCHORED, UNTRAINED)  # of question g
 HALF, W8A8 = "half of the picture", "W8A8"
 
 

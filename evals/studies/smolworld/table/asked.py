@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hipp_ext.evals.studies.smolworld.quiz import Question, questions
+from hipp_ext.evals.studies.smolworld.quiz import CAPTIONS, CHOICE, POPE, Question, questions
 from hipp_ext.evals.studies.smolworld.scenes import World
 
-POPE, CHOICE, CAPTIONS = "POPE", "ScienceQA", "Captions"
 MOST_PER_PICTURE = 12  # questions of POPE: three present things, three absent ones of each kind
 Questions = tuple[Question, ...]
 
@@ -80,7 +79,7 @@ class Asked:
 
     @classmethod
     def from_json(cls, values: Any) -> "Asked":
-        """The inverse of `to_json`, with what lists were tuples."""
+        """The inverse of `to_json`; lists become the tuples that they were."""
         return cls(
             names=tuple(values["names"]),
             pope=tuple(map(tuple, values["pope"])),

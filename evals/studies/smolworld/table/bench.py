@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from hipp_ext.errors import DataError
 from hipp_ext.evals.evaluator import Evaluator
 from hipp_ext.evals.questions import drawn
 from hipp_ext.evals.studies.smolworld import packages
-from hipp_ext.evals.studies.smolworld.quiz import questions
+from hipp_ext.evals.studies.smolworld.quiz import CHOICE, POPE, questions
 from hipp_ext.evals.studies.smolworld.scenes import World
-from hipp_ext.evals.studies.smolworld.table.asked import CHOICE, POPE, Asked, Paper
+from hipp_ext.evals.studies.smolworld.table.asked import Asked, Paper
 from hipp_ext.evals.studies.smolworld.table.examining import TOGETHER, Examiner
-from hipp_ext.evals.studies.smolworld.table.rates import changed
+from hipp_ext.evals.studies.smolworld.table.rates import Values, changed
 from hipp_ext.evals.studies.smolworld.table.rows import calibration_rows
 from hipp_ext.evals.studies.smolworld.table.sizes import Sizes
 from hipp_ext.files import write_atomic
@@ -135,8 +134,8 @@ class Bench:
     def _examiner(self) -> Examiner:
         return Examiner(self.quick, self.processor, self.test)
 
-    def examine(self, model: Any, *, anew: bool = False, processor: Any = None) -> dict[str, Any]:
-        """A model's answers to the test ("values"), and how long it took ("seconds").
+    def examine(self, model: Any, *, anew: bool = False, processor: Any = None) -> Values:
+        """A model's answers to the test.
 
         Args:
             model: pruned from the dense one; it is evaluated in another type.
@@ -145,9 +144,7 @@ class Bench:
         """
         own = self.fast(model)
         asks = Examiner(own, processor or self.processor, self.test) if anew else self._examiner
-        begin = time.perf_counter()
-        values = asks(own)
-        return {"values": values, "seconds": time.perf_counter() - begin}
+        return asks(own)
 
     def precision(self) -> dict[str, Any]:
         """What the narrow type changes of the dense model's answers, on the validation split."""

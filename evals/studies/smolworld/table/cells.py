@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from hipp_ext.budget import check_ratio
 from hipp_ext.errors import DataError
-from hipp_ext.evals.studies.smolworld.table.methods import METHODS
+from hipp_ext.evals.studies.smolworld.table.methods import IN_TABLE, METHODS
 from hipp_ext.preference import Preference
 
 Corner = Literal["middle", "utility", "robustness"]
@@ -87,17 +87,25 @@ class Filters:
     seeds: int = 2
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise DataError(f"No method is called {sorted(unknown)}; there are {list(METHODS)}.")
+        if unknown := set(self.methods) - set(IN_TABLE):
+            raise DataError(f"No method is called {sorted(unknown)}; there are {list(IN_TABLE)}.")
         if unknown := set(self.repairs) - set(REPAIRS):
             raise DataError(f"No repair is called {sorted(unknown)}; there are {list(REPAIRS)}.")
         for ratio in (*self.ratios, *self.fit_ratios):
             check_ratio(ratio)
+            if not ratio:
+                raise DataError("A ratio of 0 is the dense model, which is always measured.")
+        if len(self.cells()) == 1:
+            raise DataError(
+                f"No model is left to measure: {self}. Equal recovery is measured at "
+                f"{CHIEF:.0%} alone, the best evaluated plan without repairs alone, and whole "
+                "layers are not reconstructed."
+            )
 
     def cells(self) -> list[Cell]:
         """The dense model, and the cells in an order in which a short run is a whole picture."""
         repairs = self.repairs or REPAIRS
-        chosen = self.methods or [name for name, method in METHODS.items() if method.in_table]
+        chosen = self.methods or IN_TABLE
         cells = [c for name in chosen for c in self._of(name) if c.repair in repairs]
 
         def order(cell: Cell) -> Any:

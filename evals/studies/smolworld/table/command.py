@@ -10,11 +10,10 @@ from hipp_ext.evals.studies.measuring import Save
 from hipp_ext.evals.studies.smolworld.drawings import ASKED
 from hipp_ext.evals.studies.smolworld.packages import MODEL
 from hipp_ext.evals.studies.smolworld.table.cells import CHIEF, RATIOS, REPAIRS, Filters
-from hipp_ext.evals.studies.smolworld.table.methods import METHODS
+from hipp_ext.evals.studies.smolworld.table.methods import IN_TABLE
 from hipp_ext.evals.studies.smolworld.table.sizes import QUICK, Sizes
 
 OFTEN = 300.0  # seconds between two summaries
-IN_TABLE = [name for name, method in METHODS.items() if method.in_table]
 Model = Annotated[
     Path, typer.Option(help="Folder of the trained model.", show_default=".smolworld/model")
 ]
@@ -109,8 +108,8 @@ def table(
     written = time.monotonic()
     with study.locked():
         for number, rows in enumerate(run(study, place, processes, threads)):
-            last = number == 0 or not study.left()
-            if last or time.monotonic() - written > OFTEN:
+            due = number == 0 or not study.left() or time.monotonic() - written > OFTEN
+            if due:
                 about = {"identity": study.bench.identity, **study.about()}
                 write_table(rows, study.bench.asked, about, out, save)
                 written = time.monotonic()

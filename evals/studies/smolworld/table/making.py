@@ -1,7 +1,6 @@
 """Plan -> pruned model -> its answers: repairs, torch-pruning's own pruner, and variants."""
 
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hipp_ext.surgery.prune import prune
 
 
 def examined(bench: Bench, cell: Cell, plan: PruningPlan | None, folder: Path) -> dict[str, Any]:
-    """What is measured of a cell: "values", "parameters", and seconds ("made", "seconds").
+    """What is measured of a cell: its answers ("values") and its number of "parameters".
 
     Args:
         bench: the model and its questions.
@@ -23,19 +22,17 @@ def examined(bench: Bench, cell: Cell, plan: PruningPlan | None, folder: Path) -
         plan: its plan; None: it is dense.
         folder: folder of a recovery that goes on if interrupted.
     """
-    begin = time.perf_counter()
     model = made(bench, cell, plan, folder)
-    facts = {
-        "made": time.perf_counter() - begin,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    size = sum(p.numel() for p in model.parameters())
     if cell.variant == "half of the picture":
         own = bench.fast(model)
         with half_of_the_picture(own, bench.processor) as processor:
-            return facts | bench.examine(own, anew=True, processor=processor)
-    if cell.variant == "W8A8":
-        model = quantised(copy.deepcopy(model).to(bench.dtype))
-    return facts | bench.examine(model, anew=cell.repair == "distil")
+            values = bench.examine(own, anew=True, processor=processor)
+    else:
+        if cell.variant == "W8A8":
+            model = quantised(copy.deepcopy(model).to(bench.dtype))
+        values = bench.examine(model, anew=cell.repair == "distil")
+    return {"parameters": size, "values": values}
 
 
 def made(bench: Bench, cell: Cell, plan: PruningPlan | None, folder: Path) -> Any:

@@ -94,25 +94,27 @@ def torch_pruning_uniform(pruning_ratio: float) -> Allocator:
     return Uniform(pruning_ratio=pruning_ratio, scorer=scorer)
 
 
-UNIFORM, ANCHORED = "uniform", "sensitivity, anchored"
+UNIFORM, FLAP_ADAPTIVE, OWL_LEVELS = "uniform", "FLAP adaptive", "OWL"
+FISHER, ANCHORED = "sensitivity, fisher", "sensitivity, anchored"
+TPE, CMAES = "TPE", "CMA-ES"
 UNTRAINED, FITTED, BEST = "hipp, untrained", "hipp, fitted", "hipp, best evaluated"
 VISUAL, VISUAL_SHUFFLED = "uniform, visual scores", "uniform, visual scores shuffled"
 SIGNAL_SHUFFLED = "hipp, fitted, visual signal shuffled"
 METHODS: Mapping[str, Method] = {
     UNIFORM: Method(make=partial(Uniform, scorer=WandaSP())),
     "global threshold": Method(make=partial(GlobalThreshold, scorer=WandaSP())),
-    "FLAP adaptive": Method(make=partial(FLAPAdaptive, scorer=FLAP())),
-    "OWL": Method(make=partial(OWL, scorer=WandaSP())),
+    FLAP_ADAPTIVE: Method(make=partial(FLAPAdaptive, scorer=FLAP())),
+    OWL_LEVELS: Method(make=partial(OWL, scorer=WandaSP())),
     # Layers go whole, so their scores are not read: take those that cost nothing.
     "ShortGPT": Method(make=partial(ShortGPT, scorer=Magnitude()), reconstructs=False),
     "torch-pruning": Method(make=torch_pruning_uniform, host=True),
-    "sensitivity, fisher": Method(effort="fisher"),
+    FISHER: Method(effort="fisher"),
     ANCHORED: Method(effort="anchored"),
     UNTRAINED: Method(effort="anchored", steered=True),
     FITTED: Method(effort="anchored", search="policy", steered=True),
     BEST: Method(effort="anchored", search="best", steered=True),
-    "TPE": Method(effort="anchored", search="TPE", steered=True),
-    "CMA-ES": Method(effort="anchored", search="CMA-ES", steered=True),
+    TPE: Method(effort="anchored", search="TPE", steered=True),
+    CMAES: Method(effort="anchored", search="CMA-ES", steered=True),
     VISUAL: Method(make=partial(Uniform, scorer=VisualSensitivity()), in_table=False),
     VISUAL_SHUFFLED: Method(
         make=partial(Uniform, scorer=Shuffled(scorer=VisualSensitivity())), in_table=False
@@ -121,3 +123,4 @@ METHODS: Mapping[str, Method] = {
         effort="anchored", search="policy", steered=True, shuffled=True, in_table=False
     ),
 }
+IN_TABLE = tuple(name for name, method in METHODS.items() if method.in_table)

@@ -16,7 +16,7 @@ from hipp_ext.evals.studies.search.methods import cmaes, tpe
 from hipp_ext.evals.studies.search.problem import Problem, run
 from hipp_ext.evals.studies.smolworld.table.bench import Bench
 from hipp_ext.evals.studies.smolworld.table.cells import CORNERS, Cell
-from hipp_ext.evals.studies.smolworld.table.methods import METHODS
+from hipp_ext.evals.studies.smolworld.table.methods import CMAES, METHODS, TPE
 from hipp_ext.evals.studies.smolworld.table.rewards import kept_rewards, read_rewards
 from hipp_ext.evals.studies.smolworld.table.sizes import PLANS_PER_STEP
 from hipp_ext.plan import PruningPlan
@@ -58,7 +58,7 @@ def evaluated_rewards(folder: Path, cell: Cell) -> list[Reward]:
     place = search_place(folder, cell)
     if METHODS[cell.method].search in ("policy", "best"):
         return [record.reward for record in Archive(place / "archive.jsonl").measured]
-    return [reward for _, reward in read_rewards(place.with_suffix(".json"))]
+    return [reward for _, reward in read_rewards(place)]
 
 
 def shuffled_signal(signals: Signals, seed: int) -> Signals:
@@ -81,7 +81,7 @@ def start_logits(signals: Signals, ratio: float) -> np.ndarray:
 
 
 def search_place(folder: Path, cell: Cell) -> Path:
-    """Where the search of a cell is kept, without the suffix of a file."""
+    """The folder that the search of a cell is kept in."""
     return folder / f"{METHODS[cell.method].search_name}-{100 * cell.ratio:g}-{cell.seed}"
 
 
@@ -101,13 +101,10 @@ def _searched(
     bench: Bench, place: Path, signals: Signals, cell: Cell
 ) -> list[tuple[KeepCounts, Reward]]:
     """Every plan that TPE or CMA-ES evaluated, with its reward."""
-    file = place.with_suffix(".json")
-    evaluated = read_rewards(file)
-    plans = bench.sizes.evaluations
-    if len(evaluated) >= plans:
-        return evaluated
-    title = f"{cell.method}, seed {cell.seed}: plans"
-    with kept_rewards(bench, bench.search, signals, file, title=title, plans=plans) as reward:
+    plans, title = bench.sizes.evaluations, f"{cell.method}, seed {cell.seed}: plans"
+    with kept_rewards(bench, bench.search, signals, place, title=title, plans=plans) as reward:
+        if len(evaluated := read_rewards(place)) >= plans:
+            return evaluated
         problem = Problem(
             groups=signals.groups,
             bounds=Bounds(),
@@ -116,5 +113,5 @@ def _searched(
             pruning_ratio=cell.ratio,
             centre=functools.partial(start_logits, signals),
         )
-        run({"TPE": tpe, "CMA-ES": cmaes}[cell.method], problem, cell.seed)
+        run({TPE: tpe, CMAES: cmaes}[cell.method], problem, cell.seed)
     return problem.evaluated

@@ -1,7 +1,8 @@
 """The table as a section for RESULTS.md, made from its JSON."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Entry = Mapping[str, Any]
@@ -16,8 +17,8 @@ SECTION = """## A model that sees: the table
 
 {device}, {threads} threads, {dtype}, {precision}.
 {pope} POPE questions and {captions} captions on {captions} pictures, and {choice} multiple-choice
-questions, all of the test split, which nothing was chosen by. Percent ± standard error over
-pictures; differences are paired by question. Rows with several seeds show their mean. CHAIR_i is
+questions, the first of the test split. Percent ± standard error over pictures; differences are
+paired by question. Rows with several seeds show their mean. CHAIR_i is
 the fraction of named things that are not in the picture. "Random", "popular" and "adversarial" are
 F1, which is 67 for a model that says nothing but yes (accuracy 50).
 
@@ -53,11 +54,12 @@ def section(result: Mapping[str, Any]) -> str:
         result: what `writing.write_table` writes.
     """
     asked, precision = result["questions"], result.get("precision", {})
-    told = "as planned"
+    told, change = "as planned", precision.get("minus float32", {})
     if differ := precision.get("answers that differ [%]"):
         told = (
             f"which changes {differ['pope']:.1f}% of the dense model's answers to POPE and "
-            f"{differ['choice']:.1f}% to multiple choice, on the validation split"
+            f"{differ['choice']:.1f}% to multiple choice on the validation split (accuracies by "
+            f"{_gain(change['POPE accuracy overall'])} and {_gain(change['choice'])})"
         )
     return SECTION.format(
         command=result["command"],
@@ -83,16 +85,16 @@ def _tables(entries: Sequence[Entry]) -> list[str]:
         ratios = sorted({e["ratio"] for e in own})
         if len(ratios) > 1:
             found.append(f"{title}: POPE accuracy and multiple choice.\n\n{_by_ratio(own, ratios)}")
-        for ratio in _detailed(own):
-            some = [e for e in own if e["ratio"] == ratio]
-            found.append(f"{title}, {ratio:.0%}.\n\n{_one_ratio(some)}")
+        ratio = _fullest(own)
+        some = [e for e in own if e["ratio"] == ratio]
+        found.append(f"{title}, {ratio:.0%}.\n\n{_one_ratio(some)}")
     return found
 
 
-def _detailed(entries: Sequence[Entry]) -> list[float]:
+def _fullest(entries: Sequence[Entry]) -> float:
     """The ratio with the most rows: that of the fits."""
-    counts = {r: sum(e["ratio"] == r for e in entries) for r in {e["ratio"] for e in entries}}
-    return [max(sorted(counts), key=lambda r: counts[r])]
+    counts = Counter(e["ratio"] for e in entries)
+    return max(sorted(counts), key=lambda r: counts[r])
 
 
 def _by_ratio(entries: Sequence[Entry], ratios: Sequence[float]) -> str:
@@ -136,10 +138,9 @@ def shown(rates: Mapping[str, Sequence[float]], name: str) -> str:
     if name not in rates:
         return ""
     value, error = rates[name]
-    unit: Callable[[float], float] = math.exp if name == "loss" else float
     if name == "loss":
-        value = min(value, 20.0)
-        return f"{unit(value):.2f} ± {unit(value) * error:.2f}"
+        perplexity = math.exp(min(value, 20.0))
+        return f"{perplexity:.2f} ± {perplexity * error:.2f}"
     return f"{value:.1f} ± {error:.1f}"
 
 

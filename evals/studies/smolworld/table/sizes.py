@@ -9,18 +9,19 @@ from hipp_ext.quantities import whole_option
 
 # What each split is for, as it is written into the result.
 SPLITS: Mapping[str, str] = {
-    "train": "equal recovery: what the models learn from the dense one on",
+    "train": "the model itself, and equal recovery: what models learn from the dense one on",
     "calibration": "scores, sensitivity, signals, and least squares of reconstructions",
     "search": "plans that fits, TPE and CMA-ES evaluate, and the best of them for a corner",
-    "validation": "float32 against bfloat16, and which plans collapse",
-    "test": "every pruned model once; nothing was chosen by it",
+    "validation": "how the model's training goes, float32 against bfloat16, which plans collapse",
+    "test": "every pruned model once; what it has changed is told under tuned",
 }
 TUNED = (
     "Nothing of the planner, the allocators or the recovery was tuned on this model: they have "
     "their defaults, and the learning rate of the recovery is the one that the study of recovery "
-    "found for SmolLM2-135M on text. One change was made because of what this test split showed: "
-    "the objective of a fit gives both answers of yes/no questions the same weight. All fits and "
-    "searches of the table came after it."
+    "found for SmolLM2-135M on text. Two changes of fits were made because of what this test split "
+    "showed: a search asks questions from the whole split instead of its first, and both answers "
+    "of yes/no questions have the same weight. All fits and searches of the table came after them. "
+    "The first of the questions picks models of equal multiple choice by the test split."
 )
 # Fitted plans are best of so many per preference; a fit proposes as many allocations at a time.
 PLANS_PER_STEP = 4

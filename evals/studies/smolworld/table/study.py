@@ -21,7 +21,7 @@ from hipp_ext.plan import PruningPlan
 from hipp_ext.runs import RunFolder
 
 Row = dict[str, Any]
-Measured = Callable[[Sequence[Cell]], Iterator[Cell]]
+MeasureCells = Callable[[Sequence[Cell]], Iterator[Cell]]
 
 
 class TableStudy:
@@ -63,7 +63,7 @@ class TableStudy:
         tokens = sum(self._work(self.left()))
         return tokens / TOKENS_PER_SECOND * size / PARAMETERS / 60
 
-    def run(self, measured: Measured | None = None) -> Iterator[dict[str, Row]]:
+    def run(self, measured: MeasureCells | None = None) -> Iterator[dict[str, Row]]:
         """Measure what is missing; yields all rows by cell's name, at first and after every cell.
 
         It is to be called inside `locked()`.
@@ -109,18 +109,16 @@ class TableStudy:
 
     def measure(self, cell: Cell) -> None:
         """Plan, prune, repair and ask one model, and keep what it answered."""
-        begin = time.perf_counter()
         row: Row = {"cell": asdict(cell)}
         plan = None
         if cell.ratio:
             plan = self.plans.of(cell)
-            row |= {"pruning_ratio": plan.pruning_ratio, "passes": plan.notes.get("passes")}
+            row["pruning_ratio"] = plan.pruning_ratio
         row["key"] = _key(plan, cell)
-        row["planned"] = time.perf_counter() - begin
         same = [own for own in self.rows().values() if own["key"] == row["key"]]
         if same:  # the same model: it is not asked again
-            copied = ("values", "seconds", "parameters", "made")
-            row |= {name: same[0][name] for name in copied} | {"same": same[0]["cell"]}
+            row |= {name: same[0][name] for name in ("values", "parameters")}
+            row["same"] = same[0]["cell"]
         else:
             training = self.folder / "training" / cell.name
             row |= examined(self.bench, cell, plan, training)

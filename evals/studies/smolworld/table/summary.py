@@ -1,13 +1,12 @@
 """Rows of the study -> the table: rates, and differences from dense and from uniform."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hipp_ext.evals.studies.measuring import mean_and_se
 from hipp_ext.evals.studies.smolworld.table.asked import Asked
-from hipp_ext.evals.studies.smolworld.table.cells import DENSE
-from hipp_ext.evals.studies.smolworld.table.methods import METHODS, UNIFORM
+from hipp_ext.evals.studies.smolworld.table.cells import DENSE, Cell
+from hipp_ext.evals.studies.smolworld.table.methods import IN_TABLE, UNIFORM
 from hipp_ext.evals.studies.smolworld.table.rates import Measured, Rates, Term
 
 # Rates whose differences are told.
@@ -24,22 +23,6 @@ CHIEF_RATES = (
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Place:
-    """What the seeds of a cell have in common."""
-
-    method: str
-    corner: str
-    ratio: float
-    repair: str
-    variant: str
-
-    @classmethod
-    def of(cls, row: Row) -> "Place":
-        """The place of a row of the study."""
-        return cls(**{k: v for k, v in row["cell"].items() if k != "seed"})
-
-
 def summarize(rows: Mapping[str, Row], asked: Asked, *, resamples: int = 1000) -> dict[str, Any]:
     """The table as JSON values; only plain models, without variants.
 
@@ -49,28 +32,28 @@ def summarize(rows: Mapping[str, Row], asked: Asked, *, resamples: int = 1000) -
         resamples: of the bootstrap.
     """
     rates = Rates(asked, resamples=resamples)
-    places: dict[Place, list[Row]] = {}
+    seeds: dict[Cell, list[Row]] = {}  # by the cell of seed 0
     for row in rows.values():
-        place = Place.of(row)
-        if place.variant == "plain" and (place.method == DENSE or METHODS[place.method].in_table):
-            places.setdefault(place, []).append(row)
-    dense = [row for place, own in places.items() if place.method == DENSE for row in own]
+        cell = Cell(**row["cell"] | {"seed": 0})
+        if cell.variant == "plain" and cell.method in (DENSE, *IN_TABLE):
+            seeds.setdefault(cell, []).append(row)
+    dense = seeds.pop(Cell(), [])
     table = []
-    for place in sorted(places, key=_order):
-        if place.method == DENSE:
-            continue
-        own = places[place]
-        uniform = places.get(Place(UNIFORM, "middle", place.ratio, place.repair, "plain"), [])
-        others = {"minus dense": dense, "minus uniform": uniform if place.method != UNIFORM else []}
+    for cell in sorted(seeds, key=_order):
+        own = seeds[cell]
+        uniform = Cell(method=UNIFORM, ratio=cell.ratio, repair=cell.repair)
+        others = {
+            "minus dense": dense,
+            "minus uniform": seeds.get(uniform, []) if cell != uniform else [],
+        }
         entry = {
-            "method": place.method,
-            "corner": place.corner,
-            "ratio": place.ratio,
-            "repair": place.repair,
+            "method": cell.method,
+            "corner": cell.corner,
+            "ratio": cell.ratio,
+            "repair": cell.repair,
             "seeds": len(own),
             "removed": round(float(own[0]["pruning_ratio"]), 4),
             "parameters": own[0]["parameters"],
-            "seconds of planning": round(max(row["planned"] for row in own), 1),
             "rates": _shown(rates.contrast(_mean(own))),
             **{
                 name: _shown(rates.contrast(_difference(own, other)), CHIEF_RATES)
@@ -88,9 +71,8 @@ def summarize(rows: Mapping[str, Row], asked: Asked, *, resamples: int = 1000) -
     }
 
 
-def _order(place: Place) -> tuple:
-    methods = [DENSE, *METHODS]
-    return place.repair, place.ratio, methods.index(place.method), place.corner
+def _order(cell: Cell) -> tuple:
+    return cell.repair, cell.ratio, IN_TABLE.index(cell.method), cell.corner
 
 
 def _mean(rows: Sequence[Row], sign: float = 1.0) -> list[Term]:

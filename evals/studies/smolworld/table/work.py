@@ -31,7 +31,7 @@ class Work:
 
     Args:
         sizes: how much is measured.
-        has: whether a shared piece of work is done: "anchored", a plan's name, ...
+        has: whether a shared piece of work is done, by its name: "anchored", "TPE 0.3 1", ...
     """
 
     def __init__(self, sizes: Sizes, has: Callable[[str], bool]):
@@ -96,8 +96,8 @@ def done(folder: Path, name: str) -> bool:
     if name == "teacher":
         return (folder / "teacher" / HEADER).exists()
     if name in ("anchored", "fisher"):
-        # The name of a file is a digest, and the anchored signals come first.
-        return len(list((folder / "signals").glob("*"))) > (name == "fisher")
+        # The name of a file is a digest: with one of two it is not known whose it is.
+        return len(list((folder / "signals").glob("*.safetensors"))) > 1
     if name in METHODS:
         return any((folder / "plans").glob(f"{slug(name)}-*.json"))
     kind, ratio, seed = name.rsplit(" ", 2)
