@@ -17,10 +17,11 @@ SECTION = """## A model that sees: the table
 
 {device}, {threads} threads, {dtype}, {precision}.
 {pope} POPE questions and {captions} captions on {captions} pictures, and {choice} multiple-choice
-questions, the first of the test split. Percent ± standard error over pictures; differences are
-paired by question. Rows with several seeds show their mean. CHAIR_i is
-the fraction of named things that are not in the picture. "Random", "popular" and "adversarial" are
-F1, which is 67 for a model that says nothing but yes (accuracy 50).
+questions, the first of the test split. Rows are all that the folder of the command has, also of
+earlier commands. Percent ± standard error over pictures; differences are paired by question. Rows
+with several seeds show their mean. CHAIR_i is the fraction of named things that are not in the
+picture. "Random", "popular" and "adversarial" are F1, which is 67 for a model that says nothing but
+yes (accuracy 50).
 
 Dense: {dense}.
 
