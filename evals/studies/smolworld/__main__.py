@@ -94,11 +94,11 @@ def train(
     from hipp_ext.recover.processes import join_processes
 
     position, workers = join_processes()
+    if any(count % workers for count in PER_STEP):
+        raise DataError(f"{workers} processes cannot share {PER_STEP} conversations of a step.")
     world = read_world(concepts)
     model, processor = build_base(seed)
     add_factors(model, tower_of(out))
-    if any(count % workers for count in PER_STEP):
-        raise DataError(f"{workers} processes cannot share {PER_STEP} conversations of a step.")
     captions, looks, choices = (count // workers for count in PER_STEP)
     data = Conversations(
         world, processor, (captions, looks, choices), first_steps=first_steps, seed=seed

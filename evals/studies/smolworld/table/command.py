@@ -19,7 +19,7 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run, which goes on if interrupted.")]
 Concepts = Annotated[
-    int | None, typer.Option(min=20, help=f"Concepts of the model's world. Default: {ASKED}.")
+    int | None, typer.Option(min=40, help=f"Concepts of the model's world. Default: {ASKED}.")
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds of a search. Default: 2.")]
 Quick = Annotated[
